@@ -1,0 +1,1 @@
+"""Recurrent maths: tensors in, tensors out. `reference` is plain PyTorch and defines correct."""

@@ -1,0 +1,276 @@
+"""The definition of correct for every recurrent kernel, in plain differentiable PyTorch.
+
+Mamba-2 (SSD, arXiv 2405.21060), per head with scalar decay:
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T          S in [P, N]
+    y_t = S_t C_t
+Mamba-1 (selective scan, arXiv 2312.00752), per channel d and state index n:
+    S_t[d, n] = exp(dt_t[d] A[d, n]) S_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d]
+    y_t[d] = sum_n C_t[n] S_t[d, n]
+The skip D x, the gate and the norms belong to the mixers. All arithmetic is fp32 or, for fp64
+input, fp64; states never have less than fp32.
+
+Letters: B batch, T tokens, H heads, P head dim, N state, G groups, Ch channels, W conv width.
+`seq_idx` [B, T] numbers the documents of a packed row: states and conv windows reset where it
+changes. `n_new` [B] makes a batch ragged: row b uses only its first n_new[b] tokens, and the
+state it returns is the state after those.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Records = tuple[Tensor, Tensor, Tensor]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor | None, Tensor]]
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64 input, otherwise fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> Tensor:
+    """Depthwise causal convolution as a sum of taps, so that any split in time rounds alike.
+
+    x [B, T, Ch], weight [Ch, W], bias [Ch], window [B, W-1, Ch]: inputs before x (zeros if None).
+    """
+    width, length = weight.shape[1], x.shape[1]
+    if window is None:
+        window = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    padded = torch.cat([window.to(x.dtype), x], dim=1)  # [B, W-1+T, Ch]
+    y = x * weight[:, -1]  # [B, T, Ch]
+    for back in range(1, width):
+        tap = padded[:, width - 1 - back : width - 1 - back + length]  # [B, T, Ch]
+        if seq_idx is not None:
+            tap = tap * _same_document(seq_idx, back)[..., None]
+        y = y + tap * weight[:, -1 - back]
+    return y if bias is None else y + bias
+
+
+def _same_document(seq_idx: Tensor, back: int) -> Tensor:
+    shifted = F.pad(seq_idx, (back, 0), value=-(2**31))[:, : seq_idx.shape[1]]  # [B, T]
+    return shifted == seq_idx
+
+
+def conv_window(x: Tensor, window: Tensor, n_new: Tensor | None) -> Tensor:
+    """The W-1 inputs [B, W-1, Ch] that precede the next token, after n_new tokens of x."""
+    padded = torch.cat([window.to(x.dtype), x], dim=1)  # [B, W-1+T, Ch]
+    width = window.shape[1]
+    if n_new is None:
+        return padded[:, padded.shape[1] - width :]
+    index = n_new[:, None] + torch.arange(width, device=x.device)  # [B, W-1]
+    return padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def mask_dt(dt: Tensor, n_new: Tensor | None) -> Tensor:
+    """dt = 0 keeps a state as it is: do that for every token at or after n_new. dt [B, T, ...]."""
+    if n_new is None:
+        return dt
+    real = torch.arange(dt.shape[1], device=dt.device) < n_new[:, None]  # [B, T]
+    return dt * real[..., None]
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Mamba-2 over a whole sequence in chunks (arXiv 2405.21060, section 6).
+
+    x [B, T, H, P], dt [B, T, H] after softplus, A [H] negative, B and C [B, T, G, N] with G
+    dividing H, initial_state [B, H, P, N], which belongs to the first document of each row.
+    Returns y [B, T, H, P] and the final state [B, H, P, N].
+    """
+    kind = state_dtype(x)
+    batch, length, heads, width = x.shape
+    n_state = B.shape[-1]
+    chunk = min(chunk_size, max(length, 1))
+    pad = -length % chunk
+    x, dt, B, C = (
+        F.pad(t.to(kind), (0, 0) * (t.ndim - 2) + (0, pad)) for t in (x, dt, B, C)
+    )
+    n_chunks = (length + pad) // chunk
+    x = x.view(batch, n_chunks, chunk, heads, width)  # [B, c, L, H, P]
+    B = _per_head(B, heads).view(batch, n_chunks, chunk, heads, n_state)  # [B, c, L, H, N]
+    C = _per_head(C, heads).view(batch, n_chunks, chunk, heads, n_state)  # [B, c, L, H, N]
+    dt = dt.view(batch, n_chunks, chunk, heads)  # [B, c, L, H]
+    decay = (dt * A.to(kind)).cumsum(2)  # [B, c, L, H], log of the decay since the chunk began
+    documents, carried = _chunk_documents(seq_idx, batch, n_chunks, chunk, pad, x.device)
+
+    y = _within_chunks(x, dt, B, C, decay, documents)
+    fresh = _chunk_states(x, dt, B, decay, documents)  # [B, c, H, P, N]
+    state = x.new_zeros(batch, heads, width, n_state) if initial_state is None else initial_state
+    state = state.to(kind)
+    entering = []
+    whole = decay[:, :, -1].exp() * carried[:, :, -1, None]  # [B, c, H], 0 where a document ended
+    for c in range(n_chunks):
+        entering.append(state)
+        state = state * whole[:, c, :, None, None] + fresh[:, c]  # [B, H, P, N]
+    if entering:
+        into = decay.exp() * carried[..., None]  # [B, c, L, H]
+        y = y + torch.einsum("bclhn,bchpn,bclh->bclhp", C, torch.stack(entering, 1), into)
+    return y.reshape(batch, length + pad, heads, width)[:, :length], state
+
+
+def _per_head(t: Tensor, heads: int) -> Tensor:
+    return t.repeat_interleave(heads // t.shape[2], dim=2)  # [B, T, H, N]
+
+
+def _chunk_documents(
+    seq_idx: Tensor | None, batch: int, n_chunks: int, chunk: int, pad: int, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Documents per chunk [B, c, L], and where the entering state still counts [B, c, L]."""
+    if seq_idx is None or n_chunks == 0:
+        return None, torch.ones(batch, n_chunks, chunk, dtype=torch.bool, device=device)
+    seq_idx = F.pad(seq_idx, (0, pad), mode="replicate") if pad else seq_idx
+    documents = seq_idx.view(batch, n_chunks, chunk)
+    # a document number can come back later in a row, so compare the running count of changes
+    changes = (seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1)  # [B, T-1]
+    documents = F.pad(changes, (1, 0)).view(batch, n_chunks, chunk)
+    before = F.pad(documents[:, :-1, -1], (1, 0))  # [B, c], document of the entering state
+    return documents, documents == before[..., None]
+
+
+def _within_chunks(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, decay: Tensor, documents: Tensor | None
+) -> Tensor:
+    chunk = x.shape[2]
+    gap = decay[:, :, :, None] - decay[:, :, None]  # [B, c, L, S, H]
+    keep = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()  # [L, S]
+    keep = keep[None, None]
+    if documents is not None:
+        keep = keep & (documents[..., :, None] == documents[..., None, :])  # [B, c, L, S]
+    weight = gap.masked_fill(~keep[..., None], float("-inf")).exp() * dt[:, :, None]
+    scores = torch.einsum("bclhn,bcshn->bclsh", C, B) * weight  # [B, c, L, S, H]
+    return torch.einsum("bclsh,bcshp->bclhp", scores, x)  # [B, c, L, H, P]
+
+
+def _chunk_states(
+    x: Tensor, dt: Tensor, B: Tensor, decay: Tensor, documents: Tensor | None
+) -> Tensor:
+    weight = (decay[:, :, -1:] - decay).exp() * dt  # [B, c, L, H]
+    if documents is not None:
+        weight = weight * (documents == documents[:, :, -1:])[..., None]
+    return torch.einsum("bclhp,bclhn,bclh->bchpn", x, B, weight)  # [B, c, H, P, N]
+
+
+def ssd_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """One token of Mamba-2: state [B, H, P, N], x [B, H, P], dt [B, H], B and C [B, G, N].
+
+    Returns y [B, H, P] (None without C) and the new state.
+    """
+    kind, heads = state.dtype, x.shape[1]
+    dt = dt.to(kind)
+    key = B.to(kind).repeat_interleave(heads // B.shape[1], dim=1)  # [B, H, N]
+    kept = state * (dt * A.to(kind)).exp()[..., None, None]
+    state = kept + (dt[..., None] * x.to(kind))[..., None] * key[:, :, None]  # [B, H, P, N]
+    if C is None:
+        return None, state
+    query = C.to(kind).repeat_interleave(heads // C.shape[1], dim=1)  # [B, H, N]
+    return (state * query[:, :, None]).sum(-1), state
+
+
+def selective_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """One token of Mamba-1: state [B, Ch, N], x and dt [B, Ch], A [Ch, N], B and C [B, G, N].
+
+    Channels split into G consecutive groups. Returns y [B, Ch] (None without C) and the state.
+    """
+    kind, channels = state.dtype, x.shape[1]
+    dt = dt.to(kind)
+    key = B.to(kind).repeat_interleave(channels // B.shape[1], dim=1)  # [B, Ch, N]
+    kept = state * (dt[..., None] * A.to(kind)).exp()
+    state = kept + (dt * x.to(kind))[..., None] * key  # [B, Ch, N]
+    if C is None:
+        return None, state
+    query = C.to(kind).repeat_interleave(channels // C.shape[1], dim=1)  # [B, Ch, N]
+    return (state * query).sum(-1), state
+
+
+def recur(
+    step: Step,
+    state: Tensor,
+    records: Records,
+    C: Tensor | None,
+    n_new: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """Token by token over records (x, dt, B) [B, T, ...]; the order every exact path follows.
+
+    `step` is `ssd_step` or `selective_step` with A bound: (state, x, dt, B, C) -> (y, state).
+    Returns y [B, T, ...] (None without C) and the state after n_new tokens.
+    """
+    x, dt, B = records
+    outputs = []
+    for t in range(x.shape[1]):
+        if seq_idx is not None and t > 0:
+            same = seq_idx[:, t] == seq_idx[:, t - 1]  # [B]
+            state = state * same.view(-1, *[1] * (state.ndim - 1))
+        y, new = step(state, x[:, t], dt[:, t], B[:, t], None if C is None else C[:, t])
+        if n_new is not None:
+            live = (t < n_new).view(-1, *[1] * (state.ndim - 1))
+            new = torch.where(live, new, state)
+        state = new
+        outputs.append(y)
+    if C is None:
+        return None, state
+    return torch.stack(outputs, 1) if outputs else x, state
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mamba-1 over a whole sequence: x and dt [B, T, Ch], A [Ch, N], B and C [B, T, G, N].
+
+    Returns y [B, T, Ch] and the final state [B, Ch, N].
+    """
+    state = initial_state
+    if state is None:
+        state = torch.zeros(x.shape[0], *A.shape, dtype=state_dtype(x), device=x.device)
+    y, state = recur(bind(selective_step, A), state, (x, dt, B), C, seq_idx=seq_idx)
+    return y, state
+
+
+def bind(step: Callable, A: Tensor) -> Step:
+    """`step` with its decay matrix fixed."""
+    return lambda state, x, dt, B, C: step(state, x, dt, A, B, C)
+
+
+def multi_step(
+    step: Step,
+    checkpoint: Tensor,
+    history: Records,
+    n_kept: Tensor,
+    records: Records,
+    C: Tensor,
+    n_new: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Verify with replay (arXiv 2408.15237, section 4): rollback without storing a state per token.
+
+    Replays the first n_kept[b] tokens of `history` from `checkpoint`, then runs the new tokens.
+    Returns outputs of the new tokens, the state after the kept ones and the state after the new.
+    """
+    _, kept = recur(step, checkpoint, history, None, n_kept)
+    y, live = recur(step, kept, records, C, n_new)
+    return y, kept, live

@@ -1,0 +1,271 @@
+"""The hybrid decoder as a transformers model: Llama blocks whose mixer differs by layer.
+
+Tensor names of attention layers, MLPs, norms and embeddings are Llama's, so a Llama checkpoint is
+a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) at the entrance.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from mambactl.models.cache import HybridCache
+from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.attention import AttentionMixer
+from mambactl.models.mixers.context import StepContext, goes_sequentially
+from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+from mambactl.models.mixers.mamba1 import Mamba1Mixer
+from mambactl.models.mixers.mamba2 import Mamba2Mixer
+
+MIXER_CLASSES = {"attention": AttentionMixer, "mamba2": Mamba2Mixer, "mamba1": Mamba1Mixer}
+
+
+class HybridBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where the architecture has an MLP."""
+
+    def __init__(self, config: HybridConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.mixer_name = "self_attn" if config.mixers[index] == "attention" else "mamba"
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        setattr(self, self.mixer_name, MIXER_CLASSES[config.mixers[index]](config))
+        self.has_mlp = config.has_mlp
+        if self.has_mlp:
+            self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = LlamaMLP(config)
+
+    @property
+    def mixer(self) -> nn.Module:
+        """The layer's token mixer."""
+        return getattr(self, self.mixer_name)
+
+    def forward(self, hidden: Tensor, context: StepContext, cache: HybridCache | None) -> Tensor:
+        """hidden [B, T, D] -> [B, T, D]."""
+        layer_cache = None if cache is None else cache.layers[self.index]
+        hidden = hidden + self.mixer(self.input_layernorm(hidden), context, layer_cache)
+        if self.has_mlp:
+            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about the family."""
+
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = list(FLOAT32_PARAMETERS)
+
+
+class HybridModel(HybridPreTrainedModel):
+    """Embeddings, blocks and the final norm."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            HybridBlock(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        n_new: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [B, T] -> hidden states [B, T, D] after the final norm.
+
+        attention_mask [B, T] or [B, past + T] marks padding with 0; `n_new` and `seq_idx` are
+        explained in `mambactl.kernels.reference`.
+        """
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        cache = past_key_values
+        if use_cache and not isinstance(cache, HybridCache):
+            cache = HybridCache(self.config, hidden.shape[0], hidden.device)
+        hidden, n_new, order = _make_ragged(hidden, attention_mask, n_new)
+        padded = order is not None or cache is not None
+        context = self.context(
+            hidden, None if padded else position_ids, cache, seq_idx, n_new, order is not None
+        )
+        every = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, context, cache)
+            every.append(hidden)
+        if cache is not None:
+            length = hidden.shape[1]
+            cache.advance(
+                length if n_new is None else n_new,
+                length,
+                permanent=not (cache.recording and context.sequential),
+            )
+        every[-1] = hidden = self.norm(hidden)
+        if order is not None:
+            back = order.argsort(1)
+            hidden = _take(hidden, back)
+            every = [_take(state, back) for state in every] if output_hidden_states else every
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=tuple(every) if output_hidden_states else None,
+        )
+
+    def context(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        cache: HybridCache | None = None,
+        seq_idx: Tensor | None = None,
+        n_new: Tensor | None = None,
+        reordered: bool = False,
+    ) -> StepContext:
+        """Everything the mixers share in one call over hidden [B, T, D]."""
+        batch, length = hidden.shape[:2]
+        steps = torch.arange(length, device=hidden.device)
+        start = cache.lengths[:, None] if cache is not None else 0
+        positions = (start + steps).expand(batch, length)  # [B, T]
+        if position_ids is not None and cache is None:
+            if seq_idx is None and not reordered:
+                seq_idx = _documents(position_ids)
+            positions = position_ids.expand(batch, length)
+        slots = length
+        if cache is not None:
+            slots = length + (int(cache.lengths.max()) if cache.seen else 0)
+        first = cache is not None and cache.seen == 0
+        return StepContext(
+            positions=positions,
+            rotary=self.rotary_emb(hidden, positions),
+            mask=self._mask(positions, slots, cache is not None, first, seq_idx),
+            seq_idx=seq_idx,
+            n_new=n_new,
+            slots=slots,
+            cursor=None if cache is None else cache.cursor(n_new),
+            first=first,
+        )
+
+    def _mask(
+        self, positions: Tensor, slots: int, cached: bool, first: bool, seq_idx: Tensor | None
+    ) -> Tensor | None:
+        """Allowed keys [B, 1, T, S], or None where plain causal attention is the same."""
+        window = self.config.sliding_window
+        length = positions.shape[1]
+        if "attention" not in self.config.mixers:
+            return None
+        if seq_idx is None and (not cached or first) and not (window and window < slots):
+            return None
+        if cached:
+            query, key = positions[..., None], torch.arange(slots, device=positions.device)
+        else:
+            order = torch.arange(length, device=positions.device)
+            query, key = order[None, :, None], order
+        allowed = key <= query  # [B or 1, T, S]
+        if window:
+            allowed = allowed & (key > query - window)
+        if seq_idx is not None:
+            allowed = allowed & (seq_idx[:, :, None] == seq_idx[:, None, :])
+        return allowed[:, None]
+
+
+def _take(t: Tensor, order: Tensor) -> Tensor:
+    return t.gather(1, order[..., None].expand(-1, -1, t.shape[2]))
+
+
+def _documents(position_ids: Tensor) -> Tensor | None:
+    """Packed rows restart positions at 0: number their documents, None if there is only one."""
+    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1  # [B, T-1]
+    if not bool(restarts.any()):
+        return None
+    return nn.functional.pad(restarts.cumsum(1), (1, 0))
+
+
+def _make_ragged(
+    hidden: Tensor, attention_mask: Tensor | None, n_new: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Turn a padding mask into right-padded rows: (hidden, n_new [B], order [B, T] or None)."""
+    if n_new is not None or attention_mask is None:
+        return hidden, n_new, None
+    if attention_mask.ndim != 2:
+        raise ValueError("HybridModel takes a 2-D attention mask [B, T] of ones and zeros")
+    mask = attention_mask[:, -hidden.shape[1] :].bool()
+    if bool(mask.all()):
+        return hidden, None, None
+    n_new = mask.sum(1)
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # [B, T]
+    return _take(hidden, order), n_new, order
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        self.model = HybridModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """input_ids [B, T] -> logits [B, T, V] (last `logits_to_keep` tokens if not 0)."""
+        kwargs.pop("return_dict", None)
+        loss_kwargs = {k: kwargs[k] for k in ("num_items_in_batch",) if k in kwargs}
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **loss_kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # forward makes a HybridCache itself when it is asked to use one
+        return False
+
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)

@@ -1,0 +1,123 @@
+"""Mamba-2 mixer (arXiv 2405.21060), attention-initialised (arXiv 2408.15237) or native.
+
+    z, (x, B, C), dt = in_proj(u);  x, B, C = SiLU(conv(x, B, C));  dt = softplus(dt + dt_bias)
+    S_t = exp(-dt exp(A_log)) S_{t-1} + dt x_t B_t^T;  y = S C + D x
+    out = out_proj(RMSNorm_grouped(y SiLU(z)) weight)
+With x_heads = n_heads it is what state-spaces/mamba2-* and GraniteMoeHybrid compute.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambactl.kernels import reference as kernels
+from mambactl.models.cache import RecurrentCache
+from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.float32 import KeepsFloat32
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of y SiLU(z) within each of `groups` equal slices, times a weight."""
+
+    def __init__(self, width: int, groups: int, eps: float):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """y and z [B, T, D] -> [B, T, D], computed in y's precision."""
+        y = y * F.silu(z.to(y.dtype))
+        grouped = y.unflatten(-1, (self.groups, -1))  # [B, T, G, D / G]
+        scale = torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (grouped * scale).flatten(-2) * self.weight.to(y.dtype)
+
+
+class Mamba2Mixer(KeepsFloat32):
+    """Recurrent replacement of attention with one scalar decay per head."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.sizes = s = config.mamba2_settings
+        self.in_proj = nn.Linear(config.hidden_size, sum(s.in_rows), bias=s.proj_bias)
+        self.conv1d = nn.Conv1d(s.conv_dim, s.conv_dim, s.d_conv, groups=s.conv_dim, bias=s.conv_bias)
+        self.dt_bias = nn.Parameter(torch.zeros(s.n_heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.zeros(s.n_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.ones(s.n_heads, dtype=torch.float32))
+        self.norm = GatedRMSNorm(s.d_inner, s.norm_groups, s.norm_eps)
+        self.out_proj = nn.Linear(s.d_inner, config.hidden_size, bias=s.proj_bias)
+
+    def forward(self, hidden: Tensor, context: StepContext, cache: RecurrentCache | None) -> Tensor:
+        """hidden [B, T, D] -> [B, T, D]."""
+        return self.out_proj(self.features(hidden, context, cache).to(hidden.dtype))
+
+    def features(
+        self, hidden: Tensor, context: StepContext, cache: RecurrentCache | None = None
+    ) -> Tensor:
+        """The input of out_proj [B, T, d_inner]: what a least-squares refit regresses on."""
+        s = self.sizes
+        z, raw, dt = self.in_proj(hidden).split([s.d_inner, s.conv_dim, s.n_heads], -1)
+        kind = kernels.state_dtype(hidden)
+        dt = F.softplus(dt.to(kind) + self.dt_bias.to(kind))  # [B, T, H]
+        if cache is not None and cache.state is None:
+            self._start(cache, hidden, raw)
+        window = None
+        if cache is not None:
+            window = cache.conv_inputs(context.cursor, s.d_conv - 1)
+        mixed = kernels.causal_conv1d(
+            raw, self.conv1d.weight[:, 0], self.conv1d.bias, window, context.seq_idx
+        )
+        x, B, C = self._split(F.silu(mixed))
+        y = self._recur(raw, window, x, dt, B, C, context, cache)
+        y = y + self.D.to(kind)[:, None] * self._heads(x).to(kind)  # [B, T, H, P]
+        return self.norm(y.flatten(-2), z)
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.sizes
+        _, n_x, n_b, n_c, _ = s.in_rows
+        x, B, C = mixed.split([n_x, n_b, n_c], -1)
+        return (
+            x.unflatten(-1, (s.x_heads, s.head_dim)),  # [B, T, Hx, P]
+            B.unflatten(-1, (s.b_groups, s.d_state)),  # [B, T, Gb, N]
+            C.unflatten(-1, (s.c_groups, s.d_state)),  # [B, T, Gc, N]
+        )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.sizes.n_heads // self.sizes.x_heads, dim=-2)
+
+    def _start(self, cache: RecurrentCache, hidden: Tensor, raw: Tensor) -> None:
+        s, batch = self.sizes, hidden.shape[0]
+        state = torch.zeros(
+            batch, s.n_heads, s.head_dim, s.d_state,
+            dtype=kernels.state_dtype(hidden), device=hidden.device,
+        )  # fmt: skip
+        cache.start(state, raw.new_zeros(batch, s.d_conv - 1, s.conv_dim))
+
+    def _recur(
+        self,
+        raw: Tensor,
+        window: Tensor | None,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        context: StepContext,
+        cache: RecurrentCache | None,
+    ) -> Tensor:
+        A = -self.A_log.to(dt.dtype).exp()
+        chunk = self.sizes.chunk_size
+        if cache is None:
+            return kernels.ssd(self._heads(x), dt, A, B, C, None, context.seq_idx, chunk)[0]
+        step = kernels.bind(self._step, A)
+        if context.sequential:
+            return cache.step_through(step, context.cursor, raw, (x, dt, B), C)
+        state = cache.live_state(step, context.cursor)
+        masked = kernels.mask_dt(dt, context.n_new)
+        y, state = kernels.ssd(self._heads(x), masked, A, B, C, state, context.seq_idx, chunk)
+        cache.replace(kernels.conv_window(raw, window, context.n_new), state)
+        return y
+
+    def _step(
+        self, state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        return kernels.ssd_step(state, self._heads(x), dt, A, B, C)

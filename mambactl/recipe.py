@@ -1,0 +1,165 @@
+"""One validated, frozen configuration per stage; recipes are YAML files made of them.
+
+Field names equal flag names with `_` for `-`. Unknown keys are errors at every depth. `recipes.py` reads the files.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _split_commas(value: Any) -> Any:
+    parts = [value] if isinstance(value, str | int) else value
+    if not isinstance(parts, list | tuple):
+        return value
+    split = [part.split(",") if isinstance(part, str) else [part] for part in parts]
+    return [piece.strip() if isinstance(piece, str) else piece for row in split for piece in row]
+
+
+DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
+Names = Annotated[list[str], BeforeValidator(_split_commas)]
+Integers = Annotated[list[int], BeforeValidator(_split_commas)]
+Alignment = Annotated[list[Literal["align", "logits"]], BeforeValidator(_split_commas)]
+
+
+class StageConfig(BaseModel):
+    """What every stage accepts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    seed: int = Field(0, ge=0, description="one integer for everything random")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 or auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights in memory; auto is bfloat16 on capable GPUs, else float32"
+    )
+    trust_remote_code: bool = Field(False, description="allow code that a checkpoint ships")
+
+
+class ConvertConfig(StageConfig):
+    """Attention layers become Mamba mixers; nothing else changes."""
+
+    ratio: float = Field(0.5, ge=0, le=1, description="share of attention layers replaced")
+    keep_attention: Integers | None = Field(None, description="layers that stay attention")
+    select: Literal["uniform", "kl"] = Field("uniform", description="how kept layers are chosen")
+    mixer: Literal["mamba2", "mamba1"] = Field("mamba2", description="what replaces attention")
+    init: Literal["calibrated", "reference"] = Field(
+        "calibrated", description="reference is the paper's Algorithm 1"
+    )
+    calibrate: DataSpecs = Field([], description="text for the closed-form fit (calibrated init)")
+    calibrate_tokens: int = Field(10240, ge=512, description="tokens the fit may use")
+    max_length: int = Field(512, ge=16, description="tokens per calibration row")
+    max_shard_size: str = Field("5GB", description="largest file of a folder checkpoint")
+
+
+class TrainConfig(StageConfig):
+    """Shared by the stages that follow gradients."""
+
+    data: DataSpecs = Field([], description="ID[:config][@split], .jsonl[.gz], .parquet or .txt")
+    teacher: str | None = Field(None, description="default: the model the lineage started from")
+    max_steps: int = Field(200, ge=1, description="optimiser steps")
+    batch_size: int = Field(8, ge=1, description="rows per step")
+    grad_accum: int = Field(1, ge=1, description="batches per optimiser step")
+    max_length: int = Field(512, ge=16, description="tokens per row")
+    max_samples: int | None = Field(None, ge=1, description="use at most this many documents")
+    packing: bool = Field(True, description="fill rows with several documents")
+    warmup: int = Field(10, ge=0, description="warm-up steps")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    grad_checkpointing: bool = Field(False, description="recompute activations in backward")
+    save_every: int = Field(100, ge=1, description="steps between resumable states")
+
+
+class DistillConfig(TrainConfig):
+    """Align each mixer with the attention it replaces, then match the teacher's logits."""
+
+    stages: Alignment = Field(["align", "logits"], description="what runs, in this order")
+    align_steps: int | None = Field(None, ge=0, description="default: half of max_steps")
+    align_lr: float = Field(2e-3, gt=0, description="learning rate of mixers while aligning")
+    lr: float = Field(3e-4, gt=0, description="learning rate of mixers in the logits stage")
+    rest_lr: float = Field(1e-4, ge=0, description="learning rate of everything else (0 freezes)")
+    kl_weight: float = Field(1.0, ge=0, description="weight of the KL to the teacher's logits")
+    ce_weight: float = Field(0.0, ge=0, description="weight of the cross entropy on the text")
+    temperature: float = Field(1.0, gt=0, description="softens both distributions of the KL")
+
+
+class SftConfig(TrainConfig):
+    """Supervised fine-tuning with optional word-level distillation."""
+
+    lr: float = Field(2e-5, gt=0, description="learning rate")
+    ce_weight: float = Field(1.0, ge=0, description="weight of the cross entropy on the text")
+    kl_weight: float = Field(0.0, ge=0, description="weight of the KL to the teacher's logits")
+    assistant_only_loss: bool = Field(True, description="train on assistant turns only")
+
+
+class DpoConfig(TrainConfig):
+    """Direct preference optimisation."""
+
+    lr: float = Field(5e-7, gt=0, description="learning rate")
+    beta: float = Field(0.1, gt=0, description="pull towards the reference policy")
+    reference: Literal["teacher", "self"] = Field("teacher", description="the paper's is teacher")
+
+
+class EvalConfig(StageConfig):
+    """Fidelity to a teacher and task accuracy."""
+
+    teacher: str | None = Field(None, description="default: the model the lineage started from")
+    data: DataSpecs = Field([], description="text or messages for fidelity")
+    tasks: Names = Field([], description="harness task names or local .jsonl files")
+    limit: int | None = Field(None, ge=1, description="rows per task / documents per data set")
+    max_length: int = Field(512, ge=16, description="tokens per row")
+    batch_size: int = Field(4, ge=1, description="rows per forward pass")
+    fail_under: Names = Field([], description="METRIC=VALUE; exit 7 when below")
+
+
+class SamplingConfig(StageConfig):
+    """How tokens are chosen."""
+
+    max_new_tokens: int = Field(128, ge=1, description="tokens after the prompt")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="0 is off")
+    top_p: float = Field(1.0, gt=0, le=1, description="1 is off")
+    draft: str | None = Field(None, description="checkpoint, or ngram")
+    k: int = Field(4, ge=1, le=32, description="draft tokens per step")
+    batch_size: int = Field(1, ge=1, description="prompts decoded together")
+    chat: bool = Field(True, description="wrap prompts in the chat template if there is one")
+
+
+class GenerateConfig(SamplingConfig):
+    """Text from a prompt."""
+
+    prompt: str | None = Field(None, description="text, or - to read it from stdin")
+    prompts: str | None = Field(None, description="file: .txt lines, or .jsonl")
+
+
+class SpecDecodeConfig(GenerateConfig):
+    """Speculative decoding measured against plain decoding."""
+
+    check: bool = Field(False, description="fail unless greedy output equals plain decoding")
+
+
+class BenchConfig(StageConfig):
+    """Prefill and decode speed."""
+
+    input_len: Integers = Field([128], description="context lengths")
+    output_len: int = Field(32, ge=1, description="tokens decoded per measurement")
+    batch_sizes: Integers = Field([1], description="rows decoded together")
+    warmup: int = Field(1, ge=0, description="unmeasured rounds")
+    iters: int = Field(3, ge=1, description="measured rounds")
+    baseline: str | None = Field(None, description="second model; `teacher` is the lineage's")
+    min_speedup: float | None = Field(None, description="exit 7 when decode speed-up is below")
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "convert": ConvertConfig,
+    "distill": DistillConfig,
+    "sft": SftConfig,
+    "dpo": DpoConfig,
+    "eval": EvalConfig,
+    "spec-decode": SpecDecodeConfig,
+    "generate": GenerateConfig,
+    "bench": BenchConfig,
+}
+WRITERS = ("convert", "distill", "sft", "dpo")

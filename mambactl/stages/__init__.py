@@ -1,0 +1,17 @@
+"""The pipeline, one file per step; importing this package loads no heavy library."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage hands to the command line.
+
+    `path` is the checkpoint for the next stage, `metrics` is JSON-able, `text` replaces the path
+    on stdout for commands that print text.
+    """
+
+    path: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None

@@ -1,0 +1,124 @@
+"""Tiny models made in memory, and poisoned memory so that an unwritten read fails."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+WORDS = (
+    "the a of and to in is was he she it they said went saw river house door light water stone "
+    "old new red blue small large one two three four five day night king queen tree bird"
+).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def tiny_config(mixers: list[str], **overrides):
+    """A 4-head, 2-KV-head configuration with both Mamba settings filled in."""
+    from mambactl.models.config import (
+        HybridConfig,
+        mamba1_from_attention,
+        mamba2_from_attention,
+    )
+
+    fields = dict(
+        vocab_size=97, hidden_size=48, intermediate_size=96, num_hidden_layers=len(mixers),
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
+        max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    settings = {k: overrides.pop(k) for k in ("mamba1", "mamba2") if k in overrides}
+    base = HybridConfig(**{**fields, **overrides})
+    settings.setdefault("mamba2", mamba2_from_attention(base, proj_bias=True))
+    settings.setdefault("mamba1", mamba1_from_attention(base, repeat_width=16, proj_bias=False))
+    return base.with_mixers(mixers, **settings)
+
+
+@pytest.fixture(scope="session")
+def make_hybrid() -> Callable:
+    """make_hybrid(mixers, seed=0, **config overrides) -> tiny fp32 HybridForCausalLM in eval mode.
+
+    Weights are large enough that every token changes the state and logits are far from ties.
+    """
+
+    def make(mixers: list[str], seed: int = 0, **overrides):
+        import torch
+
+        from mambactl.models.hybrid import HybridForCausalLM
+
+        generator = torch.Generator().manual_seed(seed)
+        model = HybridForCausalLM(tiny_config(mixers, **overrides)).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if name.endswith("A_log"):
+                    parameter.copy_(noise * 0.5)
+                elif name.endswith(("dt_bias", "dt_proj.bias")):
+                    parameter.copy_(noise * 0.5 - 2)
+                elif name.endswith("norm.weight") or name.endswith(".D"):
+                    parameter.copy_(1 + 0.2 * noise)
+                elif parameter.ndim == 1:
+                    parameter.copy_(0.1 * noise)
+                elif "conv1d" in name:
+                    parameter.copy_(0.4 * noise)
+                elif "embed" in name or "lm_head" in name:
+                    parameter.copy_(noise)
+                else:
+                    parameter.copy_(1.2 * noise * parameter.shape[-1] ** -0.5)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A word-level tokenizer of 97 entries with a ChatML template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,?!:-'")
+    vocabulary = list(dict.fromkeys(special + WORDS + letters))[:97]
+    vocabulary += [f"<extra{i}>" for i in range(97 - len(vocabulary))]
+    model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>",
+        pad_token="<pad>", unk_token="<unk>",
+    )  # fmt: skip
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+    )
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A folder with a random 4-layer Llama of 97 tokens and its tokenizer, as transformers saves it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
