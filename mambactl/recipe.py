@@ -1,6 +1,7 @@
 """One validated, frozen configuration per stage; recipes are YAML files made of them.
 
-Field names equal flag names with `_` for `-`. Unknown keys are errors at every depth. `recipes.py` reads the files.
+Field names equal flag names with `_` for `-`. Unknown keys are errors. `recipes.py`
+reads the files.
 """
 
 from typing import Annotated, Any, Literal
@@ -29,7 +30,9 @@ Alignment = Annotated[list[Literal["align", "logits"]], BeforeValidator(_split_c
 class StageConfig(BaseModel):
     """What every stage accepts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, defer_build=True
+    )
 
     seed: int = Field(0, ge=0, description="one integer for everything random")
     device: str = Field("auto", description="cpu, cuda, cuda:1 or auto")
@@ -44,7 +47,6 @@ class ConvertConfig(StageConfig):
 
     ratio: float = Field(0.5, ge=0, le=1, description="share of attention layers replaced")
     keep_attention: Integers | None = Field(None, description="layers that stay attention")
-    select: Literal["uniform", "kl"] = Field("uniform", description="how kept layers are chosen")
     mixer: Literal["mamba2", "mamba1"] = Field("mamba2", description="what replaces attention")
     init: Literal["calibrated", "reference"] = Field(
         "calibrated", description="reference is the paper's Algorithm 1"
@@ -52,14 +54,14 @@ class ConvertConfig(StageConfig):
     calibrate: DataSpecs = Field([], description="text for the closed-form fit (calibrated init)")
     calibrate_tokens: int = Field(10240, ge=512, description="tokens the fit may use")
     max_length: int = Field(512, ge=16, description="tokens per calibration row")
-    max_shard_size: str = Field("5GB", description="largest file of a folder checkpoint")
+    max_shard_gb: float = Field(5.0, gt=0, description="largest file of a folder, in 10^9 bytes")
 
 
 class TrainConfig(StageConfig):
     """Shared by the stages that follow gradients."""
 
     data: DataSpecs = Field([], description="ID[:config][@split], .jsonl[.gz], .parquet or .txt")
-    teacher: str | None = Field(None, description="default: the model the lineage started from")
+    teacher: str | None = Field(None, description="default: where the lineage started")
     max_steps: int = Field(200, ge=1, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="rows per step")
     grad_accum: int = Field(1, ge=1, description="batches per optimiser step")
@@ -76,7 +78,7 @@ class DistillConfig(TrainConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
     stages: Alignment = Field(["align", "logits"], description="what runs, in this order")
-    align_steps: int | None = Field(None, ge=0, description="default: half of max_steps")
+    align_steps: int | None = Field(None, ge=0, description="of max_steps; default: half")
     align_lr: float = Field(2e-3, gt=0, description="learning rate of mixers while aligning")
     lr: float = Field(3e-4, gt=0, description="learning rate of mixers in the logits stage")
     rest_lr: float = Field(1e-4, ge=0, description="learning rate of everything else (0 freezes)")
@@ -105,7 +107,7 @@ class DpoConfig(TrainConfig):
 class EvalConfig(StageConfig):
     """Fidelity to a teacher and task accuracy."""
 
-    teacher: str | None = Field(None, description="default: the model the lineage started from")
+    teacher: str | None = Field(None, description="default: where the lineage started")
     data: DataSpecs = Field([], description="text or messages for fidelity")
     tasks: Names = Field([], description="harness task names or local .jsonl files")
     limit: int | None = Field(None, ge=1, description="rows per task / documents per data set")
@@ -163,3 +165,5 @@ STAGES: dict[str, type[StageConfig]] = {
     "bench": BenchConfig,
 }
 WRITERS = ("convert", "distill", "sft", "dpo")
+# where a run happens is no part of what it makes
+PLACE = ("device", "trust_remote_code")

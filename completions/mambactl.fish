@@ -1,0 +1,1 @@
+complete --command mambactl --no-files --arguments "(env _MAMBACTL_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) mambactl)" --condition "env _MAMBACTL_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) mambactl"

@@ -1,0 +1,130 @@
+"""The entry point: signals and every exception become one message and one documented exit code."""
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from mambactl.errors import ExitCode, MambactlError
+
+EXTRAS = {"lm_eval": "eval", "matplotlib": "plot", "peft": "lora", "mamba_ssm": "cuda"}
+MEMORY_SIGNS = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")
+DISK_SIGNS = ("No space left on device", "Disk quota exceeded")
+
+
+class Stopped(KeyboardInterrupt):
+    """The first SIGINT or SIGTERM; it unwinds the stack so that half-written files are removed."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its documented code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line in this process and return its exit code; messages go to stderr."""
+    stopped: list[int] = []
+    failure: BaseException | None = None
+    code: int = ExitCode.DONE
+    try:
+        with _stopping(stopped):
+            code = _invoke(arguments)
+    except SystemExit as error:
+        # completion and Typer's own exits
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException as error:
+        failure = error
+    if stopped:
+        name = signal.Signals(stopped[0]).name
+        hint = "run it again; --resume continues where it stopped"
+        return _report(failure, 128 + stopped[0], f"stopped by {name}", hint, arguments)
+    if failure is not None:
+        return _report(failure, *explain(failure), arguments)
+    return code
+
+
+def explain(error: BaseException) -> tuple[int, str, str | None]:
+    """Return exit code, sentence and hint for an exception."""
+    if isinstance(error, MambactlError):
+        return error.code, str(error), error.hint
+    chain = list(_chain(error))
+    text = " ".join(str(link) for link in chain)
+    if any(_is_memory(link) for link in chain):
+        return ExitCode.RESOURCE, "out of memory", "smaller --batch-size, --max-length or --dtype"
+    full = any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain)
+    if full or any(sign in text for sign in DISK_SIGNS):
+        return ExitCode.RESOURCE, f"the disk is full: {error}", "free space, or use another -o"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
+        extra = EXTRAS[(error.name or "").split(".")[0]]
+        return ExitCode.RESOURCE, f"{error.name} is missing", f'pip install "mambactl[{extra}]"'
+    if hasattr(error, "format_message"):
+        # a command line that Typer could not parse
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "mambactl"
+        return ExitCode.USAGE, error.format_message(), f"{command} --help"
+    return ExitCode.BUG, f"{type(error).__name__}: {error}", "this is a bug: please report it"
+
+
+def _invoke(arguments: list[str]) -> int:
+    from mambactl.cli.app import app
+    from mambactl.cli.io import guarded_stdout
+
+    if not arguments and not os.environ.get("_MAMBACTL_COMPLETE"):
+        with guarded_stdout():
+            app(["--help"], prog_name="mambactl", standalone_mode=False)
+        return ExitCode.USAGE
+    result = app(arguments, prog_name="mambactl", standalone_mode=False)
+    return result if isinstance(result, int) else ExitCode.DONE
+
+
+@contextmanager
+def _stopping(stopped: list[int]) -> Iterator[None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stopped:
+            os._exit(128 + number)
+        stopped.append(number)
+        raise Stopped(signal.Signals(number).name)
+
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_memory(error: BaseException) -> bool:
+    # torch has its own class, which must not be imported here
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in MEMORY_SIGNS)
+
+
+def _report(
+    error: BaseException | None, code: int, message: str, hint: str | None, arguments: list[str]
+) -> int:
+    if error is not None and (code == ExitCode.BUG or os.environ.get("MAMBACTL_DEBUG") == "1"):
+        import traceback
+
+        traceback.print_exception(error)
+    if "--json" in arguments:
+        lines = [json.dumps({"error": message, "hint": hint, "code": int(code)})]
+    else:
+        lines = [f"error: {message}"] + ([f"hint: {hint}"] if hint else [])
+    sys.stderr.write("\n".join(lines) + "\n")
+    return int(code)
+
+
+if __name__ == "__main__":
+    main()

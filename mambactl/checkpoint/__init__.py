@@ -1,0 +1,1 @@
+"""Checkpoints in and out: found, read lazily, loaded strictly, written atomically."""

@@ -1,0 +1,48 @@
+"""Llama and Mistral: a hybrid that has only attention layers, under the same tensor names."""
+
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig
+
+from mambactl.checkpoint.adapters.adapted import Adapted, build_config, same_names
+from mambactl.checkpoint.reader import Reader
+from mambactl.models.config import HybridConfig
+
+# what decides the computation or the text around it; bookkeeping of the source stays behind
+_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+)
+
+
+def adapt(reader: Reader) -> Adapted:
+    """All-attention config; each family's own class fills in what its file leaves out."""
+    family: type[PretrainedConfig] = (
+        MistralConfig if reader.config["model_type"] == "mistral" else LlamaConfig
+    )
+    native = build_config(reader, family, reader.config)
+    fields: dict[str, Any] = {
+        name: value for name in _FIELDS if (value := getattr(native, name, None)) is not None
+    }
+    if family is LlamaConfig:
+        fields.pop("sliding_window", None)
+    config = build_config(reader, HybridConfig, fields)
+    return Adapted(config, same_names(reader, config))

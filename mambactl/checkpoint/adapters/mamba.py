@@ -1,0 +1,171 @@
+"""Native Mamba-1 and Mamba-2: the transformers format and the original state-spaces one.
+
+Both keep the tensors of a mixer in the layout our native mixers use, so only names change.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from mambactl.checkpoint.adapters.adapted import Adapted, Origin, build_config
+from mambactl.checkpoint.reader import Reader
+from mambactl.errors import ModelError
+from mambactl.models.config import HybridConfig, Mamba1Settings, Mamba2Settings
+
+STATE_SPACES = "state-spaces"
+# the recurrence has no positions; this only bounds what generate() allows
+_MAX_POSITIONS = 1 << 20
+
+Settings = Mamba1Settings | Mamba2Settings
+
+
+def adapt(reader: Reader) -> Adapted:
+    """An attention-free, MLP-free hybrid; raises ModelError for variants it cannot express."""
+    original = reader.config.get("model_type") is None
+    fields, settings = (_original if original else _transformers)(reader)
+    kind = "mamba2" if isinstance(settings, Mamba2Settings) else "mamba1"
+    config = build_config(
+        reader,
+        HybridConfig,
+        {
+            **fields,
+            kind: asdict(settings),
+            "mixers": [kind] * fields["num_hidden_layers"],
+            "has_mlp": False,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "intermediate_size": fields["hidden_size"],
+            "max_position_embeddings": _MAX_POSITIONS,
+        },
+    )
+    return Adapted(config, _names(reader, config.tie_word_embeddings))
+
+
+def _names(reader: Reader, tied: bool) -> dict[str, Origin]:
+    ours: dict[str, Origin] = {}
+    for name in reader.names():
+        if tied and name == "lm_head.weight":
+            continue
+        ours[_rename(name)] = name
+    return ours
+
+
+def _rename(name: str) -> str:
+    match name.split("."):
+        case ["backbone", "embeddings" | "embedding", "weight"]:
+            return "model.embed_tokens.weight"
+        case ["backbone", "norm_f", "weight"]:
+            return "model.norm.weight"
+        case ["backbone", "layers", index, "norm", "weight"]:
+            return f"model.layers.{index}.input_layernorm.weight"
+        case ["backbone", "layers", index, "mixer", *rest]:
+            return f"model.layers.{index}.mamba.{'.'.join(rest)}"
+    # left alone, so that strict loading names what it does not know
+    return name
+
+
+def _transformers(reader: Reader) -> tuple[dict[str, Any], Settings]:
+    from transformers import Mamba2Config, MambaConfig
+
+    family = {"mamba": MambaConfig, "mamba2": Mamba2Config}[reader.config["model_type"]]
+    native = build_config(reader, family, reader.config)
+    if native.hidden_act != "silu":
+        raise _beyond(reader, f"the activation {native.hidden_act}")
+    fields = {
+        "vocab_size": native.vocab_size,
+        "hidden_size": native.hidden_size,
+        "num_hidden_layers": native.num_hidden_layers,
+        "rms_norm_eps": native.layer_norm_epsilon,
+        "tie_word_embeddings": native.tie_word_embeddings,
+        "bos_token_id": native.bos_token_id,
+        "eos_token_id": native.eos_token_id,
+        "pad_token_id": native.pad_token_id,
+        "dtype": native.dtype,
+    }
+    shared = {"d_conv": native.conv_kernel, "conv_bias": native.use_conv_bias}
+    if family is MambaConfig:
+        return fields, Mamba1Settings(
+            d_inner=native.intermediate_size,
+            dt_rank=int(native.time_step_rank),
+            d_state=native.state_size,
+            native=True,
+            proj_bias=native.use_bias,
+            **shared,
+        )
+    if tuple(native.time_step_limit) != (0.0, float("inf")):
+        raise _beyond(reader, f"time_step_limit {native.time_step_limit}")
+    return fields, Mamba2Settings(
+        n_heads=native.num_heads,
+        head_dim=native.head_dim,
+        d_state=native.state_size,
+        x_heads=native.num_heads,
+        b_groups=native.n_groups,
+        c_groups=native.n_groups,
+        norm_groups=native.n_groups,
+        norm_eps=native.layer_norm_epsilon,
+        proj_bias=native.use_bias,
+        **shared,
+    )
+
+
+def _original(reader: Reader) -> tuple[dict[str, Any], Settings]:
+    raw = reader.config
+    for key in ("attn_layer_idx", "d_intermediate"):
+        if raw.get(key):
+            raise _beyond(reader, f"{key} {raw[key]}")
+    if raw.get("rms_norm") is False:
+        raise _beyond(reader, "LayerNorm instead of RMSNorm")
+    if "backbone.embedding.weight" not in reader.names():
+        raise ModelError(f"{reader.path} has no backbone.embedding.weight", "fetch it again")
+    fields = {
+        # the file holds the padded vocabulary, its config the plain one
+        "vocab_size": reader.shape("backbone.embedding.weight")[0],
+        "hidden_size": raw["d_model"],
+        "num_hidden_layers": raw["n_layer"],
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": raw.get("tie_embeddings", True),
+        # the GPT-NeoX tokenizer these models were trained with ends a text with token 0
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "dtype": str(reader.dtype("backbone.embedding.weight")).removeprefix("torch."),
+    }
+    ssm = dict(raw.get("ssm_cfg") or {})
+    layer = ssm.pop("layer", "Mamba1")
+    return fields, _original_settings(reader, layer, raw["d_model"], ssm)
+
+
+def _original_settings(reader: Reader, layer: str, width: int, ssm: Mapping[str, Any]) -> Settings:
+    d_inner = width * ssm.get("expand", 2)
+    shared = {
+        "d_conv": ssm.get("d_conv", 4),
+        "conv_bias": ssm.get("conv_bias", True),
+        "proj_bias": ssm.get("bias", False),
+    }
+    if layer == "Mamba1":
+        rank = ssm.get("dt_rank", "auto")
+        return Mamba1Settings(
+            d_inner=d_inner,
+            dt_rank=-(-width // 16) if rank == "auto" else rank,
+            d_state=ssm.get("d_state", 16),
+            native=True,
+            **shared,
+        )
+    plain = {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None}
+    odd = [key for key, value in plain.items() if ssm.get(key, value) != value]
+    if layer != "Mamba2" or odd:
+        raise _beyond(reader, f"a {layer} layer with {', '.join(odd) or 'another design'}")
+    head_dim, groups = ssm.get("headdim", 64), ssm.get("ngroups", 1)
+    return Mamba2Settings(
+        n_heads=d_inner // head_dim,
+        head_dim=head_dim,
+        d_state=ssm.get("d_state", 128),
+        x_heads=d_inner // head_dim,
+        b_groups=groups,
+        c_groups=groups,
+        norm_groups=groups,
+        **shared,
+    )
+
+
+def _beyond(reader: Reader, what: str) -> ModelError:
+    return ModelError(f"{reader.path} uses {what}, which is not supported", "use another model")

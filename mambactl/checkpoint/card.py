@@ -1,0 +1,58 @@
+"""The README.md that a checkpoint folder carries."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(lineage: Mapping[str, Any], config: Any) -> str:
+    """Markdown with the Hub's front matter; `config` is a HybridConfig or its dict."""
+    from huggingface_hub import ModelCardData
+
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    mixers = fields.get("mixers") or []
+    source = lineage.get("source")
+    front = ModelCardData(
+        library_name="mambactl",
+        pipeline_tag="text-generation",
+        tags=["mambactl", "mamba", "hybrid"],
+        base_model=source if source and source.count("/") == 1 else None,
+    )
+    stages = [entry["stage"] for entry in (*lineage.get("ancestors", []), lineage)]
+    lines = [
+        "---",
+        front.to_yaml(),
+        "---",
+        "",
+        f"# {_title(source)}: hybrid Mamba",
+        "",
+        f"Made by `mambactl {' -> '.join(stages)}` from `{source}`.",
+        "",
+        *_layer_lines(mixers),
+        *_metric_lines(lineage.get("metrics", {})),
+        "",
+        "```",
+        'mambactl generate . -p "What is the capital of France?"',
+        "```",
+        "",
+        "The full history, recipe and versions are in `mambactl.json`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _title(source: str | None) -> str:
+    return (source or "model").rstrip("/").split("/")[-1]
+
+
+def _layer_lines(mixers: list[str]) -> list[str]:
+    lines = ["| mixer | layers |", "|---|---|"]
+    for kind in sorted(set(mixers)):
+        layers = [str(index) for index, mixer in enumerate(mixers) if mixer == kind]
+        lines.append(f"| {kind} | {', '.join(layers)} |")
+    return lines if mixers else []
+
+
+def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+    plain = {key: value for key, value in metrics.items() if isinstance(value, int | float | str)}
+    if not plain:
+        return []
+    return ["", "| metric | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in plain.items())]

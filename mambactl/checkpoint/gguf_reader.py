@@ -1,0 +1,222 @@
+"""Read a GGUF of a Llama: tensors dequantised one at a time, config and tokenizer rebuilt."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mambactl.checkpoint.reader import Reader
+from mambactl.errors import ModelError, ResourceError
+
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTER_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+# llama.cpp's file types without quantisation; every other type was a 16 bit model before
+_PLAIN_DTYPES = {0: torch.float32, 1: torch.float16}
+_ROWS = 8192
+
+
+class GgufReader(Reader):
+    """Tensors under their Hugging Face names, in the type the model had before quantisation."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            import gguf
+        except ImportError as error:
+            raise ResourceError("reading GGUF needs gguf", "pip install gguf") from error
+        try:
+            file = gguf.GGUFReader(path)
+        except Exception as error:  # the library raises many types on a bad file
+            raise ModelError(
+                f"{path} is not a readable GGUF: {str(error).splitlines()[:1]}", "fetch it again"
+            ) from error
+        self._dequantize = gguf.dequantize
+        self._fields = file.fields
+        if (architecture := self._value("general.architecture")) != "llama":
+            raise ModelError(
+                f"{path} holds the architecture {architecture!r}",
+                "GGUF input is supported for llama (which includes Mistral 7B)",
+            )
+        self._tensors = {tensor.name: tensor for tensor in file.tensors}
+        self._names = {
+            _our_name(name, path): name for name in self._tensors if name != _ROPE_FACTORS
+        }
+
+    def _value(self, key: str, default: Any = None) -> Any:
+        return self._fields[key].contents() if key in self._fields else default
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[self._names[name]].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _PLAIN_DTYPES.get(self._value("general.file_type"), torch.bfloat16)
+
+    def get(self, name: str) -> torch.Tensor:
+        return self.dequantize(name, self.dtype(name))
+
+    def dequantize(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor in `dtype`, a block of rows at a time so that fp32 never exists whole."""
+        tensor = self._tensors[self._names[name]]
+        shape = self.shape(name)
+        out = torch.empty(shape, dtype=dtype)
+        for start in range(0, shape[0], _ROWS):
+            rows = self._dequantize(tensor.data[start : start + _ROWS], tensor.tensor_type)
+            out[start : start + _ROWS] = torch.from_numpy(np.require(rows, requirements="CW"))
+        if name.endswith("q_proj.weight"):
+            return _unpermute(out, self.config["num_attention_heads"])
+        if name.endswith("k_proj.weight"):
+            return _unpermute(out, self.config["num_key_value_heads"])
+        return out
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        def field(name: str, default: Any = None) -> Any:
+            return self._value(f"llama.{name}", default)
+
+        heads, width = field("attention.head_count"), field("embedding_length")
+        if field("expert_count"):
+            raise ModelError(f"{self.path} is a mixture of experts", "give a dense Llama")
+        config = {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": self.shape("model.embed_tokens.weight")[0],
+            "hidden_size": width,
+            "intermediate_size": field("feed_forward_length"),
+            "num_hidden_layers": field("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": field("attention.head_count_kv", heads),
+            "head_dim": field("attention.key_length", width // heads),
+            "max_position_embeddings": field("context_length"),
+            "rms_norm_eps": _short(field("attention.layer_norm_rms_epsilon")),
+            "rope_theta": float(field("rope.freq_base", 10000.0)),
+            "tie_word_embeddings": "lm_head.weight" not in self._names,
+            "hidden_act": "silu",
+            "dtype": str(self.dtype("")).removeprefix("torch."),
+        }
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+            config[f"{role}_token_id"] = self._value(f"tokenizer.ggml.{key}_token_id")
+        if scaling := self._rope_scaling(config):
+            config["rope_scaling"] = scaling
+        return config
+
+    def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        if _ROPE_FACTORS in self._tensors:
+            factors = np.array(self._tensors[_ROPE_FACTORS].data, dtype=np.float64)
+            return _llama3_scaling(factors, config)
+        kind = self._value("llama.rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": self._value("llama.rope.scaling.factor")}
+        raise ModelError(f"{self.path} uses rope scaling {kind!r}", "linear and llama3 are read")
+
+    @cached_property
+    def files(self) -> dict[str, str | bytes]:
+        if "tokenizer.ggml.tokens" not in self._fields:
+            return {}
+        settings, backend = self._tokenizer()
+        files = {
+            "tokenizer.json": backend.to_str(),
+            "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
+            "generation_config.json": json.dumps(
+                {k: v for k, v in self.config.items() if k.endswith("_token_id") and v is not None}
+            ),
+        }
+        if template := self._value("tokenizer.chat_template"):
+            files["chat_template.jinja"] = template
+        return files
+
+    def _tokenizer(self) -> tuple[dict[str, Any], Any]:
+        from tokenizers import pre_tokenizers, processors
+        from transformers.integrations.gguf import convert_gguf_tokenizer
+
+        def field(name: str, default: Any = None) -> Any:
+            return self._value(f"tokenizer.ggml.{name}", default)
+
+        described = {"tokenizer_type": field("model"), "pre_tokenizer_type": field("pre")}
+        for name in ("tokens", "scores", "token_type", "merges"):
+            if (value := field(name)) is not None:
+                described[name] = value
+        backend, _ = convert_gguf_tokenizer("llama", described)
+        if field("pre") == "smollm":
+            # the library's mapping has no entry for it; SmolLM's merges never join digits
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+            backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.config["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+        }
+        tokens = described["tokens"]
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            if (index := field(f"{key}_token_id")) is not None:
+                settings[f"{role}_token"] = tokens[index]
+        if field("add_bos_token", field("model") == "llama") and (bos := settings.get("bos_token")):
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A",
+                pair=f"{bos} $A {bos} $B",
+                special_tokens=[(bos, field("bos_token_id"))],
+            )
+        return settings, backend
+
+
+def _our_name(name: str, path: Path) -> str:
+    stem, kind = name.rsplit(".", 1)
+    if stem in _OUTER_NAMES:
+        return f"{_OUTER_NAMES[stem]}.{kind}"
+    match stem.split("."):
+        case ["blk", index, part] if part in _LAYER_NAMES:
+            return f"model.layers.{index}.{_LAYER_NAMES[part]}.{kind}"
+    raise ModelError(f"{path} holds the tensor {name!r}, which no Llama has", None)
+
+
+def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo llama.cpp's interleaving of rotary pairs in the rows of q and k."""
+    rows = weight.shape[0] // heads
+    paired = weight.view(heads, rows // 2, 2, *weight.shape[1:])  # [H, P/2, 2, D]
+    return paired.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _short(value: float) -> float:
+    # stored as fp32; the nearest short decimal is the number that was meant
+    return float(f"{value:.5g}")
+
+
+def _llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
+    """The llama3 rope parameters whose per-frequency divisors are `factors`; raises ModelError."""
+    factor, low, high, original = _short(factors.max()), 1.0, 4.0, 8192
+    dim = config["head_dim"]
+    wavelength = 2 * np.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if not np.allclose(factors, expected, rtol=1e-3):
+        raise ModelError("the GGUF's rope factors are not Llama 3's", "give the original model")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }

@@ -1,0 +1,197 @@
+"""Load models, tokenizers and lineage from any checkpoint, strictly."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mambactl.checkpoint.adapters import Adapted, adapt, needs_remote_code
+from mambactl.checkpoint.reader import (
+    Reader,
+    SingleFileReader,
+    open_checkpoint,
+    read_lineage,
+    read_side_files,
+)
+from mambactl.checkpoint.resolve import Source, resolve, tokenizer_folder
+from mambactl.checkpoint.save import stored_dtype
+from mambactl.errors import ModelError
+from mambactl.models.config import HybridConfig
+from mambactl.models.hybrid import HybridForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_NEOX = "EleutherAI/gpt-neox-20b"
+_NAMES_SHOWN = 5
+
+
+def load_model(
+    spec: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> HybridForCausalLM:
+    """The model in eval mode, in its stored type unless `dtype`; A_log, D and dt_bias are fp32.
+
+    Raises ModelError naming every missing, unexpected and misshaped tensor. Code inside a
+    checkpoint runs only with `trust_remote_code`, for architectures that are not ours; the result
+    is then that code's own model, good as a teacher or a baseline.
+    """
+    source = resolve(spec)
+    with open_checkpoint(source) as reader:
+        if trust_remote_code and needs_remote_code(reader.config):
+            return _load_foreign(source, device, dtype)
+        adapted = adapt(reader)
+        model = empty_model(adapted.config)
+        check(reader, adapted, model)
+        state = {}
+        for name in adapted.names:
+            tensor = adapted.get(reader, name)
+            state[name] = tensor.to(device, stored_dtype(name, dtype or tensor.dtype))
+        files = reader.files
+    if adapted.config.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = state[EMBEDDING].dtype
+    model.generation_config = _generation_config(files, model)
+    return model.to(device).eval()
+
+
+def open_strict(spec: str | Source) -> tuple[Reader, Adapted]:
+    """An open reader and its adapter, after the same checks that loading makes."""
+    reader = open_checkpoint(spec)
+    try:
+        adapted = adapt(reader)
+        check(reader, adapted, empty_model(adapted.config))
+    except BaseException:
+        reader.close()
+        raise
+    return reader, adapted
+
+
+def empty_model(config: HybridConfig) -> HybridForCausalLM:
+    """The model with parameters that have shapes but no memory."""
+    from accelerate import init_empty_weights
+
+    # buffers are real: rotary frequencies are computed at construction, never stored
+    with init_empty_weights(include_buffers=False):
+        return HybridForCausalLM(config)
+
+
+def check(reader: Reader, adapted: Adapted, model: HybridForCausalLM) -> None:
+    """Compare names and shapes with what the config implies; raises ModelError naming them."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if adapted.config.tie_word_embeddings:
+        expected.pop(HEAD, None)
+        _check_tied(reader, adapted)
+    wrong = []
+    for name, origin in adapted.names.items():
+        if isinstance(origin, str) and name in expected:
+            found = reader.shape(origin)
+            if found != expected[name]:
+                wrong.append(f"{origin} is {list(found)}, not {list(expected[name])}")
+            elif not reader.dtype(origin).is_floating_point:
+                wrong.append(f"{origin} is stored as {reader.dtype(origin)}")
+    problems = [
+        _listed("missing", sorted(expected.keys() - adapted.names.keys())),
+        _listed("unexpected", sorted(adapted.names.keys() - expected.keys())),
+        _listed("misshaped", wrong),
+    ]
+    if any(problems):
+        raise ModelError(
+            f"{reader.path} does not fit its config: {'; '.join(filter(None, problems))}",
+            "the checkpoint is incomplete, or config.json belongs to another model",
+        )
+
+
+def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerFast":
+    """The tokenizer a checkpoint carries; a missing pad token becomes the end token."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    source = resolve(spec)
+    files = _tokenizer_files(source)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            data = content.encode("utf-8") if isinstance(content, str) else content
+            (Path(folder) / name).write_bytes(data)
+        if "tokenizer.json" in files:
+            # not Auto: classes like GPT2Tokenizer rebuild the pipeline and lose digit splitting
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer.name_or_path = spec
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_lineage(spec: str) -> dict[str, Any] | None:
+    """The content of mambactl.json, or None for a checkpoint that mambactl did not write."""
+    source = resolve(spec)
+    if source.kind == "folder":
+        return read_lineage(source.path)
+    if source.kind == "file":
+        return SingleFileReader(source.path).lineage
+    return None
+
+
+def _tokenizer_files(source: Source) -> Mapping[str, str | bytes]:
+    if source.kind == "folder":
+        files = read_side_files(source.path)
+        config = source.path / "config.json"
+        raw = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    else:
+        with open_checkpoint(source) as reader:
+            files, raw = reader.files, reader.config
+    if any(name in files for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return files
+    if "ssm_cfg" in raw:
+        # state-spaces publishes weights alone; all its models share this tokenizer
+        return read_side_files(tokenizer_folder(_NEOX))
+    raise ModelError(
+        f"{source.path} has no tokenizer", "copy tokenizer.json of the original model into it"
+    )
+
+
+def _check_tied(reader: Reader, adapted: Adapted) -> None:
+    if HEAD not in reader.names() or EMBEDDING not in adapted.names:
+        return
+    if not torch.equal(reader.get(HEAD), adapted.get(reader, EMBEDDING)):
+        raise ModelError(
+            f"{reader.path} says tie_word_embeddings, but its {HEAD} differs from the embedding",
+            "set tie_word_embeddings to false in config.json",
+        )
+
+
+def _listed(label: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"{len(names)} {label} ({', '.join(names[:_NAMES_SHOWN])}{more})"
+
+
+def _generation_config(files: Mapping[str, str | bytes], model: HybridForCausalLM) -> Any:
+    from transformers import GenerationConfig
+
+    if "generation_config.json" in files:
+        return GenerationConfig.from_dict(json.loads(files["generation_config.json"]))
+    return GenerationConfig.from_model_config(model.config)
+
+
+def _load_foreign(
+    source: Source, device: str | torch.device, dtype: torch.dtype | None
+) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    if source.kind != "folder":
+        raise ModelError(f"{source.path} needs code, which only a folder carries", "give a folder")
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path, trust_remote_code=True, dtype=dtype or "auto"
+    )
+    return model.to(device).eval()

@@ -1,0 +1,86 @@
+"""Where a checkpoint comes from: its stage, its ancestors, the recipe and the versions used."""
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mambactl import __version__
+
+SCHEMA = 1
+_PACKAGES = ("torch", "transformers", "safetensors")
+_HEAD_BYTES = 1 << 20
+
+
+def lineage(
+    stage: str,
+    parent: Mapping[str, Any] | None,
+    parent_path: str | Path | None,
+    teacher: str | None,
+    recipe: Mapping[str, Any],
+    seed: int,
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of mambactl.json; `parent` is the lineage of the checkpoint at `parent_path`.
+
+    `source` is the model the chain started from, `ancestors` the stages since, oldest first.
+    """
+    path = None if parent_path is None else str(parent_path)
+    link = {"path": path, "sha256": _digest_if_local(path)}
+    ancestors: list[dict[str, Any]] = []
+    if parent is not None:
+        kept = {key: value for key, value in parent.items() if key not in ("ancestors", "versions")}
+        ancestors = [*parent.get("ancestors", []), kept]
+    return {
+        "schema": SCHEMA,
+        "stage": stage,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": (parent or {}).get("source", path),
+        "teacher": teacher or (parent or {}).get("teacher"),
+        "parent": link,
+        "recipe": dict(recipe),
+        "seed": seed,
+        "metrics": dict(metrics),
+        "versions": _versions(),
+        "ancestors": ancestors,
+    }
+
+
+def header_digest(path: Path) -> str:
+    """sha256 over the config and the header of every weight file: cheap, and enough to tell apart.
+
+    The header of a safetensors file lists names, types and shapes; of others the first MiB counts.
+    """
+    digest = hashlib.sha256()
+    for file in _identifying_files(path):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            size = _HEAD_BYTES
+            if file.suffix in (".st", ".safetensors"):
+                size = min(int.from_bytes(content.read(8), "little"), 100 * _HEAD_BYTES)
+            digest.update(content.read(size))
+    return digest.hexdigest()
+
+
+def _identifying_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    return sorted([*path.glob("config.json"), *path.glob("mambactl.json"), *weights])
+
+
+def _digest_if_local(path: str | None) -> str | None:
+    return header_digest(Path(path)) if path and Path(path).exists() else None
+
+
+def _versions() -> dict[str, str]:
+    found = {"mambactl": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,348 @@
+"""Read checkpoints lazily, one tensor at a time, whatever container holds them.
+
+Containers: a safetensors folder (one file or an index), a single `.st`, pickled `.bin` weights
+(restricted unpickling, memory mapped) and a GGUF.
+"""
+
+import base64
+import json
+import pickle
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mambactl.checkpoint.resolve import Source, resolve
+from mambactl.errors import ModelError
+
+CONFIG = "config.json"
+LINEAGE = "mambactl.json"
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+BINARY_PREFIX = "base64:"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# pages of a mapped file count as resident until it is closed, so close it now and then
+_REMAP_BYTES = 256 << 20
+
+
+class Reader:
+    """One open checkpoint: config, side files, lineage, and tensors on demand."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    config: Mapping[str, Any]
+    files: Mapping[str, str | bytes]
+    lineage: dict[str, Any] | None = None
+
+    def names(self) -> list[str]:
+        """Tensor names in file order."""
+        raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        raise NotImplementedError
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of one tensor, without reading it."""
+        raise NotImplementedError
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read one tensor to host memory."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release open files."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(source: Source | str) -> Reader:
+    """Open any supported container; raises ModelError with what is wrong with it."""
+    if isinstance(source, str):
+        source = resolve(source)
+    if source.kind == "gguf":
+        from mambactl.checkpoint.gguf_reader import GgufReader
+
+        return GgufReader(source.path)
+    if source.kind == "file":
+        return SingleFileReader(source.path)
+    if any(source.path.glob("*.safetensors*")):
+        return FolderReader(source.path)
+    if any(source.path.glob("pytorch_model*.bin*")):
+        return PickleReader(source.path)
+    return _refuse_folder(source.path)
+
+
+def _refuse_folder(folder: Path) -> Reader:
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{folder} is not a checkpoint: it has neither {CONFIG} nor weights",
+            "give the folder that holds config.json and *.safetensors",
+        )
+    raise ModelError(f"{folder} has no weights (*.safetensors, pytorch_model*.bin)", "copy them in")
+
+
+class _SafetensorsReader(Reader):
+    """Tensors spread over one or several safetensors files, one mapped at a time."""
+
+    def __init__(self, path: Path, where: dict[str, Path]):
+        super().__init__(path)
+        self._where = where
+        self._described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._open: tuple[Path, Any] | None = None
+        self._mapped = 0
+
+    def _describe(self, files: list[Path]) -> None:
+        for file in files:
+            with _open_safetensors(file) as handle:
+                for name in handle.keys():  # noqa: SIM118  the handle is no mapping
+                    if name in self._where and self._where[name] != file:
+                        continue
+                    part = handle.get_slice(name)
+                    self._described[name] = (tuple(part.get_shape()), _dtype(part, name, file))
+        if lost := [name for name in self._where if name not in self._described]:
+            raise ModelError(
+                f"{self._where[lost[0]]} lacks {len(lost)} tensors that the index names, "
+                f"first {lost[0]}",
+                "fetch that file again",
+            )
+
+    def names(self) -> list[str]:
+        return list(self._described)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._described[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._described[name][1]
+
+    def get(self, name: str) -> torch.Tensor:
+        file = self._where[name]
+        if self._open is None or self._open[0] != file or self._mapped > _REMAP_BYTES:
+            self.close()
+            self._open = (file, _open_safetensors(file))
+        tensor = self._open[1].get_tensor(name)
+        self._mapped += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        self._open, self._mapped = None, 0
+
+
+class FolderReader(_SafetensorsReader):
+    """A Hugging Face folder with `model.safetensors` or a sharded set and its index."""
+
+    def __init__(self, folder: Path):
+        self.config = _read_config(folder)
+        index = folder / "model.safetensors.index.json"
+        single = folder / "model.safetensors"
+        if index.is_file():
+            where = _read_index(index)
+        elif single.is_file():
+            where = {}
+        else:
+            raise ModelError(
+                f"{folder} has safetensors files but neither model.safetensors nor its index",
+                "fetch model.safetensors.index.json too",
+            )
+        super().__init__(folder, where)
+        self._describe(sorted(set(where.values())) or [single])
+        if not where:
+            self._where = dict.fromkeys(self._described, single)
+        self.lineage = read_lineage(folder)
+
+    @cached_property
+    def files(self) -> dict[str, str | bytes]:
+        return read_side_files(self.path)
+
+
+class SingleFileReader(_SafetensorsReader):
+    """One `.st` file that carries everything in its metadata, or sits beside a config.json."""
+
+    def __init__(self, file: Path):
+        super().__init__(file, {})
+        self._describe([file])
+        self._where = dict.fromkeys(self._described, file)
+        with _open_safetensors(file) as handle:
+            metadata = handle.metadata() or {}
+        if CONFIG in metadata:
+            self.config = _parse(metadata[CONFIG], file, CONFIG)
+            self.files = {name: _unpack(metadata[name]) for name in SIDE_FILES if name in metadata}
+            if LINEAGE in metadata:
+                self.lineage = _parse(metadata[LINEAGE], file, LINEAGE)
+            return
+        if not (file.parent / CONFIG).is_file():
+            raise ModelError(
+                f"{file} carries no config and there is no {CONFIG} beside it",
+                "give a file that mambactl wrote, or the whole folder",
+            )
+        self.config = _read_config(file.parent)
+        self.files = read_side_files(file.parent)
+        self.lineage = read_lineage(file.parent)
+
+
+class PickleReader(Reader):
+    """A folder of `pytorch_model*.bin` files, unpickled without running any code."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.config = _read_config(folder)
+        index = folder / "pytorch_model.bin.index.json"
+        self._loaded: tuple[Path, dict[str, torch.Tensor]] | None = None
+        self._mapped = 0
+        self._described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if index.is_file():
+            self._where = _read_index(index)
+        else:
+            single = folder / "pytorch_model.bin"
+            self._where = dict.fromkeys(_load_pickle(single), single)
+        for file in sorted(set(self._where.values())):
+            for name, tensor in _load_pickle(file).items():
+                if self._where.get(name) == file:
+                    self._described[name] = (tuple(tensor.shape), tensor.dtype)
+        if lost := self._where.keys() - self._described.keys():
+            raise ModelError(f"{folder} lacks {min(lost)}, which its index names", "fetch it again")
+        self.lineage = read_lineage(folder)
+
+    def names(self) -> list[str]:
+        return list(self._described)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._described[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._described[name][1]
+
+    def get(self, name: str) -> torch.Tensor:
+        file = self._where[name]
+        if self._loaded is None or self._loaded[0] != file or self._mapped > _REMAP_BYTES:
+            self.close()
+            self._loaded = (file, _load_pickle(file))
+        tensor = self._loaded[1][name]
+        self._mapped += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        self._loaded, self._mapped = None, 0
+
+    @cached_property
+    def files(self) -> dict[str, str | bytes]:
+        return read_side_files(self.path)
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise ModelError(f"{file} is missing", "fetch the checkpoint again") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file} is truncated or not a safetensors file ({error})", "fetch it again"
+        ) from error
+
+
+def _dtype(part: Any, name: str, file: Path) -> torch.dtype:
+    stored = part.get_dtype()
+    if stored not in DTYPES:
+        raise ModelError(f"{file}: {name} is stored as {stored}", "give an unquantised checkpoint")
+    return DTYPES[stored]
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise ModelError(f"{file} is missing", "fetch the checkpoint again")
+    try:
+        with file.open("rb") as start:
+            zipped = start.read(2) == b"PK"
+        # files from before torch 1.6 are no zip archives and cannot be mapped
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{file} is damaged or holds more than tensors, and loading it could run code",
+            "convert it to safetensors where you trust it",
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"{file} cannot be read: {reason}", "fetch it again") from error
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _parse(text: str, path: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_hook=_special_float)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: {name} is not valid JSON ({error})", "fetch it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: {name} is not a JSON object", "fetch it again")
+    return value
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    # how transformers spells infinity, which JSON lacks
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ModelError(f"{folder} has no {CONFIG}", "give a folder in the Hugging Face layout")
+    return _parse(path.read_text("utf-8"), folder, CONFIG)
+
+
+def read_lineage(folder: Path) -> dict[str, Any] | None:
+    """The mambactl.json of a folder, if it has one."""
+    path = folder / LINEAGE
+    return _parse(path.read_text("utf-8"), folder, LINEAGE) if path.is_file() else None
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    names = _parse(index.read_text("utf-8"), index.parent, index.name).get("weight_map")
+    if not names:
+        raise ModelError(f"{index} has no weight_map", "fetch it again")
+    # a name with a folder part could point outside of the checkpoint
+    return {name: index.parent / Path(file).name for name, file in names.items()}
+
+
+def read_side_files(folder: Path) -> dict[str, str | bytes]:
+    """Tokenizer, template and generation files of a folder, by name."""
+    found: dict[str, str | bytes] = {}
+    for name in SIDE_FILES:
+        if (path := folder / name).is_file():
+            binary = name.endswith(".model")
+            found[name] = path.read_bytes() if binary else path.read_text("utf-8")
+    return found
+
+
+def _unpack(text: str) -> str | bytes:
+    if text.startswith(BINARY_PREFIX):
+        return base64.b64decode(text.removeprefix(BINARY_PREFIX))
+    return text

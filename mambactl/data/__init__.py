@@ -1,0 +1,1 @@
+"""Data: loading rows, chat formatting, packing into training rows."""

@@ -1,0 +1,201 @@
+"""Rows of text, chat turns or preferences from .jsonl[.gz], .parquet, .txt and hub data sets."""
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from mambactl.errors import UsageError
+
+Schema = Literal["text", "preference"]
+Row = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+EXPECTED = {
+    "text": "`text` (a string) or `messages` (a list of role and content)",
+    "preference": "`prompt`, `chosen` and `rejected` (lists of role and content)",
+}
+_HUB_ID = re.compile(r"^(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@/]+))?(?:@(?P<split>.+))?$")
+
+
+class _Bad(Exception):
+    """What is wrong with one row; the caller adds where."""
+
+
+def load_rows(
+    specs: Sequence[str], max_samples: int | None = None, schema: Schema = "text"
+) -> list[Row]:
+    """Read and check every data set of `specs`, taking rows from them in turn.
+
+    A spec is a .jsonl, .jsonl.gz, .parquet (a row each) or .txt (one document) file, or a hub id
+    `ID[:config][@split]`. Rows hold `text`, or `messages` and perhaps `tools`; preference rows hold
+    `prompt`, `chosen`, `rejected`, all lists of messages. Raises UsageError naming file and row.
+    """
+    if not specs:
+        raise UsageError("no data given", f"pass --data FILE with {EXPECTED[schema]} per row")
+    rows = _in_turn([_checked(spec, schema) for spec in specs])
+    return list(islice(rows, max_samples))
+
+
+def _in_turn(sources: Sequence[Iterator[Row]]) -> Iterator[Row]:
+    waiting = list(sources)
+    while waiting:
+        alive = []
+        for source in waiting:
+            row = next(source, None)
+            if row is not None:
+                yield row
+                alive.append(source)
+        waiting = alive
+
+
+def _checked(spec: str, schema: Schema) -> Iterator[Row]:
+    found = False
+    for number, row in _read(spec):
+        found = True
+        try:
+            yield _preference(row) if schema == "preference" else _document(row)
+        except _Bad as error:
+            raise UsageError(
+                f"{spec}, row {number}: {error}", f"expected {EXPECTED[schema]}"
+            ) from None
+    if not found:
+        raise UsageError(f"{spec} is empty", "give a data set with at least one row")
+
+
+def _read(spec: str) -> Iterator[tuple[int, Any]]:
+    path = Path(spec)
+    if not (spec.endswith(SUFFIXES) or path.exists()):
+        return _read_hub(spec)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UsageError(
+            f"{spec} {what}", f"give a file ending in {', '.join(SUFFIXES)}, or a hub id"
+        )
+    if spec.endswith(".parquet"):
+        return _read_parquet(spec)
+    if spec.endswith(".txt"):
+        return _read_text(spec)
+    if spec.endswith((".jsonl", ".jsonl.gz")):
+        return _read_jsonl(spec)
+    raise UsageError(f"{spec}: unknown kind of file", f"known are {', '.join(SUFFIXES)}")
+
+
+def _read_jsonl(spec: str) -> Iterator[tuple[int, Any]]:
+    opener = gzip.open if spec.endswith(".gz") else open
+    number = 0
+    try:
+        with opener(spec, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{spec}, row {number}: not JSON ({error})", "one object per line"
+        ) from None
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise UsageError(f"{spec}, after row {number}: cannot be read ({error})") from None
+
+
+def _read_text(spec: str) -> Iterator[tuple[int, Any]]:
+    try:
+        text = Path(spec).read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{spec} cannot be read ({error})", "save it as UTF-8") from None
+    if text.strip():
+        yield 1, {"text": text}
+
+
+def _read_parquet(spec: str) -> Iterator[tuple[int, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(spec) as file:
+            batches = file.iter_batches(batch_size=1024)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except (ArrowException, OSError) as error:
+        raise UsageError(f"{spec} cannot be read as parquet ({error})") from None
+
+
+def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
+    match = _HUB_ID.match(spec)
+    if match is None:
+        raise UsageError(f"{spec} is no file and no hub id", "use ID[:config][@split] or a file")
+    from datasets import load_dataset
+
+    split = match["split"] or "train"
+    try:
+        rows = load_dataset(match["id"], match["config"], split=split, streaming="[" not in split)
+        yield from enumerate(rows, start=1)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"data set {spec} cannot be loaded: {reason}",
+            "check the id, `:config`, `@split` and the network, or give a local file",
+        ) from None
+
+
+def _document(row: Any) -> Row:
+    _require(isinstance(row, dict), f"holds a {type(row).__name__}, not an object")
+    if row.get("messages") is not None:
+        tools = row.get("tools")
+        return {"messages": _messages(row["messages"], "messages")} | (
+            {"tools": _tools(tools)} if tools else {}
+        )
+    _require(row.get("text") is not None, f"has the columns {_columns(row)}")
+    _require(isinstance(row["text"], str), f"`text` is a {type(row['text']).__name__}")
+    return {"text": row["text"]}
+
+
+def _preference(row: Any) -> Row:
+    _require(isinstance(row, dict), f"holds a {type(row).__name__}, not an object")
+    _require({"chosen", "rejected"} <= row.keys(), f"has the columns {_columns(row)}")
+    chosen = _messages(_turn(row["chosen"], "assistant"), "chosen")
+    rejected = _messages(_turn(row["rejected"], "assistant"), "rejected")
+    if len(chosen) > 1:
+        # whole conversations, as in ultrafeedback_binarized: the shared turns are the prompt
+        _require(chosen[:-1] == rejected[:-1], "`chosen` and `rejected` start differently")
+        return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    _require("prompt" in row, f"has the columns {_columns(row)}")
+    prompt = _messages(_turn(row["prompt"], "user"), "prompt")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _turn(value: Any, role: str) -> Any:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _messages(value: Any, column: str) -> list[Row]:
+    _require(isinstance(value, list) and len(value) > 0, f"`{column}` is not a filled list")
+    for position, message in enumerate(value):
+        where = f"`{column}[{position}]`"
+        _require(isinstance(message, dict), f"{where} is not an object")
+        role = message.get("role")
+        _require(role in ROLES, f"{where} has the role {role!r}; known are {', '.join(ROLES)}")
+        content_ok = isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
+        _require(content_ok, f"{where} has no `content`")
+    # parquet fills absent struct fields with nulls, which chat templates would print
+    return [{key: item for key, item in m.items() if item is not None} for m in value]
+
+
+def _tools(value: Any) -> list[Row]:
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise _Bad(f"`tools` is not JSON ({error})") from None
+    _require(isinstance(tools, list), "`tools` is not a list")
+    return tools
+
+
+def _columns(row: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in row) or "none"
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise _Bad(problem)

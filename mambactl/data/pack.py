@@ -1,0 +1,154 @@
+"""Documents packed into rows of one length, and a batch order that resumes by step number.
+
+Every document of a row has its own `seq_idx` (0, 1, ...), and padding at the end counts as one
+more document: numbers stay non-negative and non-decreasing, which every kernel accepts, and a
+model that resets where `seq_idx` changes cannot leak. A loss counts `loss_mask` (never padding or
+a document's first token, which nothing in the row predicts); an alignment counts `valid`.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mambactl.data.format import Example
+from mambactl.errors import UsageError
+
+# rows shorter than this share too little context to be worth a trimmed shape of their own
+TRIM = 64
+
+
+class Row(NamedTuple):
+    """One training row, all arrays [T]: ids int32, places int32, masks bool."""
+
+    input_ids: np.ndarray
+    seq_idx: np.ndarray
+    position_ids: np.ndarray
+    loss_mask: np.ndarray
+    valid: np.ndarray
+
+
+class Batch(NamedTuple):
+    """Rows as tensors [B, T]: ids and positions int64, seq_idx int32, masks bool.
+
+    `seq_idx` is None where every row is one document (and padding behind it, which nothing before
+    it can see), so that kernels may take their plain causal route.
+    """
+
+    input_ids: torch.Tensor
+    seq_idx: torch.Tensor | None
+    position_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    valid: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy to a device."""
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+def pack(examples: Sequence[Example], max_length: int, packing: bool = True) -> list[Row]:
+    """Fill rows of `max_length` tokens, deterministically.
+
+    With `packing`, longer documents are cut into pieces (each starts afresh) and pieces fill rows
+    best-fit decreasing, so that a document is never cut to fill a gap. Without, each example is
+    one row, truncated. Documents of one token are dropped. Raises UsageError when nothing is left.
+    """
+    examples = [example for example in examples if len(example.input_ids) > 1]
+    if packing:
+        pieces = [piece for example in examples for piece in _pieces(example, max_length)]
+        rows = [_row(members, max_length) for members in _best_fit(pieces, max_length)]
+    else:
+        rows = [_row([_slice(example, 0, max_length)], max_length) for example in examples]
+    rows = [row for row in rows if row.loss_mask.any()]
+    if not rows:
+        raise UsageError("the data holds no token to learn from", "give longer documents")
+    return rows
+
+
+def batches(rows: Sequence[Row], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """Endless batches from batch number `start` on; every epoch is a new order given by `seed`.
+
+    Batch n is always the same whatever `start` was. Columns that are padding in every row are cut
+    off in steps of `TRIM`.
+    """
+    epoch, order = -1, np.empty(0, np.int64)
+    position = start * batch_size
+    while True:
+        members = []
+        for place in range(position, position + batch_size):
+            if place // len(rows) != epoch:
+                epoch = place // len(rows)
+                order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+            members.append(rows[order[place % len(rows)]])
+        position += batch_size
+        yield collate(members)
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Stack rows of one length."""
+    longest = max(int(row.valid.sum()) for row in rows)
+    length = min(len(rows[0].input_ids), -(-longest // TRIM) * TRIM)
+    stacked = Row(
+        *(np.stack([array[:length] for array in column]) for column in zip(*rows, strict=True))
+    )
+    packed = bool((stacked.seq_idx[stacked.valid] > 0).any())
+    return Batch(
+        torch.from_numpy(stacked.input_ids).long(),
+        torch.from_numpy(stacked.seq_idx) if packed else None,
+        torch.from_numpy(stacked.position_ids).long(),
+        torch.from_numpy(stacked.loss_mask),
+        torch.from_numpy(stacked.valid),
+    )
+
+
+def _slice(example: Example, start: int, end: int) -> Example:
+    return Example(example.input_ids[start:end], example.loss_mask[start:end])
+
+
+def _pieces(example: Example, max_length: int) -> Iterator[Example]:
+    for start in range(0, len(example.input_ids), max_length):
+        piece = _slice(example, start, start + max_length)
+        if len(piece.input_ids) > 1:
+            yield piece
+
+
+def _best_fit(pieces: Sequence[Example], max_length: int) -> list[list[Example]]:
+    rows: list[list[Example]] = []
+    # (tokens left, row number) of every row that is not full, ascending
+    gaps: list[tuple[int, int]] = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece.input_ids)):
+        size = len(piece.input_ids)
+        found = bisect_left(gaps, (size, -1))
+        if found < len(gaps):
+            left, number = gaps.pop(found)
+        else:
+            left, number = max_length, len(rows)
+            rows.append([])
+        rows[number].append(piece)
+        # a document needs two tokens
+        if left - size > 1:
+            insort(gaps, (left - size, number))
+    return rows
+
+
+def _row(members: Sequence[Example], max_length: int) -> Row:
+    row = Row(
+        np.zeros(max_length, np.int32),
+        np.full(max_length, len(members), np.int32),
+        np.zeros(max_length, np.int32),
+        np.zeros(max_length, bool),
+        np.zeros(max_length, bool),
+    )
+    start = 0
+    for number, example in enumerate(members):
+        end = start + len(example.input_ids)
+        row.input_ids[start:end] = example.input_ids
+        row.seq_idx[start:end] = number
+        row.position_ids[start:end] = np.arange(end - start)
+        row.loss_mask[start + 1 : end] = example.loss_mask[1:]
+        row.valid[start:end] = True
+        start = end
+    row.position_ids[start:] = np.arange(max_length - start)
+    return row

@@ -1,0 +1,198 @@
+"""Draft, verify, accept, roll back: the reference decoding loop in plain PyTorch.
+
+The target holds every token of a row except the last, which is pending. A step runs
+[pending, d_1 .. d_n] through the target, keeps the accepted prefix and makes the corrected or
+bonus token the next pending one. Plain decoding is the same loop with n = 0.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mambactl.decode.accept import Proposal, Verdict, accept_greedy, accept_sampled
+from mambactl.decode.drafters import Drafter
+from mambactl.decode.prefill import pad, prefill
+from mambactl.decode.sampling import Sampler, SamplingParams, Stream
+from mambactl.decode.stats import DecodeStats
+from mambactl.errors import ModelError, UsageError
+from mambactl.models.cache import HybridCache
+from mambactl.models.hybrid import HybridForCausalLM
+
+Finish = Literal["eos", "length"]
+OnTokens = Callable[[int, list[int]], None]
+
+
+@dataclass
+class Generation:
+    """New tokens and the reason each row ended, in the order of the prompts.
+
+    An eos token is part of its row's tokens.
+    """
+
+    tokens: list[list[int]]
+    finish: list[Finish]
+    stats: DecodeStats = field(default_factory=DecodeStats)
+
+
+@dataclass
+class _Batch:
+    """The unfinished rows: `rows[b]` is the prompt that batch row b continues."""
+
+    rows: list[int]
+    cache: HybridCache
+    pending: Tensor  # [B]
+    sampler: Sampler
+
+    def keep(self, survivors: list[int]) -> Tensor:
+        index = torch.tensor(survivors, dtype=torch.long, device=self.pending.device)
+        self.rows = [self.rows[row] for row in survivors]
+        self.cache.reorder(index)
+        self.pending = self.pending[index]
+        self.sampler.keep(index)
+        return index
+
+
+class Engine:
+    """Decodes with `target`, helped by `drafter` with up to k tokens per step (k = 0: plain)."""
+
+    def __init__(self, target: HybridForCausalLM, drafter: Drafter | None = None, k: int = 0):
+        if (drafter is None) != (k == 0):
+            raise ValueError("a drafter needs k >= 1, and k >= 1 needs a drafter")
+        vocabulary = target.config.vocab_size
+        if drafter is not None and drafter.vocab_size not in (None, vocabulary):
+            raise ModelError(
+                f"draft and target have different vocabularies: {drafter.vocab_size} and "
+                f"{vocabulary} tokens",
+                hint="take a draft of the target's family, or `--draft ngram`",
+            )
+        self.target, self.drafter, self.k = target, drafter, k
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_tokens: OnTokens | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> Generation:
+        """Continue every prompt; `keys` [B] name the rows for sampling (default 0, 1, ...).
+
+        `on_tokens(row, tokens)` is called with the new tokens of each step.
+        """
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                raise UsageError(f"prompt {row} is empty", hint="a prompt needs at least one token")
+        output = Generation([[] for _ in prompts], ["length" for _ in prompts])
+        stats = output.stats
+        stats.rows, stats.prompt_tokens = len(prompts), sum(map(len, prompts))
+        with stats.timed("prefill", self.target.device):
+            batch = self._start(prompts, params, keys or range(len(prompts)))
+        while batch.rows:
+            self._step(batch, output, on_tokens)
+        stats.tokens = sum(map(len, output.tokens))
+        return output
+
+    def _start(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, keys: Sequence[int]
+    ) -> _Batch:
+        device = self.target.device
+        sampler = Sampler(params, keys, device)
+        cache = prefill(self.target, [prompt[:-1] for prompt in prompts], recording=self.k > 0)
+        if self.drafter is not None:
+            self.drafter.start(prompts, sampler)
+        pending = pad([[prompt[-1]] for prompt in prompts], device)[:, 0]  # [B]
+        return _Batch(list(range(len(prompts))), cache, pending, sampler)
+
+    def _step(self, batch: _Batch, output: Generation, on_tokens: OnTokens | None) -> None:
+        """Advance every unfinished row by at least one token and drop the finished ones."""
+        stats, device = output.stats, self.target.device
+        written = [len(output.tokens[row]) for row in batch.rows]
+        with stats.timed("draft", device):
+            proposal = self._propose(batch, written)
+        with stats.timed("verify", device):
+            verdict = self._verify(batch, proposal, written)
+        accepted = verdict.accepted.tolist()
+        stats.count_step(proposal.lengths.tolist(), accepted)
+        drafted, following = proposal.tokens.tolist(), verdict.following.tolist()
+        survivors = []
+        for place, row in enumerate(batch.rows):
+            new = [*drafted[place][: accepted[place]], following[place]]
+            if _emit(row, new, batch.sampler.params, output, on_tokens):
+                survivors.append(place)
+        if not survivors:
+            batch.rows = []
+            return
+        with stats.timed("draft", device):
+            self._continue(batch, survivors, proposal, verdict)
+
+    def _continue(
+        self, batch: _Batch, survivors: list[int], proposal: Proposal, verdict: Verdict
+    ) -> None:
+        """Tell the drafter what became of its tokens and shrink the batch to its survivors."""
+        if self.drafter is not None:
+            self.drafter.commit(proposal, verdict)
+        if len(survivors) == len(batch.rows):
+            return
+        index = batch.keep(survivors)
+        if self.drafter is not None:
+            self.drafter.keep(index)
+
+    def _propose(self, batch: _Batch, written: list[int]) -> Proposal:
+        """Ask for k tokens per row, fewer where the budget ends: a step adds one of its own."""
+        budget = batch.sampler.params.max_new_tokens
+        limits = [min(self.k, budget - count - 1) for count in written]
+        if self.drafter is not None and max(limits) > 0:
+            positions = torch.tensor(written, device=batch.pending.device)  # [B]
+            return self.drafter.propose(limits, positions)
+        # without a budget for drafts every row ends with this step, so no drafter misses it
+        nothing = batch.pending.new_zeros(len(limits), 0)  # [B, 0]
+        return Proposal(nothing, batch.pending.new_zeros(len(limits)))
+
+    def _verify(self, batch: _Batch, proposal: Proposal, written: list[int]) -> Verdict:
+        """One target pass over [pending, drafts]; the cache ends at the last accepted token."""
+        held = batch.cache.lengths.clone()  # [B]
+        logits = self.target(
+            input_ids=torch.cat([batch.pending[:, None], proposal.tokens], 1),  # [B, K + 1]
+            past_key_values=batch.cache,
+            n_new=1 + proposal.lengths,
+            use_cache=True,
+        ).logits  # [B, K + 1, V]
+        if batch.sampler.params.greedy:
+            verdict = accept_greedy(logits, proposal)
+        else:
+            verdict = self._accept_sampled(batch.sampler, logits, proposal, written)
+        if self.k > 0:
+            batch.cache.rollback(held + 1 + verdict.accepted)
+        batch.pending = verdict.following
+        return verdict
+
+    def _accept_sampled(
+        self, sampler: Sampler, logits: Tensor, proposal: Proposal, written: list[int]
+    ) -> Verdict:
+        """Give every tested and every emitted position its own uniform number."""
+        first = torch.tensor(written, device=logits.device)  # [B]
+        places = first[:, None] + torch.arange(logits.shape[1], device=logits.device)  # [B, K + 1]
+        emit = sampler.uniform(places, Stream.EMIT)  # [B, K + 1]
+        accept = sampler.uniform(places[:, :-1], Stream.ACCEPT)  # [B, K]
+        return accept_sampled(sampler.probs(logits), proposal, accept, emit)
+
+
+def _emit(
+    row: int,
+    new: list[int],
+    params: SamplingParams,
+    output: Generation,
+    on_tokens: OnTokens | None,
+) -> bool:
+    """Append tokens up to an eos; False when the row is finished."""
+    ends = [place for place, token in enumerate(new) if token in params.eos_token_ids]
+    if ends:
+        new = new[: ends[0] + 1]
+        output.finish[row] = "eos"
+    output.tokens[row].extend(new)
+    if on_tokens is not None:
+        on_tokens(row, new)
+    return not ends and len(output.tokens[row]) < params.max_new_tokens

@@ -1,0 +1,37 @@
+"""Reading prompts of different lengths into a cache."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mambactl.models.cache import HybridCache
+from mambactl.models.hybrid import HybridForCausalLM
+
+# bounds the memory of a long prompt; a chunk continues from the cache of the one before
+PREFILL_CHUNK = 2048
+
+
+def prefill(
+    model: HybridForCausalLM, prompts: Sequence[Sequence[int]], recording: bool
+) -> HybridCache:
+    """Run every prompt (possibly empty) through the model; the returned cache may be rolled back
+    to any later point than the prompts' ends when `recording`.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [B]
+    cache = HybridCache(model.config, len(prompts), model.device)
+    # one column even for empty prompts, so that the cache leaves its initial state
+    tokens = pad(prompts, model.device, least=1)  # [B, T]
+    for start in range(0, tokens.shape[1], PREFILL_CHUNK):
+        chunk = tokens[:, start : start + PREFILL_CHUNK]  # [B, <= PREFILL_CHUNK]
+        n_new = (lengths - start).clamp(0, PREFILL_CHUNK)
+        model.model(input_ids=chunk, past_key_values=cache, n_new=n_new, use_cache=True)
+    # what was read without recording is permanent
+    cache.recording = recording
+    return cache
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device | str, least: int = 0) -> torch.Tensor:
+    """Pad token lists with zeros on the right, [B, longest or `least`]."""
+    width = max([least, *map(len, rows)])
+    padded = [[*row, *[0] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width)

@@ -1,0 +1,127 @@
+"""Prompts: a small built-in set, prompt files, and their way to token ids."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mambactl.errors import UsageError
+
+EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Chat turns that end with the user's; a plain text is one turn."""
+
+    messages: tuple[dict[str, str], ...]
+    category: str = ""
+
+    @classmethod
+    def of(cls, text: str, category: str = "") -> "Prompt":
+        """A single user turn."""
+        return cls(({"role": "user", "content": text},), category)
+
+
+BUILTIN = (
+    Prompt.of("What should I look at when I choose my first bicycle?", "chat"),
+    Prompt.of("Write a short letter that thanks a neighbour for watering the plants.", "chat"),
+    Prompt.of(
+        "Write a Python function that returns the second largest number of a list, and explain "
+        "what it does with an empty list.",
+        "code",
+    ),
+    Prompt.of(
+        "This function should count vowels but always returns zero. Repeat it with the mistake "
+        "corrected.\n\ndef count_vowels(text):\n    count = 0\n    for letter in text:\n"
+        "        if letter == 'aeiou':\n            count += 1\n    return count",
+        "code",
+    ),
+    Prompt.of(
+        "A baker fills 14 trays with 12 rolls each and sells 95 rolls before noon. How many rolls "
+        "are left? Show each step.",
+        "maths",
+    ),
+    Prompt.of("List the first ten square numbers and the differences between neighbours.", "maths"),
+    Prompt.of(
+        "Summarise in two sentences: The old lighthouse was built of grey stone in 1862. For a "
+        "hundred years a keeper climbed its 140 steps every evening to light the lamp. In 1963 the "
+        "lamp became electric and the last keeper moved to the village, but he kept the key and "
+        "still climbed the steps on Sundays to clean the windows.",
+        "summary",
+    ),
+    Prompt.of(
+        "Turn this note into three bullet points: We meet on Tuesday instead of Monday because the "
+        "hall is being painted. Bring your own cup. Anna has the new key, so ring her if the door "
+        "is shut.",
+        "summary",
+    ),
+)
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Read a .txt file (a prompt per line) or a .jsonl file; raises UsageError naming the row."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"{path} is no file", hint="give a .txt or .jsonl file with prompts")
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UsageError(f"{path}: unknown kind of file", hint="known are .txt and .jsonl")
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path} cannot be read ({error})", hint="save it as UTF-8") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UsageError(f"{path} is empty", hint="give a file with at least one prompt")
+    if file.suffix == ".txt":
+        return [Prompt.of(line) for _, line in numbered]
+    return [_from_json(f"{path}, row {number}", line) for number, line in numbered]
+
+
+def encode(prompt: Prompt, tokenizer: Any, chat: bool = True) -> list[int]:
+    """Token ids of a prompt, inside the chat template if there is one and `chat` wants it."""
+    if chat and getattr(tokenizer, "chat_template", None):
+        from jinja2 import TemplateError
+
+        try:
+            text = tokenizer.apply_chat_template(
+                list(prompt.messages), tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UsageError(f"the chat template refuses a prompt ({error})") from None
+        # the template writes the special tokens itself
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = "\n\n".join(message["content"] for message in prompt.messages)
+    return tokenizer(text)["input_ids"]
+
+
+def _from_json(where: str, line: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: not JSON ({error})", hint="one object per line") from None
+    prompt = _from_row(row) if isinstance(row, dict) else None
+    if prompt is None:
+        raise UsageError(f"{where}: no prompt in it", hint=f"expected {EXPECTED}")
+    return prompt
+
+
+def _from_row(row: dict[str, Any]) -> Prompt | None:
+    category = str(row.get("category") or "")
+    turns = row.get("turns")
+    first = turns[0] if isinstance(turns, list) and turns else None
+    for text in (row.get("prompt"), row.get("text"), first):
+        if isinstance(text, str) and text.strip():
+            return Prompt.of(text, category)
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        return None
+    users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    # what follows the last user turn is the answer to be written
+    return Prompt(tuple(messages[: users[-1] + 1]), category) if users else None
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(
+        isinstance(message.get(key), str) for key in ("role", "content")
+    )

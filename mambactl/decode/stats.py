@@ -1,0 +1,94 @@
+"""What a decoding run did and how long each phase took."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class DecodeStats:
+    """Counts and seconds; a row step is one target pass seen by one sequence."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    histogram: Counter[int] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def timed(self, phase: str, device: torch.device) -> Iterator[None]:
+        """Add the seconds of a block to `phase`, waiting for a GPU to finish it."""
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds[phase] += time.perf_counter() - start
+
+    def count_step(self, drafted: list[int], accepted: list[int]) -> None:
+        """Record one target pass, given each row's drafted and accepted counts."""
+        self.steps += 1
+        self.row_steps += len(drafted)
+        self.drafted += sum(drafted)
+        self.accepted += sum(accepted)
+        self.histogram.update(accepted)
+
+    def add(self, other: "DecodeStats") -> None:
+        """Accumulate another batch of the same run."""
+        for name in ("rows", "prompt_tokens", "tokens", "steps", "row_steps"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.histogram.update(other.histogram)
+        self.seconds.update(other.seconds)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafted tokens that the target kept; 0 when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens one sequence gains from one target pass; 1 for plain decoding."""
+        return self.tokens / self.row_steps if self.row_steps else 0.0
+
+    @property
+    def decode_seconds(self) -> float:
+        """Everything after the prompts were read."""
+        return self.seconds["draft"] + self.seconds["verify"]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of decoding, all rows together, without prefill."""
+        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def tokens_per_second_with_prefill(self) -> float:
+        """New tokens per second from the first prompt token read to the last token written."""
+        total = self.decode_seconds + self.seconds["prefill"]
+        return self.tokens / total if total else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able counts, rates and seconds."""
+        return {
+            "rows": self.rows,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance": round(self.acceptance, 4),
+            "tokens_per_step": round(self.tokens_per_step, 4),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+            "tokens_per_second_with_prefill": round(self.tokens_per_second_with_prefill, 3),
+            "accepted_histogram": {str(n): self.histogram[n] for n in sorted(self.histogram)},
+            "seconds": {phase: round(value, 4) for phase, value in sorted(self.seconds.items())},
+        }

@@ -1,0 +1,1 @@
+"""What a model is worth: fidelity to a teacher, task scores, speed and memory."""

@@ -1,0 +1,33 @@
+"""Which layers keep attention when a share of them is replaced."""
+
+from fractions import Fraction
+
+from mambactl.errors import UsageError
+
+
+def kept_attention(layers: int, ratio: float, keep: list[int] | None = None) -> list[int]:
+    """Layers that stay attention; `keep` overrides `ratio`. Raises UsageError when out of range.
+
+    A ratio 1 - 1/n keeps layer i where i mod n == n - 1 and a ratio 1/n replaces i mod n == 0, as
+    the models of arXiv 2408.15237 do; any other ratio spreads the kept layers evenly.
+    """
+    if keep is not None:
+        wrong = [index for index in keep if not 0 <= index < layers]
+        if wrong:
+            raise UsageError(
+                f"there is no layer {', '.join(map(str, wrong))} in a model of {layers} layers",
+                f"layers to keep are numbered 0 to {layers - 1}",
+            )
+        return sorted(set(keep))
+    if not 0 <= ratio <= 1:
+        raise UsageError(f"ratio {ratio} is not between 0 and 1", "give, for example, --ratio 0.5")
+    share = Fraction(ratio).limit_denominator(64)
+    if share == 1:
+        return []
+    if (1 / (1 - share)).denominator == 1:
+        period = int(1 / (1 - share))
+        return [index for index in range(layers) if index % period == period - 1]
+    if (1 / share).denominator == 1:
+        return [index for index in range(layers) if index % int(1 / share)]
+    kept = layers - round(share * layers)
+    return [(j + 1) * layers // kept - 1 for j in range(kept)]

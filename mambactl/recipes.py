@@ -1,0 +1,275 @@
+"""Recipe files, and how flags, `--set`, a recipe section and defaults become one configuration.
+
+A recipe is a YAML file; its sections run in order and each key is a flag name with `_` for `-`:
+
+    name: quickstart
+    seed: 0
+    stages:
+      convert: {model: smollm2-135m, ratio: 0.5}
+      eval: {data: [held-out.jsonl]}
+      spec-decode@ngram: {draft: ngram}
+      spec-decode@student:
+        model: smollm2-135m
+        draft: ${convert}
+
+A section is a stage name, with `@label` to use a stage twice. Besides the stage's own keys it may
+hold `model` (`target` for spec-decode; default: the checkpoint written last) and `out` (a name in
+the working folder). `${section}` stands for the checkpoint of an earlier section. Data paths are
+relative to the file.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mambactl.errors import UsageError
+from mambactl.recipe import STAGES, WRITERS, StageConfig
+
+REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
+FILE_FIELDS = ("data", "calibrate", "prompts", "tasks")
+TOP_KEYS = ("name", "description", "seed", "stages")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One step of a recipe: `values` holds only what the file (or `--set`) says."""
+
+    key: str
+    stage: str
+    model: str | None
+    out: str
+    values: dict[str, Any]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the step writes a checkpoint that the next one starts from."""
+        return self.stage in WRITERS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe file whose every section is valid."""
+
+    name: str
+    description: str
+    path: Path
+    sections: tuple[Section, ...]
+
+    def section(self, stage: str) -> Section:
+        """Return the section called `stage`, else the first one of that stage."""
+        by_key = [s for s in self.sections if s.key == stage]
+        found = by_key or [s for s in self.sections if s.stage == stage]
+        if not found:
+            have = ", ".join(s.key for s in self.sections)
+            raise UsageError(f"recipe {self.name} has no section {stage}", f"it has: {have}")
+        return found[0]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a hint that names the closest known word, or all of them."""
+    options = sorted(known)
+    close = difflib.get_close_matches(word, options, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(options)}"
+
+
+def configure(stage: str, *layers: Mapping[str, Any]) -> StageConfig:
+    """Build a stage's configuration; later layers win and an unknown key is a UsageError."""
+    config = STAGES[stage]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key in layer:
+            if key not in config.model_fields:
+                raise UsageError(f"{stage} has no option {key}", nearest(key, config.model_fields))
+        merged.update(layer)
+    try:
+        return config(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else stage
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        given = merged.get(key)
+        raise UsageError(
+            f"{stage}: {key.replace('_', '-')}: {reason} (got {given!r})",
+            f"mambactl {stage} --help",
+        ) from None
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Turn `key=value` strings into a dictionary; values are typed as in YAML."""
+    import yaml
+
+    parsed = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise UsageError(f"--set {setting!r} is not key=value", "--set max_steps=100")
+        try:
+            parsed[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed[key.strip().replace("-", "_")] = value
+    return parsed
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the recipes that come with the package."""
+    installed = Path(__file__).parent / "_recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def list_recipes() -> list[Recipe]:
+    """Load every recipe that comes with the package."""
+    return [load_recipe(path) for path in sorted(recipe_folder().glob("*.yaml"))]
+
+
+def load_recipe(spec: str | Path, settings: Iterable[str] = ()) -> Recipe:
+    """Read and validate a recipe file or shipped name; settings are `section.key=value`."""
+    path = _find(str(spec))
+    content = _read(path)
+    for key in content:
+        if key not in TOP_KEYS:
+            raise UsageError(f"{path}: unknown key {key}", nearest(str(key), TOP_KEYS))
+    stages = content.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise UsageError(f"{path}: `stages` must list at least one section")
+    seed = {"seed": content["seed"]} if "seed" in content else {}
+    sections = tuple(_section(str(key), body or {}, seed, path) for key, body in stages.items())
+    sections = _override(sections, settings, path)
+    _check_references(sections, path)
+    name = str(content.get("name", path.stem))
+    return Recipe(name, str(content.get("description", "")), path, sections)
+
+
+def substitute(value: Any, outputs: Mapping[str, str]) -> Any:
+    """Replace `${section}` in a string, or in the strings of a list, by that section's output."""
+    if isinstance(value, list):
+        return [substitute(item, outputs) for item in value]
+    if not isinstance(value, str):
+        return value
+    return REFERENCE.sub(lambda match: outputs[match[1]], value)
+
+
+def resolved(recipe: Recipe) -> dict[str, dict[str, tuple[Any, str]]]:
+    """Return for each section every key with its value and its origin, `recipe` or `default`."""
+    whole = {}
+    for section in recipe.sections:
+        head = {"model": (section.model, "recipe")} if section.model else {}
+        config = configure(section.stage, section.values).model_dump(mode="json")
+        body = {k: (v, "recipe" if k in section.values else "default") for k, v in config.items()}
+        whole[section.key] = head | body
+    return whole
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of recipe files."""
+    text = {"type": "string"}
+    sections = {}
+    for stage, config in STAGES.items():
+        body = config.model_json_schema()
+        body["properties"] |= {"model": text, "out": text}
+        if stage == "spec-decode":
+            body["properties"]["target"] = text
+        sections[f"^{stage}(@[\\w.-]+)?$"] = body
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "mambactl recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["stages"],
+        "properties": {
+            "name": text,
+            "description": text,
+            "seed": {"type": "integer", "minimum": 0},
+            "stages": {
+                "type": "object",
+                "additionalProperties": False,
+                "minProperties": 1,
+                "patternProperties": sections,
+            },
+        },
+    }
+
+
+def _find(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return path.resolve()
+    shipped = recipe_folder() / f"{spec}.yaml"
+    if shipped.is_file():
+        return shipped.resolve()
+    names = [path.stem for path in recipe_folder().glob("*.yaml")]
+    raise UsageError(f"no recipe file or name {spec}", nearest(spec, names))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is not a recipe: it must be a mapping with `stages`")
+    return content
+
+
+def _section(key: str, body: Any, seed: dict[str, Any], path: Path) -> Section:
+    stage = key.partition("@")[0]
+    if stage not in STAGES:
+        raise UsageError(f"{path}: {key} is not a stage", nearest(stage, STAGES))
+    if not isinstance(body, dict):
+        raise UsageError(f"{path}: {key} must be a mapping of options")
+    return _take(Section(key, stage, None, key.replace("@", "-"), dict(seed)), body, path)
+
+
+def _take(section: Section, body: Mapping[str, Any], path: Path) -> Section:
+    values = {str(key).replace("-", "_"): value for key, value in body.items()}
+    aliases = ("model", "target") if section.stage == "spec-decode" else ("model",)
+    models = [str(values.pop(alias)) for alias in aliases if alias in values]
+    out = str(values.pop("out", section.out))
+    for field in FILE_FIELDS:
+        if field in values:
+            values[field] = _located(values[field], path.parent)
+    model = models[-1] if models else section.model
+    section = replace(section, model=model, out=out, values={**section.values, **values})
+    configure(section.stage, section.values)
+    return section
+
+
+def _located(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_located(item, folder) for item in value]
+    if isinstance(value, str) and (folder / value).is_file():
+        return str(folder / value)
+    return value
+
+
+def _override(
+    sections: tuple[Section, ...], settings: Iterable[str], path: Path
+) -> tuple[Section, ...]:
+    by_key = {section.key: section for section in sections}
+    for name, value in parse_settings(settings).items():
+        # stage names keep their hyphen; parse_settings turned it into an underscore
+        owner = next((key for key in by_key if name.startswith(key.replace("-", "_") + ".")), None)
+        if owner is None:
+            keys = ", ".join(by_key)
+            raise UsageError(f"--set {name}: give section.key=value", f"sections: {keys}")
+        by_key[owner] = _take(by_key[owner], {name[len(owner) + 1 :]: value}, path)
+    return tuple(by_key.values())
+
+
+def _check_references(sections: tuple[Section, ...], path: Path) -> None:
+    written: list[str] = []
+    for section in sections:
+        for name in REFERENCE.findall(f"{section.model} {section.values}"):
+            if name not in written:
+                hint = f"checkpoints before it: {', '.join(written) or 'none'}"
+                raise UsageError(f"{path}: {section.key} refers to ${{{name}}}", hint)
+        if section.model is None and not written:
+            raise UsageError(f"{path}: {section.key} has no model", "give the first stage `model:`")
+        if section.writes:
+            written.append(section.key)

@@ -1,0 +1,251 @@
+"""`convert`: attention layers of a checkpoint become Mamba mixers; the rest is copied through.
+
+Tensors stream from reader to writer, so memory holds one layer, not the model.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambactl import console
+from mambactl.checkpoint.adapters import Adapted
+from mambactl.checkpoint.load import empty_model, load_tokenizer, open_strict
+from mambactl.checkpoint.provenance import lineage
+from mambactl.checkpoint.reader import Reader
+from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.save import CheckpointWriter, stored_dtype
+from mambactl.data.format import encode_rows
+from mambactl.data.load import load_rows
+from mambactl.data.pack import Batch, collate, pack
+from mambactl.errors import ModelError, UsageError
+from mambactl.models.config import (
+    HybridConfig,
+    Mamba1Settings,
+    Mamba2Settings,
+    mamba1_from_attention,
+    mamba2_from_attention,
+)
+from mambactl.models.hybrid import HybridBlock
+from mambactl.models.init import initialise
+from mambactl.models.layout import kept_attention
+from mambactl.recipe import ConvertConfig
+from mambactl.stages import StageResult
+from mambactl.train.calibrate import LayerFit, Streams, attention_weights
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+CALIBRATION_BATCH = 4
+
+
+def run(
+    config: ConvertConfig, source: str, out: Path, *, resume: bool = False, force: bool = False
+) -> StageResult:
+    """Write the hybrid at `out`; `resume` has nothing to resume, a finished one is the CLI's case."""
+    origin = resolve(source)
+    reader, adapted = open_strict(origin)
+    with reader:
+        target = hybrid_config(adapted.config, config)
+        replaced = _replaced(adapted.config, target)
+        batches = _calibration_batches(config, source)
+        shapes = {
+            name: (tuple(tensor.shape), _dtype(name, config, reader, adapted))
+            for name, tensor in empty_model(target).state_dict().items()
+            if not (target.tie_word_embeddings and name == "lm_head.weight")
+        }
+        writer = CheckpointWriter(
+            out, target, reader.files, None, force, config.max_shard_gb * 1e9
+        )
+        fits: dict[int, LayerFit] = {}
+        with writer:
+            writer.plan(shapes)
+            with console.progress("convert", target.num_hidden_layers) as task:
+                for name, tensor in _tensors(config, reader, adapted, target, batches, fits, task):
+                    writer.write(name, tensor.to(shapes[name][1]))
+            metrics = _metrics(replaced, target, fits)
+            parent = str(origin.path.absolute()) if Path(source).exists() else source
+            writer.lineage = lineage(
+                "convert", reader.lineage, parent, None, config.model_dump(mode="json"), config.seed, metrics
+            )
+    _report(metrics, fits)
+    return StageResult(str(out), metrics)
+
+
+def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
+    """Resolve and check everything, write nothing."""
+    reader, adapted = open_strict(resolve(source))
+    with reader:
+        target = hybrid_config(adapted.config, config)
+        model = empty_model(target)
+        dtype = _dtype("model.embed_tokens.weight", config, reader, adapted)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "layers": target.mixers,
+        "replaced": _replaced(adapted.config, target),
+        "parameters": parameters,
+        "bytes": parameters * dtype.itemsize,
+        "init": config.init,
+        "calibration": config.calibrate or None,
+    }
+
+
+def hybrid_config(base: HybridConfig, config: ConvertConfig) -> HybridConfig:
+    """The configuration after replacing layers; raises UsageError or ModelError."""
+    if "attention" not in base.mixers:
+        raise ModelError("this model has no attention layer to replace", "give a Llama or a hybrid")
+    if config.calibrate and config.init != "calibrated":
+        raise UsageError("--calibrate needs --init calibrated", "drop one of the two")
+    kept = kept_attention(base.num_hidden_layers, config.ratio, config.keep_attention)
+    mixers = [
+        config.mixer if mixer == "attention" and index not in kept else mixer
+        for index, mixer in enumerate(base.mixers)
+    ]
+    settings: dict[str, Mamba1Settings | Mamba2Settings] = {}
+    if config.mixer in mixers and getattr(base, config.mixer) is None:
+        settings[config.mixer] = _settings(base, config)
+    return base.with_mixers(mixers, **settings)
+
+
+def _settings(base: HybridConfig, config: ConvertConfig) -> Mamba1Settings | Mamba2Settings:
+    calibrated = config.init == "calibrated"
+    bias = calibrated or base.attention_bias
+    if config.mixer == "mamba2":
+        return mamba2_from_attention(base, proj_bias=bias)
+    if base.head_dim % 16:
+        raise ModelError(
+            f"mamba1 needs a head size divisible by 16, this model has {base.head_dim}",
+            "use --mixer mamba2",
+        )
+    # the public code pairs 16-channel groups; whole heads keep each query with its own key
+    return mamba1_from_attention(base, base.head_dim if calibrated else 16, proj_bias=bias)
+
+
+def _replaced(base: HybridConfig, target: HybridConfig) -> list[int]:
+    pairs = zip(base.mixers, target.mixers, strict=True)
+    return [index for index, (old, new) in enumerate(pairs) if old != new]
+
+
+def _dtype(name: str, config: ConvertConfig, reader: Reader, adapted: Adapted) -> torch.dtype:
+    """Type on disk: the source's own for a copied tensor, its embedding's for a new one."""
+    if config.dtype != "auto":
+        return stored_dtype(name, getattr(torch, config.dtype))
+    known = name if name in adapted.names else "model.embed_tokens.weight"
+    origin = adapted.names[known]
+    found = reader.dtype(origin) if isinstance(origin, str) else adapted.get(reader, known).dtype
+    return stored_dtype(name, found)
+
+
+def _calibration_batches(config: ConvertConfig, source: str) -> list[Batch]:
+    if not config.calibrate:
+        return []
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    examples = encode_rows(load_rows(config.calibrate), tokenizer)
+    rows = pack(examples, config.max_length)
+    # rows of full length first, so that a small budget is not spent on padding
+    rows = sorted(rows, key=lambda row: -int(row.valid.sum()))
+    count = max(1, config.calibrate_tokens // config.max_length)
+    order = torch.randperm(min(count, len(rows)), generator=_generator(config.seed)).tolist()
+    rows = [rows[index] for index in order]
+    return [collate(rows[i : i + CALIBRATION_BATCH]) for i in range(0, len(rows), CALIBRATION_BATCH)]
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    seed = 0
+    for number in numbers:
+        seed = seed * 1_000_003 + number
+    return torch.Generator().manual_seed(seed)
+
+
+def _tensors(
+    config: ConvertConfig,
+    reader: Reader,
+    adapted: Adapted,
+    target: HybridConfig,
+    batches: list[Batch],
+    fits: dict[int, LayerFit],
+    task: console.Task,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the hybrid, layer by layer; fills `fits` on the way."""
+    layers: dict[int, list[str]] = {index: [] for index in range(target.num_hidden_layers)}
+    for name in adapted.names:
+        match = LAYER.fullmatch(name)
+        if match:
+            layers[int(match[1])].append(name)
+        else:
+            yield name, adapted.get(reader, name)
+    streams = None
+    if batches:
+        embedding = adapted.get(reader, "model.embed_tokens.weight").float()
+        streams = Streams(empty_model(target).model, embedding, batches)
+    last = max(_replaced(adapted.config, target), default=-1)
+    for index, names in layers.items():
+        state = {LAYER.fullmatch(name)[2]: adapted.get(reader, name) for name in names}
+        replace = adapted.config.mixers[index] != target.mixers[index]
+        if replace or (streams is not None and index <= last):
+            block = _block(adapted.config, index, state)
+            if replace:
+                state = _new_layer(config, target, index, block, streams, fits)
+            elif streams is not None:
+                streams.advance(block, block, fit=False)
+        for name, tensor in state.items():
+            yield f"model.layers.{index}.{name}", tensor
+        task.advance()
+
+
+def _block(config: HybridConfig, index: int, state: dict[str, Tensor]) -> HybridBlock:
+    block = HybridBlock(config, index)
+    block.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
+    return block.eval().requires_grad_(False)
+
+
+def _new_layer(
+    config: ConvertConfig,
+    target: HybridConfig,
+    index: int,
+    teacher: HybridBlock,
+    streams: Streams | None,
+    fits: dict[int, LayerFit],
+) -> dict[str, Tensor]:
+    """The state of a replaced layer; MLP and norms are the teacher's own tensors."""
+    student = HybridBlock(target, index).eval().requires_grad_(False)
+    kept = {k: v for k, v in teacher.state_dict().items() if not k.startswith("self_attn.")}
+    student.load_state_dict(kept, strict=False)
+    weights = attention_weights(teacher)
+    initialise(student.mixer, weights, config.init, _generator(config.seed, index))
+    if streams is not None:
+        fits[index] = streams.advance(teacher, student, fit=True)
+    return student.state_dict()
+
+
+def _metrics(
+    replaced: list[int], target: HybridConfig, fits: dict[int, LayerFit]
+) -> dict[str, Any]:
+    kept = [index for index, mixer in enumerate(target.mixers) if mixer == "attention"]
+    metrics: dict[str, Any] = {"replaced_layers": replaced, "attention_layers": kept}
+    if fits:
+        after = [fit.after_refit for fit in fits.values()]
+        metrics["calibration_error"] = round(sum(after) / len(after), 4)
+    return metrics
+
+
+def _report(metrics: dict[str, Any], fits: dict[int, LayerFit]) -> None:
+    console.log(
+        f"replaced {len(metrics['replaced_layers'])} attention layers, "
+        f"kept {metrics['attention_layers'] or 'none'}"
+    )
+    if not fits:
+        return
+    rows = [
+        (
+            index,
+            f"{fit.before_refit:.3f}",
+            f"{fit.after_refit:.3f}",
+            "-" if fit.ridge is None else f"{fit.ridge:g}",
+            " ".join("inf" if h >= 1e4 else f"{h:g}" for h in fit.half_lives),
+        )
+        for index, fit in fits.items()
+    ]
+    columns = ("layer", "error", "after refit", "ridge", "half-life per head (tokens)")
+    console.table("held-out error of each mixer's output (1 = no better than the mean)", columns, rows)

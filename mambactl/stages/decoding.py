@@ -1,0 +1,176 @@
+"""What `generate` and `spec-decode` share: prompts, target, draft, and runs over many prompts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mambactl import console
+from mambactl.checkpoint.adapters import adapt
+from mambactl.checkpoint.load import load_model, load_tokenizer
+from mambactl.checkpoint.reader import open_checkpoint
+from mambactl.checkpoint.summary import describe
+from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
+from mambactl.decode.engine import Engine, Generation
+from mambactl.decode.prompts import BUILTIN, Prompt, encode, read_prompts
+from mambactl.decode.sampling import SamplingParams
+from mambactl.errors import ModelError, UsageError
+from mambactl.models.config import HybridConfig
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.recipe import GenerateConfig
+from mambactl.stages.placement import place
+
+NGRAM = "ngram"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A target with its encoded prompts, its draft and how tokens are chosen."""
+
+    target: HybridForCausalLM
+    tokenizer: Any
+    drafter: Drafter | None
+    prompts: list[list[int]]
+    params: SamplingParams
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Readable text of new tokens, without special ones."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def read(config: GenerateConfig, builtin: bool = False) -> list[Prompt]:
+    """The prompts that a configuration asks for; with `builtin` the own set when it names none."""
+    if config.prompt is not None and config.prompts is not None:
+        raise UsageError("a prompt and a file of prompts exclude each other", "give one of them")
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    if config.prompt is not None:
+        if not config.prompt.strip():
+            raise UsageError("the prompt is empty", "give some text with -p")
+        return [Prompt.of(config.prompt)]
+    if builtin:
+        return list(BUILTIN)
+    raise UsageError("no prompt", 'give -p "some text", -p - to read stdin, or --prompts FILE')
+
+
+def prepare(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> Setup:
+    """Load target, tokenizer and draft; raises ModelError before any weight of a misfit is read."""
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    size = require_common_vocabulary(config, source, tokenizer)
+    encoded = [encode(prompt, tokenizer, config.chat) for prompt in prompts]
+    device, dtype = place(config)
+    target = load_model(source, device=device, dtype=dtype)
+    drafter: Drafter | None = None
+    if config.draft == NGRAM:
+        drafter = NgramDrafter()
+    elif config.draft is not None:
+        drafter = ModelDrafter(load_model(config.draft, device=device, dtype=dtype), size)
+    params = SamplingParams(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_ids=end_tokens(target, tokenizer),
+        seed=config.seed,
+    )
+    _warn_beyond_positions(target, encoded, config.max_new_tokens)
+    return Setup(target, tokenizer, drafter, encoded, params)
+
+
+def require_common_vocabulary(config: GenerateConfig, source: str, tokenizer: Any) -> int:
+    """The target's vocabulary size; raises ModelError when the draft means other tokens.
+
+    Sizes may differ by padding when the tokenizers agree on every id that both define.
+    """
+    size = model_config(source).vocab_size
+    if config.draft in (None, NGRAM):
+        return size
+    draft_size = model_config(config.draft).vocab_size
+    try:
+        draft_tokenizer = load_tokenizer(config.draft, trust_remote_code=config.trust_remote_code)
+    except ModelError:
+        # weights alone: the size is all there is to compare
+        same = draft_size == size
+    else:
+        same = _agree(tokenizer, draft_tokenizer)
+    if not same:
+        raise ModelError(
+            f"draft and target have different vocabularies: {config.draft} has {draft_size} "
+            f"tokens, {source} has {size}",
+            hint="take a draft of the target's family, or --draft ngram",
+        )
+    return size
+
+
+def model_config(spec: str) -> HybridConfig:
+    """A checkpoint's configuration, without its weights."""
+    with open_checkpoint(spec) as reader:
+        return adapt(reader).config
+
+
+def end_tokens(target: HybridForCausalLM, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a text: of the generation config, the model config and the tokenizer."""
+    found: set[int] = set()
+    for holder in (target.generation_config, target.config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return tuple(sorted(found))
+
+
+def decode(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    batch_size: int,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Generation:
+    """Continue every prompt, `batch_size` at a time; randomness follows a prompt's own number.
+
+    `on_tokens` hears how many tokens each step added.
+    """
+    whole = Generation([], [])
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        keys = range(start, start + len(batch))
+        part = engine.generate(batch, params, lambda _, new: on_tokens(len(new)), keys)
+        whole.tokens.extend(part.tokens)
+        whole.finish.extend(part.finish)
+        whole.stats.add(part.stats)
+    return whole
+
+
+def plan(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What would be decoded; reads headers and tokenizers only."""
+    device, dtype = place(config)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    require_common_vocabulary(config, source, tokenizer)
+    target = describe(source)
+    draft = describe(config.draft) if config.draft not in (None, NGRAM) else None
+    tokens = [len(encode(prompt, tokenizer, config.chat)) for prompt in prompts]
+    return {
+        "source": target["checkpoint"],
+        "parameters": target["parameters"],
+        "mixers": target["mixers"],
+        "draft": draft["checkpoint"] if draft else config.draft,
+        "draft_parameters": draft and draft["parameters"],
+        "k": config.k if config.draft else 0,
+        "prompts": len(prompts),
+        "prompt_tokens": sum(tokens),
+        "new_tokens_at_most": len(prompts) * config.max_new_tokens,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _agree(one: Any, other: Any) -> bool:
+    mine, theirs = ({i: t for t, i in each.get_vocab().items()} for each in (one, other))
+    common = mine.keys() & theirs.keys()
+    return bool(common) and all(mine[index] == theirs[index] for index in common)
+
+
+def _warn_beyond_positions(
+    target: HybridForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> None:
+    limit = target.config.max_position_embeddings
+    longest = max(map(len, prompts)) + new_tokens
+    if "attention" in target.config.mixers and longest > limit:
+        console.warn(f"{longest} tokens are more than the {limit} this model was made for")

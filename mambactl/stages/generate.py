@@ -1,0 +1,40 @@
+"""`generate`: continue prompts, plainly or with a draft, and print the text."""
+
+from typing import Any
+
+from mambactl import console
+from mambactl.decode.engine import Engine
+from mambactl.decode.stats import DecodeStats
+from mambactl.recipe import GenerateConfig
+from mambactl.stages import StageResult, decoding
+
+
+def run(config: GenerateConfig, source: str) -> StageResult:
+    """Decode every prompt; the completions are the text, one after the other."""
+    prompts = decoding.read(config)
+    setup = decoding.prepare(config, source, prompts)
+    engine = Engine(setup.target, setup.drafter, config.k if setup.drafter else 0)
+    with console.progress("generate", len(prompts) * config.max_new_tokens) as task:
+        result = decoding.decode(
+            engine, setup.prompts, setup.params, config.batch_size, task.advance
+        )
+    console.log(_summary(result.stats))
+    texts = [setup.text(tokens) for tokens in result.tokens]
+    metrics = result.stats.as_dict() | {"finish": result.finish, "texts": texts}
+    return StageResult(source, metrics, "\n".join(texts))
+
+
+def plan(config: GenerateConfig, source: str) -> dict[str, Any]:
+    """What would be decoded; writes nothing."""
+    return decoding.plan(config, source, decoding.read(config))
+
+
+def _summary(stats: DecodeStats) -> str:
+    parts = [
+        f"{stats.prompt_tokens} prompt tokens in {stats.seconds['prefill']:.2f} s",
+        f"{stats.tokens} tokens at {stats.tokens_per_second:.1f} tokens/s",
+    ]
+    if stats.drafted:
+        parts.append(f"{stats.tokens_per_step:.2f} tokens per step")
+        parts.append(f"{stats.acceptance:.0%} of {stats.drafted} drafted tokens accepted")
+    return ", ".join(parts)

@@ -1,0 +1,26 @@
+"""Which device a stage runs on and which type its weights have there."""
+
+import torch
+
+from mambactl.errors import ResourceError, UsageError
+from mambactl.recipe import StageConfig
+
+
+def place(config: StageConfig) -> tuple[torch.device, torch.dtype]:
+    """Resolve `device` and `dtype`; auto is the GPU, and bfloat16 where a GPU computes in it.
+
+    Raises UsageError for an unknown device, ResourceError for one that this machine has not.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}", "use cpu, cuda, cuda:1 or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"there is no {name} here", "use --device cpu, or `mambactl doctor`")
+    if config.dtype != "auto":
+        return device, getattr(torch, config.dtype)
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device, torch.bfloat16 if capable else torch.float32

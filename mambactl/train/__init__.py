@@ -1,0 +1,1 @@
+"""Training: losses, mixer alignment, the distillation loop, what the TRL stages share."""

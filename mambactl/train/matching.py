@@ -1,0 +1,92 @@
+"""TRL's SFT trainer on our packed rows, with the KL to a teacher where one is given."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import SFTTrainer
+
+from mambactl.data.pack import Batch, Row, collate
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.train.losses import Teacher, distillation_loss
+from mambactl.train.objectives import autocast, last_hidden
+
+IGNORED = -100
+
+
+class MatchingTrainer(SFTTrainer):
+    """Mean over learned tokens of ce_weight * CE + kl_weight * KL(teacher || student).
+
+    Without a teacher the loss is TRL's own, scaled. Metrics `kl` and `ce` are in nats per token.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: HybridForCausalLM | None,
+        kl_weight: float,
+        ce_weight: float,
+        amp: torch.dtype | None,
+        **kwargs: Any,
+    ):
+        self.teacher, self.amp = teacher, amp
+        self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight}
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch; see the class."""
+        if self.teacher is None:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            scale = self.weights["ce_weight"]
+            return (scale * loss[0], loss[1]) if return_outputs else scale * loss
+        loss = self._matched(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
+        return (loss, None) if return_outputs else loss
+
+    def _matched(
+        self, model: HybridForCausalLM, inputs: dict[str, Tensor], items: Tensor | int | None
+    ) -> Tensor:
+        learned = inputs["labels"] != IGNORED
+        batch = Batch(
+            inputs["input_ids"], inputs.get("seq_idx"), inputs["position_ids"], learned, learned
+        )
+        with autocast(batch.input_ids.device, self.amp):
+            with torch.no_grad():
+                guide = last_hidden(self.teacher, batch)[:, :-1]
+            losses = distillation_loss(
+                last_hidden(model, batch)[:, :-1],
+                model.lm_head.weight,
+                batch.input_ids[:, 1:],
+                learned[:, 1:],
+                Teacher(guide, self.teacher.lm_head.weight),
+                **self.weights,
+            )
+        found = learned[:, 1:].sum().clamp(min=1)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["kl"].append((losses.kl / found).item())
+        self._metrics[mode]["ce"].append((losses.ce / found).item())
+        return losses.total / (found if items is None else items)
+
+
+def as_dataset(rows: Sequence[Row]) -> Dataset:
+    """Rows as the table that a trainer samples from."""
+    columns = zip(Row._fields, zip(*rows, strict=True), strict=True)
+    return Dataset.from_dict(dict(columns)).with_format("numpy")
+
+
+def collate_features(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch as keyword arguments of the model, labels -100 where nothing is learned."""
+    batch = collate([Row(**feature) for feature in features])
+    inputs = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "labels": batch.input_ids.masked_fill(~batch.loss_mask, IGNORED),
+    }
+    return inputs if batch.seq_idx is None else inputs | {"seq_idx": batch.seq_idx}

@@ -1,0 +1,82 @@
+"""What a training step minimises, as gradients added to a student: mixer alignment or logits KL."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mambactl.data.pack import Batch
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.train.losses import Teacher, distillation_loss
+
+
+class Objective(Protocol):
+    """A mean over tokens, computed batch by batch."""
+
+    def count(self, batch: Batch) -> int:
+        """Tokens of the batch that the mean is over."""
+        ...
+
+    def backward(self, batch: Batch, tokens: int) -> Tensor:
+        """Add the gradient of the batch's share of a mean over `tokens`; return that share."""
+        ...
+
+
+class LogitsObjective:
+    """kl_weight * KL(teacher || student) + ce_weight * CE per predicted token."""
+
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        teacher: HybridForCausalLM,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        temperature: float = 1.0,
+        amp: torch.dtype | None = None,
+    ):
+        self.student, self.teacher, self.amp = student, teacher, amp
+        self.weights = {
+            "kl_weight": kl_weight,
+            "ce_weight": ce_weight,
+            "temperature": temperature,
+        }
+
+    def count(self, batch: Batch) -> int:
+        """Tokens that some position of the row predicts."""
+        return int(batch.loss_mask[:, 1:].sum())
+
+    def backward(self, batch: Batch, tokens: int) -> Tensor:
+        """One teacher and one student pass; see `Objective`."""
+        with autocast(batch.input_ids.device, self.amp):
+            with torch.no_grad():
+                guide = last_hidden(self.teacher, batch)[:, :-1]
+            loss = distillation_loss(
+                last_hidden(self.student, batch)[:, :-1],
+                self.student.lm_head.weight,
+                batch.input_ids[:, 1:],
+                batch.loss_mask[:, 1:],
+                Teacher(guide, self.teacher.lm_head.weight),
+                **self.weights,
+            ).total
+        share = loss / tokens
+        share.backward()
+        return share.detach()
+
+
+def last_hidden(model: HybridForCausalLM, batch: Batch) -> Tensor:
+    """States after the final norm [B, T, D], every document of a row on its own."""
+    return model.model(
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        seq_idx=batch.seq_idx,
+        use_cache=False,
+    ).last_hidden_state
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Mixed precision in `dtype`, or none at all."""
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        yield

@@ -1,0 +1,159 @@
+"""OUT.partial: where a run keeps its state and metrics until OUT appears with one rename."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mambactl.errors import OutputError, ResourceError
+
+
+class RunFolder:
+    """The working folder beside `out`; existence of `out` means that it is complete.
+
+    Holds run.json (what the run is), state.pt or trainer/ (resumable state), metrics.jsonl, and
+    at the end the finished checkpoint under `out`'s own name. `identity` (JSON-able) says what
+    the run is.
+    """
+
+    def __init__(self, out: Path, identity: dict[str, Any]):
+        self.out, self.identity = out, identity
+        self.path = out.with_name(out.name + ".partial")
+        self.metrics = self.path / "metrics.jsonl"
+        self.staged = self.path / out.name
+        self.trainer = self.path / "trainer"
+        self._identity = self.path / "run.json"
+        self._state = self.path / "state.pt"
+
+    def check(self, resume: bool, force: bool) -> None:
+        """Raise OutputError where `open` would, without touching anything.
+
+        That is when an unfinished run lies there and neither `resume` nor `force` is set, or when
+        that run has another identity.
+        """
+        if force or not self.path.exists():
+            return
+        if not resume:
+            raise OutputError(
+                f"{self.path} holds an unfinished run",
+                "continue it with --resume, or start again with --force",
+            )
+        changed = differences(self._read_identity(), self.identity)
+        if changed:
+            raise OutputError(
+                f"{self.path} was started differently: {'; '.join(changed)}",
+                "resume with the same options, or start again with --force",
+            )
+
+    @contextmanager
+    def open(self, resume: bool, force: bool) -> Iterator[None]:
+        """Create the folder, or enter it again; a failure before the first state removes it."""
+        self.check(resume, force)
+        with _disk(self.path):
+            if force:
+                _remove(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self._identity, json.dumps(self.identity, indent=2).encode())
+        try:
+            yield
+        except BaseException:
+            if not self.resumable:
+                _remove(self.path)
+            raise
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a state was saved."""
+        return self._state.exists() or self.trainer_checkpoint() is not None
+
+    def trainer_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint that a TRL trainer left under `trainer`."""
+        # trainer_state.json is written last
+        found = [state.parent for state in self.trainer.glob("checkpoint-*/trainer_state.json")]
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Replace the resumable state atomically; raises ResourceError when the disk is full."""
+        new = self._state.with_suffix(".new")
+        with _disk(self.path), new.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self._state)
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The newest state, or None before the first save."""
+        if not self._state.exists():
+            return None
+        return torch.load(self._state, map_location="cpu", weights_only=True)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with _disk(self.path), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def truncate_log(self, lines: int) -> None:
+        """Forget metrics written after the state that a run resumes from."""
+        if self.metrics.exists():
+            kept = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
+            self.metrics.write_text("".join(kept), encoding="utf-8")
+
+    def publish(self) -> None:
+        """Move the staged checkpoint to `out` in one rename and drop everything else."""
+        if self.staged.is_dir() and self.metrics.exists():
+            shutil.copyfile(self.metrics, self.staged / self.metrics.name)
+        replaced = self.path / "replaced"
+        if self.out.exists():
+            self.out.replace(replaced)
+        self.staged.replace(self.out)
+        _remove(self.path)
+
+    def _read_identity(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._identity.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise OutputError(
+                f"{self.path} is no run of this stage", "start again with --force"
+            ) from None
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turn failures to write below a folder into one ResourceError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a short write as RuntimeError
+        raise ResourceError(
+            f"cannot write {path}: {error}", "free some disk space, then use --resume"
+        ) from error
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every key whose value differs, as `key was -> is`; both must be JSON-able."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} {json.dumps(old)} -> {json.dumps(new)}")
+    return found
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""What a person meets first: help that is fast, flags that do not change, completion that works."""
+
+import re
+import resource
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPLETIONS = {"bash": "mambactl.bash", "zsh": "_mambactl", "fish": "mambactl.fish"}
+HEAVY = ("torch", "transformers", "datasets", "numpy", "rich")
+
+EVERY_STAGE = (
+    "--seed --device --dtype --trust-remote-code --recipe --set --dry-run --json --quiet "
+    "--verbose --help"
+)
+OUTPUT = "--out --resume --force"
+TRAINING = (
+    "--data --teacher --max-steps --batch-size --grad-accum --max-length --max-samples --packing "
+    "--warmup --grad-clip --grad-checkpointing --save-every"
+)
+SAMPLING = (
+    "--max-new-tokens --temperature --top-k --top-p --draft --k --batch-size --chat --prompt "
+    "--prompts"
+)
+FLAGS = {
+    "convert": f"--ratio --keep-attention --select --mixer --init --calibrate --calibrate-tokens "
+    f"--max-length --max-shard-size {OUTPUT} {EVERY_STAGE}",
+    "distill": f"{TRAINING} --stages --align-steps --align-lr --lr --rest-lr --kl-weight "
+    f"--ce-weight --temperature {OUTPUT} {EVERY_STAGE}",
+    "sft": f"{TRAINING} --lr --ce-weight --kl-weight --assistant-only-loss {OUTPUT} {EVERY_STAGE}",
+    "dpo": f"{TRAINING} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
+    "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under "
+    f"{EVERY_STAGE}",
+    "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
+    "generate": f"{SAMPLING} {EVERY_STAGE}",
+    "bench": "--input-len --output-len --batch-sizes --warmup --iters --baseline --min-speedup "
+    f"{EVERY_STAGE}",
+    "inspect": "--tensors --lineage --json --help",
+    "doctor": "--json --help",
+    "recipe run": "--out --from --to --set --resume --force --dry-run --json --quiet --verbose "
+    "--help",
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_are_frozen(cli, command) -> None:
+    shown = cli(*command.split(), "--help").out
+    flags = re.findall(r"^  (?:-\w, )?(--[\w-]+)", shown, flags=re.MULTILINE)
+    assert sorted(flags) == sorted(FLAGS[command].split())
+
+
+def test_every_command_shows_a_summary_and_examples(cli) -> None:
+    for command in FLAGS:
+        usage, summary, *rest = cli(*command.split(), "--help").out.split("\n\n")
+        assert usage.startswith(f"Usage: mambactl {command} [OPTIONS]")
+        assert summary.endswith("."), command
+        assert command == "doctor" or rest[0].startswith("  Examples:\n    mambactl"), command
+
+
+def test_help_is_light_on_imports(python) -> None:
+    code = (
+        "import sys; from mambactl.__main__ import run; run(sys.argv[1:]);"
+        f"sys.exit(', '.join(m for m in {HEAVY} if m in sys.modules) or 0)"
+    )
+    for command in (["--help"], ["distill", "--help"], ["recipe", "run", "--help"]):
+        done = python("-c", code, *command)
+        assert (done.code, done.err) == (0, ""), command
+        assert "Usage: mambactl" in done.out
+
+
+def test_help_takes_at_most_four_times_the_import_of_typer(python) -> None:
+    def seconds(*arguments: str, **env: str) -> float:
+        # processor time: what others do on the machine is not ours
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert python(*arguments, **env).code == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    program = ("-m", "mambactl")
+    words = {"COMP_WORDS": "mambactl distill --", "COMP_CWORD": "2"}
+    limit, *measured = (
+        min(times)
+        for times in zip(
+            *(
+                (
+                    4 * seconds("-c", "import typer"),
+                    seconds(*program, "--help"),
+                    seconds(*program, "distill", "--help"),
+                    seconds(*program, _MAMBACTL_COMPLETE="complete_bash", **words),
+                )
+                for _ in range(5)
+            ),
+            strict=True,
+        )
+    )
+    assert max(measured) < limit
+
+
+@pytest.mark.parametrize("shell", COMPLETIONS)
+def test_completion_scripts_are_those_that_typer_generates(python, shell) -> None:
+    done = python("-m", "mambactl", _MAMBACTL_COMPLETE=f"source_{shell}")
+    stored = (ROOT / "completions" / COMPLETIONS[shell]).read_text()
+    # zsh wants #compdef on the first line, where the generator leaves an empty one
+    assert stored == done.out.lstrip("\n"), (
+        f"_MAMBACTL_COMPLETE=source_{shell} mambactl > completions/{COMPLETIONS[shell]}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("mambactl sp", "spec-decode"), ("mambactl convert x --mi", "--mixer")],
+)
+def test_completion_offers(python, words, offered) -> None:
+    env = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = python("-m", "mambactl", _MAMBACTL_COMPLETE="complete_bash", **env)
+    assert done.out.split() == [offered]

@@ -1,0 +1,118 @@
+"""`recipe run`: order, references, failure and resume, with a child process that only pretends."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mambactl.cli import pipeline
+
+RECIPE = """
+stages:
+  convert: {model: m, ratio: 0.25}
+  distill: {data: [x], max_steps: 3}
+  eval: {data: [y]}
+  spec-decode@back: {model: m, draft: "${distill}"}
+"""
+
+
+@pytest.fixture
+def children(monkeypatch) -> list[list[str]]:
+    """The command lines of child processes; `fail` holds the stages that exit 7."""
+    seen: list[list[str]] = []
+
+    def child(command: list[str]) -> tuple[int, str]:
+        stage, source = command[3], command[4]
+        seen.append(command[3:])
+        if stage in fail:
+            return 7, ""
+        checkpoint = source
+        if "-o" in command:
+            checkpoint = command[command.index("-o") + 1]
+            Path(checkpoint).mkdir(parents=True, exist_ok=True)
+        return 0, json.dumps({"stage": stage, "checkpoint": checkpoint, "metrics": {}})
+
+    fail: set[str] = set()
+    child.fail = fail
+    monkeypatch.setattr(pipeline, "_child", child)
+    return seen
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    path = tmp_path / "chain.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def stages(children: list[list[str]]) -> list[str]:
+    return [command[0] for command in children]
+
+
+def test_sections_run_in_order_and_hand_on_checkpoints(cli, children, recipe, tmp_path) -> None:
+    done = cli("recipe", "run", recipe)
+    folder = tmp_path / "runs" / "chain"
+    assert (done.code, done.out) == (0, f"{folder / 'distill'}\n")
+    assert stages(children) == ["convert", "distill", "eval", "spec-decode"]
+    assert [command[1] for command in children] == [
+        "m",
+        str(folder / "convert"),
+        str(folder / "distill"),
+        "m",
+    ]
+    assert f"draft={folder / 'distill'}" in children[3]
+    assert "ratio=0.25" in children[0]
+    assert 'data=["x"]' in children[1]
+
+
+def test_failure_stops_with_its_code_and_resume_goes_on(
+    cli, children, recipe, monkeypatch, tmp_path
+) -> None:
+    pipeline._child.fail.add("eval")
+    done = cli("recipe", "run", recipe, "--out", "work")
+    assert (done.code, done.out) == (7, "")
+    assert f"mambactl recipe run {recipe} --out work --resume" in done.err
+    pipeline._child.fail.clear()
+    children.clear()
+    assert cli("recipe", "run", recipe, "--out", "work").code == 5
+    assert cli("recipe", "run", recipe, "--out", "work", "--resume").code == 0
+    assert stages(children) == ["eval", "spec-decode"]
+
+
+def test_resume_repeats_what_another_setting_changes(cli, children, recipe) -> None:
+    cli("recipe", "run", recipe)
+    children.clear()
+    assert cli("recipe", "run", recipe, "--resume", "--set", "distill.max_steps=4").code == 0
+    assert stages(children) == ["distill", "eval", "spec-decode"]
+    assert "--resume" in children[0] and "max_steps=4" in children[0]
+
+
+def test_force_runs_everything_again(cli, children, recipe) -> None:
+    cli("recipe", "run", recipe)
+    children.clear()
+    assert cli("recipe", "run", recipe, "--force").code == 0
+    assert stages(children) == ["convert", "distill", "eval", "spec-decode"]
+    assert "--force" in children[0] and "--force" not in children[2]
+
+
+def test_from_and_to(cli, children, recipe) -> None:
+    assert cli("recipe", "run", recipe, "--from", "eval").code == 2
+    assert cli("recipe", "run", recipe, "--from", "eval", "--to", "convert").code == 2
+    assert cli("recipe", "run", recipe, "--to", "distill").code == 0
+    assert stages(children) == ["convert", "distill"]
+    children.clear()
+    assert cli("recipe", "run", recipe, "--from", "eval").code == 0
+    assert stages(children) == ["eval", "spec-decode"]
+
+
+def test_dry_run_shows_the_commands_only(cli, children, recipe, tmp_path) -> None:
+    done = cli("recipe", "run", recipe, "--dry-run")
+    assert (done.code, done.out, children) == (0, "", [])
+    assert "[2/4] mambactl distill" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_json_holds_every_section(cli, children, recipe) -> None:
+    found = json.loads(cli("recipe", "run", recipe, "--json").out)
+    assert list(found["sections"]) == ["convert", "distill", "eval", "spec-decode@back"]
+    assert found["checkpoint"].endswith("/distill")

@@ -1,0 +1,131 @@
+"""Data sets of every kind are read alike, and a bad one is named with its row."""
+
+import gzip
+import json
+
+import pytest
+
+from mambactl.data.load import load_rows
+from mambactl.errors import UsageError
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+
+
+def _jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_every_container_gives_the_same_rows(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"text": "the river"}, {"text": "é\nold"}]
+    plain = _jsonl(tmp_path / "a.jsonl", *rows)
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert load_rows([plain]) == rows
+    assert load_rows([str(packed)]) == rows
+    assert load_rows([str(tmp_path / "a.parquet")]) == rows
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    assert load_rows([str(tmp_path / "a.txt")]) == [{"text": "one\ntwo\n"}]
+
+
+def test_chat_keeps_tools_and_drops_nulls_and_other_columns(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    row = {
+        "messages": [{"role": "user", "content": "go"}, call],
+        "tools": '[{"name": "f"}]',
+        "id": 3,
+    }
+    assert load_rows([_jsonl(tmp_path / "a.jsonl", row)]) == [
+        {"messages": row["messages"], "tools": [{"name": "f"}]}
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert load_rows([str(tmp_path / "a.parquet")])[0]["messages"] == row["messages"]
+
+
+def test_several_sets_take_turns_and_stop_at_max_samples(tmp_path):
+    first = _jsonl(tmp_path / "a.jsonl", *({"text": f"a{i}"} for i in range(3)))
+    second = _jsonl(tmp_path / "b.jsonl", *({"text": f"b{i}"} for i in range(2)))
+    texts = [row["text"] for row in load_rows([first, second])]
+    assert texts == ["a0", "b0", "a1", "b1", "a2"]
+    assert len(load_rows([first, second], max_samples=3)) == 3
+
+
+def test_preferences_in_each_spelling(tmp_path):
+    user, good = {"role": "user", "content": "q"}, {"role": "assistant", "content": "g"}
+    bad = {"role": "assistant", "content": "b"}
+    wanted = {"prompt": [user], "chosen": [good], "rejected": [bad]}
+    path = _jsonl(
+        tmp_path / "p.jsonl",
+        wanted,
+        {"prompt": "q", "chosen": "g", "rejected": "b"},
+        {"prompt": "q", "chosen": [user, good], "rejected": [user, bad]},
+    )
+    assert load_rows([path], schema="preference") == [wanted] * 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"words": "x", "n": 1}, "row 2: has the columns `words`, `n`"),
+        ({}, "row 2: has the columns none"),
+        ([1], "row 2: holds a list"),
+        ({"text": 3}, "`text` is a int"),
+        ({"messages": []}, "`messages` is not a filled list"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot'; known are system"),
+        ({"messages": [{"role": "user"}]}, r"`messages\[0\]` has no `content`"),
+        ({**CHAT, "tools": "{"}, "`tools` is not JSON"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    path = _jsonl(tmp_path / "a.jsonl", CHAT, row)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_rows([path])
+    assert str(caught.value).startswith(path)
+    assert "`messages`" in caught.value.hint
+
+
+def test_preference_columns_are_required(tmp_path):
+    path = _jsonl(tmp_path / "a.jsonl", {"text": "x"})
+    with pytest.raises(UsageError, match="row 1: has the columns `text`") as caught:
+        load_rows([path], schema="preference")
+    assert "`rejected`" in caught.value.hint
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(UsageError, match="no data given"):
+        load_rows([])
+    with pytest.raises(UsageError, match=r"nope\.jsonl does not exist"):
+        load_rows([str(tmp_path / "nope.jsonl")])
+    with pytest.raises(UsageError, match="is a folder"):
+        load_rows([str(tmp_path)])
+    for name in ("empty.jsonl", "empty.txt"):
+        (tmp_path / name).write_text("\n")
+        with pytest.raises(UsageError, match="is empty"):
+            load_rows([str(tmp_path / name)], max_samples=1)
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
+    with pytest.raises(UsageError, match="row 3: not JSON"):
+        load_rows([str(tmp_path / "broken.jsonl")])
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_rows([str(tmp_path / "cut.jsonl.gz")])
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UsageError, match="UTF-8|cannot be read"):
+        load_rows([str(tmp_path / "latin.txt")])
+    (tmp_path / "no.parquet").write_bytes(b"PAR0")
+    with pytest.raises(UsageError, match="as parquet"):
+        load_rows([str(tmp_path / "no.parquet")])
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    with pytest.raises(UsageError, match="unknown kind of file"):
+        load_rows([str(tmp_path / "a.csv")])
+
+
+def test_an_unreachable_hub_set_is_a_sentence():
+    with pytest.raises(UsageError, match="data set nobody/nothing:en@test cannot be loaded"):
+        load_rows(["nobody/nothing:en@test"])

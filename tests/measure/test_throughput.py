@@ -1,0 +1,84 @@
+"""Speed numbers: what is counted, apart from how fast this machine is."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from mambactl.measure import throughput as module
+from mambactl.measure.throughput import random_prompts, throughput
+
+MIXERS = ["mamba2", "attention"]
+
+
+def test_every_pair_is_measured(make_hybrid, monkeypatch):
+    model = make_hybrid(MIXERS)
+    calls = []
+
+    class Counting(module.Engine):
+        def generate(self, prompts, params, **kwargs):
+            calls.append((len(prompts[0]), len(prompts), params.max_new_tokens))
+            return super().generate(prompts, params, **kwargs)
+
+    monkeypatch.setattr(module, "Engine", Counting)
+    points = throughput(model, [3, 40], [1, 2], output_len=5, warmup=1, iters=2)
+    pairs = [(3, 1), (3, 2), (40, 1), (40, 2)]
+    assert [(p["input_len"], p["batch_size"]) for p in points] == pairs
+    assert calls == [(length, rows, 5) for length, rows in pairs for _ in range(3)]
+    for point in points:
+        assert point["prefill_tokens_per_second"] > 0 and point["decode_tokens_per_second"] > 0
+        # an interpreter that has torch loaded, and not the wrong unit
+        assert 100 * 2**20 < point["peak_bytes"] < 50 * 2**30
+
+
+def test_rates_are_tokens_of_all_rows_per_second(make_hybrid, monkeypatch):
+    seconds = iter([9.0, 2.0, 4.0, 8.0])
+
+    class Timed(module.Engine):
+        def generate(self, prompts, params, **kwargs):
+            output = super().generate(prompts, params, **kwargs)
+            taken = next(seconds)
+            output.stats.seconds = Counter(prefill=taken, verify=taken / 2)
+            return output
+
+    monkeypatch.setattr(module, "Engine", Timed)
+    (point,) = throughput(make_hybrid(MIXERS), [11], [3], output_len=4, warmup=1, iters=3)
+    # the median run reads 3 x 10 tokens in 4 s and writes 3 x 4 in 2 s
+    assert point["prefill_tokens_per_second"] == pytest.approx(30 / 4)
+    assert point["decode_tokens_per_second"] == pytest.approx(12 / 2)
+
+
+def test_cache_bytes_are_those_of_the_layers(make_hybrid):
+    attention = make_hybrid(["attention"] * 2)
+    (short, long) = throughput(attention, [64, 128], [2], output_len=1, warmup=0, iters=1)
+    # 2 layers, keys and values, 2 rows, 2 heads of 16 in fp32
+    assert short["cache_bytes"] == 2 * 2 * 2 * 2 * 16 * 4 * 64
+    assert long["cache_bytes"] == 2 * short["cache_bytes"]
+    recurrent = make_hybrid(["mamba2"] * 2)
+    (short, long) = throughput(recurrent, [64, 128], [2], output_len=1, warmup=0, iters=1)
+    assert 0 < short["cache_bytes"] == long["cache_bytes"]
+
+
+def test_prompts_depend_on_the_seed_alone():
+    assert random_prompts(97, 2, 50, 1) == random_prompts(97, 2, 50, 1)
+    assert random_prompts(97, 2, 50, 1) != random_prompts(97, 2, 50, 2)
+    assert max(map(max, random_prompts(97, 4, 500, 0))) == 96
+
+
+def test_one_token_prompts_have_no_prefill_rate(make_hybrid):
+    (point,) = throughput(make_hybrid(MIXERS), [1], [1], output_len=2, warmup=0, iters=1)
+    assert point["prefill_tokens_per_second"] is None
+    assert point["decode_tokens_per_second"] > 0
+
+
+def test_a_pair_that_does_not_fit_is_left_empty(make_hybrid, monkeypatch):
+    class Small(module.Engine):
+        def generate(self, prompts, params, **kwargs):
+            if len(prompts) > 1:
+                raise torch.OutOfMemoryError("no")
+            return super().generate(prompts, params, **kwargs)
+
+    monkeypatch.setattr(module, "Engine", Small)
+    one, two = throughput(make_hybrid(MIXERS), [4], [1, 2], output_len=2, warmup=0, iters=1)
+    assert one["decode_tokens_per_second"] > 0
+    assert [two[name] for name in module.NUMBERS] == [None] * 4

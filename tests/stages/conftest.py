@@ -1,0 +1,32 @@
+"""A hybrid made from the tiny Llama, for the stages that measure."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def save_student(make_hybrid, tiny_llama_dir) -> Callable[[Path], Path]:
+    """save_student(out): half of the layers are random Mamba-2, the rest is the teacher's."""
+
+    def save(out: Path) -> Path:
+        import torch
+
+        from mambactl.checkpoint.load import load_model
+        from mambactl.checkpoint.provenance import lineage
+        from mambactl.checkpoint.reader import read_side_files
+        from mambactl.checkpoint.save import save_model
+
+        student = make_hybrid(["mamba2", "attention"] * 2, seed=2, tie_word_embeddings=True)
+        shared = dict(load_model(str(tiny_llama_dir)).named_parameters())
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                if name in shared:
+                    parameter.copy_(shared[name])
+                elif name.endswith("out_proj.weight"):
+                    parameter.mul_(0.05)
+        record = lineage("convert", None, tiny_llama_dir, str(tiny_llama_dir), {}, 0, {})
+        return save_model(student, out, read_side_files(tiny_llama_dir), record)
+
+    return save

@@ -1,0 +1,191 @@
+"""The `distill` stage: from a hybrid folder to a better one, resumable, or a sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import WORDS
+
+from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
+from mambactl.checkpoint.reader import open_checkpoint
+from mambactl.errors import ModelError, OutputError, UsageError
+from mambactl.recipe import DistillConfig
+from mambactl.stages.distill import phase_steps, plan, run
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, save_student):
+    return str(save_student(tmp_path_factory.mktemp("d") / "student"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    draw = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    rows = (torch.randint(len(WORDS), (n,), generator=draw) for n in range(10, 60))
+    texts = [" ".join(WORDS[i] for i in row) for row in rows]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def cpu(data, **fields):
+    settings = {"max_steps": 16, "batch_size": 2, "max_length": 32, "save_every": 4, "warmup": 2}
+    return DistillConfig(device="cpu", data=[data], **{**settings, **fields})
+
+
+@pytest.mark.parametrize("name", ["out", "out.st"])
+def test_both_phases_improve_and_are_recorded(student, data, tmp_path, name):
+    out = tmp_path / name
+    config = cpu(data, max_steps=40)
+    result = run(config, student, out)
+    assert result.path == str(out)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    metrics = result.metrics
+    assert list(metrics) == ["align", "logits"]
+    for phase in metrics.values():
+        assert phase["steps"] == 20
+        assert phase["last_loss"] < phase["first_loss"]
+        assert phase["tokens"] > 500
+    lineage = load_lineage(str(out))
+    assert lineage["stage"] == "distill"
+    assert lineage["metrics"] == metrics
+    assert lineage["recipe"] == config.model_dump(mode="json")
+    assert [link["stage"] for link in lineage["ancestors"]] == ["convert"]
+    assert load_model(str(out)).config.mixers == ["mamba2", "attention"] * 2
+    assert load_tokenizer(str(out)).chat_template == load_tokenizer(student).chat_template
+    if out.is_dir():
+        assert len((out / "metrics.jsonl").read_text().splitlines()) == 40
+
+
+def test_the_result_has_the_sources_type(student, data, tmp_path, make_hybrid, tiny_llama_dir):
+    half = tmp_path / "half"
+    _save_as(load_model(student), torch.bfloat16, student, half)
+    run(cpu(data, max_steps=2), str(half), tmp_path / "out")
+    with open_checkpoint(str(tmp_path / "out")) as reader:
+        for name in reader.names():
+            kept = name.endswith(("A_log", ".D", "dt_bias"))
+            assert reader.dtype(name) == (torch.float32 if kept else torch.bfloat16), name
+        assert reader.config["dtype"] == "bfloat16"
+
+
+def _save_as(model, dtype, source, out):
+    from mambactl.checkpoint.save import save_model
+
+    with open_checkpoint(source) as reader:
+        save_model(model.to(dtype), out, reader.files, reader.lineage)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(student, data, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    config = cpu(data)
+    run(config, student, whole)
+    _kill_at_step(config, student, broken, 11)
+    assert not broken.exists()
+    with pytest.raises(OutputError, match="unfinished run") as caught:
+        run(config, student, broken)
+    assert "--resume" in caught.value.hint
+    with pytest.raises(OutputError, match=r"lr 0\.0003 -> 0\.001"):
+        run(config.model_copy(update={"lr": 1e-3}), student, broken, resume=True)
+    run(config, student, broken, resume=True)
+    assert (broken / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    ours, theirs = (load_model(str(path)).state_dict() for path in (broken, whole))
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def _kill_at_step(config, source, out, step):
+    """Start the stage in a child process and kill -9 it once it has logged `step` lines."""
+    program = (
+        "import sys; from pathlib import Path; from mambactl.recipe import DistillConfig; "
+        "from mambactl.stages.distill import run; import torch; torch.set_num_threads(1); "
+        "from mambactl.train import loop; import time; inner = loop._gradients; "
+        "loop._gradients = lambda *a: (time.sleep(0.05), inner(*a))[1]; "
+        "run(DistillConfig.model_validate_json(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, config.model_dump_json(), source, str(out)],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    log = out.with_name(out.name + ".partial") / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and len(log.read_text().splitlines()) >= step):
+        assert child.poll() is None, child.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    child.stderr.close()
+
+
+def test_the_dry_run_says_what_would_happen(student, data, tiny_llama_dir, tmp_path):
+    planned = plan(cpu(data, align_steps=4), student)
+    assert planned["phases"] == {"align": 4, "logits": 12}
+    assert planned["teacher"] == str(tiny_llama_dir)
+    assert planned["mixers"] == ["mamba2", "attention"] * 2
+    assert planned["documents"] == 50
+    assert planned["parameters"] == sum(p.numel() for p in load_model(student).parameters())
+    json.dumps(planned)
+
+
+def test_phases_share_max_steps():
+    def steps(**fields):
+        return phase_steps(DistillConfig(max_steps=9, **fields))
+
+    assert steps() == {"align": 4, "logits": 5}
+    assert steps(stages=["logits"]) == {"logits": 9}
+    assert steps(stages=["align"]) == {"align": 9}
+    assert steps(align_steps=0) == {"logits": 9}
+    assert steps(align_steps=9) == {"align": 9}
+    for wrong in ({"stages": []}, {"stages": ["logits", "align"]}, {"align_steps": 10}):
+        with pytest.raises(UsageError):
+            steps(**wrong)
+
+
+def test_what_cannot_be_distilled_is_a_sentence(
+    student, data, tiny_llama_dir, tmp_path, make_hybrid
+):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="no Mamba layer"):
+        run(cpu(data, teacher=student), str(tiny_llama_dir), out)
+    with pytest.raises(UsageError, match="no Mamba layer"):
+        plan(cpu(data, teacher=student), str(tiny_llama_dir))
+    with pytest.raises(UsageError, match="no data given"):
+        run(DistillConfig(device="cpu"), student, out)
+    with pytest.raises(UsageError, match=r"cannot be aligned.*no attention in the layers \[0, 2\]"):
+        run(cpu(data, teacher=student), student, out)
+    with pytest.raises(UsageError, match="float16"):
+        run(cpu(data, dtype="float16"), student, out)
+    other = _saved_teacher(make_hybrid, tmp_path / "other", tiny_llama_dir, vocab_size=101)
+    with pytest.raises(ModelError, match="has 101 tokens, the student 97"):
+        run(cpu(data, teacher=other), student, out)
+    assert not list(tmp_path.glob("out*"))
+    out.mkdir()
+    (out / "notes.txt").touch()
+    with pytest.raises(OutputError, match="exists"):
+        run(cpu(data), student, out)
+    with pytest.raises(OutputError, match="other content"):
+        run(cpu(data), student, out, force=True)
+
+
+def test_a_larger_teacher_only_gives_logits(student, data, tmp_path, make_hybrid, tiny_llama_dir):
+    larger = _saved_teacher(make_hybrid, tmp_path / "larger", tiny_llama_dir, hidden_size=64)
+    with pytest.raises(UsageError, match="64 hidden units"):
+        run(cpu(data, teacher=larger), student, tmp_path / "out")
+    rates = {"lr": 3e-3, "rest_lr": 3e-3}
+    config = cpu(data, teacher=larger, stages=["logits"], max_steps=60, **rates)
+    result = run(config, student, tmp_path / "out")
+    assert result.metrics["logits"]["last_loss"] < result.metrics["logits"]["first_loss"]
+    assert load_lineage(result.path)["teacher"] == larger
+
+
+def _saved_teacher(make_hybrid, out, files, **fields):
+    from mambactl.checkpoint.save import save_model
+
+    with open_checkpoint(str(files)) as reader:
+        return str(save_model(make_hybrid(["attention"] * 4, **fields), out, reader.files, None))

@@ -1,0 +1,70 @@
+"""Alignment teaches mixers, and only mixers, what the replaced attention says."""
+
+import pytest
+import torch
+
+from mambactl.data.pack import collate
+from mambactl.train.alignment import AlignmentObjective, misfit, relative_error
+from mambactl.train.optimizer import mixer_parameters
+
+
+def test_gradients_equal_those_of_the_loss_written_out(pair, rows):
+    student, teacher = pair
+    batch = collate(rows[:3])
+    objective = AlignmentObjective(student, teacher)
+    student.zero_grad()
+    loss = objective.backward(batch, objective.count(batch))
+    got = {name: p.grad.clone() for name, p in mixer_parameters(student).items()}
+    untouched = [name for name, p in student.named_parameters() if p.grad is not None]
+    assert untouched == list(got)
+
+    student.zero_grad()
+    expected = _written_out(student, teacher, batch)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    for name, parameter in mixer_parameters(student).items():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def _written_out(student, teacher, batch):
+    """Walk the teacher block by block, without hooks."""
+    embedded = teacher.model.embed_tokens(batch.input_ids)
+    context = teacher.model.context(embedded, batch.position_ids, None, batch.seq_idx)
+    hidden, losses = embedded, []
+    for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
+        normed = theirs.input_layernorm(hidden)
+        wanted = theirs.self_attn(normed, context, None)
+        if ours.mixer_name == "mamba":
+            got = ours.mixer(normed, context, None)[batch.valid]
+            target = wanted[batch.valid]
+            losses.append((got - target).square().mean() / target.var(correction=0))
+        hidden = theirs(hidden, context, None)
+    return sum(losses) / len(losses)
+
+
+def test_a_constant_guess_at_the_mean_scores_one():
+    wanted = torch.randn(2, 9, 7, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, 4:] = False
+    guess = wanted[valid].mean().expand_as(wanted)
+    share = relative_error(guess, wanted, valid) / valid.sum()
+    torch.testing.assert_close(share, torch.tensor(1.0))
+
+
+def test_padding_does_not_count(pair, rows):
+    student, teacher = pair
+    objective = AlignmentObjective(student, teacher)
+    batch = collate([min(rows, key=lambda row: row.valid.sum())])
+    assert 0 < objective.count(batch) < batch.valid.numel()
+    other = batch._replace(input_ids=torch.where(batch.valid, batch.input_ids, 5))
+    tokens = objective.count(batch)
+    assert objective.backward(batch, tokens) == objective.backward(other, tokens)
+
+
+def test_teachers_that_do_not_fit_are_refused(pair, make_hybrid):
+    student, teacher = pair
+    assert misfit(student, teacher) is None
+    assert "3 layers" in misfit(student, make_hybrid(["attention"] * 3))
+    assert "hidden units" in misfit(student, make_hybrid(["attention"] * 4, hidden_size=32))
+    with pytest.raises(ValueError, match=r"no attention in the layers \[0, 2\]"):
+        AlignmentObjective(student, student)
