@@ -95,37 +95,34 @@ def ssd(
     """
     kind = state_dtype(x)
     batch, length, heads, width = x.shape
-    n_state = B.shape[-1]
     chunk = min(chunk_size, max(length, 1))
     pad = -length % chunk
-    x, dt, B, C = (
-        F.pad(t.to(kind), (0, 0) * (t.ndim - 2) + (0, pad)) for t in (x, dt, B, C)
-    )
     n_chunks = (length + pad) // chunk
-    x = x.view(batch, n_chunks, chunk, heads, width)  # [B, c, L, H, P]
-    B = _per_head(B, heads).view(batch, n_chunks, chunk, heads, n_state)  # [B, c, L, H, N]
-    C = _per_head(C, heads).view(batch, n_chunks, chunk, heads, n_state)  # [B, c, L, H, N]
-    dt = dt.view(batch, n_chunks, chunk, heads)  # [B, c, L, H]
-    decay = (dt * A.to(kind)).cumsum(2)  # [B, c, L, H], log of the decay since the chunk began
+    x, B, C = (_chunks(t.to(kind), pad, n_chunks, heads) for t in (x, B, C))  # [B, c, H, L, ...]
+    dt = _chunks(dt.to(kind)[..., None], pad, n_chunks, heads)[..., 0]  # [B, c, H, L]
+    decay = (dt * A.to(kind)[:, None]).cumsum(3)  # [B, c, H, L], log since the chunk began
     documents, carried = _chunk_documents(seq_idx, batch, n_chunks, chunk, pad, x.device)
 
-    y = _within_chunks(x, dt, B, C, decay, documents)
+    y = _within_chunks(x, dt, B, C, decay, documents)  # [B, c, H, L, P]
     fresh = _chunk_states(x, dt, B, decay, documents)  # [B, c, H, P, N]
-    state = x.new_zeros(batch, heads, width, n_state) if initial_state is None else initial_state
-    state = state.to(kind)
+    state = x.new_zeros(batch, heads, width, B.shape[-1])
+    if initial_state is not None:
+        state = initial_state.to(kind)
     entering = []
-    whole = decay[:, :, -1].exp() * carried[:, :, -1, None]  # [B, c, H], 0 where a document ended
+    whole = decay[..., -1].exp() * carried[:, :, None, -1]  # [B, c, H], 0 where a document ended
     for c in range(n_chunks):
         entering.append(state)
         state = state * whole[:, c, :, None, None] + fresh[:, c]  # [B, H, P, N]
     if entering:
-        into = decay.exp() * carried[..., None]  # [B, c, L, H]
-        y = y + torch.einsum("bclhn,bchpn,bclh->bclhp", C, torch.stack(entering, 1), into)
-    return y.reshape(batch, length + pad, heads, width)[:, :length], state
+        into = decay.exp() * carried[:, :, None]  # [B, c, H, L]
+        y = y + (C @ torch.stack(entering, 1).mT) * into[..., None]
+    return y.transpose(2, 3).reshape(batch, length + pad, heads, width)[:, :length], state
 
 
-def _per_head(t: Tensor, heads: int) -> Tensor:
-    return t.repeat_interleave(heads // t.shape[2], dim=2)  # [B, T, H, N]
+def _chunks(t: Tensor, pad: int, n_chunks: int, heads: int) -> Tensor:
+    """[B, T, G, F] -> [B, c, H, L, F]: padded, cut in chunks, groups repeated to heads."""
+    t = F.pad(t, (0, 0, 0, 0, 0, pad)).unflatten(1, (n_chunks, -1)).transpose(2, 3)
+    return t.repeat_interleave(heads // t.shape[2], dim=2)
 
 
 def _chunk_documents(
@@ -134,11 +131,11 @@ def _chunk_documents(
     """Documents per chunk [B, c, L], and where the entering state still counts [B, c, L]."""
     if seq_idx is None or n_chunks == 0:
         return None, torch.ones(batch, n_chunks, chunk, dtype=torch.bool, device=device)
-    seq_idx = F.pad(seq_idx, (0, pad), mode="replicate") if pad else seq_idx
-    documents = seq_idx.view(batch, n_chunks, chunk)
     # a document number can come back later in a row, so compare the running count of changes
     changes = (seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1)  # [B, T-1]
-    documents = F.pad(changes, (1, 0)).view(batch, n_chunks, chunk)
+    # padding belongs to the last document: its dt is 0, and the final state must pass it
+    changes = F.pad(F.pad(changes, (1, 0)), (0, pad), mode="replicate")
+    documents = changes.view(batch, n_chunks, chunk)
     before = F.pad(documents[:, :-1, -1], (1, 0))  # [B, c], document of the entering state
     return documents, documents == before[..., None]
 
@@ -146,24 +143,23 @@ def _chunk_documents(
 def _within_chunks(
     x: Tensor, dt: Tensor, B: Tensor, C: Tensor, decay: Tensor, documents: Tensor | None
 ) -> Tensor:
-    chunk = x.shape[2]
-    gap = decay[:, :, :, None] - decay[:, :, None]  # [B, c, L, S, H]
+    chunk = x.shape[3]
     keep = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()  # [L, S]
-    keep = keep[None, None]
     if documents is not None:
-        keep = keep & (documents[..., :, None] == documents[..., None, :])  # [B, c, L, S]
-    weight = gap.masked_fill(~keep[..., None], float("-inf")).exp() * dt[:, :, None]
-    scores = torch.einsum("bclhn,bcshn->bclsh", C, B) * weight  # [B, c, L, S, H]
-    return torch.einsum("bclsh,bcshp->bclhp", scores, x)  # [B, c, L, H, P]
+        same = documents[..., :, None] == documents[..., None, :]  # [B, c, L, S]
+        keep = (keep & same)[:, :, None]
+    gap = decay[..., :, None] - decay[..., None, :]  # [B, c, H, L, S]
+    weight = gap.masked_fill(~keep, float("-inf")).exp() * dt[..., None, :]
+    return ((C @ B.mT) * weight) @ x  # [B, c, H, L, P]
 
 
 def _chunk_states(
     x: Tensor, dt: Tensor, B: Tensor, decay: Tensor, documents: Tensor | None
 ) -> Tensor:
-    weight = (decay[:, :, -1:] - decay).exp() * dt  # [B, c, L, H]
+    weight = (decay[..., -1:] - decay).exp() * dt  # [B, c, H, L]
     if documents is not None:
-        weight = weight * (documents == documents[:, :, -1:])[..., None]
-    return torch.einsum("bclhp,bclhn,bclh->bchpn", x, B, weight)  # [B, c, H, P, N]
+        weight = weight * (documents == documents[..., -1:])[:, :, None]
+    return (x * weight[..., None]).mT @ B  # [B, c, H, P, N]
 
 
 def ssd_step(

@@ -32,8 +32,11 @@ LINEAR_RANGE = 0.05
 NORM_RANGE = 0.3
 # tokens; beyond any context, so it stands for no decay
 NO_DECAY = 1e5
-# half-lives in tokens that heads of a layer cycle through without data: many short, some endless
-PRIOR_HALF_LIVES = (1.0, 2.0, 4.0, 1.5, 8.0, 32.0, 3.0, 16.0, NO_DECAY)
+# without data, medians and quantiles of 135 heads of SmolLM2-135M-Instruct fitted on 6k tokens:
+# half-lives in tokens that the heads of a layer cycle through, the weight of the running mean of
+# v, the score's weight relative to it, and the output's rms relative to that of v
+PRIOR_HALF_LIVES = (3.0, 12.0, 48.0, 1.5, 6.0, 24.0, 3.0, 24.0, 96.0)
+PRIOR_MEAN, PRIOR_SCORE, PRIOR_RMS = 0.4, 0.25, 0.13
 
 
 @dataclass(frozen=True)
@@ -177,13 +180,12 @@ def prior_fit(mixer: nn.Module, attention: AttentionWeights) -> HeadFit:
     heads, head_dim = _head_shape(mixer, attention)
     kv_rms = projection_rms(attention.v, attention.norm, head_dim)
     half_life = torch.tensor(PRIOR_HALF_LIVES).repeat(-(-heads // len(PRIOR_HALF_LIVES)))[:heads]
-    # sum of the decays over a 512-token context, so that the weights average to one
+    # sum of the decays over a 512-token context
     decay = 0.5 ** (1 / half_life.double())
     mass = ((1 - decay**512) / (1 - decay)).float()
-    constant = 1 / mass
-    zeros = torch.zeros(heads)
-    rms = kv_rms.repeat_interleave(heads // len(kv_rms)) * constant.sqrt()
-    return HeadFit(half_life, constant, constant.clone(), zeros, rms)
+    constant = PRIOR_MEAN / mass
+    rms = PRIOR_RMS * kv_rms.repeat_interleave(heads // len(kv_rms))
+    return HeadFit(half_life, constant, PRIOR_SCORE * constant, torch.zeros(heads), rms)
 
 
 def _head_shape(mixer: nn.Module, attention: AttentionWeights) -> tuple[int, int]:
