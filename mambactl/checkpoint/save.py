@@ -25,6 +25,8 @@ from mambactl.errors import OutputError, ResourceError
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+# a single file's header comes first, but its lineage may hold what writing the tensors found out
+LATE_LINEAGE_BYTES = 1 << 17
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,6 +42,7 @@ class _Shard:
     fd: int
     start: dict[str, int]
     layout: dict[str, tuple[Shape, torch.dtype]] = field(default_factory=dict)
+    head_bytes: int = 0
 
 
 class CheckpointWriter:
@@ -47,6 +50,7 @@ class CheckpointWriter:
 
     `out` ending in .st or .safetensors becomes one file that carries everything. Raises
     OutputError if OUT exists without `force` or is being written, ResourceError on a full disk.
+    `lineage` may be set on the writer until the end.
     """
 
     def __init__(
@@ -162,12 +166,21 @@ class CheckpointWriter:
         return self.partial / f"model-{number:05d}-of-{count:05d}.safetensors"
 
     def _open_shard(self, path: Path, layout: dict[str, tuple[Shape, torch.dtype]]) -> None:
-        head, start = _header(layout, self._metadata())
+        head, start = _header(layout, self._metadata(), LATE_LINEAGE_BYTES if self.single else 0)
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        shard = _Shard(path, fd, start, layout)
+        shard = _Shard(path, fd, start, layout, len(head))
         self._shards.append(shard)
         self._home.update(dict.fromkeys(layout, shard))
         _write_at(fd, memoryview(head), 0)
+
+    def _rewrite_header(self, shard: _Shard) -> None:
+        """Put the final lineage into the room that was left for it."""
+        head, _ = _header(shard.layout, self._metadata(), 0)
+        room = shard.head_bytes - len(head)
+        if room < 0:
+            raise ValueError(f"the lineage is {-room} bytes longer than the header has room for")
+        head, _ = _header(shard.layout, self._metadata(), room)
+        _write_at(shard.fd, memoryview(head), 0)
 
     def _metadata(self) -> dict[str, str]:
         metadata = {"format": "pt"}
@@ -188,6 +201,8 @@ class CheckpointWriter:
     def _commit(self) -> None:
         if self._pending or not self._shards:
             raise ValueError(f"{len(self._pending)} planned tensors were never written")
+        if self.single:
+            self._rewrite_header(self._shards[0])
         for shard in self._shards:
             os.fsync(shard.fd)
         if not self.single:
@@ -306,9 +321,9 @@ def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _header(
-    layout: Mapping[str, tuple[Shape, torch.dtype]], metadata: dict[str, str]
+    layout: Mapping[str, tuple[Shape, torch.dtype]], metadata: dict[str, str], room: int
 ) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the tensors, and where in the file each tensor starts."""
+    """The bytes before the tensors with `room` spare ones, and where each tensor starts."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     begin: dict[str, int] = {}
     offset = 0
@@ -322,7 +337,7 @@ def _header(
         }
         begin[name], offset = offset, end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8 + room)
     head = len(text).to_bytes(8, "little") + text
     return head, {name: len(head) + at for name, at in begin.items()}
 
