@@ -147,7 +147,7 @@ class BenchConfig(StageConfig):
 
     input_len: Integers = Field([128], description="context lengths")
     output_len: int = Field(32, ge=1, description="tokens decoded per measurement")
-    batch_sizes: Integers = Field([1], description="rows decoded together")
+    batch_size: Integers = Field([1], description="rows decoded together")
     warmup: int = Field(1, ge=0, description="unmeasured rounds")
     iters: int = Field(3, ge=1, description="measured rounds")
     baseline: str | None = Field(None, description="second model; `teacher` is the lineage's")

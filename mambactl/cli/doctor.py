@@ -7,11 +7,7 @@ from mambactl.cli import io
 from mambactl.cli.options import Json
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "typer")
-CUDA_LINE = 'pip install --no-build-isolation "mambactl[cuda]"'
 OPTIONAL = {
-    "triton": ("our GPU kernels", "pip install triton"),
-    "mamba-ssm": ("fused prefill and training", CUDA_LINE),
-    "causal-conv1d": ("fused convolution", CUDA_LINE),
     "lm-eval": ("eval --tasks with harness names", 'pip install "mambactl[eval]"'),
     "peft": ("LoRA", 'pip install "mambactl[lora]"'),
     "matplotlib": ("plots", 'pip install "mambactl[plot]"'),
@@ -70,22 +66,6 @@ def _devices() -> dict[str, str]:
 
 def _kernels() -> list[tuple[str, str | None]]:
     """Backends with the reason why each is off (None when it is live)."""
-    import torch
-
-    gpu = None if torch.cuda.is_available() else "no CUDA device"
-    live: list[tuple[str, str | None]] = [("reference (PyTorch)", None)]
-    for package in ("triton", "mamba-ssm", "causal-conv1d"):
-        missing = None if _version(package) else f"not installed, {OPTIONAL[package][1]}"
-        live.append((package, gpu or missing or _import_error(package)))
-    return live
-
-
-def _import_error(package: str) -> str | None:
-    from importlib import import_module
-
-    try:
-        import_module(package.replace("-", "_"))
-    except Exception as error:
-        # a wheel built for another torch or CUDA fails in many ways; the reason is what helps
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
+    unused = "no kernel of this version uses it, on any device"
+    packages = ("triton", "mamba-ssm", "causal-conv1d")
+    return [("reference (PyTorch)", None), *((package, unused) for package in packages)]

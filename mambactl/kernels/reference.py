@@ -11,8 +11,8 @@ input, fp64; states never have less than fp32.
 
 Letters: B batch, T tokens, H heads, P head dim, N state, G groups, Ch channels, W conv width.
 `seq_idx` [B, T] numbers the documents of a packed row: states and conv windows reset where it
-changes. `n_new` [B] makes a batch ragged: row b uses only its first n_new[b] tokens, and the
-state it returns is the state after those.
+changes; what came before the row belongs to its first document. `n_new` [B] makes a batch ragged:
+row b uses only its first n_new[b] tokens, and the state it returns is the state after those.
 """
 
 from collections.abc import Callable
@@ -45,18 +45,20 @@ def causal_conv1d(
     if window is None:
         window = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     padded = torch.cat([window.to(x.dtype), x], dim=1)  # [B, W-1+T, Ch]
+    number = None if seq_idx is None else document_numbers(seq_idx)  # [B, T]
     y = x * weight[:, -1]  # [B, T, Ch]
     for back in range(1, width):
         tap = padded[:, width - 1 - back : width - 1 - back + length]  # [B, T, Ch]
-        if seq_idx is not None:
-            tap = tap * _same_document(seq_idx, back)[..., None]
+        if number is not None:
+            earlier = F.pad(number, (back, 0))[:, :length]  # [B, T]
+            tap = tap.masked_fill((earlier != number)[..., None], 0)
         y = y + tap * weight[:, -1 - back]
     return y if bias is None else y + bias
 
 
-def _same_document(seq_idx: Tensor, back: int) -> Tensor:
-    shifted = F.pad(seq_idx, (back, 0), value=-(2**31))[:, : seq_idx.shape[1]]  # [B, T]
-    return shifted == seq_idx
+def document_numbers(seq_idx: Tensor) -> Tensor:
+    """Documents [B, T] counted from 0 along each row: a number in `seq_idx` may come back later."""
+    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
 
 
 def conv_window(x: Tensor, window: Tensor, n_new: Tensor | None) -> Tensor:
@@ -69,12 +71,18 @@ def conv_window(x: Tensor, window: Tensor, n_new: Tensor | None) -> Tensor:
     return padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-def mask_dt(dt: Tensor, n_new: Tensor | None) -> Tensor:
-    """dt = 0 keeps a state as it is: do that for every token at or after n_new. dt [B, T, ...]."""
+def mask_records(records: Records, n_new: Tensor | None) -> Records:
+    """Records (x, dt, B) [B, T, ...] that leave a state as it is from token n_new on.
+
+    dt = 0 does that; x and B become 0 too, because padding may hold NaN.
+    """
     if n_new is None:
-        return dt
-    real = torch.arange(dt.shape[1], device=dt.device) < n_new[:, None]  # [B, T]
-    return dt * real[..., None]
+        return records
+    padding = torch.arange(records[1].shape[1], device=n_new.device) >= n_new[:, None]  # [B, T]
+    x, dt, B = (
+        t.masked_fill(padding.view(*padding.shape, *[1] * (t.ndim - 2)), 0) for t in records
+    )
+    return x, dt, B
 
 
 def ssd(
@@ -96,11 +104,12 @@ def ssd(
     kind = state_dtype(x)
     batch, length, heads, width = x.shape
     chunk = min(chunk_size, max(length, 1))
-    pad = -length % chunk
-    n_chunks = (length + pad) // chunk
+    n_chunks = max(-(-length // chunk), 1)
+    pad = n_chunks * chunk - length
     x, B, C = (_chunks(t.to(kind), pad, n_chunks, heads) for t in (x, B, C))  # [B, c, H, L, ...]
     dt = _chunks(dt.to(kind)[..., None], pad, n_chunks, heads)[..., 0]  # [B, c, H, L]
-    decay = (dt * A.to(kind)[:, None]).cumsum(3)  # [B, c, H, L], log since the chunk began
+    # fp64: a difference of two sums must stay exact after a token that forgets everything
+    decay = (dt * A.to(kind)[:, None]).double().cumsum(3)  # [B, c, H, L], log since the chunk began
     documents, carried = _chunk_documents(seq_idx, batch, n_chunks, chunk, pad, x.device)
 
     y = _within_chunks(x, dt, B, C, decay, documents)  # [B, c, H, L, P]
@@ -109,13 +118,13 @@ def ssd(
     if initial_state is not None:
         state = initial_state.to(kind)
     entering = []
-    whole = decay[..., -1].exp() * carried[:, :, None, -1]  # [B, c, H], 0 where a document ended
+    since = decay.to(kind).exp()  # [B, c, H, L]
+    whole = since[..., -1] * carried[:, :, None, -1]  # [B, c, H], 0 where a document ended
     for c in range(n_chunks):
         entering.append(state)
         state = state * whole[:, c, :, None, None] + fresh[:, c]  # [B, H, P, N]
-    if entering:
-        into = decay.exp() * carried[:, :, None]  # [B, c, H, L]
-        y = y + (C @ torch.stack(entering, 1).mT) * into[..., None]
+    into = since * carried[:, :, None]  # [B, c, H, L]
+    y = y + (C @ torch.stack(entering, 1).mT) * into[..., None]
     return y.transpose(2, 3).reshape(batch, length + pad, heads, width)[:, :length], state
 
 
@@ -129,13 +138,11 @@ def _chunk_documents(
     seq_idx: Tensor | None, batch: int, n_chunks: int, chunk: int, pad: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
     """Documents per chunk [B, c, L], and where the entering state still counts [B, c, L]."""
-    if seq_idx is None or n_chunks == 0:
+    if seq_idx is None or seq_idx.shape[1] == 0:
         return None, torch.ones(batch, n_chunks, chunk, dtype=torch.bool, device=device)
-    # a document number can come back later in a row, so compare the running count of changes
-    changes = (seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1)  # [B, T-1]
     # padding belongs to the last document: its dt is 0, and the final state must pass it
-    changes = F.pad(F.pad(changes, (1, 0)), (0, pad), mode="replicate")
-    documents = changes.view(batch, n_chunks, chunk)
+    numbers = F.pad(document_numbers(seq_idx), (0, pad), mode="replicate")
+    documents = numbers.view(batch, n_chunks, chunk)
     before = F.pad(documents[:, :-1, -1], (1, 0))  # [B, c], document of the entering state
     return documents, documents == before[..., None]
 
@@ -148,7 +155,7 @@ def _within_chunks(
     if documents is not None:
         same = documents[..., :, None] == documents[..., None, :]  # [B, c, L, S]
         keep = (keep & same)[:, :, None]
-    gap = decay[..., :, None] - decay[..., None, :]  # [B, c, H, L, S]
+    gap = (decay[..., :, None] - decay[..., None, :]).to(dt.dtype)  # [B, c, H, L, S]
     weight = gap.masked_fill(~keep, float("-inf")).exp() * dt[..., None, :]
     return ((C @ B.mT) * weight) @ x  # [B, c, H, L, P]
 
@@ -156,7 +163,7 @@ def _within_chunks(
 def _chunk_states(
     x: Tensor, dt: Tensor, B: Tensor, decay: Tensor, documents: Tensor | None
 ) -> Tensor:
-    weight = (decay[..., -1:] - decay).exp() * dt  # [B, c, H, L]
+    weight = (decay[..., -1:] - decay).to(dt.dtype).exp() * dt  # [B, c, H, L]
     if documents is not None:
         weight = weight * (documents == documents[..., -1:])[:, :, None]
     return (x * weight[..., None]).mT @ B  # [B, c, H, P, N]

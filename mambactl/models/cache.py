@@ -104,7 +104,7 @@ class RecurrentCache:
             y, live = recur(step, self.live, records, C, cursor.n_new)
             kept = self.live if cursor.settle else self.state
         if not cursor.recording:
-            self.replace(conv_window(raw, self.window, cursor.n_new), live)
+            self.replace(conv_window(raw, self.conv_inputs(cursor, width), cursor.n_new), live)
             return y
         held = cursor.held
         if cursor.settle:
@@ -207,8 +207,8 @@ class HybridCache(Cache):
             raise ValueError("this cache was made without recording=True and cannot roll back")
         if bool(((lengths < self.base) | (lengths > self.lengths)).any()):
             raise ValueError(
-                f"cannot roll back to {lengths.tolist()}: rows hold {self.lengths.tolist()} tokens, "
-                f"of which {self.base.tolist()} are permanent"
+                f"cannot roll back to {lengths.tolist()}: rows hold {self.lengths.tolist()} "
+                f"tokens, of which {self.base.tolist()} are permanent"
             )
         self._rolled_back |= bool((lengths != self.lengths).any())
         self._settle = True
@@ -222,10 +222,11 @@ class HybridCache(Cache):
     def reorder(self, rows: Tensor) -> None:
         """Keep the given rows [B'] in the given order (repeats allowed)."""
         for layer in self.layers:
-            for name in layer.tensors():
-                tensor = getattr(layer, name)
-                if tensor is not None:
-                    setattr(layer, name, tensor.index_select(0, rows))
+            held = {name: getattr(layer, name) for name in layer.tensors()}
+            # names that share a tensor keep sharing it
+            moved = {id(t): t.index_select(0, rows) for t in held.values() if t is not None}
+            for name, tensor in held.items():
+                setattr(layer, name, moved.get(id(tensor)))
         self.lengths, self.base = self.lengths[rows], self.base[rows]
 
     def nbytes(self) -> int:
@@ -256,8 +257,10 @@ class HybridCache(Cache):
 
     def crop(self, max_length: int) -> None:
         """Shorten every row to max_length tokens (negative: by that many)."""
-        target = max_length if max_length >= 0 else int(self.lengths.max()) + max_length
+        longest = int(self.lengths.max())
+        target = min(max_length if max_length >= 0 else longest + max_length, longest)
         self.rollback(self.lengths.clamp(max=target))
+        self.seen -= longest - target
 
     @property
     def is_compileable(self) -> bool:

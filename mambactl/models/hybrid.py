@@ -13,15 +13,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from mambactl.kernels.reference import document_numbers
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.attention import AttentionMixer
-from mambactl.models.mixers.context import StepContext, goes_sequentially
-from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS, KeepsFloat32
 from mambactl.models.mixers.mamba1 import Mamba1Mixer
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
 
 MIXER_CLASSES = {"attention": AttentionMixer, "mamba2": Mamba2Mixer, "mamba1": Mamba1Mixer}
+
+
+class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
+    """Llama's, but a model cast to bf16 keeps its frequencies: a rounded one is off by radians."""
+
+    float32_names = ("inv_freq", "original_inv_freq")
 
 
 class HybridBlock(GradientCheckpointingLayer):
@@ -75,7 +82,7 @@ class HybridModel(HybridPreTrainedModel):
             HybridBlock(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -98,15 +105,15 @@ class HybridModel(HybridPreTrainedModel):
         explained in `mambactl.kernels.reference`.
         """
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        cache = past_key_values
-        if use_cache and not isinstance(cache, HybridCache):
-            cache = HybridCache(self.config, hidden.shape[0], hidden.device)
         hidden, n_new, order = _make_ragged(hidden, attention_mask, n_new)
-        padded = order is not None or cache is not None
-        context = self.context(
-            hidden, None if padded else position_ids, cache, seq_idx, n_new, order is not None
+        position_ids, seq_idx = (
+            t if t is None or order is None else t.expand_as(order).gather(1, order)
+            for t in (position_ids, seq_idx)
         )
+        if seq_idx is None and position_ids is not None:
+            seq_idx = _documents(position_ids, n_new)
+        cache = self._cache(past_key_values, use_cache, hidden, seq_idx is not None)
+        context = self.context(hidden, position_ids, cache, seq_idx, n_new)
         every = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, context, cache)
@@ -129,6 +136,20 @@ class HybridModel(HybridPreTrainedModel):
             hidden_states=tuple(every) if output_hidden_states else None,
         )
 
+    def _cache(
+        self, given: HybridCache | None, use_cache: bool | None, hidden: Tensor, packed: bool
+    ) -> HybridCache | None:
+        """The cache this call fills; packed rows have none, as they have no one continuation."""
+        if isinstance(given, HybridCache):
+            if packed:
+                raise ValueError("packed rows (seq_idx, restarting position_ids) take no cache")
+            return given
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if not use_cache or packed:
+            return None
+        return HybridCache(self.config, hidden.shape[0], hidden.device)
+
     def context(
         self,
         hidden: Tensor,
@@ -136,16 +157,16 @@ class HybridModel(HybridPreTrainedModel):
         cache: HybridCache | None = None,
         seq_idx: Tensor | None = None,
         n_new: Tensor | None = None,
-        reordered: bool = False,
     ) -> StepContext:
-        """Everything the mixers share in one call over hidden [B, T, D]."""
+        """Everything the mixers share in one call over hidden [B, T, D].
+
+        With a cache the positions follow from its lengths.
+        """
         batch, length = hidden.shape[:2]
         steps = torch.arange(length, device=hidden.device)
         start = cache.lengths[:, None] if cache is not None else 0
         positions = (start + steps).expand(batch, length)  # [B, T]
         if position_ids is not None and cache is None:
-            if seq_idx is None and not reordered:
-                seq_idx = _documents(position_ids)
             positions = position_ids.expand(batch, length)
         slots = length
         if cache is not None:
@@ -181,7 +202,8 @@ class HybridModel(HybridPreTrainedModel):
         if window:
             allowed = allowed & (key > query - window)
         if seq_idx is not None:
-            allowed = allowed & (seq_idx[:, :, None] == seq_idx[:, None, :])
+            number = document_numbers(seq_idx)  # [B, T]
+            allowed = allowed & (number[:, :, None] == number[:, None, :])
         return allowed[:, None]
 
 
@@ -189,9 +211,12 @@ def _take(t: Tensor, order: Tensor) -> Tensor:
     return t.gather(1, order[..., None].expand(-1, -1, t.shape[2]))
 
 
-def _documents(position_ids: Tensor) -> Tensor | None:
+def _documents(position_ids: Tensor, n_new: Tensor | None) -> Tensor | None:
     """Packed rows restart positions at 0: number their documents, None if there is only one."""
     restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1  # [B, T-1]
+    if n_new is not None:
+        later = torch.arange(1, position_ids.shape[1], device=n_new.device)
+        restarts = restarts & (later < n_new[:, None])
     if not bool(restarts.any()):
         return None
     return nn.functional.pad(restarts.cumsum(1), (1, 0))

@@ -170,7 +170,7 @@ def _neutral(mixer: nn.Module, attention: AttentionWeights) -> None:
 
 
 def projection_rms(weight: Tensor, norm: Tensor, head_dim: int) -> Tensor:
-    """Expected rms per head [rows / head_dim] of weight @ u for a normed input u of unit variance."""
+    """Expected rms per head [rows / head_dim] of weight @ u for a normed u of unit variance."""
     energy = (weight.float() * norm.float()).pow(2).sum(1)  # [rows]
     return energy.view(-1, head_dim).mean(1).sqrt().clamp(min=1e-6)
 

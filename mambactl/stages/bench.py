@@ -62,7 +62,7 @@ def plan(config: BenchConfig, source: str) -> dict[str, Any]:
         "baseline": other and other["checkpoint"],
         "baseline_parameters": other and other["parameters"],
         "input_len": config.input_len,
-        "batch_sizes": config.batch_sizes,
+        "batch_sizes": config.batch_size,
         "output_len": config.output_len,
         "cache_bytes_at_most": _cache_bytes(config, found["cache"]),
         "device": str(device),
@@ -110,7 +110,7 @@ def _measure(config: BenchConfig, spec: str, device: torch.device, dtype: torch.
     points = throughput(
         model,
         config.input_len,
-        config.batch_sizes,
+        config.batch_size,
         config.output_len,
         config.warmup,
         config.iters,
@@ -126,7 +126,7 @@ def _measure(config: BenchConfig, spec: str, device: torch.device, dtype: torch.
 def _cache_bytes(config: BenchConfig, cache: dict[str, int]) -> int:
     tokens = max(config.input_len) + config.output_len
     per_row = cache["bytes_per_sequence"] + tokens * cache["bytes_per_token"]
-    return max(config.batch_sizes) * per_row
+    return max(config.batch_size) * per_row
 
 
 def _show(source: str, metrics: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Tensors stream from reader to writer, so memory holds one layer, not the model.
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": parameters * dtype.itemsize,
         "init": config.init,
-        "calibration": config.calibrate or None,
+        "documents": len(load_rows(config.calibrate)) if config.calibrate else 0,
     }
 
 
@@ -103,12 +104,33 @@ def hybrid_config(base: HybridConfig, config: ConvertConfig) -> HybridConfig:
         for index, mixer in enumerate(base.mixers)
     ]
     settings: dict[str, Mamba1Settings | Mamba2Settings] = {}
-    if config.mixer in mixers and getattr(base, config.mixer) is None:
+    if mixers != base.mixers:
         settings[config.mixer] = _settings(base, config)
-    return base.with_mixers(mixers, **settings)
+    target = base.with_mixers(mixers, **settings)
+    if config.dtype != "auto":
+        target.dtype = config.dtype
+    return target
 
 
 def _settings(base: HybridConfig, config: ConvertConfig) -> Mamba1Settings | Mamba2Settings:
+    """Form of the new mixers, which all layers of a kind share: raises UsageError if they cannot."""
+    wanted = _wanted_settings(base, config)
+    if config.mixer not in base.mixers:
+        return wanted
+    present = base.mamba2_settings if config.mixer == "mamba2" else base.mamba1_settings
+    # a bias that is not needed stays zero
+    if replace(wanted, proj_bias=wanted.proj_bias or present.proj_bias) != present:
+        raise UsageError(
+            f"the {config.mixer} layers of this model have another form than "
+            f"--init {config.init} gives to new ones",
+            "use the --init that made them, or the other --mixer",
+        )
+    return present
+
+
+def _wanted_settings(
+    base: HybridConfig, config: ConvertConfig
+) -> Mamba1Settings | Mamba2Settings:
     calibrated = config.init == "calibrated"
     bias = calibrated or base.attention_bias
     if config.mixer == "mamba2":
@@ -141,7 +163,13 @@ def _calibration_batches(config: ConvertConfig, source: str) -> list[Batch]:
     if not config.calibrate:
         return []
     tokenizer = load_tokenizer(source, config.trust_remote_code)
-    examples = encode_rows(load_rows(config.calibrate), tokenizer)
+    # twice what is used: rows that packing fills badly are left out
+    examples = encode_rows(
+        load_rows(config.calibrate),
+        tokenizer,
+        max_tokens=2 * config.calibrate_tokens,
+        seed=config.seed,
+    )
     rows = pack(examples, config.max_length)
     # rows of full length first, so that a small budget is not spent on padding
     rows = sorted(rows, key=lambda row: -int(row.valid.sum()))
@@ -177,46 +205,54 @@ def _tensors(
             yield name, adapted.get(reader, name)
     streams = None
     if batches:
-        embedding = adapted.get(reader, "model.embed_tokens.weight").float()
-        streams = Streams(empty_model(target).model, embedding, batches)
+        embedding = adapted.get(reader, "model.embed_tokens.weight")
+        # the source's model: what masks its attention needs may not exist in the target
+        streams = Streams(empty_model(adapted.config).model, embedding, batches)
+        del embedding
     last = max(_replaced(adapted.config, target), default=-1)
     for index, names in layers.items():
         state = {LAYER.fullmatch(name)[2]: adapted.get(reader, name) for name in names}
-        replace = adapted.config.mixers[index] != target.mixers[index]
-        if replace or (streams is not None and index <= last):
-            block = _block(adapted.config, index, state)
-            if replace:
-                state = _new_layer(config, target, index, block, streams, fits)
-            elif streams is not None:
-                streams.advance(block, block, fit=False)
+        if adapted.config.mixers[index] != target.mixers[index]:
+            state = _new_layer(config, adapted.config, target, index, state, streams, fits)
+        elif streams is not None and index < last:
+            streams.keep(_block(adapted.config, index, state).float())
         for name, tensor in state.items():
             yield f"model.layers.{index}.{name}", tensor
         task.advance()
 
 
 def _block(config: HybridConfig, index: int, state: dict[str, Tensor]) -> HybridBlock:
-    block = HybridBlock(config, index)
-    block.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
+    """A block around the tensors of `state`, which it does not copy."""
+    with torch.device("meta"):
+        block = HybridBlock(config, index)
+    block.load_state_dict(state, strict=True, assign=True)
     return block.eval().requires_grad_(False)
 
 
 def _new_layer(
     config: ConvertConfig,
+    base: HybridConfig,
     target: HybridConfig,
     index: int,
-    teacher: HybridBlock,
+    state: dict[str, Tensor],
     streams: Streams | None,
     fits: dict[int, LayerFit],
 ) -> dict[str, Tensor]:
-    """The state of a replaced layer; MLP and norms are the teacher's own tensors."""
-    student = HybridBlock(target, index).eval().requires_grad_(False)
-    kept = {k: v for k, v in teacher.state_dict().items() if not k.startswith("self_attn.")}
-    student.load_state_dict(kept, strict=False)
-    weights = attention_weights(teacher)
-    initialise(student.mixer, weights, config.init, _generator(config.seed, index))
+    """The state of a replaced layer: MLP and norms are the tensors of `state`."""
+    teacher = _block(base, index, state)
     if streams is not None:
-        fits[index] = streams.advance(teacher, student, fit=True)
-    return student.state_dict()
+        teacher = teacher.float()
+    with torch.device("meta"):
+        student = HybridBlock(target, index).eval().requires_grad_(False)
+    student.mixer.to_empty(device="cpu")
+    kept = {k: v for k, v in teacher.state_dict().items() if not k.startswith("self_attn.")}
+    student.load_state_dict(kept, strict=False, assign=True)
+    initialise(
+        student.mixer, attention_weights(teacher), config.init, _generator(config.seed, index)
+    )
+    if streams is not None:
+        fits[index] = streams.replace(teacher, student)
+    return {name: state.get(name, tensor) for name, tensor in student.state_dict().items()}
 
 
 def _metrics(

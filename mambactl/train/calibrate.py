@@ -8,7 +8,7 @@ refitted by ridge regression towards the teacher's o_proj, with a strength chose
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from mambactl.kernels import reference as kernels
 from mambactl.models.hybrid import HybridBlock, HybridModel
 from mambactl.models.init import NO_DECAY, AttentionWeights, HeadFit, apply_fit
 from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.mamba1 import Mamba1Mixer
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 256.0, NO_DECAY)
@@ -26,6 +27,11 @@ RIDGE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 # the head fit has four numbers a head: this many tokens settle them
 HEAD_FIT_TOKENS = 4096
 HELD_OUT = 0.15
+# a score that Mamba-1's dt can express whatever the scale of v
+SMALL_SCORE = 0.01
+
+# half-life -> what a head can mix, R tensors [B, T, H, P]
+Basis = Callable[[float], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,14 @@ class LayerFit:
 
 
 class Streams:
-    """Hidden states of teacher and student for a list of batches, advanced layer by layer."""
+    """Hidden states of teacher and student for a list of batches, advanced layer by layer.
+
+    `model` is the teacher's, of which only masks and positions are used.
+    """
 
     def __init__(self, model: HybridModel, embedding: Tensor, batches: Sequence[Batch]):
         self.batches = batches
-        self.teacher = [nn.functional.embedding(b.input_ids, embedding) for b in batches]
+        self.teacher = [nn.functional.embedding(b.input_ids, embedding).float() for b in batches]
         self.student = list(self.teacher)
         self.contexts = [
             model.context(hidden, b.position_ids, seq_idx=b.seq_idx)
@@ -51,19 +60,26 @@ class Streams:
         ]
 
     @torch.no_grad()
-    def advance(self, teacher: HybridBlock, student: HybridBlock, fit: bool) -> LayerFit | None:
-        """Run one layer in both streams, fitting the student's mixer first if asked."""
+    def keep(self, block: HybridBlock) -> None:
+        """Run a layer that both have."""
+        for i, context in enumerate(self.contexts):
+            # up to the first replaced layer the streams are one
+            same = self.student[i] is self.teacher[i]
+            self.teacher[i] = block(self.teacher[i], context, None)
+            self.student[i] = self.teacher[i] if same else block(self.student[i], context, None)
+
+    @torch.no_grad()
+    def replace(self, teacher: HybridBlock, student: HybridBlock) -> LayerFit:
+        """Fit the student's mixer, then run the layer in both streams."""
         heads, targets = [], []
         for i, context in enumerate(self.contexts):
             self.teacher[i], inner, mixed = _observe(teacher, self.teacher[i], context)
             heads.append(inner)
             targets.append(mixed)
-        report = None
-        if fit:
-            inputs = [student.input_layernorm(hidden) for hidden in self.student]
-            masks = [batch.valid for batch in self.batches]
-            problem = Problem(inputs, self.contexts, masks, heads, targets)
-            report = fit_mixer(student.mixer, attention_weights(teacher), problem)
+        inputs = [student.input_layernorm(hidden) for hidden in self.student]
+        masks = [batch.valid for batch in self.batches]
+        problem = Problem(inputs, self.contexts, masks, heads, targets)
+        report = fit_mixer(student.mixer, attention_weights(teacher), problem)
         for i, context in enumerate(self.contexts):
             self.student[i] = student(self.student[i], context, None)
         return report
@@ -122,82 +138,102 @@ def fit_mixer(mixer: nn.Module, attention: AttentionWeights, problem: Problem) -
 
 def fit_heads(mixer: nn.Module, attention: AttentionWeights, problem: Problem) -> HeadFit:
     """Per head the half-life, constant, score and skip of least squared error to the teacher."""
-    best: dict[str, Tensor] = {}
-    used, tokens = 0, 0
-    while used < len(problem.inputs) and tokens < HEAD_FIT_TOKENS:
-        tokens += int(problem.masks[used].sum())
-        used += 1
-    for half_life in HALF_LIVES:
-        gram, moment = 0.0, 0.0
-        for i in range(used):
-            basis = _basis(mixer, attention, problem.inputs[i], problem.contexts[i], half_life)
-            basis = basis[problem.masks[i]]  # [tokens, H, P, R]
-            wanted = problem.heads[i][problem.masks[i]].view(basis.shape[:3]).to(basis.dtype)
-            gram = gram + torch.einsum("thpr,thps->hrs", basis, basis).double()
-            moment = moment + torch.einsum("thpr,thp->hr", basis, wanted).double()
-        damped = gram + torch.diag_embed(1e-4 * gram.diagonal(dim1=1, dim2=2) + 1e-12)
-        weights = torch.linalg.solve(damped, moment[..., None])[..., 0]  # [H, R]
-        fitted = torch.einsum("hr,hrs,hs->h", weights, gram, weights)
-        error = fitted - 2 * (weights * moment).sum(1)  # [H], up to a constant
-        found = {"error": error, "weights": weights, "energy": fitted}
-        found["half_life"] = torch.full_like(error, half_life)
-        better = error < best["error"] if best else torch.ones_like(error, dtype=torch.bool)
-        for name, value in found.items():
-            chosen = better.view(-1, *[1] * (value.ndim - 1))
-            best[name] = torch.where(chosen, value, best[name]) if name in best else value
-    samples = sum(int(problem.masks[i].sum()) for i in range(used)) * wanted.shape[2]
-    skip, score, *constant = best["weights"].float().unbind(1)
+    gram, moment, samples = _head_sums(mixer, attention, problem)
+    weights = _solve_heads(gram, moment)  # [half-lives, H, R]
+    if weights.shape[-1] == 2:
+        # Mamba-1 has no negative score: such a head makes do with its skip
+        alone = torch.stack([moment[..., 0] / gram[..., 0, 0], torch.zeros_like(moment[..., 0])], -1)
+        weights = torch.where(weights[..., 1:] < 0, alone, weights)
+    energy = torch.einsum("lhr,lhrs,lhs->lh", weights, gram, weights)
+    # squared error up to a constant
+    best = (energy - 2 * (weights * moment).sum(-1)).argmin(0)  # [H]
+    every = torch.arange(len(best))
+    skip, score, *constant = weights[best, every].float().unbind(1)
     return HeadFit(
-        half_life=best["half_life"].float(),
+        half_life=torch.tensor(HALF_LIVES)[best],
         constant=constant[0] if constant else torch.zeros_like(score),
         score=score,
         skip=skip,
-        rms=(best["energy"] / samples).clamp(min=1e-12).sqrt().float(),
+        rms=(energy[best, every] / samples).clamp(min=1e-12).sqrt().float(),
     )
 
 
-def _basis(
-    mixer: nn.Module,
-    attention: AttentionWeights,
-    hidden: Tensor,
-    context: StepContext,
-    half_life: float,
-) -> Tensor:
-    """What a head can mix [B, T, H, P, R]: its v, the scored and (Mamba-2) the plain running sum."""
-    if isinstance(mixer, Mamba2Mixer):
-        return _basis_mamba2(mixer, attention, hidden, context, half_life)
-    heads = attention.q.shape[0] // mixer.sizes.repeat_width
-    values = {"half_life": half_life, "constant": 0.0, "score": 1.0, "skip": 0.0, "rms": 1.0}
-    apply_fit(mixer, attention, HeadFit(**{k: torch.full((heads,), v) for k, v in values.items()}))
-    scored = mixer.features(hidden, context)  # [B, T, Ch]
-    v = nn.functional.linear(hidden, attention.v)
-    repeat = heads * mixer.sizes.repeat_width // v.shape[-1]
-    v = v.unflatten(-1, (-1, mixer.sizes.repeat_width)).repeat_interleave(repeat, -2)
-    return torch.stack([v, scored.view_as(v).to(v.dtype)], -1)
+def _head_sums(
+    mixer: nn.Module, attention: AttentionWeights, problem: Problem
+) -> tuple[Tensor, Tensor, int]:
+    """Normal equations [half-lives, H, R, R] and [half-lives, H, R], and the samples in them."""
+    prepare = _basis_mamba2 if isinstance(mixer, Mamba2Mixer) else _basis_mamba1
+    sums: list[Tensor | float] = [0.0] * len(HALF_LIVES)
+    tokens = samples = 0
+    for i, mask in enumerate(problem.masks):
+        if tokens >= HEAD_FIT_TOKENS:
+            break
+        basis = prepare(mixer, attention, problem.inputs[i], problem.contexts[i])
+        for j, half_life in enumerate(HALF_LIVES):
+            parts = basis(half_life)
+            wanted = problem.heads[i].view(parts[0].shape)
+            rows = torch.stack([part[mask] for part in (*parts, wanted)])  # [R + 1, tokens, H, P]
+            rows = rows.permute(2, 0, 1, 3).flatten(2)
+            sums[j] = sums[j] + (rows @ rows.mT).double()
+        tokens += int(mask.sum())
+        samples += rows.shape[-1]
+    whole = torch.stack(sums)
+    return whole[..., :-1, :-1], whole[..., :-1, -1], samples
+
+
+def _solve_heads(gram: Tensor, moment: Tensor) -> Tensor:
+    damped = gram + torch.diag_embed(1e-4 * gram.diagonal(dim1=-2, dim2=-1) + 1e-12)
+    return torch.linalg.solve(damped, moment[..., None])[..., 0]
+
+
+def _basis_mamba1(
+    mixer: Mamba1Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
+) -> Basis:
+    """A head's v and the scored running sum, as the mixer itself computes it."""
+    width = mixer.sizes.repeat_width
+    heads = attention.q.shape[0] // width
+    v = _project(attention, "v", hidden, width)
+    v = v.repeat_interleave(heads // v.shape[2], 2)  # [B, T, H, P]
+    fit = {"constant": 0.0, "score": SMALL_SCORE, "skip": 0.0, "rms": 1.0}
+
+    def mix(half_life: float) -> list[Tensor]:
+        values = {"half_life": half_life, **fit}
+        one = HeadFit(**{name: torch.full((heads,), value) for name, value in values.items()})
+        apply_fit(mixer, attention, one)
+        return [v, mixer.features(hidden, context).view_as(v).to(v.dtype) / SMALL_SCORE]
+
+    return mix
 
 
 def _basis_mamba2(
-    mixer: Mamba2Mixer,
-    attention: AttentionWeights,
-    hidden: Tensor,
-    context: StepContext,
-    half_life: float,
-) -> Tensor:
+    mixer: Mamba2Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
+) -> Basis:
+    """A head's v, the scored and the plain running sum."""
     s = mixer.sizes
-    q, k, v = (
-        nn.functional.linear(hidden, weight).unflatten(-1, (-1, s.head_dim))
-        for weight in (attention.q, attention.k, attention.v)
-    )  # [B, T, heads, P]
+    q, k, v = (_project(attention, name, hidden, s.head_dim) for name in "qkv")
     q = q / math.sqrt(s.head_dim)
     # the mixer holds channel 0 of B and C constant
-    q = torch.cat([torch.zeros_like(q[..., :1]), q[..., 1:]], -1)
-    v = v.repeat_interleave(s.n_heads // s.x_heads, 2)  # [B, T, H, P]
-    dt = torch.ones(v.shape[:3], dtype=v.dtype)
-    A = torch.full((s.n_heads,), -math.log(2) / half_life)
-    ones = torch.ones(*v.shape[:2], 1, 1, dtype=v.dtype)
-    scored, _ = kernels.ssd(v, dt, A, k, q, seq_idx=context.seq_idx)
-    plain, _ = kernels.ssd(v, dt, A, ones, ones, seq_idx=context.seq_idx)
-    return torch.stack([v, scored, plain], -1)
+    q[..., 0] = 0
+    repeat = s.n_heads // s.x_heads
+    wide = v.repeat_interleave(repeat, 2)  # [B, T, H, P]
+    ones = torch.ones(*v.shape[:2], 1, 1)
+
+    def mix(half_life: float) -> list[Tensor]:
+        A = torch.full((s.n_heads,), -math.log(2) / half_life)
+        dt = torch.ones(wide.shape[:3])
+        scored, _ = kernels.ssd(wide, dt, A, k, q, seq_idx=context.seq_idx)
+        dt, A = dt[..., : s.x_heads], A[: s.x_heads]
+        plain, _ = kernels.ssd(v, dt, A, ones, ones, seq_idx=context.seq_idx)
+        return [wide, scored, plain.repeat_interleave(repeat, 2)]
+
+    return mix
+
+
+def _project(attention: AttentionWeights, name: str, hidden: Tensor, head_dim: int) -> Tensor:
+    """q, k or v of `hidden` by heads [B, T, heads, P]."""
+    bias = (attention.biases or {}).get(name)
+    projected = nn.functional.linear(hidden, getattr(attention, name), bias)
+    return projected.unflatten(-1, (-1, head_dim))
 
 
 def _rescale_heads(mixer: Mamba2Mixer, features: list[Tensor], problem: Problem) -> None:

@@ -34,7 +34,7 @@ FLAGS = {
     f"{EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} {EVERY_STAGE}",
-    "bench": "--input-len --output-len --batch-sizes --warmup --iters --baseline --min-speedup "
+    "bench": "--input-len --output-len --batch-size --warmup --iters --baseline --min-speedup "
     f"{EVERY_STAGE}",
     "inspect": "--tensors --lineage --json --help",
     "doctor": "--json --help",

@@ -20,7 +20,7 @@ def cpu(**fields):
 
 
 def test_against_the_teacher_of_the_lineage(student, tiny_llama_dir, capsys):
-    result = bench.run(cpu(baseline="teacher", batch_sizes=[1, 2]), str(student))
+    result = bench.run(cpu(baseline="teacher", batch_size=[1, 2]), str(student))
     metrics = result.metrics
     assert (result.path, metrics["baseline"]) == (str(student), str(tiny_llama_dir))
     assert (metrics["device"], metrics["dtype"]) == ("cpu", "float32")

@@ -9,14 +9,16 @@ FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
 
 
 class KeepsFloat32(nn.Module):
-    """A module whose `A_log`, `D` and `dt_bias` survive `.to(bfloat16)` and `.half()` as fp32."""
+    """A module whose `float32_names` survive `.to(bfloat16)` and `.half()` as fp32."""
+
+    float32_names = FLOAT32_PARAMETERS
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        kept = {name: getattr(self, name, None) for name in FLOAT32_PARAMETERS}
-        before = {name: p.data for name, p in kept.items() if p is not None}
+        kept = {name: getattr(self, name, None) for name in self.float32_names}
+        before = {name: t.data for name, t in kept.items() if t is not None}
         super()._apply(fn, recurse)
         for name, data in before.items():
-            parameter = getattr(self, name)
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = data.to(parameter.device, torch.float32)
+            tensor = getattr(self, name)
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = data.to(tensor.device, torch.float32)
         return self

@@ -104,7 +104,7 @@ class Mamba1Mixer(KeepsFloat32):
         if context.sequential:
             return cache.step_through(step, context.cursor, raw, (x, dt, B), C)
         state = cache.live_state(step, context.cursor)
-        masked = kernels.mask_dt(dt, context.n_new)
-        y, state = kernels.selective_scan(x, masked, A, B, C, state, context.seq_idx)
+        x, dt, B = kernels.mask_records((x, dt, B), context.n_new)
+        y, state = kernels.selective_scan(x, dt, A, B, C, state, context.seq_idx)
         cache.replace(kernels.conv_window(raw, window, context.n_new), state)
         return y

@@ -40,7 +40,9 @@ class Mamba2Mixer(KeepsFloat32):
         super().__init__()
         self.sizes = s = config.mamba2_settings
         self.in_proj = nn.Linear(config.hidden_size, sum(s.in_rows), bias=s.proj_bias)
-        self.conv1d = nn.Conv1d(s.conv_dim, s.conv_dim, s.d_conv, groups=s.conv_dim, bias=s.conv_bias)
+        self.conv1d = nn.Conv1d(
+            s.conv_dim, s.conv_dim, s.d_conv, groups=s.conv_dim, bias=s.conv_bias
+        )
         self.dt_bias = nn.Parameter(torch.zeros(s.n_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.zeros(s.n_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.ones(s.n_heads, dtype=torch.float32))
@@ -112,8 +114,8 @@ class Mamba2Mixer(KeepsFloat32):
         if context.sequential:
             return cache.step_through(step, context.cursor, raw, (x, dt, B), C)
         state = cache.live_state(step, context.cursor)
-        masked = kernels.mask_dt(dt, context.n_new)
-        y, state = kernels.ssd(self._heads(x), masked, A, B, C, state, context.seq_idx, chunk)
+        x, dt, B = kernels.mask_records((x, dt, B), context.n_new)
+        y, state = kernels.ssd(self._heads(x), dt, A, B, C, state, context.seq_idx, chunk)
         cache.replace(kernels.conv_window(raw, window, context.n_new), state)
         return y
 
