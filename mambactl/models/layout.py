@@ -21,7 +21,7 @@ def kept_attention(layers: int, ratio: float, keep: list[int] | None = None) -> 
         return sorted(set(keep))
     if not 0 <= ratio <= 1:
         raise UsageError(f"ratio {ratio} is not between 0 and 1", "give, for example, --ratio 0.5")
-    share = Fraction(ratio).limit_denominator(64)
+    share = Fraction(ratio).limit_denominator(max(64, layers))
     if share == 1:
         return []
     if (1 / (1 - share)).denominator == 1:

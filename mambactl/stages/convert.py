@@ -44,7 +44,7 @@ CALIBRATION_BATCH = 4
 def run(
     config: ConvertConfig, source: str, out: Path, *, resume: bool = False, force: bool = False
 ) -> StageResult:
-    """Write the hybrid at `out`; `resume` has nothing to resume, a finished one is the CLI's case."""
+    """Write the hybrid at `out`; there is nothing to resume, and what is done the CLI handles."""
     origin = resolve(source)
     reader, adapted = open_strict(origin)
     with reader:
@@ -56,9 +56,7 @@ def run(
             for name, tensor in empty_model(target).state_dict().items()
             if not (target.tie_word_embeddings and name == "lm_head.weight")
         }
-        writer = CheckpointWriter(
-            out, target, reader.files, None, force, config.max_shard_gb * 1e9
-        )
+        writer = CheckpointWriter(out, target, reader.files, None, force, config.max_shard_gb * 1e9)
         fits: dict[int, LayerFit] = {}
         with writer:
             writer.plan(shapes)
@@ -68,7 +66,13 @@ def run(
             metrics = _metrics(replaced, target, fits)
             parent = str(origin.path.absolute()) if Path(source).exists() else source
             writer.lineage = lineage(
-                "convert", reader.lineage, parent, None, config.model_dump(mode="json"), config.seed, metrics
+                "convert",
+                reader.lineage,
+                parent,
+                None,
+                config.model_dump(mode="json"),
+                config.seed,
+                metrics,
             )
     _report(metrics, fits)
     return StageResult(str(out), metrics)
@@ -113,7 +117,7 @@ def hybrid_config(base: HybridConfig, config: ConvertConfig) -> HybridConfig:
 
 
 def _settings(base: HybridConfig, config: ConvertConfig) -> Mamba1Settings | Mamba2Settings:
-    """Form of the new mixers, which all layers of a kind share: raises UsageError if they cannot."""
+    """Form of the new mixers; layers of one kind share theirs, or this raises UsageError."""
     wanted = _wanted_settings(base, config)
     if config.mixer not in base.mixers:
         return wanted
@@ -128,9 +132,7 @@ def _settings(base: HybridConfig, config: ConvertConfig) -> Mamba1Settings | Mam
     return present
 
 
-def _wanted_settings(
-    base: HybridConfig, config: ConvertConfig
-) -> Mamba1Settings | Mamba2Settings:
+def _wanted_settings(base: HybridConfig, config: ConvertConfig) -> Mamba1Settings | Mamba2Settings:
     calibrated = config.init == "calibrated"
     bias = calibrated or base.attention_bias
     if config.mixer == "mamba2":
@@ -176,7 +178,9 @@ def _calibration_batches(config: ConvertConfig, source: str) -> list[Batch]:
     count = max(1, config.calibrate_tokens // config.max_length)
     order = torch.randperm(min(count, len(rows)), generator=_generator(config.seed)).tolist()
     rows = [rows[index] for index in order]
-    return [collate(rows[i : i + CALIBRATION_BATCH]) for i in range(0, len(rows), CALIBRATION_BATCH)]
+    return [
+        collate(rows[i : i + CALIBRATION_BATCH]) for i in range(0, len(rows), CALIBRATION_BATCH)
+    ]
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -284,4 +288,6 @@ def _report(metrics: dict[str, Any], fits: dict[int, LayerFit]) -> None:
         for index, fit in fits.items()
     ]
     columns = ("layer", "error", "after refit", "ridge", "half-life per head (tokens)")
-    console.table("held-out error of each mixer's output (1 = no better than the mean)", columns, rows)
+    console.table(
+        "held-out error of each mixer's output (1 = no better than the mean)", columns, rows
+    )

@@ -87,7 +87,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a mixer sees [B, T, D] and should do: head outputs [B, T, H P], mixer output [B, T, D]."""
+    """What a mixer sees [B, T, D] and should do: heads [B, T, H P], and its output [B, T, D]."""
 
     inputs: list[Tensor]
     contexts: list[StepContext]
@@ -142,7 +142,9 @@ def fit_heads(mixer: nn.Module, attention: AttentionWeights, problem: Problem) -
     weights = _solve_heads(gram, moment)  # [half-lives, H, R]
     if weights.shape[-1] == 2:
         # Mamba-1 has no negative score: such a head makes do with its skip
-        alone = torch.stack([moment[..., 0] / gram[..., 0, 0], torch.zeros_like(moment[..., 0])], -1)
+        alone = torch.stack(
+            [moment[..., 0] / gram[..., 0, 0], torch.zeros_like(moment[..., 0])], -1
+        )
         weights = torch.where(weights[..., 1:] < 0, alone, weights)
     energy = torch.einsum("lhr,lhrs,lhs->lh", weights, gram, weights)
     # squared error up to a constant
@@ -254,7 +256,7 @@ def _rescale_heads(mixer: Mamba2Mixer, features: list[Tensor], problem: Problem)
 def _refit_output(
     mixer: nn.Module, features: list[Tensor], problem: Problem
 ) -> tuple[float, float, float | None]:
-    """Ridge towards the present out_proj; returns held-out error before, after, and the strength."""
+    """Ridge towards the present out_proj: held-out error before and after, and the strength."""
     feature = torch.cat([f[m] for f, m in zip(features, problem.masks, strict=True)]).float()
     target = torch.cat(
         [t[m] for t, m in zip(problem.targets, problem.masks, strict=True)]

@@ -13,12 +13,12 @@ NATIVE_MAMBA2 = Mamba2Settings(
 )
 NATIVE_MAMBA1 = Mamba1Settings(d_inner=40, dt_rank=3, d_state=6, native=True)
 LAYOUTS = {
-    "attention": dict(mixers=["attention"] * 2),
-    "mamba2": dict(mixers=["mamba2"] * 2),
-    "mamba1": dict(mixers=["mamba1"] * 2),
-    "mixed": dict(mixers=["mamba2", "attention", "mamba1"]),
-    "native2": dict(mixers=["mamba2"] * 2, mamba2=NATIVE_MAMBA2, has_mlp=False),
-    "native1": dict(mixers=["mamba1"] * 2, mamba1=NATIVE_MAMBA1, has_mlp=False),
+    "attention": {"mixers": ["attention"] * 2},
+    "mamba2": {"mixers": ["mamba2"] * 2},
+    "mamba1": {"mixers": ["mamba1"] * 2},
+    "mixed": {"mixers": ["mamba2", "attention", "mamba1"]},
+    "native2": {"mixers": ["mamba2"] * 2, "mamba2": NATIVE_MAMBA2, "has_mlp": False},
+    "native1": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE_MAMBA1, "has_mlp": False},
 }
 
 

@@ -50,16 +50,16 @@ def test_padding_changes_nothing(any_model, draw_ids, uncached, read, assert_clo
     for filler in (0, 55):
         padded = torch.full((4, width), filler)
         mask = torch.zeros(4, width, dtype=torch.long)
-        spans = [
-            slice(width - n, width) if side == "left" else slice(0, n) for n in LENGTHS
-        ]
+        spans = [slice(width - n, width) if side == "left" else slice(0, n) for n in LENGTHS]
         for row, (span, n) in enumerate(zip(spans, LENGTHS, strict=True)):
             padded[row, span], mask[row, span] = ids[row, :n], 1
         cache = HybridCache(any_model.config, 4)
         with torch.no_grad():
             first = any_model(padded, attention_mask=mask, past_key_values=cache).logits
         bare = uncached(any_model, padded, attention_mask=mask)
-        after = read(any_model, cache, torch.stack([ids[b, n] for b, n in enumerate(LENGTHS)])[:, None])
+        after = read(
+            any_model, cache, torch.stack([ids[b, n] for b, n in enumerate(LENGTHS)])[:, None]
+        )
         for row, (span, n) in enumerate(zip(spans, LENGTHS, strict=True)):
             alone = uncached(any_model, ids[row : row + 1, : n + 1])[0]
             assert_close(first[row, span], alone[:n])

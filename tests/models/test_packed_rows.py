@@ -31,10 +31,10 @@ def apart(any_model, draw_ids, uncached) -> Tensor:
 @pytest.mark.parametrize(
     "how",
     [
-        dict(seq_idx=number(0, 1, 2, 3, 4)),
-        dict(seq_idx=number(5, 6, 5, 6, 5)),
-        dict(position_ids=restarting()),
-        dict(seq_idx=number(0, 1, 2, 3, 4), position_ids=restarting()),
+        {"seq_idx": number(0, 1, 2, 3, 4)},
+        {"seq_idx": number(5, 6, 5, 6, 5)},
+        {"position_ids": restarting()},
+        {"seq_idx": number(0, 1, 2, 3, 4), "position_ids": restarting()},
     ],
     ids=["numbers", "returning numbers", "positions", "both"],
 )
@@ -56,7 +56,7 @@ def test_packed_rows_may_be_padded(any_model, draw_ids, uncached, assert_close, 
     padded, mask, seq_idx, positions = torch.zeros(4, 1, length, dtype=torch.long)
     padded[:, span], mask[:, span] = ids, 1
     seq_idx[:, span], positions[:, span] = number(3, 4, 3, 5, 6), restarting()
-    for how in (dict(seq_idx=seq_idx), dict(position_ids=positions)):
+    for how in ({"seq_idx": seq_idx}, {"position_ids": positions}):
         logits = uncached(any_model, padded, attention_mask=mask, **how)
         assert_close(logits[:, span], apart)
 

@@ -117,10 +117,17 @@ def test_rollbacks_without_a_forward_between_add_up(mixed_model, ids, read) -> N
     twice.rollback(PROMPTS + torch.tensor([6, 7, 8]))
     for cache in (twice, once):
         cache.rollback(PROMPTS + torch.tensor([2, 7, 0]))
-    assert torch.equal(
-        *(read(mixed_model, cache, ids[:, 50:51]) for cache in (twice, once))
-    )
+    assert torch.equal(*(read(mixed_model, cache, ids[:, 50:51]) for cache in (twice, once)))
     assert_same_content(twice, once)
+
+
+def test_mark_after_a_rollback_keeps_the_shorter_text(mixed_model, ids, read) -> None:
+    marked, plain = (prompt(mixed_model, ids, read) for _ in range(2))
+    for cache in (marked, plain):
+        go_further(mixed_model, cache, ids, read)
+        cache.rollback(PROMPTS + 2)
+    marked.mark()
+    assert torch.equal(*(read(mixed_model, cache, ids[:, 50:51]) for cache in (marked, plain)))
 
 
 def test_mark_makes_everything_permanent(mixed_model, ids, read) -> None:
@@ -134,9 +141,7 @@ def test_mark_makes_everything_permanent(mixed_model, ids, read) -> None:
         marked.rollback(marked.lengths - 3)
     marked.rollback(marked.lengths - 1)
     plain.rollback(plain.lengths - 1)
-    assert torch.equal(
-        *(read(mixed_model, cache, ids[:, 60:61]) for cache in (marked, plain))
-    )
+    assert torch.equal(*(read(mixed_model, cache, ids[:, 60:61]) for cache in (marked, plain)))
 
 
 def test_a_cache_that_records_nothing_cannot_go_back(mixed_model, ids, read) -> None:

@@ -18,12 +18,12 @@ from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig, mamba2_from_attention
 from mambactl.models.hybrid import HybridForCausalLM
 
-SIZES = dict(
-    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
-    initializer_range=0.2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
-    pad_token_id=0,
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -75,7 +75,9 @@ def test_llama(draw_ids, uncached, rope, options) -> None:
 def test_rope_scaling_changes_something(draw_ids, uncached) -> None:
     ids = draw_ids(1, 150)
     logits = [
-        uncached(as_hybrid(library_model(LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=r))), ids)
+        uncached(
+            as_hybrid(library_model(LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=r))), ids
+        )
         for r in (ROPE, LLAMA3)
     ]
     assert not torch.allclose(*logits, atol=0.1)

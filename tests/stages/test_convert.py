@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.checkpoint.reader import open_checkpoint
 from mambactl.checkpoint.save import CheckpointWriter
-from mambactl.data.pack import collate
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.recipe import ConvertConfig
@@ -32,11 +31,11 @@ def save_llama(tmp_path_factory, tiny_tokenizer) -> Callable[..., str]:
     def save(dtype: torch.dtype = torch.float32, **overrides) -> str:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        fields = dict(
-            vocab_size=97, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, bos_token_id=1,
-            eos_token_id=2, pad_token_id=0, initializer_range=0.2,
-        )  # fmt: skip
+        fields = {
+            "vocab_size": 97, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1,
+            "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2,
+        }  # fmt: skip
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**{**fields, **overrides})).to(dtype)
         for name, parameter in model.named_parameters():
@@ -166,7 +165,9 @@ def test_layers_of_a_kind_share_one_form(llama, mixer, tmp_path) -> None:
         run(config, str(tmp_path / "half.st"), tmp_path / "all.st")
     assert "--init" in raised.value.hint
     # nothing to replace, nothing to refuse
-    run(ConvertConfig(keep_attention=[1, 3], mixer=mixer), str(tmp_path / "half.st"), tmp_path / "s")
+    run(
+        ConvertConfig(keep_attention=[1, 3], mixer=mixer), str(tmp_path / "half.st"), tmp_path / "s"
+    )
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -189,7 +190,9 @@ def test_attention_biases_are_copied(save_llama, mixer, init, tmp_path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_another_type_on_disk(llama, dtype, tmp_path) -> None:
     run(ConvertConfig(dtype=dtype), llama, tmp_path / "t")
-    kinds = {name.rsplit(".", 1)[-1]: tensor.dtype for name, tensor in tensors(tmp_path / "t").items()}
+    kinds = {
+        name.rsplit(".", 1)[-1]: tensor.dtype for name, tensor in tensors(tmp_path / "t").items()
+    }
     assert kinds["A_log"] == kinds["D"] == kinds["dt_bias"] == torch.float32
     assert kinds["weight"] == kinds["bias"] == getattr(torch, dtype)
     assert json.loads((tmp_path / "t" / "config.json").read_text())["dtype"] == dtype
@@ -445,8 +448,8 @@ def peak():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 base = peak()
-source, out, shard, init = sys.argv[1:]
-run(ConvertConfig(max_shard_gb=int(shard) / 1e9, init=init), source, Path(out))
+source, out, shard = sys.argv[1:]
+run(ConvertConfig(max_shard_gb=int(shard) / 1e9), source, Path(out))
 print((peak() - base) * 1024)
 """
 LAYERS, WIDTH, SHARD_BYTES = 36, 1024, 200 << 20
@@ -481,14 +484,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path) -> None:
     size = write_large_llama(source)
     assert size > 1 << 30 and len(list(source.glob("model-*.safetensors"))) >= 4
     for name in ("out", "out.st"):
-        command = [sys.executable, "-c", CHILD, str(source), str(tmp_path / name)]
-        done = subprocess.run(
-            [*command, str(SHARD_BYTES), "calibrated"], capture_output=True, text=True, check=True
-        )
+        arguments = (str(source), str(tmp_path / name), str(SHARD_BYTES))
+        command = [sys.executable, "-c", CHILD, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         grown = int(done.stdout)
         # more than the largest tensor, or the measurement is wrong
         assert 8 * WIDTH * WIDTH < grown < SHARD_BYTES + (1 << 30), f"{grown >> 20} MiB"
-        assert grown < size / 2, f"{grown >> 20} MiB of {size >> 20}"
+        assert grown < 0.4 * size, f"{grown >> 20} MiB of {size >> 20}"
         with open_checkpoint(str(tmp_path / name)) as made, open_checkpoint(str(source)) as given:
             assert made.config["mixers"] == ["mamba2", "attention"] * (LAYERS // 2)
             last = f"model.layers.{LAYERS - 1}.mlp.up_proj.weight"
