@@ -23,6 +23,8 @@ class Stopped(KeyboardInterrupt):
 
 def main() -> NoReturn:
     """Run the command line and exit with its documented code."""
+    # idle threads that spin make torch on a busy machine several times slower; read at its import
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
 

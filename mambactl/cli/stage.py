@@ -105,6 +105,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
 
 def _call(stage: str, config: StageConfig, source: str, out: Path, shared: Shared) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with io.guarded_stdout():
         module = import_module(f"mambactl.stages.{stage.replace('-', '_')}")
         if shared.dry_run:

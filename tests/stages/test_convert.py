@@ -446,11 +446,12 @@ from mambactl.stages.convert import run
 def peak():
     # not ru_maxrss, which a child inherits from the process that started it
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 base = peak()
-source, out, shard = sys.argv[1:]
-run(ConvertConfig(max_shard_gb=int(shard) / 1e9), source, Path(out))
-print((peak() - base) * 1024)
+source, shard, *outs = sys.argv[1:]
+for out in outs:
+    run(ConvertConfig(max_shard_gb=int(shard) / 1e9), source, Path(out))
+    print(peak() - base)
 """
 LAYERS, WIDTH, SHARD_BYTES = 36, 1024, 200 << 20
 
@@ -480,22 +481,18 @@ def write_large_llama(folder: Path) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
 def test_memory_does_not_grow_with_the_model(tmp_path) -> None:
     """A checkpoint of 16 GB must fit in one shard plus 1 GiB, so a small one in far less."""
-    source = tmp_path / "large"
+    source, outs = tmp_path / "large", [tmp_path / "out", tmp_path / "out.st"]
     size = write_large_llama(source)
     assert size > 1 << 30 and len(list(source.glob("model-*.safetensors"))) >= 4
-    for name in ("out", "out.st"):
-        arguments = (str(source), str(tmp_path / name), str(SHARD_BYTES))
-        command = [sys.executable, "-c", CHILD, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        grown = int(done.stdout)
+    command = [sys.executable, "-c", CHILD, str(source), str(SHARD_BYTES), *map(str, outs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for out, grown in zip(outs, map(int, done.stdout.split()), strict=True):
         # more than the largest tensor, or the measurement is wrong
         assert 8 * WIDTH * WIDTH < grown < SHARD_BYTES + (1 << 30), f"{grown >> 20} MiB"
         assert grown < 0.4 * size, f"{grown >> 20} MiB of {size >> 20}"
-        with open_checkpoint(str(tmp_path / name)) as made, open_checkpoint(str(source)) as given:
+        with open_checkpoint(str(out)) as made, open_checkpoint(str(source)) as given:
             assert made.config["mixers"] == ["mamba2", "attention"] * (LAYERS // 2)
             last = f"model.layers.{LAYERS - 1}.mlp.up_proj.weight"
             assert torch.equal(made.get(last), given.get(last))
-        for file in (tmp_path / name).glob("*") if name == "out" else [tmp_path / name]:
-            file.unlink()
-    for file in source.iterdir():
+    for file in [outs[1], *source.iterdir(), *outs[0].iterdir()]:
         file.unlink()
