@@ -26,6 +26,11 @@ def test_a_plain_llama_is_all_attention() -> None:
     assert HybridConfig(num_hidden_layers=3).mixers == ["attention"] * 3
 
 
+def test_the_librarys_own_layer_list_is_dropped() -> None:
+    config = HybridConfig(num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    assert config.layer_types is None
+
+
 def test_other_mixers_leave_the_rest_alone() -> None:
     base = HybridConfig(
         num_hidden_layers=2, hidden_size=64, num_attention_heads=4, rms_norm_eps=3e-6
