@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from mambactl.console import PLAIN_ERRORS, secure_streams
 from mambactl.errors import ExitCode, MambactlError
 
-EXTRAS = {"lm_eval": "eval", "matplotlib": "plot", "peft": "lora", "mamba_ssm": "cuda"}
+EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda"}
+# commands whose work of many steps `--resume` continues
+RESUMABLE = ("distill", "sft", "dpo", "recipe")
 MEMORY_SIGNS = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")
 DISK_SIGNS = ("No space left on device", "Disk quota exceeded")
 
@@ -25,6 +28,7 @@ def main() -> NoReturn:
     """Run the command line and exit with its documented code."""
     # idle threads that spin make torch on a busy machine several times slower; read at its import
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    secure_streams()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -43,7 +47,8 @@ def run(arguments: list[str]) -> int:
         failure = error
     if stopped:
         name = signal.Signals(stopped[0]).name
-        hint = "run it again; --resume continues where it stopped"
+        resumable = arguments[:1] and arguments[0] in RESUMABLE
+        hint = "run it again; --resume continues where it stopped" if resumable else "run it again"
         return _report(failure, 128 + stopped[0], f"stopped by {name}", hint, arguments)
     if failure is not None:
         return _report(failure, *explain(failure), arguments)
@@ -120,7 +125,7 @@ def _report(
         import traceback
 
         traceback.print_exception(error)
-    if "--json" in arguments:
+    if "--json" in arguments and PLAIN_ERRORS not in os.environ:
         lines = [json.dumps({"error": message, "hint": hint, "code": int(code)})]
     else:
         lines = [f"error: {message}"] + ([f"hint: {hint}"] if hint else [])

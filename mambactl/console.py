@@ -3,6 +3,9 @@
 On a terminal progress is a rich bar; elsewhere it is one plain line every `PLAIN_INTERVAL` seconds.
 """
 
+import io
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +13,47 @@ from functools import cache
 from typing import Any, Protocol
 
 PLAIN_INTERVAL = 30.0
+# set for the stages of a recipe: their result is JSON, their errors are read by a person
+PLAIN_ERRORS = "_MAMBACTL_PLAIN_ERRORS"
 _verbosity = {"level": 1}
+
+
+class _Forgiving(io.TextIOWrapper):
+    """A stderr that may go away: what nobody can read any more is no reason to stop working."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        # what is buffered must not fail again at exit, nor in a library that writes by itself
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.fileno())
+
+
+def secure_streams() -> None:
+    """Make stdout and stderr exist, and stderr survive a reader that went away or a full disk."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # a closed descriptor would be given to the next file, a checkpoint perhaps; the
+            # lowest free one is taken, so this opens exactly the one that is missing
+            os.open(os.devnull, os.O_RDWR)
+    # streams live as long as the process
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    buffer = os.fdopen(2, "wb", closefd=False) if sys.stderr is None else sys.stderr.buffer
+    sys.stderr = _Forgiving(buffer, "utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def set_verbosity(level: int) -> None:
@@ -23,7 +66,7 @@ def stderr() -> Any:
     """The one rich console bound to stderr (colour only on a terminal, honours NO_COLOR)."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def log(message: str, level: int = 1) -> None:
@@ -43,7 +86,9 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], numb
     from rich.table import Table
     from rich.text import Text
 
-    lines = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    # text, because rich would read [tags] and :emoji: in a plain string
+    heading = Text(title, style="table.title") if title else None
+    lines = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD)
     for position, column in enumerate(columns):
         justify = "right" if numbers and position > 0 else "left"
         lines.add_column(column, justify=justify, overflow="fold")
@@ -100,11 +145,11 @@ def progress(label: str, total: float) -> Iterator[Task]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
     )
     with Progress(*columns, console=stderr(), transient=True) as bar:
         yield _BarTask(bar, label, total)

@@ -1,4 +1,4 @@
-"""Every error a user can meet: one sentence of what is wrong, one hint of what to do, one exit code.
+"""Every error a user can meet: what is wrong, a hint of what to do, and one exit code.
 
 The codes are part of the command-line contract and never change meaning.
 """
@@ -62,6 +62,6 @@ class ResourceError(MambactlError):
 
 
 class CheckError(MambactlError):
-    """A check the user asked for did not hold."""
+    """A check failed: one that was asked for, or the training loss is no longer finite."""
 
     code = ExitCode.CHECK

@@ -24,6 +24,7 @@ def _split_commas(value: Any) -> Any:
 DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]
+Counts = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas)]
 Alignment = Annotated[list[Literal["align", "logits"]], BeforeValidator(_split_commas)]
 
 
@@ -145,9 +146,9 @@ class SpecDecodeConfig(GenerateConfig):
 class BenchConfig(StageConfig):
     """Prefill and decode speed."""
 
-    input_len: Integers = Field([128], description="context lengths")
+    input_len: Counts = Field([128], min_length=1, description="context lengths")
     output_len: int = Field(32, ge=1, description="tokens decoded per measurement")
-    batch_size: Integers = Field([1], description="rows decoded together")
+    batch_size: Counts = Field([1], min_length=1, description="rows decoded together")
     warmup: int = Field(1, ge=0, description="unmeasured rounds")
     iters: int = Field(3, ge=1, description="measured rounds")
     baseline: str | None = Field(None, description="second model; `teacher` is the lineage's")
@@ -166,4 +167,4 @@ STAGES: dict[str, type[StageConfig]] = {
 }
 WRITERS = ("convert", "distill", "sft", "dpo")
 # where a run happens is no part of what it makes
-PLACE = ("device", "trust_remote_code")
+PLACE = {"device", "trust_remote_code"}

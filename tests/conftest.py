@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-WORDS = (
+TEXT = (
     "the a of and to in is was he she it they said went saw river house door light water stone "
     "old new red blue small large one two three four five day night king queen tree bird"
-).split()
+)
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,12 +32,13 @@ def tiny_config(mixers: list[str], **overrides):
         mamba2_from_attention,
     )
 
-    fields = dict(
-        vocab_size=97, hidden_size=48, intermediate_size=96, num_hidden_layers=len(mixers),
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
-        max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
+    fields = {
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 96,
+        "num_hidden_layers": len(mixers), "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
     settings = {k: overrides.pop(k) for k in ("mamba1", "mamba2") if k in overrides}
     base = HybridConfig(**{**fields, **overrides})
     settings.setdefault("mamba2", mamba2_from_attention(base, proj_bias=True))
@@ -106,7 +108,7 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
-    """A folder with a random 4-layer Llama of 97 tokens and its tokenizer, as transformers saves it."""
+    """A folder with a random 4-layer Llama of 97 tokens and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

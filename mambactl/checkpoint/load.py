@@ -1,6 +1,5 @@
 """Load models, tokenizers and lineage from any checkpoint, strictly."""
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +9,13 @@ import torch
 
 from mambactl.checkpoint.adapters import Adapted, adapt, needs_remote_code
 from mambactl.checkpoint.reader import (
+    CONFIG,
     Reader,
     SingleFileReader,
+    blame,
     open_checkpoint,
+    parse,
+    read_config,
     read_lineage,
     read_side_files,
 )
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+GENERATION = "generation_config.json"
 _NEOX = "EleutherAI/gpt-neox-20b"
 _NAMES_SHOWN = 5
 
@@ -47,7 +51,7 @@ def load_model(
         if trust_remote_code and needs_remote_code(reader.config):
             return _load_foreign(source, device, dtype)
         adapted = adapt(reader)
-        model = empty_model(adapted.config)
+        model = _described(reader, adapted)
         check(reader, adapted, model)
         state = {}
         for name in adapted.names:
@@ -59,7 +63,8 @@ def load_model(
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     model.config.dtype = state[EMBEDDING].dtype
-    model.generation_config = _generation_config(files, model)
+    with blame(source.path, GENERATION):
+        model.generation_config = _generation_config(source.path, files, model)
     return model.to(device).eval()
 
 
@@ -68,7 +73,7 @@ def open_strict(spec: str | Source) -> tuple[Reader, Adapted]:
     reader = open_checkpoint(spec)
     try:
         adapted = adapt(reader)
-        check(reader, adapted, empty_model(adapted.config))
+        check(reader, adapted, _described(reader, adapted))
     except BaseException:
         reader.close()
         raise
@@ -84,6 +89,11 @@ def empty_model(config: HybridConfig) -> HybridForCausalLM:
         return HybridForCausalLM(config)
 
 
+def _described(reader: Reader, adapted: Adapted) -> HybridForCausalLM:
+    with blame(reader.path, CONFIG):
+        return empty_model(adapted.config)
+
+
 def check(reader: Reader, adapted: Adapted, model: HybridForCausalLM) -> None:
     """Compare names and shapes with what the config implies; raises ModelError naming them."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -92,7 +102,7 @@ def check(reader: Reader, adapted: Adapted, model: HybridForCausalLM) -> None:
         _check_tied(reader, adapted)
     wrong = []
     for name, origin in adapted.names.items():
-        if isinstance(origin, str) and name in expected:
+        if name in expected:
             found = reader.shape(origin)
             if found != expected[name]:
                 wrong.append(f"{origin} is {list(found)}, not {list(expected[name])}")
@@ -120,11 +130,14 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
         for name, content in files.items():
             data = content.encode("utf-8") if isinstance(content, str) else content
             (Path(folder) / name).write_bytes(data)
-        if "tokenizer.json" in files:
-            # not Auto: classes like GPT2Tokenizer rebuild the pipeline and lose digit splitting
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with blame(source.path, ", ".join(name for name in files if name != GENERATION)):
+            if "tokenizer.json" in files:
+                # not Auto: classes like GPT2Tokenizer rebuild the pipeline, lose digit splitting
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=trust_remote_code
+                )
     tokenizer.name_or_path = spec
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -144,8 +157,7 @@ def load_lineage(spec: str) -> dict[str, Any] | None:
 def _tokenizer_files(source: Source) -> Mapping[str, str | bytes]:
     if source.kind == "folder":
         files = read_side_files(source.path)
-        config = source.path / "config.json"
-        raw = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        raw = read_config(source.path) if (source.path / CONFIG).is_file() else {}
     else:
         with open_checkpoint(source) as reader:
             files, raw = reader.files, reader.config
@@ -176,11 +188,13 @@ def _listed(label: str, names: list[str]) -> str:
     return f"{len(names)} {label} ({', '.join(names[:_NAMES_SHOWN])}{more})"
 
 
-def _generation_config(files: Mapping[str, str | bytes], model: HybridForCausalLM) -> Any:
+def _generation_config(
+    path: Path, files: Mapping[str, str | bytes], model: HybridForCausalLM
+) -> Any:
     from transformers import GenerationConfig
 
-    if "generation_config.json" in files:
-        return GenerationConfig.from_dict(json.loads(files["generation_config.json"]))
+    if GENERATION in files:
+        return GenerationConfig.from_dict(parse(files[GENERATION], path, GENERATION))
     return GenerationConfig.from_model_config(model.config)
 
 

@@ -13,6 +13,7 @@ from mambactl import __version__
 SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "safetensors")
 _HEAD_BYTES = 1 << 20
+_SAMPLE_BYTES, _SAMPLES = 1 << 16, 64
 
 
 def lineage(
@@ -23,13 +24,15 @@ def lineage(
     recipe: Mapping[str, Any],
     seed: int,
     metrics: Mapping[str, Any],
+    content: Path | None = None,
 ) -> dict[str, Any]:
     """The content of mambactl.json; `parent` is the lineage of the checkpoint at `parent_path`.
 
     `source` is the model the chain started from, `ancestors` the stages since, oldest first.
+    `content` is where the parent lies on this disk, for one that is known by a name.
     """
     path = None if parent_path is None else str(parent_path)
-    link = {"path": path, "sha256": _digest_if_local(path)}
+    link = {"path": path, "sha256": header_digest(content) if content else _digest_if_local(path)}
     ancestors: list[dict[str, Any]] = []
     if parent is not None:
         kept = {key: value for key, value in parent.items() if key not in ("ancestors", "versions")}
@@ -50,18 +53,26 @@ def lineage(
 
 
 def header_digest(path: Path) -> str:
-    """sha256 over the config and the header of every weight file: cheap, and enough to tell apart.
+    """sha256 over the config and, of every weight file, size, header and samples of the tensors.
 
     The header of a safetensors file lists names, types and shapes; of others the first MiB counts.
+    At most 4 MiB of samples per file, evenly spread and with both ends: files up to that size count
+    whole, and training or merging changes far more than lies between two samples.
     """
     digest = hashlib.sha256()
     for file in _identifying_files(path):
-        digest.update(file.name.encode())
+        total = file.stat().st_size
+        digest.update(f"{file.name} {total} ".encode())
         with file.open("rb") as content:
             size = _HEAD_BYTES
             if file.suffix in (".st", ".safetensors"):
                 size = min(int.from_bytes(content.read(8), "little"), 100 * _HEAD_BYTES)
             digest.update(content.read(size))
+            start, last = content.tell(), max(content.tell(), total - _SAMPLE_BYTES)
+            spread = min(_SAMPLES - 1, -(-(last - start) // _SAMPLE_BYTES))
+            for index in range(spread + 1):
+                content.seek(start + (last - start) * index // max(1, spread))
+                digest.update(content.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 

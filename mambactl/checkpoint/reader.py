@@ -7,7 +7,8 @@ Containers: a safetensors folder (one file or an index), a single `.st`, pickled
 import base64
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mambactl.checkpoint.resolve import Source, resolve
-from mambactl.errors import ModelError
+from mambactl.errors import MambactlError, ModelError
 
 CONFIG = "config.json"
 LINEAGE = "mambactl.json"
@@ -162,7 +163,7 @@ class FolderReader(_SafetensorsReader):
     """A Hugging Face folder with `model.safetensors` or a sharded set and its index."""
 
     def __init__(self, folder: Path):
-        self.config = _read_config(folder)
+        self.config = read_config(folder)
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
         if index.is_file():
@@ -195,17 +196,17 @@ class SingleFileReader(_SafetensorsReader):
         with _open_safetensors(file) as handle:
             metadata = handle.metadata() or {}
         if CONFIG in metadata:
-            self.config = _parse(metadata[CONFIG], file, CONFIG)
+            self.config = parse(metadata[CONFIG], file, CONFIG)
             self.files = {name: _unpack(metadata[name]) for name in SIDE_FILES if name in metadata}
             if LINEAGE in metadata:
-                self.lineage = _parse(metadata[LINEAGE], file, LINEAGE)
+                self.lineage = parse(metadata[LINEAGE], file, LINEAGE)
             return
         if not (file.parent / CONFIG).is_file():
             raise ModelError(
                 f"{file} carries no config and there is no {CONFIG} beside it",
                 "give a file that mambactl wrote, or the whole folder",
             )
-        self.config = _read_config(file.parent)
+        self.config = read_config(file.parent)
         self.files = read_side_files(file.parent)
         self.lineage = read_lineage(file.parent)
 
@@ -215,7 +216,7 @@ class PickleReader(Reader):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self.config = _read_config(folder)
+        self.config = read_config(folder)
         index = folder / "pytorch_model.bin.index.json"
         self._loaded: tuple[Path, dict[str, torch.Tensor]] | None = None
         self._mapped = 0
@@ -296,7 +297,29 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _parse(text: str, path: Path, name: str) -> dict[str, Any]:
+def read_text(path: Path) -> str:
+    """The text of a file; raises ModelError that names it."""
+    try:
+        return path.read_text("utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "fetch it again") from error
+
+
+@contextmanager
+def blame(path: Path, names: str) -> Iterator[None]:
+    """Turn what a library raises on a damaged file into a ModelError that names the file."""
+    try:
+        yield
+    except (MambactlError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise many types on a bad file
+        reason = str(error).strip().split("\n")[0]
+        message = f"{path}: {names} cannot be used ({type(error).__name__}: {reason})"
+        raise ModelError(message, "fetch it again, or mend the file") from error
+
+
+def parse(text: str, path: Path, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` of the checkpoint `path`; raises ModelError."""
     try:
         value = json.loads(text, object_hook=_special_float)
     except json.JSONDecodeError as error:
@@ -311,21 +334,22 @@ def _special_float(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder; raises ModelError."""
     path = folder / CONFIG
     if not path.is_file():
         raise ModelError(f"{folder} has no {CONFIG}", "give a folder in the Hugging Face layout")
-    return _parse(path.read_text("utf-8"), folder, CONFIG)
+    return parse(read_text(path), folder, CONFIG)
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
     """The mambactl.json of a folder, if it has one."""
     path = folder / LINEAGE
-    return _parse(path.read_text("utf-8"), folder, LINEAGE) if path.is_file() else None
+    return parse(read_text(path), folder, LINEAGE) if path.is_file() else None
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    names = _parse(index.read_text("utf-8"), index.parent, index.name).get("weight_map")
+    names = parse(read_text(index), index.parent, index.name).get("weight_map")
     if not names:
         raise ModelError(f"{index} has no weight_map", "fetch it again")
     # a name with a folder part could point outside of the checkpoint
@@ -338,7 +362,7 @@ def read_side_files(folder: Path) -> dict[str, str | bytes]:
     for name in SIDE_FILES:
         if (path := folder / name).is_file():
             binary = name.endswith(".model")
-            found[name] = path.read_bytes() if binary else path.read_text("utf-8")
+            found[name] = path.read_bytes() if binary else read_text(path)
     return found
 
 

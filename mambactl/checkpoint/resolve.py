@@ -1,7 +1,7 @@
 """Turn what a user typed (alias, hub id, folder, `.st`, GGUF) into a place on this disk."""
 
 import difflib
-import errno
+import functools
 import os
 import re
 import threading
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.console import log
+from mambactl.disk import DISK_FULL
 from mambactl.errors import ModelError, ResourceError
 
 ALIASES = {
@@ -57,8 +58,14 @@ def resolve(spec: str, revision: str | None = None) -> Source:
     """Find `spec` on disk, fetching it when it names a hub repository; raises ModelError."""
     if not spec.strip():
         raise ModelError("the model path is empty", _PATH_HINT)
-    path = Path(spec).expanduser()
-    if path.exists():
+    try:
+        path = Path(spec).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError) as error:
+        # a name too long, a folder that may not be searched, ~ of nobody
+        message = f"cannot look for {spec[:80]!r}: {_first_line(error)}"
+        raise ModelError(message, _PATH_HINT) from error
+    if found:
         return _local(spec, path)
     if spec in ALIASES:
         return Source(spec, _alias(spec, revision), "folder")
@@ -139,8 +146,12 @@ def hub_reachable() -> bool:
     return answered.is_set()
 
 
+@functools.cache
 def _hub(repo: str, revision: str | None, weights: bool = True) -> Path:
-    """Local folder of a hub snapshot, from the cache alone when the hub does not answer."""
+    """Local folder of a hub snapshot, from the cache alone when the hub does not answer.
+
+    One process asks once: else a commit between two calls would mix two versions of a model.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -179,7 +190,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
     except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError) as error:
         raise ModelError(f"the hub failed on {repo}: {_first_line(error)}", "try again") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise ResourceError(
                 f"the disk is full while fetching {repo}", "free space or set HF_HOME"
             ) from error

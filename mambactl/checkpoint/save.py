@@ -5,13 +5,11 @@ library needs every tensor at once, which a 16 GB model on a laptop does not all
 """
 
 import base64
-import errno
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.reader import BINARY_PREFIX, CONFIG, DTYPES, LINEAGE
 from mambactl.checkpoint.resolve import SINGLE_FILE_SUFFIXES
+from mambactl.disk import RUN_FILE, explained, gib, hold
 from mambactl.errors import OutputError, ResourceError
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
 
@@ -29,7 +28,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 LATE_LINEAGE_BYTES = 1 << 17
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OTHER_DISK = "free some space or choose another disk with -o"
 
 Shape = tuple[int, ...]
 
@@ -78,6 +77,12 @@ class CheckpointWriter:
             refuse_existing(self.out, self.force)
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._take_partial()
+            try:
+                # its last owner may have finished in the meantime
+                refuse_existing(self.out, self.force)
+            except OutputError:
+                self._release()
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -95,8 +100,7 @@ class CheckpointWriter:
             free = shutil.disk_usage(self.out.parent).free
             if total > free:
                 raise ResourceError(
-                    f"{self.out} needs {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
-                    "free some space or choose another disk with -o",
+                    f"{self.out} needs {gib(total)}, {gib(free)} are free", _OTHER_DISK
                 )
             groups = [dict(tensors)] if self.single else self._split(tensors)
             for number, group in enumerate(groups, 1):
@@ -115,32 +119,30 @@ class CheckpointWriter:
         self._pending.discard(name)
 
     def _take_partial(self) -> None:
-        if self.partial.is_dir():
-            self._refuse_run_state()
-        if self.single:
-            if self.partial.is_dir():
-                _remove(self.partial)
-            self._lock = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
-        else:
-            self.partial.mkdir(exist_ok=True)
-            self._lock = os.open(self.partial, os.O_RDONLY)
+        lock = hold(self.partial, self.out, folder=not self.single)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            self._lock = None
-            raise OutputError(
-                f"another process is writing {self.out}", "wait for it, or choose another -o"
-            ) from error
-        # what lies there is from a run that died; no one holds its lock
-        if self.single:
-            os.ftruncate(self._lock, 0)
+            folder = self.partial.is_dir()
+            if folder:
+                self._refuse_run_state()
+            # what lies there is from a run that died; no one holds its lock
+            if not folder:
+                os.ftruncate(lock, 0)
+            elif self.single:
+                _remove(self.partial)
+            else:
+                _empty(self.partial)
+        except BaseException:
+            os.close(lock)
+            raise
+        if folder and self.single:
+            os.close(lock)
+            self._take_partial()
         else:
-            _empty(self.partial)
+            self._lock = lock
 
     def _refuse_run_state(self) -> None:
-        # only training keeps folders there, and hours of work in them
-        if not self.force and any(path.is_dir() for path in self.partial.iterdir()):
+        # a checkpoint that was not finished has files alone; training keeps hours of work there
+        if not self.force and any(p.name == RUN_FILE or p.is_dir() for p in self.partial.iterdir()):
             raise OutputError(
                 f"{self.partial} holds the state of an unfinished run",
                 "finish it with --resume, discard it with --force, or choose another -o",
@@ -255,20 +257,8 @@ class CheckpointWriter:
             os.close(self._lock)
             self._lock = None
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn failures of the disk into sentences."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in _DISK_FULL:
-                raise ResourceError(
-                    f"the disk is full while writing {self.out}",
-                    "free some space or choose another disk with -o",
-                ) from error
-            raise OutputError(
-                f"cannot write {self.out}: {error.strerror}", "choose another place with -o"
-            ) from error
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.out, _OTHER_DISK)
 
 
 def save_model(

@@ -9,8 +9,6 @@ from mambactl.cli.options import Json
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "typer")
 OPTIONAL = {
     "lm-eval": ("eval --tasks with harness names", 'pip install "mambactl[eval]"'),
-    "peft": ("LoRA", 'pip install "mambactl[lora]"'),
-    "matplotlib": ("plots", 'pip install "mambactl[plot]"'),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.console import grid
-from mambactl.errors import ModelError, UpstreamError, UsageError
+from mambactl.errors import ModelError, ResourceError, UpstreamError, UsageError
 
 
 @contextmanager
@@ -37,6 +37,12 @@ def write_out(text: str, descriptor: int = 1) -> None:
     except BrokenPipeError:
         # nobody reads any more; the interpreter must not fail again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    except OSError as error:
+        # the work itself is done: what it gave must not be lost
+        raise ResourceError(
+            f"cannot write to stdout: {error.strerror}",
+            f"everything else is done; stdout should have said: {text.rstrip()}",
+        ) from error
 
 
 def write_json(content: dict[str, Any], descriptor: int = 1) -> None:

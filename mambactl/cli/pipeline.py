@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,20 @@ from mambactl import console
 from mambactl.errors import OutputError, UsageError
 from mambactl.recipes import Recipe, Section, nearest, substitute
 
+# the record of a section that has to run again
+STALE = {"command": None, "result": None}
+
+
+@dataclass(frozen=True)
+class Handling:
+    """How sections are run: `flags` for all stages, and `again`, the command to repeat the run."""
+
+    flags: tuple[str, ...]
+    resume: bool
+    force: bool
+    json: bool
+    again: str
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -27,19 +41,11 @@ class Plan:
     folder: Path
     sections: tuple[Section, ...]
     outputs: dict[str, str]
-    flags: tuple[str, ...]
-    resume: bool
-    force: bool
+    how: Handling
 
 
 def make_plan(
-    recipe: Recipe,
-    folder: Path,
-    first: str | None,
-    last: str | None,
-    flags: Sequence[str],
-    resume: bool,
-    force: bool,
+    recipe: Recipe, folder: Path, first: str | None, last: str | None, how: Handling
 ) -> Plan:
     """Select sections `first` to `last` and fix every output path."""
     keys = [section.key for section in recipe.sections]
@@ -53,10 +59,10 @@ def make_plan(
     outputs = {s.key: str((folder / s.out).absolute()) for s in recipe.sections if s.writes}
     for section in recipe.sections[:start]:
         if section.writes and not Path(outputs[section.key]).exists():
-            hint = f"mambactl recipe run {recipe.path} --to {section.key}"
+            hint = f"{how.again} --to {section.key}"
             raise UsageError(f"--from {first} needs {outputs[section.key]}", hint)
     chosen = recipe.sections[start:end]
-    return Plan(recipe, folder, chosen, outputs, tuple(flags), resume, force)
+    return Plan(recipe, folder, chosen, outputs, how)
 
 
 def run_plan(plan: Plan, dry_run: bool) -> tuple[str, dict[str, Any]]:
@@ -106,23 +112,31 @@ def _is_plain(text: str) -> bool:
 
 
 def _run_section(plan: Plan, section: Section, command: list[str]) -> dict[str, Any]:
-    flags = list(plan.flags)
+    # a stage does not continue what was made differently, and says so
+    force = plan.how.force or (plan.how.resume and _stale(plan, section, command))
+    flags = list(plan.how.flags)
     if section.writes:
-        flags += ["--resume"] * plan.resume + ["--force"] * plan.force
-    code, line = _child([sys.executable, "-m", *command, *flags, "--json"])
+        flags += ["--force"] if force else ["--resume"] * plan.how.resume
+    code, line = _child([sys.executable, "-m", *command, *flags, "--json"], plan.how.json)
     if code != 0:
-        kept = f"--out {shlex.quote(str(plan.folder))} --resume"
-        console.warn(f"{section.key} failed; after mending: {_again(plan)} {kept}")
+        if not plan.how.json:
+            console.warn(f"{section.key} failed; after mending: {plan.how.again} --resume")
         raise typer.Exit(code)
     result = json.loads(line)
     if "text" in result:
         console.log(result["text"])
+    if section.writes and force:
+        # before its own record, so that a kill in between repeats work rather than skips it
+        for later in plan.recipe.sections[plan.recipe.sections.index(section) + 1 :]:
+            _save(_record(plan, later), STALE)
     _save(_record(plan, section), {"command": command, "result": result})
     return result
 
 
-def _again(plan: Plan) -> str:
-    return f"mambactl recipe run {shlex.quote(str(plan.recipe.path))}"
+def _stale(plan: Plan, section: Section, command: list[str]) -> bool:
+    """Whether the section ran in this folder with other options, or on what is replaced since."""
+    record = _record(plan, section)
+    return record.exists() and json.loads(record.read_text("utf-8"))["command"] != command
 
 
 def _record(plan: Plan, section: Section) -> Path:
@@ -131,20 +145,19 @@ def _record(plan: Plan, section: Section) -> Path:
 
 def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, Any] | None:
     record = _record(plan, section)
-    if plan.force:
-        record.unlink(missing_ok=True)
+    if plan.how.force:
+        _save(record, STALE)
         return None
     if not record.exists():
         return None
-    if not plan.resume:
-        hint = f"{_again(plan)} --resume, or --force, or another --out"
+    if not plan.how.resume:
+        hint = f"{plan.how.again} --resume, or --force, or another --out"
         raise OutputError(f"{record} exists: {section.key} ran in this folder before", hint)
-    before = json.loads(record.read_text(encoding="utf-8"))
     missing = section.writes and not Path(plan.outputs[section.key]).exists()
-    if before["command"] != command or missing:
+    if missing or _stale(plan, section, command):
         return None
     console.log(f"{section.key}: done before, kept")
-    return before["result"]
+    return json.loads(record.read_text(encoding="utf-8"))["result"]
 
 
 def _save(record: Path, content: dict[str, Any]) -> None:
@@ -154,11 +167,17 @@ def _save(record: Path, content: dict[str, Any]) -> None:
     os.replace(partial, record)
 
 
-def _child(command: list[str]) -> tuple[int, str]:
+def _child(command: list[str], json_errors: bool = False) -> tuple[int, str]:
+    env = {**os.environ, **({} if json_errors else {console.PLAIN_ERRORS: "1"})}
     # a group of its own: a signal reaches it once, through us, and it can save its state
     with (
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, process_group=0
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
+            env=env,
         ) as process,
         _signals_passed_to(process),
     ):

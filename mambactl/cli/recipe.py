@@ -1,5 +1,6 @@
 """`mambactl recipe`: list, show, check and run whole pipelines written as YAML."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +75,7 @@ def run(
       mambactl recipe run quickstart
       mambactl recipe run quickstart --set distill.max_steps=50 --resume
     """
-    from mambactl.cli.pipeline import make_plan, run_plan
+    from mambactl.cli.pipeline import Handling, make_plan, run_plan
     from mambactl.recipes import load_recipe
 
     if resume and force:
@@ -83,7 +84,10 @@ def run(
     recipe = load_recipe(name, settings or ())
     folder = Path(out) if out else Path("runs") / recipe.name
     flags = ["-q"] * quiet + ["-v"] * verbose
-    plan = make_plan(recipe, folder, first, last, flags, resume, force)
+    again = ["mambactl", "recipe", "run", str(recipe.path), "--out", str(folder)]
+    again += [word for setting in settings or () for word in ("--set", setting)]
+    handling = Handling(tuple(flags), resume, force, as_json, shlex.join(again))
+    plan = make_plan(recipe, folder, first, last, handling)
     checkpoint, results = run_plan(plan, dry_run)
     if dry_run:
         return

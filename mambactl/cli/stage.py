@@ -156,7 +156,8 @@ def _made_before(
     out: Path, stage: str, config: StageConfig, source: str, shared: Shared
 ) -> dict[str, Any] | None:
     """The lineage of `out` if it is what this command would make; OutputError if it is another."""
-    if shared.force or not out.exists():
+    # unlike Path.exists this is no error for a name that is too long: resolving it says so
+    if shared.force or not os.path.exists(out):
         return None
     if not shared.resume:
         hint = "--resume accepts it as done, --force replaces it, -o writes elsewhere"
@@ -175,7 +176,7 @@ def _made_before(
         "parent": lineage.get("parent", {}).get("sha256"),
         **{key: value for key, value in recipe.items() if key not in PLACE},
     }
-    asked = {"stage": stage, "parent": parent, **config.model_dump(mode="json", exclude=set(PLACE))}
+    asked = {"stage": stage, "parent": parent, **config.model_dump(mode="json", exclude=PLACE)}
     if changed := differences(made, asked):
         message = f"{out} was made differently: {'; '.join(changed)}"
         raise OutputError(message, "--force replaces it, -o writes elsewhere")

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mambactl.data.load import Document
 from mambactl.errors import UsageError
 
 
@@ -43,7 +44,7 @@ def encode(row: dict[str, Any], tokenizer: Any, assistant_only: bool = False) ->
 
 
 def encode_rows(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Document],
     tokenizer: Any,
     assistant_only: bool = False,
     max_tokens: int | None = None,
@@ -51,7 +52,7 @@ def encode_rows(
 ) -> list[Example]:
     """Encode rows, shuffled by `seed` if given, until `max_tokens` are there.
 
-    Raises UsageError with the row's place in `rows` (from 1).
+    Raises UsageError naming file and row.
     """
     order: Iterable[int] = range(len(rows))
     if seed is not None:
@@ -62,7 +63,7 @@ def encode_rows(
         try:
             example = encode(rows[index], tokenizer, assistant_only)
         except UsageError as error:
-            raise UsageError(f"document {index + 1}: {error}", error.hint) from None
+            raise UsageError(f"{rows[index].where}: {error}", error.hint) from None
         examples.append(example)
         total += len(example.input_ids)
         if max_tokens is not None and total >= max_tokens:

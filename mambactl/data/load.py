@@ -2,8 +2,9 @@
 
 import gzip
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,18 @@ EXPECTED = {
     "text": "`text` (a string) or `messages` (a list of role and content)",
     "preference": "`prompt`, `chosen` and `rejected` (lists of role and content)",
 }
+# how much more of a set on the hub is read than used, so that the shuffled order means something
+POOL = 4
+CHARACTERS_PER_TOKEN = 4
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@/]+))?(?:@(?P<split>.+))?$")
+
+
+class Document(dict[str, Any]):
+    """A checked row; `where` names its file and row for messages about it."""
+
+    def __init__(self, where: str, row: Mapping[str, Any]):
+        super().__init__(row)
+        self.where = where
 
 
 class _Bad(Exception):
@@ -27,21 +39,70 @@ class _Bad(Exception):
 
 
 def load_rows(
-    specs: Sequence[str], max_samples: int | None = None, schema: Schema = "text"
-) -> list[Row]:
+    specs: Sequence[str],
+    max_samples: int | None = None,
+    schema: Schema = "text",
+    used_rows: int | None = None,
+    used_tokens: int | None = None,
+) -> list[Document]:
     """Read and check every data set of `specs`, taking rows from them in turn.
+
+    Files are read whole. A set on the hub, which may be far larger than what a run sees, is
+    streamed until it gave `POOL` times the rows or tokens that are used.
 
     A spec is a .jsonl, .jsonl.gz, .parquet (a row each) or .txt (one document) file, or a hub id
     `ID[:config][@split]`. Rows hold `text`, or `messages` and perhaps `tools`; preference rows hold
     `prompt`, `chosen`, `rejected`, all lists of messages. Raises UsageError naming file and row.
     """
+    return list(_documents(specs, max_samples, schema, used_rows, used_tokens))
+
+
+def count_rows(
+    specs: Sequence[str], max_samples: int | None = None, schema: Schema = "text"
+) -> int | None:
+    """Check files and count their rows; None where a set lies on the hub, which is not asked."""
+    found = sum(1 for _ in _documents(specs, max_samples, schema, used_rows=0))
+    streamed = [_hub_parts(spec) for spec in specs if _is_on_hub(spec)]
+    return None if streamed else found
+
+
+def _documents(
+    specs: Sequence[str],
+    max_samples: int | None,
+    schema: Schema,
+    used_rows: int | None = None,
+    used_tokens: int | None = None,
+) -> Iterator[Document]:
     if not specs:
         raise UsageError("no data given", f"pass --data FILE with {EXPECTED[schema]} per row")
-    rows = _in_turn([_checked(spec, schema) for spec in specs])
-    return list(islice(rows, max_samples))
+    sources = [
+        _pool(_checked(spec, schema), used_rows, used_tokens)
+        if _is_on_hub(spec)
+        else _checked(spec, schema)
+        for spec in specs
+    ]
+    return islice(_in_turn(sources), max_samples)
 
 
-def _in_turn(sources: Sequence[Iterator[Row]]) -> Iterator[Row]:
+def _pool(
+    rows: Iterator[Document], used_rows: int | None, used_tokens: int | None
+) -> Iterator[Document]:
+    characters = 0
+    for row in islice(rows, None if used_rows is None else POOL * used_rows):
+        yield row
+        if used_tokens is not None:
+            characters += _characters(row)
+            if characters >= POOL * CHARACTERS_PER_TOKEN * used_tokens:
+                return
+
+
+def _characters(row: Document) -> int:
+    if "text" in row:
+        return len(row["text"])
+    return sum(len(str(turn.get("content") or "")) for turn in row["messages"])
+
+
+def _in_turn(sources: Sequence[Iterator[Document]]) -> Iterator[Document]:
     waiting = list(sources)
     while waiting:
         alive = []
@@ -53,23 +114,28 @@ def _in_turn(sources: Sequence[Iterator[Row]]) -> Iterator[Row]:
         waiting = alive
 
 
-def _checked(spec: str, schema: Schema) -> Iterator[Row]:
+def _checked(spec: str, schema: Schema) -> Iterator[Document]:
     found = False
-    for number, row in _read(spec):
+    check = _preference if schema == "preference" else _document
+    for number, row in read_rows(spec):
         found = True
+        where = f"{spec}, row {number}"
         try:
-            yield _preference(row) if schema == "preference" else _document(row)
+            yield Document(where, check(row))
         except _Bad as error:
-            raise UsageError(
-                f"{spec}, row {number}: {error}", f"expected {EXPECTED[schema]}"
-            ) from None
+            raise UsageError(f"{where}: {error}", f"expected {EXPECTED[schema]}") from None
     if not found:
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 
 
-def _read(spec: str) -> Iterator[tuple[int, Any]]:
+def _is_on_hub(spec: str) -> bool:
+    return not (spec.endswith(SUFFIXES) or os.path.exists(spec))
+
+
+def read_rows(spec: str) -> Iterator[tuple[int, Any]]:
+    """Rows of one file or hub data set as they are, each with its number (from 1)."""
     path = Path(spec)
-    if not (spec.endswith(SUFFIXES) or path.exists()):
+    if _is_on_hub(spec):
         return _read_hub(spec)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -122,12 +188,17 @@ def _read_parquet(spec: str) -> Iterator[tuple[int, Any]]:
         raise UsageError(f"{spec} cannot be read as parquet ({error})") from None
 
 
-def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
+def _hub_parts(spec: str) -> re.Match[str]:
     match = _HUB_ID.match(spec)
     if match is None:
         raise UsageError(f"{spec} is no file and no hub id", "use ID[:config][@split] or a file")
+    return match
+
+
+def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
     from datasets import load_dataset
 
+    match = _hub_parts(spec)
     split = match["split"] or "train"
     try:
         rows = load_dataset(match["id"], match["config"], split=split, streaming="[" not in split)

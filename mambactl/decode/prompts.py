@@ -1,13 +1,9 @@
-"""Prompts: a small built-in set, prompt files, and their way to token ids."""
+"""Prompts: a small built-in set, rows of prompt files, and their way to token ids."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mambactl.errors import UsageError
-
-EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"
 
 
 @dataclass(frozen=True)
@@ -21,6 +17,24 @@ class Prompt:
     def of(cls, text: str, category: str = "") -> "Prompt":
         """A single user turn."""
         return cls(({"role": "user", "content": text},), category)
+
+    @classmethod
+    def from_row(cls, row: Any) -> "Prompt | None":
+        """The prompt of one row of a file, or None where there is none."""
+        if not isinstance(row, dict):
+            return None
+        category = str(row.get("category") or "")
+        turns = row.get("turns")
+        first = turns[0] if isinstance(turns, list) and turns else None
+        for text in (row.get("prompt"), row.get("text"), first):
+            if isinstance(text, str) and text.strip():
+                return cls.of(text, category)
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            return None
+        users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        # what follows the last user turn is the answer to be written
+        return cls(tuple(messages[: users[-1] + 1]), category) if users else None
 
 
 BUILTIN = (
@@ -59,25 +73,6 @@ BUILTIN = (
 )
 
 
-def read_prompts(path: str) -> list[Prompt]:
-    """Read a .txt file (a prompt per line) or a .jsonl file; raises UsageError naming the row."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"{path} is no file", hint="give a .txt or .jsonl file with prompts")
-    if file.suffix not in (".txt", ".jsonl"):
-        raise UsageError(f"{path}: unknown kind of file", hint="known are .txt and .jsonl")
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} cannot be read ({error})", hint="save it as UTF-8") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise UsageError(f"{path} is empty", hint="give a file with at least one prompt")
-    if file.suffix == ".txt":
-        return [Prompt.of(line) for _, line in numbered]
-    return [_from_json(f"{path}, row {number}", line) for number, line in numbered]
-
-
 def encode(prompt: Prompt, tokenizer: Any, chat: bool = True) -> list[int]:
     """Token ids of a prompt, inside the chat template if there is one and `chat` wants it."""
     if chat and getattr(tokenizer, "chat_template", None):
@@ -93,32 +88,6 @@ def encode(prompt: Prompt, tokenizer: Any, chat: bool = True) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     text = "\n\n".join(message["content"] for message in prompt.messages)
     return tokenizer(text)["input_ids"]
-
-
-def _from_json(where: str, line: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: not JSON ({error})", hint="one object per line") from None
-    prompt = _from_row(row) if isinstance(row, dict) else None
-    if prompt is None:
-        raise UsageError(f"{where}: no prompt in it", hint=f"expected {EXPECTED}")
-    return prompt
-
-
-def _from_row(row: dict[str, Any]) -> Prompt | None:
-    category = str(row.get("category") or "")
-    turns = row.get("turns")
-    first = turns[0] if isinstance(turns, list) and turns else None
-    for text in (row.get("prompt"), row.get("text"), first):
-        if isinstance(text, str) and text.strip():
-            return Prompt.of(text, category)
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        return None
-    users = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    # what follows the last user turn is the answer to be written
-    return Prompt(tuple(messages[: users[-1] + 1]), category) if users else None
 
 
 def _is_message(message: Any) -> bool:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambactl.data.load import _read as read_rows
+from mambactl.data.load import read_rows
 from mambactl.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Speed and memory of one model over context lengths and batch sizes, on random tokens."""
 
 import ctypes
+import re
 import resource
 import statistics
 import sys
@@ -19,6 +20,7 @@ from mambactl.decode.stats import DecodeStats
 from mambactl.models.hybrid import HybridForCausalLM
 
 Prompts = list[list[int]]
+STATUS = Path("/proc/self/status")
 
 
 def throughput(
@@ -103,6 +105,11 @@ def _reset_peak(device: torch.device) -> None:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # getrusage would remember what the process was before exec, and cannot be reset
+    with suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     # Linux counts kibibytes, macOS bytes
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

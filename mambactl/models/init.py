@@ -75,7 +75,7 @@ def initialise(
         if method == "reference":
             _reference(mixer, generator)
         else:
-            _neutral(mixer, attention)
+            _neutral(mixer)
             apply_fit(mixer, attention, prior_fit(mixer, attention))
 
 
@@ -152,7 +152,7 @@ def inverse_silu(y: Tensor) -> Tensor:
     return x.to(y.dtype)
 
 
-def _neutral(mixer: nn.Module, attention: AttentionWeights) -> None:
+def _neutral(mixer: nn.Module) -> None:
     """Gate 1, no dependence of dt on the input; convolution taps follow in `apply_fit`."""
     rows = _sections(mixer)
     mixer.in_proj.weight[rows["z"]] = 0

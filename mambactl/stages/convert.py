@@ -20,7 +20,7 @@ from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import CheckpointWriter, stored_dtype
 from mambactl.data.format import encode_rows
-from mambactl.data.load import load_rows
+from mambactl.data.load import count_rows, load_rows
 from mambactl.data.pack import Batch, collate, pack
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.config import (
@@ -35,6 +35,7 @@ from mambactl.models.init import initialise
 from mambactl.models.layout import kept_attention
 from mambactl.recipe import ConvertConfig
 from mambactl.stages import StageResult
+from mambactl.stages.placement import place
 from mambactl.train.calibrate import LayerFit, Streams, attention_weights
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -45,6 +46,8 @@ def run(
     config: ConvertConfig, source: str, out: Path, *, resume: bool = False, force: bool = False
 ) -> StageResult:
     """Write the hybrid at `out`; there is nothing to resume, and what is done the CLI handles."""
+    # it computes on the CPU, yet a device that does not exist is an error everywhere
+    place(config)
     origin = resolve(source)
     reader, adapted = open_strict(origin)
     with reader:
@@ -64,15 +67,16 @@ def run(
                 for name, tensor in _tensors(config, reader, adapted, target, batches, fits, task):
                     writer.write(name, tensor.to(shapes[name][1]))
             metrics = _metrics(replaced, target, fits)
-            parent = str(origin.path.absolute()) if Path(source).exists() else source
+            local = Path(source).expanduser().exists()
             writer.lineage = lineage(
                 "convert",
                 reader.lineage,
-                parent,
+                origin.path if local else source,
                 None,
                 config.model_dump(mode="json"),
                 config.seed,
                 metrics,
+                origin.path,
             )
     _report(metrics, fits)
     return StageResult(str(out), metrics)
@@ -80,6 +84,7 @@ def run(
 
 def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
     """Resolve and check everything, write nothing."""
+    place(config)
     reader, adapted = open_strict(resolve(source))
     with reader:
         target = hybrid_config(adapted.config, config)
@@ -92,7 +97,7 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": parameters * dtype.itemsize,
         "init": config.init,
-        "documents": len(load_rows(config.calibrate)) if config.calibrate else 0,
+        "documents": count_rows(config.calibrate) if config.calibrate else 0,
     }
 
 
@@ -156,9 +161,7 @@ def _dtype(name: str, config: ConvertConfig, reader: Reader, adapted: Adapted) -
     if config.dtype != "auto":
         return stored_dtype(name, getattr(torch, config.dtype))
     known = name if name in adapted.names else "model.embed_tokens.weight"
-    origin = adapted.names[known]
-    found = reader.dtype(origin) if isinstance(origin, str) else adapted.get(reader, known).dtype
-    return stored_dtype(name, found)
+    return stored_dtype(name, reader.dtype(adapted.names[known]))
 
 
 def _calibration_batches(config: ConvertConfig, source: str) -> list[Batch]:
@@ -166,10 +169,11 @@ def _calibration_batches(config: ConvertConfig, source: str) -> list[Batch]:
         return []
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     # twice what is used: rows that packing fills badly are left out
+    budget = 2 * config.calibrate_tokens
     examples = encode_rows(
-        load_rows(config.calibrate),
+        load_rows(config.calibrate, used_tokens=budget),
         tokenizer,
-        max_tokens=2 * config.calibrate_tokens,
+        max_tokens=budget,
         seed=config.seed,
     )
     rows = pack(examples, config.max_length)

@@ -2,24 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mambactl import console
-from mambactl.checkpoint.adapters import adapt
 from mambactl.checkpoint.load import load_model, load_tokenizer
-from mambactl.checkpoint.reader import open_checkpoint
 from mambactl.checkpoint.summary import describe
+from mambactl.checkpoint.vocabulary import require_same_tokens
+from mambactl.data.load import read_rows
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine, Generation
-from mambactl.decode.prompts import BUILTIN, Prompt, encode, read_prompts
+from mambactl.decode.prompts import BUILTIN, Prompt, encode
 from mambactl.decode.sampling import SamplingParams
-from mambactl.errors import ModelError, UsageError
-from mambactl.models.config import HybridConfig
+from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import GenerateConfig
 from mambactl.stages.placement import place
 
 NGRAM = "ngram"
+PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
+EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,31 @@ def read(config: GenerateConfig, builtin: bool = False) -> list[Prompt]:
     raise UsageError("no prompt", 'give -p "some text", -p - to read stdin, or --prompts FILE')
 
 
+def read_prompts(path: str) -> list[Prompt]:
+    """Read a .txt file (a prompt per line) or .jsonl[.gz]; raises UsageError naming the row."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"{path} is no file", hint="give a .txt or .jsonl file with prompts")
+    if not file.name.endswith(PROMPT_FILES):
+        known = ", ".join(PROMPT_FILES)
+        raise UsageError(f"{path}: unknown kind of file", hint=f"known are {known}")
+    found = []
+    for number, row in read_rows(str(file)):
+        if file.suffix == ".txt":
+            found += [Prompt.of(line) for line in row["text"].splitlines() if line.strip()]
+        elif prompt := Prompt.from_row(row):
+            found.append(prompt)
+        else:
+            raise UsageError(f"{path}, row {number}: no prompt in it", hint=f"expected {EXPECTED}")
+    if not found:
+        raise UsageError(f"{path} is empty", hint="give a file with at least one prompt")
+    return found
+
+
 def prepare(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> Setup:
     """Load target, tokenizer and draft; raises ModelError before any weight of a misfit is read."""
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-    size = require_common_vocabulary(config, source, tokenizer)
+    require_draft(config, source)
     encoded = [encode(prompt, tokenizer, config.chat) for prompt in prompts]
     device, dtype = place(config)
     target = load_model(source, device=device, dtype=dtype)
@@ -63,7 +86,8 @@ def prepare(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> S
     if config.draft == NGRAM:
         drafter = NgramDrafter()
     elif config.draft is not None:
-        drafter = ModelDrafter(load_model(config.draft, device=device, dtype=dtype), size)
+        draft = load_model(config.draft, device=device, dtype=dtype)
+        drafter = ModelDrafter(draft, target.config.vocab_size)
     params = SamplingParams(
         temperature=config.temperature,
         top_k=config.top_k,
@@ -76,35 +100,12 @@ def prepare(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> S
     return Setup(target, tokenizer, drafter, encoded, params)
 
 
-def require_common_vocabulary(config: GenerateConfig, source: str, tokenizer: Any) -> int:
-    """The target's vocabulary size; raises ModelError when the draft means other tokens.
-
-    Sizes may differ by padding when the tokenizers agree on every id that both define.
-    """
-    size = model_config(source).vocab_size
-    if config.draft in (None, NGRAM):
-        return size
-    draft_size = model_config(config.draft).vocab_size
-    try:
-        draft_tokenizer = load_tokenizer(config.draft, trust_remote_code=config.trust_remote_code)
-    except ModelError:
-        # weights alone: the size is all there is to compare
-        same = draft_size == size
-    else:
-        same = _agree(tokenizer, draft_tokenizer)
-    if not same:
-        raise ModelError(
-            f"draft and target have different vocabularies: {config.draft} has {draft_size} "
-            f"tokens, {source} has {size}",
-            hint="take a draft of the target's family, or --draft ngram",
-        )
-    return size
-
-
-def model_config(spec: str) -> HybridConfig:
-    """A checkpoint's configuration, without its weights."""
-    with open_checkpoint(spec) as reader:
-        return adapt(reader).config
+def require_draft(config: GenerateConfig, source: str) -> None:
+    """Raise ModelError when the draft means other tokens than the target."""
+    if config.draft not in (None, NGRAM):
+        hint = "take a draft of the target's family, or --draft ngram"
+        trusted = config.trust_remote_code
+        require_same_tokens(source, config.draft, "draft", hint, False, trusted)
 
 
 def end_tokens(target: HybridForCausalLM, tokenizer: Any) -> tuple[int, ...]:
@@ -142,7 +143,7 @@ def plan(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> dict
     """What would be decoded; reads headers and tokenizers only."""
     device, dtype = place(config)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-    require_common_vocabulary(config, source, tokenizer)
+    require_draft(config, source)
     target = describe(source)
     draft = describe(config.draft) if config.draft not in (None, NGRAM) else None
     tokens = [len(encode(prompt, tokenizer, config.chat)) for prompt in prompts]
@@ -159,12 +160,6 @@ def plan(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> dict
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def _agree(one: Any, other: Any) -> bool:
-    mine, theirs = ({i: t for t, i in each.get_vocab().items()} for each in (one, other))
-    common = mine.keys() & theirs.keys()
-    return bool(common) and all(mine[index] == theirs[index] for index in common)
 
 
 def _warn_beyond_positions(

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from mambactl import console
+from mambactl.checkpoint.vocabulary import model_config
 from mambactl.errors import UsageError
+from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import DistillConfig
 from mambactl.stages import StageResult
@@ -31,7 +33,7 @@ def run(
     steps = phase_steps(config)
     rows = job.rows(job.tokenizer())
     student = job.student()
-    teacher = job.teacher(student)
+    teacher = job.teacher()
     phases = _phases(job, config, student, teacher, steps)
     with folder.open(resume, force):
         reports = train(student, phases, rows, config, folder)
@@ -46,7 +48,9 @@ def plan(config: DistillConfig, source: str) -> dict[str, Any]:
     job = Job.of(STAGE, config, source)
     planned = plan_training(job)
     _require_mixers(source, planned["mixers"])
-    return planned | {"phases": phase_steps(config)}
+    steps = phase_steps(config)
+    _require_fit(steps, model_config(source), model_config(job.teacher_spec()))
+    return planned | {"phases": steps}
 
 
 def phase_steps(config: DistillConfig) -> dict[str, int]:
@@ -75,10 +79,8 @@ def _phases(
     steps: dict[str, int],
 ) -> list[Phase]:
     _require_mixers(job.source, student.config.mixers)
-    problem = misfit(student, teacher)
-    if "align" in steps and problem:
-        raise UsageError(f"mixers cannot be aligned: {problem}", "use --stages logits")
-    console.log(f"{len(replaced_layers(student))} mixers follow {job.teacher_spec()}")
+    _require_fit(steps, student.config, teacher.config)
+    console.log(f"{len(replaced_layers(student.config))} mixers follow {job.teacher_spec()}")
     mixers, rest = mixer_parameters(student), rest_parameters(student)
     phases = []
     if "align" in steps:
@@ -90,6 +92,12 @@ def _phases(
         parts = [(mixers, config.lr)] + ([(rest, config.rest_lr)] if config.rest_lr else [])
         phases.append(Phase("logits", steps["logits"], matched, parts))
     return phases
+
+
+def _require_fit(steps: dict[str, int], student: HybridConfig, teacher: HybridConfig) -> None:
+    problem = misfit(student, teacher)
+    if "align" in steps and problem:
+        raise UsageError(f"mixers cannot be aligned: {problem}", "use --stages logits")
 
 
 def _require_mixers(source: str, mixers: list[str]) -> None:

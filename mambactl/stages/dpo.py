@@ -8,6 +8,7 @@ import numpy as np
 from mambactl import console
 from mambactl.checkpoint.load import load_model
 from mambactl.data.format import encode_rows
+from mambactl.data.load import Document
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import DpoConfig
 from mambactl.stages import StageResult
@@ -31,7 +32,7 @@ def run(
     folder = job.folder(out, resume, force)
     pairs = _pairs(job)
     student = job.student()
-    reference = _reference(job, config, student)
+    reference = _reference(job, config)
     with folder.open(resume, force):
         trainer = _trainer(job, config, folder, student, reference, pairs)
         metrics = report_phases([follow(trainer, STAGE, folder)])
@@ -44,25 +45,25 @@ def run(
 def plan(config: DpoConfig, source: str) -> dict[str, Any]:
     """Resolve everything and say what would run; writes nothing."""
     job = Job.of(STAGE, config, source)
-    return plan_training(job, "preference", with_teacher=config.reference == "teacher")
+    return plan_training(job, "preference", config.reference == "teacher", foreign=True)
 
 
-def _pairs(job: Job) -> list[dict[str, Any]]:
+def _pairs(job: Job) -> list[Document]:
     """As many preferences as the run can see, in an order given by the seed."""
     config = job.config
     pairs = job.documents("preference")
     order = np.random.default_rng(config.seed).permutation(len(pairs))
-    chosen = [pairs[i] for i in order[: config.max_steps * config.batch_size * config.grad_accum]]
+    chosen = [pairs[i] for i in order[: job.examples]]
     # the trainer renders them itself; a template that cannot is better found here, with its row
-    whole = [{"messages": pair["prompt"] + pair["chosen"]} for pair in chosen]
+    whole = [Document(pair.where, {"messages": pair["prompt"] + pair["chosen"]}) for pair in chosen]
     encode_rows(whole, job.tokenizer())
     console.log(f"data: {len(chosen)} of {len(pairs)} preferences")
     return chosen
 
 
-def _reference(job: Job, config: DpoConfig, student: HybridForCausalLM) -> HybridForCausalLM:
+def _reference(job: Job, config: DpoConfig) -> HybridForCausalLM:
     if config.reference == "teacher":
-        return job.teacher(student)
+        return job.teacher(foreign=True)
     # a copy of its own: after a resume the student is no longer what it started as
     return load_model(job.source, job.device, job.dtype).requires_grad_(False)
 
@@ -73,7 +74,7 @@ def _trainer(
     folder: RunFolder,
     student: HybridForCausalLM,
     reference: HybridForCausalLM,
-    pairs: list[dict[str, Any]],
+    pairs: list[Document],
 ) -> Any:
     from datasets import Dataset, disable_progress_bars
     from trl import DPOConfig, DPOTrainer

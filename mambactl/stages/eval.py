@@ -9,6 +9,7 @@ from mambactl import console
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.summary import describe
+from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.format import encode_rows
 from mambactl.data.load import load_rows
 from mambactl.errors import CheckError, UsageError
@@ -104,6 +105,11 @@ def _read(config: EvalConfig, source: str) -> Inputs:
         known = {task.name: task.schema.metrics for task in tasks}
         require_known(checks, dict.fromkeys(data, SCALARS) | known)
     teacher = teacher_of(source, config.teacher, "--teacher") if data else None
+    if teacher is not None:
+        hint = "give a --teacher of the same family"
+        require_same_tokens(
+            source, teacher, "teacher", hint, trust_remote_code=config.trust_remote_code
+        )
     return Inputs(checks, data, tasks, teacher)
 
 

@@ -17,7 +17,9 @@ def place(config: StageConfig) -> tuple[torch.device, torch.dtype]:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"unknown device {name!r}", "use cpu, cuda, cuda:1 or auto") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}", "use cpu, cuda, cuda:1 or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"there is no {name} here", "use --device cpu, or `mambactl doctor`")
     if config.dtype != "auto":

@@ -28,7 +28,7 @@ def run(
     folder = job.folder(out, resume, force)
     _require_loss(config)
     student = job.student()
-    teacher = job.teacher(student) if config.kl_weight else None
+    teacher = job.teacher() if config.kl_weight else None
     with folder.open(resume, force):
         report = follow(_trainer(job, config, folder, student, teacher), STAGE, folder)
         metrics = report_phases([report])

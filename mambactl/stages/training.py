@@ -1,5 +1,7 @@
 """What the training stages share: the student, its teacher, the data, and how a result is kept."""
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,22 +12,21 @@ import torch
 from mambactl import console
 from mambactl.checkpoint.adapters import adapt
 from mambactl.checkpoint.load import load_model, load_tokenizer
-from mambactl.checkpoint.provenance import lineage
+from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.reader import open_checkpoint
+from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import refuse_existing, save_model
 from mambactl.checkpoint.summary import describe
+from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.format import encode_rows
-from mambactl.data.load import Schema, load_rows
+from mambactl.data.load import Document, Schema, count_rows, load_rows
 from mambactl.data.pack import Row, pack
-from mambactl.errors import ModelError, UsageError
+from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import TrainConfig
+from mambactl.recipe import PLACE, TrainConfig
 from mambactl.stages.placement import place
 from mambactl.stages.teacher import teacher_of
 from mambactl.train.run_folder import RunFolder
-
-# where a run happens is no part of what it is
-PLACE = {"device", "trust_remote_code"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,18 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to be resumed."""
-        config = self.config.model_dump(mode="json", exclude=PLACE)
-        return {"stage": self.stage, "source": self.source, **config}
+        """What must be equal for a run to be resumed: options, and what they name by content."""
+        given = self.config.teacher
+        return {
+            "stage": self.stage,
+            **self.config.model_dump(mode="json", exclude=set(PLACE)),
+            "source": _name(self.source),
+            "source_sha256": header_digest(resolve(self.source).path),
+            "teacher": given and _name(given),
+            "teacher_sha256": given and header_digest(resolve(given).path),
+            "data": [_name(spec) for spec in self.config.data],
+            "data_sha256": [_file_digest(spec) for spec in self.config.data],
+        }
 
     def folder(self, out: Path | None, resume: bool, force: bool) -> RunFolder:
         """The working folder of this run; raises OutputError where it may not be used."""
@@ -73,17 +83,25 @@ class Job:
             model.activation_checkpointing_enable()
         return model
 
-    def teacher(self, student: HybridForCausalLM) -> HybridForCausalLM:
-        """The frozen teacher; raises ModelError when its vocabulary is another one."""
+    def teacher(self, foreign: bool = False) -> HybridForCausalLM:
+        """The frozen teacher; raises ModelError when its vocabulary is another one.
+
+        With `foreign` it may be code of its own, which has logits but none of our layers.
+        """
         spec = self.teacher_spec()
-        teacher = load_model(spec, self.device, self.dtype)
-        sizes = teacher.config.vocab_size, student.config.vocab_size
-        if sizes[0] != sizes[1]:
-            raise ModelError(
-                f"the teacher {spec} has {sizes[0]} tokens, the student {sizes[1]}",
-                "give a --teacher of the same family",
-            )
-        return teacher.requires_grad_(False)
+        self.require_vocabulary_of(spec, foreign)
+        trusted = foreign and self.config.trust_remote_code
+        return load_model(spec, self.device, self.dtype, trusted).requires_grad_(False)
+
+    def require_vocabulary_of(self, teacher: str, foreign: bool = False) -> None:
+        """Raise ModelError unless teacher and student share every token."""
+        require_same_tokens(
+            self.source,
+            teacher,
+            "teacher",
+            "give a --teacher of the same family",
+            trust_remote_code=foreign and self.config.trust_remote_code,
+        )
 
     def teacher_spec(self) -> str:
         """The teacher that is asked for, else the model the lineage started from."""
@@ -93,20 +111,32 @@ class Job:
         """The tokenizer the student carries."""
         return load_tokenizer(self.source)
 
-    def documents(self, schema: Schema = "text") -> list[dict[str, Any]]:
+    @property
+    def budget(self) -> int:
+        """The most tokens that the run can see."""
+        return self.examples * self.config.max_length
+
+    @property
+    def examples(self) -> int:
+        """Rows that the run takes, counted again when it comes back to one."""
+        return self.config.max_steps * self.config.batch_size * self.config.grad_accum
+
+    def documents(self, schema: Schema = "text") -> list[Document]:
         """The rows of `data`, checked."""
-        return load_rows(self.config.data, self.config.max_samples, schema)
+        limits = {"used_rows": self.examples}
+        if schema == "text" and self.config.packing:
+            limits = {"used_tokens": self.budget}
+        return load_rows(self.config.data, self.config.max_samples, schema, **limits)
 
     def rows(self, tokenizer: Any, assistant_only: bool = False) -> list[Row]:
         """Packed rows, as many as the run can see."""
         config = self.config
-        budget = config.max_steps * config.batch_size * config.grad_accum * config.max_length
         documents = self.documents()
         examples = encode_rows(
             documents,
             tokenizer,
             assistant_only,
-            max_tokens=budget if config.packing else None,
+            max_tokens=self.budget if config.packing else None,
             seed=config.seed,
         )
         rows = pack(examples, config.max_length, config.packing)
@@ -143,21 +173,24 @@ class Job:
         folder.publish()
 
 
-def plan_training(job: Job, schema: Schema = "text", with_teacher: bool = True) -> dict[str, Any]:
-    """What a run would do, from headers and the data's first rows; nothing is written."""
+def plan_training(
+    job: Job, schema: Schema = "text", with_teacher: bool = True, foreign: bool = False
+) -> dict[str, Any]:
+    """What a run would do, from headers and files; nothing is written, no hub set is read."""
     found = describe(job.source)
-    config = job.config
-    tokens = config.max_steps * config.batch_size * config.grad_accum * config.max_length
+    teacher = job.teacher_spec() if with_teacher else None
+    if teacher is not None:
+        job.require_vocabulary_of(teacher, foreign)
     return {
         "source": found["checkpoint"],
-        "teacher": job.teacher_spec() if with_teacher else None,
+        "teacher": teacher,
         "mixers": found["mixers"],
         "parameters": found["parameters"],
         "parts": found["parts"],
         "device": str(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),
-        "documents": len(job.documents(schema)),
-        "tokens_at_most": tokens,
+        "documents": count_rows(job.config.data, job.config.max_samples, schema),
+        "tokens_at_most": job.budget,
         "estimated_bytes": _estimate(found["parameters"], job.dtype, with_teacher),
     }
 
@@ -173,7 +206,30 @@ def report_phases(reports: Sequence[Any]) -> dict[str, Any]:
             for r in reports
         ],
     )  # fmt: skip
+    for report in reports:
+        if report.last_loss > report.first_loss:
+            flag = "--align-lr" if report.name == "align" else "--lr"
+            console.warn(
+                f"{report.name} ended at a loss of {report.last_loss:.4f}, above its first of "
+                f"{report.first_loss:.4f}: lower {flag}"
+            )
     return {r.name: {k: v for k, v in asdict(r).items() if k != "name"} for r in reports}
+
+
+def _name(spec: str) -> str:
+    """One spelling of a path; other names are themselves."""
+    path = os.path.expanduser(spec)
+    # unlike Path.exists, this takes any text
+    return os.path.realpath(path) if os.path.exists(path) else spec
+
+
+def _file_digest(spec: str) -> str | None:
+    """sha256 of a file; None for a set on the hub and for what reading the data will refuse."""
+    try:
+        with open(spec, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _estimate(parameters: int, dtype: torch.dtype, with_teacher: bool) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.data.pack import Batch
+from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.train.objectives import autocast, last_hidden
 
@@ -28,11 +29,11 @@ class AlignmentObjective:
         teacher: HybridForCausalLM,
         amp: torch.dtype | None = None,
     ):
-        problem = misfit(student, teacher)
+        problem = misfit(student.config, teacher.config)
         if problem:
             raise ValueError(problem)
         self.teacher, self.amp = teacher, amp
-        self.layers = replaced_layers(student)
+        self.layers = replaced_layers(student.config)
         self.mixers = {index: student.model.layers[index].mixer for index in self.layers}
 
     def count(self, batch: Batch) -> int:
@@ -81,19 +82,18 @@ def relative_error(got: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
     return (got - wanted).square().mean(-1).sum() / wanted.var(correction=0)
 
 
-def replaced_layers(model: HybridForCausalLM) -> list[int]:
+def replaced_layers(config: HybridConfig) -> list[int]:
     """Indices of the layers that mix with Mamba."""
-    return [i for i, name in enumerate(model.config.mixers) if name != "attention"]
+    return [i for i, name in enumerate(config.mixers) if name != "attention"]
 
 
-def misfit(student: HybridForCausalLM, teacher: HybridForCausalLM) -> str | None:
-    """Why the student cannot be aligned with this teacher, or None."""
-    ours, theirs = student.config, teacher.config
+def misfit(ours: HybridConfig, theirs: HybridConfig) -> str | None:
+    """Why a student of the first form cannot be aligned with a teacher of the second, or None."""
     for what, field in (("layers", "num_hidden_layers"), ("hidden units", "hidden_size")):
         if getattr(ours, field) != getattr(theirs, field):
             return (
                 f"the teacher has {getattr(theirs, field)} {what}, "
                 f"the student {getattr(ours, field)}"
             )
-    missing = [i for i in replaced_layers(student) if theirs.mixers[i] != "attention"]
+    missing = [i for i in replaced_layers(ours) if theirs.mixers[i] != "attention"]
     return f"the teacher has no attention in the layers {missing}" if missing else None

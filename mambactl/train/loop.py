@@ -84,6 +84,8 @@ def train(
             run = _PhaseRun(model, phases, number, rows, config, folder, progress)
             run.follow(optimizer_state, stop)
             optimizer_state = None
+        # asked for while the last state was saved
+        stop.deliver()
     model.requires_grad_(False).eval()
     return progress.reports
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 
 import torch
 
+from mambactl.disk import RUN_FILE, explained, hold
 from mambactl.errors import OutputError, ResourceError
+
+_FREE = "free some disk space, then use --resume"
 
 
 class RunFolder:
@@ -27,16 +31,33 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.staged = self.path / out.name
         self.trainer = self.path / "trainer"
-        self._identity = self.path / "run.json"
+        self._identity = self.path / RUN_FILE
         self._state = self.path / "state.pt"
 
     def check(self, resume: bool, force: bool) -> None:
-        """Raise OutputError where `open` would, without touching anything.
+        """Raise OutputError where `open` would; what lies there stays as it is.
 
-        That is when an unfinished run lies there and neither `resume` nor `force` is set, or when
-        that run has another identity.
+        That is when another process is at work there, when nothing can be written there, when an
+        unfinished run lies there and neither `resume` nor `force` is set, or when that run has
+        another identity.
         """
-        if force or not self.path.exists():
+        with _disk(self.path):
+            self._probe()
+        self._refuse_other(resume, force)
+
+    def _probe(self) -> None:
+        if self.path.exists():
+            os.close(hold(self.path, self.out, folder=self.path.is_dir()))
+        place = self.path
+        while not place.is_dir():
+            place = place.parent
+        # permission bits say too little: of root, of a read-only or a virtual file system
+        tempfile.TemporaryFile(dir=place).close()
+
+    def _refuse_other(self, resume: bool, force: bool) -> None:
+        # a kill right after the folder was made leaves it empty
+        empty = self.path.is_dir() and not any(self.path.iterdir())
+        if force or empty or not self.path.exists():
             return
         if not resume:
             raise OutputError(
@@ -52,19 +73,37 @@ class RunFolder:
 
     @contextmanager
     def open(self, resume: bool, force: bool) -> Iterator[None]:
-        """Create the folder, or enter it again; a failure before the first state removes it."""
+        """Create the folder, or enter it again, and lock it.
+
+        A failure before the first state removes it. Raises OutputError like `check`.
+        """
         self.check(resume, force)
         with _disk(self.path):
             if force:
-                _remove(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write(self._identity, json.dumps(self.identity, indent=2).encode())
+                self._discard()
+            lock = hold(self.path, self.out, folder=True)
         try:
+            with _disk(self.path):
+                self._enter(resume, force)
             yield
         except BaseException:
             if not self.resumable:
                 _remove(self.path)
             raise
+        finally:
+            os.close(lock)
+
+    def _discard(self) -> None:
+        if self.path.exists():
+            lock = hold(self.path, self.out, folder=self.path.is_dir())
+            _remove(self.path)
+            os.close(lock)
+
+    def _enter(self, resume: bool, force: bool) -> None:
+        if self.out.exists() and not force:
+            raise OutputError(f"{self.out} exists already", "add --force to replace it")
+        self._refuse_other(resume, force)
+        _write(self._identity, json.dumps(self.identity, indent=2).encode())
 
     @property
     def resumable(self) -> bool:
@@ -80,10 +119,15 @@ class RunFolder:
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the resumable state atomically; raises ResourceError when the disk is full."""
         new = self._state.with_suffix(".new")
-        with _disk(self.path), new.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with _disk(self.path), new.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            # the room it takes is what the disk lacks
+            new.unlink(missing_ok=True)
+            raise
         new.replace(self._state)
 
     def load_state(self) -> dict[str, Any] | None:
@@ -124,14 +168,13 @@ class RunFolder:
 
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """Turn failures to write below a folder into one ResourceError."""
+    """Turn failures to write below a folder into sentences."""
     try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a short write as RuntimeError
-        raise ResourceError(
-            f"cannot write {path}: {error}", "free some disk space, then use --resume"
-        ) from error
+        with explained(path, _FREE):
+            yield
+    except RuntimeError as error:
+        # torch.save reports a short write this way
+        raise ResourceError(f"cannot write {path}: {error}", _FREE) from error
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

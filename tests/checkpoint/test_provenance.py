@@ -1,7 +1,11 @@
 """Lineage chains, digests and the card."""
 
 import json
+import os
 from pathlib import Path
+
+import pytest
+import torch
 
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.provenance import header_digest, lineage
@@ -33,6 +37,37 @@ def test_digest_tells_checkpoints_apart(make_hybrid, tmp_path: Path) -> None:
     same = save_model(make_hybrid(["mamba2", "attention"]), tmp_path / "b" / "a.st", {}, None)
     other = save_model(make_hybrid(["mamba2", "mamba2"]), tmp_path / "c" / "a.st", {}, None)
     assert header_digest(one) == header_digest(same) != header_digest(other)
+
+
+@pytest.mark.parametrize("name", ["a.st", "a"])
+def test_digest_sees_weights(make_hybrid, name: str, tmp_path: Path) -> None:
+    model = make_hybrid(["mamba2", "attention"])
+    one = save_model(model, tmp_path / name, {}, None)
+    before = header_digest(one)
+    with torch.no_grad():
+        model.model.layers[0].mamba.out_proj.weight[0, 0] += 1
+    assert header_digest(save_model(model, tmp_path / name, {}, None, force=True)) != before
+
+
+def test_digest_of_a_large_file_reads_little_of_it_from_end_to_end(tmp_path: Path) -> None:
+    """What a sparse file of 20 GiB holds at its ends and in between is noticed."""
+    size = 20 << 30
+    file = tmp_path / "large.gguf"
+    file.touch()
+    os.truncate(file, size)
+    seen = {header_digest(file)}
+    for offset in (0, 1 << 20, (1 << 20) + (size - (1 << 20) - (1 << 16)) * 20 // 63, size - 1):
+        with file.open("r+b") as content:
+            content.seek(offset)
+            content.write(b"x")
+        seen.add(header_digest(file))
+    assert len(seen) == 5
+
+
+def test_a_parent_with_a_name_keeps_it_and_has_a_digest(tiny_llama_dir: Path) -> None:
+    made = lineage("convert", None, "owner/llama", None, {}, 0, {}, tiny_llama_dir)
+    assert made["parent"] == {"path": "owner/llama", "sha256": header_digest(tiny_llama_dir)}
+    assert made["source"] == "owner/llama"
 
 
 def test_card_names_stages_layers_and_metrics(make_hybrid, tiny_llama_dir: Path) -> None:

@@ -33,9 +33,12 @@ REPOS = {"owner/safe": FILES, "owner/pickled": PICKLED}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few answers of the hub that fetching a model needs."""
+    """The few answers of the hub that fetching a model needs; `probes` asked if it is there."""
+
+    probes = 0
 
     def do_HEAD(self) -> None:
+        Hub.probes += self.path == "/"
         self.answer(body=False)
 
     def do_GET(self) -> None:
@@ -95,7 +98,9 @@ import sys
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import ModelError
 try:
-    print(resolve(sys.argv[1]).path)
+    # config and weights are two calls
+    assert (found := resolve(sys.argv[1])) == resolve(sys.argv[1])
+    print(found.path)
 except ModelError as error:
     print(f"{error} | {error.hint}")
 assert "torch" not in sys.modules
@@ -120,7 +125,9 @@ def ask(spec: str, endpoint: str, home: Path, **extra: str) -> str:
 
 
 def test_hub_model_is_fetched_once_without_what_is_not_needed(hub: str, tmp_path: Path) -> None:
+    Hub.probes = 0
     folder = Path(ask("owner/safe@v1", hub, tmp_path))
+    assert Hub.probes == 1
     found = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     wanted = ("config.json", "tokenizer.json", "model.safetensors")
     assert found == {name: FILES[name] for name in wanted}

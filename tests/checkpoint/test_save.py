@@ -1,5 +1,6 @@
 """What was written is read back bit for bit, and OUT is either absent or complete."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.checkpoint.reader import open_checkpoint
 from mambactl.checkpoint.save import CheckpointWriter, save_model
 from mambactl.errors import OutputError, ResourceError
+from mambactl.train.run_folder import RunFolder
 
 SIDE_FILES = {"tokenizer.json": '{"model": "näïve \\" 🙂"}', "chat_template.jinja": "{{ x }}\n"}
 LINEAGE = {"schema": 1, "stage": "convert", "source": "owner/model", "metrics": {"kl": 0.5}}
@@ -103,10 +105,19 @@ def test_force_never_deletes_a_folder_of_something_else(mixed_model, tmp_path: P
 
 
 @pytest.mark.parametrize("out", ["folder", "one.st"])
-def test_state_of_a_training_run_is_not_overwritten(mixed_model, out: str, tmp_path: Path) -> None:
-    state = tmp_path / f"{out}.partial" / "trainer" / "optimizer.pt"
-    state.parent.mkdir(parents=True)
-    state.touch()
+@pytest.mark.parametrize("kept", ["state.pt", "trainer/checkpoint-3/trainer_state.json"])
+def test_state_of_a_training_run_is_not_overwritten(
+    mixed_model, kept: str, out: str, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / out, {"stage": "distill"})
+    state = run.path / kept
+    with pytest.raises(RuntimeError, match="abrupt"), run.open(False, False):
+        if kept == "state.pt":
+            run.save_state({"step": 3})
+        else:
+            state.parent.mkdir(parents=True)
+            state.touch()
+        raise RuntimeError("abrupt")
     with pytest.raises(OutputError, match="unfinished run") as caught:
         save_model(mixed_model, tmp_path / out, {}, None)
     assert "--resume" in caught.value.hint
@@ -151,6 +162,51 @@ def test_forgotten_or_changed_tensors_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("out", ["folder", "one.st"])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_was_finished_while_another_waited_is_kept(
+    out: str, force: bool, monkeypatch, tmp_path: Path
+) -> None:
+    """The second writer opens OUT.partial just before the first one renames it."""
+    path = tmp_path / out
+    first = CheckpointWriter(path, {}, {}, None)
+    first.__enter__()
+    first.plan(ONE)
+    first.write("w", WEIGHT)
+    lock = fcntl.flock
+
+    def finish_first(fd: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.__exit__(None, None, None)
+        lock(fd, operation)
+
+    second = CheckpointWriter(path, {}, {}, None, force)
+    monkeypatch.setattr(fcntl, "flock", finish_first)
+    if force:
+        with second:
+            second.plan(ONE)
+            second.write("w", WEIGHT + 1)
+    else:
+        with pytest.raises(OutputError, match="exists"):
+            second.__enter__()
+    assert [entry.name for entry in tmp_path.iterdir()] == [out]
+    with safe_open(path if path.is_file() else path / "model.safetensors", "pt") as handle:
+        assert torch.equal(handle.get_tensor("w"), WEIGHT + force)
+
+
+@pytest.mark.parametrize("out", ["folder", "one.st"])
+def test_a_training_run_at_work_is_not_discarded(out: str, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / out, {})
+    with run.open(False, False):
+        run.save_state({"step": 3})
+        with (
+            pytest.raises(OutputError, match="another process is writing"),
+            CheckpointWriter(run.out, {}, {}, None, force=True),
+        ):
+            pass
+        assert run.load_state() == {"step": 3}
+
+
 HANGING = """
 import sys, time, torch
 from pathlib import Path
@@ -191,10 +247,10 @@ def test_too_small_disk_is_noticed_before_writing(monkeypatch, tmp_path: Path) -
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with (
-        pytest.raises(ResourceError, match="GiB are free"),
+        pytest.raises(ResourceError, match="60.0 MiB, 0.0 MiB are free"),
         CheckpointWriter(tmp_path / "m", {}, {}, None) as writer,
     ):
-        writer.plan(ONE)
+        writer.plan({"w": ((60, 1 << 20), torch.int8)})
     assert list(tmp_path.iterdir()) == []
 
 

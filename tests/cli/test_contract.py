@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from mambactl import errors
+from mambactl.__main__ import EXTRAS
 from mambactl.cli import io
 from mambactl.errors import ExitCode
 
@@ -110,11 +112,12 @@ def test_prompt_from_stdin(cli, fake_stage) -> None:
 def test_precedence_flag_set_recipe_default(cli, fake_stage, tmp_path) -> None:
     calls = fake_stage("convert")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("stages: {convert: {model: m, ratio: 0.1, select: kl, seed: 7}}")
+    recipe.write_text("stages: {convert: {model: m, ratio: 0.1, init: reference, seed: 7}}")
     given = ("convert", "m", "--recipe", str(recipe), "--set", "ratio=0.2", "--set", "seed=8")
     assert cli(*given, "--ratio", "0.3").code == 0
     config = calls[0]["config"]
-    assert (config.ratio, config.seed, config.select, config.mixer) == (0.3, 8, "kl", "mamba2")
+    assert (config.ratio, config.seed) == (0.3, 8)
+    assert (config.init, config.mixer) == ("reference", "mamba2")
 
 
 def test_lists_repeat_or_split_on_commas(cli, fake_stage) -> None:
@@ -137,6 +140,10 @@ def test_lists_repeat_or_split_on_commas(cli, fake_stage) -> None:
         (["convert", "m", "--recipe", "nothing"], "no recipe file or name nothing", "quickstart"),
         (["sft", "m", "--recipe", "quickstart"], "no section sft", "convert"),
         (["convrt", "m"], "convrt", "--help"),
+        (["bench", "m", "--input-len", "-5"], "input-len: input should be greater", "--help"),
+        (["bench", "m", "--input-len", "0"], "input-len: input should be greater", "--help"),
+        (["bench", "m", "--batch-size", "2,0"], "batch-size: input should be greater", "--help"),
+        (["bench", "m", "--set", "batch_size=[]"], "batch-size: list should have", "--help"),
     ],
 )
 def test_usage_errors_say_what_to_do(cli, arguments, sentence, hint) -> None:
@@ -188,6 +195,11 @@ def test_failures_have_their_code_and_no_traceback(cli, fake_stage, kind, code, 
     assert "Traceback" not in done.err
 
 
+def test_every_extra_is_one_that_a_message_can_ask_for() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) == {*EXTRAS.values(), "dev"}
+
+
 def test_a_bug_shows_its_traceback(cli, fake_stage, monkeypatch) -> None:
     fake_stage("convert", raises=ZeroDivisionError("x"))
     done = cli("convert", "m")
@@ -231,6 +243,16 @@ def test_signals_unwind_the_stage(cli, fake_stage, monkeypatch, number, code) ->
     assert signal.getsignal(number) is before
 
 
+def test_only_what_can_resume_offers_it(cli, fake_stage) -> None:
+    fake_stage("bench", raises=KeyboardInterrupt())
+    fake_stage("sft", raises=KeyboardInterrupt())
+    for module in ("bench", "sft"):
+        stage = sys.modules[f"mambactl.stages.{module}"]
+        stage.run = lambda *given, **how: os.kill(os.getpid(), signal.SIGINT)
+    assert "--resume" not in cli("bench", "m").err
+    assert "--resume" in cli("sft", "m").err
+
+
 def test_existing_output_is_refused_without_a_word(cli, fake_stage, tmp_path) -> None:
     calls = fake_stage("convert")
     (tmp_path / "t.st").write_text("older")
@@ -268,6 +290,14 @@ def test_a_closed_stdout_is_quiet() -> None:
     os.close(writer)
 
 
+def test_a_result_that_cannot_be_written_to_stdout_is_said_elsewhere() -> None:
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(errors.ResourceError) as caught:
+        io.write_out("/runs/t.st", descriptor)
+    os.close(descriptor)
+    assert "/runs/t.st" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("model", "name"),
     [
@@ -284,5 +314,6 @@ def test_default_output(model, name) -> None:
 def test_inspect_and_recipe_content_goes_to_stdout(cli) -> None:
     listed = cli("recipe", "list")
     assert listed.code == 0 and "quickstart" in listed.out
-    assert re.search(r"ratio: 0\.5  # recipe", cli("recipe", "show", "quickstart").out)
+    shown = cli("recipe", "show", "quickstart").out
+    assert re.search(r"keep_attention: \[0, .*\]  # recipe", shown)
     assert json.loads(cli("recipe", "schema").out)["title"] == "mambactl recipe"

@@ -24,8 +24,8 @@ SAMPLING = (
     "--prompts"
 )
 FLAGS = {
-    "convert": f"--ratio --keep-attention --select --mixer --init --calibrate --calibrate-tokens "
-    f"--max-length --max-shard-size {OUTPUT} {EVERY_STAGE}",
+    "convert": f"--ratio --keep-attention --mixer --init --calibrate --calibrate-tokens "
+    f"--max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "distill": f"{TRAINING} --stages --align-steps --align-lr --lr --rest-lr --kl-weight "
     f"--ce-weight --temperature {OUTPUT} {EVERY_STAGE}",
     "sft": f"{TRAINING} --lr --ce-weight --kl-weight --assistant-only-loss {OUTPUT} {EVERY_STAGE}",

@@ -1,11 +1,13 @@
 """`recipe run`: order, references, failure and resume, with a child process that only pretends."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from mambactl.cli import pipeline
+from mambactl.errors import ModelError
 
 RECIPE = """
 stages:
@@ -21,7 +23,7 @@ def children(monkeypatch) -> list[list[str]]:
     """The command lines of child processes; `fail` holds the stages that exit 7."""
     seen: list[list[str]] = []
 
-    def child(command: list[str]) -> tuple[int, str]:
+    def child(command: list[str], json_errors: bool = False) -> tuple[int, str]:
         stage, source = command[3], command[4]
         seen.append(command[3:])
         if stage in fail:
@@ -84,7 +86,66 @@ def test_resume_repeats_what_another_setting_changes(cli, children, recipe) -> N
     children.clear()
     assert cli("recipe", "run", recipe, "--resume", "--set", "distill.max_steps=4").code == 0
     assert stages(children) == ["distill", "eval", "spec-decode"]
-    assert "--resume" in children[0] and "max_steps=4" in children[0]
+    # the stage itself would refuse to continue what was made differently
+    assert "--force" in children[0] and "max_steps=4" in children[0]
+    children.clear()
+    assert cli("recipe", "run", recipe, "--resume", "--set", "convert.ratio=1").code == 0
+    assert stages(children) == ["convert", "distill", "eval", "spec-decode"]
+    assert ["--force" in command for command in children] == [True, True, False, False]
+    children.clear()
+    assert cli("recipe", "run", recipe, "--resume", "--set", "convert.ratio=1").code == 0
+    assert children == []
+
+
+def test_what_stands_on_a_replaced_checkpoint_stays_outdated(cli, children, recipe) -> None:
+    cli("recipe", "run", recipe)
+    changed = ("recipe", "run", recipe, "--resume", "--set", "convert.ratio=1")
+    pipeline._child.fail.add("distill")
+    assert cli(*changed).code == 7
+    pipeline._child.fail.clear()
+    children.clear()
+    assert cli(*changed).code == 0
+    assert stages(children) == ["distill", "eval", "spec-decode"]
+    assert "--force" in children[0]
+
+
+def test_without_resume_nothing_is_replaced(cli, children, recipe, tmp_path) -> None:
+    cli("recipe", "run", recipe)
+    (tmp_path / "runs" / "chain" / "convert.json").unlink()
+    cli("recipe", "run", recipe, "--set", "distill.max_steps=4")
+    assert not any("--force" in command for command in children)
+
+
+def test_resume_with_the_real_convert(python, tiny_llama_dir, tmp_path) -> None:
+    (tmp_path / "c.yaml").write_text(f"stages: {{convert: {{model: {tiny_llama_dir}}}}}")
+    given = ("-m", "mambactl", "recipe", "run", "c.yaml", "--out", "w")
+    assert python(*given).code == 0
+    done = python(*given, "--resume", "--set", "convert.ratio=1")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'w' / 'convert'}\n"), done.err
+    config = json.loads((tmp_path / "w" / "convert" / "config.json").read_text())
+    assert config["mixers"] == ["mamba2"] * 4
+
+
+def test_hints_repeat_folder_and_settings(cli, children, recipe) -> None:
+    given = ("recipe", "run", recipe, "--out", "my work", "--set", "convert.ratio=1")
+    again = f"mambactl recipe run {recipe} --out 'my work' --set convert.ratio=1"
+    assert f"{again} --to convert" in cli(*given, "--from", "eval").err
+    assert cli(*given).code == 0
+    assert f"{again} --resume" in cli(*given).err
+
+
+def test_a_person_reads_sentences_and_a_program_json(cli, fake_stage, monkeypatch) -> None:
+    script = [sys.executable, "-c", "import os; print(os.environ.get('_MAMBACTL_PLAIN_ERRORS'))"]
+    assert pipeline._child(script) == (0, "1\n")
+    assert pipeline._child(script, json_errors=True) == (0, "None\n")
+    fake_stage("convert", raises=ModelError("broken", "mend it"))
+    monkeypatch.setenv("_MAMBACTL_PLAIN_ERRORS", "1")
+    assert "error: broken\nhint: mend it\n" in cli("convert", "m", "--json").err
+
+
+def test_json_errors_are_the_last_line_of_a_recipe(cli, children, recipe) -> None:
+    pipeline._child.fail.add("convert")
+    assert "warning" not in cli("recipe", "run", recipe, "--json").err
 
 
 def test_force_runs_everything_again(cli, children, recipe) -> None:

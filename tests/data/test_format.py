@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mambactl.data.format import encode, encode_rows
+from mambactl.data.load import Document
 from mambactl.errors import UsageError
 
 MESSAGES = [
@@ -62,15 +63,15 @@ def test_templates_that_refuse_or_rewrite_are_sentences(tiny_tokenizer):
     with pytest.raises(UsageError, match="no chat template"):
         encode({"messages": MESSAGES}, tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
-    with pytest.raises(UsageError, match="document 1: the chat template refuses .*no system turn"):
-        encode_rows([{"messages": MESSAGES}], tokenizer)
+    with pytest.raises(UsageError, match="b.jsonl, row 7: the chat template refuses .*no system"):
+        encode_rows([Document("b.jsonl, row 7", {"messages": MESSAGES})], tokenizer)
     tokenizer.chat_template = "{{ messages | length }} {{ messages[-1].content }}"
     with pytest.raises(UsageError, match="rewrites earlier turns"):
         encode({"messages": MESSAGES}, tokenizer, assistant_only=True)
 
 
 def test_rows_are_shuffled_by_seed_and_stop_at_the_budget(tiny_tokenizer):
-    rows = [{"text": "the " * (n + 2)} for n in range(20)]
+    rows = [Document(f"row {n}", {"text": "the " * (n + 2)}) for n in range(20)]
     everything = encode_rows(rows, tiny_tokenizer)
     assert [len(example.input_ids) for example in everything] == list(range(2, 22))
     some = encode_rows(rows, tiny_tokenizer, max_tokens=50, seed=3)

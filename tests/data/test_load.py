@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from mambactl.data.load import load_rows
+from mambactl.data import load
+from mambactl.data.load import count_rows, load_rows
 from mambactl.errors import UsageError
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
@@ -55,6 +56,41 @@ def test_several_sets_take_turns_and_stop_at_max_samples(tmp_path):
     texts = [row["text"] for row in load_rows([first, second])]
     assert texts == ["a0", "b0", "a1", "b1", "a2"]
     assert len(load_rows([first, second], max_samples=3)) == 3
+
+
+def test_every_row_remembers_where_it_was_read(tmp_path):
+    first, second = tmp_path / "a.jsonl", _jsonl(tmp_path / "b.jsonl", *[{"text": "b"}] * 2)
+    first.write_text('{"text": "a"}\n\n\n{"text": "a"}\n')
+    rows = load_rows([str(first), second])
+    places = [f"{first}, row 1", f"{second}, row 1", f"{first}, row 4", f"{second}, row 2"]
+    assert [row.where for row in rows] == places
+
+
+def test_a_set_on_the_hub_is_read_as_far_as_it_is_used(tmp_path, monkeypatch):
+    import datasets
+
+    text, read = "x" * 160, []
+
+    def streamed(*_, **__):
+        for number in range(1000):
+            read.append(number)
+            yield {"text": text, "messages": None}
+
+    monkeypatch.setattr(datasets, "load_dataset", streamed)
+    # 4 characters per token, and 4 times what is used
+    assert len(load_rows(["some/set"], used_tokens=100)) == 4 * 4 * 100 / 160 == len(read)
+    assert len(load_rows(["some/set"], used_rows=3)) == 3 * load.POOL
+    assert len(load_rows(["some/set"])) == 1000
+    local = _jsonl(tmp_path / "a.jsonl", *[{"text": text}] * 50)
+    assert len(load_rows([local], used_tokens=100)) == len(load_rows([local], used_rows=1)) == 50
+    read.clear()
+    assert count_rows(["some/set"]) is None and count_rows([local, "some/set"]) is None
+    assert (count_rows([local]), count_rows([local], 7)) == (50, 7)
+    assert read == []
+    with pytest.raises(UsageError, match="no file and no hub id"):
+        count_rows([str(tmp_path / "nope.json")])
+    with pytest.raises(UsageError, match="no file and no hub id"):
+        count_rows(["/long" * 100])
 
 
 def test_preferences_in_each_spelling(tmp_path):

@@ -1,11 +1,13 @@
 """Prompt files and their way to token ids."""
 
+import gzip
 import json
 
 import pytest
 
-from mambactl.decode.prompts import BUILTIN, Prompt, encode, read_prompts
+from mambactl.decode.prompts import BUILTIN, Prompt, encode
 from mambactl.errors import UsageError
+from mambactl.stages.decoding import read_prompts
 
 
 def test_builtin_prompts_cover_four_kinds_of_text():
@@ -26,6 +28,9 @@ def test_every_known_row_becomes_a_prompt(tmp_path):
     prompts = read_prompts(str(file))
     assert prompts[:3] == [Prompt.of("one"), Prompt.of("two"), Prompt.of("three", "maths")]
     assert prompts[3].messages == tuple(talk[:2])
+    packed = tmp_path / "p.jsonl.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert read_prompts(str(packed)) == prompts
 
 
 def test_text_files_hold_a_prompt_per_line(tmp_path):

@@ -137,8 +137,9 @@ def test_a_draft_with_other_tokens_is_refused(tiny_llama_dir, draft_dir, tmp_pat
         config_type = GenerateConfig if stage is generate else SpecDecodeConfig
         config = config_type(draft=str(other), prompt="the", **COMMON)
         for call in (stage.run, stage.plan):
-            with pytest.raises(ModelError, match="97 tokens"):
+            with pytest.raises(ModelError, match="is 'the', not 'of'|is 'of', not 'the'") as caught:
                 call(config, str(tiny_llama_dir))
+            assert "tokens)" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Speed numbers: what is counted, apart from how fast this machine is."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,18 @@ def test_every_pair_is_measured(make_hybrid, monkeypatch):
         assert point["prefill_tokens_per_second"] > 0 and point["decode_tokens_per_second"] > 0
         # an interpreter that has torch loaded, and not the wrong unit
         assert 100 * 2**20 < point["peak_bytes"] < 50 * 2**30
+
+
+@pytest.mark.skipif(not module.STATUS.exists(), reason="no /proc")
+def test_the_peak_is_of_this_program_alone(make_hybrid, monkeypatch):
+    # what Linux reports of a process that took 1 TiB before it executed this one
+    usage = SimpleNamespace(ru_maxrss=2**30)
+    monkeypatch.setattr(module.resource, "getrusage", lambda _: usage)
+    (point,) = throughput(make_hybrid(MIXERS), [4], [1], output_len=2, warmup=0, iters=1)
+    assert 100 * 2**20 < point["peak_bytes"] < 50 * 2**30
+    monkeypatch.setattr(module, "STATUS", module.STATUS / "missing")
+    (point,) = throughput(make_hybrid(MIXERS), [4], [1], output_len=2, warmup=0, iters=1)
+    assert point["peak_bytes"] >= 2**30
 
 
 def test_rates_are_tokens_of_all_rows_per_second(make_hybrid, monkeypatch):

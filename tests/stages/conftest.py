@@ -1,5 +1,7 @@
 """A hybrid made from the tiny Llama, for the stages that measure."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,3 +32,16 @@ def save_student(make_hybrid, tiny_llama_dir) -> Callable[[Path], Path]:
         return save_model(student, out, read_side_files(tiny_llama_dir), record)
 
     return save
+
+
+@pytest.fixture(scope="session")
+def permuted(tmp_path_factory, tiny_llama_dir) -> str:
+    """The tiny Llama with two of its tokens exchanged."""
+    folder = tmp_path_factory.mktemp("permuted") / "llama"
+    shutil.copytree(tiny_llama_dir, folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["the"], vocabulary["of"] = vocabulary["of"], vocabulary["the"]
+    file.write_text(json.dumps(content), "utf-8")
+    return str(folder)

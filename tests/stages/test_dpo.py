@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from conftest import WORDS
 
 from mambactl.checkpoint.load import load_lineage, load_model
-from mambactl.errors import UsageError
+from mambactl.errors import ModelError, UsageError
 from mambactl.recipe import DpoConfig
 from mambactl.stages.dpo import plan, run
 
@@ -59,6 +60,30 @@ def test_the_margin_grows(student, data, tmp_path, tiny_llama_dir, reference):
     lineage = load_lineage(result.path)
     assert (lineage["stage"], lineage["teacher"]) == ("dpo", str(tiny_llama_dir))
     assert load_model(result.path).config.to_dict() == load_model(student).config.to_dict()
+
+
+def test_a_reference_with_code_of_its_own(student, data, tmp_path, tiny_llama_dir):
+    folder = tmp_path / "odd"
+    shutil.copytree(tiny_llama_dir, folder)
+    (folder / "odd.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OddConfig(LlamaConfig):\n    model_type = 'odd'\n"
+        "class Odd(LlamaForCausalLM):\n    config_class = OddConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "odd",
+        "architectures": ["Odd"],
+        "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.Odd"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    fields = {"teacher": str(folder), "max_steps": 2}
+    with pytest.raises(ModelError, match="needs code from the checkpoint"):
+        run(cpu(data, **fields), student, tmp_path / "out")
+    trusting = cpu(data, **fields, trust_remote_code=True)
+    assert plan(trusting, student)["teacher"] == str(folder)
+    odd = run(trusting, student, tmp_path / "out").metrics["dpo"]
+    same = run(cpu(data, max_steps=2), student, tmp_path / "same").metrics["dpo"]
+    assert odd["first_loss"] == pytest.approx(same["first_loss"], abs=1e-4)
 
 
 def test_wrong_data_is_a_sentence(student, tmp_path, data):

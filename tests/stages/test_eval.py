@@ -6,7 +6,7 @@ import random
 import pytest
 from conftest import WORDS
 
-from mambactl.errors import CheckError, UsageError
+from mambactl.errors import CheckError, ModelError, UsageError
 from mambactl.recipe import EvalConfig
 from mambactl.stages.eval import plan, run
 
@@ -131,6 +131,13 @@ def test_a_model_without_lineage_needs_a_teacher(files, tiny_llama_dir):
     with pytest.raises(UsageError, match="does not say what it was made from") as raised:
         run(cpu(data=[files["words"]]), str(tiny_llama_dir))
     assert "--teacher" in raised.value.hint
+
+
+def test_a_teacher_with_other_tokens_is_refused(folder, files, permuted):
+    for call in (run, plan):
+        with pytest.raises(ModelError, match="another vocabulary .*: token") as caught:
+            call(cpu(data=[files["words"]], teacher=permuted), str(folder))
+        assert "--teacher" in caught.value.hint
 
 
 def test_the_plan_is_json_and_writes_nothing(folder, files, tiny_llama_dir, tmp_path):

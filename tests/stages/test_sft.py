@@ -10,6 +10,7 @@ from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.data.pack import collate
 from mambactl.errors import ModelError, UsageError
 from mambactl.recipe import SftConfig
+from mambactl.stages import training
 from mambactl.stages.sft import plan, run
 from mambactl.stages.training import Job
 from mambactl.train.losses import distillation_loss
@@ -71,6 +72,21 @@ def _ce(config, student, path):
         hidden = last_hidden(model, batch)[:, :-1]
         losses = distillation_loss(hidden, model.lm_head.weight, batch.input_ids[:, 1:], mask)
     return float(losses.ce / mask.sum())
+
+
+def test_only_what_a_run_can_see_is_asked_of_the_hub(student, monkeypatch):
+    asked = []
+
+    def recorded(specs, most, schema, **limits):
+        asked.append(limits)
+        return []
+
+    monkeypatch.setattr(training, "load_rows", recorded)
+    for packing, schema in ((True, "text"), (False, "text"), (True, "preference")):
+        Job.of("sft", cpu("some/set", packing=packing), student).documents(schema)
+    # 12 steps of 2 rows of 32 tokens
+    assert asked == [{"used_tokens": 768}, {"used_rows": 24}, {"used_rows": 24}]
+    assert plan(cpu("some/set"), student)["documents"] is None
 
 
 def test_the_first_step_is_the_packed_loss(student, data, tmp_path):

@@ -63,8 +63,9 @@ def test_padding_does_not_count(pair, rows):
 
 def test_teachers_that_do_not_fit_are_refused(pair, make_hybrid):
     student, teacher = pair
-    assert misfit(student, teacher) is None
-    assert "3 layers" in misfit(student, make_hybrid(["attention"] * 3))
-    assert "hidden units" in misfit(student, make_hybrid(["attention"] * 4, hidden_size=32))
+    ours = student.config
+    assert misfit(ours, teacher.config) is None
+    assert "3 layers" in misfit(ours, make_hybrid(["attention"] * 3).config)
+    assert "hidden units" in misfit(ours, make_hybrid(["attention"] * 4, hidden_size=32).config)
     with pytest.raises(ValueError, match=r"no attention in the layers \[0, 2\]"):
         AlignmentObjective(student, student)

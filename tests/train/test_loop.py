@@ -133,6 +133,26 @@ def test_a_signal_saves_the_step_first(make_hybrid, rows, tmp_path, signum):
     assert (state["phase"], state["step"]) == (0, 2)
 
 
+def test_a_signal_during_the_last_save_is_delivered(make_hybrid, rows, tmp_path, monkeypatch):
+    student, teacher = _fresh(make_hybrid)
+    save = RunFolder.save_state
+
+    def signalled(self, state):
+        if state["phase"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        save(self, state)
+
+    monkeypatch.setattr(RunFolder, "save_state", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        _run(student, _phases(student, teacher), rows, tmp_path)
+    monkeypatch.undo()
+    again, _ = _fresh(make_hybrid)
+    reports, _ = _run(again, _phases(again, teacher), rows, tmp_path, resume=True)
+    assert [report.steps for report in reports] == [6, 6]
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, student.get_parameter(name)), name
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(pair, rows, tmp_path):
     student, teacher = pair
     with torch.no_grad():

@@ -5,7 +5,7 @@ from typing import Any
 
 from mambactl.checkpoint.adapters import hybrid, llama, mamba
 from mambactl.checkpoint.adapters.adapted import Adapted
-from mambactl.checkpoint.reader import Reader
+from mambactl.checkpoint.reader import CONFIG, Reader, blame
 from mambactl.errors import ModelError
 
 __all__ = ["SUPPORTED", "Adapted", "adapt", "needs_remote_code"]
@@ -30,6 +30,11 @@ _ADAPTERS: dict[str, Callable[[Reader], Adapted]] = {
 
 def adapt(reader: Reader) -> Adapted:
     """Our config and names for an open checkpoint; raises ModelError for other architectures."""
+    with blame(reader.path, CONFIG):
+        return _adapt(reader)
+
+
+def _adapt(reader: Reader) -> Adapted:
     config = reader.config
     kind = _kind(config)
     architectures = config.get("architectures") or [SUPPORTED.get(kind)]

@@ -1,6 +1,6 @@
 """What an adapter hands back: a configuration and where each of our tensors comes from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,20 +13,18 @@ from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
 
 Config = TypeVar("Config", bound=PretrainedConfig)
-Origin = str | Callable[[Reader], Tensor]
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """`names` maps our tensor name to a source name, or to a function that computes the tensor."""
+    """`names` maps our tensor names to those in the source."""
 
     config: HybridConfig
-    names: dict[str, Origin]
+    names: dict[str, str]
 
     def get(self, reader: Reader, name: str) -> Tensor:
         """Read one tensor by our name."""
-        origin = self.names[name]
-        return reader.get(origin) if isinstance(origin, str) else origin(reader)
+        return reader.get(self.names[name])
 
 
 def build_config(reader: Reader, family: type[Config], fields: Mapping[str, Any]) -> Config:
@@ -40,7 +38,7 @@ def build_config(reader: Reader, family: type[Config], fields: Mapping[str, Any]
         ) from error
 
 
-def same_names(reader: Reader, config: HybridConfig) -> dict[str, Origin]:
+def same_names(reader: Reader, config: HybridConfig) -> dict[str, str]:
     """Identity, without what a checkpoint may repeat: rotary tables and a tied head."""
     tied = config.tie_word_embeddings
     return {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mambactl.checkpoint.adapters.adapted import Adapted, Origin, build_config
+from mambactl.checkpoint.adapters.adapted import Adapted, build_config
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig, Mamba1Settings, Mamba2Settings
@@ -41,8 +41,8 @@ def adapt(reader: Reader) -> Adapted:
     return Adapted(config, _names(reader, config.tie_word_embeddings))
 
 
-def _names(reader: Reader, tied: bool) -> dict[str, Origin]:
-    ours: dict[str, Origin] = {}
+def _names(reader: Reader, tied: bool) -> dict[str, str]:
+    ours: dict[str, str] = {}
     for name in reader.names():
         if tied and name == "lm_head.weight":
             continue

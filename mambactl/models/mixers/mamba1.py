@@ -1,9 +1,9 @@
 """Mamba-1 mixer (arXiv 2312.00752), attention-initialised (arXiv 2408.15237) or native.
 
-    native:    x, z = in_proj(u);  x = SiLU(conv(x));  dt, B, C = x_proj(x)
-    attention: z, x, B, C, dt = in_proj(u);  x repeated over query groups, x = SiLU(conv(x))
-    dt = softplus(dt_proj(dt));  S[d, n] = exp(-dt_d exp(A_log[d, n])) S[d, n] + dt_d B_n x_d
-    y_d = sum_n C_n S[d, n] + D_d x_d;  out = out_proj(y SiLU(z))
+native:    x, z = in_proj(u);  x = SiLU(conv(x));  dt, B, C = x_proj(x)
+attention: z, x, B, C, dt = in_proj(u);  x repeated over query groups, x = SiLU(conv(x))
+dt = softplus(dt_proj(dt));  S[d, n] = exp(-dt_d exp(A_log[d, n])) S[d, n] + dt_d B_n x_d
+y_d = sum_n C_n S[d, n] + D_d x_d;  out = out_proj(y SiLU(z))
 """
 
 import torch
@@ -73,9 +73,7 @@ class Mamba1Mixer(KeepsFloat32):
         pieces = t.unflatten(-1, (-1, s.repeat_width))
         return pieces.repeat_interleave(s.d_inner // s.x_dim, dim=-2).flatten(-2)
 
-    def _selection(
-        self, x: Tensor, projected: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _selection(self, x: Tensor, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """dt [B, T, Ch] after softplus, B and C [B, T, G, N]."""
         s = self.sizes
         if s.native:

@@ -1,0 +1,65 @@
+"""Whether two checkpoints mean the same tokens by the same numbers."""
+
+from mambactl.checkpoint.adapters import adapt, needs_remote_code
+from mambactl.checkpoint.load import load_tokenizer
+from mambactl.checkpoint.reader import open_checkpoint
+from mambactl.errors import ModelError
+from mambactl.models.config import HybridConfig
+
+
+def model_config(spec: str) -> HybridConfig:
+    """A checkpoint's configuration, without its weights."""
+    with open_checkpoint(spec) as reader:
+        return adapt(reader).config
+
+
+def vocabulary_size(spec: str, trust_remote_code: bool = False) -> int | None:
+    """How many logits a checkpoint gives, from its header; None where its own code decides."""
+    with open_checkpoint(spec) as reader:
+        if trust_remote_code and needs_remote_code(reader.config):
+            return reader.config.get("vocab_size")
+        return adapt(reader).config.vocab_size
+
+
+def require_same_tokens(
+    source: str,
+    other: str,
+    role: str,
+    hint: str,
+    equal_size: bool = True,
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise ModelError, calling `other` the `role` of `source`, unless they share a vocabulary.
+
+    Every number that both tokenizers define must be the same token; without `equal_size` one
+    model may have padding that the other lacks.
+    """
+    sizes = [vocabulary_size(spec, trust_remote_code) for spec in (other, source)]
+    difference = _difference(source, other, trust_remote_code)
+    if difference:
+        counts = "" if sizes[0] == sizes[1] else f" ({sizes[0]} and {sizes[1]} tokens)"
+        raise ModelError(
+            f"the {role} {other} has another vocabulary than {source}: {difference}{counts}", hint
+        )
+    if None not in sizes and sizes[0] != sizes[1] and (equal_size or difference is None):
+        raise ModelError(f"the {role} {other} has {sizes[0]} tokens, {source} has {sizes[1]}", hint)
+
+
+def _difference(source: str, other: str, trust_remote_code: bool) -> str | None:
+    """The first token that differs, "" without one, None when there is nothing to compare."""
+    try:
+        theirs, ours = (
+            {
+                index: token
+                for token, index in load_tokenizer(spec, trust_remote_code).get_vocab().items()
+            }
+            for spec in (other, source)
+        )
+    except ModelError:
+        # weights alone: the size is all there is to compare
+        return None
+    shared = sorted(theirs.keys() & ours.keys())
+    if not shared:
+        return "no number is in both"
+    found = (i for i in shared if theirs[i] != ours[i])
+    return next((f"token {i} is {theirs[i]!r}, not {ours[i]!r}" for i in found), "")
