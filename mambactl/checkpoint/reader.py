@@ -7,7 +7,7 @@ Containers: a safetensors folder (one file or an index), a single `.st`, pickled
 import base64
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -112,15 +112,46 @@ def _refuse_folder(folder: Path) -> Reader:
     raise ModelError(f"{folder} has no weights (*.safetensors, pytorch_model*.bin)", "copy them in")
 
 
-class _SafetensorsReader(Reader):
-    """Tensors spread over one or several safetensors files, one mapped at a time."""
+class _MappedReader(Reader):
+    """Tensors spread over one or several weight files, one file mapped at a time."""
 
     def __init__(self, path: Path, where: dict[str, Path]):
         super().__init__(path)
         self._where = where
         self._described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._open: tuple[Path, Any] | None = None
+        self._open: tuple[Path, Callable[[str], torch.Tensor]] | None = None
         self._mapped = 0
+
+    def _map(self, file: Path) -> Callable[[str], torch.Tensor]:
+        raise NotImplementedError
+
+    def names(self) -> list[str]:
+        return list(self._described)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._described[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._described[name][1]
+
+    def get(self, name: str) -> torch.Tensor:
+        file = self._where[name]
+        if self._open is None or self._open[0] != file or self._mapped > _REMAP_BYTES:
+            self.close()
+            self._open = (file, self._map(file))
+        tensor = self._open[1](name)
+        self._mapped += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        self._open, self._mapped = None, 0
+
+
+class _SafetensorsReader(_MappedReader):
+    """Tensors in safetensors files, described by their headers."""
+
+    def _map(self, file: Path) -> Callable[[str], torch.Tensor]:
+        return _open_safetensors(file).get_tensor
 
     def _describe(self, files: list[Path]) -> None:
         for file in files:
@@ -136,27 +167,6 @@ class _SafetensorsReader(Reader):
                 f"first {lost[0]}",
                 "fetch that file again",
             )
-
-    def names(self) -> list[str]:
-        return list(self._described)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._described[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._described[name][1]
-
-    def get(self, name: str) -> torch.Tensor:
-        file = self._where[name]
-        if self._open is None or self._open[0] != file or self._mapped > _REMAP_BYTES:
-            self.close()
-            self._open = (file, _open_safetensors(file))
-        tensor = self._open[1].get_tensor(name)
-        self._mapped += tensor.nbytes
-        return tensor
-
-    def close(self) -> None:
-        self._open, self._mapped = None, 0
 
 
 class FolderReader(_SafetensorsReader):
@@ -211,49 +221,28 @@ class SingleFileReader(_SafetensorsReader):
         self.lineage = read_lineage(file.parent)
 
 
-class PickleReader(Reader):
+class PickleReader(_MappedReader):
     """A folder of `pytorch_model*.bin` files, unpickled without running any code."""
 
     def __init__(self, folder: Path):
-        super().__init__(folder)
         self.config = read_config(folder)
         index = folder / "pytorch_model.bin.index.json"
-        self._loaded: tuple[Path, dict[str, torch.Tensor]] | None = None
-        self._mapped = 0
-        self._described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if index.is_file():
-            self._where = _read_index(index)
+            where = _read_index(index)
         else:
             single = folder / "pytorch_model.bin"
-            self._where = dict.fromkeys(_load_pickle(single), single)
-        for file in sorted(set(self._where.values())):
+            where = dict.fromkeys(_load_pickle(single), single)
+        super().__init__(folder, where)
+        for file in sorted(set(where.values())):
             for name, tensor in _load_pickle(file).items():
-                if self._where.get(name) == file:
+                if where.get(name) == file:
                     self._described[name] = (tuple(tensor.shape), tensor.dtype)
-        if lost := self._where.keys() - self._described.keys():
+        if lost := where.keys() - self._described.keys():
             raise ModelError(f"{folder} lacks {min(lost)}, which its index names", "fetch it again")
         self.lineage = read_lineage(folder)
 
-    def names(self) -> list[str]:
-        return list(self._described)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._described[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._described[name][1]
-
-    def get(self, name: str) -> torch.Tensor:
-        file = self._where[name]
-        if self._loaded is None or self._loaded[0] != file or self._mapped > _REMAP_BYTES:
-            self.close()
-            self._loaded = (file, _load_pickle(file))
-        tensor = self._loaded[1][name]
-        self._mapped += tensor.nbytes
-        return tensor
-
-    def close(self) -> None:
-        self._loaded, self._mapped = None, 0
+    def _map(self, file: Path) -> Callable[[str], torch.Tensor]:
+        return _load_pickle(file).__getitem__
 
     @cached_property
     def files(self) -> dict[str, str | bytes]:
