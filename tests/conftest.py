@@ -1,4 +1,4 @@
-"""Tiny models made in memory, and poisoned memory so that an unwritten read fails."""
+"""Tiny models and a tokenizer made in memory, for every test."""
 
 import os
 

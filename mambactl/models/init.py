@@ -226,8 +226,7 @@ def _apply_mamba2(mixer: Mamba2Mixer, attention: AttentionWeights, fit: HeadFit)
     weight, bias = mixer.conv1d.weight[:, 0, -1], mixer.conv1d.bias  # [Ch]
     n_x, n_b = s.in_rows[1], s.in_rows[2]
     weight[:n_x] = taps["v"].repeat_interleave(s.head_dim)
-    # views of x_heads (b_groups) and heads (c_groups); channel 0, the fastest rotary pair in
-    # attention, is the one without meaning here, and becomes the constant
+    # without positions, q.k of the pair that rotates fastest means least: its channel 0 is held
     for part, gain, held in (
         (slice(n_x, n_x + n_b), taps["k"], torch.ones(s.b_groups)),
         (slice(n_x + n_b, None), score_tap, constant),
