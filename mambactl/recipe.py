@@ -21,6 +21,13 @@ def _split_commas(value: Any) -> Any:
     return [piece.strip() if isinstance(piece, str) else piece for row in split for piece in row]
 
 
+def _as_number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Drafts = Annotated[
+    Annotated[int, Field(ge=1, le=32)] | Literal["auto"], BeforeValidator(_as_number)
+]
 DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]
@@ -125,7 +132,7 @@ class SamplingConfig(StageConfig):
     top_k: int = Field(0, ge=0, description="0 is off")
     top_p: float = Field(1.0, gt=0, le=1, description="1 is off")
     draft: str | None = Field(None, description="checkpoint, or ngram")
-    k: int = Field(4, ge=1, le=32, description="draft tokens per step")
+    k: Drafts = Field("auto", description="draft tokens per step; auto is what is fastest")
     batch_size: int = Field(1, ge=1, description="prompts decoded together")
     chat: bool = Field(True, description="wrap prompts in the chat template if there is one")
 

@@ -119,6 +119,9 @@ def _flag(name: str, field: FieldInfo) -> Any:
 
 
 def _flag_type(annotation: Any) -> Any:
+    if any(get_origin(part) is Literal for part in get_args(annotation)):
+        # a number or a word: text, which the configuration reads
+        return str
     if get_origin(annotation) not in (Annotated, list, Literal):
         inner = [part for part in get_args(annotation) if part is not NoneType]
         annotation = inner[0] if inner else annotation

@@ -37,6 +37,13 @@ class Generation:
     stats: DecodeStats = field(default_factory=DecodeStats)
 
 
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Raise UsageError for a prompt without a token."""
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise UsageError(f"prompt {row} is empty", hint="a prompt needs at least one token")
+
+
 @dataclass
 class _Batch:
     """The unfinished rows: `rows[b]` is the prompt that batch row b continues."""
@@ -82,9 +89,7 @@ class Engine:
 
         `on_tokens(row, tokens)` is called with the new tokens of each step.
         """
-        for row, prompt in enumerate(prompts):
-            if not prompt:
-                raise UsageError(f"prompt {row} is empty", hint="a prompt needs at least one token")
+        check_prompts(prompts)
         output = Generation([[] for _ in prompts], ["length" for _ in prompts])
         stats = output.stats
         stats.rows, stats.prompt_tokens = len(prompts), sum(map(len, prompts))

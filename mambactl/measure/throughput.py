@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mambactl import console
-from mambactl.decode.engine import Engine
+from mambactl.decode.backend import make_engine
 from mambactl.decode.prefill import prefill
 from mambactl.decode.sampling import SamplingParams
 from mambactl.decode.stats import DecodeStats
@@ -72,7 +72,7 @@ def _measure(
     iters: int,
     progress: console.Task,
 ) -> dict[str, Any]:
-    engine, params = Engine(model), SamplingParams(max_new_tokens=output_len)
+    engine, params = make_engine(model, None, 0), SamplingParams(max_new_tokens=output_len)
     _reset_peak(model.device)
     runs: list[DecodeStats] = []
     for _ in range(warmup + iters):

@@ -10,8 +10,8 @@ from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.summary import describe
 from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.load import read_rows
-from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
-from mambactl.decode.engine import Engine, Generation
+from mambactl.decode.backend import NGRAM, Draft, make_engine
+from mambactl.decode.engine import Generation
 from mambactl.decode.prompts import BUILTIN, Prompt, encode
 from mambactl.decode.sampling import SamplingParams
 from mambactl.errors import UsageError
@@ -19,7 +19,6 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import GenerateConfig
 from mambactl.stages.placement import place
 
-NGRAM = "ngram"
 PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
 EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"
 
@@ -30,9 +29,16 @@ class Setup:
 
     target: HybridForCausalLM
     tokenizer: Any
-    drafter: Drafter | None
+    draft: Draft
+    k: int | str
     prompts: list[list[int]]
     params: SamplingParams
+
+    def engine(self, plain: bool = False, exact: bool = False) -> Any:
+        """The engine that was asked for, or one for plain decoding."""
+        if plain or self.draft is None:
+            return make_engine(self.target, None, 0, exact)
+        return make_engine(self.target, self.draft, self.k, exact)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Readable text of new tokens, without special ones."""
@@ -82,12 +88,9 @@ def prepare(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> S
     encoded = [encode(prompt, tokenizer, config.chat) for prompt in prompts]
     device, dtype = place(config)
     target = load_model(source, device=device, dtype=dtype)
-    drafter: Drafter | None = None
-    if config.draft == NGRAM:
-        drafter = NgramDrafter()
-    elif config.draft is not None:
-        draft = load_model(config.draft, device=device, dtype=dtype)
-        drafter = ModelDrafter(draft, target.config.vocab_size)
+    draft = config.draft
+    if draft not in (None, NGRAM):
+        draft = load_model(draft, device=device, dtype=dtype)
     params = SamplingParams(
         temperature=config.temperature,
         top_k=config.top_k,
@@ -97,7 +100,7 @@ def prepare(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> S
         seed=config.seed,
     )
     _warn_beyond_positions(target, encoded, config.max_new_tokens)
-    return Setup(target, tokenizer, drafter, encoded, params)
+    return Setup(target, tokenizer, draft, config.k, encoded, params)
 
 
 def require_draft(config: GenerateConfig, source: str) -> None:
@@ -118,7 +121,7 @@ def end_tokens(target: HybridForCausalLM, tokenizer: Any) -> tuple[int, ...]:
 
 
 def decode(
-    engine: Engine,
+    engine: Any,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     batch_size: int,

@@ -3,7 +3,6 @@
 from typing import Any
 
 from mambactl import console
-from mambactl.decode.engine import Engine
 from mambactl.decode.stats import DecodeStats
 from mambactl.recipe import GenerateConfig
 from mambactl.stages import StageResult, decoding
@@ -13,7 +12,7 @@ def run(config: GenerateConfig, source: str) -> StageResult:
     """Decode every prompt; the completions are the text, one after the other."""
     prompts = decoding.read(config)
     setup = decoding.prepare(config, source, prompts)
-    engine = Engine(setup.target, setup.drafter, config.k if setup.drafter else 0)
+    engine = setup.engine()
     with console.progress("generate", len(prompts) * config.max_new_tokens) as task:
         result = decoding.decode(
             engine, setup.prompts, setup.params, config.batch_size, task.advance

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mambactl import console
-from mambactl.decode.engine import Engine, Generation
+from mambactl.decode.engine import Generation
 from mambactl.decode.equality import require_equal
 from mambactl.decode.sampling import SamplingParams
 from mambactl.decode.stats import DecodeStats
@@ -21,8 +21,8 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
     _validate(config)
     prompts = decoding.read(config, builtin=True)
     setup = decoding.prepare(config, source, prompts)
-    plain_engine = Engine(setup.target)
-    engine = Engine(setup.target, setup.drafter, config.k)
+    plain_engine = setup.engine(plain=True, exact=config.check)
+    engine = setup.engine(exact=config.check)
     _warm_up(setup, plain_engine, engine)
     total = 2 * len(prompts) * config.max_new_tokens
     with console.progress(STAGE, total) as task:
@@ -58,7 +58,7 @@ def _validate(config: SpecDecodeConfig) -> None:
         )
 
 
-def _warm_up(setup: decoding.Setup, *engines: Engine) -> None:
+def _warm_up(setup: decoding.Setup, *engines: Any) -> None:
     """Keep first-call costs out of the times."""
     few = SamplingParams(max_new_tokens=WARMUP_TOKENS)
     for engine in engines:

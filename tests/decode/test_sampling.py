@@ -30,6 +30,13 @@ def test_filters_equal_a_hand_made_example():
     torch.testing.assert_close(halved, squared / squared.sum())
 
 
+def test_ties_with_the_last_token_kept_stay():
+    logits = torch.tensor([0.1, 0.4, 0.1, 0.3, 0.1]).log()
+    assert filtered_probs(logits, top_k=3).tolist() == pytest.approx([0.1, 0.4, 0.1, 0.3, 0.1])
+    assert filtered_probs(logits, top_p=0.75).tolist() == pytest.approx([0.1, 0.4, 0.1, 0.3, 0.1])
+    assert filtered_probs(logits, top_p=0.65).tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7, 0])
+
+
 def test_filters_agree_with_transformers():
     from transformers.generation.logits_process import (
         TemperatureLogitsWarper,

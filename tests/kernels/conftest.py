@@ -33,6 +33,12 @@ class Inputs(NamedTuple):
         return Inputs(x, dt, self.A, B, C, self.state)
 
 
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton kernels run: the GPU, or the CPU in Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _steps(generator: torch.Generator, *shape: int) -> Tensor:
     """dt log-uniform in [0.001, 1]."""
     return 10 ** (-3 * torch.rand(shape, generator=generator))

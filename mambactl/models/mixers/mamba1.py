@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.config import HybridConfig
@@ -50,11 +51,12 @@ class Mamba1Mixer(KeepsFloat32):
         window = None
         if cache is not None:
             window = cache.conv_inputs(context.cursor, self.sizes.d_conv - 1)
-        x = F.silu(
-            kernels.causal_conv1d(
-                raw, self.conv1d.weight[:, 0], self.conv1d.bias, window, context.seq_idx
-            )
-        )  # [B, T, Ch]
+        taps = raw, self.conv1d.weight[:, 0], self.conv1d.bias, window, context.seq_idx
+        # token by token must round like the replay after a rollback, so it stays on the reference
+        if context.sequential:
+            x = F.silu(kernels.causal_conv1d(*taps))  # [B, T, Ch]
+        else:
+            x = dispatch.causal_conv1d_silu(*taps)
         dt, B, C = self._selection(x, projected)
         y = self._recur(raw, window, x, dt, B, C, context, cache)
         y = y + self.D.to(kind) * x.to(kind)
@@ -97,12 +99,12 @@ class Mamba1Mixer(KeepsFloat32):
     ) -> Tensor:
         A = -self.A_log.to(dt.dtype).exp()
         if cache is None:
-            return kernels.selective_scan(x, dt, A, B, C, None, context.seq_idx)[0]
+            return dispatch.selective_scan(x, dt, A, B, C, None, context.seq_idx)[0]
         step = kernels.bind(kernels.selective_step, A)
         if context.sequential:
             return cache.step_through(step, context.cursor, raw, (x, dt, B), C)
         state = cache.live_state(step, context.cursor)
         x, dt, B = kernels.mask_records((x, dt, B), context.n_new)
-        y, state = kernels.selective_scan(x, dt, A, B, C, state, context.seq_idx)
+        y, state = dispatch.selective_scan(x, dt, A, B, C, state, context.seq_idx)
         cache.replace(kernels.conv_window(raw, window, context.n_new), state)
         return y

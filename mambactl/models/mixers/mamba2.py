@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.config import HybridConfig
@@ -66,10 +67,13 @@ class Mamba2Mixer(KeepsFloat32):
         window = None
         if cache is not None:
             window = cache.conv_inputs(context.cursor, s.d_conv - 1)
-        mixed = kernels.causal_conv1d(
-            raw, self.conv1d.weight[:, 0], self.conv1d.bias, window, context.seq_idx
-        )
-        x, B, C = self._split(F.silu(mixed))
+        taps = raw, self.conv1d.weight[:, 0], self.conv1d.bias, window, context.seq_idx
+        # token by token must round like the replay after a rollback, so it stays on the reference
+        if context.sequential:
+            mixed = F.silu(kernels.causal_conv1d(*taps))  # [B, T, conv_dim]
+        else:
+            mixed = dispatch.causal_conv1d_silu(*taps)
+        x, B, C = self._split(mixed)
         y = self._recur(raw, window, x, dt, B, C, context, cache)
         y = y + self.D.to(kind)[:, None] * self._heads(x).to(kind)  # [B, T, H, P]
         return self.norm(y.flatten(-2), z)
@@ -109,13 +113,13 @@ class Mamba2Mixer(KeepsFloat32):
         A = -self.A_log.to(dt.dtype).exp()
         chunk = self.sizes.chunk_size
         if cache is None:
-            return kernels.ssd(self._heads(x), dt, A, B, C, None, context.seq_idx, chunk)[0]
+            return dispatch.ssd(x, dt, A, B, C, None, context.seq_idx, chunk)[0]
         step = kernels.bind(self._step, A)
         if context.sequential:
             return cache.step_through(step, context.cursor, raw, (x, dt, B), C)
         state = cache.live_state(step, context.cursor)
         x, dt, B = kernels.mask_records((x, dt, B), context.n_new)
-        y, state = kernels.ssd(self._heads(x), dt, A, B, C, state, context.seq_idx, chunk)
+        y, state = dispatch.ssd(x, dt, A, B, C, state, context.seq_idx, chunk)
         cache.replace(kernels.conv_window(raw, window, context.n_new), state)
         return y
 

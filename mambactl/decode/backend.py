@@ -1,0 +1,72 @@
+"""Chooses the engine: the GPU's kernels where they run, the PyTorch reference everywhere else."""
+
+import os
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+from mambactl import console
+from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
+from mambactl.decode.engine import Engine
+from mambactl.models.hybrid import HybridForCausalLM
+
+NGRAM = "ngram"
+# what "auto" means where nothing is measured
+REFERENCE_K = 4
+KERNELS_VARIABLE = "MAMBACTL_KERNELS"
+OLDEST_CAPABILITY = (8, 0)
+
+Draft = HybridForCausalLM | Literal["ngram"] | None
+K = int | Literal["auto"]
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Why the GPU kernels cannot run on a device; None if they can."""
+    if os.environ.get(KERNELS_VARIABLE) == "reference":
+        return f"{KERNELS_VARIABLE}=reference is set"
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is missing: pip install triton"
+    return None
+
+
+def make_engine(target: HybridForCausalLM, draft: Draft, k: K, exact: bool = False) -> Any:
+    """An engine for `target` with `draft` (a model, "ngram" or None, which needs k = 0).
+
+    `exact`: passes of few rows compute every row the same way however many rows there are, so that
+    speculative and plain decoding agree bit for bit. Whether both models mean the same tokens is
+    the caller's to check: their vocabularies may differ by padding.
+    """
+    reason = why_not(target.device)
+    if reason is None:
+        from mambactl.decode.fused.engine import FusedEngine
+        from mambactl.decode.fused.ops import DeviceOps
+        from mambactl.models.packed import NotSupported
+
+        try:
+            return FusedEngine(target, draft, k, DeviceOps(exact))
+        except NotSupported as error:
+            reason = f"they do not support {error}"
+    if target.device.type == "cuda":
+        _say_once(f"GPU decode kernels are off ({reason}); the PyTorch reference decodes")
+    return Engine(target, _drafter(draft, target), REFERENCE_K if k == "auto" else k)
+
+
+@cache
+def _say_once(message: str) -> None:
+    console.warn(message)
+
+
+def _drafter(draft: Draft, target: HybridForCausalLM) -> Drafter | None:
+    if draft is None or draft == NGRAM:
+        return None if draft is None else NgramDrafter()
+    return ModelDrafter(draft, target.config.vocab_size)

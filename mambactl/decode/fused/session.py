@@ -1,0 +1,164 @@
+"""Device memory and captured graphs for one batch size; a graph is one step with K drafts."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mambactl.decode.fused.batch import Batch
+from mambactl.decode.fused.forward import Pass
+from mambactl.decode.fused.state import ModelState, make_state
+from mambactl.decode.fused.step import Step
+from mambactl.decode.sampling import SamplingParams
+from mambactl.models.cache import HybridCache
+from mambactl.models.packed import PackedModel
+
+# sequences from which on storing a state costs more than replaying a few tokens
+REPLAY_FROM = 8
+REPLAY_TOKENS = 8
+# steps of a timing, the first of which is not counted
+TIMED_STEPS = 4
+
+
+@dataclass
+class Capture:
+    """What preparing graphs cost."""
+
+    graphs: int = 0
+    compile_seconds: float = 0.0
+    capture_seconds: float = 0.0
+
+
+def ring_limit(weights: PackedModel, batch: int, span: int) -> int:
+    """Ring slots in use: three before the stored state, two steps of `span`, and what is replayed.
+
+    A Mamba-1 layer's ring is nearly as large as its state, so its state is stored at every step.
+    """
+    extra = REPLAY_TOKENS if batch >= REPLAY_FROM and not weights.has_mamba1 else 0
+    return 2 * span + 3 + extra
+
+
+class Session:
+    """Runs steps for up to `size` sequences of up to `capacity` tokens and `k` drafts a step."""
+
+    def __init__(
+        self,
+        target: PackedModel,
+        draft: PackedModel | str | None,
+        ops: Any,
+        *,
+        size: int,
+        capacity: int,
+        k: int,
+    ):
+        device = target.table.device
+        self.size, self.capacity, self.k, self.device = size, capacity, k, device
+        self.batch = Batch(size, capacity, k, device)
+        self.limits = {"span": k + 1, "limit": ring_limit(target, size, k + 1), "draft_limit": 0}
+        self.target_weights, self.draft_weights = target, draft
+        self.target = self._state(target, ops, self.limits["limit"], k + 1)
+        self.draft: ModelState | None = None
+        drafter: Pass | str | None = draft
+        if isinstance(draft, PackedModel):
+            self.limits["draft_limit"] = ring_limit(draft, size, k + 1)
+            self.draft = self._state(draft, ops, self.limits["draft_limit"], 2)
+            drafter = Pass(draft, self.draft, ops)
+        self.step = Step(
+            self.batch,
+            Pass(target, self.target, ops),
+            drafter,
+            ops,
+            limit=self.limits["limit"],
+            draft_limit=self.limits["draft_limit"],
+        )
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.capture = Capture()
+        self.seconds: dict[tuple[int, bool], float] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def _state(self, weights: PackedModel, ops: Any, limit: int, longest: int) -> ModelState:
+        slots = 1 << (limit - 1).bit_length()
+        return make_state(weights, ops, self.size, self.capacity, slots, longest)
+
+    def nbytes(self) -> int:
+        """Bytes of both models' caches."""
+        return self.target.nbytes() + (self.draft.nbytes() if self.draft else 0)
+
+    def load(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[int],
+        params: SamplingParams,
+        cache: HybridCache,
+        draft_cache: HybridCache | None,
+    ) -> None:
+        """Begin a batch; the caches hold all but the last token, the draft's all but two."""
+        self.target.load(cache, self.target_weights)
+        if self.draft is not None:
+            self.draft.load(draft_cache, self.draft_weights)
+        self.batch.start(prompts, keys, params, **self.limits)
+
+    def prepare(self, ks: Sequence[int], sampled: bool) -> None:
+        """Compile and capture the steps with these numbers of drafts, before `load`."""
+        if self.device.type != "cuda":
+            return
+        missing = [k for k in ks if (k, sampled) not in self.graphs]
+        if not missing:
+            return
+        # nobody is active, so a run changes nothing but scratch
+        self.batch.control.zero_()
+        started = time.perf_counter()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for k in missing:
+                self.step.run(k, sampled)
+        torch.cuda.synchronize()
+        compiled = time.perf_counter()
+        for k in missing:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step.run(k, sampled)
+            self.graphs[k, sampled] = graph
+        torch.cuda.synchronize()
+        self.capture.graphs += len(missing)
+        self.capture.compile_seconds += compiled - started
+        self.capture.capture_seconds += time.perf_counter() - compiled
+
+    def launch(self, k: int, sampled: bool) -> torch.cuda.Event | None:
+        """Start one step; the event tells when its mailbox has arrived."""
+        if self.device.type != "cuda":
+            self.step.run(k, sampled)
+            return None
+        self.graphs[k, sampled].replay()
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def time_steps(self, ks: Sequence[int], sampled: bool) -> dict[int, float]:
+        """Seconds of a step for each k, measured on the batch just loaded, which it leaves as is.
+
+        Just after loading no pass stores a state, so repeating a step only rewrites ring slots
+        and cache slots that the first real step writes too.
+        """
+        saved = [(t, t.clone()) for t in (self.batch.control, self.batch.feed, self.batch.history)]
+        for k in ks:
+            if (k, sampled) in self.seconds:
+                continue
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * TIMED_STEPS)]
+            for begin, end in zip(marks[::2], marks[1::2], strict=True):
+                for tensor, copy in saved:
+                    tensor.copy_(copy)
+                begin.record()
+                self.graphs[k, sampled].replay()
+                end.record()
+            torch.cuda.synchronize()
+            times = [a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True)]
+            self.seconds[k, sampled] = sorted(times[1:])[(len(times) - 1) // 2] / 1e3
+        for tensor, copy in saved:
+            tensor.copy_(copy)
+        self.batch.mailbox.zero_()
+        return {k: self.seconds[k, sampled] for k in ks}
+

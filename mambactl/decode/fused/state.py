@@ -1,0 +1,160 @@
+"""What a model keeps of a running batch on the device: caches, rings, states and scratch."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mambactl.models.cache import HybridCache, RecurrentCache
+from mambactl.models.packed import (
+    AttentionWeights,
+    Mamba1Weights,
+    Mamba2Weights,
+    MixerWeights,
+    PackedModel,
+)
+
+
+@dataclass
+class AttentionState:
+    """Keys and values at the slot of their position."""
+
+    keys: Tensor  # [B, Hk, S, P]
+    values: Tensor  # [B, Hk, S, P]
+
+
+@dataclass
+class RecurrentState:
+    """See `kernels.window.recurrent`; `low` only for native Mamba-1."""
+
+    ring: Tensor  # [B, R, C]
+    state: Tensor  # [B, H, N, P] or [B, Ch, N], fp32
+    low: Tensor | None = None  # [B, R, dt_rank + 2 N]
+
+
+@dataclass
+class Scratch:
+    """Rows of one pass; nothing in it outlives the pass."""
+
+    hidden: Tensor  # [M, D]
+    scaled: Tensor  # [M, D]
+    squares: Tensor  # flat
+    wide: Tensor  # flat, q or z
+    mixed: Tensor  # flat, what a mixer hands to its output projection
+    inner: Tensor  # flat, MLP
+    partial: Tensor  # flat fp32
+    counter: Tensor  # flat int32, zero between launches
+
+
+@dataclass
+class ModelState:
+    """Caches of every layer for `batch` sequences of up to `capacity` tokens."""
+
+    layers: list[AttentionState | RecurrentState]
+    scratch: Scratch
+    batch: int
+    capacity: int
+    slots: int
+    splits: int
+    limit: int = field(default=0)
+
+    def nbytes(self) -> int:
+        """Bytes of the caches, scratch left out."""
+        held = [t for layer in self.layers for t in vars(layer).values() if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def load(self, cache: HybridCache, weights: PackedModel) -> None:
+        """Take over what reading the prompts left; rows beyond the cache's stay empty."""
+        lengths = cache.lengths
+        for state, held, layer in zip(self.layers, cache.layers, weights.layers, strict=True):
+            if isinstance(state, AttentionState):
+                rows, _, slots, _ = held.keys.shape
+                slots = min(slots, self.capacity)
+                state.keys[:rows, :, :slots] = held.keys[:, :, :slots]
+                state.values[:rows, :, :slots] = held.values[:, :, :slots]
+            else:
+                _load_recurrent(state, held, lengths, layer.mixer)
+
+
+def _load_recurrent(
+    state: RecurrentState, held: RecurrentCache, lengths: Tensor, mixer: MixerWeights
+) -> None:
+    rows = len(lengths)
+    live, window = held.live, held.window
+    if isinstance(mixer, Mamba2Weights):
+        live = live.mT
+    else:
+        window = window[..., mixer.ring_source().to(window.device)]
+    state.state[:rows] = live
+    before = window.shape[1]
+    at = lengths[:, None] - before + torch.arange(before, device=lengths.device)  # [B, W-1]
+    b = torch.arange(rows, device=lengths.device)[:, None]
+    state.ring[b, at % state.ring.shape[1], : window.shape[2]] = window
+
+
+def make_state(
+    weights: PackedModel, ops, batch: int, capacity: int, slots: int, longest: int
+) -> ModelState:
+    """Empty state for passes of up to `longest` tokens per sequence."""
+    splits = 16 if batch <= 4 else max(1, 64 // batch)
+    layers = [_layer_state(layer.mixer, weights, batch, capacity, slots) for layer in weights.layers]
+    scratch = _scratch(weights, ops, batch, longest, splits)
+    return ModelState(layers, scratch, batch, capacity, slots, splits)
+
+
+def _layer_state(
+    mixer: MixerWeights, weights: PackedModel, batch: int, capacity: int, slots: int
+) -> AttentionState | RecurrentState:
+    like = weights.table
+    if isinstance(mixer, AttentionWeights):
+        shape = (batch, mixer.kv_heads, capacity, mixer.width)
+        return AttentionState(like.new_zeros(shape), like.new_zeros(shape))
+    ring = like.new_zeros(batch, slots, mixer.ring_width)
+    if isinstance(mixer, Mamba2Weights):
+        s = mixer.sizes
+        shape = (batch, s.n_heads, s.d_state, s.head_dim)
+        return RecurrentState(ring, like.new_zeros(shape, dtype=_state_dtype(like)))
+    shape = (batch, mixer.sizes.d_inner, mixer.sizes.d_state)
+    low = None
+    if mixer.low is not None:
+        low = like.new_zeros(batch, slots, len(mixer.low))
+    return RecurrentState(ring, like.new_zeros(shape, dtype=_state_dtype(like)), low)
+
+
+def _state_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _scratch(weights: PackedModel, ops, batch: int, longest: int, splits: int) -> Scratch:
+    like, rows = weights.table, batch * longest
+    width = like.shape[1]
+    mixers = [layer.mixer for layer in weights.layers]
+    inner = max(
+        [m.out.weight.shape[1] for m in mixers]
+        + [0 if layer.down is None else layer.down.shape[1] for layer in weights.layers]
+    )
+    partial, counter = 0, 0
+    for m in mixers:
+        need = (0, 0)
+        if isinstance(m, AttentionWeights):
+            need = ops.scratch(rows, batch, m.kv_heads, m.heads // m.kv_heads, m.width, splits)
+        elif isinstance(m, Mamba1Weights) and m.low is not None:
+            need = ops.low_scratch(rows, len(m.low), m.sizes.d_inner)
+        partial, counter = max(partial, need[0]), max(counter, need[1])
+    pieces = max(ops.square_pieces(m, width) * m for m in {batch, rows, *_row_counts(batch, longest)})
+    flat = torch.float32
+    return Scratch(
+        hidden=like.new_zeros(rows, width),
+        scaled=like.new_zeros(rows, width),
+        squares=like.new_zeros(pieces, dtype=_state_dtype(like)),
+        wide=like.new_zeros(rows * inner),
+        mixed=like.new_zeros(rows * inner),
+        inner=like.new_zeros(rows * inner),
+        partial=like.new_zeros(max(partial, 1), dtype=flat),
+        counter=like.new_zeros(max(counter, 1), dtype=torch.int32),
+    )
+
+
+def _row_counts(batch: int, longest: int) -> list[int]:
+    return [batch * tokens for tokens in range(1, longest + 1)]
+

@@ -1,0 +1,223 @@
+"""Whole-sequence kernels: `reference` with the fastest implementation that can do the call.
+
+On CUDA, bf16 or fp32:
+- no gradient and no documents: the Triton kernels of `kernels.triton`;
+- what they cannot do, where mamba-ssm is installed: `mamba_chunk_scan_combined` for bf16 and fp16
+  (documents and gradients), and `selective_scan_fn` (gradients; neither documents nor an initial
+  state, and none flow back from the state it returns);
+- everything else, and everything on a CPU: the reference, to which the others are equal up to
+  rounding. bf16 products round their operands, the reference multiplies in fp32.
+`MAMBACTL_KERNELS=reference` in the environment turns all but the reference off.
+"""
+
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambactl.kernels import reference
+
+SWITCH = "MAMBACTL_KERNELS"
+LEAST_CAPABILITY = (8, 0)
+# the state of every chunk passes through memory four times, so Triton's are long
+TRITON_CHUNK = 128
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """`reference.ssd`; x [B, T, Hx, P] with Hx dividing the H heads of dt repeats its heads.
+
+    The kernels may cut other chunks than `chunk_size`, which changes rounding only.
+    """
+    inputs = (x, dt, A, B, C, initial_state)
+    if seq_idx is None and not _needs_gradient(*inputs) and _fits_triton(x, B, C):
+        from mambactl.kernels.triton import ssd as kernel
+
+        with torch.cuda.device_of(x):
+            return kernel.ssd(
+                x, dt.float(), A.float(), B, C, initial_state, max(chunk_size, TRITON_CHUNK)
+            )
+    x = x.repeat_interleave(dt.shape[2] // x.shape[2], dim=2) if x.shape[2] != dt.shape[2] else x
+    if x.dtype in (torch.bfloat16, torch.float16) and _fits_mamba_ssm(x, B, C):
+        return _mamba_ssm_ssd(x, dt, A, B, C, initial_state, seq_idx, chunk_size)
+    return reference.ssd(x, dt, A, B, C, initial_state, seq_idx, chunk_size)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.selective_scan`."""
+    if seq_idx is None:
+        gradient = _needs_gradient(x, dt, A, B, C, initial_state)
+        if not gradient and _fits_triton(x, B, C):
+            from mambactl.kernels.triton import selective as kernel
+
+            with torch.cuda.device_of(x):
+                return kernel.selective_scan(x, dt, A.float(), B, C, initial_state)
+        if initial_state is None and x.dtype != torch.float64 and _fits_mamba_ssm(x, B, C):
+            return _mamba_ssm_scan(x, dt, A, B, C)
+    return reference.selective_scan(x, dt, A, B, C, initial_state, seq_idx)
+
+
+def causal_conv1d_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> Tensor:
+    """SiLU of `reference.causal_conv1d`."""
+    if seq_idx is None and not _needs_gradient(x, weight, bias, window) and _fits_triton(x, weight):
+        from mambactl.kernels.triton import conv as kernel
+
+        with torch.cuda.device_of(x):
+            return kernel.causal_conv1d_silu(x, weight, bias, window)
+    return F.silu(reference.causal_conv1d(x, weight, bias, window, seq_idx))
+
+
+def backends(device: torch.device | str = "cuda") -> dict[str, str | None]:
+    """Implementations besides the reference, each with why it is off (None when it is live)."""
+    return {"triton": triton_missing(device), "mamba-ssm": mamba_ssm_missing(device)}
+
+
+def triton_missing(device: torch.device | str = "cuda") -> str | None:
+    """Why no Triton kernel runs on that device; None if they do."""
+    return _turned_off() or _no_cuda(torch.device(device)) or _no_triton()
+
+
+def mamba_ssm_missing(device: torch.device | str = "cuda") -> str | None:
+    """Why mamba-ssm serves no call on that device; None if it does."""
+    return _turned_off() or _no_cuda(torch.device(device)) or _mamba_ssm()[1]
+
+
+def _turned_off() -> str | None:
+    value = os.environ.get(SWITCH, "").strip().lower()
+    return f"turned off by {SWITCH}=reference" if value == "reference" else None
+
+
+@cache
+def _no_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if torch.version.hip is not None:
+        return "not tried on ROCm"
+    found = torch.cuda.get_device_capability(device)
+    if found < LEAST_CAPABILITY:
+        need = ".".join(map(str, LEAST_CAPABILITY))
+        return f"needs compute capability {need}, {device} has {found[0]}.{found[1]}"
+    return None
+
+
+@cache
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed: pip install triton"
+    try:
+        importlib.import_module("mambactl.kernels.triton.ssd")
+    except (ImportError, OSError, AttributeError) as error:
+        return f"does not load: {error}"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return None if compiler else "needs a C compiler (gcc or clang) to build its launcher"
+
+
+@cache
+def _mamba_ssm() -> tuple[tuple[Callable, Callable] | None, str | None]:
+    """(mamba_chunk_scan_combined, selective_scan_fn), or why they are missing."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None, 'not installed: pip install --no-build-isolation "mambactl[cuda]"'
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except (ImportError, OSError, AttributeError) as error:
+        # a missing compiled extension, or one built for another torch
+        return None, f"does not load: {error}"
+    return (mamba_chunk_scan_combined, selective_scan_fn), None
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _fits_triton(x: Tensor, *others: Tensor) -> bool:
+    return (
+        x.dtype in (torch.bfloat16, torch.float32)
+        and all(t.dtype == x.dtype for t in others)
+        and x.numel() > 0
+        and triton_missing(x.device) is None
+    )
+
+
+def _fits_mamba_ssm(x: Tensor, *others: Tensor) -> bool:
+    return (
+        all(t.dtype == x.dtype for t in others)
+        and x.numel() > 0
+        and mamba_ssm_missing(x.device) is None
+    )
+
+
+def _mamba_ssm_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """bf16 or fp16 only: its products round fp32 to tf32."""
+    B, C = _same_groups(B, C)
+    if seq_idx is not None:
+        # an initial state belongs to document 0 there
+        seq_idx = reference.document_numbers(seq_idx).int().contiguous()
+    # powers of two from 64 on are what its kernels are tuned for
+    chunk = max(64, 1 << (chunk_size - 1).bit_length())
+    state = None if initial_state is None else initial_state.float()
+    with torch.cuda.device_of(x):
+        y, state = _mamba_ssm()[0][0](
+            x, dt.float(), A.float(), B, C, chunk,
+            initial_states=state, seq_idx=seq_idx, return_final_states=True,
+        )  # fmt: skip
+    return y.float(), state
+
+
+def _mamba_ssm_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In fp32, because x and dt must share a dtype and dt loses its meaning in bf16."""
+    B, C = _same_groups(B.float(), C.float())
+    x, dt, B, C = x.float().mT, dt.float().mT, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)
+    with torch.cuda.device_of(x):
+        y, state = _mamba_ssm()[0][1](
+            *(t.contiguous() for t in (x, dt, A.float(), B, C)), return_last_state=True
+        )
+    return y.mT, state.detach()
+
+
+def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """B and C [B, T, G, N] repeated to the same number of groups."""
+    groups = math.lcm(B.shape[2], C.shape[2])
+    return (
+        B.repeat_interleave(groups // B.shape[2], dim=2),
+        C.repeat_interleave(groups // C.shape[2], dim=2),
+    )

@@ -1,0 +1,65 @@
+"""How kernels are launched: programmatic dependent launch, and whether Triton only interprets.
+
+With programmatic dependent launch a kernel starts while its predecessor still runs; what it does
+before `gdc_wait` may touch weights only, and what the predecessor wrote is visible after it.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = [
+    "INTERPRETED",
+    "dot",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "launch_options",
+    "prefetch",
+    "rounded",
+]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_WIDEN = tl.constexpr(INTERPRETED)
+
+
+def launch_options(pdl: bool, **options: Any) -> dict[str, Any]:
+    """Keyword arguments of a launch; `num_warps` and `num_stages` mean nothing to an interpreter."""
+    if INTERPRETED:
+        return {}
+    return {**options, "launch_pdl": True} if pdl else options
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b in fp32; fp32 operands are not rounded to tf32."""
+    if _WIDEN:
+        # the interpreter multiplies the bit patterns of bf16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, kind: tl.constexpr):
+    """fp32 `x` in `kind`, to nearest even."""
+    if _WIDEN and kind == tl.bfloat16:
+        # the interpreter truncates
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(kind)
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the cache lines under a tensor of pointers to be brought into L2."""
+    addresses = pointers.to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [addresses],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -1,0 +1,251 @@
+"""The matrix products of a decode pass with what surrounds them fused in.
+
+`scaled` [M, K] is the residual stream times the next norm's weight and `squares` [M, tiles] holds
+partial sums of the stream's squares, so RMSNorm needs no kernel: a product multiplies its result
+by rsqrt(mean + eps). Signatures and meaning are those of `kernels.window.linear`.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambactl.kernels.triton.launch import launch_options, rounded
+from mambactl.kernels.triton.product import Tiles, norm_scale, product
+
+
+@triton.jit
+def _normed_product(
+    x, x_stride, squares, s_stride, eps, w, bias, rows, M, index, ok,
+    K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """norm(x) W^T + bias [BM, BN] in fp32; TILES = 0 leaves the norm out."""
+    y = product(x, x_stride, w, rows, M, index, ok, K, BM, BN, DEPTH, SLICES, PDL)
+    if TILES > 0:
+        y = y * norm_scale(squares, s_stride, rows, rows < M, eps, K, TILES)[:, None]
+    if BIAS:
+        y += tl.load(bias + index, mask=ok, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _project_kernel(
+    x, x_stride, squares, s_stride, eps, w, bias, plain, ring, start, count, M, N, T, offset,
+    scale, ring_lo, ring_hi,
+    K: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.arange(0, BM)
+    y = _normed_product(
+        x, x_stride, squares, s_stride, eps, w, bias, rows, M, cols, cols < N,
+        K, TILES, BIAS, BM, BN, DEPTH, SLICES, PDL,
+    )  # fmt: skip
+    y = rounded(y, plain.dtype.element_ty)
+    ok = (rows < M)[:, None] & (cols < N)[None, :]
+    width = ring_hi - ring_lo
+    inside = (cols >= ring_lo) & (cols < ring_hi)
+    b, t = rows // T, rows % T
+    at = tl.load(start + b, mask=rows < M, other=0) + offset + t
+    kept = (t < tl.load(count + b, mask=rows < M, other=0) * scale) & (at >= 0)
+    slots = (b * SLOTS + at % SLOTS).to(tl.int64) * width
+    tl.store(
+        ring + slots[:, None] + (cols - ring_lo)[None, :],
+        y,
+        mask=ok & inside[None, :] & kept[:, None],
+    )
+    rest = tl.where(cols >= ring_hi, cols - width, cols)
+    places = rows[:, None].to(tl.int64) * (N - width) + rest[None, :]
+    tl.store(plain + places, y, mask=ok & (inside[None, :] == 0))
+
+
+@triton.jit
+def _residual_kernel(
+    x, w, bias, hidden, gain, scaled, squares, M, N,
+    K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.arange(0, BM)
+    col_ok = cols < N
+    weight = tl.load(gain + cols, mask=col_ok, other=0.0).to(tl.float32)
+    y = _normed_product(
+        x, K, x, 0, 0.0, w, bias, rows, M, cols, col_ok,
+        K, 0, BIAS, BM, BN, DEPTH, SLICES, PDL,
+    )  # fmt: skip
+    ok = (rows < M)[:, None] & col_ok[None, :]
+    places = rows[:, None].to(tl.int64) * N + cols[None, :]
+    kind = hidden.dtype.element_ty
+    before = tl.load(hidden + places, mask=ok, other=0.0).to(tl.float32)
+    # rounded where a separate layer would round
+    stream = rounded(before + rounded(y, kind).to(tl.float32), kind)
+    wide = tl.where(ok, stream.to(tl.float32), 0.0)
+    tl.store(hidden + places, stream, mask=ok)
+    tl.store(scaled + places, rounded(wide * weight[None, :], kind), mask=ok)
+    part = squares + rows * tl.num_programs(0) + tl.program_id(0)
+    tl.store(part, tl.sum(wide * wide, axis=1), mask=rows < M)
+
+
+@triton.jit
+def _swiglu_kernel(
+    x, squares, eps, w, out, M, N,
+    K: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    pairs = tl.arange(0, BN)
+    cols = tl.program_id(0) * (BN // 2) + pairs // 2
+    rows = tl.arange(0, BM)
+    y = _normed_product(
+        x, K, squares, TILES, eps, w, x, rows, M, cols + pairs % 2 * N, cols < N,
+        K, TILES, False, BM, BN, DEPTH, SLICES, PDL,
+    )  # fmt: skip
+    gate, up = tl.split(tl.reshape(y, [BM, BN // 2, 2]))
+    kind = out.dtype.element_ty
+    # rounded where separate layers would round
+    gate, up = rounded(gate, kind).to(tl.float32), rounded(up, kind).to(tl.float32)
+    opened = rounded(gate * tl.sigmoid(gate), kind).to(tl.float32)
+    half = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+    places = rows[:, None].to(tl.int64) * N + half[None, :]
+    tl.store(out + places, rounded(opened * up, kind),
+             mask=(rows < M)[:, None] & (half < N)[None, :])  # fmt: skip
+
+
+@triton.jit
+def _qkv_kernel(
+    x, squares, eps, w, bias, cos, sin, q, keys, values, start, count, M, T, offset, scale, slots,
+    K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr, HK: tl.constexpr,
+    P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
+    SLICES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # a program holds pairs (j, j + P/2) of one head, which a rotation mixes
+    pid = tl.program_id(0)
+    head = pid * BN // P
+    pairs = tl.arange(0, BN)
+    first = (pid * BN % P) // 2
+    cols = head * P + first + pairs // 2 + pairs % 2 * (P // 2)
+    rows = tl.arange(0, BM)
+    y = _normed_product(
+        x, K, squares, TILES, eps, w, bias, rows, M, cols, pairs < BN,
+        K, TILES, BIAS, BM, BN, DEPTH, SLICES, PDL,
+    )  # fmt: skip
+    kind = q.dtype.element_ty
+    low, high = tl.split(tl.reshape(rounded(y, kind).to(tl.float32), [BM, BN // 2, 2]))
+    b, t = rows // T, rows % T
+    at = tl.load(start + b, mask=rows < M, other=0) + offset + t
+    ok = (rows < M) & (at >= 0) & (t < tl.load(count + b, mask=rows < M, other=0) * scale)
+    j = first + tl.arange(0, BN // 2)
+    if head < H + HK:
+        angle = at[:, None] * (P // 2) + j[None, :]
+        c = tl.load(cos + angle, mask=ok[:, None], other=0.0)
+        s = tl.load(sin + angle, mask=ok[:, None], other=0.0)
+        low, high = low * c - high * s, high * c + low * s
+    if head < H:
+        base = q + (rows * H + head).to(tl.int64) * P
+    elif head < H + HK:
+        base = keys + ((b * HK + head - H).to(tl.int64) * slots + at) * P
+    else:
+        base = values + ((b * HK + head - H - HK).to(tl.int64) * slots + at) * P
+    places = base[:, None] + j[None, :]
+    tl.store(places, rounded(low, kind), mask=ok[:, None])
+    tl.store(places + P // 2, rounded(high, kind), mask=ok[:, None])
+
+
+@triton.jit
+def _head_kernel(
+    x, x_stride, squares, s_stride, eps, w, best, best_index, logits, M, N, V,
+    K: tl.constexpr, TILES: tl.constexpr, LOGITS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.arange(0, BM)
+    y = _normed_product(
+        x, x_stride, squares, s_stride, eps, w, x, rows, M, cols, cols < N,
+        K, TILES, False, BM, BN, DEPTH, SLICES, PDL,
+    )  # fmt: skip
+    y = tl.where((cols < N)[None, :], y, float("-inf"))
+    if LOGITS:
+        places = rows[:, None].to(tl.int64) * V + cols[None, :]
+        tl.store(logits + places, y, mask=(rows < M)[:, None] & (cols < V)[None, :])
+    else:
+        top = tl.max(y, axis=1)
+        # the lowest of equal tokens
+        which = tl.min(tl.where(y == top[:, None], cols[None, :], 2147483647), axis=1)
+        place = rows * tl.num_programs(0) + tl.program_id(0)
+        tl.store(best + place, top, mask=rows < M)
+        tl.store(best_index + place, which, mask=rows < M)
+
+
+def _sizes(tiles: Tiles, pdl: bool) -> dict:
+    return {
+        "BM": tiles.rows, "BN": tiles.columns, "DEPTH": tiles.depth, "SLICES": tiles.slices,
+        "PDL": pdl, **launch_options(pdl, num_warps=tiles.warps, num_stages=tiles.stages),
+    }  # fmt: skip
+
+
+def project(
+    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
+    ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
+    tiles: Tiles, pdl: bool,
+) -> None:  # fmt: skip
+    """See `kernels.window.linear.project`."""
+    (M, K), N, (_, slots, width) = scaled.shape, w.shape[0], ring.shape
+    _project_kernel[(triton.cdiv(N, tiles.columns),)](
+        scaled, scaled.stride(0), squares, squares.stride(0), eps, w, w if bias is None else bias,
+        plain, ring, start, count, M, N, T, offset, scale, ring_lo, ring_lo + width,
+        K=K, TILES=squares.shape[1], SLOTS=slots, BIAS=bias is not None, **_sizes(tiles, pdl),
+    )  # fmt: skip
+
+
+def project_qkv(
+    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, cos: Tensor,
+    sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
+    *, T: int, offset: int, tiles: Tiles, pdl: bool,
+) -> None:  # fmt: skip
+    """See `kernels.window.linear.project_qkv`; head width must be a multiple of tiles.columns."""
+    (M, K), (_, kv_heads, slots, width) = scaled.shape, keys.shape
+    _qkv_kernel[(w.shape[0] // tiles.columns,)](
+        scaled, squares, eps, w, w if bias is None else bias, cos, sin, q, keys, values, start,
+        count, M, T, offset, scale, slots, K=K, TILES=squares.shape[1], BIAS=bias is not None,
+        H=q.shape[1] // width, HK=kv_heads, P=width, **_sizes(tiles, pdl),
+    )  # fmt: skip
+
+
+def add_residual(
+    x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
+    squares: Tensor, *, tiles: Tiles, pdl: bool,
+) -> None:  # fmt: skip
+    """See `kernels.window.linear.add_residual`; a piece of `squares` for each program."""
+    (M, K), N = x.shape, w.shape[0]
+    _residual_kernel[(triton.cdiv(N, tiles.columns),)](
+        x, w, w if bias is None else bias, hidden, gain, scaled, squares, M, N,
+        K=K, BIAS=bias is not None, **_sizes(tiles, pdl),
+    )  # fmt: skip
+
+
+def swiglu(
+    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor, *, tiles: Tiles, pdl: bool
+) -> None:
+    """See `kernels.window.linear.swiglu`."""
+    (M, K), N = scaled.shape, out.shape[1]
+    _swiglu_kernel[(triton.cdiv(2 * N, tiles.columns),)](
+        scaled, squares, eps, w, out, M, N, K=K, TILES=squares.shape[1], **_sizes(tiles, pdl)
+    )
+
+
+def head(
+    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor | None,
+    best_index: Tensor | None, logits: Tensor | None, *, tiles: Tiles, pdl: bool,
+) -> None:  # fmt: skip
+    """`head_logits` where `logits` are wanted, else `head_best`, of `kernels.window.linear`.
+
+    The rows of `scaled` and `squares` may be any distance apart.
+    """
+    (M, K), N = scaled.shape, w.shape[0]
+    V = N if logits is None else logits.shape[1]
+    _head_kernel[(triton.cdiv(max(N, V), tiles.columns),)](
+        scaled, scaled.stride(0), squares, squares.stride(0), eps, w,
+        scaled if best is None else best, scaled if best_index is None else best_index,
+        scaled if logits is None else logits, M, N, V,
+        K=K, TILES=squares.shape[1], LOGITS=logits is not None, **_sizes(tiles, pdl),
+    )  # fmt: skip

@@ -1,0 +1,210 @@
+"""Mamba-1 in a decode pass: x_proj of the convolved window, then dt_proj, replay, scan and gate.
+
+See `kernels.window.recurrent`. The scan takes sixteen positions at a time, because the step sizes
+of that many come out of one small matrix product, and walks through them one by one.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambactl.kernels.triton.launch import (
+    dot,
+    gdc_launch_dependents,
+    gdc_wait,
+    launch_options,
+    rounded,
+)
+from mambactl.kernels.triton.mamba2 import raw_row, silu, softplus, tap
+
+SIXTEEN = tl.constexpr(16)
+
+
+@triton.jit
+def _low_kernel(
+    ring, conv_weight, conv_bias, w, partial, counter, low, start, count, M, T, offset, scale, J,
+    CH: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, PART: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    split, j_tile, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    j = j_tile * 16 + tl.arange(0, SIXTEEN)
+    m = m_tile * 16 + tl.arange(0, SIXTEEN)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    b, t = m // T, m % T
+    at = tl.load(start + b, mask=m < M, other=0) + offset + t
+    real = (m < M) & (t < tl.load(count + b, mask=m < M, other=0) * scale) & (at >= 0)
+    rows = ring + (b.to(tl.int64) * SLOTS * CH)[:, None]
+    acc = tl.zeros([SIXTEEN, SIXTEEN], tl.float32)
+    for c in range(0, PART, BLOCK):
+        ch = split * PART + c + tl.arange(0, BLOCK)
+        ok = ch < CH
+        x = tl.load(conv_bias + ch, mask=ok, other=0.0).to(tl.float32)[None, :]
+        for i in tl.static_range(4):
+            back = at - 3 + i
+            raw = tl.load(
+                rows + ((back + SLOTS) % SLOTS * CH)[:, None] + ch[None, :],
+                mask=(real & (back >= 0))[:, None] & ok[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            x += raw * tap(conv_weight, ch, ok, i)[None, :]
+        w_tile = tl.load(w + j[:, None] * CH + ch[None, :], mask=(j < J)[:, None] & ok[None, :],
+                         other=0.0)  # fmt: skip
+        acc = dot(rounded(silu(x), w_tile.dtype), tl.trans(w_tile), acc)
+    tile = m_tile * tl.num_programs(1) + j_tile
+    cell = (m - m_tile * 16)[:, None] * 16 + (j - j_tile * 16)[None, :]
+    tl.store(partial + (tile * SPLITS + split) * 256 + cell, acc)
+    # whoever comes last adds the parts, always in the same order
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter + tile, 1, sem="acq_rel", scope="gpu")
+    if arrived == SPLITS - 1:
+        total = tl.zeros([SIXTEEN, SIXTEEN], tl.float32)
+        for s in range(SPLITS):
+            total += tl.load(partial + (tile * SPLITS + s) * 256 + cell, cache_modifier=".cg")
+        slot = (b * SLOTS + (at + SLOTS) % SLOTS).to(tl.int64) * J
+        tl.store(
+            low + slot[:, None] + j[None, :],
+            rounded(total, low.dtype.element_ty),
+            mask=real[:, None] & (j < J)[None, :],
+        )
+        tl.store(counter + tile, 0)
+
+
+@triton.jit
+def _row_of(tile, which):
+    """Row `which` of a tile of sixteen rows."""
+    rows = tl.arange(0, SIXTEEN)[:, None]
+    return tl.sum(tl.where(rows == which, tile, 0.0), axis=0)
+
+
+@triton.jit
+def _low_tile(low, first, last, width, cols, ok, SLOTS: tl.constexpr):
+    """Columns of sixteen positions from `first` on, [16, cols]; zeros from `last` on."""
+    at = first + tl.arange(0, SIXTEEN)
+    rows = ((at + SLOTS) % SLOTS * width)[:, None]
+    return tl.load(low + rows + cols[None, :], mask=((at >= 0) & (at < last))[:, None]
+                   & ok[None, :], other=0.0)  # fmt: skip
+
+
+@triton.jit
+def _mamba1_kernel(
+    ring, low, z, state, conv_weight, conv_bias, dt_weight, dt_bias, A, D, out, start, count, base,
+    base_next, T, offset, scale, ring_width, low_width, dt_col, b_start, c_start,
+    CH: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PIECE: tl.constexpr,
+    REPEAT: tl.constexpr, SLOTS: tl.constexpr, NATIVE: tl.constexpr, BD: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    n, r = tl.arange(0, BN), tl.arange(0, BR)
+    d_ok, n_ok = d < CH, n < N
+    inside = d_ok[:, None] & n_ok[None, :]
+    source = d // (PIECE * REPEAT) * PIECE + d % PIECE
+    group = (d // N * N)[:, None] + n[None, :]  # [D, N] channel that holds B and C of this pair
+    b_cols = b_start + group // (PIECE * REPEAT) * PIECE + group % PIECE
+    c_cols = c_start + group
+    if PDL:
+        gdc_launch_dependents()
+    w_dt = tl.load(dt_weight + d[:, None] * RANK + r[None, :],
+                   mask=d_ok[:, None] & (r < RANK)[None, :], other=0.0)  # fmt: skip
+    w0, w1 = tap(conv_weight, d, d_ok, 0), tap(conv_weight, d, d_ok, 1)
+    w2, w3 = tap(conv_weight, d, d_ok, 2), tap(conv_weight, d, d_ok, 3)
+    bias = tl.load(conv_bias + d, mask=d_ok, other=0.0).to(tl.float32)
+    shift = tl.load(dt_bias + d, mask=d_ok, other=0.0).to(tl.float32)
+    skip = tl.load(D + d, mask=d_ok, other=0.0)
+    decay = tl.load(A + d[:, None] * N + n[None, :], mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+    n_new = tl.load(count + b) * scale
+    if n_new <= 0:
+        return
+    first, begin = tl.load(base + b), tl.load(start + b) + offset
+    end = begin + n_new
+    store_at = tl.load(base_next + b)
+    ring += b.to(tl.int64) * SLOTS * ring_width
+    low += b.to(tl.int64) * SLOTS * low_width
+    place = state + (b * CH + d[:, None]).to(tl.int64) * N + n[None, :]
+    S = tl.load(place, mask=inside, other=0.0)  # [D, N]
+    x0 = raw_row(ring, first - 3, ring_width, source, d_ok, SLOTS)
+    x1 = raw_row(ring, first - 2, ring_width, source, d_ok, SLOTS)
+    x2 = raw_row(ring, first - 1, ring_width, source, d_ok, SLOTS)
+    x3 = raw_row(ring, first, ring_width, source, d_ok, SLOTS)
+    for tile in range(first, end, 16):
+        step_low = _low_tile(low, tile, end, low_width, dt_col + r, r < RANK, SLOTS)
+        steps = dot(step_low.to(w_dt.dtype), tl.trans(w_dt), tl.zeros([SIXTEEN, BD], tl.float32))
+        steps = softplus(steps + shift[None, :])  # [16, D]
+        if NATIVE:
+            keys = _low_tile(low, tile, end, low_width, b_start + n, n_ok, SLOTS).to(tl.float32)
+            queries = _low_tile(low, tile, end, low_width, c_start + n, n_ok, SLOTS).to(tl.float32)
+        for at in range(tile, tl.minimum(tile + 16, end)):
+            x4 = raw_row(ring, at + 1, ring_width, source, d_ok, SLOTS)
+            if (at == store_at) & (store_at != first):
+                tl.store(place, S, mask=inside)
+            x = silu(x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + bias)  # [D]
+            dt = _row_of(steps, at - tile)
+            if NATIVE:
+                key = _row_of(keys, at - tile)[None, :]
+            else:
+                key = raw_row(ring, at, ring_width, b_cols, inside, SLOTS)  # [D, N]
+            S = tl.fma(S, tl.exp(dt[:, None] * decay), (dt * x)[:, None] * key)
+            if at >= begin:
+                if NATIVE:
+                    query = _row_of(queries, at - tile)[None, :]
+                else:
+                    query = raw_row(ring, at, ring_width, c_cols, inside, SLOTS)
+                y = tl.sum(S * query, axis=1) + skip * x  # [D]
+                row = (b * T + at - begin).to(tl.int64) * CH + d
+                y = y * silu(tl.load(z + row, mask=d_ok, other=0.0).to(tl.float32))
+                tl.store(out + row, rounded(y, out.dtype.element_ty), mask=d_ok)
+            x0, x1, x2, x3 = x1, x2, x3, x4
+
+
+def low_splits(channels: int) -> tuple[int, int]:
+    """Programs that share the channels of x_proj, and channels of each."""
+    part = 512 if channels >= 4096 else 256
+    return triton.cdiv(channels, part), part
+
+
+def low_scratch(rows: int, columns: int, channels: int) -> tuple[int, int]:
+    """Elements of `partial` (fp32) and `counter` (int32, zero between launches)."""
+    tiles = triton.cdiv(rows, 16) * triton.cdiv(columns, 16)
+    return tiles * low_splits(channels)[0] * 256, tiles
+
+
+def mamba1_low(
+    ring: Tensor, conv_weight: Tensor, conv_bias: Tensor, w: Tensor, low: Tensor, start: Tensor,
+    count: Tensor, scale: int, *, T: int, offset: int, partial: Tensor, counter: Tensor, pdl: bool,
+) -> None:  # fmt: skip
+    """See `kernels.window.recurrent.mamba1_low`; scratch as `low_scratch` says."""
+    batch, slots, channels = ring.shape
+    splits, part = low_splits(channels)
+    grid = (splits, triton.cdiv(len(w), 16), triton.cdiv(batch * T, 16))
+    _low_kernel[grid](
+        ring, conv_weight, conv_bias, w, partial, counter, low, start, count, batch * T, T,
+        offset, scale, len(w), CH=channels, SPLITS=splits, SLOTS=slots, PART=part, BLOCK=128,
+        PDL=pdl, **launch_options(pdl, num_warps=4),
+    )  # fmt: skip
+
+
+def mamba1_window(
+    ring: Tensor, low: Tensor | None, z: Tensor, state: Tensor, conv_weight: Tensor,
+    conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, out: Tensor,
+    start: Tensor, count: Tensor, base: Tensor, base_next: Tensor, scale: int, *, T: int,
+    offset: int, piece: int, repeat: int, pdl: bool,
+) -> None:  # fmt: skip
+    """See `kernels.window.recurrent.mamba1_window`."""
+    batch, channels, size = state.shape
+    rank, n_x = dt_weight.shape[1], channels // repeat
+    if low is None:
+        source, dt_col, b_start, c_start = ring, 2 * n_x + channels, n_x, 2 * n_x
+    else:
+        source, dt_col, b_start, c_start = low, 0, rank, rank + size
+    block = 32 if batch <= 4 else 64
+    _mamba1_kernel[(triton.cdiv(channels, block), batch)](
+        ring, source, z, state, conv_weight, conv_bias, dt_weight, dt_bias, A, D, out, start,
+        count, base, base_next, T, offset, scale, ring.shape[2], source.shape[2], dt_col, b_start,
+        c_start, CH=channels, N=size, RANK=rank, PIECE=piece, REPEAT=repeat, SLOTS=ring.shape[1],
+        NATIVE=low is not None, BD=block, BN=triton.next_power_of_2(size),
+        BR=max(16, triton.next_power_of_2(rank)), PDL=pdl, **launch_options(pdl, num_warps=4),
+    )  # fmt: skip

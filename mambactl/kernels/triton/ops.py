@@ -1,0 +1,117 @@
+"""The operations of a decode pass on a GPU: picks the kernel by the number of rows."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mambactl.kernels.triton import attention, linear, mamba1, mamba2, many, token
+from mambactl.kernels.triton.launch import INTERPRETED
+from mambactl.kernels.triton.product import SOME_ROWS, Tiles, tiles_for
+
+# columns a program owns where rows are so few that ordinary arithmetic keeps up with memory
+_NARROW = {"project": 8, "project_qkv": 8, "add_residual": 4, "swiglu": 8, "head": 16}
+
+
+class TritonOps:
+    """Same methods as `kernels.window.ops.WindowOps`.
+
+    `exact` keeps every row bitwise independent of how many rows a pass has (up to 16); without it
+    passes of one or two rows take a faster way that sums in another order.
+    """
+
+    def __init__(self, exact: bool = False):
+        self.exact = exact
+        self.pdl = not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+
+    def _tiles(self, name: str, rows: int) -> Tiles | None:
+        """None where the product is the library's."""
+        return tiles_for(rows, _NARROW[name], self.exact) if rows <= SOME_ROWS else None
+
+    def square_pieces(self, rows: int, width: int) -> int:
+        """Columns of `squares` for a pass of that many rows."""
+        tiles = self._tiles("add_residual", rows)
+        return triton.cdiv(width, tiles.columns) if tiles else 1
+
+    def best_pieces(self, rows: int, vocabulary: int) -> int:
+        """Columns of `best` for that many rows of the head."""
+        tiles = self._tiles("head", rows)
+        return triton.cdiv(vocabulary, tiles.columns if tiles else many.BLOCK)
+
+    def scratch(
+        self, rows: int, batch: int, kv_heads: int, group: int, width: int, splits: int
+    ) -> tuple[int, int]:
+        """Elements of attention's `partial` and `counter`."""
+        per_head = rows // batch * group
+        return (
+            *attention.partial_shape(batch, kv_heads, per_head, width, splits),
+            *attention.counter_shape(batch, kv_heads, per_head),
+        )
+
+    low_scratch = staticmethod(mamba1.low_scratch)
+
+    def embed(self, *args: Tensor) -> None:
+        """Tokens into the stream."""
+        token.embed(*args, pdl=self.pdl)
+
+    def pick(self, *args: Tensor) -> None:
+        """The best token of every row."""
+        token.pick(*args, pdl=self.pdl)
+
+    def project(self, scaled: Tensor, *args: Any, **keywords: Any) -> None:
+        """Input projection of a recurrent mixer."""
+        self._product("project", len(scaled), scaled, *args, **keywords)
+
+    def project_qkv(self, scaled: Tensor, *args: Any, **keywords: Any) -> None:
+        """Queries, and keys and values into the cache."""
+        width = args[8].shape[3]
+        rows = len(scaled) if width % 16 == 0 else SOME_ROWS + 1
+        self._product("project_qkv", rows, scaled, *args, **keywords)
+
+    def add_residual(self, x: Tensor, *args: Any) -> None:
+        """Output projection into the stream."""
+        self._product("add_residual", len(x), x, *args)
+
+    def swiglu(self, scaled: Tensor, *args: Any) -> None:
+        """The first half of an MLP."""
+        self._product("swiglu", len(scaled), scaled, *args)
+
+    def head_best(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor, index: Tensor
+    ) -> None:
+        """Best token of every piece of the vocabulary."""
+        self._product("head", len(scaled), scaled, squares, eps, w, best, index, None)
+
+    def head_logits(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, logits: Tensor
+    ) -> None:
+        """All logits."""
+        self._product("head", len(scaled), scaled, squares, eps, w, None, None, logits)
+
+    def _product(self, name: str, rows: int, *args: Any, **keywords: Any) -> None:
+        tiles = self._tiles(name, rows)
+        if tiles is None:
+            getattr(many, name)(*args, **keywords, pdl=self.pdl)
+        else:
+            getattr(linear, name)(*args, **keywords, tiles=tiles, pdl=self.pdl)
+
+    def attention(self, *args: Any, **keywords: Any) -> None:
+        """Decode attention."""
+        attention.decode_attention(*args, **keywords, pdl=self.pdl)
+
+    def mamba2(self, *args: Any, **keywords: Any) -> None:
+        """Mamba-2 window."""
+        mamba2.mamba2_window(*args, **keywords, pdl=self.pdl)
+
+    def grouped_norm(self, *args: Any) -> None:
+        """RMSNorm within groups, in place."""
+        mamba2.grouped_norm(*args, pdl=self.pdl)
+
+    def mamba1_low(self, *args: Any, **keywords: Any) -> None:
+        """x_proj of native Mamba-1."""
+        mamba1.mamba1_low(*args, **keywords, pdl=self.pdl)
+
+    def mamba1(self, *args: Any, **keywords: Any) -> None:
+        """Mamba-1 window."""
+        mamba1.mamba1_window(*args, **keywords, pdl=self.pdl)

@@ -1,0 +1,141 @@
+"""What memory bandwidth allows: bytes a decoding step must move, and the tokens/s that follow.
+
+Weights are read once per step, recurrent states read and written once, keys and values read once;
+activations and convolution windows (together below 0.1 %) are free. So a limit errs on the high
+side, and no decoder of the same weights and cache passes it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mambactl.models.config import HybridConfig
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+
+STATE_BYTES = 4  # fp32 always
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of one decoding step of a whole batch.
+
+    weights: blocks, final norm and head; embedding: rows looked up; state: read and written;
+    kv: keys and values read, and those of the new tokens written.
+    """
+
+    weights: int
+    embedding: int
+    state: int
+    kv: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.embedding + self.state + self.kv
+
+
+def bytes_per_step(
+    config: HybridConfig,
+    weight_bytes_per_param: float = 2,
+    batch: int = 1,
+    context: int = 0,
+    tokens_per_window: int = 1,
+    kv_bytes: int = 2,
+) -> StepBytes:
+    """Bytes to run `tokens_per_window` tokens of every row behind `context` tokens held.
+
+    A_log, D and dt_bias count 4 bytes whatever the other weights are stored in. `kv_bytes` is the
+    size of one number in the KV cache.
+    """
+    new = batch * tokens_per_window
+    held = min(context, config.sliding_window or context)
+    return StepBytes(
+        weights=round(_weight_bytes(config, weight_bytes_per_param)),
+        embedding=round(new * config.hidden_size * weight_bytes_per_param),
+        state=2 * batch * state_elements(config) * STATE_BYTES,
+        kv=(batch * held + new) * _kv_elements(config) * kv_bytes,
+    )
+
+
+def parameters_read(config: HybridConfig) -> int:
+    """Parameters that every step reads: all but the embedding table (a tied one is the head)."""
+    return sum(_sizes(config))
+
+
+def _weight_bytes(config: HybridConfig, per_parameter: float) -> float:
+    plain, float32 = _sizes(config)
+    return plain * per_parameter + float32 * 4
+
+
+def _sizes(config: HybridConfig) -> tuple[int, int]:
+    """Parameters outside the embedding table: in the model's type, and kept in fp32."""
+    with torch.device("meta"):
+        model = HybridForCausalLM(config)
+    modules = (model.model.layers, model.model.norm, model.lm_head)
+    sizes = [0, 0]
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            sizes[name.rpartition(".")[2] in FLOAT32_PARAMETERS] += parameter.numel()
+    return sizes[0], sizes[1]
+
+
+def state_elements(config: HybridConfig) -> int:
+    """Numbers in the recurrent states of one sequence, all layers."""
+    count = 0
+    if "mamba2" in config.mixers:
+        s = config.mamba2_settings
+        count += config.mixers.count("mamba2") * s.d_inner * s.d_state
+    if "mamba1" in config.mixers:
+        s = config.mamba1_settings
+        count += config.mixers.count("mamba1") * s.d_inner * s.d_state
+    return count
+
+
+def _kv_elements(config: HybridConfig) -> int:
+    """Numbers in the keys and values of one token, all layers."""
+    per_layer = 2 * config.num_key_value_heads * config.head_dim
+    return config.mixers.count("attention") * per_layer
+
+
+def limit(
+    config: HybridConfig,
+    bandwidth: float,
+    weight_bytes_per_param: float = 2,
+    batch: int = 1,
+    context: int = 0,
+    kv_bytes: int = 2,
+) -> float:
+    """Tokens/s of plain decoding, all rows together; bandwidth in bytes/s."""
+    step = bytes_per_step(config, weight_bytes_per_param, batch, context, 1, kv_bytes)
+    return batch * bandwidth / step.total
+
+
+def tokens_per_step(k: int, acceptance: float) -> float:
+    """Mean tokens a step of k drafts yields, each accepted with probability `acceptance`.
+
+    The draft ends at the first rejection and the target adds one token of its own, so this is
+    1 + a + ... + a^k = (1 - a^(k+1)) / (1 - a) (arXiv 2211.17192, equation 1).
+    """
+    return sum(acceptance**i for i in range(k + 1))
+
+
+def speculative_limit(
+    target: HybridConfig,
+    draft: HybridConfig | None,
+    k: int,
+    acceptance: float,
+    bandwidth: float,
+    weight_bytes_per_param: float = 2,
+    batch: int = 1,
+    context: int = 0,
+    kv_bytes: int = 2,
+) -> float:
+    """Tokens/s of speculative decoding, all rows together: one window of k + 1 tokens through the
+    target and k single tokens through the draft; no draft model (None) is a free draft.
+    """
+    shared = {"batch": batch, "context": context, "kv_bytes": kv_bytes}
+    step = bytes_per_step(target, weight_bytes_per_param, tokens_per_window=k + 1, **shared).total
+    if draft is not None:
+        step += k * bytes_per_step(draft, weight_bytes_per_param, **shared).total
+    return batch * tokens_per_step(k, acceptance) * bandwidth / step

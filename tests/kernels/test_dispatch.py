@@ -1,0 +1,250 @@
+"""Which implementation serves which call, and that all of them mean the same."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mambactl.kernels import dispatch, reference
+
+FAKE_SCAN = """
+import torch
+from mambactl.kernels import reference
+
+def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+                      return_last_state=False):
+    assert u.dtype == delta.dtype == B.dtype == C.dtype and A.dtype == torch.float32
+    assert B.shape == C.shape and u.shape == delta.shape and u.shape[1] % B.shape[1] == 0
+    assert all(t.is_contiguous() for t in (u, delta, B, C))
+    y, state = reference.selective_scan(
+        u.mT, delta.mT, A, B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2)
+    )
+    return y.mT, state
+"""
+FAKE_SSD = """
+import torch
+from mambactl.kernels import reference
+
+def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None,
+                              initial_states=None, seq_idx=None, cu_seqlens=None,
+                              dt_softplus=False, dt_limit=(0.0, float("inf")),
+                              return_final_states=False, return_varlen_states=False):
+    assert x.shape[2] == dt.shape[2] == A.shape[0] and x.shape[2] % B.shape[2] == 0
+    assert B.shape == C.shape and dt.dtype == A.dtype == torch.float32 and return_final_states
+    if seq_idx is not None:
+        assert seq_idx.dtype == torch.int32 and (seq_idx[:, 0] == 0).all()
+    y, state = reference.ssd(x, dt, A, B, C, initial_states, seq_idx, chunk_size)
+    return y.to(x.dtype), state
+"""
+
+
+def forget() -> None:
+    for cached in (dispatch._no_cuda, dispatch._no_triton, dispatch._mamba_ssm):
+        getattr(cached, "cache_clear", lambda: None)()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv(dispatch.SWITCH, raising=False)
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def everywhere(monkeypatch) -> None:
+    """Triton kernels run on a CPU too, in the interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
+    monkeypatch.setattr(dispatch, "_no_triton", lambda: None)
+    monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: (None, "not installed"))
+
+
+@pytest.fixture
+def only_mamba_ssm(monkeypatch, tmp_path) -> None:
+    """A package with the functions and demands of mamba-ssm."""
+    ops = tmp_path / "mamba_ssm" / "ops"
+    (ops / "triton").mkdir(parents=True)
+    for folder in (ops.parent, ops, ops / "triton"):
+        (folder / "__init__.py").touch()
+    (ops / "selective_scan_interface.py").write_text(FAKE_SCAN)
+    (ops / "triton" / "ssd_combined.py").write_text(FAKE_SSD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
+    monkeypatch.setattr(dispatch, "_no_triton", lambda: "off")
+
+
+def as_bf16(inputs):
+    x, dt, A, B, C, state = inputs
+    return x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), state
+
+
+def forbid(monkeypatch, *names: str) -> None:
+    def refuse(*args, **keywords):
+        raise AssertionError("the reference was called")
+
+    for name in names:
+        monkeypatch.setattr(reference, name, refuse)
+
+
+def test_on_a_cpu_everything_is_the_reference(draw_ssd, draw_scan) -> None:
+    inputs, scan = draw_ssd(2, 70), draw_scan(2, 9)
+    assert torch.equal(dispatch.ssd(*inputs)[0], reference.ssd(*inputs)[0])
+    assert torch.equal(dispatch.selective_scan(*scan)[0], reference.selective_scan(*scan)[0])
+    x, weight = scan.x, torch.randn(12, 4)
+    expected = F.silu(reference.causal_conv1d(x, weight, None))
+    assert torch.equal(dispatch.causal_conv1d_silu(x, weight, None), expected)
+    assert dispatch.triton_missing("cpu") == "needs a CUDA device"
+    assert set(dispatch.backends("cpu")) == {"triton", "mamba-ssm"}
+
+
+def test_grouped_heads_are_repeated_for_the_reference(draw_ssd) -> None:
+    inputs = draw_ssd(1, 20, heads=4)
+    grouped = inputs.x[:, :, ::2]
+    wide = grouped.repeat_interleave(2, 2)
+    actual = dispatch.ssd(grouped, *inputs[1:])
+    expected = reference.ssd(wide, *inputs[1:])
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+def test_triton_serves_plain_calls(monkeypatch, everywhere, draw_ssd, draw_scan, assert_near):
+    inputs, scan, weight = draw_ssd(1, 20, heads=2), draw_scan(1, 5, 1, 8), torch.randn(8, 4)
+    expected = (
+        reference.ssd(*inputs),
+        reference.selective_scan(*scan),
+        (F.silu(reference.causal_conv1d(scan.x, weight, None)),),
+    )
+    forbid(monkeypatch, "ssd", "selective_scan", "causal_conv1d")
+    actual = (
+        dispatch.ssd(*inputs),
+        dispatch.selective_scan(*scan),
+        (dispatch.causal_conv1d_silu(scan.x, weight, None),),
+    )
+    for got, wanted in zip(actual, expected, strict=True):
+        for a, b in zip(got, wanted, strict=True):
+            assert_near(a, b, 2e-5)
+
+
+@pytest.mark.parametrize("why", ["gradient", "documents", "fp64", "fp16", "mixed", "switch"])
+def test_the_reference_serves_what_triton_cannot(monkeypatch, everywhere, draw_ssd, why) -> None:
+    inputs, seq_idx = draw_ssd(1, 20, heads=2), None
+    if why == "gradient":
+        inputs = inputs._replace(A=inputs.A.requires_grad_())
+    elif why == "documents":
+        seq_idx = (torch.arange(20) // 7)[None]
+    elif why == "fp64":
+        inputs = inputs.double()
+    elif why == "fp16":
+        inputs = inputs._replace(x=inputs.x.half(), B=inputs.B.half(), C=inputs.C.half())
+    elif why == "mixed":
+        inputs = inputs._replace(x=inputs.x.bfloat16())
+    else:
+        monkeypatch.setenv(dispatch.SWITCH, "reference")
+        assert dispatch.backends()["triton"] == "turned off by MAMBACTL_KERNELS=reference"
+    expected = reference.ssd(*inputs, seq_idx)
+    actual = dispatch.ssd(*inputs, seq_idx)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+def test_without_gradient_mode_parameters_do_not_matter(monkeypatch, everywhere, draw_scan) -> None:
+    inputs = draw_scan(1, 3, 1, 8)
+    inputs = inputs._replace(A=inputs.A.requires_grad_())
+    forbid(monkeypatch, "selective_scan")
+    with torch.no_grad():
+        dispatch.selective_scan(*inputs)
+    with pytest.raises(AssertionError, match="reference"):
+        dispatch.selective_scan(*inputs)
+
+
+def test_a_model_reads_prompts_through_the_kernels(monkeypatch, everywhere, make_hybrid) -> None:
+    from mambactl.decode.prefill import prefill
+
+    model = make_hybrid(["mamba2", "mamba1"])
+    prompts = [[*range(5, 27)], [7, 8, 9]]
+    with torch.no_grad():
+        actual = prefill(model, prompts, recording=False)
+        monkeypatch.setenv(dispatch.SWITCH, "reference")
+        expected = prefill(model, prompts, recording=False)
+    for got, wanted in zip(actual.layers, expected.layers, strict=True):
+        assert not torch.equal(got.state, wanted.state)
+        torch.testing.assert_close(got.state, wanted.state, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.window, wanted.window, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mamba_ssm_trains_mamba2(monkeypatch, only_mamba_ssm, draw_ssd, packed) -> None:
+    x, dt, A, B, C, state = as_bf16(draw_ssd(1, 70, groups=2, heads=4))
+    x, C = x[:, :, :2].requires_grad_(), C.repeat_interleave(2, 2)
+    # number 7 comes back: those are two documents
+    seq_idx = torch.tensor([7] * 9 + [3] * 20 + [7] * 41)[None] if packed else None
+    wide = x.repeat_interleave(2, 2)
+    expected = reference.ssd(wide, dt, A, B, C, state, seq_idx)
+    y, final = dispatch.ssd(x, dt, A, B, C, state, seq_idx)
+    assert y.dtype == final.dtype == torch.float32 and y.requires_grad
+    torch.testing.assert_close(y, expected[0], rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(final, expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_mamba_ssm_trains_mamba1(only_mamba_ssm, draw_scan) -> None:
+    x, dt, A, B, C, _ = as_bf16(draw_scan(2, 9, groups=2))
+    x, C = x.requires_grad_(), C.repeat_interleave(3, 2)
+    expected = reference.selective_scan(x, dt, A, B, C)
+    y, final = dispatch.selective_scan(x, dt, A, B, C)
+    assert y.requires_grad and not final.requires_grad
+    torch.testing.assert_close(y, expected[0])
+    torch.testing.assert_close(final, expected[1])
+
+
+def test_mamba_ssm_gets_nothing_it_would_round_or_refuse(
+    monkeypatch, only_mamba_ssm, draw_ssd, draw_scan
+) -> None:
+    def refuse(*args, **keywords):
+        raise AssertionError("mamba-ssm was called")
+
+    monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: ((refuse, refuse), None))
+    dispatch.ssd(*draw_ssd(1, 5))
+    dispatch.selective_scan(*draw_scan(1, 3))  # from a state
+    dispatch.selective_scan(*draw_scan(1, 3)[:5], None, torch.zeros(1, 3))
+    with pytest.raises(AssertionError, match="mamba-ssm"):
+        dispatch.selective_scan(*draw_scan(1, 3)[:5])
+
+
+@pytest.mark.parametrize(
+    "source", ["import selective_scan_cuda_that_is_missing", "raise OSError('undefined symbol')"]
+)
+def test_a_broken_mamba_ssm_is_a_reason_not_an_error(
+    monkeypatch, tmp_path, draw_ssd, source
+) -> None:
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
+    monkeypatch.setattr(dispatch, "_no_triton", lambda: "off")
+    assert dispatch.backends()["mamba-ssm"].startswith("does not load: ")
+    dispatch.ssd(*as_bf16(draw_ssd(1, 5)))
+
+
+def test_reasons_name_what_is_missing(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert dispatch.triton_missing() == "needs compute capability 8.0, cuda has 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    dispatch._no_cuda.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert dispatch.triton_missing().startswith("not installed")
+    assert dispatch.mamba_ssm_missing().startswith("not installed")
+
+
+def test_importing_the_dispatcher_does_not_import_triton() -> None:
+    import subprocess
+
+    code = (
+        "import sys, mambactl.kernels.dispatch; assert 'mambactl.kernels.triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
