@@ -49,6 +49,11 @@ class StageConfig(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="allow code that a checkpoint ships")
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether the stage works on a checkpoint."""
+        return True
+
 
 class ConvertConfig(StageConfig):
     """Attention layers become Mamba mixers; nothing else changes."""
@@ -158,8 +163,19 @@ class BenchConfig(StageConfig):
     batch_size: Counts = Field([1], min_length=1, description="rows decoded together")
     warmup: int = Field(1, ge=0, description="unmeasured rounds")
     iters: int = Field(3, ge=1, description="measured rounds")
+    draft: str | None = Field(None, description="decode with it too: checkpoint, ngram or shape")
+    k: Drafts = Field("auto", description="draft tokens per step; auto is what is fastest")
     baseline: str | None = Field(None, description="second model; `teacher` is the lineage's")
     min_speedup: float | None = Field(None, description="exit 7 when decode speed-up is below")
+    synthetic: Names = Field([], description="no MODEL: random weights of published shapes")
+    acceptance: float = Field(0.7, ge=0, le=1, description="of a synthetic draft's tokens")
+    verify: bool = Field(False, description="time a pass over a draft against one token's")
+    kernels: bool = Field(False, description="no MODEL: the recurrent kernel on its own")
+
+    @property
+    def needs_model(self) -> bool:
+        """Shapes and kernels come without weights."""
+        return not (self.synthetic or self.kernels)
 
 
 STAGES: dict[str, type[StageConfig]] = {

@@ -13,9 +13,9 @@ A recipe is a YAML file; its sections run in order and each key is a flag name w
         draft: ${convert}
 
 A section is a stage name, with `@label` to use a stage twice. Besides the stage's own keys it may
-hold `model` (`target` for spec-decode; default: the checkpoint written last) and `out` (a name in
-the working folder). `${section}` stands for the checkpoint of an earlier section. Data paths are
-relative to the file.
+hold `model` (`target` for spec-decode; default: the checkpoint written last; none for `bench` of
+shapes or kernels) and `out` (a name in the working folder). `${section}` stands for the checkpoint
+of an earlier section. Data paths are relative to the file.
 """
 
 import difflib
@@ -49,6 +49,11 @@ class Section:
     def writes(self) -> bool:
         """Whether the step writes a checkpoint that the next one starts from."""
         return self.stage in WRITERS
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the step works on a checkpoint."""
+        return configure(self.stage, self.values).needs_model
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,9 @@ def _check_references(sections: tuple[Section, ...], path: Path) -> None:
             if name not in written:
                 hint = f"checkpoints before it: {', '.join(written) or 'none'}"
                 raise UsageError(f"{path}: {section.key} refers to ${{{name}}}", hint)
-        if section.model is None and not written:
+        if section.model is not None and not section.needs_model:
+            raise UsageError(f"{path}: {section.key} works without a model", "drop its `model:`")
+        if section.needs_model and section.model is None and not written:
             raise UsageError(f"{path}: {section.key} has no model", "give the first stage `model:`")
         if section.writes:
             written.append(section.key)

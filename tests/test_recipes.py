@@ -66,6 +66,19 @@ def test_settings_override_one_section(tmp_path) -> None:
     assert (convert.model, a.values, b.values) == ("n", {}, {"limit": 3})
 
 
+def test_shapes_and_kernels_need_no_model(tmp_path) -> None:
+    text = "stages: {bench@a: {synthetic: tiny}, bench@b: {kernels: true}, convert: {model: m}}"
+    a, b, convert = recipes.load_recipe(write(tmp_path, text)).sections
+    assert (a.model, a.needs_model, b.needs_model, convert.needs_model) == (
+        None,
+        False,
+        False,
+        True,
+    )
+    with pytest.raises(UsageError, match="bench has no model"):
+        recipes.load_recipe(write(tmp_path, "stages: {bench: {synthetic: [], k: 3}}"))
+
+
 @pytest.mark.parametrize(
     ("text", "sentence", "hint"),
     [
@@ -73,6 +86,7 @@ def test_settings_override_one_section(tmp_path) -> None:
         ("stages: {convert: {model: m, ratoi: 1}}", "no option ratoi", "ratio"),
         ("stages: {convert: {model: m, ratio: 2}}", "ratio", "--help"),
         ("stages: {convert: {ratio: 1}}", "convert has no model", "model"),
+        ("stages: {bench: {model: m, synthetic: tiny}}", "works without a model", "model"),
         ("stages: {convert: {model: m}, eval: {teacher: '${sft}'}}", "${sft}", "convert"),
         ("stages: {eval: {model: '${eval}'}}", "${eval}", "none"),
         ("stages: []", "`stages`", None),

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import mambactl
-from mambactl.cli import doctor, inspect, io, recipe, stage
+from mambactl.cli import doctor, inspect, io, recipe, stage, table
 
 SUMMARY = """Turn a Llama-family checkpoint into a hybrid Mamba model, and decode it fast.
 
@@ -44,5 +44,6 @@ def root(
 
 stage.register(app)
 app.command("inspect")(inspect.inspect)
+app.command("table")(table.table)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipe.app, name="recipe")

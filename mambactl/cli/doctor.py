@@ -63,7 +63,13 @@ def _devices() -> dict[str, str]:
 
 
 def _kernels() -> list[tuple[str, str | None]]:
-    """Backends with the reason why each is off (None when it is live)."""
-    unused = "no kernel of this version uses it, on any device"
-    packages = ("triton", "mamba-ssm", "causal-conv1d")
-    return [("reference (PyTorch)", None), *((package, unused) for package in packages)]
+    """Implementations with the reason why each is off (None when it is live)."""
+    import torch
+
+    from mambactl.decode.backend import why_not
+    from mambactl.kernels.dispatch import backends
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = [("reference (PyTorch)", None)]
+    found += [(f"prefill, training: {name}", why) for name, why in backends(device).items()]
+    return [*found, ("decode: triton, CUDA graphs", why_not(device))]

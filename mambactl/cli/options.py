@@ -19,6 +19,10 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
 OptionalModel = Annotated[
     str | None, typer.Argument(help="another way to give the target", metavar="MODEL")
 ]
+BenchModel = Annotated[
+    str | None,
+    typer.Argument(help=f"{MODEL_HELP}; none with --synthetic or --kernels", metavar="MODEL"),
+]
 Target = Annotated[
     str | None,
     typer.Option("--target", help="model to speed up; - or none in a pipe: stdin"),

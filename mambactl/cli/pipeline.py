@@ -65,19 +65,22 @@ def make_plan(
     return Plan(recipe, folder, chosen, outputs, how)
 
 
-def run_plan(plan: Plan, dry_run: bool) -> tuple[str, dict[str, Any]]:
-    """Run the sections in order; returns the last checkpoint and every section's result."""
+def run_plan(plan: Plan, dry_run: bool) -> tuple[str | None, dict[str, Any]]:
+    """Run the sections in order; returns the last checkpoint (None where there was none at all)
+    and every section's result.
+    """
     results: dict[str, Any] = {}
-    checkpoint = ""
+    checkpoint = source = None
     renewed = False
     keys = [section.key for section in plan.sections]
     for section in plan.recipe.sections:
-        source = substitute(section.model, plan.outputs) or checkpoint
+        if section.needs_model:
+            source = substitute(section.model, plan.outputs) or checkpoint
         if section.writes:
             checkpoint = plan.outputs[section.key]
         if section.key not in keys:
             continue
-        command = _command(plan, section, source)
+        command = _command(plan, section, source if section.needs_model else None)
         console.log(f"[{keys.index(section.key) + 1}/{len(keys)}] {shlex.join(command)}")
         if dry_run:
             continue
@@ -90,8 +93,10 @@ def run_plan(plan: Plan, dry_run: bool) -> tuple[str, dict[str, Any]]:
     return checkpoint or source, results
 
 
-def _command(plan: Plan, section: Section, source: str) -> list[str]:
-    command = ["mambactl", section.stage, source]
+def _command(plan: Plan, section: Section, source: str | None) -> list[str]:
+    command = ["mambactl", section.stage]
+    if source is not None:
+        command.append(source)
     if section.writes:
         command += ["-o", plan.outputs[section.key]]
     for key, raw in section.values.items():

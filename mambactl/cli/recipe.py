@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -91,11 +91,8 @@ def run(
     checkpoint, results = run_plan(plan, dry_run)
     if dry_run:
         return
-    _finish(checkpoint, results, as_json)
-
-
-def _finish(checkpoint: str, results: dict[str, Any], as_json: bool) -> None:
     if as_json:
         io.write_json({"checkpoint": checkpoint, "sections": results})
     else:
-        io.write_out(checkpoint)
+        # without a checkpoint what is left is the folder of the results
+        io.write_out(checkpoint or str(folder.absolute()))

@@ -12,6 +12,7 @@ from mambactl.cli import io
 from mambactl.cli.options import (
     COMMON,
     OUTPUT,
+    BenchModel,
     Model,
     OptionalModel,
     Shared,
@@ -52,6 +53,7 @@ EXAMPLES = {
     "bench": (
         "mambactl bench t.st",
         "mambactl bench t.st --input-len 128,2048 --baseline teacher",
+        "mambactl bench --synthetic mamba-2.8b --draft mamba-130m -k 3",
     ),
     "generate": (
         'mambactl generate t.st -p "Why is the sky blue?"',
@@ -75,6 +77,8 @@ def _function(stage: str) -> Any:
     model: dict[str, tuple[Any, Any]] = {"model": (Model, ...)}
     if stage == "spec-decode":
         model = {"model": (OptionalModel, None), "target": (Target, None)}
+    elif stage == "bench":
+        model = {"model": (BenchModel, None)}
     output = OUTPUT if stage in WRITERS else {}
     with_parameters(command, {**model, **field_flags(STAGES[stage]), **output, **COMMON})
     return command
@@ -86,16 +90,19 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     console.set_verbosity(shared.verbosity)
     if shared.resume and shared.force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
-    model = _model(given)
+    model = _model(stage, given)
     flags = {key: value for key, value in given.items() if value not in (None, [])}
     if flags.get("prompt") == "-":
         if model == "-":
             raise UsageError("MODEL and the prompt cannot both be -", "give one of them as text")
         flags["prompt"] = io.read_text("-")
     config = _config(stage, shared, flags)
-    source = io.read_model(model)
+    source = _source(stage, config, model)
+    if stage not in WRITERS:
+        _call(stage, config, source, None, shared)
+        return
     out = Path(shared.out) if shared.out else io.default_out(source, stage)
-    if stage in WRITERS and (made := _made_before(out, stage, config, source, shared)):
+    if made := _made_before(out, stage, config, source, shared):
         console.log(f"{out} is complete, nothing to do")
         content = {"checkpoint": str(out.absolute()), "metrics": made["metrics"]}
         _write(shared, stage, content, None)
@@ -103,21 +110,24 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     _call(stage, config, source, out, shared)
 
 
-def _call(stage: str, config: StageConfig, source: str, out: Path, shared: Shared) -> None:
+def _call(
+    stage: str, config: StageConfig, source: str | None, out: Path | None, shared: Shared
+) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with io.guarded_stdout():
         module = import_module(f"mambactl.stages.{stage.replace('-', '_')}")
         if shared.dry_run:
-            _show_plan(module.plan(config, source), out if stage in WRITERS else None)
+            _show_plan(module.plan(config, source), out)
             return
-        if stage in WRITERS:
+        if out is not None:
             again = {"resume": shared.resume, "force": shared.force}
             result = module.run(config, source, out, **again)
         else:
             result = module.run(config, source)
-    path = Path(result.path).expanduser()
-    checkpoint = str(path.absolute()) if path.exists() else result.path
+    checkpoint = result.path
+    if checkpoint is not None and (path := Path(checkpoint).expanduser()).exists():
+        checkpoint = str(path.absolute())
     _write(shared, stage, {"checkpoint": checkpoint, "metrics": result.metrics}, result.text)
 
 
@@ -129,15 +139,29 @@ def _write(shared: Shared, stage: str, content: dict[str, Any], text: str | None
         io.write_out(content["checkpoint"] if text is None else text)
 
 
-def _model(given: dict[str, Any]) -> str:
+def _model(stage: str, given: dict[str, Any]) -> str | None:
     model, target = given.pop("model"), given.pop("target", None)
     if model is not None and target is not None:
         raise UsageError("MODEL and --target are the same thing", "give one of them")
     if model is not None or target is not None:
         return target if model is None else model
+    if stage == "bench":
+        return None
     if io.stdin_is_pipe():
         return "-"
     raise UsageError("no target", "mambactl spec-decode --draft DRAFT --target MODEL")
+
+
+def _source(stage: str, config: StageConfig, model: str | None) -> str | None:
+    if not config.needs_model:
+        if model is not None:
+            raise UsageError(
+                "--synthetic and --kernels work without a MODEL", f"drop {model}, or the option"
+            )
+        return None
+    if model is None:
+        raise UsageError("no MODEL", f"mambactl {stage} MODEL, or --synthetic NAME")
+    return io.read_model(model)
 
 
 def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:

@@ -12,7 +12,10 @@ import torch
 
 @dataclass
 class DecodeStats:
-    """Counts and seconds; a row step is one target pass seen by one sequence."""
+    """Counts and seconds; a row step is one target pass seen by one sequence.
+
+    `histogram` and `lengths` count row steps by tokens accepted and by tokens drafted.
+    """
 
     rows: int = 0
     prompt_tokens: int = 0
@@ -21,7 +24,9 @@ class DecodeStats:
     row_steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    rejections: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
@@ -39,21 +44,29 @@ class DecodeStats:
         self.row_steps += len(drafted)
         self.drafted += sum(drafted)
         self.accepted += sum(accepted)
+        # a draft ends at the first token that is rejected
+        self.rejections += sum(n < length for length, n in zip(drafted, accepted, strict=True))
         self.histogram.update(accepted)
+        self.lengths.update(drafted)
 
     def add(self, other: "DecodeStats") -> None:
         """Accumulate another batch of the same run."""
-        for name in ("rows", "prompt_tokens", "tokens", "steps", "row_steps"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.drafted += other.drafted
-        self.accepted += other.accepted
-        self.histogram.update(other.histogram)
-        self.seconds.update(other.seconds)
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
 
     @property
     def acceptance(self) -> float:
         """Share of drafted tokens that the target kept; 0 when nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def acceptance_per_token(self) -> float:
+        """Share of the drafted tokens that were judged: those after a rejected one never are."""
+        judged = self.accepted + self.rejections
+        return self.accepted / judged if judged else 0.0
 
     @property
     def tokens_per_step(self) -> float:

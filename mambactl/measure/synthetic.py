@@ -25,6 +25,7 @@ from mambactl.models.layout import kept_attention
 
 # of every projection, as in Llama and GPT-2
 STD = 0.02
+DISAGREEMENT = 0x5EED
 # no tokens with a meaning, and a head of its own, which a script needs
 _COMMON = {
     "rms_norm_eps": 1e-5,
@@ -203,7 +204,8 @@ def disagreeing(successor: Tensor, share: float, seed: int = 0) -> Tensor:
     if not 0 <= share <= 1:
         raise ValueError(f"a share of {share} is not between 0 and 1")
     cycle = successor.unique()  # [n]
-    generator = torch.Generator().manual_seed(seed)
+    # with the order that `successors` draws these would be a stretch of the cycle, not a sample
+    generator = torch.Generator().manual_seed(seed ^ DISAGREEMENT)
     chosen = cycle[torch.randperm(len(cycle), generator=generator)[: round(share * len(cycle))]]
     other = successor.clone()
     # one token has nobody to exchange with: it then follows itself, which no cycle contains

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mambactl.kernels.window.recurrent import TAPS, spread
+from mambactl.kernels.window.linear import TAPS
+from mambactl.kernels.window.recurrent import spread
 from mambactl.models.config import Mamba1Settings, Mamba2Settings
 from mambactl.models.hybrid import HybridForCausalLM
 

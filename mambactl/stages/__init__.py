@@ -8,10 +8,10 @@ from typing import Any
 class StageResult:
     """What a stage hands to the command line.
 
-    `path` is the checkpoint for the next stage, `metrics` is JSON-able, `text` replaces the path
-    on stdout for commands that print text.
+    `path` is the checkpoint for the next stage (None where there is none), `metrics` is JSON-able,
+    `text` replaces the path on stdout for commands that print text.
     """
 
-    path: str
+    path: str | None
     metrics: dict[str, Any] = field(default_factory=dict)
     text: str | None = None

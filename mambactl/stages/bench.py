@@ -1,4 +1,4 @@
-"""`bench`: prefill and decode speed, memory and cache of a model, alone or against another."""
+"""`bench`: prefill and decode speed, memory and cache of models, alone, drafted for or compared."""
 
 import gc
 from typing import Any
@@ -6,15 +6,17 @@ from typing import Any
 import torch
 
 from mambactl import console
-from mambactl.checkpoint.load import load_model
-from mambactl.checkpoint.summary import describe
-from mambactl.errors import CheckError, ModelError, UsageError
+from mambactl.errors import CheckError, UsageError
+from mambactl.measure.bandwidth import read_bandwidth
+from mambactl.measure.speculation import speculation
+from mambactl.measure.subject import Grid, Subject
 from mambactl.measure.throughput import throughput
-from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.measure.verify import require_kernels, verify
 from mambactl.recipe import BenchConfig
-from mambactl.stages import StageResult
+from mambactl.stages import StageResult, bench_report, decoding, subjects
 from mambactl.stages.placement import place
-from mambactl.stages.results import save_results
+from mambactl.stages.results import machine, save_results
+from mambactl.stages.subjects import Source
 from mambactl.stages.teacher import teacher_of
 
 STAGE = "bench"
@@ -29,44 +31,53 @@ RATIOS = {
 Points = list[dict[str, Any]]
 
 
-def run(config: BenchConfig, source: str) -> StageResult:
+def run(config: BenchConfig, source: str | None) -> StageResult:
     """Measure every context length and batch size; CheckError below `min_speedup`."""
-    baseline = _baseline(config, source)
+    baseline = _prepare(config, source)
     device, dtype = place(config)
-    points = _measure(config, source, device, dtype)
-    metrics: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    if config.verify or config.kernels:
+        require_kernels(device, "--kernels" if config.kernels else "--verify")
+    bandwidth = read_bandwidth(device)
+    metrics = machine(device) | {
         "dtype": str(dtype).removeprefix("torch."),
-        "points": points,
+        "bandwidth_bytes_per_second": bandwidth,
+        "config": config.model_dump(mode="json"),
     }
-    if baseline is not None:
-        other = _measure(config, baseline, device, dtype)
-        metrics |= {"baseline": baseline, "baseline_points": other}
-        metrics["points"] = compare(points, other)
-    _show(source, metrics)
-    save_results(STAGE, source, device.type, config, metrics)
-    _check(config, metrics["points"])
-    return StageResult(path=source, metrics=metrics)
+    console.log(f"{metrics['device']} reads {bandwidth / 1e9:,.0f} GB/s")
+    if config.kernels:
+        return _kernels(config, metrics, device, dtype)
+    if source is None:
+        return _synthetic(config, metrics, device, dtype)
+    return _checkpoint(config, source, baseline, metrics, device, dtype)
 
 
-def plan(config: BenchConfig, source: str) -> dict[str, Any]:
+def plan(config: BenchConfig, source: str | None) -> dict[str, Any]:
     """What would be measured; reads headers only."""
-    baseline = _baseline(config, source)
+    baseline = _prepare(config, source)
     device, dtype = place(config)
-    found = describe(source)
-    other = describe(baseline) if baseline else None
+    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    if config.kernels:
+        return {"kernels": True, **where}
+    sizes = {
+        "draft": config.draft,
+        "k": config.k if config.draft else 0,
+        "input_len": config.input_len,
+        "batch_sizes": config.batch_size,
+        "output_len": config.output_len,
+    }
+    if source is None:
+        return subjects.about_shapes(config) | sizes | where
+    found = subjects.about_checkpoint(source)
+    other = subjects.about_checkpoint(baseline) if baseline else None
     return {
         "source": found["checkpoint"],
         "parameters": found["parameters"],
         "mixers": found["mixers"],
         "baseline": other and other["checkpoint"],
         "baseline_parameters": other and other["parameters"],
-        "input_len": config.input_len,
-        "batch_sizes": config.batch_size,
-        "output_len": config.output_len,
+        **sizes,
         "cache_bytes_at_most": _cache_bytes(config, found["cache"]),
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        **where,
     }
 
 
@@ -85,42 +96,103 @@ def _ratio(point: dict[str, Any], other: dict[str, Any], column: str) -> float |
     return theirs / mine if column == "cache_bytes" else mine / theirs
 
 
-def _baseline(config: BenchConfig, source: str) -> str | None:
+def _prepare(config: BenchConfig, source: str | None) -> str | None:
+    """Refuse what contradicts itself; returns the baseline."""
+    if config.kernels and config.synthetic:
+        raise UsageError("--kernels and --synthetic exclude each other", "give one of them")
     if config.min_speedup is not None and config.baseline is None:
         raise UsageError(
             "--min-speedup needs something to be faster than",
             hint="pass --baseline teacher, or --baseline MODEL",
         )
+    if source is None:
+        if config.baseline is not None:
+            raise UsageError(
+                "--baseline compares checkpoints", "compare shapes with --synthetic NAME,NAME"
+            )
+        subjects.require_shapes(config)
+        return None
+    decoding.require_draft(config, source)
     return (
-        teacher_of(source, None, "--baseline")
-        if config.baseline == "teacher"
-        else (config.baseline)
+        teacher_of(source, None, "--baseline") if config.baseline == "teacher" else config.baseline
     )
 
 
-def _measure(config: BenchConfig, spec: str, device: torch.device, dtype: torch.dtype) -> Points:
-    model = load_model(
-        spec, device=str(device), dtype=dtype, trust_remote_code=config.trust_remote_code
-    )
-    if not isinstance(model, HybridForCausalLM):
-        raise ModelError(
-            f"{spec} runs code of its own, which the decode engine cannot drive",
-            hint="bench a checkpoint that loads without --trust-remote-code",
-        )
-    points = throughput(
-        model,
+def _checkpoint(
+    config: BenchConfig,
+    source: str,
+    baseline: str | None,
+    metrics: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StageResult:
+    own = subjects.checkpoint(config, source, device, dtype, config.draft)
+    metrics["points"] = _measure(config, own, metrics, device)
+    if baseline is not None:
+        plain = subjects.checkpoint(config, baseline, device, dtype, None)
+        other = _measure(config, plain, metrics, device)
+        metrics |= {"baseline": baseline, "baseline_points": other}
+        metrics["points"] = compare(metrics["points"], other)
+    bench_report.show(source, metrics)
+    save_results(STAGE, source, device.type, config, metrics)
+    _check(config, metrics["points"])
+    return StageResult(path=source, metrics=metrics)
+
+
+def _synthetic(
+    config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> StageResult:
+    metrics["points"] = []
+    for name in config.synthetic:
+        source = subjects.synthetic(config, name, device, dtype)
+        points = _measure(config, source, metrics, device)
+        bench_report.show(name, metrics | {"points": points})
+        metrics["points"] += points
+    return StageResult(None, metrics, ",".join(config.synthetic))
+
+
+def _kernels(
+    config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> StageResult:
+    # imports Triton
+    from mambactl.measure.recurrence import BATCHES, contest
+
+    rows = []
+    with console.progress("kernels", len(BATCHES)) as progress:
+        for batch in BATCHES:
+            rows.append(contest(batch, device, dtype, config.seed))
+            progress.advance(status=f"{batch} rows")
+    metrics |= {"points": [], "kernels": rows}
+    bench_report.show_kernels(metrics)
+    best = max(rows, key=lambda row: row["ratio"])
+    text = f"replay is {best['ratio']:.2f}x a state per token at {best['batch_size']} rows"
+    return StageResult(None, metrics, text)
+
+
+def _measure(
+    config: BenchConfig, source: Source, metrics: dict[str, Any], device: torch.device
+) -> Points:
+    grid = Grid(
         config.input_len,
         config.batch_size,
         config.output_len,
         config.warmup,
         config.iters,
         config.seed,
-        label=spec,
     )
+    bandwidth = metrics["bandwidth_bytes_per_second"]
+    subject = Subject(source.target(), source.name, bandwidth, source.successor)
+    points = throughput(subject, grid)
+    if source.draft is not None:
+        points = speculation(subject, source.draft(), config.k, grid, points)
+    if config.verify:
+        points = verify(subject, config.k, grid, points)
     # the next model's peak must not hold this one
-    del model
+    del subject
     gc.collect()
-    return points
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [{"model": source.name, **point} for point in points]
 
 
 def _cache_bytes(config: BenchConfig, cache: dict[str, int]) -> int:
@@ -129,43 +201,11 @@ def _cache_bytes(config: BenchConfig, cache: dict[str, int]) -> int:
     return max(config.batch_size) * per_row
 
 
-def _show(source: str, metrics: dict[str, Any]) -> None:
-    title = f"{source} on {metrics['device']} in {metrics['dtype']}"
-    columns = ("context x rows", "", "prefill tok/s", "decode tok/s", "cache MiB", "peak MiB")
-    others: Points = metrics.get("baseline_points", [])
-    if others:
-        title += f", against {metrics['baseline']}"
-    lines = []
-    for index, point in enumerate(metrics["points"]):
-        lines.append((_name(point), "model" if others else "", *_cells(point)))
-        if others:
-            lines.append(("", "baseline", *_cells(others[index])))
-            lines.append(("", "gain", *(_times(point[ratio]) for ratio in RATIOS.values()), ""))
-    console.table(title, columns, lines)
-
-
-def _name(point: dict[str, Any]) -> str:
-    return f"{point['input_len']} x {point['batch_size']}"
-
-
-def _cells(point: dict[str, Any]) -> list[str]:
-    rates = [point["prefill_tokens_per_second"], point["decode_tokens_per_second"]]
-    sizes = [point["cache_bytes"], point["peak_bytes"]]
-    return [
-        *("-" if rate is None else f"{rate:,.1f}" for rate in rates),
-        *("-" if size is None else f"{size / 2**20:,.2f}" for size in sizes),
-    ]
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
-
-
 def _check(config: BenchConfig, points: Points) -> None:
     if config.min_speedup is None:
         return
     slow = [
-        f"{_name(point)}: {_times(point['decode_speedup'])}"
+        f"{bench_report.name(point)}: {bench_report.times(point['decode_speedup'])}"
         for point in points
         if not _fast_enough(point, config.min_speedup)
     ]

@@ -16,7 +16,7 @@ from mambactl.decode.prompts import BUILTIN, Prompt, encode
 from mambactl.decode.sampling import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import GenerateConfig
+from mambactl.recipe import BenchConfig, GenerateConfig
 from mambactl.stages.placement import place
 
 PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
@@ -103,7 +103,7 @@ def prepare(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> S
     return Setup(target, tokenizer, draft, config.k, encoded, params)
 
 
-def require_draft(config: GenerateConfig, source: str) -> None:
+def require_draft(config: GenerateConfig | BenchConfig, source: str) -> None:
     """Raise ModelError when the draft means other tokens than the target."""
     if config.draft not in (None, NGRAM):
         hint = "take a draft of the target's family, or --draft ngram"

@@ -4,14 +4,31 @@ import json
 import os
 import re
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mambactl import __version__, console
 from mambactl.checkpoint.resolve import cache_dir
 from mambactl.recipe import StageConfig
 
 LONGEST_NAME = 120
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a speed was measured on, with what, and when."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "versions": {"torch": torch.__version__, "triton": triton, "mambactl": __version__},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def save_results(

@@ -33,8 +33,10 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
     metrics = _metrics(config, plain, result)
     _show(config, source, plain.stats, result.stats, metrics)
     if config.check:
-        require_equal(setup.target, setup.prompts, plain.tokens, result.tokens)
-        console.log(f"every token of {len(prompts)} prompts equals plain decoding")
+        ties = require_equal(setup.target, setup.prompts, plain.tokens, result.tokens)
+        metrics["ties"] = ties
+        same = f"every token of {len(prompts)} prompts equals plain decoding"
+        console.log(f"{same}, but for {ties} that part at a tie of two logits" if ties else same)
     if config.prompt is not None:
         return StageResult(source, metrics, setup.text(result.tokens[0]))
     save_results(STAGE, source, f"{config.draft}-k{config.k}", config, metrics)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import WORDS
 
 from mambactl.cli import pipeline
@@ -94,6 +95,11 @@ def test_doctor_names_what_is_live(cli) -> None:
     found = json.loads(cli("doctor", "--json").out)
     assert found["kernels"][0] == ["reference (PyTorch)", None]
     assert found["packages"]["torch"] != "missing"
+    kernels = dict(found["kernels"])
+    assert "prefill, training: mamba-ssm" in kernels
+    if not torch.cuda.is_available():
+        assert kernels["prefill, training: triton"] == "needs a CUDA device"
+        assert kernels["decode: triton, CUDA graphs"] == "the device is cpu"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

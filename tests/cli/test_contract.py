@@ -143,6 +143,10 @@ def test_lists_repeat_or_split_on_commas(cli, fake_stage) -> None:
         (["bench", "m", "--input-len", "-5"], "input-len: input should be greater", "--help"),
         (["bench", "m", "--input-len", "0"], "input-len: input should be greater", "--help"),
         (["bench", "m", "--batch-size", "2,0"], "batch-size: input should be greater", "--help"),
+        (["bench"], "no MODEL", "--synthetic NAME"),
+        (["bench", "m", "--synthetic", "tiny"], "without a MODEL", "drop m"),
+        (["bench", "m", "--kernels"], "without a MODEL", "drop m"),
+        (["bench", "m", "--k", "many"], "k: input should be", "--help"),
         (["bench", "m", "--set", "batch_size=[]"], "batch-size: list should have", "--help"),
     ],
 )

@@ -34,9 +34,10 @@ FLAGS = {
     f"{EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} {EVERY_STAGE}",
-    "bench": "--input-len --output-len --batch-size --warmup --iters --baseline --min-speedup "
-    f"{EVERY_STAGE}",
+    "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
+    f"--min-speedup --synthetic --acceptance --verify --kernels {EVERY_STAGE}",
     "inspect": "--tensors --lineage --json --help",
+    "table": "--into --help",
     "doctor": "--json --help",
     "recipe run": "--out --from --to --set --resume --force --dry-run --json --quiet --verbose "
     "--help",
@@ -63,7 +64,12 @@ def test_help_is_light_on_imports(python) -> None:
         "import sys; from mambactl.__main__ import run; run(sys.argv[1:]);"
         f"sys.exit(', '.join(m for m in {HEAVY} if m in sys.modules) or 0)"
     )
-    for command in (["--help"], ["distill", "--help"], ["recipe", "run", "--help"]):
+    for command in (
+        ["--help"],
+        ["bench", "--help"],
+        ["recipe", "run", "--help"],
+        ["table", "--help"],
+    ):
         done = python("-c", code, *command)
         assert (done.code, done.err) == (0, ""), command
         assert "Usage: mambactl" in done.out

@@ -67,6 +67,19 @@ def test_sections_run_in_order_and_hand_on_checkpoints(cli, children, recipe, tm
     assert 'data=["x"]' in children[1]
 
 
+def test_sections_without_a_model(cli, children, tmp_path) -> None:
+    path = tmp_path / "speed.yaml"
+    path.write_text("stages: {bench@a: {synthetic: tiny}, bench@b: {kernels: true}}")
+    done = cli("recipe", "run", str(path))
+    assert (done.code, done.out) == (0, f"{tmp_path / 'runs' / 'speed'}\n")
+    assert [command[:3] for command in children] == [
+        ["bench", "--set", "synthetic=tiny"],
+        ["bench", "--set", "kernels=true"],
+    ]
+    shown = json.loads(cli("recipe", "run", str(path), "--resume", "--json").out)
+    assert shown["checkpoint"] is None and list(shown["sections"]) == ["bench@a", "bench@b"]
+
+
 def test_failure_stops_with_its_code_and_resume_goes_on(
     cli, children, recipe, monkeypatch, tmp_path
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.decode import engine as engine_module
-from mambactl.decode.equality import first_difference, top_gap
+from mambactl.decode.equality import first_differences, require_equal, top_gap
 from mambactl.decode.prompts import Prompt, encode
 from mambactl.errors import CheckError, ModelError, UsageError
 from mambactl.recipe import GenerateConfig, SpecDecodeConfig
@@ -116,13 +116,27 @@ def test_check_names_the_first_wrong_token_and_the_gap(tiny_llama_dir, monkeypat
     assert f"prompt 0 at new token 0: {second} instead of {best}" in message
     assert f"{gap:.3g} apart" in message
     assert caught.value.code == 7
-    assert top_gap(model, tokens) == pytest.approx(gap, rel=1e-4)
+    assert top_gap(model, tokens)[0] == pytest.approx(gap, rel=1e-4)
 
 
 def test_a_missing_token_is_a_difference():
-    assert first_difference([[1, 2], [3]], [[1, 2], [3]]) is None
-    assert first_difference([[1, 2], [3, 4]], [[1, 2], [3]]) == (1, 1)
-    assert first_difference([[1, 2]], [[1, 3]]) == (0, 1)
+    assert first_differences([[1, 2], [3]], [[1, 2], [3]]) == {}
+    assert first_differences([[1, 2], [3, 4]], [[1, 2], [3]]) == {1: 1}
+    assert first_differences([[1, 2], [5]], [[1, 3], [4]]) == {0: 1, 1: 0}
+
+
+def test_only_a_tie_of_the_two_best_logits_is_forgiven(make_hybrid):
+    model = make_hybrid(["attention", "mamba2"], seed=3)
+    prompt = [5, 9, 17]
+    best, second = model(input_ids=torch.tensor([prompt])).logits[0, -1].topk(2).indices.tolist()
+    rows = [prompt], [[best, 4]], [[second, 8]]
+    with pytest.raises(CheckError, match="2 best logits|two best logits"):
+        require_equal(model, *rows)
+    with torch.no_grad():
+        # the same row of the head: the two logits are equal to the last bit
+        model.lm_head.weight[second] = model.lm_head.weight[best]
+    assert require_equal(model, *rows) == 1
+    assert require_equal(model, [prompt], [[best]], [[best]]) == 0
 
 
 def test_a_draft_with_other_tokens_is_refused(tiny_llama_dir, draft_dir, tmp_path):

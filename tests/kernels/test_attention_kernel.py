@@ -47,7 +47,16 @@ class Case(NamedTuple):
 
 
 def draw(
-    device, starts, counts, T=1, scale=1, heads=4, kv_heads=2, P=64, kind=torch.float32, seed=0,
+    device,
+    starts,
+    counts,
+    T=1,
+    scale=1,
+    heads=4,
+    kv_heads=2,
+    P=64,
+    kind=torch.float32,
+    seed=0,
     offset=0,
 ) -> Case:
     g = torch.Generator().manual_seed(seed)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mambactl.errors import CheckError, UsageError
+from mambactl.errors import CheckError, ModelError, ResourceError, UsageError
 from mambactl.recipe import BenchConfig
-from mambactl.stages import bench
+from mambactl.stages import bench, bench_report, subjects
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,9 @@ def test_against_the_teacher_of_the_lineage(student, tiny_llama_dir, capsys):
     assert captured.out == "" and "64 x 2" in captured.err and "gain" in captured.err
     kept = json.loads((student / "results" / "bench-cpu.json").read_text("utf-8"))
     assert kept["metrics"] == metrics
+    assert {point["model"] for point in metrics["points"]} == {str(student)}
+    assert metrics["config"]["baseline"] == "teacher" and len(metrics["date"]) == 10
+    assert metrics["versions"]["torch"] and metrics["bandwidth_bytes_per_second"] > 1e8
 
 
 def point(decode, cache=100):
@@ -44,6 +47,8 @@ def point(decode, cache=100):
         "batch_size": 1,
         "prefill_tokens_per_second": 10.0,
         "decode_tokens_per_second": decode,
+        "decode_byte_limit": 100.0,
+        "decode_share": 0.1,
         "cache_bytes": cache,
         "peak_bytes": 1,
     }
@@ -73,8 +78,9 @@ def test_the_bound_on_the_speed_up(student, monkeypatch, mine, theirs, fails):
 
 
 def test_alone_without_a_baseline(tiny_llama_dir):
-    points = bench.run(cpu(input_len=[4]), str(tiny_llama_dir)).metrics["points"]
-    assert "decode_speedup" not in points[0]
+    (point,) = bench.run(cpu(input_len=[4]), str(tiny_llama_dir)).metrics["points"]
+    assert "decode_speedup" not in point and "speculative_speedup" not in point
+    assert point["decode_share"] == point["decode_tokens_per_second"] / point["decode_byte_limit"]
 
 
 def test_a_bound_needs_a_baseline(student):
@@ -88,8 +94,104 @@ def test_teacher_of_a_model_without_lineage(tiny_llama_dir):
     assert "--baseline MODEL" in raised.value.hint
 
 
+@pytest.mark.parametrize("draft", ["ngram", "teacher"])
+def test_a_draft_adds_to_every_point(student, tiny_llama_dir, draft, capsys):
+    draft = str(tiny_llama_dir) if draft == "teacher" else draft
+    config = cpu(draft=draft, k=2, output_len=6, batch_size=[1, 2])
+    points = bench.run(config, str(student)).metrics["points"]
+    assert len(points) == 4
+    for point in points:
+        gain = point["speculative_tokens_per_second"] / point["decode_tokens_per_second"]
+        assert point["speculative_speedup"] == gain
+        assert (point["k"], point["tokens_per_step"] >= 1) == (2, True)
+        assert 0 <= point["acceptance"] <= 1
+    shown = capsys.readouterr().err
+    assert f"with {draft} on cpu" in shown and "tok/step" in shown
+
+
+def test_a_draft_of_other_tokens_is_refused(student, permuted):
+    with pytest.raises(ModelError, match="draft"):
+        bench.run(cpu(draft=permuted), str(student))
+
+
+def test_synthetic_models_one_after_the_other(capsys):
+    config = cpu(
+        synthetic="tiny,tiny-mamba2", draft="tiny-draft", k=3, acceptance=1.0, output_len=8
+    )
+    result = bench.run(config, None)
+    assert (result.path, result.text) == (None, "tiny,tiny-mamba2")
+    found = [(point["model"], point["input_len"]) for point in result.metrics["points"]]
+    assert found == [("tiny", 8), ("tiny", 64), ("tiny-mamba2", 8), ("tiny-mamba2", 64)]
+    assert [point["tokens_per_step"] for point in result.metrics["points"]] == [4] * 4
+    assert json.loads(json.dumps(result.metrics)) == result.metrics
+    shown = capsys.readouterr()
+    assert shown.out == "" and "tiny-mamba2 with tiny-draft on cpu" in shown.err
+
+
+def test_acceptance_is_what_was_asked_for():
+    asked = {"draft": "tiny-draft", "k": 3, "input_len": [8], "output_len": 120}
+    for share in (0.3, 0.8):
+        config = cpu(synthetic=["tiny"], acceptance=share, batch_size=[8], **asked)
+        (point,) = bench.run(config, None).metrics["points"]
+        assert point["acceptance"] == pytest.approx(share, abs=0.07)
+
+
+def test_wrong_tokens_of_a_synthetic_model_fail(monkeypatch):
+    real = subjects.build
+
+    def broken(*arguments):
+        model = real(*arguments)
+        model.lm_head.weight.data.neg_()
+        return model
+
+    monkeypatch.setattr(subjects, "build", broken)
+    with pytest.raises(CheckError, match="token 0 of row 0") as raised:
+        bench.run(cpu(synthetic=["tiny"]), None)
+    assert raised.value.code == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"synthetic": ["tinny"]}, "no synthetic model tinny"),
+        ({"synthetic": ["tiny"], "draft": "m"}, "no synthetic model m"),
+        ({"synthetic": ["tiny"], "kernels": True}, "exclude each other"),
+        ({"synthetic": ["tiny"], "baseline": "m"}, "--baseline compares checkpoints"),
+    ],
+)
+def test_what_synthetic_models_cannot_be(fields, sentence):
+    for action in (bench.run, bench.plan):
+        with pytest.raises(UsageError, match=sentence) as raised:
+            action(cpu(**fields), None)
+    assert "no synthetic" not in sentence or "mamba-2.8b" in raised.value.hint
+
+
+@pytest.mark.parametrize("fields", [{"synthetic": ["tiny"], "verify": True}, {"kernels": True}])
+def test_what_needs_a_gpu_says_so(fields):
+    with pytest.raises(ResourceError, match="needs the GPU's decode kernels") as raised:
+        bench.run(cpu(**fields), None)
+    assert raised.value.code == 6
+
+
+def test_the_plan_of_synthetic_models_makes_none(monkeypatch):
+    monkeypatch.setattr(subjects, "build", lambda *_: pytest.fail("a model was made"))
+    found = bench.plan(cpu(synthetic=["llama3-8b"], draft="draft-llama3-2l"), None)
+    sizes = found["parameters_read"]
+    assert 7e9 < sizes["llama3-8b"] < 8e9 and sizes["draft-llama3-2l"] < 1e9
+    assert found["k"] == "auto" and json.dumps(found)
+
+
+def test_the_kernels_table(capsys):
+    row = {"batch_size": 8, "ratio": 2.5}
+    for way in ("fused", "snapshots"):
+        row |= {f"{way}_microseconds": 10.0, f"{way}_bytes": 4e6, f"{way}_bytes_per_second": 4e11}
+    bench_report.show_kernels({"device": "gpu", "dtype": "bfloat16", "kernels": [row]})
+    shown = capsys.readouterr().err
+    assert "2.50x" in shown and "400" in shown and "Mamba-2 layer on gpu" in shown
+
+
 def test_the_plan_reads_headers_only(student, tiny_llama_dir, monkeypatch):
-    monkeypatch.setattr(bench, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(subjects, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     found = json.loads(json.dumps(bench.plan(cpu(baseline="teacher"), str(student))))
     assert found["baseline"] == str(tiny_llama_dir)
     assert found["input_len"] == [8, 64] and found["cache_bytes_at_most"] > 0

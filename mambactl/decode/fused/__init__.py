@@ -1,1 +1,1 @@
-"""Decoding without the host: draft, verify, accept and commit as one captured sequence of kernels."""
+"""Decoding without the host: draft, verify, accept and commit as one CUDA graph."""

@@ -179,9 +179,7 @@ class _Run:
             if self.on_tokens is not None:
                 self.on_tokens(row, new)
             if letter[Letter.FINISH] != Finish.RUNNING:
-                self.output.finish[row] = (
-                    "eos" if letter[Letter.FINISH] == Finish.EOS else "length"
-                )
+                self.output.finish[row] = "eos" if letter[Letter.FINISH] == Finish.EOS else "length"
                 self.running.discard(row)
         if drafted:
             self.output.stats.count_step(drafted, accepted)

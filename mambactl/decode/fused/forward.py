@@ -115,17 +115,24 @@ class Pass:
         scratch = self.state.scratch
         self.ops.attention(
             q, held.keys, held.values, window.start, window.active, window.T, mixed,
-            scratch.partial, scratch.counter, splits=self.state.splits, window=m.window, **where,
+            scratch.partial, scratch.counter, splits=self.state.splits, window=m.window,
+            **where,
         )  # fmt: skip
 
-    def _project(self, m: Mamba1Weights | Mamba2Weights, held: RecurrentState, s: Stream,
-                 window: Window) -> Tensor:  # fmt: skip
+    def _project(
+        self,
+        m: Mamba1Weights | Mamba2Weights,
+        held: RecurrentState,
+        s: Stream,
+        window: Window,
+        conv: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Raw projections into the ring; returns the gate z [M, d_inner]."""
         z = s.wide[: window.rows * m.sizes.d_inner].view(window.rows, -1)
         self.ops.project(
             s.scaled, s.squares, self.weights.eps, m.inner.weight, m.inner.bias, z, held.ring,
             window.start, window.active, window.T, T=window.T, offset=window.offset,
-            ring_lo=m.ring_lo,
+            ring_lo=m.ring_lo, conv=conv,
         )  # fmt: skip
         return z
 
@@ -146,14 +153,13 @@ class Pass:
     def _mamba1(
         self, m: Mamba1Weights, held: RecurrentState, s: Stream, mixed: Tensor, window: Window
     ) -> None:
-        z = self._project(m, held, s, window)
-        scratch = self.state.scratch
         where = {"T": window.T, "offset": window.offset}
-        if m.low is not None:
-            self.ops.mamba1_low(
-                held.ring, m.conv.weight, m.conv.bias, m.low, held.low, window.start,
-                window.active, window.T, partial=scratch.partial, counter=scratch.counter, **where,
-            )  # fmt: skip
+        if m.low is None:
+            z = self._project(m, held, s, window)
+        else:
+            x = s.inner[: window.rows * m.sizes.d_inner].view(window.rows, -1)
+            z = self._project(m, held, s, window, (m.conv.weight, m.conv.bias, x))
+            self.ops.mamba1_low(x, m.low, held.low, window.start, window.active, window.T, **where)
         self.ops.mamba1(
             held.ring, held.low, z, held.state, m.conv.weight, m.conv.bias, m.dt.weight, m.dt.bias,
             m.A, m.D, mixed, window.start, window.active, window.base, window.base_next, window.T,

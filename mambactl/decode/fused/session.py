@@ -31,13 +31,16 @@ class Capture:
     capture_seconds: float = 0.0
 
 
-def ring_limit(weights: PackedModel, batch: int, span: int) -> int:
-    """Ring slots in use: three before the stored state, two steps of `span`, and what is replayed.
+def ring_limit(weights: PackedModel, batch: int, k: int) -> int:
+    """Ring slots in use: three before the stored state, two steps of k + 1 tokens, and a replay.
 
     A Mamba-1 layer's ring is nearly as large as its state, so its state is stored at every step.
+    0 for plain decoding of few sequences: the state is stored after each token.
     """
-    extra = REPLAY_TOKENS if batch >= REPLAY_FROM and not weights.has_mamba1 else 0
-    return 2 * span + 3 + extra
+    lazy = batch >= REPLAY_FROM and not weights.has_mamba1
+    if k == 0 and not lazy:
+        return 0
+    return 2 * (k + 1) + 3 + (REPLAY_TOKENS if lazy else 0)
 
 
 class Session:
@@ -56,13 +59,13 @@ class Session:
         device = target.table.device
         self.size, self.capacity, self.k, self.device = size, capacity, k, device
         self.batch = Batch(size, capacity, k, device)
-        self.limits = {"span": k + 1, "limit": ring_limit(target, size, k + 1), "draft_limit": 0}
+        self.limits = {"span": k + 1, "limit": ring_limit(target, size, k), "draft_limit": 0}
         self.target_weights, self.draft_weights = target, draft
         self.target = self._state(target, ops, self.limits["limit"], k + 1)
         self.draft: ModelState | None = None
         drafter: Pass | str | None = draft
         if isinstance(draft, PackedModel):
-            self.limits["draft_limit"] = ring_limit(draft, size, k + 1)
+            self.limits["draft_limit"] = ring_limit(draft, size, k)
             self.draft = self._state(draft, ops, self.limits["draft_limit"], 2)
             drafter = Pass(draft, self.draft, ops)
         self.step = Step(
@@ -79,7 +82,7 @@ class Session:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def _state(self, weights: PackedModel, ops: Any, limit: int, longest: int) -> ModelState:
-        slots = 1 << (limit - 1).bit_length()
+        slots = max(8, 1 << (limit - 1).bit_length())
         return make_state(weights, ops, self.size, self.capacity, slots, longest)
 
     def nbytes(self) -> int:
@@ -161,4 +164,3 @@ class Session:
             tensor.copy_(copy)
         self.batch.mailbox.zero_()
         return {k: self.seconds[k, sampled] for k in ks}
-

@@ -8,7 +8,6 @@ from torch import Tensor
 from mambactl.models.cache import HybridCache, RecurrentCache
 from mambactl.models.packed import (
     AttentionWeights,
-    Mamba1Weights,
     Mamba2Weights,
     MixerWeights,
     PackedModel,
@@ -97,7 +96,9 @@ def make_state(
 ) -> ModelState:
     """Empty state for passes of up to `longest` tokens per sequence."""
     splits = 16 if batch <= 4 else max(1, 64 // batch)
-    layers = [_layer_state(layer.mixer, weights, batch, capacity, slots) for layer in weights.layers]
+    layers = [
+        _layer_state(layer.mixer, weights, batch, capacity, slots) for layer in weights.layers
+    ]
     scratch = _scratch(weights, ops, batch, longest, splits)
     return ModelState(layers, scratch, batch, capacity, slots, splits)
 
@@ -138,10 +139,10 @@ def _scratch(weights: PackedModel, ops, batch: int, longest: int, splits: int) -
         need = (0, 0)
         if isinstance(m, AttentionWeights):
             need = ops.scratch(rows, batch, m.kv_heads, m.heads // m.kv_heads, m.width, splits)
-        elif isinstance(m, Mamba1Weights) and m.low is not None:
-            need = ops.low_scratch(rows, len(m.low), m.sizes.d_inner)
         partial, counter = max(partial, need[0]), max(counter, need[1])
-    pieces = max(ops.square_pieces(m, width) * m for m in {batch, rows, *_row_counts(batch, longest)})
+    pieces = max(
+        ops.square_pieces(m, width) * m for m in {batch, rows, *_row_counts(batch, longest)}
+    )
     flat = torch.float32
     return Scratch(
         hidden=like.new_zeros(rows, width),
@@ -157,4 +158,3 @@ def _scratch(weights: PackedModel, ops, batch: int, longest: int, splits: int) -
 
 def _row_counts(batch: int, longest: int) -> list[int]:
     return [batch * tokens for tokens in range(1, longest + 1)]
-

@@ -143,11 +143,13 @@ def _decode_attention(
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     split, tile, b = tl.program_id(0), tl.program_id(1) // HK, tl.program_id(2)
     head = tl.program_id(1) % HK
+    # where sequences stand does not change within a step
     begin = tl.load(start + b) + offset
     n_new = tl.load(count + b) * scale
+    if PDL:
+        gdc_wait()
     end = tl.maximum(begin + n_new, 0)
     lo = 0
     if WINDOW > 0:
@@ -221,9 +223,11 @@ def decode_attention(
     block_r = triton.next_power_of_2(max(16, 8 * group))  # 8 tokens in a tile; never by T
     tiles = triton.cdiv(T * group, block_r)
     _decode_attention[(splits, Hk * tiles, B)](
-        q, keys, values, start, count, out, partial, counter, scale, T, offset, S,
-        HK=Hk, G=group, P=P, LOG2_SCALE=math.log2(math.e) / math.sqrt(P), WINDOW=window,
+        q, keys, values, start, count, out, partial, counter, scale,
+        T, offset, S, HK=Hk, G=group, P=P, LOG2_SCALE=math.log2(math.e) / math.sqrt(P),
+        WINDOW=window,
         SPLITS=splits, BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_P=triton.next_power_of_2(P),
-        COMBINE_R=min(block_r, triton.next_power_of_2(T * group)), PDL=pdl,
+        COMBINE_R=min(block_r, triton.next_power_of_2(T * group)),
+        PDL=pdl,
         **launch_options(pdl, num_warps=4, num_stages=3 if keys.element_size() == 2 else 2),
     )  # fmt: skip

@@ -17,7 +17,8 @@ RUNNING, EOS, SPENT, IDLE = (tl.constexpr(int(finish)) for finish in Finish)
 
 @triton.jit
 def _next_store(begin, base, span, limit):
-    return tl.where((begin - base + 2 * span + 3 > limit) & (begin > base), begin, base)
+    lazy = tl.where((begin - base + 2 * span + 3 > limit) & (begin > base), begin, base)
+    return tl.where(limit == 0, begin + 1, lazy)
 
 
 @triton.jit
@@ -63,9 +64,7 @@ def _commit_kernel(
     tl.store(letter + FINISH, finish)
     tl.store(letter + LETTERS + i, new, mask=i <= n)
     place = held + 1 + i
-    tl.store(
-        history + b * history_stride + place, new, mask=(i <= n) & (place < history_stride)
-    )
+    tl.store(history + b * history_stride + place, new, mask=(i <= n) & (place < history_stride))
     tl.store(row, newest)
     tl.store(row + 1, last)
     length = held + n + 1

@@ -16,7 +16,6 @@ __all__ = [
     "gdc_launch_dependents",
     "gdc_wait",
     "launch_options",
-    "prefetch",
     "rounded",
 ]
 
@@ -25,7 +24,7 @@ _WIDEN = tl.constexpr(INTERPRETED)
 
 
 def launch_options(pdl: bool, **options: Any) -> dict[str, Any]:
-    """Keyword arguments of a launch; `num_warps` and `num_stages` mean nothing to an interpreter."""
+    """Keyword arguments of a launch; an interpreter has no use for `num_warps` and such."""
     if INTERPRETED:
         return {}
     return {**options, "launch_pdl": True} if pdl else options
@@ -49,17 +48,3 @@ def rounded(x, kind: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = bits.to(tl.float32, bitcast=True)
     return x.to(kind)
-
-
-@triton.jit
-def prefetch(pointers):
-    """Ask for the cache lines under a tensor of pointers to be brought into L2."""
-    addresses = pointers.to(tl.int64, bitcast=True)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [addresses],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

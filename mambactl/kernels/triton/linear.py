@@ -9,75 +9,129 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambactl.kernels.triton.launch import launch_options, rounded
-from mambactl.kernels.triton.product import Tiles, norm_scale, product
+from mambactl.kernels.triton.launch import gdc_wait, launch_options, rounded
+from mambactl.kernels.triton.product import (
+    Tiles,
+    first_tile,
+    norm_rate,
+    product,
+    square_parts,
+)
 
 
 @triton.jit
 def _normed_product(
-    x, x_stride, squares, s_stride, eps, w, bias, rows, M, index, ok,
-    K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+    x, x_stride, squares, s_stride, eps, w, first, bias, rows, M, index, ok,
+    K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
     """norm(x) W^T + bias [BM, BN] in fp32; TILES = 0 leaves the norm out."""
-    y = product(x, x_stride, w, rows, M, index, ok, K, BM, BN, DEPTH, SLICES, PDL)
     if TILES > 0:
-        y = y * norm_scale(squares, s_stride, rows, rows < M, eps, K, TILES)[:, None]
+        parts = square_parts(squares, s_stride, rows, rows < M, TILES)
+    y = product(x, x_stride, w, first, rows, M, index, ok, K, BM, BN, DEPTH, SLICES)
+    if TILES > 0:
+        y = y * norm_rate(parts, eps, K)[:, None]
     if BIAS:
         y += tl.load(bias + index, mask=ok, other=0.0).to(tl.float32)[None, :]
     return y
 
 
 @triton.jit
+def _tap(weight, ch, ok, i: tl.constexpr):
+    return tl.load(weight + ch * 4 + i, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _behind(ring, width, b, at, ch, ok, back: tl.constexpr, SLOTS: tl.constexpr):
+    """Raw rows [BM, BN] `back` positions before `at`; zeros before position 0."""
+    place = at - back
+    rows = (b * SLOTS + (place + SLOTS) % SLOTS).to(tl.int64) * width
+    return tl.load(
+        ring + rows[:, None] + ch[None, :],
+        mask=ok & (place >= 0)[:, None],
+        other=0.0,
+        cache_modifier=".cg",
+    ).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["M", "T", "offset", "scale"])
 def _project_kernel(
-    x, x_stride, squares, s_stride, eps, w, bias, plain, ring, start, count, M, N, T, offset,
-    scale, ring_lo, ring_hi,
+    x, x_stride, squares, s_stride, eps, w, bias, plain, ring, conv_weight, conv_bias, mixed,
+    start, count, M, N, T, offset, scale, ring_lo, ring_hi,
     K: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr,
+    CONV: tl.constexpr, SINGLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
-    y = _normed_product(
-        x, x_stride, squares, s_stride, eps, w, bias, rows, M, cols, cols < N,
-        K, TILES, BIAS, BM, BN, DEPTH, SLICES, PDL,
-    )  # fmt: skip
-    y = rounded(y, plain.dtype.element_ty)
-    ok = (rows < M)[:, None] & (cols < N)[None, :]
-    width = ring_hi - ring_lo
-    inside = (cols >= ring_lo) & (cols < ring_hi)
+    first = first_tile(w, cols, cols < N, K, BN, DEPTH, SLICES, PDL)
+    # where sequences stand does not change within a step
     b, t = rows // T, rows % T
     at = tl.load(start + b, mask=rows < M, other=0) + offset + t
     kept = (t < tl.load(count + b, mask=rows < M, other=0) * scale) & (at >= 0)
+    ok = (rows < M)[:, None] & (cols < N)[None, :]
+    width = ring_hi - ring_lo
+    ch = cols - ring_lo
+    inside = (ch >= 0) & (ch < width)
+    ringed = ok & inside[None, :] & kept[:, None]
+    if CONV:
+        w0, w1 = _tap(conv_weight, ch, inside, 0), _tap(conv_weight, ch, inside, 1)
+        w2, w3 = _tap(conv_weight, ch, inside, 2), _tap(conv_weight, ch, inside, 3)
+        shift = tl.load(conv_bias + ch, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    if CONV and SINGLE:
+        # what comes before a lone row is there already
+        x0 = _behind(ring, width, b, at, ch, ringed, 3, SLOTS)
+        x1 = _behind(ring, width, b, at, ch, ringed, 2, SLOTS)
+        x2 = _behind(ring, width, b, at, ch, ringed, 1, SLOTS)
+    y = _normed_product(
+        x, x_stride, squares, s_stride, eps, w, first, bias, rows, M, cols, cols < N,
+        K, TILES, BIAS, BM, BN, DEPTH, SLICES,
+    )  # fmt: skip
+    y = rounded(y, plain.dtype.element_ty)
     slots = (b * SLOTS + at % SLOTS).to(tl.int64) * width
-    tl.store(
-        ring + slots[:, None] + (cols - ring_lo)[None, :],
-        y,
-        mask=ok & inside[None, :] & kept[:, None],
-    )
+    tl.store(ring + slots[:, None] + ch[None, :], y, mask=ringed)
     rest = tl.where(cols >= ring_hi, cols - width, cols)
     places = rows[:, None].to(tl.int64) * (N - width) + rest[None, :]
     tl.store(plain + places, y, mask=ok & (inside[None, :] == 0))
+    if CONV:
+        if not SINGLE:
+            tl.debug_barrier()
+            x0 = _behind(ring, width, b, at, ch, ringed, 3, SLOTS)
+            x1 = _behind(ring, width, b, at, ch, ringed, 2, SLOTS)
+            x2 = _behind(ring, width, b, at, ch, ringed, 1, SLOTS)
+        total = x0 * w0[None, :] + x1 * w1[None, :] + x2 * w2[None, :]
+        total += y.to(tl.float32) * w3[None, :] + shift[None, :]
+        places = rows[:, None].to(tl.int64) * width + ch[None, :]
+        out = rounded(total * tl.sigmoid(total), mixed.dtype.element_ty)
+        tl.store(mixed + places, out, mask=ringed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _residual_kernel(
     x, w, bias, hidden, gain, scaled, squares, M, N,
     K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
     col_ok = cols < N
     weight = tl.load(gain + cols, mask=col_ok, other=0.0).to(tl.float32)
-    y = _normed_product(
-        x, K, x, 0, 0.0, w, bias, rows, M, cols, col_ok,
-        K, 0, BIAS, BM, BN, DEPTH, SLICES, PDL,
-    )  # fmt: skip
+    first = first_tile(w, cols, col_ok, K, BN, DEPTH, SLICES, PDL)
+    if PDL:
+        gdc_wait()
     ok = (rows < M)[:, None] & col_ok[None, :]
     places = rows[:, None].to(tl.int64) * N + cols[None, :]
     kind = hidden.dtype.element_ty
     before = tl.load(hidden + places, mask=ok, other=0.0).to(tl.float32)
+    y = _normed_product(
+        x, K, x, 0, 0.0, w, first, bias, rows, M, cols, col_ok,
+        K, 0, BIAS, BM, BN, DEPTH, SLICES,
+    )  # fmt: skip
     # rounded where a separate layer would round
     stream = rounded(before + rounded(y, kind).to(tl.float32), kind)
     wide = tl.where(ok, stream.to(tl.float32), 0.0)
@@ -87,18 +141,22 @@ def _residual_kernel(
     tl.store(part, tl.sum(wide * wide, axis=1), mask=rows < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _swiglu_kernel(
     x, squares, eps, w, out, M, N,
     K: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    pairs = tl.arange(0, BN)
+    rows, pairs = tl.arange(0, BM), tl.arange(0, BN)
     cols = tl.program_id(0) * (BN // 2) + pairs // 2
-    rows = tl.arange(0, BM)
+    index = cols + pairs % 2 * N
+    first = first_tile(w, index, cols < N, K, BN, DEPTH, SLICES, PDL)
+    if PDL:
+        gdc_wait()
     y = _normed_product(
-        x, K, squares, TILES, eps, w, x, rows, M, cols + pairs % 2 * N, cols < N,
-        K, TILES, False, BM, BN, DEPTH, SLICES, PDL,
+        x, K, squares, TILES, eps, w, first, x, rows, M, index, cols < N,
+        K, TILES, False, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(y, [BM, BN // 2, 2]))
     kind = out.dtype.element_ty
@@ -111,35 +169,40 @@ def _swiglu_kernel(
              mask=(rows < M)[:, None] & (half < N)[None, :])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T", "offset", "scale"])
 def _qkv_kernel(
     x, squares, eps, w, bias, cos, sin, q, keys, values, start, count, M, T, offset, scale, slots,
     K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr, HK: tl.constexpr,
     P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
-    SLICES: tl.constexpr, PDL: tl.constexpr,
+    SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # a program holds pairs (j, j + P/2) of one head, which a rotation mixes
     pid = tl.program_id(0)
     head = pid * BN // P
     pairs = tl.arange(0, BN)
-    first = (pid * BN % P) // 2
-    cols = head * P + first + pairs // 2 + pairs % 2 * (P // 2)
+    corner = (pid * BN % P) // 2
+    cols = head * P + corner + pairs // 2 + pairs % 2 * (P // 2)
     rows = tl.arange(0, BM)
-    y = _normed_product(
-        x, K, squares, TILES, eps, w, bias, rows, M, cols, pairs < BN,
-        K, TILES, BIAS, BM, BN, DEPTH, SLICES, PDL,
-    )  # fmt: skip
-    kind = q.dtype.element_ty
-    low, high = tl.split(tl.reshape(rounded(y, kind).to(tl.float32), [BM, BN // 2, 2]))
+    first = first_tile(w, cols, pairs < BN, K, BN, DEPTH, SLICES, PDL)
+    # where sequences stand does not change within a step
     b, t = rows // T, rows % T
     at = tl.load(start + b, mask=rows < M, other=0) + offset + t
     ok = (rows < M) & (at >= 0) & (t < tl.load(count + b, mask=rows < M, other=0) * scale)
-    j = first + tl.arange(0, BN // 2)
-    if head < H + HK:
-        angle = at[:, None] * (P // 2) + j[None, :]
-        c = tl.load(cos + angle, mask=ok[:, None], other=0.0)
-        s = tl.load(sin + angle, mask=ok[:, None], other=0.0)
-        low, high = low * c - high * s, high * c + low * s
+    j = corner + tl.arange(0, BN // 2)
+    angle = at[:, None] * (P // 2) + j[None, :]
+    turned = (head < H + HK) & ok[:, None]
+    c = tl.load(cos + angle, mask=turned, other=1.0)
+    s = tl.load(sin + angle, mask=turned, other=0.0)
+    if PDL:
+        gdc_wait()
+    y = _normed_product(
+        x, K, squares, TILES, eps, w, first, bias, rows, M, cols, pairs < BN,
+        K, TILES, BIAS, BM, BN, DEPTH, SLICES,
+    )  # fmt: skip
+    kind = q.dtype.element_ty
+    low, high = tl.split(tl.reshape(rounded(y, kind).to(tl.float32), [BM, BN // 2, 2]))
+    low, high = low * c - high * s, high * c + low * s
     if head < H:
         base = q + (rows * H + head).to(tl.int64) * P
     elif head < H + HK:
@@ -151,17 +214,21 @@ def _qkv_kernel(
     tl.store(places + P // 2, rounded(high, kind), mask=ok[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _head_kernel(
     x, x_stride, squares, s_stride, eps, w, best, best_index, logits, M, N, V,
     K: tl.constexpr, TILES: tl.constexpr, LOGITS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
+    first = first_tile(w, cols, cols < N, K, BN, DEPTH, SLICES, PDL)
+    if PDL:
+        gdc_wait()
     y = _normed_product(
-        x, x_stride, squares, s_stride, eps, w, x, rows, M, cols, cols < N,
-        K, TILES, False, BM, BN, DEPTH, SLICES, PDL,
+        x, x_stride, squares, s_stride, eps, w, first, x, rows, M, cols, cols < N,
+        K, TILES, False, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
     y = tl.where((cols < N)[None, :], y, float("-inf"))
     if LOGITS:
@@ -179,21 +246,23 @@ def _head_kernel(
 def _sizes(tiles: Tiles, pdl: bool) -> dict:
     return {
         "BM": tiles.rows, "BN": tiles.columns, "DEPTH": tiles.depth, "SLICES": tiles.slices,
-        "PDL": pdl, **launch_options(pdl, num_warps=tiles.warps, num_stages=tiles.stages),
+        "PDL": pdl,
+        **launch_options(pdl and tiles.early, num_warps=tiles.warps, num_stages=tiles.stages),
     }  # fmt: skip
 
 
 def project(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
     ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
-    tiles: Tiles, pdl: bool,
+    conv: tuple[Tensor, Tensor, Tensor] | None = None, tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.window.linear.project`."""
     (M, K), N, (_, slots, width) = scaled.shape, w.shape[0], ring.shape
     _project_kernel[(triton.cdiv(N, tiles.columns),)](
         scaled, scaled.stride(0), squares, squares.stride(0), eps, w, w if bias is None else bias,
-        plain, ring, start, count, M, N, T, offset, scale, ring_lo, ring_lo + width,
-        K=K, TILES=squares.shape[1], SLOTS=slots, BIAS=bias is not None, **_sizes(tiles, pdl),
+        plain, ring, *(conv or (w, w, w)), start, count, M, N, T, offset, scale, ring_lo,
+        ring_lo + width, K=K, TILES=squares.shape[1], SLOTS=slots, BIAS=bias is not None,
+        CONV=conv is not None, SINGLE=T == 1, **_sizes(tiles, pdl),
     )  # fmt: skip
 
 

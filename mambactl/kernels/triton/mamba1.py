@@ -18,57 +18,48 @@ from mambactl.kernels.triton.launch import (
 from mambactl.kernels.triton.mamba2 import raw_row, silu, softplus, tap
 
 SIXTEEN = tl.constexpr(16)
+# channels and warps of a scan's program, for few sequences and for many
+SCAN, WIDE_SCAN = (32, 4), (64, 4)
 
 
 @triton.jit
+def _low_row(mixed, w_tile, m, M, k, CH: tl.constexpr):
+    row = tl.load(mixed + m * CH + k, mask=(k < CH) & (m < M), other=0.0).to(tl.float32)
+    return tl.sum(w_tile.to(tl.float32) * row[None, :], axis=1)
+
+
+@triton.jit(do_not_specialize=["M", "T", "offset", "scale"])
 def _low_kernel(
-    ring, conv_weight, conv_bias, w, partial, counter, low, start, count, M, T, offset, scale, J,
-    CH: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, PART: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    mixed, w, low, start, count, M, T, offset, scale, J,
+    CH: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    split, j_tile, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    j = j_tile * 16 + tl.arange(0, SIXTEEN)
-    m = m_tile * 16 + tl.arange(0, SIXTEEN)
+    j = tl.program_id(0) * BJ + tl.arange(0, BJ)
+    k = tl.arange(0, BK)
     if PDL:
         gdc_launch_dependents()
+    # all of K stays in registers, on its way before the rows are there
+    w_tile = tl.load(
+        w + j[:, None] * CH + k[None, :], mask=(j < J)[:, None] & (k < CH)[None, :], other=0.0
+    )
+    if PDL:
         gdc_wait()
-    b, t = m // T, m % T
-    at = tl.load(start + b, mask=m < M, other=0) + offset + t
-    real = (m < M) & (t < tl.load(count + b, mask=m < M, other=0) * scale) & (at >= 0)
-    rows = ring + (b.to(tl.int64) * SLOTS * CH)[:, None]
-    acc = tl.zeros([SIXTEEN, SIXTEEN], tl.float32)
-    for c in range(0, PART, BLOCK):
-        ch = split * PART + c + tl.arange(0, BLOCK)
-        ok = ch < CH
-        x = tl.load(conv_bias + ch, mask=ok, other=0.0).to(tl.float32)[None, :]
-        for i in tl.static_range(4):
-            back = at - 3 + i
-            raw = tl.load(
-                rows + ((back + SLOTS) % SLOTS * CH)[:, None] + ch[None, :],
-                mask=(real & (back >= 0))[:, None] & ok[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            x += raw * tap(conv_weight, ch, ok, i)[None, :]
-        w_tile = tl.load(w + j[:, None] * CH + ch[None, :], mask=(j < J)[:, None] & ok[None, :],
-                         other=0.0)  # fmt: skip
-        acc = dot(rounded(silu(x), w_tile.dtype), tl.trans(w_tile), acc)
-    tile = m_tile * tl.num_programs(1) + j_tile
-    cell = (m - m_tile * 16)[:, None] * 16 + (j - j_tile * 16)[None, :]
-    tl.store(partial + (tile * SPLITS + split) * 256 + cell, acc)
-    # whoever comes last adds the parts, always in the same order
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter + tile, 1, sem="acq_rel", scope="gpu")
-    if arrived == SPLITS - 1:
-        total = tl.zeros([SIXTEEN, SIXTEEN], tl.float32)
-        for s in range(SPLITS):
-            total += tl.load(partial + (tile * SPLITS + s) * 256 + cell, cache_modifier=".cg")
+    for m in range(0, M, ROWS):
+        # several rows at a time, so that they wait for memory together
+        y0 = _low_row(mixed, w_tile, m, M, k, CH)
+        y = y0[:, None]
+        if ROWS == 4:
+            y1 = _low_row(mixed, w_tile, m + 1, M, k, CH)
+            y2 = _low_row(mixed, w_tile, m + 2, M, k, CH)
+            y3 = _low_row(mixed, w_tile, m + 3, M, k, CH)
+            y = tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), [BJ, 4])
+        row = m + tl.arange(0, ROWS)
+        b, t = row // T, row % T
+        at = tl.load(start + b, mask=row < M, other=0) + offset + t
+        kept = (t < tl.load(count + b, mask=row < M, other=0) * scale) & (at >= 0)
         slot = (b * SLOTS + (at + SLOTS) % SLOTS).to(tl.int64) * J
-        tl.store(
-            low + slot[:, None] + j[None, :],
-            rounded(total, low.dtype.element_ty),
-            mask=real[:, None] & (j < J)[None, :],
-        )
-        tl.store(counter + tile, 0)
+        ok = (j < J)[:, None] & (kept & (row < M))[None, :]
+        tl.store(low + slot[None, :] + j[:, None], rounded(y, low.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -87,10 +78,10 @@ def _low_tile(low, first, last, width, cols, ok, SLOTS: tl.constexpr):
                    & ok[None, :], other=0.0)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "offset", "scale"])
 def _mamba1_kernel(
-    ring, low, z, state, conv_weight, conv_bias, dt_weight, dt_bias, A, D, out, start, count, base,
-    base_next, T, offset, scale, ring_width, low_width, dt_col, b_start, c_start,
+    ring, low, z, state, conv_weight, conv_bias, dt_weight, dt_bias, A, D, out, start, count,
+    base, base_next, T, offset, scale, ring_width, low_width, dt_col, b_start, c_start,
     CH: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PIECE: tl.constexpr,
     REPEAT: tl.constexpr, SLOTS: tl.constexpr, NATIVE: tl.constexpr, BD: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
@@ -114,14 +105,15 @@ def _mamba1_kernel(
     shift = tl.load(dt_bias + d, mask=d_ok, other=0.0).to(tl.float32)
     skip = tl.load(D + d, mask=d_ok, other=0.0)
     decay = tl.load(A + d[:, None] * N + n[None, :], mask=inside, other=0.0)
-    if PDL:
-        gdc_wait()
+    # where sequences stand does not change within a step
     n_new = tl.load(count + b) * scale
-    if n_new <= 0:
-        return
     first, begin = tl.load(base + b), tl.load(start + b) + offset
     end = begin + n_new
     store_at = tl.load(base_next + b)
+    if PDL:
+        gdc_wait()
+    if n_new <= 0:
+        return
     ring += b.to(tl.int64) * SLOTS * ring_width
     low += b.to(tl.int64) * SLOTS * low_width
     place = state + (b * CH + d[:, None]).to(tl.int64) * N + n[None, :]
@@ -130,6 +122,8 @@ def _mamba1_kernel(
     x1 = raw_row(ring, first - 2, ring_width, source, d_ok, SLOTS)
     x2 = raw_row(ring, first - 1, ring_width, source, d_ok, SLOTS)
     x3 = raw_row(ring, first, ring_width, source, d_ok, SLOTS)
+    z += (b * T - begin).to(tl.int64) * CH + d
+    gate = tl.load(z + first * CH, mask=d_ok & (first >= begin), other=0.0)
     for tile in range(first, end, 16):
         step_low = _low_tile(low, tile, end, low_width, dt_col + r, r < RANK, SLOTS)
         steps = dot(step_low.to(w_dt.dtype), tl.trans(w_dt), tl.zeros([SIXTEEN, BD], tl.float32))
@@ -139,6 +133,8 @@ def _mamba1_kernel(
             queries = _low_tile(low, tile, end, low_width, c_start + n, n_ok, SLOTS).to(tl.float32)
         for at in range(tile, tl.minimum(tile + 16, end)):
             x4 = raw_row(ring, at + 1, ring_width, source, d_ok, SLOTS)
+            coming = d_ok & (at + 1 >= begin) & (at + 1 < end)
+            gate_next = tl.load(z + (at + 1) * CH, mask=coming, other=0.0)
             if (at == store_at) & (store_at != first):
                 tl.store(place, S, mask=inside)
             x = silu(x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + bias)  # [D]
@@ -155,35 +151,25 @@ def _mamba1_kernel(
                     query = raw_row(ring, at, ring_width, c_cols, inside, SLOTS)
                 y = tl.sum(S * query, axis=1) + skip * x  # [D]
                 row = (b * T + at - begin).to(tl.int64) * CH + d
-                y = y * silu(tl.load(z + row, mask=d_ok, other=0.0).to(tl.float32))
+                y = y * silu(gate.to(tl.float32))
                 tl.store(out + row, rounded(y, out.dtype.element_ty), mask=d_ok)
-            x0, x1, x2, x3 = x1, x2, x3, x4
-
-
-def low_splits(channels: int) -> tuple[int, int]:
-    """Programs that share the channels of x_proj, and channels of each."""
-    part = 512 if channels >= 4096 else 256
-    return triton.cdiv(channels, part), part
-
-
-def low_scratch(rows: int, columns: int, channels: int) -> tuple[int, int]:
-    """Elements of `partial` (fp32) and `counter` (int32, zero between launches)."""
-    tiles = triton.cdiv(rows, 16) * triton.cdiv(columns, 16)
-    return tiles * low_splits(channels)[0] * 256, tiles
+            x0, x1, x2, x3, gate = x1, x2, x3, x4, gate_next
+    if store_at == end:
+        tl.store(place, S, mask=inside)
 
 
 def mamba1_low(
-    ring: Tensor, conv_weight: Tensor, conv_bias: Tensor, w: Tensor, low: Tensor, start: Tensor,
-    count: Tensor, scale: int, *, T: int, offset: int, partial: Tensor, counter: Tensor, pdl: bool,
+    mixed: Tensor, w: Tensor, low: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
+    offset: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.window.recurrent.mamba1_low`; scratch as `low_scratch` says."""
-    batch, slots, channels = ring.shape
-    splits, part = low_splits(channels)
-    grid = (splits, triton.cdiv(len(w), 16), triton.cdiv(batch * T, 16))
-    _low_kernel[grid](
-        ring, conv_weight, conv_bias, w, partial, counter, low, start, count, batch * T, T,
-        offset, scale, len(w), CH=channels, SPLITS=splits, SLOTS=slots, PART=part, BLOCK=128,
-        PDL=pdl, **launch_options(pdl, num_warps=4),
+    """See `kernels.window.recurrent.mamba1_low`; for few rows, one after the other."""
+    (M, channels), J = mixed.shape, len(w)
+    large = channels > 2048
+    block = 2 if large else 1
+    _low_kernel[(triton.cdiv(J, block),)](
+        mixed, w, low, start, count, M, T, offset, scale, J, CH=channels, SLOTS=low.shape[1],
+        ROWS=1 if M <= 2 else 4, BJ=block, BK=triton.next_power_of_2(channels), PDL=pdl,
+        **launch_options(pdl, num_warps=8 if large else 4),
     )  # fmt: skip
 
 
@@ -200,11 +186,12 @@ def mamba1_window(
         source, dt_col, b_start, c_start = ring, 2 * n_x + channels, n_x, 2 * n_x
     else:
         source, dt_col, b_start, c_start = low, 0, rank, rank + size
-    block = 32 if batch <= 4 else 64
+    block, warps = SCAN if batch <= 4 else WIDE_SCAN
     _mamba1_kernel[(triton.cdiv(channels, block), batch)](
-        ring, source, z, state, conv_weight, conv_bias, dt_weight, dt_bias, A, D, out, start,
-        count, base, base_next, T, offset, scale, ring.shape[2], source.shape[2], dt_col, b_start,
-        c_start, CH=channels, N=size, RANK=rank, PIECE=piece, REPEAT=repeat, SLOTS=ring.shape[1],
-        NATIVE=low is not None, BD=block, BN=triton.next_power_of_2(size),
-        BR=max(16, triton.next_power_of_2(rank)), PDL=pdl, **launch_options(pdl, num_warps=4),
+        ring, source, z, state, conv_weight, conv_bias, dt_weight, dt_bias, A, D, out,
+        start, count, base, base_next, T, offset, scale,
+        ring.shape[2], source.shape[2], dt_col, b_start, c_start, CH=channels, N=size, RANK=rank,
+        PIECE=piece, REPEAT=repeat, SLOTS=ring.shape[1], NATIVE=low is not None, BD=block,
+        BN=triton.next_power_of_2(size), BR=max(16, triton.next_power_of_2(rank)), PDL=pdl,
+        **launch_options(pdl, num_warps=warps),
     )  # fmt: skip

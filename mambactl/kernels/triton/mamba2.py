@@ -44,10 +44,10 @@ def tap(weight, cols, ok, i: tl.constexpr):
     return tl.load(weight + cols * 4 + i, mask=ok, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "offset", "scale"])
 def _mamba2_kernel(
-    ring, z, state, conv_weight, conv_bias, A, D, dt_bias, gain, eps, out, start, count, base,
-    base_next, T, offset, scale, width,
+    ring, z, state, conv_weight, conv_bias, A, D, dt_bias, gain, eps, out, start, count,
+    base, base_next, T, offset, scale, width,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, XH: tl.constexpr, BG: tl.constexpr,
     CG: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr, PDL: tl.constexpr,
@@ -74,13 +74,15 @@ def _mamba2_kernel(
     weight = tl.zeros([BP], tl.float32)
     if NORM:
         weight = tl.load(gain + h * P + p, mask=p_ok, other=0.0).to(tl.float32)
+    # where sequences stand does not change within a step
+    n_new = tl.load(count + b) * scale
+    first, begin = tl.load(base + b), tl.load(start + b) + offset
+    end = begin + n_new
+    store_at = tl.load(base_next + b)
     if PDL:
         gdc_wait()
-    n_new = tl.load(count + b) * scale
     if n_new <= 0:
         return
-    first, begin = tl.load(base + b), tl.load(start + b) + offset
-    store_at = tl.load(base_next + b)
     ring += b.to(tl.int64) * SLOTS * width
     place = state + ((b * H + h).to(tl.int64) * N + n[:, None]) * P + p[None, :]
     inside = n_ok[:, None] & p_ok[None, :]
@@ -95,10 +97,14 @@ def _mamba2_kernel(
     x3 = raw_row(ring, first, width, x_col, p_ok, SLOTS)
     b3 = raw_row(ring, first, width, bc_col, both_ok, SLOTS)
     dt_raw = raw_row(ring, first, width, dt_col, True, SLOTS)
-    for at in range(first, begin + n_new):
+    z += ((b * T - begin).to(tl.int64) * H + h) * P + p
+    gate = tl.load(z + first * H * P, mask=p_ok & (first >= begin), other=0.0)
+    for at in range(first, end):
         x4 = raw_row(ring, at + 1, width, x_col, p_ok, SLOTS)
         b4 = raw_row(ring, at + 1, width, bc_col, both_ok, SLOTS)
         dt_next = raw_row(ring, at + 1, width, dt_col, True, SLOTS)
+        coming = p_ok & (at + 1 >= begin) & (at + 1 < end)
+        gate_next = tl.load(z + (at + 1) * H * P, mask=coming, other=0.0)
         if (at == store_at) & (store_at != first):
             tl.store(place, S, mask=inside)
         x = silu(x0 * wx0 + x1 * wx1 + x2 * wx2 + x3 * wx3 + x_bias)  # [P]
@@ -109,13 +115,15 @@ def _mamba2_kernel(
         if at >= begin:
             y = tl.sum(S * query[:, None], axis=0) + skip * x  # [P]
             row = ((b * T + at - begin).to(tl.int64) * H + h) * P + p
-            y = y * silu(tl.load(z + row, mask=p_ok, other=0.0).to(tl.float32))
+            y = y * silu(gate.to(tl.float32))
             if NORM:
                 y = tl.where(p_ok, y, 0.0)
                 y = y * tl.rsqrt(tl.sum(y * y) / P + eps) * weight
             tl.store(out + row, rounded(y, out.dtype.element_ty), mask=p_ok)
         x0, x1, x2, x3, dt_raw = x1, x2, x3, x4, dt_next
-        b0, b1, b2, b3 = b1, b2, b3, b4
+        b0, b1, b2, b3, gate = b1, b2, b3, b4, gate_next
+    if store_at == end:
+        tl.store(place, S, mask=inside)
 
 
 def mamba2_window(
@@ -129,7 +137,8 @@ def mamba2_window(
     blocks = triton.next_power_of_2(width), triton.next_power_of_2(size)
     _mamba2_kernel[(heads, batch)](
         ring, z, state, conv_weight, conv_bias, A, D, dt_bias, A if gain is None else gain, eps,
-        out, start, count, base, base_next, T, offset, scale, ring.shape[2],
+        out, start, count, base, base_next, T, offset, scale,
+        ring.shape[2],
         H=heads, P=width, N=size, XH=x_heads, BG=b_groups, CG=c_groups, SLOTS=ring.shape[1],
         NORM=gain is not None, BP=blocks[0], BN=blocks[1], PDL=pdl,
         **launch_options(pdl, num_warps=8 if blocks[0] * blocks[1] > 8192 else 4),
@@ -137,9 +146,7 @@ def mamba2_window(
 
 
 @triton.jit
-def _grouped_norm_kernel(
-    y, gain, eps, D, width, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _grouped_norm_kernel(y, gain, eps, D, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     group, m = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()

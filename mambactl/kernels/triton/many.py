@@ -8,28 +8,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambactl.kernels.triton.launch import (
-    gdc_launch_dependents,
-    gdc_wait,
-    launch_options,
-    rounded,
-)
-from mambactl.kernels.triton.product import norm_scale
+from mambactl.kernels.triton.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
+from mambactl.kernels.triton.product import norm_rate, square_parts
 
 
 @triton.jit
 def _tile(y, N, m, cols, ok, squares, s_stride, eps, bias, D: tl.constexpr, TILES: tl.constexpr,
           BIAS: tl.constexpr):  # fmt: skip
-    """Row m of the normed product at `cols`, in fp32."""
-    one = m + tl.arange(0, 1)
-    rate = tl.sum(norm_scale(squares, s_stride, one, one >= 0, eps, D, TILES))
-    value = tl.load(y + m.to(tl.int64) * N + cols, mask=ok, other=0.0).to(tl.float32) * rate
+    """Row m of the normed product at `cols`, in fp32; TILES = 0 leaves the norm out."""
+    value = tl.load(y + m.to(tl.int64) * N + cols, mask=ok, other=0.0).to(tl.float32)
+    if TILES > 0:
+        one = m + tl.arange(0, 1)
+        parts = square_parts(squares, s_stride, one, one >= 0, TILES)
+        value = value * tl.sum(norm_rate(parts, eps, D))
     if BIAS:
         value += tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "offset", "scale"])
 def _ring_kernel(
     y, squares, s_stride, eps, bias, plain, ring, start, count, N, T, offset, scale, ring_lo,
     ring_hi, D: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr,
@@ -53,7 +50,30 @@ def _ring_kernel(
     tl.store(plain + m.to(tl.int64) * (N - width) + rest, value, mask=(cols < N) & (inside == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "offset", "scale"])
+def _conv_kernel(
+    ring, weight, bias, mixed, start, count, width, T, offset, scale, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(1)
+    ch = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    b, t = m // T, m % T
+    at = tl.load(start + b) + offset + t
+    ok = (ch < width) & (t < tl.load(count + b) * scale) & (at >= 0)
+    total = tl.load(bias + ch, mask=ok, other=0.0).to(tl.float32)
+    for i in tl.static_range(4):
+        back = at - 3 + i
+        slot = (b * SLOTS + (back + SLOTS) % SLOTS).to(tl.int64) * width
+        raw = tl.load(ring + slot + ch, mask=ok & (back >= 0), other=0.0).to(tl.float32)
+        total += raw * tl.load(weight + ch * 4 + i, mask=ok, other=0.0).to(tl.float32)
+    out = rounded(total * tl.sigmoid(total), mixed.dtype.element_ty)
+    tl.store(mixed + m.to(tl.int64) * width + ch, out, mask=ok)
+
+
+@triton.jit(do_not_specialize=["T", "offset", "scale"])
 def _rope_kernel(
     y, squares, s_stride, eps, bias, cos, sin, q, keys, values, start, count, N, T, offset, scale,
     slots, D: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr,
@@ -108,7 +128,7 @@ def _swiglu_kernel(
 
 @triton.jit
 def _stream_kernel(
-    y, bias, hidden, gain, scaled, squares, s_stride, N, BIAS: tl.constexpr, ADD: tl.constexpr,
+    y, bias, hidden, gain, scaled, squares, s_stride, N, BIAS: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: hidden += y (+ bias), then its scaled form and its sum of squares."""
@@ -126,9 +146,7 @@ def _stream_kernel(
         if BIAS:
             value += tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
             value = rounded(value, kind).to(tl.float32)
-        if ADD:
-            value += tl.load(hidden + place, mask=ok, other=0.0).to(tl.float32)
-        stream = rounded(value, kind)
+        stream = rounded(tl.load(hidden + place, mask=ok, other=0.0).to(tl.float32) + value, kind)
         value = stream.to(tl.float32)
         weight = tl.load(gain + cols, mask=ok, other=0.0).to(tl.float32)
         tl.store(hidden + place, stream, mask=ok)
@@ -181,7 +199,7 @@ def _common(squares: Tensor, width: int, pdl: bool) -> dict:
 def project(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
     ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
-    pdl: bool,
+    conv: tuple[Tensor, Tensor, Tensor] | None = None, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.window.linear.project`."""
     (M, D), N, (_, slots, width) = scaled.shape, w.shape[0], ring.shape
@@ -190,6 +208,24 @@ def project(
         y, squares, squares.stride(0), eps, y if bias is None else bias, plain, ring, start, count,
         N, T, offset, scale, ring_lo, ring_lo + width, SLOTS=slots, BIAS=bias is not None,
         BLOCK=BLOCK, **_common(squares, D, pdl),
+    )  # fmt: skip
+    if conv is not None:
+        _conv_kernel[(triton.cdiv(width, BLOCK), M)](
+            ring, *conv, start, count, width, T, offset, scale, SLOTS=slots, BLOCK=BLOCK, PDL=pdl,
+            **launch_options(pdl, num_warps=4),
+        )  # fmt: skip
+
+
+def mamba1_low(
+    mixed: Tensor, w: Tensor, low: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
+    offset: int, pdl: bool,
+) -> None:  # fmt: skip
+    """See `kernels.window.recurrent.mamba1_low`."""
+    y = torch.mm(mixed, w.T)  # [M, J]
+    (M, J), slots = y.shape, low.shape[1]
+    _ring_kernel[(triton.cdiv(J, BLOCK), M)](
+        y, y, 0, 0.0, y, y, low, start, count, J, T, offset, scale, 0, J, D=1, TILES=0,
+        SLOTS=slots, BIAS=False, BLOCK=BLOCK, PDL=pdl, **launch_options(pdl, num_warps=4),
     )  # fmt: skip
 
 
@@ -209,25 +245,18 @@ def project_qkv(
     )  # fmt: skip
 
 
-def put_stream(
-    y: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor, squares: Tensor,
-    add: bool, pdl: bool,
-) -> None:  # fmt: skip
-    """hidden = y (+ hidden) (+ bias), and its other two forms."""
-    M, N = hidden.shape
-    _stream_kernel[(M,)](
-        y, y if bias is None else bias, hidden, gain, scaled, squares, squares.stride(0), N,
-        BIAS=bias is not None, ADD=add, BLOCK=min(4096, triton.next_power_of_2(N)),
-        TILES=squares.shape[1], PDL=pdl, **launch_options(pdl, num_warps=8),
-    )  # fmt: skip
-
-
 def add_residual(
     x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
     squares: Tensor, *, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.window.linear.add_residual`."""
-    put_stream(torch.mm(x, w.T), bias, hidden, gain, scaled, squares, True, pdl)
+    M, N = hidden.shape
+    y = torch.mm(x, w.T)  # [M, N]
+    _stream_kernel[(M,)](
+        y, y if bias is None else bias, hidden, gain, scaled, squares, squares.stride(0), N,
+        BIAS=bias is not None, BLOCK=min(4096, triton.next_power_of_2(N)),
+        TILES=squares.shape[1], PDL=pdl, **launch_options(pdl, num_warps=8),
+    )  # fmt: skip
 
 
 def swiglu(

@@ -10,8 +10,8 @@ from mambactl.kernels.triton import attention, linear, mamba1, mamba2, many, tok
 from mambactl.kernels.triton.launch import INTERPRETED
 from mambactl.kernels.triton.product import SOME_ROWS, Tiles, tiles_for
 
-# columns a program owns where rows are so few that ordinary arithmetic keeps up with memory
-_NARROW = {"project": 8, "project_qkv": 8, "add_residual": 4, "swiglu": 8, "head": 16}
+# rows up to which x_proj takes them one after the other
+ONE_BY_ONE = 16
 
 
 class TritonOps:
@@ -27,7 +27,7 @@ class TritonOps:
 
     def _tiles(self, name: str, rows: int) -> Tiles | None:
         """None where the product is the library's."""
-        return tiles_for(rows, _NARROW[name], self.exact) if rows <= SOME_ROWS else None
+        return tiles_for(name, rows, self.exact)
 
     def square_pieces(self, rows: int, width: int) -> int:
         """Columns of `squares` for a pass of that many rows."""
@@ -48,8 +48,6 @@ class TritonOps:
             *attention.partial_shape(batch, kv_heads, per_head, width, splits),
             *attention.counter_shape(batch, kv_heads, per_head),
         )
-
-    low_scratch = staticmethod(mamba1.low_scratch)
 
     def embed(self, *args: Tensor) -> None:
         """Tokens into the stream."""
@@ -108,9 +106,10 @@ class TritonOps:
         """RMSNorm within groups, in place."""
         mamba2.grouped_norm(*args, pdl=self.pdl)
 
-    def mamba1_low(self, *args: Any, **keywords: Any) -> None:
+    def mamba1_low(self, mixed: Tensor, *args: Any, **keywords: Any) -> None:
         """x_proj of native Mamba-1."""
-        mamba1.mamba1_low(*args, **keywords, pdl=self.pdl)
+        module = mamba1 if len(mixed) <= ONE_BY_ONE else many
+        module.mamba1_low(mixed, *args, **keywords, pdl=self.pdl)
 
     def mamba1(self, *args: Any, **keywords: Any) -> None:
         """Mamba-1 window."""

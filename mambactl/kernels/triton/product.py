@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from mambactl.kernels.triton.launch import dot, gdc_launch_dependents, gdc_wait
+from mambactl.kernels.triton.launch import dot, gdc_launch_dependents
 
-# most rows of the two ways; more rows are a library's business
-FEW_ROWS, SOME_ROWS = 2, 32
+# more rows are a library's business
+SOME_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A program's share: `columns` of y, K in steps of `depth` times `slices` (0: no tensor cores)."""
+    """A program's share: `columns` of y, K in steps of `depth` times `slices`.
+
+    No `slices` means no tensor cores. `early`: launched while the kernel before still runs.
+    """
 
     rows: int
     columns: int
@@ -28,17 +31,39 @@ class Tiles:
     slices: int
     warps: int
     stages: int
+    early: bool = True
 
 
-def tiles_for(rows: int, columns: int, exact: bool = False) -> Tiles:
-    """Tiles for M = `rows`; `columns` (4 or 16 by default) must divide what belongs together.
+# (columns, depth, slices, warps, stages, early) by operation, measured on an H200
+_ONE = {
+    "project": (8, 512, 0, 4, 1), "project_qkv": (4, 1024, 0, 4, 1),
+    "add_residual": (4, 512, 0, 4, 1), "swiglu": (4, 1024, 0, 4, 1, False),
+    "head": (16, 256, 0, 4, 1),
+}  # fmt: skip
+_TWO = _ONE | {"project": (8, 256, 0, 4, 1)}
+_EIGHT = {
+    "project": (32, 64, 4, 4, 4), "project_qkv": (16, 128, 4, 4, 4),
+    "add_residual": (16, 128, 4, 4, 4, False), "swiglu": (32, 128, 4, 4, 3),
+    "head": (32, 128, 4, 4, 3),
+}  # fmt: skip
+_SIXTEEN = {
+    "project": (32, 64, 4, 4, 4), "project_qkv": (16, 256, 2, 2, 3),
+    "add_residual": (16, 128, 4, 4, 4, False), "swiglu": (32, 128, 2, 2, 3),
+    "head": (32, 128, 2, 2, 3),
+}  # fmt: skip
+_THIRTY_TWO = {"add_residual": (32, 128, 4, 4, 3)}
+_TABLES = {1: _ONE, 2: _TWO, 8: _EIGHT, 16: _SIXTEEN, 32: _THIRTY_TWO}
 
-    `exact` keeps to one way whatever M is, so that a row is bitwise the same alone and among 16.
+
+def tiles_for(name: str, rows: int, exact: bool = False) -> Tiles | None:
+    """Tiles of an operation for M = `rows`; None where a library's product is faster.
+
+    `exact` keeps to one way up to 16 rows, so that a row is bitwise the same alone and among 16.
     """
-    if rows <= FEW_ROWS and not exact:
-        return Tiles(triton.next_power_of_2(rows), columns, 512 if columns <= 4 else 256, 0, 4, 1)
-    padded = max(16, triton.next_power_of_2(rows))
-    return Tiles(padded, 16, 128, 4, 4, 4 if padded == 16 else 3)
+    smallest = 16 if exact else 1
+    padded = next((size for size in _TABLES if size >= max(rows, smallest)), None)
+    table = _TABLES.get(padded, {})
+    return Tiles(padded, *table[name]) if name in table else None
 
 
 @triton.jit
@@ -47,22 +72,37 @@ def _inside(at, K: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _add_row(acc, x, w_tile, at, ok, BN: tl.constexpr, DEPTH: tl.constexpr):
-    """acc [BN, DEPTH / 8] + the products of eight neighbours, which one thread holds."""
+def _add_row(acc, x, at, ok, w_tile, BN: tl.constexpr, DEPTH: tl.constexpr):
+    """acc [BN, DEPTH / 8] + the sums of eight neighbouring products, which one thread holds."""
     row = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
     return acc + tl.sum(tl.reshape(w_tile * row[None, :], [BN, DEPTH // 8, 8]), axis=2)
 
 
 @triton.jit
-def _multiply_add(
-    x, stride, w_rows, col_ok, M, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, PDL: tl.constexpr,
+def first_tile(
+    w, w_index, col_ok, K: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
+    SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    at = tl.arange(0, DEPTH)
-    ok = _inside(at, K, DEPTH)
-    ahead = tl.load(w_rows[:, None] + at[None, :], mask=col_ok[:, None] & ok[None, :], other=0.0)
+    """What a product can read of w before x is there; hand it to `product`."""
     if PDL:
-        gdc_wait()
+        gdc_launch_dependents()
+    if SLICES == 0:
+        at = tl.arange(0, DEPTH)
+        tile = tl.load(
+            w + w_index.to(tl.int64)[:, None] * K + at[None, :],
+            mask=col_ok[:, None] & _inside(at, K, DEPTH)[None, :],
+            other=0.0,
+        )
+    else:
+        tile = tl.zeros([BN, 1], w.dtype.element_ty)
+    return tile
+
+
+@triton.jit
+def _multiply_add(
+    x, stride, w_rows, ahead, col_ok, M, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
     one = tl.zeros([BN, DEPTH // 8], tl.float32)
     two = tl.zeros([BN, DEPTH // 8], tl.float32)
     for k in range(0, K, DEPTH):
@@ -75,9 +115,9 @@ def _multiply_add(
             mask=col_ok[:, None] & more[None, :],
             other=0.0,
         )
-        one = _add_row(one, x, w_tile, at, ok, BN, DEPTH)
+        one = _add_row(one, x, at, ok, w_tile, BN, DEPTH)
         if BM == 2:
-            two = _add_row(two, x + stride, w_tile, at, ok & (M > 1), BN, DEPTH)
+            two = _add_row(two, x + stride, at, ok & (M > 1), w_tile, BN, DEPTH)
     y = tl.sum(one, axis=1)[None, :]
     if BM == 2:
         y = tl.permute(tl.join(tl.sum(one, axis=1), tl.sum(two, axis=1)), (1, 0))
@@ -87,12 +127,14 @@ def _multiply_add(
 @triton.jit
 def _tensor_cores(
     x_rows, w_rows, row_ok, col_ok, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
     slices = tl.arange(0, SLICES)[:, None, None] * DEPTH
-    acc = tl.zeros([SLICES, BM, BN], tl.float32)
+    # up to eight rows of x are the narrow side of a tensor core's product, sixteen the other one
+    if BM == 8:
+        acc = tl.zeros([SLICES, BN, BM], tl.float32)
+    else:
+        acc = tl.zeros([SLICES, BM, BN], tl.float32)
     for k in range(0, K, DEPTH * SLICES):
         at = k + slices + tl.arange(0, DEPTH)[None, None, :]  # [S, 1, DEPTH]
         ok = _inside(at, K, DEPTH * SLICES)
@@ -102,39 +144,47 @@ def _tensor_cores(
         x_tile = tl.load(
             x_rows[None, :, None] + at, mask=row_ok[None, :, None] & ok, other=0.0
         )  # [S, BM, DEPTH]
-        acc = dot(x_tile, tl.permute(w_tile, (0, 2, 1)), acc)
-    return tl.sum(acc, axis=0)
+        if BM == 8:
+            acc = dot(w_tile, tl.permute(x_tile, (0, 2, 1)), acc)
+        else:
+            acc = dot(x_tile, tl.permute(w_tile, (0, 2, 1)), acc)
+    y = tl.sum(acc, axis=0)
+    if BM == 8:
+        y = tl.permute(y, (1, 0))
+    return y
 
 
 @triton.jit
 def product(
-    x, stride, w, rows, M, w_index, col_ok, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+    x, stride, w, first, rows, M, w_index, col_ok, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """x[rows] w[w_index]^T in fp32 [BM, BN]; waits for the kernel before, so call it first.
+    """x[rows] w[w_index]^T in fp32 [BM, BN], once x is there; `first` comes from `first_tile`.
 
     `rows` and `w_index` number the rows of x (`stride` apart) and w; beyond M and where `col_ok`
     is false nothing is read.
     """
     w_rows = w + w_index.to(tl.int64) * K
-    if PDL:
-        gdc_launch_dependents()
     if SLICES == 0:
-        # rows of a pass with one or two rows are rows 0 and 1
-        y = _multiply_add(x, stride, w_rows, col_ok, M, K, BM, BN, DEPTH, PDL)
+        y = _multiply_add(x, stride, w_rows, first, col_ok, M, K, BM, BN, DEPTH)
     else:
         x_rows = x + rows.to(tl.int64) * stride
-        y = _tensor_cores(x_rows, w_rows, rows < M, col_ok, K, BM, BN, DEPTH, SLICES, PDL)
+        y = _tensor_cores(x_rows, w_rows, rows < M, col_ok, K, BM, BN, DEPTH, SLICES)
     return y
 
 
 @triton.jit
-def norm_scale(squares, stride, rows, row_ok, eps, K: tl.constexpr, TILES: tl.constexpr):
-    """rsqrt(mean of squares + eps) [BM] from partial sums of squares [M, TILES]."""
+def square_parts(squares, stride, rows, row_ok, TILES: tl.constexpr):
+    """Partial sums of squares [BM, tiles]: read early, added up when the product is done."""
     tiles = tl.arange(0, triton.next_power_of_2(TILES))
-    parts = tl.load(
+    return tl.load(
         squares + rows[:, None] * stride + tiles[None, :],
         mask=row_ok[:, None] & (tiles < TILES)[None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def norm_rate(parts, eps, K: tl.constexpr):
+    """rsqrt(mean of squares + eps) [BM]."""
     return tl.rsqrt(tl.sum(parts, axis=1) / K + eps)

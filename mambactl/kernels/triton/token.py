@@ -4,15 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambactl.kernels.triton.launch import (
-    gdc_launch_dependents,
-    gdc_wait,
-    launch_options,
-    rounded,
-)
+from mambactl.kernels.triton.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _embed_kernel(
     tokens, row_stride, table, gain, hidden, scaled, squares, T, N, V, TILES: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -39,9 +34,7 @@ def _embed_kernel(
 
 
 @triton.jit
-def _pick_kernel(
-    best, best_index, tokens, stride, pieces, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _pick_kernel(best, best_index, tokens, stride, pieces, BLOCK: tl.constexpr, PDL: tl.constexpr):
     m = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()

@@ -48,7 +48,7 @@ def decode_attention(
     tokens' own among them; start and count int32 [B]. Row t of sequence b stands at slot
     start[b] + offset + t and sees the slots up to its own, with `window` > 0 only the last `window`
     of those. Rows from count[b] * scale on, and rows before slot 0, are left as they are; what the
-    slots beyond the last used one hold does not matter. `partial`, `counter`, `splits`, `block_k` and `pdl` are the kernel's.
+    slots beyond the last used one hold does not matter. The other arguments are the kernel's.
     """
     B, Hk, S, P = keys.shape
     kind = state_dtype(q)

@@ -47,8 +47,11 @@ def next_store(begin: Tensor, base: Tensor, span: int, limit: int) -> Tensor:
     """Where the pass that starts at `begin` stores its state: there, or not at all (`base`).
 
     A ring of `limit` slots must hold three positions before the stored state, what is replayed,
-    and `span` tokens a step, also in the step after this one.
+    and `span` tokens a step, also in the step after this one. Limit 0 is plain decoding that
+    stores after every token, as none is ever taken back.
     """
+    if limit == 0:
+        return begin + 1
     full = begin - base + 2 * span + 3 > limit
     return torch.where(full & (begin > base), begin, base)
 
@@ -99,6 +102,4 @@ def plan_stores(control: Tensor, *, span: int, limit: int, draft_limit: int) -> 
     """Decide where the coming passes store states, from LENGTH, BASE and DRAFT_BASE."""
     length = control[Field.LENGTH]
     control[Field.NEXT] = next_store(length, control[Field.BASE], span, limit)
-    control[Field.DRAFT_NEXT] = next_store(
-        length - 1, control[Field.DRAFT_BASE], span, draft_limit
-    )
+    control[Field.DRAFT_NEXT] = next_store(length - 1, control[Field.DRAFT_BASE], span, draft_limit)

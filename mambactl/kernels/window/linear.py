@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambactl.kernels import reference
+
+TAPS = 4
+
 
 def wide(x: Tensor) -> Tensor:
     """fp32, or fp64 for fp64 input."""
@@ -54,9 +58,12 @@ def embed(
 def project(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
     ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
+    conv: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """norm(stream) W^T: columns from `ring_lo` on to ring [B, R, C] at slot position % R, as many
     as it has; the other columns to plain [M, N - C].
+
+    `conv` (weight [C, 4], bias [C], mixed [M, C]) asks for SiLU(conv(ring)) of the real rows too.
     """
     y = normed(scaled, squares, eps, w, bias).to(plain.dtype)  # [M, N]
     width, slots = ring.shape[2], ring.shape[1]
@@ -64,6 +71,23 @@ def project(
     at, real = window_positions(start, count, scale, T=T, offset=offset)
     b, t = real.nonzero(as_tuple=True)
     ring[b, at[b, t] % slots] = y.view(len(start), T, -1)[b, t, ring_lo : ring_lo + width]
+    if conv is not None:
+        weight, shift, mixed = conv
+        for row, last in zip((b * T + t).tolist(), at[b, t].tolist(), strict=True):
+            raw = ring_rows(ring[row // T], last - TAPS + 1, last + 1)
+            mixed[row] = convolved(raw, weight, shift)[0, 0].to(mixed.dtype)
+
+
+def ring_rows(ring: Tensor, first: int, last: int) -> Tensor:
+    """Raw rows [1, last - first, C] of one sequence's ring [R, C]; zeros before position 0."""
+    at = torch.arange(first, last, device=ring.device)
+    return wide(ring[at % len(ring)]).masked_fill((at < 0)[:, None], 0)[None]
+
+
+def convolved(raw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU(conv) of all but the first three rows; raw [1, 3 + L, Ch], weight [Ch, 4]."""
+    window, x = raw[:, : TAPS - 1], raw[:, TAPS - 1 :]
+    return F.silu(reference.causal_conv1d(x, wide(weight), wide(bias), window))
 
 
 def project_qkv(

@@ -33,7 +33,3 @@ class WindowOps:
     ) -> tuple[int, int]:
         """Elements of attention's `partial` and `counter`."""
         return 0, 0
-
-    def low_scratch(self, rows: int, columns: int, channels: int) -> tuple[int, int]:
-        """Elements of `partial` and `counter` of `mamba1_low`."""
-        return 0, 0

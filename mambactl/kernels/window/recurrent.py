@@ -13,21 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambactl.kernels import reference
-from mambactl.kernels.window.linear import wide
-
-TAPS = 4
-
-
-def _run(ring: Tensor, first: int, last: int) -> Tensor:
-    """Raw rows [1, last - first, C] of one sequence's ring [R, C]; zeros before position 0."""
-    at = torch.arange(first, last, device=ring.device)
-    return wide(ring[at % len(ring)]).masked_fill((at < 0)[:, None], 0)[None]
-
-
-def _convolved(raw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """SiLU(conv) of all but the first three rows; raw [1, 3 + L, Ch], weight [Ch, 4]."""
-    window, x = raw[:, : TAPS - 1], raw[:, TAPS - 1 :]
-    return F.silu(reference.causal_conv1d(x, wide(weight), wide(bias), window))
+from mambactl.kernels.window.linear import TAPS, convolved, ring_rows, wide, window_positions
 
 
 def _states(step: reference.Step, state: Tensor, records: reference.Records, C: Tensor, keep: int):
@@ -62,8 +48,8 @@ def mamba2_window(
         end = begin + n_new
         if n_new <= 0 or end <= first:
             continue
-        raw = _run(ring[b], first - TAPS + 1, end)
-        mixed = _convolved(raw[..., :channels], conv_weight, conv_bias)  # [1, L, Ch]
+        raw = ring_rows(ring[b], first - TAPS + 1, end)
+        mixed = convolved(raw[..., :channels], conv_weight, conv_bias)  # [1, L, Ch]
         x, B, C = mixed.split([n_x, n_b, c_groups * size], -1)
         x = x.unflatten(-1, (x_heads, width)).repeat_interleave(heads // x_heads, 2)
         B, C = B.unflatten(-1, (b_groups, size)), C.unflatten(-1, (c_groups, size))
@@ -92,23 +78,14 @@ def grouped_norm(y: Tensor, gain: Tensor, eps: float, groups: int) -> None:
 
 
 def mamba1_low(
-    ring: Tensor, conv_weight: Tensor, conv_bias: Tensor, w: Tensor, low: Tensor, start: Tensor,
-    count: Tensor, scale: int, *, T: int, offset: int, partial: Tensor | None = None,
-    counter: Tensor | None = None,
+    mixed: Tensor, w: Tensor, low: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
+    offset: int,
 ) -> None:  # fmt: skip
-    """x_proj of native Mamba-1: low [B, R, J] = SiLU(conv(ring)) w^T at the window's positions.
-
-    `partial` and `counter` are the kernel's.
-    """
-    for b in range(len(ring)):
-        begin = int(start[b]) + offset
-        first, end = max(begin, 0), begin + int(count[b]) * scale
-        if end <= first:
-            continue
-        seen = torch.arange(first, end, device=ring.device)
-        raw = _run(ring[b], first - TAPS + 1, end)
-        x = _convolved(raw, conv_weight, conv_bias).to(ring.dtype)  # [1, new, Ch]
-        low[b, seen % low.shape[1]] = (wide(x[0]) @ wide(w).T).to(low.dtype)
+    """x_proj of native Mamba-1: low [B, R, J] = mixed [M, Ch] w^T at the real rows' positions."""
+    at, real = window_positions(start, count, scale, T=T, offset=offset)
+    b, t = real.nonzero(as_tuple=True)
+    rows = wide(mixed).view(len(start), T, -1)[b, t]  # [real, Ch]
+    low[b, at[b, t] % low.shape[1]] = (rows @ wide(w).T).to(low.dtype)
 
 
 def spread(columns: int, piece: int, repeat: int) -> Tensor:
@@ -139,15 +116,15 @@ def mamba1_window(
         end = begin + n_new
         if n_new <= 0 or end <= first:
             continue
-        raw = _run(ring[b], first - TAPS + 1, end)
+        raw = ring_rows(ring[b], first - TAPS + 1, end)
         if low is None:
             x_raw, later = raw[..., source], raw[:, TAPS - 1 :]
             B, C = later[..., n_x + source], later[..., 2 * n_x : 2 * n_x + channels]
             step_low = later[..., 2 * n_x + channels :]
         else:
             x_raw = raw
-            step_low, B, C = _run(low[b], first, end).split([rank, size, size], -1)
-        x = _convolved(x_raw, conv_weight, conv_bias)  # [1, L, Ch]
+            step_low, B, C = ring_rows(low[b], first, end).split([rank, size, size], -1)
+        x = convolved(x_raw, conv_weight, conv_bias)  # [1, L, Ch]
         dt = F.softplus(step_low @ wide(dt_weight).T + wide(dt_bias))  # [1, L, Ch]
         B, C = B.unflatten(-1, (-1, size)), C.unflatten(-1, (-1, size))
         keep = int(base_next[b]) - first

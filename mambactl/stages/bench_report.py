@@ -1,0 +1,105 @@
+"""The tables that `bench` shows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mambactl import console
+
+Point = dict[str, Any]
+
+
+def times(ratio: float | None) -> str:
+    """A ratio for people."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def name(point: Point) -> str:
+    """Context length and rows."""
+    return f"{point['input_len']} x {point['batch_size']}"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _mib(value: float | None) -> str:
+    return "-" if value is None else f"{value / 2**20:,.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+# heading, key, how it is written, and the key of the gain over a baseline
+Column = tuple[str, str, Callable[[Any], str], str]
+PLAIN: tuple[Column, ...] = (
+    ("prefill tok/s", "prefill_tokens_per_second", _rate, "prefill_speedup"),
+    ("decode tok/s", "decode_tokens_per_second", _rate, "decode_speedup"),
+    ("of limit", "decode_share", _share, ""),
+    ("cache MiB", "cache_bytes", _mib, "cache_reduction"),
+    ("peak MiB", "peak_bytes", _mib, ""),
+)
+SPECULATIVE: tuple[Column, ...] = (
+    ("K", "k", _number, ""),
+    ("spec tok/s", "speculative_tokens_per_second", _rate, ""),
+    ("of limit", "speculative_share", _share, ""),
+    ("tok/step", "tokens_per_step", _number, ""),
+    ("accepted", "acceptance", _share, ""),
+    ("speed-up", "speculative_speedup", times, ""),
+)
+VERIFY: tuple[Column, ...] = (("verify", "verify_ratio", times, ""),)
+
+
+def show(title: str, metrics: dict[str, Any]) -> None:
+    """Every point of a model, each with the baseline's below it if there is one; then what drafts
+    and verification came to, if they were measured.
+    """
+    points: list[Point] = metrics["points"]
+    others: list[Point] = metrics.get("baseline_points", [])
+    where = f"on {metrics['device']} in {metrics['dtype']}"
+    against = f", against {metrics['baseline']}" if others else ""
+    lines = []
+    for index, point in enumerate(points):
+        lines.append((name(point), "model" if others else "", *_cells(point, PLAIN)))
+        if others:
+            lines.append(("", "baseline", *_cells(others[index], PLAIN)))
+            gains = (times(point[gain]) if gain else "" for *_, gain in PLAIN)
+            lines.append(("", "gain", *gains))
+    _table(f"{title} {where}{against}", ("", *(column[0] for column in PLAIN)), lines)
+    columns = [
+        column
+        for group in (SPECULATIVE, VERIFY)
+        for column in group
+        if any(group[0][1] in point for point in points)
+    ]
+    if columns:
+        draft = metrics["config"]["draft"]
+        title = f"{title} with {draft} {where}" if draft else f"{title} {where}"
+        lines = [(name(point), *_cells(point, columns)) for point in points]
+        _table(title, [column[0] for column in columns], lines)
+
+
+def _table(title: str, headings: Sequence[str], lines: list[tuple[str, ...]]) -> None:
+    console.table(title, ("context x rows", *headings), lines)
+
+
+def _cells(point: Point, columns: Sequence[Column]) -> list[str]:
+    return [write(point[key]) if key in point else "" for _, key, write, _ in columns]
+
+
+def show_kernels(metrics: dict[str, Any]) -> None:
+    """The kernel that replays against the one that stores a state per token."""
+    columns = ("rows", "replay us", "MB", "GB/s", "per token us", "MB", "GB/s", "ratio")
+    lines = []
+    for row in metrics["kernels"]:
+        cells = [row["batch_size"]]
+        for way in ("fused", "snapshots"):
+            cells.append(f"{row[f'{way}_microseconds']:.1f}")
+            cells.append(f"{row[f'{way}_bytes'] / 1e6:.1f}")
+            cells.append(f"{row[f'{way}_bytes_per_second'] / 1e9:,.0f}")
+        lines.append((*cells, times(row["ratio"])))
+    console.table(f"Mamba-2 layer on {metrics['device']} in {metrics['dtype']}", columns, lines)
