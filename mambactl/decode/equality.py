@@ -12,7 +12,7 @@ Rows = Sequence[Sequence[int]]
 
 
 def first_differences(plain: Rows, speculative: Rows) -> dict[int, int]:
-    """Row -> position of its first token that differs (or is missing); rows that agree are absent."""
+    """Row -> position of its first token that differs or is missing; only rows that differ."""
     found = {}
     for row, (left, right) in enumerate(zip(plain, speculative, strict=True)):
         for position, (one, other) in enumerate(zip_longest(left, right)):

@@ -36,6 +36,7 @@ class Layer:
     """What one layer works on; `fused` and `snapshots` are the states of the two ways."""
 
     ring: Tensor  # [B, R, C]
+    mixed: Tensor  # [B, R, Ch]
     z: Tensor  # [B T, H P]
     fused: Tensor  # [B, H, N, P]
     snapshots: Tensor  # [B, T, H, N, P]
@@ -111,7 +112,8 @@ class Contest:
         snapshots[:, 0] = fused
         z = random(rows, s.d_inner)
         return Layer(
-            random(self.batch, slots, self.mixer.ring_width), z, fused, snapshots,
+            random(self.batch, slots, self.mixer.ring_width),
+            random(self.batch, slots, s.conv_dim), z, fused, snapshots,
             torch.empty_like(z), torch.empty_like(z),
         )  # fmt: skip
 
@@ -141,8 +143,8 @@ class Contest:
     def _inputs(self, held: Layer, state: Tensor) -> tuple:
         m = self.mixer
         gain = m.gain if m.norm_by_head else None
-        weights = (m.conv.weight, m.conv.bias, m.A, m.D, m.dt_bias, gain, m.sizes.norm_eps)
-        return (held.ring, held.z, state, *weights)
+        weights = (m.A, m.D, m.dt_bias, gain, m.sizes.norm_eps)
+        return (held.ring, held.mixed, held.z, state, *weights)
 
     def _groups(self) -> dict[str, int]:
         s = self.mixer.sizes
@@ -171,10 +173,10 @@ class Contest:
     def bytes_moved(self, place: Place) -> tuple[int, int]:
         """Bytes of one step of one layer: of the fused kernel, and with a state per token."""
         outside = sum(t.nbytes for t in (self.layers[0].z, self.layers[0].fused_out))
-        row = self.layers[0].ring[:, 0].nbytes
+        row = self.layers[0].mixed[:, 0].nbytes
         fused = self.state_bytes * (1 + (place.store != place.base))
-        fused += outside + row * (3 + place.start - place.base + self.T)
-        return fused, self.state_bytes * (1 + self.T) + outside + row * (3 + self.T)
+        fused += outside + row * (place.start - place.base + self.T)
+        return fused, self.state_bytes * (1 + self.T) + outside + row * self.T
 
 
 def contest(batch: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Numbers:

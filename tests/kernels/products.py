@@ -125,8 +125,8 @@ def spoil(stream: Stream, where: Where) -> None:
 
 
 class Conv(NamedTuple):
-    """A convolution of the ring's columns, and the ring before the window: NaN but for three
-    positions.
+    """A convolution of the ring's first columns, and the ring before the window: NaN but for
+    three positions.
     """
 
     weight: Tensor
@@ -139,7 +139,8 @@ def draw_conv(g, where: Where, width: int, kind, device) -> Conv:
     for b, begin in enumerate((where.start + where.offset).tolist()):
         for at in range(max(begin - 3, 0), begin):
             ring[b, at % 16] = torch.randn(width, generator=g)
-    weight, bias = torch.randn(width, 4, generator=g) / 2, torch.randn(width, generator=g)
+    channels = width - width % 3
+    weight, bias = torch.randn(channels, 4, generator=g) / 2, torch.randn(channels, generator=g)
     return Conv(*(x.to(device, kind) for x in (weight, bias, ring)))
 
 
@@ -147,7 +148,8 @@ def run_project(ops, stream, where, w, bias, width, ring_lo, conv=None) -> list[
     """plain, its padding rows NaN, the ring of 16 slots, and the convolved rows if asked for."""
     kind, device = w.dtype, w.device
     plain = poisoned(device, kind, len(stream.scaled), len(w) - width)
-    mixed = poisoned(device, kind, len(stream.scaled), width)
+    channels = 0 if conv is None else len(conv.weight)
+    mixed = poisoned(device, kind, len(where.start), 16, channels)
     ring = (
         poisoned(device, kind, len(where.start), 16, width) if conv is None else conv.ring.clone()
     )
@@ -157,7 +159,15 @@ def run_project(ops, stream, where, w, bias, width, ring_lo, conv=None) -> list[
         **where.keywords,
     )  # fmt: skip
     plain[~where.real.to(device)] = NAN
-    return [plain, ring] if conv is None else [plain, ring, mixed]
+    if conv is None:
+        return [plain, ring]
+    rows = poisoned(device, kind, len(where.start), where.T, channels)
+    for b, row in enumerate(where.positions):
+        for t, at in enumerate(row):
+            if at is not None:
+                rows[b, t], mixed[b, at % 16] = mixed[b, at % 16], NAN
+    assert mixed.isnan().all()
+    return [plain, ring, rows.flatten(0, 1)]
 
 
 HEADS = [(3, 1, 16), (1, 1, 48), (2, 1, 32), (3, 3, 24)]

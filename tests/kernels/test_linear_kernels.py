@@ -89,14 +89,15 @@ def dense_project(stream, where, w, bias, width, ring_lo, conv) -> list[Tensor]:
     y = torch.einsum("mk,nk->mn", stream.normed(), w.double())
     y = (y if bias is None else y + bias.double()).view(len(where.start), where.T, -1)
     plain = poisoned("cpu", torch.float64, *y.shape[:2], y.shape[2] - width)
-    mixed, ring = poisoned("cpu", torch.float64, *y.shape[:2], width), conv.ring.clone()
+    channels = len(conv.weight)
+    mixed, ring = poisoned("cpu", torch.float64, *y.shape[:2], channels), conv.ring.clone()
     for b, row in enumerate(where.positions):
         for t, at in enumerate(row):
             if at is not None:
                 ring[b, at % 16] = y[b, t, ring_lo : ring_lo + width]
                 plain[b, t] = torch.cat([y[b, t, :ring_lo], y[b, t, ring_lo + width :]])
                 x = conv.bias + sum(
-                    ring[b, (at - 3 + i) % 16] * conv.weight[:, i]
+                    ring[b, (at - 3 + i) % 16, :channels] * conv.weight[:, i]
                     for i in range(4) if at - 3 + i >= 0
                 )  # fmt: skip
                 mixed[b, t] = x / (1 + (-x).exp())

@@ -78,11 +78,11 @@ def test_bytes_are_those_of_states_and_windows():
     steps = list(islice(walk(held.limit, 4, 3), 2))
     # heads, state and width of the tiny hybrid, in fp32
     state, inner = 2 * 4 * 16 * 16 * 4, 4 * 16
-    ring = 2 * held.mixer.ring_width * 4
+    rows = 2 * held.mixer.sizes.conv_dim * 4
     around = 2 * 4 * inner * 4 * 2
     first, second = (held.bytes_moved(step) for step in steps)
-    assert first == (state + around + ring * 7, 5 * state + around + ring * 7)
-    assert second[0] == 2 * state + around + ring * (7 + 4)
+    assert first == (state + around + rows * 4, 5 * state + around + rows * 4)
+    assert second[0] == 2 * state + around + rows * (4 + 4)
 
 
 def test_the_layer_is_that_of_the_shape():

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,8 +41,8 @@ class _Launched:
 class FusedEngine:
     """Decodes with `target`, helped by `draft`: a model, "ngram" or None (plain decoding).
 
-    `k` drafts a step, or "auto": as many as pay, perhaps none. `exact` makes rows of passes up to
-    16 rows bitwise independent of the number of rows, at some cost for passes of one or two.
+    `k` drafts a step, or "auto": as many as pay, perhaps none. `ops` are the operations of a step:
+    the GPU's, or the reference's on any device. Raises NotSupported for what they cannot run.
     """
 
     def __init__(
@@ -71,6 +72,17 @@ class FusedEngine:
         keys: Sequence[int] | None = None,
     ) -> Generation:
         """Continue every prompt; see `decode.engine.Engine.generate`."""
+        device = self.target.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return self._generate(prompts, params, on_tokens, keys)
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_tokens: OnTokens | None,
+        keys: Sequence[int] | None,
+    ) -> Generation:
         check_prompts(prompts)
         if len(params.eos_token_ids) > MOST_EOS:
             raise NotSupported(f"more than {MOST_EOS} end tokens")

@@ -120,15 +120,11 @@ class Pass:
         )  # fmt: skip
 
     def _project(
-        self,
-        m: Mamba1Weights | Mamba2Weights,
-        held: RecurrentState,
-        s: Stream,
-        window: Window,
-        conv: tuple[Tensor, Tensor, Tensor] | None = None,
+        self, m: Mamba1Weights | Mamba2Weights, held: RecurrentState, s: Stream, window: Window
     ) -> Tensor:
-        """Raw projections into the ring; returns the gate z [M, d_inner]."""
+        """Raw and convolved projections into the rings; returns the gate z [M, d_inner]."""
         z = s.wide[: window.rows * m.sizes.d_inner].view(window.rows, -1)
+        conv = None if held.mixed is None else (m.conv.weight, m.conv.bias, held.mixed)
         self.ops.project(
             s.scaled, s.squares, self.weights.eps, m.inner.weight, m.inner.bias, z, held.ring,
             window.start, window.active, window.T, T=window.T, offset=window.offset,
@@ -141,7 +137,7 @@ class Pass:
     ) -> None:
         z = self._project(m, held, s, window)
         self.ops.mamba2(
-            held.ring, z, held.state, m.conv.weight, m.conv.bias, m.A, m.D, m.dt_bias,
+            held.ring, held.mixed, z, held.state, m.A, m.D, m.dt_bias,
             m.gain if m.norm_by_head else None, m.sizes.norm_eps, mixed, window.start,
             window.active, window.base, window.base_next, window.T, T=window.T,
             offset=window.offset, x_heads=m.sizes.x_heads, b_groups=m.sizes.b_groups,
@@ -153,17 +149,16 @@ class Pass:
     def _mamba1(
         self, m: Mamba1Weights, held: RecurrentState, s: Stream, mixed: Tensor, window: Window
     ) -> None:
+        z = self._project(m, held, s, window)
         where = {"T": window.T, "offset": window.offset}
-        if m.low is None:
-            z = self._project(m, held, s, window)
-        else:
-            x = s.inner[: window.rows * m.sizes.d_inner].view(window.rows, -1)
-            z = self._project(m, held, s, window, (m.conv.weight, m.conv.bias, x))
-            self.ops.mamba1_low(x, m.low, held.low, window.start, window.active, window.T, **where)
+        if m.low is not None:
+            self.ops.mamba1_low(
+                held.mixed, m.low, held.low, window.start, window.active, window.T, **where
+            )
         self.ops.mamba1(
-            held.ring, held.low, z, held.state, m.conv.weight, m.conv.bias, m.dt.weight, m.dt.bias,
-            m.A, m.D, mixed, window.start, window.active, window.base, window.base_next, window.T,
-            piece=m.piece, repeat=m.repeat, **where,
+            held.ring, held.mixed, held.low, z, held.state, m.conv.weight, m.conv.bias,
+            m.dt.weight, m.dt.bias, m.A, m.D, mixed, window.start, window.active, window.base,
+            window.base_next, window.T, piece=m.piece, repeat=m.repeat, **where,
         )  # fmt: skip
 
     def best(self, s: Stream, T: int, last: bool, tokens: Tensor, scratch: "HeadScratch") -> None:

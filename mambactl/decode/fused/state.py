@@ -24,10 +24,13 @@ class AttentionState:
 
 @dataclass
 class RecurrentState:
-    """See `kernels.window.recurrent`; `low` only for native Mamba-1."""
+    """See `kernels.window.recurrent`; the attention form of Mamba-1 has neither `mixed` nor `low`,
+    Mamba-2 no `low`.
+    """
 
     ring: Tensor  # [B, R, C]
     state: Tensor  # [B, H, N, P] or [B, Ch, N], fp32
+    mixed: Tensor | None = None  # [B, R, Ch]
     low: Tensor | None = None  # [B, R, dt_rank + 2 N]
 
 
@@ -110,16 +113,19 @@ def _layer_state(
     if isinstance(mixer, AttentionWeights):
         shape = (batch, mixer.kv_heads, capacity, mixer.width)
         return AttentionState(like.new_zeros(shape), like.new_zeros(shape))
-    ring = like.new_zeros(batch, slots, mixer.ring_width)
+
+    def ring(width: int) -> Tensor:
+        return like.new_zeros(batch, slots, width)
+
+    s = mixer.sizes
+    raw, kind = ring(mixer.ring_width), _state_dtype(like)
     if isinstance(mixer, Mamba2Weights):
-        s = mixer.sizes
-        shape = (batch, s.n_heads, s.d_state, s.head_dim)
-        return RecurrentState(ring, like.new_zeros(shape, dtype=_state_dtype(like)))
-    shape = (batch, mixer.sizes.d_inner, mixer.sizes.d_state)
-    low = None
-    if mixer.low is not None:
-        low = like.new_zeros(batch, slots, len(mixer.low))
-    return RecurrentState(ring, like.new_zeros(shape, dtype=_state_dtype(like)), low)
+        state = like.new_zeros(batch, s.n_heads, s.d_state, s.head_dim, dtype=kind)
+        return RecurrentState(raw, state, ring(s.conv_dim))
+    state = like.new_zeros(batch, s.d_inner, s.d_state, dtype=kind)
+    if mixer.low is None:
+        return RecurrentState(raw, state)
+    return RecurrentState(raw, state, ring(s.d_inner), ring(len(mixer.low)))
 
 
 def _state_dtype(like: Tensor) -> torch.dtype:

@@ -43,6 +43,11 @@ def _tap(weight, ch, ok, i: tl.constexpr):
 
 
 @triton.jit
+def _add_tap(x, w, total):
+    return tl.fma(x, tl.broadcast_to(w[None, :], x.shape), total)
+
+
+@triton.jit
 def _behind(ring, width, b, at, ch, ok, back: tl.constexpr, SLOTS: tl.constexpr):
     """Raw rows [BM, BN] `back` positions before `at`; zeros before position 0."""
     place = at - back
@@ -58,7 +63,7 @@ def _behind(ring, width, b, at, ch, ok, back: tl.constexpr, SLOTS: tl.constexpr)
 @triton.jit(do_not_specialize=["M", "T", "offset", "scale"])
 def _project_kernel(
     x, x_stride, squares, s_stride, eps, w, bias, plain, ring, conv_weight, conv_bias, mixed,
-    start, count, M, N, T, offset, scale, ring_lo, ring_hi,
+    start, count, M, N, T, offset, scale, ring_lo, ring_hi, conv_width,
     K: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr,
     CONV: tl.constexpr, SINGLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DEPTH: tl.constexpr, SLICES: tl.constexpr,
@@ -77,9 +82,10 @@ def _project_kernel(
     inside = (ch >= 0) & (ch < width)
     ringed = ok & inside[None, :] & kept[:, None]
     if CONV:
-        w0, w1 = _tap(conv_weight, ch, inside, 0), _tap(conv_weight, ch, inside, 1)
-        w2, w3 = _tap(conv_weight, ch, inside, 2), _tap(conv_weight, ch, inside, 3)
-        shift = tl.load(conv_bias + ch, mask=inside, other=0.0).to(tl.float32)
+        convolved = (ch >= 0) & (ch < conv_width)
+        w0, w1 = _tap(conv_weight, ch, convolved, 0), _tap(conv_weight, ch, convolved, 1)
+        w2, w3 = _tap(conv_weight, ch, convolved, 2), _tap(conv_weight, ch, convolved, 3)
+        shift = tl.load(conv_bias + ch, mask=convolved, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
     if CONV and SINGLE:
@@ -103,11 +109,12 @@ def _project_kernel(
             x0 = _behind(ring, width, b, at, ch, ringed, 3, SLOTS)
             x1 = _behind(ring, width, b, at, ch, ringed, 2, SLOTS)
             x2 = _behind(ring, width, b, at, ch, ringed, 1, SLOTS)
-        total = x0 * w0[None, :] + x1 * w1[None, :] + x2 * w2[None, :]
-        total += y.to(tl.float32) * w3[None, :] + shift[None, :]
-        places = rows[:, None].to(tl.int64) * width + ch[None, :]
+        # in a fixed order, whatever the compiler would fuse
+        total = _add_tap(x0, w0, tl.broadcast_to(shift[None, :], [BM, BN]))
+        total = _add_tap(y.to(tl.float32), w3, _add_tap(x2, w2, _add_tap(x1, w1, total)))
+        slots = (b * SLOTS + at % SLOTS).to(tl.int64) * conv_width
         out = rounded(total * tl.sigmoid(total), mixed.dtype.element_ty)
-        tl.store(mixed + places, out, mask=ringed)
+        tl.store(mixed + slots[:, None] + ch[None, :], out, mask=ringed & convolved[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -261,8 +268,9 @@ def project(
     _project_kernel[(triton.cdiv(N, tiles.columns),)](
         scaled, scaled.stride(0), squares, squares.stride(0), eps, w, w if bias is None else bias,
         plain, ring, *(conv or (w, w, w)), start, count, M, N, T, offset, scale, ring_lo,
-        ring_lo + width, K=K, TILES=squares.shape[1], SLOTS=slots, BIAS=bias is not None,
-        CONV=conv is not None, SINGLE=T == 1, **_sizes(tiles, pdl),
+        ring_lo + width, conv[2].shape[2] if conv else 0, K=K, TILES=squares.shape[1],
+        SLOTS=slots, BIAS=bias is not None, CONV=conv is not None, SINGLE=T == 1,
+        **_sizes(tiles, pdl),
     )  # fmt: skip
 
 

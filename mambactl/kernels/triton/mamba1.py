@@ -23,9 +23,11 @@ SCAN, WIDE_SCAN = (32, 4), (64, 4)
 
 
 @triton.jit
-def _low_row(mixed, w_tile, m, M, k, CH: tl.constexpr):
-    row = tl.load(mixed + m * CH + k, mask=(k < CH) & (m < M), other=0.0).to(tl.float32)
-    return tl.sum(w_tile.to(tl.float32) * row[None, :], axis=1)
+def _low_row(mixed, w_tile, start, offset, m, M, T, k, CH: tl.constexpr, SLOTS: tl.constexpr):
+    at = tl.load(start + m // T, mask=m < M, other=0) + offset + m % T
+    row = (m // T * SLOTS + (at + SLOTS) % SLOTS).to(tl.int64) * CH
+    x = tl.load(mixed + row + k, mask=(k < CH) & (m < M), other=0.0).to(tl.float32)
+    return tl.sum(w_tile.to(tl.float32) * x[None, :], axis=1)
 
 
 @triton.jit(do_not_specialize=["M", "T", "offset", "scale"])
@@ -46,12 +48,12 @@ def _low_kernel(
         gdc_wait()
     for m in range(0, M, ROWS):
         # several rows at a time, so that they wait for memory together
-        y0 = _low_row(mixed, w_tile, m, M, k, CH)
+        y0 = _low_row(mixed, w_tile, start, offset, m, M, T, k, CH, SLOTS)
         y = y0[:, None]
         if ROWS == 4:
-            y1 = _low_row(mixed, w_tile, m + 1, M, k, CH)
-            y2 = _low_row(mixed, w_tile, m + 2, M, k, CH)
-            y3 = _low_row(mixed, w_tile, m + 3, M, k, CH)
+            y1 = _low_row(mixed, w_tile, start, offset, m + 1, M, T, k, CH, SLOTS)
+            y2 = _low_row(mixed, w_tile, start, offset, m + 2, M, T, k, CH, SLOTS)
+            y3 = _low_row(mixed, w_tile, start, offset, m + 3, M, T, k, CH, SLOTS)
             y = tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), [BJ, 4])
         row = m + tl.arange(0, ROWS)
         b, t = row // T, row % T
@@ -80,7 +82,7 @@ def _low_tile(low, first, last, width, cols, ok, SLOTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "offset", "scale"])
 def _mamba1_kernel(
-    ring, low, z, state, conv_weight, conv_bias, dt_weight, dt_bias, A, D, out, start, count,
+    ring, mixed, low, z, state, conv_weight, conv_bias, dt_weight, dt_bias, A, D, out, start, count,
     base, base_next, T, offset, scale, ring_width, low_width, dt_col, b_start, c_start,
     CH: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PIECE: tl.constexpr,
     REPEAT: tl.constexpr, SLOTS: tl.constexpr, NATIVE: tl.constexpr, BD: tl.constexpr,
@@ -99,9 +101,10 @@ def _mamba1_kernel(
         gdc_launch_dependents()
     w_dt = tl.load(dt_weight + d[:, None] * RANK + r[None, :],
                    mask=d_ok[:, None] & (r < RANK)[None, :], other=0.0)  # fmt: skip
-    w0, w1 = tap(conv_weight, d, d_ok, 0), tap(conv_weight, d, d_ok, 1)
-    w2, w3 = tap(conv_weight, d, d_ok, 2), tap(conv_weight, d, d_ok, 3)
-    bias = tl.load(conv_bias + d, mask=d_ok, other=0.0).to(tl.float32)
+    if not NATIVE:
+        w0, w1 = tap(conv_weight, d, d_ok, 0), tap(conv_weight, d, d_ok, 1)
+        w2, w3 = tap(conv_weight, d, d_ok, 2), tap(conv_weight, d, d_ok, 3)
+        bias = tl.load(conv_bias + d, mask=d_ok, other=0.0).to(tl.float32)
     shift = tl.load(dt_bias + d, mask=d_ok, other=0.0).to(tl.float32)
     skip = tl.load(D + d, mask=d_ok, other=0.0)
     decay = tl.load(A + d[:, None] * N + n[None, :], mask=inside, other=0.0)
@@ -118,10 +121,15 @@ def _mamba1_kernel(
     low += b.to(tl.int64) * SLOTS * low_width
     place = state + (b * CH + d[:, None]).to(tl.int64) * N + n[None, :]
     S = tl.load(place, mask=inside, other=0.0)  # [D, N]
-    x0 = raw_row(ring, first - 3, ring_width, source, d_ok, SLOTS)
-    x1 = raw_row(ring, first - 2, ring_width, source, d_ok, SLOTS)
-    x2 = raw_row(ring, first - 1, ring_width, source, d_ok, SLOTS)
-    x3 = raw_row(ring, first, ring_width, source, d_ok, SLOTS)
+    # the next token's x is always on its way: convolved already, or its raw row
+    if NATIVE:
+        mixed += b.to(tl.int64) * SLOTS * CH
+        x3 = raw_row(mixed, first, CH, d, d_ok, SLOTS)
+    else:
+        x0 = raw_row(ring, first - 3, ring_width, source, d_ok, SLOTS)
+        x1 = raw_row(ring, first - 2, ring_width, source, d_ok, SLOTS)
+        x2 = raw_row(ring, first - 1, ring_width, source, d_ok, SLOTS)
+        x3 = raw_row(ring, first, ring_width, source, d_ok, SLOTS)
     z += (b * T - begin).to(tl.int64) * CH + d
     gate = tl.load(z + first * CH, mask=d_ok & (first >= begin), other=0.0)
     for tile in range(first, end, 16):
@@ -132,12 +140,17 @@ def _mamba1_kernel(
             keys = _low_tile(low, tile, end, low_width, b_start + n, n_ok, SLOTS).to(tl.float32)
             queries = _low_tile(low, tile, end, low_width, c_start + n, n_ok, SLOTS).to(tl.float32)
         for at in range(tile, tl.minimum(tile + 16, end)):
-            x4 = raw_row(ring, at + 1, ring_width, source, d_ok, SLOTS)
+            more = d_ok & (at + 1 < end)
+            if NATIVE:
+                x, x4 = x3, raw_row(mixed, at + 1, CH, d, more, SLOTS)
+            else:
+                x4 = raw_row(ring, at + 1, ring_width, source, more, SLOTS)
+                x = silu(x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + bias)  # [D]
+                x0, x1, x2 = x1, x2, x3
             coming = d_ok & (at + 1 >= begin) & (at + 1 < end)
             gate_next = tl.load(z + (at + 1) * CH, mask=coming, other=0.0)
             if (at == store_at) & (store_at != first):
                 tl.store(place, S, mask=inside)
-            x = silu(x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + bias)  # [D]
             dt = _row_of(steps, at - tile)
             if NATIVE:
                 key = _row_of(keys, at - tile)[None, :]
@@ -153,7 +166,7 @@ def _mamba1_kernel(
                 row = (b * T + at - begin).to(tl.int64) * CH + d
                 y = y * silu(gate.to(tl.float32))
                 tl.store(out + row, rounded(y, out.dtype.element_ty), mask=d_ok)
-            x0, x1, x2, x3, gate = x1, x2, x3, x4, gate_next
+            x3, gate = x4, gate_next
     if store_at == end:
         tl.store(place, S, mask=inside)
 
@@ -163,20 +176,22 @@ def mamba1_low(
     offset: int, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.window.recurrent.mamba1_low`; for few rows, one after the other."""
-    (M, channels), J = mixed.shape, len(w)
+    (batch, slots, channels), J = mixed.shape, len(w)
+    M = batch * T
     large = channels > 2048
     block = 2 if large else 1
     _low_kernel[(triton.cdiv(J, block),)](
-        mixed, w, low, start, count, M, T, offset, scale, J, CH=channels, SLOTS=low.shape[1],
+        mixed, w, low, start, count, M, T, offset, scale, J, CH=channels, SLOTS=slots,
         ROWS=1 if M <= 2 else 4, BJ=block, BK=triton.next_power_of_2(channels), PDL=pdl,
         **launch_options(pdl, num_warps=8 if large else 4),
     )  # fmt: skip
 
 
 def mamba1_window(
-    ring: Tensor, low: Tensor | None, z: Tensor, state: Tensor, conv_weight: Tensor,
-    conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, out: Tensor,
-    start: Tensor, count: Tensor, base: Tensor, base_next: Tensor, scale: int, *, T: int,
+    ring: Tensor, mixed: Tensor | None, low: Tensor | None, z: Tensor, state: Tensor,
+    conv_weight: Tensor, conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
+    D: Tensor, out: Tensor, start: Tensor, count: Tensor, base: Tensor, base_next: Tensor,
+    scale: int, *, T: int,
     offset: int, piece: int, repeat: int, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.window.recurrent.mamba1_window`."""
@@ -188,8 +203,8 @@ def mamba1_window(
         source, dt_col, b_start, c_start = low, 0, rank, rank + size
     block, warps = SCAN if batch <= 4 else WIDE_SCAN
     _mamba1_kernel[(triton.cdiv(channels, block), batch)](
-        ring, source, z, state, conv_weight, conv_bias, dt_weight, dt_bias, A, D, out,
-        start, count, base, base_next, T, offset, scale,
+        ring, ring if mixed is None else mixed, source, z, state, conv_weight, conv_bias,
+        dt_weight, dt_bias, A, D, out, start, count, base, base_next, T, offset, scale,
         ring.shape[2], source.shape[2], dt_col, b_start, c_start, CH=channels, N=size, RANK=rank,
         PIECE=piece, REPEAT=repeat, SLOTS=ring.shape[1], NATIVE=low is not None, BD=block,
         BN=triton.next_power_of_2(size), BR=max(16, triton.next_power_of_2(rank)), PDL=pdl,

@@ -1,7 +1,7 @@
-"""Mamba-2 in a decode pass: convolution, replay, new tokens, skip, gate and norm in one kernel.
+"""Mamba-2 in a decode pass: replay, new tokens, skip, gate and norm.
 
-A program owns one head of one sequence and keeps its state [N, P] in registers while it walks
-from the stored state to the window's last token; see `kernels.window.recurrent`.
+A program owns part of one head of one sequence and keeps its state [N, P] in registers while it
+walks from the stored state to the window's last token; see `kernels.window.recurrent`.
 """
 
 import triton
@@ -14,6 +14,9 @@ from mambactl.kernels.triton.launch import (
     launch_options,
     rounded,
 )
+
+# columns of a head's state [N, P] that a program keeps in registers
+HEAD_BLOCK = 32
 
 
 @triton.jit
@@ -46,30 +49,21 @@ def tap(weight, cols, ok, i: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "offset", "scale"])
 def _mamba2_kernel(
-    ring, z, state, conv_weight, conv_bias, A, D, dt_bias, gain, eps, out, start, count,
-    base, base_next, T, offset, scale, width,
+    ring, mixed, z, state, A, D, dt_bias, gain, eps, out, start, count, base, base_next, T, offset,
+    scale, width,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, XH: tl.constexpr, BG: tl.constexpr,
     CG: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     h, b = tl.program_id(0), tl.program_id(1)
-    p, n = tl.arange(0, BP), tl.arange(0, BN)
+    p, n = tl.program_id(2) * BP + tl.arange(0, BP), tl.arange(0, BN)
     p_ok, n_ok = p < P, n < N
+    CC: tl.constexpr = XH * P + (BG + CG) * N
     x_col = h // (H // XH) * P + p
-    # B and C as one row: a row shorter than the program has threads would be held many times over
-    both = tl.arange(0, 2 * BN)
-    both_ok = both % BN < N
-    group = tl.where(both < BN, h // (H // BG), BG + h // (H // CG))
-    bc_col = XH * P + group * N + both % BN
-    dt_col = XH * P + (BG + CG) * N + h
+    b_col = XH * P + h // (H // BG) * N + n
+    c_col = XH * P + BG * N + h // (H // CG) * N + n
     if PDL:
         gdc_launch_dependents()
-    wx0, wx1 = tap(conv_weight, x_col, p_ok, 0), tap(conv_weight, x_col, p_ok, 1)
-    wx2, wx3 = tap(conv_weight, x_col, p_ok, 2), tap(conv_weight, x_col, p_ok, 3)
-    wb0, wb1 = tap(conv_weight, bc_col, both_ok, 0), tap(conv_weight, bc_col, both_ok, 1)
-    wb2, wb3 = tap(conv_weight, bc_col, both_ok, 2), tap(conv_weight, bc_col, both_ok, 3)
-    x_bias = tl.load(conv_bias + x_col, mask=p_ok, other=0.0).to(tl.float32)
-    bc_bias = tl.load(conv_bias + bc_col, mask=both_ok, other=0.0).to(tl.float32)
     decay, skip, shift = tl.load(A + h), tl.load(D + h), tl.load(dt_bias + h)
     weight = tl.zeros([BP], tl.float32)
     if NORM:
@@ -84,65 +78,62 @@ def _mamba2_kernel(
     if n_new <= 0:
         return
     ring += b.to(tl.int64) * SLOTS * width
+    mixed += b.to(tl.int64) * SLOTS * CC
     place = state + ((b * H + h).to(tl.int64) * N + n[:, None]) * P + p[None, :]
     inside = n_ok[:, None] & p_ok[None, :]
     S = tl.load(place, mask=inside, other=0.0)  # [N, P]
-    x0 = raw_row(ring, first - 3, width, x_col, p_ok, SLOTS)
-    x1 = raw_row(ring, first - 2, width, x_col, p_ok, SLOTS)
-    x2 = raw_row(ring, first - 1, width, x_col, p_ok, SLOTS)
-    b0 = raw_row(ring, first - 3, width, bc_col, both_ok, SLOTS)
-    b1 = raw_row(ring, first - 2, width, bc_col, both_ok, SLOTS)
-    b2 = raw_row(ring, first - 1, width, bc_col, both_ok, SLOTS)
-    # the next token's row is always on its way
-    x3 = raw_row(ring, first, width, x_col, p_ok, SLOTS)
-    b3 = raw_row(ring, first, width, bc_col, both_ok, SLOTS)
-    dt_raw = raw_row(ring, first, width, dt_col, True, SLOTS)
     z += ((b * T - begin).to(tl.int64) * H + h) * P + p
+    # the next token's rows are always on their way
+    x = raw_row(mixed, first, CC, x_col, p_ok, SLOTS)  # [P]
+    key = raw_row(mixed, first, CC, b_col, n_ok, SLOTS)  # [N]
+    query = raw_row(mixed, first, CC, c_col, n_ok & (first >= begin), SLOTS)  # [N]
+    step = raw_row(ring, first, width, CC + h, True, SLOTS)
     gate = tl.load(z + first * H * P, mask=p_ok & (first >= begin), other=0.0)
     for at in range(first, end):
-        x4 = raw_row(ring, at + 1, width, x_col, p_ok, SLOTS)
-        b4 = raw_row(ring, at + 1, width, bc_col, both_ok, SLOTS)
-        dt_next = raw_row(ring, at + 1, width, dt_col, True, SLOTS)
-        coming = p_ok & (at + 1 >= begin) & (at + 1 < end)
-        gate_next = tl.load(z + (at + 1) * H * P, mask=coming, other=0.0)
+        more, read = at + 1 < end, (at + 1 >= begin) & (at + 1 < end)
+        x_next = raw_row(mixed, at + 1, CC, x_col, p_ok & more, SLOTS)
+        key_next = raw_row(mixed, at + 1, CC, b_col, n_ok & more, SLOTS)
+        query_next = raw_row(mixed, at + 1, CC, c_col, n_ok & read, SLOTS)
+        step_next = raw_row(ring, at + 1, width, CC + h, more, SLOTS)
+        gate_next = tl.load(z + (at + 1) * H * P, mask=p_ok & read, other=0.0)
         if (at == store_at) & (store_at != first):
             tl.store(place, S, mask=inside)
-        x = silu(x0 * wx0 + x1 * wx1 + x2 * wx2 + x3 * wx3 + x_bias)  # [P]
-        mixed = silu(b0 * wb0 + b1 * wb1 + b2 * wb2 + b3 * wb3 + bc_bias)  # [2 N]
-        key, query = tl.split(tl.trans(tl.reshape(mixed, [2, BN])))  # [N]
-        dt = softplus(dt_raw + shift)
+        dt = softplus(step + shift)
         S = tl.fma(S, tl.exp(dt * decay), key[:, None] * (dt * x)[None, :])
         if at >= begin:
             y = tl.sum(S * query[:, None], axis=0) + skip * x  # [P]
-            row = ((b * T + at - begin).to(tl.int64) * H + h) * P + p
             y = y * silu(gate.to(tl.float32))
             if NORM:
                 y = tl.where(p_ok, y, 0.0)
                 y = y * tl.rsqrt(tl.sum(y * y) / P + eps) * weight
+            row = ((b * T + at - begin).to(tl.int64) * H + h) * P + p
             tl.store(out + row, rounded(y, out.dtype.element_ty), mask=p_ok)
-        x0, x1, x2, x3, dt_raw = x1, x2, x3, x4, dt_next
-        b0, b1, b2, b3, gate = b1, b2, b3, b4, gate_next
+        x, key, query, step, gate = x_next, key_next, query_next, step_next, gate_next
     if store_at == end:
         tl.store(place, S, mask=inside)
 
 
 def mamba2_window(
-    ring: Tensor, z: Tensor, state: Tensor, conv_weight: Tensor, conv_bias: Tensor, A: Tensor,
-    D: Tensor, dt_bias: Tensor, gain: Tensor | None, eps: float, out: Tensor, start: Tensor,
-    count: Tensor, base: Tensor, base_next: Tensor, scale: int, *, T: int, offset: int,
-    x_heads: int, b_groups: int, c_groups: int, pdl: bool,
+    ring: Tensor, mixed: Tensor, z: Tensor, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
+    gain: Tensor | None, eps: float, out: Tensor, start: Tensor, count: Tensor, base: Tensor,
+    base_next: Tensor, scale: int, *, T: int, offset: int, x_heads: int, b_groups: int,
+    c_groups: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.window.recurrent.mamba2_window`."""
+    """See `kernels.window.recurrent.mamba2_window`.
+
+    Heads wider than a program are normed by a kernel of their own.
+    """
     batch, heads, size, width = state.shape
-    blocks = triton.next_power_of_2(width), triton.next_power_of_2(size)
-    _mamba2_kernel[(heads, batch)](
-        ring, z, state, conv_weight, conv_bias, A, D, dt_bias, A if gain is None else gain, eps,
-        out, start, count, base, base_next, T, offset, scale,
-        ring.shape[2],
-        H=heads, P=width, N=size, XH=x_heads, BG=b_groups, CG=c_groups, SLOTS=ring.shape[1],
-        NORM=gain is not None, BP=blocks[0], BN=blocks[1], PDL=pdl,
-        **launch_options(pdl, num_warps=8 if blocks[0] * blocks[1] > 8192 else 4),
+    block = min(HEAD_BLOCK, triton.next_power_of_2(width))
+    inside = gain is not None and width <= block
+    _mamba2_kernel[(heads, batch, triton.cdiv(width, block))](
+        ring, mixed, z, state, A, D, dt_bias, gain if inside else A, eps, out, start, count, base,
+        base_next, T, offset, scale, ring.shape[2], H=heads, P=width, N=size, XH=x_heads,
+        BG=b_groups, CG=c_groups, SLOTS=ring.shape[1], NORM=inside, BP=block,
+        BN=triton.next_power_of_2(size), PDL=pdl, **launch_options(pdl, num_warps=4),
     )  # fmt: skip
+    if gain is not None and not inside:
+        grouped_norm(out, gain, eps, heads, pdl=pdl)
 
 
 @triton.jit
@@ -165,5 +156,6 @@ def grouped_norm(y: Tensor, gain: Tensor, eps: float, groups: int, *, pdl: bool)
     rows, width = y.shape
     _grouped_norm_kernel[(groups, rows)](
         y, gain, eps, width, width // groups,
-        BLOCK=triton.next_power_of_2(width // groups), PDL=pdl, **launch_options(pdl, num_warps=8),
+        BLOCK=triton.next_power_of_2(width // groups), PDL=pdl,
+        **launch_options(pdl, num_warps=8 if width // groups > 1024 else 1),
     )  # fmt: skip

@@ -52,8 +52,8 @@ def _ring_kernel(
 
 @triton.jit(do_not_specialize=["T", "offset", "scale"])
 def _conv_kernel(
-    ring, weight, bias, mixed, start, count, width, T, offset, scale, SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ring, weight, bias, mixed, start, count, ring_width, width, T, offset, scale,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1)
     ch = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -66,11 +66,11 @@ def _conv_kernel(
     total = tl.load(bias + ch, mask=ok, other=0.0).to(tl.float32)
     for i in tl.static_range(4):
         back = at - 3 + i
-        slot = (b * SLOTS + (back + SLOTS) % SLOTS).to(tl.int64) * width
+        slot = (b * SLOTS + (back + SLOTS) % SLOTS).to(tl.int64) * ring_width
         raw = tl.load(ring + slot + ch, mask=ok & (back >= 0), other=0.0).to(tl.float32)
-        total += raw * tl.load(weight + ch * 4 + i, mask=ok, other=0.0).to(tl.float32)
+        total = tl.fma(raw, tl.load(weight + ch * 4 + i, mask=ok, other=0.0).to(tl.float32), total)
     out = rounded(total * tl.sigmoid(total), mixed.dtype.element_ty)
-    tl.store(mixed + m.to(tl.int64) * width + ch, out, mask=ok)
+    tl.store(mixed + (b * SLOTS + at % SLOTS).to(tl.int64) * width + ch, out, mask=ok)
 
 
 @triton.jit(do_not_specialize=["T", "offset", "scale"])
@@ -210,9 +210,10 @@ def project(
         BLOCK=BLOCK, **_common(squares, D, pdl),
     )  # fmt: skip
     if conv is not None:
-        _conv_kernel[(triton.cdiv(width, BLOCK), M)](
-            ring, *conv, start, count, width, T, offset, scale, SLOTS=slots, BLOCK=BLOCK, PDL=pdl,
-            **launch_options(pdl, num_warps=4),
+        channels = conv[2].shape[2]
+        _conv_kernel[(triton.cdiv(channels, BLOCK), M)](
+            ring, *conv, start, count, width, channels, T, offset, scale, SLOTS=slots, BLOCK=BLOCK,
+            PDL=pdl, **launch_options(pdl, num_warps=4),
         )  # fmt: skip
 
 
@@ -221,8 +222,11 @@ def mamba1_low(
     offset: int, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.window.recurrent.mamba1_low`."""
-    y = torch.mm(mixed, w.T)  # [M, J]
-    (M, J), slots = y.shape, low.shape[1]
+    batch, slots, channels = mixed.shape
+    at = start[:, None] + offset + torch.arange(T, device=start.device)  # [B, T]
+    rows = at % slots + slots * torch.arange(batch, device=start.device)[:, None]
+    y = torch.mm(mixed.view(-1, channels).index_select(0, rows.view(-1)), w.T)  # [M, J]
+    M, J = y.shape
     _ring_kernel[(triton.cdiv(J, BLOCK), M)](
         y, y, 0, 0.0, y, y, low, start, count, J, T, offset, scale, 0, J, D=1, TILES=0,
         SLOTS=slots, BIAS=False, BLOCK=BLOCK, PDL=pdl, **launch_options(pdl, num_warps=4),

@@ -106,10 +106,10 @@ class TritonOps:
         """RMSNorm within groups, in place."""
         mamba2.grouped_norm(*args, pdl=self.pdl)
 
-    def mamba1_low(self, mixed: Tensor, *args: Any, **keywords: Any) -> None:
+    def mamba1_low(self, mixed: Tensor, *args: Any, T: int, **keywords: Any) -> None:
         """x_proj of native Mamba-1."""
-        module = mamba1 if len(mixed) <= ONE_BY_ONE else many
-        module.mamba1_low(mixed, *args, **keywords, pdl=self.pdl)
+        module = mamba1 if len(mixed) * T <= ONE_BY_ONE else many
+        module.mamba1_low(mixed, *args, T=T, **keywords, pdl=self.pdl)
 
     def mamba1(self, *args: Any, **keywords: Any) -> None:
         """Mamba-1 window."""

@@ -63,7 +63,8 @@ def project(
     """norm(stream) W^T: columns from `ring_lo` on to ring [B, R, C] at slot position % R, as many
     as it has; the other columns to plain [M, N - C].
 
-    `conv` (weight [C, 4], bias [C], mixed [M, C]) asks for SiLU(conv(ring)) of the real rows too.
+    `conv` (weight [Ch, 4], bias [Ch], mixed [B, R, Ch]) asks for SiLU(conv(ring)) of the ring's
+    first Ch columns at the real rows too, in the same slots of another ring.
     """
     y = normed(scaled, squares, eps, w, bias).to(plain.dtype)  # [M, N]
     width, slots = ring.shape[2], ring.shape[1]
@@ -73,9 +74,9 @@ def project(
     ring[b, at[b, t] % slots] = y.view(len(start), T, -1)[b, t, ring_lo : ring_lo + width]
     if conv is not None:
         weight, shift, mixed = conv
-        for row, last in zip((b * T + t).tolist(), at[b, t].tolist(), strict=True):
-            raw = ring_rows(ring[row // T], last - TAPS + 1, last + 1)
-            mixed[row] = convolved(raw, weight, shift)[0, 0].to(mixed.dtype)
+        for row, last in zip(b.tolist(), at[b, t].tolist(), strict=True):
+            raw = ring_rows(ring[row], last - TAPS + 1, last + 1)[..., : len(weight)]
+            mixed[row, last % slots] = convolved(raw, weight, shift)[0, 0].to(mixed.dtype)
 
 
 def ring_rows(ring: Tensor, first: int, last: int) -> Tensor:

@@ -3,8 +3,9 @@
 A ring [B, R, C] holds, at slot position % R, what the input projection made of the newest tokens.
 `state` is the state before position `base[b]`; a pass replays the ring from there, so rejecting
 tokens is no work at all: the next pass starts earlier. Where `base_next[b]` differs from `base[b]`
-the state before `base_next[b]` (at most the window's start) is stored; the caller then moves
-`base`. The ring must still hold the three positions before `base`, which the convolution needs.
+the state before `base_next[b]` (at most the window's end) is stored; the caller then moves
+`base`. The ring must still hold the three positions before the window, which its convolution
+needs; `mixed` is a second ring, of convolved columns.
 Replay and new tokens are one loop, so how tokens are cut into windows cannot change a bit.
 """
 
@@ -28,19 +29,18 @@ def _states(step: reference.Step, state: Tensor, records: reference.Records, C: 
 
 
 def mamba2_window(
-    ring: Tensor, z: Tensor, state: Tensor, conv_weight: Tensor, conv_bias: Tensor, A: Tensor,
-    D: Tensor, dt_bias: Tensor, gain: Tensor | None, eps: float, out: Tensor, start: Tensor,
-    count: Tensor, base: Tensor, base_next: Tensor, scale: int, *, T: int, offset: int,
-    x_heads: int, b_groups: int, c_groups: int,
+    ring: Tensor, mixed: Tensor, z: Tensor, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
+    gain: Tensor | None, eps: float, out: Tensor, start: Tensor, count: Tensor, base: Tensor,
+    base_next: Tensor, scale: int, *, T: int, offset: int, x_heads: int, b_groups: int,
+    c_groups: int,
 ) -> None:  # fmt: skip
-    """Mamba-2 (arXiv 2405.21060). Ring columns x, B, C, dt; state [B, H, N, P] fp32; z and
-    out [M, H P]; A [H] negative; conv_weight [Ch, 4].
+    """Mamba-2 (arXiv 2405.21060). `mixed` [B, R, Ch] holds convolved x, B, C, and the last H
+    columns of the ring dt; state [B, H, N, P] fp32; z and out [M, H P]; A [H] negative.
 
     out = y SiLU(z) for y = S C + D x; with `gain` [H P] it is also RMS-normed within each head.
     """
     batch, heads, size, width = state.shape
     n_x, n_b = x_heads * width, b_groups * size
-    channels = len(conv_weight)
     step = reference.bind(reference.ssd_step, wide(A))
     for b in range(batch):
         n_new = int(count[b]) * scale
@@ -48,12 +48,11 @@ def mamba2_window(
         end = begin + n_new
         if n_new <= 0 or end <= first:
             continue
-        raw = ring_rows(ring[b], first - TAPS + 1, end)
-        mixed = convolved(raw[..., :channels], conv_weight, conv_bias)  # [1, L, Ch]
-        x, B, C = mixed.split([n_x, n_b, c_groups * size], -1)
+        x, B, C = ring_rows(mixed[b], first, end).split([n_x, n_b, c_groups * size], -1)
         x = x.unflatten(-1, (x_heads, width)).repeat_interleave(heads // x_heads, 2)
         B, C = B.unflatten(-1, (b_groups, size)), C.unflatten(-1, (c_groups, size))
-        dt = F.softplus(raw[:, TAPS - 1 :, channels:] + wide(dt_bias))  # [1, L, H]
+        raw = ring_rows(ring[b], first, end)[..., mixed.shape[2] :]
+        dt = F.softplus(raw + wide(dt_bias))  # [1, L, H]
         keep = int(base_next[b]) - first
         held = wide(state[b : b + 1]).mT  # [1, H, P, N]
         y, middle = _states(step, held, (x, dt, B), C, keep)
@@ -81,11 +80,11 @@ def mamba1_low(
     mixed: Tensor, w: Tensor, low: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
     offset: int,
 ) -> None:  # fmt: skip
-    """x_proj of native Mamba-1: low [B, R, J] = mixed [M, Ch] w^T at the real rows' positions."""
+    """x_proj of native Mamba-1: low [B, R, J] = mixed [B, R, Ch] w^T at the real rows' slots."""
     at, real = window_positions(start, count, scale, T=T, offset=offset)
     b, t = real.nonzero(as_tuple=True)
-    rows = wide(mixed).view(len(start), T, -1)[b, t]  # [real, Ch]
-    low[b, at[b, t] % low.shape[1]] = (rows @ wide(w).T).to(low.dtype)
+    slot = at[b, t] % low.shape[1]
+    low[b, slot] = (wide(mixed[b, slot]) @ wide(w).T).to(low.dtype)
 
 
 def spread(columns: int, piece: int, repeat: int) -> Tensor:
@@ -95,15 +94,16 @@ def spread(columns: int, piece: int, repeat: int) -> Tensor:
 
 
 def mamba1_window(
-    ring: Tensor, low: Tensor | None, z: Tensor, state: Tensor, conv_weight: Tensor,
-    conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, out: Tensor,
-    start: Tensor, count: Tensor, base: Tensor, base_next: Tensor, scale: int, *, T: int,
+    ring: Tensor, mixed: Tensor | None, low: Tensor | None, z: Tensor, state: Tensor,
+    conv_weight: Tensor, conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
+    D: Tensor, out: Tensor, start: Tensor, count: Tensor, base: Tensor, base_next: Tensor,
+    scale: int, *, T: int,
     offset: int, piece: int, repeat: int,
 ) -> None:  # fmt: skip
     """Mamba-1 (arXiv 2312.00752): state [B, Ch, N] fp32, A [Ch, N] negative, z and out [M, Ch].
 
-    Native form: ring [B, R, Ch] is x and low [B, R, dt_rank + 2 N] is dt, B, C from x_proj.
-    Attention form (`low` None): ring columns are x, B (both repeated in pieces to Ch), C, dt.
+    Native form: mixed [B, R, Ch] is the convolved x, low [B, R, dt_rank + 2 N] is dt, B, C from
+    x_proj. Attention form (neither): ring columns are x, B (both repeated in pieces to Ch), C, dt.
     """
     batch, channels, size = state.shape
     rank = dt_weight.shape[1]
@@ -116,15 +116,15 @@ def mamba1_window(
         end = begin + n_new
         if n_new <= 0 or end <= first:
             continue
-        raw = ring_rows(ring[b], first - TAPS + 1, end)
         if low is None:
-            x_raw, later = raw[..., source], raw[:, TAPS - 1 :]
+            raw = ring_rows(ring[b], first - TAPS + 1, end)
+            x = convolved(raw[..., source], conv_weight, conv_bias)  # [1, L, Ch]
+            later = raw[:, TAPS - 1 :]
             B, C = later[..., n_x + source], later[..., 2 * n_x : 2 * n_x + channels]
             step_low = later[..., 2 * n_x + channels :]
         else:
-            x_raw = raw
+            x = ring_rows(mixed[b], first, end)
             step_low, B, C = ring_rows(low[b], first, end).split([rank, size, size], -1)
-        x = convolved(x_raw, conv_weight, conv_bias)  # [1, L, Ch]
         dt = F.softplus(step_low @ wide(dt_weight).T + wide(dt_bias))  # [1, L, Ch]
         B, C = B.unflatten(-1, (-1, size)), C.unflatten(-1, (-1, size))
         keep = int(base_next[b]) - first

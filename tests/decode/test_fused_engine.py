@@ -1,0 +1,412 @@
+"""The engine of whole steps on the device, with the reference kernels, against the plain engine.
+
+Its arithmetic is another one (fp32 sums in another order), yet greedy tokens are equal here, as no
+logits of these models are closer than that; so are sampled ones, as no random number lies so near
+a border between two tokens. The last sampled token may differ: the plain engine drafts no token at
+the end of the budget, this one does, and the same token then is drawn by another random number.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mambactl.decode.drafters import ModelDrafter, NgramDrafter
+from mambactl.decode.engine import Engine
+from mambactl.decode.fused.engine import FusedEngine
+from mambactl.decode.fused.session import Session
+from mambactl.decode.fused.state import RecurrentState
+from mambactl.decode.sampling import SamplingParams
+from mambactl.errors import UsageError
+from mambactl.kernels.window import linear, recurrent
+from mambactl.kernels.window.control import Field
+from mambactl.kernels.window.ops import WindowOps
+from mambactl.kernels.window.verdicts import WindowVerdicts
+from mambactl.models.config import Mamba1Settings, Mamba2Settings
+from mambactl.models.packed import NotSupported
+
+NATIVE1 = Mamba1Settings(d_inner=40, dt_rank=3, d_state=6, native=True)
+NATIVE2 = Mamba2Settings(4, 8, 12, x_heads=4, b_groups=1, c_groups=1, norm_groups=1)
+TARGETS = {
+    "attention": {"mixers": ["attention"] * 2},
+    "mamba2": {"mixers": ["mamba2"] * 2},
+    "mamba1": {"mixers": ["mamba1"] * 2},
+    "mixed": {"mixers": ["mamba2", "attention", "mamba1"]},
+    "native1": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE1, "has_mlp": False},
+    "native2": {"mixers": ["mamba2"] * 2, "mamba2": NATIVE2, "has_mlp": False},
+}
+LENGTHS = {1: [23], 3: [2, 17, 1], 4: [1, 64, 17, 2]}
+GREEDY = SamplingParams(max_new_tokens=14)
+SAMPLED = {
+    "plain": SamplingParams(temperature=6.0, max_new_tokens=14, seed=1),
+    "filtered": SamplingParams(temperature=8.0, top_k=40, top_p=0.9, max_new_tokens=14, seed=2),
+}
+
+
+class Ops(WindowOps, WindowVerdicts):
+    """All reference kernels."""
+
+
+def fused(target, draft=None, k=0) -> FusedEngine:
+    return FusedEngine(target, draft, k, Ops())
+
+
+def plain(target, draft=None, k=0) -> Engine:
+    if draft == "ngram":
+        return Engine(target, NgramDrafter(), k)
+    return Engine(target, draft and ModelDrafter(draft, target.config.vocab_size), k)
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Random prompts that repeat themselves, so that n-grams find something to copy."""
+    g = torch.Generator().manual_seed(seed)
+    cycle = [torch.randint(3, 97, (12,), generator=g).tolist() for _ in lengths]
+    return [(tokens * (n // 12 + 1))[:n] for tokens, n in zip(cycle, lengths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def build(make_hybrid):
+    """build(name, noise=0): a target, or a copy that agrees with it some of the time."""
+
+    def make(name: str, noise: float = 0.0):
+        model = make_hybrid(**TARGETS[name], seed=11)
+        g = torch.Generator().manual_seed(12)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(noise * torch.randn(parameter.shape, generator=g))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def models(build, make_hybrid):
+    """name -> (target, drafts by name)."""
+    unrelated = make_hybrid(["mamba2", "attention"], seed=99)
+    built = {}
+    for name in TARGETS:
+        target = build(name)
+        drafts = {"itself": target, "noisy": build(name, 0.01), "unrelated": unrelated}
+        built[name] = target, drafts | {"ngram": "ngram"}
+    return built
+
+
+@pytest.fixture(scope="module")
+def expected(models):
+    """(name, batch) -> prompts and plain greedy tokens."""
+    results = {}
+    for name, (target, _) in models.items():
+        for batch, lengths in LENGTHS.items():
+            prompts = prompts_of(lengths)
+            results[name, batch] = prompts, plain(target).generate(prompts, GREEDY).tokens
+    return results
+
+
+def both(target, draft, k: int, prompts, params) -> tuple:
+    """Results of both engines, and what each said by and by."""
+    results = []
+    for engine in (fused(target, draft, k), plain(target, draft, k)):
+        calls: list = []
+        done = engine.generate(prompts, params, lambda row, new, c=calls: c.append((row, [*new])))
+        results += [done, calls]
+    return tuple(results)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_plain_decoding_gives_the_plain_tokens(models, expected, name) -> None:
+    target, _ = models[name]
+    for batch in LENGTHS:
+        prompts, tokens = expected[name, batch]
+        done, calls, other, others_calls = both(target, None, 0, prompts, GREEDY)
+        assert done.tokens == other.tokens == tokens
+        assert done.finish == other.finish == ["length"] * batch
+        assert calls == others_calls
+        for field in ("rows", "prompt_tokens", "tokens", "steps", "row_steps", "drafted"):
+            assert getattr(done.stats, field) == getattr(other.stats, field), field
+        assert done.stats.histogram == other.stats.histogram == {0: 14 * batch}
+
+
+@pytest.mark.parametrize("draft", ["itself", "noisy", "unrelated", "ngram"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_speculation_gives_the_plain_tokens(models, expected, name, draft) -> None:
+    target, drafts = models[name]
+    rates = []
+    for k, batch in ((1, 3), (2, 1), (3, 4), (5, 1), (8, 3)):
+        prompts, tokens = expected[name, batch]
+        done = fused(target, drafts[draft], k).generate(prompts, GREEDY)
+        assert done.tokens == tokens, f"k={k}"
+        assert done.finish == ["length"] * batch
+        rates.append(done.stats.acceptance)
+    if draft == "itself":
+        assert min(rates) == 1
+    elif draft == "unrelated":
+        assert max(rates) < 0.4
+    elif draft == "noisy":
+        assert 0.02 < min(rates) <= max(rates)
+
+
+@pytest.mark.parametrize("draft", ["itself", "noisy", "ngram"])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_steps_and_streams_are_those_of_the_plain_engine(models, expected, draft, k) -> None:
+    """Up to the budget's end, where only this engine still drafts."""
+    target, drafts = models["mixed"]
+    prompts, tokens = expected["mixed", 4]
+    done, calls, other, others_calls = both(target, drafts[draft], k, prompts, GREEDY)
+    assert done.tokens == tokens
+    assert calls == others_calls
+    stats, others = done.stats, other.stats
+    assert (stats.steps, stats.row_steps) == (others.steps, others.row_steps)
+    assert sum(stats.histogram.values()) == sum(stats.lengths.values()) == stats.row_steps
+    assert sum(n * times for n, times in stats.histogram.items()) == stats.accepted
+    assert sum(n * times for n, times in stats.lengths.items()) == stats.drafted
+    assert 0 <= stats.accepted - others.accepted <= 4 * k
+    assert stats.tokens == 4 * 14 <= stats.accepted + stats.row_steps
+    if draft != "ngram":
+        assert stats.drafted == k * stats.row_steps
+    assert {"prefill", "verify"} <= stats.seconds.keys()
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("draft", ["itself", "noisy", "ngram"])
+def test_rows_stop_at_their_own_eos_also_inside_accepted_drafts(models, expected, draft, k) -> None:
+    target, drafts = models["mixed"]
+    prompts, tokens = expected["mixed", 4]
+    # met early, in the middle and, by the last row, never
+    ends = (tokens[0][8], tokens[1][4], tokens[2][2])
+    params = SamplingParams(max_new_tokens=40, eos_token_ids=(*ends, tokens[3][9]))
+    done, calls, other, others_calls = both(target, drafts[draft], k, prompts, params)
+    assert done.tokens == other.tokens
+    assert done.finish == other.finish == ["eos"] * 4
+    assert len({len(row) for row in done.tokens}) > 1
+    assert calls == others_calls
+    # no budget ends, so all numbers are the same
+    for field in (
+        "steps",
+        "row_steps",
+        "drafted",
+        "accepted",
+        "rejections",
+        "histogram",
+        "lengths",
+    ):
+        assert getattr(done.stats, field) == getattr(other.stats, field), field
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5])
+@pytest.mark.parametrize("k", [0, 2, 5])
+def test_the_budget_is_met_exactly(models, expected, k, budget) -> None:
+    target, drafts = models["mixed"]
+    prompts, tokens = expected["mixed", 3]
+    params = SamplingParams(max_new_tokens=budget, eos_token_ids=(tokens[0][budget - 1],))
+    for draft in ("itself", "ngram") if k else (None,):
+        done = fused(target, drafts.get(draft), k).generate(prompts, params)
+        cut = [row[:budget] for row in tokens]
+        assert [row[: len(one)] for row, one in zip(cut, done.tokens, strict=True)] == done.tokens
+        # the last token of the budget may be an end too
+        assert done.finish[0] == "eos" and done.tokens[0] == cut[0]
+        assert done.stats.tokens == sum(map(len, done.tokens))
+
+
+def test_several_calls_and_a_capacity_that_grows(models) -> None:
+    target, drafts = models["mixed"]
+    engine = fused(target, drafts["noisy"], 3)
+    for lengths in ([17], [5, 300], [17], [2, 9, 4, 1, 30], [17], [290, 3, 6]):
+        prompts = prompts_of(lengths, seed=len(lengths))
+        done = engine.generate(prompts, GREEDY)
+        assert done.tokens == plain(target).generate(prompts, GREEDY).tokens, lengths
+        (session,) = engine.sessions.values()
+        assert session.size == {1: 1, 2: 2, 3: 4, 5: 8}[len(lengths)]
+        assert session.capacity >= max(lengths) + 14 + 5
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_vocabulary_padded_differently_may_draft(models, expected, make_hybrid, size) -> None:
+    target, _ = models["mixed"]
+    prompts, tokens = expected["mixed", 4]
+    draft = make_hybrid(["mamba2"], seed=1, vocab_size=size)
+    assert fused(target, draft, 3).generate(prompts, GREEDY).tokens == tokens
+    for params in SAMPLED.values():
+        done, _, other, _ = both(target, draft, 2, prompts, params)
+        assert [row[:-1] for row in done.tokens] == [row[:-1] for row in other.tokens]
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[int]:
+    """The number of drafts of every step."""
+    ks: list[int] = []
+    launch = Session.launch
+
+    def heard(session, k, sampled):
+        ks.append(k)
+        return launch(session, k, sampled)
+
+    monkeypatch.setattr(Session, "launch", heard)
+    return ks
+
+
+def pretend(monkeypatch, seconds: dict[int, float]) -> None:
+    monkeypatch.setattr(Session, "time_steps", lambda session, ks, sampled: seconds)
+
+
+LONG = SamplingParams(max_new_tokens=40)
+
+
+def test_auto_drafts_nothing_where_steps_with_drafts_are_slow(
+    models, monkeypatch, launched
+) -> None:
+    target, drafts = models["mixed"]
+    pretend(monkeypatch, {k: 1.0 + 2 * k for k in (0, 1, 2, 3, 4, 6)})
+    prompts = prompts_of(LENGTHS[3])
+    done = fused(target, drafts["itself"], "auto").generate(prompts, LONG)
+    assert done.tokens == plain(target).generate(prompts, LONG).tokens
+    assert set(launched) == {0} and done.stats.drafted == 0
+
+
+@pytest.mark.parametrize("name", ["mixed", "native1"])
+@pytest.mark.parametrize("draft", ["unrelated", "ngram"])
+def test_auto_gives_up_a_draft_that_does_not_pay(
+    models, monkeypatch, launched, name, draft
+) -> None:
+    target, drafts = models[name]
+    pretend(monkeypatch, {k: 1.0 + 0.4 * k for k in (0, 1, 2, 3, 4, 6)})
+    prompts = prompts_of([7, 11, 3], seed=3)
+    if draft == "ngram":
+        # every token of the prompt occurs twice, so that there is something to copy
+        prompts = [[*row, *row] for row in prompts]
+    done = fused(target, drafts[draft], "auto").generate(prompts, LONG)
+    assert done.tokens == plain(target).generate(prompts, LONG).tokens
+    assert launched[0] > 0
+    if draft == "unrelated":
+        first = launched.index(0)
+        assert 0 < first < 10 and set(launched[first:]) == {0}
+
+
+def test_auto_keeps_a_good_draft(models, monkeypatch, launched) -> None:
+    target, drafts = models["mixed"]
+    pretend(monkeypatch, {k: 1.0 + 0.1 * k for k in (0, 1, 2, 3, 4, 6)})
+    prompts = prompts_of(LENGTHS[4])
+    done = fused(target, drafts["itself"], "auto").generate(prompts, LONG)
+    assert done.tokens == plain(target).generate(prompts, LONG).tokens
+    assert launched[-1] == 6
+
+
+@pytest.mark.parametrize("setting", SAMPLED)
+@pytest.mark.parametrize("draft", [None, "itself", "noisy", "ngram"])
+@pytest.mark.parametrize("name", ["mixed", "native1", "native2"])
+def test_sampled_tokens_are_those_of_the_plain_engine(models, name, draft, setting) -> None:
+    target, drafts = models[name]
+    prompts, params = prompts_of(LENGTHS[4], seed=5), SAMPLED[setting]
+    for k in (1, 3) if draft else (0,):
+        done, _, other, _ = both(target, drafts.get(draft), k, prompts, params)
+        end = -1 if draft else None
+        assert [row[:end] for row in done.tokens] == [row[:end] for row in other.tokens]
+        assert done.stats.steps == other.stats.steps
+
+
+@pytest.mark.parametrize("draft", [None, "noisy", "ngram"])
+def test_a_sampled_row_does_not_depend_on_its_batch(models, draft) -> None:
+    target, drafts = models["mixed"]
+    params = SamplingParams(temperature=6.0, top_p=0.95, max_new_tokens=15, eos_token_ids=(0, 7, 9))
+    prompts = prompts_of([7, 1, 60, 4, 2], seed=6)
+    engine = fused(target, drafts.get(draft), 2 if draft else 0)
+    together = engine.generate(prompts, params, keys=[10, 11, 12, 13, 14]).tokens
+    assert len({len(row) for row in together}) > 1
+    for row, prompt in enumerate(prompts):
+        assert engine.generate([prompt], params, keys=[10 + row]).tokens == [together[row]]
+    swapped = engine.generate(prompts[2:4][::-1], params, keys=[13, 12]).tokens
+    assert swapped == [together[3], together[2]]
+
+
+def rows_one_by_one(monkeypatch) -> None:
+    """Let no number of the reference kernels depend on how many rows there are: sums of products,
+    and functions of which vector units compute another last bit than scalar ones.
+    """
+
+    def by_row(function):
+        def run(x):
+            rows = x.reshape(-1, x.shape[-1])
+            return torch.stack([function(row) for row in rows]).view(x.shape)
+
+        return run
+
+    def normed(scaled, squares, eps, w, bias):
+        rate = torch.rsqrt(squares.sum(1, keepdim=True) / scaled.shape[1] + eps)
+        y = torch.stack([row @ w.T for row in scaled]) * rate
+        return y if bias is None else y + bias
+
+    def add_residual(x, w, bias, hidden, gain, scaled, squares):
+        y = torch.stack([row @ w.T for row in x])
+        y = y if bias is None else y + bias
+        linear.put_stream(hidden + y, gain, hidden, scaled, squares)
+
+    def convolved(raw, weight, bias):
+        taps = [raw[:, i : raw.shape[1] - 3 + i] * weight[:, i] for i in range(4)]
+        return functions.silu(sum(taps) + bias)
+
+    functions = SimpleNamespace(silu=by_row(F.silu), softplus=by_row(F.softplus))
+
+    monkeypatch.setattr(linear, "normed", normed)
+    monkeypatch.setattr(recurrent, "convolved", convolved)
+    monkeypatch.setattr(recurrent, "F", functions)
+    monkeypatch.setattr(Ops, "add_residual", staticmethod(add_residual))
+
+
+def assert_same_states(engine: FusedEngine, other: FusedEngine, prompt, done) -> None:
+    """The stored states are those of `other`, without drafts, after as many tokens."""
+    session = engine.sessions[1]
+    base = int(session.batch.field(Field.BASE)[0])
+    written = base - (len(prompt) - 1)
+    assert len(done.tokens[0]) // 2 < written
+    again = other.generate([prompt], SamplingParams(max_new_tokens=written))
+    assert again.tokens[0] == done.tokens[0][:written]
+    assert int(other.sessions[1].batch.field(Field.BASE)[0]) == base
+    pairs = zip(session.target.layers, other.sessions[1].target.layers, strict=True)
+    states = [(a.state, b.state) for a, b in pairs if isinstance(a, RecurrentState)]
+    assert states and all(torch.equal(*pair) for pair in states)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", ["mamba2", "native2"])
+def test_states_never_hear_of_rejected_drafts(models, monkeypatch, name, k) -> None:
+    rows_one_by_one(monkeypatch)
+    target, drafts = models[name]
+    engine = fused(target, drafts["noisy"], k)
+    prompt = prompts_of([19], seed=8)[0]
+    done = engine.generate([prompt], LONG)
+    assert done.stats.rejections > 3 and done.stats.accepted > 3
+    assert_same_states(engine, fused(target), prompt, done)
+
+
+def test_device_kernels_in_the_interpreter(make_hybrid) -> None:
+    """The only test here of the real kernels: slow, so tiny. Tokens, and states bit for bit."""
+    pytest.importorskip("triton")
+    from mambactl.decode.fused.ops import DeviceOps
+
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 40, "mamba1": NATIVE1,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    target = make_hybrid(["mamba2", "attention", "mamba1"], seed=4, **sizes)
+    draft = make_hybrid(["mamba2"], seed=5, **sizes)
+    params, prompt = SamplingParams(max_new_tokens=5), [5, 9, 11, 5, 9]
+    plainly = FusedEngine(target, None, 0, DeviceOps(exact=True))
+    engine = FusedEngine(target, draft, 2, DeviceOps(exact=True))
+    done = engine.generate([prompt], params)
+    assert done.tokens == plain(target).generate([prompt], params).tokens
+    assert done.stats.rejections > 0
+    assert_same_states(engine, plainly, prompt, done)
+    prompts, params = [[5], prompt], SamplingParams(temperature=6.0, max_new_tokens=2)
+    done = FusedEngine(target, "ngram", 1, DeviceOps()).generate(prompts, params)
+    other = plain(target, "ngram", 1).generate(prompts, params)
+    assert [row[:-1] for row in done.tokens] == [row[:-1] for row in other.tokens]
+
+
+def test_what_is_refused(models) -> None:
+    target, drafts = models["mixed"]
+    with pytest.raises(ValueError, match="draft"):
+        fused(target, None, 2)
+    with pytest.raises(ValueError, match="draft"):
+        fused(target, drafts["noisy"], 0)
+    with pytest.raises(UsageError, match="prompt 1"):
+        fused(target).generate([[3], []], GREEDY)
+    with pytest.raises(NotSupported, match="end tokens"):
+        fused(target).generate([[3]], SamplingParams(eos_token_ids=tuple(range(17))))
