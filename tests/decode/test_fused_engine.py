@@ -220,6 +220,37 @@ def test_several_calls_and_a_capacity_that_grows(models) -> None:
         assert session.capacity >= max(lengths) + 14 + 5
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 8, "attention_bias": True},
+        {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 24},
+        {"mamba2": Mamba2Settings(4, 8, 12, 4, 2, 4, norm_groups=2, d_conv=3, conv_bias=False)},
+        {"mamba1": Mamba1Settings(32, 5, 8, x_dim=16, repeat_width=4, d_conv=2, proj_bias=True)},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ],
+    ids=["window", "tied", "mamba2", "mamba1", "rope"],
+)  # fmt: skip
+def test_other_shapes(make_hybrid, changes) -> None:
+    mixers = ["mamba2", "attention", "mamba1"]
+    target = make_hybrid(mixers, seed=21, **changes)
+    prompts = prompts_of([23, 1, 2], seed=9)
+    tokens = plain(target).generate(prompts, GREEDY).tokens
+    draft = make_hybrid(["attention", "mamba1", "mamba2"], seed=22, **changes)
+    for drafting, k in ((None, 0), (draft, 3), ("ngram", 2)):
+        assert fused(target, drafting, k).generate(prompts, GREEDY).tokens == tokens
+
+
+@pytest.mark.parametrize("draft", ["noisy", None])
+def test_batches_that_store_states_lazily(models, draft) -> None:
+    """From eight sequences on several steps are replayed."""
+    for name in ("mamba2", "mixed"):
+        target, drafts = models[name]
+        prompts = prompts_of([5, 1, 9, 2, 17, 3, 4, 12, 7], seed=10)
+        done = fused(target, drafts.get(draft), 2 if draft else 0).generate(prompts, GREEDY)
+        assert done.tokens == plain(target).generate(prompts, GREEDY).tokens
+
+
 @pytest.mark.parametrize("size", [64, 128])
 def test_a_vocabulary_padded_differently_may_draft(models, expected, make_hybrid, size) -> None:
     target, _ = models["mixed"]
@@ -381,6 +412,8 @@ def test_states_never_hear_of_rejected_drafts(models, monkeypatch, name, k) -> N
 def test_device_kernels_in_the_interpreter(make_hybrid) -> None:
     """The only test here of the real kernels: slow, so tiny. Tokens, and states bit for bit."""
     pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here: see test_fused_gpu.py")
     from mambactl.decode.fused.ops import DeviceOps
 
     sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 40, "mamba1": NATIVE1,
