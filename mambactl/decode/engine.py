@@ -37,11 +37,17 @@ class Generation:
     stats: DecodeStats = field(default_factory=DecodeStats)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
-    """Raise UsageError for a prompt without a token."""
+def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Raise UsageError for a prompt without a token, or with one that the model does not know."""
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise UsageError(f"prompt {row} is empty", hint="a prompt needs at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise UsageError(
+                f"prompt {row} holds tokens from {min(prompt)} to {max(prompt)}, but the model's "
+                f"vocabulary ends at {vocabulary - 1}",
+                hint="use the tokenizer that belongs to the model",
+            )
 
 
 @dataclass
@@ -89,7 +95,7 @@ class Engine:
 
         `on_tokens(row, tokens)` is called with the new tokens of each step.
         """
-        check_prompts(prompts)
+        check_prompts(prompts, self.target.config.vocab_size)
         output = Generation([[] for _ in prompts], ["length" for _ in prompts])
         stats = output.stats
         stats.rows, stats.prompt_tokens = len(prompts), sum(map(len, prompts))

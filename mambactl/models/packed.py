@@ -181,16 +181,27 @@ def _stack(linears: list[nn.Linear]) -> Projection:
 
 def _joined(parts: list[nn.Parameter]) -> Tensor:
     first = parts[0].data
-    base = first._base if first._base is not None else first
     rows = sum(len(part) for part in parts)
-    if base.shape[0] == rows and all(part.data._base is base for part in parts):
-        return base
+    if _adjoin([part.data for part in parts]):
+        # stacked by an earlier call
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
     whole = torch.cat([part.data for part in parts])
     start = 0
     for part in parts:
         part.data = whole[start : start + len(part)]
         start += len(part)
     return whole
+
+
+def _adjoin(parts: list[Tensor]) -> bool:
+    """Whether tensors lie one after the other in the same memory."""
+    place = parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
+        if not same or part.storage_offset() != place or not part.is_contiguous():
+            return False
+        place += part.numel()
+    return True
 
 
 def _attention(mixer: nn.Module, config) -> AttentionWeights:

@@ -24,7 +24,6 @@ from mambactl.kernels.window.control import Field
 from mambactl.kernels.window.ops import WindowOps
 from mambactl.kernels.window.verdicts import WindowVerdicts
 from mambactl.models.config import Mamba1Settings, Mamba2Settings
-from mambactl.models.packed import NotSupported
 
 NATIVE1 = Mamba1Settings(d_inner=40, dt_rank=3, d_state=6, native=True)
 NATIVE2 = Mamba2Settings(4, 8, 12, x_heads=4, b_groups=1, c_groups=1, norm_groups=1)
@@ -441,5 +440,7 @@ def test_what_is_refused(models) -> None:
         fused(target, drafts["noisy"], 0)
     with pytest.raises(UsageError, match="prompt 1"):
         fused(target).generate([[3], []], GREEDY)
-    with pytest.raises(NotSupported, match="end tokens"):
-        fused(target).generate([[3]], SamplingParams(eos_token_ids=tuple(range(17))))
+    with pytest.raises(UsageError, match="vocabulary ends at 96"):
+        fused(target).generate([[3, 97]], GREEDY)
+    with pytest.raises(UsageError, match="end tokens"):
+        fused(target).generate([[3]], SamplingParams(eos_token_ids=tuple(range(65))))

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from mambactl.decode.sampling import SamplingParams
+from mambactl.kernels.random import as_int64
 from mambactl.kernels.window.control import Field, Letter, plan_stores
 
 # mailbox slots; the host may be this many steps behind
 DEPTH = 8
-MOST_EOS = 16
+MOST_EOS = 64
 
 
 class Batch:
@@ -76,5 +77,5 @@ class Batch:
         names = torch.zeros(self.size, dtype=torch.long)
         names[:rows] = torch.tensor(list(keys), dtype=torch.long)
         self.keys.copy_(names)
-        self.seed.fill_(params.seed)
+        self.seed.fill_(as_int64(params.seed))
         self.settings.copy_(torch.tensor([params.temperature, params.top_k, params.top_p]))

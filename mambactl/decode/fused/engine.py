@@ -15,9 +15,10 @@ from mambactl.decode.fused.choice import Choice
 from mambactl.decode.fused.session import Session
 from mambactl.decode.prefill import prefill
 from mambactl.decode.sampling import SamplingParams
+from mambactl.errors import UsageError
 from mambactl.kernels.window.control import Finish, Letter
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.packed import NotSupported, PackedModel, pack
+from mambactl.models.packed import PackedModel, pack
 
 # steps in flight before the host looks at the oldest one's tokens
 LAG = 3
@@ -83,9 +84,12 @@ class FusedEngine:
         on_tokens: OnTokens | None,
         keys: Sequence[int] | None,
     ) -> Generation:
-        check_prompts(prompts)
+        check_prompts(prompts, self.target.config.vocab_size)
         if len(params.eos_token_ids) > MOST_EOS:
-            raise NotSupported(f"more than {MOST_EOS} end tokens")
+            raise UsageError(
+                f"{len(params.eos_token_ids)} end tokens, but the GPU engine takes {MOST_EOS}",
+                hint="MAMBACTL_KERNELS=reference decodes without it",
+            )
         output = Generation([[] for _ in prompts], ["length" for _ in prompts])
         stats, sampled = output.stats, not params.greedy
         stats.rows, stats.prompt_tokens = len(prompts), sum(map(len, prompts))

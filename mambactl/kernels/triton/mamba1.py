@@ -191,8 +191,7 @@ def mamba1_window(
     ring: Tensor, mixed: Tensor | None, low: Tensor | None, z: Tensor, state: Tensor,
     conv_weight: Tensor, conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
     D: Tensor, out: Tensor, start: Tensor, count: Tensor, base: Tensor, base_next: Tensor,
-    scale: int, *, T: int,
-    offset: int, piece: int, repeat: int, pdl: bool,
+    scale: int, *, T: int, offset: int, piece: int, repeat: int, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.window.recurrent.mamba1_window`."""
     batch, channels, size = state.shape

@@ -97,8 +97,7 @@ def mamba1_window(
     ring: Tensor, mixed: Tensor | None, low: Tensor | None, z: Tensor, state: Tensor,
     conv_weight: Tensor, conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
     D: Tensor, out: Tensor, start: Tensor, count: Tensor, base: Tensor, base_next: Tensor,
-    scale: int, *, T: int,
-    offset: int, piece: int, repeat: int,
+    scale: int, *, T: int, offset: int, piece: int, repeat: int,
 ) -> None:  # fmt: skip
     """Mamba-1 (arXiv 2312.00752): state [B, Ch, N] fp32, A [Ch, N] negative, z and out [M, Ch].
 
