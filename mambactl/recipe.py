@@ -168,8 +168,13 @@ class BenchConfig(StageConfig):
     baseline: str | None = Field(None, description="second model; `teacher` is the lineage's")
     min_speedup: float | None = Field(None, description="exit 7 when decode speed-up is below")
     synthetic: Names = Field([], description="no MODEL: random weights of published shapes")
-    acceptance: float = Field(0.7, ge=0, le=1, description="of a synthetic draft's tokens")
-    verify: bool = Field(False, description="time a pass over a draft against one token's")
+    acceptance: float = Field(
+        0.7, ge=0, le=1, description="share of a synthetic draft's tokens that the target keeps"
+    )
+    verify: bool = Field(
+        False,
+        description="also time reading K + 1 tokens with a replay against one token (needs a GPU)",
+    )
     kernels: bool = Field(False, description="no MODEL: the recurrent kernel on its own")
 
     @property

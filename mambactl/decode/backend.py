@@ -1,6 +1,5 @@
 """Chooses the engine: the GPU's kernels where they run, the PyTorch reference everywhere else."""
 
-import os
 from functools import cache
 from typing import Any, Literal
 
@@ -9,34 +8,20 @@ import torch
 from mambactl import console
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine
+from mambactl.kernels.dispatch import triton_missing
 from mambactl.models.hybrid import HybridForCausalLM
 
 NGRAM = "ngram"
 # what "auto" means where nothing is measured
 REFERENCE_K = 4
-KERNELS_VARIABLE = "MAMBACTL_KERNELS"
-OLDEST_CAPABILITY = (8, 0)
 
 Draft = HybridForCausalLM | Literal["ngram"] | None
 K = int | Literal["auto"]
 
 
-@cache
 def why_not(device: torch.device) -> str | None:
-    """Why the GPU kernels cannot run on a device; None if they can."""
-    if os.environ.get(KERNELS_VARIABLE) == "reference":
-        return f"{KERNELS_VARIABLE}=reference is set"
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is missing: pip install triton"
-    return None
+    """Why the GPU kernels cannot decode on a device; None if they can."""
+    return triton_missing(device)
 
 
 def make_engine(target: HybridForCausalLM, draft: Draft, k: K, exact: bool = False) -> Any:
@@ -49,11 +34,11 @@ def make_engine(target: HybridForCausalLM, draft: Draft, k: K, exact: bool = Fal
     reason = why_not(target.device)
     if reason is None:
         from mambactl.decode.fused.engine import FusedEngine
-        from mambactl.decode.fused.ops import DeviceOps
+        from mambactl.decode.fused.ops import device_ops
         from mambactl.models.packed import NotSupported
 
         try:
-            return FusedEngine(target, draft, k, DeviceOps(exact))
+            return FusedEngine(target, draft, k, device_ops(target, exact))
         except NotSupported as error:
             reason = f"they do not support {error}"
     if target.device.type == "cuda":

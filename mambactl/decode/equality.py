@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
+from torch import Tensor
 
 from mambactl.errors import CheckError
 from mambactl.models.hybrid import HybridForCausalLM
@@ -25,33 +26,41 @@ def first_differences(plain: Rows, speculative: Rows) -> dict[int, int]:
 def require_equal(target: HybridForCausalLM, prompts: Rows, plain: Rows, speculative: Rows) -> int:
     """Raise CheckError at the first difference that rounding does not explain.
 
-    Returns how many rows differ first where the target's two best logits are a tie: no further
-    apart than both can move by one step of its precision. What follows cannot be compared.
+    Returns how many rows differ first where both tokens are a tie for the target: their logits no
+    further below the best than two numbers can move by a step of its precision. What follows such
+    a place cannot be compared.
     """
     differences = first_differences(plain, speculative)
     for row, position in differences.items():
         wanted, found = (
-            rows[row][position] if position < len(rows[row]) else "the end"
+            rows[row][position] if position < len(rows[row]) else None
             for rows in (plain, speculative)
         )
-        gap, step = top_gap(target, [*prompts[row], *plain[row][:position]])
-        if gap > 2 * step:
+        logits = next_logits(target, [*prompts[row], *plain[row][:position]])  # [V]
+        step = precision_step(logits)
+        gaps = [
+            float("inf") if token is None else (logits.max() - logits[token]).item()
+            for token in (wanted, found)
+        ]
+        if max(gaps) > 2 * step:
+            names = ["the end" if token is None else token for token in (found, wanted)]
             raise CheckError(
                 f"speculative and plain decoding differ in prompt {row} at new token {position}: "
-                f"{found} instead of {wanted}; the target's two best logits are {gap:.3g} apart "
-                f"there, and a step of its precision is {step:.3g}",
-                hint="please report it; --draft ngram or another -k may avoid it",
+                f"{names[0]} instead of {names[1]}; their logits are {gaps[1]:.3g} and "
+                f"{gaps[0]:.3g} below the best, and a step of the precision there is {step:.3g}",
+                hint="more than 16 rows a pass (--batch-size times K + 1) are not computed alike: "
+                "try --batch-size 1, or report it",
             )
     return len(differences)
 
 
 @torch.no_grad()
-def top_gap(target: HybridForCausalLM, tokens: Sequence[int]) -> tuple[float, float]:
-    """How far apart the two best logits after `tokens` are, computed without a cache, and the
-    distance between neighbouring numbers of the model's precision at that size.
-    """
+def next_logits(target: HybridForCausalLM, tokens: Sequence[int]) -> Tensor:
+    """The target's logits [V] after `tokens`, computed without a cache."""
     ids = torch.tensor([list(tokens)], device=target.device)  # [1, T]
-    logits = target(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]  # [V]
-    best, second = logits.float().topk(2).values.tolist()
-    # half-precision spacing is relative to the power of two below, at most eps * |best|
-    return best - second, torch.finfo(logits.dtype).eps * abs(best)
+    return target(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+
+
+def precision_step(logits: Tensor) -> float:
+    """The distance between neighbouring numbers of the logits' type at the size of the best."""
+    return torch.finfo(logits.dtype).eps * abs(logits.max().item())

@@ -1,8 +1,9 @@
 """What memory bandwidth allows: bytes a decoding step must move, and the tokens/s that follow.
 
 Weights are read once per step, recurrent states read and written once, keys and values read once;
-activations and convolution windows (together below 0.1 %) are free. So a limit errs on the high
-side, and no decoder of the same weights and cache passes it.
+activations and convolution windows (together below 0.1 %) are free. A decoder that replays tokens
+instead of writing the state at every step moves a little less: it could pass the limit of many
+rows, by what those writes are of all bytes.
 """
 
 from dataclasses import dataclass

@@ -20,8 +20,9 @@ from mambactl.measure.graphs import Timer, capture
 from mambactl.measure.snapshots import snapshot_window
 from mambactl.measure.subject import Numbers
 from mambactl.measure.synthetic import SHAPES, materialise
+from mambactl.measure.verify import supported
 from mambactl.models.config import HybridConfig
-from mambactl.models.packed import Mamba2Weights, PackedModel, pack
+from mambactl.models.packed import Mamba2Weights, PackedModel
 
 SHAPE, BATCHES, TOKENS, ACCEPTED = "llama3-8b-hybrid-50", (1, 8, 32, 64), 5, 3
 # bytes of states that a step walks through
@@ -59,7 +60,7 @@ def one_layer(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 
     fields = {key: value for key, value in SHAPES[shape]().to_dict().items() if key != "model_type"}
     fields |= {"mixers": ["mamba2"], "num_hidden_layers": 1}
     fields |= {"vocab_size": 8, "intermediate_size": 8}
-    return pack(materialise(HybridConfig(**fields), device, dtype, seed), 1)
+    return supported(materialise(HybridConfig(**fields), device, dtype, seed), 1)
 
 
 def walk(limit: int, T: int = TOKENS, accepted: int = ACCEPTED) -> Iterator[Place]:

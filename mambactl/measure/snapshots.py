@@ -49,12 +49,12 @@ def _snapshot_kernel(
     place = states + b.to(tl.int64) * T * token + (h * N + n[:, None]) * P + p[None, :]
     inside = n_ok[:, None] & p_ok[None, :]
     S = tl.load(place + first.to(tl.int64) * token, mask=inside, other=0.0)  # [N, P]
-    z += ((b * T - begin).to(tl.int64) * H + h) * P + p
+    z += (b * T * H + h).to(tl.int64) * P + p
     x = raw_row(mixed, begin, CC, x_col, p_ok, SLOTS)  # [P]
     key = raw_row(mixed, begin, CC, b_col, n_ok, SLOTS)  # [N]
     query = raw_row(mixed, begin, CC, c_col, n_ok, SLOTS)  # [N]
     step = raw_row(ring, begin, width, CC + h, True, SLOTS)
-    gate = tl.load(z + begin * H * P, mask=p_ok, other=0.0)
+    gate = tl.load(z, mask=p_ok, other=0.0)
     for at in range(begin, end):
         # on its way while this token is worked on, as in the kernel it is compared with
         more = at + 1 < end
@@ -62,7 +62,7 @@ def _snapshot_kernel(
         key_next = raw_row(mixed, at + 1, CC, b_col, n_ok & more, SLOTS)
         query_next = raw_row(mixed, at + 1, CC, c_col, n_ok & more, SLOTS)
         step_next = raw_row(ring, at + 1, width, CC + h, more, SLOTS)
-        gate_next = tl.load(z + (at + 1) * H * P, mask=p_ok & more, other=0.0)
+        gate_next = tl.load(z + (at + 1 - begin) * H * P, mask=p_ok & more, other=0.0)
         dt = softplus(step + shift)
         S = tl.fma(S, tl.exp(dt * decay), key[:, None] * (dt * x)[None, :])
         tl.store(place + (at - begin).to(tl.int64) * token, S, mask=inside)

@@ -9,11 +9,12 @@ from mambactl.decode.backend import REFERENCE_K, K, why_not
 from mambactl.decode.fused.engine import CAPACITY_STEP
 from mambactl.decode.fused.forward import Window
 from mambactl.decode.fused.session import Session
-from mambactl.errors import ResourceError
+from mambactl.errors import ModelError, ResourceError
 from mambactl.kernels.window.control import Field, plan_stores
 from mambactl.measure.graphs import capture, median_seconds
 from mambactl.measure.subject import Grid, Numbers, Subject, sweep
-from mambactl.models.packed import PackedModel, pack
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.packed import NotSupported, PackedModel, pack
 
 NUMBERS = ("verify_k", "verify_seconds", "pass_seconds", "verify_ratio")
 
@@ -21,7 +22,7 @@ NUMBERS = ("verify_k", "verify_seconds", "pass_seconds", "verify_ratio")
 def require_kernels(device: torch.device, what: str) -> None:
     """Raise ResourceError where the decode kernels do not run; `what` begins the sentence."""
     if reason := why_not(device):
-        raise ResourceError(f"{what} needs the GPU's decode kernels: {reason}", "mambactl doctor")
+        raise ResourceError(f"{what} needs the GPU's decode kernels, which are off: {reason}", "mambactl doctor")
 
 
 def verify(subject: Subject, k: K, grid: Grid, points: Sequence[Numbers]) -> list[Numbers]:
@@ -37,13 +38,23 @@ def verify(subject: Subject, k: K, grid: Grid, points: Sequence[Numbers]) -> lis
     return [point | numbers for point, numbers in zip(points, found, strict=True)]
 
 
+def supported(model: HybridForCausalLM, positions: int) -> PackedModel:
+    """`models.packed.pack`, with what the kernels do not compute as a ModelError."""
+    try:
+        return pack(model, positions)
+    except NotSupported as error:
+        raise ModelError(
+            f"the decode kernels do not support {error}", hint="try --dtype bfloat16"
+        ) from None
+
+
 @torch.no_grad()
 def _measure(subject: Subject, context: int, rows: int, k: int, seed: int) -> Numbers:
-    from mambactl.decode.fused.ops import DeviceOps
+    from mambactl.decode.fused.ops import device_ops
 
-    ops = DeviceOps()
+    ops = device_ops(subject.model)
     capacity = -(-(context + k + 2) // CAPACITY_STEP) * CAPACITY_STEP
-    weights = pack(subject.model, capacity)
+    weights = supported(subject.model, capacity)
     # kept here: a graph does not keep the memory it works on
     sessions = [
         stand(weights, ops, rows, capacity, context, drafts, replayed, seed)

@@ -8,7 +8,7 @@ import torch
 
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.decode import engine as engine_module
-from mambactl.decode.equality import first_differences, require_equal, top_gap
+from mambactl.decode.equality import first_differences, next_logits, require_equal
 from mambactl.decode.prompts import Prompt, encode
 from mambactl.errors import CheckError, ModelError, UsageError
 from mambactl.recipe import GenerateConfig, SpecDecodeConfig
@@ -114,9 +114,10 @@ def test_check_names_the_first_wrong_token_and_the_gap(tiny_llama_dir, monkeypat
     gap = (logits[best] - logits[second]).item()
     message = str(caught.value)
     assert f"prompt 0 at new token 0: {second} instead of {best}" in message
-    assert f"{gap:.3g} apart" in message
+    assert f"their logits are {gap:.3g} and 0 below the best" in message
     assert caught.value.code == 7
-    assert top_gap(model, tokens)[0] == pytest.approx(gap, rel=1e-4)
+    again = next_logits(model, tokens)
+    assert (again[best] - again[second]).item() == pytest.approx(gap, rel=1e-4)
 
 
 def test_a_missing_token_is_a_difference():
@@ -130,12 +131,17 @@ def test_only_a_tie_of_the_two_best_logits_is_forgiven(make_hybrid):
     prompt = [5, 9, 17]
     best, second = model(input_ids=torch.tensor([prompt])).logits[0, -1].topk(2).indices.tolist()
     rows = [prompt], [[best, 4]], [[second, 8]]
-    with pytest.raises(CheckError, match="2 best logits|two best logits"):
+    with pytest.raises(CheckError, match="below the best"):
         require_equal(model, *rows)
     with torch.no_grad():
         # the same row of the head: the two logits are equal to the last bit
         model.lm_head.weight[second] = model.lm_head.weight[best]
     assert require_equal(model, *rows) == 1
+    third = next(token for token in range(97) if token not in (best, second))
+    for wrong in ([third, 8], []):
+        # the two best being equal excuses neither another token nor a missing one
+        with pytest.raises(CheckError):
+            require_equal(model, [prompt], [[best, 4]], [wrong])
     assert require_equal(model, [prompt], [[best]], [[best]]) == 0
 
 

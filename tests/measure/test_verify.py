@@ -33,7 +33,7 @@ def test_a_pass_reads_its_window_behind_the_replay(scripted, name, k, replayed):
 
 
 def test_a_machine_without_a_gpu_says_what_is_missing():
-    with pytest.raises(ResourceError, match="--verify needs the GPU's .* the device is cpu"):
+    with pytest.raises(ResourceError, match="--verify needs the GPU's .*: needs a CUDA device"):
         require_kernels(torch.device("cpu"), "--verify")
 
 

@@ -132,13 +132,13 @@ class FusedEngine:
         params: SamplingParams,
         keys: Sequence[int],
     ) -> None:
-        cache = prefill(self.target, [prompt[:-1] for prompt in prompts], recording=False)
-        draft_cache = None
+        # one prompt cache at a time: it is as large as what it is copied to
+        session.load_target(prefill(self.target, [p[:-1] for p in prompts], recording=False))
         if isinstance(self.draft, HybridForCausalLM):
             last = self.draft.config.vocab_size - 1
             known = [[min(token, last) for token in prompt[:-2]] for prompt in prompts]
-            draft_cache = prefill(self.draft, known, recording=False)
-        session.load(prompts, keys, params, cache, draft_cache)
+            session.load_draft(prefill(self.draft, known, recording=False))
+        session.start(prompts, keys, params)
 
 
 class _Run:
@@ -189,7 +189,8 @@ class _Run:
                 continue
             drafted.append(letter[Letter.DRAFTED])
             accepted.append(letter[Letter.ACCEPTED])
-            self.choice.observe(drafted[-1], accepted[-1])
+            # a draft that could not be made helps no more than a rejected one
+            self.choice.observe(step.k, accepted[-1])
             new = letter[len(Letter) : len(Letter) + letter[Letter.EMITTED]]
             self.output.tokens[row].extend(new)
             if self.on_tokens is not None:

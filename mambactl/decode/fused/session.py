@@ -85,26 +85,22 @@ class Session:
         slots = max(8, 1 << (limit - 1).bit_length())
         return make_state(weights, ops, self.size, self.capacity, slots, longest)
 
-    def nbytes(self) -> int:
-        """Bytes of both models' caches."""
-        return self.target.nbytes() + (self.draft.nbytes() if self.draft else 0)
-
-    def load(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys: Sequence[int],
-        params: SamplingParams,
-        cache: HybridCache,
-        draft_cache: HybridCache | None,
-    ) -> None:
-        """Begin a batch; the caches hold all but the last token, the draft's all but two."""
+    def load_target(self, cache: HybridCache) -> None:
+        """Take over what the target read of the prompts: all but the last token."""
         self.target.load(cache, self.target_weights)
-        if self.draft is not None:
-            self.draft.load(draft_cache, self.draft_weights)
+
+    def load_draft(self, cache: HybridCache) -> None:
+        """Take over what the draft read of the prompts: all but the last two tokens."""
+        self.draft.load(cache, self.draft_weights)
+
+    def start(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[int], params: SamplingParams
+    ) -> None:
+        """Begin a batch whose caches are loaded."""
         self.batch.start(prompts, keys, params, **self.limits)
 
     def prepare(self, ks: Sequence[int], sampled: bool) -> None:
-        """Compile and capture the steps with these numbers of drafts, before `load`."""
+        """Compile and capture the steps with these numbers of drafts, before a batch is loaded."""
         if self.device.type != "cuda":
             return
         missing = [k for k in ks if (k, sampled) not in self.graphs]

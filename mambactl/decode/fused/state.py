@@ -1,6 +1,6 @@
 """What a model keeps of a running batch on the device: caches, rings, states and scratch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,20 +50,12 @@ class Scratch:
 
 @dataclass
 class ModelState:
-    """Caches of every layer for `batch` sequences of up to `capacity` tokens."""
+    """Caches of every layer for sequences of up to `capacity` tokens."""
 
     layers: list[AttentionState | RecurrentState]
     scratch: Scratch
-    batch: int
     capacity: int
-    slots: int
     splits: int
-    limit: int = field(default=0)
-
-    def nbytes(self) -> int:
-        """Bytes of the caches, scratch left out."""
-        held = [t for layer in self.layers for t in vars(layer).values() if t is not None]
-        return sum(t.numel() * t.element_size() for t in held)
 
     def load(self, cache: HybridCache, weights: PackedModel) -> None:
         """Take over what reading the prompts left; rows beyond the cache's stay empty."""
@@ -103,7 +95,7 @@ def make_state(
         _layer_state(layer.mixer, weights, batch, capacity, slots) for layer in weights.layers
     ]
     scratch = _scratch(weights, ops, batch, longest, splits)
-    return ModelState(layers, scratch, batch, capacity, slots, splits)
+    return ModelState(layers, scratch, capacity, splits)
 
 
 def _layer_state(
@@ -146,9 +138,8 @@ def _scratch(weights: PackedModel, ops, batch: int, longest: int, splits: int) -
         if isinstance(m, AttentionWeights):
             need = ops.scratch(rows, batch, m.kv_heads, m.heads // m.kv_heads, m.width, splits)
         partial, counter = max(partial, need[0]), max(counter, need[1])
-    pieces = max(
-        ops.square_pieces(m, width) * m for m in {batch, rows, *_row_counts(batch, longest)}
-    )
+    counts = [batch * tokens for tokens in range(1, longest + 1)]
+    pieces = max(ops.square_pieces(m, width) * m for m in counts)
     flat = torch.float32
     return Scratch(
         hidden=like.new_zeros(rows, width),
@@ -160,7 +151,3 @@ def _scratch(weights: PackedModel, ops, batch: int, longest: int, splits: int) -
         partial=like.new_zeros(max(partial, 1), dtype=flat),
         counter=like.new_zeros(max(counter, 1), dtype=torch.int32),
     )
-
-
-def _row_counts(batch: int, longest: int) -> list[int]:
-    return [batch * tokens for tokens in range(1, longest + 1)]

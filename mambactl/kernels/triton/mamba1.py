@@ -130,8 +130,8 @@ def _mamba1_kernel(
         x1 = raw_row(ring, first - 2, ring_width, source, d_ok, SLOTS)
         x2 = raw_row(ring, first - 1, ring_width, source, d_ok, SLOTS)
         x3 = raw_row(ring, first, ring_width, source, d_ok, SLOTS)
-    z += (b * T - begin).to(tl.int64) * CH + d
-    gate = tl.load(z + first * CH, mask=d_ok & (first >= begin), other=0.0)
+    z += (b * T).to(tl.int64) * CH + d
+    gate = tl.load(z + (first - begin) * CH, mask=d_ok & (first >= begin), other=0.0)
     for tile in range(first, end, 16):
         step_low = _low_tile(low, tile, end, low_width, dt_col + r, r < RANK, SLOTS)
         steps = dot(step_low.to(w_dt.dtype), tl.trans(w_dt), tl.zeros([SIXTEEN, BD], tl.float32))
@@ -148,7 +148,7 @@ def _mamba1_kernel(
                 x = silu(x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + bias)  # [D]
                 x0, x1, x2 = x1, x2, x3
             coming = d_ok & (at + 1 >= begin) & (at + 1 < end)
-            gate_next = tl.load(z + (at + 1) * CH, mask=coming, other=0.0)
+            gate_next = tl.load(z + (at + 1 - begin) * CH, mask=coming, other=0.0)
             if (at == store_at) & (store_at != first):
                 tl.store(place, S, mask=inside)
             dt = _row_of(steps, at - tile)

@@ -82,20 +82,20 @@ def _mamba2_kernel(
     place = state + ((b * H + h).to(tl.int64) * N + n[:, None]) * P + p[None, :]
     inside = n_ok[:, None] & p_ok[None, :]
     S = tl.load(place, mask=inside, other=0.0)  # [N, P]
-    z += ((b * T - begin).to(tl.int64) * H + h) * P + p
+    z += (b * T * H + h).to(tl.int64) * P + p
     # the next token's rows are always on their way
     x = raw_row(mixed, first, CC, x_col, p_ok, SLOTS)  # [P]
     key = raw_row(mixed, first, CC, b_col, n_ok, SLOTS)  # [N]
     query = raw_row(mixed, first, CC, c_col, n_ok & (first >= begin), SLOTS)  # [N]
     step = raw_row(ring, first, width, CC + h, True, SLOTS)
-    gate = tl.load(z + first * H * P, mask=p_ok & (first >= begin), other=0.0)
+    gate = tl.load(z + (first - begin) * H * P, mask=p_ok & (first >= begin), other=0.0)
     for at in range(first, end):
         more, read = at + 1 < end, (at + 1 >= begin) & (at + 1 < end)
         x_next = raw_row(mixed, at + 1, CC, x_col, p_ok & more, SLOTS)
         key_next = raw_row(mixed, at + 1, CC, b_col, n_ok & more, SLOTS)
         query_next = raw_row(mixed, at + 1, CC, c_col, n_ok & read, SLOTS)
         step_next = raw_row(ring, at + 1, width, CC + h, more, SLOTS)
-        gate_next = tl.load(z + (at + 1) * H * P, mask=p_ok & read, other=0.0)
+        gate_next = tl.load(z + (at + 1 - begin) * H * P, mask=p_ok & read, other=0.0)
         if (at == store_at) & (store_at != first):
             tl.store(place, S, mask=inside)
         dt = softplus(step + shift)

@@ -21,13 +21,21 @@ class TritonOps:
     passes of one or two rows take a faster way that sums in another order.
     """
 
-    def __init__(self, exact: bool = False):
-        self.exact = exact
-        self.pdl = not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+    def __init__(
+        self, exact: bool = False, device: torch.device | str = "cuda", element_size: int = 2
+    ):
+        """`element_size`: bytes of a weight, for tiles that fit the device's shared memory."""
+        self.exact, self.element_size = exact, element_size
+        self.pdl, self.shared_memory = False, 1 << 30
+        if not INTERPRETED:
+            about = torch.cuda.get_device_properties(device)
+            self.pdl = (about.major, about.minor) >= (9, 0)
+            self.shared_memory = about.shared_memory_per_block_optin
 
     def _tiles(self, name: str, rows: int) -> Tiles | None:
         """None where the product is the library's."""
-        return tiles_for(name, rows, self.exact)
+        tiles = tiles_for(name, rows, self.exact)
+        return tiles and tiles.fitted(self.element_size, self.shared_memory)
 
     def square_pieces(self, rows: int, width: int) -> int:
         """Columns of `squares` for a pass of that many rows."""

@@ -7,7 +7,7 @@ Two ways, both in one fixed order per element of y, so that a row depends on no 
   because one chain of dependent products over all of K takes longer than reading W.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -32,6 +32,24 @@ class Tiles:
     warps: int
     stages: int
     early: bool = True
+
+    def shared_bytes(self, element_size: int) -> int:
+        """Shared memory that a program takes at most: a stage less than in flight, as Triton
+        buffers, and for fp32 another one to convert operands.
+        """
+        buffers = self.stages - 1 + (element_size > 2)
+        tile = (self.rows + self.columns) * self.depth * self.slices
+        return buffers * tile * element_size
+
+    def fitted(self, element_size: int, limit: int) -> "Tiles":
+        """The same in less shared memory, if need be: fewer stages, then less of K at a time."""
+        tiles = self
+        while tiles.shared_bytes(element_size) > limit and (tiles.stages > 2 or tiles.depth > 16):
+            if tiles.stages > 2:
+                tiles = replace(tiles, stages=tiles.stages - 1)
+            else:
+                tiles = replace(tiles, depth=tiles.depth // 2)
+        return tiles
 
 
 # (columns, depth, slices, warps, stages, early) by operation, measured on an H200
