@@ -22,7 +22,9 @@ NUMBERS = ("verify_k", "verify_seconds", "pass_seconds", "verify_ratio")
 def require_kernels(device: torch.device, what: str) -> None:
     """Raise ResourceError where the decode kernels do not run; `what` begins the sentence."""
     if reason := why_not(device):
-        raise ResourceError(f"{what} needs the GPU's decode kernels, which are off: {reason}", "mambactl doctor")
+        raise ResourceError(
+            f"{what} needs the GPU's decode kernels, which are off: {reason}", "mambactl doctor"
+        )
 
 
 def verify(subject: Subject, k: K, grid: Grid, points: Sequence[Numbers]) -> list[Numbers]:

@@ -100,6 +100,8 @@ def _prepare(config: BenchConfig, source: str | None) -> str | None:
     """Refuse what contradicts itself; returns the baseline."""
     if config.kernels and config.synthetic:
         raise UsageError("--kernels and --synthetic exclude each other", "give one of them")
+    if config.kernels and (config.draft or config.verify):
+        raise UsageError("--kernels has no draft and no --verify", "they go with a model")
     if config.min_speedup is not None and config.baseline is None:
         raise UsageError(
             "--min-speedup needs something to be faster than",

@@ -41,6 +41,12 @@ def test_against_the_teacher_of_the_lineage(student, tiny_llama_dir, capsys):
     assert metrics["versions"]["torch"] and metrics["bandwidth_bytes_per_second"] > 1e8
 
 
+@pytest.mark.parametrize("also", [{"draft": "ngram"}, {"verify": True}])
+def test_kernels_refuse_what_they_would_ignore(also):
+    with pytest.raises(UsageError, match="--kernels has no draft"):
+        bench.run(cpu(kernels=True, **also), None)
+
+
 def point(decode, cache=100):
     return {
         "input_len": 8,
