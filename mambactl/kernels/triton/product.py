@@ -34,8 +34,8 @@ class Tiles:
     early: bool = True
 
     def shared_bytes(self, element_size: int) -> int:
-        """Shared memory that a program takes at most: a stage less than in flight, as Triton
-        buffers, and for fp32 another one to convert operands.
+        """Shared memory that a program takes at most: Triton holds a tile less than there are
+        stages, and for fp32 up to one more, in which operands change their layout.
         """
         buffers = self.stages - 1 + (element_size > 2)
         tile = (self.rows + self.columns) * self.depth * self.slices
