@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambactl.kernels.triton.launch import (
-    INTERPRETED,
+    dot,
     gdc_launch_dependents,
     gdc_wait,
     launch_options,
@@ -25,16 +25,11 @@ from mambactl.kernels.window.attention import counter_shape, partial_shape
 
 __all__ = ["counter_shape", "decode_attention", "partial_shape"]
 
-# the interpreter multiplies bf16 as integers
-_BY_HAND = tl.constexpr(INTERPRETED)
-
 
 @triton.jit
 def _product(a, b):
     """a @ b in fp32."""
-    if _BY_HAND:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return dot(a, b, tl.zeros([a.shape[0], b.shape[1]], tl.float32))
 
 
 @triton.jit
