@@ -15,9 +15,10 @@ from mambactl.decode.sampling import SamplingParams
 from mambactl.models.cache import HybridCache
 from mambactl.models.packed import PackedModel
 
-# sequences from which on storing a state costs more than replaying a few tokens
+# sequences from which on storing a state costs more than replaying many tokens
 REPLAY_FROM = 8
-REPLAY_TOKENS = 8
+# ring slots of that many sequences, where their windows leave room to replay a few tokens
+MANY_SLOTS, REPLAY_TOKENS = 32, 8
 # steps of a timing
 TIMED_STEPS = 3
 
@@ -40,7 +41,8 @@ def ring_limit(weights: PackedModel, batch: int, k: int) -> int:
     lazy = batch >= REPLAY_FROM and not weights.has_mamba1
     if k == 0 and not lazy:
         return 0
-    return 2 * (k + 1) + 3 + (REPLAY_TOKENS if lazy else 0)
+    least = 2 * (k + 1) + 3
+    return max(MANY_SLOTS, least + REPLAY_TOKENS) if lazy else least
 
 
 class Session:

@@ -6,19 +6,22 @@ import torch
 import triton
 from torch import Tensor
 
-from mambactl.kernels.triton import attention, linear, mamba1, mamba2, many, token
+from mambactl.kernels.triton import attention, linear, mamba1, mamba2, mamba2_closed, many, token
 from mambactl.kernels.triton.launch import INTERPRETED
 from mambactl.kernels.triton.product import SOME_ROWS, Tiles, tiles_for
 
 # rows up to which x_proj takes them one after the other
 ONE_BY_ONE = 16
+# sequences from which on the closed form of Mamba-2 is faster than walking through the tokens
+CLOSED_FORM_FROM = 8
 
 
 class TritonOps:
     """Same methods as `kernels.window.ops.WindowOps`.
 
     `exact` keeps every row bitwise independent of how many rows a pass has (up to 16); without it
-    passes of one or two rows take a faster way that sums in another order.
+    passes of one or two rows, and Mamba-2 layers of many sequences, take faster ways that sum in
+    another order.
     """
 
     def __init__(
@@ -106,9 +109,16 @@ class TritonOps:
         """Decode attention."""
         attention.decode_attention(*args, **keywords, pdl=self.pdl)
 
-    def mamba2(self, *args: Any, **keywords: Any) -> None:
+    def mamba2(self, ring: Tensor, *args: Any, T: int, **keywords: Any) -> None:
         """Mamba-2 window."""
-        mamba2.mamba2_window(*args, **keywords, pdl=self.pdl)
+        closed = (
+            not self.exact
+            and len(ring) >= CLOSED_FORM_FROM
+            and ring.dtype == torch.bfloat16
+            and T <= mamba2_closed.MOST_TOKENS
+        )
+        window = mamba2_closed.mamba2_closed if closed else mamba2.mamba2_window
+        window(ring, *args, T=T, **keywords, pdl=self.pdl)
 
     def grouped_norm(self, *args: Any) -> None:
         """RMSNorm within groups, in place."""
