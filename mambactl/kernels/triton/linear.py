@@ -66,11 +66,11 @@ def _project_kernel(
     start, count, M, N, T, offset, scale, ring_lo, ring_hi, conv_width,
     K: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr,
     CONV: tl.constexpr, SINGLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
-    first = first_tile(w, cols, cols < N, K, BN, DEPTH, SLICES, AHEAD, PDL)
+    first = first_tile(w, cols, cols < N, K, BN, DEPTH, SLICES, PDL)
     # where sequences stand does not change within a step
     b, t = rows // T, rows % T
     at = tl.load(start + b, mask=rows < M, other=0) + offset + t
@@ -120,13 +120,13 @@ def _project_kernel(
 def _residual_kernel(
     x, w, bias, hidden, gain, scaled, squares, M, N,
     K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
     col_ok = cols < N
     weight = tl.load(gain + cols, mask=col_ok, other=0.0).to(tl.float32)
-    first = first_tile(w, cols, col_ok, K, BN, DEPTH, SLICES, AHEAD, PDL)
+    first = first_tile(w, cols, col_ok, K, BN, DEPTH, SLICES, PDL)
     if PDL:
         gdc_wait()
     ok = (rows < M)[:, None] & col_ok[None, :]
@@ -150,12 +150,12 @@ def _residual_kernel(
 def _swiglu_kernel(
     x, squares, eps, w, out, M, N,
     K: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows, pairs = tl.arange(0, BM), tl.arange(0, BN)
     cols = tl.program_id(0) * (BN // 2) + pairs // 2
     index = cols + pairs % 2 * N
-    first = first_tile(w, index, cols < N, K, BN, DEPTH, SLICES, AHEAD, PDL)
+    first = first_tile(w, index, cols < N, K, BN, DEPTH, SLICES, PDL)
     if PDL:
         gdc_wait()
     y = _normed_product(
@@ -178,7 +178,7 @@ def _qkv_kernel(
     x, squares, eps, w, bias, cos, sin, q, keys, values, start, count, M, T, offset, scale, slots,
     K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr, HK: tl.constexpr,
     P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
-    SLICES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # a program holds pairs (j, j + P/2) of one head, which a rotation mixes
     pid = tl.program_id(0)
@@ -187,7 +187,7 @@ def _qkv_kernel(
     corner = (pid * BN % P) // 2
     cols = head * P + corner + pairs // 2 + pairs % 2 * (P // 2)
     rows = tl.arange(0, BM)
-    first = first_tile(w, cols, pairs < BN, K, BN, DEPTH, SLICES, AHEAD, PDL)
+    first = first_tile(w, cols, pairs < BN, K, BN, DEPTH, SLICES, PDL)
     # where sequences stand does not change within a step
     b, t = rows // T, rows % T
     at = tl.load(start + b, mask=rows < M, other=0) + offset + t
@@ -221,12 +221,11 @@ def _qkv_kernel(
 def _head_kernel(
     x, x_stride, squares, s_stride, eps, w, best, best_index, logits, M, N, V,
     K: tl.constexpr, TILES: tl.constexpr, LOGITS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
-    first = first_tile(w, cols, cols < N, K, BN, DEPTH, SLICES, AHEAD, PDL)
+    first = first_tile(w, cols, cols < N, K, BN, DEPTH, SLICES, PDL)
     if PDL:
         gdc_wait()
     y = _normed_product(
@@ -249,7 +248,7 @@ def _head_kernel(
 def _sizes(tiles: Tiles, pdl: bool) -> dict:
     return {
         "BM": tiles.rows, "BN": tiles.columns, "DEPTH": tiles.depth, "SLICES": tiles.slices,
-        "AHEAD": tiles.ahead if pdl and tiles.early else 0, "PDL": pdl,
+        "PDL": pdl,
         **launch_options(pdl and tiles.early, num_warps=tiles.warps, num_stages=tiles.stages),
     }  # fmt: skip
 

@@ -23,9 +23,10 @@ from mambactl.kernels.triton.mamba2 import grouped_norm, silu, softplus
 
 # rows of the narrowest tensor core product, and so the longest window
 MOST_TOKENS = 16
-# columns of a head's state [N, P] that a program reads, rows it reads at a time, how many times
-# ahead, and its warps
-HEAD_BLOCK, STATE_BLOCK, STAGES, WARPS = 64, 32, 3, 4
+# columns of a head's state [N, P] that a program reads, rows it reads at a time and how far ahead
+HEAD_BLOCK, STATE_BLOCK, STAGES = 128, 32, 3
+# programs up to which they need more warps each to fill an H200
+FEW_PROGRAMS = 512
 # exp of this is 0 in fp32, and a sum of any number of them is finite
 FORGETS_ALL = tl.constexpr(-1e4)
 
@@ -149,12 +150,13 @@ def mamba2_closed(
     batch, heads, size, width = state.shape
     block = max(16, min(HEAD_BLOCK, triton.next_power_of_2(width)))
     inside = gain is not None and width <= block
+    warps = 8 if heads * batch <= FEW_PROGRAMS and block > 64 else 4
     _closed_kernel[(heads, batch, triton.cdiv(width, block))](
         ring, mixed, z, state, A, D, dt_bias, gain if inside else A, eps, out, start, count, base,
         base_next, T, offset, scale, ring.shape[2], H=heads, P=width, N=size, XH=x_heads,
         BG=b_groups, CG=c_groups, SLOTS=ring.shape[1], NORM=inside, LEN=max(16, ring.shape[1]),
         ROWS=MOST_TOKENS, BP=block, BN=max(16, min(STATE_BLOCK, triton.next_power_of_2(size))),
-        STAGES=STAGES, PDL=pdl, **launch_options(pdl, num_warps=WARPS),
+        STAGES=STAGES, PDL=pdl, **launch_options(pdl, num_warps=warps),
     )  # fmt: skip
     if gain is not None and not inside:
         grouped_norm(out, gain, eps, heads, pdl=pdl)

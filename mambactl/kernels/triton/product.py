@@ -22,8 +22,7 @@ SOME_ROWS = 32
 class Tiles:
     """A program's share: `columns` of y, K in steps of `depth` times `slices`.
 
-    No `slices` means no tensor cores. `early`: launched while the kernel before still runs;
-    `ahead`: numbers of every row of W that are then already fetched into the L2 cache.
+    No `slices` means no tensor cores. `early`: launched while the kernel before still runs.
     """
 
     rows: int
@@ -33,7 +32,6 @@ class Tiles:
     warps: int
     stages: int
     early: bool = True
-    ahead: int = 0
 
     def shared_bytes(self, element_size: int) -> int:
         """Shared memory that a program takes at most: Triton holds a tile less than there are
@@ -62,7 +60,7 @@ _ONE = {
 }  # fmt: skip
 _TWO = _ONE | {"project": (8, 256, 0, 4, 1)}
 _EIGHT = {
-    "project": (32, 64, 4, 4, 4), "project_qkv": (16, 128, 4, 4, 4),
+    "project": (16, 64, 4, 4, 4), "project_qkv": (16, 128, 4, 4, 4),
     "add_residual": (16, 128, 4, 4, 4, False), "swiglu": (32, 128, 4, 4, 3),
     "head": (32, 128, 4, 4, 3),
 }  # fmt: skip
@@ -99,28 +97,13 @@ def _add_row(acc, x, at, ok, w_tile, BN: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _fetch(w, w_index, col_ok, K: tl.constexpr, AHEAD: tl.constexpr):
-    """Ask for the first AHEAD numbers of rows of w, a cache line of bf16 at a time."""
-    at = tl.arange(0, AHEAD // 64) * 64
-    place = w + w_index.to(tl.int64)[:, None] * K + at[None, :]
-    # a line too much is read where a row is shorter
-    place = tl.where(col_ok[:, None] & (at < K)[None, :], place, w)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [place.to(tl.uint64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def first_tile(
     w, w_index, col_ok, K: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
-    SLICES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What a product can read of w before x is there; hand it to `product`."""
     if PDL:
         gdc_launch_dependents()
-        if AHEAD > 0:
-            _fetch(w, w_index, col_ok, K, AHEAD)
     if SLICES == 0:
         at = tl.arange(0, DEPTH)
         tile = tl.load(
