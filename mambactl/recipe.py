@@ -28,11 +28,16 @@ def _as_number(value: Any) -> Any:
 Drafts = Annotated[
     Annotated[int, Field(ge=1, le=32)] | Literal["auto"], BeforeValidator(_as_number)
 ]
+Compile = bool | Literal["auto"]
 DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas)]
-Alignment = Annotated[list[Literal["align", "logits"]], BeforeValidator(_split_commas)]
+Branches = Annotated[list[Literal["recurrent", "attention"]], BeforeValidator(_split_commas)]
+Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_split_commas)]
+DistillPhases = Annotated[
+    list[Literal["align", "stepwise", "logits"]], BeforeValidator(_split_commas)
+]
 
 
 class StageConfig(BaseModel):
@@ -60,6 +65,20 @@ class ConvertConfig(StageConfig):
 
     ratio: float = Field(0.5, ge=0, le=1, description="share of attention layers replaced")
     keep_attention: Integers | None = Field(None, description="layers that stay attention")
+    select: Literal["uniform", "kl", "recall"] = Field(
+        "uniform", description="how they are chosen: by rule, or measured on text and recall"
+    )
+    select_data: DataSpecs = Field(
+        [], description="text to choose them on; default: held-out rows of --calibrate"
+    )
+    select_tokens: int = Field(1024, ge=64, description="tokens of text a choice is measured on")
+    select_recall: int = Field(1024, ge=64, description="tokens per recall row (--select recall)")
+    kv_budget: int | None = Field(
+        None, ge=0, description="bytes of keys and values per token, in place of --ratio"
+    )
+    mixers_from: str | None = Field(
+        None, description="take the mixers from this converted and aligned checkpoint"
+    )
     mixer: Literal["mamba2", "mamba1"] = Field("mamba2", description="what replaces attention")
     init: Literal["calibrated", "reference"] = Field(
         "calibrated", description="reference is the paper's Algorithm 1"
@@ -70,34 +89,76 @@ class ConvertConfig(StageConfig):
     max_shard_gb: float = Field(5.0, gt=0, description="largest file of a folder, in 10^9 bytes")
 
 
-class TrainConfig(StageConfig):
-    """Shared by the stages that follow gradients."""
+class RowsConfig(StageConfig):
+    """Which rows of tokens a stage sees."""
 
     data: DataSpecs = Field([], description="ID[:config][@split], .jsonl[.gz], .parquet or .txt")
-    teacher: str | None = Field(None, description="default: where the lineage started")
     max_steps: int = Field(200, ge=1, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="rows per step")
     grad_accum: int = Field(1, ge=1, description="batches per optimiser step")
     max_length: int = Field(512, ge=16, description="tokens per row")
     max_samples: int | None = Field(None, ge=1, description="use at most this many documents")
     packing: bool = Field(True, description="fill rows with several documents")
+
+
+class TrainConfig(RowsConfig):
+    """Shared by the stages that follow gradients."""
+
+    teacher: str | None = Field(None, description="default: where the lineage started")
     warmup: int = Field(10, ge=0, description="warm-up steps")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     grad_checkpointing: bool = Field(False, description="recompute activations in backward")
+    compile: Compile = Field("auto", description="compile blocks; auto: on CUDA where it can be")
     save_every: int = Field(100, ge=1, description="steps between resumable states")
 
 
 class DistillConfig(TrainConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
-    stages: Alignment = Field(["align", "logits"], description="what runs, in this order")
-    align_steps: int | None = Field(None, ge=0, description="of max_steps; default: half")
+    stages: DistillPhases = Field(["align", "logits"], description="what runs, in this order")
+    align_steps: int | None = Field(None, ge=0, description="of max_steps; default: equal shares")
     align_lr: float = Field(2e-3, gt=0, description="learning rate of mixers while aligning")
-    lr: float = Field(3e-4, gt=0, description="learning rate of mixers in the logits stage")
+    stepwise_steps: int | None = Field(None, ge=0, description="of max_steps, for all groups")
+    stepwise_groups: Shares | None = Field(
+        None, description="shares of all layers replaced after each group; default: 0.25,0.5,..."
+    )
+    stepwise_order: Integers | None = Field(
+        None, description="replaced layers, easy ones first; default: as selected, else ascending"
+    )
+    stepwise_rest_lr: float = Field(0.0, ge=0, description="rest_lr while stepwise (0 freezes)")
+    lr: float = Field(3e-4, gt=0, description="learning rate of mixers when matching logits")
     rest_lr: float = Field(1e-4, ge=0, description="learning rate of everything else (0 freezes)")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="wsd holds the rate and lowers it over the last 15 % of a phase"
+    )
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL to the teacher's logits")
     ce_weight: float = Field(0.0, ge=0, description="weight of the cross entropy on the text")
     temperature: float = Field(1.0, gt=0, description="softens both distributions of the KL")
+    divergence: Literal["forward", "reverse", "jsd"] = Field(
+        "forward", description="forward is KL(teacher || student)"
+    )
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the jsd mixture")
+    teacher_cache: str | None = Field(
+        None, description="what teacher-cache wrote, in place of the teacher when matching logits"
+    )
+    eval_data: DataSpecs = Field([], description="held-out text, measured while training")
+    eval_every: int = Field(100, ge=1, description="steps between measurements of eval_data")
+    eval_tokens: int = Field(16384, ge=64, description="tokens of eval_data that are measured")
+
+
+class TeacherCacheConfig(RowsConfig):
+    """Keep ids that MODEL draws for every token, from which distill learns without it."""
+
+    samples: int = Field(12, ge=1, le=1024, description="ids drawn per token")
+    temperature: float = Field(1.0, gt=0, description="softens the distribution to be matched")
+    power: float = Field(
+        1.0, gt=0, description="draw from its power; weights keep the estimate unbiased"
+    )
+
+    @property
+    def teacher(self) -> None:
+        """No other model than MODEL."""
+        return None
 
 
 class SftConfig(TrainConfig):
@@ -118,7 +179,7 @@ class DpoConfig(TrainConfig):
 
 
 class EvalConfig(StageConfig):
-    """Fidelity to a teacher and task accuracy."""
+    """Fidelity to a teacher, recall, and task accuracy."""
 
     teacher: str | None = Field(None, description="default: where the lineage started")
     data: DataSpecs = Field([], description="text or messages for fidelity")
@@ -126,6 +187,14 @@ class EvalConfig(StageConfig):
     limit: int | None = Field(None, ge=1, description="rows per task / documents per data set")
     max_length: int = Field(512, ge=16, description="tokens per row")
     batch_size: int = Field(4, ge=1, description="rows per forward pass")
+    recall: Counts = Field([], description="row lengths of generated recall probes, 1024,4096 say")
+    recall_rows: int = Field(8, ge=1, description="rows per recall probe")
+    control: Literal["window"] | None = Field(
+        None, description="compare with the teacher under a window in the replaced layers"
+    )
+    control_window: int = Field(64, ge=1, description="tokens that window sees")
+    control_sinks: int = Field(4, ge=0, description="first tokens that it sees as well")
+    ablate: Branches = Field([], description="also measure with these branches putting out zero")
     fail_under: Names = Field([], description="METRIC=VALUE; exit 7 when below")
 
 
@@ -175,16 +244,26 @@ class BenchConfig(StageConfig):
         False,
         description="also time reading K + 1 tokens with a replay against one token (needs a GPU)",
     )
+    training: bool = Field(
+        False, description="time steps of mixer alignment and of logits distillation instead"
+    )
+    train_rest: bool = Field(True, description="--training: in the logits step, not only mixers")
+    compile: Compile = Field("auto", description="--training: compile blocks, as distill does")
     kernels: bool = Field(False, description="no MODEL: the recurrent kernel on its own")
+    loss: bool = Field(False, description="no MODEL: the distillation loss through the head")
+    tokens: int | None = Field(None, ge=1, description="rows of --loss (8192 on a GPU)")
+    hidden: int | None = Field(None, ge=1, description="width of --loss (4096 on a GPU)")
+    vocab: int | None = Field(None, ge=2, description="vocabulary of --loss (128256 on a GPU)")
 
     @property
     def needs_model(self) -> bool:
-        """Shapes and kernels come without weights."""
-        return not (self.synthetic or self.kernels)
+        """Shapes, kernels and losses come without weights."""
+        return not (self.synthetic or self.kernels or self.loss)
 
 
 STAGES: dict[str, type[StageConfig]] = {
     "convert": ConvertConfig,
+    "teacher-cache": TeacherCacheConfig,
     "distill": DistillConfig,
     "sft": SftConfig,
     "dpo": DpoConfig,
@@ -193,6 +272,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "generate": GenerateConfig,
     "bench": BenchConfig,
 }
-WRITERS = ("convert", "distill", "sft", "dpo")
+MODEL_WRITERS = ("convert", "distill", "sft", "dpo")
+WRITERS = (*MODEL_WRITERS, "teacher-cache")
 # where a run happens is no part of what it makes
-PLACE = {"device", "trust_remote_code"}
+PLACE = {"device", "trust_remote_code", "compile"}

@@ -16,6 +16,14 @@ A section is a stage name, with `@label` to use a stage twice. Besides the stage
 hold `model` (`target` for spec-decode; default: the checkpoint written last; none for `bench` of
 shapes or kernels) and `out` (a name in the working folder). `${section}` stands for the checkpoint
 of an earlier section. Data paths are relative to the file.
+
+`variants:` keeps relatives of a recipe in its file. Each changes single options of sections, drops
+a section with `null`, or adds one behind the section named before it; `like:` starts from another
+variant. `NAME@VARIANT` is how one is chosen:
+
+    variants:
+      "75": {convert: {ratio: 0.75}, sft: null}
+      "75-long": {like: "75", distill: {max_length: 4096}}
 """
 
 import difflib
@@ -31,8 +39,9 @@ from mambactl.errors import UsageError
 from mambactl.recipe import STAGES, WRITERS, StageConfig
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
-FILE_FIELDS = ("data", "calibrate", "prompts", "tasks")
-TOP_KEYS = ("name", "description", "seed", "stages")
+FILE_FIELDS = ("data", "eval_data", "calibrate", "select_data", "prompts", "tasks")
+TOP_KEYS = ("name", "description", "seed", "stages", "variants")
+VARIANT_KEYS = ("like", "description")
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,22 @@ class Section:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe file whose every section is valid."""
+    """A parsed recipe file, or one variant of it, whose every section is valid.
+
+    `variants` are the names that the file offers.
+    """
 
     name: str
     description: str
     path: Path
     sections: tuple[Section, ...]
+    variant: str | None = None
+    variants: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> str:
+        """What `load_recipe` finds it by."""
+        return f"{self.path}@{self.variant}" if self.variant else str(self.path)
 
     def section(self, stage: str) -> Section:
         """Return the section called `stage`, else the first one of that stage."""
@@ -127,13 +146,20 @@ def recipe_folder() -> Path:
 
 
 def list_recipes() -> list[Recipe]:
-    """Load every recipe that comes with the package."""
-    return [load_recipe(path) for path in sorted(recipe_folder().glob("*.yaml"))]
+    """Load every recipe that comes with the package, each followed by its variants."""
+    found = []
+    for path in sorted(recipe_folder().glob("*.yaml")):
+        recipe = load_recipe(path)
+        found += [recipe, *(load_recipe(f"{path}@{name}") for name in recipe.variants)]
+    return found
 
 
 def load_recipe(spec: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """Read and validate a recipe file or shipped name; settings are `section.key=value`."""
-    path = _find(str(spec))
+    """Read and validate a recipe file or shipped name, with `@VARIANT` if it has any.
+
+    Settings are `section.key=value`.
+    """
+    path, variant = _find(str(spec))
     content = _read(path)
     for key in content:
         if key not in TOP_KEYS:
@@ -141,12 +167,67 @@ def load_recipe(spec: str | Path, settings: Iterable[str] = ()) -> Recipe:
     stages = content.get("stages")
     if not isinstance(stages, dict) or not stages:
         raise UsageError(f"{path}: `stages` must list at least one section")
+    variants = _variants(content, path)
+    description = str(content.get("description", ""))
+    if variant is not None:
+        stages, special = _varied(stages, variants, variant, path)
+        description = special or description
     seed = {"seed": content["seed"]} if "seed" in content else {}
     sections = tuple(_section(str(key), body or {}, seed, path) for key, body in stages.items())
     sections = _override(sections, settings, path)
     _check_references(sections, path)
     name = str(content.get("name", path.stem))
-    return Recipe(name, str(content.get("description", "")), path, sections)
+    if variant is not None:
+        name = f"{name}@{variant}"
+    return Recipe(name, description, path, sections, variant, tuple(variants))
+
+
+def _variants(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    variants = content.get("variants") or {}
+    if not isinstance(variants, dict):
+        raise UsageError(f"{path}: `variants` must map names to sections")
+    for name, body in variants.items():
+        if not isinstance(body, dict):
+            raise UsageError(f"{path}: variant {name} must be a mapping of sections")
+    return {str(name): body for name, body in variants.items()}
+
+
+def _varied(
+    stages: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], name: str, path: Path
+) -> tuple[dict[str, Any], str]:
+    """Sections and description of a variant; raises UsageError for one that is not there."""
+    chain: list[str] = []
+    while name is not None:
+        if name not in variants:
+            hint = nearest(name, variants) if variants else "it has no variants"
+            raise UsageError(f"{path} has no variant {name}", hint)
+        if name in chain:
+            raise UsageError(f"{path}: variant {name} is like itself", " -> ".join([*chain, name]))
+        chain.append(name)
+        like = variants[name].get("like")
+        name = None if like is None else str(like)
+    sections = dict(stages)
+    for link in reversed(chain):
+        changes = {k: v for k, v in variants[link].items() if k not in VARIANT_KEYS}
+        sections = _changed(sections, changes)
+    return sections, str(variants[chain[0]].get("description", ""))
+
+
+def _changed(sections: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections with single options replaced, null ones dropped, new ones behind the one before."""
+    order = list(sections)
+    merged = dict(sections)
+    place = len(order)
+    for key, body in changes.items():
+        if key in order:
+            place = order.index(key) + 1
+        else:
+            order.insert(place, key)
+            place += 1
+        both = isinstance(body, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **body} if both else body
+    dropped = {key for key, body in changes.items() if body is None}
+    return {key: merged[key] for key in order if key not in dropped}
 
 
 def substitute(value: Any, outputs: Mapping[str, str]) -> Any:
@@ -179,6 +260,7 @@ def schema() -> dict[str, Any]:
         if stage == "spec-decode":
             body["properties"]["target"] = text
         sections[f"^{stage}(@[\\w.-]+)?$"] = body
+    varied = {pattern: {"anyOf": [body, {"type": "null"}]} for pattern, body in sections.items()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "mambactl recipe",
@@ -195,19 +277,29 @@ def schema() -> dict[str, Any]:
                 "minProperties": 1,
                 "patternProperties": sections,
             },
+            "variants": {
+                "type": "object",
+                "additionalProperties": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": dict.fromkeys(VARIANT_KEYS, text),
+                    "patternProperties": varied,
+                },
+            },
         },
     }
 
 
-def _find(spec: str) -> Path:
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return path.resolve()
-    shipped = recipe_folder() / f"{spec}.yaml"
-    if shipped.is_file():
-        return shipped.resolve()
+def _find(spec: str) -> tuple[Path, str | None]:
+    """The file and the variant that is asked for; a path may hold an @ of its own."""
+    base, at, variant = spec.rpartition("@")
+    for name, chosen in ((spec, None), (base, variant)) if at else ((spec, None),):
+        path = Path(name).expanduser()
+        for file in (path, recipe_folder() / f"{name}.yaml"):
+            if name and file.is_file():
+                return file.resolve(), chosen
     names = [path.stem for path in recipe_folder().glob("*.yaml")]
-    raise UsageError(f"no recipe file or name {spec}", nearest(spec, names))
+    raise UsageError(f"no recipe file or name {spec}", nearest(base or spec, names))
 
 
 def _read(path: Path) -> dict[str, Any]:

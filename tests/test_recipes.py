@@ -130,3 +130,98 @@ def test_schema_holds_every_option_of_every_stage() -> None:
         assert len(matching) == 1
         assert set(config.model_fields) <= matching[0]
     assert json.dumps(recipes.schema())
+
+
+VARIANTS = [
+    f"{path.stem}@{name}" for path in SHIPPED for name in recipes.load_recipe(path).variants
+]
+
+
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_shipped_variants_are_valid_and_described(spec) -> None:
+    recipe = recipes.load_recipe(spec)
+    assert recipe.name == spec and recipe.description
+    assert recipes.load_recipe(recipe.spec) == recipe
+    # what it says about its share is what the last conversion makes
+    share = float(spec.rpartition("@")[2].removeprefix("paper-")) / 100
+    last = [section for section in recipe.sections if section.stage == "convert"][-1]
+    assert last.values["ratio"] == share
+    papers = "paper" in spec
+    assert (last.values.get("init") == "reference") == papers
+
+
+def test_every_model_has_every_share_and_the_papers_way() -> None:
+    shares = ["50", "75", "87.5", "100"]
+    for name in ("smollm2-135m", "llama3-8b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b"):
+        names = recipes.load_recipe(name).variants
+        assert names == (*shares, *(f"paper-{share}" for share in shares)), name
+    assert recipes.load_recipe("zephyr-7b").variants == names
+
+
+def test_the_papers_order_is_that_of_its_code() -> None:
+    recipe = recipes.load_recipe("zephyr-7b@paper-100")
+    assert [section.key for section in recipe.sections][:9] == [
+        "convert", "distill", "sft", "convert@75", "sft@75", "convert@87.5", "sft@87.5",
+        "convert@100", "sft@100",
+    ]  # fmt: skip
+    distill = recipe.section("distill").values
+    assert (distill["stages"], distill["lr"], distill["grad_clip"]) == (["stepwise"], 8e-5, 0.1)
+    assert (recipe.section("sft").values["lr"], recipe.section("dpo").values["beta"]) == (
+        2e-5,
+        0.01,
+    )
+
+
+VARIED = """
+stages:
+  convert: {model: m, ratio: 0.5}
+  eval: {limit: 3, seed: 1}
+  bench: {}
+variants:
+  a: {convert: {ratio: 0.75}, sft: {lr: 1.0e-5}, bench: null}
+  b: {like: a, description: the second, eval: {limit: 4}, sft: {warmup: 3}}
+"""
+
+
+def test_variants_change_drop_and_add_sections(tmp_path) -> None:
+    path = write(tmp_path, VARIED)
+    base, a, b = (recipes.load_recipe(f"{path}{at}") for at in ("", "@a", "@b"))
+    assert base.variants == ("a", "b") and base.spec == str(path)
+    assert [s.key for s in base.sections] == ["convert", "eval", "bench"]
+    assert [s.key for s in a.sections] == ["convert", "sft", "eval"]
+    assert [s.key for s in b.sections] == ["convert", "sft", "eval"]
+    convert, sft, evaluation = b.sections
+    assert (convert.model, convert.values) == ("m", {"ratio": 0.75})
+    assert sft.values == {"lr": 1e-5, "warmup": 3}
+    assert evaluation.values == {"limit": 4, "seed": 1}
+    assert (b.name, b.description, b.spec) == ("r@b", "the second", f"{path}@b")
+    settings = ["eval.limit=9"]
+    assert recipes.load_recipe(f"{path}@b", settings).section("eval").values["limit"] == 9
+
+
+def test_a_path_may_hold_an_at_of_its_own(tmp_path) -> None:
+    folder = tmp_path / "x@y"
+    folder.mkdir()
+    path = write(folder, VARIED)
+    assert recipes.load_recipe(path).variant is None
+    assert recipes.load_recipe(f"{path}@a").variant == "a"
+
+
+@pytest.mark.parametrize(
+    ("variants", "sentence", "hint"),
+    [
+        ("{}", "no variant c", "no variants"),
+        ("{d: {}}", "no variant c", "d"),
+        ("{c: {like: c}}", "is like itself", "c -> c"),
+        ("{c: {like: d}}", "no variant d", "c"),
+        ("{c: {evla: {}}}", "evla is not a stage", "eval"),
+        ("{c: 3}", "must be a mapping", None),
+        ("[c]", "must map names", None),
+    ],
+)
+def test_bad_variants_say_what_is_wrong(tmp_path, variants, sentence, hint) -> None:
+    path = write(tmp_path, f"stages: {{convert: {{model: m}}}}\nvariants: {variants}")
+    with pytest.raises(UsageError) as caught:
+        recipes.load_recipe(f"{path}@c")
+    assert sentence in str(caught.value)
+    assert hint is None or hint in str(caught.value.hint)

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from mambactl.checkpoint.adapters import adapt
@@ -58,7 +59,7 @@ def _parts(reader: Reader, config: HybridConfig) -> list[dict[str, Any]]:
         sizes[part][0] += count
         sizes[part][1] += count * reader.dtype(name).itemsize
     return [
-        {"part": part, "layers": _ranges(layers[part]), "parameters": count, "bytes": size}
+        {"part": part, "layers": ranges(layers[part]), "parameters": count, "bytes": size}
         for part, (count, size) in sizes.items()
     ]
 
@@ -99,7 +100,8 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _ranges(indices: set[int]) -> str:
+def ranges(indices: Iterable[int]) -> str:
+    """Numbers as text, runs shortened: `0-3,7`."""
     ordered, spans = sorted(indices), []
     for index in ordered:
         if spans and spans[-1][1] == index - 1:

@@ -9,6 +9,10 @@ from mambactl.cli.options import Json
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "typer")
 OPTIONAL = {
     "lm-eval": ("eval --tasks with harness names", 'pip install "mambactl[eval]"'),
+    "matplotlib": (
+        "plot, and the picture beside a distilled model",
+        'pip install "mambactl[plots]"',
+    ),
 }
 
 

@@ -21,7 +21,7 @@ OptionalModel = Annotated[
 ]
 BenchModel = Annotated[
     str | None,
-    typer.Argument(help=f"{MODEL_HELP}; none with --synthetic or --kernels", metavar="MODEL"),
+    typer.Argument(help=f"{MODEL_HELP}; none with --synthetic, --kernels, --loss", metavar="MODEL"),
 ]
 Target = Annotated[
     str | None,

@@ -16,6 +16,7 @@ import typer
 
 from mambactl import console
 from mambactl.errors import OutputError, UsageError
+from mambactl.recipe import MODEL_WRITERS
 from mambactl.recipes import Recipe, Section, nearest, substitute
 
 # the record of a section that has to run again
@@ -76,7 +77,7 @@ def run_plan(plan: Plan, dry_run: bool) -> tuple[str | None, dict[str, Any]]:
     for section in plan.recipe.sections:
         if section.needs_model:
             source = substitute(section.model, plan.outputs) or checkpoint
-        if section.writes:
+        if section.stage in MODEL_WRITERS:
             checkpoint = plan.outputs[section.key]
         if section.key not in keys:
             continue

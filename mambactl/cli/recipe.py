@@ -84,7 +84,7 @@ def run(
     recipe = load_recipe(name, settings or ())
     folder = Path(out) if out else Path("runs") / recipe.name
     flags = ["-q"] * quiet + ["-v"] * verbose
-    again = ["mambactl", "recipe", "run", str(recipe.path), "--out", str(folder)]
+    again = ["mambactl", "recipe", "run", recipe.spec, "--out", str(folder)]
     again += [word for setting in settings or () for word in ("--set", setting)]
     handling = Handling(tuple(flags), resume, force, as_json, shlex.join(again))
     plan = make_plan(recipe, folder, first, last, handling)

@@ -30,6 +30,10 @@ EXAMPLES = {
         "mambactl convert llama3-8b --ratio 0.5",
         "mambactl convert smollm2-135m -o t.st",
     ),
+    "teacher-cache": (
+        "mambactl teacher-cache llama3-8b --data chat.jsonl -o cache",
+        "mambactl distill student.st --data chat.jsonl --teacher-cache cache --stages logits",
+    ),
     "distill": (
         "mambactl distill runs/llama3-8b-convert --data chat.jsonl",
         "mambactl convert llama3-8b | mambactl distill - --data chat.jsonl",
@@ -156,7 +160,8 @@ def _source(stage: str, config: StageConfig, model: str | None) -> str | None:
     if not config.needs_model:
         if model is not None:
             raise UsageError(
-                "--synthetic and --kernels work without a MODEL", f"drop {model}, or the option"
+                "--synthetic, --kernels and --loss work without a MODEL",
+                f"drop {model}, or the option",
             )
         return None
     if model is None:

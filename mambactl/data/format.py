@@ -8,6 +8,9 @@ import numpy as np
 from mambactl.data.load import Document
 from mambactl.errors import UsageError
 
+# rows that are tokenised in one call
+TOGETHER = 256
+
 
 class Example(NamedTuple):
     """One document; `loss_mask[t]` says that token t is a target.
@@ -26,21 +29,7 @@ def encode(row: dict[str, Any], tokenizer: Any, assistant_only: bool = False) ->
     text's cut says nothing about endings. A rendered chat holds its own begin token, so none is
     added. Raises UsageError for a chat that the template refuses, or without a template.
     """
-    if "text" in row:
-        ids = tokenizer(row["text"], verbose=False)["input_ids"]
-        return Example(np.asarray(ids, np.int32), np.ones(len(ids), bool))
-    text = _render(tokenizer, row["messages"], row.get("tools"))
-    batch = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=assistant_only, verbose=False
-    )
-    ids = np.asarray(batch["input_ids"], np.int32)
-    if not assistant_only:
-        return Example(ids, np.ones(len(ids), bool))
-    mask = np.zeros(len(ids), bool)
-    offsets = np.asarray(batch["offset_mapping"]).reshape(-1, 2)
-    for start, end in _assistant_spans(tokenizer, row["messages"], row.get("tools"), text):
-        mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
-    return Example(ids, mask)
+    return _encode_many([row], tokenizer, assistant_only)[0]
 
 
 def encode_rows(
@@ -59,16 +48,74 @@ def encode_rows(
         order = np.random.default_rng(seed).permutation(len(rows))
     examples: list[Example] = []
     total = 0
-    for index in order:
-        try:
-            example = encode(rows[index], tokenizer, assistant_only)
-        except UsageError as error:
-            raise UsageError(f"{rows[index].where}: {error}", error.hint) from None
-        examples.append(example)
-        total += len(example.input_ids)
-        if max_tokens is not None and total >= max_tokens:
-            break
+    indices = list(order)
+    for start in range(0, len(indices), TOGETHER):
+        members = [rows[index] for index in indices[start : start + TOGETHER]]
+        for example in _encode_located(members, tokenizer, assistant_only):
+            examples.append(example)
+            total += len(example.input_ids)
+            if max_tokens is not None and total >= max_tokens:
+                return examples
     return examples
+
+
+def _encode_located(
+    rows: Sequence[Document], tokenizer: Any, assistant_only: bool
+) -> Iterable[Example]:
+    """Examples of rows; the first that cannot be encoded is named, after those before it."""
+    try:
+        return _encode_many(rows, tokenizer, assistant_only)
+    except UsageError:
+        return _one_by_one(rows, tokenizer, assistant_only)
+
+
+def _one_by_one(
+    rows: Sequence[Document], tokenizer: Any, assistant_only: bool
+) -> Iterator[Example]:
+    for row in rows:
+        try:
+            yield encode(row, tokenizer, assistant_only)
+        except UsageError as error:
+            raise UsageError(f"{row.where}: {error}", error.hint) from None
+
+
+def _encode_many(
+    rows: Sequence[dict[str, Any]], tokenizer: Any, assistant_only: bool
+) -> list[Example]:
+    """A fast tokenizer spreads the texts of a call over all cores."""
+    is_text = ["text" in row for row in rows]
+    texts = [
+        row["text"] if text else _render(tokenizer, row["messages"], row.get("tools"))
+        for row, text in zip(rows, is_text, strict=True)
+    ]
+    found: dict[int, Example] = {}
+    for kind in sorted(set(is_text)):
+        places = [place for place, text in enumerate(is_text) if text == kind]
+        masked = assistant_only and not kind
+        batch = tokenizer(
+            [texts[place] for place in places],
+            add_special_tokens=kind,
+            return_offsets_mapping=masked,
+            verbose=False,
+        )
+        for number, place in enumerate(places):
+            ids = np.asarray(batch["input_ids"][number], np.int32)
+            mask = np.ones(len(ids), bool)
+            if masked:
+                offsets = np.asarray(batch["offset_mapping"][number]).reshape(-1, 2)
+                mask = _assistant_mask(tokenizer, rows[place], texts[place], offsets)
+            found[place] = Example(ids, mask)
+    return [found[place] for place in range(len(rows))]
+
+
+def _assistant_mask(
+    tokenizer: Any, row: dict[str, Any], text: str, offsets: np.ndarray
+) -> np.ndarray:
+    """Which tokens, at character `offsets` [n, 2], the assistant writes."""
+    mask = np.zeros(len(offsets), bool)
+    for start, end in _assistant_spans(tokenizer, row["messages"], row.get("tools"), text):
+        mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
+    return mask
 
 
 def _assistant_spans(

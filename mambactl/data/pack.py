@@ -67,11 +67,13 @@ def pack(examples: Sequence[Example], max_length: int, packing: bool = True) -> 
     return rows
 
 
-def batches(rows: Sequence[Row], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+def batches(
+    rows: Sequence[Row], batch_size: int, seed: int, start: int = 0, trim: bool = True
+) -> Iterator[Batch]:
     """Endless batches from batch number `start` on; every epoch is a new order given by `seed`.
 
-    Batch n is always the same whatever `start` was. Columns that are padding in every row are cut
-    off in steps of `TRIM`.
+    Batch n is always the same whatever `start` was. With `trim`, columns that are padding in every
+    row are cut off in steps of `TRIM`; without, all batches have one shape, as compiled code needs.
     """
     epoch, order = -1, np.empty(0, np.int64)
     position = start * batch_size
@@ -83,13 +85,15 @@ def batches(rows: Sequence[Row], batch_size: int, seed: int, start: int = 0) -> 
                 order = np.random.default_rng([seed, epoch]).permutation(len(rows))
             members.append(rows[order[place % len(rows)]])
         position += batch_size
-        yield collate(members)
+        yield collate(members, trim)
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Stack rows of one length."""
-    longest = max(int(row.valid.sum()) for row in rows)
-    length = min(len(rows[0].input_ids), -(-longest // TRIM) * TRIM)
+def collate(rows: Sequence[Row], trim: bool = True) -> Batch:
+    """Stack rows of one length, less the columns that are padding in all of them."""
+    length = len(rows[0].input_ids)
+    if trim:
+        longest = max(int(row.valid.sum()) for row in rows)
+        length = min(length, -(-longest // TRIM) * TRIM)
     stacked = Row(
         *(np.stack([array[:length] for array in column]) for column in zip(*rows, strict=True))
     )

@@ -1,10 +1,11 @@
 """Whole-sequence kernels: `reference` with the fastest implementation that can do the call.
 
 On CUDA, bf16 or fp32:
-- no gradient and no documents: the Triton kernels of `kernels.triton`;
-- what they cannot do, where mamba-ssm is installed: `mamba_chunk_scan_combined` for bf16 and fp16
-  (documents and gradients), and `selective_scan_fn` (gradients; neither documents nor an initial
-  state, and none flow back from the state it returns);
+- our Triton kernels: `kernels.triton` for prompts, and with gradients, documents or inside
+  `torch.compile` the operators of `kernels.operators`, whose outputs have the dtype of x;
+- what they cannot do, where mamba-ssm is installed: `mamba_chunk_scan_combined` for fp16, and
+  `selective_scan_fn` for gradients of Mamba-1 (neither documents nor an initial state, and none
+  flow back from the state it returns);
 - everything else, and everything on a CPU: the reference, to which the others are equal up to
   rounding. bf16 products round their operands, the reference multiplies in fp32.
 `MAMBACTL_KERNELS=reference` in the environment turns all but the reference off.
@@ -21,12 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambactl.kernels import reference
+from mambactl.kernels import operators, reference
+from mambactl.kernels.spans import Spans
 
 SWITCH = "MAMBACTL_KERNELS"
 LEAST_CAPABILITY = (8, 0)
 # the state of every chunk passes through memory four times, so Triton's are long
 TRITON_CHUNK = 128
+# functions of mamba-ssm, each with its module
+SSD, SCAN = "mamba_chunk_scan_combined", "selective_scan_fn"
+MAMBA_SSM = {SSD: "triton.ssd_combined", SCAN: "selective_scan_interface"}
 
 
 def ssd(
@@ -41,10 +46,15 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """`reference.ssd`; x [B, T, Hx, P] with Hx dividing the H heads of dt repeats its heads.
 
-    The kernels may cut other chunks than `chunk_size`, which changes rounding only.
+    The kernels may cut other chunks than `chunk_size`, which changes rounding only. With gradients
+    or documents they return y in the dtype of x.
     """
     inputs = (x, dt, A, B, C, initial_state)
-    if seq_idx is None and not _needs_gradient(*inputs) and _fits_triton(x, B, C):
+    if _fits_triton(x, B, C):
+        if seq_idx is not None or _takes_operators(*inputs):
+            state = None if initial_state is None else initial_state.float()
+            documents = _documents(seq_idx)
+            return operators.ssd(x, dt.float(), A.float(), B, C, state, documents)[:2]
         from mambactl.kernels.triton import ssd as kernel
 
         with torch.cuda.device_of(x):
@@ -52,7 +62,7 @@ def ssd(
                 x, dt.float(), A.float(), B, C, initial_state, max(chunk_size, TRITON_CHUNK)
             )
     x = x.repeat_interleave(dt.shape[2] // x.shape[2], dim=2) if x.shape[2] != dt.shape[2] else x
-    if x.dtype in (torch.bfloat16, torch.float16) and _fits_mamba_ssm(x, B, C):
+    if x.dtype in (torch.bfloat16, torch.float16) and _fits_mamba_ssm(SSD, x, B, C):
         return _mamba_ssm_ssd(x, dt, A, B, C, initial_state, seq_idx, chunk_size)
     return reference.ssd(x, dt, A, B, C, initial_state, seq_idx, chunk_size)
 
@@ -74,7 +84,7 @@ def selective_scan(
 
             with torch.cuda.device_of(x):
                 return kernel.selective_scan(x, dt, A.float(), B, C, initial_state)
-        if initial_state is None and x.dtype != torch.float64 and _fits_mamba_ssm(x, B, C):
+        if initial_state is None and x.dtype != torch.float64 and _fits_mamba_ssm(SCAN, x, B, C):
             return _mamba_ssm_scan(x, dt, A, B, C)
     return reference.selective_scan(x, dt, A, B, C, initial_state, seq_idx)
 
@@ -86,13 +96,32 @@ def causal_conv1d_silu(
     window: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
-    """SiLU of `reference.causal_conv1d`."""
-    if seq_idx is None and not _needs_gradient(x, weight, bias, window) and _fits_triton(x, weight):
+    """SiLU of `reference.causal_conv1d`; the kernel takes weights of another dtype than x."""
+    if _fits_triton(x) and not _needs_gradient(window):
+        if seq_idx is not None or _takes_operators(x, weight, bias):
+            return operators.conv_silu(x, weight, bias, window, _documents(seq_idx))
         from mambactl.kernels.triton import conv as kernel
 
         with torch.cuda.device_of(x):
             return kernel.causal_conv1d_silu(x, weight, bias, window)
     return F.silu(reference.causal_conv1d(x, weight, bias, window, seq_idx))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans: Spans | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(P)) v -> [B, T, H, P] for q [B, H, T, P], k and v [B, Hk, S, P].
+
+    Keys are those of `mask` [B or 1, 1, T, S], else those of `spans`, else the past.
+    """
+    if mask is None and spans is not None:
+        if _fits_triton(q, k, v):
+            return operators.attend(q, k, v, *spans)[0]
+        mask = spans.mask()
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return y.transpose(1, 2)
 
 
 def backends(device: torch.device | str = "cuda") -> dict[str, str | None]:
@@ -107,7 +136,19 @@ def triton_missing(device: torch.device | str = "cuda") -> str | None:
 
 def mamba_ssm_missing(device: torch.device | str = "cuda") -> str | None:
     """Why mamba-ssm serves no call on that device; None if it does."""
-    return _turned_off() or _no_cuda(torch.device(device)) or _mamba_ssm()[1]
+    found, why = _mamba_ssm()
+    return _turned_off() or _no_cuda(torch.device(device)) or (None if found else why)
+
+
+def mamba_ssm_has(name: str, device: torch.device) -> bool:
+    """Whether that function of mamba-ssm serves calls on that device."""
+    return not _turned_off() and not _no_cuda(device) and name in _mamba_ssm()[0]
+
+
+def answer_while_tracing() -> None:
+    """Let `torch.compile` ask what is installed once, when it traces, and not look inside."""
+    for question in (triton_missing, mamba_ssm_has):
+        torch.compiler.assume_constant_result(question)
 
 
 def _turned_off() -> str | None:
@@ -141,17 +182,28 @@ def _no_triton() -> str | None:
 
 
 @cache
-def _mamba_ssm() -> tuple[tuple[Callable, Callable] | None, str | None]:
-    """(mamba_chunk_scan_combined, selective_scan_fn), or why they are missing."""
+def _mamba_ssm() -> tuple[dict[str, Callable], str | None]:
+    """The functions of mamba-ssm that load, and why the first of the others does not."""
     if importlib.util.find_spec("mamba_ssm") is None:
-        return None, 'not installed: pip install --no-build-isolation "mambactl[cuda]"'
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except (ImportError, OSError, AttributeError) as error:
-        # a missing compiled extension, or one built for another torch
-        return None, f"does not load: {error}"
-    return (mamba_chunk_scan_combined, selective_scan_fn), None
+        return {}, 'not installed: pip install --no-build-isolation "mambactl[cuda]"'
+    found, why = {}, None
+    for name, module in MAMBA_SSM.items():
+        try:
+            found[name] = getattr(importlib.import_module(f"mamba_ssm.ops.{module}"), name)
+        except (ImportError, OSError, AttributeError) as error:
+            # a missing compiled extension, or one built for another torch
+            why = why or f"does not load: {error}"
+    return found, why
+
+
+def _documents(seq_idx: Tensor | None) -> Tensor | None:
+    """Numbers [B, T] as kernels read them."""
+    return None if seq_idx is None else seq_idx.int().contiguous()
+
+
+def _takes_operators(*inputs: Tensor | None) -> bool:
+    """Whether a call must be differentiable, or whole for a compiler."""
+    return _needs_gradient(*inputs) or torch.compiler.is_compiling()
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -167,11 +219,9 @@ def _fits_triton(x: Tensor, *others: Tensor) -> bool:
     )
 
 
-def _fits_mamba_ssm(x: Tensor, *others: Tensor) -> bool:
+def _fits_mamba_ssm(name: str, x: Tensor, *others: Tensor) -> bool:
     return (
-        all(t.dtype == x.dtype for t in others)
-        and x.numel() > 0
-        and mamba_ssm_missing(x.device) is None
+        all(t.dtype == x.dtype for t in others) and x.numel() > 0 and mamba_ssm_has(name, x.device)
     )
 
 
@@ -194,7 +244,7 @@ def _mamba_ssm_ssd(
     chunk = max(64, 1 << (chunk_size - 1).bit_length())
     state = None if initial_state is None else initial_state.float()
     with torch.cuda.device_of(x):
-        y, state = _mamba_ssm()[0][0](
+        y, state = _mamba_ssm()[0][SSD](
             x, dt.float(), A.float(), B, C, chunk,
             initial_states=state, seq_idx=seq_idx, return_final_states=True,
         )  # fmt: skip
@@ -208,7 +258,7 @@ def _mamba_ssm_scan(
     B, C = _same_groups(B.float(), C.float())
     x, dt, B, C = x.float().mT, dt.float().mT, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)
     with torch.cuda.device_of(x):
-        y, state = _mamba_ssm()[0][1](
+        y, state = _mamba_ssm()[0][SCAN](
             *(t.contiguous() for t in (x, dt, A.float(), B, C)), return_last_state=True
         )
     return y.mT, state.detach()

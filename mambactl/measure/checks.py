@@ -15,6 +15,8 @@ MAIN_METRICS = ("agreement", "acc", "exact_match")
 LOWER_IS_BETTER = (
     "kl",
     "kl_p95",
+    "reverse_kl",
+    "recall_loss",
     "ce",
     "teacher_ce",
     "perplexity",

@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 from mambactl.errors import UsageError
+from mambactl.models.config import HybridConfig
 
 
 def kept_attention(layers: int, ratio: float, keep: list[int] | None = None) -> list[int]:
@@ -31,3 +32,22 @@ def kept_attention(layers: int, ratio: float, keep: list[int] | None = None) -> 
         return [index for index in range(layers) if index % int(1 / share)]
     kept = layers - round(share * layers)
     return [(j + 1) * layers // kept - 1 for j in range(kept)]
+
+
+def attention_to_keep(
+    config: HybridConfig, ratio: float, kv_budget: int | None, itemsize: int
+) -> int:
+    """How many layers stay attention: what `ratio` leaves, or what fits in `kv_budget`.
+
+    The budget is in bytes of keys and values per token, `itemsize` bytes a number.
+    """
+    attention = config.mixers.count("attention")
+    if kv_budget is not None:
+        return min(attention, kv_budget // attention_bytes(config, itemsize))
+    kept = kept_attention(config.num_hidden_layers, ratio)
+    return sum(config.mixers[index] == "attention" for index in kept)
+
+
+def attention_bytes(config: HybridConfig, itemsize: int) -> int:
+    """Bytes of the keys and values that one attention layer keeps of one token."""
+    return 2 * config.num_key_value_heads * config.head_dim * itemsize

@@ -4,20 +4,24 @@ import gc
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mambactl import console
 from mambactl.errors import CheckError, UsageError
 from mambactl.measure.bandwidth import read_bandwidth
+from mambactl.measure.head_loss import Size, head_loss
 from mambactl.measure.speculation import speculation
 from mambactl.measure.subject import Grid, Subject
 from mambactl.measure.throughput import throughput
 from mambactl.measure.verify import require_kernels, verify
 from mambactl.recipe import BenchConfig
 from mambactl.stages import StageResult, bench_report, decoding, subjects
+from mambactl.stages.bench_training import require_hybrids, training_points
 from mambactl.stages.placement import place
 from mambactl.stages.results import machine, save_results
 from mambactl.stages.subjects import Source
 from mambactl.stages.teacher import teacher_of
+from mambactl.train.losses import Teacher, distillation_loss
 
 STAGE = "bench"
 
@@ -27,6 +31,9 @@ RATIOS = {
     "decode_tokens_per_second": "decode_speedup",
     "cache_bytes": "cache_reduction",
 }
+
+# an 8B model's head on a GPU
+LOSS_SIZES = {"cuda": Size(8192, 4096, 128256), "cpu": Size(512, 256, 8192)}
 
 Points = list[dict[str, Any]]
 
@@ -46,6 +53,10 @@ def run(config: BenchConfig, source: str | None) -> StageResult:
     console.log(f"{metrics['device']} reads {bandwidth / 1e9:,.0f} GB/s")
     if config.kernels:
         return _kernels(config, metrics, device, dtype)
+    if config.loss:
+        return _loss(config, metrics, device, dtype)
+    if config.training:
+        return _training(config, source, metrics, device, dtype)
     if source is None:
         return _synthetic(config, metrics, device, dtype)
     return _checkpoint(config, source, baseline, metrics, device, dtype)
@@ -58,6 +69,12 @@ def plan(config: BenchConfig, source: str | None) -> dict[str, Any]:
     where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     if config.kernels:
         return {"kernels": True, **where}
+    if config.loss:
+        return {"loss": _loss_size(config, device)._asdict(), **where}
+    if config.training:
+        about = subjects.about_shapes(config) if source is None else {"source": source}
+        rows = {"input_len": config.input_len, "batch_sizes": config.batch_size}
+        return {"training": True, **about, **rows, **where}
     sizes = {
         "draft": config.draft,
         "k": config.k if config.draft else 0,
@@ -102,6 +119,20 @@ def _prepare(config: BenchConfig, source: str | None) -> str | None:
         raise UsageError("--kernels and --synthetic exclude each other", "give one of them")
     if config.kernels and (config.draft or config.verify):
         raise UsageError("--kernels has no draft and no --verify", "they go with a model")
+    sizes = (config.tokens, config.hidden, config.vocab)
+    if not config.loss and sizes != (None, None, None):
+        raise UsageError("--tokens, --hidden and --vocab are sizes of the loss", "add --loss")
+    if config.loss and (config.kernels or config.synthetic or config.draft or config.verify):
+        raise UsageError(
+            "--loss goes without --kernels, --synthetic, --draft and --verify", "drop them"
+        )
+    if config.training and (
+        config.kernels or config.loss or config.draft or config.verify or config.baseline
+    ):
+        raise UsageError(
+            "--training goes without --kernels, --loss, --draft, --verify and --baseline",
+            "drop them",
+        )
     if config.min_speedup is not None and config.baseline is None:
         raise UsageError(
             "--min-speedup needs something to be faster than",
@@ -112,7 +143,10 @@ def _prepare(config: BenchConfig, source: str | None) -> str | None:
             raise UsageError(
                 "--baseline compares checkpoints", "compare shapes with --synthetic NAME,NAME"
             )
-        subjects.require_shapes(config)
+        if not config.loss:
+            subjects.require_shapes(config)
+        if config.training:
+            require_hybrids(config)
         return None
     decoding.require_draft(config, source)
     return (
@@ -169,6 +203,55 @@ def _kernels(
     best = max(rows, key=lambda row: row["ratio"])
     text = f"replay is {best['ratio']:.2f}x a state per token at {best['batch_size']} rows"
     return StageResult(None, metrics, text)
+
+
+def _training(
+    config: BenchConfig,
+    source: str | None,
+    metrics: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StageResult:
+    metrics["points"] = training_points(config, source, device, dtype)
+    bench_report.show_training(metrics)
+    text = ", ".join(
+        f"{point['stage']} {point['tokens_per_second']:,.0f} tokens/s"
+        for point in metrics["points"]
+    )
+    return StageResult(source, metrics, text)
+
+
+def _loss(
+    config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> StageResult:
+    size = _loss_size(config, device)
+    with console.progress("loss", 1) as progress:
+        row = head_loss(
+            _distillation, size, device, dtype, config.warmup, config.iters, config.seed
+        )
+        progress.advance()
+    metrics |= {"points": [], "loss": row}
+    bench_report.show_loss(metrics)
+    rate = row["flops_per_second"] / 1e12
+    text = f"{row['milliseconds']:.1f} ms for {size.tokens} tokens, {rate:.3g} TFLOP/s"
+    return StageResult(None, metrics, text)
+
+
+def _loss_size(config: BenchConfig, device: torch.device) -> Size:
+    return Size(
+        *(
+            usual if given is None else given
+            for given, usual in zip(
+                (config.tokens, config.hidden, config.vocab), LOSS_SIZES[device.type], strict=True
+            )
+        )
+    )
+
+
+def _distillation(
+    hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, *teacher: Tensor
+) -> Tensor:
+    return distillation_loss(hidden, weight, targets, mask, Teacher(*teacher)).total
 
 
 def _measure(

@@ -51,6 +51,7 @@ SPECULATIVE: tuple[Column, ...] = (
     ("accepted", "acceptance", _share, ""),
     ("speed-up", "speculative_speedup", times, ""),
 )
+LOSS_ERRORS = ("error_value", "error_hidden_gradient", "error_weight_gradient")
 VERIFY: tuple[Column, ...] = (("verify", "verify_ratio", times, ""),)
 
 
@@ -103,3 +104,39 @@ def show_kernels(metrics: dict[str, Any]) -> None:
             cells.append(f"{row[f'{way}_bytes_per_second'] / 1e9:,.0f}")
         lines.append((*cells, times(row["ratio"])))
     console.table(f"Mamba-2 layer on {metrics['device']} in {metrics['dtype']}", columns, lines)
+
+
+def show_loss(metrics: dict[str, Any]) -> None:
+    """A loss through the head: time, memory and errors."""
+    row = metrics["loss"]
+    shape = f"{row['tokens']} x {row['hidden']} x {row['vocab']}"
+    columns = ("ms", "TFLOP/s", "MiB beyond", "error", "of dx", "of dW")
+    cells = [
+        f"{row['milliseconds']:.2f}",
+        _number(row["flops_per_second"] / 1e12),
+        _mib(row["peak_bytes"]),
+        *(f"{row[key]:.1e}" for key in LOSS_ERRORS),
+    ]
+    title = f"KL through a head of {shape} on {metrics['device']} in {metrics['dtype']}"
+    console.table(title, columns, [cells])
+
+
+def show_training(metrics: dict[str, Any]) -> None:
+    """Steps of every stage: speed, memory, and what was checked in the same run."""
+    columns = ("stage", "rows x tokens", "tok/s", "ms", "peak MiB", "loss", "error")
+    for model in dict.fromkeys(point["model"] for point in metrics["points"]):
+        lines = [
+            (
+                point["stage"],
+                f"{point['batch_size']} x {point['input_len']}",
+                _rate(point["tokens_per_second"]),
+                f"{point['milliseconds']:.1f}",
+                _mib(point["peak_bytes"]),
+                f"{point['first_loss']:.3g} to {point['last_loss']:.3g}",
+                _share(point["gradient_error"]),
+            )
+            for point in metrics["points"]
+            if point["model"] == model
+        ]
+        title = f"training {model} on {metrics['device']} in {metrics['dtype']}"
+        console.table(title, columns, lines)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mambactl import console
@@ -21,11 +22,13 @@ from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.format import encode_rows
 from mambactl.data.load import Document, Schema, count_rows, load_rows
 from mambactl.data.pack import Row, pack
-from mambactl.errors import UsageError
+from mambactl.errors import ResourceError, UsageError
+from mambactl.measure.plots import draw
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import PLACE, TrainConfig
+from mambactl.recipe import PLACE, DistillConfig, TrainConfig
 from mambactl.stages.placement import place
 from mambactl.stages.teacher import teacher_of
+from mambactl.train.ledger import PhaseReport
 from mambactl.train.run_folder import RunFolder
 
 
@@ -65,6 +68,17 @@ class Job:
             "teacher_sha256": given and header_digest(resolve(given).path),
             "data": [_name(spec) for spec in self.config.data],
             "data_sha256": [_file_digest(spec) for spec in self.config.data],
+            **self._held_out_identity(),
+        }
+
+    def _held_out_identity(self) -> dict[str, Any]:
+        if not isinstance(self.config, DistillConfig):
+            return {}
+        specs, cache = self.config.eval_data, self.config.teacher_cache
+        return {
+            "teacher_cache_sha256": cache and header_digest(Path(cache).expanduser()),
+            "eval_data": [_name(spec) for spec in specs],
+            "eval_data_sha256": [_file_digest(spec) for spec in specs],
         }
 
     def folder(self, out: Path | None, resume: bool, force: bool) -> RunFolder:
@@ -76,9 +90,9 @@ class Job:
         folder.check(resume, force)
         return folder
 
-    def student(self) -> HybridForCausalLM:
-        """The model that trains, in fp32."""
-        model = load_model(self.source, self.device, torch.float32)
+    def student(self, dtype: torch.dtype | None = torch.float32) -> HybridForCausalLM:
+        """The model that trains; None keeps the type it is stored in."""
+        model = load_model(self.source, self.device, dtype)
         if self.config.grad_checkpointing:
             model.activation_checkpointing_enable()
         return model
@@ -147,6 +161,29 @@ class Job:
         )
         return rows
 
+    def held_out_rows(self, tokenizer: Any) -> list[Row]:
+        """Packed rows of `eval_data`, about `eval_tokens` of them and the same every time."""
+        config = self.config
+        if not config.eval_data:
+            return []
+        if shared := sorted({_name(s) for s in config.data} & {_name(s) for s in config.eval_data}):
+            raise UsageError(
+                f"{', '.join(shared)} is training data and held out", "give other --eval-data"
+            )
+        documents = load_rows(config.eval_data, used_tokens=2 * config.eval_tokens)
+        examples = encode_rows(
+            documents, tokenizer, max_tokens=2 * config.eval_tokens, seed=config.seed
+        )
+        rows = pack(examples, config.max_length)
+        chosen, tokens = [], 0
+        for index in np.random.default_rng(config.seed).permutation(len(rows)):
+            if tokens >= config.eval_tokens:
+                break
+            chosen.append(rows[index])
+            tokens += int(rows[index].valid.sum())
+        console.log(f"held out: {tokens:,} tokens in {len(chosen)} rows")
+        return chosen
+
     def save(
         self,
         model: HybridForCausalLM,
@@ -195,14 +232,14 @@ def plan_training(
     }
 
 
-def report_phases(reports: Sequence[Any]) -> dict[str, Any]:
+def report_phases(reports: Sequence[PhaseReport]) -> dict[str, Any]:
     """Show how every phase went as a table; returns the same as metrics."""
     console.table(
         "training",
-        ("phase", "steps", "first loss", "last loss", "tokens", "seconds"),
+        ("phase", "steps", "first loss", "last loss", "tokens", "seconds", "held-out KL"),
         [
             (r.name, r.steps, f"{r.first_loss:.4f}", f"{r.last_loss:.4f}", f"{r.tokens:,}",
-             f"{r.seconds:.1f}")
+             f"{r.seconds:.1f}", "" if r.kl is None else f"{r.kl:.4f}")
             for r in reports
         ],
     )  # fmt: skip
@@ -213,7 +250,19 @@ def report_phases(reports: Sequence[Any]) -> dict[str, Any]:
                 f"{report.name} ended at a loss of {report.last_loss:.4f}, above its first of "
                 f"{report.first_loss:.4f}: lower {flag}"
             )
-    return {r.name: {k: v for k, v in asdict(r).items() if k != "name"} for r in reports}
+    return {
+        r.name: {k: v for k, v in asdict(r).items() if k != "name" and v is not None}
+        for r in reports
+    }
+
+
+def draw_ledger(folder: RunFolder, asked: bool) -> None:
+    """Plot what the run measured beside its metrics; a missing library is said if it was asked."""
+    try:
+        draw({folder.out.name: folder.metrics}, folder.plot)
+    except (ResourceError, UsageError) as error:
+        if asked:
+            console.log(f"no plot: {error} ({error.hint})")
 
 
 def _name(spec: str) -> str:

@@ -2,10 +2,9 @@
 
 Teacher-forced: layer i's mixer gets the hidden state that entered the teacher's attention (after
 the input norm) and must give what left its o_proj. Layers do not see each other, so one teacher
-pass trains all of them, and each layer's graph is gone before the next one starts.
+pass trains all of them, and each layer's graph is gone before the next one starts. Nothing in a
+pass waits for the device.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from mambactl.data.pack import Batch
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.train.objectives import autocast, last_hidden
+from mambactl.models.mixers.context import StepContext
+from mambactl.train.compiled import compiled
+from mambactl.train.objectives import autocast
 
 
 class AlignmentObjective:
@@ -28,6 +29,7 @@ class AlignmentObjective:
         student: HybridForCausalLM,
         teacher: HybridForCausalLM,
         amp: torch.dtype | None = None,
+        compile: bool = False,
     ):
         problem = misfit(student.config, teacher.config)
         if problem:
@@ -35,51 +37,54 @@ class AlignmentObjective:
         self.teacher, self.amp = teacher, amp
         self.layers = replaced_layers(student.config)
         self.mixers = {index: student.model.layers[index].mixer for index in self.layers}
+        self._error = compiled(mixer_error) if compile else mixer_error
 
     def count(self, batch: Batch) -> int:
         """Tokens that are not padding."""
         return int(batch.valid.sum())
 
     def backward(self, batch: Batch, tokens: int) -> Tensor:
-        """One teacher pass; every layer's gradient is made while the pass is at that layer."""
-        shares: list[Tensor] = []
-        handles = [
-            self.teacher.model.layers[index].self_attn.register_forward_hook(
-                self._hook(mixer, batch.valid, tokens, shares)
-            )
-            for index, mixer in self.mixers.items()
-        ]
-        try:
-            with torch.no_grad(), autocast(batch.input_ids.device, self.amp):
-                last_hidden(self.teacher, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        """One teacher pass as far as the last mixer; gradients are made on the way."""
+        model, shares = self.teacher.model, []
+        kind = batch.input_ids.device.type
+        # where rows are one document each, positions say nothing that a mask would need
+        positions = None if batch.seq_idx is None else batch.position_ids
+        with torch.no_grad(), autocast(batch.input_ids.device, self.amp):
+            hidden, context = model.enter(batch.input_ids, positions, batch.seq_idx)
+            for index, block in enumerate(model.layers[: self.layers[-1] + 1]):
+                if index not in self.mixers:
+                    hidden = block(hidden, context, None)
+                    continue
+                hidden, entered, wanted = block.observe(hidden, context)
+                with torch.enable_grad():
+                    error = self._error(self.mixers[index], entered, context, wanted, batch.valid)
+                    share = error / (tokens * len(self.mixers))
+                # a backward pass must not run under autocast
+                with torch.autocast(kind, enabled=False):
+                    share.backward()
+                shares.append(share.detach())
         return torch.stack(shares).sum()
 
-    def _hook(
-        self, mixer: nn.Module, valid: Tensor, tokens: int, shares: list[Tensor]
-    ) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def align(_: nn.Module, args: tuple, wanted: Tensor) -> None:
-            hidden, context, _ = args
-            with torch.enable_grad():
-                error = relative_error(mixer(hidden.detach(), context, None), wanted, valid)
-                share = error / (tokens * len(self.mixers))
-            # the pass around this runs under autocast, which a backward pass must not
-            with torch.autocast(hidden.device.type, enabled=False):
-                share.backward()
-            shares.append(share.detach())
 
-        return align
+def mixer_error(
+    mixer: nn.Module, hidden: Tensor, context: StepContext, wanted: Tensor, valid: Tensor
+) -> Tensor:
+    """`relative_error` of a mixer's output for hidden [B, T, D]."""
+    return relative_error(mixer(hidden, context, None), wanted, valid)
 
 
 def relative_error(got: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
     """Sum over valid tokens of the mean squared error over the wanted output's variance.
 
-    got, wanted [B, T, D]; valid [B, T]; fp32 scalar.
+    got, wanted [B, T, D]; valid [B, T]; fp32 scalar. Choosing rows instead of masking them would
+    wait for the device to count them.
     """
-    got, wanted = got[valid].float(), wanted[valid].float()  # [N, D]
-    return (got - wanted).square().mean(-1).sum() / wanted.var(correction=0)
+    got, wanted, keep = got.float(), wanted.float(), valid[..., None]
+    width = wanted.shape[-1]
+    count = valid.sum() * width
+    mean = wanted.masked_fill(~keep, 0).sum() / count
+    variance = (wanted - mean).masked_fill(~keep, 0).square().sum() / count
+    return (got - wanted).masked_fill(~keep, 0).square().sum() / (width * variance)
 
 
 def replaced_layers(config: HybridConfig) -> list[int]:

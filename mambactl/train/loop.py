@@ -1,8 +1,11 @@
 """The one hand-written loop: phases of optimiser steps that continue exactly after a kill."""
 
-import time
-from collections.abc import Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,10 +13,22 @@ from torch import nn
 from mambactl import console
 from mambactl.data.pack import Batch, Row, batches
 from mambactl.errors import CheckError, ResourceError
-from mambactl.recipe import TrainConfig
+from mambactl.recipe import DistillConfig
+from mambactl.train.feed import ahead
 from mambactl.train.interrupt import StopRequest
+from mambactl.train.ledger import (
+    LAG,
+    Clock,
+    Evaluation,
+    LossWatch,
+    Pending,
+    PhaseReport,
+    Progress,
+    peak_of,
+    restart_peak,
+)
 from mambactl.train.objectives import Objective
-from mambactl.train.optimizer import build_optimizer, schedule, set_learning_rate
+from mambactl.train.optimizer import build_optimizer, schedule, set_learning_rate, warmup_of
 from mambactl.train.run_folder import RunFolder
 
 Parameters = dict[str, nn.Parameter]
@@ -21,12 +36,19 @@ Parameters = dict[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps with one objective; only parameters in `parts`, each with its peak rate, train."""
+    """Steps with one objective; only parameters in `parts`, each with its peak rate, train.
+
+    `context` is how the model is while the phase lasts; `flops(rows, length)` counts a batch;
+    `cure` is what to change when the loss leaves what it had reached.
+    """
 
     name: str
     steps: int
     objective: Objective
     parts: Sequence[tuple[Parameters, float]]
+    context: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    flops: Callable[[int, int], float] | None = None
+    cure: str = "lower --lr"
 
     @property
     def parameters(self) -> Parameters:
@@ -34,55 +56,37 @@ class Phase:
         return {name: p for members, _ in self.parts for name, p in members.items()}
 
 
-@dataclass
-class PhaseReport:
-    """How a phase went; tokens are those the loss counted."""
-
-    name: str
-    steps: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class _Progress:
-    """Where the run is: `step` optimiser steps of phase number `phase` are done."""
-
-    phase: int = 0
-    step: int = 0
-    reports: list[PhaseReport] = field(default_factory=list)
-
-    @property
-    def total(self) -> int:
-        return sum(report.steps for report in self.reports)
-
-
 def train(
     model: nn.Module,
     phases: Sequence[Phase],
     rows: Sequence[Row],
-    config: TrainConfig,
+    config: DistillConfig,
     folder: RunFolder,
+    evaluation: Evaluation | None = None,
+    trim: bool = True,
 ) -> list[PhaseReport]:
     """Run every phase, from the folder's state if it has one.
 
     State is saved every `save_every` steps, after each phase, and when SIGINT or SIGTERM asks to
-    stop. Raises CheckError when a loss or gradient is not finite, ResourceError out of memory.
+    stop. Raises CheckError when a loss or gradient is not finite or the loss left what it had
+    reached, ResourceError out of memory.
     """
     torch.manual_seed(config.seed)
     state = folder.load_state()
-    progress = _restore(model, state) if state else _Progress()
-    folder.truncate_log(progress.total)
+    progress = _restore(model, state) if state else Progress()
+    folder.truncate_log(progress.lines)
     optimizer_state = state["optimizer"] if state else None
     # the saved weights are in the model now; a second copy must not stay
     del state
     model.train()
     with StopRequest() as stop:
         for number in range(progress.phase, len(phases)):
-            run = _PhaseRun(model, phases, number, rows, config, folder, progress)
-            run.follow(optimizer_state, stop)
+            run = _PhaseRun(model, phases, number, config, folder, progress, evaluation)
+            source = batches(
+                rows, config.batch_size, config.seed, progress.total * config.grad_accum, trim
+            )
+            with phases[number].context, ahead(source, pin=run.device.type == "cuda") as feed:
+                run.follow(feed, optimizer_state, stop)
             optimizer_state = None
         # asked for while the last state was saved
         stop.deliver()
@@ -91,120 +95,194 @@ def train(
 
 
 class _PhaseRun:
-    """One phase on its way: optimiser, batches and what to save."""
+    """One phase on its way: optimiser, steps in flight and what to save."""
 
     def __init__(
         self,
         model: nn.Module,
         phases: Sequence[Phase],
         number: int,
-        rows: Sequence[Row],
-        config: TrainConfig,
+        config: DistillConfig,
         folder: RunFolder,
-        progress: _Progress,
+        progress: Progress,
+        evaluation: Evaluation | None,
     ):
         self.model, self.config, self.folder, self.progress = model, config, folder, progress
-        self.phase = phases[number]
+        self.phase, self.evaluation = phases[number], evaluation
         # a later phase resumes with what earlier ones trained
         self.changed = {k: p for phase in phases[: number + 1] for k, p in phase.parameters.items()}
         self.parameters = list(self.phase.parameters.values())
-        model.requires_grad_(False)
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        self.optimizer = build_optimizer(self.phase.parts)
         self.device = self.parameters[0].device
+        self.optimizer = build_optimizer(self.phase.parts)
         if len(progress.reports) <= number:
             progress.reports.append(PhaseReport(self.phase.name))
+            progress.watch = LossWatch()
         self.report = progress.reports[number]
-        done = progress.total * config.grad_accum
-        self.feed = batches(rows, config.batch_size, config.seed, start=done)
+        self.pending: deque[Pending] = deque()
+        self.lag = LAG if self.device.type == "cuda" else 0
+        restart_peak(self.device)
+        self.clock = Clock()
+        self.started = False
 
-    def follow(self, optimizer_state: dict | None, stop: StopRequest) -> None:
+    def follow(
+        self, feed: Iterator[Batch], optimizer_state: dict | None, stop: StopRequest
+    ) -> None:
         """Take the remaining steps of the phase."""
+        for parameter in self.model.requires_grad_(False).parameters():
+            # of a phase before
+            parameter.grad = None
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
         if optimizer_state is not None:
             self.optimizer.load_state_dict(optimizer_state)
+        if self.progress.lines == 0 and self.evaluation is not None:
+            self._log({"phase": self.phase.name, "step": 0, **self.progress.sums()}, evaluates=True)
         with console.progress(self.phase.name, self.phase.steps) as bar:
             bar.advance(self.progress.step)
+            self.clock.restart()
             for step in range(self.progress.step, self.phase.steps):
-                loss = self._timed_step(step)
-                rate = self.report.tokens / max(self.report.seconds, 1e-9)
-                bar.advance(1, f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+                self.pending.append(self._launch(step, feed))
                 self.progress.step = step + 1
-                if stop.signum is not None or (step + 1) % self.config.save_every == 0:
+                saves = stop.signum is not None or (step + 1) % self.config.save_every == 0
+                self._settle(0 if saves or self._evaluates(step + 1) else self.lag, bar)
+                # a loss on its way up must not take the place of what was good
+                if saves and (stop.signum is not None or not self.progress.watch.rising):
                     self._save(self.optimizer.state_dict())
                 if stop.signum is not None:
                     stop.deliver()
+            self._settle(0, bar)
         self.progress.phase += 1
         self.progress.step = 0
         self._save(None)
 
-    def _timed_step(self, step: int) -> float:
-        started = time.perf_counter()
+    def _evaluates(self, step: int) -> bool:
+        """Whether held-out text is measured after this step."""
+        if self.evaluation is None:
+            return False
+        return step == self.phase.steps or step % self.evaluation.every == 0
+
+    def _launch(self, step: int, feed: Iterator[Batch]) -> Pending:
+        """Give the device one step to do; nothing here waits for it."""
+        share = schedule(step, self.phase.steps, self.config.warmup, self.config.schedule)
+        set_learning_rate(self.optimizer, share)
+        self.optimizer.zero_grad(set_to_none=True)
+        members = [next(feed) for _ in range(self.config.grad_accum)]
         try:
-            loss, norm, tokens = self._step(step)
+            loss, tokens = _gradients(self.phase, members, self.device)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+            # fused AdamW looks at this on the device, and changes nothing where it is 1
+            self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
+            self.optimizer.step()
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"out of memory at step {step + 1} of {self.phase.name}: {error}",
                 "halve --batch-size and double --grad-accum, or set --grad-checkpointing",
             ) from error
-        report = self.report
-        report.seconds += time.perf_counter() - started
-        report.steps, report.tokens, report.last_loss = step + 1, report.tokens + tokens, loss
-        if report.first_loss is None:
-            report.first_loss = loss
-        self.folder.log(
-            {
-                "phase": self.phase.name,
-                "step": step + 1,
-                "loss": loss,
-                "gradient_norm": norm,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "tokens": report.tokens,
-            }
-        )
-        return loss
+        flops = None
+        if self.phase.flops is not None:
+            flops = sum(self.phase.flops(*batch.input_ids.shape) for batch in members)
+        rate = self.optimizer.param_groups[0]["lr"]
+        return Pending.of(step + 1, rate, tokens, flops, loss, norm)
 
-    def _step(self, step: int) -> tuple[float, float, int]:
-        set_learning_rate(self.optimizer, schedule(step, self.phase.steps, self.config.warmup))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, tokens = _gradients(self.phase, self.feed, self.config.grad_accum, self.device)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        found, size = float(loss), float(norm)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+    def _settle(self, keep: int, bar: console.Task) -> None:
+        """Read steps until at most `keep` are in flight; log, check and evaluate each."""
+        while len(self.pending) > keep:
+            pending = self.pending.popleft()
+            loss, norm = pending.read()
+            self._require_finite(pending.step, loss, norm)
+            line = self._account(pending, loss, norm)
+            self._log(line, self._evaluates(pending.step))
+            bar.advance(1, f"loss {loss:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
+            if pending.step > warmup_of(self.config.warmup, self.phase.steps):
+                self.progress.watch.see(pending.step, loss)
+                self._require_progress(pending.step)
+
+    def _account(self, pending: Pending, loss: float, norm: float) -> dict[str, Any]:
+        report, seconds = self.report, self.clock.lap()
+        if report.steps == 0:
+            report.first_loss = loss
+        if not self.started:
+            self.started = True
+            report.starting_seconds += seconds
+        report.steps, report.last_loss = pending.step, loss
+        report.tokens += pending.tokens
+        report.seconds += seconds
+        if pending.flops is not None:
+            report.flops = (report.flops or 0.0) + pending.flops
+        line = {
+            "phase": self.phase.name,
+            "step": pending.step,
+            "loss": loss,
+            "gradient_norm": norm,
+            "lr": pending.rate,
+            **self.progress.sums(),
+            "tokens_per_second": round(pending.tokens / max(seconds, 1e-9), 1),
+        }
+        if (peak := peak_of(self.device)) is not None:
+            report.peak_bytes = line["peak_bytes"] = peak
+        return line
+
+    def _log(self, line: dict[str, Any], evaluates: bool) -> None:
+        if evaluates:
+            self.model.eval()
+            found = self.evaluation.measure()
+            self.model.train()
+            line = line | found
+            for name in ("kl", "agreement", "perplexity_ratio"):
+                setattr(self.report, name, found[name])
+            self.clock.restart()
+        self.folder.log(line)
+        self.progress.lines += 1
+
+    def _require_finite(self, step: int, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise CheckError(
-                f"the loss became {found} (gradient norm {size}) at step {step + 1} of "
+                f"the loss became {loss} (gradient norm {norm}) at step {step} of "
                 f"{self.phase.name}",
-                "lower the learning rate or raise --warmup, and start again with --force",
+                f"{self.phase.cure} or raise --warmup, and start again with --force",
             )
-        self.optimizer.step()
-        return found, size, tokens
+
+    def _require_progress(self, step: int) -> None:
+        watch = self.progress.watch
+        if watch.diverged:
+            kept = self.folder.resumable
+            raise CheckError(
+                f"the smoothed loss of {self.phase.name} rose from {watch.best:.4f} at step "
+                f"{watch.best_step} to {watch.smoothed:.4f} at step {step} and stays there"
+                + (f"; the last good state is kept in {self.folder.path}" if kept else ""),
+                f"{self.phase.cure} or raise --warmup, and start again with --force",
+            )
 
     def _save(self, optimizer_state: dict | None) -> None:
+        progress = self.progress
         self.folder.save_state(
             {
-                "phase": self.progress.phase,
-                "step": self.progress.step,
-                "reports": [asdict(report) for report in self.progress.reports],
+                "phase": progress.phase,
+                "step": progress.step,
+                "lines": progress.lines,
+                "reports": [asdict(report) for report in progress.reports],
+                "watch": asdict(progress.watch),
                 "parameters": {name: p.detach() for name, p in self.changed.items()},
                 "optimizer": optimizer_state,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             }
         )
+        self.clock.restart()
 
 
 def _gradients(
-    phase: Phase, feed: Iterator[Batch], accum: int, device: torch.device
+    phase: Phase, members: Sequence[Batch], device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Gradients of the mean over all tokens of `accum` batches; its value and the tokens."""
-    members = [next(feed) for _ in range(accum)]
-    # a batch may hold no target at all; the mean is over the step, so that only it must hold one
+    """Gradients of the mean over all tokens of the batches; its value and the tokens."""
+    # a batch may hold no target at all; the mean is over the step, so that only it must hold one.
+    # counted before the copy: on the device it would have to be waited for
     tokens = sum(phase.objective.count(batch) for batch in members)
     shares = [phase.objective.backward(batch.to(device), max(1, tokens)) for batch in members]
     return torch.stack(shares).sum(), tokens
 
 
-def _restore(model: nn.Module, state: dict) -> _Progress:
+def _restore(model: nn.Module, state: dict) -> Progress:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in state["parameters"].items():
@@ -213,4 +291,5 @@ def _restore(model: nn.Module, state: dict) -> _Progress:
     if state["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
     reports = [PhaseReport(**report) for report in state["reports"]]
-    return _Progress(state["phase"], state["step"], reports)
+    watch = LossWatch(**state["watch"])
+    return Progress(state["phase"], state["step"], state["lines"], reports, watch)

@@ -25,7 +25,11 @@ class Objective(Protocol):
 
 
 class LogitsObjective:
-    """kl_weight * KL(teacher || student) + ce_weight * CE per predicted token."""
+    """kl_weight * divergence(teacher, student) + ce_weight * CE per predicted token.
+
+    The divergence is the forward KL, the reverse KL or a generalised JSD with `beta`; see
+    `losses.distillation_loss`.
+    """
 
     def __init__(
         self,
@@ -35,12 +39,16 @@ class LogitsObjective:
         ce_weight: float = 0.0,
         temperature: float = 1.0,
         amp: torch.dtype | None = None,
+        divergence: str = "forward",
+        beta: float = 0.5,
     ):
         self.student, self.teacher, self.amp = student, teacher, amp
         self.weights = {
             "kl_weight": kl_weight,
             "ce_weight": ce_weight,
             "temperature": temperature,
+            "divergence": divergence,
+            "beta": beta,
         }
 
     def count(self, batch: Batch) -> int:
@@ -51,12 +59,11 @@ class LogitsObjective:
         """One teacher and one student pass; see `Objective`."""
         with autocast(batch.input_ids.device, self.amp):
             with torch.no_grad():
-                guide = last_hidden(self.teacher, batch)[:, :-1]
+                guide = last_hidden(self.teacher, batch)
             loss = distillation_loss(
-                last_hidden(self.student, batch)[:, :-1],
+                last_hidden(self.student, batch),
                 self.student.lm_head.weight,
-                batch.input_ids[:, 1:],
-                batch.loss_mask[:, 1:],
+                *next_tokens(batch),
                 Teacher(guide, self.teacher.lm_head.weight),
                 **self.weights,
             ).total
@@ -65,11 +72,21 @@ class LogitsObjective:
         return share.detach()
 
 
+def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    """What each position predicts [B, T], and whether that is learned [B, T] bool.
+
+    No row learns its first token, so its last position, which sees that one here, is masked.
+    States need no slice, whose copy and gradient would be as large as they are.
+    """
+    return batch.input_ids.roll(-1, 1), batch.loss_mask.roll(-1, 1)
+
+
 def last_hidden(model: HybridForCausalLM, batch: Batch) -> Tensor:
     """States after the final norm [B, T, D], every document of a row on its own."""
     return model.model(
         batch.input_ids,
-        position_ids=batch.position_ids,
+        # where rows are one document each, looking for others would wait for the device
+        position_ids=None if batch.seq_idx is None else batch.position_ids,
         seq_idx=batch.seq_idx,
         use_cache=False,
     ).last_hidden_state

@@ -29,6 +29,7 @@ class RunFolder:
         self.out, self.identity = out, identity
         self.path = out.with_name(out.name + ".partial")
         self.metrics = self.path / "metrics.jsonl"
+        self.plot = self.path / "metrics.png"
         self.staged = self.path / out.name
         self.trainer = self.path / "trainer"
         self._identity = self.path / RUN_FILE
@@ -148,14 +149,29 @@ class RunFolder:
             self.metrics.write_text("".join(kept), encoding="utf-8")
 
     def publish(self) -> None:
-        """Move the staged checkpoint to `out` in one rename and drop everything else."""
-        if self.staged.is_dir() and self.metrics.exists():
-            shutil.copyfile(self.metrics, self.staged / self.metrics.name)
+        """Move the staged checkpoint to `out` in one rename and drop everything else.
+
+        Metrics and their plot go into a folder, and beside a single file.
+        """
+        for file in (self.metrics, self.plot):
+            self._keep(file)
         replaced = self.path / "replaced"
         if self.out.exists():
             self.out.replace(replaced)
         self.staged.replace(self.out)
         _remove(self.path)
+
+    def _keep(self, file: Path) -> None:
+        if self.staged.is_dir():
+            if file.exists():
+                shutil.copyfile(file, self.staged / file.name)
+            return
+        beside = side_file(self.out, file.name)
+        if file.exists():
+            file.replace(beside)
+        else:
+            # what lies there belongs to the result that is being replaced
+            beside.unlink(missing_ok=True)
 
     def _read_identity(self) -> dict[str, Any]:
         try:
@@ -164,6 +180,13 @@ class RunFolder:
             raise OutputError(
                 f"{self.path} is no run of this stage", "start again with --force"
             ) from None
+
+
+def side_file(checkpoint: Path, name: str) -> Path:
+    """Where a checkpoint's metrics lie: inside a folder, else beside the file as FILE.name."""
+    if checkpoint.is_dir():
+        return checkpoint / name
+    return checkpoint.with_name(f"{checkpoint.name}.{name}")
 
 
 @contextmanager

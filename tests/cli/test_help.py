@@ -15,29 +15,33 @@ EVERY_STAGE = (
     "--verbose --help"
 )
 OUTPUT = "--out --resume --force"
-TRAINING = (
-    "--data --teacher --max-steps --batch-size --grad-accum --max-length --max-samples --packing "
-    "--warmup --grad-clip --grad-checkpointing --save-every"
-)
+ROWS = "--data --max-steps --batch-size --grad-accum --max-length --max-samples --packing"
+TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --compile"
 SAMPLING = (
     "--max-new-tokens --temperature --top-k --top-p --draft --k --batch-size --chat --prompt "
     "--prompts"
 )
 FLAGS = {
-    "convert": f"--ratio --keep-attention --mixer --init --calibrate --calibrate-tokens "
+    "convert": "--ratio --keep-attention --select --select-data --select-tokens --select-recall "
+    "--kv-budget --mixers-from --mixer --init --calibrate --calibrate-tokens "
     f"--max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
-    "distill": f"{TRAINING} --stages --align-steps --align-lr --lr --rest-lr --kl-weight "
-    f"--ce-weight --temperature {OUTPUT} {EVERY_STAGE}",
+    "distill": f"{TRAINING} --stages --align-steps --align-lr --stepwise-steps --stepwise-groups "
+    "--stepwise-order --stepwise-rest-lr --lr --rest-lr --schedule --kl-weight --ce-weight "
+    "--temperature --divergence --jsd-beta --teacher-cache --eval-data --eval-every --eval-tokens "
+    f"{OUTPUT} {EVERY_STAGE}",
     "sft": f"{TRAINING} --lr --ce-weight --kl-weight --assistant-only-loss {OUTPUT} {EVERY_STAGE}",
     "dpo": f"{TRAINING} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
-    "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under "
-    f"{EVERY_STAGE}",
+    "teacher-cache": f"{ROWS} --samples --temperature --power {OUTPUT} {EVERY_STAGE}",
+    "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
+    f"--recall-rows --control --control-window --control-sinks --ablate {EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
-    f"--min-speedup --synthetic --acceptance --verify --kernels {EVERY_STAGE}",
+    "--min-speedup --synthetic --acceptance --verify --kernels --training --train-rest --compile "
+    f"--loss --tokens --hidden --vocab {EVERY_STAGE}",
     "inspect": "--tensors --lineage --json --help",
     "table": "--into --help",
+    "plot": "--out --help",
     "doctor": "--json --help",
     "recipe run": "--out --from --to --set --resume --force --dry-run --json --quiet --verbose "
     "--help",
@@ -115,7 +119,7 @@ def test_completion_scripts_are_those_that_typer_generates(python, shell) -> Non
 
 @pytest.mark.parametrize(
     ("words", "offered"),
-    [("mambactl sp", "spec-decode"), ("mambactl convert x --mi", "--mixer")],
+    [("mambactl sp", "spec-decode"), ("mambactl convert x --ke", "--keep-attention")],
 )
 def test_completion_offers(python, words, offered) -> None:
     env = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}

@@ -61,7 +61,7 @@ def everywhere(monkeypatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
     monkeypatch.setattr(dispatch, "_no_triton", lambda: None)
-    monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: (None, "not installed"))
+    monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: ({}, "not installed"))
 
 
 @pytest.fixture
@@ -130,14 +130,10 @@ def test_triton_serves_plain_calls(monkeypatch, everywhere, draw_ssd, draw_scan,
             assert_near(a, b, 2e-5)
 
 
-@pytest.mark.parametrize("why", ["gradient", "documents", "fp64", "fp16", "mixed", "switch"])
+@pytest.mark.parametrize("why", ["fp64", "fp16", "mixed", "switch"])
 def test_the_reference_serves_what_triton_cannot(monkeypatch, everywhere, draw_ssd, why) -> None:
-    inputs, seq_idx = draw_ssd(1, 20, heads=2), None
-    if why == "gradient":
-        inputs = inputs._replace(A=inputs.A.requires_grad_())
-    elif why == "documents":
-        seq_idx = (torch.arange(20) // 7)[None]
-    elif why == "fp64":
+    inputs = draw_ssd(1, 20, heads=2)
+    if why == "fp64":
         inputs = inputs.double()
     elif why == "fp16":
         inputs = inputs._replace(x=inputs.x.half(), B=inputs.B.half(), C=inputs.C.half())
@@ -146,9 +142,41 @@ def test_the_reference_serves_what_triton_cannot(monkeypatch, everywhere, draw_s
     else:
         monkeypatch.setenv(dispatch.SWITCH, "reference")
         assert dispatch.backends()["triton"] == "turned off by MAMBACTL_KERNELS=reference"
-    expected = reference.ssd(*inputs, seq_idx)
-    actual = dispatch.ssd(*inputs, seq_idx)
+    expected = reference.ssd(*inputs)
+    actual = dispatch.ssd(*inputs)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_triton_serves_gradients_and_documents(
+    monkeypatch, everywhere, draw_ssd, assert_near, gradient, packed
+) -> None:
+    inputs, weight = draw_ssd(1, 20, heads=2), torch.randn(8, 4)
+    numbers = torch.tensor([7] * 5 + [3] * 8 + [7] * 7)[None] if packed else None
+    leaves = [*inputs, weight]
+    for leaf in leaves:
+        leaf.requires_grad_(gradient)
+    y, final = reference.ssd(*inputs, numbers)
+    raw = inputs.x[:, :, 0]
+    expected = [y, final, F.silu(reference.causal_conv1d(raw, weight, None, None, numbers))]
+    forbid(monkeypatch, "ssd", "causal_conv1d")
+    y, final = dispatch.ssd(*inputs, numbers)
+    actual = [y, final, dispatch.causal_conv1d_silu(raw, weight, None, None, numbers)]
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got.requires_grad == gradient
+        assert_near(got.detach(), wanted.detach(), 2e-5)
+    if gradient:
+        ours, theirs = (torch.autograd.grad(sum(t.sum() for t in many), leaves)
+                        for many in (actual, expected))  # fmt: skip
+        for got, wanted in zip(ours, theirs, strict=True):
+            assert_near(got, wanted, 2e-5)
+
+
+def test_the_gradient_of_a_window_is_the_references(monkeypatch, everywhere) -> None:
+    x, weight, window = torch.randn(1, 9, 8), torch.randn(8, 4), torch.randn(1, 3, 8)
+    dispatch.causal_conv1d_silu(x, weight, None, window.requires_grad_()).sum().backward()
+    assert window.grad.abs().sum() > 0
 
 
 def test_without_gradient_mode_parameters_do_not_matter(monkeypatch, everywhere, draw_scan) -> None:
@@ -206,7 +234,8 @@ def test_mamba_ssm_gets_nothing_it_would_round_or_refuse(
     def refuse(*args, **keywords):
         raise AssertionError("mamba-ssm was called")
 
-    monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: ((refuse, refuse), None))
+    both = {dispatch.SSD: refuse, dispatch.SCAN: refuse}
+    monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: (both, None))
     dispatch.ssd(*draw_ssd(1, 5))
     dispatch.selective_scan(*draw_scan(1, 3))  # from a state
     dispatch.selective_scan(*draw_scan(1, 3)[:5], None, torch.zeros(1, 3))

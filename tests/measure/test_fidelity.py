@@ -1,13 +1,14 @@
 """Fidelity numbers against a dense fp64 oracle, and the edges of cutting text into rows."""
 
 import copy
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 from mambactl.errors import ModelError, UsageError
-from mambactl.measure.fidelity import cut_rows, fidelity
+from mambactl.measure.fidelity import MEANS, Variant, compare, cut_rows, fidelity
 
 MIXERS = ["mamba2", "attention", "mamba1", "attention"]
 
@@ -38,7 +39,7 @@ def documents():
 def dense_oracle(student, teacher, documents, max_length):
     """Every number from whole unpadded rows and dense fp64 logits."""
     student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
-    columns = {name: [] for name in ("kl", "acceptance", "agreement", "ce", "teacher_ce", "place")}
+    columns = {name: [] for name in (*MEANS, "place")}
     for document in documents:
         for start in range(0, len(document), max_length):
             ids = torch.tensor([document[start : start + max_length]])
@@ -49,6 +50,12 @@ def dense_oracle(student, teacher, documents, max_length):
                 p = teacher(ids).logits[0, :-1].softmax(-1)
             target = ids[0, 1:, None]
             columns["kl"].append((p * (p / q).log()).sum(-1))
+            columns["reverse_kl"].append((q * (q / p).log()).sum(-1))
+            best = [each.argsort(-1, descending=True)[:, :5] for each in (p, q)]
+            shared = [
+                len(set(a) & set(b)) / 5 for a, b in zip(*(t.tolist() for t in best), strict=True)
+            ]
+            columns["top5"].append(torch.tensor(shared))
             columns["acceptance"].append(1 - (p - q).abs().sum(-1) / 2)
             columns["agreement"].append((p.argmax(-1) == q.argmax(-1)).double())
             columns["ce"].append(-q.gather(-1, target).log()[:, 0])
@@ -64,9 +71,10 @@ def test_numbers_equal_the_dense_oracle(pair, documents, batch_size):
     result = fidelity(
         *pair, documents, max_length=128, batch_size=batch_size, chunk_elements=7 * 97
     )
-    for name in ("kl", "acceptance", "ce", "teacher_ce"):
+    for name in ("kl", "reverse_kl", "acceptance", "ce", "teacher_ce"):
         assert result[name] == pytest.approx(oracle[name].mean(), rel=2e-5), name
-    assert result["agreement"] == pytest.approx(oracle["agreement"].mean(), abs=1e-9)
+    for name in ("agreement", "top5"):
+        assert result[name] == pytest.approx(oracle[name].mean(), abs=1e-7)
     assert 0.05 < result["agreement"] < 0.95
     assert result["kl_p95"] == pytest.approx(np.quantile(oracle["kl"], 0.95), rel=2e-5)
     assert result["perplexity"] == pytest.approx(np.exp(oracle["ce"].mean()), rel=1e-4)
@@ -90,6 +98,36 @@ def test_a_model_equals_itself_exactly(pair, documents):
         assert result["kl"] == result["kl_p95"] == 0
         assert result["agreement"] == result["perplexity_ratio"] == 1
         assert result["acceptance"] == pytest.approx(1, abs=1e-6)
+
+
+def test_variants_share_rows_and_teacher(pair, documents):
+    """Each equals what it measures alone, and is as its context makes it."""
+    student, teacher = pair
+
+    @contextmanager
+    def silent():
+        handle = student.model.layers[0].mixer.register_forward_hook(lambda *a: a[2] * 0)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    variants = {"a": Variant(student), "b": Variant(student, silent), "c": Variant(teacher)}
+    found = compare(variants, teacher, documents, 64, 3)
+    assert found["a"] == fidelity(student, teacher, documents, 64, 3)
+    assert found["b"]["kl"] != found["a"]["kl"]
+    assert found["c"]["kl"] == 0 and found["c"]["top5"] == 1
+
+
+def test_long_rows_have_their_own_buckets(make_hybrid):
+    model = make_hybrid(["mamba2"])
+    draw = torch.Generator().manual_seed(0)
+    document = torch.randint(97, (4200,), generator=draw).tolist()
+    buckets = fidelity(model, model, [document], max_length=8192)["by_position"]
+    tokens = {label: bucket["tokens"] for label, bucket in buckets.items()}
+    assert tokens == {
+        "0-63": 64, "64-255": 192, "256-1023": 768, "1024-4095": 3072, "4096+": 103,
+    }  # fmt: skip
 
 
 def test_rows_cover_the_documents_without_rests_of_one():

@@ -3,7 +3,7 @@
 import pytest
 
 from mambactl.errors import UsageError
-from mambactl.models.layout import kept_attention
+from mambactl.models.layout import attention_bytes, attention_to_keep, kept_attention
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,16 @@ def test_a_ratio_out_of_range_is_refused(ratio) -> None:
 def test_layers_out_of_range_are_named(keep) -> None:
     with pytest.raises(UsageError, match=str(keep[-1])):
         kept_attention(32, 0.5, keep=keep)
+
+
+def test_how_many_layers_stay(make_hybrid) -> None:
+    """By ratio, counting what is attention already; by budget, what fits."""
+    llama = make_hybrid(["attention"] * 8).config
+    assert [attention_to_keep(llama, ratio, None, 2) for ratio in (0, 0.5, 0.75, 1)] == [8, 4, 2, 0]
+    half = llama.with_mixers(["mamba2", "attention"] * 4)
+    assert [attention_to_keep(half, ratio, None, 2) for ratio in (0, 0.5, 0.75)] == [4, 4, 2]
+    # keys and values, two heads of 16 numbers
+    size = attention_bytes(llama, 2)
+    assert size == 2 * 2 * 16 * 2 == attention_bytes(llama, 4) // 2
+    budgets = (0, size - 1, size, 5 * size + 1, 100 * size)
+    assert [attention_to_keep(llama, 0.5, budget, 2) for budget in budgets] == [0, 0, 1, 5, 8]

@@ -201,3 +201,22 @@ def test_the_plan_reads_headers_only(student, tiny_llama_dir, monkeypatch):
     found = json.loads(json.dumps(bench.plan(cpu(baseline="teacher"), str(student))))
     assert found["baseline"] == str(tiny_llama_dir)
     assert found["input_len"] == [8, 64] and found["cache_bytes_at_most"] > 0
+
+
+def test_the_loss_on_its_own(capsys):
+    result = bench.run(cpu(loss=True, tokens=40, hidden=16, vocab=300), None)
+    row = result.metrics["loss"]
+    assert (result.path, row["tokens"], row["hidden"], row["vocab"]) == (None, 40, 16, 300)
+    assert row["milliseconds"] > 0
+    assert max(row[key] for key in bench_report.LOSS_ERRORS) < 1e-4
+    shown = capsys.readouterr().err
+    assert "40 x 16 x 300" in shown and "MiB beyond" in shown
+    assert "ms for 40 tokens" in result.text
+    assert bench.plan(cpu(loss=True, vocab=50), None)["loss"]["vocab"] == 50
+
+
+def test_the_loss_refuses_what_it_would_ignore():
+    with pytest.raises(UsageError, match="sizes of the loss"):
+        bench.run(cpu(kernels=True, vocab=50), None)
+    with pytest.raises(UsageError, match="--loss goes without"):
+        bench.run(cpu(loss=True, draft="ngram"), None)

@@ -13,7 +13,7 @@ from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.checkpoint.reader import open_checkpoint
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.recipe import ConvertConfig
-from mambactl.stages import convert
+from mambactl.stages import convert, replacement
 from mambactl.stages.convert import plan, run
 
 INITS, MIXERS = ("calibrated", "reference"), ("mamba2", "mamba1")
@@ -402,7 +402,9 @@ def test_output_that_exists_is_kept(llama, out, tmp_path, monkeypatch) -> None:
     run(ConvertConfig(), llama, tmp_path / out)
     before = tensors(tmp_path / out)
     with monkeypatch.context() as patched:
-        patched.setattr(convert, "initialise", lambda *_: pytest.fail("worked before it looked"))
+        patched.setattr(
+            replacement, "initialise", lambda *_: pytest.fail("worked before it looked")
+        )
         with pytest.raises(OutputError, match="exists") as raised:
             run(ConvertConfig(ratio=1), llama, tmp_path / out)
     assert "--force" in raised.value.hint
@@ -417,7 +419,7 @@ def test_output_that_exists_is_kept(llama, out, tmp_path, monkeypatch) -> None:
 def test_an_interrupt_leaves_what_was_there(llama, out, force, tmp_path, monkeypatch) -> None:
     if force:
         run(ConvertConfig(ratio=0.25), llama, tmp_path / out)
-    initialise, layers = convert.initialise, []
+    initialise, layers = replacement.initialise, []
 
     def interrupted(*arguments):
         layers.append(arguments)
@@ -426,7 +428,7 @@ def test_an_interrupt_leaves_what_was_there(llama, out, force, tmp_path, monkeyp
             raise KeyboardInterrupt
         initialise(*arguments)
 
-    monkeypatch.setattr(convert, "initialise", interrupted)
+    monkeypatch.setattr(replacement, "initialise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(ConvertConfig(ratio=1), llama, tmp_path / out, force=force)
     assert [path.name for path in tmp_path.iterdir()] == ([out] if force else [])

@@ -79,6 +79,43 @@ def test_tasks_and_the_kept_results(folder, files, capsys):
     assert "|choice" in capsys.readouterr().err
 
 
+def test_controls_stand_beside_the_student(folder, files, capsys):
+    """A window that holds every row is the teacher; a student without branches is none."""
+    config = cpu(
+        data=[files["words"]], recall=[96], recall_rows=2, control="window", control_window=96,
+        ablate="recurrent,attention",
+    )  # fmt: skip
+    metrics = run(config, str(folder)).metrics
+    assert list(metrics["controls"]) == ["window 96+4", "no recurrent", "no attention"]
+    kl = {name: each["fidelity"]["words"]["kl"] for name, each in metrics["controls"].items()}
+    assert kl["window 96+4"] < 1e-6
+    student = metrics["fidelity"]["words"]
+    assert student["kl"] > 0.001 and student["kl"] not in (kl["no recurrent"], kl["no attention"])
+    assert set(student["by_position"]) == {"0-63"}
+    for probe in ("kv-96", "mqar-96"):
+        found = metrics["recall"][probe]
+        loss = metrics["controls"]["window 96+4"]["recall"][probe]["recall_loss"]
+        assert loss == pytest.approx(found["teacher"]["recall_loss"], rel=1e-5)
+        assert found["recall_loss"] != found["teacher"]["recall_loss"]
+        assert found["chance"] == 1 / found["pairs"]
+    narrow = cpu(data=[files["words"]], control="window", control_window=2, control_sinks=0)
+    found = run(narrow, str(folder)).metrics
+    assert found["fidelity"]["words"] == student
+    assert found["controls"]["window 2+0"]["fidelity"]["words"]["kl"] > 0.001
+    err = capsys.readouterr().err
+    assert "on words, per token" in err and "window 2+0" in err
+    assert "mqar-96" in err and "token_recall" in err and "chance" in err
+
+
+def test_recall_needs_no_teacher(tiny_llama_dir):
+    config = cpu(recall=[96], recall_rows=2, fail_under=["recall>=0", "kv-96.recall_loss<=1e9"])
+    found = run(config, str(tiny_llama_dir)).metrics
+    assert list(found["recall"]) == ["kv-96", "mqar-96"] and "teacher" not in found
+    failing = config.model_copy(update={"fail_under": ["kv-96.recall_loss<=0.01"]})
+    with pytest.raises(CheckError, match="kv-96.recall_loss is"):
+        run(failing, str(tiny_llama_dir))
+
+
 def test_single_files_equal_folders_and_keep_nothing_beside_them(folder, single, files):
     config = cpu(data=[files["words"]])
     fidelity = [run(config, str(path)).metrics["fidelity"] for path in (folder, single)]
@@ -110,6 +147,9 @@ def test_a_bound_that_does_not_hold_is_a_failed_check(folder, files, capsys):
         ({}, "nothing to measure"),
         ({"data": ["words"], "fail_under": ["speed>=2"]}, "nothing called speed is measured"),
         ({"data": ["words"], "fail_under": ["agreement>1"]}, "not a bound"),
+        ({"control": "window"}, "measure nothing by themselves"),
+        ({"data": ["words"], "fail_under": ["recall>=1"]}, "nothing called recall is measured"),
+        ({"recall": [20]}, "does not fit in 20 tokens"),
         ({"tasks": ["words"]}, "row 1: the columns text are of no known kind"),
         ({"data": ["choice"]}, "choice.jsonl, row 1"),
         ({"tasks": ["missing.jsonl"]}, "missing.jsonl does not exist"),
@@ -120,11 +160,20 @@ def test_what_is_refused_before_a_model_is_loaded(folder, files, fields, message
 
     monkeypatch.setattr(stage, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     named = {
-        key: [files.get(name, name) for name in value] if key != "fail_under" else value
+        key: [files.get(name, name) for name in value] if key in ("data", "tasks") else value
         for key, value in fields.items()
     }
     with pytest.raises(UsageError, match=message):
         run(cpu(**named), str(folder))
+
+
+@pytest.mark.parametrize("call", [run, plan])
+def test_a_model_that_was_not_converted_has_no_control(files, tiny_llama_dir, call):
+    same = {"data": [files["words"]], "teacher": str(tiny_llama_dir)}
+    with pytest.raises(UsageError, match="no layer in which .* has attention instead"):
+        call(cpu(**same, control="window"), str(tiny_llama_dir))
+    with pytest.raises(UsageError, match="no recurrent layer to ablate"):
+        call(cpu(**same, ablate="recurrent"), str(tiny_llama_dir))
 
 
 def test_a_model_without_lineage_needs_a_teacher(files, tiny_llama_dir):

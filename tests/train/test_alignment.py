@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambactl.data.pack import collate
 from mambactl.train.alignment import AlignmentObjective, misfit, relative_error
@@ -59,6 +60,41 @@ def test_padding_does_not_count(pair, rows):
     other = batch._replace(input_ids=torch.where(batch.valid, batch.input_ids, 5))
     tokens = objective.count(batch)
     assert objective.backward(batch, tokens) == objective.backward(other, tokens)
+
+
+class _Waits(TorchDispatchMode):
+    """Refuses operations that hand values to the host: on a GPU they would empty its queue."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device(pair, rows):
+    objective, batch = AlignmentObjective(*pair), collate(rows[:2])
+    assert batch.seq_idx is not None
+    alone = batch._replace(seq_idx=None)
+    with _Waits():
+        with pytest.raises(AssertionError, match="index waits"):
+            batch.input_ids[batch.valid]
+        for packed in (batch, alone):
+            objective.backward(packed, 7)
+
+
+def test_padding_behind_one_document_is_not_aligned(pair, rows):
+    """Without numbers of documents, positions that start again in the padding say nothing."""
+    objective = AlignmentObjective(*pair)
+    batch = collate([min(rows, key=lambda row: row.valid.sum())])
+    numbers = torch.where(batch.valid, 0, 1).int()
+    tokens = objective.count(batch)
+    one = batch._replace(seq_idx=None, position_ids=torch.arange(batch.valid.shape[1])[None])
+    packed = one._replace(seq_idx=numbers)
+    torch.testing.assert_close(objective.backward(one, tokens), objective.backward(packed, tokens))
 
 
 def test_teachers_that_do_not_fit_are_refused(pair, make_hybrid):

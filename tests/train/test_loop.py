@@ -37,6 +37,12 @@ def _folder(path, resume=False):
     return folder, folder.open(resume, False)
 
 
+def _untimed(folder):
+    """Lines of the ledger without what depends on the clock."""
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
 def _run(student, phases, rows, path, resume=False, config=CONFIG):
     folder, opened = _folder(path, resume)
     with opened:
@@ -91,7 +97,7 @@ def _fail():
 def test_an_abrupt_stop_changes_nothing(make_hybrid, rows, tmp_path, phase, after):
     whole, teacher = _fresh(make_hybrid)
     _, folder = _run(whole, _phases(whole, teacher), rows, tmp_path / "whole")
-    curve = folder.metrics.read_text()
+    curve = _untimed(folder)
 
     broken, _ = _fresh(make_hybrid)
     phases = _phases(broken, teacher)
@@ -104,7 +110,7 @@ def test_an_abrupt_stop_changes_nothing(make_hybrid, rows, tmp_path, phase, afte
     saved = (tmp_path / "broken" / "out.partial").exists()
     assert saved == ((phase, after) != (0, 2))
     _, folder = _run(again, _phases(again, teacher), rows, tmp_path / "broken", resume=True)
-    assert folder.metrics.read_text() == curve
+    assert _untimed(folder) == curve
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
 
@@ -228,3 +234,12 @@ def test_the_schedule_warms_up_and_comes_down():
     assert all(a > b for a, b in zip(shares[4:], shares[5:], strict=False))
     assert FINAL_SHARE < shares[-1] < 0.05
     assert max(schedule(step, 3, 10) for step in range(3)) == 1.0
+
+
+def test_the_rate_is_held_and_falls_at_the_end() -> None:
+    shares = [schedule(step, 200, 10, "wsd") for step in range(200)]
+    assert shares[10:170] == [1.0] * 160
+    assert all(a > b for a, b in zip(shares[170:], shares[171:], strict=False))
+    assert FINAL_SHARE < shares[-1] < 0.05
+    # a phase of a few steps still warms up and comes down
+    assert schedule(2, 3, 10, "wsd") == 1.0 and schedule(0, 3, 10, "wsd") == 0.5

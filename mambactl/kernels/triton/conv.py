@@ -1,59 +1,197 @@
-"""Depthwise causal convolution and SiLU of whole prompts, in fp32 with one rounding at the end."""
+"""Depthwise causal convolution and SiLU of whole rows, in fp32 with one rounding at the end."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambactl.kernels.triton.launch import launch_options
+from mambactl.kernels.triton.launch import launch_options, rounded
 from mambactl.kernels.triton.mamba2 import silu
 
 BLOCK_T = 16
 BLOCK_C = 128
+BACKWARD_T = 64
+BACKWARD_C = 64
+
+
+@triton.jit
+def tap(
+    x, window, documents, t, same, T, ch, ok, x_t, w_t, back: tl.constexpr, W: tl.constexpr,
+    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """Inputs `back` tokens before t [L, Ch] of the same document, and which t have one.
+
+    `same` says so of the tokens back - 1 before t.
+    """
+    at = t - back
+    inside = t < T
+    if DOCUMENTS and back > 0:
+        # what came before the row belongs to its first document
+        number = tl.load(documents + tl.maximum(at, 0), mask=inside, other=0)
+        after = tl.load(documents + tl.maximum(at + 1, 0), mask=inside, other=0)
+        same = same & (number == after)
+    live = (inside & same & (at >= 0))[:, None] & ok[None, :]
+    raw = tl.load(x + at.to(tl.int64)[:, None] * x_t + ch[None, :], mask=live, other=0.0)
+    raw = raw.to(tl.float32)
+    if WINDOW and back > 0:
+        before = (inside & same & (at < 0))[:, None] & ok[None, :]
+        place = window + (at + W - 1)[:, None] * w_t + ch[None, :]
+        raw += tl.load(place, mask=before, other=0.0).to(tl.float32)
+    return raw, same
+
+
+@triton.jit
+def weigh(
+    x, weight, bias, window, documents, t, T, ch, ok, x_t, w_t, W: tl.constexpr,
+    BIAS: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """The convolution at t [L, Ch], before the SiLU."""
+    acc = tl.zeros([t.shape[0], ch.shape[0]], tl.float32)
+    same = t >= 0
+    for back in tl.static_range(W):
+        raw, same = tap(
+            x, window, documents, t, same, T, ch, ok, x_t, w_t, back, W, WINDOW, DOCUMENTS
+        )
+        acc += raw * tl.load(weight + ch * W + W - 1 - back, mask=ok, other=0.0).to(tl.float32)
+    if BIAS:
+        acc += tl.load(bias + ch, mask=ok, other=0.0).to(tl.float32)
+    return acc
 
 
 @triton.jit
 def _conv_kernel(
-    x, weight, bias, window, y, T, CH, x_b, x_t, w_b, w_t,
-    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    x, weight, bias, window, documents, y, T, CH, x_b, x_t, w_b, w_t,
+    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     ch = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     b = tl.program_id(2).to(tl.int64)
     ok = ch < CH
-    x += b * x_b + ch[None, :]
-    acc = tl.zeros([BT, BC], tl.float32)
-    for back in tl.static_range(W):
-        at = (t - back)[:, None]
-        inside = (at >= 0) & (t < T)[:, None] & ok[None, :]
-        raw = tl.load(x + at.to(tl.int64) * x_t, mask=inside, other=0.0).to(tl.float32)
-        if WINDOW and back > 0:
-            before = (at < 0) & (t < T)[:, None] & ok[None, :]
-            place = window + b * w_b + (at + W - 1) * w_t + ch[None, :]
-            raw += tl.load(place, mask=before, other=0.0).to(tl.float32)
-        acc += raw * tl.load(weight + ch * W + W - 1 - back, mask=ok, other=0.0).to(tl.float32)
-    if BIAS:
-        acc += tl.load(bias + ch, mask=ok, other=0.0).to(tl.float32)
+    acc = weigh(
+        x + b * x_b, weight, bias, window + b * w_b, documents + b * T, t, T, ch, ok, x_t, w_t, W,
+        BIAS, WINDOW, DOCUMENTS,
+    )  # fmt: skip
     place = y + (b * T + t)[:, None] * CH + ch[None, :]
-    tl.store(place, silu(acc).to(y.dtype.element_ty), mask=(t < T)[:, None] & ok[None, :])
+    acc = rounded(silu(acc), y.dtype.element_ty)
+    tl.store(place, acc, mask=(t < T)[:, None] & ok[None, :])
+
+
+@triton.jit
+def _backward_kernel(
+    dy, x, weight, bias, window, documents, dx, sums, T, CH, y_b, y_t, x_b, x_t, w_b, w_t,
+    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    ch = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    b = tl.program_id(2).to(tl.int64)
+    ok = ch < CH
+    x += b * x_b
+    window += b * w_b
+    documents += b * T
+    dy += b * y_b
+    part = b * tl.num_programs(1) + tl.program_id(1)
+    sums += part * (W + 1) * CH + ch
+    acc = tl.zeros([BT, BC], tl.float32)
+    reached = t < T
+    for ahead in tl.static_range(W):
+        later = t + ahead
+        if DOCUMENTS and ahead > 0:
+            number = tl.load(documents + later, mask=later < T, other=0)
+            reached &= number == tl.load(documents + later - 1, mask=later < T, other=0)
+        reached &= later < T
+        raw = weigh(
+            x, weight, bias, window, documents, later, T, ch, ok, x_t, w_t, W, BIAS, WINDOW,
+            DOCUMENTS,
+        )  # fmt: skip
+        gate = tl.sigmoid(raw)
+        place = dy + later.to(tl.int64)[:, None] * y_t + ch[None, :]
+        grad = tl.load(place, mask=reached[:, None] & ok[None, :], other=0.0).to(tl.float32)
+        grad *= gate * (1.0 + raw * (1.0 - gate))  # of what SiLU saw
+        scale = tl.load(weight + ch * W + W - 1 - ahead, mask=ok, other=0.0).to(tl.float32)
+        acc += grad * scale
+        if ahead == 0:
+            same = t >= 0
+            for back in tl.static_range(W):
+                value, same = tap(
+                    x, window, documents, t, same, T, ch, ok, x_t, w_t, back, W, WINDOW, DOCUMENTS
+                )
+                tl.store(sums + (W - 1 - back) * CH, tl.sum(grad * value, 0), mask=ok)
+            tl.store(sums + W * CH, tl.sum(grad, 0), mask=ok)
+    place = dx + (b * T + t)[:, None] * CH + ch[None, :]
+    inside = (t < T)[:, None] & ok[None, :]
+    tl.store(place, rounded(acc, dx.dtype.element_ty), mask=inside)
 
 
 def causal_conv1d_silu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
-    """SiLU of `kernels.reference.causal_conv1d` without documents, in the dtype of x.
+    """SiLU of `kernels.reference.causal_conv1d` in the dtype of x.
 
-    x [B, T, Ch] and window [B, W-1, Ch] with any strides, weight [Ch, W], bias [Ch].
+    x [B, T, Ch] and window [B, W-1, Ch] with any strides, weight [Ch, W], bias [Ch]; documents
+    [B, T] int32 and contiguous.
     """
     batch, length, channels = x.shape
-    x = x if x.stride(2) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    before = x if window is None else window
-    before = before if before.stride(2) == 1 else before.contiguous()
     grid = (triton.cdiv(channels, BLOCK_C), triton.cdiv(length, BLOCK_T), batch)
+    arguments, sizes = _inputs(x, weight, bias, window, documents)
+    x, before = arguments[0], arguments[3]
     _conv_kernel[grid](
-        x, weight.contiguous(), weight if bias is None else bias.contiguous(), before, y, length,
-        channels, *x.stride()[:2], *before.stride()[:2], W=weight.shape[1], BIAS=bias is not None,
-        WINDOW=window is not None, BT=BLOCK_T, BC=BLOCK_C, **launch_options(False, num_warps=4),
+        *arguments, y, length, channels, *x.stride()[:2], *before.stride()[:2], **sizes,
+        BT=BLOCK_T, BC=BLOCK_C, **launch_options(False, num_warps=4),
     )  # fmt: skip
     return y
+
+
+def causal_conv1d_silu_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [B, T, Ch], in its dtype, and of weight [Ch, W] and bias [Ch], fp32."""
+    batch, length, channels = x.shape
+    dy = dy if dy.stride(2) == 1 else dy.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tiles = triton.cdiv(length, BACKWARD_T)
+    width = weight.shape[1]
+    # every program leaves its part: no sum depends on the order in which they run
+    sums = dx.new_empty(batch * tiles, width + 1, channels, dtype=torch.float32)
+    arguments, sizes = _inputs(x, weight, bias, window, documents)
+    x, before = arguments[0], arguments[3]
+    _backward_kernel[(triton.cdiv(channels, BACKWARD_C), tiles, batch)](
+        dy, *arguments, dx, sums, length, channels, *dy.stride()[:2], *x.stride()[:2],
+        *before.stride()[:2], **sizes, BT=BACKWARD_T, BC=BACKWARD_C,
+        **launch_options(False, num_warps=4),
+    )  # fmt: skip
+    whole = sums.sum(0)  # [W + 1, Ch]
+    return dx, whole[:width].t().contiguous(), whole[width].clone()
+
+
+def _inputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None,
+    documents: Tensor | None,
+) -> tuple[tuple[Tensor, ...], dict[str, int]]:
+    """x, weight, bias, window, documents; any tensor stands for one that is missing."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    before = x if window is None else window
+    before = before if before.stride(2) == 1 else before.contiguous()
+    shift = weight if bias is None else bias.contiguous()
+    numbers = x if documents is None else documents
+    switches = {
+        "W": weight.shape[1],
+        "BIAS": bias is not None,
+        "WINDOW": window is not None,
+        "DOCUMENTS": documents is not None,
+    }
+    return (x, weight.contiguous(), shift, before, numbers), switches

@@ -1,9 +1,11 @@
 """Grouped-query attention with rotary positions, as in Llama and Mistral."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from mambactl.kernels import dispatch
 from mambactl.models.cache import AttentionCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.context import StepContext
@@ -25,14 +27,24 @@ class AttentionMixer(nn.Module):
 
     def forward(self, hidden: Tensor, context: StepContext, cache: AttentionCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
-        heads = (*hidden.shape[:2], -1, self.head_dim)
-        q = self.q_proj(hidden).view(heads).transpose(1, 2)  # [B, H, T, P]
-        k = self.k_proj(hidden).view(heads).transpose(1, 2)  # [B, Hk, T, P]
-        v = self.v_proj(hidden).view(heads).transpose(1, 2)  # [B, Hk, T, P]
+        q, k, v = (
+            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or Hk, T, P]
+            for t in self._project(hidden, whole=cache is None)
+        )
         q, k = apply_rotary_pos_emb(q, k, *context.rotary)
+        # under autocast the rotation is fp32
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.update(k, v, context.positions, context.slots)  # [B, Hk, S, P]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, is_causal=context.mask is None, enable_gqa=True
-        )
-        return self.o_proj(y.transpose(1, 2).reshape(*hidden.shape[:2], -1))
+        y = dispatch.attention(q, k, v, context.mask, context.spans)  # [B, T, H, P]
+        return self.o_proj(y.flatten(2))
+
+    def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
+        """Queries, keys and values; with `whole` in one product, which a whole row fills better."""
+        parts = self.q_proj, self.k_proj, self.v_proj
+        if not whole:
+            return tuple(part(hidden) for part in parts)
+        weight = torch.cat([part.weight for part in parts])
+        bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
+        rows = [part.out_features for part in parts]
+        return F.linear(hidden, weight, bias).split(rows, -1)

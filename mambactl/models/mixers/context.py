@@ -4,15 +4,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mambactl.kernels.spans import Spans
 from mambactl.models.cache import MAX_SEQUENTIAL, Cursor
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """Positions [B, T], rotary (cos, sin), attention mask [B, 1, T, S] or None for plain causal.
+    """Positions [B, T], rotary (cos, sin), and which keys attention sees.
 
-    `seq_idx` [B, T] separates packed documents, `n_new` [B] makes rows ragged, `slots` is the
-    number of key slots attention may read, `cursor` is None without a cache.
+    Those are in `mask` [B, 1, T, S] or in `spans`; where both are None, all of the past. All is
+    made once per call of the model, for every layer. `seq_idx` [B, T] separates packed documents,
+    `n_new` [B] makes rows ragged, `slots` is the number of key slots attention may read, `cursor`
+    is None without a cache.
     """
 
     positions: Tensor
@@ -23,6 +26,7 @@ class StepContext:
     slots: int = 0
     cursor: Cursor | None = None
     first: bool = False
+    spans: Spans | None = None
 
     @property
     def sequential(self) -> bool:

@@ -1,0 +1,100 @@
+"""Controls that say what a student's number is worth: the same teacher or student, made worse.
+
+Both change what some mixers compute while a `with` block lasts, and copy no weight.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambactl.errors import UsageError
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.context import StepContext
+
+BRANCHES = {"recurrent": "mamba", "attention": "self_attn"}
+
+
+@contextmanager
+def windowed_attention(
+    model: HybridForCausalLM, layers: Sequence[int], window: int, sinks: int
+) -> Iterator[None]:
+    """The attention of `layers` sees the last `window` tokens and the first `sinks` of a document.
+
+    The untrained control of a converted model (attention sinks: arXiv 2309.17453). Only without a
+    cache. Raises UsageError for layers that have no attention.
+    """
+    blocks = [model.model.layers[index] for index in layers]
+    if missing := [block.index for block in blocks if block.mixer_name != "self_attn"]:
+        raise UsageError(
+            f"the teacher has no attention in the layers {missing} to put a window on",
+            "compare with the model that was converted",
+        )
+    narrow = _Narrowed(window, sinks)
+    handles = [block.mixer.register_forward_pre_hook(narrow) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Narrowed:
+    """A hook that narrows the context's mask, made once per forward call."""
+
+    def __init__(self, window: int, sinks: int):
+        self.window, self.sinks = window, sinks
+        self.last: tuple[StepContext, StepContext] | None = None
+
+    def __call__(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, context, cache = arguments
+        if cache is not None:
+            raise ValueError("a windowed control keeps no cache")
+        if self.last is None or self.last[0] is not context:
+            mask = window_mask(context, self.window, self.sinks)
+            self.last = (context, replace(context, mask=mask, spans=None))
+        return hidden, self.last[1], cache
+
+
+def window_mask(context: StepContext, window: int, sinks: int) -> Tensor:
+    """Allowed keys [B or 1, 1, T, T] of a call without cache: sinks, and keys of the window."""
+    length = context.positions.shape[1]
+    order = torch.arange(length, device=context.positions.device)
+    query, key = order[:, None], order
+    near = key > query - window  # [T, T]
+    # positions restart with every document of a packed row
+    first = context.positions[:, None, :] < sinks  # [B, 1, T]
+    if bool((context.positions == order).all()):
+        first = first[:1]
+    seen = context.mask
+    if seen is None:
+        seen = (key <= query)[None, None] if context.spans is None else context.spans.mask()
+    return seen & (near | first)[:, None]
+
+
+@contextmanager
+def ablated(model: HybridForCausalLM, branch: str) -> Iterator[None]:
+    """Every `recurrent` or `attention` mixer puts out zero; UsageError where there is none."""
+    require_branch(model.config.mixers, branch)
+    name = BRANCHES[branch]
+    mixers = [block.mixer for block in model.model.layers if block.mixer_name == name]
+    handles = [mixer.register_forward_hook(_silence) for mixer in mixers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def require_branch(mixers: Sequence[str], branch: str) -> None:
+    """Raise UsageError unless a model of these mixers has what `ablated` would silence."""
+    if not any((name == "attention") == (branch == "attention") for name in mixers):
+        found = ", ".join(sorted(set(mixers)))
+        raise UsageError(f"the model has no {branch} layer to ablate", f"its layers are {found}")
+
+
+def _silence(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+    return torch.zeros_like(output)

@@ -1,0 +1,80 @@
+"""Pictures of training ledgers: the KL to the teacher over the tokens trained on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mambactl.errors import ResourceError, UsageError
+
+# phases whose loss is a divergence from the teacher's logits
+LOGITS = ("stepwise", "logits")
+INCHES, DPI = (7.0, 4.2), 150
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; raises UsageError for anything else."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"{path} is no ledger: it must be JSON lines") from None
+    if not all(isinstance(line, dict) and "step" in line for line in lines):
+        raise UsageError(f"{path} is no ledger", "give metrics.jsonl of a distillation")
+    return lines
+
+
+def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """(tokens, nats per token) of `held out` and of the `training` loss on logits."""
+    return {
+        "held out": [(line["tokens"], line["kl"]) for line in lines if "kl" in line],
+        "training": [
+            (line["tokens"], line["loss"])
+            for line in lines
+            if "loss" in line and str(line.get("phase", "")).startswith(LOGITS)
+        ],
+    }
+
+
+def draw(ledgers: Mapping[str, Path], out: Path) -> None:
+    """Write a PNG with one colour per ledger: a line for held-out KL, a faint one for the loss.
+
+    Raises UsageError when there is nothing to draw, ResourceError without matplotlib.
+    """
+    found = {name: curves(read_ledger(path)) for name, path in ledgers.items()}
+    if not any(points for kinds in found.values() for points in kinds.values()):
+        raise UsageError("nothing to plot: no KL was measured", "train with --eval-data FILE")
+    figure, axes = _axes()
+    for number, (name, kinds) in enumerate(found.items()):
+        colour = f"C{number % 10}"
+        if kinds["training"]:
+            held = bool(kinds["held out"])
+            label = None if held else f"{name} (training loss)"
+            axes.plot(*zip(*kinds["training"], strict=True), color=colour, lw=0.7, alpha=0.45,
+                      label=label)  # fmt: skip
+        if kinds["held out"]:
+            axes.plot(*zip(*kinds["held out"], strict=True), color=colour, marker="o", ms=3,
+                      label=name)  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("KL to the teacher, nats per token")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.tight_layout()
+    # a format by name: the file is written under another one first
+    figure.savefig(out, dpi=DPI, format="png")
+
+
+def _axes() -> tuple[Any, Any]:
+    try:
+        # no window system and no global state: the figure is drawn into a file
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ResourceError(
+            "plots need matplotlib, which is missing", 'pip install "mambactl[plots]"'
+        ) from None
+    figure = Figure(figsize=INCHES)
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()

@@ -1,0 +1,188 @@
+"""`bench --training`: steps of mixer alignment and of logits distillation, as `distill` takes them.
+
+A synthetic hybrid learns from the attention model of its shape, of which it has every tensor but
+the mixers.
+"""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mambactl import console
+from mambactl.checkpoint.load import load_model
+from mambactl.errors import ResourceError, UsageError
+from mambactl.kernels.dispatch import triton_missing
+from mambactl.measure.synthetic import SHAPES, build, materialise
+from mambactl.measure.training_speed import (
+    Step,
+    gradient_error,
+    random_batch,
+    require_gradients,
+    training_speed,
+)
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.recipe import BenchConfig, DistillConfig
+from mambactl.stages.teacher import teacher_of
+from mambactl.train.alignment import AlignmentObjective, misfit, replaced_layers
+from mambactl.train.compiled import compile_blocks, compiles
+from mambactl.train.objectives import LogitsObjective, Objective
+from mambactl.train.optimizer import build_optimizer, mixer_parameters, rest_parameters
+from mambactl.train.sharing import share_frozen
+
+Pair = tuple[HybridForCausalLM, HybridForCausalLM]
+
+
+def training_points(
+    config: BenchConfig, source: str | None, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Measure both stages of every model, at every row length and batch size."""
+    if dtype == torch.float16:
+        raise UsageError("float16 gradients underflow", "use --dtype bfloat16 or float32")
+    points = []
+    names = [source] if source is not None else config.synthetic
+    with console.progress("training", len(names) * _sizes(config)) as progress:
+        for name in names:
+            for length in config.input_len:
+                for rows in config.batch_size:
+                    status = f"{name} {rows} x {length}"
+                    found = _measure(config, name, source is None, (rows, length), device, dtype)
+                    points += [{"model": name, **point} for point in found]
+                    progress.advance(status=status)
+    return points
+
+
+def require_hybrids(config: BenchConfig) -> None:
+    """Raise UsageError for a synthetic model without mixers to align, before anything is made."""
+    for name in config.synthetic:
+        shape = SHAPES[name]()
+        if not replaced_layers(shape) or shape.num_attention_heads == 1:
+            known = [other for other in SHAPES if "hybrid" in other]
+            raise UsageError(f"{name} is no hybrid", f"known: {', '.join(known)}")
+
+
+def _sizes(config: BenchConfig) -> int:
+    return len(config.input_len) * len(config.batch_size)
+
+
+def _measure(
+    config: BenchConfig,
+    name: str,
+    synthetic: bool,
+    size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[dict[str, Any]]:
+    # every size starts from the same weights, and no size pays for the memory of another
+    pair = (_synthetic if synthetic else _loaded)(config, name, device, dtype)
+    rows, length = size
+    batch = random_batch(pair[0].config.vocab_size, rows, length, config.seed)
+    trained = _trained(config, pair[0])
+    share_frozen(*pair, {n for parts in trained.values() for n in parts}, dtype)
+    pair[0].train()
+    compiling = compiles(config.compile, device)
+    # compiled blocks keep their kernels, so gradients are compared first
+    errors = {stage: _error(config, stage, pair, batch, device, dtype) for stage in trained}
+    if compiling:
+        for model in pair:
+            compile_blocks(model)
+    about = {
+        "compiled": compiling,
+        "kernels": "triton" if triton_missing(device) is None else "reference",
+    }
+    found = []
+    for stage, error in errors.items():
+        try:
+            step = _step(config, stage, pair, dtype, compiling)
+            point = training_speed(step, batch, device, config.warmup, config.iters)
+        except torch.OutOfMemoryError as problem:
+            raise ResourceError(
+                f"{stage} of {rows} rows of {length} tokens does not fit: {problem}",
+                "give a smaller --batch-size, or --no-train-rest",
+            ) from problem
+        found.append(point | about | {"gradient_error": error})
+        del step
+        _forget(pair[0], device)
+    return found
+
+
+def _error(
+    config: BenchConfig,
+    stage: str,
+    pair: Pair,
+    batch: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float | None:
+    step = _step(config, stage, pair, dtype, compiling=False)
+    error = gradient_error(step, batch, device)
+    require_gradients(stage, dtype, error)
+    return error
+
+
+def _trained(config: BenchConfig, student: HybridForCausalLM) -> dict[str, dict[str, nn.Parameter]]:
+    """What trains in each stage, by name."""
+    mixers = mixer_parameters(student)
+    rest = rest_parameters(student) if config.train_rest else {}
+    return {"align": mixers, "logits": mixers | rest}
+
+
+def _step(config: BenchConfig, stage: str, pair: Pair, dtype: torch.dtype, compiling: bool) -> Step:
+    student, teacher = pair
+    amp = None if dtype == torch.float32 else dtype
+    usual = DistillConfig()
+    objective: Objective
+    if stage == "align":
+        objective = AlignmentObjective(student, teacher, amp, compile=compiling)
+        rates = (usual.align_lr, 0.0)
+    else:
+        objective = LogitsObjective(student, teacher, amp=amp)
+        rates = (usual.lr, usual.rest_lr)
+    trained = _trained(config, student)[stage]
+    student.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    mixers = mixer_parameters(student)
+    rest = {name: p for name, p in trained.items() if name not in mixers}
+    optimizer = build_optimizer([(mixers, rates[0]), (rest, rates[1])])
+    parameters = list(trained.values())
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(parameters, usual.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Step(stage, objective.count, objective.backward, update, parameters)
+
+
+def _loaded(config: BenchConfig, source: str, device: torch.device, dtype: torch.dtype) -> Pair:
+    student = load_model(source, device)
+    teacher = load_model(teacher_of(source, None, "--synthetic"), device, dtype)
+    problem = misfit(student.config, teacher.config)
+    if problem or not replaced_layers(student.config):
+        raise UsageError(
+            f"{source} cannot be trained: {problem or 'it has no Mamba layer'}",
+            f"first: mambactl convert {source}",
+        )
+    return student, teacher.requires_grad_(False)
+
+
+def _synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch.dtype) -> Pair:
+    student = build(name, device, dtype, config.seed)
+    shape = student.config.with_mixers(["attention"] * student.config.num_hidden_layers)
+    teacher = materialise(shape, device, dtype, config.seed).requires_grad_(False)
+    own = dict(student.named_parameters())
+    for key, parameter in teacher.named_parameters():
+        if key in own:
+            own[key].data = parameter.data.clone()
+    return student, teacher
+
+
+def _forget(student: HybridForCausalLM, device: torch.device) -> None:
+    """Drop gradients and what the caching allocator keeps: the next stage's peak is its own."""
+    student.zero_grad(set_to_none=True)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

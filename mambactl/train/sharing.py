@@ -1,0 +1,67 @@
+"""What does not train is held once, in the type that products take.
+
+A student that was converted from its teacher has the teacher's own tensors in most places. Frozen,
+they need neither a second copy nor fp32: they share the teacher's memory, and what the teacher has
+not is cast. fp32 masters remain for what trains.
+"""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+
+
+class Sharing(NamedTuple):
+    """Names of frozen parameters that share the teacher's memory, and that the cast rounded."""
+
+    shared: list[str]
+    rounded: list[str]
+
+
+@torch.no_grad()
+def share_frozen(
+    student: nn.Module, teacher: nn.Module | None, trained: Collection[str], dtype: torch.dtype
+) -> Sharing:
+    """Give every parameter of the student its place and type, one after the other.
+
+    `trained` names those that train in any phase: they become fp32. Of the others, those equal to
+    the teacher's parameter of that name, once both are in `dtype`, become views of it; the rest is
+    cast to `dtype` (A_log, D and dt_bias stay fp32). Load the student in its stored type: fp32
+    would need twice the memory, and bf16 would round the masters. Raises ValueError for a trained
+    name that the student has not.
+    """
+    parameters = dict(student.named_parameters())
+    unknown = sorted(set(trained) - parameters.keys())
+    if unknown:
+        raise ValueError(f"the student has no parameters {', '.join(unknown)}")
+    theirs = {} if teacher is None else dict(teacher.named_parameters())
+    found = Sharing([], [])
+    for name, parameter in parameters.items():
+        own = parameter.data
+        if name in trained or name.rpartition(".")[2] in FLOAT32_PARAMETERS:
+            parameter.data = own.float()
+            continue
+        cast = own.to(dtype)
+        if not torch.equal(cast.to(own.dtype), own):
+            found.rounded.append(name)
+        other = theirs.get(name)
+        if other is not None and _same(cast, other.data):
+            cast = other.data
+            found.shared.append(name)
+        parameter.data = cast
+    return found
+
+
+def restore(student: nn.Module, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+    """Before saving: put back what `share_frozen` rounded, from where the student was read."""
+    parameters = dict(student.named_parameters())
+    for name in names:
+        parameters[name].data = read(name)
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    alike = ours.dtype == theirs.dtype and ours.device == theirs.device
+    return alike and ours.shape == theirs.shape and torch.equal(ours, theirs)
