@@ -99,7 +99,7 @@ def test_tiles_fit_the_shared_memory_of_the_device() -> None:
     """
     reported = {("add_residual", 32, 4): 327_680, ("add_residual", 16, 4): 229_376,
                 ("head", 8, 4): 180_224, ("add_residual", 32, 2): 131_072,
-                ("add_residual", 16, 2): 98_304, ("project", 8, 2): 61_440}  # fmt: skip
+                ("add_residual", 16, 2): 98_304, ("project", 8, 2): 36_864}  # fmt: skip
     for (name, rows, size), found in reported.items():
         assert tiles_for(name, rows).shared_bytes(size) >= found
     for limit in (232_448, 166_912, 101_376):
