@@ -101,6 +101,14 @@ class RowsConfig(StageConfig):
     packing: bool = Field(True, description="fill rows with several documents")
 
 
+class MixedRowsConfig(RowsConfig):
+    """Rows of text with generated documents among them."""
+
+    recall_share: float = Field(
+        0.0, ge=0, le=0.5, description="of the tokens: generated key-value, MQAR and copy documents"
+    )
+
+
 class TrainConfig(RowsConfig):
     """Shared by the stages that follow gradients."""
 
@@ -112,7 +120,7 @@ class TrainConfig(RowsConfig):
     save_every: int = Field(100, ge=1, description="steps between resumable states")
 
 
-class DistillConfig(TrainConfig):
+class DistillConfig(TrainConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
     stages: DistillPhases = Field(["align", "logits"], description="what runs, in this order")
@@ -141,12 +149,13 @@ class DistillConfig(TrainConfig):
     teacher_cache: str | None = Field(
         None, description="what teacher-cache wrote, in place of the teacher when matching logits"
     )
+    capture: bool = Field(False, description="replay each training step as one CUDA graph")
     eval_data: DataSpecs = Field([], description="held-out text, measured while training")
     eval_every: int = Field(100, ge=1, description="steps between measurements of eval_data")
     eval_tokens: int = Field(16384, ge=64, description="tokens of eval_data that are measured")
 
 
-class TeacherCacheConfig(RowsConfig):
+class TeacherCacheConfig(MixedRowsConfig):
     """Keep ids that MODEL draws for every token, from which distill learns without it."""
 
     samples: int = Field(12, ge=1, le=1024, description="ids drawn per token")
@@ -249,6 +258,7 @@ class BenchConfig(StageConfig):
     )
     train_rest: bool = Field(True, description="--training: in the logits step, not only mixers")
     compile: Compile = Field("auto", description="--training: compile blocks, as distill does")
+    capture: bool = Field(False, description="--training: replay each step as one CUDA graph")
     kernels: bool = Field(False, description="no MODEL: the recurrent kernel on its own")
     loss: bool = Field(False, description="no MODEL: the distillation loss through the head")
     tokens: int | None = Field(None, ge=1, description="rows of --loss (8192 on a GPU)")
@@ -275,4 +285,4 @@ STAGES: dict[str, type[StageConfig]] = {
 MODEL_WRITERS = ("convert", "distill", "sft", "dpo")
 WRITERS = (*MODEL_WRITERS, "teacher-cache")
 # where a run happens is no part of what it makes
-PLACE = {"device", "trust_remote_code", "compile"}
+PLACE = {"device", "trust_remote_code", "compile", "capture"}

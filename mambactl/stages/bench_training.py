@@ -27,6 +27,7 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import BenchConfig, DistillConfig
 from mambactl.stages.teacher import teacher_of
 from mambactl.train.alignment import AlignmentObjective, misfit, replaced_layers
+from mambactl.train.captured import WARMUP, CapturedObjective, recorder_for
 from mambactl.train.compiled import compile_blocks, compiles
 from mambactl.train.objectives import LogitsObjective, Objective
 from mambactl.train.optimizer import build_optimizer, mixer_parameters, rest_parameters
@@ -88,6 +89,9 @@ def _measure(
     if compiling:
         for model in pair:
             compile_blocks(model)
+    captures = config.capture and device.type == "cuda"
+    # a recording is made once in the step after these, and no step of it is timed
+    warmup = max(config.warmup, WARMUP + 1) if captures else config.warmup
     about = {
         "compiled": compiling,
         "kernels": "triton" if triton_missing(device) is None else "reference",
@@ -95,15 +99,20 @@ def _measure(
     found = []
     for stage, error in errors.items():
         try:
-            step = _step(config, stage, pair, dtype, compiling)
-            point = training_speed(step, batch, device, config.warmup, config.iters)
+            objective = _objective(stage, pair, dtype, compiling)
+            if captures:
+                trains = list(trained[stage].values())
+                objective = CapturedObjective(objective, trains, recorder_for(device))
+            step = _step(config, stage, pair[0], objective)
+            point = training_speed(step, batch, device, warmup, config.iters)
         except torch.OutOfMemoryError as problem:
             raise ResourceError(
                 f"{stage} of {rows} rows of {length} tokens does not fit: {problem}",
                 "give a smaller --batch-size, or --no-train-rest",
             ) from problem
-        found.append(point | about | {"gradient_error": error})
-        del step
+        captured = captures and objective.replays
+        found.append(point | about | {"captured": captured, "gradient_error": error})
+        del step, objective
         _forget(pair[0], device)
     return found
 
@@ -116,7 +125,7 @@ def _error(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float | None:
-    step = _step(config, stage, pair, dtype, compiling=False)
+    step = _step(config, stage, pair[0], _objective(stage, pair, dtype, compiling=False))
     error = gradient_error(step, batch, device)
     require_gradients(stage, dtype, error)
     return error
@@ -129,17 +138,18 @@ def _trained(config: BenchConfig, student: HybridForCausalLM) -> dict[str, dict[
     return {"align": mixers, "logits": mixers | rest}
 
 
-def _step(config: BenchConfig, stage: str, pair: Pair, dtype: torch.dtype, compiling: bool) -> Step:
-    student, teacher = pair
+def _objective(stage: str, pair: Pair, dtype: torch.dtype, compiling: bool) -> Objective:
     amp = None if dtype == torch.float32 else dtype
-    usual = DistillConfig()
-    objective: Objective
     if stage == "align":
-        objective = AlignmentObjective(student, teacher, amp, compile=compiling)
-        rates = (usual.align_lr, 0.0)
-    else:
-        objective = LogitsObjective(student, teacher, amp=amp)
-        rates = (usual.lr, usual.rest_lr)
+        return AlignmentObjective(*pair, amp, compile=compiling)
+    return LogitsObjective(*pair, amp=amp)
+
+
+def _step(
+    config: BenchConfig, stage: str, student: HybridForCausalLM, objective: Objective
+) -> Step:
+    usual = DistillConfig()
+    rates = (usual.align_lr, 0.0) if stage == "align" else (usual.lr, usual.rest_lr)
     trained = _trained(config, student)[stage]
     student.requires_grad_(False)
     for parameter in trained.values():
@@ -148,11 +158,13 @@ def _step(config: BenchConfig, stage: str, pair: Pair, dtype: torch.dtype, compi
     rest = {name: p for name, p in trained.items() if name not in mixers}
     optimizer = build_optimizer([(mixers, rates[0]), (rest, rates[1])])
     parameters = list(trained.values())
+    # a recording adds to the gradients that were there when it was made
+    in_place = isinstance(objective, CapturedObjective)
 
     def update() -> None:
         nn.utils.clip_grad_norm_(parameters, usual.grad_clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not in_place)
 
     return Step(stage, objective.count, objective.backward, update, parameters)
 

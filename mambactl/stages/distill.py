@@ -45,6 +45,7 @@ def run(
 ) -> StageResult:
     """Train the hybrid at `source` towards its teacher and write the result to `out`."""
     job = Job.of(STAGE, config, source)
+    _check_capture(job, config)
     folder = job.folder(out, resume, force)
     ours, theirs = _configs(job)
     planned = plan_phases(config, ours, theirs, _ranking(source))
@@ -61,9 +62,8 @@ def run(
         measured = HeldOut(*pair, held_out, config.batch_size, job.amp, not models.compiled)
         evaluation = Evaluation(config.eval_every, measured.measure)
     with folder.open(resume, force):
-        reports = train(
-            models.student, phases, rows, config, folder, evaluation, trim=not models.compiled
-        )
+        trim = not (models.compiled or config.capture)
+        reports = train(models.student, phases, rows, config, folder, evaluation, trim)
         metrics = report_phases(reports)
         for name, forecast in predicted.items():
             metrics[name]["predicted"] = forecast.as_metrics()
@@ -77,6 +77,7 @@ def run(
 def plan(config: DistillConfig, source: str) -> dict[str, Any]:
     """Resolve everything, measure how fast this machine is, and say what would run."""
     job = Job.of(STAGE, config, source)
+    _check_capture(job, config)
     found = plan_training(job)
     ours, theirs = _configs(job)
     planned = plan_phases(config, ours, theirs, _ranking(source))
@@ -88,6 +89,18 @@ def plan(config: DistillConfig, source: str) -> dict[str, Any]:
         for plan in planned
     ]
     return found | {"phases": phases, "predicted": Estimate.of_all(predicted)}
+
+
+def _check_capture(job: Job, config: DistillConfig) -> None:
+    """Raise UsageError for steps that no CUDA graph can hold; say so where there are no graphs."""
+    if config.capture and config.grad_checkpointing:
+        raise UsageError(
+            "--grad-checkpointing reads the states of random number generators, which steps in a "
+            "CUDA graph cannot",
+            "drop --capture or --grad-checkpointing",
+        )
+    if config.capture and job.device.type != "cuda":
+        console.log(f"--capture changes nothing on {job.device}: it has no CUDA graphs")
 
 
 def _configs(job: Job) -> tuple[HybridConfig, HybridConfig]:

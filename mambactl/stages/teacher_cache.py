@@ -40,7 +40,10 @@ STAGE = "teacher-cache"
 # what a kill loses at most: a minute of an 8B teacher on one GPU
 SHARD_TOKENS = 1 << 20
 # what has to be equal for rows to be equal, where not all of the data fits
-ROW_OPTIONS = ("max_steps", "batch_size", "grad_accum", "max_length", "max_samples", "seed")
+ROW_OPTIONS = (
+    *("max_steps", "batch_size", "grad_accum"),
+    *("max_length", "max_samples", "recall_share", "seed"),
+)
 
 
 def run(
@@ -87,6 +90,7 @@ def plan(config: TeacherCacheConfig, source: str) -> dict[str, Any]:
         "samples": config.samples,
         "documents": count_rows(config.data, config.max_samples),
         "tokens_at_most": job.budget,
+        "recall_tokens_at_most": job.recall_budget,
         "device": str(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),
     }

@@ -19,13 +19,14 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import refuse_existing, save_model
 from mambactl.checkpoint.summary import describe
 from mambactl.checkpoint.vocabulary import require_same_tokens
-from mambactl.data.format import encode_rows
+from mambactl.data.format import Example, encode_rows
 from mambactl.data.load import Document, Schema, count_rows, load_rows
 from mambactl.data.pack import Row, pack
+from mambactl.data.recall import recall_documents, recall_tokens, require_recall_length
 from mambactl.errors import ResourceError, UsageError
 from mambactl.measure.plots import draw
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import PLACE, DistillConfig, TrainConfig
+from mambactl.recipe import PLACE, DistillConfig, MixedRowsConfig, TrainConfig
 from mambactl.stages.placement import place
 from mambactl.stages.teacher import teacher_of
 from mambactl.train.ledger import PhaseReport
@@ -44,11 +45,14 @@ class Job:
 
     @classmethod
     def of(cls, stage: str, config: TrainConfig, source: str) -> "Job":
-        """Place a run; raises UsageError for a type that cannot be trained in."""
+        """Place a run; raises UsageError for a type that cannot be trained in, or short rows."""
         device, dtype = place(config)
         if dtype == torch.float16:
             raise UsageError("float16 gradients underflow", "use --dtype bfloat16 or float32")
-        return cls(stage, config, source, device, dtype)
+        job = cls(stage, config, source, device, dtype)
+        if job.recall_share:
+            require_recall_length(config.max_length)
+        return job
 
     @property
     def amp(self) -> torch.dtype | None:
@@ -135,6 +139,16 @@ class Job:
         """Rows that the run takes, counted again when it comes back to one."""
         return self.config.max_steps * self.config.batch_size * self.config.grad_accum
 
+    @property
+    def recall_share(self) -> float:
+        """Share of the tokens that generated recall documents are."""
+        return self.config.recall_share if isinstance(self.config, MixedRowsConfig) else 0.0
+
+    @property
+    def recall_budget(self) -> int:
+        """The most tokens of recall documents that the run can see."""
+        return round(self.recall_share * self.budget)
+
     def documents(self, schema: Schema = "text") -> list[Document]:
         """The rows of `data`, checked."""
         limits = {"used_rows": self.examples}
@@ -143,23 +157,34 @@ class Job:
         return load_rows(self.config.data, self.config.max_samples, schema, **limits)
 
     def rows(self, tokenizer: Any, assistant_only: bool = False) -> list[Row]:
-        """Packed rows, as many as the run can see."""
+        """Packed rows, as many as the run can see: text, and recall documents among it."""
         config = self.config
         documents = self.documents()
         examples = encode_rows(
             documents,
             tokenizer,
             assistant_only,
-            max_tokens=self.budget if config.packing else None,
+            max_tokens=self.budget - self.recall_budget if config.packing else None,
             seed=config.seed,
         )
-        rows = pack(examples, config.max_length, config.packing)
+        recalled = self._recall_examples(tokenizer, examples)
+        rows = pack([*examples, *recalled], config.max_length, config.packing)
         real = sum(int(row.valid.sum()) for row in rows)
+        share = sum(len(example.input_ids) for example in recalled) / real
+        generated = f" and {len(recalled)} for recall ({share:.2%} of the tokens)"
         console.log(
-            f"data: {len(examples)} of {len(documents)} documents in {len(rows)} rows, "
-            f"{real:,} tokens"
+            f"data: {len(examples)} of {len(documents)} documents"
+            f"{generated if self.recall_share else ''} in {len(rows)} rows, {real:,} tokens"
         )
         return rows
+
+    def _recall_examples(self, tokenizer: Any, text: Sequence[Example]) -> list[Example]:
+        """Generated documents that are `recall_share` of the tokens once `text` is there too."""
+        longest = None if self.config.packing else self.config.max_length
+        tokens = sum(len(example.input_ids[:longest]) for example in text)
+        asked, config = recall_tokens(self.recall_share, tokens), self.config
+        documents = recall_documents(tokenizer, asked, config.max_length, config.seed)
+        return [document.example for document in documents]
 
     def held_out_rows(self, tokenizer: Any) -> list[Row]:
         """Packed rows of `eval_data`, about `eval_tokens` of them and the same every time."""
@@ -228,6 +253,7 @@ def plan_training(
         "dtype": str(job.dtype).removeprefix("torch."),
         "documents": count_rows(job.config.data, job.config.max_samples, schema),
         "tokens_at_most": job.budget,
+        "recall_tokens_at_most": job.recall_budget,
         "estimated_bytes": _estimate(found["parameters"], job.dtype, with_teacher),
     }
 

@@ -43,7 +43,11 @@ class AlignmentObjective:
         """Tokens that are not padding."""
         return int(batch.valid.sum())
 
-    def backward(self, batch: Batch, tokens: int) -> Tensor:
+    def inputs(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch."""
+        return batch.to(device)
+
+    def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
         """One teacher pass as far as the last mixer; gradients are made on the way."""
         model, shares = self.teacher.model, []
         kind = batch.input_ids.device.type

@@ -14,6 +14,7 @@ from mambactl import console
 from mambactl.data.pack import Batch, Row, batches
 from mambactl.errors import CheckError, ResourceError
 from mambactl.recipe import DistillConfig
+from mambactl.train.captured import CapturedObjective, recorder_for
 from mambactl.train.feed import ahead
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import (
@@ -114,6 +115,10 @@ class _PhaseRun:
         self.parameters = list(self.phase.parameters.values())
         self.device = self.parameters[0].device
         self.optimizer = build_optimizer(self.phase.parts)
+        recorder = recorder_for(self.device) if config.capture else None
+        self.captured = recorder and CapturedObjective(
+            self.phase.objective, self.parameters, recorder
+        )
         if len(progress.reports) <= number:
             progress.reports.append(PhaseReport(self.phase.name))
             progress.watch = LossWatch()
@@ -137,6 +142,17 @@ class _PhaseRun:
             self.optimizer.load_state_dict(optimizer_state)
         if self.progress.lines == 0 and self.evaluation is not None:
             self._log({"phase": self.phase.name, "step": 0, **self.progress.sums()}, evaluates=True)
+        try:
+            self._steps(feed, stop)
+        finally:
+            # the next phase has its own, and needs the memory
+            if self.captured is not None:
+                self.captured.release()
+        self.progress.phase += 1
+        self.progress.step = 0
+        self._save(None)
+
+    def _steps(self, feed: Iterator[Batch], stop: StopRequest) -> None:
         with console.progress(self.phase.name, self.phase.steps) as bar:
             bar.advance(self.progress.step)
             self.clock.restart()
@@ -151,9 +167,6 @@ class _PhaseRun:
                 if stop.signum is not None:
                     stop.deliver()
             self._settle(0, bar)
-        self.progress.phase += 1
-        self.progress.step = 0
-        self._save(None)
 
     def _evaluates(self, step: int) -> bool:
         """Whether held-out text is measured after this step."""
@@ -165,10 +178,12 @@ class _PhaseRun:
         """Give the device one step to do; nothing here waits for it."""
         share = schedule(step, self.phase.steps, self.config.warmup, self.config.schedule)
         set_learning_rate(self.optimizer, share)
-        self.optimizer.zero_grad(set_to_none=True)
+        # a recording adds to the gradients that were there when it was made
+        self.optimizer.zero_grad(set_to_none=self.captured is None)
         members = [next(feed) for _ in range(self.config.grad_accum)]
         try:
-            loss, tokens = _gradients(self.phase, members, self.device)
+            objective = self.captured or self.phase.objective
+            loss, tokens = _gradients(objective, members, self.device)
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
             # fused AdamW looks at this on the device, and changes nothing where it is 1
             self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
@@ -272,13 +287,15 @@ class _PhaseRun:
 
 
 def _gradients(
-    phase: Phase, members: Sequence[Batch], device: torch.device
+    objective: Objective, members: Sequence[Batch], device: torch.device
 ) -> tuple[torch.Tensor, int]:
     """Gradients of the mean over all tokens of the batches; its value and the tokens."""
     # a batch may hold no target at all; the mean is over the step, so that only it must hold one.
     # counted before the copy: on the device it would have to be waited for
-    tokens = sum(phase.objective.count(batch) for batch in members)
-    shares = [phase.objective.backward(batch.to(device), max(1, tokens)) for batch in members]
+    tokens = sum(objective.count(batch) for batch in members)
+    shares = [
+        objective.backward(objective.inputs(batch, device), max(1, tokens)) for batch in members
+    ]
     return torch.stack(shares).sum(), tokens
 
 

@@ -12,6 +12,20 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.train.losses import Teacher, distillation_loss
 
 
+class Inputs(Protocol):
+    """Everything a pass reads, on the device: a named tuple of tensors, None for what is not given.
+
+    It has the fields of `data.pack.Batch` first.
+    """
+
+    input_ids: Tensor
+    seq_idx: Tensor | None
+    position_ids: Tensor
+    loss_mask: Tensor
+
+    def __iter__(self) -> Iterator[Tensor | None]: ...
+
+
 class Objective(Protocol):
     """A mean over tokens, computed batch by batch."""
 
@@ -19,8 +33,15 @@ class Objective(Protocol):
         """Tokens of the batch that the mean is over."""
         ...
 
-    def backward(self, batch: Batch, tokens: int) -> Tensor:
-        """Add the gradient of the batch's share of a mean over `tokens`; return that share."""
+    def inputs(self, batch: Batch, device: torch.device) -> Inputs:
+        """What `backward` reads for a batch on the host, copied without waiting."""
+        ...
+
+    def backward(self, inputs: Inputs, tokens: int | Tensor) -> Tensor:
+        """Add the gradient of the batch's share of a mean over `tokens`; return that share.
+
+        `tokens` may be a scalar on the device, for which nothing waits.
+        """
         ...
 
 
@@ -55,7 +76,11 @@ class LogitsObjective:
         """Tokens that some position of the row predicts."""
         return int(batch.loss_mask[:, 1:].sum())
 
-    def backward(self, batch: Batch, tokens: int) -> Tensor:
+    def inputs(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch."""
+        return batch.to(device)
+
+    def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
         """One teacher and one student pass; see `Objective`."""
         with autocast(batch.input_ids.device, self.amp):
             with torch.no_grad():
@@ -72,7 +97,7 @@ class LogitsObjective:
         return share.detach()
 
 
-def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+def next_tokens(batch: Inputs) -> tuple[Tensor, Tensor]:
     """What each position predicts [B, T], and whether that is learned [B, T] bool.
 
     No row learns its first token, so its last position, which sees that one here, is masked.
@@ -81,7 +106,7 @@ def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.input_ids.roll(-1, 1), batch.loss_mask.roll(-1, 1)
 
 
-def last_hidden(model: HybridForCausalLM, batch: Batch) -> Tensor:
+def last_hidden(model: HybridForCausalLM, batch: Inputs) -> Tensor:
     """States after the final norm [B, T, D], every document of a row on its own."""
     return model.model(
         batch.input_ids,

@@ -206,11 +206,25 @@ class TeacherCache:
         )
 
 
+class CachedBatch(NamedTuple):
+    """A batch [B, T], the ids that its targets were looked up for, and a `SampledTeacher`."""
+
+    input_ids: Tensor
+    seq_idx: Tensor | None
+    position_ids: Tensor
+    loss_mask: Tensor
+    valid: Tensor
+    counted: Tensor
+    ids: Tensor
+    masses: Tensor
+    entropy: Tensor
+
+
 class CachedObjective:
     """kl_weight * forward KL + ce_weight * CE per predicted token, against a cache; no teacher.
 
-    The KL is estimated without bias. `count` looks a batch up while it is on the CPU, `backward`
-    uses what was looked up first: batches must be counted once each and come in the same order.
+    The KL is estimated without bias. `count` looks a batch up while it is on the CPU, `inputs`
+    takes what was looked up first: batches must be counted once each and come in the same order.
     """
 
     def __init__(
@@ -238,21 +252,24 @@ class CachedObjective:
         self._ready.append(found)
         return int(batch.loss_mask[:, 1:].sum())
 
-    def backward(self, batch: Batch, tokens: int) -> Tensor:
-        """One student pass; see `train.objectives.Objective`."""
-        device = batch.input_ids.device
+    def inputs(self, batch: Batch, device: torch.device) -> CachedBatch:
+        """The batch and what was looked up for it."""
         counted, held = self._ready.popleft()
-        sampled = SampledTeacher(*(part.to(device, non_blocking=True) for part in held))
-        with autocast(device, self.amp):
+        found = (part.to(device, non_blocking=True) for part in (counted, *held))
+        return CachedBatch(*batch.to(device), *found)
+
+    def backward(self, batch: CachedBatch, tokens: int | Tensor) -> Tensor:
+        """One student pass; see `train.objectives.Objective`."""
+        with autocast(batch.input_ids.device, self.amp):
             loss = distillation_loss(
                 last_hidden(self.student, batch),
                 self.student.lm_head.weight,
                 *next_tokens(batch),
-                sampled,
+                SampledTeacher(batch.ids, batch.masses, batch.entropy),
                 **self.weights,
             ).total
         # a batch out of order would be trained on another's targets: the device can see that
-        same = (counted.to(device, non_blocking=True) == batch.input_ids).all()
+        same = (batch.counted == batch.input_ids).all()
         share = torch.where(same, loss / tokens, math.nan)
         share.backward()
         return share.detach()

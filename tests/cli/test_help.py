@@ -16,6 +16,7 @@ EVERY_STAGE = (
 )
 OUTPUT = "--out --resume --force"
 ROWS = "--data --max-steps --batch-size --grad-accum --max-length --max-samples --packing"
+MIXED = "--recall-share"
 TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --compile"
 SAMPLING = (
     "--max-new-tokens --temperature --top-k --top-p --draft --k --batch-size --chat --prompt "
@@ -25,20 +26,20 @@ FLAGS = {
     "convert": "--ratio --keep-attention --select --select-data --select-tokens --select-recall "
     "--kv-budget --mixers-from --mixer --init --calibrate --calibrate-tokens "
     f"--max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
-    "distill": f"{TRAINING} --stages --align-steps --align-lr --stepwise-steps --stepwise-groups "
-    "--stepwise-order --stepwise-rest-lr --lr --rest-lr --schedule --kl-weight --ce-weight "
-    "--temperature --divergence --jsd-beta --teacher-cache --eval-data --eval-every --eval-tokens "
-    f"{OUTPUT} {EVERY_STAGE}",
+    "distill": f"{TRAINING} {MIXED} --stages --align-steps --align-lr --stepwise-steps "
+    "--stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr --schedule --kl-weight "
+    "--ce-weight --temperature --divergence --jsd-beta --teacher-cache --capture --eval-data "
+    f"--eval-every --eval-tokens {OUTPUT} {EVERY_STAGE}",
     "sft": f"{TRAINING} --lr --ce-weight --kl-weight --assistant-only-loss {OUTPUT} {EVERY_STAGE}",
     "dpo": f"{TRAINING} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
-    "teacher-cache": f"{ROWS} --samples --temperature --power {OUTPUT} {EVERY_STAGE}",
+    "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power {OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
     f"--recall-rows --control --control-window --control-sinks --ablate {EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
     "--min-speedup --synthetic --acceptance --verify --kernels --training --train-rest --compile "
-    f"--loss --tokens --hidden --vocab {EVERY_STAGE}",
+    f"--capture --loss --tokens --hidden --vocab {EVERY_STAGE}",
     "inspect": "--tensors --lineage --json --help",
     "table": "--into --help",
     "plot": "--out --help",

@@ -103,6 +103,7 @@ def test_gradients_equal_the_reference(device, assert_near, length, packed, kind
     "shape",
     [
         {"heads": 6, "x_heads": 2, "key": 3, "query": 6, "width": 5, "size": 6},
+        {"heads": 6, "x_heads": 2, "key": 2, "query": 6, "width": 20, "size": 12},
         {"heads": 4, "x_heads": 4, "key": 1, "query": 2, "width": 20, "size": 40},
         {"heads": 1, "x_heads": 1, "width": 70, "size": 66},
         {"batch": 2, "width": 1, "size": 1},

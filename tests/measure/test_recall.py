@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mambactl.data.recall import word_ids
 from mambactl.errors import UsageError
 from mambactl.measure.recall import (
     kv_probe,
     measure_recall,
     mqar_probe,
     recall_probes,
-    word_ids,
 )
 
 MAKERS = {"kv": kv_probe, "mqar": mqar_probe}

@@ -261,6 +261,8 @@ def test_what_cannot_be_distilled_is_a_sentence(
         run(cpu(data, teacher=student), student, out)
     with pytest.raises(UsageError, match="float16"):
         run(cpu(data, dtype="float16"), student, out)
+    with pytest.raises(UsageError, match="random number generators"):
+        run(cpu(data, capture=True, grad_checkpointing=True), student, out)
     other = _saved_teacher(make_hybrid, tmp_path / "other", tiny_llama_dir, vocab_size=101)
     with pytest.raises(ModelError, match="has 101 tokens, .* has 97"):
         run(cpu(data, teacher=other), student, out)

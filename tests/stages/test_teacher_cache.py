@@ -58,7 +58,8 @@ def test_distilling_finds_every_row(data, cache, student, capsys):
     assert "no teacher in memory" in capsys.readouterr().err
     losses = []
     for _, batch in zip(range(len(rows)), batches(rows, 2, seed=3), strict=False):
-        losses.append(objective.backward(batch, objective.count(batch)))
+        tokens = objective.count(batch)
+        losses.append(objective.backward(objective.inputs(batch, job.device), tokens))
     assert torch.stack(losses).isfinite().all()
     assert model.lm_head.weight.grad.abs().max() > 0
 

@@ -75,7 +75,7 @@ class _Stops:
 
     def __init__(self, inner, after, what):
         self.inner, self.left, self.what = inner, after, what
-        self.count = inner.count
+        self.count, self.inputs = inner.count, inner.inputs
 
     def backward(self, batch, tokens):
         self.left -= 1

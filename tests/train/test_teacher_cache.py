@@ -174,7 +174,8 @@ def test_with_many_ids_training_follows_the_teacher(pair, rows, tmp_path):
     for objective in objectives:
         student.zero_grad()
         tokens = sum(objective.count(batch) for batch in some)
-        losses.append(sum(objective.backward(batch, tokens) for batch in some))
+        read = [objective.inputs(batch, student.device) for batch in some]
+        losses.append(sum(objective.backward(inputs, tokens) for inputs in read))
         grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
     torch.testing.assert_close(losses[0], losses[1], rtol=0.03, atol=0)
     assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < 0.1
@@ -185,9 +186,9 @@ def test_a_batch_out_of_order_is_noticed(pair, rows, tmp_path):
     objective = CachedObjective(student, save(tmp_path, teacher, rows, Drawing(2)))
     one, two = collate(rows[:2]), collate(rows[2:4])
     objective.count(one)
-    assert objective.backward(two, 10).isnan()
+    assert objective.backward(objective.inputs(two, student.device), 10).isnan()
     objective.count(two)
-    assert objective.backward(two, 10).isfinite()
+    assert objective.backward(objective.inputs(two, student.device), 10).isfinite()
 
 
 def test_what_is_not_there_is_a_sentence(pair, rows, tmp_path):

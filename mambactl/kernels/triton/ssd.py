@@ -52,6 +52,13 @@ def log_decays(step, rate, documents, t, ok, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
+def split(decay):
+    """An fp64 sum of logarithms as two fp32 numbers, whose differences stay exact."""
+    coarse = decay.to(tl.float32)
+    return coarse, (decay - coarse.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def chunk_kernel(
     x, dt, A, B, documents, sums, kept, states, T, chunks, x_b, x_t, x_h, dt_b, dt_t, dt_h, k_b,
     k_t, k_g,
@@ -62,7 +69,8 @@ def chunk_kernel(
     """What a chunk adds to the state [P, N] and how much of it the chunk keeps.
 
     BACKWARD: what it adds to the gradient of the state that enters it, for the gradient of the
-    outputs in place of x and C in place of B; a chunk must then be one tile.
+    outputs in place of x and C in place of B; a chunk must then be one tile. `sums` takes four fp32
+    rows of it: the logarithms summed as `split` gives them, dt, and 1 where decays follow dt A.
     """
     parts_n: tl.constexpr = tl.cdiv(N, BN)
     parts: tl.constexpr = tl.cdiv(P, BP) * parts_n
@@ -84,11 +92,18 @@ def chunk_kernel(
     for s in range(0, tl.minimum(CHUNK, T - first), TILE):
         ok = first + s + at < T
         step = tl.load(dt + (s + at) * dt_t, mask=ok, other=0.0)  # [L]
-        logs, _ = log_decays(step, rate, documents, first + s + at, ok, DOCUMENTS)
+        logs, free = log_decays(step, rate, documents, first + s + at, ok, DOCUMENTS)
         decay = tl.cumsum(logs, 0)
         total = tl.sum(logs, 0)
         if BACKWARD:
-            weight = tl.exp(tl.minimum(decay.to(tl.float32), 0.0))
+            coarse, fine = split(decay)
+            weight = tl.exp(tl.minimum(coarse, 0.0))
+            if part == 0:
+                place = sums + cell * (4 * CHUNK) + at
+                tl.store(place, coarse)
+                tl.store(place + CHUNK, fine)
+                tl.store(place + 2 * CHUNK, step)
+                tl.store(place + 3 * CHUNK, free.to(tl.float32))
         else:
             weight = tl.exp(tl.minimum((total - decay).to(tl.float32), 0.0)) * step
             if part == 0:
@@ -146,13 +161,6 @@ def pass_kernel(
         entering += ahead * SIZE
         kept += ahead
     tl.store(final + row * SIZE + i, state, mask=ok)
-
-
-@triton.jit
-def split(decay):
-    """An fp64 sum of logarithms as two fp32 numbers, whose differences stay exact."""
-    coarse = decay.to(tl.float32)
-    return coarse, (decay - coarse.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -289,7 +297,10 @@ def add_up(
     sizes: dict[str, int],
     backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What every chunk adds [B, H, chunks, P, N] and keeps [B, H, chunks], fp32; fills `sums`."""
+    """What every chunk adds [B, H, chunks, P, N] and keeps [B, H, chunks], fp32; fills `sums`.
+
+    That is [B, H, chunks, chunk] in fp64, or [B, H, chunks, 4, chunk] in fp32 if `backward`.
+    """
     (batch, length, heads), width, size = dt.shape, x.shape[3], B.shape[3]
     chunks = triton.cdiv(length, sizes["CHUNK"])
     kept = x.new_empty(batch, heads, chunks, dtype=torch.float32)

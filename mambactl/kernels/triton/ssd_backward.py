@@ -11,9 +11,11 @@ R the gradient of the state that leaves it, g_s = sum_{t>=s} e^(a_t-a_s) (C_t.B_
 dl is summed from those products alone. As a difference of x.dx and y.dy, which is what
 differentiating the sums a would give, it would lose what a token passes to itself. Nothing flows
 through the decay of a document's first token. No sum depends on the order in which programs run:
-heads that share x, B or C, and chunks that share A, leave their parts to a sum of their own.
+heads that share x and B are summed by one program where a tile holds them, and what else is shared,
+as A is by chunks, is left in parts to a sum of its own.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,10 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mambactl.kernels.triton.launch import dot, launch_options, rounded
-from mambactl.kernels.triton.ssd import BLOCKS, add_up, block, log_decays, pass_on, split
+from mambactl.kernels.triton.ssd import BLOCKS, add_up, block, pass_on
 
-# three tiles of scores and a tile of gradients are in registers at a time
-WARPS = {torch.bfloat16: 8, torch.float32: 4}
+# a row of a tile of 64 tokens then lies in one warp, which sums it without a barrier
+WARPS = 4
+# tiles of the next head are on their way while one is worked on
+STAGES = 2
 MOST = {torch.bfloat16: 64, torch.float32: 32}
 
 
@@ -64,100 +68,116 @@ def _put(ptr, stride, cols, width, ok, value):
 
 @triton.jit
 def _gradient_kernel(
-    x, dt, A, B, C, dy, documents, entering, leaving, dx, ddt, dA, dB, dC, T, chunks, x_b, x_t,
-    x_h, dt_b, dt_t, dt_h, k_b, k_t, k_g, q_b, q_t, q_g, y_b, y_t, y_h,
+    x, A, B, C, dy, notes, entering, leaving, dx, ddt, dA, dB, dC, T, chunks, x_b, x_t, x_h, k_b,
+    k_t, k_g, q_b, q_t, q_g, y_b, y_t, y_h,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, XH: tl.constexpr, BG: tl.constexpr,
-    CG: tl.constexpr, TILE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
+    CG: tl.constexpr, SHARE: tl.constexpr, TILE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    h, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """SHARE heads with one x and one B, whose gradients are summed here.
+
+    The order of what follows keeps few tiles alive: scores, decays and what comes of both first.
+    """
+    part, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at = tl.arange(0, TILE)
     begin = (c * TILE).to(tl.int64)
     ok = begin + at < T
-    x += b * x_b + begin * x_t + h // (H // XH) * x_h
-    B += b * k_b + begin * k_t + h // (H // BG) * k_g
-    C += b * q_b + begin * q_t + h // (H // CG) * q_g
-    dy += b * y_b + begin * y_t + h * y_h
-    entering += ((b * H + h) * chunks + c) * (P * N)
-    leaving += ((b * H + h) * chunks + c) * (P * N)
-    first = (b * T + begin) * H + h
-    dx += first * P
-    dB += first * N
-    dC += first * N
-    rate = tl.load(A + h)
-    step = tl.load(dt + b * dt_b + (begin + at) * dt_t + h * dt_h, mask=ok, other=0.0)  # [L]
-    logs, free = log_decays(step, rate, documents + b * T, begin + at, ok, DOCUMENTS)
-    decay = tl.cumsum(logs, 0)
-    total = tl.sum(logs, 0)
-    coarse, fine = split(decay)
-    gap = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    weight = tl.where(at[:, None] >= at[None, :], tl.exp(tl.minimum(gap, 0.0)), 0.0)  # [L, S]
-    since = tl.exp(tl.minimum(coarse, 0.0))  # [L], from the chunk's start
-    until = tl.exp(tl.minimum((total - decay).to(tl.float32), 0.0))  # [S], to its end
-
-    scores = tl.zeros([TILE, TILE], tl.float32)
-    for k in tl.static_range(0, N, BN):
-        n = k + tl.arange(0, BN)
-        scores = dot(_rows(C, q_t, n, N, ok), tl.trans(_rows(B, k_t, n, N, ok)), scores)
-    cross = tl.zeros([TILE, TILE], tl.float32)  # dy_t.x_s
-    for k in tl.static_range(0, P, BP):
-        p = k + tl.arange(0, BP)
-        cross = dot(_rows(dy, y_t, p, P, ok), tl.trans(_rows(x, x_t, p, P, ok)), cross)
-    flows = scores * weight  # [L, S]
-    cross *= weight
-
-    # what passes t: from a token before it to an output from it on
-    passing = tl.where(at[:, None] > at[None, :], cross * scores * step[None, :], 0.0)
-    before = tl.cumsum(passing, 1) - passing  # [L, t], from tokens before t
-    dl = tl.sum(tl.where(at[:, None] >= at[None, :], before, 0.0), 0)  # [t]
-
+    x += b * x_b + begin * x_t + part * SHARE // (H // XH) * x_h
+    B += b * k_b + begin * k_t + part * SHARE // (H // BG) * k_g
+    first = b * T + begin
+    dx += (first * (H // SHARE) + part) * P
+    dB += (first * (H // SHARE) + part) * N
     kind: tl.constexpr = x.dtype.element_ty
-    turned = tl.trans(rounded(flows, kind))  # [S, L]
-    own = tl.zeros([TILE], tl.float32)  # x_s.g_s
-    left = tl.zeros([TILE], tl.float32)  # its part through the state that leaves
-    for k in tl.static_range(0, P, BP):
-        p = k + tl.arange(0, BP)
-        acc = tl.zeros([TILE, BP], tl.float32)
-        for j in tl.static_range(0, N, BN):
-            n = j + tl.arange(0, BN)
-            acc = dot(_rows(B, k_t, n, N, ok), tl.trans(_state(leaving, p, n, P, N)), acc)
-        acc *= until[:, None]
-        value = _rows(x, x_t, p, P, ok).to(tl.float32)
-        left += tl.sum(value * acc, 1)
-        acc = dot(turned, _rows(dy, y_t, p, P, ok), acc)
-        own += tl.sum(value * acc, 1)
-        _put(dx, H * P, p, P, ok, acc * step[:, None])
+    square = tl.zeros([TILE, TILE], tl.float32)
+    sum_x = tl.zeros([TILE, BP], tl.float32)
+    sum_b = tl.zeros([TILE, BN], tl.float32)
+    for i in range(SHARE):
+        h = part * SHARE + i
+        query = C + b * q_b + begin * q_t + h // (H // CG) * q_g
+        grad = dy + b * y_b + begin * y_t + h * y_h
+        cell = (b * H + h) * chunks + c
+        came_in, going_out = entering + cell * (P * N), leaving + cell * (P * N)
+        note = notes + cell * (4 * TILE)
+        coarse, fine = tl.load(note + at), tl.load(note + TILE + at)
+        step = tl.load(note + 2 * TILE + at)  # [L]
+        gap = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+        later = at[:, None] >= at[None, :]
+        weight = tl.where(later, tl.exp(tl.minimum(gap, 0.0)), 0.0)  # [L, S]
+        scores = square
+        for k in tl.static_range(0, N, BN):
+            n = k + tl.arange(0, BN)
+            key = _rows(B, k_t, n, N, ok)
+            scores = dot(_rows(query, q_t, n, N, ok), tl.trans(key), scores)
+        cross = square  # dy_t.x_s
+        for k in tl.static_range(0, P, BP):
+            p = k + tl.arange(0, BP)
+            value = _rows(x, x_t, p, P, ok)
+            cross = dot(_rows(grad, y_t, p, P, ok), tl.trans(value), cross)
+        cross *= weight * step[None, :]
+        flows = rounded(scores * weight, kind)  # [L, S]
+        taken = rounded(cross, kind)  # [L, S]
+        # what goes from token s to output r, and at [r, t] what of it passes t
+        passing = tl.where(at[:, None] > at[None, :], cross * scores, 0.0)
+        earlier = rounded((at[:, None] < at[None, :]).to(tl.float32), kind)
+        before = dot(rounded(passing, kind), earlier, square)
 
-    turned = tl.trans(rounded(cross, kind))  # [S, L]
-    taken = rounded(cross * step[None, :], kind)  # [L, S]
-    came = tl.zeros([TILE], tl.float32)  # from the state that entered to output t
-    through = 0.0  # from the state that entered to the one that leaves
-    for k in tl.static_range(0, N, BN):
-        n = k + tl.arange(0, BN)
-        acc_b = tl.zeros([TILE, BN], tl.float32)
-        acc_c = tl.zeros([TILE, BN], tl.float32)
-        for j in tl.static_range(0, P, BP):
-            p = j + tl.arange(0, BP)
-            R = _state(leaving, p, n, P, N)
-            S = _state(entering, p, n, P, N)
-            acc_b = dot(_rows(x, x_t, p, P, ok), R, acc_b)
-            acc_c = dot(_rows(dy, y_t, p, P, ok), S, acc_c)
-            through += tl.sum(S.to(tl.float32) * R.to(tl.float32))
-        query = _rows(C, q_t, n, N, ok)
-        acc_b = dot(turned, query, acc_b * until[:, None])
-        _put(dB, H * N, n, N, ok, acc_b * step[:, None])
-        acc_c *= since[:, None]
-        came += tl.sum(query.to(tl.float32) * acc_c, 1)
-        acc_c = dot(taken, _rows(B, k_t, n, N, ok), acc_c)
-        _put(dC, H * N, n, N, ok, acc_c)
+        # a chunk's last token is its end
+        whole, rest = tl.load(note + TILE - 1), tl.load(note + 2 * TILE - 1)
+        until = tl.exp(tl.minimum((whole - coarse) + (rest - fine), 0.0))  # [S]
+        left = tl.zeros([TILE], tl.float32)  # from token s to the state that leaves
+        own = tl.zeros([TILE], tl.float32)  # x_s.g_s
+        for k in tl.static_range(0, P, BP):
+            p = k + tl.arange(0, BP)
+            acc = tl.zeros([TILE, BP], tl.float32)
+            for j in tl.static_range(0, N, BN):
+                n = j + tl.arange(0, BN)
+                R = _state(going_out, p, n, P, N)
+                acc = dot(_rows(B, k_t, n, N, ok), tl.trans(R), acc)
+            acc *= until[:, None]
+            value = _rows(x, x_t, p, P, ok).to(tl.float32)
+            left += tl.sum(value * acc, 1)
+            acc = dot(tl.trans(flows), _rows(grad, y_t, p, P, ok), acc)
+            own += tl.sum(value * acc, 1)
+            if SHARE > 1:
+                sum_x += acc * step[:, None]
+            else:
+                _put(dx, H * P, p, P, ok, acc * step[:, None])
+        through = 0.0  # from the state that entered to the one that leaves
+        for k in tl.static_range(0, N, BN):
+            n = k + tl.arange(0, BN)
+            acc = tl.zeros([TILE, BN], tl.float32)
+            for j in tl.static_range(0, P, BP):
+                p = j + tl.arange(0, BP)
+                R = _state(going_out, p, n, P, N)
+                acc = dot(_rows(x, x_t, p, P, ok), R, acc)
+                through += tl.sum(_state(came_in, p, n, P, N).to(tl.float32) * R.to(tl.float32))
+            acc = acc * (until * step)[:, None] + sum_b
+            acc = dot(tl.trans(taken), _rows(query, q_t, n, N, ok), acc)
+            if SHARE > 1:
+                sum_b = acc
+            else:
+                _put(dB, H * N, n, N, ok, acc)
+        came = tl.zeros([TILE], tl.float32)  # from the state that entered to output t
+        since = tl.exp(tl.minimum(coarse, 0.0))  # [L]
+        for k in tl.static_range(0, N, BN):
+            n = k + tl.arange(0, BN)
+            acc = tl.zeros([TILE, BN], tl.float32)
+            for j in tl.static_range(0, P, BP):
+                p = j + tl.arange(0, BP)
+                acc = dot(_rows(grad, y_t, p, P, ok), _state(came_in, p, n, P, N), acc)
+            acc *= since[:, None]
+            came += tl.sum(_rows(query, q_t, n, N, ok).to(tl.float32) * acc, 1)
+            acc = dot(taken, _rows(B, k_t, n, N, ok), acc)
+            _put(dC + (first * H + h) * N, H * N, n, N, ok, acc)
 
-    left *= step
-    dl += tl.cumsum(left, 0) - left
-    dl += tl.sum(came, 0) - (tl.cumsum(came, 0) - came)
-    dl += through * tl.exp(total.to(tl.float32))
-    dl = tl.where(free, dl, 0.0)
-    tl.store(ddt + first + at * H, own + dl * rate, mask=ok)
-    tl.store(dA + (b * chunks + c) * H + h, tl.sum(dl * step, 0))
+        # at [r, t]: to output r from before t; where r is before t, from r to the state that leaves
+        passed = tl.where(later, before + came[:, None], (left * step)[:, None])
+        dl = tl.sum(passed, 0) + through * tl.exp(tl.minimum(whole, 0.0))
+        dl *= tl.load(note + 3 * TILE + at)
+        tl.store(ddt + (first + at) * H + h, own + dl * tl.load(A + h), mask=ok)
+        tl.store(dA + (b * chunks + c) * H + h, tl.sum(dl * step, 0))
+    if SHARE > 1:
+        _put(dx, H // SHARE * P, tl.arange(0, BP), P, ok, sum_x)
+        _put(dB, H // SHARE * N, tl.arange(0, BN), N, ok, sum_b)
 
 
 def ssd_backward(
@@ -183,20 +203,24 @@ def ssd_backward(
     sizes = {"H": heads, "P": width, "N": size, "TILE": tile}
     # dy stands where x stood, C where B stood
     shared = {"XH": heads, "BG": C.shape[2], "CHUNK": tile}
-    fresh, kept = add_up(dy, dt, A, C, documents, entering, sizes | shared, backward=True)
+    notes = x.new_empty(batch, heads, chunks, 4, tile, dtype=torch.float32)
+    fresh, kept = add_up(dy, dt, A, C, documents, notes, sizes | shared, backward=True)
     leaving, d_initial = pass_on(fresh, kept, d_final, kind, backward=True)
     del fresh
 
-    dx = x.new_empty(batch, length, heads, width)
-    dB, dC = (x.new_empty(batch, length, heads, size) for _ in range(2))
+    share = 1
+    if max(width, size) <= MOST[kind]:
+        share = math.gcd(heads // x_heads, heads // B.shape[2])
+    dx = x.new_empty(batch, length, heads // share, width)
+    dB = x.new_empty(batch, length, heads // share, size)
+    dC = x.new_empty(batch, length, heads, size)
     ddt = torch.empty(dt.shape, dtype=torch.float32, device=dt.device)
     dA = x.new_empty(batch * chunks, heads, dtype=torch.float32)
-    _gradient_kernel[(heads, chunks, batch)](
-        x, dt, A, B, C, dy, dt if documents is None else documents, entering, leaving, dx, ddt,
-        dA, dB, dC, length, chunks, *x.stride()[:3], *dt.stride(), *B.stride()[:3],
-        *C.stride()[:3], *dy.stride()[:3], **sizes, XH=x_heads, BG=B.shape[2], CG=C.shape[2],
-        BP=block(width, MOST[kind]), BN=block(size, MOST[kind]), DOCUMENTS=documents is not None,
-        **launch_options(False, num_warps=WARPS[kind], num_stages=1),
+    _gradient_kernel[(heads // share, chunks, batch)](
+        x, A, B, C, dy, notes, entering, leaving, dx, ddt, dA, dB, dC, length, chunks,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3], **sizes, XH=x_heads,
+        BG=B.shape[2], CG=C.shape[2], SHARE=share, BP=block(width, MOST[kind]),
+        BN=block(size, MOST[kind]), **launch_options(False, num_warps=WARPS, num_stages=STAGES),
     )  # fmt: skip
     dx, dB, dC = (
         _shared(part, groups)
