@@ -84,16 +84,30 @@ class Mamba2Mixer(KeepsFloat32):
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
         """Gate z, inputs of the convolution, dt; `whole` fills the rows up to what a GPU aligns.
 
-        A product of an odd number of columns runs at a fraction of the speed.
+        A product of an odd number of columns runs at a fraction of the speed. In training each of
+        the three is a product of its own: the gradients of one would first have to be copied next
+        to each other, which takes longer than one product saves.
         """
         s = self.sizes
         widths = [s.d_inner, s.conv_dim, s.n_heads]
+        weight, bias = self.in_proj.weight, self.in_proj.bias
         missing = -sum(widths) % ALIGNED if whole else 0
+        if whole and self.training:
+            biases = [None] * 3 if bias is None else bias.split(widths)
+            parts = zip(weight.split(widths), biases, widths, strict=True)
+            return tuple(self._aligned(hidden, w, b)[..., :width] for w, b, width in parts)
         if not missing:
             return self.in_proj(hidden).split(widths, -1)
-        weight, bias = F.pad(self.in_proj.weight, (0, 0, 0, missing)), self.in_proj.bias
-        bias = None if bias is None else F.pad(bias, (0, missing))
-        return F.linear(hidden, weight, bias).split([*widths, missing], -1)[:3]
+        return self._aligned(hidden, weight, bias).split([*widths, missing], -1)[:3]
+
+    @staticmethod
+    def _aligned(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A product with as many columns of zeros as are missing."""
+        missing = -weight.shape[0] % ALIGNED
+        if missing:
+            weight = F.pad(weight, (0, 0, 0, missing))
+            bias = None if bias is None else F.pad(bias, (0, missing))
+        return F.linear(hidden, weight, bias)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = self.sizes
