@@ -71,6 +71,8 @@ def test_spans_are_documents_and_windows(window) -> None:
         (67, 3, 3, 5, 6, torch.float32),
         (70, 3, 1, 40, None, torch.bfloat16),
         (130, 2, 1, 64, 20, torch.bfloat16),
+        # the head of an 8B model
+        (150, 2, 1, 128, None, torch.bfloat16),
     ],
 )
 def test_gradients_equal_dense_attention(
@@ -116,10 +118,11 @@ def test_the_operator_is_what_compilers_expect(device) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-def test_whatever_serves_the_call_sees_the_same_keys(monkeypatch, kind) -> None:
+def test_whatever_serves_the_call_sees_the_same_keys(device, monkeypatch, kind) -> None:
     """The kernel, the dense mask it replaces, and what the kernel cannot take."""
-    inputs, _ = draw(40, 4, 2, 16, kind)
-    found = spans(numbered(40), numbered(40), 9)
+    inputs = [t.to(device) for t in draw(40, 4, 2, 16, kind)[0]]
+    numbers = numbered(40).to(device)
+    found = spans(numbers, numbers, 9)
     plain = dispatch.attention(*inputs, found.mask())
     monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
     monkeypatch.setattr(dispatch, "_no_triton", lambda: None)

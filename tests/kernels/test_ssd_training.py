@@ -113,6 +113,11 @@ def test_odd_shapes_and_groups(device, assert_near, shape) -> None:
     compare(draw(37, **shape), documents(37, shape.get("batch", 1)), device, assert_near)
 
 
+def test_heads_as_wide_as_those_of_an_8b_model(device, assert_near) -> None:
+    case = draw(70, heads=4, x_heads=1, query=4, width=128, size=128, kind=torch.bfloat16)
+    compare(case, documents(70), device, assert_near)
+
+
 def test_tokens_that_forget_everything(device, assert_near) -> None:
     case = draw(70)
     for at in (3, 40, 65, 66):
