@@ -237,9 +237,7 @@ class GenerateConfig(PromptConfig):
     )
     max_samples: int | None = Field(None, ge=1, description="use at most this many rows")
     samples_per_prompt: int = Field(1, ge=1, description="answers drawn for each prompt")
-    shard: str | None = Field(
-        None, pattern=r"^[1-9]\d*/[1-9]\d*$", description="I/N: only the I-th of N parts, from 1"
-    )
+    shard: str | None = Field(None, description="I/N: only the I-th of N parts, from 1/N to N/N")
     format: Literal["jsonl", "alpaca-eval", "mt-bench"] = Field(
         "jsonl", description="jsonl is what --data reads, the others what their judges read"
     )

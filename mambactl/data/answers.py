@@ -16,11 +16,7 @@ from mambactl.data.conversations import Conversation
 from mambactl.errors import UsageError
 
 Format = Literal["jsonl", "alpaca-eval", "mt-bench"]
-SUFFIXES: dict[Format, tuple[str, ...]] = {
-    "jsonl": (".jsonl",),
-    "alpaca-eval": (".json",),
-    "mt-bench": (".jsonl",),
-}
+SUFFIXES: dict[Format, str] = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 ID_LENGTH = 22
 
 

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 from mambactl import console
 from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.reader import LINEAGE, open_checkpoint
-from mambactl.data.answers import Answer, Group, write_answers
+from mambactl.data.answers import SUFFIXES, Answer, Group, write_answers
 from mambactl.data.conversations import Conversation
 from mambactl.decode.prompts import encode
-from mambactl.disk import explained
+from mambactl.disk import RUN_FILE, explained
 from mambactl.errors import OutputError, UsageError
 from mambactl.recipe import GenerateConfig
 from mambactl.stages import StageResult, decoding
@@ -30,6 +30,8 @@ from mambactl.train.run_folder import RunFolder, side_file
 
 STAGE = "generate"
 STATUS_SECONDS = 0.5
+# names in the working folder
+TAKEN = ("metrics.jsonl", "metrics.png", RUN_FILE)
 _FREE = "free some disk space, then use --resume"
 
 
@@ -44,9 +46,8 @@ def run(
     """Answer every prompt of `dataset` into the file `out`; see GenerateConfig for the options."""
     if out is None:
         raise UsageError(f"{STAGE} --dataset needs a place for its result", "give -o FILE.jsonl")
-    _require_free(out, force)
+    _require_place(config, out, force)
     questions = QuestionSet.of(config, source)
-    questions.require_name(out)
     folder = RunFolder(out, questions.identity)
     folder.check(resume, force)
     with folder.open(resume, force), explained(folder.path, _FREE):
@@ -239,14 +240,9 @@ def _summary(metrics: dict[str, Any]) -> str:
         f"{metrics['rows_written']} rows of {metrics['answers']} answers to {metrics['prompts']} "
         f"prompts, {metrics['tokens']:,} tokens at {metrics['tokens_per_second']:.1f} tokens/s"
     ]
-    said = {
-        "repeated_prompts": "rows repeat a prompt",
-        "bad_rows": "bad rows left out",
-        "unfinished": "answers cut",
-        "empty": "empty",
-        "repeated_answers": "repeated answers left out",
-    }
-    parts += [f"{metrics[name]} {words}" for name, words in said.items() if metrics[name]]
+    for name in ("repeated_prompts", "bad_rows", "unfinished", "empty", "repeated_answers"):
+        if metrics[name]:
+            parts.append(f"{name.replace('_', ' ')}: {metrics[name]}")
     if metrics["acceptance"] is not None:
         parts.append(f"{metrics['acceptance']:.0%} of drafted tokens accepted")
     return "; ".join(parts)
@@ -274,7 +270,13 @@ class _Meter:
         self.bar.advance(answers, f"{self.tokens:,} tokens, {rate:.1f} tokens/s")
 
 
-def _require_free(out: Path, force: bool) -> None:
+def _require_place(config: GenerateConfig, out: Path, force: bool) -> None:
+    """Refuse a place that is taken, and a name that no reader of the format would take."""
+    suffix = SUFFIXES[config.format]
+    if not out.name.endswith(suffix):
+        raise UsageError(f"{out} does not end in {suffix}, as {config.format} does", "see -o")
+    if out.name in TAKEN:
+        raise UsageError(f"a run keeps its own {out.name}", "give another name with -o")
     if out.is_dir():
         raise OutputError(f"{out} is a folder", "give the name of a file with -o")
     if out.exists() and not force:

@@ -1,6 +1,7 @@
 """The prompts that `generate --dataset` answers: read, checked, each once, dealt and batched."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.reader import open_checkpoint
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.summary import describe
-from mambactl.data.answers import SUFFIXES, require_fit
+from mambactl.data.answers import require_fit
 from mambactl.data.conversations import (
     EXPECTED,
     BadRow,
@@ -25,7 +26,6 @@ from mambactl.data.conversations import (
 )
 from mambactl.decode.backend import NGRAM, REFERENCE_K
 from mambactl.decode.prompts import Prompt, encode, render
-from mambactl.disk import RUN_FILE
 from mambactl.errors import UsageError
 from mambactl.recipe import PLACE, GenerateConfig
 from mambactl.stages import decoding
@@ -35,7 +35,7 @@ from mambactl.stages.placement import place
 NAMED = 5
 # what only says what is made of finished answers may change until they are written
 AFTERWARDS = {"keep_unfinished", "generator"}
-TAKEN = ("metrics.jsonl", "metrics.png", RUN_FILE)
+SHARD = re.compile(r"(\d+)/(\d+)")
 
 
 class Task(NamedTuple):
@@ -63,24 +63,23 @@ class QuestionSet:
         decoding.require_draft(config, source)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
         found, bad = read_conversations(config.dataset, config.max_samples)
-        rows, misfit = len(found) + len(bad), len(bad)
-        if not config.skip_bad_rows:
-            _require_none(bad)
+        rows = len(found) + len(bad)
         chosen = distinct(found) if config.format == "jsonl" else found
-        repeated = len(found) - len(chosen)
         index, count = _shard(config)
         mine = [each for each in chosen if shard_of(each, count) == index]
         fitting, lengths, unfit = _measure(config, source, tokenizer, mine)
-        if not config.skip_bad_rows:
-            _require_none(unfit)
-        for row in [*bad, *unfit]:
-            console.log(f"left out: {row.where} {row.problem}")
+        bad += unfit
+        if bad and not config.skip_bad_rows:
+            hint = f"--skip-bad-rows leaves them out; expected {EXPECTED}"
+            raise UsageError(_named(bad), hint)
+        if bad:
+            console.log(f"left out: {_named(bad)}")
         counts = {
             "rows": rows,
-            "bad_rows": misfit + len(unfit),
-            "repeated_prompts": repeated,
-            "prompts": len(fitting),
+            "bad_rows": len(bad),
+            "repeated_prompts": len(found) - len(chosen),
             "other_shards": len(chosen) - len(mine),
+            "prompts": len(fitting),
         }
         return cls(config, source, tokenizer, fitting, lengths, counts)
 
@@ -124,15 +123,6 @@ class QuestionSet:
             return self.config.generator
         path = Path(self.source)
         return path.stem if path.suffix in (".st", ".safetensors", ".gguf") else path.name
-
-    def require_name(self, out: Path) -> None:
-        """Raise UsageError for a name that no reader of the format would take."""
-        suffixes = SUFFIXES[self.config.format]
-        if not out.name.endswith(suffixes):
-            named = f"{out} does not end in {' or '.join(suffixes)}"
-            raise UsageError(f"{named}, as {self.config.format} does", "name the file so with -o")
-        if out.name in TAKEN:
-            raise UsageError(f"a run keeps its own {out.name}", "give another name with -o")
 
     def batches(self) -> list[list[Task]]:
         """What is decoded together: like lengths, the longest first, samples of a prompt in turn.
@@ -190,10 +180,11 @@ def _validate(config: GenerateConfig) -> None:
 
 
 def _shard(config: GenerateConfig) -> tuple[int, int]:
-    index, count = map(int, (config.shard or "1/1").split("/"))
-    if index > count:
-        raise UsageError(f"there is no shard {index} of {count}", "they are 1/N to N/N")
-    return index, count
+    given = config.shard or "1/1"
+    match = SHARD.fullmatch(given)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--shard {given} is no part", "three parts are 1/3, 2/3 and 3/3")
+    return int(match[1]), int(match[2])
 
 
 def _measure(
@@ -224,9 +215,6 @@ def _measure(
     return fitting, lengths, bad
 
 
-def _require_none(bad: Sequence[BadRow]) -> None:
-    if not bad:
-        return
+def _named(bad: Sequence[BadRow]) -> str:
     named = "; ".join(f"{row.where} {row.problem}" for row in bad[:NAMED])
-    more = f"; and {len(bad) - NAMED} more rows" if len(bad) > NAMED else ""
-    raise UsageError(f"{named}{more}", f"--skip-bad-rows leaves them out; expected {EXPECTED}")
+    return f"{named}; and {len(bad) - NAMED} more rows" if len(bad) > NAMED else named
