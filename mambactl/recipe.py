@@ -311,5 +311,6 @@ MODEL_WRITERS = ("convert", "distill", "sft", "dpo")
 WRITERS = (*MODEL_WRITERS, "teacher-cache")
 # what `generate` writes only with --dataset is a file of rows, no checkpoint
 ROW_WRITER = "generate"
+ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 # where a run happens is no part of what it makes
 PLACE = {"device", "trust_remote_code", "compile", "capture"}

@@ -36,7 +36,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mambactl.errors import UsageError
-from mambactl.recipe import ROW_WRITER, STAGES, WRITERS, StageConfig
+from mambactl.recipe import ROW_SUFFIXES, ROW_WRITER, STAGES, WRITERS, StageConfig
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
 FILE_FIELDS = ("data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks")
@@ -105,7 +105,7 @@ def writes(stage: str, config: StageConfig) -> str | None:
         return ""
     if stage != ROW_WRITER or not config.dataset:
         return None
-    return ".json" if config.format == "alpaca-eval" else ".jsonl"
+    return ROW_SUFFIXES[config.format]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -16,7 +16,6 @@ from mambactl.data.conversations import Conversation
 from mambactl.errors import UsageError
 
 Format = Literal["jsonl", "alpaca-eval", "mt-bench"]
-SUFFIXES: dict[Format, str] = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 ID_LENGTH = 22
 
 

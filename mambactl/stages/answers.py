@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 from mambactl import console
 from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.reader import LINEAGE, open_checkpoint
-from mambactl.data.answers import SUFFIXES, Answer, Group, write_answers
+from mambactl.data.answers import Answer, Group, write_answers
 from mambactl.data.conversations import Conversation
 from mambactl.decode.prompts import encode
 from mambactl.disk import RUN_FILE, explained
 from mambactl.errors import OutputError, UsageError
-from mambactl.recipe import GenerateConfig
+from mambactl.recipe import ROW_SUFFIXES, GenerateConfig
 from mambactl.stages import StageResult, decoding
 from mambactl.stages.question_set import QuestionSet, Task, as_prompt
 from mambactl.train.run_folder import RunFolder, side_file
@@ -272,7 +272,7 @@ class _Meter:
 
 def _require_place(config: GenerateConfig, out: Path, force: bool) -> None:
     """Refuse a place that is taken, and a name that no reader of the format would take."""
-    suffix = SUFFIXES[config.format]
+    suffix = ROW_SUFFIXES[config.format]
     if not out.name.endswith(suffix):
         raise UsageError(f"{out} does not end in {suffix}, as {config.format} does", "see -o")
     if out.name in TAKEN:
