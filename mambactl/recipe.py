@@ -241,6 +241,9 @@ class GenerateConfig(PromptConfig):
     format: Literal["jsonl", "alpaca-eval", "mt-bench"] = Field(
         "jsonl", description="jsonl is what --data reads, the others what their judges read"
     )
+    category_temperature: bool = Field(
+        False, description="MT-Bench's own temperature for each category, in place of --temperature"
+    )
     generator: str | None = Field(
         None, description="name of the model in alpaca-eval and mt-bench; default: as in MODEL"
     )

@@ -16,6 +16,18 @@ from mambactl.data.conversations import Conversation
 from mambactl.errors import UsageError
 
 Format = Literal["jsonl", "alpaca-eval", "mt-bench"]
+# what FastChat answers the questions of a category with, and those of every other one
+CATEGORY_TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+}
+OTHER_TEMPERATURE = 0.7
 ID_LENGTH = 22
 
 

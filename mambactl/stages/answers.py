@@ -126,6 +126,10 @@ def _decode(questions: QuestionSet, written: _Written) -> None:
         console.log(f"{done} of {total} answers were written before")
     if written.batches == len(batches):
         return
+    if questions.config.draft and questions.config.k == "auto":
+        console.log(
+            f"k is {questions.k}: an automatic one follows the clock, and text may follow it"
+        )
     setup = replace(decoding.prepare(questions.config, questions.source, []), k=questions.k)
     engine = setup.engine()
     with console.progress("answers", total) as bar:
@@ -150,6 +154,8 @@ def _answer(
     texts: list[list[str]] = [[] for _ in batch]
     finish, tokens = ["eos"] * len(batch), [0] * len(batch)
     totals: Counter = Counter()
+    temperature = questions.temperature(batch[0].prompt)
+    params = replace(setup.params, temperature=temperature)
     asked = [questions.conversations[task.prompt] for task in batch]
     for turn in range(max(each.n_answers for each in asked)):
         rows = [row for row, each in enumerate(asked) if turn < each.n_answers]
@@ -158,7 +164,7 @@ def _answer(
             for row in rows
         ]
         keys = [asked[row].key(batch[row].sample, turn) for row in rows]
-        result = engine.generate(prompts, setup.params, meter.heard, keys)
+        result = engine.generate(prompts, params, meter.heard, keys)
         for row, new, reason in zip(rows, result.tokens, result.finish, strict=True):
             texts[row].append(setup.text(new))
             tokens[row] += len(new)

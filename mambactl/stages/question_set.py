@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.reader import open_checkpoint
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.summary import describe
-from mambactl.data.answers import require_fit
+from mambactl.data.answers import CATEGORY_TEMPERATURES, OTHER_TEMPERATURE, require_fit
 from mambactl.data.conversations import (
     EXPECTED,
     BadRow,
@@ -124,16 +125,28 @@ class QuestionSet:
         path = Path(self.source)
         return path.stem if path.suffix in (".st", ".safetensors", ".gguf") else path.name
 
+    def temperature(self, prompt: int) -> float:
+        """What a prompt is answered with."""
+        if not self.config.category_temperature:
+            return self.config.temperature
+        category = str(self.conversations[prompt].about.get("category"))
+        return CATEGORY_TEMPERATURES.get(category, OTHER_TEMPERATURE)
+
     def batches(self) -> list[list[Task]]:
-        """What is decoded together: like lengths, the longest first, samples of a prompt in turn.
+        """What is decoded together: one temperature and like lengths, samples of a prompt in turn.
 
         The longest first, so that what does not fit in memory fails at the start.
         """
-        order = sorted(range(len(self.lengths)), key=lambda prompt: -self.lengths[prompt])
-        samples = range(self.config.samples_per_prompt)
-        tasks = [Task(prompt, sample) for prompt in order for sample in samples]
-        size = self.config.batch_size
-        return [tasks[start : start + size] for start in range(0, len(tasks), size)]
+        size, samples = self.config.batch_size, range(self.config.samples_per_prompt)
+        order = sorted(
+            range(len(self.lengths)),
+            key=lambda prompt: (self.temperature(prompt), -self.lengths[prompt]),
+        )
+        found = []
+        for _, alike in groupby(order, self.temperature):
+            tasks = [Task(prompt, sample) for prompt in alike for sample in samples]
+            found += [tasks[start : start + size] for start in range(0, len(tasks), size)]
+        return found
 
     def plan(self) -> dict[str, Any]:
         """What would be decoded, with one prompt as the model reads it."""
@@ -171,7 +184,13 @@ def as_prompt(conversation: Conversation, answers: Sequence[str] = ()) -> Prompt
 def _validate(config: GenerateConfig) -> None:
     if config.prompt is not None or config.prompts is not None:
         raise UsageError("--dataset and a prompt exclude each other", "give one of them")
-    if config.samples_per_prompt > 1 and config.temperature == 0:
+    if config.category_temperature and config.temperature > 0:
+        raise UsageError("--temperature and --category-temperature exclude each other", "drop one")
+    if (
+        config.samples_per_prompt > 1
+        and config.temperature == 0
+        and not config.category_temperature
+    ):
         raise UsageError(
             f"{config.samples_per_prompt} greedy answers to a prompt are all the same",
             "give --temperature 0.7, say",

@@ -59,7 +59,9 @@ def test_wrong_use_has_its_exit_codes(cli, given, prompts, tiny_llama_dir, tmp_p
     assert list(tmp_path.iterdir()) == [prompts]
 
 
-def test_a_recipe_may_train_on_what_its_teacher_wrote(cli, tiny_llama_dir, prompts, tmp_path) -> None:
+def test_a_recipe_may_train_on_what_its_teacher_wrote(
+    cli, tiny_llama_dir, prompts, tmp_path
+) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"""

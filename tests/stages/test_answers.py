@@ -238,6 +238,21 @@ def test_judges_get_every_row_also_repeats_and_cut_answers(prompts, tiny_llama_d
     assert len(rows[4]["choices"][0]["turns"]) == 2
 
 
+def test_a_category_has_its_own_temperature(tiny_llama_dir, tmp_path):
+    file, model = tmp_path / "p.jsonl", str(tiny_llama_dir)
+    kinds = ["math", "writing", "coding", "other"]
+    rows = [{"id": n, "category": kind, "prompt": WORDS[n]} for n, kind in enumerate(kinds)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for options in ({"category_temperature": True}, {"temperature": 0.7}, {}):
+        out = tmp_path / f"{len(found)}.jsonl"
+        generate.run(config(str(file), **{"temperature": 0.0} | options), model, out)
+        found.append(rows_of(out))
+    own, warm, greedy = found
+    assert own == [greedy[0], warm[1], greedy[2], warm[3]]
+    assert warm != greedy
+
+
 def test_bad_rows_stop_before_decoding_unless_skipped(tiny_llama_dir, tmp_path, monkeypatch):
     file, out = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
     rows = [{"prompt": "old"}, {"prompt": ""}, {"prompt": "old " * 1020}, {"messages": [{}]}]
@@ -261,6 +276,7 @@ def test_bad_rows_stop_before_decoding_unless_skipped(tiny_llama_dir, tmp_path, 
     [
         ({"prompt": "a"}, "a.jsonl", "exclude each other"),
         ({"temperature": 0.0, "samples_per_prompt": 2}, "a.jsonl", "all the same"),
+        ({"category_temperature": True}, "a.jsonl", "exclude each other"),
         ({"shard": "0/2"}, "a.jsonl", "--shard 0/2"),
         ({"shard": "3/2"}, "a.jsonl", "--shard 3/2"),
         ({}, "a.txt", "does not end in .jsonl"),
