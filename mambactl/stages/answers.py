@@ -30,6 +30,8 @@ from mambactl.train.run_folder import RunFolder, side_file
 
 STAGE = "generate"
 STATUS_SECONDS = 0.5
+# answers worth a word about a batch size of 1
+FEW = 16
 # names in the working folder
 TAKEN = ("metrics.jsonl", "metrics.png", RUN_FILE)
 _FREE = "free some disk space, then use --resume"
@@ -50,11 +52,12 @@ def run(
     questions = QuestionSet.of(config, source)
     folder = RunFolder(out, questions.identity)
     folder.check(resume, force)
-    with folder.open(resume, force), explained(folder.path, _FREE):
+    with folder.open(resume, force):
         written = _Written(folder)
         with written.file:
             _decode(questions, written)
-            metrics = _publish(questions, written, folder, out)
+            with explained(folder.path, _FREE):
+                metrics = _publish(questions, written, folder, out)
     console.log(f"wrote {out}: {_summary(metrics)}")
     return StageResult(str(out), metrics)
 
@@ -80,20 +83,22 @@ class _Written:
         self.totals = Counter(state["totals"])
         # no name that the result itself may have
         path = folder.path / "decoded.partial"
-        path.touch()
-        if path.stat().st_size < state["bytes"]:
-            raise OutputError(f"{path} lost what was written", "start again with --force")
-        self.file: BinaryIO = path.open("r+b")
-        self.file.truncate(state["bytes"])
-        self.file.seek(state["bytes"])
+        with explained(path, _FREE):
+            path.touch()
+            if path.stat().st_size < state["bytes"]:
+                raise OutputError(f"{path} lost what was written", "start again with --force")
+            self.file: BinaryIO = path.open("r+b")
+            self.file.truncate(state["bytes"])
+            self.file.seek(state["bytes"])
 
     def add(self, answers: Sequence[tuple[int, Answer]], totals: Counter) -> None:
         """Append a whole batch; after this it is never decoded again."""
-        for prompt, answer in answers:
-            line = json.dumps({"prompt": prompt, **asdict(answer)}, ensure_ascii=False)
-            self.file.write(line.encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with explained(self.folder.path, _FREE):
+            for prompt, answer in answers:
+                line = json.dumps({"prompt": prompt, **asdict(answer)}, ensure_ascii=False)
+                self.file.write(line.encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
         self.batches += 1
         self.totals.update(totals)
         self.folder.save_state(
@@ -130,6 +135,8 @@ def _decode(questions: QuestionSet, written: _Written) -> None:
         console.log(
             f"k is {questions.k}: an automatic one follows the clock, and text may follow it"
         )
+    if len(batches) == total > FEW:
+        console.log("one answer at a time: a --batch-size of 16, say, is faster")
     setup = replace(decoding.prepare(questions.config, questions.source, []), k=questions.k)
     engine = setup.engine()
     with console.progress("answers", total) as bar:
@@ -218,14 +225,16 @@ def _chosen(groups: Iterator[Group], questions: QuestionSet, counts: Counter) ->
         for answer in answers:
             cut = answer.finish == "length"
             empty = not all(text.strip() for text in answer.texts)
-            repeated = questions.unique and answer.texts in seen
-            seen.add(answer.texts)
             counts["answers"] += 1
             counts["unfinished"] += cut
             counts["empty"] += empty
-            counts["repeated_answers"] += repeated
-            if not repeated and (questions.keep_unfinished or not (cut or empty)):
-                kept.append(answer)
+            if (cut or empty) and not questions.keep_unfinished:
+                continue
+            if questions.unique and answer.texts in seen:
+                counts["repeated_answers"] += 1
+                continue
+            seen.add(answer.texts)
+            kept.append(answer)
         yield conversation, kept
 
 

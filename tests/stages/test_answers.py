@@ -1,5 +1,6 @@
 """`generate --dataset` on a tiny model: killed and resumed, dealt out, repeated, read by sft."""
 
+import errno
 import json
 import os
 import signal
@@ -9,10 +10,10 @@ import pytest
 
 from mambactl.data.format import encode_rows
 from mambactl.data.load import load_rows
-from mambactl.decode.engine import Engine
-from mambactl.errors import OutputError, UsageError
+from mambactl.decode.engine import Engine, Generation
+from mambactl.errors import OutputError, ResourceError, UsageError
 from mambactl.recipe import GenerateConfig, SftConfig
-from mambactl.stages import generate, sft
+from mambactl.stages import answers, generate, sft
 from mambactl.stages.question_set import QuestionSet
 from mambactl.train.run_folder import RunFolder
 
@@ -145,6 +146,25 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert not partial.exists()
 
 
+def test_a_full_disk_loses_one_batch(whole, prompts, tiny_llama_dir, tmp_path, monkeypatch):
+    out, model = tmp_path / "labels.jsonl", str(tiny_llama_dir)
+    real, calls = answers.os.fsync, Counter()
+
+    def full(descriptor):
+        calls["n"] += 1
+        if calls["n"] == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers.os, "fsync", full)
+        with pytest.raises(ResourceError, match="disk is full") as caught:
+            generate.run(config(prompts, samples_per_prompt=2), model, out)
+    assert "--resume" in caught.value.hint
+    generate.run(config(prompts, samples_per_prompt=2), model, out, resume=True)
+    assert out.read_bytes() == whole[0].read_bytes()
+
+
 def test_shards_are_disjoint_and_together_the_whole(whole, prompts, tiny_llama_dir, tmp_path):
     lines = []
     for part in (1, 2, 3):
@@ -180,7 +200,7 @@ def test_only_finished_answers_are_kept_unless_asked(prompts, tiny_llama_dir, tm
     options = {"samples_per_prompt": 4, "temperature": 2.0, "top_k": 0, "max_new_tokens": 24}
     metrics = generate.run(config(prompts, keep_unfinished=None, **options), model, out).metrics
     rows = rows_of(out)
-    assert 0 < len(rows) == metrics["answers"] - len_dropped(metrics) < 40
+    assert 0 < len(rows) == metrics["answers"] - dropped(metrics) < 40
     assert {row["finish"] for row in rows} == {"eos"}
     assert all(text.strip() for row in rows for text in answers_of(row))
     generate.run(config(prompts, **options), model, tmp_path / "b.jsonl")
@@ -189,8 +209,8 @@ def test_only_finished_answers_are_kept_unless_asked(prompts, tiny_llama_dir, tm
     assert any(json.loads(row)["finish"] == "length" for row in kept)
 
 
-def len_dropped(metrics):
-    # an empty answer has an end, so the two never are the same answer here
+def dropped(metrics):
+    # an answer that is both cut and empty does not occur here
     return metrics["unfinished"] + metrics["empty"] + metrics["repeated_answers"]
 
 
@@ -305,3 +325,18 @@ def test_options_of_a_data_set_need_one(tiny_llama_dir):
     alone = GenerateConfig(prompt="a", samples_per_prompt=2)
     with pytest.raises(UsageError, match="--samples-per-prompt goes with --dataset"):
         generate.run(alone, str(tiny_llama_dir))
+
+
+def test_a_cut_answer_does_not_hide_the_same_one_with_an_end(
+    prompts, tiny_llama_dir, tmp_path, monkeypatch
+):
+    def scripted(self, prompts, params, on_tokens, keys):
+        # the first sample stops before the end that the second one has
+        return Generation([[5]] * len(prompts), ["length", "eos"] * (len(prompts) // 2))
+
+    monkeypatch.setattr(Engine, "generate", scripted)
+    out = tmp_path / "a.jsonl"
+    options = config(prompts, samples_per_prompt=2, keep_unfinished=False)
+    metrics = generate.run(options, str(tiny_llama_dir), out).metrics
+    assert {row["sample"] for row in rows_of(out)} == {1}
+    assert (metrics["unfinished"], metrics["repeated_answers"]) == (10, 0)
