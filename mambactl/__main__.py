@@ -47,7 +47,8 @@ def run(arguments: list[str]) -> int:
         failure = error
     if stopped:
         name = signal.Signals(stopped[0]).name
-        resumable = arguments[:1] and arguments[0] in RESUMABLE
+        rows = any(argument.partition("=")[0] == "--dataset" for argument in arguments)
+        resumable = arguments[:1] and (arguments[0] in RESUMABLE or rows)
         hint = "run it again; --resume continues where it stopped" if resumable else "run it again"
         return _report(failure, 128 + stopped[0], f"stopped by {name}", hint, arguments)
     if failure is not None:

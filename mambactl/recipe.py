@@ -220,14 +220,42 @@ class SamplingConfig(StageConfig):
     chat: bool = Field(True, description="wrap prompts in the chat template if there is one")
 
 
-class GenerateConfig(SamplingConfig):
-    """Text from a prompt."""
+class PromptConfig(SamplingConfig):
+    """What is continued."""
 
     prompt: str | None = Field(None, description="text, or - to read it from stdin")
     prompts: str | None = Field(None, description="file: .txt lines, or .jsonl")
 
 
-class SpecDecodeConfig(GenerateConfig):
+class GenerateConfig(PromptConfig):
+    """Text from a prompt; with --dataset a file of answers that sft learns from."""
+
+    dataset: DataSpecs = Field(
+        [],
+        description="answer every row's prompt, turns or messages (but for a last answer) into "
+        "--out: ID[:config][@split], .jsonl[.gz], .parquet or .txt",
+    )
+    max_samples: int | None = Field(None, ge=1, description="use at most this many rows")
+    samples_per_prompt: int = Field(1, ge=1, description="answers drawn for each prompt")
+    shard: str | None = Field(None, description="I/N: only the I-th of N parts, from 1/N to N/N")
+    format: Literal["jsonl", "alpaca-eval", "mt-bench"] = Field(
+        "jsonl", description="jsonl is what --data reads, the others what their judges read"
+    )
+    category_temperature: bool = Field(
+        False, description="MT-Bench's own temperature for each category, in place of --temperature"
+    )
+    generator: str | None = Field(
+        None, description="name of the model in alpaca-eval and mt-bench; default: as in MODEL"
+    )
+    keep_unfinished: bool | None = Field(
+        None,
+        description="answers cut at --max-new-tokens, and empty ones; default: kept for judges, "
+        "left out of jsonl",
+    )
+    skip_bad_rows: bool = Field(False, description="leave out rows that cannot be answered")
+
+
+class SpecDecodeConfig(PromptConfig):
     """Speculative decoding measured against plain decoding."""
 
     check: bool = Field(False, description="fail unless greedy output equals plain decoding")
@@ -284,5 +312,8 @@ STAGES: dict[str, type[StageConfig]] = {
 }
 MODEL_WRITERS = ("convert", "distill", "sft", "dpo")
 WRITERS = (*MODEL_WRITERS, "teacher-cache")
+# what `generate` writes only with --dataset is a file of rows, no checkpoint
+ROW_WRITER = "generate"
+ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 # where a run happens is no part of what it makes
 PLACE = {"device", "trust_remote_code", "compile", "capture"}

@@ -36,10 +36,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from mambactl.errors import UsageError
-from mambactl.recipe import STAGES, WRITERS, StageConfig
+from mambactl.recipe import ROW_SUFFIXES, ROW_WRITER, STAGES, WRITERS, StageConfig
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
-FILE_FIELDS = ("data", "eval_data", "calibrate", "select_data", "prompts", "tasks")
+FILE_FIELDS = ("data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks")
 TOP_KEYS = ("name", "description", "seed", "stages", "variants")
 VARIANT_KEYS = ("like", "description")
 
@@ -56,8 +56,13 @@ class Section:
 
     @property
     def writes(self) -> bool:
-        """Whether the step writes a checkpoint that the next one starts from."""
-        return self.stage in WRITERS
+        """Whether the step writes a checkpoint or data that later ones may refer to."""
+        return self.suffix is not None
+
+    @property
+    def suffix(self) -> str | None:
+        """How the name of what it writes ends, None where it writes nothing."""
+        return writes(self.stage, configure(self.stage, self.values))
 
     @property
     def needs_model(self) -> bool:
@@ -92,6 +97,15 @@ class Recipe:
             have = ", ".join(s.key for s in self.sections)
             raise UsageError(f"recipe {self.name} has no section {stage}", f"it has: {have}")
         return found[0]
+
+
+def writes(stage: str, config: StageConfig) -> str | None:
+    """How the default name of what a stage writes ends, None where it writes nothing."""
+    if stage in WRITERS:
+        return ""
+    if stage != ROW_WRITER or not config.dataset:
+        return None
+    return ROW_SUFFIXES[config.format]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -333,8 +347,8 @@ def _take(section: Section, body: Mapping[str, Any], path: Path) -> Section:
             values[field] = _located(values[field], path.parent)
     model = models[-1] if models else section.model
     section = replace(section, model=model, out=out, values={**section.values, **values})
-    configure(section.stage, section.values)
-    return section
+    suffix = writes(section.stage, configure(section.stage, section.values)) or ""
+    return section if out.endswith(suffix) else replace(section, out=out + suffix)
 
 
 def _located(value: Any, folder: Path) -> Any:

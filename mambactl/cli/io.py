@@ -88,12 +88,12 @@ def stdin_is_pipe() -> bool:
     return sys.stdin is not None and not sys.stdin.isatty()
 
 
-def default_out(model: str, stage: str) -> Path:
+def default_out(model: str, stage: str, ending: str = "") -> Path:
     """Return `runs/<model-name>-<stage>`, deterministic and relative to the working directory."""
     name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
     for suffix in (".safetensors", ".st", ".gguf", ".bin"):
         name = name.removesuffix(suffix)
-    return Path("runs") / f"{name or 'model'}-{stage}"
+    return Path("runs") / f"{name or 'model'}-{stage}{ending}"
 
 
 def table(

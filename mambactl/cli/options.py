@@ -42,6 +42,10 @@ Out = Annotated[
     str | None,
     typer.Option("--out", "-o", help="folder or .st (default runs/<model>-<stage>)"),
 ]
+RowsOut = Annotated[
+    str | None,
+    typer.Option("--out", "-o", help="file for --dataset (default runs/<model>-generate.jsonl)"),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="continue, skip what is done")]
 Force = Annotated[bool, typer.Option("--force", help="replace the output")]
 
@@ -88,6 +92,7 @@ OUTPUT: Mapping[str, tuple[Any, Any]] = {
     "resume": (Resume, False),
     "force": (Force, False),
 }
+ROW_OUTPUT: Mapping[str, tuple[Any, Any]] = {**OUTPUT, "out": (RowsOut, None)}
 
 
 def with_parameters(

@@ -12,6 +12,7 @@ from mambactl.cli import io
 from mambactl.cli.options import (
     COMMON,
     OUTPUT,
+    ROW_OUTPUT,
     BenchModel,
     Model,
     OptionalModel,
@@ -21,8 +22,8 @@ from mambactl.cli.options import (
     with_parameters,
 )
 from mambactl.errors import OutputError, UsageError
-from mambactl.recipe import PLACE, STAGES, WRITERS, StageConfig
-from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings
+from mambactl.recipe import PLACE, ROW_WRITER, STAGES, WRITERS, StageConfig
+from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings, writes
 
 # the summary above them is the docstring of the stage's configuration
 EXAMPLES = {
@@ -62,6 +63,7 @@ EXAMPLES = {
     "generate": (
         'mambactl generate t.st -p "Why is the sky blue?"',
         "mambactl generate t.st --prompts questions.txt --draft ngram",
+        "mambactl generate llama3-8b --dataset prompts.jsonl -o labels.jsonl",
     ),
 }
 
@@ -83,7 +85,7 @@ def _function(stage: str) -> Any:
         model = {"model": (OptionalModel, None), "target": (Target, None)}
     elif stage == "bench":
         model = {"model": (BenchModel, None)}
-    output = OUTPUT if stage in WRITERS else {}
+    output = OUTPUT if stage in WRITERS else ROW_OUTPUT if stage == ROW_WRITER else {}
     with_parameters(command, {**model, **field_flags(STAGES[stage]), **output, **COMMON})
     return command
 
@@ -102,16 +104,24 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
         flags["prompt"] = io.read_text("-")
     config = _config(stage, shared, flags)
     source = _source(stage, config, model)
-    if stage not in WRITERS:
+    suffix = writes(stage, config)
+    if suffix is None:
+        _refuse_output(shared)
         _call(stage, config, source, None, shared)
         return
-    out = Path(shared.out) if shared.out else io.default_out(source, stage)
+    out = Path(shared.out) if shared.out else io.default_out(source, stage, suffix)
     if made := _made_before(out, stage, config, source, shared):
         console.log(f"{out} is complete, nothing to do")
         content = {"checkpoint": str(out.absolute()), "metrics": made["metrics"]}
         _write(shared, stage, content, None)
         return
     _call(stage, config, source, out, shared)
+
+
+def _refuse_output(shared: Shared) -> None:
+    for flag in ("out", "resume", "force"):
+        if getattr(shared, flag):
+            raise UsageError(f"--{flag} goes with --dataset", f"drop --{flag}")
 
 
 def _call(
@@ -197,7 +207,12 @@ def _made_before(
         from mambactl.checkpoint.resolve import resolve
         from mambactl.train.run_folder import differences
 
-        lineage = load_lineage(str(out)) or {}
+        if stage == ROW_WRITER:
+            from mambactl.stages.answers import read_record
+
+            lineage = read_record(out) or {}
+        else:
+            lineage = load_lineage(str(out)) or {}
         parent = header_digest(resolve(source).path)
     recipe = lineage.get("recipe", {})
     made = {

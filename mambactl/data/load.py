@@ -211,6 +211,22 @@ def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
         ) from None
 
 
+def chat_turns(value: Any, column: str) -> list[Row]:
+    """The messages of a column, checked; raises UsageError that says what is wrong with them."""
+    try:
+        return _messages(value, column)
+    except _Bad as error:
+        raise UsageError(str(error)) from None
+
+
+def tool_list(value: Any) -> list[Row]:
+    """The tools of a row, a list or JSON; raises UsageError that says what is wrong with them."""
+    try:
+        return _tools(value)
+    except _Bad as error:
+        raise UsageError(str(error)) from None
+
+
 def _document(row: Any) -> Row:
     _require(isinstance(row, dict), f"holds a {type(row).__name__}, not an object")
     if row.get("messages") is not None:

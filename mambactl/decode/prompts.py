@@ -10,8 +10,9 @@ from mambactl.errors import UsageError
 class Prompt:
     """Chat turns that end with the user's; a plain text is one turn."""
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     category: str = ""
+    tools: list[dict[str, Any]] | None = None
 
     @classmethod
     def of(cls, text: str, category: str = "") -> "Prompt":
@@ -75,19 +76,27 @@ BUILTIN = (
 
 def encode(prompt: Prompt, tokenizer: Any, chat: bool = True) -> list[int]:
     """Token ids of a prompt, inside the chat template if there is one and `chat` wants it."""
-    if chat and getattr(tokenizer, "chat_template", None):
-        from jinja2 import TemplateError
+    # the template writes the special tokens itself
+    templated = _templated(tokenizer, chat)
+    return tokenizer(render(prompt, tokenizer, chat), add_special_tokens=not templated)["input_ids"]
 
-        try:
-            text = tokenizer.apply_chat_template(
-                list(prompt.messages), tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise UsageError(f"the chat template refuses a prompt ({error})") from None
-        # the template writes the special tokens itself
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    text = "\n\n".join(message["content"] for message in prompt.messages)
-    return tokenizer(text)["input_ids"]
+
+def render(prompt: Prompt, tokenizer: Any, chat: bool = True) -> str:
+    """The text that `encode` turns into tokens; raises UsageError where the template refuses."""
+    if not _templated(tokenizer, chat):
+        return "\n\n".join(message.get("content") or "" for message in prompt.messages)
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(prompt.messages), tools=prompt.tools, tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise UsageError(f"the chat template refuses a prompt ({error})") from None
+
+
+def _templated(tokenizer: Any, chat: bool) -> bool:
+    return chat and bool(getattr(tokenizer, "chat_template", None))
 
 
 def _is_message(message: Any) -> bool:

@@ -16,7 +16,7 @@ from mambactl.decode.prompts import BUILTIN, Prompt, encode
 from mambactl.decode.sampling import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import BenchConfig, GenerateConfig
+from mambactl.recipe import BenchConfig, PromptConfig
 from mambactl.stages.placement import place
 
 PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
@@ -45,7 +45,7 @@ class Setup:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def read(config: GenerateConfig, builtin: bool = False) -> list[Prompt]:
+def read(config: PromptConfig, builtin: bool = False) -> list[Prompt]:
     """The prompts that a configuration asks for; with `builtin` the own set when it names none."""
     if config.prompt is not None and config.prompts is not None:
         raise UsageError("a prompt and a file of prompts exclude each other", "give one of them")
@@ -81,7 +81,7 @@ def read_prompts(path: str) -> list[Prompt]:
     return found
 
 
-def prepare(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> Setup:
+def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Setup:
     """Load target, tokenizer and draft; raises ModelError before any weight of a misfit is read."""
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     require_draft(config, source)
@@ -103,7 +103,7 @@ def prepare(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> S
     return Setup(target, tokenizer, draft, config.k, encoded, params)
 
 
-def require_draft(config: GenerateConfig | BenchConfig, source: str) -> None:
+def require_draft(config: PromptConfig | BenchConfig, source: str) -> None:
     """Raise ModelError when the draft means other tokens than the target."""
     if config.draft not in (None, NGRAM):
         hint = "take a draft of the target's family, or --draft ngram"
@@ -142,7 +142,7 @@ def decode(
     return whole
 
 
-def plan(config: GenerateConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What would be decoded; reads headers and tokenizers only."""
     device, dtype = place(config)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
@@ -169,6 +169,6 @@ def _warn_beyond_positions(
     target: HybridForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> None:
     limit = target.config.max_position_embeddings
-    longest = max(map(len, prompts)) + new_tokens
+    longest = max(map(len, prompts), default=0) + new_tokens
     if "attention" in target.config.mixers and longest > limit:
         console.warn(f"{longest} tokens are more than the {limit} this model was made for")

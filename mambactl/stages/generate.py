@@ -1,15 +1,31 @@
-"""`generate`: continue prompts, plainly or with a draft, and print the text."""
+"""`generate`: continue prompts, plainly or with a draft, and print the text, or write answers."""
 
+from pathlib import Path
 from typing import Any
 
 from mambactl import console
 from mambactl.decode.stats import DecodeStats
-from mambactl.recipe import GenerateConfig
-from mambactl.stages import StageResult, decoding
+from mambactl.errors import UsageError
+from mambactl.recipe import GenerateConfig, PromptConfig
+from mambactl.stages import StageResult, answers, decoding
+from mambactl.stages.question_set import QuestionSet
 
 
-def run(config: GenerateConfig, source: str) -> StageResult:
-    """Decode every prompt; the completions are the text, one after the other."""
+def run(
+    config: GenerateConfig,
+    source: str,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> StageResult:
+    """Decode every prompt; the completions are the text, one after the other.
+
+    With a `dataset` the answers go into the file `out` instead.
+    """
+    if config.dataset:
+        return answers.run(config, source, out, resume=resume, force=force)
+    _require_plain(config)
     prompts = decoding.read(config)
     setup = decoding.prepare(config, source, prompts)
     engine = setup.engine()
@@ -25,7 +41,18 @@ def run(config: GenerateConfig, source: str) -> StageResult:
 
 def plan(config: GenerateConfig, source: str) -> dict[str, Any]:
     """What would be decoded; writes nothing."""
+    if config.dataset:
+        return QuestionSet.of(config, source).plan()
+    _require_plain(config)
     return decoding.plan(config, source, decoding.read(config))
+
+
+def _require_plain(config: GenerateConfig) -> None:
+    """Raise UsageError for options that only a data set gives a meaning."""
+    for name in GenerateConfig.model_fields.keys() - PromptConfig.model_fields.keys():
+        if getattr(config, name) != GenerateConfig.model_fields[name].default:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} goes with --dataset", f"drop {flag}, or name a data set")
 
 
 def _summary(stats: DecodeStats) -> str:

@@ -36,7 +36,8 @@ FLAGS = {
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
     f"--recall-rows --control --control-window --control-sinks --ablate {EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
-    "generate": f"{SAMPLING} {EVERY_STAGE}",
+    "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --format "
+    f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
     "--min-speedup --synthetic --acceptance --verify --kernels --training --train-rest --compile "
     f"--capture --loss --tokens --hidden --vocab {EVERY_STAGE}",
