@@ -52,7 +52,6 @@ def run(
     tokenizer = job.tokenizer()
     rows = job.rows(tokenizer)
     held_out = job.held_out_rows(tokenizer)
-    predicted = estimate(job, ours, theirs, planned)
     models = _models(job, config, planned, needs_teacher=bool(held_out))
     console.log(f"{len(replaced_layers(ours))} mixers follow {models.name}")
     phases = [_phase(job, config, models, theirs, plan, rows) for plan in planned]
@@ -65,8 +64,6 @@ def run(
         trim = not (models.compiled or config.capture)
         reports = train(models.student, phases, rows, config, folder, evaluation, trim)
         metrics = report_phases(reports)
-        for name, forecast in predicted.items():
-            metrics[name]["predicted"] = forecast.as_metrics()
         draw_ledger(folder, asked=bool(held_out))
         models.put_back(job)
         job.save(models.student, folder, models.name, metrics)

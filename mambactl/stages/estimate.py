@@ -12,6 +12,7 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.stages.phases import PhasePlan, shapes_of
 from mambactl.stages.probe import Measured, Place, probe
 from mambactl.stages.training import Job
+from mambactl.train.compiled import compiles
 from mambactl.train.losses import CHUNK_ELEMENTS
 
 MASTER, GRADIENT, MOMENTS = 4, 4, 8
@@ -59,7 +60,9 @@ def estimate(
     config = job.config
     rows, length = config.batch_size, config.max_length
     works = [plan.work(student, teacher, config.grad_checkpointing) for plan in plans]
-    measured = probe(works, Place(job.device, job.dtype, job.amp), rows, length)
+    compiling = compiles(config.compile, job.device)
+    place = Place(job.device, job.dtype, job.amp, compiling, config.capture)
+    measured = probe(works, place, rows, length)
     model, guide = shapes_of(student), shapes_of(teacher)
     cuda = job.device.type == "cuda"
     where = torch.cuda.get_device_name(job.device) if cuda else str(job.device)

@@ -1,13 +1,15 @@
 """How fast this device does the work of a training step, and what it keeps for the way back.
 
 Blocks, mixers, the head with its loss and the optimiser run for a moment with random weights of
-the real shapes, in the real types. What they reach is cached for the process.
+the real shapes, in the real types, compiled where the run compiles them and, where it replays its
+steps, replayed as well: launched one by one they would be timed with the host's share. What they
+reach is cached for the process.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -17,6 +19,8 @@ from mambactl.measure.flops import Work, head_cost
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridModel
 from mambactl.models.mixers.context import StepContext
+from mambactl.train.captured import WARMUP, recorder_for
+from mambactl.train.compiled import compiled
 from mambactl.train.losses import Teacher, distillation_loss
 from mambactl.train.objectives import autocast
 from mambactl.train.optimizer import build_optimizer
@@ -30,11 +34,16 @@ DOCUMENTS_PER_ROW = 4
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how a run computes: the teacher in `dtype`, the student in fp32 under `amp`."""
+    """Where and how a run computes: the teacher in `dtype`, the student in fp32 under `amp`.
+
+    `compiles` its blocks; `replays` its steps as CUDA graphs.
+    """
 
     device: torch.device
     dtype: torch.dtype
     amp: torch.dtype | None
+    compiles: bool = False
+    replays: bool = False
 
 
 @dataclass
@@ -87,15 +96,16 @@ def _block(
     per_token = full.pieces(length)[mixer, how]
     with torch.device(place.device):
         model = HybridModel(single).to(place.dtype if how == "infer" else torch.float32)
-    model.requires_grad_(how != "infer")
+    model.requires_grad_(how != "infer").train(how != "infer")
     layer = model.layers[0].mixer if how == "align" else model.layers[0]
+    run = compiled(layer.forward) if place.compiles else layer
 
     def inputs(count: int) -> tuple[Tensor, StepContext]:
         return _inputs(model, place, count, length, trains=how == "train")
 
     def forward(hidden: Tensor, context: StepContext) -> Tensor:
         with autocast(place.device, place.amp), torch.set_grad_enabled(how != "infer"):
-            return layer(hidden, context, None)
+            return run(hidden, context, None)
 
     def call(given: tuple[Tensor, StepContext]) -> None:
         out = forward(*given)
@@ -104,13 +114,25 @@ def _block(
 
     given = inputs(rows)
     found = Measured()
-    seconds = _timed(lambda: call(given), place.device)
+    seconds = _timed(lambda: call(given), place)
     found.rates[mixer, how] = rows * length * per_token / seconds
-    if how != "infer":
+    if how == "infer":
+        return found
+    if place.compiles:
+        # code is made for one shape: weights and their casts are taken off instead
+        kept = _kept(partial(forward, *given), layer) - _casts(layer, place.amp)
+        found.kept[mixer, how] = max(0, kept) / (rows * length)
+    else:
         # what does not grow with the batch is no activation
         one, two = (_kept(partial(forward, *inputs(count))) for count in (1, 2))
         found.kept[mixer, how] = (two - one) / length
     return found
+
+
+def _casts(layer: nn.Module, amp: torch.dtype | None) -> int:
+    """Bytes of a layer's matrices in the mixed-precision type."""
+    itemsize = 0 if amp is None else amp.itemsize
+    return itemsize * sum(p.numel() for p in layer.parameters() if p.ndim > 1)
 
 
 def _single(config: HybridConfig, mixer: str) -> HybridConfig:
@@ -167,12 +189,13 @@ def _head(work: Work, place: Place, tokens: int) -> Measured:
         loss.backward()
 
     found = Measured()
-    found.rates["head", "train"] = tokens * per_token / _timed(call, place.device)
+    found.rates["head", "train"] = tokens * per_token / _timed(call, place)
     return found
 
 
 def _optimizer(place: Place) -> float:
     """Seconds per parameter of clipping and AdamW."""
+    place = replace(place, compiles=False, replays=False)
     key = ("optimizer", place)
     if key not in _cache:
         size = OPTIMIZED.get(place.device.type, OPTIMIZED["cuda"])
@@ -184,25 +207,30 @@ def _optimizer(place: Place) -> float:
             nn.utils.clip_grad_norm_([parameter], 1.0)
             optimizer.step()
 
-        _cache[key] = Measured(seconds_per_parameter=_timed(call, place.device) / size)
+        _cache[key] = Measured(seconds_per_parameter=_timed(call, place) / size)
     return _cache[key].seconds_per_parameter
 
 
-def _timed(call: Callable[[], None], device: torch.device) -> float:
+def _timed(call: Callable[[], None], place: Place) -> float:
     """Median seconds of a call, after one that compiles."""
-    cuda = device.type == "cuda"
+    recorder = recorder_for(place.device) if place.replays else None
+    if recorder is not None:
+        for _ in range(WARMUP):
+            recorder.warm(call)
+        call = recorder.record(call).replay
+    cuda = place.device.type == "cuda"
     seconds = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         call()
         if cuda:
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(place.device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 
 
-def _kept(forward: Callable[[], Tensor]) -> int:
-    """Bytes of distinct memory that a forward pass keeps for its backward pass."""
+def _kept(forward: Callable[[], Tensor], owner: nn.Module | None = None) -> int:
+    """Bytes that a forward pass keeps for the way back, but for an owner's parameters."""
     storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -212,4 +240,6 @@ def _kept(forward: Callable[[], Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
+    for parameter in owner.parameters() if owner is not None else ():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(storages.values())

@@ -1,6 +1,8 @@
 """What a dry run predicts against what then happens, on a CPU."""
 
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +95,47 @@ def test_checkpointing_and_frozen_parts_need_less(configs) -> None:
     assert frozen["moments"] < plain["moments"] and frozen["head"] < plain["head"]
     assert again["activations"] < 0.75 * plain["activations"]
     assert again["moments"] == plain["moments"]
+
+
+def test_one_shape_and_two_say_the_same_of_activations(configs, monkeypatch) -> None:
+    """Compiled code is made for one shape, whose weights and their casts are taken off."""
+    monkeypatch.setattr(probing, "_cache", {})
+    seen = []
+    monkeypatch.setattr(probing, "compiled", lambda run: seen.append(run) or run)
+    works = [plan.work(*configs, False) for plan in _plans(_job(max_steps=4), configs)]
+    place = Place(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    two = probe(works, place, ROWS, LENGTH)
+    assert not seen
+    one = probe(works, replace(place, compiles=True), ROWS, LENGTH)
+    # a block of each kind forward and both ways, and each mixer to be aligned
+    assert len(seen) == 6 and one.kept.keys() == two.kept.keys()
+    for key, kept in two.kept.items():
+        assert one.kept[key] == pytest.approx(kept, rel=0.1), key
+
+
+def test_a_replayed_step_is_timed_replayed(configs, monkeypatch) -> None:
+    monkeypatch.setattr(probing, "_cache", {})
+    log = []
+
+    class Again:
+        def warm(self, run):
+            log.append("warm")
+            return run()
+
+        def record(self, run):
+            log.append("record")
+            return SimpleNamespace(replay=lambda: log.append("replay") or run())
+
+    monkeypatch.setattr(probing, "recorder_for", lambda device: Again())
+    job = _job(max_steps=4, stages=["logits"], capture=True)
+    (plan,) = _plans(job, configs)
+    place = Place(job.device, job.dtype, None, replays=True)
+    measured = probe([plan.work(*configs, False)], place, ROWS, LENGTH)
+    # the optimiser is launched as ever
+    assert log.count("record") == len(measured.rates)
+    assert log.count("replay") == len(measured.rates) * (probing.REPEATS + 1)
+    estimate(job, *configs, [plan])
+    assert log.count("record") == len(measured.rates), "asked for what is in the cache"
 
 
 def test_the_time_of_a_run_is_predicted(configs, rows_of, tmp_path, monkeypatch) -> None:

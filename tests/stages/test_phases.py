@@ -75,7 +75,6 @@ def test_every_stage_is_trained_measured_and_recorded(whole, student, texts) -> 
     assert last == result.metrics["logits"]
     assert last["kl"] == lines[-1]["kl"] and 0 <= last["agreement"] <= 1
     assert last["flops"] > 0 and last["seconds"] > 0 and last["tokens"] > 0
-    assert last["predicted"]["peak_bytes"] > 0 and last["predicted"]["seconds"] > 0
     # half of the student's mixers out of the way is closer to the teacher than none
     by_place = {(line["phase"], line["step"]): line["kl"] for line in lines if "kl" in line}
     assert by_place["stepwise-1", 2] < by_place["align", 0]
