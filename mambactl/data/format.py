@@ -1,5 +1,6 @@
 """From a row of text or chat turns to token ids and the mask of tokens worth learning."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from mambactl.data.bad_rows import REFUSED, BadRows
 from mambactl.data.load import Document
 from mambactl.errors import UsageError
 
+GENERATION = re.compile(r"\{%-?\s*generation\b")
 # rows that are tokenised in one call
 TOGETHER = 256
 
@@ -124,22 +126,40 @@ def _encode_many(
 def _assistant_mask(
     tokenizer: Any, row: dict[str, Any], text: str, offsets: np.ndarray
 ) -> np.ndarray:
-    """Which tokens, at character `offsets` [n, 2], the assistant writes."""
+    """Which tokens, at character `offsets` [n, 2], the assistant writes.
+
+    A template that marks them is trusted; in others they are found by rendering what comes before.
+    """
+    marked = GENERATION.search(tokenizer.chat_template)
+    spans = _marked_spans(tokenizer, row) if marked else _assistant_spans(tokenizer, row, text)
     mask = np.zeros(len(offsets), bool)
-    for start, end in _assistant_spans(tokenizer, row["messages"], row.get("tools"), text):
+    for start, end in spans:
         mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
     return mask
 
 
-def _assistant_spans(
-    tokenizer: Any, messages: list[dict], tools: list | None, text: str
-) -> Iterator[tuple[int, int]]:
+def _marked_spans(tokenizer: Any, row: dict[str, Any]) -> Sequence[tuple[int, int]]:
+    """Character spans [start, end) between the generation markers of the template."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _, (spans,) = render_jinja_template(
+        [row["messages"]],
+        row.get("tools"),
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return spans
+
+
+def _assistant_spans(tokenizer: Any, row: dict[str, Any], text: str) -> Iterator[tuple[int, int]]:
     """Character spans [start, end) that the assistant writes, its end token included.
 
     A turn starts where the rendering of everything before it plus the generation prompt ends, and
     ends where the rendering through it ends, without the white space the template adds after the
     end token: a model never has to write that.
     """
+    messages, tools = row["messages"], row.get("tools")
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
