@@ -36,7 +36,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mambactl.errors import UsageError
-from mambactl.recipe import STAGES, WRITERS, StageConfig
+from mambactl.recipe import STAGES, WRITERS, StageConfig, split_weight
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
 FILE_FIELDS = ("data", "eval_data", "calibrate", "select_data", "prompts", "tasks")
@@ -340,7 +340,7 @@ def _take(section: Section, body: Mapping[str, Any], path: Path) -> Section:
 def _located(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_located(item, folder) for item in value]
-    if isinstance(value, str) and (folder / value).is_file():
+    if isinstance(value, str) and (folder / split_weight(value)[0]).is_file():
         return str(folder / value)
     return value
 
