@@ -7,17 +7,25 @@ from typing import Any
 import torch
 
 from mambactl import console
+from mambactl.checkpoint.vocabulary import model_config
 from mambactl.data.pack import Row
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import SftConfig
 from mambactl.stages import StageResult
 from mambactl.stages.held_out import HeldOut
+from mambactl.stages.phases import shapes_of
 from mambactl.stages.preview import preview
 from mambactl.stages.teacher_cache import open_cache, read_record
-from mambactl.stages.training import Job, draw_ledger, plan_training, report_phases
+from mambactl.stages.training import (
+    TRAINED_BYTES,
+    Job,
+    draw_ledger,
+    plan_training,
+    report_phases,
+)
 from mambactl.train.ledger import Evaluation
-from mambactl.train.lora import adapted, merged, require_peft
+from mambactl.train.lora import adapted, merged, projections, require_peft
 from mambactl.train.run_folder import RunFolder
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
@@ -59,8 +67,25 @@ def plan(config: SftConfig, source: str) -> dict[str, Any]:
     """Resolve everything, read the data and say what would run; writes nothing."""
     _require(config)
     job = Job.of(STAGE, config, source)
-    found = plan_training(job, with_teacher=config.kl_weight > 0, counts=False)
+    if config.teacher_cache:
+        read_record(Path(config.teacher_cache).expanduser())
+    needs_teacher = config.kl_weight > 0 and not config.teacher_cache
+    found = plan_training(job, with_teacher=needs_teacher, counts=False)
+    if config.lora is not None:
+        found |= _adapter_plan(job, config, found["estimated_bytes"], found["parameters"])
     return found | preview(job, config.assistant_only_loss)
+
+
+def _adapter_plan(job: Job, config: SftConfig, estimated: int, parameters: int) -> dict[str, Any]:
+    """Parameters that train, and bytes where everything else is frozen."""
+    model = shapes_of(model_config(job.source))
+    sizes = [model.get_submodule(name).weight.shape for name in projections(model)]
+    count = config.lora * sum(map(sum, sizes))
+    frozen = parameters * (TRAINED_BYTES - job.dtype.itemsize)
+    return {
+        "trained_parameters": count,
+        "estimated_bytes": estimated - frozen + count * TRAINED_BYTES,
+    }
 
 
 def _require(config: SftConfig) -> None:

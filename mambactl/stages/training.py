@@ -35,6 +35,9 @@ from mambactl.stages.teacher import teacher_of
 from mambactl.train.ledger import PhaseReport
 from mambactl.train.run_folder import RunFolder
 
+# of a parameter that trains: weight, gradient and both moments in fp32
+TRAINED_BYTES = 16
+
 
 @dataclass(frozen=True)
 class Job:
@@ -233,7 +236,10 @@ class Job:
         return [document.example for document in documents]
 
     def held_out_rows(self, tokenizer: Any, assistant_only: bool = False) -> list[Row]:
-        """Packed rows of `eval_data`, about `eval_tokens` of them and the same every time."""
+        """Packed rows of `eval_data`, about `eval_tokens` of them and the same every time.
+
+        With `assistant_only`, chats without a whole answer are left out and reported.
+        """
         config = self.config
         if not config.eval_data:
             return []
@@ -244,9 +250,16 @@ class Job:
                 f"{', '.join(shared)} is training data and held out", "give other --eval-data"
             )
         documents = load_rows(config.eval_data, used_tokens=2 * config.eval_tokens)
+        bad, longest = BadRows(skip=True), config.max_length if assistant_only else None
         examples = encode_rows(
-            documents, tokenizer, assistant_only, 2 * config.eval_tokens, config.seed
+            documents,
+            tokenizer,
+            assistant_only,
+            2 * config.eval_tokens,
+            config.seed,
+            keep=lambda row, example: screened(row, example, tokenizer, bad, longest),
         )
+        bad.settle()
         rows = pack(examples, config.max_length)
         chosen, tokens = [], 0
         for index in np.random.default_rng(config.seed).permutation(len(rows)):
@@ -364,4 +377,4 @@ def _file_digest(spec: str) -> str | None:
 
 def _estimate(parameters: int, dtype: torch.dtype, with_teacher: bool) -> int:
     """Bytes of student weights, gradients and both Adam moments in fp32, and of the teacher."""
-    return parameters * (16 + (dtype.itemsize if with_teacher else 0))
+    return parameters * (TRAINED_BYTES + (dtype.itemsize if with_teacher else 0))

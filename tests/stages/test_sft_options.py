@@ -19,6 +19,7 @@ from mambactl.stages import teacher_cache
 from mambactl.stages.sft import plan, run
 from mambactl.stages.training import Job
 from mambactl.train import trainer
+from mambactl.train.lora import adapted
 from mambactl.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,26 @@ def test_adapters_are_trained_merged_and_resumed(student, data, tmp_path, monkey
     run(config, student, tmp_path / "broken", resume=True)
     again = load_model(str(tmp_path / "broken")).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("fields", [{"grad_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_adapters_train_alike_when_memory_is_saved(student, data, tmp_path, fields):
+    pytest.importorskip("peft")
+    config = cpu(data, lora=4, kl_weight=0.5)
+    plain = run(config, student, tmp_path / "plain").metrics["sft"]
+    saving = run(config.model_copy(update=fields), student, tmp_path / "saving").metrics["sft"]
+    assert saving["last_loss"] == pytest.approx(plain["last_loss"], rel=0.05)
+    assert saving["last_loss"] < 0.9 * saving["first_loss"]
+
+
+def test_the_plan_of_adapters_counts_them(student, data):
+    pytest.importorskip("peft")
+    whole, found = (plan(cpu(data, **fields), student) for fields in ({}, {"lora": 4}))
+    model = adapted(load_model(student), SftConfig(lora=4))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found["trained_parameters"] == trained
+    frozen = found["parameters"] * 4
+    assert found["estimated_bytes"] == frozen + 16 * trained < whole["estimated_bytes"]
 
 
 def test_without_peft_the_line_that_installs_it_is_said(student, data, tmp_path, monkeypatch):
