@@ -121,7 +121,7 @@ def _in_turn(sources: Sequence[Iterator[Document]]) -> Iterator[Document]:
 def _checked(spec: str, schema: Schema, part: int, bad: BadRows | None) -> Iterator[Document]:
     found = False
     check = _preference if schema == "preference" else _document
-    for number, row in read_rows(spec):
+    for number, row in read_rows(spec, bad):
         found = True
         where = f"{spec}, row {number}"
         try:
@@ -131,7 +131,7 @@ def _checked(spec: str, schema: Schema, part: int, bad: BadRows | None) -> Itera
                 bad.add(MALFORMED, where, str(error), f"expected {EXPECTED[schema]}")
                 continue
             raise UsageError(f"{where}: {error}", f"expected {EXPECTED[schema]}") from None
-    if not found:
+    if not found and not (bad is not None and bad.found):
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 
 
@@ -140,8 +140,11 @@ def is_on_hub(spec: str) -> bool:
     return not (spec.endswith(SUFFIXES) or os.path.exists(spec))
 
 
-def read_rows(spec: str) -> Iterator[tuple[int, Any]]:
-    """Rows of one file or hub data set as they are, each with its number (from 1)."""
+def read_rows(spec: str, bad: BadRows | None = None) -> Iterator[tuple[int, Any]]:
+    """Rows of one file or hub data set as they are, each with its number (from 1).
+
+    Lines that are no JSON are noted in `bad`, if there is one.
+    """
     path = Path(spec)
     if is_on_hub(spec):
         return _read_hub(spec)
@@ -155,24 +158,30 @@ def read_rows(spec: str) -> Iterator[tuple[int, Any]]:
     if spec.endswith(".txt"):
         return _read_text(spec)
     if spec.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(spec)
+        return _read_jsonl(spec, bad)
     raise UsageError(f"{spec}: unknown kind of file", f"known are {', '.join(SUFFIXES)}")
 
 
-def _read_jsonl(spec: str) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(spec: str, bad: BadRows | None) -> Iterator[tuple[int, Any]]:
     opener = gzip.open if spec.endswith(".gz") else open
     number = 0
     try:
         with opener(spec, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{spec}, row {number}: not JSON ({error})", "one object per line"
-        ) from None
+                    try:
+                        yield number, json.loads(line)
+                    except json.JSONDecodeError as error:
+                        _broken(f"{spec}, row {number}", error, bad)
     except (UnicodeDecodeError, EOFError, OSError) as error:
         raise UsageError(f"{spec}, after row {number}: cannot be read ({error})") from None
+
+
+def _broken(where: str, error: json.JSONDecodeError, bad: BadRows | None) -> None:
+    problem, cure = f"not JSON ({error})", "one object per line"
+    if bad is None:
+        raise UsageError(f"{where}: {problem}", cure) from None
+    bad.add(MALFORMED, where, problem, cure)
 
 
 def _read_text(spec: str) -> Iterator[tuple[int, Any]]:

@@ -49,7 +49,7 @@ def trainer_arguments(
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(config.warmup, config.max_steps // 2),
         "max_grad_norm": config.grad_clip,
-        "gradient_checkpointing": config.grad_checkpointing,
+        "activation_checkpointing": config.grad_checkpointing,
         "bf16": amp == torch.bfloat16,
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",

@@ -112,11 +112,12 @@ def test_malformed_and_refused_rows_are_noted_with_the_rest(tmp_path, tiny_token
     path = tmp_path / "a.jsonl"
     path.write_text(
         '{"messages": [{"content": "no role"}]}\n{"text": "the river"}\n{"words": 1}\n'
+        '{"text": "cut\n'
         '{"messages": [{"role": "assistant", "content": "y"}]}\n'
     )
     bad = BadRows()
     rows = load_rows([str(path)], bad=bad)
-    assert [row.where for row in rows] == [f"{path}, row 2", f"{path}, row 4"]
+    assert [row.where for row in rows] == [f"{path}, row 2", f"{path}, row 5"]
     tokenizer = deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     examples = encode_rows(rows, tokenizer, bad=bad)
@@ -124,9 +125,12 @@ def test_malformed_and_refused_rows_are_noted_with_the_rest(tmp_path, tiny_token
         tokenizer("the river")["input_ids"]
     ]
     assert [(found.kind, found.where[-5:]) for found in bad.found] == [
-        ("malformed", "row 1"), ("malformed", "row 3"), ("refused by the template", "row 4"),
+        ("malformed", "row 1"), ("malformed", "row 3"), ("malformed", "row 4"),
+        ("refused by the template", "row 5"),
     ]  # fmt: skip
-    assert "has the role None" in bad.found[0].problem and "no system" in bad.found[2].problem
+    problems = [found.problem for found in bad.found]
+    assert "has the role None" in problems[0] and "not JSON" in problems[2]
+    assert "no system" in problems[3]
 
 
 def test_bad_rows_take_no_part_in_the_budget(tiny_tokenizer):
