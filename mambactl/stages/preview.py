@@ -58,7 +58,7 @@ def _rows(job: Job, examples: list[Example]) -> list[Any]:
 def show(example: Example, tokenizer: Any) -> None:
     """Print an example; what is learned stands between brackets, and in green on a terminal."""
     console.log(f"one example, {OPEN}what is learned{CLOSE}:")
-    console.stderr().print(marked(example, tokenizer))
+    console.show(marked(example, tokenizer))
 
 
 def marked(example: Example, tokenizer: Any) -> Text:
