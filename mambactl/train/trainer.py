@@ -87,7 +87,8 @@ def reporting(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
             if name in asked:
                 os.environ.setdefault(variable, str(folder.logs.absolute()))
         os.environ.setdefault("WANDB_PROJECT", "mambactl")
-    return {"report_to": list(asked) or "none", "run_name": folder.out.name}
+    where = {"project": "mambactl", "run_name": folder.out.name}
+    return {"report_to": list(asked) or "none", **where}
 
 
 def follow(
