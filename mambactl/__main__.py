@@ -13,7 +13,7 @@ from typing import NoReturn
 from mambactl.console import PLAIN_ERRORS, secure_streams
 from mambactl.errors import ExitCode, MambactlError
 
-EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots"}
+EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
 # commands whose work of many steps `--resume` continues
 RESUMABLE = ("distill", "sft", "dpo", "recipe")
 MEMORY_SIGNS = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")

@@ -99,8 +99,13 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], numb
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table to stderr; numbers should arrive already formatted."""
+    show(grid(title, columns, rows, numbers=True))
+
+
+def show(content: Any) -> None:
+    """Print something that rich can render to stderr."""
     if _verbosity["level"] >= 1:
-        stderr().print(grid(title, columns, rows, numbers=True))
+        stderr().print(content)
 
 
 class Task(Protocol):

@@ -4,9 +4,13 @@ Field names equal flag names with `_` for `-`. Unknown keys are errors. `recipes
 reads the files.
 """
 
+import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
 def _as_list(value: Any) -> Any:
@@ -25,6 +29,14 @@ def _as_number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def split_weight(spec: str) -> tuple[str, float | None]:
+    """A data set and its weight in a mixture: `DATA=0.7`, unless a file has that very name."""
+    data, equals, number = spec.rpartition("=")
+    if not (data and WEIGHT.fullmatch(number)) or os.path.exists(spec):
+        return spec, None
+    return data, float(number)
+
+
 Drafts = Annotated[
     Annotated[int, Field(ge=1, le=32)] | Literal["auto"], BeforeValidator(_as_number)
 ]
@@ -34,6 +46,9 @@ Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas)]
 Branches = Annotated[list[Literal["recurrent", "attention"]], BeforeValidator(_split_commas)]
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_split_commas)
+]
 Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_split_commas)]
 DistillPhases = Annotated[
     list[Literal["align", "stepwise", "logits"]], BeforeValidator(_split_commas)
@@ -92,13 +107,16 @@ class ConvertConfig(StageConfig):
 class RowsConfig(StageConfig):
     """Which rows of tokens a stage sees."""
 
-    data: DataSpecs = Field([], description="ID[:config][@split], .jsonl[.gz], .parquet or .txt")
+    data: DataSpecs = Field(
+        [], description="ID[:config][@split], .jsonl[.gz], .parquet or .txt; DATA=0.7 weighs it"
+    )
     max_steps: int = Field(200, ge=1, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="rows per step")
     grad_accum: int = Field(1, ge=1, description="batches per optimiser step")
     max_length: int = Field(512, ge=16, description="tokens per row")
     max_samples: int | None = Field(None, ge=1, description="use at most this many documents")
     packing: bool = Field(True, description="fill rows with several documents")
+    skip_bad_rows: bool = Field(False, description="go on without rows that cannot be learned")
 
 
 class MixedRowsConfig(RowsConfig):
@@ -120,7 +138,33 @@ class TrainConfig(RowsConfig):
     save_every: int = Field(100, ge=1, description="steps between resumable states")
 
 
-class DistillConfig(TrainConfig, MixedRowsConfig):
+class HeldOutConfig(TrainConfig):
+    """What follows a teacher, or what was kept of one, and is measured on the way."""
+
+    teacher_cache: str | None = Field(
+        None, description="what teacher-cache wrote, in place of the teacher when matching logits"
+    )
+    eval_data: DataSpecs = Field([], description="held-out text, measured while training")
+    eval_every: int = Field(100, ge=1, description="steps between measurements of eval_data")
+    eval_tokens: int = Field(16384, ge=64, description="tokens of eval_data that are measured")
+
+
+class TrackedConfig(TrainConfig):
+    """What transformers' trainers can report to."""
+
+    log_to: Trackers = Field(
+        [], description="tensorboard, wandb, trackio: curves there too, files in OUT.logs"
+    )
+
+
+class AdaptedConfig(TrainConfig):
+    """What may train low-rank adapters in place of the weights."""
+
+    lora: int | None = Field(None, ge=1, description="rank of adapters to train, merged at the end")
+    lora_alpha: float | None = Field(None, gt=0, description="their scale; default: twice the rank")
+
+
+class DistillConfig(HeldOutConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
     stages: DistillPhases = Field(["align", "logits"], description="what runs, in this order")
@@ -146,13 +190,7 @@ class DistillConfig(TrainConfig, MixedRowsConfig):
         "forward", description="forward is KL(teacher || student)"
     )
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the jsd mixture")
-    teacher_cache: str | None = Field(
-        None, description="what teacher-cache wrote, in place of the teacher when matching logits"
-    )
     capture: bool = Field(False, description="replay each training step as one CUDA graph")
-    eval_data: DataSpecs = Field([], description="held-out text, measured while training")
-    eval_every: int = Field(100, ge=1, description="steps between measurements of eval_data")
-    eval_tokens: int = Field(16384, ge=64, description="tokens of eval_data that are measured")
 
 
 class TeacherCacheConfig(MixedRowsConfig):
@@ -163,6 +201,9 @@ class TeacherCacheConfig(MixedRowsConfig):
     power: float = Field(
         1.0, gt=0, description="draw from its power; weights keep the estimate unbiased"
     )
+    assistant_only_loss: bool = Field(
+        False, description="for assistant turns only, as sft learns them"
+    )
 
     @property
     def teacher(self) -> None:
@@ -170,7 +211,7 @@ class TeacherCacheConfig(MixedRowsConfig):
         return None
 
 
-class SftConfig(TrainConfig):
+class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig):
     """Supervised fine-tuning with optional word-level distillation."""
 
     lr: float = Field(2e-5, gt=0, description="learning rate")
@@ -316,4 +357,4 @@ WRITERS = (*MODEL_WRITERS, "teacher-cache")
 ROW_WRITER = "generate"
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 # where a run happens is no part of what it makes
-PLACE = {"device", "trust_remote_code", "compile", "capture"}
+PLACE = {"device", "trust_remote_code", "compile", "capture", "log_to"}

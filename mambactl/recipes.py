@@ -36,7 +36,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from mambactl.errors import UsageError
-from mambactl.recipe import ROW_SUFFIXES, ROW_WRITER, STAGES, WRITERS, StageConfig
+from mambactl.recipe import (
+    ROW_SUFFIXES,
+    ROW_WRITER,
+    STAGES,
+    WRITERS,
+    StageConfig,
+    split_weight,
+)
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
 FILE_FIELDS = ("data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks")
@@ -354,7 +361,7 @@ def _take(section: Section, body: Mapping[str, Any], path: Path) -> Section:
 def _located(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_located(item, folder) for item in value]
-    if isinstance(value, str) and (folder / value).is_file():
+    if isinstance(value, str) and (folder / split_weight(value)[0]).is_file():
         return str(folder / value)
     return value
 

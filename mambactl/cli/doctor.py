@@ -8,6 +8,7 @@ from mambactl.cli.options import Json
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "typer")
 OPTIONAL = {
+    "peft": ("sft --lora", 'pip install "mambactl[lora]"'),
     "lm-eval": ("eval --tasks with harness names", 'pip install "mambactl[eval]"'),
     "matplotlib": (
         "plot, and the picture beside a distilled model",

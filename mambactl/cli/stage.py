@@ -42,6 +42,7 @@ EXAMPLES = {
     "sft": (
         "mambactl sft student.st --data chat.jsonl -o tuned.st",
         "mambactl sft student.st --data chat.jsonl --kl-weight 1",
+        "mambactl sft student.st --data chat.jsonl=0.7 --data code.jsonl=0.3 --lora 16",
     ),
     "dpo": (
         "mambactl dpo tuned.st --data preferences.jsonl -o t.st",

@@ -1,13 +1,16 @@
 """From a row of text or chat turns to token ids and the mask of tokens worth learning."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mambactl.data.bad_rows import REFUSED, BadRows
 from mambactl.data.load import Document
 from mambactl.errors import UsageError
 
+GENERATION = re.compile(r"\{%-?\s*generation\b")
 # rows that are tokenised in one call
 TOGETHER = 256
 
@@ -20,6 +23,9 @@ class Example(NamedTuple):
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
+
+
+Keep = Callable[[Document, Example], Example | None]
 
 
 def encode(row: dict[str, Any], tokenizer: Any, assistant_only: bool = False) -> Example:
@@ -38,10 +44,13 @@ def encode_rows(
     assistant_only: bool = False,
     max_tokens: int | None = None,
     seed: int | None = None,
+    keep: Keep | None = None,
+    bad: BadRows | None = None,
 ) -> list[Example]:
     """Encode rows, shuffled by `seed` if given, until `max_tokens` are there.
 
-    Raises UsageError naming file and row.
+    `keep` says what is kept of an example, None for nothing. Raises UsageError naming file and row,
+    unless there is `bad` to note it.
     """
     order: Iterable[int] = range(len(rows))
     if seed is not None:
@@ -51,7 +60,10 @@ def encode_rows(
     indices = list(order)
     for start in range(0, len(indices), TOGETHER):
         members = [rows[index] for index in indices[start : start + TOGETHER]]
-        for example in _encode_located(members, tokenizer, assistant_only):
+        for row, example in _encode_located(members, tokenizer, assistant_only, bad):
+            example = keep(row, example) if keep is not None else example
+            if example is None:
+                continue
             examples.append(example)
             total += len(example.input_ids)
             if max_tokens is not None and total >= max_tokens:
@@ -60,23 +72,26 @@ def encode_rows(
 
 
 def _encode_located(
-    rows: Sequence[Document], tokenizer: Any, assistant_only: bool
-) -> Iterable[Example]:
-    """Examples of rows; the first that cannot be encoded is named, after those before it."""
+    rows: Sequence[Document], tokenizer: Any, assistant_only: bool, bad: BadRows | None
+) -> Iterable[tuple[Document, Example]]:
+    """Rows with their examples; the first that cannot be encoded is named, after those before."""
     try:
-        return _encode_many(rows, tokenizer, assistant_only)
+        return zip(rows, _encode_many(rows, tokenizer, assistant_only), strict=True)
     except UsageError:
-        return _one_by_one(rows, tokenizer, assistant_only)
+        return _one_by_one(rows, tokenizer, assistant_only, bad)
 
 
 def _one_by_one(
-    rows: Sequence[Document], tokenizer: Any, assistant_only: bool
-) -> Iterator[Example]:
+    rows: Sequence[Document], tokenizer: Any, assistant_only: bool, bad: BadRows | None
+) -> Iterator[tuple[Document, Example]]:
     for row in rows:
         try:
-            yield encode(row, tokenizer, assistant_only)
+            yield row, encode(row, tokenizer, assistant_only)
         except UsageError as error:
-            raise UsageError(f"{row.where}: {error}", error.hint) from None
+            # without a template no chat is better than another
+            if bad is None or not getattr(tokenizer, "chat_template", None):
+                raise UsageError(f"{row.where}: {error}", error.hint) from None
+            bad.add(REFUSED, row.where, str(error), error.hint or "correct the data")
 
 
 def _encode_many(
@@ -111,22 +126,40 @@ def _encode_many(
 def _assistant_mask(
     tokenizer: Any, row: dict[str, Any], text: str, offsets: np.ndarray
 ) -> np.ndarray:
-    """Which tokens, at character `offsets` [n, 2], the assistant writes."""
+    """Which tokens, at character `offsets` [n, 2], the assistant writes.
+
+    A template that marks them is trusted; in others they are found by rendering what comes before.
+    """
+    marked = GENERATION.search(tokenizer.chat_template)
+    spans = _marked_spans(tokenizer, row) if marked else _assistant_spans(tokenizer, row, text)
     mask = np.zeros(len(offsets), bool)
-    for start, end in _assistant_spans(tokenizer, row["messages"], row.get("tools"), text):
+    for start, end in spans:
         mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
     return mask
 
 
-def _assistant_spans(
-    tokenizer: Any, messages: list[dict], tools: list | None, text: str
-) -> Iterator[tuple[int, int]]:
+def _marked_spans(tokenizer: Any, row: dict[str, Any]) -> Sequence[tuple[int, int]]:
+    """Character spans [start, end) between the generation markers of the template."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _, (spans,) = render_jinja_template(
+        [row["messages"]],
+        row.get("tools"),
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return spans
+
+
+def _assistant_spans(tokenizer: Any, row: dict[str, Any], text: str) -> Iterator[tuple[int, int]]:
     """Character spans [start, end) that the assistant writes, its end token included.
 
     A turn starts where the rendering of everything before it plus the generation prompt ends, and
     ends where the rendering through it ends, without the white space the template adds after the
     end token: a model never has to write that.
     """
+    messages, tools = row["messages"], row.get("tools")
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.errors import UsageError
 
 Schema = Literal["text", "preference"]
@@ -27,11 +28,11 @@ _HUB_ID = re.compile(r"^(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@/]+))?(?:@
 
 
 class Document(dict[str, Any]):
-    """A checked row; `where` names its file and row for messages about it."""
+    """A checked row; `where` names its file and row, `part` numbers the data set it came from."""
 
-    def __init__(self, where: str, row: Mapping[str, Any]):
+    def __init__(self, where: str, row: Mapping[str, Any], part: int = 0):
         super().__init__(row)
-        self.where = where
+        self.where, self.part = where, part
 
 
 class _Bad(Exception):
@@ -44,6 +45,7 @@ def load_rows(
     schema: Schema = "text",
     used_rows: int | None = None,
     used_tokens: int | None = None,
+    bad: BadRows | None = None,
 ) -> list[Document]:
     """Read and check every data set of `specs`, taking rows from them in turn.
 
@@ -52,9 +54,10 @@ def load_rows(
 
     A spec is a .jsonl, .jsonl.gz, .parquet (a row each) or .txt (one document) file, or a hub id
     `ID[:config][@split]`. Rows hold `text`, or `messages` and perhaps `tools`; preference rows hold
-    `prompt`, `chosen`, `rejected`, all lists of messages. Raises UsageError naming file and row.
+    `prompt`, `chosen`, `rejected`, all lists of messages. Raises UsageError naming file and
+    row; with `bad` a row that holds something else is noted there and left out.
     """
-    return list(_documents(specs, max_samples, schema, used_rows, used_tokens))
+    return list(_documents(specs, max_samples, schema, used_rows, used_tokens, bad))
 
 
 def count_rows(
@@ -62,7 +65,7 @@ def count_rows(
 ) -> int | None:
     """Check files and count their rows; None where a set lies on the hub, which is not asked."""
     found = sum(1 for _ in _documents(specs, max_samples, schema, used_rows=0))
-    streamed = [_hub_parts(spec) for spec in specs if _is_on_hub(spec)]
+    streamed = [_hub_parts(spec) for spec in specs if is_on_hub(spec)]
     return None if streamed else found
 
 
@@ -72,14 +75,15 @@ def _documents(
     schema: Schema,
     used_rows: int | None = None,
     used_tokens: int | None = None,
+    bad: BadRows | None = None,
 ) -> Iterator[Document]:
     if not specs:
         raise UsageError("no data given", f"pass --data FILE with {EXPECTED[schema]} per row")
     sources = [
-        _pool(_checked(spec, schema), used_rows, used_tokens)
-        if _is_on_hub(spec)
-        else _checked(spec, schema)
-        for spec in specs
+        _pool(_checked(spec, schema, part, bad), used_rows, used_tokens)
+        if is_on_hub(spec)
+        else _checked(spec, schema, part, bad)
+        for part, spec in enumerate(specs)
     ]
     return islice(_in_turn(sources), max_samples)
 
@@ -114,28 +118,35 @@ def _in_turn(sources: Sequence[Iterator[Document]]) -> Iterator[Document]:
         waiting = alive
 
 
-def _checked(spec: str, schema: Schema) -> Iterator[Document]:
+def _checked(spec: str, schema: Schema, part: int, bad: BadRows | None) -> Iterator[Document]:
     found = False
     check = _preference if schema == "preference" else _document
-    for number, row in read_rows(spec):
+    for number, row in read_rows(spec, bad):
         found = True
         where = f"{spec}, row {number}"
         try:
-            yield Document(where, check(row))
+            yield Document(where, check(row), part)
         except _Bad as error:
+            if bad is not None:
+                bad.add(MALFORMED, where, str(error), f"expected {EXPECTED[schema]}")
+                continue
             raise UsageError(f"{where}: {error}", f"expected {EXPECTED[schema]}") from None
-    if not found:
+    if not found and not (bad is not None and bad.found):
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 
 
-def _is_on_hub(spec: str) -> bool:
+def is_on_hub(spec: str) -> bool:
+    """Whether a name means a data set on the hub: no known kind of file, and none that is there."""
     return not (spec.endswith(SUFFIXES) or os.path.exists(spec))
 
 
-def read_rows(spec: str) -> Iterator[tuple[int, Any]]:
-    """Rows of one file or hub data set as they are, each with its number (from 1)."""
+def read_rows(spec: str, bad: BadRows | None = None) -> Iterator[tuple[int, Any]]:
+    """Rows of one file or hub data set as they are, each with its number (from 1).
+
+    Lines that are no JSON are noted in `bad`, if there is one.
+    """
     path = Path(spec)
-    if _is_on_hub(spec):
+    if is_on_hub(spec):
         return _read_hub(spec)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -147,24 +158,30 @@ def read_rows(spec: str) -> Iterator[tuple[int, Any]]:
     if spec.endswith(".txt"):
         return _read_text(spec)
     if spec.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(spec)
+        return _read_jsonl(spec, bad)
     raise UsageError(f"{spec}: unknown kind of file", f"known are {', '.join(SUFFIXES)}")
 
 
-def _read_jsonl(spec: str) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(spec: str, bad: BadRows | None) -> Iterator[tuple[int, Any]]:
     opener = gzip.open if spec.endswith(".gz") else open
     number = 0
     try:
         with opener(spec, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{spec}, row {number}: not JSON ({error})", "one object per line"
-        ) from None
+                    try:
+                        yield number, json.loads(line)
+                    except json.JSONDecodeError as error:
+                        _broken(f"{spec}, row {number}", error, bad)
     except (UnicodeDecodeError, EOFError, OSError) as error:
         raise UsageError(f"{spec}, after row {number}: cannot be read ({error})") from None
+
+
+def _broken(where: str, error: json.JSONDecodeError, bad: BadRows | None) -> None:
+    problem, cure = f"not JSON ({error})", "one object per line"
+    if bad is None:
+        raise UsageError(f"{where}: {problem}", cure) from None
+    bad.add(MALFORMED, where, problem, cure)
 
 
 def _read_text(spec: str) -> Iterator[tuple[int, Any]]:

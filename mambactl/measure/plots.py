@@ -26,13 +26,14 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 
 
 def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """(tokens, nats per token) of `held out` and of the `training` loss on logits."""
+    """(tokens, nats per token) of `held out`, and of `training` on logits or their KL."""
     return {
         "held out": [(line["tokens"], line["kl"]) for line in lines if "kl" in line],
         "training": [
-            (line["tokens"], line["loss"])
+            (line["tokens"], line.get("train_kl", line["loss"]))
             for line in lines
-            if "loss" in line and str(line.get("phase", "")).startswith(LOGITS)
+            if "loss" in line
+            and ("train_kl" in line or str(line.get("phase", "")).startswith(LOGITS))
         ],
     }
 

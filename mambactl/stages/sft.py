@@ -1,16 +1,33 @@
 """`sft`: supervised fine-tuning on text or chats, with the teacher's words weighed in if asked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mambactl import console
+from mambactl.checkpoint.vocabulary import model_config
+from mambactl.data.pack import Row
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import SftConfig
 from mambactl.stages import StageResult
-from mambactl.stages.training import Job, plan_training, report_phases
+from mambactl.stages.held_out import HeldOut
+from mambactl.stages.phases import shapes_of
+from mambactl.stages.preview import preview
+from mambactl.stages.teacher_cache import open_cache, read_record
+from mambactl.stages.training import (
+    TRAINED_BYTES,
+    Job,
+    draw_ledger,
+    plan_training,
+    report_phases,
+)
+from mambactl.train.ledger import Evaluation
+from mambactl.train.lora import adapted, merged, projections, require_peft
 from mambactl.train.run_folder import RunFolder
-from mambactl.train.trainer import follow, trainer_arguments
+from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
 STAGE = "sft"
 
@@ -25,24 +42,84 @@ def run(
 ) -> StageResult:
     """Fine-tune the model at `source` and write the result to `out`."""
     job = Job.of(STAGE, config, source)
+    _require(config)
     folder = job.folder(out, resume, force)
-    _require_loss(config)
-    student = job.student()
-    teacher = job.teacher() if config.kl_weight else None
+    tokenizer = job.tokenizer()
+    rows = job.rows(tokenizer, config.assistant_only_loss)
+    held_out = job.held_out_rows(tokenizer, config.assistant_only_loss)
+    # frozen weights need no fp32 masters
+    student = job.student(torch.float32 if config.lora is None else job.dtype)
+    teacher = _teacher(job, config, measures=bool(held_out))
     with folder.open(resume, force):
-        report = follow(_trainer(job, config, folder, student, teacher), STAGE, folder)
-        metrics = report_phases([report])
-        spec = job.teacher_spec() if teacher is not None else None
-        job.save(student, folder, spec, metrics)
+        trainer = _trainer(job, config, folder, student, teacher, rows, tokenizer)
+        evaluation = None
+        if held_out:
+            measured = HeldOut(student, teacher, held_out, config.batch_size, job.amp)
+            evaluation = Evaluation(config.eval_every, measured.measure)
+        metrics = report_phases([follow(trainer, STAGE, folder, evaluation)])
+        draw_ledger(folder, asked=bool(held_out) and teacher is not None)
+        job.save(merged(trainer.model), folder, _teacher_name(job, config, teacher), metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 
 
 def plan(config: SftConfig, source: str) -> dict[str, Any]:
-    """Resolve everything and say what would run; writes nothing."""
-    _require_loss(config)
+    """Resolve everything, read the data and say what would run; writes nothing."""
+    _require(config)
     job = Job.of(STAGE, config, source)
-    return plan_training(job, with_teacher=config.kl_weight > 0)
+    if config.teacher_cache:
+        read_record(Path(config.teacher_cache).expanduser())
+    needs_teacher = config.kl_weight > 0 and not config.teacher_cache
+    found = plan_training(job, with_teacher=needs_teacher, counts=False)
+    if config.lora is not None:
+        found |= _adapter_plan(job, config, found["estimated_bytes"], found["parameters"])
+    return found | preview(job, config.assistant_only_loss)
+
+
+def _adapter_plan(job: Job, config: SftConfig, estimated: int, parameters: int) -> dict[str, Any]:
+    """Parameters that train, and bytes where everything else is frozen."""
+    model = shapes_of(model_config(job.source))
+    sizes = [model.get_submodule(name).weight.shape for name in projections(model)]
+    count = config.lora * sum(map(sum, sizes))
+    frozen = parameters * (TRAINED_BYTES - job.dtype.itemsize)
+    return {
+        "trained_parameters": count,
+        "estimated_bytes": estimated - frozen + count * TRAINED_BYTES,
+    }
+
+
+def _require(config: SftConfig) -> None:
+    """Raise for what cannot be trained, before anything is loaded."""
+    if not config.ce_weight and not config.kl_weight:
+        raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
+    if config.teacher_cache and not config.kl_weight:
+        raise UsageError("--teacher-cache is of no use without a KL", "add --kl-weight 1")
+    if config.lora_alpha is not None and config.lora is None:
+        raise UsageError("--lora-alpha scales adapters, and there are none", "add --lora RANK")
+    require_peft(config)
+    require_trackers(config)
+
+
+def _teacher(job: Job, config: SftConfig, measures: bool) -> HybridForCausalLM | None:
+    """The model that the KL or a measurement needs; a measurement alone can do without."""
+    if config.kl_weight and (measures or not config.teacher_cache):
+        return job.teacher()
+    if not measures:
+        return None
+    try:
+        return job.teacher()
+    except UsageError as error:
+        console.log(f"held out: cross entropy only, {error}")
+        return None
+
+
+def _teacher_name(job: Job, config: SftConfig, teacher: HybridForCausalLM | None) -> str | None:
+    """Whom the KL followed, for the lineage."""
+    if not config.kl_weight:
+        return None
+    if teacher is not None:
+        return job.teacher_spec()
+    return read_record(Path(config.teacher_cache).expanduser())["teacher"]
 
 
 def _trainer(
@@ -51,29 +128,29 @@ def _trainer(
     folder: RunFolder,
     student: HybridForCausalLM,
     teacher: HybridForCausalLM | None,
+    rows: Sequence[Row],
+    tokenizer: Any,
 ) -> Any:
     from trl import SFTConfig
 
-    from mambactl.train.matching import MatchingTrainer, as_dataset, collate_features
+    from mambactl.train.matching import MatchingTrainer, as_dataset, cached, collate_features
 
-    tokenizer = job.tokenizer()
-    rows = job.rows(tokenizer, config.assistant_only_loss)
+    collator = collate_features
+    if config.teacher_cache:
+        collator, teacher = cached(open_cache(job, config, student, rows)), None
     shared = trainer_arguments(config, folder, config.lr, job.device, job.amp)
     # rows are packed and masked already, the same way as for distillation
     prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    # drawn so that a resumed run starts from the same adapters, though it reads them back
+    torch.manual_seed(config.seed)
     return MatchingTrainer(
-        student,
+        adapted(student, config),
         SFTConfig(**shared, **prepared),
-        teacher=teacher,
+        teacher=teacher if config.kl_weight else None,
         kl_weight=config.kl_weight,
         ce_weight=config.ce_weight,
         amp=job.amp,
-        data_collator=collate_features,
+        data_collator=collator,
         train_dataset=as_dataset(rows),
         processing_class=tokenizer,
     )
-
-
-def _require_loss(config: SftConfig) -> None:
-    if not config.ce_weight and not config.kl_weight:
-        raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")

@@ -19,11 +19,12 @@ from mambactl.checkpoint.reader import LINEAGE, open_checkpoint, read_lineage
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.summary import describe
 from mambactl.data.load import count_rows
+from mambactl.data.mixture import names
 from mambactl.data.pack import Row, collate
 from mambactl.disk import explained, gib
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import PLACE, DistillConfig, TeacherCacheConfig
+from mambactl.recipe import PLACE, DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.stages import StageResult
 from mambactl.stages.training import Job
 from mambactl.train.run_folder import RunFolder
@@ -43,6 +44,7 @@ SHARD_TOKENS = 1 << 20
 ROW_OPTIONS = (
     *("max_steps", "batch_size", "grad_accum"),
     *("max_length", "max_samples", "recall_share", "seed"),
+    *("packing", "skip_bad_rows", "assistant_only_loss"),
 )
 
 
@@ -58,7 +60,7 @@ def run(
     job = Job.of(STAGE, config, source)
     folder = _folder(job, out, resume, force)
     tokenizer = job.tokenizer()
-    rows = _distinct(job.rows(tokenizer))
+    rows = _distinct(job.rows(tokenizer, config.assistant_only_loss))
     teacher = load_model(source, job.device, job.dtype).requires_grad_(False)
     started = time.perf_counter()
     with folder.open(resume, force):
@@ -88,7 +90,7 @@ def plan(config: TeacherCacheConfig, source: str) -> dict[str, Any]:
         "source": found["checkpoint"],
         "parameters": found["parameters"],
         "samples": config.samples,
-        "documents": count_rows(config.data, config.max_samples),
+        "documents": count_rows(names(config.data), config.max_samples),
         "tokens_at_most": job.budget,
         "recall_tokens_at_most": job.recall_budget,
         "device": str(job.device),
@@ -99,27 +101,40 @@ def plan(config: TeacherCacheConfig, source: str) -> dict[str, Any]:
 def cached_objective(
     job: Job, config: DistillConfig, student: HybridForCausalLM, rows: Sequence[Row]
 ) -> CachedObjective:
-    """The logits objective of `distill --teacher-cache`; every row of the run must be there.
-
-    Raises UsageError for a cache of another vocabulary, temperature, teacher or other rows.
-    """
-    folder = Path(config.teacher_cache).expanduser()
-    kept = read_record(folder)
+    """The logits objective of `distill --teacher-cache`; raises UsageError as `open_cache` does."""
     if config.divergence != "forward":
         raise UsageError(
             f"a teacher cache estimates the forward KL, not {config.divergence}",
             "drop --teacher-cache or --divergence",
         )
-    _require_same(job, config, student, folder, kept)
+    cache = open_cache(job, config, student, rows, config.temperature)
+    weights = (config.kl_weight, config.ce_weight, config.temperature)
+    return CachedObjective(student, cache, *weights, amp=job.amp)
+
+
+def open_cache(
+    job: Job,
+    config: HeldOutConfig,
+    student: HybridForCausalLM,
+    rows: Sequence[Row],
+    temperature: float = 1.0,
+) -> TeacherCache:
+    """What `--teacher-cache` names; every row of the run must be there.
+
+    Raises UsageError for a cache of another vocabulary, temperature, teacher or other rows.
+    """
+    folder = Path(config.teacher_cache).expanduser()
+    kept = read_record(folder)
+    _require_same(job, config, student, folder, kept, temperature)
     cache = TeacherCache(folder)
     missing = sum(key not in cache for row in rows for key in digests(row))
     if missing:
         raise UsageError(
-            f"{missing} of {len(rows)} rows are not in {folder}", _command(job, config, kept)
+            f"{missing} of {len(rows)} rows are not in {folder}",
+            _command(job, config, kept, temperature),
         )
     console.log(f"{len(cache)} rows of {kept['teacher']} from {folder}, no teacher in memory")
-    weights = (config.kl_weight, config.ce_weight, config.temperature)
-    return CachedObjective(student, cache, *weights, amp=job.amp)
+    return cache
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -215,17 +230,17 @@ def _vocabulary_digest(tokenizer: Any) -> str:
 
 def _require_same(
     job: Job,
-    config: DistillConfig,
+    config: HeldOutConfig,
     student: HybridForCausalLM,
     folder: Path,
     kept: dict[str, Any],
+    temperature: float,
 ) -> None:
     """Raise UsageError where the cache speaks of other distributions than the run asks for."""
-    again = _command(job, config, kept)
-    if kept["temperature"] != config.temperature:
+    again = _command(job, config, kept, temperature)
+    if kept["temperature"] != temperature:
         raise UsageError(
-            f"{folder} was drawn at temperature {kept['temperature']:g}, not at "
-            f"{config.temperature:g}",
+            f"{folder} was drawn at temperature {kept['temperature']:g}, not at {temperature:g}",
             again,
         )
     sizes = kept["vocab_size"], student.config.vocab_size
@@ -238,15 +253,18 @@ def _require_same(
         raise UsageError(f"{folder} was drawn from {kept['teacher']}, not from {given}", again)
 
 
-def _command(job: Job, config: DistillConfig, kept: dict[str, Any]) -> str:
+def _command(job: Job, config: HeldOutConfig, kept: dict[str, Any], temperature: float) -> str:
     """The line that makes the cache of a run; options of the usual value are left out."""
     words = ["mambactl", STAGE, config.teacher or kept["teacher"]]
     words += [word for spec in config.data for word in ("--data", spec)]
-    usual = type(config).model_fields
-    for name in (*ROW_OPTIONS, "temperature"):
-        value = getattr(config, name)
-        if value != usual[name].default:
-            words += [f"--{name.replace('_', '-')}", f"{value}"]
-    if not config.packing:
-        words.append("--no-packing")
+    usual = TeacherCacheConfig.model_fields
+    asked = {name: getattr(config, name) for name in ROW_OPTIONS if hasattr(config, name)}
+    for name, value in (asked | {"temperature": temperature}).items():
+        flag = name.replace("_", "-")
+        if value == usual[name].default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", f"{value}"]
     return shlex.join([*words, "-o", str(config.teacher_cache), "--force"])

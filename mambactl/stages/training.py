@@ -19,18 +19,24 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import refuse_existing, save_model
 from mambactl.checkpoint.summary import describe
 from mambactl.checkpoint.vocabulary import require_same_tokens
+from mambactl.data.bad_rows import BadRows
+from mambactl.data.checks import screened
 from mambactl.data.format import Example, encode_rows
 from mambactl.data.load import Document, Schema, count_rows, load_rows
+from mambactl.data.mixture import mixed, names, shares
 from mambactl.data.pack import Row, pack
 from mambactl.data.recall import recall_documents, recall_tokens, require_recall_length
 from mambactl.errors import ResourceError, UsageError
 from mambactl.measure.plots import draw
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import PLACE, DistillConfig, MixedRowsConfig, TrainConfig
+from mambactl.recipe import PLACE, HeldOutConfig, MixedRowsConfig, TrainConfig
 from mambactl.stages.placement import place
 from mambactl.stages.teacher import teacher_of
 from mambactl.train.ledger import PhaseReport
 from mambactl.train.run_folder import RunFolder
+
+# of a parameter that trains: weight, gradient and both moments in fp32
+TRAINED_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,14 @@ class Job:
             "source_sha256": header_digest(resolve(self.source).path),
             "teacher": given and _name(given),
             "teacher_sha256": given and header_digest(resolve(given).path),
-            "data": [_name(spec) for spec in self.config.data],
-            "data_sha256": [_file_digest(spec) for spec in self.config.data],
+            "data": [_name(spec) for spec in names(self.config.data)],
+            "data_sha256": [_file_digest(spec) for spec in names(self.config.data)],
+            "data_shares": shares(self.config.data),
             **self._held_out_identity(),
         }
 
     def _held_out_identity(self) -> dict[str, Any]:
-        if not isinstance(self.config, DistillConfig):
+        if not isinstance(self.config, HeldOutConfig):
             return {}
         specs, cache = self.config.eval_data, self.config.teacher_cache
         return {
@@ -149,24 +156,61 @@ class Job:
         """The most tokens of recall documents that the run can see."""
         return round(self.recall_share * self.budget)
 
-    def documents(self, schema: Schema = "text") -> list[Document]:
-        """The rows of `data`, checked."""
-        limits = {"used_rows": self.examples}
+    def bad_rows(self) -> BadRows:
+        """Where rows are noted that nothing can be learned from; `settle` it before training."""
+        return BadRows(self.config.skip_bad_rows)
+
+    def documents(self, schema: Schema = "text", bad: BadRows | None = None) -> list[Document]:
+        """The rows of `data`, checked; malformed ones go to `bad`, or are settled at once."""
+        limits: dict[str, Any] = {"used_rows": self.examples}
         if schema == "text" and self.config.packing:
             limits = {"used_tokens": self.budget}
-        return load_rows(self.config.data, self.config.max_samples, schema, **limits)
+        noted = self.bad_rows() if bad is None else bad
+        limits["bad"] = noted
+        specs = names(self.config.data)
+        documents = load_rows(specs, self.config.max_samples, schema, **limits)
+        if bad is None:
+            noted.settle()
+        return documents
+
+    def count_documents(self, schema: Schema = "text") -> int | None:
+        """Check the data's files and count rows; None where a set lies on the hub."""
+        shares(self.config.data)
+        return count_rows(names(self.config.data), self.config.max_samples, schema)
+
+    def examples_of(
+        self, documents: Sequence[Document], tokenizer: Any, assistant_only: bool, bad: BadRows
+    ) -> list[Example]:
+        """Documents as tokens, those that the run can see; bad rows are noted."""
+        config = self.config
+        longest = config.max_length if assistant_only else None
+
+        def encoded(members: Sequence[Document], max_tokens: int | None) -> list[Example]:
+            return encode_rows(
+                members,
+                tokenizer,
+                assistant_only,
+                max_tokens,
+                config.seed,
+                keep=lambda row, example: screened(row, example, tokenizer, bad, longest),
+                bad=bad,
+            )
+
+        if config.packing:
+            budget = self.budget - self.recall_budget
+            return mixed(config.data, documents, encoded, budget)
+        return mixed(config.data, documents, encoded, None, config.max_length)
 
     def rows(self, tokenizer: Any, assistant_only: bool = False) -> list[Row]:
-        """Packed rows, as many as the run can see: text, and recall documents among it."""
-        config = self.config
-        documents = self.documents()
-        examples = encode_rows(
-            documents,
-            tokenizer,
-            assistant_only,
-            max_tokens=self.budget - self.recall_budget if config.packing else None,
-            seed=config.seed,
-        )
+        """Packed rows, as many as the run can see: text, and recall documents among it.
+
+        Raises UsageError for rows that nothing can be learned from, unless they are to be skipped.
+        """
+        config, bad = self.config, self.bad_rows()
+        shares(config.data)
+        documents = self.documents(bad=bad)
+        examples = self.examples_of(documents, tokenizer, assistant_only, bad)
+        bad.settle()
         recalled = self._recall_examples(tokenizer, examples)
         rows = pack([*examples, *recalled], config.max_length, config.packing)
         real = sum(int(row.valid.sum()) for row in rows)
@@ -176,6 +220,11 @@ class Job:
             f"data: {len(examples)} of {len(documents)} documents"
             f"{generated if self.recall_share else ''} in {len(rows)} rows, {real:,} tokens"
         )
+        if cut := sum(len(example.input_ids) > config.max_length for example in examples):
+            console.log(
+                f"{cut} of them are longer than --max-length {config.max_length} and are "
+                + ("continued in other rows" if config.packing else "cut there")
+            )
         return rows
 
     def _recall_examples(self, tokenizer: Any, text: Sequence[Example]) -> list[Example]:
@@ -186,19 +235,31 @@ class Job:
         documents = recall_documents(tokenizer, asked, config.max_length, config.seed)
         return [document.example for document in documents]
 
-    def held_out_rows(self, tokenizer: Any) -> list[Row]:
-        """Packed rows of `eval_data`, about `eval_tokens` of them and the same every time."""
+    def held_out_rows(self, tokenizer: Any, assistant_only: bool = False) -> list[Row]:
+        """Packed rows of `eval_data`, about `eval_tokens` of them and the same every time.
+
+        With `assistant_only`, chats without a whole answer are left out and reported.
+        """
         config = self.config
         if not config.eval_data:
             return []
-        if shared := sorted({_name(s) for s in config.data} & {_name(s) for s in config.eval_data}):
+        if shared := sorted(
+            {_name(s) for s in names(config.data)} & {_name(s) for s in config.eval_data}
+        ):
             raise UsageError(
                 f"{', '.join(shared)} is training data and held out", "give other --eval-data"
             )
         documents = load_rows(config.eval_data, used_tokens=2 * config.eval_tokens)
+        bad, longest = BadRows(skip=True), config.max_length if assistant_only else None
         examples = encode_rows(
-            documents, tokenizer, max_tokens=2 * config.eval_tokens, seed=config.seed
+            documents,
+            tokenizer,
+            assistant_only,
+            2 * config.eval_tokens,
+            config.seed,
+            keep=lambda row, example: screened(row, example, tokenizer, bad, longest),
         )
+        bad.settle()
         rows = pack(examples, config.max_length)
         chosen, tokens = [], 0
         for index in np.random.default_rng(config.seed).permutation(len(rows)):
@@ -236,9 +297,16 @@ class Job:
 
 
 def plan_training(
-    job: Job, schema: Schema = "text", with_teacher: bool = True, foreign: bool = False
+    job: Job,
+    schema: Schema = "text",
+    with_teacher: bool = True,
+    foreign: bool = False,
+    counts: bool = True,
 ) -> dict[str, Any]:
-    """What a run would do, from headers and files; nothing is written, no hub set is read."""
+    """What a run would do, from headers and files; nothing is written, no hub set is read.
+
+    Without `counts` documents are left to the caller.
+    """
     found = describe(job.source)
     teacher = job.teacher_spec() if with_teacher else None
     if teacher is not None:
@@ -251,7 +319,7 @@ def plan_training(
         "parts": found["parts"],
         "device": str(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),
-        "documents": count_rows(job.config.data, job.config.max_samples, schema),
+        "documents": job.count_documents(schema) if counts else None,
         "tokens_at_most": job.budget,
         "recall_tokens_at_most": job.recall_budget,
         "estimated_bytes": _estimate(found["parameters"], job.dtype, with_teacher),
@@ -309,4 +377,4 @@ def _file_digest(spec: str) -> str | None:
 
 def _estimate(parameters: int, dtype: torch.dtype, with_teacher: bool) -> int:
     """Bytes of student weights, gradients and both Adam moments in fp32, and of the teacher."""
-    return parameters * (16 + (dtype.itemsize if with_teacher else 0))
+    return parameters * (TRAINED_BYTES + (dtype.itemsize if with_teacher else 0))

@@ -45,6 +45,7 @@ class PhaseReport:
     kl: float | None = None
     agreement: float | None = None
     perplexity_ratio: float | None = None
+    ce: float | None = None
 
 
 @dataclass(frozen=True)

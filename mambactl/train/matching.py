@@ -1,6 +1,6 @@
-"""TRL's SFT trainer on our packed rows, with the KL to a teacher where one is given."""
+"""TRL's SFT trainer on our packed rows, with the KL to a teacher or to what was kept of one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +10,21 @@ from trl import SFTTrainer
 
 from mambactl.data.pack import Batch, Row, collate
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.train.losses import Teacher, distillation_loss
-from mambactl.train.objectives import autocast, last_hidden
+from mambactl.train.lora import plain
+from mambactl.train.losses import SampledTeacher, Teacher, distillation_loss
+from mambactl.train.objectives import autocast, last_hidden, next_tokens
+from mambactl.train.teacher_cache import TeacherCache
 
 IGNORED = -100
+# of a batch, what a cache holds for it: the fields of a `SampledTeacher`
+CACHED = tuple(f"teacher_{name}" for name in SampledTeacher._fields)
 
 
 class MatchingTrainer(SFTTrainer):
     """Mean over learned tokens of ce_weight * CE + kl_weight * KL(teacher || student).
 
-    Without a teacher the loss is TRL's own, scaled. Metrics `kl` and `ce` are in nats per token.
+    The teacher is a model, or comes with the batches of a `cached` collator. Without one the loss
+    is TRL's own, scaled. Metrics `train_kl` and `train_ce` are in nats per token.
     """
 
     def __init__(
@@ -43,11 +48,13 @@ class MatchingTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one batch; see the class."""
-        if self.teacher is None:
+        if self.teacher is None and CACHED[0] not in inputs:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             scale = self.weights["ce_weight"]
             return (scale * loss[0], loss[1]) if return_outputs else scale * loss
-        loss = self._matched(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
+        loss = self._matched(
+            plain(self.accelerator.unwrap_model(model)), inputs, num_items_in_batch
+        )
         return (loss, None) if return_outputs else loss
 
     def _matched(
@@ -58,21 +65,24 @@ class MatchingTrainer(SFTTrainer):
             inputs["input_ids"], inputs.get("seq_idx"), inputs["position_ids"], learned, learned
         )
         with autocast(batch.input_ids.device, self.amp):
-            with torch.no_grad():
-                guide = last_hidden(self.teacher, batch)[:, :-1]
             losses = distillation_loss(
-                last_hidden(model, batch)[:, :-1],
+                last_hidden(model, batch),
                 model.lm_head.weight,
-                batch.input_ids[:, 1:],
-                learned[:, 1:],
-                Teacher(guide, self.teacher.lm_head.weight),
+                *next_tokens(batch),
+                self._guide(batch, inputs),
                 **self.weights,
             )
         found = learned[:, 1:].sum().clamp(min=1)
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["kl"].append((losses.kl / found).item())
-        self._metrics[mode]["ce"].append((losses.ce / found).item())
+        self._metrics[mode]["train_kl"].append((losses.kl / found).item())
+        self._metrics[mode]["train_ce"].append((losses.ce / found).item())
         return losses.total / (found if items is None else items)
+
+    @torch.no_grad()
+    def _guide(self, batch: Batch, inputs: dict[str, Tensor]) -> Teacher | SampledTeacher:
+        if CACHED[0] in inputs:
+            return SampledTeacher(*(inputs[name] for name in CACHED))
+        return Teacher(last_hidden(self.teacher, batch), self.teacher.lm_head.weight)
 
 
 def as_dataset(rows: Sequence[Row]) -> Dataset:
@@ -83,7 +93,20 @@ def as_dataset(rows: Sequence[Row]) -> Dataset:
 
 def collate_features(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch as keyword arguments of the model, labels -100 where nothing is learned."""
-    batch = collate([Row(**feature) for feature in features])
+    return _arguments(collate([Row(**feature) for feature in features]))
+
+
+def cached(cache: TeacherCache) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+    """`collate_features` with what the cache holds for the rows, found by what is in them."""
+
+    def looked_up(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate([Row(**feature) for feature in features])
+        return _arguments(batch) | dict(zip(CACHED, cache.batch(batch), strict=True))
+
+    return looked_up
+
+
+def _arguments(batch: Batch) -> dict[str, Tensor]:
     inputs = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,

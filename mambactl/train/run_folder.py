@@ -32,6 +32,8 @@ class RunFolder:
         self.plot = self.path / "metrics.png"
         self.staged = self.path / out.name
         self.trainer = self.path / "trainer"
+        # of trackers, which may be watched: where they stay
+        self.logs = out.with_name(out.name + ".logs")
         self._identity = self.path / RUN_FILE
         self._state = self.path / "state.pt"
 

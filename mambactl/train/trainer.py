@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import time
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,11 +13,22 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from mambactl import console
-from mambactl.errors import CheckError
-from mambactl.recipe import TrainConfig
+from mambactl.errors import CheckError, ResourceError
+from mambactl.recipe import TrackedConfig, TrainConfig
 from mambactl.train.interrupt import StopRequest
-from mambactl.train.loop import PhaseReport
+from mambactl.train.ledger import Evaluation, PhaseReport
 from mambactl.train.run_folder import RunFolder
+
+# what transformers' callbacks take for a tracker, where that is not the package of its name
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+# the variables by which trackers are told where their files go
+FOLDERS = {
+    "tensorboard": "TENSORBOARD_LOGGING_DIR",
+    "wandb": "WANDB_DIR",
+    "trackio": "TRACKIO_DIR",
+}
+# held-out measurements that a report keeps
+MEASURED = ("kl", "agreement", "perplexity_ratio", "ce")
 
 
 def trainer_arguments(
@@ -36,7 +49,7 @@ def trainer_arguments(
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(config.warmup, config.max_steps // 2),
         "max_grad_norm": config.grad_clip,
-        "gradient_checkpointing": config.grad_checkpointing,
+        "activation_checkpointing": config.grad_checkpointing,
         "bf16": amp == torch.bfloat16,
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
@@ -47,28 +60,56 @@ def trainer_arguments(
         # the filter would show the last good loss in place of a nan
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "all",
-        "report_to": "none",
+        **reporting(config, folder),
         "disable_tqdm": True,
         "seed": config.seed,
         "data_seed": config.seed,
     }
 
 
-def follow(trainer: Trainer, name: str, folder: RunFolder) -> PhaseReport:
+def require_trackers(config: TrainConfig) -> None:
+    """Raise ResourceError where a package that `--log-to` names is missing."""
+    for name in config.log_to if isinstance(config, TrackedConfig) else []:
+        if not any(find_spec(package) for package in PACKAGES.get(name, (name,))):
+            raise ResourceError(f"--log-to {name} needs {name}, which is missing",
+                                f"pip install {name}")  # fmt: skip
+
+
+def reporting(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
+    """Arguments of a trainer that say where its curves go besides metrics.jsonl.
+
+    Files go to `OUT.logs`, unless the environment variables of a tracker say otherwise.
+    """
+    asked = config.log_to if isinstance(config, TrackedConfig) else []
+    if asked:
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        for name, variable in FOLDERS.items():
+            if name in asked:
+                os.environ.setdefault(variable, str(folder.logs.absolute()))
+        os.environ.setdefault("WANDB_PROJECT", "mambactl")
+    where = {"project": "mambactl", "run_name": folder.out.name}
+    return {"report_to": list(asked) or "none", **where}
+
+
+def follow(
+    trainer: Trainer, name: str, folder: RunFolder, evaluation: Evaluation | None = None
+) -> PhaseReport:
     """Train from the folder's newest checkpoint, if any, to the end; tokens include padding.
 
+    `evaluation` is measured before the first step, every so many steps and after the last one.
     SIGINT and SIGTERM save a checkpoint first. Raises CheckError when the loss is not finite.
     """
     started = time.perf_counter()
     checkpoint = folder.trainer_checkpoint()
-    folder.truncate_log(_steps_of(checkpoint) if checkpoint else 0)
+    folder.truncate_log(_lines_until(folder, _steps_of(checkpoint)) if checkpoint else 0)
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()
     with StopRequest() as stop, console.progress(name, trainer.args.max_steps) as bar:
-        trainer.add_callback(_Watch(name, folder, stop, bar))
+        trainer.add_callback(_Watch(name, folder, stop, bar, trainer, evaluation))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.deliver()
-    lines = [json.loads(line) for line in folder.metrics.read_text("utf-8").splitlines()]
+    lines = [line for line in read_log(folder) if "loss" in line]
+    measured = {key: value for key, value in lines[-1].items() if key in MEASURED}
     return PhaseReport(
         name,
         steps=lines[-1]["step"],
@@ -76,19 +117,31 @@ def follow(trainer: Trainer, name: str, folder: RunFolder) -> PhaseReport:
         last_loss=lines[-1]["loss"],
         tokens=lines[-1]["tokens"],
         seconds=time.perf_counter() - started,
+        **measured,
     )
 
 
 class _Watch(TrainerCallback):
-    """Progress, metrics.jsonl and the answer to a stop request."""
+    """Progress, metrics.jsonl, held-out text and the answer to a stop request."""
 
-    def __init__(self, name: str, folder: RunFolder, stop: StopRequest, bar: console.Task):
+    def __init__(
+        self,
+        name: str,
+        folder: RunFolder,
+        stop: StopRequest,
+        bar: console.Task,
+        trainer: Trainer,
+        evaluation: Evaluation | None,
+    ):
         self.name, self.folder, self.stop, self.bar = name, folder, stop, bar
+        self.trainer, self.evaluation = trainer, evaluation
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.bar.advance(state.global_step)
+        if state.global_step == 0 and self.evaluation is not None:
+            self.folder.log({"phase": self.name, "step": 0, "tokens": 0} | self._measure())
 
     def on_log(
         self,
@@ -110,7 +163,10 @@ class _Watch(TrainerCallback):
         # `num_tokens` of TRL counts one row of a batch and starts again after a resume
         entry |= {"lr": found.pop("learning_rate"), "tokens": state.num_input_tokens_seen}
         skipped = ("num_tokens", "num_input_tokens_seen", "epoch")
-        self.folder.log(entry | {k: v for k, v in found.items() if k not in skipped})
+        entry |= {k: v for k, v in found.items() if k not in skipped}
+        if self._evaluates(state.global_step, args.max_steps):
+            entry |= self._measure()
+        self.folder.log(entry)
         self.bar.advance(1, f"loss {entry['loss']:.4f}")
 
     def on_step_end(
@@ -118,6 +174,37 @@ class _Watch(TrainerCallback):
     ) -> None:
         if self.stop.signum is not None:
             control.should_save = control.should_training_stop = True
+
+    def _evaluates(self, step: int, steps: int) -> bool:
+        if self.evaluation is None:
+            return False
+        return step == steps or step % self.evaluation.every == 0
+
+    def _measure(self) -> dict[str, Any]:
+        """Held-out metrics, which go to the trackers too."""
+        model = self.trainer.model
+        model.eval()
+        found = self.evaluation.measure()
+        # still in eval mode: the trainer's own means of a step are being written
+        self.trainer.log({f"eval_{key}": value for key, value in found.items()})
+        model.train()
+        return found
+
+
+def read_log(folder: RunFolder) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, up to one that a kill tore."""
+    found = []
+    for line in folder.metrics.read_text("utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def _lines_until(folder: RunFolder, step: int) -> int:
+    """How many lines are of steps up to this one."""
+    return sum(line["step"] <= step for line in read_log(folder))
 
 
 def _steps_of(checkpoint: Any) -> int:

@@ -16,6 +16,8 @@ EVERY_STAGE = (
 )
 OUTPUT = "--out --resume --force"
 ROWS = "--data --max-steps --batch-size --grad-accum --max-length --max-samples --packing"
+ROWS = f"{ROWS} --skip-bad-rows"
+HELD_OUT = "--teacher-cache --eval-data --eval-every --eval-tokens"
 MIXED = "--recall-share"
 TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --compile"
 SAMPLING = (
@@ -28,11 +30,13 @@ FLAGS = {
     f"--max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "distill": f"{TRAINING} {MIXED} --stages --align-steps --align-lr --stepwise-steps "
     "--stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr --schedule --kl-weight "
-    "--ce-weight --temperature --divergence --jsd-beta --teacher-cache --capture --eval-data "
-    f"--eval-every --eval-tokens {OUTPUT} {EVERY_STAGE}",
-    "sft": f"{TRAINING} --lr --ce-weight --kl-weight --assistant-only-loss {OUTPUT} {EVERY_STAGE}",
+    f"--ce-weight --temperature --divergence --jsd-beta --capture {HELD_OUT} {OUTPUT} "
+    f"{EVERY_STAGE}",
+    "sft": f"{TRAINING} {HELD_OUT} --lr --ce-weight --kl-weight --assistant-only-loss --lora "
+    f"--lora-alpha --log-to {OUTPUT} {EVERY_STAGE}",
     "dpo": f"{TRAINING} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
-    "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power {OUTPUT} {EVERY_STAGE}",
+    "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power --assistant-only-loss "
+    f"{OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
     f"--recall-rows --control --control-window --control-sinks --ablate {EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",

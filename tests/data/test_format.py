@@ -80,3 +80,47 @@ def test_rows_are_shuffled_by_seed_and_stop_at_the_budget(tiny_tokenizer):
     assert sum(lengths[:-1]) < 50 <= sum(lengths)
     assert lengths != sorted(lengths)
     assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(some, again, strict=True))
+
+
+# the published templates in short, with special tokens that the tiny tokenizer has
+TEMPLATES = {
+    "llama3": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '<unk>\n\n' + m.content | trim }}"
+        "<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant<unk>\n\n' }}{% endif %}"
+    ),
+    "zephyr": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|im_end|>' }}\n"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}\n{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content }}"
+        "<|im_end|>{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_without_markers_are_masked_all_the_same(tiny_tokenizer, name):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATES[name]
+    example = encode({"messages": MESSAGES}, tokenizer, assistant_only=True)
+    learned = tokenizer.decode(example.input_ids[example.loss_mask])
+    assert learned == "the river <|im_end|> a small house <|im_end|>"
+
+
+def test_a_templates_own_markers_are_trusted(tiny_tokenizer):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tiny_tokenizer)
+    # such as drop earlier thoughts: no rendering of a part is a part of the whole
+    tokenizer.chat_template = (
+        "{{ messages | length }} {% for m in messages %}<|im_start|> {{ m.role }} "
+        "{%- if m.role == 'assistant' %}{% generation %} {{ m.content }} <|im_end|>"
+        "{% endgeneration %}{% else %} {{ m.content }} <|im_end|>{% endif %} {% endfor %}"
+    )
+    example = encode({"messages": MESSAGES}, tokenizer, assistant_only=True)
+    learned = tokenizer.decode(example.input_ids[example.loss_mask])
+    assert learned == "the river <|im_end|> a small house <|im_end|>"

@@ -42,7 +42,8 @@ class AttentionMixer(nn.Module):
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
         """Queries, keys and values; with `whole` in one product, which a whole row fills better."""
         parts = self.q_proj, self.k_proj, self.v_proj
-        if not whole:
+        # an adapter around a projection acts when it is called, not in its weight
+        if not whole or any(type(part) is not nn.Linear for part in parts):
             return tuple(part(hidden) for part in parts)
         weight = torch.cat([part.weight for part in parts])
         bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])

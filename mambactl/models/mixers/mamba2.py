@@ -90,8 +90,10 @@ class Mamba2Mixer(KeepsFloat32):
         """
         s = self.sizes
         widths = [s.d_inner, s.conv_dim, s.n_heads]
-        weight, bias = self.in_proj.weight, self.in_proj.bias
+        # an adapter around the projection acts when it is called, not in its weight
+        whole = whole and type(self.in_proj) is nn.Linear
         missing = -sum(widths) % ALIGNED if whole else 0
+        weight, bias = self.in_proj.weight, self.in_proj.bias
         if whole and self.training:
             biases = [None] * 3 if bias is None else bias.split(widths)
             parts = zip(weight.split(widths), biases, widths, strict=True)

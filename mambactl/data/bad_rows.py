@@ -1,0 +1,60 @@
+"""Rows that nothing good can be learned from: named, then refused or left out."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from mambactl import console
+from mambactl.errors import UsageError
+
+# rows that are named one by one; the rest is counted
+NAMED = 10
+MALFORMED, REFUSED, DOUBLED = "malformed", "refused by the template", "doubled begin token"
+EMPTY, UNANSWERED, LONG = "empty answer", "no answer", "too long"
+
+
+class Bad(NamedTuple):
+    """One row: its kind of fault, where it lies, a sentence about it, and what to do."""
+
+    kind: str
+    where: str
+    problem: str
+    cure: str
+
+
+class BadRows:
+    """What was found so far; `settle` refuses the run, or with `skip` says what it left out."""
+
+    def __init__(self, skip: bool = False):
+        self.skip = skip
+        self.found: list[Bad] = []
+
+    def add(self, kind: str, where: str, problem: str, cure: str = "correct the data") -> None:
+        """Note one row."""
+        self.found.append(Bad(kind, where, problem, cure))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of every kind, the most frequent first."""
+        return dict(Counter(bad.kind for bad in self.found).most_common())
+
+    def report(self) -> str:
+        """Name the first rows on stderr; how many there are of each kind, in words."""
+        for bad in self.found[:NAMED]:
+            console.log(f"{bad.where}: {bad.problem}")
+        if len(self.found) > NAMED:
+            console.log(f"and {len(self.found) - NAMED} more")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
+        return f"{len(self.found)} bad row{'s' if len(self.found) > 1 else ''} ({kinds})"
+
+    def settle(self) -> None:
+        """Warn of rows that are skipped; raises UsageError where they are not to be."""
+        if not self.found:
+            return
+        if self.skip:
+            console.warn(f"{self.report()} left out")
+            return
+        first = self.found[0]
+        message = f"{first.where}: {first.problem}"
+        if len(self.found) > 1:
+            message = f"{self.report()}, the first in {message}"
+        raise UsageError(message, f"{first.cure}, or go on without such rows: --skip-bad-rows")

@@ -1,0 +1,61 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on every projection inside the blocks, with peft."""
+
+from typing import Any
+
+from torch import nn
+
+from mambactl.errors import ResourceError
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.recipe import AdaptedConfig
+
+
+def require_peft(config: AdaptedConfig) -> None:
+    """Raise ResourceError where adapters are asked for and peft is missing."""
+    if config.lora is None:
+        return
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError:
+        raise ResourceError(
+            "--lora needs peft, which is missing", 'pip install "mambactl[lora]"'
+        ) from None
+
+
+def adapted(model: HybridForCausalLM, config: AdaptedConfig) -> Any:
+    """`model` frozen inside a peft model, with W + alpha / rank B A for the linears of its blocks.
+
+    B starts at 0, so nothing changes at first. Embeddings, head, norms, convolutions and what a
+    recurrence has besides its projections stay as they are. None asked: the model itself.
+    """
+    if config.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets = projections(model)
+    # peft would look this up on the hub when it saves
+    model.config.name_or_path = model.name_or_path = ""
+    settings = LoraConfig(
+        r=config.lora,
+        lora_alpha=config.lora_alpha or 2 * config.lora,
+        target_modules=targets,
+        bias="none",
+    )
+    return get_peft_model(model, settings)
+
+
+def projections(model: HybridForCausalLM) -> list[str]:
+    """Names of the linear layers of all blocks."""
+    found = model.model.layers.named_modules(prefix="model.layers")
+    return [name for name, module in found if type(module) is nn.Linear]
+
+
+def plain(model: Any) -> HybridForCausalLM:
+    """The model inside a peft model, or the model itself; adapters act in both."""
+    return model if isinstance(model, HybridForCausalLM) else model.get_base_model()
+
+
+def merged(model: Any) -> HybridForCausalLM:
+    """The plain model with what was learned added to its weights, in fp32."""
+    if isinstance(model, HybridForCausalLM):
+        return model
+    return model.float().merge_and_unload()
