@@ -45,7 +45,7 @@ def draw(ledgers: Mapping[str, Path], out: Path) -> None:
     found = {name: curves(read_ledger(path)) for name, path in ledgers.items()}
     if not any(points for kinds in found.values() for points in kinds.values()):
         raise UsageError("nothing to plot: no KL was measured", "train with --eval-data FILE")
-    figure, axes = _axes()
+    figure, axes = new_figure(INCHES)
     for number, (name, kinds) in enumerate(found.items()):
         colour = f"C{number % 10}"
         if kinds["training"]:
@@ -66,7 +66,8 @@ def draw(ledgers: Mapping[str, Path], out: Path) -> None:
     figure.savefig(out, dpi=DPI, format="png")
 
 
-def _axes() -> tuple[Any, Any]:
+def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes; raises ResourceError without matplotlib."""
     try:
         # no window system and no global state: the figure is drawn into a file
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,6 +76,6 @@ def _axes() -> tuple[Any, Any]:
         raise ResourceError(
             "plots need matplotlib, which is missing", 'pip install "mambactl[plots]"'
         ) from None
-    figure = Figure(figsize=INCHES)
+    figure = Figure(figsize=inches)
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
