@@ -13,7 +13,9 @@ from mambactl.cli.options import (
     COMMON,
     OUTPUT,
     BenchModel,
+    Compare,
     Model,
+    Models,
     OptionalModel,
     Shared,
     Target,
@@ -23,6 +25,7 @@ from mambactl.cli.options import (
 from mambactl.errors import OutputError, UsageError
 from mambactl.recipe import PLACE, STAGES, WRITERS, StageConfig
 from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings
+from mambactl.stages import StageResult
 
 # the summary above them is the docstring of the stage's configuration
 EXAMPLES = {
@@ -49,6 +52,7 @@ EXAMPLES = {
     "eval": (
         "mambactl eval t.st --data held-out.jsonl",
         "mambactl eval t.st --tasks arc_easy,hellaswag --limit 200",
+        "mambactl eval a.st b.st runs/c --compare --data held-out.jsonl --report compare.html",
     ),
     "spec-decode": (
         "mambactl spec-decode --draft d.st --target t.st",
@@ -83,6 +87,8 @@ def _function(stage: str) -> Any:
         model = {"model": (OptionalModel, None), "target": (Target, None)}
     elif stage == "bench":
         model = {"model": (BenchModel, None)}
+    elif stage == "eval":
+        model = {"model": (Models, ...), "compare": (Compare, False)}
     output = OUTPUT if stage in WRITERS else {}
     with_parameters(command, {**model, **field_flags(STAGES[stage]), **output, **COMMON})
     return command
@@ -94,6 +100,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     console.set_verbosity(shared.verbosity)
     if shared.resume and shared.force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
+    others = _others(given) if stage == "eval" else []
     model = _model(stage, given)
     flags = {key: value for key, value in given.items() if value not in (None, [])}
     if flags.get("prompt") == "-":
@@ -103,7 +110,11 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     config = _config(stage, shared, flags)
     source = _source(stage, config, model)
     if stage not in WRITERS:
-        _call(stage, config, source, None, shared)
+        sources = [source, *(io.read_model(other) for other in others)]
+        if others or getattr(config, "report", None):
+            _call_reported(stage, config, sources, shared)
+        else:
+            _call(stage, config, source, None, shared)
         return
     out = Path(shared.out) if shared.out else io.default_out(source, stage)
     if made := _made_before(out, stage, config, source, shared):
@@ -114,11 +125,34 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     _call(stage, config, source, out, shared)
 
 
+def _others(given: dict[str, Any]) -> list[str]:
+    """Leave the first of the models in `given`, return those it is compared with."""
+    models, compare = given["model"], given.pop("compare")
+    if compare and len(models) < 2:
+        raise UsageError("--compare needs two MODELs or more", "mambactl eval A B --compare")
+    if not compare and len(models) > 1:
+        raise UsageError(f"{len(models)} MODELs without --compare", "add --compare")
+    given["model"], *others = models
+    return others
+
+
+def _call_reported(
+    stage: str, config: StageConfig, sources: list[str | None], shared: Shared
+) -> None:
+    _quiet_libraries()
+    with io.guarded_stdout():
+        module = import_module("mambactl.stages.compare")
+        if shared.dry_run:
+            _show_plan(module.plan(stage, config, sources), None)
+            return
+        result = module.run(stage, config, sources)
+    _write(shared, stage, _content(result), result.text)
+
+
 def _call(
     stage: str, config: StageConfig, source: str | None, out: Path | None, shared: Shared
 ) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    _quiet_libraries()
     with io.guarded_stdout():
         module = import_module(f"mambactl.stages.{stage.replace('-', '_')}")
         if shared.dry_run:
@@ -129,10 +163,19 @@ def _call(
             result = module.run(config, source, out, **again)
         else:
             result = module.run(config, source)
+    _write(shared, stage, _content(result), result.text)
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _content(result: StageResult) -> dict[str, Any]:
     checkpoint = result.path
     if checkpoint is not None and (path := Path(checkpoint).expanduser()).exists():
         checkpoint = str(path.absolute())
-    _write(shared, stage, {"checkpoint": checkpoint, "metrics": result.metrics}, result.text)
+    return {"checkpoint": checkpoint, "metrics": result.metrics}
 
 
 def _write(shared: Shared, stage: str, content: dict[str, Any], text: str | None) -> None:

@@ -69,6 +69,8 @@ def lines(
             axes.set_ylim(bottom=0)
         if log_x:
             _ticks_at_points(axes, series)
+        else:
+            axes.xaxis.set_major_formatter(lambda value, _: short(value))
         return _svg(figure)
 
 
@@ -85,7 +87,7 @@ def steps(series: Iterable[Series], labels: Sequence[str], x: str, y: str) -> st
 
 
 def dots(series: Iterable[Series], labels: Sequence[str], x: str, log_x: bool = False) -> str:
-    """A row per label (first on top) with a dot per series at its value: points are (value, row)."""
+    """A row per label, first on top, with a dot per series: points are (value, row)."""
     drawn = list(series)
     height = 0.75 + max(0.34 * len(labels), 0.16 * len(labels) * len(drawn))
     with _drawing((INCHES[0], height)) as (figure, axes):
@@ -133,7 +135,7 @@ def heat(
         axes.grid(False)
         # cells, because a picture inside the picture would be pixels
         wide, high = ([n - 0.5 for n in range(len(names) + 1)] for names in (columns, rows))
-        axes.pcolormesh(wide, high, scores, vmin=0, vmax=1, cmap="cividis", edgecolor="face", lw=0.4)
+        axes.pcolormesh(wide, high, scores, vmin=0, vmax=1, cmap="cividis", ec="face", lw=0.4)
         for row, values in enumerate(scores):
             for column, value in enumerate(values):
                 light = value > 0.55
@@ -217,7 +219,7 @@ def named_apart(svg: str, prefix: str) -> str:
 def _svg(figure: Any) -> str:
     figure.tight_layout(pad=0.4)
     buffer = io.StringIO()
-    nothing = {key: None for key in ("Creator", "Date", "Format", "Type")}
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

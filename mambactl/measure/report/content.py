@@ -1,6 +1,6 @@
 """What a page is made of: sections of tables and figures, and the sources that they cite."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,3 +102,10 @@ def present(metrics: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     """What was measured of one kind; empty where nothing was."""
     found = metrics.get(kind)
     return found if isinstance(found, Mapping) else {}
+
+
+def written(
+    found: Mapping[str, Any], columns: Iterable[tuple[str, str, Callable[[Any], str]]]
+) -> list[Cell]:
+    """A row of cells for columns (heading, key, how it is written); empty where nothing is."""
+    return [Cell("" if found.get(key) is None else write(found[key])) for _, key, write in columns]

@@ -1,4 +1,4 @@
-"""Measurements as they are kept: results of one stage, of a recipe, of several runs, and ledgers."""
+"""Measurements as they are kept: results of a stage, of a recipe, of several runs, and ledgers."""
 
 import json
 import shlex
@@ -109,12 +109,12 @@ def _walk(node: Any, above: Json, source: Source) -> Iterator[Entry]:
         return
     about = above | {key: value for key, value in node.items() if not isinstance(value, Mapping)}
     about |= {key: node[key] for key in ("versions", "model") if isinstance(node.get(key), dict)}
-    if isinstance(node.get("metrics"), Mapping):
-        yield _entry(node["metrics"], about, source)
-        return
-    if any(isinstance(node.get(kind), Mapping | list) for kind in KINDS):
-        yield _entry(node, about, source)
-        return
+    for measured in (node.get("metrics"), node):
+        if isinstance(measured, Mapping) and any(
+            isinstance(measured.get(kind), Mapping | list) for kind in KINDS
+        ):
+            yield _entry(measured, about, source)
+            return
     commands = node["commands"] if isinstance(node.get("commands"), Mapping) else {}
     for place, part in _parts(node):
         # sections of a recipe are named like their commands

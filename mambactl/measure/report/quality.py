@@ -1,4 +1,4 @@
-"""Sections about what a model says: summary, fidelity, controls, training, recall, tasks, needle."""
+"""Sections about what a model says: fidelity, controls, training, recall, tasks, needles."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +16,7 @@ from mambactl.measure.report.content import (
     legend,
     numbers_of,
     present,
+    written,
 )
 from mambactl.measure.report.entries import Entry
 from mambactl.measure.report.summary import (
@@ -111,19 +112,12 @@ def faithfulness(material: Material) -> Section:
         section.figures += _by_position(material, section, data, measured)
         columns = [each for each in FIDELITY if any(each[1] in found for _, found in measured)]
         rows = [
-            [Cell(entry.model, number=False), *_written(found, columns)]
-            for entry, found in measured
+            [Cell(entry.model, number=False), *written(found, columns)] for entry, found in measured
         ]
         cites = [material.cite(section, entry) for entry, _ in measured]
         headings = ["model", *(heading for heading, _, _ in columns)]
         section.tables.append(Table(f"On {data}", headings, rows, cites))
     return section
-
-
-def _written(found: Mapping[str, Any], columns: Any) -> list[Cell]:
-    return [
-        Cell("" if found.get(key) is None else write(found[key])) for _, key, write in columns
-    ]
 
 
 def _by_position(
@@ -206,7 +200,7 @@ def training(material: Material) -> Section:
         title = "KL over tokens"
         svg = charts.lines(series, "tokens trained on", "KL, nats per token", log_y=True)
         alt = f"KL to the teacher over the tokens trained on, for {len(legend(series))} runs"
-        note = "Marked: held-out text. Thin: the loss on the batches, smoothed by nothing."
+        note = "Marked: held-out text. Thin: the training loss, batch by batch."
         table = numbers_of("Held-out KL", ["model", "tokens", "KL"], rows) if rows else None
         section.figures.append(Figure(title, svg, alt, legend(series), note, table))
     found = [
@@ -219,7 +213,7 @@ def training(material: Material) -> Section:
         columns = [each for each in PHASES if any(each[1] in numbers for *_, numbers in found)]
         headings = ["model", "phase", *(heading for heading, _, _ in columns)]
         cells = [
-            [Cell(entry.model, number=False), Cell(phase, number=False), *_written(each, columns)]
+            [Cell(entry.model, number=False), Cell(phase, number=False), *written(each, columns)]
             for entry, phase, each in found
         ]
         cites = [material.cite(section, entry) for entry, *_ in found]

@@ -15,6 +15,7 @@ from mambactl.measure.report.content import (
     legend,
     numbers_of,
     present,
+    written,
 )
 from mambactl.measure.report.entries import Entry
 from mambactl.measure.report.summary import mebibytes, number, percent
@@ -117,7 +118,7 @@ def throughput(material: Material) -> Section:
     if points:
         rows = [
             [Cell(point.model, number=False), Cell(_draft(point), number=False),
-             *_written(point.numbers, columns)]
+             *written(point.numbers, columns)]
             for point in points
         ]  # fmt: skip
         cites = [material.cite(section, point.entry) for point in points]
@@ -132,12 +133,6 @@ def _draft(point: Point) -> str:
     config = present(point.entry.metrics, "config")
     used = "speculative_tokens_per_second" in point.numbers
     return str(config.get("draft") or "").rpartition("/")[2] if used else ""
-
-
-def _written(found: Mapping[str, Any], columns: Any) -> list[Cell]:
-    return [
-        Cell("" if found.get(key) is None else write(found[key])) for _, key, write in columns
-    ]
 
 
 def _rates(
@@ -169,7 +164,7 @@ def _rates(
         svg = charts.lines(series, axis, "tokens/s", log_x=True)
         alt = f"{title} for {len(legend(series))} models"
         rows = [
-            ((point.model, f"{point.numbers[over]:,}", *(c.text for c in _written(
+            ((point.model, f"{point.numbers[over]:,}", *(c.text for c in written(
                 point.numbers, [("", key, "{:,.1f}".format) for key, _ in RATES]))),
              material.cite(section, point.entry))
             for point in own
@@ -219,9 +214,7 @@ def memory(material: Material) -> Section:
     note = "Solid: measured. Dashed: computed from the shapes of the checkpoint."
     table = numbers_of(title, ["model", "tokens", "MiB"], rows)
     alt = f"Cache in MiB over the tokens of context for {len(series)} models"
-    section.figures.append(
-        Figure(title, svg, alt, legend(series), note if computed else "", table)
-    )
+    section.figures.append(Figure(title, svg, alt, legend(series), note if computed else "", table))
     return section
 
 
@@ -233,7 +226,7 @@ def drafts(material: Material) -> Section:
     found = [entry for entry in material.entries if present(entry.metrics, "speculative")]
     if not found:
         return section
-    rows = [[Cell(entry.model, number=False), *_written(entry.metrics, DRAFTS)] for entry in found]
+    rows = [[Cell(entry.model, number=False), *written(entry.metrics, DRAFTS)] for entry in found]
     cites = [material.cite(section, entry) for entry in found]
     headings = ["target", *(heading for heading, _, _ in DRAFTS)]
     section.tables.append(Table("Against plain decoding", headings, rows, cites))
@@ -269,11 +262,9 @@ def benches(material: Material) -> Section:
             if not isinstance(found, list) or not found:
                 continue
             where = ", ".join(filter(None, (entry.about.get("device"), metrics.get("dtype"))))
-            cells = [[Cell(row.get("model", entry.model), number=False), *_written(row, columns)]
+            cells = [[Cell(row.get("model", entry.model), number=False), *written(row, columns)]
                      for row in found]  # fmt: skip
             cites = [material.cite(section, entry)] * len(found)
             headings = ["", *(heading for heading, _, _ in columns)]
             section.tables.append(Table(f"{caption}, {where}", headings, cells, cites))
     return section
-
-

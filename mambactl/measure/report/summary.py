@@ -1,4 +1,4 @@
-"""One row per model: how faithful it is, what it recalls, how it scores, and what its cache takes."""
+"""One row per model: how faithful it is, what it recalls, how it scores, what its cache takes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,10 +71,10 @@ class Summary:
     rows: list[Row]
 
     def best(self, column: Column) -> float | None:
-        """The best value among models, where there are two or more to choose from."""
+        """The best value among models, where they differ."""
         own = [row.cells[column].value for row in self.rows
                if row.kind == MODEL and column in row.cells]  # fmt: skip
-        return column.best(own) if column.best and len(own) > 1 else None
+        return column.best(own) if column.best and len(set(own)) > 1 else None
 
 
 FIDELITY = (
