@@ -17,7 +17,7 @@ from mambactl.errors import CheckError, OutputError, UsageError
 from mambactl.measure.plots import new_figure
 from mambactl.measure.report.entries import collect, kept_beside
 from mambactl.measure.report.page import write_report
-from mambactl.measure.report.summary import summarise
+from mambactl.measure.report.summary import CONTROL, summarise
 from mambactl.recipe import BenchConfig, EvalConfig
 from mambactl.stages import StageResult
 from mambactl.stages.results import file_name, write_results
@@ -74,16 +74,24 @@ def plan(
 def show(files: Sequence[Path]) -> None:
     """One table of all models, as rows."""
     found = summarise(collect(files).entries)
-    columns = [f"{column.group}: {column.heading}" for column in found.columns]
+    sets = {column.group for column in found.columns if column.heading == "KL"}
+    columns = [
+        f"{column.group}: {column.heading}"
+        if column.group in sets and len(sets) > 1
+        else column.heading
+        for column in found.columns
+    ]
     rows = [
         (
-            f"  {row.name}" if row.kind == "control" else row.name,
-            *(column.write(row.cells[column].value) if column in row.cells else ""
+            f"  {row.name}" if row.kind == CONTROL else row.name,
+            # one word each, which is not broken where lines are short
+            *(column.write(row.cells[column].value).replace(" ", "") if column in row.cells else ""
               for column in found.columns),
         )
         for row in found.rows
     ]  # fmt: skip
-    console.table("all models", ("model", *columns), rows)
+    title = f"{len(files)} models" + (f" on {', '.join(sets)}" if len(sets) == 1 else "")
+    console.table(title, ("model", *columns), rows)
 
 
 def _measure(module: Any, config: Any, source: str | None, report: Path) -> StageResult:

@@ -1,7 +1,7 @@
 """Charts as SVG without a background, in colours that the page sets for light and dark.
 
-matplotlib draws with stand-in colours, which become CSS variables in the SVG: `--ink`, `--grid` and
-`--c0` to `--c7`. Letters stay text, in the font of the page.
+matplotlib draws with stand-in colours, which become CSS variables in the SVG: `--ink`, `--grid`,
+`--soft` and `--c0` to `--c7`. Letters stay text, in the font of the page.
 """
 
 import io
@@ -17,8 +17,10 @@ from mambactl.measure.plots import new_figure
 INCHES = (4.9, 3.1)
 COLOURS = 8
 MARKERS = "os^Dv<>p"
-INK, GRID = "#12ab01", "#12ab02"
-_STAND_IN = {INK: "var(--ink)", GRID: "var(--grid)"} | {
+# the colour of what is no model of its own: a teacher, a guess
+NEUTRAL = -1
+INK, GRID, SOFT = "#12ab01", "#12ab02", "#12ab03"
+_STAND_IN = {INK: "var(--ink)", GRID: "var(--grid)", SOFT: "var(--soft)"} | {
     f"#34cd{n:02x}": f"var(--c{n})" for n in range(COLOURS)
 }
 _LINES = {"solid": "-", "dashed": (0, (4, 2.5)), "dotted": (0, (1, 2))}
@@ -44,7 +46,12 @@ class Series:
 
 def colour(number: int) -> str:
     """The stand-in for a series' colour."""
-    return f"#34cd{number % COLOURS:02x}"
+    return SOFT if number == NEUTRAL else f"#34cd{number % COLOURS:02x}"
+
+
+def marker(number: int) -> str:
+    """matplotlib's name of a series' marker."""
+    return "" if number == NEUTRAL else MARKERS[number % len(MARKERS)]
 
 
 def lines(
@@ -55,7 +62,7 @@ def lines(
         for each in series:
             xs, ys = zip(*each.points, strict=True)
             style = {"marker": "", "lw": 0.7, "alpha": 0.55} if each.faint else {
-                "marker": MARKERS[each.colour % len(MARKERS)], "lw": 1.6, "ms": 4.5,
+                "marker": marker(each.colour), "lw": 1.6, "ms": 4.5, "clip_on": False,
             }  # fmt: skip
             axes.plot(xs, ys, color=colour(each.colour), ls=_LINES[each.line], **style)
             for point, bounds in zip(each.points, each.errors, strict=False):
@@ -94,13 +101,12 @@ def dots(series: Iterable[Series], labels: Sequence[str], x: str, log_x: bool = 
         for number, each in enumerate(drawn):
             # side by side within the row, so that dots do not hide each other
             shift = 0.5 * ((number + 0.5) / len(drawn) - 0.5)
-            marker = MARKERS[each.colour % len(MARKERS)]
             for index, (value, row) in enumerate(each.points):
                 bounds = each.errors[index] if index < len(each.errors) else None
                 if bounds:
                     axes.hlines(row + shift, *bounds, color=colour(each.colour), lw=1.2)
                 face = colour(each.colour) if not each.faint else "none"
-                axes.plot([value], [row + shift], marker=marker, ms=5.5, ls="",
+                axes.plot([value], [row + shift], marker=marker(each.colour), ms=5.5, ls="",
                           color=colour(each.colour), mfc=face)  # fmt: skip
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -155,7 +161,7 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
     from matplotlib import rc_context
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": "mambactl", "font.size": 9.5,
+        "svg.fonttype": "none", "svg.hashsalt": "mambactl", "font.size": 10.5,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "xtick.color": GRID,
         "ytick.color": GRID, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True,
         "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
@@ -168,9 +174,8 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
 
 def _dotted_line(axes: Any, each: Series) -> None:
     xs, ys = zip(*each.points, strict=True)
-    marker = MARKERS[each.colour % len(MARKERS)]
-    axes.plot(xs, ys, color=colour(each.colour), marker=marker, ms=5, lw=1.4,
-              ls=_LINES[each.line])  # fmt: skip
+    axes.plot(xs, ys, color=colour(each.colour), marker=marker(each.colour), ms=5, lw=1.4,
+              ls=_LINES[each.line], clip_on=False)  # fmt: skip
     for x, bounds in zip(xs, each.errors, strict=False):
         if bounds:
             axes.vlines(x, *bounds, color=colour(each.colour), lw=1)

@@ -1,7 +1,8 @@
 """The page: every section there is something for, in `page.html`, with all text escaped."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mambactl.disk import explained
 from mambactl.errors import UsageError
 from mambactl.measure.report import charts, quality, speed
 from mambactl.measure.report.content import Material, Section
-from mambactl.measure.report.entries import Found, collect
+from mambactl.measure.report.entries import Found, Source, collect
 
 TEMPLATE = "page.html"
 MARKS = "●■▲◆▼◀▶⬟"
@@ -77,7 +78,8 @@ def render(found: Found, command: str, title: str = "") -> str:
         sections=sections,
         sources=material.sources,
         mark=_mark,
-        shade=lambda number: f"k{number % charts.COLOURS}",
+        shade=lambda number: "" if number == charts.NEUTRAL else f"k{number % charts.COLOURS}",
+        by_command=partial(_by_command, material.sources),
         about=_about(sections),
     )
 
@@ -88,7 +90,15 @@ def _title(found: Found) -> str:
 
 
 def _mark(number: int) -> str:
-    return MARKS[number % len(MARKS)]
+    return "–" if number == charts.NEUTRAL else MARKS[number % len(MARKS)]
+
+
+def _by_command(sources: Sequence[Source], cites: Iterable[int]) -> dict[str, list[int]]:
+    """The sources that a section cites, together where one command made them."""
+    groups: dict[str, list[int]] = {}
+    for number in sorted(cites):
+        groups.setdefault(sources[number - 1].command, []).append(number)
+    return groups
 
 
 def _about(sections: Sequence[Section]) -> str:

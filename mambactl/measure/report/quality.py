@@ -256,7 +256,7 @@ def recall(material: Material) -> Section:
         series = [
             Series(
                 row.name,
-                material.colour(row.name),
+                material.colour(row.name) if row.kind == MODEL else charts.NEUTRAL,
                 [(n, 100 * row.cells[c].value) for n, c in lengths if c in row.cells],
                 {"teacher": "dashed", "guessing": "dotted"}.get(row.name.split()[0], "solid"),
             )
@@ -264,7 +264,9 @@ def recall(material: Material) -> Section:
         ]
         svg = charts.lines(series, "tokens in the row", "recalled, %", log_x=True)
         alt = f"Share of values recalled over the length of the row by {len(series)} models"
-        section.figures.append(Figure(title, svg, alt, legend(series), table=table))
+        ends = any(row.kind != MODEL for row in rows)
+        note = "Dashed: the teacher. Dotted: guessing." if ends else ""
+        section.figures.append(Figure(title, svg, alt, legend(series), note, table))
     return section
 
 

@@ -99,8 +99,8 @@ def summarise(entries: Iterable[Entry]) -> Summary:
     ordered = [row for group in rows.values() for row in group] + list(ends.values())
     columns = dict.fromkeys(column for row in ordered for column in row.cells)
     groups = list(dict.fromkeys(column.group for column in columns))
-    order = [g for g in groups if g not in ("recall", "tasks", "cache MiB")]
-    order += [g for g in ("recall", "tasks", "cache MiB") if g in groups]
+    order = [g for g in groups if g not in ("recall", "tasks", "cache")]
+    order += [g for g in ("recall", "tasks", "cache") if g in groups]
     return Summary(sorted(columns, key=lambda column: order.index(column.group)), ordered)
 
 
@@ -141,7 +141,7 @@ def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tup
     cache = model.get("cache") if isinstance(model, Mapping) else None
     if cache:
         size = cache["bytes_per_sequence"] + CONTEXT * cache["bytes_per_token"]
-        yield Column("cache MiB", f"{CONTEXT:,} tokens", mebibytes, min), Cell(size)
+        yield Column("cache", f"MiB at {CONTEXT:,}", mebibytes, min), Cell(size)
 
 
 def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, Cell]]]:
