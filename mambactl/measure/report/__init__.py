@@ -3,6 +3,6 @@
 entries   reads results and ledgers, whatever wrote them
 summary   one row per model
 charts    curves, dots, histograms and heat maps as SVG that follows the page's colours
-sections  which tables and charts there are for what was measured
+quality   tables and charts about what models say; speed: about how fast they run
 page      the page itself, from page.html
 """

@@ -15,7 +15,17 @@ Json = dict[str, Any]
 LEDGER = "metrics.jsonl"
 RESULTS = "results"
 # what a measurement has at least one of
-KINDS = ("fidelity", "recall", "tasks", "needle", "points", "speculative", "kernels", "loss")
+KINDS = (
+    "fidelity",
+    "recall",
+    "tasks",
+    "needle",
+    "generation",
+    "points",
+    "speculative",
+    "kernels",
+    "loss",
+)
 
 
 @dataclass(frozen=True)

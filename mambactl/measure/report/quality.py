@@ -19,6 +19,7 @@ from mambactl.measure.report.content import (
     written,
 )
 from mambactl.measure.report.entries import Entry
+from mambactl.measure.report.needles import needle_maps
 from mambactl.measure.report.summary import (
     MODEL,
     Column,
@@ -308,34 +309,22 @@ def tasks(material: Material) -> Section:
 def needle(material: Material) -> Section:
     """Heat maps of what is found at a depth of a context of a length."""
     section = Section(
-        "needle", "Needle in a haystack", "Share found, in per cent, by depth and context length."
+        "needle", "Needle in a haystack", "In per cent, by depth in a text and by its length."
     )
     for entry in material.entries:
-        for name, found in _needles(entry.metrics.get("needle"), ""):
-            lengths, depths, scores = found["lengths"], found["depths"], found["scores"]
-            by_length = len(scores) == len(lengths)
-            grid = [list(row) for row in (scores if by_length else zip(*scores, strict=True))]
-            title = " ".join(filter(None, (entry.model, name)))
-            scale = 100 if max(depths) <= 1 else 1
-            columns = [f"{scale * depth:.0f} %" for depth in depths]
-            rows = [charts.short(length) for length in lengths]
-            svg = charts.heat(grid, rows, columns, "depth of the needle", "tokens of context")
-            alt = f"Share found by {title} at {len(depths)} depths of {len(lengths)} lengths"
+        for found in needle_maps(entry.metrics.get("needle")):
+            title = " ".join(filter(None, (entry.model, found.name)))
+            scale = 100 if max(found.depths) <= 1 else 1
+            columns = [f"{scale * depth:.0f} %" for depth in found.depths]
+            rows = [charts.short(length) for length in found.lengths]
+            svg = charts.heat(found.shares, rows, columns, "depth of the needle", "tokens")
+            alt = f"{title}: {len(columns)} depths of {len(rows)} lengths"
             cites = material.cite(section, entry)
             texts = [((f"{n:,}", *map(percent, row)), cites)
-                     for n, row in zip(lengths, grid, strict=True)]  # fmt: skip
-            table = numbers_of(title, ["context", *columns], texts)
+                     for n, row in zip(found.lengths, found.shares, strict=True)]  # fmt: skip
+            table = numbers_of(title, ["tokens", *columns], texts)
             section.figures.append(Figure(title, svg, alt, table=table))
     return section
-
-
-def _needles(node: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if not isinstance(node, Mapping):
-        return
-    if all(key in node for key in ("lengths", "depths", "scores")):
-        yield name, node
-    for key, inner in node.items():
-        yield from _needles(inner, f"{name} {key}".strip())
 
 
 def _folded(text: str, width: int = 22) -> str:

@@ -37,7 +37,7 @@ RATES = (
     ("speculative_tokens_per_second", "dashed"),
     ("decode_byte_limit", "dotted"),
 )
-LINES = "Solid: plain decoding. Dashed: with a draft. Dotted: what memory bandwidth allows."
+LINES = "Solid: plain decoding. Dashed: with a draft. Dotted: the byte limit of plain decoding."
 DRAFTS = (
     ("draft", "draft", str),
     ("K", "k", str),

@@ -82,6 +82,11 @@ FIDELITY = (
     ("agreement", "agreement", percent, max),
     ("perplexity ratio", "perplexity_ratio", ratio, min),
 )
+GENERATION = (
+    ("forced agreement", "forced_agreement"),
+    ("same prefix", "prefix_share"),
+    ("same text", "exact_match"),
+)
 
 
 def summarise(entries: Iterable[Entry]) -> Summary:
@@ -133,6 +138,11 @@ def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tup
         if "recall" in found:
             column = Column("recall", probe, percent, max)
             yield column, Cell(found["recall"], interval(found, "recall"))
+    for name, found in (metrics.get("generation") or {}).items():
+        for heading, key in GENERATION:
+            if key in found:
+                column = Column(f"greedy texts, {name}", heading, percent, max)
+                yield column, Cell(found[key], interval(found, key))
     for task, found in (metrics.get("tasks") or {}).items():
         if (key := main_metric(found)) is not None:
             column = Column("tasks", f"{task} {key}", percent, max)
