@@ -108,4 +108,9 @@ def written(
     found: Mapping[str, Any], columns: Iterable[tuple[str, str, Callable[[Any], str]]]
 ) -> list[Cell]:
     """A row of cells for columns (heading, key, how it is written); empty where nothing is."""
-    return [Cell("" if found.get(key) is None else write(found[key])) for _, key, write in columns]
+    return [
+        Cell("")
+        if found.get(key) is None
+        else Cell(write(found[key]), number=not isinstance(found[key], str))
+        for _, key, write in columns
+    ]

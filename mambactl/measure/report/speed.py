@@ -37,9 +37,13 @@ RATES = (
     ("speculative_tokens_per_second", "dashed"),
     ("decode_byte_limit", "dotted"),
 )
-LINES = "Solid: plain decoding. Dashed: with a draft. Dotted: the byte limit of plain decoding."
+LINES = {
+    "solid": "Solid: plain decoding.",
+    "dashed": "Dashed: with a draft.",
+    "dotted": "Dotted: the byte limit of plain decoding.",
+}
 DRAFTS = (
-    ("draft", "draft", str),
+    ("draft", "draft", lambda name: name.rpartition("/")[2]),
     ("K", "k", str),
     ("accepted", "acceptance", percent),
     ("tokens/step", "tokens_per_step", "{:.2f}".format),
@@ -170,7 +174,9 @@ def _rates(
             for point in own
         ]  # fmt: skip
         table = numbers_of(title, ["model", axis, "plain", "with a draft", "byte limit"], rows)
-        yield Figure(title, svg, alt, legend(series), LINES, table)
+        drawn = {each.line for each in series}
+        note = " ".join(text for line, text in LINES.items() if line in drawn and len(drawn) > 1)
+        yield Figure(title, svg, alt, legend(series), note, table)
 
 
 def memory(material: Material) -> Section:
