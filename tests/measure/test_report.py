@@ -10,9 +10,10 @@ import pytest
 from report_page import PHONE, browser, in_a_browser
 
 from mambactl.errors import UsageError
+from mambactl.measure.report import charts
 from mambactl.measure.report.entries import collect, read_entries
 from mambactl.measure.report.needles import needle_maps
-from mambactl.measure.report.page import write_report
+from mambactl.measure.report.page import MARKS, write_report
 from mambactl.measure.report.summary import summarise
 
 pytest.importorskip("matplotlib")
@@ -188,6 +189,39 @@ def test_charts_have_words_and_tables_have_scopes(page) -> None:
         "col", "row", "colgroup",
     }  # fmt: skip
     assert page.count("<caption>") == page.count("<table>")
+
+
+def test_charts_can_be_read_on_both_papers() -> None:
+    style = files("mambactl.measure.report").joinpath("page.html").read_text("utf-8")
+
+    def luminance(text):
+        parts = [int(text[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    themes = re.findall(r":root \{(.*?)\}", style, flags=re.DOTALL)[:2]
+    asked = {"ink": 7, "soft": 4.5, "link": 4.5} | {f"c{n}": 3 for n in range(8)}
+    for theme in themes:
+        colours = dict(re.findall(r"--(\w+): (#\w{6})", theme))
+        for paper in ("paper", "panel"):
+            for name, least in asked.items():
+                ends = sorted((luminance(colours[name]), luminance(colours[paper])))
+                assert (ends[1] + 0.05) / (ends[0] + 0.05) >= least, (name, paper)
+
+
+def test_numbers_without_a_place_on_paper_are_left_out_of_charts(tmp_path) -> None:
+    broken = fidelity(float("inf")) | {"perplexity_ratio": float("nan")}
+    content = result("m", fidelity={"held": broken}, controls={"w": {"fidelity": {"held": broken}}})
+    (tmp_path / "a.json").write_text(json.dumps(content), "utf-8")
+    write_report([tmp_path / "a.json"], tmp_path / "page.html", "x")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert ">inf" in text and ">nan" in text
+    assert not re.search(r'd="[^"]*(inf|nan)', text)
+
+
+def test_many_models_never_look_alike() -> None:
+    looks = {(charts.colour(n), charts.marker(n)) for n in range(50)}
+    assert len(looks) == 50 and len(MARKS) == len(charts.MARKERS)
 
 
 @pytest.mark.parametrize("file", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)

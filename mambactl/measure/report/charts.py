@@ -5,6 +5,7 @@ matplotlib draws with stand-in colours, which become CSS variables in the SVG: `
 """
 
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from mambactl.measure.plots import new_figure
 
 # about as wide as a phone: text keeps its size there, and two fit side by side elsewhere
 INCHES = (4.9, 3.1)
+# no common divisor: a colour comes back with another marker
 COLOURS = 8
-MARKERS = "os^Dv<>p"
+MARKERS = "os^Dv<>"
 # the colour of what is no model of its own: a teacher, a guess
 NEUTRAL = -1
 INK, GRID, SOFT = "#12ab01", "#12ab02", "#12ab03"
@@ -43,6 +45,13 @@ class Series:
     faint: bool = False
     errors: Sequence[tuple[float, float] | None] = ()
 
+    def drawn(self) -> Iterator[tuple[float, float, tuple[float, float] | None]]:
+        """x, y and interval of every point that has a place on paper."""
+        errors = [*self.errors, *[None] * (len(self.points) - len(self.errors))]
+        for (x, y), bounds in zip(self.points, errors, strict=True):
+            if math.isfinite(x) and math.isfinite(y):
+                yield x, y, bounds if bounds and all(map(math.isfinite, bounds)) else None
+
 
 def colour(number: int) -> str:
     """The stand-in for a series' colour."""
@@ -58,16 +67,10 @@ def lines(
     series: Iterable[Series], x: str, y: str, log_x: bool = False, log_y: bool = False
 ) -> str:
     """Curves; every x with a point is a tick of a logarithmic axis."""
+    shown = list(series)
     with _drawing() as (figure, axes):
-        for each in series:
-            xs, ys = zip(*each.points, strict=True)
-            style = {"marker": "", "lw": 0.7, "alpha": 0.55} if each.faint else {
-                "marker": marker(each.colour), "lw": 1.6, "ms": 4.5, "clip_on": False,
-            }  # fmt: skip
-            axes.plot(xs, ys, color=colour(each.colour), ls=_LINES[each.line], **style)
-            for point, bounds in zip(each.points, each.errors, strict=False):
-                if bounds:
-                    axes.vlines(point[0], *bounds, color=colour(each.colour), lw=1)
+        for each in shown:
+            _curve(axes, each)
         _label(axes, x, y)
         if log_y:
             axes.set_yscale("log")
@@ -75,17 +78,17 @@ def lines(
         else:
             axes.set_ylim(bottom=0)
         if log_x:
-            _ticks_at_points(axes, series)
+            _ticks_at_points(axes, shown)
         else:
             axes.xaxis.set_major_formatter(lambda value, _: short(value))
         return _svg(figure)
 
 
 def steps(series: Iterable[Series], labels: Sequence[str], x: str, y: str) -> str:
-    """Lines over named positions, with a dot at each: one y per label."""
+    """Lines over named positions, with a dot at each: x counts the labels."""
     with _drawing() as (figure, axes):
         for each in series:
-            _dotted_line(axes, each)
+            _curve(axes, each)
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.4, len(labels) - 0.6)
         axes.set_ylim(bottom=0)
@@ -101,13 +104,11 @@ def dots(series: Iterable[Series], labels: Sequence[str], x: str, log_x: bool = 
         for number, each in enumerate(drawn):
             # side by side within the row, so that dots do not hide each other
             shift = 0.5 * ((number + 0.5) / len(drawn) - 0.5)
-            for index, (value, row) in enumerate(each.points):
-                bounds = each.errors[index] if index < len(each.errors) else None
+            for value, row, bounds in each.drawn():
                 if bounds:
                     axes.hlines(row + shift, *bounds, color=colour(each.colour), lw=1.2)
-                face = colour(each.colour) if not each.faint else "none"
                 axes.plot([value], [row + shift], marker=marker(each.colour), ms=5.5, ls="",
-                          color=colour(each.colour), mfc=face)  # fmt: skip
+                          color=colour(each.colour))  # fmt: skip
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
@@ -172,11 +173,14 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
         yield new_figure(inches)
 
 
-def _dotted_line(axes: Any, each: Series) -> None:
-    xs, ys = zip(*each.points, strict=True)
-    axes.plot(xs, ys, color=colour(each.colour), marker=marker(each.colour), ms=5, lw=1.4,
-              ls=_LINES[each.line], clip_on=False)  # fmt: skip
-    for x, bounds in zip(xs, each.errors, strict=False):
+def _curve(axes: Any, each: Series) -> None:
+    style: dict[str, Any] = {"lw": 0.7, "alpha": 0.55}
+    if not each.faint:
+        style = {"marker": marker(each.colour), "lw": 1.6, "ms": 4.5, "clip_on": False}
+    points = list(each.drawn())
+    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+    axes.plot(xs, ys, color=colour(each.colour), ls=_LINES[each.line], **style)
+    for x, _, bounds in points:
         if bounds:
             axes.vlines(x, *bounds, color=colour(each.colour), lw=1)
 
@@ -190,6 +194,7 @@ def _ticks_at_points(axes: Any, series: Iterable[Series]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
     places = sorted({x for each in series for x, _ in each.points})
+    axes.margins(x=0.07)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -14,7 +14,7 @@ from mambactl.measure.report.content import Material, Section
 from mambactl.measure.report.entries import Found, Source, collect
 
 TEMPLATE = "page.html"
-MARKS = "●■▲◆▼◀▶⬟"
+MARKS = "●■▲◆▼◀▶"
 SECTIONS = (
     quality.overview,
     quality.faithfulness,

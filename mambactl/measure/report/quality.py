@@ -246,7 +246,7 @@ def recall(material: Material) -> Section:
             (
                 (row.name, *(c.write(row.cells[c].value) if c in row.cells else ""
                              for _, c in lengths)),
-                material.cite(section, *row.entries),
+                material.cite(section, *_with(row, "recall")),
             )
             for row in rows
         ]  # fmt: skip
@@ -269,6 +269,10 @@ def recall(material: Material) -> Section:
         note = "Dashed: the teacher. Dotted: guessing." if ends else ""
         section.figures.append(Figure(title, svg, alt, legend(series), note, table))
     return section
+
+
+def _with(row: Row, kind: str) -> list[Entry]:
+    return [entry for entry in row.entries if present(entry.metrics, kind)]
 
 
 def tasks(material: Material) -> Section:
