@@ -245,6 +245,29 @@ def test_commands_of_sections_and_of_runs_are_found() -> None:
     assert runs["75 % replaced"].source.place == "runs[3]"
 
 
+def test_a_ledger_says_how_its_model_was_trained(tmp_path) -> None:
+    lineage = {
+        "stage": "distill", "created": "2026-11-24T09:00:00+00:00", "parent": {"path": "runs/p"},
+        "recipe": {"seed": 0, "max_steps": 10, "data": ["a b.jsonl"], "lr": 3e-4},
+        "versions": {"torch": "2.13"},
+    }  # fmt: skip
+    safetensors = pytest.importorskip("safetensors.numpy")
+    text = json.dumps(lineage)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mambactl.json").write_text(text, "utf-8")
+    metadata = {"mambactl.json": text}
+    safetensors.save_file({}, tmp_path / "b.st", metadata=metadata)
+    line = json.dumps({"phase": "logits", "step": 1, "tokens": 5, "kl": 0.5}) + "\n"
+    for name in ("a/metrics.jsonl", "b.st.metrics.jsonl", "c.partial.jsonl"):
+        (tmp_path / name).write_text(line, "utf-8")
+    paths = [tmp_path / name for name in ("a", "b.st", "c.partial.jsonl")]
+    sources = [ledger.source for ledger in collect(paths).ledgers]
+    # what is at its default goes without saying
+    wanted = "mambactl distill runs/p --set max_steps=10 --set 'data=[\"a b.jsonl\"]'"
+    assert [source.command for source in sources] == [wanted, wanted, ""]
+    assert ("date", "2026-11-24T09:00:00+00:00") in sources[1].details
+
+
 def test_a_model_measured_twice_differently_has_two_rows(tmp_path) -> None:
     for name, kl, tokens in (("a", 0.5, 1000), ("b", 0.25, 1000), ("c", 0.125, 2000)):
         content = result("runs/a", fidelity={"held": fidelity(kl, tokens)})

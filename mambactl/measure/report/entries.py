@@ -9,6 +9,7 @@ from typing import Any
 
 from mambactl.errors import UsageError
 from mambactl.measure.plots import read_ledger
+from mambactl.measure.report.lineage import command_of, read_lineage
 
 Json = dict[str, Any]
 
@@ -194,14 +195,10 @@ def _ledger(path: Path) -> Ledger:
     beside = path.name.removesuffix(f".{LEDGER}") if path.name != LEDGER else ""
     model = path.with_name(beside) if beside.endswith((".st", ".safetensors")) else path
     model = path.parent if path.name == LEDGER else model
-    details = []
-    try:
-        lineage = json.loads((path.parent / "mambactl.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        lineage = {}
-    if path.name == LEDGER and lineage:
-        details = [("date", str(lineage.get("created"))), ("model", str(model))]
-    return Ledger(str(model), read_ledger(path), Source(str(path), details=tuple(details)))
+    lineage = read_lineage(model)
+    about = {**lineage, "date": lineage.get("created"), "checkpoint": str(model), "model": {}}
+    source = Source(str(path), "", command_of(lineage), tuple(_details(about)) if lineage else ())
+    return Ledger(str(model), read_ledger(path), source)
 
 
 def _named_apart(found: Found) -> Found:
