@@ -100,11 +100,17 @@ def _measure(module: Any, config: Any, source: str | None, report: Path) -> Stag
         return result
     folder = report.with_name(f"{report.stem}.results")
     stage = module.STAGE
-    path = folder / file_name(stage, source or result.text or stage)
+    path = folder / file_name(stage, source or _without_model(config))
     with explained(path, "free some space", "give --report a place that can be written"):
         folder.mkdir(exist_ok=True)
         write_results(path, stage, source, config, result.metrics)
     return StageResult(result.path, result.metrics, result.text, path)
+
+
+def _without_model(config: BenchConfig) -> str:
+    """What a bench without a checkpoint measures."""
+    parts = [part for part in ("kernels", "loss", "training") if getattr(config, part)]
+    return "-".join([*parts, *config.synthetic])
 
 
 def _check(
@@ -127,6 +133,9 @@ def _require_place(report: Path) -> None:
         raise OutputError(f"{report} is a folder", "give --report a file, page.html say")
     with explained(report, "free some space", "give --report a place that can be written"):
         report.parent.mkdir(parents=True, exist_ok=True)
+        partial = report.with_name(report.name + ".partial")
+        partial.touch()
+        partial.unlink()
 
 
 def _require_different(sources: Sequence[str]) -> None:

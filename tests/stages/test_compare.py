@@ -97,6 +97,12 @@ def test_speeds_of_checkpoints_and_of_shapes(models, tmp_path):
     rate = result.metrics["points"][0]["decode_tokens_per_second"]
     assert f"{rate:,.0f}" in page or f"{rate:.1f}" in page
     assert "Cache of one sequence" in page and "tokens/s" in page.lower()
+    shapes = config.model_copy(update={"synthetic": ["tiny", "tiny-mamba"], "input_len": [8]})
+    result = compare.run("bench", shapes, [None])
+    assert result.path is None and result.text == "tiny,tiny-mamba"
+    assert (tmp_path / "speed.results" / "bench-tiny-tiny-mamba.json").exists()
+    page = (tmp_path / "speed.html").read_text("utf-8")
+    assert '<th scope="row">tiny</th>' in page and '<th scope="row">tiny-mamba</th>' in page
 
 
 @pytest.mark.parametrize(
@@ -104,6 +110,7 @@ def test_speeds_of_checkpoints_and_of_shapes(models, tmp_path):
     [
         ({"report": "."}, OutputError, "is a folder"),
         ({"report": "/proc/no/page.html"}, OutputError, "cannot write"),
+        ({"report": "/proc/page.html"}, OutputError, "cannot write"),
         ({"data": ["missing.jsonl"]}, UsageError, "missing.jsonl does not exist"),
     ],
 )

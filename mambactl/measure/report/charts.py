@@ -77,6 +77,7 @@ def lines(
             _plain_ticks(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         if log_x:
             _ticks_at_points(axes, shown)
         else:
@@ -206,7 +207,7 @@ def _plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
     axis.set_minor_formatter(lambda value, _: "")
 
 

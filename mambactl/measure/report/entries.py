@@ -177,7 +177,8 @@ def _model(metrics: Mapping[str, Any], about: Json) -> str:
     if about.get("checkpoint"):
         return str(about["checkpoint"]).rstrip("/")
     config = metrics.get("config") or {}
-    return ", ".join(config.get("synthetic") or []) or str(about.get("stage", "model"))
+    parts = [part for part in ("kernels", "loss") if config.get(part)]
+    return ", ".join(config.get("synthetic") or parts or [str(about.get("stage", "model"))])
 
 
 def _normal(metrics: Mapping[str, Any]) -> Json:

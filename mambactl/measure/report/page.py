@@ -104,4 +104,8 @@ def _by_command(sources: Sequence[Source], cites: Iterable[int]) -> dict[str, li
 def _about(sections: Sequence[Section]) -> str:
     tables = sum(len(section.tables) for section in sections)
     figures = sum(len(section.figures) for section in sections)
-    return f"{tables} tables and {figures} charts"
+    return f"{_counted(tables, 'table')} and {_counted(figures, 'chart')}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -37,6 +37,9 @@ RATES = (
     ("speculative_tokens_per_second", "dashed"),
     ("decode_byte_limit", "dotted"),
 )
+DRAFT = "draft"
+# rates this far apart need a logarithmic axis
+SPREAD = 20
 LINES = {
     "solid": "Solid: plain decoding.",
     "dashed": "Dashed: with a draft.",
@@ -120,15 +123,17 @@ def throughput(material: Material) -> Section:
             section.figures += _rates(material, section, here, place, over, fixed, axis)
     columns = [each for each in SPEEDS if any(each[1] in point.numbers for point in points)]
     if points:
+        drafted = [DRAFT] if any(_draft(point) for point in points) else []
         rows = [
-            [Cell(point.model, number=False), Cell(_draft(point), number=False),
+            [Cell(point.model, number=False),
+             *(Cell(_draft(point), number=False) for _ in drafted),
              *written(point.numbers, columns)]
             for point in points
         ]  # fmt: skip
         cites = [material.cite(section, point.entry) for point in points]
         places = "; ".join(dict.fromkeys(filter(None, (point.place for point in points))))
         caption = f"Every measured point, on {places}" if places else "Every measured point"
-        headings = ["model", "draft", *(heading for heading, _, _ in columns)]
+        headings = ["model", *drafted, *(heading for heading, _, _ in columns)]
         section.tables.append(Table(caption, headings, rows, cites))
     return section
 
@@ -165,7 +170,9 @@ def _rates(
         name = "batch" if fixed == "batch_size" else "context"
         title = f"Tokens/s over {axis.split()[-1] if over == 'input_len' else 'batch'}"
         title += f", {name} {value:,}" + (f", {place}" if place else "")
-        svg = charts.lines(series, axis, "tokens/s", log_x=True)
+        values = [y for each in series for _, y in each.points]
+        far = max(values) > SPREAD * min(values)
+        svg = charts.lines(series, axis, "tokens/s", log_x=True, log_y=far)
         alt = f"{title} for {len(legend(series))} models"
         rows = [
             ((point.model, f"{point.numbers[over]:,}", *(c.text for c in written(
