@@ -26,9 +26,11 @@ def report(paths: Paths, out: Out = "report.html", title: Title = None) -> None:
       mambactl report bench.json d.st.metrics.jsonl
     """
     with io.guarded_stdout():
+        from mambactl.checkpoint.provenance import header_digest
         from mambactl.measure.report.page import write_report
 
         path = Path(out).expanduser()
         command = shlex.join(["mambactl", *sys.argv[1:]])
-        write_report([Path(each).expanduser() for each in paths], path, command, title or "")
+        places = [Path(each).expanduser() for each in paths]
+        write_report(places, path, command, title or "", header_digest)
     io.write_out(str(path.absolute()))

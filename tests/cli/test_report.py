@@ -72,6 +72,24 @@ def test_a_page_of_what_is_kept(cli, tmp_path) -> None:
     assert "b.st.results/eval-held.json" in page
 
 
+def test_results_of_an_earlier_checkpoint_are_marked(cli, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    from mambactl.checkpoint.provenance import header_digest
+
+    (tmp_path / "a.st").write_bytes(b"0" * 64)
+    (tmp_path / "a.st.results").mkdir()
+    content = {
+        "stage": "eval", "checkpoint": "a.st", "metrics": {"recall": {"kv-64": {"recall": 0.5}}},
+        "model": {"digest": header_digest(tmp_path / "a.st")},
+    }  # fmt: skip
+    (tmp_path / "a.st.results" / "eval.json").write_text(json.dumps(content), "utf-8")
+    assert cli("report", "a.st").code == 0
+    assert "Attention" not in (tmp_path / "report.html").read_text("utf-8")
+    (tmp_path / "a.st").write_bytes(b"1" * 64)
+    assert cli("report", "a.st").code == 0
+    assert "Attention" in (tmp_path / "report.html").read_text("utf-8")
+
+
 def test_what_cannot_be_shown_or_written_is_a_sentence(cli, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     done = cli("report", "nothing.st")

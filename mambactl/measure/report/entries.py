@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ Json = dict[str, Any]
 
 LEDGER = "metrics.jsonl"
 RESULTS = "results"
+CHANGED = "the checkpoint has changed since this was measured"
 # what a measurement has at least one of
 KINDS = (
     "fidelity",
@@ -69,10 +70,11 @@ class Found:
     ledgers: list[Ledger]
 
 
-def collect(paths: Sequence[Path]) -> Found:
+def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = None) -> Found:
     """Read results (.json), ledgers (.jsonl), and checkpoints with what is kept beside them.
 
-    Raises UsageError for a path that holds neither.
+    `digest_of` a checkpoint tells whether results beside it are about what it holds now; those of
+    another state are marked. Raises UsageError for a path that holds nothing.
     """
     entries: list[Entry] = []
     ledgers: list[Ledger] = []
@@ -92,8 +94,19 @@ def collect(paths: Sequence[Path]) -> Found:
                 raise UsageError(
                     f"{file} holds no measurement", "give what eval, bench or spec-decode wrote"
                 )
+            if file != path and digest_of is not None and path.exists():
+                digest = digest_of(path)
+                found = [_marked(entry, digest) for entry in found]
             entries += found
     return _named_apart(Found(entries, ledgers))
+
+
+def _marked(entry: Entry, digest: str) -> Entry:
+    measured = dict(entry.source.details).get("digest", digest)
+    if measured == digest:
+        return entry
+    details = (*entry.source.details, ("attention", CHANGED))
+    return replace(entry, source=replace(entry.source, details=details))
 
 
 def kept_beside(checkpoint: Path) -> list[Path]:

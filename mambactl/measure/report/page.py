@@ -1,7 +1,7 @@
 """The page: every section there is something for, in `page.html`, with all text escaped."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -30,13 +30,19 @@ SECTIONS = (
 )
 
 
-def write_report(paths: Sequence[Path], out: Path, command: str, title: str = "") -> None:
-    """Write one HTML file about everything that `paths` hold; see `entries.collect`.
+def write_report(
+    paths: Sequence[Path],
+    out: Path,
+    command: str,
+    title: str = "",
+    digest_of: Callable[[Path], str] | None = None,
+) -> None:
+    """Write one HTML file about everything that `paths` hold; `entries.collect` says what that is.
 
     `command` is what made the page. Raises UsageError where nothing is there to show, ResourceError
     without matplotlib, OutputError where `out` cannot be written.
     """
-    text = render(collect(paths), command, title)
+    text = render(collect(paths, digest_of), command, title)
     partial = out.with_name(out.name + ".partial")
     with explained(out, "free some space", "give a file that can be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +84,9 @@ def render(found: Found, command: str, title: str = "") -> str:
         sections=sections,
         sources=material.sources,
         mark=_mark,
+        outdated=[
+            n for n, source in enumerate(material.sources, 1) if "attention" in dict(source.details)
+        ],
         shade=lambda number: "" if number == charts.NEUTRAL else f"k{number % charts.COLOURS}",
         by_command=partial(_by_command, material.sources),
         about=_about(sections),
