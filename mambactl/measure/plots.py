@@ -45,7 +45,7 @@ def draw(ledgers: Mapping[str, Path], out: Path) -> None:
     found = {name: curves(read_ledger(path)) for name, path in ledgers.items()}
     if not any(points for kinds in found.values() for points in kinds.values()):
         raise UsageError("nothing to plot: no KL was measured", "train with --eval-data FILE")
-    figure, axes = new_figure(INCHES)
+    figure, axes = _axes()
     for number, (name, kinds) in enumerate(found.items()):
         colour = f"C{number % 10}"
         if kinds["training"]:
@@ -66,8 +66,13 @@ def draw(ledgers: Mapping[str, Path], out: Path) -> None:
     figure.savefig(out, dpi=DPI, format="png")
 
 
-def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its axes; raises ResourceError without matplotlib."""
+def _axes() -> tuple[Any, Any]:
+    figure = new_figure(INCHES)
+    return figure, figure.add_subplot()
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """An empty matplotlib figure; ResourceError without matplotlib."""
     try:
         # no window system and no global state: the figure is drawn into a file
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -78,4 +83,4 @@ def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
         ) from None
     figure = Figure(figsize=inches)
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure

@@ -301,6 +301,28 @@ def test_needle_maps_are_found_and_turned() -> None:
     assert own.name == "student rouge1" and own.shares[0] == [0.5, 1, 0]
 
 
+def test_long_rows_needles_of_teachers_and_paired_tests(tmp_path) -> None:
+    axes = {"lengths": [8, 16], "depths": [0.0, 1.0], "scoring": "argmax"}
+    maps = {who: {"retrieved": [[1.0, 0.0], [0.0, 0.0]], "mean_retrieved": 0.25}
+            for who in ("student", "teacher")}  # fmt: skip
+    test = {"difference": -0.25, "interval": [-0.3, -0.2], "p": 0.001}
+    metrics = {
+        "fidelity": {"held": fidelity(0.25)}, "needle": {**axes, **maps},
+        "long_context": {"books": {"rows": 2, "max_length": 8192, "student": fidelity(0.75)}},
+        "against": {"model": "runs/old", "fidelity": {"held": fidelity(0.5)},
+                    "tests": {"held": {"tests": {"kl": test}}}},
+    }  # fmt: skip
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(name, **metrics)), "utf-8")
+    write_report(sorted(tmp_path.glob("*.json")), tmp_path / "page.html", "x")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    titles = re.findall(r"<figcaption><b>(.*?)</b>", text)
+    wanted = ["a retrieved", "teacher retrieved", "b retrieved"]
+    assert [title for title in titles if "retrieved" in title] == wanted
+    assert "KL by position, books in rows of 8,192, 1,000 tokens" in titles
+    assert "against old" in text and "-0.2500" in text and "-0.3000 to -0.2000" in text
+
+
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [

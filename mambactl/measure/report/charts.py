@@ -171,7 +171,8 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
         "axes.formatter.use_mathtext": False, "text.parse_math": False,
     }  # fmt: skip
     with rc_context(style):
-        yield new_figure(inches)
+        figure = new_figure(inches)
+        yield figure, figure.add_subplot()
 
 
 def _curve(axes: Any, each: Series) -> None:

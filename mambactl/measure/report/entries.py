@@ -22,6 +22,7 @@ KINDS = (
     "recall",
     "tasks",
     "needle",
+    "long_context",
     "generation",
     "points",
     "speculative",

@@ -19,7 +19,7 @@ from mambactl.measure.report.content import (
     written,
 )
 from mambactl.measure.report.entries import Entry
-from mambactl.measure.report.needles import needle_maps
+from mambactl.measure.report.needles import NeedleMap, needle_maps
 from mambactl.measure.report.summary import (
     MODEL,
     Column,
@@ -109,6 +109,10 @@ def faithfulness(material: Material) -> Section:
     for entry in material.entries:
         for name, numbers in present(entry.metrics, "fidelity").items():
             sets.setdefault(data_set(name, numbers), []).append((entry, numbers))
+        for name, found in present(entry.metrics, "long_context").items():
+            if "student" in found:
+                title = data_set(f"{name} in rows of {found['max_length']:,}", found["student"])
+                sets.setdefault(title, []).append((entry, found["student"]))
     for data, measured in sets.items():
         section.figures += _by_position(material, section, data, measured)
         columns = [each for each in FIDELITY if any(each[1] in found for _, found in measured)]
@@ -118,7 +122,29 @@ def faithfulness(material: Material) -> Section:
         cites = [material.cite(section, entry) for entry, _ in measured]
         headings = ["model", *(heading for heading, _, _ in columns)]
         section.tables.append(Table(f"On {data}", headings, rows, cites))
+    section.tables += _paired_tests(material, section)
     return section
+
+
+def _paired_tests(material: Material, section: Section) -> Iterator[Table]:
+    """Differences from another student on the same documents, with how sure they are."""
+    rows, cites = [], []
+    for entry in material.entries:
+        against = present(entry.metrics, "against")
+        other = str(against.get("model", "")).rpartition("/")[2]
+        for data, found in present(against, "tests").items():
+            for name, test in present(found, "tests").items():
+                texts = (entry.model, other, data, name)
+                row = [Cell(text, number=False) for text in texts]
+                span = test.get("interval")
+                row.append(Cell(f"{test['difference']:+.4f}"))
+                row.append(Cell(f"{span[0]:+.4f} to {span[1]:+.4f}" if span else ""))
+                row.append(Cell("" if test.get("p") is None else f"{test['p']:.3g}"))
+                rows.append(row)
+                cites.append(material.cite(section, entry))
+    if rows:
+        headings = ["model", "against", "data", "number", "difference", "interval", "p"]
+        yield Table("Paired tests on the same documents", headings, rows, cites)
 
 
 def _by_position(
@@ -315,9 +341,16 @@ def needle(material: Material) -> Section:
     section = Section(
         "needle", "Needle in a haystack", "In per cent, by depth in a text and by its length."
     )
+    teachers: list[NeedleMap] = []
     for entry in material.entries:
         for found in needle_maps(entry.metrics.get("needle")):
-            title = " ".join(filter(None, (entry.model, found.name)))
+            title = f"{entry.model} {found.name.removeprefix('student').strip()}".strip()
+            if found.name.startswith("teacher"):
+                # every student's results hold those of their teacher
+                if found in teachers:
+                    continue
+                teachers.append(found)
+                title = found.name
             scale = 100 if max(found.depths) <= 1 else 1
             columns = [f"{scale * depth:.0f} %" for depth in found.depths]
             rows = [charts.short(length) for length in found.lengths]

@@ -122,10 +122,19 @@ def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
         row = Row(name, MODEL, dict(cells), [entry])
         rows.append(row)
     place = rows.index(row) + 1
-    for name, found in (entry.metrics.get("controls") or {}).items():
+    for name, found in beside(entry.metrics).items():
         while place < len(rows) and rows[place].kind == CONTROL:
             place += 1
         rows.insert(place, Row(name, CONTROL, dict(_cells(found, {})), [entry]))
+
+
+def beside(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured together with a model: its controls, and the one it is tested against."""
+    found = dict(metrics.get("controls") or {})
+    against = metrics.get("against") or {}
+    if "model" in against:
+        found[f"against {str(against['model']).rpartition('/')[2]}"] = against
+    return found
 
 
 def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[Column, Cell]]:
