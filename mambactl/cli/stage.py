@@ -1,6 +1,7 @@
 """The commands that run one stage: configuration from four layers, one call, one line on stdout."""
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from mambactl.cli.options import (
 from mambactl.errors import OutputError, UsageError
 from mambactl.recipe import PLACE, STAGES, WRITERS, StageConfig
 from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings
-from mambactl.stages import StageResult
 
 # the summary above them is the docstring of the stage's configuration
 EXAMPLES = {
@@ -51,8 +51,8 @@ EXAMPLES = {
     ),
     "eval": (
         "mambactl eval t.st --data held-out.jsonl",
+        "mambactl eval a.st b.st --compare --data held-out.jsonl --report compare.html",
         "mambactl eval t.st --tasks arc_easy,hellaswag --limit 200",
-        "mambactl eval a.st b.st runs/c --compare --data held-out.jsonl --report compare.html",
     ),
     "spec-decode": (
         "mambactl spec-decode --draft d.st --target t.st",
@@ -110,11 +110,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     config = _config(stage, shared, flags)
     source = _source(stage, config, model)
     if stage not in WRITERS:
-        sources = [source, *(io.read_model(other) for other in others)]
-        if others or getattr(config, "report", None):
-            _call_reported(stage, config, sources, shared)
-        else:
-            _call(stage, config, source, None, shared)
+        _call(stage, config, source, None, shared, [io.read_model(other) for other in others])
         return
     out = Path(shared.out) if shared.out else io.default_out(source, stage)
     if made := _made_before(out, stage, config, source, shared):
@@ -123,6 +119,43 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
         _write(shared, stage, content, None)
         return
     _call(stage, config, source, out, shared)
+
+
+def _call(
+    stage: str,
+    config: StageConfig,
+    source: str | None,
+    out: Path | None,
+    shared: Shared,
+    others: Sequence[str] = (),
+) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    with io.guarded_stdout():
+        module = import_module(f"mambactl.stages.{stage.replace('-', '_')}")
+        if others or getattr(config, "report", None):
+            # the same calls, of all models together
+            module, source = import_module("mambactl.stages.compare"), [source, *others]
+        if shared.dry_run:
+            _show_plan(module.plan(config, source), out)
+            return
+        if out is not None:
+            again = {"resume": shared.resume, "force": shared.force}
+            result = module.run(config, source, out, **again)
+        else:
+            result = module.run(config, source)
+    checkpoint = result.path
+    if checkpoint is not None and (path := Path(checkpoint).expanduser()).exists():
+        checkpoint = str(path.absolute())
+    _write(shared, stage, {"checkpoint": checkpoint, "metrics": result.metrics}, result.text)
+
+
+def _write(shared: Shared, stage: str, content: dict[str, Any], text: str | None) -> None:
+    if shared.json:
+        extra = {} if text is None else {"text": text}
+        io.write_json({"stage": stage, **content, **extra})
+    else:
+        io.write_out(content["checkpoint"] if text is None else text)
 
 
 def _others(given: dict[str, Any]) -> list[str]:
@@ -134,56 +167,6 @@ def _others(given: dict[str, Any]) -> list[str]:
         raise UsageError(f"{len(models)} MODELs without --compare", "add --compare")
     given["model"], *others = models
     return others
-
-
-def _call_reported(
-    stage: str, config: StageConfig, sources: list[str | None], shared: Shared
-) -> None:
-    _quiet_libraries()
-    with io.guarded_stdout():
-        module = import_module("mambactl.stages.compare")
-        if shared.dry_run:
-            _show_plan(module.plan(stage, config, sources), None)
-            return
-        result = module.run(stage, config, sources)
-    _write(shared, stage, _content(result), result.text)
-
-
-def _call(
-    stage: str, config: StageConfig, source: str | None, out: Path | None, shared: Shared
-) -> None:
-    _quiet_libraries()
-    with io.guarded_stdout():
-        module = import_module(f"mambactl.stages.{stage.replace('-', '_')}")
-        if shared.dry_run:
-            _show_plan(module.plan(config, source), out)
-            return
-        if out is not None:
-            again = {"resume": shared.resume, "force": shared.force}
-            result = module.run(config, source, out, **again)
-        else:
-            result = module.run(config, source)
-    _write(shared, stage, _content(result), result.text)
-
-
-def _quiet_libraries() -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-def _content(result: StageResult) -> dict[str, Any]:
-    checkpoint = result.path
-    if checkpoint is not None and (path := Path(checkpoint).expanduser()).exists():
-        checkpoint = str(path.absolute())
-    return {"checkpoint": checkpoint, "metrics": result.metrics}
-
-
-def _write(shared: Shared, stage: str, content: dict[str, Any], text: str | None) -> None:
-    if shared.json:
-        extra = {} if text is None else {"text": text}
-        io.write_json({"stage": stage, **content, **extra})
-    else:
-        io.write_out(content["checkpoint"] if text is None else text)
 
 
 def _model(stage: str, given: dict[str, Any]) -> str | None:

@@ -4,7 +4,6 @@ import gc
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,22 @@ from mambactl.measure.report.entries import collect, kept_beside
 from mambactl.measure.report.page import write_report
 from mambactl.measure.report.summary import CONTROL, summarise
 from mambactl.recipe import BenchConfig, EvalConfig
-from mambactl.stages import StageResult
+from mambactl.stages import StageResult, bench
+from mambactl.stages import eval as eval_stage
 from mambactl.stages.results import file_name, write_results
 
 DEFAULT_REPORT = "runs/compare.html"
 
 
-def run(stage: str, config: EvalConfig | BenchConfig, sources: Sequence[str | None]) -> StageResult:
-    """Measure each of `sources` with `stage` (eval or bench), then write the page of `report`.
+def run(config: EvalConfig | BenchConfig, sources: Sequence[str | None]) -> StageResult:
+    """Measure each of `sources` with eval or bench, then write the page of `report`.
 
     Every model is measured, and the page is there, before a bound that does not hold is a
     CheckError. What cannot be kept beside a model (one given by name) is kept beside the page.
     """
     report = Path(config.report or DEFAULT_REPORT).expanduser().absolute()
     _require_place(report)
-    module = import_module(f"mambactl.stages.{stage}")
+    module = eval_stage if isinstance(config, EvalConfig) else bench
     if len(sources) > 1:
         _require_different(sources)
         for source in sources:
@@ -60,13 +60,11 @@ def run(stage: str, config: EvalConfig | BenchConfig, sources: Sequence[str | No
     return StageResult(None, {"report": str(report), "models": models}, str(report))
 
 
-def plan(
-    stage: str, config: EvalConfig | BenchConfig, sources: Sequence[str | None]
-) -> dict[str, Any]:
+def plan(config: EvalConfig | BenchConfig, sources: Sequence[str | None]) -> dict[str, Any]:
     """What would be measured of each; writes nothing."""
     if len(sources) > 1:
         _require_different(sources)
-    module = import_module(f"mambactl.stages.{stage}")
+    module = eval_stage if isinstance(config, EvalConfig) else bench
     report = str(Path(config.report or DEFAULT_REPORT).expanduser().absolute())
     return {"report": report, "models": [module.plan(config, source) for source in sources]}
 

@@ -13,24 +13,25 @@ from mambactl.stages import StageResult
 def compared(monkeypatch):
     calls = []
 
-    def run(stage, config, sources):
-        calls.append((stage, config, list(sources)))
+    def run(config, sources):
+        calls.append((config, list(sources)))
         if len(sources) > 1:
             return StageResult(None, {"models": list(sources)}, "/page.html")
         return StageResult(sources[0], {"report": "/page.html"})
 
     module = ModuleType("mambactl.stages.compare")
     module.run = run
-    module.plan = lambda stage, config, sources: {"models": list(sources)}
+    module.plan = lambda config, sources: {"models": list(sources)}
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
 
 
-def test_several_models_give_the_path_of_the_page(cli, compared) -> None:
+def test_several_models_give_the_path_of_the_page(cli, compared, fake_stage) -> None:
+    fake_stage("eval")
     done = cli("eval", "a", "b", "-", "--compare", "--recall", "64", stdin="c\n")
     assert (done.code, done.out) == (0, "/page.html\n")
-    stage, config, sources = compared[0]
-    assert (stage, config.recall, sources) == ("eval", [64], ["a", "b", "c"])
+    config, sources = compared[0]
+    assert (config.recall, sources) == ([64], ["a", "b", "c"])
     found = json.loads(cli("eval", "a", "b", "--compare", "--json").out)
     assert found["metrics"] == {"models": ["a", "b"]} and found["text"] == "/page.html"
     done = cli("eval", "a", "b", "--compare", "--dry-run")
@@ -39,9 +40,10 @@ def test_several_models_give_the_path_of_the_page(cli, compared) -> None:
 
 def test_one_model_with_a_report_is_passed_on(cli, compared, fake_stage) -> None:
     fake_stage("eval")
+    fake_stage("bench")
     assert cli("eval", "a", "--report", "page.html").out == "a\n"
     assert cli("bench", "a", "--report", "page.html").out == "a\n"
-    assert [stage for stage, *_ in compared] == ["eval", "bench"]
+    assert [type(config).__name__ for config, _ in compared] == ["EvalConfig", "BenchConfig"]
     assert cli("eval", "a").out == "a\n" and len(compared) == 2
 
 
