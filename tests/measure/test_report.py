@@ -280,6 +280,18 @@ def test_a_model_measured_twice_differently_has_two_rows(tmp_path) -> None:
     }  # fmt: skip
 
 
+def test_a_teacher_measured_on_other_rows_has_a_row_of_its_own(tmp_path) -> None:
+    for name, found in (("a", 0.9), ("b", 0.9), ("c", 0.7)):
+        recall = {"kv-64": {"recall": 0.5, "chance": 0.1, "teacher": {"recall": found}}}
+        content = json.dumps(result(name, recall=recall))
+        (tmp_path / f"{name}.json").write_text(content, "utf-8")
+    rows = summarise(collect(sorted(tmp_path.glob("*.json"))).entries).rows
+    found = {row.name: [entry.model for entry in row.entries] for row in rows[3:]}
+    assert found == {
+        "teacher llama": ["a", "b"], "guessing": ["a", "b", "c"], "teacher llama (run 2)": ["c"],
+    }  # fmt: skip
+
+
 def test_names_are_as_short_as_they_can_be(tmp_path) -> None:
     for number, name in enumerate(("x/a", "y/a", "y/b")):
         content = result(name, fidelity={"held": fidelity(0.5)})

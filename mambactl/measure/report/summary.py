@@ -92,16 +92,14 @@ GENERATION = (
 def summarise(entries: Iterable[Entry]) -> Summary:
     """Merge what was measured on each model; where two runs disagree, each has a row of its own."""
     rows: dict[str, list[Row]] = {}
-    ends: dict[str, Row] = {}
+    ends: list[Row] = []
     for entry in entries:
         own = dict(_cells(entry.metrics, entry.about))
         if own:
             _add(rows.setdefault(entry.model, []), entry, own)
         for name, cells in _references(entry.metrics):
-            row = ends.setdefault(name, Row(name, REFERENCE))
-            row.cells = cells | row.cells
-            row.entries.append(entry)
-    ordered = [row for group in rows.values() for row in group] + list(ends.values())
+            _merge(ends, name, REFERENCE, entry, cells)
+    ordered = [row for group in rows.values() for row in group] + ends
     columns = dict.fromkeys(column for row in ordered for column in row.cells)
     groups = list(dict.fromkeys(column.group for column in columns))
     order = [g for g in groups if g not in ("recall", "tasks", "cache")]
@@ -109,18 +107,22 @@ def summarise(entries: Iterable[Entry]) -> Summary:
     return Summary(sorted(columns, key=lambda column: order.index(column.group)), ordered)
 
 
-def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
-    """Put cells and controls into the row of the model that says nothing else about them."""
-    alike = [row for row in rows if row.kind == MODEL]
+def _merge(rows: list[Row], name: str, kind: str, entry: Entry, cells: dict[Column, Cell]) -> Row:
+    """The row of that name that says nothing else about these cells, or a new one."""
+    alike = [row for row in rows if row.kind == kind and row.name.partition(" (run ")[0] == name]
     for row in alike:
         if all(row.cells[key] == cell for key, cell in cells.items() if key in row.cells):
             row.cells |= cells
             row.entries.append(entry)
-            break
-    else:
-        name = f"{entry.model} (run {len(alike) + 1})" if alike else entry.model
-        row = Row(name, MODEL, dict(cells), [entry])
-        rows.append(row)
+            return row
+    label = f"{name} (run {len(alike) + 1})" if alike else name
+    rows.append(Row(label, kind, dict(cells), [entry]))
+    return rows[-1]
+
+
+def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
+    """Put cells into the rows of a model, and its controls below that row."""
+    row = _merge(rows, entry.model, MODEL, entry, cells)
     place = rows.index(row) + 1
     for name, found in beside(entry.metrics).items():
         while place < len(rows) and rows[place].kind == CONTROL:
