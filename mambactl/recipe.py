@@ -246,6 +246,7 @@ class EvalConfig(StageConfig):
     control_sinks: int = Field(4, ge=0, description="first tokens that it sees as well")
     ablate: Branches = Field([], description="also measure with these branches putting out zero")
     fail_under: Names = Field([], description="METRIC=VALUE; exit 7 when below")
+    report: str | None = Field(None, description="also put it all on this page (HTML)")
 
 
 class SamplingConfig(StageConfig):
@@ -314,6 +315,7 @@ class BenchConfig(StageConfig):
     k: Drafts = Field("auto", description="draft tokens per step; auto is what is fastest")
     baseline: str | None = Field(None, description="second model; `teacher` is the lineage's")
     min_speedup: float | None = Field(None, description="exit 7 when decode speed-up is below")
+    report: str | None = Field(None, description="also put it all on this page (HTML)")
     synthetic: Names = Field([], description="no MODEL: random weights of published shapes")
     acceptance: float = Field(
         0.7, ge=0, le=1, description="share of a synthetic draft's tokens that the target keeps"

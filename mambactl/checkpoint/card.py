@@ -3,6 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+def between(text: str, begin: str, end: str, inside: str) -> str | None:
+    """`text` with what stands between two marks replaced; None where it does not have both."""
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    return f"{before}{begin}\n{inside}\n{end}{after}" if found and closed else None
+
+
+def with_results(card: str, block: str) -> str:
+    """A card with `block` in place of the results it had, or at its end."""
+    replaced = between(card, BEGIN, END, block)
+    return replaced or f"{card.rstrip()}\n\n{BEGIN}\n{block}\n{END}\n"
+
 
 def model_card(lineage: Mapping[str, Any], config: Any) -> str:
     """Markdown with the Hub's front matter; `config` is a HybridConfig or its dict."""

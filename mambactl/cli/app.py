@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import mambactl
-from mambactl.cli import doctor, inspect, io, plot, recipe, stage, table
+from mambactl.cli import doctor, inspect, io, plot, recipe, report, stage, table
 
 SUMMARY = """Turn a Llama-family checkpoint into a hybrid Mamba model, and decode it fast.
 
@@ -46,5 +46,6 @@ stage.register(app)
 app.command("inspect")(inspect.inspect)
 app.command("table")(table.table)
 app.command("plot")(plot.plot)
+app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipe.app, name="recipe")

@@ -16,6 +16,12 @@ SHORT = {"prompt": "-p", "k": "-k"}
 
 MODEL_HELP = "folder, .st file, GGUF, hub id, alias, or - for stdin"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
+Models = Annotated[
+    list[str], typer.Argument(help=f"{MODEL_HELP}; several with --compare", metavar="MODEL")
+]
+Compare = Annotated[
+    bool, typer.Option("--compare", help="several MODELs in one table, and on one page (--report)")
+]
 OptionalModel = Annotated[
     str | None, typer.Argument(help="another way to give the target", metavar="MODEL")
 ]

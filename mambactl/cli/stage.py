@@ -1,6 +1,7 @@
 """The commands that run one stage: configuration from four layers, one call, one line on stdout."""
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from mambactl.cli.options import (
     OUTPUT,
     ROW_OUTPUT,
     BenchModel,
+    Compare,
     Model,
+    Models,
     OptionalModel,
     Shared,
     Target,
@@ -50,6 +53,7 @@ EXAMPLES = {
     ),
     "eval": (
         "mambactl eval t.st --data held-out.jsonl",
+        "mambactl eval a.st b.st --compare --data held-out.jsonl --report compare.html",
         "mambactl eval t.st --tasks arc_easy,hellaswag --limit 200",
     ),
     "spec-decode": (
@@ -86,6 +90,8 @@ def _function(stage: str) -> Any:
         model = {"model": (OptionalModel, None), "target": (Target, None)}
     elif stage == "bench":
         model = {"model": (BenchModel, None)}
+    elif stage == "eval":
+        model = {"model": (Models, ...), "compare": (Compare, False)}
     output = OUTPUT if stage in WRITERS else ROW_OUTPUT if stage == ROW_WRITER else {}
     with_parameters(command, {**model, **field_flags(STAGES[stage]), **output, **COMMON})
     return command
@@ -97,6 +103,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     console.set_verbosity(shared.verbosity)
     if shared.resume and shared.force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
+    others = _others(given) if stage == "eval" else []
     model = _model(stage, given)
     flags = {key: value for key, value in given.items() if value not in (None, [])}
     if flags.get("prompt") == "-":
@@ -108,7 +115,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     suffix = writes(stage, config)
     if suffix is None:
         _refuse_output(shared)
-        _call(stage, config, source, None, shared)
+        _call(stage, config, source, None, shared, [io.read_model(other) for other in others])
         return
     out = Path(shared.out) if shared.out else io.default_out(source, stage, suffix)
     if made := _made_before(out, stage, config, source, shared):
@@ -126,12 +133,20 @@ def _refuse_output(shared: Shared) -> None:
 
 
 def _call(
-    stage: str, config: StageConfig, source: str | None, out: Path | None, shared: Shared
+    stage: str,
+    config: StageConfig,
+    source: str | None,
+    out: Path | None,
+    shared: Shared,
+    others: Sequence[str] = (),
 ) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with io.guarded_stdout():
         module = import_module(f"mambactl.stages.{stage.replace('-', '_')}")
+        if others or getattr(config, "report", None):
+            # the same calls, of all models together
+            module, source = import_module("mambactl.stages.compare"), [source, *others]
         if shared.dry_run:
             _show_plan(module.plan(config, source), out)
             return
@@ -152,6 +167,17 @@ def _write(shared: Shared, stage: str, content: dict[str, Any], text: str | None
         io.write_json({"stage": stage, **content, **extra})
     else:
         io.write_out(content["checkpoint"] if text is None else text)
+
+
+def _others(given: dict[str, Any]) -> list[str]:
+    """Leave the first of the models in `given`, return those it is compared with."""
+    models, compare = given["model"], given.pop("compare")
+    if compare and len(models) < 2:
+        raise UsageError("--compare needs two MODELs or more", "mambactl eval A B --compare")
+    if not compare and len(models) > 1:
+        raise UsageError(f"{len(models)} MODELs without --compare", "add --compare")
+    given["model"], *others = models
+    return others
 
 
 def _model(stage: str, given: dict[str, Any]) -> str | None:

@@ -56,11 +56,12 @@ def _content(name: str) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    before, begin, rest = _text(str(path)).partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    from mambactl.checkpoint.card import between
+
+    replaced = between(_text(str(path)), BEGIN, END, text)
+    if replaced is None:
         raise UsageError(f"{path} has no place for the table", f"put {BEGIN} and {END} in it")
     partial = path.with_name(path.name + ".partial")
     with explained(path, "free some space", "give a file that can be written"):
-        partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        partial.write_text(replaced, encoding="utf-8")
         os.replace(partial, path)

@@ -1,6 +1,7 @@
 """The pipeline, one file per step; importing this package loads no heavy library."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -9,9 +10,11 @@ class StageResult:
     """What a stage hands to the command line.
 
     `path` is the checkpoint for the next stage (None where there is none), `metrics` is JSON-able,
-    `text` replaces the path on stdout for commands that print text.
+    `text` replaces the path on stdout for commands that print text, `kept` is the file that holds
+    the measurement, if one was written.
     """
 
     path: str | None
     metrics: dict[str, Any] = field(default_factory=dict)
     text: str | None = None
+    kept: Path | None = None

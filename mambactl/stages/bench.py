@@ -40,6 +40,13 @@ Points = list[dict[str, Any]]
 
 def run(config: BenchConfig, source: str | None) -> StageResult:
     """Measure every context length and batch size; CheckError below `min_speedup`."""
+    result = measure(config, source)
+    check(config, result.metrics)
+    return result
+
+
+def measure(config: BenchConfig, source: str | None) -> StageResult:
+    """Measure, print tables and keep the numbers, whatever they are."""
     baseline = _prepare(config, source)
     device, dtype = place(config)
     if config.verify or config.kernels:
@@ -170,9 +177,8 @@ def _checkpoint(
         metrics |= {"baseline": baseline, "baseline_points": other}
         metrics["points"] = compare(metrics["points"], other)
     bench_report.show(source, metrics)
-    save_results(STAGE, source, device.type, config, metrics)
-    _check(config, metrics["points"])
-    return StageResult(path=source, metrics=metrics)
+    kept = save_results(STAGE, source, device.type, config, metrics)
+    return StageResult(path=source, metrics=metrics, kept=kept)
 
 
 def _synthetic(
@@ -286,9 +292,11 @@ def _cache_bytes(config: BenchConfig, cache: dict[str, int]) -> int:
     return max(config.batch_size) * per_row
 
 
-def _check(config: BenchConfig, points: Points) -> None:
+def check(config: BenchConfig, metrics: dict[str, Any]) -> None:
+    """Raise CheckError where the model is not faster than the baseline by `min_speedup`."""
     if config.min_speedup is None:
         return
+    points: Points = metrics["points"]
     slow = [
         f"{bench_report.name(point)}: {bench_report.times(point['decode_speedup'])}"
         for point in points

@@ -55,6 +55,13 @@ class Inputs:
 
 def run(config: EvalConfig, source: str) -> StageResult:
     """Measure and print tables; a bound of `fail_under` that does not hold is a CheckError."""
+    result = measure(config, source)
+    check(config, result.metrics)
+    return result
+
+
+def measure(config: EvalConfig, source: str) -> StageResult:
+    """Measure, print tables and keep the numbers, whatever they are."""
     inputs = _read(config, source)
     model = _load(config, source)
     tokenizer = load_tokenizer(source, config.trust_remote_code)
@@ -85,9 +92,8 @@ def run(config: EvalConfig, source: str) -> StageResult:
         console.log(scores.table.rstrip())
     probes = [probe.name for probe in inputs.probes]
     name = "+".join([*inputs.data, *probes, *(_label(task) for task in config.tasks)])
-    save_results(STAGE, source, name, config, metrics)
-    _check(inputs.checks, metrics)
-    return StageResult(path=source, metrics=metrics)
+    kept = save_results(STAGE, source, name, config, metrics)
+    return StageResult(path=source, metrics=metrics, kept=kept)
 
 
 def plan(config: EvalConfig, source: str) -> dict[str, Any]:
@@ -260,7 +266,9 @@ def _keep(
                 controls.setdefault(kind, {})[group] = numbers
 
 
-def _check(checks: Sequence[Check], metrics: dict[str, Any]) -> None:
+def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
+    """Raise CheckError where a bound of `fail_under` does not hold."""
+    checks = parse_checks(config.fail_under)
     scalars = {
         name: {key: found[key] for key in names}
         for kind, names in (("fidelity", SCALARS), ("recall", recall.SCALARS))

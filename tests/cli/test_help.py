@@ -38,16 +38,18 @@ FLAGS = {
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power --assistant-only-loss "
     f"{OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
-    f"--recall-rows --control --control-window --control-sinks --ablate {EVERY_STAGE}",
+    f"--recall-rows --control --control-window --control-sinks --ablate --compare --report "
+    f"{EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --format "
     f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
     "--min-speedup --synthetic --acceptance --verify --kernels --training --train-rest --compile "
-    f"--capture --loss --tokens --hidden --vocab {EVERY_STAGE}",
+    f"--capture --loss --tokens --hidden --vocab --report {EVERY_STAGE}",
     "inspect": "--tensors --lineage --json --help",
     "table": "--into --help",
     "plot": "--out --help",
+    "report": "--out --title --help",
     "doctor": "--json --help",
     "recipe run": "--out --from --to --set --resume --force --dry-run --json --quiet --verbose "
     "--help",
@@ -79,6 +81,7 @@ def test_help_is_light_on_imports(python) -> None:
         ["bench", "--help"],
         ["recipe", "run", "--help"],
         ["table", "--help"],
+        ["report", "--help"],
     ):
         done = python("-c", code, *command)
         assert (done.code, done.err) == (0, ""), command

@@ -116,11 +116,16 @@ def test_recall_needs_no_teacher(tiny_llama_dir):
         run(failing, str(tiny_llama_dir))
 
 
-def test_single_files_equal_folders_and_keep_nothing_beside_them(folder, single, files):
+def test_single_files_equal_folders_and_keep_results_beside_them(folder, single, files):
     config = cpu(data=[files["words"]])
     fidelity = [run(config, str(path)).metrics["fidelity"] for path in (folder, single)]
     assert fidelity[0] == fidelity[1]
-    assert [path.name for path in single.parent.iterdir()] == ["student.st"]
+    assert sorted(each.name for each in single.parent.iterdir()) == [
+        "student.st",
+        "student.st.results",
+    ]
+    (kept,) = (single.parent / "student.st.results").iterdir()
+    assert json.loads(kept.read_text("utf-8"))["metrics"]["fidelity"] == fidelity[1]
 
 
 def test_a_folder_in_a_cache_is_left_alone(save_student, files, tmp_path, monkeypatch):

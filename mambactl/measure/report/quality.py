@@ -1,0 +1,371 @@
+"""Sections about what a model says: fidelity, controls, training, recall, tasks, needles."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mambactl.measure.plots import curves
+from mambactl.measure.report import charts
+from mambactl.measure.report.charts import Series
+from mambactl.measure.report.content import (
+    Cell,
+    Figure,
+    Material,
+    Section,
+    Table,
+    legend,
+    numbers_of,
+    present,
+    written,
+)
+from mambactl.measure.report.entries import Entry
+from mambactl.measure.report.needles import NeedleMap, needle_maps
+from mambactl.measure.report.summary import (
+    MODEL,
+    Column,
+    Row,
+    Summary,
+    data_set,
+    interval,
+    main_metric,
+    mebibytes,
+    number,
+    percent,
+    ratio,
+    summarise,
+)
+
+# points of a training curve that a page needs at most
+POINTS = 300
+# a control this many times worse makes a linear axis useless
+SPREAD = 20
+FIDELITY = (
+    ("tokens", "tokens", "{:,}".format),
+    ("KL", "kl", number),
+    ("KL, 95th percentile", "kl_p95", number),
+    ("reverse KL", "reverse_kl", number),
+    ("agreement", "agreement", percent),
+    ("top 5", "top5", percent),
+    ("acceptance", "acceptance", percent),
+    ("perplexity", "perplexity", ratio),
+    ("teacher's", "teacher_perplexity", ratio),
+)
+PHASES = (
+    ("steps", "steps", "{:,}".format),
+    ("tokens", "tokens", "{:,}".format),
+    ("seconds", "seconds", "{:,.0f}".format),
+    ("first loss", "first_loss", number),
+    ("last loss", "last_loss", number),
+    ("KL", "kl", number),
+    ("agreement", "agreement", percent),
+    ("peak MiB", "peak_bytes", mebibytes),
+)
+
+
+def overview(material: Material) -> Section:
+    """One row per model, its controls below it, the teacher and guessing at the end."""
+    section = Section("summary", "Summary")
+    found = summarise(material.entries)
+    if not found.columns:
+        return section
+    groups: dict[str, int] = {}
+    for column in found.columns:
+        groups[column.group] = groups.get(column.group, 0) + 1
+    section.tables.append(
+        Table(
+            "Every model, with what it was measured by. KL is in nats per token, to the teacher; "
+            "small figures are 95 % intervals; the best of a column is bold.",
+            ["model", *(column.heading for column in found.columns)],
+            [_summary_row(found, row) for row in found.rows],
+            [material.cite(section, *row.entries) for row in found.rows],
+            list(groups.items()),
+            [row.kind for row in found.rows],
+        )
+    )
+    return section
+
+
+def _summary_row(found: Summary, row: Row) -> list[Cell]:
+    cells = [Cell(row.name, number=False)]
+    for column in found.columns:
+        if (held := row.cells.get(column)) is None:
+            cells.append(Cell(""))
+            continue
+        best = row.kind == MODEL and held.value == found.best(column)
+        cells.append(Cell(column.write(held.value), _span(column, held.interval), best))
+    return cells
+
+
+def _span(column: Column, bounds: tuple[float, float] | None) -> str:
+    return f"{column.write(bounds[0])} to {column.write(bounds[1])}" if bounds else ""
+
+
+def faithfulness(material: Material) -> Section:
+    """KL over the position in the row, and every number of fidelity."""
+    section = Section(
+        "fidelity", "Fidelity to the teacher", "Token by token on text that was not trained on."
+    )
+    sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
+    for entry in material.entries:
+        for name, numbers in present(entry.metrics, "fidelity").items():
+            sets.setdefault(data_set(name, numbers), []).append((entry, numbers))
+        for name, found in present(entry.metrics, "long_context").items():
+            if "student" in found:
+                title = data_set(f"{name} in rows of {found['max_length']:,}", found["student"])
+                sets.setdefault(title, []).append((entry, found["student"]))
+    for data, measured in sets.items():
+        section.figures += _by_position(material, section, data, measured)
+        columns = [each for each in FIDELITY if any(each[1] in found for _, found in measured)]
+        rows = [
+            [Cell(entry.model, number=False), *written(found, columns)] for entry, found in measured
+        ]
+        cites = [material.cite(section, entry) for entry, _ in measured]
+        headings = ["model", *(heading for heading, _, _ in columns)]
+        section.tables.append(Table(f"On {data}", headings, rows, cites))
+    section.tables += _paired_tests(material, section)
+    return section
+
+
+def _paired_tests(material: Material, section: Section) -> Iterator[Table]:
+    """Differences from another student on the same documents, with how sure they are."""
+    rows, cites = [], []
+    for entry in material.entries:
+        against = present(entry.metrics, "against")
+        other = str(against.get("model", "")).rpartition("/")[2]
+        for data, found in present(against, "tests").items():
+            for name, test in present(found, "tests").items():
+                texts = (entry.model, other, data, name)
+                row = [Cell(text, number=False) for text in texts]
+                span = test.get("interval")
+                row.append(Cell(f"{test['difference']:+.4f}"))
+                row.append(Cell(f"{span[0]:+.4f} to {span[1]:+.4f}" if span else ""))
+                row.append(Cell("" if test.get("p") is None else f"{test['p']:.3g}"))
+                rows.append(row)
+                cites.append(material.cite(section, entry))
+    if rows:
+        headings = ["model", "against", "data", "number", "difference", "interval", "p"]
+        yield Table("Paired tests on the same documents", headings, rows, cites)
+
+
+def _by_position(
+    material: Material, section: Section, data: str, measured: list[tuple[Entry, Any]]
+) -> Iterator[Figure]:
+    buckets = {bucket for _, found in measured for bucket in found.get("by_position", {})}
+    labels = sorted(buckets, key=lambda bucket: int(re.match(r"\d+", bucket)[0]))
+    if len(labels) < 2:
+        return
+    series, rows = [], []
+    for entry, found in measured:
+        parts = found.get("by_position", {})
+        points = [(n, parts[label]["kl"]) for n, label in enumerate(labels) if label in parts]
+        bounds = [interval(parts[label], "kl") for label in labels if label in parts]
+        series.append(Series(entry.model, material.colour(entry.model), points, errors=bounds))
+        texts = [number(parts[label]["kl"]) if label in parts else "" for label in labels]
+        rows.append(((entry.model, *texts), material.cite(section, entry)))
+    title = f"KL by position, {data}"
+    svg = charts.steps(series, labels, "tokens before", "KL, nats per token")
+    alt = f"KL to the teacher at {len(labels)} ranges of position for {len(series)} models"
+    table = numbers_of(title, ["model", *labels], rows)
+    yield Figure(title, svg, alt, legend(series), table=table)
+
+
+def controls(material: Material) -> Section:
+    """Every student beside the same layers with something simpler, or with a part taken out."""
+    section = Section(
+        "controls",
+        "Controls",
+        "The same text read by the teacher under a short window in the replaced layers, and by "
+        "the student with a kind of layer putting out zero.",
+    )
+    sets: dict[str, dict[str, dict[str, tuple[float, Entry]]]] = {}
+    for entry in material.entries:
+        for name, found in present(entry.metrics, "controls").items():
+            for data, numbers in present(found, "fidelity").items():
+                title = data_set(data, numbers)
+                own = sets.setdefault(title, {}).setdefault(entry.model, {})
+                own["student"] = (entry.metrics["fidelity"][data]["kl"], entry)
+                own[name] = (numbers["kl"], entry)
+    for data, models in sets.items():
+        variants = list(dict.fromkeys(name for own in models.values() for name in own))
+        series = [
+            Series(name, place, [(own[name][0], row) for row, own in enumerate(models.values())
+                                 if name in own])
+            for place, name in enumerate(variants)
+        ]  # fmt: skip
+        values = [value for own in models.values() for value, _ in own.values() if value > 0]
+        spread = bool(values) and max(values) > SPREAD * min(values)
+        title = f"Student and controls, {data}"
+        svg = charts.dots(series, [_folded(m) for m in models], "KL, nats per token", log_x=spread)
+        alt = f"KL to the teacher of {len(models)} students and of {len(variants) - 1} controls"
+        rows = [
+            (
+                (model, *(number(own[name][0]) if name in own else "" for name in variants)),
+                material.cite(section, *(entry for _, entry in own.values())),
+            )
+            for model, own in models.items()
+        ]
+        table = numbers_of(title, ["model", *variants], rows)
+        section.figures.append(Figure(title, svg, alt, legend(series), table=table))
+    return section
+
+
+def training(material: Material) -> Section:
+    """KL over the tokens trained on, and how the phases went."""
+    section = Section("training", "Training")
+    series, rows = [], []
+    for ledger in material.ledgers:
+        kinds = curves(ledger.lines)
+        cites = material.cite(section, ledger)
+        held, loss = kinds["held out"], _thinned(kinds["training"])
+        shade = material.colour(ledger.model)
+        if loss:
+            series.append(Series(ledger.model, shade, loss, faint=True))
+        if held:
+            series.append(Series(ledger.model, shade, held))
+            rows += [((ledger.model, f"{tokens:,}", number(kl)), cites) for tokens, kl in held]
+    if series:
+        title = "KL over tokens"
+        svg = charts.lines(series, "tokens trained on", "KL, nats per token", log_y=True)
+        alt = f"KL to the teacher over the tokens trained on, for {len(legend(series))} runs"
+        note = "Marked: held-out text. Thin: the training loss, batch by batch."
+        table = numbers_of("Held-out KL", ["model", "tokens", "KL"], rows) if rows else None
+        section.figures.append(Figure(title, svg, alt, legend(series), note, table))
+    found = [
+        (entry, phase, numbers)
+        for entry in material.entries
+        for phase, numbers in present(entry.metrics, "training").items()
+        if isinstance(numbers, Mapping)
+    ]
+    if found:
+        columns = [each for each in PHASES if any(each[1] in numbers for *_, numbers in found)]
+        headings = ["model", "phase", *(heading for heading, _, _ in columns)]
+        cells = [
+            [Cell(entry.model, number=False), Cell(phase, number=False), *written(each, columns)]
+            for entry, phase, each in found
+        ]
+        cites = [material.cite(section, entry) for entry, *_ in found]
+        section.tables.append(Table("Phases", headings, cells, cites))
+    return section
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return points[:: -(-len(points) // POINTS)] if points else []
+
+
+def recall(material: Material) -> Section:
+    """Recall over the length of the row, a chart per form, with the teacher and a guess."""
+    section = Section(
+        "recall", "Recall", "Pairs stated once in a row and asked for at its end, made from a seed."
+    )
+    found = summarise(material.entries)
+    forms: dict[str, list[tuple[int, Column]]] = {}
+    for column in found.columns:
+        parts = re.fullmatch(r"(\w+)-(\d+)", column.heading)
+        if column.group == "recall" and parts:
+            forms.setdefault(parts[1], []).append((int(parts[2]), column))
+    for form, lengths in forms.items():
+        lengths.sort(key=lambda pair: pair[0])
+        rows = [row for row in found.rows if row.kind != "control"
+                and any(column in row.cells for _, column in lengths)]  # fmt: skip
+        title = f"Recall, {form}"
+        texts = [
+            (
+                (row.name, *(c.write(row.cells[c].value) if c in row.cells else ""
+                             for _, c in lengths)),
+                material.cite(section, *_with(row, "recall")),
+            )
+            for row in rows
+        ]  # fmt: skip
+        table = numbers_of(title, ["model", *(f"{n:,} tokens" for n, _ in lengths)], texts)
+        if len(lengths) < 2:
+            section.tables.append(table)
+            continue
+        series = [
+            Series(
+                row.name,
+                material.colour(row.name) if row.kind == MODEL else charts.NEUTRAL,
+                [(n, 100 * row.cells[c].value) for n, c in lengths if c in row.cells],
+                {"teacher": "dashed", "guessing": "dotted"}.get(row.name.split()[0], "solid"),
+            )
+            for row in rows
+        ]
+        svg = charts.lines(series, "tokens in the row", "recalled, %", log_x=True)
+        alt = f"Share of values recalled over the length of the row by {len(series)} models"
+        ends = any(row.kind != MODEL for row in rows)
+        note = "Dashed: the teacher. Dotted: guessing." if ends else ""
+        section.figures.append(Figure(title, svg, alt, legend(series), note, table))
+    return section
+
+
+def _with(row: Row, kind: str) -> list[Entry]:
+    return [entry for entry in row.entries if present(entry.metrics, kind)]
+
+
+def tasks(material: Material) -> Section:
+    """Scores with their intervals, a row per task."""
+    section = Section("tasks", "Tasks", "Zero-shot, with 95 % intervals where they are known.")
+    names: dict[str, None] = {}
+    models: dict[str, list[tuple[Entry, str, float, Any]]] = {}
+    for entry in material.entries:
+        for task, scores in present(entry.metrics, "tasks").items():
+            if (key := main_metric(scores)) is not None:
+                label = f"{task} {key}"
+                names[label] = None
+                found = (entry, label, scores[key], interval(scores, key))
+                models.setdefault(entry.model, []).append(found)
+    if not names:
+        return section
+    labels = list(names)
+    series, rows = [], []
+    for model, found in models.items():
+        points = [(100 * value, labels.index(label)) for _, label, value, _ in found]
+        errors = [bounds and (100 * bounds[0], 100 * bounds[1]) for *_, bounds in found]
+        series.append(Series(model, material.colour(model), points, errors=errors))
+        rows += [
+            (
+                (model, label, percent(value),
+                 f"{percent(bounds[0])} to {percent(bounds[1])}" if bounds else ""),
+                material.cite(section, entry),
+            )
+            for entry, label, value, bounds in found
+        ]  # fmt: skip
+    svg = charts.dots(series, labels, "score, %")
+    alt = f"Scores of {len(series)} models on {len(labels)} tasks"
+    table = numbers_of("Scores", ["model", "task", "score", "95 % interval"], rows)
+    section.figures.append(Figure("Scores", svg, alt, legend(series), table=table))
+    return section
+
+
+def needle(material: Material) -> Section:
+    """Heat maps of what is found at a depth of a context of a length."""
+    section = Section(
+        "needle", "Needle in a haystack", "In per cent, by depth in a text and by its length."
+    )
+    teachers: list[NeedleMap] = []
+    for entry in material.entries:
+        for found in needle_maps(entry.metrics.get("needle")):
+            title = f"{entry.model} {found.name.removeprefix('student').strip()}".strip()
+            if found.name.startswith("teacher"):
+                # every student's results hold those of their teacher
+                if found in teachers:
+                    continue
+                teachers.append(found)
+                title = found.name
+            scale = 100 if max(found.depths) <= 1 else 1
+            columns = [f"{scale * depth:.0f} %" for depth in found.depths]
+            rows = [charts.short(length) for length in found.lengths]
+            svg = charts.heat(found.shares, rows, columns, "depth of the needle", "tokens")
+            alt = f"{title}: {len(columns)} depths of {len(rows)} lengths"
+            cites = material.cite(section, entry)
+            texts = [((f"{n:,}", *map(percent, row)), cites)
+                     for n, row in zip(found.lengths, found.shares, strict=True)]  # fmt: skip
+            table = numbers_of(title, ["tokens", *columns], texts)
+            section.figures.append(Figure(title, svg, alt, table=table))
+    return section
+
+
+def _folded(text: str, width: int = 22) -> str:
+    """A label of a chart in lines that leave room for the chart."""
+    from textwrap import wrap
+
+    return "\n".join(wrap(text, width, max_lines=3, placeholder=" ..."))
