@@ -68,8 +68,7 @@ def compare(
     """`fidelity` of several students to one teacher on the same rows, which it reads once."""
     documents = list(documents)
     found = predict(variants, teacher, documents, max_length, batch_size, chunk_elements)
-    rows = len(set(found.rows.tolist()))
-    counts = {"documents": len(documents), "rows": rows, "max_length": max_length}
+    counts = {"documents": len(documents), "rows": found.row_count, "max_length": max_length}
     return {name: counts | found.summary(name, bootstrap) for name in variants}
 
 

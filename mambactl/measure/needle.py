@@ -144,9 +144,7 @@ class _Forced:
         targets = torch.tensor(self.answer * len(prompts), device=device)
         answers = read_answers(asked, self.model.get_output_embeddings(), targets)
         right = answers[:, 0].view(len(prompts), size).double().cpu()  # [B, A]
-        return [
-            {"retrieved": float(row.min()), "tokens": float(row.mean())} for row in right
-        ]
+        return [{"retrieved": float(row.min()), "tokens": float(row.mean())} for row in right]
 
 
 def retrieved(text: str) -> float:
@@ -164,4 +162,3 @@ def rouge1(text: str, wanted: str) -> float:
 
 def _words(text: str) -> list[str]:
     return "".join(c if c.isalnum() else " " for c in text.lower()).split()
-

@@ -67,6 +67,12 @@ def draw(ledgers: Mapping[str, Path], out: Path) -> None:
 
 
 def _axes() -> tuple[Any, Any]:
+    figure = new_figure(INCHES)
+    return figure, figure.add_subplot()
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """An empty matplotlib figure; ResourceError without matplotlib."""
     try:
         # no window system and no global state: the figure is drawn into a file
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,6 +81,6 @@ def _axes() -> tuple[Any, Any]:
         raise ResourceError(
             "plots need matplotlib, which is missing", 'pip install "mambactl[plots]"'
         ) from None
-    figure = Figure(figsize=INCHES)
+    figure = Figure(figsize=inches)
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure

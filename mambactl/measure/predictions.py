@@ -45,6 +45,11 @@ class Predictions:
     rows: np.ndarray
 
     @property
+    def row_count(self) -> int:
+        """Rows with a prediction."""
+        return len(np.unique(self.rows))
+
+    @property
     def resampled(self) -> str:
         """What is drawn again: documents where there are enough, else rows."""
         enough = len(np.unique(self.documents)) >= FEWEST_DOCUMENTS

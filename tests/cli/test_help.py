@@ -34,7 +34,10 @@ FLAGS = {
     "dpo": f"{TRAINING} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power {OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
-    f"--recall-rows --control --control-window --control-sinks --ablate {EVERY_STAGE}",
+    "--recall-rows --control --control-window --control-sinks --ablate --against --confidence "
+    "--bootstrap --save-samples --per-layer --needle --needle-depths --needle-text "
+    "--needle-scoring --needle-plot --long-context-data --position-length --position-rows "
+    f"{EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
