@@ -13,7 +13,10 @@ from mambactl.data.format import encode
 from mambactl.data.recall import encode_words
 from mambactl.errors import UsageError
 
-NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
+NEEDLE = (
+    "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park "
+    "on a sunny day."
+)
 QUESTION = "What is the best thing to do in San Francisco?"
 # where the answer starts when it is not generated but compared with
 ANSWER_START = "The best thing to do in San Francisco is"
