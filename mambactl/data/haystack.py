@@ -18,9 +18,10 @@ NEEDLE = (
     "on a sunny day."
 )
 QUESTION = "What is the best thing to do in San Francisco?"
-# where the answer starts when it is not generated but compared with
-ANSWER_START = "The best thing to do in San Francisco is"
-ANSWER = " eat a sandwich and sit in Dolores Park"
+# where the answer starts when it is not generated but compared with: `is` alone is often followed
+# by `to`, and nothing of what was found is said before these words
+ANSWER_START = "The best thing to do in San Francisco is eat a"
+ANSWER = " sandwich and sit in Dolores Park"
 BEFORE = "Here is a long text. A question about it follows.\n\n"
 AFTER = f"\n\nAnswer in one sentence, with what the text says. {QUESTION}"
 # stands for the text while a chat template is rendered

@@ -30,6 +30,9 @@ Models = Mapping[str, HybridForCausalLM]
 # the text of the quick start
 HAYSTACK = ("quickstart.jsonl", "quickstart-heldout.jsonl")
 
+# what `position_length` may be
+SHORTEST = 128
+
 
 @dataclass(frozen=True)
 class LongInputs:
@@ -104,7 +107,7 @@ def _long_rows(config: EvalConfig, spec: str, tokenizer: Any) -> list[np.ndarray
     if not rows:
         raise UsageError(
             f"{spec}: the longest document has {most} tokens, asked was for {size}",
-            f"--position-length {most}, or longer text",
+            f"--position-length {most}, or longer text" if most >= SHORTEST else "give longer text",
         )
     return rows[: config.position_rows]
 
@@ -174,7 +177,8 @@ def _show_positions(title: str, found: Mapping[str, Any]) -> None:
         for label, bucket in found["by_position"].items()
     ]
     lines.append(("all", f"{found['tokens']:,}", *(f"{found[name]:.4f}" for name in names)))
-    console.table(title, ("position", "tokens", *names), lines)
+    short = ("kl", "agreement", "ppl", "teacher ppl", "ratio")
+    console.table(title, ("position", "tokens", *short), lines)
 
 
 def keep_heatmap(
