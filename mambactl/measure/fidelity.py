@@ -94,10 +94,11 @@ def predict(
             hint="pass text that is longer",
         )
     measured: dict[str, list[Tensor]] = {name: [] for name in variants}
+    heads = [_head(model) for model in (teacher, *(each.model for each in variants.values()))]
     with console.progress("fidelity", sum(len(row.ids) for row in rows)) as progress:
         for start in range(0, len(rows), batch_size):
             batch = [row.ids for row in rows[start : start + batch_size]]
-            found = _measure_batch(list(variants.values()), teacher, batch, chunk_elements)
+            found = _measure_batch(list(variants.values()), teacher, heads, batch, chunk_elements)
             for name, part in zip(variants, found, strict=True):
                 measured[name].append(part)
             progress.advance(sum(map(len, batch)))
@@ -179,10 +180,14 @@ def _measure(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
 def _measure_batch(
     variants: Sequence[Variant],
     teacher: PreTrainedModel,
+    heads: Sequence[Callable[[Tensor], Tensor]],
     rows: list[Tensor],
     chunk_elements: int,
 ) -> list[Tensor]:
-    """Every variant's measurements of all predictions of a batch [N, 12]."""
+    """Every variant's measurements of all predictions of a batch [N, 12].
+
+    `heads` are the teacher's and then each variant's.
+    """
     device = teacher.device
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # [B, T]
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -191,11 +196,10 @@ def _measure_batch(
     targets = ids[:, 1:][predicted]  # [N]
 
     guide = _hidden(teacher, ids, mask)[:, :-1][predicted]  # [N, D]
-    p_head = teacher.get_output_embeddings()
-    size = max(1, chunk_elements // p_head.weight.shape[0])
+    p_head = heads[0]
+    size = max(1, chunk_elements // teacher.get_output_embeddings().weight.shape[0])
     measured = []
-    for variant in variants:
-        q_head = variant.model.get_output_embeddings()
+    for variant, q_head in zip(variants, heads[1:], strict=True):
         hidden = guide
         # the same object needs one pass, and then equals itself bit for bit
         if variant.model is not teacher or variant.during is not nullcontext:
@@ -207,6 +211,14 @@ def _measure_batch(
         parts = [measure_logits(q_head(q).to(device), p_head(p), target) for q, p, target in chunks]
         measured.append(torch.cat(parts).double().cpu())
     return measured
+
+
+def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Logits in fp32: bf16 rounds many to ties, and rounding alone is thousandths of a nat."""
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    weight, bias = head.weight.float(), None if bias is None else bias.float()
+    return lambda hidden: torch.nn.functional.linear(hidden.float(), weight, bias)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:

@@ -197,7 +197,9 @@ def keep_heatmap(
     try:
         with explained(path, "free some space", "give a file that can be written"):
             try:
-                draw_grids(panels, needle["lengths"], needle["depths"], source, partial)
+                draw_grids(
+                    panels, needle["lengths"], needle["depths"], f"needle: {source}", partial
+                )
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
