@@ -187,7 +187,7 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     if config.per_layer:
         for spec in filter(None, (source, config.against)):
             require_layers(model_config(spec), model_config(teacher))
-    long = read_long(config, source, model_config(source))
+    long = read_long(config, source, model_config(source), _labels(config.long_context_data))
     return Inputs(checks, data, tasks, probes, teacher, replaced, long)
 
 

@@ -59,8 +59,13 @@ class LongInputs:
         return found
 
 
-def read_long(config: EvalConfig, source: str, ours: HybridConfig) -> LongInputs:
-    """Make prompts and rows; raises UsageError where text or tokens are too few."""
+def read_long(
+    config: EvalConfig, source: str, ours: HybridConfig, labels: Sequence[str]
+) -> LongInputs:
+    """Make prompts and rows; raises UsageError where text or tokens are too few.
+
+    `labels` are short names of `long_context_data`.
+    """
     if not (config.needle or config.long_context_data):
         return LongInputs(None, {})
     tokenizer = load_tokenizer(source, config.trust_remote_code)
@@ -79,8 +84,8 @@ def read_long(config: EvalConfig, source: str, ours: HybridConfig) -> LongInputs
             config.needle_scoring,
         )
     rows = {
-        Path(spec).name.split(".")[0]: _long_rows(config, spec, tokenizer)
-        for spec in config.long_context_data
+        label: _long_rows(config, spec, tokenizer)
+        for label, spec in zip(labels, config.long_context_data, strict=True)
     }
     longest = max(config.needle + [config.position_length] * bool(rows))
     if "attention" in ours.mixers and longest > ours.max_position_embeddings:
@@ -197,9 +202,8 @@ def keep_heatmap(
     try:
         with explained(path, "free some space", "give a file that can be written"):
             try:
-                draw_grids(
-                    panels, needle["lengths"], needle["depths"], f"needle: {source}", partial
-                )
+                title = f"needle in a haystack: {source}"
+                draw_grids(panels, needle["lengths"], needle["depths"], title, partial)
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
