@@ -81,7 +81,8 @@ def run(config: EvalConfig, source: str) -> StageResult:
         metrics["teacher"] = inputs.teacher
     other = None
     if config.against is not None:
-        other = _load(config, config.against)
+        shared = teacher is not None and resolve(config.against) == resolve(inputs.teacher)
+        other = teacher if shared else _load(config, config.against)
         metrics[AGAINST] = {"model": config.against}
     variants = _variants(config, inputs, model, teacher, other)
     if inputs.data:

@@ -89,13 +89,15 @@ def show_tests(source: str, other: str, tests: Mapping[str, dict[str, Any]]) -> 
                     f"{test['difference']:+.4f}",
                     "-" if interval is None else "{:+.4f} to {:+.4f}".format(*interval),
                     "-" if test["p"] is None else f"{test['p']:.3g}",
-                    f"{test['wins']} / {test['losses']} of {test['units']} {found['resampled']}",
+                    f"{test['wins']} / {test['losses']}",
                 )
             )
     if lines:
+        units = {f"{t['tests']['kl']['units']} {t['resampled']} of {d}" for d, t in tests.items()}
         share = next(iter(tests.values()))["confidence"]
         columns = ("data", "", "difference", f"{100 * share:g} % interval", "p", "lower / higher")
-        console.table(f"{source} minus {other}", columns, lines)
+        title = f"{source} minus {other}, by {', '.join(sorted(units))}"
+        console.table(title, columns, lines)
 
 
 def show_layers(source: str, layers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
