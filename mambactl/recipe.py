@@ -245,6 +245,29 @@ class EvalConfig(StageConfig):
     control_window: int = Field(64, ge=1, description="tokens that window sees")
     control_sinks: int = Field(4, ge=0, description="first tokens that it sees as well")
     ablate: Branches = Field([], description="also measure with these branches putting out zero")
+    against: str | None = Field(
+        None, description="another student: paired test of the difference on the same documents"
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="share that an interval holds")
+    bootstrap: int = Field(
+        1000, ge=0, description="draws of documents behind intervals and tests; 0: none"
+    )
+    save_samples: bool = Field(False, description="keep numbers per document, and answers")
+    per_layer: bool = Field(
+        False, description="error of each new mixer against the teacher's attention, on --data"
+    )
+    needle: Counts = Field([], description="find a sentence in texts of so many tokens, 1024,8192")
+    needle_depths: int = Field(10, ge=1, description="places in the text that it stands at")
+    needle_text: DataSpecs = Field([], description="that text; default: --data, or the packaged")
+    needle_scoring: Literal["generate", "argmax"] = Field(
+        "generate", description="greedy answers, or whether the right answer is the likeliest"
+    )
+    needle_plot: str | None = Field(
+        None, description="heat map (PNG); default: in results/ of a checkpoint folder"
+    )
+    long_context_data: DataSpecs = Field([], description="perplexity by position in long text")
+    position_length: int = Field(8192, ge=128, description="tokens per row of it")
+    position_rows: int = Field(8, ge=1, description="rows of it, from documents in turn")
     fail_under: Names = Field([], description="METRIC=VALUE; exit 7 when below")
     report: str | None = Field(None, description="also put it all on this page (HTML)")
 

@@ -55,6 +55,8 @@ EXAMPLES = {
         "mambactl eval t.st --data held-out.jsonl",
         "mambactl eval a.st b.st --compare --data held-out.jsonl --report compare.html",
         "mambactl eval t.st --tasks arc_easy,hellaswag --limit 200",
+        "mambactl eval t.st --data held-out.jsonl --against other.st",
+        "mambactl eval t.st --needle 1024,4096,8192 --needle-plot needle.png",
     ),
     "spec-decode": (
         "mambactl spec-decode --draft d.st --target t.st",

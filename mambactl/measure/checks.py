@@ -22,6 +22,9 @@ LOWER_IS_BETTER = (
     "perplexity",
     "teacher_perplexity",
     "perplexity_ratio",
+    "ece",
+    "teacher_ece",
+    "ece_to_teacher",
 )
 
 _CHECK = re.compile(r"^\s*(?P<name>[^<>=]+?)\s*(?P<sign>>=|<=|=)\s*(?P<bound>[^<>=]+?)\s*$")

@@ -1,30 +1,31 @@
 """How closely a student follows its teacher, token by token on the same text."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mambactl import console
 from mambactl.errors import ModelError, UsageError
+from mambactl.measure.calibration import COLUMNS as CONFIDENCES
+from mambactl.measure.calibration import confidences
+from mambactl.measure.predictions import MEANS, SCALARS, Predictions
+from mambactl.measure.statistics import Bootstrap
 
-# first context position of every bucket that results are broken down into
-BUCKET_STARTS = (0, 64, 256, 1024, 4096)
+__all__ = ["MEANS", "SCALARS"]
 
 # logits of one model that may exist at a time, in elements
 CHUNK_ELEMENTS = 2**25
+# of those, how many a CPU compares at a time: what a pass leaves is read from a cache by the next,
+# and memory is not given back in between, for which fresh pages cost more than the arithmetic
+CPU_ELEMENTS = 2**20
 
-MEANS = ("kl", "reverse_kl", "agreement", "top5", "acceptance", "ce", "teacher_ce")
+COLUMNS = (*MEANS, *CONFIDENCES)
 TOP = 5
-
-# every number of a result that is one value
-SCALARS = (*MEANS, "kl_p95", "perplexity", "teacher_perplexity", "perplexity_ratio")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ def fidelity(
     return compare(only, teacher, documents, max_length, batch_size, chunk_elements)["student"]
 
 
-@torch.inference_mode()
 def compare(
     variants: Mapping[str, Variant],
     teacher: PreTrainedModel,
@@ -63,33 +63,63 @@ def compare(
     max_length: int = 512,
     batch_size: int = 4,
     chunk_elements: int = CHUNK_ELEMENTS,
+    bootstrap: Bootstrap | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`fidelity` of several students to one teacher on the same rows, which it reads once."""
+    documents = list(documents)
+    found = predict(variants, teacher, documents, max_length, batch_size, chunk_elements)
+    counts = {"documents": len(documents), "rows": found.row_count, "max_length": max_length}
+    return {name: counts | found.summary(name, bootstrap) for name in variants}
+
+
+@torch.inference_mode()
+def predict(
+    variants: Mapping[str, Variant],
+    teacher: PreTrainedModel,
+    documents: Sequence[Sequence[int]],
+    max_length: int = 512,
+    batch_size: int = 4,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Predictions:
+    """Measure every prediction of several students beside one teacher's on the same rows.
+
+    Raises ModelError for other vocabularies, UsageError where there is nothing to predict.
+    """
     for variant in variants.values():
         _same_vocabulary(variant.model, teacher)
-    documents = list(documents)
-    rows = cut_rows(documents, max_length)
+    rows = _located_rows(documents, max_length)
     if not rows:
         raise UsageError(
             "the data holds no document of two tokens or more, so there is nothing to predict",
             hint="pass text that is longer",
         )
     measured: dict[str, list[Tensor]] = {name: [] for name in variants}
-    positions: list[Tensor] = []
-    with console.progress("fidelity", sum(len(row) for row in rows)) as progress:
+    heads = [_head(model) for model in (teacher, *(each.model for each in variants.values()))]
+    with console.progress("fidelity", sum(len(row.ids) for row in rows)) as progress:
         for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            found = _measure_batch(list(variants.values()), teacher, batch, chunk_elements)
+            batch = [row.ids for row in rows[start : start + batch_size]]
+            found = _measure_batch(list(variants.values()), teacher, heads, batch, chunk_elements)
             for name, part in zip(variants, found, strict=True):
                 measured[name].append(part)
-            positions.extend(torch.arange(len(row) - 1) for row in batch)
-            progress.advance(sum(len(row) for row in batch))
-    counts = {"documents": len(documents), "rows": len(rows), "max_length": max_length}
-    place = torch.cat(positions).numpy()
-    return {
-        name: counts | _summary(dict(zip(MEANS, torch.cat(parts).numpy().T, strict=True)), place)
+            progress.advance(sum(map(len, batch)))
+    counts = torch.tensor([len(row.ids) - 1 for row in rows])
+    positions = torch.cat([torch.arange(int(count)) for count in counts])
+    places = torch.tensor([(row.document, row.number) for row in rows])  # [R, 2]
+    documents_of, rows_of = places.repeat_interleave(counts, 0).T.numpy()
+    values = {
+        name: dict(zip(COLUMNS, torch.cat(parts).numpy().T, strict=True))
         for name, parts in measured.items()
     }
+    return Predictions(values, positions.numpy(), documents_of, rows_of)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Token ids [n], the document they are of, and the row's number in the data set."""
+
+    ids: Tensor
+    document: int
+    number: int
 
 
 def cut_rows(documents: Iterable[Sequence[int]], max_length: int) -> list[Tensor]:
@@ -97,38 +127,67 @@ def cut_rows(documents: Iterable[Sequence[int]], max_length: int) -> list[Tensor
 
     A rest of one token is dropped: nothing in it can be predicted.
     """
-    rows = [
-        torch.as_tensor(document[start : start + max_length], dtype=torch.long)
-        for document in documents
+    return [row.ids for row in _located_rows(documents, max_length)]
+
+
+def _located_rows(documents: Iterable[Sequence[int]], max_length: int) -> list[_Row]:
+    pieces = [
+        (torch.as_tensor(document[start : start + max_length], dtype=torch.long), index)
+        for index, document in enumerate(documents)
         for start in range(0, len(document), max_length)
     ]
+    rows = [_Row(ids, index, number) for number, (ids, index) in enumerate(pieces) if len(ids) > 1]
     # equal lengths side by side waste the least padding
-    return sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
+    return sorted(rows, key=lambda row: len(row.ids), reverse=True)
 
 
 def compare_logits(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """Measure N predictions; logits [N, V], targets [N], result [N, 7] in the order of `MEANS`."""
-    log_q = student.float().log_softmax(-1)  # [N, V]
-    log_p = teacher.float().log_softmax(-1)  # [N, V]
-    p, q = log_p.exp(), log_q.exp()
-    difference = log_p - log_q
-    kl, reverse = (p * difference).sum(-1), -(q * difference).sum(-1)
+    return measure_logits(student, teacher, targets)[:, : len(MEANS)]
+
+
+def measure_logits(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    """`compare_logits` and behind it the columns of calibration, [N, 12] as in `COLUMNS`."""
+    size = len(targets)
+    if student.device.type == "cpu":
+        size = max(1, CPU_ELEMENTS // student.shape[-1])
+    pieces = zip(student.split(size), teacher.split(size), targets.split(size), strict=True)
+    return torch.cat([_measure(*piece) for piece in pieces])
+
+
+def _measure(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    x, y = student.float(), teacher.float()
+    (tops, best), (wanted_tops, wanted) = x.topk(TOP, -1), y.topk(TOP, -1)  # [N, 5]
+    q, p = x.softmax(-1), y.softmax(-1)  # [N, V]
+    # the sum's logarithm, from the one probability that cannot vanish
+    x_sum = tops[:, :1] - q.gather(-1, best[:, :1]).log()  # [N, 1]
+    y_sum = wanted_tops[:, :1] - p.gather(-1, wanted[:, :1]).log()
+    confidence = confidences(q, p, (best[:, 0], wanted[:, 0]), targets)
     acceptance = torch.minimum(p, q).sum(-1)
-    agreement = (student.argmax(-1) == teacher.argmax(-1)).float()
-    best, wanted = (log.topk(TOP, -1).indices for log in (log_q, log_p))  # [N, 5]
+    agreement = (best[:, 0] == wanted[:, 0]).float()
     shared = (best[:, :, None] == wanted[:, None, :]).any(1).float().mean(-1)
     picked = targets[:, None]
-    ce, teacher_ce = (-log.gather(-1, picked).squeeze(-1) for log in (log_q, log_p))
-    return torch.stack([kl, reverse, agreement, shared, acceptance, ce, teacher_ce], dim=-1)
+    ce, teacher_ce = (
+        (total - logits.gather(-1, picked))[:, 0] for total, logits in ((x_sum, x), (y_sum, y))
+    )
+    # in this order equal models differ by exactly nothing
+    difference = (y - x).sub_(y_sum - x_sum)  # log p - log q, [N, V]
+    kl, reverse = p.mul_(difference).sum(-1), -q.mul_(difference).sum(-1)
+    means = torch.stack([kl, reverse, agreement, shared, acceptance, ce, teacher_ce], dim=-1)
+    return torch.cat([means, confidence], -1)
 
 
 def _measure_batch(
     variants: Sequence[Variant],
     teacher: PreTrainedModel,
+    heads: Sequence[Callable[[Tensor], Tensor]],
     rows: list[Tensor],
     chunk_elements: int,
 ) -> list[Tensor]:
-    """Every variant's measurements of all predictions of a batch [N, 7]."""
+    """Every variant's measurements of all predictions of a batch [N, 12].
+
+    `heads` are the teacher's and then each variant's.
+    """
     device = teacher.device
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # [B, T]
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -137,11 +196,10 @@ def _measure_batch(
     targets = ids[:, 1:][predicted]  # [N]
 
     guide = _hidden(teacher, ids, mask)[:, :-1][predicted]  # [N, D]
-    p_head = teacher.get_output_embeddings()
-    size = max(1, chunk_elements // p_head.weight.shape[0])
+    p_head = heads[0]
+    size = max(1, chunk_elements // teacher.get_output_embeddings().weight.shape[0])
     measured = []
-    for variant in variants:
-        q_head = variant.model.get_output_embeddings()
+    for variant, q_head in zip(variants, heads[1:], strict=True):
         hidden = guide
         # the same object needs one pass, and then equals itself bit for bit
         if variant.model is not teacher or variant.during is not nullcontext:
@@ -150,47 +208,22 @@ def _measure_batch(
                 hidden = _hidden(variant.model, ids.to(place), mask.to(place))
             hidden = hidden[:, :-1][predicted.to(place)]
         chunks = zip(hidden.split(size), guide.split(size), targets.split(size), strict=True)
-        parts = [compare_logits(q_head(q).to(device), p_head(p), target) for q, p, target in chunks]
+        parts = [measure_logits(q_head(q).to(device), p_head(p), target) for q, p, target in chunks]
         measured.append(torch.cat(parts).double().cpu())
     return measured
+
+
+def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Logits in fp32: bf16 rounds many to ties, and rounding alone is thousandths of a nat."""
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    weight, bias = head.weight.float(), None if bias is None else bias.float()
+    return lambda hidden: torch.nn.functional.linear(hidden.float(), weight, bias)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     output = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
     return output.last_hidden_state  # [B, T, D]
-
-
-def _summary(values: dict[str, np.ndarray], positions: np.ndarray) -> dict[str, Any]:
-    means = {name: float(column.mean()) for name, column in values.items()}
-    ce, teacher_ce = means["ce"], means["teacher_ce"]
-    # a broken student may be beyond what exp can hold: infinite, not an error
-    with np.errstate(over="ignore"):
-        perplexities = {
-            "perplexity": float(np.exp(ce)),
-            "teacher_perplexity": float(np.exp(teacher_ce)),
-            "perplexity_ratio": float(np.exp(ce - teacher_ce)),
-        }
-    return {
-        "tokens": len(positions),
-        **means,
-        "kl_p95": float(np.quantile(values["kl"], 0.95)),
-        **perplexities,
-        "by_position": _by_position(values, positions),
-    }
-
-
-def _by_position(
-    values: dict[str, np.ndarray], positions: np.ndarray
-) -> dict[str, dict[str, float]]:
-    ends = (*BUCKET_STARTS[1:], math.inf)
-    buckets = {}
-    for start, end in zip(BUCKET_STARTS, ends, strict=True):
-        inside = (positions >= start) & (positions < end)
-        if inside.any():
-            label = f"{start}+" if end == math.inf else f"{start}-{end - 1}"
-            means = {name: float(values[name][inside].mean()) for name in ("kl", "agreement")}
-            buckets[label] = {"tokens": int(inside.sum()), **means}
-    return buckets
 
 
 def _same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

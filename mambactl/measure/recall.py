@@ -34,6 +34,10 @@ MQAR_QUERY_SHARE = 0.25
 # two words a key make enough keys of common words, which small models read best
 KV_WORDS = 1024
 
+# logits that may exist at a time, in elements, and tokens of a forward pass
+CHUNK_ELEMENTS = 2**24
+MOST_TOKENS = 2**14
+
 SCALARS = ("recall", "token_recall", "recall_loss")
 
 
@@ -108,6 +112,7 @@ def measure_recall(
     The loss is in nats per value token.
     """
     found = []
+    batch_size = max(1, min(batch_size, MOST_TOKENS // probe.input_ids.shape[1]))
     chunks = (t.to(model.device).split(batch_size) for t in (probe.input_ids, probe.picked))
     for ids, picked in zip(*chunks, strict=True):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -117,7 +122,16 @@ def measure_recall(
 
 
 def read_answers(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """Right (0 or 1) and loss of n value tokens [n, 2]; hidden [n, D] after the final norm."""
+    """Right (0 or 1) and loss of n value tokens [n, 2]; hidden [n, D] after the final norm.
+
+    Long rows ask for thousands of values, so logits exist for a part of them at a time.
+    """
+    size = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([_read(piece, head, wanted) for piece, wanted in pieces])
+
+
+def _read(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     logits = head(hidden).float()  # [n, V]
     right = (logits.argmax(-1) == targets).float()
     loss = nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -24,9 +24,10 @@ from mambactl.measure.training_speed import (
     training_speed,
 )
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.replacement import misfit, replaced_layers
 from mambactl.recipe import BenchConfig, DistillConfig
 from mambactl.stages.teacher import teacher_of
-from mambactl.train.alignment import AlignmentObjective, misfit, replaced_layers
+from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.captured import WARMUP, CapturedObjective, recorder_for
 from mambactl.train.compiled import compile_blocks, compiles
 from mambactl.train.objectives import LogitsObjective, Objective

@@ -17,6 +17,7 @@ from mambactl.data.pack import Row
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.replacement import replaced_layers
 from mambactl.recipe import DistillConfig
 from mambactl.stages import StageResult
 from mambactl.stages.estimate import Estimate, estimate
@@ -24,7 +25,7 @@ from mambactl.stages.held_out import HeldOut
 from mambactl.stages.phases import PhasePlan, plan_phases, shapes_of
 from mambactl.stages.teacher_cache import cached_objective, read_record
 from mambactl.stages.training import Job, draw_ledger, plan_training, report_phases
-from mambactl.train.alignment import AlignmentObjective, replaced_layers
+from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.compiled import compile_blocks, compiles, release_blocks
 from mambactl.train.ledger import Evaluation
 from mambactl.train.loop import Phase, train

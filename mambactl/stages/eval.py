@@ -11,13 +11,13 @@ from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.summary import describe
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
-from mambactl.data.format import encode_rows
 from mambactl.data.load import load_rows
 from mambactl.errors import CheckError, UsageError
-from mambactl.measure import recall
+from mambactl.measure import needle, recall
 from mambactl.measure.checks import Check, failures, parse_checks, require_known
 from mambactl.measure.controls import ablated, require_branch, windowed_attention
-from mambactl.measure.fidelity import SCALARS, Variant, compare
+from mambactl.measure.fidelity import SCALARS, Variant
+from mambactl.measure.layers import require_layers
 from mambactl.measure.recall import RecallProbe, measure_recall, recall_probes
 from mambactl.measure.tasks import (
     LocalTask,
@@ -29,13 +29,27 @@ from mambactl.measure.tasks import (
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import EvalConfig
 from mambactl.stages import StageResult
+from mambactl.stages.eval_fidelity import (
+    AGAINST,
+    STUDENT,
+    measure_fidelity,
+    show_layers,
+    show_tests,
+)
+from mambactl.stages.eval_long import (
+    LongInputs,
+    keep_heatmap,
+    measure_long,
+    read_long,
+    show_long,
+)
 from mambactl.stages.eval_report import show_fidelity, show_recall
 from mambactl.stages.placement import place
 from mambactl.stages.results import save_results
 from mambactl.stages.teacher import teacher_of
 
 STAGE = "eval"
-STUDENT, TEACHER = "student", "teacher"
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Inputs:
     probes: list[RecallProbe]
     teacher: str | None
     replaced: list[int]
+    long: LongInputs
 
 
 def run(config: EvalConfig, source: str) -> StageResult:
@@ -71,11 +86,19 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         same = resolve(inputs.teacher).path == resolve(source).path
         teacher = model if same else _load(config, inputs.teacher)
         metrics["teacher"] = inputs.teacher
-    variants = _variants(config, inputs, model, teacher)
+    other = None
+    if config.against is not None:
+        shared = teacher is not None and resolve(config.against) == resolve(inputs.teacher)
+        other = teacher if shared else _load(config, config.against)
+        metrics[AGAINST] = {"model": config.against}
+    variants = _variants(config, inputs, model, teacher, other)
     if inputs.data:
-        measured = _fidelity(config, inputs, variants, teacher, tokenizer)
-        show_fidelity(source, inputs.teacher, measured)
-        _keep(metrics, "fidelity", measured)
+        found = measure_fidelity(config, inputs.data, variants, teacher, tokenizer)
+        show_fidelity(source, inputs.teacher, found.measured)
+        show_tests(source, config.against, found.tests)
+        show_layers(source, found.layers)
+        _keep(metrics, "fidelity", found.measured)
+        found.keep(metrics)
     if inputs.probes:
         measured = _recall(config, inputs, variants, teacher)
         show_recall(source, measured, {probe.name: probe.chance for probe in inputs.probes})
@@ -83,7 +106,13 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         for probe in inputs.probes:
             about = {"chance": probe.chance, "pairs": probe.pairs, "queries": probe.queries}
             metrics["recall"][probe.name] |= about
-    del teacher, variants
+    students = {STUDENT: model, AGAINST: other, TEACHER: teacher if teacher is not model else None}
+    models = {name: each for name, each in students.items() if each is not None}
+    if inputs.long.names:
+        metrics |= measure_long(config, inputs.long, models, TEACHER, tokenizer)
+        show_long(source, metrics, list(models))
+    shown = list(models)
+    del teacher, variants, other, models, students
     if config.tasks:
         scores = score_tasks(
             model, tokenizer, config.tasks, config.batch_size, limit=config.limit, seed=config.seed
@@ -91,8 +120,11 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         metrics["tasks"] = scores.metrics
         console.log(scores.table.rstrip())
     probes = [probe.name for probe in inputs.probes]
-    name = "+".join([*inputs.data, *probes, *(_label(task) for task in config.tasks)])
+    tasks = [_label(task) for task in config.tasks]
+    name = "+".join([*inputs.data, *probes, *inputs.long.names, *tasks])
     kept = save_results(STAGE, source, name, config, metrics)
+    if inputs.long.grid is not None:
+        keep_heatmap(config, source, metrics["needle"], shown, kept)
     return StageResult(path=source, metrics=metrics, kept=kept)
 
 
@@ -112,6 +144,7 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
             for probe in inputs.probes
         },
         "controls": _control_names(config),
+        **inputs.long.plan,
         "tasks": {task.name: len(task.rows) for task in inputs.tasks}
         | {name: None for name in config.tasks if not is_local(name)},
         "checks": [str(check) for check in inputs.checks],
@@ -123,11 +156,14 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
 def _read(config: EvalConfig, source: str) -> Inputs:
     if (config.control or config.ablate) and not (config.data or config.recall):
         raise UsageError("--control and --ablate measure nothing by themselves", "add --data FILE")
-    if not config.data and not config.tasks and not config.recall:
+    if (config.against or config.per_layer) and not config.data:
+        raise UsageError("--against and --per-layer compare on text", "add --data FILE")
+    asked = (config.data, config.tasks, config.recall, config.needle, config.long_context_data)
+    if not any(asked):
         raise UsageError(
             "nothing to measure",
             hint="pass --data FILE (fidelity to the teacher), --tasks NAME,FILE.jsonl, "
-            "--recall 1024, or several of them",
+            "--recall 1024, --needle 1024,4096, or several of them",
         )
     checks = parse_checks(config.fail_under)
     if config.tasks:
@@ -145,19 +181,28 @@ def _read(config: EvalConfig, source: str) -> Inputs:
         # only the harness knows the metrics of its own tasks, and only once they are loaded
         known = {task.name: task.schema.metrics for task in tasks}
         known |= {probe.name: recall.SCALARS for probe in probes}
+        known |= {"needle": needle.SCALARS} if config.needle else {}
         require_known(checks, dict.fromkeys(data, SCALARS) | known)
     teacher = _teacher(config, source)
     for branch in config.ablate:
         require_branch(model_config(source).mixers, branch)
     replaced = _replaced(source, teacher) if config.control and teacher else []
-    return Inputs(checks, data, tasks, probes, teacher, replaced)
+    if config.against:
+        hint = "compare students that share a tokenizer"
+        trusted = config.trust_remote_code
+        require_same_tokens(source, config.against, AGAINST, hint, trust_remote_code=trusted)
+    if config.per_layer:
+        for spec in filter(None, (source, config.against)):
+            require_layers(model_config(spec), model_config(teacher))
+    long = read_long(config, source, model_config(source), _labels(config.long_context_data))
+    return Inputs(checks, data, tasks, probes, teacher, replaced, long)
 
 
 def _teacher(config: EvalConfig, source: str) -> str | None:
     """What the model is compared with; recall and tasks mean something without it."""
-    needed = config.data or config.control
+    needed = config.data or config.control or config.long_context_data
     known = config.teacher or load_lineage(source) is not None
-    if not needed and not (config.recall and known):
+    if not needed and not ((config.recall or config.needle) and known):
         return None
     teacher = teacher_of(source, config.teacher, "--teacher")
     hint = "give a --teacher of the same family"
@@ -189,9 +234,13 @@ def _control_names(config: EvalConfig) -> list[str]:
 
 
 def _variants(
-    config: EvalConfig, inputs: Inputs, model: HybridForCausalLM, teacher: HybridForCausalLM | None
+    config: EvalConfig,
+    inputs: Inputs,
+    model: HybridForCausalLM,
+    teacher: HybridForCausalLM | None,
+    other: HybridForCausalLM | None,
 ) -> dict[str, Variant]:
-    """The student and the controls beside it."""
+    """The student, the one it is compared with, and the controls beside it."""
     changes = []
     if config.control:
         size = (config.control_window, config.control_sinks)
@@ -199,7 +248,8 @@ def _variants(
             Variant(teacher, partial(windowed_attention, teacher, inputs.replaced, *size))
         )
     changes += [Variant(model, partial(ablated, model, branch)) for branch in config.ablate]
-    return {STUDENT: Variant(model)} | dict(zip(_control_names(config), changes, strict=True))
+    students = {STUDENT: Variant(model)} | ({AGAINST: Variant(other)} if other else {})
+    return students | dict(zip(_control_names(config), changes, strict=True))
 
 
 def _load(config: EvalConfig, spec: str) -> HybridForCausalLM:
@@ -207,26 +257,6 @@ def _load(config: EvalConfig, spec: str) -> HybridForCausalLM:
     return load_model(
         spec, device=str(device), dtype=dtype, trust_remote_code=config.trust_remote_code
     )
-
-
-def _fidelity(
-    config: EvalConfig,
-    inputs: Inputs,
-    variants: Mapping[str, Variant],
-    teacher: HybridForCausalLM,
-    tokenizer: Any,
-) -> dict[str, dict[str, Any]]:
-    """Data set -> variant -> numbers."""
-    return {
-        name: compare(
-            variants,
-            teacher,
-            [example.input_ids for example in encode_rows(rows, tokenizer)],
-            config.max_length,
-            config.batch_size,
-        )
-        for name, rows in inputs.data.items()
-    }
 
 
 def _recall(
@@ -261,6 +291,8 @@ def _keep(
                 own[group] = dict(numbers)
             elif name == TEACHER:
                 own[group]["teacher"] = numbers
+            elif name == AGAINST:
+                metrics[AGAINST].setdefault(kind, {})[group] = dict(numbers)
             else:
                 controls = metrics.setdefault("controls", {}).setdefault(name, {})
                 controls.setdefault(kind, {})[group] = numbers
@@ -274,6 +306,9 @@ def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
         for kind, names in (("fidelity", SCALARS), ("recall", recall.SCALARS))
         for name, found in metrics.get(kind, {}).items()
     }
+    if found := metrics.get("needle"):
+        means = {key: found[STUDENT][f"mean_{key}"] for key in needle.SCALARS}
+        scalars["needle"] = means
     scores = scalars | metrics.get("tasks", {})
     require_known(checks, {name: list(values) for name, values in scores.items()})
     if failed := failures(checks, scores):

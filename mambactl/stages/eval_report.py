@@ -1,10 +1,13 @@
 """The tables of `eval`, with the names that `fail_under` takes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mambactl import console
 from mambactl.measure import fidelity, recall
+
+# whose intervals are shown; results hold those of every number
+INTERVALS = ("kl", "agreement", "perplexity_ratio", "ece")
 
 Measured = Mapping[str, Mapping[str, dict[str, Any]]]
 
@@ -23,7 +26,10 @@ def show_fidelity(source: str, teacher: str, measured: Measured) -> None:
 def _table(title: str, columns: Mapping[str, dict[str, Any]]) -> None:
     found = list(columns.values())
     lines = [("tokens", *(f"{one['tokens']:,}" for one in found))]
-    lines += [(name, *(f"{one[name]:.4f}" for one in found)) for name in fidelity.SCALARS]
+    for name in fidelity.SCALARS:
+        lines.append((name, *(f"{one[name]:.4f}" for one in found)))
+        if name in INTERVALS and (cells := _intervals(found, name)):
+            lines.append(cells)
     buckets = dict.fromkeys(bucket for one in found for bucket in one["by_position"])
     for name in ("kl", "agreement"):
         for bucket in buckets:
@@ -31,6 +37,15 @@ def _table(title: str, columns: Mapping[str, dict[str, Any]]) -> None:
             cells = ("-" if part is None else f"{part[name]:.4f}" for part in parts)
             lines.append((f"{name} at {bucket}", *cells))
     console.table(title, ("", *columns), lines)
+
+
+def _intervals(found: Sequence[dict[str, Any]], name: str) -> tuple[str, ...]:
+    pairs = [one.get("intervals", {}).get(name) for one in found]
+    share = next((one["confidence"] for one in found if "intervals" in one), None)
+    if share is None:
+        return ()
+    cells = ("-" if pair is None else "{:.4f} to {:.4f}".format(*pair) for pair in pairs)
+    return (f"  {100 * share:g} % interval", *cells)
 
 
 def show_recall(source: str, measured: Measured, chances: Mapping[str, float]) -> None:

@@ -13,8 +13,8 @@ from mambactl.errors import UsageError
 from mambactl.measure.flops import Work
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.replacement import misfit, replaced_layers
 from mambactl.recipe import DistillConfig
-from mambactl.train.alignment import misfit, replaced_layers
 from mambactl.train.optimizer import mixer_parameters, rest_parameters
 from mambactl.train.stepwise import Group, groups, replacement_order, stand_in_misfit
 

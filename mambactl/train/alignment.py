@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.data.pack import Batch
-from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.context import StepContext
+from mambactl.models.replacement import misfit, relative_error, replaced_layers
 from mambactl.train.compiled import compiled
 from mambactl.train.objectives import autocast
 
@@ -75,34 +75,3 @@ def mixer_error(
 ) -> Tensor:
     """`relative_error` of a mixer's output for hidden [B, T, D]."""
     return relative_error(mixer(hidden, context, None), wanted, valid)
-
-
-def relative_error(got: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
-    """Sum over valid tokens of the mean squared error over the wanted output's variance.
-
-    got, wanted [B, T, D]; valid [B, T]; fp32 scalar. Choosing rows instead of masking them would
-    wait for the device to count them.
-    """
-    got, wanted, keep = got.float(), wanted.float(), valid[..., None]
-    width = wanted.shape[-1]
-    count = valid.sum() * width
-    mean = wanted.masked_fill(~keep, 0).sum() / count
-    variance = (wanted - mean).masked_fill(~keep, 0).square().sum() / count
-    return (got - wanted).masked_fill(~keep, 0).square().sum() / (width * variance)
-
-
-def replaced_layers(config: HybridConfig) -> list[int]:
-    """Indices of the layers that mix with Mamba."""
-    return [i for i, name in enumerate(config.mixers) if name != "attention"]
-
-
-def misfit(ours: HybridConfig, theirs: HybridConfig) -> str | None:
-    """Why a student of the first form cannot be aligned with a teacher of the second, or None."""
-    for what, field in (("layers", "num_hidden_layers"), ("hidden units", "hidden_size")):
-        if getattr(ours, field) != getattr(theirs, field):
-            return (
-                f"the teacher has {getattr(theirs, field)} {what}, "
-                f"the student {getattr(ours, field)}"
-            )
-    missing = [i for i in replaced_layers(ours) if theirs.mixers[i] != "attention"]
-    return f"the teacher has no attention in the layers {missing}" if missing else None

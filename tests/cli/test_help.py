@@ -38,7 +38,10 @@ FLAGS = {
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power --assistant-only-loss "
     f"{OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
-    f"--recall-rows --control --control-window --control-sinks --ablate --compare --report "
+    "--recall-rows --control --control-window --control-sinks --ablate --against --confidence "
+    "--bootstrap --save-samples --per-layer --needle --needle-depths --needle-text "
+    "--needle-scoring --needle-plot --long-context-data --position-length --position-rows "
+    "--compare --report "
     f"{EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --format "

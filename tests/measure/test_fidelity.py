@@ -145,3 +145,28 @@ def test_other_vocabulary_is_an_error(pair, make_hybrid):
     other = make_hybrid(["attention"], vocab_size=50)
     with pytest.raises(ModelError, match="97 tokens and the teacher one of 50"):
         fidelity(pair[0], other, [[1, 2, 3]])
+
+
+def test_calibration_is_that_of_dense_probabilities(pair, documents):
+    student, teacher = pair
+    columns = {"confidence": [], "right": [], "guided": []}
+    for document in documents:
+        if len(document) > 1:
+            ids = torch.tensor([document])
+            with torch.no_grad():
+                q, p = (model(ids).logits[0, :-1].softmax(-1) for model in (student, teacher))
+            best = q.argmax(-1, keepdim=True)
+            columns["confidence"].append(q.gather(-1, best)[:, 0])
+            columns["right"].append((best[:, 0] == ids[0, 1:]).float())
+            columns["guided"].append(p.gather(-1, best)[:, 0])
+    confidence, right, guided = (torch.cat(parts).double().numpy() for parts in columns.values())
+    result = fidelity(student, teacher, documents, max_length=512, batch_size=3)
+    edges = np.arange(1, 15) / 15
+    for name, wanted in (("ece", right), ("ece_to_teacher", guided)):
+        gaps = [
+            (confidence - wanted)[np.digitize(confidence, edges) == place].sum()
+            for place in range(15)
+        ]
+        error = np.abs(gaps).sum() / len(confidence)
+        assert result[name] == pytest.approx(error, abs=1e-4), name
+        assert error > 0.01

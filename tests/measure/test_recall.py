@@ -105,6 +105,21 @@ def test_batches_do_not_change_the_numbers(tiny_tokenizer, make_hybrid):
     assert 0 <= one["recall"] < 0.5 and one["recall_loss"] > 1
 
 
+def test_rows_of_8192_tokens_never_have_all_their_logits(tiny_tokenizer, make_hybrid, monkeypatch):
+    from mambactl.measure import recall
+
+    model = make_hybrid(["mamba2"])
+    probe = mqar_probe(tiny_tokenizer, 8192, rows=2, seed=0)
+    assert probe.input_ids.shape[1] > 8180 and probe.queries > 500
+    sizes = []
+    model.lm_head.register_forward_hook(lambda _, given, logits: sizes.append(logits.numel()))
+    whole = measure_recall(model, probe, batch_size=2)
+    monkeypatch.setattr(recall, "CHUNK_ELEMENTS", 97 * 100)
+    monkeypatch.setattr(recall, "MOST_TOKENS", 8192)
+    assert measure_recall(model, probe, batch_size=2) == pytest.approx(whole, rel=1e-5)
+    assert sizes[0] == probe.queries * 97 and max(sizes[1:]) == 97 * 100
+
+
 def test_what_cannot_be_made_is_said(tiny_tokenizer):
     with pytest.raises(UsageError, match="does not fit in 16 tokens"):
         recall_probes(tiny_tokenizer, [16], 1, 0)

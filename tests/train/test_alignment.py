@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambactl.data.pack import collate
-from mambactl.train.alignment import AlignmentObjective, misfit, relative_error
+from mambactl.models.replacement import misfit, relative_error
+from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.optimizer import mixer_parameters
 
 

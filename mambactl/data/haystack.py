@@ -1,0 +1,138 @@
+"""Prompts with one sentence hidden in a long text, and the question that it answers.
+
+Needle and question are those of the paper (arXiv 2408.15237, section on long context; first by
+G. Kamradt, 2023). Prompts are made of tokens, so that all of one length have exactly that length.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mambactl.data.format import encode
+from mambactl.data.recall import encode_words
+from mambactl.errors import UsageError
+
+NEEDLE = (
+    "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park "
+    "on a sunny day."
+)
+QUESTION = "What is the best thing to do in San Francisco?"
+# where the answer starts when it is not generated but compared with: `is` alone is often followed
+# by `to`, and nothing of what was found is said before these words
+ANSWER_START = "The best thing to do in San Francisco is eat a"
+ANSWER = " sandwich and sit in Dolores Park"
+BEFORE = "Here is a long text. A question about it follows.\n\n"
+AFTER = f"\n\nAnswer in one sentence, with what the text says. {QUESTION}"
+# stands for the text while a chat template is rendered
+_MARK = "\u2982"
+_SENTENCE_ENDS = (".", "!", "?", "\n", "Ċ")
+FEWEST_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Token ids around a text: `before`, the text with the needle in it, `after`."""
+
+    before: list[int]
+    after: list[int]
+    needle: list[int]
+
+    @property
+    def size(self) -> int:
+        """Tokens of a prompt that are not text."""
+        return len(self.before) + len(self.after) + len(self.needle)
+
+
+def make_frame(tokenizer: Any, chat: bool = True) -> Frame:
+    """Needle and question as this tokenizer writes them, in its chat template if it has one."""
+    text = f"{BEFORE}{_MARK}{AFTER}"
+    needle = encode_words(tokenizer, f" {NEEDLE}")
+    if not (chat and getattr(tokenizer, "chat_template", None)):
+        start = list(tokenizer(BEFORE, verbose=False)["input_ids"])
+        return Frame(start, encode_words(tokenizer, f"{AFTER}\nAnswer:"), needle)
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    before, mark, after = rendered.partition(_MARK)
+    if not mark:
+        raise UsageError("the chat template drops parts of a message", "use another checkpoint")
+    return Frame(encode_words(tokenizer, before), encode_words(tokenizer, after), needle)
+
+
+class Haystack:
+    """Real text as token ids, read from another place for every prompt.
+
+    Documents are put in another order each time around, so that a text shorter than a prompt is no
+    pattern that repeats.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]], tokenizer: Any, seed: int):
+        texts = [_plain(row) for row in rows]
+        ids = [list(encode({"text": f"{text}\n\n"}, tokenizer).input_ids) for text in texts]
+        # what the tokenizer puts before every text belongs before the first one only
+        starts = {tokenizer.bos_token_id}
+        self.documents = [
+            [int(i) for i in (row[1:] if row and row[0] in starts else row)] for row in ids
+        ]
+        self.tokens = sum(map(len, self.documents))
+        if self.tokens < FEWEST_TOKENS:
+            raise UsageError(
+                f"the haystack has {self.tokens} tokens", "give a longer text: --needle-text FILE"
+            )
+        unique = sorted({token for row in self.documents for token in row})
+        names = tokenizer.convert_ids_to_tokens(unique)
+        self.ends = {
+            token for token, name in zip(unique, names, strict=True)
+            if name is not None and name.endswith(_SENTENCE_ENDS)
+        }  # fmt: skip
+        self.seed = seed
+
+    def read(self, length: int, name: str) -> list[int]:
+        """`length` tokens; the same `name` and seed give the same ones."""
+        rng = random.Random(f"haystack {self.seed} {name}")
+        found: list[int] = []
+        skip = rng.randrange(self.tokens)
+        while len(found) < skip + length:
+            order = list(range(len(self.documents)))
+            rng.shuffle(order)
+            found += [token for index in order for token in self.documents[index]]
+        return found[skip : skip + length]
+
+    def place(self, text: Sequence[int], depth: float) -> int:
+        """Where in `text` a needle of depth 0 to 1 goes: behind the last sentence that ends there.
+
+        Where no sentence ends, exactly there.
+        """
+        wanted = round(depth * len(text))
+        if wanted in (0, len(text)):
+            return wanted
+        for place in range(wanted, 0, -1):
+            if text[place - 1] in self.ends:
+                return place
+        return wanted
+
+
+def needle_prompt(
+    haystack: Haystack, frame: Frame, length: int, depth: float, room: int
+) -> list[int]:
+    """A prompt of `length` - `room` tokens; raises UsageError where no text fits in.
+
+    `room` is left for the answer, so that `length` is what the model has to hold.
+    """
+    free = length - room - frame.size
+    if free < FEWEST_TOKENS:
+        least = frame.size + room + FEWEST_TOKENS
+        raise UsageError(
+            f"a needle in {length} tokens leaves no room for text", f"ask for {least} at least"
+        )
+    text = haystack.read(free, f"{length} {depth:.4f}")
+    place = haystack.place(text, depth)
+    return [*frame.before, *text[:place], *frame.needle, *text[place:], *frame.after]
+
+
+def _plain(row: dict[str, Any]) -> str:
+    """The text of a row; of a chat, what was said."""
+    if "text" in row:
+        return row["text"].strip()
+    return "\n\n".join(str(turn.get("content") or "").strip() for turn in row["messages"])
