@@ -6,7 +6,7 @@ reads the files.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _as_list(value: Any) -> Any:
@@ -120,6 +120,26 @@ class TrainConfig(RowsConfig):
     save_every: int = Field(100, ge=1, description="steps between resumable states")
 
 
+def _several(count: int | None) -> int | None:
+    return None if count == 1 else count
+
+
+class SpreadConfig(TrainConfig):
+    """Training that several processes share, each with rows of its own."""
+
+    nproc: Annotated[int | None, AfterValidator(_several)] = Field(
+        None, ge=1, description="processes, one per GPU; each takes --batch-size rows a step"
+    )
+    shard: bool | None = Field(
+        None, description="split weights over them (FSDP2); default: where a GPU cannot hold all"
+    )
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return self.nproc or 1
+
+
 class DistillConfig(TrainConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
@@ -170,7 +190,7 @@ class TeacherCacheConfig(MixedRowsConfig):
         return None
 
 
-class SftConfig(TrainConfig):
+class SftConfig(SpreadConfig):
     """Supervised fine-tuning with optional word-level distillation."""
 
     lr: float = Field(2e-5, gt=0, description="learning rate")
@@ -179,7 +199,7 @@ class SftConfig(TrainConfig):
     assistant_only_loss: bool = Field(True, description="train on assistant turns only")
 
 
-class DpoConfig(TrainConfig):
+class DpoConfig(SpreadConfig):
     """Direct preference optimisation."""
 
     lr: float = Field(5e-7, gt=0, description="learning rate")
@@ -285,4 +305,4 @@ STAGES: dict[str, type[StageConfig]] = {
 MODEL_WRITERS = ("convert", "distill", "sft", "dpo")
 WRITERS = (*MODEL_WRITERS, "teacher-cache")
 # where a run happens is no part of what it makes
-PLACE = {"device", "trust_remote_code", "compile", "capture"}
+PLACE = {"device", "trust_remote_code", "compile", "capture", "shard"}

@@ -9,6 +9,7 @@ import typer
 
 from mambactl import console
 from mambactl.cli import io
+from mambactl.cli.launch import launch, of_this_run
 from mambactl.cli.options import (
     COMMON,
     OUTPUT,
@@ -21,7 +22,8 @@ from mambactl.cli.options import (
     with_parameters,
 )
 from mambactl.errors import OutputError, UsageError
-from mambactl.recipe import PLACE, STAGES, WRITERS, StageConfig
+from mambactl.ranks import is_main, launched
+from mambactl.recipe import PLACE, STAGES, WRITERS, SpreadConfig, StageConfig
 from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings
 
 # the summary above them is the docstring of the stage's configuration
@@ -91,7 +93,7 @@ def _function(stage: str) -> Any:
 def run_stage(stage: str, given: dict[str, Any]) -> None:
     """Run one stage from parsed parameters and write its line to stdout."""
     shared = Shared.take(given)
-    console.set_verbosity(shared.verbosity)
+    console.set_verbosity(shared.verbosity if is_main() else console.SILENT)
     if shared.resume and shared.force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
     model = _model(stage, given)
@@ -100,7 +102,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
         if model == "-":
             raise UsageError("MODEL and the prompt cannot both be -", "give one of them as text")
         flags["prompt"] = io.read_text("-")
-    config = _config(stage, shared, flags)
+    config = of_this_run(stage, _config(stage, shared, flags))
     source = _source(stage, config, model)
     if stage not in WRITERS:
         _call(stage, config, source, None, shared)
@@ -117,6 +119,11 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
 def _call(
     stage: str, config: StageConfig, source: str | None, out: Path | None, shared: Shared
 ) -> None:
+    if isinstance(config, SpreadConfig) and config.nproc and not (launched() or shared.dry_run):
+        with io.guarded_stdout():
+            line = launch(config, stage, source, shared.flags(out))
+        io.write_out(line)
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with io.guarded_stdout():
@@ -136,6 +143,8 @@ def _call(
 
 
 def _write(shared: Shared, stage: str, content: dict[str, Any], text: str | None) -> None:
+    if not is_main():
+        return
     if shared.json:
         extra = {} if text is None else {"text": text}
         io.write_json({"stage": stage, **content, **extra})

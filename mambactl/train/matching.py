@@ -10,13 +10,19 @@ from trl import SFTTrainer
 
 from mambactl.data.pack import Batch, Row, collate
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.train.losses import Teacher, distillation_loss
+from mambactl.train.distributed import (
+    SpreadTrainer,
+    add_inner_loss,
+    shard_frozen,
+    total,
+)
+from mambactl.train.losses import Losses, Teacher, distillation_loss
 from mambactl.train.objectives import autocast, last_hidden
 
 IGNORED = -100
 
 
-class MatchingTrainer(SFTTrainer):
+class MatchingTrainer(SpreadTrainer, SFTTrainer):
     """Mean over learned tokens of ce_weight * CE + kl_weight * KL(teacher || student).
 
     Without a teacher the loss is TRL's own, scaled. Metrics `kl` and `ce` are in nats per token.
@@ -34,6 +40,10 @@ class MatchingTrainer(SFTTrainer):
         self.teacher, self.amp = teacher, amp
         self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight}
         super().__init__(*args, **kwargs)
+        if teacher is not None:
+            shard_frozen(teacher)
+            add_inner_loss(teacher)
+            add_inner_loss(self.model)
 
     def compute_loss(
         self,
@@ -47,11 +57,11 @@ class MatchingTrainer(SFTTrainer):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             scale = self.weights["ce_weight"]
             return (scale * loss[0], loss[1]) if return_outputs else scale * loss
-        loss = self._matched(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
+        loss = self._matched(model, inputs, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     def _matched(
-        self, model: HybridForCausalLM, inputs: dict[str, Tensor], items: Tensor | int | None
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], items: Tensor | int | None
     ) -> Tensor:
         learned = inputs["labels"] != IGNORED
         batch = Batch(
@@ -59,20 +69,25 @@ class MatchingTrainer(SFTTrainer):
         )
         with autocast(batch.input_ids.device, self.amp):
             with torch.no_grad():
-                guide = last_hidden(self.teacher, batch)[:, :-1]
-            losses = distillation_loss(
-                last_hidden(model, batch)[:, :-1],
-                model.lm_head.weight,
-                batch.input_ids[:, 1:],
-                learned[:, 1:],
-                Teacher(guide, self.teacher.lm_head.weight),
-                **self.weights,
-            )
-        found = learned[:, 1:].sum().clamp(min=1)
+                guide = self.teacher(inner_loss=lambda t: last_hidden(t, batch))[:, :-1]
+            losses = model(inner_loss=lambda student: self._losses(student, batch, guide))
+        found, kl, ce = total(torch.stack((learned[:, 1:].sum(), losses.kl, losses.ce))).tolist()
+        found = max(found, 1)
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["kl"].append((losses.kl / found).item())
-        self._metrics[mode]["ce"].append((losses.ce / found).item())
-        return losses.total / (found if items is None else items)
+        self._metrics[mode]["kl"].append(kl / found)
+        self._metrics[mode]["ce"].append(ce / found)
+        # gradients are averaged over processes, items are counted in all of them
+        return losses.total * self.accelerator.num_processes / (found if items is None else items)
+
+    def _losses(self, student: HybridForCausalLM, batch: Batch, guide: Tensor) -> Losses:
+        return distillation_loss(
+            last_hidden(student, batch)[:, :-1],
+            student.lm_head.weight,
+            batch.input_ids[:, 1:],
+            batch.loss_mask[:, 1:],
+            Teacher(guide, self.teacher.lm_head.weight),
+            **self.weights,
+        )
 
 
 def as_dataset(rows: Sequence[Row]) -> Dataset:

@@ -142,6 +142,10 @@ class RunFolder:
         with _disk(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Everything in metrics.jsonl."""
+        return [json.loads(line) for line in self.metrics.read_text("utf-8").splitlines()]
+
     def truncate_log(self, lines: int) -> None:
         """Forget metrics written after the state that a run resumes from."""
         if self.metrics.exists():
@@ -180,6 +184,24 @@ class RunFolder:
             raise OutputError(
                 f"{self.path} is no run of this stage", "start again with --force"
             ) from None
+
+
+class OtherFolder(RunFolder):
+    """The folder as the processes see it that leave all writing to the main one."""
+
+    def check(self, resume: bool, force: bool) -> None:
+        """Nothing: the main process looks, and ends the run where it may not start."""
+
+    @contextmanager
+    def open(self, resume: bool, force: bool) -> Iterator[None]:
+        """Nothing is made, locked or removed."""
+        yield
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def truncate_log(self, lines: int) -> None:
+        """Nothing."""
 
 
 def side_file(checkpoint: Path, name: str) -> Path:

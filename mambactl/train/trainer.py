@@ -12,7 +12,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from mambactl import console
 from mambactl.errors import CheckError
+from mambactl.ranks import is_main
 from mambactl.recipe import TrainConfig
+from mambactl.train.distributed import from_main, largest
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.loop import PhaseReport
 from mambactl.train.run_folder import RunFolder
@@ -35,6 +37,8 @@ def trainer_arguments(
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(config.warmup, config.max_steps // 2),
+        # every parameter has a gradient: nothing to look for
+        "ddp_find_unused_parameters": False,
         "max_grad_norm": config.grad_clip,
         "gradient_checkpointing": config.grad_checkpointing,
         "bf16": amp == torch.bfloat16,
@@ -60,7 +64,7 @@ def follow(trainer: Trainer, name: str, folder: RunFolder) -> PhaseReport:
     SIGINT and SIGTERM save a checkpoint first. Raises CheckError when the loss is not finite.
     """
     started = time.perf_counter()
-    checkpoint = folder.trainer_checkpoint()
+    checkpoint = from_main(folder.trainer_checkpoint() if is_main() else None)
     folder.truncate_log(_steps_of(checkpoint) if checkpoint else 0)
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()
@@ -68,7 +72,7 @@ def follow(trainer: Trainer, name: str, folder: RunFolder) -> PhaseReport:
         trainer.add_callback(_Watch(name, folder, stop, bar))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.deliver()
-    lines = [json.loads(line) for line in folder.metrics.read_text("utf-8").splitlines()]
+    lines = from_main(folder.lines() if is_main() else None)
     return PhaseReport(
         name,
         steps=lines[-1]["step"],
@@ -116,7 +120,10 @@ class _Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.stop.signum is not None:
+        # a signal may reach the processes in different steps, but all must take the last one
+        signum = largest(self.stop.signum or 0, args.device)
+        if signum:
+            self.stop.signum = signum
             control.should_save = control.should_training_stop = True
 
 
