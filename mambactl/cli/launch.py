@@ -55,14 +55,24 @@ def launch(config: SpreadConfig, stage: str, source: str, flags: Sequence[str]) 
     command = [sys.executable, "-m", "mambactl", stage, source, *flags, *_settings(config)]
     split = "weights split over them" if "ACCELERATE_USE_FSDP" in environment else "data parallel"
     console.log(f"{stage}: {config.processes} processes, {split}")
+    return run_processes(command, environment, config.processes)
+
+
+def run_processes(command: Sequence[str], environment: dict[str, str], count: int) -> str:
+    """Run a command `count` times as the processes of one run; returns the main one's stdout.
+
+    Raises RunFailure when one fails, and ends the others.
+    """
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     with tempfile.TemporaryDirectory(prefix="mambactl-") as name:
         reports = Path(name)
-        environment[REPORTS] = name
+        shared = {**environment, **meeting, **sizes, REPORTS: name}
         children: list[subprocess.Popen] = []
         with signals_passed_to(children):
             try:
-                for rank in range(config.processes):
-                    children.append(_start(command, environment, rank, reports))
+                for rank in range(count):
+                    children.append(_start(command, shared, rank, reports))
                 failed = _wait(children)
             finally:
                 _end(children)
@@ -121,12 +131,6 @@ def _environment(config: SpreadConfig, source: str) -> dict[str, str]:
     from mambactl.checkpoint.summary import describe
 
     environment = dict(os.environ)
-    environment |= {
-        "WORLD_SIZE": str(config.processes),
-        "LOCAL_WORLD_SIZE": str(config.processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"--nproc {config.processes} does not fit --device {config.device}",

@@ -17,6 +17,7 @@ EVERY_STAGE = (
 OUTPUT = "--out --resume --force"
 ROWS = "--data --max-steps --batch-size --grad-accum --max-length --max-samples --packing"
 MIXED = "--recall-share"
+SPREAD = "--nproc --shard"
 TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --compile"
 SAMPLING = (
     "--max-new-tokens --temperature --top-k --top-p --draft --k --batch-size --chat --prompt "
@@ -30,8 +31,9 @@ FLAGS = {
     "--stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr --schedule --kl-weight "
     "--ce-weight --temperature --divergence --jsd-beta --teacher-cache --capture --eval-data "
     f"--eval-every --eval-tokens {OUTPUT} {EVERY_STAGE}",
-    "sft": f"{TRAINING} --lr --ce-weight --kl-weight --assistant-only-loss {OUTPUT} {EVERY_STAGE}",
-    "dpo": f"{TRAINING} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
+    "sft": f"{TRAINING} {SPREAD} --lr --ce-weight --kl-weight --assistant-only-loss {OUTPUT} "
+    f"{EVERY_STAGE}",
+    "dpo": f"{TRAINING} {SPREAD} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power {OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
     f"--recall-rows --control --control-window --control-sinks --ablate {EVERY_STAGE}",
