@@ -28,7 +28,7 @@ ECHO_SIGNS = (
     "roken pipe",
 )
 # seconds in which the main process of a run says itself what all of them met
-PATIENCE = 5.0
+PATIENCE = 10.0
 DISK_SIGNS = ("No space left on device", "Disk quota exceeded")
 
 
@@ -172,6 +172,9 @@ def _heard(
         sys.stderr.write("stopped: another process of this run ended\n")
         return False
     if not is_main():
+        if code > ExitCode.CHECK:
+            # stopped: the main one is as well, and says so
+            return False
         # most failures are those of all; what started them ends this one when the main one ends
         time.sleep(PATIENCE)
     sys.stderr.write(trace)

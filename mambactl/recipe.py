@@ -94,7 +94,7 @@ class RowsConfig(StageConfig):
 
     data: DataSpecs = Field([], description="ID[:config][@split], .jsonl[.gz], .parquet or .txt")
     max_steps: int = Field(200, ge=1, description="optimiser steps")
-    batch_size: int = Field(8, ge=1, description="rows per step")
+    batch_size: int = Field(8, ge=1, description="rows per step, of each process")
     grad_accum: int = Field(1, ge=1, description="batches per optimiser step")
     max_length: int = Field(512, ge=16, description="tokens per row")
     max_samples: int | None = Field(None, ge=1, description="use at most this many documents")

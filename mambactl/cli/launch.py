@@ -51,11 +51,11 @@ def launch(config: SpreadConfig, stage: str, source: str, flags: Sequence[str]) 
 
     Raises RunFailure with the exit code of the process that failed first of itself.
     """
-    environment = _environment(config, source)
+    split = shards(config, source)
+    how = "weights split over them" if split else "data parallel"
+    console.log(f"{stage}: {config.processes} processes, {how}")
     command = [sys.executable, "-m", "mambactl", stage, source, *flags, *_settings(config)]
-    split = "weights split over them" if "ACCELERATE_USE_FSDP" in environment else "data parallel"
-    console.log(f"{stage}: {config.processes} processes, {split}")
-    return run_processes(command, environment, config.processes)
+    return run_processes(command, _environment(config, split), config.processes)
 
 
 def run_processes(command: Sequence[str], environment: dict[str, str], count: int) -> str:
@@ -125,33 +125,46 @@ def _settings(config: SpreadConfig) -> list[str]:
     ]
 
 
-def _environment(config: SpreadConfig, source: str) -> dict[str, str]:
+def shards(config: SpreadConfig, source: str) -> bool:
+    """Whether the weights are split; raises a MambactlError for processes that cannot be had."""
     import torch
 
     from mambactl.checkpoint.summary import describe
 
-    environment = dict(os.environ)
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"--nproc {config.processes} does not fit --device {config.device}",
             "use cpu, cuda or auto; CUDA_VISIBLE_DEVICES chooses among GPUs",
         )
-    shards = config.shard
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+    if _on_cpu(config):
+        return bool(config.shard)
+    if (there := torch.cuda.device_count()) < config.processes:
+        raise ResourceError(
+            f"--nproc {config.processes} needs as many GPUs, this machine has {there}",
+            f"--nproc {there}, or several machines: recipes/launch/nodes.yaml"
+            if there > 1
+            else "leave --nproc out, or use --device cpu",
+        )
+    if config.shard is not None:
+        return config.shard
+    room = WEIGHTS_SHARE * torch.cuda.get_device_properties(0).total_memory
+    return WHOLE_BYTES * describe(source)["parameters"] > room
+
+
+def _on_cpu(config: SpreadConfig) -> bool:
+    import torch
+
+    return config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+
+
+def _environment(config: SpreadConfig, split: bool) -> dict[str, str]:
+    environment = dict(os.environ)
+    if _on_cpu(config):
+        # a GPU that is there would be taken for what is sharded
+        environment["CUDA_VISIBLE_DEVICES"] = ""
         cores = os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.processes)))
-    else:
-        if (there := torch.cuda.device_count()) < config.processes:
-            raise ResourceError(
-                f"--nproc {config.processes} needs as many GPUs, this machine has {there}",
-                f"--nproc {there}, or several machines: recipes/launch/nodes.yaml"
-                if there > 1
-                else "leave --nproc out, or use --device cpu",
-            )
-        if shards is None:
-            room = WEIGHTS_SHARE * torch.cuda.get_device_properties(0).total_memory
-            shards = WHOLE_BYTES * describe(source)["parameters"] > room
-    return environment | (sharding() if shards else {})
+    return environment | (sharding() if split else {})
 
 
 def sharding() -> dict[str, str]:

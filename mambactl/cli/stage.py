@@ -9,7 +9,7 @@ import typer
 
 from mambactl import console
 from mambactl.cli import io
-from mambactl.cli.launch import launch, of_this_run
+from mambactl.cli.launch import launch, of_this_run, shards
 from mambactl.cli.options import (
     COMMON,
     OUTPUT,
@@ -119,7 +119,8 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
 def _call(
     stage: str, config: StageConfig, source: str | None, out: Path | None, shared: Shared
 ) -> None:
-    if isinstance(config, SpreadConfig) and config.nproc and not (launched() or shared.dry_run):
+    spreads = isinstance(config, SpreadConfig) and config.nproc and not launched()
+    if spreads and not shared.dry_run:
         with io.guarded_stdout():
             line = launch(config, stage, source, shared.flags(out))
         io.write_out(line)
@@ -129,13 +130,16 @@ def _call(
     with io.guarded_stdout():
         module = import_module(f"mambactl.stages.{stage.replace('-', '_')}")
         if shared.dry_run:
-            _show_plan(module.plan(config, source), out)
+            split = {"sharded": shards(config, source)} if spreads else {}
+            _show_plan(module.plan(config, source) | split, out)
             return
         if out is not None:
             again = {"resume": shared.resume, "force": shared.force}
             result = module.run(config, source, out, **again)
         else:
             result = module.run(config, source)
+        if launched():
+            import_module("mambactl.train.distributed").leave()
     checkpoint = result.path
     if checkpoint is not None and (path := Path(checkpoint).expanduser()).exists():
         checkpoint = str(path.absolute())

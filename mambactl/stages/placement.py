@@ -24,7 +24,7 @@ def place(config: StageConfig) -> tuple[torch.device, torch.dtype]:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {name!r}", "use cpu, cuda, cuda:1 or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ResourceError(f"there is no {name} here", "use --device cpu, or `mambactl doctor`")
+        raise ResourceError(f"there is no {device} here", "use --device cpu, or `mambactl doctor`")
     if config.dtype != "auto":
         return device, getattr(torch, config.dtype)
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

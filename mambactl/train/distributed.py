@@ -95,6 +95,12 @@ def from_main(value: Any) -> Any:
     return shared[0]
 
 
+def leave() -> None:
+    """End the company of the other processes, once all work is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def consolidated(model: HybridForCausalLM) -> HybridForCausalLM | None:
     """The whole model on the main process, None on the others; every process must call it."""
     state = model.state_dict()

@@ -7,6 +7,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.cli.launch import sharding
+from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+from mambactl.models.mixers.mamba2 import Mamba2Mixer
 from mambactl.recipe import DpoConfig, SftConfig
 from mambactl.stages import dpo, sft
 from mambactl.stages.training import Job
@@ -23,6 +26,8 @@ from mambactl.train.run_folder import RunFolder
 from mambactl.train.trainer import _Watch
 
 STEPS = 4
+# a process that has used a GPU cannot be forked
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a GPU forbids")
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,24 @@ def test_two_processes_write_what_one_writes(students, data, alone, tmp_path, mo
     # the comparison has something to compare
     assert max(float((after[n] - t).abs().max()) for n, t in before.items()) > 1e-3
     assert load_lineage(str(tmp_path / "matched"))["recipe"]["nproc"] == 2
+
+
+def test_mixed_precision_rounds_the_same_sharded_or_not(students, data, tmp_path, monkeypatch):
+    mix = Mamba2Mixer.forward
+
+    def watched(self, *args, **kwargs):
+        kinds = {getattr(self, name).dtype for name in FLOAT32_PARAMETERS}
+        assert kinds == {torch.float32}
+        assert torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled()
+        return mix(self, *args, **kwargs)
+
+    monkeypatch.setattr(Mamba2Mixer, "forward", watched)
+    config = tune(data, 2, dtype="bfloat16", kl_weight=0.5, max_steps=2)
+    for name, shard in (("whole", False), ("sharded", True)):
+        out = tmp_path / name
+        work = partial(sft.run, config, students["tied"], out)
+        assert together(work, tmp_path / "log", shard) == [0, 0]
+    assert_same(tmp_path / "whole", tmp_path / "sharded")
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
