@@ -130,9 +130,6 @@ class SpreadConfig(TrainConfig):
     nproc: Annotated[int | None, AfterValidator(_several)] = Field(
         None, ge=1, description="processes, one per GPU; each takes --batch-size rows a step"
     )
-    shard: bool | None = Field(
-        None, description="split weights over them (FSDP2); default: where a GPU cannot hold all"
-    )
 
     @property
     def processes(self) -> int:
@@ -140,7 +137,15 @@ class SpreadConfig(TrainConfig):
         return self.nproc or 1
 
 
-class DistillConfig(TrainConfig, MixedRowsConfig):
+class ShardConfig(SpreadConfig):
+    """Weights, too, that processes can share."""
+
+    shard: bool | None = Field(
+        None, description="split weights over them (FSDP2); default: where a GPU cannot hold all"
+    )
+
+
+class DistillConfig(SpreadConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
     stages: DistillPhases = Field(["align", "logits"], description="what runs, in this order")
@@ -190,7 +195,7 @@ class TeacherCacheConfig(MixedRowsConfig):
         return None
 
 
-class SftConfig(SpreadConfig):
+class SftConfig(ShardConfig):
     """Supervised fine-tuning with optional word-level distillation."""
 
     lr: float = Field(2e-5, gt=0, description="learning rate")
@@ -199,7 +204,7 @@ class SftConfig(SpreadConfig):
     assistant_only_loss: bool = Field(True, description="train on assistant turns only")
 
 
-class DpoConfig(SpreadConfig):
+class DpoConfig(ShardConfig):
     """Direct preference optimisation."""
 
     lr: float = Field(5e-7, gt=0, description="learning rate")

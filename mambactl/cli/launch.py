@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from mambactl import console
 from mambactl.errors import ExitCode, MambactlError, ResourceError, UsageError
-from mambactl.ranks import REPORTS, processes
-from mambactl.recipe import SpreadConfig, StageConfig
+from mambactl.ranks import REPORTS, processes, sharded
+from mambactl.recipe import ShardConfig, SpreadConfig, StageConfig
 from mambactl.recipes import recipe_folder
 
 # seconds for the other processes to say what they met once one has failed, and to end
@@ -96,6 +96,8 @@ def of_this_run(stage: str, config: StageConfig) -> StageConfig:
             f"--nproc {config.nproc} in a run of {count} processes",
             "leave it out: they are counted",
         )
+    if sharded() and not isinstance(config, ShardConfig):
+        raise UsageError(f"{stage} splits no weights", f"mambactl {stage} --nproc {count} ...")
     return config.model_copy(update={"nproc": count})
 
 
@@ -136,8 +138,9 @@ def shards(config: SpreadConfig, source: str) -> bool:
             f"--nproc {config.processes} does not fit --device {config.device}",
             "use cpu, cuda or auto; CUDA_VISIBLE_DEVICES chooses among GPUs",
         )
+    asked = config.shard if isinstance(config, ShardConfig) else False
     if _on_cpu(config):
-        return bool(config.shard)
+        return bool(asked)
     if (there := torch.cuda.device_count()) < config.processes:
         raise ResourceError(
             f"--nproc {config.processes} needs as many GPUs, this machine has {there}",
@@ -145,8 +148,8 @@ def shards(config: SpreadConfig, source: str) -> bool:
             if there > 1
             else "leave --nproc out, or use --device cpu",
         )
-    if config.shard is not None:
-        return config.shard
+    if asked is not None:
+        return asked
     room = WEIGHTS_SHARE * torch.cuda.get_device_properties(0).total_memory
     return WHOLE_BYTES * describe(source)["parameters"] > room
 

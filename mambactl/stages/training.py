@@ -308,6 +308,8 @@ def report_phases(reports: Sequence[PhaseReport]) -> dict[str, Any]:
 
 def draw_ledger(folder: RunFolder, asked: bool) -> None:
     """Plot what the run measured beside its metrics; a missing library is said if it was asked."""
+    if not is_main():
+        return
     try:
         draw({folder.out.name: folder.metrics}, folder.plot)
     except (ResourceError, UsageError) as error:

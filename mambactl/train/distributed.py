@@ -1,83 +1,40 @@
-"""TRL's trainers over several processes: data parallel, or with FSDP2 that splits the weights."""
+"""What the processes of one run tell each other; alone, every one of these changes nothing."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 
-from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.ranks import is_main, processes, sharded
+from mambactl.ranks import is_main, processes
 
 
-class SpreadTrainer(Trainer):
-    """Goes before a trainer among the bases: FSDP2 that computes what one process would.
-
-    Matrices multiply in the autocast type, as on one GPU, so parameters travel in fp32 and none is
-    rounded on its way: A_log, D and dt_bias act in fp32. Accelerate shards on GPUs alone; here a
-    CPU takes the same path.
-    """
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator and fit its sharding."""
-        super().create_accelerator_and_postprocess()
-        if not sharded():
-            return
-        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-        state = self.accelerator.state
-        plugin = getattr(state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
-        if plugin.fsdp_version != 2:
-            raise UsageError("FSDP 1 loses parameters that are tied", "set fsdp_version: 2")
-        plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
-        self.is_fsdp_enabled = True
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """Autocast of the loss, which Accelerate leaves to the policy of FSDP2."""
-        if not (sharded() and self.args.bf16):
-            return super().autocast_smart_context_manager(cache_enabled)
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+def join(device: torch.device) -> None:
+    """Meet the other processes, for work on a device and numbers on the host."""
+    if processes() > 1 and not torch.distributed.is_initialized():
+        cuda = device.type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        torch.distributed.init_process_group(backend, device_id=device if cuda else None)
 
 
-def add_inner_loss(model: nn.Module) -> None:
-    """Let `model(inner_loss=function)` be `function(model)`, computed inside of its forward.
-
-    Only there DDP and FSDP see what is computed, and only there FSDP has the head's whole weight.
-    """
-    plain = model.forward
-
-    @functools.wraps(plain)
-    def forward(*args: Any, inner_loss: Callable[[nn.Module], Any] | None = None, **kwargs: Any):
-        return plain(*args, **kwargs) if inner_loss is None else inner_loss(model)
-
-    model.forward = forward
-
-
-def shard_frozen(model: nn.Module) -> None:
-    """Where students are sharded, split a teacher or reference block by block as well."""
-    blocks = getattr(getattr(model, "model", None), "layers", None)
-    if not sharded() or blocks is None:
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their sums over all processes, all of them at once."""
+    if processes() == 1:
         return
-    for block in blocks:
-        fully_shard(block)
-    fully_shard(model)
+    for work in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        work.wait()
 
 
 def total(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
-    if processes() > 1:
-        value = value.detach().clone()
-        torch.distributed.all_reduce(value)
-    return value
+    found = value.detach().clone()
+    add_up([found])
+    return found
 
 
-def largest(value: int, device: torch.device) -> int:
+def largest(value: int, device: torch.device | str = "cpu") -> int:
     """The largest of every process's numbers."""
     if processes() == 1:
         return value

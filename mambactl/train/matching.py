@@ -10,14 +10,10 @@ from trl import SFTTrainer
 
 from mambactl.data.pack import Batch, Row, collate
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.train.distributed import (
-    SpreadTrainer,
-    add_inner_loss,
-    shard_frozen,
-    total,
-)
+from mambactl.train.distributed import total
 from mambactl.train.losses import Losses, Teacher, distillation_loss
 from mambactl.train.objectives import autocast, last_hidden
+from mambactl.train.spread import SpreadTrainer, add_inner_loss, shard_frozen
 
 IGNORED = -100
 

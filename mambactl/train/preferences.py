@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from trl import DPOTrainer
 
-from mambactl.train.distributed import SpreadTrainer, shard_frozen
+from mambactl.train.spread import SpreadTrainer, shard_frozen
 
 
 class PreferenceTrainer(SpreadTrainer, DPOTrainer):

@@ -197,6 +197,9 @@ class OtherFolder(RunFolder):
         """Nothing is made, locked or removed."""
         yield
 
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Nothing: the processes have the same."""
+
     def log(self, entry: dict[str, Any]) -> None:
         """Nothing."""
 

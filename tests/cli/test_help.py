@@ -27,7 +27,7 @@ FLAGS = {
     "convert": "--ratio --keep-attention --select --select-data --select-tokens --select-recall "
     "--kv-budget --mixers-from --mixer --init --calibrate --calibrate-tokens "
     f"--max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
-    "distill": f"{TRAINING} {MIXED} --stages --align-steps --align-lr --stepwise-steps "
+    "distill": f"{TRAINING} {MIXED} --nproc --stages --align-steps --align-lr --stepwise-steps "
     "--stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr --schedule --kl-weight "
     "--ce-weight --temperature --divergence --jsd-beta --teacher-cache --capture --eval-data "
     f"--eval-every --eval-tokens {OUTPUT} {EVERY_STAGE}",

@@ -20,9 +20,10 @@ from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.cli.launch import sharding
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
-from mambactl.recipe import DpoConfig, SftConfig
-from mambactl.stages import dpo, sft
+from mambactl.recipe import DistillConfig, DpoConfig, SftConfig
+from mambactl.stages import distill, dpo, sft
 from mambactl.stages.training import Job
+from mambactl.train.loop import _PhaseRun
 from mambactl.train.run_folder import RunFolder
 from mambactl.train.trainer import _Watch
 
@@ -84,6 +85,13 @@ def prefer(data, processes: int, **fields) -> DpoConfig:
     settings = {"max_steps": 3, "max_length": 48, "save_every": 50, "warmup": 1, "lr": 1e-3}
     batch = {"batch_size": 4 // processes, "nproc": processes, "device": "cpu"}
     return DpoConfig(data=[data["dpo"]], **{**settings, **batch, **fields})
+
+
+def align(data, processes: int, **fields) -> DistillConfig:
+    settings = {"max_steps": STEPS, "max_length": 32, "save_every": 50, "warmup": 1}
+    # an alignment is relative to the states of its own batch, so that batches stay what they are
+    batch = {"batch_size": 2, "grad_accum": 4 // processes, "nproc": processes, "device": "cpu"}
+    return DistillConfig(data=[data["sft"]], **{**settings, **batch, **fields})
 
 
 def together(work: Callable[[], None], log: Path, shard: bool, count: int = 2) -> Sequence[int]:
@@ -234,3 +242,31 @@ def test_a_signal_to_one_process_stops_all_and_resumes(
     assert together(lambda: half(True), tmp_path / "log", shard) == [0, 0]
     assert_same(alone / "matched", out)
     assert [step for (step,) in curve(out, "step")] == list(range(1, STEPS + 1))
+
+
+def test_distilling_in_two_processes(students, data, tmp_path, monkeypatch):
+    source, one, two = students["tied"], tmp_path / "one", tmp_path / "two"
+    distill.run(align(data, 1), source, one)
+    steps = _PhaseRun._launch
+
+    def signalled(self, step, feed):
+        if self.phase.name == "logits" and step == 0 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return steps(self, step, feed)
+
+    def work(resume: bool) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        distill.run(align(data, 2), source, two, resume=resume)
+
+    monkeypatch.setattr(_PhaseRun, "_launch", signalled)
+    codes = together(partial(work, False), tmp_path / "log", shard=False)
+    assert codes == [-signal.SIGTERM, -signal.SIGTERM]
+    assert RunFolder(two, {}).load_state()["step"] == 1
+    monkeypatch.undo()
+    assert together(partial(work, True), tmp_path / "log", shard=False) == [0, 0]
+    assert_same(one, two)
+    keys = ("step", "loss", "gradient_norm", "lr")
+    expected = [pytest.approx(row, rel=1e-4) for row in curve(one, *keys)]
+    assert curve(two, *keys) == expected
+    tokens = [load_lineage(str(out))["metrics"]["logits"]["tokens"] for out in (one, two)]
+    assert tokens[0] == tokens[1] > 0
