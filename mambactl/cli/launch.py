@@ -129,10 +129,6 @@ def _settings(config: SpreadConfig) -> list[str]:
 
 def shards(config: SpreadConfig, source: str) -> bool:
     """Whether the weights are split; raises a MambactlError for processes that cannot be had."""
-    import torch
-
-    from mambactl.checkpoint.summary import describe
-
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"--nproc {config.processes} does not fit --device {config.device}",
@@ -141,6 +137,10 @@ def shards(config: SpreadConfig, source: str) -> bool:
     asked = config.shard if isinstance(config, ShardConfig) else False
     if _on_cpu(config):
         return bool(asked)
+    import torch
+
+    from mambactl.checkpoint.summary import describe
+
     if (there := torch.cuda.device_count()) < config.processes:
         raise ResourceError(
             f"--nproc {config.processes} needs as many GPUs, this machine has {there}",
@@ -155,9 +155,11 @@ def shards(config: SpreadConfig, source: str) -> bool:
 
 
 def _on_cpu(config: SpreadConfig) -> bool:
+    if config.device != "auto":
+        return config.device == "cpu"
     import torch
 
-    return config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    return not torch.cuda.is_available()
 
 
 def _environment(config: SpreadConfig, split: bool) -> dict[str, str]:

@@ -6,12 +6,17 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from mambactl.cli.launch import RunFailure, run_processes, sharding
+from mambactl.checkpoint import summary
+from mambactl.cli.launch import RunFailure, of_this_run, run_processes, sharding, shards
+from mambactl.errors import ResourceError, UsageError
+from mambactl.recipe import ConvertConfig, DistillConfig, SftConfig
 from mambactl.recipes import recipe_folder
 
 FAIL = """
@@ -122,3 +127,34 @@ def test_sharding_is_what_accelerate_reads(monkeypatch):
     assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
     assert plugin.transformer_cls_names_to_wrap == ["HybridBlock"]
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+
+
+@pytest.mark.parametrize(("parameters", "split"), [(1.2e9, False), (8e9, True)])
+def test_weights_are_split_where_a_gpu_cannot_hold_all(monkeypatch, parameters, split):
+    gpu = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(summary, "describe", lambda source: {"parameters": parameters})
+    assert shards(SftConfig(device="cuda", nproc=8), "model") == split
+    assert shards(SftConfig(device="cuda", nproc=8, shard=not split), "model") != split
+    # its own loop keeps all of them on every GPU
+    assert not shards(DistillConfig(device="cuda", nproc=8), "model")
+    with pytest.raises(ResourceError, match="this machine has 8"):
+        shards(SftConfig(device="cuda", nproc=9), "model")
+    with pytest.raises(UsageError, match="cuda:1"):
+        shards(SftConfig(device="cuda:1", nproc=2), "model")
+
+
+def test_the_number_of_processes_is_that_of_the_run(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert of_this_run("sft", SftConfig()).processes == 4
+    assert of_this_run("sft", SftConfig(nproc=4)).processes == 4
+    with pytest.raises(UsageError, match="--nproc 2 in a run of 4"):
+        of_this_run("sft", SftConfig(nproc=2))
+    with pytest.raises(UsageError, match="convert runs in one process, not in 4"):
+        of_this_run("convert", ConvertConfig())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert of_this_run("sft", SftConfig()).processes == 4
+    with pytest.raises(UsageError, match="distill splits no weights"):
+        of_this_run("distill", DistillConfig())

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -151,7 +153,8 @@ def run_all(students, data, processes: int, place: Path) -> None:
     matched = tune(data, processes, kl_weight=0.5, grad_accum=2)
     sft.run(matched, students["tied"], place / "matched")
     sft.run(tune(data, processes, kl_weight=1.0), students["untied"], place / "untied")
-    sft.run(tune(data, processes), students["tied"], place / "plain")
+    plain = tune(data, processes, grad_checkpointing=True)
+    sft.run(plain, students["tied"], place / "plain")
     dpo.run(prefer(data, processes), students["tied"], place / "dpo")
     dpo.run(prefer(data, processes, reference="self"), students["untied"], place / "own")
 
@@ -242,6 +245,20 @@ def test_a_signal_to_one_process_stops_all_and_resumes(
     assert together(lambda: half(True), tmp_path / "log", shard) == [0, 0]
     assert_same(alone / "matched", out)
     assert [step for (step,) in curve(out, "step")] == list(range(1, STEPS + 1))
+
+
+def test_the_command_line_shows_one_run(students, data, tmp_path):
+    command = [sys.executable, "-m", "mambactl", "distill", students["tied"]]
+    command += ["--data", data["sft"], "--device", "cpu", "--max-steps", "2", "--max-length", "32"]
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*command, "--nproc", "2", "--json", "-o", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checkpoint"] == str(out)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr.count("wrote") == done.stderr.count("distill: 2 processes") == 1
+    assert load_lineage(str(out))["recipe"]["nproc"] == 2
 
 
 def test_distilling_in_two_processes(students, data, tmp_path, monkeypatch):
