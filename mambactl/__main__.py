@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,11 +13,22 @@ from typing import NoReturn
 
 from mambactl.console import PLAIN_ERRORS, secure_streams
 from mambactl.errors import ExitCode, MambactlError
+from mambactl.ranks import REPORTS, is_main, launched, rank
 
 EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
 # commands whose work of many steps `--resume` continues
 RESUMABLE = ("distill", "sft", "dpo", "recipe")
 MEMORY_SIGNS = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")
+# what a process meets when another one of its run ends without a word
+ECHO_SIGNS = (
+    "losed by peer",
+    "reset by peer",
+    "remote process exited",
+    "got 0 bytes",
+    "roken pipe",
+)
+# seconds in which the main process of a run says itself what all of them met
+PATIENCE = 10.0
 DISK_SIGNS = ("No space left on device", "Disk quota exceeded")
 
 
@@ -122,16 +134,52 @@ def _is_memory(error: BaseException) -> bool:
 def _report(
     error: BaseException | None, code: int, message: str, hint: str | None, arguments: list[str]
 ) -> int:
-    if error is not None and (code == ExitCode.BUG or os.environ.get("MAMBACTL_DEBUG") == "1"):
-        import traceback
-
-        traceback.print_exception(error)
+    if (trace := _trace(error, code)) and not launched():
+        sys.stderr.write(trace)
+    if launched() and not _heard(error, code, message, hint, trace):
+        return int(code)
     if "--json" in arguments and PLAIN_ERRORS not in os.environ:
         lines = [json.dumps({"error": message, "hint": hint, "code": int(code)})]
     else:
         lines = [f"error: {message}"] + ([f"hint: {hint}"] if hint else [])
     sys.stderr.write("\n".join(lines) + "\n")
     return int(code)
+
+
+def _trace(error: BaseException | None, code: int) -> str:
+    """A traceback for bugs, and for who asks for it."""
+    if error is None or not (code == ExitCode.BUG or os.environ.get("MAMBACTL_DEBUG") == "1"):
+        return ""
+    import traceback
+
+    # of one of several processes, it came with what that one reported
+    return getattr(error, "trace", None) or "".join(traceback.format_exception(error))
+
+
+def _heard(
+    error: BaseException | None, code: int, message: str, hint: str | None, trace: str
+) -> bool:
+    """Whether one of several processes has to print its failure itself."""
+    echo = code == ExitCode.BUG and any(
+        sign in str(link) for link in _chain(error) for sign in ECHO_SIGNS
+    )
+    if (folder := os.environ.get(REPORTS)) is not None:
+        # whoever started all of them prints one of the reports
+        report = {"code": int(code), "message": message, "hint": hint, "trace": trace, "echo": echo}
+        with open(os.path.join(folder, f"{rank()}.json"), "w", encoding="utf-8") as file:
+            json.dump(report, file)
+        return False
+    if echo:
+        sys.stderr.write("stopped: another process of this run ended\n")
+        return False
+    if not is_main():
+        if code > ExitCode.CHECK:
+            # stopped: the main one is as well, and says so
+            return False
+        # most failures are those of all; what started them ends this one when the main one ends
+        time.sleep(PATIENCE)
+    sys.stderr.write(trace)
+    return True
 
 
 if __name__ == "__main__":

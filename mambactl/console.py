@@ -15,6 +15,8 @@ from typing import Any, Protocol
 PLAIN_INTERVAL = 30.0
 # set for the stages of a recipe: their result is JSON, their errors are read by a person
 PLAIN_ERRORS = "_MAMBACTL_PLAIN_ERRORS"
+# below every level: for the processes of a run that leave talking to the main one
+SILENT = -1
 _verbosity = {"level": 1}
 
 

@@ -8,7 +8,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 
@@ -111,7 +111,7 @@ class RowsConfig(StageConfig):
         [], description="ID[:config][@split], .jsonl[.gz], .parquet or .txt; DATA=0.7 weighs it"
     )
     max_steps: int = Field(200, ge=1, description="optimiser steps")
-    batch_size: int = Field(8, ge=1, description="rows per step")
+    batch_size: int = Field(8, ge=1, description="rows per step, of each process")
     grad_accum: int = Field(1, ge=1, description="batches per optimiser step")
     max_length: int = Field(512, ge=16, description="tokens per row")
     max_samples: int | None = Field(None, ge=1, description="use at most this many documents")
@@ -164,7 +164,32 @@ class AdaptedConfig(TrainConfig):
     lora_alpha: float | None = Field(None, gt=0, description="their scale; default: twice the rank")
 
 
-class DistillConfig(HeldOutConfig, MixedRowsConfig):
+def _several(count: int | None) -> int | None:
+    return None if count == 1 else count
+
+
+class SpreadConfig(TrainConfig):
+    """Training that several processes share, each with rows of its own."""
+
+    nproc: Annotated[int | None, AfterValidator(_several)] = Field(
+        None, ge=1, description="processes, one per GPU; each takes --batch-size rows a step"
+    )
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return self.nproc or 1
+
+
+class ShardConfig(SpreadConfig):
+    """Weights, too, that processes can share."""
+
+    shard: bool | None = Field(
+        None, description="split weights over them (FSDP2); default: where a GPU cannot hold all"
+    )
+
+
+class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
     stages: DistillPhases = Field(["align", "logits"], description="what runs, in this order")
@@ -211,7 +236,7 @@ class TeacherCacheConfig(MixedRowsConfig):
         return None
 
 
-class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig):
+class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
     """Supervised fine-tuning with optional word-level distillation."""
 
     lr: float = Field(2e-5, gt=0, description="learning rate")
@@ -220,7 +245,7 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig):
     assistant_only_loss: bool = Field(True, description="train on assistant turns only")
 
 
-class DpoConfig(TrainConfig):
+class DpoConfig(ShardConfig):
     """Direct preference optimisation."""
 
     lr: float = Field(5e-7, gt=0, description="learning rate")
@@ -382,4 +407,4 @@ WRITERS = (*MODEL_WRITERS, "teacher-cache")
 ROW_WRITER = "generate"
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 # where a run happens is no part of what it makes
-PLACE = {"device", "trust_remote_code", "compile", "capture", "log_to"}
+PLACE = {"device", "trust_remote_code", "compile", "capture", "log_to", "shard"}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, Signature
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -83,6 +84,13 @@ class Shared:
             resume=given.pop("resume", False),
             force=given.pop("force", False),
         )
+
+    def flags(self, out: Path) -> list[str]:
+        """The same options on another command line, without what a configuration holds."""
+        found = ["-o", str(out)]
+        asked = {"--json": self.json, "--resume": self.resume, "--force": self.force}
+        asked |= {"-q": self.verbosity == 0, "-v": self.verbosity == 2}
+        return found + [flag for flag, given in asked.items() if given]
 
 
 COMMON: Mapping[str, tuple[Any, Any]] = {

@@ -3,11 +3,8 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import typer
 
 from mambactl import console
+from mambactl.cli.launch import signals_passed_to
 from mambactl.errors import OutputError, UsageError
 from mambactl.recipe import MODEL_WRITERS
 from mambactl.recipes import Recipe, Section, nearest, substitute
@@ -185,21 +183,8 @@ def _child(command: list[str], json_errors: bool = False) -> tuple[int, str]:
             process_group=0,
             env=env,
         ) as process,
-        _signals_passed_to(process),
+        signals_passed_to([process]),
     ):
         line, _ = process.communicate()
     code = process.returncode
     return (128 - code if code < 0 else code), line
-
-
-@contextmanager
-def _signals_passed_to(process: subprocess.Popen[str]) -> Iterator[None]:
-    def forward(number: int, frame: Any) -> None:
-        process.send_signal(number)
-
-    before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,6 +10,7 @@ import typer
 
 from mambactl import console
 from mambactl.cli import io
+from mambactl.cli.launch import launch, of_this_run, shards
 from mambactl.cli.options import (
     COMMON,
     OUTPUT,
@@ -25,7 +26,8 @@ from mambactl.cli.options import (
     with_parameters,
 )
 from mambactl.errors import OutputError, UsageError
-from mambactl.recipe import PLACE, ROW_WRITER, STAGES, WRITERS, StageConfig
+from mambactl.ranks import is_main, launched
+from mambactl.recipe import PLACE, ROW_WRITER, STAGES, WRITERS, SpreadConfig, StageConfig
 from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings, writes
 
 # the summary above them is the docstring of the stage's configuration
@@ -102,7 +104,7 @@ def _function(stage: str) -> Any:
 def run_stage(stage: str, given: dict[str, Any]) -> None:
     """Run one stage from parsed parameters and write its line to stdout."""
     shared = Shared.take(given)
-    console.set_verbosity(shared.verbosity)
+    console.set_verbosity(shared.verbosity if is_main() else console.SILENT)
     if shared.resume and shared.force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
     others = _others(given) if stage == "eval" else []
@@ -112,7 +114,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
         if model == "-":
             raise UsageError("MODEL and the prompt cannot both be -", "give one of them as text")
         flags["prompt"] = io.read_text("-")
-    config = _config(stage, shared, flags)
+    config = of_this_run(stage, _config(stage, shared, flags))
     source = _source(stage, config, model)
     suffix = writes(stage, config)
     if suffix is None:
@@ -142,6 +144,12 @@ def _call(
     shared: Shared,
     others: Sequence[str] = (),
 ) -> None:
+    spreads = isinstance(config, SpreadConfig) and config.nproc and not launched()
+    if spreads and not shared.dry_run:
+        with io.guarded_stdout():
+            line = launch(config, stage, source, shared.flags(out))
+        io.write_out(line)
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with io.guarded_stdout():
@@ -150,13 +158,16 @@ def _call(
             # the same calls, of all models together
             module, source = import_module("mambactl.stages.compare"), [source, *others]
         if shared.dry_run:
-            _show_plan(module.plan(config, source), out)
+            split = {"sharded": shards(config, source)} if spreads else {}
+            _show_plan(module.plan(config, source) | split, out)
             return
         if out is not None:
             again = {"resume": shared.resume, "force": shared.force}
             result = module.run(config, source, out, **again)
         else:
             result = module.run(config, source)
+        if launched():
+            import_module("mambactl.train.distributed").leave()
     checkpoint = result.path
     if checkpoint is not None and (path := Path(checkpoint).expanduser()).exists():
         checkpoint = str(path.absolute())
@@ -164,6 +175,8 @@ def _call(
 
 
 def _write(shared: Shared, stage: str, content: dict[str, Any], text: str | None) -> None:
+    if not is_main():
+        return
     if shared.json:
         extra = {} if text is None else {"text": text}
         io.write_json({"stage": stage, **content, **extra})

@@ -68,15 +68,22 @@ def pack(examples: Sequence[Example], max_length: int, packing: bool = True) -> 
 
 
 def batches(
-    rows: Sequence[Row], batch_size: int, seed: int, start: int = 0, trim: bool = True
+    rows: Sequence[Row],
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    trim: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Endless batches from batch number `start` on; every epoch is a new order given by `seed`.
 
-    Batch n is always the same whatever `start` was. With `trim`, columns that are padding in every
+    Batch n is always the same whatever `start` was. Of `share` (i, n) it is the i-th of n batches
+    that together are one of n times the size. With `trim`, columns that are padding in every
     row are cut off in steps of `TRIM`; without, all batches have one shape, as compiled code needs.
     """
     epoch, order = -1, np.empty(0, np.int64)
-    position = start * batch_size
+    number, count = share
+    position = (start * count + number) * batch_size
     while True:
         members = []
         for place in range(position, position + batch_size):
@@ -84,7 +91,7 @@ def batches(
                 epoch = place // len(rows)
                 order = np.random.default_rng([seed, epoch]).permutation(len(rows))
             members.append(rows[order[place % len(rows)]])
-        position += batch_size
+        position += count * batch_size
         yield collate(members, trim)
 
 

@@ -27,6 +27,7 @@ from mambactl.stages.teacher_cache import cached_objective, read_record
 from mambactl.stages.training import Job, draw_ledger, plan_training, report_phases
 from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.compiled import compile_blocks, compiles, release_blocks
+from mambactl.train.distributed import join
 from mambactl.train.ledger import Evaluation
 from mambactl.train.loop import Phase, train
 from mambactl.train.objectives import LogitsObjective, Objective
@@ -47,6 +48,7 @@ def run(
     """Train the hybrid at `source` towards its teacher and write the result to `out`."""
     job = Job.of(STAGE, config, source)
     _check_capture(job, config)
+    join(job.device)
     folder = job.folder(out, resume, force)
     ours, theirs = _configs(job)
     planned = plan_phases(config, ours, theirs, _ranking(source))
@@ -81,7 +83,7 @@ def plan(config: DistillConfig, source: str) -> dict[str, Any]:
     planned = plan_phases(config, ours, theirs, _ranking(source))
     predicted = estimate(job, ours, theirs, planned)
     model = shapes_of(ours)
-    per_step = config.batch_size * config.grad_accum * config.max_length
+    per_step = job.global_batch * config.max_length
     phases = [
         plan.describe(model, per_step) | {"predicted": predicted[plan.name].as_metrics()}
         for plan in planned

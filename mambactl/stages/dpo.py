@@ -77,11 +77,13 @@ def _trainer(
     pairs: list[Document],
 ) -> Any:
     from datasets import Dataset, disable_progress_bars
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
+
+    from mambactl.train.preferences import PreferenceTrainer
 
     disable_progress_bars()
     shared = trainer_arguments(config, folder, config.lr, job.device, job.amp)
-    return DPOTrainer(
+    return PreferenceTrainer(
         student,
         reference,
         DPOConfig(**shared, beta=config.beta),

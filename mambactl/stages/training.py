@@ -29,11 +29,13 @@ from mambactl.data.recall import recall_documents, recall_tokens, require_recall
 from mambactl.errors import ResourceError, UsageError
 from mambactl.measure.plots import draw
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import PLACE, HeldOutConfig, MixedRowsConfig, TrainConfig
+from mambactl.ranks import is_main, sharded
+from mambactl.recipe import PLACE, HeldOutConfig, MixedRowsConfig, SpreadConfig, TrainConfig
 from mambactl.stages.placement import place
 from mambactl.stages.teacher import teacher_of
+from mambactl.train.distributed import consolidated
 from mambactl.train.ledger import PhaseReport
-from mambactl.train.run_folder import RunFolder
+from mambactl.train.run_folder import OtherFolder, RunFolder
 
 # of a parameter that trains: weight, gradient and both moments in fp32
 TRAINED_BYTES = 16
@@ -80,6 +82,8 @@ class Job:
             "data_sha256": [_file_digest(spec) for spec in names(self.config.data)],
             "data_shares": shares(self.config.data),
             **self._held_out_identity(),
+            # a state that is split cannot be read whole, nor the other way round
+            **({"sharded": True} if sharded() else {}),
         }
 
     def _held_out_identity(self) -> dict[str, Any]:
@@ -96,6 +100,8 @@ class Job:
         """The working folder of this run; raises OutputError where it may not be used."""
         if out is None:
             raise UsageError(f"{self.stage} needs a place for its result", "give -o OUT")
+        if not is_main():
+            return OtherFolder(Path(out), {})
         refuse_existing(Path(out), force)
         folder = RunFolder(Path(out), self.identity)
         folder.check(resume, force)
@@ -144,7 +150,17 @@ class Job:
     @property
     def examples(self) -> int:
         """Rows that the run takes, counted again when it comes back to one."""
-        return self.config.max_steps * self.config.batch_size * self.config.grad_accum
+        return self.config.max_steps * self.global_batch
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return self.config.processes if isinstance(self.config, SpreadConfig) else 1
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of one optimiser step, of all processes."""
+        return self.config.batch_size * self.config.grad_accum * self.processes
 
     @property
     def recall_share(self) -> float:
@@ -277,7 +293,13 @@ class Job:
         teacher: str | None,
         metrics: Mapping[str, Any],
     ) -> None:
-        """Write the result in the source's type and let it appear under its name."""
+        """Write the result in the source's type and let it appear under its name.
+
+        Every process must call it; the main one writes.
+        """
+        model = consolidated(model)
+        if model is None:
+            return
         stored = getattr(torch, describe(self.source)["dtype"])
         with open_checkpoint(self.source) as reader:
             record = lineage(
@@ -319,6 +341,8 @@ def plan_training(
         "parts": found["parts"],
         "device": str(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),
+        "processes": job.processes,
+        "global_batch": job.global_batch,
         "documents": job.count_documents(schema) if counts else None,
         "tokens_at_most": job.budget,
         "recall_tokens_at_most": job.recall_budget,
@@ -352,6 +376,8 @@ def report_phases(reports: Sequence[PhaseReport]) -> dict[str, Any]:
 
 def draw_ledger(folder: RunFolder, asked: bool) -> None:
     """Plot what the run measured beside its metrics; a missing library is said if it was asked."""
+    if not is_main():
+        return
     try:
         draw({folder.out.name: folder.metrics}, folder.plot)
     except (ResourceError, UsageError) as error:

@@ -13,8 +13,10 @@ from torch import nn
 from mambactl import console
 from mambactl.data.pack import Batch, Row, batches
 from mambactl.errors import CheckError, ResourceError
+from mambactl.ranks import processes, rank
 from mambactl.recipe import DistillConfig
 from mambactl.train.captured import CapturedObjective, recorder_for
+from mambactl.train.distributed import add_up, from_main, largest, total
 from mambactl.train.feed import ahead
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import (
@@ -72,6 +74,8 @@ def train(
     stop. Raises CheckError when a loss or gradient is not finite or the loss left what it had
     reached, ResourceError out of memory.
     """
+    # the main process is in its folder, whose state is the one to go on from
+    from_main(None)
     torch.manual_seed(config.seed)
     state = folder.load_state()
     progress = _restore(model, state) if state else Progress()
@@ -83,9 +87,9 @@ def train(
     with StopRequest() as stop:
         for number in range(progress.phase, len(phases)):
             run = _PhaseRun(model, phases, number, config, folder, progress, evaluation)
-            source = batches(
-                rows, config.batch_size, config.seed, progress.total * config.grad_accum, trim
-            )
+            done = progress.total * config.grad_accum
+            share = rank(), processes()
+            source = batches(rows, config.batch_size, config.seed, done, trim, share)
             with phases[number].context, ahead(source, pin=run.device.type == "cuda") as feed:
                 run.follow(feed, optimizer_state, stop)
             optimizer_state = None
@@ -159,12 +163,15 @@ class _PhaseRun:
             for step in range(self.progress.step, self.phase.steps):
                 self.pending.append(self._launch(step, feed))
                 self.progress.step = step + 1
-                saves = stop.signum is not None or (step + 1) % self.config.save_every == 0
+                # a signal may reach the processes in different steps, but all save in the same
+                signum = largest(stop.signum or 0)
+                saves = signum > 0 or (step + 1) % self.config.save_every == 0
                 self._settle(0 if saves or self._evaluates(step + 1) else self.lag, bar)
                 # a loss on its way up must not take the place of what was good
-                if saves and (stop.signum is not None or not self.progress.watch.rising):
+                if saves and (signum or not self.progress.watch.rising):
                     self._save(self.optimizer.state_dict())
-                if stop.signum is not None:
+                if signum:
+                    stop.signum = signum
                     stop.deliver()
             self._settle(0, bar)
 
@@ -184,6 +191,7 @@ class _PhaseRun:
         try:
             objective = self.captured or self.phase.objective
             loss, tokens = _gradients(objective, members, self.device)
+            add_up([loss, *(p.grad for p in self.parameters if p.grad is not None)])
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
             # fused AdamW looks at this on the device, and changes nothing where it is 1
             self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
@@ -289,10 +297,14 @@ class _PhaseRun:
 def _gradients(
     objective: Objective, members: Sequence[Batch], device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Gradients of the mean over all tokens of the batches; its value and the tokens."""
+    """This process's share of a mean over all tokens of all processes' batches; those tokens.
+
+    Gradients are of the share, too.
+    """
     # a batch may hold no target at all; the mean is over the step, so that only it must hold one.
     # counted before the copy: on the device it would have to be waited for
-    tokens = sum(objective.count(batch) for batch in members)
+    counted = sum(objective.count(batch) for batch in members)
+    tokens = int(total(torch.tensor(counted)))
     shares = [
         objective.backward(objective.inputs(batch, device), max(1, tokens)) for batch in members
     ]

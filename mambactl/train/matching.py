@@ -10,9 +10,11 @@ from trl import SFTTrainer
 
 from mambactl.data.pack import Batch, Row, collate
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.train.distributed import total
 from mambactl.train.lora import plain
-from mambactl.train.losses import SampledTeacher, Teacher, distillation_loss
+from mambactl.train.losses import Losses, SampledTeacher, Teacher, distillation_loss
 from mambactl.train.objectives import autocast, last_hidden, next_tokens
+from mambactl.train.spread import SpreadTrainer, add_inner_loss, shard_frozen
 from mambactl.train.teacher_cache import TeacherCache
 
 IGNORED = -100
@@ -20,7 +22,7 @@ IGNORED = -100
 CACHED = tuple(f"teacher_{name}" for name in SampledTeacher._fields)
 
 
-class MatchingTrainer(SFTTrainer):
+class MatchingTrainer(SpreadTrainer, SFTTrainer):
     """Mean over learned tokens of ce_weight * CE + kl_weight * KL(teacher || student).
 
     The teacher is a model, or comes with the batches of a `cached` collator. Without one the loss
@@ -39,6 +41,10 @@ class MatchingTrainer(SFTTrainer):
         self.teacher, self.amp = teacher, amp
         self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight}
         super().__init__(*args, **kwargs)
+        add_inner_loss(self.model)
+        if teacher is not None:
+            shard_frozen(teacher)
+            add_inner_loss(teacher)
 
     def compute_loss(
         self,
@@ -52,37 +58,46 @@ class MatchingTrainer(SFTTrainer):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             scale = self.weights["ce_weight"]
             return (scale * loss[0], loss[1]) if return_outputs else scale * loss
-        loss = self._matched(
-            plain(self.accelerator.unwrap_model(model)), inputs, num_items_in_batch
-        )
+        loss = self._matched(model, inputs, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     def _matched(
-        self, model: HybridForCausalLM, inputs: dict[str, Tensor], items: Tensor | int | None
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], items: Tensor | int | None
     ) -> Tensor:
         learned = inputs["labels"] != IGNORED
         batch = Batch(
             inputs["input_ids"], inputs.get("seq_idx"), inputs["position_ids"], learned, learned
         )
         with autocast(batch.input_ids.device, self.amp):
-            losses = distillation_loss(
-                last_hidden(model, batch),
-                model.lm_head.weight,
-                *next_tokens(batch),
-                self._guide(batch, inputs),
-                **self.weights,
-            )
-        found = learned[:, 1:].sum().clamp(min=1)
+            guide = self._guide(batch, inputs)
+            losses = model(inner_loss=lambda student: self._losses(plain(student), batch, guide))
+        found, kl, ce = total(torch.stack((learned[:, 1:].sum(), losses.kl, losses.ce))).tolist()
+        found = max(found, 1)
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["train_kl"].append((losses.kl / found).item())
-        self._metrics[mode]["train_ce"].append((losses.ce / found).item())
-        return losses.total / (found if items is None else items)
+        self._metrics[mode]["train_kl"].append(kl / found)
+        self._metrics[mode]["train_ce"].append(ce / found)
+        # gradients are averaged over processes, items are counted in all of them
+        return losses.total * self.accelerator.num_processes / (found if items is None else items)
+
+    def _losses(
+        self, student: HybridForCausalLM, batch: Batch, guide: Tensor | SampledTeacher
+    ) -> Losses:
+        if isinstance(guide, Tensor):
+            guide = Teacher(guide, self.teacher.lm_head.weight)
+        return distillation_loss(
+            last_hidden(student, batch),
+            student.lm_head.weight,
+            *next_tokens(batch),
+            guide,
+            **self.weights,
+        )
 
     @torch.no_grad()
-    def _guide(self, batch: Batch, inputs: dict[str, Tensor]) -> Teacher | SampledTeacher:
+    def _guide(self, batch: Batch, inputs: dict[str, Tensor]) -> Tensor | SampledTeacher:
+        """What was kept of the teacher, or its states."""
         if CACHED[0] in inputs:
             return SampledTeacher(*(inputs[name] for name in CACHED))
-        return Teacher(last_hidden(self.teacher, batch), self.teacher.lm_head.weight)
+        return self.teacher(inner_loss=lambda teacher: last_hidden(teacher, batch))
 
 
 def as_dataset(rows: Sequence[Row]) -> Dataset:

@@ -184,6 +184,27 @@ class RunFolder:
             ) from None
 
 
+class OtherFolder(RunFolder):
+    """The folder as the processes see it that leave all writing to the main one."""
+
+    def check(self, resume: bool, force: bool) -> None:
+        """Nothing: the main process looks, and ends the run where it may not start."""
+
+    @contextmanager
+    def open(self, resume: bool, force: bool) -> Iterator[None]:
+        """Nothing is made, locked or removed."""
+        yield
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Nothing: the processes have the same."""
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def truncate_log(self, lines: int) -> None:
+        """Nothing."""
+
+
 def side_file(checkpoint: Path, name: str) -> Path:
     """Where a checkpoint's metrics lie: inside a folder, else beside the file as FILE.name."""
     if checkpoint.is_dir():

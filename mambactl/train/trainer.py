@@ -14,7 +14,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from mambactl import console
 from mambactl.errors import CheckError, ResourceError
+from mambactl.ranks import is_main
 from mambactl.recipe import TrackedConfig, TrainConfig
+from mambactl.train.distributed import from_main, largest
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import Evaluation, PhaseReport
 from mambactl.train.run_folder import RunFolder
@@ -48,6 +50,8 @@ def trainer_arguments(
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(config.warmup, config.max_steps // 2),
+        # every parameter has a gradient: nothing to look for
+        "ddp_find_unused_parameters": False,
         "max_grad_norm": config.grad_clip,
         "activation_checkpointing": config.grad_checkpointing,
         "bf16": amp == torch.bfloat16,
@@ -100,15 +104,17 @@ def follow(
     SIGINT and SIGTERM save a checkpoint first. Raises CheckError when the loss is not finite.
     """
     started = time.perf_counter()
-    checkpoint = folder.trainer_checkpoint()
-    folder.truncate_log(_lines_until(folder, _steps_of(checkpoint)) if checkpoint else 0)
+    checkpoint = from_main(folder.trainer_checkpoint() if is_main() else None)
+    kept = _lines_until(folder, _steps_of(checkpoint)) if checkpoint and is_main() else 0
+    folder.truncate_log(kept)
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()
     with StopRequest() as stop, console.progress(name, trainer.args.max_steps) as bar:
         trainer.add_callback(_Watch(name, folder, stop, bar, trainer, evaluation))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.deliver()
-    lines = [line for line in read_log(folder) if "loss" in line]
+    lines = from_main(read_log(folder) if is_main() else None)
+    lines = [line for line in lines if "loss" in line]
     measured = {key: value for key, value in lines[-1].items() if key in MEASURED}
     return PhaseReport(
         name,
@@ -172,7 +178,10 @@ class _Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.stop.signum is not None:
+        # a signal may reach the processes in different steps, but all must take the last one
+        signum = largest(self.stop.signum or 0, args.device)
+        if signum:
+            self.stop.signum = signum
             control.should_save = control.should_training_stop = True
 
     def _evaluates(self, step: int, steps: int) -> bool:

@@ -19,6 +19,7 @@ ROWS = "--data --max-steps --batch-size --grad-accum --max-length --max-samples 
 ROWS = f"{ROWS} --skip-bad-rows"
 HELD_OUT = "--teacher-cache --eval-data --eval-every --eval-tokens"
 MIXED = "--recall-share"
+SPREAD = "--nproc --shard"
 TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --compile"
 SAMPLING = (
     "--max-new-tokens --temperature --top-k --top-p --draft --k --batch-size --chat --prompt "
@@ -28,13 +29,13 @@ FLAGS = {
     "convert": "--ratio --keep-attention --select --select-data --select-tokens --select-recall "
     "--kv-budget --mixers-from --mixer --init --calibrate --calibrate-tokens "
     f"--max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
-    "distill": f"{TRAINING} {MIXED} --stages --align-steps --align-lr --stepwise-steps "
+    "distill": f"{TRAINING} {MIXED} --nproc --stages --align-steps --align-lr --stepwise-steps "
     "--stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr --schedule --kl-weight "
     f"--ce-weight --temperature --divergence --jsd-beta --capture {HELD_OUT} {OUTPUT} "
     f"{EVERY_STAGE}",
-    "sft": f"{TRAINING} {HELD_OUT} --lr --ce-weight --kl-weight --assistant-only-loss --lora "
-    f"--lora-alpha --log-to {OUTPUT} {EVERY_STAGE}",
-    "dpo": f"{TRAINING} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
+    "sft": f"{TRAINING} {SPREAD} {HELD_OUT} --lr --ce-weight --kl-weight --assistant-only-loss "
+    f"--lora --lora-alpha --log-to {OUTPUT} {EVERY_STAGE}",
+    "dpo": f"{TRAINING} {SPREAD} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power --assistant-only-loss "
     f"{OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "

@@ -1,0 +1,67 @@
+"""TRL's trainers over several processes: data parallel, or with FSDP2 that splits the weights."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import Trainer
+
+from mambactl.errors import UsageError
+from mambactl.ranks import sharded
+
+
+class SpreadTrainer(Trainer):
+    """Goes before a trainer among the bases: FSDP2 that computes what one process would.
+
+    Matrices multiply in the autocast type, as on one GPU, so parameters travel in fp32 and none is
+    rounded on its way: A_log, D and dt_bias act in fp32. Accelerate shards on GPUs alone; here a
+    CPU takes the same path.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator and fit its sharding."""
+        super().create_accelerator_and_postprocess()
+        if not sharded():
+            return
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        state = self.accelerator.state
+        plugin = getattr(state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise UsageError("FSDP 1 loses parameters that are tied", "set fsdp_version: 2")
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Autocast of the loss, which Accelerate leaves to the policy of FSDP2."""
+        if not (sharded() and self.args.bf16):
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+
+
+def add_inner_loss(model: nn.Module) -> None:
+    """Let `model(inner_loss=function)` be `function(model)`, computed inside of its forward.
+
+    Only there DDP and FSDP see what is computed, and only there FSDP has the head's whole weight.
+    """
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, inner_loss: Callable[[nn.Module], Any] | None = None, **kwargs: Any):
+        return plain(*args, **kwargs) if inner_loss is None else inner_loss(model)
+
+    model.forward = forward
+
+
+def shard_frozen(model: nn.Module) -> None:
+    """Where students are sharded, split a teacher or reference block by block as well."""
+    blocks = getattr(getattr(model, "model", None), "layers", None)
+    if not sharded() or blocks is None:
+        return
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
