@@ -12,7 +12,7 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.summary import describe
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
 from mambactl.data.format import encode_rows
-from mambactl.data.load import load_rows
+from mambactl.data.load import load_rows, set_name, set_names
 from mambactl.errors import CheckError, UsageError
 from mambactl.measure import recall
 from mambactl.measure.checks import Check, failures, parse_checks, require_known
@@ -84,7 +84,7 @@ def run(config: EvalConfig, source: str) -> StageResult:
         metrics["tasks"] = scores.metrics
         console.log(scores.table.rstrip())
     probes = [probe.name for probe in inputs.probes]
-    name = "+".join([*inputs.data, *probes, *(_label(task) for task in config.tasks)])
+    name = "+".join([*inputs.data, *probes, *(set_name(task) for task in config.tasks)])
     save_results(STAGE, source, name, config, metrics)
     _check(inputs.checks, metrics)
     return StageResult(path=source, metrics=metrics)
@@ -129,7 +129,7 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     tasks = load_local_tasks(config.tasks, config.limit)
     data = {
         name: load_rows([spec], config.limit)
-        for name, spec in zip(_labels(config.data), config.data, strict=True)
+        for name, spec in zip(set_names(config.data), config.data, strict=True)
     }
     probes = []
     if config.recall:
@@ -270,14 +270,3 @@ def _check(checks: Sequence[Check], metrics: dict[str, Any]) -> None:
     require_known(checks, {name: list(values) for name, values in scores.items()})
     if failed := failures(checks, scores):
         raise CheckError("; ".join(failed))
-
-
-def _labels(specs: Sequence[str]) -> list[str]:
-    """Short names of data sets, or the specs where two would be called the same."""
-    short = [_label(spec) for spec in specs]
-    return short if len(set(short)) == len(short) else list(specs)
-
-
-def _label(spec: str) -> str:
-    name = Path(spec).name.removesuffix(".gz")
-    return name.rsplit(".", 1)[0] if name.endswith((".jsonl", ".parquet", ".txt")) else spec
