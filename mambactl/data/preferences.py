@@ -247,9 +247,7 @@ def _require_words(answer: str, side: str) -> None:
         raise BadRow(f"the answer of `{side}` is empty")
 
 
-def _tokenise(
-    texts: Iterable[_Rendered], tokenizer: Any, max_length: int, found: PairSet
-) -> None:
+def _tokenise(texts: Iterable[_Rendered], tokenizer: Any, max_length: int, found: PairSet) -> None:
     """Sort texts into the lists of `found`, text rows behind chats."""
     for is_chat in (True, False):
         kind = [text for text in texts if text.is_chat == is_chat]

@@ -26,7 +26,7 @@ from mambactl.data.recall import recall_documents, recall_tokens, require_recall
 from mambactl.errors import ResourceError, UsageError
 from mambactl.measure.plots import draw
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import PLACE, DistillConfig, MixedRowsConfig, TrainConfig
+from mambactl.recipe import PLACE, MixedRowsConfig, TrainConfig
 from mambactl.stages.placement import place
 from mambactl.stages.teacher import teacher_of
 from mambactl.train.ledger import PhaseReport
@@ -76,9 +76,10 @@ class Job:
         }
 
     def _held_out_identity(self) -> dict[str, Any]:
-        if not isinstance(self.config, DistillConfig):
+        specs = getattr(self.config, "eval_data", None)
+        if specs is None:
             return {}
-        specs, cache = self.config.eval_data, self.config.teacher_cache
+        cache = getattr(self.config, "teacher_cache", None)
         return {
             "teacher_cache_sha256": cache and header_digest(Path(cache).expanduser()),
             "eval_data": [_name(spec) for spec in specs],

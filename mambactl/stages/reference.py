@@ -1,0 +1,108 @@
+"""What a DPO run asks its reference, once, and what it measures against it on held-out pairs."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mambactl import console
+from mambactl.data.preferences import Pair
+from mambactl.measure.preferences import (
+    SCALARS,
+    Layout,
+    Reference,
+    compare_preferences,
+    documents,
+    read_reference,
+    token_logps,
+)
+
+
+def precomputed(path: Path, model: Any, pairs: Sequence[Pair], layout: Layout) -> list[np.ndarray]:
+    """Log-probabilities of all answer tokens of `pairs` [2 N], kept in `path` for a resumed run."""
+    texts = documents(pairs)
+    digest = _digest(pairs)
+    if path.exists():
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        if kept["digest"] == digest:
+            console.log("the reference was asked before")
+            ends = np.cumsum(kept["lengths"].numpy())[:-1]
+            return np.split(kept["logps"].numpy(), ends)
+    found = token_logps(model, texts, layout)
+    lengths = torch.tensor([len(part) for part in found])
+    content = {"digest": digest, "logps": torch.from_numpy(np.concatenate(found))}
+    new = path.with_suffix(".new")
+    torch.save(content | {"lengths": lengths}, new)
+    os.replace(new, path)
+    return found
+
+
+def _digest(pairs: Sequence[Pair]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for part in pair[2:]:
+            digest.update(len(part).to_bytes(8, "big") + part.tobytes())
+    return digest.hexdigest()
+
+
+class HeldOutPreferences:
+    """Numbers of every held-out set, always of the same pairs; draws no random number."""
+
+    def __init__(
+        self,
+        policy: Any,
+        reference: Any,
+        sets: Mapping[str, Sequence[Pair]],
+        layout: Layout,
+        beta: float,
+        every: int,
+        steps: int,
+    ):
+        self.policy, self.sets, self.layout, self.beta = policy, sets, layout, beta
+        self.every, self.steps = every, steps
+        self.references: dict[str, Reference] = {
+            name: read_reference(reference, documents(pairs), layout)
+            for name, pairs in sets.items()
+        }
+        self.last: dict[str, dict[str, Any]] = {}
+
+    def measure(self) -> dict[str, dict[str, Any]]:
+        """Set -> what `compare_preferences` finds of the policy as it is now."""
+        was_training = self.policy.training
+        self.policy.eval()
+        self.last = {
+            name: compare_preferences(
+                self.policy, self.references[name], pairs, self.layout, self.beta
+            )
+            for name, pairs in self.sets.items()
+        }
+        self.policy.train(was_training)
+        return self.last
+
+    def at(self, step: int) -> dict[str, float] | None:
+        """`held_out/SET/NUMBER` where this step is one of every so many or the last, else None."""
+        if not self.sets or (step % self.every and step != self.steps):
+            return None
+        return {
+            f"held_out/{name}/{key}": found[key]
+            for name, found in self.measure().items()
+            for key in SCALARS
+        }
+
+
+def show_held_out(
+    before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """A table of both, by set."""
+    lines = []
+    for name, found in after.items():
+        for when, numbers in (("before", before.get(name)), ("after", found)):
+            if numbers is not None:
+                cells = (f"{numbers[key]:.4f}" for key in SCALARS)
+                lines.append((name, when, str(numbers["pairs"]), *cells))
+    if lines:
+        console.table("held-out preferences", ("set", "", "pairs", *SCALARS), lines)
