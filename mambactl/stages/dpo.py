@@ -60,7 +60,7 @@ def plan(config: DpoConfig, source: str) -> dict[str, Any]:
     """Resolve everything, check the data and show a pair; writes nothing."""
     _require_losses(config)
     job = Job.of(STAGE, config, source)
-    found = plan_training(job, "preference", config.reference == "teacher", foreign=True)
+    found = plan_training(job, None, config.reference == "teacher", foreign=True)
     shown = {"reference": config.reference, "losses": dict(_losses(config))}
     return found | shown | preview(job, config)
 

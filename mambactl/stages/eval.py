@@ -12,8 +12,9 @@ from mambactl.checkpoint.summary import describe
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
 from mambactl.data.format import encode_rows
 from mambactl.data.load import load_rows, set_name, set_names
+from mambactl.data.preferences import PairSet
 from mambactl.errors import CheckError, UsageError
-from mambactl.measure import recall
+from mambactl.measure import preferences, recall
 from mambactl.measure.checks import Check, failures, parse_checks, require_known
 from mambactl.measure.controls import ablated, require_branch, windowed_attention
 from mambactl.measure.fidelity import SCALARS, Variant, compare
@@ -28,6 +29,11 @@ from mambactl.measure.tasks import (
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import EvalConfig
 from mambactl.stages import StageResult
+from mambactl.stages.eval_preferences import (
+    measure_preferences,
+    read_preference_sets,
+    show_preferences,
+)
 from mambactl.stages.eval_report import show_fidelity, show_recall
 from mambactl.stages.placement import place
 from mambactl.stages.results import save_results
@@ -48,6 +54,7 @@ class Inputs:
     data: dict[str, list[dict[str, Any]]]
     tasks: list[LocalTask]
     probes: list[RecallProbe]
+    preferences: dict[str, PairSet]
     teacher: str | None
     replaced: list[int]
 
@@ -75,6 +82,10 @@ def run(config: EvalConfig, source: str) -> StageResult:
         for probe in inputs.probes:
             about = {"chance": probe.chance, "pairs": probe.pairs, "queries": probe.queries}
             metrics["recall"][probe.name] |= about
+    if inputs.preferences:
+        pairs = measure_preferences(config, inputs.preferences, model, teacher)
+        show_preferences(source, inputs.teacher, pairs)
+        metrics["preferences"] = pairs
     del teacher, variants
     if config.tasks:
         scores = score_tasks(
@@ -83,7 +94,9 @@ def run(config: EvalConfig, source: str) -> StageResult:
         metrics["tasks"] = scores.metrics
         console.log(scores.table.rstrip())
     probes = [probe.name for probe in inputs.probes]
-    name = "+".join([*inputs.data, *probes, *(set_name(task) for task in config.tasks)])
+    name = "+".join(
+        [*inputs.data, *probes, *inputs.preferences, *(set_name(task) for task in config.tasks)]
+    )
     save_results(STAGE, source, name, config, metrics)
     _check(inputs.checks, metrics)
     return StageResult(path=source, metrics=metrics)
@@ -104,6 +117,7 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
             probe.name: {"rows": len(probe.input_ids), "chance": probe.chance}
             for probe in inputs.probes
         },
+        "preferences": {name: found.counts() for name, found in inputs.preferences.items()},
         "controls": _control_names(config),
         "tasks": {task.name: len(task.rows) for task in inputs.tasks}
         | {name: None for name in config.tasks if not is_local(name)},
@@ -116,11 +130,11 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
 def _read(config: EvalConfig, source: str) -> Inputs:
     if (config.control or config.ablate) and not (config.data or config.recall):
         raise UsageError("--control and --ablate measure nothing by themselves", "add --data FILE")
-    if not config.data and not config.tasks and not config.recall:
+    if not (config.data or config.tasks or config.recall or config.preferences):
         raise UsageError(
             "nothing to measure",
             hint="pass --data FILE (fidelity to the teacher), --tasks NAME,FILE.jsonl, "
-            "--recall 1024, or several of them",
+            "--recall 1024, --preferences FILE (against the teacher), or several of them",
         )
     checks = parse_checks(config.fail_under)
     if config.tasks:
@@ -134,21 +148,26 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     if config.recall:
         tokenizer = load_tokenizer(source, config.trust_remote_code)
         probes = recall_probes(tokenizer, config.recall, config.recall_rows, config.seed)
+    pairs = {}
+    if config.preferences:
+        tokenizer = load_tokenizer(source, config.trust_remote_code)
+        pairs = read_preference_sets(config, tokenizer)
     if len(tasks) == len(config.tasks):
         # only the harness knows the metrics of its own tasks, and only once they are loaded
         known = {task.name: task.schema.metrics for task in tasks}
         known |= {probe.name: recall.SCALARS for probe in probes}
+        known |= dict.fromkeys(pairs, preferences.SCALARS)
         require_known(checks, dict.fromkeys(data, SCALARS) | known)
     teacher = _teacher(config, source)
     for branch in config.ablate:
         require_branch(model_config(source).mixers, branch)
     replaced = _replaced(source, teacher) if config.control and teacher else []
-    return Inputs(checks, data, tasks, probes, teacher, replaced)
+    return Inputs(checks, data, tasks, probes, pairs, teacher, replaced)
 
 
 def _teacher(config: EvalConfig, source: str) -> str | None:
     """What the model is compared with; recall and tasks mean something without it."""
-    needed = config.data or config.control
+    needed = config.data or config.control or config.preferences
     known = config.teacher or load_lineage(source) is not None
     if not needed and not (config.recall and known):
         return None
@@ -262,7 +281,11 @@ def _keep(
 def _check(checks: Sequence[Check], metrics: dict[str, Any]) -> None:
     scalars = {
         name: {key: found[key] for key in names}
-        for kind, names in (("fidelity", SCALARS), ("recall", recall.SCALARS))
+        for kind, names in (
+            ("fidelity", SCALARS),
+            ("recall", recall.SCALARS),
+            ("preferences", preferences.SCALARS),
+        )
         for name, found in metrics.get(kind, {}).items()
     }
     scores = scalars | metrics.get("tasks", {})

@@ -79,7 +79,7 @@ def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
     specs = [spec for spec in config.data if not is_on_hub(spec)]
     names = dict(zip(config.data, set_names(config.data), strict=True))
     if config.data and not specs:
-        return {"pairs": dict.fromkeys(names.values()), "example": None}
+        return {"documents": None, "pairs": dict.fromkeys(names.values()), "example": None}
     tokenizer = job.tokenizer()
     sets = load_pairs(
         specs,
@@ -90,7 +90,9 @@ def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
         max_samples=config.max_samples,
     )
     first = next(pair for found in sets.values() for pair in found.pairs)
+    total = sum(len(found.pairs) for found in sets.values())
     return {
+        "documents": total if len(specs) == len(config.data) else None,
         # a set on the hub is not asked
         "pairs": dict.fromkeys(names.values()) | {name: s.counts() for name, s in sets.items()},
         "held_out": {name: len(s.pairs) for name, s in held_out(sets, config.eval_share)[1].items()}

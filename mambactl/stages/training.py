@@ -237,7 +237,7 @@ class Job:
 
 
 def plan_training(
-    job: Job, schema: Schema = "text", with_teacher: bool = True, foreign: bool = False
+    job: Job, schema: Schema | None = "text", with_teacher: bool = True, foreign: bool = False
 ) -> dict[str, Any]:
     """What a run would do, from headers and files; nothing is written, no hub set is read."""
     found = describe(job.source)
@@ -252,7 +252,7 @@ def plan_training(
         "parts": found["parts"],
         "device": str(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),
-        "documents": count_rows(job.config.data, job.config.max_samples, schema),
+        "documents": schema and count_rows(job.config.data, job.config.max_samples, schema),
         "tokens_at_most": job.budget,
         "recall_tokens_at_most": job.recall_budget,
         "estimated_bytes": _estimate(found["parameters"], job.dtype, with_teacher),

@@ -17,7 +17,10 @@ EVERY_STAGE = (
 OUTPUT = "--out --resume --force"
 ROWS = "--data --max-steps --batch-size --grad-accum --max-length --max-samples --packing"
 MIXED = "--recall-share"
-TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --compile"
+TRAINING = (
+    f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --compile "
+    "--skip-bad-rows"
+)
 SAMPLING = (
     "--max-new-tokens --temperature --top-k --top-p --draft --k --batch-size --chat --prompt "
     "--prompts"
@@ -31,9 +34,12 @@ FLAGS = {
     "--ce-weight --temperature --divergence --jsd-beta --teacher-cache --capture --eval-data "
     f"--eval-every --eval-tokens {OUTPUT} {EVERY_STAGE}",
     "sft": f"{TRAINING} --lr --ce-weight --kl-weight --assistant-only-loss {OUTPUT} {EVERY_STAGE}",
-    "dpo": f"{TRAINING} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
+    "dpo": f"{TRAINING} --lr --beta --reference --precompute-reference --loss-type --loss-weights "
+    "--label-smoothing --ld-alpha --f-divergence --sft-weight --chat --eval-data --eval-share "
+    f"--eval-every --eval-pairs {OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power {OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
+    "--preferences "
     f"--recall-rows --control --control-window --control-sinks --ablate {EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} {EVERY_STAGE}",
