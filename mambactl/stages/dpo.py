@@ -1,6 +1,7 @@
 """`dpo`: direct preference optimisation against the teacher, or against the model's own start."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,12 @@ def _require_losses(config: DpoConfig) -> None:
 
 def _reference(job: Job, config: DpoConfig) -> Any:
     if config.reference == "teacher":
-        return job.teacher(foreign=True)
-    # a copy of its own: after a resume the student is no longer what it started as
-    return load_model(job.source, job.device, job.dtype).requires_grad_(False)
+        model = job.teacher(foreign=True)
+    else:
+        # a copy of its own: after a resume the student is no longer what it started as
+        model = load_model(job.source, job.device, job.dtype).requires_grad_(False)
+    # rounded like the policy, whose weights are fp32, where it does not stay in memory
+    return model.float() if config.precompute_reference else model
 
 
 def _layout(job: Job, reference: Any) -> Layout:
@@ -153,8 +157,10 @@ def _trainer(
     tokenizer, layout = job.tokenizer(), _layout(job, reference)
     logps = None
     if config.precompute_reference:
-        logps = precomputed(folder.path / "reference.pt", reference, data.train, layout)
+        logps = precomputed(folder, reference, data.train, layout)
     names, weights = zip(*_losses(config), strict=True)
+    # transformers has a new name for an option that TRL sets by its old one
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     arguments = DPOConfig(
         **trainer_arguments(config, folder, config.lr, job.device, job.amp)
         | {"include_num_input_tokens_seen": "non_padding"},

@@ -20,23 +20,45 @@ from mambactl.measure.preferences import (
     read_reference,
     token_logps,
 )
+from mambactl.train.run_folder import RunFolder
+
+# pairs that are asked about before their answers are kept
+PIECE = 1024
 
 
-def precomputed(path: Path, model: Any, pairs: Sequence[Pair], layout: Layout) -> list[np.ndarray]:
-    """Log-probabilities of all answer tokens of `pairs` [2 N], kept in `path` for a resumed run."""
-    texts = documents(pairs)
-    digest = _digest(pairs)
-    if path.exists():
-        kept = torch.load(path, map_location="cpu", weights_only=True)
-        if kept["digest"] == digest:
-            console.log("the reference was asked before")
-            ends = np.cumsum(kept["lengths"].numpy())[:-1]
-            return np.split(kept["logps"].numpy(), ends)
-    found = token_logps(model, texts, layout)
-    lengths = torch.tensor([len(part) for part in found])
-    content = {"digest": digest, "logps": torch.from_numpy(np.concatenate(found))}
+def precomputed(
+    folder: RunFolder, model: Any, pairs: Sequence[Pair], layout: Layout
+) -> list[np.ndarray]:
+    """Log-probabilities of all answer tokens of `pairs` [2 N].
+
+    Kept in the folder piece by piece, so that a resumed run asks for nothing twice.
+    """
+    found: list[np.ndarray] = []
+    for start in range(0, len(pairs), PIECE):
+        piece = pairs[start : start + PIECE]
+        path = folder.reference(start // PIECE)
+        found += _kept(path, piece) or _asked(path, model, piece, layout)
+    return found
+
+
+def _kept(path: Path, pairs: Sequence[Pair]) -> list[np.ndarray] | None:
+    if not path.exists():
+        return None
+    kept = torch.load(path, map_location="cpu", weights_only=True)
+    if kept["digest"] != _digest(pairs):
+        return None
+    return np.split(kept["logps"].numpy(), np.cumsum(kept["lengths"].numpy())[:-1])
+
+
+def _asked(path: Path, model: Any, pairs: Sequence[Pair], layout: Layout) -> list[np.ndarray]:
+    found = token_logps(model, documents(pairs), layout)
+    content = {
+        "digest": _digest(pairs),
+        "logps": torch.from_numpy(np.concatenate(found)),
+        "lengths": torch.tensor([len(part) for part in found]),
+    }
     new = path.with_suffix(".new")
-    torch.save(content | {"lengths": lengths}, new)
+    torch.save(content, new)
     os.replace(new, path)
     return found
 

@@ -108,7 +108,8 @@ class PairCollator:
         rows, members = pack_whole(texts, self.width)
         batch = collate(rows)
         length = batch.input_ids.shape[1]
-        places = np.zeros(shape, np.int64)
+        # padding points anywhere: its gradient is zero, and one place for all would be a queue
+        places = np.arange(shape.numel()).reshape(shape) % batch.input_ids.numel()
         for row, group in enumerate(members):
             start = row * length
             for index in group:
@@ -144,8 +145,9 @@ def _read_packed(model: HybridForCausalLM) -> None:
     def after(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         places = kwargs.get("places")
         if places is not None:
-            states = output.last_hidden_state
-            output.last_hidden_state = states.flatten(0, 1)[places]  # [2 B, T, D]
+            states = output.last_hidden_state.flatten(0, 1)
+            taken = states.index_select(0, places.flatten())
+            output.last_hidden_state = taken.unflatten(0, places.shape)  # [2 B, T, D]
         return output
 
     model.model.register_forward_pre_hook(before, with_kwargs=True)

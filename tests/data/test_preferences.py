@@ -1,10 +1,12 @@
 """Preference rows: every spelling gives the same tokens, bad rows are named, nothing is cut."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
+from mambactl.data import preferences
 from mambactl.data.preferences import held_out, load_pairs, marked, without_prompts
 from mambactl.errors import UsageError
 
@@ -122,6 +124,19 @@ def test_sets_stay_apart_and_take_turns(write, tiny_tokenizer):
     one, two = write(ROW, ROW, ROW, name="one.jsonl"), write(ROW, name="two.jsonl")
     sets = load_pairs([one, two], tiny_tokenizer, 64, max_samples=3)
     assert {name: len(found.pairs) for name, found in sets.items()} == {"one": 2, "two": 1}
+
+
+def test_a_set_on_the_hub_is_read_as_far_as_it_is_used(monkeypatch, tiny_tokenizer):
+    read = []
+
+    def endless(spec):
+        for number in itertools.count(1):
+            read.append(number)
+            yield number, {**ROW, "prompt": f"the {number}"}
+
+    monkeypatch.setattr(preferences, "read_rows", endless)
+    found = load_pairs(["some/set"], tiny_tokenizer, 64, used=3)["some/set"]
+    assert len(found.pairs) == len(read) == 12
 
 
 def test_no_prompt_is_on_both_sides(write, tiny_tokenizer):

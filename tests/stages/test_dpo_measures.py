@@ -12,6 +12,7 @@ from mambactl.errors import UsageError
 from mambactl.measure.preferences import Layout, documents, token_logps
 from mambactl.recipe import DpoConfig, EvalConfig
 from mambactl.stages import eval as evaluation
+from mambactl.stages import reference
 from mambactl.stages.dpo import plan, run
 from mambactl.stages.preference_data import read_preferences
 from mambactl.stages.training import Job
@@ -192,3 +193,27 @@ def test_bad_rows_stop_the_run_or_are_counted(student, write, tmp_path):
     shown = plan(config, student)
     assert shown["pairs"] == {"bad": {"pairs": 6, "bad": 1, "too_long": 0}}
     assert "[[the river" in shown["example"]["chosen"]
+
+
+def test_the_reference_is_asked_once(student, write, tmp_path, monkeypatch):
+    """A run that ends before its first checkpoint keeps what its reference said."""
+    data = write("pairs", 10)
+    config = cpu(data, reference="teacher", max_steps=5)
+    monkeypatch.setattr(reference, "PIECE", 4)
+    asked = []
+
+    def count(model, texts, layout):
+        if len(asked) == 2 and not stopped:
+            raise KeyboardInterrupt
+        asked.append(len(texts))
+        return token_logps(model, texts, layout)
+
+    stopped = False
+    monkeypatch.setattr(reference, "token_logps", count)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, student, tmp_path / "out")
+    stopped = True
+    resumed = run(config, student, tmp_path / "out", resume=True).metrics["dpo"]
+    assert asked == [8, 8, 4]
+    whole = run(config, student, tmp_path / "whole").metrics["dpo"]
+    assert resumed["last_loss"] == pytest.approx(whole["last_loss"], abs=1e-6)
