@@ -18,14 +18,14 @@ from mambactl.recipe import EvalConfig
 
 
 def read_preference_sets(config: EvalConfig, tokenizer: Any) -> dict[str, PairSet]:
-    """The sets of `config.preferences`, `limit` pairs of each; raises UsageError for bad rows."""
-    sets = load_pairs(config.preferences, tokenizer, config.max_length, used=config.limit)
+    """The sets of `config.preferences`, `limit` pairs of each; warns of rows that are left out."""
+    sets = load_pairs(
+        config.preferences, tokenizer, config.max_length, skip_bad_rows=True, used=config.limit
+    )
     for name, found in sets.items():
-        if found.too_long:
-            count, first = len(found.too_long), found.too_long[0]
-            console.warn(
-                f"{count} rows of {name} are longer than a row and left out, first {first}"
-            )
+        for problem, rows in (("bad", found.bad), ("longer than --max-length", found.too_long)):
+            if rows:
+                console.warn(f"{name}: {len(rows)} rows left out as {problem}, first {rows[0]}")
     return {
         name: PairSet(found.pairs[: config.limit], found.bad, found.too_long)
         for name, found in sets.items()
@@ -44,7 +44,7 @@ def measure_preferences(
             if found.pairs:
                 states = read_reference(reference, documents(found.pairs), layout)
                 numbers = compare_preferences(model, states, found.pairs, layout)
-                measured[name] = numbers | {"too_long": len(found.too_long)}
+                measured[name] = numbers | {k: found.counts()[k] for k in ("bad", "too_long")}
             task.advance(len(found.pairs))
     return measured
 
