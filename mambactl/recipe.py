@@ -219,6 +219,11 @@ class DpoConfig(TrainConfig):
     )
     eval_every: int = Field(100, ge=1, description="steps between measurements of what is held out")
     eval_pairs: int = Field(200, ge=1, description="held-out pairs measured, per set")
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        description="stop at this KL of a held-out set to the reference, per token",
+    )
 
 
 class EvalConfig(StageConfig):

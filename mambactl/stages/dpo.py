@@ -45,6 +45,8 @@ def run(
         del reference
         metrics: dict[str, Any] = report_phases([follow(trainer, STAGE, folder)])
         metrics |= {"data": data.counts}
+        if config.max_kl is not None and held.farthest() > config.max_kl:
+            console.warn(f"the policy is {held.farthest():.4f} nats per token from its reference")
         if held.sets:
             after = held.last or held.measure()
             show_held_out(before, after)
@@ -90,6 +92,9 @@ def _require_losses(config: DpoConfig) -> None:
         raise UsageError(f"--label-smoothing does nothing for {', '.join(chosen)}", hint)
     if "exo_pair" in chosen and not config.label_smoothing:
         raise UsageError("exo_pair needs label smoothing", "add --label-smoothing 0.001")
+    if config.max_kl is not None and not (config.eval_data or config.eval_share):
+        hint = "add --eval-share 0.1, or --eval-data FILE"
+        raise UsageError("--max-kl needs held-out preferences to be measured on", hint)
     if config.f_divergence != "reverse_kl" and not chosen <= DIFFERENCES:
         others = ", ".join(sorted(chosen - DIFFERENCES))
         raise UsageError(f"{others} has no --f-divergence", f"use {', '.join(sorted(DIFFERENCES))}")
@@ -178,6 +183,7 @@ def _trainer(
         None if config.precompute_reference else reference,
         arguments,
         measure=held.at,
+        enough=lambda _: config.max_kl is not None and held.farthest() > config.max_kl,
         data_collator=PairCollator(pad or 0, layout.width, layout.packing),
         train_dataset=preference_dataset(data.train, logps, config.ld_alpha),
         processing_class=tokenizer,

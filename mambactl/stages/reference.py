@@ -115,6 +115,10 @@ class HeldOutPreferences:
             for key in SCALARS
         }
 
+    def farthest(self) -> float:
+        """The largest KL to the reference, per answer token, of what was measured last."""
+        return max((found["kl_to_reference"] for found in self.last.values()), default=0.0)
+
 
 def show_held_out(
     before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]

@@ -32,11 +32,18 @@ Measure = Callable[[int], Mapping[str, float] | None]
 class PreferenceTrainer(DPOTrainer):
     """DPO on a `preference_dataset`; rows with reference log-probabilities need no reference model.
 
-    `measure(step)` may give numbers that join that step's metrics.
+    `measure(step)` may give numbers that join that step's metrics; training ends with a step
+    whose numbers are `enough`.
     """
 
-    def __init__(self, *args: Any, measure: Measure | None = None, **kwargs: Any):
-        self.measure = measure
+    def __init__(
+        self,
+        *args: Any,
+        measure: Measure | None = None,
+        enough: Callable[[Mapping[str, float]], bool] | None = None,
+        **kwargs: Any,
+    ):
+        self.measure, self.enough = measure, enough
         super().__init__(*args, **kwargs)
         for model in (self.model, self.ref_model):
             if isinstance(model, HybridForCausalLM):
@@ -49,6 +56,8 @@ class PreferenceTrainer(DPOTrainer):
         """Add what is measured at this step to its metrics."""
         found = self.measure(self.state.global_step) if self.measure and "loss" in logs else None
         super().log(logs | dict(found or {}), start_time)
+        if found and self.enough is not None and self.enough(found):
+            self.control.should_training_stop = True
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset

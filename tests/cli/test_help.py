@@ -36,7 +36,7 @@ FLAGS = {
     "sft": f"{TRAINING} --lr --ce-weight --kl-weight --assistant-only-loss {OUTPUT} {EVERY_STAGE}",
     "dpo": f"{TRAINING} --lr --beta --reference --precompute-reference --loss-type --loss-weights "
     "--label-smoothing --ld-alpha --f-divergence --sft-weight --chat --eval-data --eval-share "
-    f"--eval-every --eval-pairs {OUTPUT} {EVERY_STAGE}",
+    f"--eval-every --eval-pairs --max-kl {OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power {OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
     "--preferences "

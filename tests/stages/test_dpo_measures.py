@@ -93,6 +93,18 @@ def test_held_out_pairs_are_measured_by_set(student, write, tmp_path):
     assert found["reward_margin"] == pytest.approx(0.1 * whole["reward_margin"], rel=1e-4)
 
 
+def test_a_policy_that_goes_too_far_is_stopped(student, write, tmp_path):
+    config = cpu(
+        write("one", 40), eval_share=0.25, eval_every=2, max_steps=40, lr=3e-3, max_kl=1e-3
+    )
+    found = run(config, student, tmp_path / "out").metrics
+    steps = found["dpo"]["steps"]
+    assert steps < 40 and steps % 2 == 0
+    assert found["held_out"]["one"]["kl_to_reference"] > 1e-3
+    earlier = lines_of(tmp_path / "out")[: steps - 1]
+    assert all(line.get("held_out/one/kl_to_reference", 0) <= 1e-3 for line in earlier)
+
+
 def test_packing_padding_and_single_rows_agree(student, write, tmp_path):
     data = write("pairs", 12)
     found = {}
@@ -174,6 +186,7 @@ def test_losses_are_added_up(student, write, tmp_path):
         ({"loss_weights": "1,2"}, "2 loss weights for 1 loss types"),
         ({"loss_type": "sft"}, "learns no preference"),
         ({"loss_type": "apo_zero", "f_divergence": "forward_kl"}, "apo_zero has no --f-divergence"),
+        ({"max_kl": 0.1}, "needs held-out preferences"),
         ({"eval_share": 0.1, "eval_data": ["x.jsonl"]}, "both hold data out"),
     ],
 )
