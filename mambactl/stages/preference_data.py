@@ -81,23 +81,20 @@ def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
     if config.data and not specs:
         return {"documents": None, "pairs": dict.fromkeys(names.values()), "example": None}
     tokenizer = job.tokenizer()
-    sets = load_pairs(
-        specs,
-        tokenizer,
-        config.max_length,
-        chat=config.chat,
-        skip_bad_rows=config.skip_bad_rows,
-        max_samples=config.max_samples,
-    )
+    rules = {"chat": config.chat, "skip_bad_rows": config.skip_bad_rows}
+    sets = load_pairs(specs, tokenizer, config.max_length, max_samples=config.max_samples, **rules)
     first = next(pair for found in sets.values() for pair in found.pairs)
     total = sum(len(found.pairs) for found in sets.values())
+    held: Mapping[str, PairSet] = {}
+    if local := [spec for spec in config.eval_data if not is_on_hub(spec)]:
+        held = load_pairs(local, tokenizer, config.max_length, **rules)
+    elif config.eval_share:
+        held = held_out(sets, config.eval_share)[1]
     return {
         "documents": total if len(specs) == len(config.data) else None,
         # a set on the hub is not asked
         "pairs": dict.fromkeys(names.values()) | {name: s.counts() for name, s in sets.items()},
-        "held_out": {name: len(s.pairs) for name, s in held_out(sets, config.eval_share)[1].items()}
-        if config.eval_share
-        else {},
+        "held_out": {name: len(found.pairs) for name, found in held.items()},
         "example": marked(first, tokenizer),
     }
 

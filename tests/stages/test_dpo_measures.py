@@ -203,7 +203,8 @@ def test_bad_rows_stop_the_run_or_are_counted(student, write, tmp_path):
     assert not list(tmp_path.iterdir())
     config = cpu(data, max_steps=1, skip_bad_rows=True)
     assert run(config, student, tmp_path / "out").metrics["data"]["bad"]["bad"] == 1
-    shown = plan(config, student)
+    shown = plan(config.model_copy(update={"eval_data": [write("other", 3)]}), student)
+    assert shown["held_out"] == {"other": 3}
     assert shown["pairs"] == {"bad": {"pairs": 6, "bad": 1, "too_long": 0}}
     assert "[[the river" in shown["example"]["chosen"]
 
@@ -230,3 +231,14 @@ def test_the_reference_is_asked_once(student, write, tmp_path, monkeypatch):
     assert asked == [8, 8, 4]
     whole = run(config, student, tmp_path / "whole").metrics["dpo"]
     assert resumed["last_loss"] == pytest.approx(whole["last_loss"], abs=1e-6)
+
+
+def test_accumulated_batches_are_one_batch(student, write, tmp_path):
+    data = write("pairs", 12)
+    first = {}
+    for rows, times in ((12, 1), (4, 3)):
+        config = cpu(data, batch_size=rows, grad_accum=times, max_steps=1, reference="teacher")
+        run(config, student, tmp_path / str(rows))
+        first[rows] = lines_of(tmp_path / str(rows))[0]
+    for key in ("loss", "grad_norm"):
+        assert first[4][key] == pytest.approx(first[12][key], rel=1e-3)
