@@ -140,7 +140,9 @@ def _held_out(
         return held, json.loads(kept.read_text("utf-8"))
     before = held.measure()
     held.last = {}
-    kept.write_text(json.dumps(before), "utf-8")
+    new = kept.with_suffix(".new")
+    new.write_text(json.dumps(before), "utf-8")
+    new.replace(kept)
     return held, before
 
 
