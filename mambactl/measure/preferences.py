@@ -30,6 +30,8 @@ SCALARS = (
     "kl_to_reference",
     "kl_from_reference",
 )
+# what a table calls them
+HEADINGS = ("accuracy", "margin", "per token", "log p +", "log p -", "KL to ref", "KL of ref")
 CE, REFERENCE_CE = MEANS.index("ce"), MEANS.index("teacher_ce")
 FROM_REFERENCE, TO_REFERENCE = MEANS.index("kl"), MEANS.index("reverse_kl")
 

@@ -6,7 +6,7 @@ from typing import Any
 from mambactl import console
 from mambactl.data.preferences import PairSet, load_pairs
 from mambactl.measure.preferences import (
-    SCALARS,
+    HEADINGS,
     Layout,
     by_set,
     compare_preferences,
@@ -52,4 +52,4 @@ def measure_preferences(
 def show_preferences(source: str, reference: str, measured: Mapping[str, dict[str, Any]]) -> None:
     """A line per set."""
     title = f"preferences of {source} against {reference}"
-    console.table(title, ("set", "pairs", *SCALARS), by_set(measured))
+    console.table(title, ("set", "pairs", *HEADINGS), by_set(measured))

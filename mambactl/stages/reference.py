@@ -12,6 +12,7 @@ import torch
 from mambactl import console
 from mambactl.data.preferences import Pair
 from mambactl.measure.preferences import (
+    HEADINGS,
     SCALARS,
     Layout,
     Reference,
@@ -131,4 +132,4 @@ def show_held_out(
                 cells = (f"{numbers[key]:.4f}" for key in SCALARS)
                 lines.append((name, when, str(numbers["pairs"]), *cells))
     if lines:
-        console.table("held-out preferences", ("set", "", "pairs", *SCALARS), lines)
+        console.table("held-out preferences", ("set", "", "pairs", *HEADINGS), lines)
