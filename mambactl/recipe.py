@@ -54,6 +54,17 @@ DistillPhases = Annotated[
     list[Literal["align", "stepwise", "logits"]], BeforeValidator(_split_commas)
 ]
 
+Losses = Annotated[
+    list[
+        Literal[
+            "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair",
+            "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+        ]
+    ],
+    BeforeValidator(_split_commas),
+]  # fmt: skip
+Weights = Annotated[list[Annotated[float, Field(ge=0)]], BeforeValidator(_split_commas)]
+
 
 class StageConfig(BaseModel):
     """What every stage accepts."""
@@ -245,12 +256,39 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
     assistant_only_loss: bool = Field(True, description="train on assistant turns only")
 
 
-class DpoConfig(ShardConfig):
+class DpoConfig(TrackedConfig, ShardConfig):
     """Direct preference optimisation."""
 
     lr: float = Field(5e-7, gt=0, description="learning rate")
     beta: float = Field(0.1, gt=0, description="pull towards the reference policy")
     reference: Literal["teacher", "self"] = Field("teacher", description="the paper's is teacher")
+    precompute_reference: bool = Field(
+        True, description="ask the reference once, before training, and free it"
+    )
+    loss_type: Losses = Field(["sigmoid"], min_length=1, description="TRL's names, added up")
+    loss_weights: Weights = Field([], description="one per loss type; default: 1 each")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of flipped labels (robust, exo_pair, aot)"
+    )
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="weight of what the longer answer has more (LD-DPO)"
+    )
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        "reverse_kl", description="pull towards the reference (f-DPO)"
+    )
+    sft_weight: float = Field(0.0, ge=0, description="weight of the cross entropy on chosen")
+    chat: bool = Field(True, description="wrap text in the chat template if there is one")
+    eval_data: DataSpecs = Field([], description="held-out preferences, measured by set")
+    eval_share: float = Field(
+        0.0, ge=0, le=0.5, description="share of the prompts of --data held out instead"
+    )
+    eval_every: int = Field(100, ge=1, description="steps between measurements of what is held out")
+    eval_pairs: int = Field(200, ge=1, description="held-out pairs measured, per set")
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        description="stop at this KL of a held-out set to the reference, per token",
+    )
 
 
 class EvalConfig(StageConfig):
@@ -258,6 +296,7 @@ class EvalConfig(StageConfig):
 
     teacher: str | None = Field(None, description="default: where the lineage started")
     data: DataSpecs = Field([], description="text or messages for fidelity")
+    preferences: Names = Field([], description="pairs for reward accuracy, margin and KL, by set")
     tasks: Names = Field([], description="harness task names or local .jsonl files")
     limit: int | None = Field(None, ge=1, description="rows per task / documents per data set")
     max_length: int = Field(512, ge=16, description="tokens per row")

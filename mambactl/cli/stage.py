@@ -51,7 +51,7 @@ EXAMPLES = {
     ),
     "dpo": (
         "mambactl dpo tuned.st --data preferences.jsonl -o t.st",
-        "mambactl dpo tuned.st --data preferences.jsonl --reference self",
+        "mambactl dpo tuned.st --data preferences.jsonl --reference self --eval-share 0.1",
     ),
     "eval": (
         "mambactl eval t.st --data held-out.jsonl",
@@ -59,6 +59,7 @@ EXAMPLES = {
         "mambactl eval t.st --tasks arc_easy,hellaswag --limit 200",
         "mambactl eval t.st --data held-out.jsonl --against other.st",
         "mambactl eval t.st --needle 1024,4096,8192 --needle-plot needle.png",
+        "mambactl eval t.st --preferences preferences.jsonl",
     ),
     "spec-decode": (
         "mambactl spec-decode --draft d.st --target t.st",

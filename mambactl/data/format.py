@@ -100,7 +100,7 @@ def _encode_many(
     """A fast tokenizer spreads the texts of a call over all cores."""
     is_text = ["text" in row for row in rows]
     texts = [
-        row["text"] if text else _render(tokenizer, row["messages"], row.get("tools"))
+        row["text"] if text else render_chat(tokenizer, row["messages"], row.get("tools"))
         for row, text in zip(rows, is_text, strict=True)
     ]
     found: dict[int, Example] = {}
@@ -163,8 +163,8 @@ def _assistant_spans(tokenizer: Any, row: dict[str, Any], text: str) -> Iterator
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:position], tools, prompt=True) if position else ""
-        through = _render(tokenizer, messages[: position + 1], tools).rstrip()
+        before = render_chat(tokenizer, messages[:position], tools, prompt=True) if position else ""
+        through = render_chat(tokenizer, messages[: position + 1], tools).rstrip()
         if not (text.startswith(before) and text.startswith(through)):
             raise UsageError(
                 "the chat template rewrites earlier turns, so assistant turns cannot be located",
@@ -173,7 +173,13 @@ def _assistant_spans(tokenizer: Any, row: dict[str, Any], text: str) -> Iterator
         yield len(before), len(through)
 
 
-def _render(tokenizer: Any, messages: list[dict], tools: list | None, prompt: bool = False) -> str:
+def render_chat(
+    tokenizer: Any, messages: list[dict], tools: list | None = None, prompt: bool = False
+) -> str:
+    """Messages through the chat template; with `prompt`, up to where the assistant writes.
+
+    Raises UsageError without a template, or for messages that it refuses.
+    """
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):

@@ -19,7 +19,7 @@ ROLES = ("system", "user", "assistant", "tool")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 EXPECTED = {
     "text": "`text` (a string) or `messages` (a list of role and content)",
-    "preference": "`prompt`, `chosen` and `rejected` (lists of role and content)",
+    "preference": "`prompt`, `chosen` and `rejected` (text, or lists of role and content)",
 }
 # how much more of a set on the hub is read than used, so that the shuffled order means something
 POOL = 4
@@ -35,7 +35,7 @@ class Document(dict[str, Any]):
         self.where, self.part = where, part
 
 
-class _Bad(Exception):
+class BadRow(Exception):
     """What is wrong with one row; the caller adds where."""
 
 
@@ -85,7 +85,7 @@ def _documents(
         else _checked(spec, schema, part, bad)
         for part, spec in enumerate(specs)
     ]
-    return islice(_in_turn(sources), max_samples)
+    return islice(in_turn(sources), max_samples)
 
 
 def _pool(
@@ -106,13 +106,13 @@ def _characters(row: Document) -> int:
     return sum(len(str(turn.get("content") or "")) for turn in row["messages"])
 
 
-def _in_turn(sources: Sequence[Iterator[Document]]) -> Iterator[Document]:
+def in_turn(sources: Sequence[Iterator[Any]]) -> Iterator[Any]:
+    """One item of every source, then the next of each, until all are empty."""
     waiting = list(sources)
     while waiting:
         alive = []
         for source in waiting:
-            row = next(source, None)
-            if row is not None:
+            for row in islice(source, 1):
                 yield row
                 alive.append(source)
         waiting = alive
@@ -120,13 +120,13 @@ def _in_turn(sources: Sequence[Iterator[Document]]) -> Iterator[Document]:
 
 def _checked(spec: str, schema: Schema, part: int, bad: BadRows | None) -> Iterator[Document]:
     found = False
-    check = _preference if schema == "preference" else _document
+    check = preference_row if schema == "preference" else _document
     for number, row in read_rows(spec, bad):
         found = True
         where = f"{spec}, row {number}"
         try:
             yield Document(where, check(row), part)
-        except _Bad as error:
+        except BadRow as error:
             if bad is not None:
                 bad.add(MALFORMED, where, str(error), f"expected {EXPECTED[schema]}")
                 continue
@@ -232,7 +232,7 @@ def chat_turns(value: Any, column: str) -> list[Row]:
     """The messages of a column, checked; raises UsageError that says what is wrong with them."""
     try:
         return _messages(value, column)
-    except _Bad as error:
+    except BadRow as error:
         raise UsageError(str(error)) from None
 
 
@@ -240,7 +240,7 @@ def tool_list(value: Any) -> list[Row]:
     """The tools of a row, a list or JSON; raises UsageError that says what is wrong with them."""
     try:
         return _tools(value)
-    except _Bad as error:
+    except BadRow as error:
         raise UsageError(str(error)) from None
 
 
@@ -256,18 +256,24 @@ def _document(row: Any) -> Row:
     return {"text": row["text"]}
 
 
-def _preference(row: Any) -> Row:
+def preference_row(row: Any) -> Row:
+    """`prompt`, `chosen` and `rejected` as lists of messages; raises BadRow.
+
+    Without a prompt, or where the answers are whole conversations (as in ultrafeedback_binarized),
+    the turns that both share are the prompt.
+    """
     _require(isinstance(row, dict), f"holds a {type(row).__name__}, not an object")
     _require({"chosen", "rejected"} <= row.keys(), f"has the columns {_columns(row)}")
     chosen = _messages(_turn(row["chosen"], "assistant"), "chosen")
     rejected = _messages(_turn(row["rejected"], "assistant"), "rejected")
-    if len(chosen) > 1:
-        # whole conversations, as in ultrafeedback_binarized: the shared turns are the prompt
-        _require(chosen[:-1] == rejected[:-1], "`chosen` and `rejected` start differently")
-        return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    _require("prompt" in row, f"has the columns {_columns(row)}")
-    prompt = _messages(_turn(row["prompt"], "user"), "prompt")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if row.get("prompt") is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        prompt = _messages(_turn(row["prompt"], "user"), "prompt")
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    _require(len(chosen) > 1 and len(rejected) > 1, f"has the columns {_columns(row)}")
+    pairs = enumerate(zip(chosen[:-1], rejected[:-1], strict=False))
+    shared = next((n for n, (a, b) in pairs if a != b), min(len(chosen), len(rejected)) - 1)
+    _require(shared > 0, "`chosen` and `rejected` start differently")
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def _turn(value: Any, role: str) -> Any:
@@ -291,7 +297,7 @@ def _tools(value: Any) -> list[Row]:
     try:
         tools = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
-        raise _Bad(f"`tools` is not JSON ({error})") from None
+        raise BadRow(f"`tools` is not JSON ({error})") from None
     _require(isinstance(tools, list), "`tools` is not a list")
     return tools
 
@@ -302,4 +308,16 @@ def _columns(row: Iterable[str]) -> str:
 
 def _require(condition: bool, problem: str) -> None:
     if not condition:
-        raise _Bad(problem)
+        raise BadRow(problem)
+
+
+def set_names(specs: Sequence[str]) -> list[str]:
+    """Short names of data sets, or the specs where two would be called the same."""
+    short = [set_name(spec) for spec in specs]
+    return short if len(set(short)) == len(short) else list(specs)
+
+
+def set_name(spec: str) -> str:
+    """A file's name without what says its kind; other specs are their own name."""
+    name = Path(spec).name.removesuffix(".gz")
+    return name.rsplit(".", 1)[0] if name.endswith((".jsonl", ".parquet", ".txt")) else spec

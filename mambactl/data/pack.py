@@ -67,6 +67,29 @@ def pack(examples: Sequence[Example], max_length: int, packing: bool = True) -> 
     return rows
 
 
+class _Member(NamedTuple):
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    index: int
+
+
+def pack_whole(
+    examples: Sequence[Example], max_length: int, packing: bool = True
+) -> tuple[list[Row], list[list[int]]]:
+    """Rows that hold every example uncut, and which of them each row holds, in their order there.
+
+    Without `packing` each is a row of its own, long ones first. No example may be longer than
+    `max_length`.
+    """
+    members = [_Member(*example, index) for index, example in enumerate(examples)]
+    if packing:
+        groups = _best_fit(members, max_length)
+    else:
+        groups = [[one] for one in sorted(members, key=lambda one: -len(one.input_ids))]
+    rows = [_row(group, max_length) for group in groups]
+    return rows, [[member.index for member in group] for group in groups]
+
+
 def batches(
     rows: Sequence[Row],
     batch_size: int,

@@ -16,6 +16,8 @@ LOWER_IS_BETTER = (
     "kl",
     "kl_p95",
     "reverse_kl",
+    "kl_to_reference",
+    "kl_from_reference",
     "recall_loss",
     "ce",
     "teacher_ce",

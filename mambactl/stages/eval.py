@@ -1,9 +1,8 @@
 """`eval`: how faithful a model is to its teacher, what it recalls, and how it scores on tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mambactl import console
@@ -11,9 +10,10 @@ from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.summary import describe
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
-from mambactl.data.load import load_rows
+from mambactl.data.load import load_rows, set_name, set_names
+from mambactl.data.preferences import PairSet
 from mambactl.errors import CheckError, UsageError
-from mambactl.measure import needle, recall
+from mambactl.measure import needle, preferences, recall
 from mambactl.measure.checks import Check, failures, parse_checks, require_known
 from mambactl.measure.controls import ablated, require_branch, windowed_attention
 from mambactl.measure.fidelity import SCALARS, Variant
@@ -43,6 +43,11 @@ from mambactl.stages.eval_long import (
     read_long,
     show_long,
 )
+from mambactl.stages.eval_preferences import (
+    measure_preferences,
+    read_preference_sets,
+    show_preferences,
+)
 from mambactl.stages.eval_report import show_fidelity, show_recall
 from mambactl.stages.placement import place
 from mambactl.stages.results import save_results
@@ -63,6 +68,7 @@ class Inputs:
     data: dict[str, list[dict[str, Any]]]
     tasks: list[LocalTask]
     probes: list[RecallProbe]
+    preferences: dict[str, PairSet]
     teacher: str | None
     replaced: list[int]
     long: LongInputs
@@ -112,6 +118,10 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         metrics |= measure_long(config, inputs.long, models, TEACHER, tokenizer)
         show_long(source, metrics, list(models))
     shown = list(models)
+    if inputs.preferences:
+        pairs = measure_preferences(config, inputs.preferences, model, teacher)
+        show_preferences(source, inputs.teacher, pairs)
+        metrics["preferences"] = pairs
     del teacher, variants, other, models, students
     if config.tasks:
         scores = score_tasks(
@@ -120,9 +130,9 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         metrics["tasks"] = scores.metrics
         console.log(scores.table.rstrip())
     probes = [probe.name for probe in inputs.probes]
-    tasks = [_label(task) for task in config.tasks]
-    name = "+".join([*inputs.data, *probes, *inputs.long.names, *tasks])
-    kept = save_results(STAGE, source, name, config, metrics)
+    tasks = [set_name(task) for task in config.tasks]
+    parts = [*inputs.data, *probes, *inputs.long.names, *inputs.preferences, *tasks]
+    kept = save_results(STAGE, source, "+".join(parts), config, metrics)
     if inputs.long.grid is not None:
         keep_heatmap(config, source, metrics["needle"], shown, kept)
     return StageResult(path=source, metrics=metrics, kept=kept)
@@ -143,6 +153,7 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
             probe.name: {"rows": len(probe.input_ids), "chance": probe.chance}
             for probe in inputs.probes
         },
+        "preferences": {name: found.counts() for name, found in inputs.preferences.items()},
         "controls": _control_names(config),
         **inputs.long.plan,
         "tasks": {task.name: len(task.rows) for task in inputs.tasks}
@@ -159,11 +170,11 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     if (config.against or config.per_layer) and not config.data:
         raise UsageError("--against and --per-layer compare on text", "add --data FILE")
     asked = (config.data, config.tasks, config.recall, config.needle, config.long_context_data)
-    if not any(asked):
+    if not any((*asked, config.preferences)):
         raise UsageError(
             "nothing to measure",
             hint="pass --data FILE (fidelity to the teacher), --tasks NAME,FILE.jsonl, "
-            "--recall 1024, --needle 1024,4096, or several of them",
+            "--recall 1024, --needle 1024,4096, --preferences FILE, or several of them",
         )
     checks = parse_checks(config.fail_under)
     if config.tasks:
@@ -171,17 +182,22 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     tasks = load_local_tasks(config.tasks, config.limit)
     data = {
         name: load_rows([spec], config.limit)
-        for name, spec in zip(_labels(config.data), config.data, strict=True)
+        for name, spec in zip(set_names(config.data), config.data, strict=True)
     }
     probes = []
     if config.recall:
         tokenizer = load_tokenizer(source, config.trust_remote_code)
         probes = recall_probes(tokenizer, config.recall, config.recall_rows, config.seed)
+    pairs = {}
+    if config.preferences:
+        tokenizer = load_tokenizer(source, config.trust_remote_code)
+        pairs = read_preference_sets(config, tokenizer)
     if len(tasks) == len(config.tasks):
         # only the harness knows the metrics of its own tasks, and only once they are loaded
         known = {task.name: task.schema.metrics for task in tasks}
         known |= {probe.name: recall.SCALARS for probe in probes}
         known |= {"needle": needle.SCALARS} if config.needle else {}
+        known |= dict.fromkeys(pairs, preferences.SCALARS)
         require_known(checks, dict.fromkeys(data, SCALARS) | known)
     teacher = _teacher(config, source)
     for branch in config.ablate:
@@ -194,13 +210,14 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     if config.per_layer:
         for spec in filter(None, (source, config.against)):
             require_layers(model_config(spec), model_config(teacher))
-    long = read_long(config, source, model_config(source), _labels(config.long_context_data))
-    return Inputs(checks, data, tasks, probes, teacher, replaced, long)
+    long = read_long(config, source, model_config(source), set_names(config.long_context_data))
+    return Inputs(checks, data, tasks, probes, pairs, teacher, replaced, long)
 
 
 def _teacher(config: EvalConfig, source: str) -> str | None:
     """What the model is compared with; recall and tasks mean something without it."""
-    needed = config.data or config.control or config.long_context_data
+    asked = (config.data, config.control, config.long_context_data, config.preferences)
+    needed = any(asked)
     known = config.teacher or load_lineage(source) is not None
     if not needed and not ((config.recall or config.needle) and known):
         return None
@@ -303,7 +320,11 @@ def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
     checks = parse_checks(config.fail_under)
     scalars = {
         name: {key: found[key] for key in names}
-        for kind, names in (("fidelity", SCALARS), ("recall", recall.SCALARS))
+        for kind, names in (
+            ("fidelity", SCALARS),
+            ("recall", recall.SCALARS),
+            ("preferences", preferences.SCALARS),
+        )
         for name, found in metrics.get(kind, {}).items()
     }
     if found := metrics.get("needle"):
@@ -313,14 +334,3 @@ def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
     require_known(checks, {name: list(values) for name, values in scores.items()})
     if failed := failures(checks, scores):
         raise CheckError("; ".join(failed))
-
-
-def _labels(specs: Sequence[str]) -> list[str]:
-    """Short names of data sets, or the specs where two would be called the same."""
-    short = [_label(spec) for spec in specs]
-    return short if len(set(short)) == len(short) else list(specs)
-
-
-def _label(spec: str) -> str:
-    name = Path(spec).name.removesuffix(".gz")
-    return name.rsplit(".", 1)[0] if name.endswith((".jsonl", ".parquet", ".txt")) else spec

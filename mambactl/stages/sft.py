@@ -23,6 +23,7 @@ from mambactl.stages.training import (
     draw_ledger,
     plan_training,
     report_phases,
+    require_whole_weights,
 )
 from mambactl.train.ledger import Evaluation
 from mambactl.train.lora import adapted, merged, projections, require_peft
@@ -98,6 +99,7 @@ def _require(config: SftConfig) -> None:
         raise UsageError("--lora-alpha scales adapters, and there are none", "add --lora RANK")
     require_peft(config)
     require_trackers(config)
+    require_whole_weights(bool(config.eval_data or config.lora))
 
 
 def _teacher(job: Job, config: SftConfig, measures: bool) -> HybridForCausalLM | None:

@@ -30,7 +30,7 @@ from mambactl.errors import ResourceError, UsageError
 from mambactl.measure.plots import draw
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import is_main, sharded
-from mambactl.recipe import PLACE, HeldOutConfig, MixedRowsConfig, SpreadConfig, TrainConfig
+from mambactl.recipe import PLACE, MixedRowsConfig, SpreadConfig, TrainConfig
 from mambactl.stages.placement import place
 from mambactl.stages.teacher import teacher_of
 from mambactl.train.distributed import consolidated
@@ -87,9 +87,10 @@ class Job:
         }
 
     def _held_out_identity(self) -> dict[str, Any]:
-        if not isinstance(self.config, HeldOutConfig):
+        specs = getattr(self.config, "eval_data", None)
+        if specs is None:
             return {}
-        specs, cache = self.config.eval_data, self.config.teacher_cache
+        cache = getattr(self.config, "teacher_cache", None)
         return {
             "teacher_cache_sha256": cache and header_digest(Path(cache).expanduser()),
             "eval_data": [_name(spec) for spec in specs],
@@ -320,7 +321,7 @@ class Job:
 
 def plan_training(
     job: Job,
-    schema: Schema = "text",
+    schema: Schema | None = "text",
     with_teacher: bool = True,
     foreign: bool = False,
     counts: bool = True,
@@ -343,11 +344,20 @@ def plan_training(
         "dtype": str(job.dtype).removeprefix("torch."),
         "processes": job.processes,
         "global_batch": job.global_batch,
-        "documents": job.count_documents(schema) if counts else None,
+        "documents": job.count_documents(schema) if counts and schema else None,
         "tokens_at_most": job.budget,
         "recall_tokens_at_most": job.recall_budget,
         "estimated_bytes": _estimate(found["parameters"], job.dtype, with_teacher),
     }
+
+
+def require_whole_weights(needed: bool) -> None:
+    """Raise UsageError where adapters or held-out measurements meet weights that are split."""
+    if needed and sharded():
+        raise UsageError(
+            "--lora, --eval-data and --eval-share need whole weights on every GPU",
+            "add --no-shard, or evaluate what was trained: mambactl eval",
+        )
 
 
 def report_phases(reports: Sequence[PhaseReport]) -> dict[str, Any]:

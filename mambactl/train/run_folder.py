@@ -110,8 +110,13 @@ class RunFolder:
 
     @property
     def resumable(self) -> bool:
-        """Whether a state was saved."""
-        return self._state.exists() or self.trainer_checkpoint() is not None
+        """Whether a state was saved, or answers of a reference."""
+        saved = self._state.exists() or self.reference(0).exists()
+        return saved or self.trainer_checkpoint() is not None
+
+    def reference(self, piece: int) -> Path:
+        """Where one piece of what a reference model was asked is kept."""
+        return self.path / f"reference-{piece:05}.pt"
 
     def trainer_checkpoint(self) -> Path | None:
         """The newest complete checkpoint that a TRL trainer left under `trainer`."""
