@@ -86,13 +86,41 @@ def log_likelihoods(
     fit a GPU. Contexts that are too long lose their beginning. `on_scored` hears how many
     requests' tokens each pass has scored, the rest of them at the end.
     """
+    sums, greedy = _score(model, requests, max_length, batch_size, on_scored)
+    lengths = [len(request.continuation) for request in requests]
+    return [
+        (float(total), int(count) == length)
+        for total, count, length in zip(sums, greedy, lengths, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def greedy_tokens(
+    model: HybridForCausalLM,
+    requests: Sequence[Request],
+    max_length: int,
+    batch_size: BatchSize = "auto",
+) -> list[int]:
+    """Per request how many tokens of the continuation the model would have chosen itself."""
+    counts = _score(model, requests, max_length, batch_size, lambda count: None)[1]
+    return [int(count) for count in counts]
+
+
+def _score(
+    model: HybridForCausalLM,
+    requests: Sequence[Request],
+    max_length: int,
+    batch_size: BatchSize,
+    on_scored: Callable[[int], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of log-likelihoods and numbers of greedy tokens, per request."""
     if not requests:
-        return []
+        return np.zeros(0), np.zeros(0)
     scored = _Scored(requests, max_length)
     run = _Run(model, scored, batch_size, len(requests), on_scored)
     for groups in run.batches(group_by_prefix(scored.inputs)):
         run.score(groups)
-    return run.answers()
+    return run.totals()
 
 
 class _Run:
@@ -150,15 +178,16 @@ class _Run:
             np.subtract.at(self.waiting, owners, 1)
             self.on_scored(int(np.count_nonzero(self.waiting == 0) - before))
 
-    def answers(self) -> list[tuple[float, bool]]:
-        """Sums over each request's tokens."""
+    def totals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over each request's tokens: log-likelihoods, and greedy ones."""
         owners = np.concatenate([owners for owners, _, _ in self.found])
         chances = torch.cat([found for _, found, _ in self.found]).double().cpu().numpy()
         greedy = torch.cat([found for _, _, found in self.found]).cpu().numpy()
         count = len(self.waiting)
-        sums = np.bincount(owners, chances, minlength=count)
-        missed = np.bincount(owners, ~greedy, minlength=count)
-        return [(float(total), miss == 0) for total, miss in zip(sums, missed, strict=True)]
+        return (
+            np.bincount(owners, chances, minlength=count),
+            np.bincount(owners, greedy, minlength=count),
+        )
 
     def _fitting(self, length: int, held: int = 0) -> int:
         """Rows of `length` new tokens behind `held` cached ones that one pass takes."""

@@ -13,22 +13,16 @@ from mambactl.checkpoint.summary import describe
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
 from mambactl.data.format import encode_rows
 from mambactl.data.load import load_rows
+from mambactl.decode.prompts import Prompt
 from mambactl.errors import CheckError, UsageError
-from mambactl.measure import recall
+from mambactl.measure import agreement, recall
 from mambactl.measure.checks import Check, failures, parse_checks, require_known
 from mambactl.measure.controls import ablated, require_branch, windowed_attention
 from mambactl.measure.fidelity import SCALARS, Variant, compare
 from mambactl.measure.recall import RecallProbe, measure_recall, recall_probes
-from mambactl.measure.tasks import (
-    LocalTask,
-    is_local,
-    load_local_tasks,
-    require_harness,
-    score_tasks,
-)
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import EvalConfig
-from mambactl.stages import StageResult
+from mambactl.stages import StageResult, decoding, eval_generation, eval_tasks
 from mambactl.stages.eval_report import show_fidelity, show_recall
 from mambactl.stages.placement import place
 from mambactl.stages.results import save_results
@@ -36,6 +30,7 @@ from mambactl.stages.teacher import teacher_of
 
 STAGE = "eval"
 STUDENT, TEACHER = "student", "teacher"
+GENERATION = "generation"
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,8 @@ class Inputs:
 
     checks: list[Check]
     data: dict[str, list[dict[str, Any]]]
-    tasks: list[LocalTask]
+    tasks: eval_tasks.TaskPlan
+    prompts: list[Prompt]
     probes: list[RecallProbe]
     teacher: str | None
     replaced: list[int]
@@ -76,15 +72,16 @@ def run(config: EvalConfig, source: str) -> StageResult:
         for probe in inputs.probes:
             about = {"chance": probe.chance, "pairs": probe.pairs, "queries": probe.queries}
             metrics["recall"][probe.name] |= about
+    if inputs.prompts:
+        found = eval_generation.measure(config, inputs.prompts, model, teacher, tokenizer)
+        eval_generation.show(source, inputs.teacher, found)
+        metrics["generation"] = {GENERATION: found}
     del teacher, variants
     if config.tasks:
-        scores = score_tasks(
-            model, tokenizer, config.tasks, config.batch_size, limit=config.limit, seed=config.seed
-        )
-        metrics["tasks"] = scores.metrics
-        console.log(scores.table.rstrip())
+        metrics["tasks"] = eval_tasks.measure(inputs.tasks, config, source, model, tokenizer)
     probes = [probe.name for probe in inputs.probes]
-    name = "+".join([*inputs.data, *probes, *(_label(task) for task in config.tasks)])
+    written = [GENERATION] if inputs.prompts else []
+    name = "+".join([*inputs.data, *probes, *written, *(_label(task) for task in config.tasks)])
     save_results(STAGE, source, name, config, metrics)
     _check(inputs.checks, metrics)
     return StageResult(path=source, metrics=metrics)
@@ -106,8 +103,8 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
             for probe in inputs.probes
         },
         "controls": _control_names(config),
-        "tasks": {task.name: len(task.rows) for task in inputs.tasks}
-        | {name: None for name in config.tasks if not is_local(name)},
+        "tasks": inputs.tasks.rows(),
+        "prompts": len(inputs.prompts),
         "checks": [str(check) for check in inputs.checks],
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -117,16 +114,17 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
 def _read(config: EvalConfig, source: str) -> Inputs:
     if (config.control or config.ablate) and not (config.data or config.recall):
         raise UsageError("--control and --ablate measure nothing by themselves", "add --data FILE")
-    if not config.data and not config.tasks and not config.recall:
+    if not (config.data or config.tasks or config.recall or config.generation_agreement):
         raise UsageError(
             "nothing to measure",
             hint="pass --data FILE (fidelity to the teacher), --tasks NAME,FILE.jsonl, "
-            "--recall 1024, or several of them",
+            "--recall 1024, --generation-agreement PROMPTS, or several of them",
         )
     checks = parse_checks(config.fail_under)
-    if config.tasks:
-        require_harness()
-    tasks = load_local_tasks(config.tasks, config.limit)
+    tasks = eval_tasks.read(config, source)
+    prompts = []
+    if config.generation_agreement:
+        prompts = decoding.read_prompts(config.generation_agreement)[: config.limit]
     data = {
         name: load_rows([spec], config.limit)
         for name, spec in zip(_labels(config.data), config.data, strict=True)
@@ -135,21 +133,22 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     if config.recall:
         tokenizer = load_tokenizer(source, config.trust_remote_code)
         probes = recall_probes(tokenizer, config.recall, config.recall_rows, config.seed)
-    if len(tasks) == len(config.tasks):
+    known = tasks.metrics()
+    if known is not None:
         # only the harness knows the metrics of its own tasks, and only once they are loaded
-        known = {task.name: task.schema.metrics for task in tasks}
         known |= {probe.name: recall.SCALARS for probe in probes}
+        known |= {GENERATION: agreement.SCALARS} if prompts else {}
         require_known(checks, dict.fromkeys(data, SCALARS) | known)
     teacher = _teacher(config, source)
     for branch in config.ablate:
         require_branch(model_config(source).mixers, branch)
     replaced = _replaced(source, teacher) if config.control and teacher else []
-    return Inputs(checks, data, tasks, probes, teacher, replaced)
+    return Inputs(checks, data, tasks, prompts, probes, teacher, replaced)
 
 
 def _teacher(config: EvalConfig, source: str) -> str | None:
     """What the model is compared with; recall and tasks mean something without it."""
-    needed = config.data or config.control
+    needed = config.data or config.control or config.generation_agreement
     known = config.teacher or load_lineage(source) is not None
     if not needed and not (config.recall and known):
         return None
@@ -217,7 +216,7 @@ def _fidelity(
             teacher,
             [example.input_ids for example in encode_rows(rows, tokenizer)],
             config.max_length,
-            config.batch_size,
+            config.rows,
         )
         for name, rows in inputs.data.items()
     }
@@ -238,7 +237,7 @@ def _recall(
         for probe in inputs.probes:
             for name, variant in models.items():
                 with variant.during():
-                    found = measure_recall(variant.model, probe, config.batch_size)
+                    found = measure_recall(variant.model, probe, config.rows)
                 measured[probe.name][name] = found
                 task.advance()
     return measured
@@ -263,7 +262,11 @@ def _keep(
 def _check(checks: Sequence[Check], metrics: dict[str, Any]) -> None:
     scalars = {
         name: {key: found[key] for key in names}
-        for kind, names in (("fidelity", SCALARS), ("recall", recall.SCALARS))
+        for kind, names in (
+            ("fidelity", SCALARS),
+            ("recall", recall.SCALARS),
+            (GENERATION, agreement.SCALARS),
+        )
         for name, found in metrics.get(kind, {}).items()
     }
     scores = scalars | metrics.get("tasks", {})

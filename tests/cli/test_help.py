@@ -34,7 +34,10 @@ FLAGS = {
     "dpo": f"{TRAINING} --lr --beta --reference {OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power {OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
-    f"--recall-rows --control --control-window --control-sinks --ablate {EVERY_STAGE}",
+    "--recall-rows --control --control-window --control-sinks --ablate --task-dir --num-fewshot "
+    "--fewshot-seed --apply-chat-template --fewshot-as-multiturn --system-instruction "
+    "--task-max-length --cache-requests --use-cache --log-samples --output-path "
+    f"--generation-agreement --generation-tokens {EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
