@@ -19,7 +19,7 @@ from mambactl.models.hybrid import HybridForCausalLM
 BatchSize = int | Literal["auto"]
 
 # tokens per forward pass, padding included
-TOKENS = {"cpu": 2048, "cuda": 32768}
+TOKENS = {"cpu": 1024, "cuda": 32768}
 # a row behind a cache holds a state per recurrent layer
 MOST_ROWS = 256
 # of keys and values that rows behind a cache hold together, per token of a batch

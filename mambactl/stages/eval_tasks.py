@@ -73,13 +73,12 @@ def measure(
         numbers = summary(columns, scores.metrics)
         shots = {column.label: column for column in columns}
         measured = sum(numbers[label] is not None for label in shots)
+        average = f"average of {measured} of {len(shots)}"
         lines = [
             (label, str(column.shots), column.metric, _percent(numbers[label]))
             for label, column in shots.items()
         ]
-        lines.append(
-            (f"average of {measured} of {len(shots)}", "", "", _percent(numbers["average"]))
-        )
+        lines.append((average, "", "", _percent(numbers["average"])))
         console.table(f"{name} of {source}", ("", "shots", "metric", "%"), lines)
         found[name] = {label: value for label, value in numbers.items() if value is not None}
     if plan.samples is not None:
