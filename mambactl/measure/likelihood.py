@@ -72,7 +72,7 @@ class _Scored:
         return np.arange(first + low, first + high)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def log_likelihoods(
     model: HybridForCausalLM,
     requests: Sequence[Request],
@@ -94,7 +94,7 @@ def log_likelihoods(
     ]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def greedy_tokens(
     model: HybridForCausalLM,
     requests: Sequence[Request],
