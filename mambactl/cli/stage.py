@@ -49,6 +49,7 @@ EXAMPLES = {
     "eval": (
         "mambactl eval t.st --data held-out.jsonl",
         "mambactl eval t.st --tasks arc_easy,hellaswag --limit 200",
+        "mambactl eval t.st --tasks paper-zeroshot --task-dir sets",
     ),
     "spec-decode": (
         "mambactl spec-decode --draft d.st --target t.st",

@@ -157,26 +157,33 @@ class _Run:
 
     def score(self, groups: list[Group]) -> None:
         """Read groups that all share a beginning, or all do not; in halves if they do not fit."""
-        kept = len(self.found)
+        kept, fits = len(self.found), True
         try:
             self._score(groups)
         except torch.OutOfMemoryError:
             if len(groups) == 1 and (self.rows == 1 or len(groups[0].rows) == 1):
                 raise
+            fits = False
+        # after the except clause, whose traceback holds on to the memory
+        if not fits:
             del self.found[kept:]
-            torch.cuda.empty_cache()
-            if self.tokens is not None:
-                self.tokens = max(self.tokens // 2, 1)
-            self.rows = max(self.rows // 2, 1)
-            middle = len(groups) // 2
-            for half in (groups[:middle], groups[middle:]):
-                if half:
-                    self.score(half)
+            self._score_in_halves(groups)
             return
         for owners, _, _ in self.found[kept:]:
             before = np.count_nonzero(self.waiting == 0)
             np.subtract.at(self.waiting, owners, 1)
             self.on_scored(int(np.count_nonzero(self.waiting == 0) - before))
+
+    def _score_in_halves(self, groups: list[Group]) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.tokens is not None:
+            self.tokens = max(self.tokens // 2, 1)
+        self.rows = max(self.rows // 2, 1)
+        middle = len(groups) // 2
+        for half in (groups[:middle], groups[middle:]):
+            if half:
+                self.score(half)
 
     def totals(self) -> tuple[np.ndarray, np.ndarray]:
         """Sums over each request's tokens: log-likelihoods, and greedy ones."""
