@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -104,7 +104,7 @@ class HarnessOptions:
     requests: Path | None = None
     answers: Path | None = None
     log_samples: bool = False
-    task_dir: str | None = field(default=None)
+    task_dir: str | None = None
 
 
 def is_local(spec: str) -> bool:
