@@ -40,6 +40,7 @@ def split_weight(spec: str) -> tuple[str, float | None]:
 Drafts = Annotated[
     Annotated[int, Field(ge=1, le=32)] | Literal["auto"], BeforeValidator(_as_number)
 ]
+BatchSize = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_as_number)]
 Compile = bool | Literal["auto"]
 DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
@@ -297,10 +298,35 @@ class EvalConfig(StageConfig):
     teacher: str | None = Field(None, description="default: where the lineage started")
     data: DataSpecs = Field([], description="text or messages for fidelity")
     preferences: Names = Field([], description="pairs for reward accuracy, margin and KL, by set")
-    tasks: Names = Field([], description="harness task names or local .jsonl files")
+    tasks: Names = Field(
+        [], description="harness names, .jsonl files, or paper-zeroshot, paper-fewshot"
+    )
     limit: int | None = Field(None, ge=1, description="rows per task / documents per data set")
-    max_length: int = Field(512, ge=16, description="tokens per row")
-    batch_size: int = Field(4, ge=1, description="rows per forward pass")
+    max_length: int = Field(512, ge=16, description="tokens per row of --data")
+    batch_size: BatchSize = Field(
+        "auto", description="rows per forward pass; auto fills passes of tasks by tokens"
+    )
+    task_dir: str | None = Field(None, description="folder of .jsonl sets and harness YAML files")
+    num_fewshot: int | None = Field(None, ge=0, description="worked examples in a task's prompts")
+    fewshot_seed: int = Field(1234, ge=0, description="which ones are drawn, as in the harness")
+    apply_chat_template: bool = Field(False, description="wrap tasks' prompts in the template")
+    fewshot_as_multiturn: bool | None = Field(
+        None, description="worked examples as chat turns; default: with the template"
+    )
+    system_instruction: str | None = Field(None, description="what opens tasks' prompts")
+    task_max_length: int | None = Field(
+        None, ge=16, description="tokens per request of tasks; default: the model's"
+    )
+    cache_requests: bool = Field(False, description="keep the prompts of tasks for later runs")
+    use_cache: str | None = Field(None, description="folder that keeps the model's answers")
+    log_samples: bool = Field(False, description="write requests and answers of tasks")
+    output_path: str | None = Field(
+        None, description="folder for them; default: results/ in a checkpoint folder"
+    )
+    generation_agreement: str | None = Field(
+        None, description="prompts (.txt, .jsonl): compare greedy texts with the teacher's"
+    )
+    generation_tokens: int = Field(64, ge=1, description="tokens per such text")
     recall: Counts = Field([], description="row lengths of generated recall probes, 1024,4096 say")
     recall_rows: int = Field(8, ge=1, description="rows per recall probe")
     control: Literal["window"] | None = Field(
@@ -334,6 +360,11 @@ class EvalConfig(StageConfig):
     position_rows: int = Field(8, ge=1, description="rows of it, from documents in turn")
     fail_under: Names = Field([], description="METRIC=VALUE; exit 7 when below")
     report: str | None = Field(None, description="also put it all on this page (HTML)")
+
+    @property
+    def rows(self) -> int:
+        """Rows per forward pass where they cannot be filled by tokens."""
+        return 4 if self.batch_size == "auto" else self.batch_size
 
 
 class SamplingConfig(StageConfig):

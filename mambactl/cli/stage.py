@@ -60,6 +60,7 @@ EXAMPLES = {
         "mambactl eval t.st --data held-out.jsonl --against other.st",
         "mambactl eval t.st --needle 1024,4096,8192 --needle-plot needle.png",
         "mambactl eval t.st --preferences preferences.jsonl",
+        "mambactl eval t.st --tasks paper-zeroshot --task-dir sets",
     ),
     "spec-decode": (
         "mambactl spec-decode --draft d.st --target t.st",

@@ -21,8 +21,9 @@ from mambactl.errors import ModelError, UsageError
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridForCausalLM
 
-Finish = Literal["eos", "length"]
-OnTokens = Callable[[int, list[int]], None]
+Finish = Literal["eos", "length", "stop"]
+# row and its new tokens; True ends the row
+OnTokens = Callable[[int, list[int]], bool | None]
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Engine:
     ) -> Generation:
         """Continue every prompt; `keys` [B] name the rows for sampling (default 0, 1, ...).
 
-        `on_tokens(row, tokens)` is called with the new tokens of each step.
+        `on_tokens(row, tokens)` is called with the new tokens of each step; where it returns True
+        the row is finished.
         """
         check_prompts(prompts, self.target.config.vocab_size)
         output = Generation([[] for _ in prompts], ["length" for _ in prompts])
@@ -198,12 +200,13 @@ def _emit(
     output: Generation,
     on_tokens: OnTokens | None,
 ) -> bool:
-    """Append tokens up to an eos; False when the row is finished."""
+    """Append tokens up to an eos or where the listener stops; False when the row is finished."""
     ends = [place for place, token in enumerate(new) if token in params.eos_token_ids]
     if ends:
         new = new[: ends[0] + 1]
         output.finish[row] = "eos"
     output.tokens[row].extend(new)
-    if on_tokens is not None:
-        on_tokens(row, new)
+    if on_tokens is not None and on_tokens(row, new) is True and not ends:
+        output.finish[row] = "stop"
+        return False
     return not ends and len(output.tokens[row]) < params.max_new_tokens

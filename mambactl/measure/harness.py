@@ -1,26 +1,31 @@
-"""lm-evaluation-harness in process; the one module that imports it."""
+"""Runs of lm-evaluation-harness in process: its tasks, its prompts, its scores and its table."""
 
 import difflib
+import hashlib
 import io
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partialmethod
 from typing import Any
 
 import lm_eval
+from lm_eval.api.model import CachingLM
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
+from lm_eval.caching import cache as request_cache
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
-from torch import Tensor
+from lm_eval.utils import handle_non_serializable, make_table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mambactl import console
 from mambactl.errors import ResourceError, UsageError
+from mambactl.measure.harness_model import HarnessModel
+from mambactl.measure.schemas import plain_name
+from mambactl.measure.tasks import SUBJECT, HarnessOptions, LocalTask, Wanted
 
 # resamples behind the standard error of metrics that have no closed form
 BOOTSTRAP_ITERS = 1000
@@ -28,106 +33,120 @@ BOOTSTRAP_ITERS = 1000
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores by task and metric, and the harness's own table of them (markdown)."""
+    """Scores by task and metric, and the harness's own table of them (markdown).
+
+    `samples` are requests and answers by task, where they were asked for.
+    """
 
     metrics: dict[str, dict[str, float]]
     table: str
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-class HarnessModel(HFLM):
-    """The harness's wrapper of a transformers model, with this program's progress."""
+class LocalConfigurableTask(ConfigurableTask):
+    """A task of the harness whose worked examples are of the subject that is asked about."""
 
-    _bar: console.Task | None = None
+    def __init__(self, task: LocalTask):
+        super().__init__(config=task.config())
+        self.by_subject: dict[Any, list[dict[str, Any]]] = {}
+        for row in task.pool.rows if task.pool is not None else ():
+            self.by_subject.setdefault(row.get(SUBJECT), []).append(row)
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
-        """Log-likelihood of each continuation, and whether it is the greedy one."""
-        with self._counting("likelihoods", len(requests)):
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list:
-        """Text generated after each context, up to a stop text."""
-        with self._counting("generations", len(requests)):
-            return super().generate_until(requests, disable_tqdm=True)
-
-    @contextmanager
-    def _counting(self, label: str, total: int) -> Iterator[None]:
-        with console.progress(label, total) as self._bar:
-            yield
-        self._bar = None
-
-    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._advance(len(inps))
-        return super()._model_call(inps, *args, **kwargs)
-
-    def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._advance(len(context))
-        return super()._model_generate(context, *args, **kwargs)
-
-    def _advance(self, rows: int) -> None:
-        if self._bar is not None:
-            self._bar.advance(rows)
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **options: Any) -> Any:
+        """The prompt of one row, as the harness makes it."""
+        if len(self.by_subject) > 1 and num_fewshot:
+            self.sampler.replace_df(self.by_subject[doc[SUBJECT]])
+        return super().fewshot_context(doc, num_fewshot, **options)
 
 
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    configs: Sequence[dict[str, Any]],
-    names: Sequence[str],
-    batch_size: int,
-    max_length: int | None,
-    limit: int | None,
-    seed: int,
+    wanted: Sequence[Wanted],
+    options: HarnessOptions,
 ) -> TaskScores:
-    """Run tasks given as configuration dicts and by the harness's names."""
-    set_seed(seed)
+    """Run tasks; UsageError for one that nobody knows, ResourceError for one that is not there."""
+    set_seed(options.seed)
     with _quiet():
-        loaded = _load(configs, names, seed)
-        lm = HarnessModel(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
-        )
+        loaded = _load(wanted, options)
+        lm: Any = HarnessModel(model, tokenizer, options.batch_size, options.max_length)
+        if options.answers is not None:
+            lm = CachingLM(lm, str(options.answers))
+        as_turns = options.fewshot_as_multiturn
         # simple_evaluate is this plus seconds of collecting the versions of everything installed
-        results = lm_eval.evaluate(
-            lm=lm,
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAP_ITERS,
-            log_samples=False,
-        )
+        with _requests_kept(wanted, tokenizer, options):
+            results = lm_eval.evaluate(
+                lm=lm,
+                task_dict=loaded,
+                limit=options.limit,
+                cache_requests=options.requests is not None,
+                bootstrap_iters=BOOTSTRAP_ITERS,
+                log_samples=options.log_samples,
+                system_instruction=options.system_instruction,
+                apply_chat_template=options.apply_chat_template,
+                # as the harness's command line: with a chat template unless told otherwise
+                fewshot_as_multiturn=options.apply_chat_template if as_turns is None else as_turns,
+            )
     metrics = {name: _scores(entry) for name, entry in results["results"].items()}
-    return TaskScores(metrics, make_table(results))
+    table = make_table(results)
+    if results.get("groups"):
+        table += "\n" + make_table(results, "groups")
+    samples = json.loads(json.dumps(results.get("samples") or {}, default=handle_non_serializable))
+    return TaskScores(metrics, table, samples)
 
 
 def _scores(entry: dict[str, Any]) -> dict[str, float]:
-    """Keys are `metric,filter` in the harness; a filter called none goes without saying."""
     return {
-        key.removesuffix(",none"): float(value)
+        plain_name(key): float(value)
         for key, value in entry.items()
         if "," in key and isinstance(value, int | float)
     }
 
 
-def _load(configs: Sequence[dict[str, Any]], names: Sequence[str], seed: int) -> dict[str, Any]:
-    if names:
-        console.log("reading the task list of lm-evaluation-harness, which takes some seconds")
-    manager = TaskManager(include_defaults=bool(names))
-    _check_names(manager, names)
-    local = [ConfigurableTask(config=config) for config in configs]
-    try:
-        loaded = manager.load([*local, *names])
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> dict[str, Any]:
+    names = [task.name for task in wanted if task.local is None]
+    manager = _manager(names, options.task_dir)
+    whole: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for task in wanted:
+        try:
+            part = manager.load([LocalConfigurableTask(task.local) if task.local else task.name])
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if task.optional:
+                console.warn(f"{task.name} is left out: it cannot be loaded ({reason})")
+                continue
+            raise ResourceError(
+                f"the task {task.name} cannot be loaded: {reason}",
+                hint="its data is fetched from the network; local .jsonl files work without one",
+            ) from error
+        for leaf in part["tasks"].values():
+            _set_shots(leaf, task, options)
+        for kind, found in part.items():
+            whole[kind] |= found
+    if not whole["tasks"]:
         raise ResourceError(
-            f"the tasks {', '.join(names)} cannot be loaded: {reason}",
-            hint="they are fetched from the network; local .jsonl files work without one",
-        ) from error
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(seed)
-    return loaded
+            "none of the tasks can be loaded", "--task-dir FOLDER names one with local sets"
+        )
+    return whole
 
 
-def _check_names(manager: TaskManager, names: Sequence[str]) -> None:
+def _set_shots(leaf: Any, task: Wanted, options: HarnessOptions) -> None:
+    default = leaf.get_config("num_fewshot")
+    shots = options.num_fewshot if task.shots is None else task.shots
+    if default == 0 and shots and task.shots is None:
+        console.log(f"{task.name} is defined with 0 shots, which --num-fewshot does not change")
+        shots = 0
+    leaf.set_config("num_fewshot", (default or 0) if shots is None else shots)
+    leaf.set_fewshot_seed(options.fewshot_seed)
+
+
+def _manager(names: Sequence[str], folder: str | None) -> Any:
+    """What finds tasks by name: those of a folder alone where they are enough."""
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if all(manager.match_tasks([name]) for name in names):
+        return manager
+    console.log("reading the task list of lm-evaluation-harness, which takes some seconds")
+    manager = TaskManager(include_path=folder, include_defaults=True)
     for name in names:
         if not manager.match_tasks([name]):
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -136,6 +155,28 @@ def _check_names(manager: TaskManager, names: Sequence[str]) -> None:
                 hint=(f"did you mean {', '.join(near)}? " if near else "")
                 + "`lm-eval ls tasks` lists all; files end in .jsonl or .jsonl.gz",
             )
+    return manager
+
+
+@contextmanager
+def _requests_kept(
+    wanted: Sequence[Wanted], tokenizer: PreTrainedTokenizerBase, options: HarnessOptions
+) -> Iterator[None]:
+    """Let the harness keep prompts in a folder of what they are made from: it looks at names."""
+    if options.requests is None:
+        yield
+        return
+    made_from = [
+        [(task.name, task.local and (task.local.rows, task.local.pool)) for task in wanted],
+        (options.fewshot_seed, options.task_dir, lm_eval.__version__),
+        tokenizer.chat_template if options.apply_chat_template else None,
+    ]
+    digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    before, request_cache.PATH = request_cache.PATH, str(options.requests / digest)
+    try:
+        yield
+    finally:
+        request_cache.PATH = before
 
 
 @contextmanager

@@ -7,6 +7,7 @@ replays the kept inputs from the permanent state, in the order plain decoding wo
 the result is bitwise equal to never having gone further (arXiv 2408.15237, section 4).
 """
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -228,6 +229,13 @@ class HybridCache(Cache):
             for name, tensor in held.items():
                 setattr(layer, name, moved.get(id(tensor)))
         self.lengths, self.base = self.lengths[rows], self.base[rows]
+
+    def select(self, rows: Tensor) -> "HybridCache":
+        """A cache of the given rows [B'] (repeats allowed); this one stays as it is."""
+        other = copy(self)
+        other.layers = [copy(layer) for layer in self.layers]
+        other.reorder(rows)
+        return other
 
     def nbytes(self) -> int:
         """Bytes held in all layers."""

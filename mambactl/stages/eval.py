@@ -12,23 +12,17 @@ from mambactl.checkpoint.summary import describe
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
 from mambactl.data.load import load_rows, set_name, set_names
 from mambactl.data.preferences import PairSet
+from mambactl.decode.prompts import Prompt
 from mambactl.errors import CheckError, UsageError
-from mambactl.measure import needle, preferences, recall
+from mambactl.measure import agreement, needle, preferences, recall
 from mambactl.measure.checks import Check, failures, parse_checks, require_known
 from mambactl.measure.controls import ablated, require_branch, windowed_attention
 from mambactl.measure.fidelity import SCALARS, Variant
 from mambactl.measure.layers import require_layers
 from mambactl.measure.recall import RecallProbe, measure_recall, recall_probes
-from mambactl.measure.tasks import (
-    LocalTask,
-    is_local,
-    load_local_tasks,
-    require_harness,
-    score_tasks,
-)
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.recipe import EvalConfig
-from mambactl.stages import StageResult
+from mambactl.stages import StageResult, decoding, eval_generation, eval_tasks
 from mambactl.stages.eval_fidelity import (
     AGAINST,
     STUDENT,
@@ -55,6 +49,7 @@ from mambactl.stages.teacher import teacher_of
 
 STAGE = "eval"
 TEACHER = "teacher"
+GENERATION = "generation"
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,8 @@ class Inputs:
 
     checks: list[Check]
     data: dict[str, list[dict[str, Any]]]
-    tasks: list[LocalTask]
+    tasks: eval_tasks.TaskPlan
+    prompts: list[Prompt]
     probes: list[RecallProbe]
     preferences: dict[str, PairSet]
     teacher: str | None
@@ -122,16 +118,18 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         pairs = measure_preferences(config, inputs.preferences, model, teacher)
         show_preferences(source, inputs.teacher, pairs)
         metrics["preferences"] = pairs
+    if inputs.prompts:
+        found = eval_generation.measure(config, inputs.prompts, model, teacher, tokenizer)
+        eval_generation.show(source, inputs.teacher, found)
+        metrics["generation"] = {GENERATION: found}
     del teacher, variants, other, models, students
     if config.tasks:
-        scores = score_tasks(
-            model, tokenizer, config.tasks, config.batch_size, limit=config.limit, seed=config.seed
-        )
-        metrics["tasks"] = scores.metrics
-        console.log(scores.table.rstrip())
+        metrics["tasks"] = eval_tasks.measure(inputs.tasks, config, source, model, tokenizer)
     probes = [probe.name for probe in inputs.probes]
     tasks = [set_name(task) for task in config.tasks]
-    parts = [*inputs.data, *probes, *inputs.long.names, *inputs.preferences, *tasks]
+    written = [GENERATION] if inputs.prompts else []
+    sets = [*inputs.data, *probes, *inputs.long.names, *inputs.preferences]
+    parts = [*sets, *written, *tasks]
     kept = save_results(STAGE, source, "+".join(parts), config, metrics)
     if inputs.long.grid is not None:
         keep_heatmap(config, source, metrics["needle"], shown, kept)
@@ -156,8 +154,8 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
         "preferences": {name: found.counts() for name, found in inputs.preferences.items()},
         "controls": _control_names(config),
         **inputs.long.plan,
-        "tasks": {task.name: len(task.rows) for task in inputs.tasks}
-        | {name: None for name in config.tasks if not is_local(name)},
+        "tasks": inputs.tasks.rows(),
+        "prompts": len(inputs.prompts),
         "checks": [str(check) for check in inputs.checks],
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -170,16 +168,18 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     if (config.against or config.per_layer) and not config.data:
         raise UsageError("--against and --per-layer compare on text", "add --data FILE")
     asked = (config.data, config.tasks, config.recall, config.needle, config.long_context_data)
-    if not any((*asked, config.preferences)):
+    if not any((*asked, config.preferences, config.generation_agreement)):
         raise UsageError(
             "nothing to measure",
             hint="pass --data FILE (fidelity to the teacher), --tasks NAME,FILE.jsonl, "
-            "--recall 1024, --needle 1024,4096, --preferences FILE, or several of them",
+            "--recall 1024, --needle 1024,4096, --preferences FILE, "
+            "--generation-agreement PROMPTS, or several of them",
         )
     checks = parse_checks(config.fail_under)
-    if config.tasks:
-        require_harness()
-    tasks = load_local_tasks(config.tasks, config.limit)
+    tasks = eval_tasks.read(config, source)
+    prompts = []
+    if config.generation_agreement:
+        prompts = decoding.read_prompts(config.generation_agreement)[: config.limit]
     data = {
         name: load_rows([spec], config.limit)
         for name, spec in zip(set_names(config.data), config.data, strict=True)
@@ -192,12 +192,13 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     if config.preferences:
         tokenizer = load_tokenizer(source, config.trust_remote_code)
         pairs = read_preference_sets(config, tokenizer)
-    if len(tasks) == len(config.tasks):
+    known = tasks.metrics()
+    if known is not None:
         # only the harness knows the metrics of its own tasks, and only once they are loaded
-        known = {task.name: task.schema.metrics for task in tasks}
         known |= {probe.name: recall.SCALARS for probe in probes}
         known |= {"needle": needle.SCALARS} if config.needle else {}
         known |= dict.fromkeys(pairs, preferences.SCALARS)
+        known |= {GENERATION: agreement.SCALARS} if prompts else {}
         require_known(checks, dict.fromkeys(data, SCALARS) | known)
     teacher = _teacher(config, source)
     for branch in config.ablate:
@@ -211,13 +212,13 @@ def _read(config: EvalConfig, source: str) -> Inputs:
         for spec in filter(None, (source, config.against)):
             require_layers(model_config(spec), model_config(teacher))
     long = read_long(config, source, model_config(source), set_names(config.long_context_data))
-    return Inputs(checks, data, tasks, probes, pairs, teacher, replaced, long)
+    return Inputs(checks, data, tasks, prompts, probes, pairs, teacher, replaced, long)
 
 
 def _teacher(config: EvalConfig, source: str) -> str | None:
     """What the model is compared with; recall and tasks mean something without it."""
     asked = (config.data, config.control, config.long_context_data, config.preferences)
-    needed = any(asked)
+    needed = any((*asked, config.generation_agreement))
     known = config.teacher or load_lineage(source) is not None
     if not needed and not ((config.recall or config.needle) and known):
         return None
@@ -291,7 +292,7 @@ def _recall(
         for probe in inputs.probes:
             for name, variant in models.items():
                 with variant.during():
-                    found = measure_recall(variant.model, probe, config.batch_size)
+                    found = measure_recall(variant.model, probe, config.rows)
                 measured[probe.name][name] = found
                 task.advance()
     return measured
@@ -324,6 +325,7 @@ def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
             ("fidelity", SCALARS),
             ("recall", recall.SCALARS),
             ("preferences", preferences.SCALARS),
+            (GENERATION, agreement.SCALARS),
         )
         for name, found in metrics.get(kind, {}).items()
     }

@@ -49,7 +49,7 @@ def measure_fidelity(
     found, bootstrap = Fidelity(), bootstrap_of(config)
     for name, rows in data.items():
         documents = [example.input_ids for example in encode_rows(rows, tokenizer)]
-        sizes = (config.max_length, config.batch_size)
+        sizes = (config.max_length, config.rows)
         predictions = predict(variants, teacher, documents, *sizes)
         counts = {
             "documents": len(documents),

@@ -37,7 +37,7 @@ def measure_preferences(
 ) -> dict[str, dict[str, Any]]:
     """Set -> numbers of `SCALARS`, with rewards in nats (beta = 1), and rows that were left out."""
     own = all(isinstance(one, HybridForCausalLM) for one in (model, reference))
-    layout = Layout(config.max_length, config.batch_size, packing=own)
+    layout = Layout(config.max_length, config.rows, packing=own)
     measured = {}
     with console.progress("preferences", sum(len(found.pairs) for found in sets.values())) as task:
         for name, found in sets.items():

@@ -35,16 +35,19 @@ FLAGS = {
     f"{EVERY_STAGE}",
     "sft": f"{TRAINING} {SPREAD} {HELD_OUT} --lr --ce-weight --kl-weight --assistant-only-loss "
     f"--lora --lora-alpha --log-to {OUTPUT} {EVERY_STAGE}",
-    "dpo": f"{TRAINING} {SPREAD} --log-to --lr --beta --reference --precompute-reference --loss-type "
-    "--loss-weights --label-smoothing --ld-alpha --f-divergence --sft-weight --chat --eval-data "
-    f"--eval-share --eval-every --eval-pairs --max-kl {OUTPUT} {EVERY_STAGE}",
+    "dpo": f"{TRAINING} {SPREAD} --log-to --lr --beta --reference --precompute-reference "
+    "--loss-type --loss-weights --label-smoothing --ld-alpha --f-divergence --sft-weight --chat "
+    f"--eval-data --eval-share --eval-every --eval-pairs --max-kl {OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power --assistant-only-loss "
     f"{OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
     "--recall-rows --control --control-window --control-sinks --ablate --against --confidence "
     "--bootstrap --save-samples --per-layer --needle --needle-depths --needle-text "
     "--needle-scoring --needle-plot --long-context-data --position-length --position-rows "
-    "--compare --report --preferences "
+    "--compare --report --preferences --task-dir --num-fewshot "
+    "--fewshot-seed --apply-chat-template --fewshot-as-multiturn --system-instruction "
+    "--task-max-length --cache-requests --use-cache --log-samples --output-path "
+    "--generation-agreement --generation-tokens "
     f"{EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --format "

@@ -133,7 +133,7 @@ def test_scores_equal_the_harness_on_plain_llama(
 def test_a_batch_equals_single_rows(make_hybrid, tiny_tokenizer, files):
     from lm_eval.api.instance import Instance
 
-    from mambactl.measure.harness import HarnessModel
+    from mambactl.measure.harness_model import HarnessModel
 
     model = make_hybrid(MIXERS, seed=4)
     rows = make_rows("lm", 16)
@@ -154,7 +154,7 @@ def test_a_batch_equals_single_rows(make_hybrid, tiny_tokenizer, files):
 
 
 def test_generated_answers_are_matched_exactly(make_hybrid, tiny_tokenizer, files, tmp_path):
-    from mambactl.measure.harness import HarnessModel
+    from mambactl.measure.harness_model import HarnessModel
 
     model = make_hybrid(MIXERS, seed=4)
     scores = score_tasks(
@@ -235,7 +235,7 @@ def test_bad_files_name_the_row(tmp_path, rows, message):
 
 def test_two_files_of_one_name_are_refused(files, tmp_path):
     other = write(tmp_path / "mc.jsonl", make_rows("mc", 1))
-    with pytest.raises(UsageError, match="two task files are called mc"):
+    with pytest.raises(UsageError, match="two tasks are called mc"):
         load_local_tasks([files["mc"], other])
 
 

@@ -181,7 +181,9 @@ def test_two_processes_write_what_one_writes(students, data, alone, tmp_path, mo
     assert codes == [0, 0]
     for name in ("matched", "untied", "plain", "dpo", "own"):
         assert_same(alone / name, tmp_path / name)
-        keys = ("step", "loss", "grad_norm") + (("train_kl", "train_ce") if name == "matched" else ())
+        keys = ("step", "loss", "grad_norm") + (
+            ("train_kl", "train_ce") if name == "matched" else ()
+        )
         expected = [pytest.approx(row, rel=1e-4) for row in curve(alone / name, *keys)]
         assert curve(tmp_path / name, *keys) == expected
     assert not list(tmp_path.glob("*.partial"))

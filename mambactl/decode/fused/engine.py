@@ -193,10 +193,13 @@ class _Run:
             self.choice.observe(step.k, accepted[-1])
             new = letter[len(Letter) : len(Letter) + letter[Letter.EMITTED]]
             self.output.tokens[row].extend(new)
-            if self.on_tokens is not None:
-                self.on_tokens(row, new)
+            stop = self.on_tokens is not None and self.on_tokens(row, new) is True
             if letter[Letter.FINISH] != Finish.RUNNING:
                 self.output.finish[row] = "eos" if letter[Letter.FINISH] == Finish.EOS else "length"
+                self.running.discard(row)
+            elif stop:
+                # on the device the row goes on, unheard
+                self.output.finish[row] = "stop"
                 self.running.discard(row)
         if drafted:
             self.output.stats.count_step(drafted, accepted)
