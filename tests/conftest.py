@@ -27,6 +27,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _as_loud_as_ever():
+    """A command that ran quietly in this process must not silence the next test."""
+    yield
+    from mambactl import console
+
+    console.set_verbosity(1)
+
+
 def tiny_config(mixers: list[str], **overrides):
     """A 4-head, 2-KV-head configuration with both Mamba settings filled in."""
     from mambactl.models.config import (

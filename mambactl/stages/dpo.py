@@ -10,7 +10,7 @@ from mambactl.checkpoint.load import load_model
 from mambactl.errors import UsageError
 from mambactl.measure.preferences import Layout
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.ranks import is_main
+from mambactl.ranks import is_main, sharded
 from mambactl.recipe import DpoConfig
 from mambactl.stages import StageResult
 from mambactl.stages.preference_data import Preferences, preview, read_preferences
@@ -115,7 +115,12 @@ def _reference(job: Job, config: DpoConfig) -> Any:
         # a copy of its own: after a resume the student is no longer what it started as
         model = load_model(job.source, job.device, job.dtype).requires_grad_(False)
     # rounded like the policy, whose weights are fp32, where it does not stay in memory
-    return model.float() if config.precompute_reference else model
+    return model.float() if _precomputes(config) else model
+
+
+def _precomputes(config: DpoConfig) -> bool:
+    """Whether the reference is asked ahead; TRL would load one of its own under FSDP."""
+    return config.precompute_reference and not sharded()
 
 
 def _layout(job: Job, reference: Any) -> Layout:
@@ -173,7 +178,7 @@ def _trainer(
     disable_progress_bars()
     tokenizer, layout = job.tokenizer(), _layout(job, reference)
     logps = None
-    if config.precompute_reference:
+    if _precomputes(config):
         logps = precomputed(folder, reference, data.train, layout)
     names, weights = zip(*_losses(config), strict=True)
     # transformers has a new name for an option that TRL sets by its old one
@@ -187,12 +192,12 @@ def _trainer(
         label_smoothing=config.label_smoothing,
         ld_alpha=config.ld_alpha,
         f_divergence_type=config.f_divergence,
-        precompute_ref_log_probs=config.precompute_reference,
+        precompute_ref_log_probs=_precomputes(config),
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PreferenceTrainer(
         student,
-        None if config.precompute_reference else reference,
+        None if _precomputes(config) else reference,
         arguments,
         measure=held.at,
         enough=lambda _: config.max_kl is not None and held.farthest() > config.max_kl,
