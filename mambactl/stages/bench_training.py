@@ -6,6 +6,7 @@ the mixers.
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -127,9 +128,22 @@ def _error(
     dtype: torch.dtype,
 ) -> float | None:
     step = _step(config, stage, pair[0], _objective(stage, pair, dtype, compiling=False))
+    if stage == "align":
+        step = replace(step, parameters=_shallowest(pair[0]))
     error = gradient_error(step, batch, device)
+    pair[0].zero_grad(set_to_none=True)
     require_gradients(stage, dtype, error)
     return error
+
+
+def _shallowest(student: HybridForCausalLM) -> list[nn.Parameter]:
+    """The parameters of the mixer whose input the fewest layers have rounded.
+
+    Random weights amplify rounding: 8 layers of Llama-3-8B's width move the gradients of the last
+    mixers by 24 % in bf16 with the reference alone, 2 layers by 2 %. All mixers share kernels.
+    """
+    first = f".layers.{replaced_layers(student.config)[0]}."
+    return [p for name, p in mixer_parameters(student).items() if first in name]
 
 
 def _trained(config: BenchConfig, student: HybridForCausalLM) -> dict[str, dict[str, nn.Parameter]]:
