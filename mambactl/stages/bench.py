@@ -1,6 +1,7 @@
 """`bench`: prefill and decode speed, memory and cache of models, alone, drafted for or compared."""
 
 import gc
+from operator import truediv
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mambactl.measure.throughput import throughput
 from mambactl.measure.verify import require_kernels, verify
 from mambactl.recipe import BenchConfig
 from mambactl.stages import StageResult, bench_report, decoding, subjects
-from mambactl.stages.bench_training import require_hybrids, training_points
+from mambactl.stages.bench_training import TEACHER_TEXT, TEXT, require_hybrids, training_points
 from mambactl.stages.placement import place
 from mambactl.stages.results import machine, save_results
 from mambactl.stages.subjects import Source
@@ -133,13 +134,17 @@ def _prepare(config: BenchConfig, source: str | None) -> str | None:
         raise UsageError(
             "--loss goes without --kernels, --synthetic, --draft and --verify", "drop them"
         )
-    if config.training and (
-        config.kernels or config.loss or config.draft or config.verify or config.baseline
-    ):
+    if config.training and (config.kernels or config.loss or config.draft or config.verify):
         raise UsageError(
-            "--training goes without --kernels, --loss, --draft, --verify and --baseline",
-            "drop them",
+            "--training goes without --kernels, --loss, --draft and --verify", "drop them"
         )
+    if config.training and config.baseline not in (None, "teacher"):
+        raise UsageError(
+            f"a hybrid is trained beside its own teacher, not {config.baseline}",
+            "give --baseline teacher",
+        )
+    if config.training and config.baseline and not config.train_rest:
+        raise UsageError("a teacher has no mixers to train alone", "drop --no-train-rest")
     if config.min_speedup is not None and config.baseline is None:
         raise UsageError(
             "--min-speedup needs something to be faster than",
@@ -220,11 +225,18 @@ def _training(
 ) -> StageResult:
     metrics["points"] = training_points(config, source, device, dtype)
     bench_report.show_training(metrics)
-    text = ", ".join(
+    parts = [
         f"{point['stage']} {point['tokens_per_second']:,.0f} tokens/s"
         for point in metrics["points"]
-    )
-    return StageResult(source, metrics, text)
+    ]
+    if config.baseline is not None:
+        ours, theirs = (
+            [point["tokens_per_second"] for point in metrics["points"] if point["stage"] == stage]
+            for stage in (TEXT, TEACHER_TEXT)
+        )
+        metrics["training_speedup"] = min(map(truediv, ours, theirs))
+        parts.append(f"text at {metrics['training_speedup']:.2f}x its teacher's speed or more")
+    return StageResult(source, metrics, ", ".join(parts))
 
 
 def _loss(

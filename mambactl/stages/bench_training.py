@@ -1,7 +1,8 @@
 """`bench --training`: steps of mixer alignment and of logits distillation, as `distill` takes them.
 
 A synthetic hybrid learns from the attention model of its shape, of which it has every tensor but
-the mixers.
+the mixers. With `--baseline teacher` both also learn the text alone, in the same steps: what a
+hybrid costs to train against the model it came from.
 """
 
 import gc
@@ -14,6 +15,7 @@ from torch import nn
 
 from mambactl import console
 from mambactl.checkpoint.load import load_model
+from mambactl.data.pack import Batch
 from mambactl.errors import ResourceError, UsageError
 from mambactl.kernels.dispatch import triton_missing
 from mambactl.measure.synthetic import SHAPES, build, materialise
@@ -36,6 +38,9 @@ from mambactl.train.optimizer import build_optimizer, mixer_parameters, rest_par
 from mambactl.train.sharing import share_frozen
 
 Pair = tuple[HybridForCausalLM, HybridForCausalLM]
+DISTILLED = ("align", "logits")
+# learning text alone: the hybrid, and the model it came from
+TEXT, TEACHER_TEXT = "text", "teacher's text"
 
 
 def training_points(
@@ -82,41 +87,69 @@ def _measure(
     pair = (_synthetic if synthetic else _loaded)(config, name, device, dtype)
     rows, length = size
     batch = random_batch(pair[0].config.vocab_size, rows, length, config.seed)
-    trained = _trained(config, pair[0])
-    share_frozen(*pair, {n for parts in trained.values() for n in parts}, dtype)
+    share_frozen(*pair, set(_trained(config, pair[0])["logits"]), dtype)
     pair[0].train()
     compiling = compiles(config.compile, device)
     # compiled blocks keep their kernels, so gradients are compared first
-    errors = {stage: _error(config, stage, pair, batch, device, dtype) for stage in trained}
+    errors = {stage: _error(config, stage, pair, batch, device, dtype) for stage in DISTILLED}
     if compiling:
         for model in pair:
             compile_blocks(model)
-    captures = config.capture and device.type == "cuda"
-    # a recording is made once in the step after these, and no step of it is timed
-    warmup = max(config.warmup, WARMUP + 1) if captures else config.warmup
     about = {
         "compiled": compiling,
         "kernels": "triton" if triton_missing(device) is None else "reference",
     }
     found = []
     for stage, error in errors.items():
-        try:
-            objective = _objective(stage, pair, dtype, compiling)
-            if captures:
-                trains = list(trained[stage].values())
-                objective = CapturedObjective(objective, trains, recorder_for(device))
-            step = _step(config, stage, pair[0], objective)
-            point = training_speed(step, batch, device, warmup, config.iters)
-        except torch.OutOfMemoryError as problem:
-            raise ResourceError(
-                f"{stage} of {rows} rows of {length} tokens does not fit: {problem}",
-                "give a smaller --batch-size, or --no-train-rest",
-            ) from problem
-        captured = captures and objective.replays
-        found.append(point | about | {"captured": captured, "gradient_error": error})
-        del step, objective
-        _forget(pair[0], device)
+        objective = _objective(stage, pair, dtype, compiling)
+        point = _timed(config, stage, pair[0], objective, batch, device)
+        found.append(point | about | {"gradient_error": error})
+    if config.baseline is not None:
+        found += [
+            _timed(config, stage, model, _objective("logits", (model, None), dtype, False), batch,
+                   device) | about | {"gradient_error": None}
+            for stage, model in _alone(pair, device)
+        ]  # fmt: skip
     return found
+
+
+def _alone(pair: Pair, device: torch.device) -> Iterator[tuple[str, HybridForCausalLM]]:
+    """The student, then its teacher in the student's place: fp32 masters, everything trains."""
+    student, teacher = pair
+    yield TEXT, student
+    student.to("meta")
+    _forget(teacher, device)
+    yield TEACHER_TEXT, teacher.float().train()
+
+
+def _timed(
+    config: BenchConfig,
+    stage: str,
+    student: HybridForCausalLM,
+    objective: Objective,
+    batch: Batch,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Speed and memory of one kind of step."""
+    rows, length = batch.input_ids.shape
+    captures = config.capture and device.type == "cuda"
+    # a recording is made once in the step after these, and no step of it is timed
+    warmup = max(config.warmup, WARMUP + 1) if captures else config.warmup
+    try:
+        if captures:
+            trains = list(_trained(config, student)[stage].values())
+            objective = CapturedObjective(objective, trains, recorder_for(device))
+        step = _step(config, stage, student, objective)
+        point = training_speed(step, batch, device, warmup, config.iters)
+    except torch.OutOfMemoryError as problem:
+        raise ResourceError(
+            f"{stage} of {rows} rows of {length} tokens does not fit: {problem}",
+            "give a smaller --batch-size, or --no-train-rest",
+        ) from problem
+    captured = captures and objective.replays
+    del step, objective
+    _forget(student, device)
+    return point | {"captured": captured}
 
 
 def _error(
@@ -150,14 +183,20 @@ def _trained(config: BenchConfig, student: HybridForCausalLM) -> dict[str, dict[
     """What trains in each stage, by name."""
     mixers = mixer_parameters(student)
     rest = rest_parameters(student) if config.train_rest else {}
-    return {"align": mixers, "logits": mixers | rest}
+    both = mixers | rest
+    return {"align": mixers, "logits": both, TEXT: both, TEACHER_TEXT: both}
 
 
-def _objective(stage: str, pair: Pair, dtype: torch.dtype, compiling: bool) -> Objective:
+def _objective(
+    stage: str,
+    pair: tuple[HybridForCausalLM, HybridForCausalLM | None],
+    dtype: torch.dtype,
+    compiling: bool,
+) -> Objective:
     amp = None if dtype == torch.float32 else dtype
     if stage == "align":
         return AlignmentObjective(*pair, amp, compile=compiling)
-    return LogitsObjective(*pair, amp=amp)
+    return LogitsObjective(*pair, ce_weight=0.0 if pair[1] is not None else 1.0, amp=amp)
 
 
 def _step(

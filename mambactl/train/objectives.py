@@ -48,14 +48,14 @@ class Objective(Protocol):
 class LogitsObjective:
     """kl_weight * divergence(teacher, student) + ce_weight * CE per predicted token.
 
-    The divergence is the forward KL, the reverse KL or a generalised JSD with `beta`; see
-    `losses.distillation_loss`.
+    Without a teacher the CE alone. The divergence is the forward KL, the reverse KL or a
+    generalised JSD with `beta`; see `losses.distillation_loss`.
     """
 
     def __init__(
         self,
         student: HybridForCausalLM,
-        teacher: HybridForCausalLM,
+        teacher: HybridForCausalLM | None,
         kl_weight: float = 1.0,
         ce_weight: float = 0.0,
         temperature: float = 1.0,
@@ -83,18 +83,23 @@ class LogitsObjective:
     def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
         """One teacher and one student pass; see `Objective`."""
         with autocast(batch.input_ids.device, self.amp):
-            with torch.no_grad():
-                guide = last_hidden(self.teacher, batch)
+            guide = self._guide(batch)
             loss = distillation_loss(
                 last_hidden(self.student, batch),
                 self.student.lm_head.weight,
                 *next_tokens(batch),
-                Teacher(guide, self.teacher.lm_head.weight),
+                guide,
                 **self.weights,
             ).total
         share = loss / tokens
         share.backward()
         return share.detach()
+
+    @torch.no_grad()
+    def _guide(self, batch: Batch) -> Teacher | None:
+        if self.teacher is None:
+            return None
+        return Teacher(last_hidden(self.teacher, batch), self.teacher.lm_head.weight)
 
 
 def next_tokens(batch: Inputs) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,19 @@ def test_against_the_teacher_of_the_lineage(student, tiny_llama_dir, capsys):
     assert metrics["versions"]["torch"] and metrics["bandwidth_bytes_per_second"] > 1e8
 
 
+def test_training_beside_the_teacher(student, capsys):
+    """Both learn the text alone, with everything that trains as fp32 masters."""
+    small = {"training": True, "input_len": [16], "batch_size": [2], "compile": False}
+    result = bench.run(cpu(baseline="teacher", **small), str(student))
+    points = {point["stage"]: point for point in result.metrics["points"]}
+    assert list(points) == ["align", "logits", "text", "teacher's text"]
+    speeds = [points[name]["tokens_per_second"] for name in ("text", "teacher's text")]
+    assert result.metrics["training_speedup"] == speeds[0] / speeds[1]
+    # no teacher's pass, and not the teacher's loss
+    assert points["text"]["first_loss"] != points["teacher's text"]["first_loss"]
+    assert "its teacher's speed" in result.text and "training" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("also", [{"draft": "ngram"}, {"verify": True}])
 def test_kernels_refuse_what_they_would_ignore(also):
     with pytest.raises(UsageError, match="--kernels has no draft"):
