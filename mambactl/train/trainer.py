@@ -178,11 +178,17 @@ class _Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self.stop.unsaved = True
         # a signal may reach the processes in different steps, but all must take the last one
         signum = largest(self.stop.signum or 0, args.device)
         if signum:
             self.stop.signum = signum
             control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.stop.unsaved = False
 
     def _evaluates(self, step: int, steps: int) -> bool:
         if self.evaluation is None:
