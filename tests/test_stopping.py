@@ -1,4 +1,4 @@
-"""One signal ends a process with its code, whatever a library does with the exception or at exit."""
+"""One signal ends a process with its code, whatever a library does with it or at exit."""
 
 import os
 import signal

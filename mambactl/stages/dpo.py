@@ -44,7 +44,7 @@ def run(
         held, before = _held_out(job, config, folder, student, reference, data)
         trainer = _trainer(job, config, folder, student, reference, data, held)
         del reference
-        metrics: dict[str, Any] = report_phases([follow(trainer, STAGE, folder)])
+        metrics: dict[str, Any] = report_phases([follow(trainer, STAGE, folder)], folder)
         metrics |= {"data": data.counts}
         if config.max_kl is not None and held.farthest() > config.max_kl:
             console.warn(f"the policy is {held.farthest():.4f} nats per token from its reference")

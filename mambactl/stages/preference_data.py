@@ -1,6 +1,6 @@
 """The pairs of a DPO run: what it trains on, and what is held out of the same or other sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,11 +129,3 @@ def _report(title: str, sets: Mapping[str, PairSet]) -> None:
         ("set", "pairs", "bad rows", "too long"),
         [(name, *map(str, found.counts().values())) for name, found in sets.items()],
     )
-    _warn("bad and left out", [where for found in sets.values() for where in found.bad])
-    _warn("longer than a row and left out", [w for found in sets.values() for w in found.too_long])
-
-
-def _warn(problem: str, places: Sequence[str]) -> None:
-    if places:
-        rows = "1 row is" if len(places) == 1 else f"{len(places)} rows are"
-        console.warn(f"{rows} {problem}, first {places[0]}")

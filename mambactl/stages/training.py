@@ -360,8 +360,11 @@ def require_whole_weights(needed: bool) -> None:
         )
 
 
-def report_phases(reports: Sequence[PhaseReport]) -> dict[str, Any]:
-    """Show how every phase went as a table; returns the same as metrics."""
+def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> dict[str, Any]:
+    """Show how every phase went as a table; returns the same as metrics.
+
+    Warns of a phase whose losses, in the folder's metrics, are higher at its end.
+    """
     console.table(
         "training",
         ("phase", "steps", "first loss", "last loss", "tokens", "seconds", "held-out KL"),
@@ -371,12 +374,19 @@ def report_phases(reports: Sequence[PhaseReport]) -> dict[str, Any]:
             for r in reports
         ],
     )  # fmt: skip
+    lines = folder.read_log() if is_main() else []
     for report in reports:
-        if report.last_loss > report.first_loss:
+        losses = [x["loss"] for x in lines if x["phase"] == report.name and "loss" in x]
+        # single batches vary too much, those of preferences above all
+        few = max(5, len(losses) // 10)
+        if len(losses) < 2 * few:
+            continue
+        first, last = np.mean(losses[:few]), np.mean(losses[-few:])
+        if last > first:
             flag = "--align-lr" if report.name == "align" else "--lr"
             console.warn(
-                f"{report.name} ended at a loss of {report.last_loss:.4f}, above its first of "
-                f"{report.first_loss:.4f}: lower {flag}"
+                f"the last {few} losses of {report.name} are {last:.4f} on average, the first "
+                f"{few} were {first:.4f}: lower {flag}"
             )
     return {
         r.name: {k: v for k, v in asdict(r).items() if k != "name" and v is not None}

@@ -13,7 +13,9 @@ class StopRequest:
     """While active, the first signal only sets `signum`; a second one acts at once.
 
     So does the first where nothing is `unsaved`: a step may compile for minutes before its end.
-    Several processes always wait, since all must take the same last step. After saving, `deliver` gives the signal to whoever handled it before. Outside the main thread
+    Several processes always wait, since all must take the same last step.
+
+    After saving, `deliver` gives the signal to whoever handled it before. Outside the main thread
     signals are left alone.
     """
 

@@ -50,7 +50,7 @@ def test_wrong_use_has_its_exit_codes(cli, given, prompts, tiny_llama_dir, tmp_p
     prompts.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
     bad = cli(*given, "-o", "a.jsonl")
     assert (bad.code, bad.out) == (2, "")
-    assert "row 2 has an empty prompt" in bad.err
+    assert "row 2: has an empty prompt" in bad.err
     assert "--skip-bad-rows" in bad.err
     text = cli("generate", str(tiny_llama_dir), "-p", "the", "-o", "a.jsonl")
     assert text.code == 2
