@@ -25,7 +25,6 @@ from mambactl.recipe.training import (
 
 __all__ = [
     "MODEL_WRITERS",
-    "PLACE",
     "ROW_SUFFIXES",
     "ROW_WRITER",
     "STAGES",
@@ -69,5 +68,3 @@ WRITERS = (*MODEL_WRITERS, "teacher-cache")
 # what `generate` writes only with --dataset is a file of rows, no checkpoint
 ROW_WRITER = "generate"
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
-# where a run happens is no part of what it makes
-PLACE = {"device", "trust_remote_code", "compile", "capture", "log_to", "shard"}

@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -68,6 +68,11 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, coerce_numbers_to_str=True, defer_build=True
+    )
+
+    # fields that say where a run happens, which is no part of what it makes
+    place: ClassVar[frozenset[str]] = frozenset(
+        {"device", "trust_remote_code", "compile", "capture", "log_to"}
     )
 
     seed: int = Field(0, ge=0, description="one integer for everything random")

@@ -1,6 +1,6 @@
 """Options of the stages that follow gradients, and of what they read in a teacher's place."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -96,6 +96,8 @@ class SpreadConfig(TrainConfig):
 
 class ShardConfig(SpreadConfig):
     """Weights, too, that processes can share."""
+
+    place: ClassVar[frozenset[str]] = StageConfig.place | {"shard"}
 
     shard: bool | None = Field(
         None, description="split weights over them (FSDP2); default: where a GPU cannot hold all"

@@ -26,7 +26,7 @@ from mambactl.data.conversations import (
 from mambactl.decode.backend import NGRAM, REFERENCE_K
 from mambactl.decode.prompts import Prompt, encode, render
 from mambactl.errors import UsageError
-from mambactl.recipe import PLACE, GenerateConfig
+from mambactl.recipe import GenerateConfig
 from mambactl.stages import decoding
 from mambactl.stages.placement import place
 
@@ -84,7 +84,7 @@ class QuestionSet:
         named = draft not in (None, NGRAM)
         return {
             "stage": "generate",
-            **self.config.model_dump(mode="json", exclude=PLACE | AFTERWARDS),
+            **self.config.model_dump(mode="json", exclude=self.config.place | AFTERWARDS),
             "k": self.k,
             "source_sha256": header_digest(resolve(self.source).path),
             "draft_sha256": header_digest(resolve(draft).path) if named else None,

@@ -33,6 +33,9 @@ def test_the_path_of_the_file_is_what_stdout_says(cli, given, tmp_path) -> None:
     assert out.stat().st_mtime_ns == before
     other = cli(*given, "-o", "a.jsonl", "--resume", "--seed", "1")
     assert (other.code, "seed 0 -> 1" in other.err) == (5, True)
+    # which part is answered is no matter of place, unlike `--shard` of sft
+    part = cli(*given, "-o", "a.jsonl", "--resume", "--shard", "1/2")
+    assert (part.code, 'shard null -> "1/2"' in part.err) == (5, True)
     assert cli(*given, "-o", "a.jsonl", "--force", "--seed", "1").code == 0
 
 
