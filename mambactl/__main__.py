@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ ECHO_SIGNS = (
 )
 # seconds in which the main process of a run says itself what all of them met
 PATIENCE = 10.0
+# exit code of a command that a signal stopped, less the signal's number
+STOPPED = 128
+# seconds in which such a command undoes what it was at, and in which its process ends after that
+UNDOING, ENDING = 10.0, 5.0
 DISK_SIGNS = ("No space left on device", "Disk quota exceeded")
 
 
@@ -41,7 +46,11 @@ def main() -> NoReturn:
     # idle threads that spin make torch on a busy machine several times slower; read at its import
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     secure_streams()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code > STOPPED:
+        # exit waits for threads, and up to 300 s for the compilers' pool
+        _end_in(ENDING, code)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -50,7 +59,7 @@ def run(arguments: list[str]) -> int:
     failure: BaseException | None = None
     code: int = ExitCode.DONE
     try:
-        with _stopping(stopped):
+        with _stopping(stopped, arguments):
             code = _invoke(arguments)
     except SystemExit as error:
         # completion and Typer's own exits
@@ -58,11 +67,7 @@ def run(arguments: list[str]) -> int:
     except BaseException as error:
         failure = error
     if stopped:
-        name = signal.Signals(stopped[0]).name
-        rows = any(argument.partition("=")[0] == "--dataset" for argument in arguments)
-        resumable = arguments[:1] and (arguments[0] in RESUMABLE or rows)
-        hint = "run it again; --resume continues where it stopped" if resumable else "run it again"
-        return _report(failure, 128 + stopped[0], f"stopped by {name}", hint, arguments)
+        return _report_stop(stopped[0], failure, arguments)
     if failure is not None:
         return _report(failure, *explain(failure), arguments)
     return code
@@ -103,19 +108,36 @@ def _invoke(arguments: list[str]) -> int:
 
 
 @contextmanager
-def _stopping(stopped: list[int]) -> Iterator[None]:
+def _stopping(stopped: list[int], arguments: list[str]) -> Iterator[None]:
+    left = threading.Event()
+
+    def insist() -> None:
+        # a library may have swallowed `Stopped`
+        if not left.wait(UNDOING):
+            os._exit(_report_stop(stopped[0], None, arguments))
+
     def handler(number: int, frame: FrameType | None) -> None:
         if stopped:
-            os._exit(128 + number)
+            os._exit(STOPPED + number)
         stopped.append(number)
+        threading.Thread(target=insist, name="stopping", daemon=True).start()
         raise Stopped(signal.Signals(number).name)
 
     before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        left.set()
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def _end_in(seconds: float, code: int) -> None:
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(code)
+
+    threading.Thread(target=end, name="ending", daemon=True).start()
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -129,6 +151,14 @@ def _is_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in MEMORY_SIGNS)
+
+
+def _report_stop(number: int, failure: BaseException | None, arguments: list[str]) -> int:
+    rows = any(argument.partition("=")[0] == "--dataset" for argument in arguments)
+    resumable = arguments[:1] and (arguments[0] in RESUMABLE or rows)
+    hint = "run it again; --resume continues where it stopped" if resumable else "run it again"
+    message = f"stopped by {signal.Signals(number).name}"
+    return _report(failure, STOPPED + number, message, hint, arguments)
 
 
 def _report(

@@ -13,6 +13,8 @@ from functools import cache
 from typing import Any, Protocol
 
 PLAIN_INTERVAL = 30.0
+# columns of a stderr that is no terminal
+FILE_WIDTH = 120
 # set for the stages of a recipe: their result is JSON, their errors are read by a person
 PLAIN_ERRORS = "_MAMBACTL_PLAIN_ERRORS"
 # below every level: for the processes of a run that leave talking to the main one
@@ -68,7 +70,11 @@ def stderr() -> Any:
     """The one rich console bound to stderr (colour only on a terminal, honours NO_COLOR)."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        # a file has no width of its own, in which tables would be folded
+        console.width = FILE_WIDTH
+    return console
 
 
 def log(message: str, level: int = 1) -> None:

@@ -27,7 +27,7 @@ from mambactl.cli.options import (
 )
 from mambactl.errors import OutputError, UsageError
 from mambactl.ranks import is_main, launched
-from mambactl.recipe import PLACE, ROW_WRITER, STAGES, WRITERS, SpreadConfig, StageConfig
+from mambactl.recipe import ROW_WRITER, STAGES, WRITERS, SpreadConfig, StageConfig
 from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings, writes
 
 # the summary above them is the docstring of the stage's configuration
@@ -262,9 +262,13 @@ def _made_before(
     made = {
         "stage": lineage.get("stage"),
         "parent": lineage.get("parent", {}).get("sha256"),
-        **{key: value for key, value in recipe.items() if key not in PLACE},
+        **{key: value for key, value in recipe.items() if key not in config.place},
     }
-    asked = {"stage": stage, "parent": parent, **config.model_dump(mode="json", exclude=PLACE)}
+    asked = {
+        "stage": stage,
+        "parent": parent,
+        **config.model_dump(mode="json", exclude=config.place),
+    }
     if changed := differences(made, asked):
         message = f"{out} was made differently: {'; '.join(changed)}"
         raise OutputError(message, "--force replaces it, -o writes elsewhere")

@@ -10,6 +10,7 @@ from mambactl.errors import UsageError
 NAMED = 10
 MALFORMED, REFUSED, DOUBLED = "malformed", "refused by the template", "doubled begin token"
 EMPTY, UNANSWERED, LONG = "empty answer", "no answer", "too long"
+SAME, UNFIT = "equal answers", "unfit"
 
 
 class Bad(NamedTuple):
@@ -31,6 +32,10 @@ class BadRows:
     def add(self, kind: str, where: str, problem: str, cure: str = "correct the data") -> None:
         """Note one row."""
         self.found.append(Bad(kind, where, problem, cure))
+
+    def count(self, *kinds: str) -> int:
+        """Rows of these kinds."""
+        return sum(bad.kind in kinds for bad in self.found)
 
     @property
     def counts(self) -> dict[str, int]:

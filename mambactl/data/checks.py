@@ -24,7 +24,8 @@ def screened(
     ids, mask = example
     if begins_twice(ids, tokenizer):
         token = tokenizer.bos_token
-        bad.add(DOUBLED, row.where, f"begins with {token} twice", "correct the chat template")
+        cure = "correct the chat template" if "messages" in row else "leave it to the tokenizer"
+        bad.add(DOUBLED, row.where, f"begins with {token} twice", cure)
         return None
     if max_length is None or "messages" not in row:
         return example

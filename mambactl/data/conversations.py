@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice, zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
+from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.data.load import Row, chat_turns, read_rows, tool_list
 from mambactl.errors import UsageError
 
@@ -56,36 +57,30 @@ class Conversation:
         return int.from_bytes(hashlib.sha256(name).digest()[:8], "big", signed=True)
 
 
-class BadRow(NamedTuple):
-    """A row that cannot be answered, and why."""
-
-    where: str
-    problem: str
-
-
 def read_conversations(
-    specs: Sequence[str], max_samples: int | None = None
-) -> tuple[list[Conversation], list[BadRow]]:
-    """Read every set of `specs`, taking rows from them in turn: what can be answered, and the rest.
+    specs: Sequence[str], max_samples: int | None = None, bad: BadRows | None = None
+) -> list[Conversation]:
+    """Read every set of `specs`, taking rows from them in turn: what can be answered.
 
     A spec is a .jsonl, .jsonl.gz or .parquet file (a row each), a .txt file (a prompt per line) or
     a hub id `ID[:config][@split]`. Rows hold `turns` (user turns, each answered in order),
     `messages` (answered after the last turn that is not the assistant's), `prompt`, `instruction`
-    with an optional `input`, or `text`. Raises UsageError for a file that cannot be read.
+    with an optional `input`, or `text`; other rows are noted in `bad`. Raises UsageError for a file
+    that cannot be read.
     """
     found: list[Conversation] = []
-    bad: list[BadRow] = []
+    bad = BadRows() if bad is None else bad
     # a round takes one row of every set, and nothing of one that has ended
-    rounds = zip_longest(*map(_located, specs))
+    rounds = zip_longest(*(_located(spec, bad) for spec in specs))
     rows = (row for row in chain.from_iterable(rounds) if row is not None)
     for where, row in islice(rows, max_samples):
         try:
             found.append(conversation(where, row))
         except UsageError as error:
-            bad.append(BadRow(where, str(error)))
-    if not found and not bad:
+            bad.add(MALFORMED, where, str(error), f"expected {EXPECTED}")
+    if not found and not bad.found:
         raise UsageError(f"{', '.join(specs)}: no rows", "give a set with at least one prompt")
-    return found, bad
+    return found
 
 
 def conversation(where: str, row: Any) -> Conversation:
@@ -128,9 +123,9 @@ def shard_of(conversation: Conversation, count: int) -> int:
     return 1 + int.from_bytes(conversation.digest[:8], "big") % count
 
 
-def _located(spec: str) -> Iterator[tuple[str, Any]]:
+def _located(spec: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
     if not spec.endswith(".txt"):
-        yield from ((f"{spec}, row {number}", row) for number, row in read_rows(spec))
+        yield from ((f"{spec}, row {number}", row) for number, row in read_rows(spec, bad))
         return
     lines = [line for _, row in read_rows(spec) for line in row["text"].splitlines()]
     for number, line in enumerate(lines, start=1):

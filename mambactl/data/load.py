@@ -36,7 +36,11 @@ class Document(dict[str, Any]):
 
 
 class BadRow(Exception):
-    """What is wrong with one row; the caller adds where."""
+    """What is wrong with one row, and its kind of fault; the caller adds where."""
+
+    def __init__(self, problem: str, kind: str = MALFORMED):
+        super().__init__(problem)
+        self.kind = kind
 
 
 def load_rows(

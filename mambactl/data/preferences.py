@@ -1,7 +1,7 @@
 """Pairs of a better and a worse answer to one prompt: read by set, checked, and tokenised.
 
 The answer starts where the rendering of the prompt with the generation prompt ends, and ends with
-its end token. Nothing is cut: what is longer than a row is counted and left out.
+its end token. Nothing is cut: a pair that is longer than a row is a bad one.
 """
 
 import hashlib
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, REFUSED, SAME, BadRows
+from mambactl.data.checks import begins_twice
 from mambactl.data.format import TOGETHER, Example, render_chat
 from mambactl.data.load import (
     EXPECTED,
@@ -26,8 +28,7 @@ from mambactl.data.load import (
 from mambactl.errors import UsageError
 
 COLUMNS = ("prompt", "chosen", "rejected")
-# bad rows that one message names
-NAMED = 3
+EQUAL = "`chosen` equals `rejected`"
 
 
 class Pair(NamedTuple):
@@ -57,15 +58,15 @@ class Pair(NamedTuple):
 
 @dataclass
 class PairSet:
-    """What one data set gave: its pairs, and where those lie that are left out."""
+    """What one data set gave: its pairs, and the rows that are none."""
 
     pairs: list[Pair] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-    too_long: list[str] = field(default_factory=list)
+    bad: BadRows = field(default_factory=BadRows)
 
     def counts(self) -> dict[str, int]:
         """Rows of the set by what became of them."""
-        return {"pairs": len(self.pairs), "bad": len(self.bad), "too_long": len(self.too_long)}
+        long = self.bad.count(LONG)
+        return {"pairs": len(self.pairs), "bad": len(self.bad.found) - long, "too_long": long}
 
 
 class _Rendered(NamedTuple):
@@ -93,33 +94,31 @@ def load_pairs(
     Rows hold `chosen` and `rejected` and perhaps `prompt`, as messages or as text. Without a prompt
     it is what both answers start with. Text becomes turns of a chat, and stays text without a chat
     template, without a prompt, and if `chat` is off. A set on the hub is read until it gave `POOL`
-    times the rows that are `used`. Raises UsageError that names the rows that are bad, unless
-    `skip_bad_rows`, and where no pair is left.
+    times the rows that are `used`. Raises UsageError that names the rows that are bad, or longer
+    than `max_length` tokens, unless `skip_bad_rows`, and where no pair is left.
     """
     if not specs:
         raise UsageError("no data given", f"pass --data FILE with {EXPECTED['preference']} per row")
     names = set_names(specs)
     found = {name: PairSet() for name in names}
     rendered: dict[str, list[_Rendered]] = {name: [] for name in names}
-    sources = [_rows(name, spec, used) for name, spec in zip(names, specs, strict=True)]
+    sources = [_rows(n, spec, used, found[n].bad) for n, spec in zip(names, specs, strict=True)]
     for name, where, row in islice(in_turn(sources), max_samples):
+        bad = found[name].bad
         try:
             rendered[name].append(_render(where, row, tokenizer, chat))
-        except (BadRow, UsageError) as error:
-            found[name].bad.append(f"{where}: {error}")
+        except BadRow as error:
+            bad.add(error.kind, where, str(error), _expected())
+        except UsageError as error:
+            bad.add(REFUSED, where, str(error), error.hint or "correct the data")
     for name, texts in rendered.items():
         _tokenise(texts, tokenizer, max_length, found[name])
-    bad = [message for result in found.values() for message in result.bad]
-    if bad and not skip_bad_rows:
-        more = f" (and {len(bad) - NAMED} more)" if len(bad) > NAMED else ""
-        hint = f"mend them, or leave them out with --skip-bad-rows; {_expected()}"
-        raise UsageError("; ".join(bad[:NAMED]) + more, hint)
+    bad = BadRows(skip_bad_rows)
+    bad.found = [row for result in found.values() for row in result.bad.found]
+    bad.settle()
     if not any(result.pairs for result in found.values()):
-        long = [where for result in found.values() for where in result.too_long]
-        if long:
-            message = f"every pair is longer than {max_length} tokens, {long[0]} for one"
-            raise UsageError(message, "give a larger --max-length")
-        raise UsageError(f"no pair is usable: {bad[0]}" if bad else "the data is empty")
+        cure = bad.found[0].cure if bad.found else "give other data"
+        raise UsageError("no pair is usable" if bad.found else "the data is empty", cure)
     return found
 
 
@@ -136,7 +135,7 @@ def held_out(
         side = {}
         for name, found in sets.items():
             pairs = [pair for pair in found.pairs if (pair.key < bound) == is_held]
-            side[name] = PairSet(pairs, found.bad, found.too_long)
+            side[name] = PairSet(pairs, found.bad)
         sides.append(side)
     return sides[0], sides[1]
 
@@ -144,7 +143,7 @@ def held_out(
 def without_prompts(sets: Mapping[str, PairSet], keys: set[int]) -> tuple[dict[str, PairSet], int]:
     """The sets less the pairs whose prompt is among `keys`, and how many those are."""
     kept = {
-        name: PairSet([p for p in found.pairs if p.key not in keys], found.bad, found.too_long)
+        name: PairSet([p for p in found.pairs if p.key not in keys], found.bad)
         for name, found in sets.items()
     }
     return kept, sum(len(sets[name].pairs) - len(kept[name].pairs) for name in sets)
@@ -160,13 +159,13 @@ def marked(pair: Pair, tokenizer: Any) -> dict[str, str]:
     return {"where": pair.where, "chosen": chosen, "rejected": rejected}
 
 
-def _rows(name: str, spec: str, used: int | None) -> Iterator[tuple[str, str, Any]]:
+def _rows(name: str, spec: str, used: int | None, bad: BadRows) -> Iterator[tuple[str, str, Any]]:
     most = POOL * used if used is not None and is_on_hub(spec) else None
     empty = True
-    for number, row in islice(read_rows(spec), most):
+    for number, row in islice(read_rows(spec, bad), most):
         empty = False
         yield name, f"{spec}, row {number}", row
-    if empty:
+    if empty and not bad.found:
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 
 
@@ -232,19 +231,19 @@ def _check_turns(pair: dict[str, list[dict[str, Any]]]) -> None:
         if not any(turn.get("tool_calls") for turn in pair[side]):
             _require_words(" ".join(turn["content"] for turn in pair[side]), side)
     if pair["chosen"] == pair["rejected"]:
-        raise BadRow("`chosen` equals `rejected`")
+        raise BadRow(EQUAL, SAME)
 
 
 def _check_answers(chosen: str, rejected: str) -> None:
     _require_words(chosen, "chosen")
     _require_words(rejected, "rejected")
     if chosen.strip() == rejected.strip():
-        raise BadRow("`chosen` equals `rejected`")
+        raise BadRow(EQUAL, SAME)
 
 
 def _require_words(answer: str, side: str) -> None:
     if not answer.strip():
-        raise BadRow(f"the answer of `{side}` is empty")
+        raise BadRow(f"the answer of `{side}` is empty", EMPTY)
 
 
 def _tokenise(texts: Iterable[_Rendered], tokenizer: Any, max_length: int, found: PairSet) -> None:
@@ -253,17 +252,18 @@ def _tokenise(texts: Iterable[_Rendered], tokenizer: Any, max_length: int, found
         kind = [text for text in texts if text.is_chat == is_chat]
         for start in range(0, len(kind), TOGETHER):
             members = kind[start : start + TOGETHER]
-            for pair in _encode(members, tokenizer, special=not is_chat):
-                if isinstance(pair, str):
-                    found.bad.append(pair)
-                elif pair.longest > max_length:
-                    found.too_long.append(f"{pair.where} ({pair.longest} tokens)")
+            for pair in _encode(members, tokenizer, not is_chat, found.bad):
+                if pair.longest > max_length:
+                    problem = f"has {pair.longest} tokens, and --max-length {max_length} would "
+                    found.bad.add(LONG, pair.where, problem + "cut an answer", "raise --max-length")
                 else:
                     found.pairs.append(pair)
 
 
-def _encode(texts: Sequence[_Rendered], tokenizer: Any, special: bool) -> Iterator[Pair | str]:
-    """Pairs of tokens, or what is wrong and where."""
+def _encode(
+    texts: Sequence[_Rendered], tokenizer: Any, special: bool, bad: BadRows
+) -> Iterator[Pair]:
+    """Pairs of tokens; what is none goes to `bad`."""
     batch = tokenizer(
         [text for one in texts for text in (one.chosen, one.rejected)],
         add_special_tokens=special,
@@ -277,25 +277,27 @@ def _encode(texts: Sequence[_Rendered], tokenizer: Any, special: bool) -> Iterat
         # a token that reaches over the boundary belongs to both answers
         size = min(_size_of_prompt(offsets[2 * number + side], one.start) for side in (0, 1))
         pair = Pair(one.where, _key(one), chosen[:size], chosen[size:], rejected[size:])
-        problem = _problem(pair, rejected[:size], tokenizer)
-        yield pair if problem is None else f"{one.where}: {problem}"
+        try:
+            _check_pair(pair, rejected[:size], tokenizer)
+        except BadRow as error:
+            bad.add(error.kind, one.where, str(error))
+        else:
+            yield pair
 
 
 def _size_of_prompt(offsets: Sequence[tuple[int, int]], start: int) -> int:
     return next((n for n, (_, end) in enumerate(offsets) if end > start), len(offsets))
 
 
-def _problem(pair: Pair, other_prompt: np.ndarray, tokenizer: Any) -> str | None:
-    begin = tokenizer.bos_token_id
-    if begin is not None and (pair.prompt[:2] == begin).sum() == 2:
-        return f"the text begins with two begin tokens ({tokenizer.bos_token})"
+def _check_pair(pair: Pair, other_prompt: np.ndarray, tokenizer: Any) -> None:
+    if begins_twice(pair.prompt, tokenizer):
+        raise BadRow(f"begins with {tokenizer.bos_token} twice", DOUBLED)
     if not np.array_equal(pair.prompt, other_prompt):
-        return "the prompt has other tokens before `chosen` than before `rejected`"
+        raise BadRow("the prompt has other tokens before `chosen` than before `rejected`")
     if not len(pair.chosen) or not len(pair.rejected):
-        return "an answer has no token"
+        raise BadRow("an answer has no token", EMPTY)
     if np.array_equal(pair.chosen, pair.rejected):
-        return "`chosen` equals `rejected`"
-    return None
+        raise BadRow(EQUAL, SAME)
 
 
 def _key(text: _Rendered) -> int:

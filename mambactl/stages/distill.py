@@ -66,7 +66,7 @@ def run(
     with folder.open(resume, force):
         trim = not (models.compiled or config.capture)
         reports = train(models.student, phases, rows, config, folder, evaluation, trim)
-        metrics = report_phases(reports)
+        metrics = report_phases(reports, folder)
         draw_ledger(folder, asked=bool(held_out))
         models.put_back(job)
         job.save(models.student, folder, models.name, metrics)

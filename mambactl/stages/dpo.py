@@ -16,6 +16,7 @@ from mambactl.stages import StageResult
 from mambactl.stages.preference_data import Preferences, preview, read_preferences
 from mambactl.stages.reference import HeldOutPreferences, precomputed, show_held_out
 from mambactl.stages.training import Job, plan_training, report_phases, require_whole_weights
+from mambactl.train.distributed import from_main, join, largest
 from mambactl.train.run_folder import RunFolder
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
@@ -37,14 +38,17 @@ def run(
     _require(config)
     job = Job.of(STAGE, config, source)
     folder = job.folder(out, resume, force)
+    join(job.device)
     data = read_preferences(job, config)
     student = job.student()
     reference = _reference(job, config)
     with folder.open(resume, force):
+        # the main process is in its folder: nothing of a run before is left there
+        from_main(None)
         held, before = _held_out(job, config, folder, student, reference, data)
         trainer = _trainer(job, config, folder, student, reference, data, held)
         del reference
-        metrics: dict[str, Any] = report_phases([follow(trainer, STAGE, folder)])
+        metrics: dict[str, Any] = report_phases([follow(trainer, STAGE, folder)], folder)
         metrics |= {"data": data.counts}
         if config.max_kl is not None and held.farthest() > config.max_kl:
             console.warn(f"the policy is {held.farthest():.4f} nats per token from its reference")
@@ -161,6 +165,11 @@ def _held_out(
     return held, before
 
 
+def _any(found: bool, job: Job) -> bool:
+    """Whether one process found it: last bits may differ between them, but all must stop."""
+    return bool(largest(int(found), job.device))
+
+
 def _trainer(
     job: Job,
     config: DpoConfig,
@@ -200,7 +209,7 @@ def _trainer(
         None if _precomputes(config) else reference,
         arguments,
         measure=held.at,
-        enough=lambda _: config.max_kl is not None and held.farthest() > config.max_kl,
+        enough=lambda _: config.max_kl is not None and _any(held.farthest() > config.max_kl, job),
         data_collator=PairCollator(pad or 0, layout.width, layout.packing),
         train_dataset=preference_dataset(data.train, logps, config.ld_alpha),
         processing_class=tokenizer,

@@ -22,14 +22,7 @@ def read_preference_sets(config: EvalConfig, tokenizer: Any) -> dict[str, PairSe
     sets = load_pairs(
         config.preferences, tokenizer, config.max_length, skip_bad_rows=True, used=config.limit
     )
-    for name, found in sets.items():
-        for problem, rows in (("bad", found.bad), ("longer than --max-length", found.too_long)):
-            if rows:
-                console.warn(f"{name}: {len(rows)} rows left out as {problem}, first {rows[0]}")
-    return {
-        name: PairSet(found.pairs[: config.limit], found.bad, found.too_long)
-        for name, found in sets.items()
-    }
+    return {name: PairSet(found.pairs[: config.limit], found.bad) for name, found in sets.items()}
 
 
 def measure_preferences(

@@ -1,6 +1,6 @@
 """The pairs of a DPO run: what it trains on, and what is held out of the same or other sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from mambactl import console
 from mambactl.data.load import is_on_hub, set_names
+from mambactl.data.mixture import shares
 from mambactl.data.preferences import (
     Pair,
     PairSet,
@@ -52,6 +53,7 @@ def read_preferences(job: Job, config: DpoConfig) -> Preferences:
     measured: Mapping[str, PairSet] = {}
     if config.eval_data:
         used = config.eval_pairs
+        rules["skip_bad_rows"] = True
         measured = load_pairs(config.eval_data, tokenizer, config.max_length, used=used, **rules)
         _report("held out", measured)
         sets, dropped = without_prompts(sets, _keys(measured))
@@ -87,7 +89,7 @@ def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
     total = sum(len(found.pairs) for found in sets.values())
     held: Mapping[str, PairSet] = {}
     if local := [spec for spec in config.eval_data if not is_on_hub(spec)]:
-        held = load_pairs(local, tokenizer, config.max_length, **rules)
+        held = load_pairs(local, tokenizer, config.max_length, **rules | {"skip_bad_rows": True})
     elif config.eval_share:
         held = held_out(sets, config.eval_share)[1]
     return {
@@ -100,6 +102,8 @@ def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
 
 
 def _require_apart(config: DpoConfig) -> None:
+    if shares(config.data):
+        raise UsageError("dpo takes pairs as they come, without weights", "drop =NUMBER of --data")
     if config.eval_data and config.eval_share:
         raise UsageError("--eval-data and --eval-share both hold data out", "give one of them")
     if shared := sorted(set(config.data) & set(config.eval_data)):
@@ -129,11 +133,3 @@ def _report(title: str, sets: Mapping[str, PairSet]) -> None:
         ("set", "pairs", "bad rows", "too long"),
         [(name, *map(str, found.counts().values())) for name, found in sets.items()],
     )
-    _warn("bad and left out", [where for found in sets.values() for where in found.bad])
-    _warn("longer than a row and left out", [w for found in sets.values() for w in found.too_long])
-
-
-def _warn(problem: str, places: Sequence[str]) -> None:
-    if places:
-        rows = "1 row is" if len(places) == 1 else f"{len(places)} rows are"
-        console.warn(f"{rows} {problem}, first {places[0]}")

@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mambactl import console
 from mambactl.checkpoint.adapters import adapt
 from mambactl.checkpoint.load import load_tokenizer
 from mambactl.checkpoint.provenance import header_digest
@@ -17,9 +16,8 @@ from mambactl.checkpoint.reader import open_checkpoint
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.summary import describe
 from mambactl.data.answers import CATEGORY_TEMPERATURES, OTHER_TEMPERATURE, require_fit
+from mambactl.data.bad_rows import LONG, UNFIT, BadRows
 from mambactl.data.conversations import (
-    EXPECTED,
-    BadRow,
     Conversation,
     distinct,
     read_conversations,
@@ -28,12 +26,10 @@ from mambactl.data.conversations import (
 from mambactl.decode.backend import NGRAM, REFERENCE_K
 from mambactl.decode.prompts import Prompt, encode, render
 from mambactl.errors import UsageError
-from mambactl.recipe import PLACE, GenerateConfig
+from mambactl.recipe import GenerateConfig
 from mambactl.stages import decoding
 from mambactl.stages.placement import place
 
-# bad rows that a message names
-NAMED = 5
 # what only says what is made of finished answers may change until they are written
 AFTERWARDS = {"keep_unfinished", "generator"}
 SHARD = re.compile(r"(\d+)/(\d+)")
@@ -63,21 +59,17 @@ class QuestionSet:
         _validate(config)
         decoding.require_draft(config, source)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-        found, bad = read_conversations(config.dataset, config.max_samples)
-        rows = len(found) + len(bad)
+        bad = BadRows(config.skip_bad_rows)
+        found = read_conversations(config.dataset, config.max_samples, bad)
+        rows = len(found) + len(bad.found)
         chosen = distinct(found) if config.format == "jsonl" else found
         index, count = _shard(config)
         mine = [each for each in chosen if shard_of(each, count) == index]
-        fitting, lengths, unfit = _measure(config, source, tokenizer, mine)
-        bad += unfit
-        if bad and not config.skip_bad_rows:
-            hint = f"--skip-bad-rows leaves them out; expected {EXPECTED}"
-            raise UsageError(_named(bad), hint)
-        if bad:
-            console.log(f"left out: {_named(bad)}")
+        fitting, lengths = _measure(config, source, tokenizer, mine, bad)
+        bad.settle()
         counts = {
             "rows": rows,
-            "bad_rows": len(bad),
+            "bad_rows": len(bad.found),
             "repeated_prompts": len(found) - len(chosen),
             "other_shards": len(chosen) - len(mine),
             "prompts": len(fitting),
@@ -92,7 +84,7 @@ class QuestionSet:
         named = draft not in (None, NGRAM)
         return {
             "stage": "generate",
-            **self.config.model_dump(mode="json", exclude=PLACE | AFTERWARDS),
+            **self.config.model_dump(mode="json", exclude=self.config.place | AFTERWARDS),
             "k": self.k,
             "source_sha256": header_digest(resolve(self.source).path),
             "draft_sha256": header_digest(resolve(draft).path) if named else None,
@@ -207,13 +199,17 @@ def _shard(config: GenerateConfig) -> tuple[int, int]:
 
 
 def _measure(
-    config: GenerateConfig, source: str, tokenizer: Any, conversations: Sequence[Conversation]
-) -> tuple[list[Conversation], list[int], list[BadRow]]:
-    """Conversations that fit into the model and the format, their lengths, and the others."""
+    config: GenerateConfig,
+    source: str,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    bad: BadRows,
+) -> tuple[list[Conversation], list[int]]:
+    """Conversations that fit into the model and the format, and their lengths; others are noted."""
     with open_checkpoint(source) as reader:
         model = adapt(reader).config
     limit = model.max_position_embeddings if "attention" in model.mixers else None
-    fitting, lengths, bad = [], [], []
+    fitting, lengths = [], []
     for each in conversations:
         try:
             require_fit(each, config.format)
@@ -221,19 +217,16 @@ def _measure(
             whole = as_prompt(each, [""] * len(each.later))
             length = len(encode(whole, tokenizer, config.chat))
             new = each.n_answers * config.max_new_tokens
-            if limit is not None and length + new > limit:
-                raise UsageError(
-                    f"needs {length} tokens and up to {new} new ones, more than the {limit} this "
-                    "model was made for"
-                )
         except UsageError as error:
-            bad.append(BadRow(each.where, str(error)))
+            bad.add(UNFIT, each.where, str(error), error.hint or "correct the data")
+            continue
+        if limit is not None and length + new > limit:
+            problem = (
+                f"needs {length} tokens and up to {new} new ones, more than the {limit} this model "
+                "was made for"
+            )
+            bad.add(LONG, each.where, problem, "lower --max-new-tokens")
             continue
         fitting.append(each)
         lengths.append(length)
-    return fitting, lengths, bad
-
-
-def _named(bad: Sequence[BadRow]) -> str:
-    named = "; ".join(f"{row.where} {row.problem}" for row in bad[:NAMED])
-    return f"{named}; and {len(bad) - NAMED} more rows" if len(bad) > NAMED else named
+    return fitting, lengths

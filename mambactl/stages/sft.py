@@ -57,7 +57,7 @@ def run(
         if held_out:
             measured = HeldOut(student, teacher, held_out, config.batch_size, job.amp)
             evaluation = Evaluation(config.eval_every, measured.measure)
-        metrics = report_phases([follow(trainer, STAGE, folder, evaluation)])
+        metrics = report_phases([follow(trainer, STAGE, folder, evaluation)], folder)
         draw_ledger(folder, asked=bool(held_out) and teacher is not None)
         job.save(merged(trainer.model), folder, _teacher_name(job, config, teacher), metrics)
     console.log(f"wrote {out}")

@@ -24,7 +24,7 @@ from mambactl.data.pack import Row, collate
 from mambactl.disk import explained, gib
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import PLACE, DistillConfig, HeldOutConfig, TeacherCacheConfig
+from mambactl.recipe import DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.stages import StageResult
 from mambactl.stages.training import Job
 from mambactl.train.run_folder import RunFolder
@@ -217,7 +217,7 @@ def _record(
             "data_sha256": identity["data_sha256"],
             "rows": metrics["rows"],
             "tokens": metrics["tokens"],
-            **{key: value for key, value in recipe.items() if key not in {*PLACE, "data"}},
+            **{key: value for key, value in recipe.items() if key not in {*config.place, "data"}},
         }
     }
 
@@ -259,6 +259,8 @@ def _command(job: Job, config: HeldOutConfig, kept: dict[str, Any], temperature:
     words += [word for spec in config.data for word in ("--data", spec)]
     usual = TeacherCacheConfig.model_fields
     asked = {name: getattr(config, name) for name in ROW_OPTIONS if hasattr(config, name)}
+    # drawn by one process, for the rows of all
+    asked["batch_size"] *= job.processes
     for name, value in (asked | {"temperature": temperature}).items():
         flag = name.replace("_", "-")
         if value == usual[name].default:

@@ -30,7 +30,7 @@ from mambactl.errors import ResourceError, UsageError
 from mambactl.measure.plots import draw
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import is_main, sharded
-from mambactl.recipe import PLACE, MixedRowsConfig, SpreadConfig, TrainConfig
+from mambactl.recipe import MixedRowsConfig, SpreadConfig, TrainConfig
 from mambactl.stages.placement import place
 from mambactl.stages.teacher import teacher_of
 from mambactl.train.distributed import consolidated
@@ -73,7 +73,7 @@ class Job:
         given = self.config.teacher
         return {
             "stage": self.stage,
-            **self.config.model_dump(mode="json", exclude=set(PLACE)),
+            **self.config.model_dump(mode="json", exclude=self.config.place),
             "source": _name(self.source),
             "source_sha256": header_digest(resolve(self.source).path),
             "teacher": given and _name(given),
@@ -255,7 +255,7 @@ class Job:
     def held_out_rows(self, tokenizer: Any, assistant_only: bool = False) -> list[Row]:
         """Packed rows of `eval_data`, about `eval_tokens` of them and the same every time.
 
-        With `assistant_only`, chats without a whole answer are left out and reported.
+        Bad rows are left out and reported; with `assistant_only` also chats without a whole answer.
         """
         config = self.config
         if not config.eval_data:
@@ -266,8 +266,8 @@ class Job:
             raise UsageError(
                 f"{', '.join(shared)} is training data and held out", "give other --eval-data"
             )
-        documents = load_rows(config.eval_data, used_tokens=2 * config.eval_tokens)
         bad, longest = BadRows(skip=True), config.max_length if assistant_only else None
+        documents = load_rows(config.eval_data, used_tokens=2 * config.eval_tokens, bad=bad)
         examples = encode_rows(
             documents,
             tokenizer,
@@ -275,6 +275,7 @@ class Job:
             2 * config.eval_tokens,
             config.seed,
             keep=lambda row, example: screened(row, example, tokenizer, bad, longest),
+            bad=bad,
         )
         bad.settle()
         rows = pack(examples, config.max_length)
@@ -360,8 +361,11 @@ def require_whole_weights(needed: bool) -> None:
         )
 
 
-def report_phases(reports: Sequence[PhaseReport]) -> dict[str, Any]:
-    """Show how every phase went as a table; returns the same as metrics."""
+def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> dict[str, Any]:
+    """Show how every phase went as a table; returns the same as metrics.
+
+    Warns of a phase whose losses, in the folder's metrics, are higher at its end.
+    """
     console.table(
         "training",
         ("phase", "steps", "first loss", "last loss", "tokens", "seconds", "held-out KL"),
@@ -371,12 +375,19 @@ def report_phases(reports: Sequence[PhaseReport]) -> dict[str, Any]:
             for r in reports
         ],
     )  # fmt: skip
+    lines = folder.read_log() if is_main() else []
     for report in reports:
-        if report.last_loss > report.first_loss:
+        losses = [x["loss"] for x in lines if x["phase"] == report.name and "loss" in x]
+        # single batches vary too much, those of preferences above all
+        few = max(5, len(losses) // 10)
+        if len(losses) < 2 * few:
+            continue
+        first, last = np.mean(losses[:few]), np.mean(losses[-few:])
+        if last > first:
             flag = "--align-lr" if report.name == "align" else "--lr"
             console.warn(
-                f"{report.name} ended at a loss of {report.last_loss:.4f}, above its first of "
-                f"{report.first_loss:.4f}: lower {flag}"
+                f"the last {few} losses of {report.name} are {last:.4f} on average, the first "
+                f"{few} were {first:.4f}: lower {flag}"
             )
     return {
         r.name: {k: v for k, v in asdict(r).items() if k != "name" and v is not None}

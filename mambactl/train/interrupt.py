@@ -6,10 +6,14 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from mambactl import console
+from mambactl.ranks import processes
 
 
 class StopRequest:
     """While active, the first signal only sets `signum`; a second one acts at once.
+
+    So does the first where nothing is `unsaved`: a step may compile for minutes before its end.
+    Several processes always wait, since all must take the same last step.
 
     After saving, `deliver` gives the signal to whoever handled it before. Outside the main thread
     signals are left alone.
@@ -17,6 +21,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.unsaved = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -42,6 +47,9 @@ class StopRequest:
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
+        if not self.unsaved and processes() == 1:
+            signal.raise_signal(signum)
+            return
         console.log("stopping after this step; a second signal stops at once", level=0)
 
     def _restore(self) -> None:

@@ -155,6 +155,7 @@ class _PhaseRun:
         self.progress.phase += 1
         self.progress.step = 0
         self._save(None)
+        stop.unsaved = False
 
     def _steps(self, feed: Iterator[Batch], stop: StopRequest) -> None:
         with console.progress(self.phase.name, self.phase.steps) as bar:
@@ -162,6 +163,7 @@ class _PhaseRun:
             self.clock.restart()
             for step in range(self.progress.step, self.phase.steps):
                 self.pending.append(self._launch(step, feed))
+                stop.unsaved = True
                 self.progress.step = step + 1
                 # a signal may reach the processes in different steps, but all save in the same
                 signum = largest(stop.signum or 0)
@@ -170,6 +172,7 @@ class _PhaseRun:
                 # a loss on its way up must not take the place of what was good
                 if saves and (signum or not self.progress.watch.rising):
                     self._save(self.optimizer.state_dict())
+                    stop.unsaved = False
                 if signum:
                     stop.signum = signum
                     stop.deliver()

@@ -149,6 +149,16 @@ class RunFolder:
         with _disk(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, up to one that a kill tore."""
+        found = []
+        for line in self.metrics.read_text("utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+        return found
+
     def truncate_log(self, lines: int) -> None:
         """Forget metrics written after the state that a run resumes from."""
         if self.metrics.exists():

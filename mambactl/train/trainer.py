@@ -113,7 +113,7 @@ def follow(
         trainer.add_callback(_Watch(name, folder, stop, bar, trainer, evaluation))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.deliver()
-    lines = from_main(read_log(folder) if is_main() else None)
+    lines = from_main(folder.read_log() if is_main() else None)
     lines = [line for line in lines if "loss" in line]
     measured = {key: value for key, value in lines[-1].items() if key in MEASURED}
     return PhaseReport(
@@ -178,11 +178,17 @@ class _Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self.stop.unsaved = True
         # a signal may reach the processes in different steps, but all must take the last one
         signum = largest(self.stop.signum or 0, args.device)
         if signum:
             self.stop.signum = signum
             control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.stop.unsaved = False
 
     def _evaluates(self, step: int, steps: int) -> bool:
         if self.evaluation is None:
@@ -200,20 +206,9 @@ class _Watch(TrainerCallback):
         return found
 
 
-def read_log(folder: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, up to one that a kill tore."""
-    found = []
-    for line in folder.metrics.read_text("utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
-
-
 def _lines_until(folder: RunFolder, step: int) -> int:
     """How many lines are of steps up to this one."""
-    return sum(line["step"] <= step for line in read_log(folder))
+    return sum(line["step"] <= step for line in folder.read_log())
 
 
 def _steps_of(checkpoint: Any) -> int:

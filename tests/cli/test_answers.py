@@ -33,6 +33,9 @@ def test_the_path_of_the_file_is_what_stdout_says(cli, given, tmp_path) -> None:
     assert out.stat().st_mtime_ns == before
     other = cli(*given, "-o", "a.jsonl", "--resume", "--seed", "1")
     assert (other.code, "seed 0 -> 1" in other.err) == (5, True)
+    # which part is answered is no matter of place, unlike `--shard` of sft
+    part = cli(*given, "-o", "a.jsonl", "--resume", "--shard", "1/2")
+    assert (part.code, 'shard null -> "1/2"' in part.err) == (5, True)
     assert cli(*given, "-o", "a.jsonl", "--force", "--seed", "1").code == 0
 
 
@@ -50,7 +53,7 @@ def test_wrong_use_has_its_exit_codes(cli, given, prompts, tiny_llama_dir, tmp_p
     prompts.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
     bad = cli(*given, "-o", "a.jsonl")
     assert (bad.code, bad.out) == (2, "")
-    assert "row 2 has an empty prompt" in bad.err
+    assert "row 2: has an empty prompt" in bad.err
     assert "--skip-bad-rows" in bad.err
     text = cli("generate", str(tiny_llama_dir), "-p", "the", "-o", "a.jsonl")
     assert text.code == 2

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from mambactl.data.bad_rows import BadRows
 from mambactl.data.conversations import (
     conversation,
     distinct,
@@ -88,12 +89,13 @@ def test_files_are_read_in_turn_and_bad_rows_are_named(tmp_path):
     first.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     second.write_bytes(gzip.compress(b'{"prompt": "other"}\n'))
     third.write_text("line\n\nlast\n", "utf-8")
-    found, bad = read_conversations([str(first), str(second), str(third)])
+    bad = BadRows()
+    found = read_conversations([str(first), str(second), str(third)], bad=bad)
     asked = [each.opening[0]["content"] for each in found]
     assert asked == ["one", "other", "line", "last", "three"]
     assert found[3].where == f"{third}, line 3"
-    assert bad == [(f"{first}, row 2", "has an empty prompt")]
-    assert len(read_conversations([str(first), str(second)], max_samples=2)[0]) == 2
+    assert [row[1:3] for row in bad.found] == [(f"{first}, row 2", "has an empty prompt")]
+    assert len(read_conversations([str(first), str(second)], max_samples=2)) == 2
     empty = tmp_path / "e.jsonl"
     empty.write_text("")
     with pytest.raises(UsageError, match="no rows"):

@@ -106,18 +106,30 @@ def test_a_template_that_doubles_the_begin_token(write, tiny_tokenizer):
 
     tokenizer = deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "<|im_start|> " + tokenizer.chat_template
-    with pytest.raises(UsageError, match="row 1: the text begins with two begin tokens"):
+    with pytest.raises(UsageError, match="row 1: begins with .* twice"):
         load_pairs([write(ROW)], tokenizer, 64)
 
 
-def test_what_is_too_long_is_left_out_whole(write, tiny_tokenizer):
+def test_what_is_too_long_is_bad_and_never_cut(write, tiny_tokenizer):
     long = {**ROW, "chosen": [turn("assistant", "old " * 60)]}
     path = write(ROW, long, ROW)
-    found = only(path, tiny_tokenizer)
+    with pytest.raises(UsageError, match="row 2: has .* --max-length 64 would cut") as caught:
+        only(path, tiny_tokenizer)
+    assert "raise --max-length" in caught.value.hint
+    found = only(path, tiny_tokenizer, skip_bad_rows=True)
     assert found.counts() == {"pairs": 2, "bad": 0, "too_long": 1}
-    assert found.too_long[0].startswith(f"{path}, row 2 (")
-    with pytest.raises(UsageError, match="every pair is longer than 64 tokens"):
-        load_pairs([write(long)], tiny_tokenizer, 64)
+    with pytest.raises(UsageError, match="no pair is usable") as caught:
+        load_pairs([write(long)], tiny_tokenizer, 64, skip_bad_rows=True)
+    assert "raise --max-length" in caught.value.hint
+
+
+def test_a_broken_line_is_a_bad_row(write, tiny_tokenizer):
+    path = write(ROW)
+    with open(path, "a") as file:
+        file.write("{broken\n")
+    with pytest.raises(UsageError, match="row 2: not JSON"):
+        only(path, tiny_tokenizer)
+    assert only(path, tiny_tokenizer, skip_bad_rows=True).counts()["bad"] == 1
 
 
 def test_sets_stay_apart_and_take_turns(write, tiny_tokenizer):
@@ -129,7 +141,7 @@ def test_sets_stay_apart_and_take_turns(write, tiny_tokenizer):
 def test_a_set_on_the_hub_is_read_as_far_as_it_is_used(monkeypatch, tiny_tokenizer):
     read = []
 
-    def endless(spec):
+    def endless(spec, bad):
         for number in itertools.count(1):
             read.append(number)
             yield number, {**ROW, "prompt": f"the {number}"}

@@ -273,7 +273,9 @@ def test_a_category_has_its_own_temperature(tiny_llama_dir, tmp_path):
     assert warm != greedy
 
 
-def test_bad_rows_stop_before_decoding_unless_skipped(tiny_llama_dir, tmp_path, monkeypatch):
+def test_bad_rows_stop_before_decoding_unless_skipped(
+    tiny_llama_dir, tmp_path, monkeypatch, capsys
+):
     file, out = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
     rows = [{"prompt": "old"}, {"prompt": ""}, {"prompt": "old " * 1020}, {"messages": [{}]}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -281,10 +283,11 @@ def test_bad_rows_stop_before_decoding_unless_skipped(tiny_llama_dir, tmp_path, 
         patch.setattr("mambactl.stages.decoding.load_model", None)
         with pytest.raises(UsageError) as caught:
             generate.run(config(str(file)), str(tiny_llama_dir), out)
-    message = str(caught.value)
-    for words in ("row 2 has an empty prompt", "row 4", "row 3 needs 10", "more than the 1024"):
-        assert words in message
-    assert "row 1" not in message
+    assert "3 bad rows (2 malformed, 1 too long)" in str(caught.value)
+    told = capsys.readouterr().err
+    for words in ("row 2: has an empty prompt", "row 4", "row 3: needs 10", "more than the 1024"):
+        assert words in told
+    assert "row 1" not in told
     assert list(tmp_path.iterdir()) == [file]
     skipped = config(str(file), skip_bad_rows=True)
     metrics = generate.run(skipped, str(tiny_llama_dir), out).metrics
@@ -302,7 +305,7 @@ def test_bad_rows_stop_before_decoding_unless_skipped(tiny_llama_dir, tmp_path, 
         ({}, "a.txt", "does not end in .jsonl"),
         ({"format": "alpaca-eval"}, "a.jsonl", "does not end in .json"),
         ({}, "metrics.jsonl", "keeps its own"),
-        ({"format": "alpaca-eval"}, "a.json", "row 5 is more than one instruction"),
+        ({"format": "alpaca-eval"}, "a.json", "row 5: is more than one instruction"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(prompts, tiny_llama_dir, tmp_path, options, out, error):

@@ -196,6 +196,11 @@ def test_settings_that_would_do_nothing_are_refused(student, write, tmp_path, fi
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_of_data_are_refused(student, write, tmp_path):
+    with pytest.raises(UsageError, match="without weights"):
+        run(cpu(f"{write('pairs', 4)}=0.5"), student, tmp_path / "out")
+
+
 def test_bad_rows_stop_the_run_or_are_counted(student, write, tmp_path):
     data = write("bad", 6, extra=[{"prompt": "a", "chosen": "old", "rejected": "old"}])
     with pytest.raises(UsageError, match="bad.jsonl, row 7: `chosen` equals `rejected`"):

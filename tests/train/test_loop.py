@@ -139,6 +139,22 @@ def test_a_signal_saves_the_step_first(make_hybrid, rows, tmp_path, signum):
     assert (state["phase"], state["step"]) == (0, 2)
 
 
+def test_a_signal_with_nothing_to_save_acts_at_once(make_hybrid, rows, tmp_path):
+    """The first step may compile for minutes, and its end would save no more than its start."""
+    student, teacher = _fresh(make_hybrid)
+    phases = _phases(student, teacher)
+    ended = []
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.append(True)
+
+    phases[0] = Phase("align", 6, _Stops(phases[0].objective, 1, stop), phases[0].parts)
+    with pytest.raises(KeyboardInterrupt):
+        _run(student, phases, rows, tmp_path)
+    assert not ended and not (tmp_path / "out.partial").exists()
+
+
 def test_a_signal_during_the_last_save_is_delivered(make_hybrid, rows, tmp_path, monkeypatch):
     student, teacher = _fresh(make_hybrid)
     save = RunFolder.save_state

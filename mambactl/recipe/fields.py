@@ -1,0 +1,88 @@
+"""Types of fields, as flags and YAML spell them, and what every stage has."""
+
+import os
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _split_commas(value: Any) -> Any:
+    parts = [value] if isinstance(value, str | int) else value
+    if not isinstance(parts, list | tuple):
+        return value
+    split = [part.split(",") if isinstance(part, str) else [part] for part in parts]
+    return [piece.strip() if isinstance(piece, str) else piece for row in split for piece in row]
+
+
+def _as_number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def split_weight(spec: str) -> tuple[str, float | None]:
+    """A data set and its weight in a mixture: `DATA=0.7`, unless a file has that very name."""
+    data, equals, number = spec.rpartition("=")
+    if not (data and WEIGHT.fullmatch(number)) or os.path.exists(spec):
+        return spec, None
+    return data, float(number)
+
+
+Drafts = Annotated[
+    Annotated[int, Field(ge=1, le=32)] | Literal["auto"], BeforeValidator(_as_number)
+]
+BatchSize = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_as_number)]
+Compile = bool | Literal["auto"]
+DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
+Names = Annotated[list[str], BeforeValidator(_split_commas)]
+Integers = Annotated[list[int], BeforeValidator(_split_commas)]
+Counts = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas)]
+Branches = Annotated[list[Literal["recurrent", "attention"]], BeforeValidator(_split_commas)]
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_split_commas)
+]
+Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_split_commas)]
+DistillPhases = Annotated[
+    list[Literal["align", "stepwise", "logits"]], BeforeValidator(_split_commas)
+]
+
+Losses = Annotated[
+    list[
+        Literal[
+            "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair",
+            "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+        ]
+    ],
+    BeforeValidator(_split_commas),
+]  # fmt: skip
+Weights = Annotated[list[Annotated[float, Field(ge=0)]], BeforeValidator(_split_commas)]
+
+
+class StageConfig(BaseModel):
+    """What every stage accepts."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, defer_build=True
+    )
+
+    # fields that say where a run happens, which is no part of what it makes
+    place: ClassVar[frozenset[str]] = frozenset(
+        {"device", "trust_remote_code", "compile", "capture", "log_to"}
+    )
+
+    seed: int = Field(0, ge=0, description="one integer for everything random")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 or auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights in memory; auto is bfloat16 on capable GPUs, else float32"
+    )
+    trust_remote_code: bool = Field(False, description="allow code that a checkpoint ships")
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the stage works on a checkpoint."""
+        return True
