@@ -13,6 +13,8 @@ from functools import cache
 from typing import Any, Protocol
 
 PLAIN_INTERVAL = 30.0
+# columns of a table in a log, where there is no terminal that has a width
+LOG_WIDTH = 140
 # set for the stages of a recipe: their result is JSON, their errors are read by a person
 PLAIN_ERRORS = "_MAMBACTL_PLAIN_ERRORS"
 # below every level: for the processes of a run that leave talking to the main one
@@ -68,7 +70,10 @@ def stderr() -> Any:
     """The one rich console bound to stderr (colour only on a terminal, honours NO_COLOR)."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    # a stderr that is no terminal may still be seen in one: COLUMNS says how wide it is
+    wide = sys.stderr.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    width = None if wide else LOG_WIDTH
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, width=width)
 
 
 def log(message: str, level: int = 1) -> None:
