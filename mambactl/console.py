@@ -65,6 +65,17 @@ def set_verbosity(level: int) -> None:
     _verbosity["level"] = level
 
 
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Say nothing meanwhile: of what will be said again."""
+    before = _verbosity["level"]
+    set_verbosity(SILENT)
+    try:
+        yield
+    finally:
+        set_verbosity(before)
+
+
 @cache
 def stderr() -> Any:
     """The one rich console bound to stderr (colour only on a terminal, honours NO_COLOR)."""

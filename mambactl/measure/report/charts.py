@@ -225,7 +225,7 @@ def short(value: float) -> str:
 
 def folded(text: str, width: int = 22) -> str:
     """A label of a chart in lines that leave room for the chart."""
-    return "\n".join(wrap(text, width, max_lines=3, placeholder=" ..."))
+    return "\n".join(wrap(text, width, max_lines=3, placeholder=" ...", break_on_hyphens=False))
 
 
 def named_apart(svg: str, prefix: str) -> str:

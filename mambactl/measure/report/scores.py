@@ -24,6 +24,9 @@ from mambactl.measure.report.summary import (
     score_writer,
 )
 
+# a name and a metric, on a line each
+LABEL = 26
+
 
 def tasks(material: Material) -> Section:
     """Scores with their intervals, a row per task; its numbers have every score of every part."""
@@ -57,7 +60,7 @@ def tasks(material: Material) -> Section:
         points = [(100 * value, labels.index(label)) for label, value, _ in found]
         errors = [bounds and (100 * bounds[0], 100 * bounds[1]) for *_, bounds in found]
         series.append(Series(model, material.colour(model), points, errors=errors))
-    folded = [charts.folded(label) for label in labels]
+    folded = [charts.folded(label, LABEL) for label in labels]
     svg = charts.dots(series, folded, "score, %")
     alt = f"Scores of {len(series)} models on {len(labels)} tasks"
     section.figures.append(Figure("Scores", svg, alt, legend(series), table=table))

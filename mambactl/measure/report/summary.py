@@ -227,4 +227,7 @@ def interval(found: Mapping[str, Any], key: str) -> tuple[float, float] | None:
     error = found.get(f"{metric}_stderr{mark}{extracted}")
     if not isinstance(error, int | float):
         return None
-    return found[key] - NORMAL_95 * error, found[key] + NORMAL_95 * error
+    low, high = found[key] - NORMAL_95 * error, found[key] + NORMAL_95 * error
+    # a share of few rows has an error that reaches beyond what a share can be
+    most = 1.0 if found[key] <= 1 and not lower_is_better(key) else high
+    return max(low, 0.0), min(high, most)
