@@ -349,7 +349,9 @@ def needle(material: Material) -> Section:
             scale = 100 if max(found.depths) <= 1 else 1
             columns = [f"{scale * depth:.0f} %" for depth in found.depths]
             rows = [charts.short(length) for length in found.lengths]
-            svg = charts.heat(found.shares, rows, columns, "depth of the needle", "tokens")
+            # signs after every number would touch each other below ten columns
+            depths = [f"{scale * depth:.0f}" for depth in found.depths]
+            svg = charts.heat(found.shares, rows, depths, "depth of the needle, %", "tokens")
             alt = f"{title}: {len(columns)} depths of {len(rows)} lengths"
             cites = material.cite(section, entry)
             texts = [((f"{n:,}", *map(percent, row)), cites)

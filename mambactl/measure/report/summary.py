@@ -151,7 +151,8 @@ def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tup
     for name, found in (metrics.get("generation") or {}).items():
         for heading, key in GENERATION:
             if key in found:
-                column = Column(f"greedy texts, {name}", heading, percent, max)
+                group = "greedy texts" if name == "generation" else f"greedy texts, {name}"
+                column = Column(group, heading, percent, max)
                 yield column, Cell(found[key], interval(found, key))
     for name, found in (metrics.get("preferences") or {}).items():
         if "reward_accuracy" in found:
