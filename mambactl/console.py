@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any, Protocol
 
 PLAIN_INTERVAL = 30.0
-# columns of a stderr that is no terminal
-FILE_WIDTH = 120
+# columns of a table in a log, where there is no terminal that has a width
+LOG_WIDTH = 140
 # set for the stages of a recipe: their result is JSON, their errors are read by a person
 PLAIN_ERRORS = "_MAMBACTL_PLAIN_ERRORS"
 # below every level: for the processes of a run that leave talking to the main one
@@ -65,16 +65,26 @@ def set_verbosity(level: int) -> None:
     _verbosity["level"] = level
 
 
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Say nothing meanwhile: of what will be said again."""
+    before = _verbosity["level"]
+    set_verbosity(SILENT)
+    try:
+        yield
+    finally:
+        set_verbosity(before)
+
+
 @cache
 def stderr() -> Any:
     """The one rich console bound to stderr (colour only on a terminal, honours NO_COLOR)."""
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        # a file has no width of its own, in which tables would be folded
-        console.width = FILE_WIDTH
-    return console
+    # a stderr that is no terminal may still be seen in one: COLUMNS says how wide it is
+    wide = sys.stderr.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    width = None if wide else LOG_WIDTH
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, width=width)
 
 
 def log(message: str, level: int = 1) -> None:

@@ -10,7 +10,7 @@ from mambactl.errors import UsageError
 Scores = Mapping[str, Mapping[str, float]]
 
 # what a group's own name stands for
-MAIN_METRICS = ("agreement", "acc", "exact_match")
+MAIN_METRICS = ("agreement", "acc", "exact_match", "average")
 
 LOWER_IS_BETTER = (
     "kl",
@@ -27,6 +27,11 @@ LOWER_IS_BETTER = (
     "ece",
     "teacher_ece",
     "ece_to_teacher",
+    # of tasks of the harness
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "brier_score",
 )
 
 _CHECK = re.compile(r"^\s*(?P<name>[^<>=]+?)\s*(?P<sign>>=|<=|=)\s*(?P<bound>[^<>=]+?)\s*$")
@@ -53,6 +58,11 @@ class Check:
     def holds(self, value: float) -> bool:
         """Whether a value is within the bound; NaN never is."""
         return value <= self.bound if self.at_most else value >= self.bound
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of a metric is the better one."""
+    return metric.partition(":")[0] in LOWER_IS_BETTER
 
 
 def parse_checks(texts: Sequence[str]) -> list[Check]:
@@ -96,7 +106,7 @@ def _parse(text: str) -> Check:
     if match is None or bound is None:
         raise UsageError(f"--fail-under {text}: not a bound on a metric", hint=_HINT)
     name, sign = match["name"], match["sign"]
-    if sign == "=" and name.split(".")[-1] in LOWER_IS_BETTER:
+    if sign == "=" and lower_is_better(name.split(".")[-1]):
         raise UsageError(
             f"--fail-under {text}: {name} is better when lower, and = means at least",
             hint=f"write {name}<={match['bound']} to fail above, {name}>= to fail below",

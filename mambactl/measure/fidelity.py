@@ -36,6 +36,31 @@ class Variant:
     during: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
+@dataclass(frozen=True)
+class Head:
+    """Weight [V, D] and bias [V] of a head in fp32: bf16 rounds many logits to ties, and rounding
+    alone is thousandths of a nat.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Head":
+        """The head of a model."""
+        head = model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return cls(head.weight.float(), None if bias is None else bias.float())
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of states [N, D]."""
+        return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
+
+    def rows(self, elements: int = CHUNK_ELEMENTS) -> int:
+        """Of how many states the logits have so many elements; at least of one."""
+        return max(1, elements // len(self.weight))
+
+
 def fidelity(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -94,7 +119,7 @@ def predict(
             hint="pass text that is longer",
         )
     measured: dict[str, list[Tensor]] = {name: [] for name in variants}
-    heads = [_head(model) for model in (teacher, *(each.model for each in variants.values()))]
+    heads = [Head.of(model) for model in (teacher, *(each.model for each in variants.values()))]
     with console.progress("fidelity", sum(len(row.ids) for row in rows)) as progress:
         for start in range(0, len(rows), batch_size):
             batch = [row.ids for row in rows[start : start + batch_size]]
@@ -180,7 +205,7 @@ def _measure(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
 def _measure_batch(
     variants: Sequence[Variant],
     teacher: PreTrainedModel,
-    heads: Sequence[Callable[[Tensor], Tensor]],
+    heads: Sequence[Head],
     rows: list[Tensor],
     chunk_elements: int,
 ) -> list[Tensor]:
@@ -195,35 +220,31 @@ def _measure_batch(
     predicted = mask[:, 1:]  # [B, T-1], position t predicts token t + 1
     targets = ids[:, 1:][predicted]  # [N]
 
-    guide = _hidden(teacher, ids, mask)[:, :-1][predicted]  # [N, D]
-    p_head = heads[0]
-    size = max(1, chunk_elements // teacher.get_output_embeddings().weight.shape[0])
-    measured = []
-    for variant, q_head in zip(variants, heads[1:], strict=True):
+    guide = _hidden(teacher, ids)[:, :-1][predicted]  # [N, D]
+    every = []
+    for variant in variants:
         hidden = guide
         # the same object needs one pass, and then equals itself bit for bit
         if variant.model is not teacher or variant.during is not nullcontext:
             place = variant.model.device
             with variant.during():
-                hidden = _hidden(variant.model, ids.to(place), mask.to(place))
+                hidden = _hidden(variant.model, ids.to(place))
             hidden = hidden[:, :-1][predicted.to(place)]
-        chunks = zip(hidden.split(size), guide.split(size), targets.split(size), strict=True)
-        parts = [measure_logits(q_head(q).to(device), p_head(p), target) for q, p, target in chunks]
-        measured.append(torch.cat(parts).double().cpu())
-    return measured
+        every.append(hidden)
+    size = heads[0].rows(chunk_elements)
+    measured: list[list[Tensor]] = [[] for _ in variants]
+    for start in range(0, len(targets), size):
+        piece = slice(start, start + size)
+        wanted = heads[0](guide[piece])  # [n, V]
+        for parts, head, hidden in zip(measured, heads[1:], every, strict=True):
+            logits = head(hidden[piece]).to(device)
+            parts.append(measure_logits(logits, wanted, targets[piece]))
+    return [torch.cat(parts).double().cpu() for parts in measured]
 
 
-def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """Logits in fp32: bf16 rounds many to ties, and rounding alone is thousandths of a nat."""
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    weight, bias = head.weight.float(), None if bias is None else bias.float()
-    return lambda hidden: torch.nn.functional.linear(hidden.float(), weight, bias)
-
-
-def _hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    output = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-    return output.last_hidden_state  # [B, T, D]
+def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    # padding stands behind everything, where no causal model sees it
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
 
 
 def _same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -35,12 +35,14 @@ BOOTSTRAP_ITERS = 1000
 class TaskScores:
     """Scores by task and metric, and the harness's own table of them (markdown).
 
-    `samples` are requests and answers by task, where they were asked for.
+    `samples` are requests and answers by task, where they were asked for. `groups` are the parts of
+    tasks that have any.
     """
 
     metrics: dict[str, dict[str, float]]
     table: str
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
 
 
 class LocalConfigurableTask(ConfigurableTask):
@@ -92,7 +94,9 @@ def score(
     if results.get("groups"):
         table += "\n" + make_table(results, "groups")
     samples = json.loads(json.dumps(results.get("samples") or {}, default=handle_non_serializable))
-    return TaskScores(metrics, table, samples)
+    parts = results.get("group_subtasks") or {}
+    groups = {name: list(found) for name, found in parts.items() if found and name in metrics}
+    return TaskScores(metrics, table, samples, groups)
 
 
 def _scores(entry: dict[str, Any]) -> dict[str, float]:

@@ -30,13 +30,15 @@ def layer_errors(
     layers = replaced_layers(student.config)
     mixers = {index: student.model.layers[index].mixer for index in layers}
     rows = cut_rows(documents, max_length)
-    totals = {index: torch.zeros((), dtype=torch.float64) for index in layers}
+    # on the device: a number that is read makes the host wait
+    zero = torch.zeros((), dtype=torch.float64, device=teacher.device)
+    totals = dict.fromkeys(layers, zero)
     tokens = 0
     with console.progress("layers", sum(map(len, rows))) as task:
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             for index, error in _batch_errors(mixers, teacher, batch).items():
-                totals[index] += error.double().cpu()
+                totals[index] = totals[index] + error.double()
             tokens += sum(map(len, batch))
             task.advance(sum(map(len, batch)))
     return {index: float(total / tokens) for index, total in totals.items()}

@@ -18,7 +18,7 @@ from mambactl import console
 from mambactl.data.format import Example
 from mambactl.data.pack import Batch, collate, pack_whole
 from mambactl.data.preferences import Pair
-from mambactl.measure.fidelity import CHUNK_ELEMENTS, MEANS, compare_logits
+from mambactl.measure.fidelity import MEANS, Head, compare_logits
 
 # every number of a set that is one value
 SCALARS = (
@@ -64,8 +64,7 @@ class Reference:
     """
 
     states: list[Tensor]
-    head: Tensor
-    bias: Tensor | None
+    head: Head
 
 
 def documents(pairs: Sequence[Pair]) -> list[Example]:
@@ -76,13 +75,13 @@ def documents(pairs: Sequence[Pair]) -> list[Example]:
 @torch.no_grad()
 def token_logps(model: Any, texts: Sequence[Example], layout: Layout) -> list[np.ndarray]:
     """Log-probabilities (fp32) of the learned tokens of every document, in their order."""
-    head, bias = _head(model)
+    head = Head.of(model)
     found = [np.zeros(0, np.float32) for _ in texts]
-    size = _size(len(head))
+    size = head.rows()
     with console.progress("reference", len(texts)) as progress:
         for states in answer_states(model, texts, layout):
             pieces = zip(states.hidden.split(size), states.targets.split(size), strict=True)
-            logps = torch.cat([_logps(_logits(h, head, bias), targets) for h, targets in pieces])
+            logps = torch.cat([_logps(head(h), targets) for h, targets in pieces])
             owner = states.owner.numpy()
             # a document's tokens stand side by side
             ends = np.flatnonzero(np.diff(owner)) + 1
@@ -96,8 +95,7 @@ def read_reference(model: Any, texts: Sequence[Example], layout: Layout) -> Refe
     """Keep the states of `model` for `texts`, in the order of `answer_states`."""
     with torch.no_grad():
         states = [part.hidden.cpu() for part in answer_states(model, texts, layout)]
-        head, bias = _head(model)
-    return Reference(states, head, bias)
+        return Reference(states, Head.of(model))
 
 
 @torch.no_grad()
@@ -111,18 +109,14 @@ def compare_preferences(
     answer token and `kl_from_reference` KL(reference || policy), in nats.
     """
     texts = documents(pairs)
-    head, bias = _head(policy)
-    size = _size(len(head))
+    head = Head.of(policy)
+    size = head.rows()
     ours, theirs, counts = np.zeros((3, len(texts)))
     sums, seen = torch.zeros(len(MEANS), dtype=torch.float64), 0
     for states, other in zip(answer_states(policy, texts, layout), reference.states, strict=True):
         pieces = zip(*(t.split(size) for t in (states.hidden, other, states.targets)), strict=True)
         parts = [
-            compare_logits(
-                _logits(hidden, head, bias),
-                _logits(kept.to(hidden.device), reference.head, reference.bias),
-                targets,
-            )
+            compare_logits(head(hidden), reference.head(kept.to(hidden.device)), targets)
             for hidden, kept, targets in pieces
         ]
         measured = torch.cat(parts).double().cpu()  # [N, 7]
@@ -192,21 +186,6 @@ def _hidden(model: Any, batch: Batch, amp: torch.dtype | None) -> Tensor:
     # padding stands behind everything, where no causal model sees it
     with torch.autocast(batch.input_ids.device.type, dtype=amp, enabled=amp is not None):
         return model.base_model(batch.input_ids, use_cache=False, **extra).last_hidden_state
-
-
-def _head(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, D] and bias in fp32: rounded logits would be off by hundredths of a nat."""
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    return head.weight.float(), None if bias is None else bias.float()
-
-
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(hidden.float(), head, bias)
-
-
-def _size(vocabulary: int) -> int:
-    return max(1, CHUNK_ELEMENTS // vocabulary)
 
 
 def _logps(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ space. Worked examples of a prompt are rows of the same kind.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mambactl.errors import UsageError
@@ -47,6 +48,18 @@ MC = {
     "doc_to_target": "gold",
     "metric_list": _metrics(acc=True, acc_norm=True),
 }
+# the harness's tasks of these names have no score by the length of choices
+MC_PLAIN = {**MC, "metric_list": _metrics(acc=True)}
+ACCURACY_ALONE = (
+    "boolq",
+    "commonsense_qa",
+    "copa",
+    "mmlu*",
+    "pubmedqa",
+    "race",
+    "social_iqa",
+    "truthfulqa_mc*",
+)
 
 # as the harness writes WinoGrande: the text is the gold index, the choices are contexts
 MC_PARTIAL = {
@@ -239,6 +252,13 @@ def schema_of(path: str, number: int, row: Any) -> Schema:
         "are of no known kind of task",
         hint=f"a task file has the columns of one of: {known}",
     )
+
+
+def as_in_harness(schema: Schema, name: str) -> Schema:
+    """The schema with the scores that the harness's task of that name has."""
+    if schema.config is MC and any(fnmatchcase(name, pattern) for pattern in ACCURACY_ALONE):
+        return replace(schema, config=MC_PLAIN)
+    return schema
 
 
 def _check_object(path: str, number: int, row: Any) -> None:

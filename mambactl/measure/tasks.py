@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from mambactl.data.load import read_rows
 from mambactl.errors import ResourceError, UsageError
-from mambactl.measure.schemas import MC2_SCHEMA, Row, Schema, check_row, schema_of
+from mambactl.measure.schemas import (
+    MC2_SCHEMA,
+    Row,
+    Schema,
+    as_in_harness,
+    check_row,
+    schema_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -156,7 +163,8 @@ def load_local_task(
         pool = Pool(_read(str(found), None, schema)[0], ordered=ordered)
     if pool is not None:
         _check_pool(path, rows, pool, shots)
-    return LocalTask(name or _stem(Path(path)), schema, rows, pool)
+    name = name or _stem(Path(path))
+    return LocalTask(name, as_in_harness(schema, name), rows, pool)
 
 
 def load_local_tasks(specs: Sequence[str], limit: int | None = None) -> list[LocalTask]:

@@ -38,7 +38,8 @@ def run(config: EvalConfig | BenchConfig, sources: Sequence[str | None]) -> Stag
         _require_different(sources)
         for source in sources:
             # one that cannot be measured is said before hours are spent on the others
-            module.plan(config, source)
+            with console.silenced():
+                module.plan(config, source)
     results = []
     for number, source in enumerate(sources):
         if len(sources) > 1:

@@ -124,7 +124,7 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         metrics["generation"] = {GENERATION: found}
     del teacher, variants, other, models, students
     if config.tasks:
-        metrics["tasks"] = eval_tasks.measure(inputs.tasks, config, source, model, tokenizer)
+        metrics |= eval_tasks.measure(inputs.tasks, config, source, model, tokenizer)
     probes = [probe.name for probe in inputs.probes]
     tasks = [set_name(task) for task in config.tasks]
     written = [GENERATION] if inputs.prompts else []

@@ -64,7 +64,10 @@ def read(config: EvalConfig, source: str) -> TaskPlan:
 def measure(
     plan: TaskPlan, config: EvalConfig, source: str, model: Any, tokenizer: Any
 ) -> dict[str, dict[str, Any]]:
-    """Score a model, print the harness's table and those of the presets; scores by task."""
+    """Score a model, print the harness's table and those of the presets.
+
+    `tasks` are scores by task, `task_groups` the parts of tasks that have any.
+    """
     scores = score_wanted(model, tokenizer, plan.wanted, _options(plan, config, source, model))
     console.log(scores.table.rstrip())
     found: dict[str, dict[str, Any]] = dict(scores.metrics)
@@ -83,7 +86,7 @@ def measure(
         found[name] = {label: value for label, value in numbers.items() if value is not None}
     if plan.samples is not None:
         _write_samples(plan.samples, scores.samples)
-    return found
+    return {"tasks": found} | ({"task_groups": scores.groups} if scores.groups else {})
 
 
 def _expand(config: EvalConfig) -> list[tuple[str, int | None, bool]]:

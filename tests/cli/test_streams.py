@@ -48,6 +48,19 @@ def test_work_goes_on_when_nobody_reads(child, tmp_path, streams) -> None:
     assert (tmp_path / "t.st").read_text() == "weights"
 
 
+@pytest.mark.parametrize("columns, longest", [("", console.LOG_WIDTH), ("60", 60)])
+def test_tables_in_a_log_are_as_wide_as_they_need(capfd, monkeypatch, columns, longest) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    console.stderr.cache_clear()
+    headings = ["model", *(f"agreement-{number}" for number in range(8))]
+    console.table("title", headings, [["name", *["0.1234"] * 8]])
+    console.stderr.cache_clear()
+    lines = capfd.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= longest
+    whole = any(all(heading in line for heading in headings) for line in lines)
+    assert whole == (longest > 80)
+
+
 def test_text_is_shown_as_it_is(capfd) -> None:
     console.stderr.cache_clear()
     console.log("at :smile: [bold]x[/bold]")

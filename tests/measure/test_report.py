@@ -380,3 +380,42 @@ def test_the_browser_sees_what_is_wrong(tmp_path) -> None:
     assert found["scrolls"] >= 900 and "width: 900px" in found["wide"][0]
     assert found["requests"] == ["http://127.0.0.1:9/x.png"] and found["empty"] == 1
     assert "nothing is not defined" in " ".join(found["errors"])
+
+
+def test_what_eval_keeps_of_layers_preferences_texts_and_groups_is_shown(tmp_path) -> None:
+    pairs = {
+        "pairs": 40,
+        "reward_accuracy": 0.625,
+        "reward_margin": 1.5,
+        "kl_to_reference": 0.03125,
+    }
+    texts = {"prompts": 7, "forced_agreement": 0.75, "prefix_share": 0.5, "exact_match": 0.25}
+    calibrated = fidelity(0.25) | {"ece": 0.0625, "teacher_ece": 0.03, "ece_to_teacher": 0.02}
+    metrics = {
+        "fidelity": {"held": calibrated}, "layers": {"held": {"9": 0.5, "10": 0.875}},
+        "against": {"model": "runs/old.st", "fidelity": {"held": fidelity(0.5)},
+                    "layers": {"held": {"9": 0.4375}}, "tests": {}},
+        "preferences": {"harmless": pairs}, "generation": {"generation": texts},
+        "tasks": {
+            "mmlu": {"acc": 0.5, "acc_stderr": 0.01}, "mmlu_law": {"acc": 0.75},
+            "gsm8k": {"exact_match:strict": 0.25, "exact_match_stderr:strict": 0.02},
+            "wikitext": {"word_perplexity": 20.5},
+            "paper-zeroshot": {"PIQA": 0.625, "average": 0.5625},
+        },
+        "task_groups": {"mmlu": ["mmlu_law"]},
+    }  # fmt: skip
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(result("a", **metrics)), "utf-8")
+    write_report([file], tmp_path / "page.html", "x")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    for key in ("layers", "preferences", "generation", "tasks"):
+        assert f'<section id="{key}">' in text
+    for shown in ("62.5 %", "0.0312", "0.0625", "75.0 %", "0.8750", "0.4375", "20.5000"):
+        assert f">{shown}<" in text
+    # 1.96 errors of the extracted answers around them
+    assert "21.1 % to 28.9 %" in text and "2050" not in text
+    columns = {column.heading for column in summarise(collect([file]).entries).columns}
+    assert {"mmlu acc", "gsm8k exact_match:strict", "paper-zeroshot average"} <= columns
+    assert "mmlu_law acc" not in columns and "mmlu_law" in text
+    # the other student, with its own numbers
+    assert '<th scope="row">old.st</th>' in text

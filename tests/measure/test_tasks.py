@@ -3,7 +3,9 @@
 import gzip
 import json
 import random
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +130,30 @@ def test_scores_equal_the_harness_on_plain_llama(
     assert scores["lm"]["perplexity"] == pytest.approx(expected["lm"]["perplexity,none"], rel=1e-4)
     assert scores["lm"]["acc"] == 0
     assert 0 < scores["mc"]["acc"] < 1 and scores["mc"]["acc_stderr"] > 0
+
+
+@pytest.mark.parametrize(
+    "name, defined",
+    [
+        ("boolq", "super_glue/boolq/default"),
+        ("commonsense_qa", "commonsense_qa/default"),
+        ("copa", "super_glue/copa/default"),
+        ("mmlu_validation", "mmlu/default/_default_template_yaml"),
+        ("pubmedqa", "pubmedqa/pubmedqa"),
+        ("social_iqa", "siqa/siqa"),
+        ("truthfulqa_mc", "truthfulqa/truthfulqa_mc1"),
+        ("arc_easy", "arc/arc_easy"),
+        ("hellaswag", "hellaswag/hellaswag"),
+        ("openbookqa", "openbookqa/openbookqa"),
+        ("piqa", "piqa/piqa"),
+    ],
+)
+def test_a_local_set_has_the_scores_of_the_harness_task(tmp_path, name, defined):
+    lm_eval = pytest.importorskip("lm_eval")
+    task = load_local_task(write(tmp_path / f"{name}.jsonl.gz", make_rows("mc", 4)))
+    found = Path(lm_eval.__file__).parent / "tasks" / defined
+    text = (found if found.is_file() else found.with_name(f"{found.name}.yaml")).read_text("utf-8")
+    assert task.schema.metrics == re.findall(r"metric: (\w+)", text)
 
 
 def test_a_batch_equals_single_rows(make_hybrid, tiny_tokenizer, files):

@@ -77,8 +77,10 @@ def test_the_card_of_a_folder_holds_the_results(models, words, tmp_path):
     kept = json.loads((folder / "results" / "eval-words.json").read_text("utf-8"))["metrics"]
     kl = kept["fidelity"]["words"]["kl"]
     control = kept["controls"]["window 64+4"]["fidelity"]["words"]["kl"]
-    assert first.startswith(before.rstrip()) and f"| this model | {kl:.4f} |" in first
-    assert f"| window 64+4 | {control:.4f} |" in first
+    low, high = kept["fidelity"]["words"]["intervals"]["kl"]
+    assert first.startswith(before.rstrip())
+    assert f"| this model | {kl:.4f} ({low:.4f} to {high:.4f}) |" in first
+    assert f"| window 64+4 | {control:.4f} (" in first
     assert "`results/eval-words.json`: `" in first
     compare.run(cpu(words, tmp_path, recall=[96], recall_rows=2), models[:1])
     second = (folder / "README.md").read_text("utf-8")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from mambactl.measure.plots import new_figure
@@ -220,6 +221,11 @@ def short(value: float) -> str:
             unit = 1024 if letter == "k" and value % 1024 == 0 else size
             return f"{value / unit:.3g}{letter}"
     return f"{value:g}"
+
+
+def folded(text: str, width: int = 22) -> str:
+    """A label of a chart in lines that leave room for the chart."""
+    return "\n".join(wrap(text, width, max_lines=3, placeholder=" ...", break_on_hyphens=False))
 
 
 def named_apart(svg: str, prefix: str) -> str:

@@ -24,6 +24,7 @@ KINDS = (
     "needle",
     "long_context",
     "generation",
+    "preferences",
     "points",
     "speculative",
     "kernels",
@@ -69,6 +70,12 @@ class Found:
 
     entries: list[Entry]
     ledgers: list[Ledger]
+
+
+def against_of(entry: Entry) -> str:
+    """The short name of the student that an entry was tested against, empty without one."""
+    other = entry.metrics.get("against") or {}
+    return str(other.get("model", "")).rstrip("/").rpartition("/")[2]
 
 
 def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = None) -> Found:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mambactl import __version__
 from mambactl.disk import explained
 from mambactl.errors import UsageError
-from mambactl.measure.report import charts, quality, speed
+from mambactl.measure.report import charts, details, quality, scores, speed
 from mambactl.measure.report.content import Material, Section
 from mambactl.measure.report.entries import Found, Source, collect
 
@@ -18,11 +18,14 @@ MARKS = "●■▲◆▼◀▶"
 SECTIONS = (
     quality.overview,
     quality.faithfulness,
+    details.layers,
     quality.controls,
     quality.training,
     quality.recall,
     quality.needle,
-    quality.tasks,
+    details.generation,
+    scores.tasks,
+    details.preferences,
     speed.throughput,
     speed.memory,
     speed.drafts,

@@ -1,7 +1,8 @@
-"""Sections about what a model says: fidelity, controls, training, recall, tasks, needles."""
+"""Sections about what a model says: fidelity, controls, training, recall, needles."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mambactl.measure.plots import curves
@@ -18,7 +19,8 @@ from mambactl.measure.report.content import (
     present,
     written,
 )
-from mambactl.measure.report.entries import Entry
+from mambactl.measure.report.details import students
+from mambactl.measure.report.entries import Entry, against_of
 from mambactl.measure.report.needles import NeedleMap, needle_maps
 from mambactl.measure.report.summary import (
     MODEL,
@@ -27,7 +29,6 @@ from mambactl.measure.report.summary import (
     Summary,
     data_set,
     interval,
-    main_metric,
     mebibytes,
     number,
     percent,
@@ -35,6 +36,7 @@ from mambactl.measure.report.summary import (
     summarise,
 )
 
+STUDENT, AGAINST = "student", "against"
 # points of a training curve that a page needs at most
 POINTS = 300
 # a control this many times worse makes a linear axis useless
@@ -49,7 +51,13 @@ FIDELITY = (
     ("acceptance", "acceptance", percent),
     ("perplexity", "perplexity", ratio),
     ("teacher's", "teacher_perplexity", ratio),
+    ("ratio", "perplexity_ratio", ratio),
+    ("ECE", "ece", number),
+    ("teacher's ECE", "teacher_ece", number),
+    ("ECE to teacher", "ece_to_teacher", number),
 )
+# whose intervals a table has room for
+WITH_INTERVALS = ("kl", "agreement", "perplexity_ratio", "ece")
 PHASES = (
     ("steps", "steps", "{:,}".format),
     ("tokens", "tokens", "{:,}".format),
@@ -74,7 +82,8 @@ def overview(material: Material) -> Section:
     section.tables.append(
         Table(
             "Every model, with what it was measured by. KL is in nats per token, to the teacher; "
-            "small figures are 95 % intervals; the best of a column is bold.",
+            "small figures are intervals, of 95 % unless the command says otherwise; the best of a "
+            "column is bold.",
             ["model", *(column.heading for column in found.columns)],
             [_summary_row(found, row) for row in found.rows],
             [material.cite(section, *row.entries) for row in found.rows],
@@ -103,21 +112,27 @@ def _span(column: Column, bounds: tuple[float, float] | None) -> str:
 def faithfulness(material: Material) -> Section:
     """KL over the position in the row, and every number of fidelity."""
     section = Section(
-        "fidelity", "Fidelity to the teacher", "Token by token on text that was not trained on."
+        "fidelity",
+        "Fidelity to the teacher",
+        "Token by token on the same text. ECE: how far a model's confidence in its first choice is "
+        "from how often that is the text's next token, or from what the teacher gives it.",
     )
     sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
-    for entry in material.entries:
+    for entry in students(material.entries):
         for name, numbers in present(entry.metrics, "fidelity").items():
             sets.setdefault(data_set(name, numbers), []).append((entry, numbers))
         for name, found in present(entry.metrics, "long_context").items():
-            if "student" in found:
-                title = data_set(f"{name} in rows of {found['max_length']:,}", found["student"])
-                sets.setdefault(title, []).append((entry, found["student"]))
+            for who in (STUDENT, AGAINST):
+                if who in found:
+                    title = data_set(f"{name} in rows of {found['max_length']:,}", found[who])
+                    own = entry if who == STUDENT else replace(entry, model=against_of(entry))
+                    sets.setdefault(title, []).append((own, found[who]))
     for data, measured in sets.items():
         section.figures += _by_position(material, section, data, measured)
         columns = [each for each in FIDELITY if any(each[1] in found for _, found in measured)]
         rows = [
-            [Cell(entry.model, number=False), *written(found, columns)] for entry, found in measured
+            [Cell(entry.model, number=False), *_with_intervals(found, columns)]
+            for entry, found in measured
         ]
         cites = [material.cite(section, entry) for entry, _ in measured]
         headings = ["model", *(heading for heading, _, _ in columns)]
@@ -126,12 +141,20 @@ def faithfulness(material: Material) -> Section:
     return section
 
 
+def _with_intervals(found: Mapping[str, Any], columns: Sequence[Any]) -> Iterator[Cell]:
+    cells = written(found, columns)
+    for cell, (_, key, write) in zip(cells, columns, strict=True):
+        bounds = interval(found, key) if key in WITH_INTERVALS else None
+        note = f"{write(bounds[0])} to {write(bounds[1])}" if bounds else ""
+        yield replace(cell, note=note)
+
+
 def _paired_tests(material: Material, section: Section) -> Iterator[Table]:
     """Differences from another student on the same documents, with how sure they are."""
     rows, cites = [], []
     for entry in material.entries:
         against = present(entry.metrics, "against")
-        other = str(against.get("model", "")).rpartition("/")[2]
+        other = against_of(entry)
         for data, found in present(against, "tests").items():
             for name, test in present(found, "tests").items():
                 texts = (entry.model, other, data, name)
@@ -140,10 +163,12 @@ def _paired_tests(material: Material, section: Section) -> Iterator[Table]:
                 row.append(Cell(f"{test['difference']:+.4f}"))
                 row.append(Cell(f"{span[0]:+.4f} to {span[1]:+.4f}" if span else ""))
                 row.append(Cell("" if test.get("p") is None else f"{test['p']:.3g}"))
+                row.append(Cell(f"{test['wins']} / {test['losses']}" if "wins" in test else ""))
                 rows.append(row)
                 cites.append(material.cite(section, entry))
     if rows:
         headings = ["model", "against", "data", "number", "difference", "interval", "p"]
+        headings.append("documents lower / higher")
         yield Table("Paired tests on the same documents", headings, rows, cites)
 
 
@@ -195,7 +220,9 @@ def controls(material: Material) -> Section:
         values = [value for own in models.values() for value, _ in own.values() if value > 0]
         spread = bool(values) and max(values) > SPREAD * min(values)
         title = f"Student and controls, {data}"
-        svg = charts.dots(series, [_folded(m) for m in models], "KL, nats per token", log_x=spread)
+        svg = charts.dots(
+            series, [charts.folded(m) for m in models], "KL, nats per token", log_x=spread
+        )
         alt = f"KL to the teacher of {len(models)} students and of {len(variants) - 1} controls"
         rows = [
             (
@@ -301,41 +328,6 @@ def _with(row: Row, kind: str) -> list[Entry]:
     return [entry for entry in row.entries if present(entry.metrics, kind)]
 
 
-def tasks(material: Material) -> Section:
-    """Scores with their intervals, a row per task."""
-    section = Section("tasks", "Tasks", "Zero-shot, with 95 % intervals where they are known.")
-    names: dict[str, None] = {}
-    models: dict[str, list[tuple[Entry, str, float, Any]]] = {}
-    for entry in material.entries:
-        for task, scores in present(entry.metrics, "tasks").items():
-            if (key := main_metric(scores)) is not None:
-                label = f"{task} {key}"
-                names[label] = None
-                found = (entry, label, scores[key], interval(scores, key))
-                models.setdefault(entry.model, []).append(found)
-    if not names:
-        return section
-    labels = list(names)
-    series, rows = [], []
-    for model, found in models.items():
-        points = [(100 * value, labels.index(label)) for _, label, value, _ in found]
-        errors = [bounds and (100 * bounds[0], 100 * bounds[1]) for *_, bounds in found]
-        series.append(Series(model, material.colour(model), points, errors=errors))
-        rows += [
-            (
-                (model, label, percent(value),
-                 f"{percent(bounds[0])} to {percent(bounds[1])}" if bounds else ""),
-                material.cite(section, entry),
-            )
-            for entry, label, value, bounds in found
-        ]  # fmt: skip
-    svg = charts.dots(series, labels, "score, %")
-    alt = f"Scores of {len(series)} models on {len(labels)} tasks"
-    table = numbers_of("Scores", ["model", "task", "score", "95 % interval"], rows)
-    section.figures.append(Figure("Scores", svg, alt, legend(series), table=table))
-    return section
-
-
 def needle(material: Material) -> Section:
     """Heat maps of what is found at a depth of a context of a length."""
     section = Section(
@@ -344,7 +336,10 @@ def needle(material: Material) -> Section:
     teachers: list[NeedleMap] = []
     for entry in material.entries:
         for found in needle_maps(entry.metrics.get("needle")):
-            title = f"{entry.model} {found.name.removeprefix('student').strip()}".strip()
+            who, _, what = found.name.partition(" ")
+            owner = against_of(entry) if who == AGAINST else entry.model
+            what = what if who in (STUDENT, AGAINST) else found.name
+            title = f"{owner} {what}".strip()
             if found.name.startswith("teacher"):
                 # every student's results hold those of their teacher
                 if found in teachers:
@@ -354,7 +349,9 @@ def needle(material: Material) -> Section:
             scale = 100 if max(found.depths) <= 1 else 1
             columns = [f"{scale * depth:.0f} %" for depth in found.depths]
             rows = [charts.short(length) for length in found.lengths]
-            svg = charts.heat(found.shares, rows, columns, "depth of the needle", "tokens")
+            # signs after every number would touch each other below ten columns
+            depths = [f"{scale * depth:.0f}" for depth in found.depths]
+            svg = charts.heat(found.shares, rows, depths, "depth of the needle, %", "tokens")
             alt = f"{title}: {len(columns)} depths of {len(rows)} lengths"
             cites = material.cite(section, entry)
             texts = [((f"{n:,}", *map(percent, row)), cites)
@@ -362,10 +359,3 @@ def needle(material: Material) -> Section:
             table = numbers_of(title, ["tokens", *columns], texts)
             section.figures.append(Figure(title, svg, alt, table=table))
     return section
-
-
-def _folded(text: str, width: int = 22) -> str:
-    """A label of a chart in lines that leave room for the chart."""
-    from textwrap import wrap
-
-    return "\n".join(wrap(text, width, max_lines=3, placeholder=" ..."))

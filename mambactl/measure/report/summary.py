@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mambactl.measure.checks import MAIN_METRICS
-from mambactl.measure.report.entries import Entry
+from mambactl.measure.checks import MAIN_METRICS, lower_is_better
+from mambactl.measure.report.entries import Entry, against_of
 
 # tokens of context that a cache is given for, where it was not measured
 CONTEXT = 4096
@@ -124,18 +124,17 @@ def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
     """Put cells into the rows of a model, and its controls below that row."""
     row = _merge(rows, entry.model, MODEL, entry, cells)
     place = rows.index(row) + 1
-    for name, found in beside(entry.metrics).items():
+    for name, found in beside(entry).items():
         while place < len(rows) and rows[place].kind == CONTROL:
             place += 1
         rows.insert(place, Row(name, CONTROL, dict(_cells(found, {})), [entry]))
 
 
-def beside(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def beside(entry: Entry) -> dict[str, Any]:
     """What was measured together with a model: its controls, and the one it is tested against."""
-    found = dict(metrics.get("controls") or {})
-    against = metrics.get("against") or {}
-    if "model" in against:
-        found[f"against {str(against['model']).rpartition('/')[2]}"] = against
+    found = dict(entry.metrics.get("controls") or {})
+    if name := against_of(entry):
+        found[f"against {name}"] = entry.metrics["against"]
     return found
 
 
@@ -152,11 +151,18 @@ def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tup
     for name, found in (metrics.get("generation") or {}).items():
         for heading, key in GENERATION:
             if key in found:
-                column = Column(f"greedy texts, {name}", heading, percent, max)
+                group = "greedy texts" if name == "generation" else f"greedy texts, {name}"
+                column = Column(group, heading, percent, max)
                 yield column, Cell(found[key], interval(found, key))
+    for name, found in (metrics.get("preferences") or {}).items():
+        if "reward_accuracy" in found:
+            column = Column("preferences", f"{name} accuracy", percent, max)
+            yield column, Cell(found["reward_accuracy"])
+    parts = parts_of_groups(metrics)
     for task, found in (metrics.get("tasks") or {}).items():
-        if (key := main_metric(found)) is not None:
-            column = Column("tasks", f"{task} {key}", percent, max)
+        if task not in parts and (key := main_metric(found)) is not None:
+            best = min if lower_is_better(key) else max
+            column = Column("tasks", f"{task} {key}", score_writer(key), best)
             yield column, Cell(found[key], interval(found, key))
     model = about.get("model")
     cache = model.get("cache") if isinstance(model, Mapping) else None
@@ -182,6 +188,17 @@ def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, 
         yield "guessing", chance
 
 
+def parts_of_groups(metrics: Mapping[str, Any]) -> set[str]:
+    """Tasks that are measured as part of a group which has a score of its own."""
+    groups = metrics.get("task_groups") or {}
+    return {part for parts in groups.values() for part in parts}
+
+
+def score_writer(metric: str) -> Callable[[float], str]:
+    """Scores of tasks are shares, unless they are better where they are lower."""
+    return number if lower_is_better(metric) else percent
+
+
 def data_set(name: str, found: Mapping[str, Any]) -> str:
     """A data set is another one when other tokens of it were measured."""
     return f"{name}, {found['tokens']:,} tokens" if "tokens" in found else name
@@ -190,17 +207,28 @@ def data_set(name: str, found: Mapping[str, Any]) -> str:
 def main_metric(scores: Mapping[str, Any]) -> str | None:
     """The metric that a task is known by."""
     named = [key for key in MAIN_METRICS if key in scores]
-    others = [key for key, value in scores.items()
-              if isinstance(value, int | float) and "stderr" not in key]  # fmt: skip
-    return next(iter(named + others), None)
+    return next(iter(named + metrics_of(scores)), None)
+
+
+def metrics_of(scores: Mapping[str, Any]) -> list[str]:
+    """What a task was scored by, without the errors of that."""
+    return [key for key, value in scores.items()
+            if isinstance(value, int | float) and "stderr" not in key]  # fmt: skip
 
 
 def interval(found: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    """The 95 % interval of a number: `KEY_ci`, `intervals.KEY`, or by its standard error."""
+    """The interval of a number: `KEY_ci`, `intervals.KEY`, or 95 % by its standard error.
+
+    Scores of extracted answers are called METRIC:FILTER, their errors METRIC_stderr:FILTER.
+    """
     for given in (found.get(f"{key}_ci"), (found.get("intervals") or {}).get(key)):
         if isinstance(given, Sequence) and len(given) == 2:
             return float(given[0]), float(given[1])
-    error = found.get(f"{key}_stderr")
+    metric, mark, extracted = key.partition(":")
+    error = found.get(f"{metric}_stderr{mark}{extracted}")
     if not isinstance(error, int | float):
         return None
-    return found[key] - NORMAL_95 * error, found[key] + NORMAL_95 * error
+    low, high = found[key] - NORMAL_95 * error, found[key] + NORMAL_95 * error
+    # a share of few rows has an error that reaches beyond what a share can be
+    most = 1.0 if found[key] <= 1 and not lower_is_better(key) else high
+    return max(low, 0.0), min(high, most)
