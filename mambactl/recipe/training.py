@@ -47,7 +47,6 @@ class TrainConfig(RowsConfig):
     warmup: int = Field(10, ge=0, description="warm-up steps")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     grad_checkpointing: bool = Field(False, description="recompute activations in backward")
-    compile: Compile = Field("auto", description="compile blocks; auto: on CUDA where it can be")
     save_every: int = Field(100, ge=1, description="steps between resumable states")
 
 
@@ -107,6 +106,7 @@ class ShardConfig(SpreadConfig):
 class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
+    compile: Compile = Field("auto", description="compile blocks; auto: on CUDA where it can be")
     stages: DistillPhases = Field(["align", "logits"], description="what runs, in this order")
     align_steps: int | None = Field(None, ge=0, description="of max_steps; default: equal shares")
     align_lr: float = Field(2e-3, gt=0, description="learning rate of mixers while aligning")
@@ -154,6 +154,7 @@ class TeacherCacheConfig(MixedRowsConfig):
 class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
     """Supervised fine-tuning with optional word-level distillation."""
 
+    compile: bool = Field(False, description="compile blocks, for packed rows of one length")
     lr: float = Field(2e-5, gt=0, description="learning rate")
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross entropy on the text")
     kl_weight: float = Field(0.0, ge=0, description="weight of the KL to the teacher's logits")

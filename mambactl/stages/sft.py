@@ -1,6 +1,7 @@
 """`sft`: supervised fine-tuning on text or chats, with the teacher's words weighed in if asked."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mambactl.checkpoint.vocabulary import model_config
 from mambactl.data.pack import Row
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.ranks import sharded
 from mambactl.recipe import SftConfig
 from mambactl.stages import StageResult
 from mambactl.stages.held_out import HeldOut
@@ -25,6 +27,7 @@ from mambactl.stages.training import (
     report_phases,
     require_whole_weights,
 )
+from mambactl.train.compiled import compile_blocks, release_blocks
 from mambactl.train.ledger import Evaluation
 from mambactl.train.lora import adapted, merged, projections, require_peft
 from mambactl.train.run_folder import RunFolder
@@ -51,14 +54,19 @@ def run(
     # frozen weights need no fp32 masters
     student = job.student(torch.float32 if config.lora is None else job.dtype)
     teacher = _teacher(job, config, measures=bool(held_out))
+    if config.compile:
+        for model in filter(None, (student, teacher)):
+            compile_blocks(model)
     with folder.open(resume, force):
         trainer = _trainer(job, config, folder, student, teacher, rows, tokenizer)
         evaluation = None
         if held_out:
-            measured = HeldOut(student, teacher, held_out, config.batch_size, job.amp)
+            trim = not config.compile
+            measured = HeldOut(student, teacher, held_out, config.batch_size, job.amp, trim)
             evaluation = Evaluation(config.eval_every, measured.measure)
         metrics = report_phases([follow(trainer, STAGE, folder, evaluation)], folder)
         draw_ledger(folder, asked=bool(held_out) and teacher is not None)
+        release_blocks(student)
         job.save(merged(trainer.model), folder, _teacher_name(job, config, teacher), metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
@@ -95,6 +103,10 @@ def _require(config: SftConfig) -> None:
         raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
     if config.teacher_cache and not config.kl_weight:
         raise UsageError("--teacher-cache is of no use without a KL", "add --kl-weight 1")
+    if config.compile and (not config.packing or config.lora or sharded()):
+        raise UsageError(
+            "--compile takes whole packed rows, without --lora and --shard", "drop --compile"
+        )
     if config.lora_alpha is not None and config.lora is None:
         raise UsageError("--lora-alpha scales adapters, and there are none", "add --lora RANK")
     require_peft(config)
@@ -137,9 +149,11 @@ def _trainer(
 
     from mambactl.train.matching import MatchingTrainer, as_dataset, cached, collate_features
 
-    collator = collate_features
+    # compiled code is made for one shape
+    trim = not config.compile
+    collator = partial(collate_features, trim=trim)
     if config.teacher_cache:
-        collator, teacher = cached(open_cache(job, config, student, rows)), None
+        collator, teacher = cached(open_cache(job, config, student, rows), trim), None
     shared = trainer_arguments(config, folder, config.lr, job.device, job.amp)
     # rows are packed and masked already, the same way as for distillation
     prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}

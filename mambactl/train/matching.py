@@ -106,16 +106,18 @@ def as_dataset(rows: Sequence[Row]) -> Dataset:
     return Dataset.from_dict(dict(columns)).with_format("numpy")
 
 
-def collate_features(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def collate_features(features: Sequence[dict[str, Any]], trim: bool = True) -> dict[str, Tensor]:
     """A batch as keyword arguments of the model, labels -100 where nothing is learned."""
-    return _arguments(collate([Row(**feature) for feature in features]))
+    return _arguments(collate([Row(**feature) for feature in features], trim))
 
 
-def cached(cache: TeacherCache) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+def cached(
+    cache: TeacherCache, trim: bool = True
+) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
     """`collate_features` with what the cache holds for the rows, found by what is in them."""
 
     def looked_up(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = collate([Row(**feature) for feature in features])
+        batch = collate([Row(**feature) for feature in features], trim)
         return _arguments(batch) | dict(zip(CACHED, cache.batch(batch), strict=True))
 
     return looked_up

@@ -20,7 +20,7 @@ ROWS = f"{ROWS} --skip-bad-rows"
 HELD_OUT = "--teacher-cache --eval-data --eval-every --eval-tokens"
 MIXED = "--recall-share"
 SPREAD = "--nproc --shard"
-TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --compile"
+TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every"
 SAMPLING = (
     "--max-new-tokens --temperature --top-k --top-p --draft --k --batch-size --chat --prompt "
     "--prompts"
@@ -29,12 +29,12 @@ FLAGS = {
     "convert": "--ratio --keep-attention --select --select-data --select-tokens --select-recall "
     "--kv-budget --mixers-from --mixer --init --calibrate --calibrate-tokens "
     f"--max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
-    "distill": f"{TRAINING} {MIXED} --nproc --stages --align-steps --align-lr --stepwise-steps "
-    "--stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr --schedule --kl-weight "
-    f"--ce-weight --temperature --divergence --jsd-beta --capture {HELD_OUT} {OUTPUT} "
-    f"{EVERY_STAGE}",
+    "distill": f"{TRAINING} {MIXED} --compile --nproc --stages --align-steps --align-lr "
+    "--stepwise-steps --stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr "
+    "--schedule --kl-weight --ce-weight --temperature --divergence --jsd-beta --capture "
+    f"{HELD_OUT} {OUTPUT} {EVERY_STAGE}",
     "sft": f"{TRAINING} {SPREAD} {HELD_OUT} --lr --ce-weight --kl-weight --assistant-only-loss "
-    f"--lora --lora-alpha --log-to {OUTPUT} {EVERY_STAGE}",
+    f"--lora --lora-alpha --log-to --compile {OUTPUT} {EVERY_STAGE}",
     "dpo": f"{TRAINING} {SPREAD} --log-to --lr --beta --reference --precompute-reference "
     "--loss-type --loss-weights --label-smoothing --ld-alpha --f-divergence --sft-weight --chat "
     f"--eval-data --eval-share --eval-every --eval-pairs --max-kl {OUTPUT} {EVERY_STAGE}",

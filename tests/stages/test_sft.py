@@ -105,6 +105,23 @@ def test_a_teacher_weighs_in(student, data, tmp_path, tiny_llama_dir):
     assert load_lineage(result.path)["teacher"] == str(tiny_llama_dir)
 
 
+def test_compiled_blocks_learn_the_same(student, data, tmp_path, monkeypatch):
+    """As torch traces them, without code of their own, which takes minutes to make."""
+    from mambactl.train import compiled
+
+    whole = compiled.torch.compile
+    monkeypatch.setattr(compiled.torch, "compile", lambda f, **o: whole(f, backend="eager", **o))
+    curves = []
+    for compiles in (False, True):
+        out = tmp_path / str(compiles)
+        run(cpu(data, kl_weight=1.0, max_steps=3, compile=compiles), student, out)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        curves.append([line["loss"] for line in lines])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    with pytest.raises(UsageError, match="whole packed rows"):
+        run(cpu(data, compile=True, packing=False), student, tmp_path / "apart")
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
 def test_a_stopped_run_resumes_to_the_same_curve(student, data, tmp_path, monkeypatch, kl_weight):
     config = cpu(data, kl_weight=kl_weight, grad_accum=2)
