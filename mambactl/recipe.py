@@ -46,7 +46,7 @@ DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas)]
-Branches = Annotated[list[Literal["recurrent", "attention"]], BeforeValidator(_split_commas)]
+Branches = Annotated[list[Literal["recurrent", "attention", "window"]], BeforeValidator(_split_commas)]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_split_commas)
 ]
@@ -107,6 +107,10 @@ class ConvertConfig(StageConfig):
         None, description="take the mixers from this converted and aligned checkpoint"
     )
     mixer: Literal["mamba2", "mamba1"] = Field("mamba2", description="what replaces attention")
+    window: int | None = Field(
+        None, ge=1, description="keep attention to the last W tokens beside each new mixer"
+    )
+    sinks: int = Field(4, ge=0, description="first tokens that the kept window sees as well")
     init: Literal["calibrated", "reference"] = Field(
         "calibrated", description="reference is the paper's Algorithm 1"
     )

@@ -212,7 +212,7 @@ def _measure(
     """Conversations that fit into the model and the format, their lengths, and the others."""
     with open_checkpoint(source) as reader:
         model = adapt(reader).config
-    limit = model.max_position_embeddings if "attention" in model.mixers else None
+    limit = model.max_position_embeddings if model.attends else None
     fitting, lengths, bad = [], [], []
     for each in conversations:
         try:
