@@ -49,9 +49,7 @@ def _seen(query: Tensor, key: Tensor, starts: Tensor, window: int, sinks: int) -
     return (key <= query) & (key >= starts) & near
 
 
-def _banded(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, starts: Tensor
-) -> Tensor:
+def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, starts: Tensor) -> Tensor:
     """Blocks of queries, each against its own block of keys, the one before, and sinks.
 
     A document that began before both holds the whole block before, and so the first query of the

@@ -106,8 +106,9 @@ MixerSettings = Mamba2Settings | Mamba1Settings | WindowSettings
 class HybridConfig(LlamaConfig):
     """A decoder whose layer i mixes tokens with `mixers[i]`: attention, mamba2 or mamba1.
 
-    `mamba2_window` is a mamba2 mixer plus attention to a window (`WindowSettings`). All other fields are Llama's. With only attention it is a Llama (or, with a sliding window, a
-    Mistral); with only mamba mixers and `has_mlp=False` it is a native Mamba.
+    `mamba2_window` is a mamba2 mixer plus attention to a window (`WindowSettings`). All other
+    fields are Llama's. With only attention it is a Llama (or, with a sliding window, a Mistral);
+    with only mamba mixers and `has_mlp=False` it is a native Mamba.
     """
 
     model_type = "mambactl_hybrid"

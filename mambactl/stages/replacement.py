@@ -210,9 +210,12 @@ def _wanted_settings(base: HybridConfig, config: ConvertConfig, kind: str) -> Mi
     return mamba1_from_attention(base, base.head_dim if calibrated else 16, proj_bias=bias)
 
 
-def _window_hint(theirs: HybridConfig) -> str:
-    window = theirs.mamba2_window_settings
-    return f"its mixers have windows: add --window {window.window} --sinks {window.sinks}"
+def _ready_made(theirs: HybridConfig, mixer: str) -> str:
+    """Where mixers of that name come from."""
+    if mixer == "mamba2" and "mamba2_window" in theirs.mixers:
+        window = theirs.mamba2_window_settings
+        return f"its mixers have windows: add --window {window.window} --sinks {window.sinks}"
+    return "align all layers once: convert --ratio 1, then distill --stages align"
 
 
 def _require_same_model(
@@ -228,5 +231,5 @@ def _require_same_model(
     if missing := [index for index in needed if theirs.mixers[index] != mixer]:
         raise UsageError(
             f"{aligned.spec} has no {mixer} mixer in the layers {missing}",
-            _window_hint(theirs) if mixer == "mamba2" and theirs.mamba2_window else "align all layers once: convert --ratio 1, then distill --stages align",
+            _ready_made(theirs, mixer),
         )
