@@ -41,6 +41,7 @@ def tiny_config(mixers: list[str], **overrides):
     from mambactl.models.config import (
         MIXERS,
         HybridConfig,
+        WindowSettings,
         mamba1_from_attention,
         mamba2_from_attention,
     )
@@ -55,6 +56,8 @@ def tiny_config(mixers: list[str], **overrides):
     settings = {k: overrides.pop(k) for k in MIXERS[1:] if k in overrides}
     base = HybridConfig(**{**fields, **overrides})
     settings.setdefault("mamba2", mamba2_from_attention(base, proj_bias=True))
+    if "mamba2_window" in mixers:
+        settings.setdefault("mamba2_window", WindowSettings(window=7, sinks=3))
     settings.setdefault("mamba1", mamba1_from_attention(base, repeat_width=16, proj_bias=False))
     return base.with_mixers(mixers, **settings)
 

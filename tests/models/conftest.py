@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambactl.models.config import Mamba1Settings, Mamba2Settings, WindowSettings
+from mambactl.models.config import Mamba1Settings, Mamba2Settings
 
 NATIVE_MAMBA2 = Mamba2Settings(
     n_heads=4, head_dim=8, d_state=12, x_heads=4, b_groups=1, c_groups=1, norm_groups=1
@@ -17,10 +17,7 @@ LAYOUTS = {
     "mamba2": {"mixers": ["mamba2"] * 2},
     "mamba1": {"mixers": ["mamba1"] * 2},
     "mixed": {"mixers": ["mamba2", "attention", "mamba1"]},
-    "windowed": {
-        "mixers": ["mamba2_window", "attention", "mamba2_window"],
-        "mamba2_window": WindowSettings(window=7, sinks=3),
-    },
+    "windowed": {"mixers": ["mamba2_window", "attention", "mamba2_window"]},
     "native2": {"mixers": ["mamba2"] * 2, "mamba2": NATIVE_MAMBA2, "has_mlp": False},
     "native1": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE_MAMBA1, "has_mlp": False},
 }
