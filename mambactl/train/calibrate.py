@@ -272,37 +272,35 @@ def _rescale_heads(mixer: Mamba2Mixer, features: list[Tensor], problem: Problem)
 def _refit_output(
     mixer: nn.Module, features: list[Tensor], problem: Problem
 ) -> tuple[float, float, float | None]:
-    """Ridge towards the present out_proj: held-out error before and after, and the strength.
-
-    Beside a window also towards zero, which leaves the window as it is.
-    """
+    """Ridge towards the present out_proj: held-out error before and after, and the strength."""
     feature = torch.cat([f[m] for f, m in zip(features, problem.masks, strict=True)]).float()
     target = torch.cat(
         [t[m] for t, m in zip(problem.targets, problem.masks, strict=True)]
     ).float()  # [tokens, D]
-    present = mixer.out_proj(feature)
     if mixer.out_proj.bias is not None:
         feature = nn.functional.pad(feature, (0, 1), value=1.0)  # [tokens, F + 1]
+    residual = target - mixer.out_proj(feature[:, : mixer.out_proj.in_features])
     split = int(len(target) * (1 - HELD_OUT))
     spread = (target[split:] - target[:split].mean(0)).pow(2).sum().clamp(min=1e-12)
-    errors: dict[tuple[float, float | None], float] = {}
-    for share in (1.0, 0.0) if isinstance(mixer, Mamba2WindowMixer) else (1.0,):
-        residual = target - share * present
-        gram, moment = _normal(feature[:split], residual[:split])
-        errors[share, None] = float(residual[split:].pow(2).sum() / spread)
-        for strength in RIDGE:
-            left = residual[split:] - feature[split:] @ _ridge(gram, moment, strength)
-            errors[share, strength] = float(left.pow(2).sum() / spread)
-    best = share, strength = min(errors, key=errors.__getitem__)
-    for parameter in mixer.out_proj.parameters():
-        parameter.mul_(share)
-    if strength is not None:
-        update = _ridge(*_normal(feature, target - share * present), strength)  # [F (+ 1), D]
-        if mixer.out_proj.bias is not None:
-            mixer.out_proj.bias.add_(update[-1])
-            update = update[:-1]
-        mixer.out_proj.weight.add_(update.T)
-    return errors[1.0, None], errors[best], strength
+    before = float(residual[split:].pow(2).sum() / spread)
+    gram, moment = _normal(feature[:split], residual[:split])
+    errors = {
+        strength: float(
+            (residual[split:] - feature[split:] @ _ridge(gram, moment, strength)).pow(2).sum()
+            / spread
+        )
+        for strength in RIDGE
+    }
+    strength = min(errors, key=errors.__getitem__)
+    if not errors[strength] < before:
+        return before, before, None
+    more_gram, more_moment = _normal(feature[split:], residual[split:])
+    update = _ridge(gram + more_gram, moment + more_moment, strength)  # [F (+ 1), D]
+    if mixer.out_proj.bias is not None:
+        mixer.out_proj.bias.add_(update[-1])
+        update = update[:-1]
+    mixer.out_proj.weight.add_(update.T)
+    return before, errors[strength], strength
 
 
 def _normal(feature: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, tiny_config
 
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.load import load_model
@@ -18,6 +18,7 @@ from mambactl.models.config import WindowSettings
 from mambactl.models.replacement import replaced_layers
 from mambactl.recipe import ConvertConfig
 from mambactl.stages.convert import plan, run
+from mambactl.stages.phases import PhasePlan, shapes_of
 from mambactl.train.alignment import AlignmentObjective
 
 WINDOW, SINKS, LENGTH = 5, 2, 64
@@ -173,6 +174,27 @@ def test_layers_of_a_hybrid_share_one_window(llama, tmp_path) -> None:
         run(ConvertConfig(window=6), str(tmp_path / "one.st"), tmp_path / "no.st")
     result = run(windowed(ratio=1), str(tmp_path / "one.st"), tmp_path / "all.st")
     assert result.metrics["replaced_layers"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rest", [0.0, 1e-4])
+def test_a_window_trains_as_the_rest_does(rest) -> None:
+    """It is the teacher's: the rate of new mixers would undo it, and aligning leaves it alone."""
+    config = tiny_config(["mamba2_window", "mamba2_window"])
+    model = shapes_of(config)
+    for plan_ in (
+        PhasePlan("align", "align", 1, (0, 1), 2e-3, 0.0),
+        PhasePlan("logits", "logits", 1, (0, 1), 3e-4, rest),
+        PhasePlan("stepwise-1", "stepwise", 1, (0,), 3e-4, rest, (1,)),
+    ):
+        rates = {n: rate for members, rate in plan_.parameters(model) for n in members}
+        for index in (0, 1):
+            mixer = f"model.layers.{index}.mamba"
+            trains = index in plan_.layers
+            assert rates.get(f"{mixer}.in_proj.weight") == (plan_.mixer_rate if trains else None)
+            wanted = plan_.rest_rate if trains and plan_.rest_rate else None
+            assert rates.get(f"{mixer}.window.q_proj.weight") == wanted
+        parts = plan_.describe(model, 1)["trained" if rates and wanted else "frozen"]
+        assert any(part["part"] == "windows of mamba mixers" for part in parts)
 
 
 @pytest.mark.parametrize(
