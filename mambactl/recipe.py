@@ -112,7 +112,9 @@ class ConvertConfig(StageConfig):
     window: int | None = Field(
         None, ge=1, description="keep attention to the last W tokens beside each new mixer"
     )
-    sinks: int = Field(4, ge=0, description="first tokens that the kept window sees as well")
+    sinks: int | None = Field(
+        None, ge=0, description="first tokens that the window sees as well; default: 4"
+    )
     init: Literal["calibrated", "reference"] = Field(
         "calibrated", description="reference is the paper's Algorithm 1"
     )

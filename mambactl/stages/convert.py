@@ -99,7 +99,7 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": parameters * dtype.itemsize,
         "init": config.init,
-        "window": config.window and {"tokens": config.window, "sinks": config.sinks},
+        "window": target.mamba2_window,
         "cache": cache_bytes(target, dtype),
         "documents": count_rows(config.calibrate) if config.calibrate else 0,
     }
@@ -213,6 +213,8 @@ class _Work:
 
 def _check(config: ConvertConfig) -> None:
     """Raise UsageError for options that contradict each other."""
+    if config.sinks is not None and not config.window:
+        raise UsageError("--sinks belong to a window", "add --window 64")
     if config.window and config.mixer != "mamba2":
         raise UsageError(f"--window does not go with --mixer {config.mixer}", "use --mixer mamba2")
     if config.window and config.init != "calibrated":

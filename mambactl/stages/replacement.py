@@ -112,10 +112,15 @@ class Replacement:
         if not any(kind in MIXER_SETTINGS[name] for name in self.base.mixers):
             return wanted
         present = getattr(self.base, f"{kind}_settings")
+        if isinstance(present, WindowSettings):
+            if wanted != present:
+                raise UsageError(
+                    f"this model has windows of {present.window} tokens and {present.sinks} sinks",
+                    f"give --window {present.window} --sinks {present.sinks}",
+                )
+            return present
         # a bias that is not needed stays zero
-        loose = self.aligned is None and (
-            kind != "mamba2_window" and (wanted.proj_bias or present.proj_bias)
-        )
+        loose = self.aligned is None and (wanted.proj_bias or present.proj_bias)
         if (replace(wanted, proj_bias=True) if loose else wanted) != present:
             origin = self.aligned.spec if self.aligned else f"--init {self.config.init}"
             raise UsageError(
@@ -128,7 +133,7 @@ class Replacement:
     def _require_same_window(self) -> None:
         if not self.config.window:
             return
-        asked = WindowSettings(self.config.window, self.config.sinks)
+        asked = _wanted_window(self.config)
         theirs = self.aligned.adapted.config.mamba2_window_settings
         if asked != theirs:
             raise UsageError(
@@ -194,11 +199,17 @@ def block_of(config: HybridConfig, index: int, state: Mapping[str, Tensor]) -> H
     return block.eval().requires_grad_(False)
 
 
+def _wanted_window(config: ConvertConfig) -> WindowSettings:
+    if config.sinks is None:
+        return WindowSettings(config.window)
+    return WindowSettings(config.window, config.sinks)
+
+
 def _wanted_settings(base: HybridConfig, config: ConvertConfig, kind: str) -> MixerSettings:
     calibrated = config.init == "calibrated"
     bias = calibrated or base.attention_bias
     if kind == "mamba2_window":
-        return WindowSettings(config.window, config.sinks)
+        return _wanted_window(config)
     if kind == "mamba2":
         return mamba2_from_attention(base, proj_bias=bias)
     if base.head_dim % 16:

@@ -170,7 +170,7 @@ def test_mixers_can_be_taken_with_their_window(llama, ids, tmp_path) -> None:
 
 def test_layers_of_a_hybrid_share_one_window(llama, tmp_path) -> None:
     run(windowed(keep_attention=[1, 2, 3]), llama, tmp_path / "one.st")
-    with pytest.raises(UsageError, match="another form"):
+    with pytest.raises(UsageError, match=f"windows of {WINDOW} tokens and {SINKS} sinks"):
         run(ConvertConfig(window=6), str(tmp_path / "one.st"), tmp_path / "no.st")
     result = run(windowed(ratio=1), str(tmp_path / "one.st"), tmp_path / "all.st")
     assert result.metrics["replaced_layers"] == [1, 2, 3]
@@ -205,6 +205,8 @@ def test_a_window_trains_as_the_rest_does(rest) -> None:
     ],
 )
 def test_what_a_window_does_not_go_with(llama, fields, message, tmp_path) -> None:
+    with pytest.raises(UsageError, match="--sinks belong to a window"):
+        run(ConvertConfig(sinks=2), llama, tmp_path / "t.st")
     with pytest.raises(UsageError, match=message):
         run(windowed(**fields), llama, tmp_path / "t.st")
     assert not any(tmp_path.iterdir())
@@ -218,7 +220,7 @@ def test_sizes_are_known_before_and_after(llama, tmp_path) -> None:
     assert found["cache"] == planned["cache"]
     assert found["cache"]["window_bytes"] == 2 * 2 * 2 * (WINDOW + SINKS) * 16 * 2
     assert found["cache"]["bytes_per_token"] == 2 * 2 * 2 * 16 * 2
-    assert planned["window"] == {"tokens": WINDOW, "sinks": SINKS}
+    assert planned["window"] == {"window": WINDOW, "sinks": SINKS}
     model = load_model(str(tmp_path / "t.st"))
     assert model.config.mamba2_window_settings == WindowSettings(WINDOW, SINKS)
     card = model_card(found["lineage"], model.config)
