@@ -46,7 +46,9 @@ def _as_loud_as_ever():
 def tiny_config(mixers: list[str], **overrides):
     """A 4-head, 2-KV-head configuration with both Mamba settings filled in."""
     from mambactl.models.config import (
+        MIXERS,
         HybridConfig,
+        WindowSettings,
         mamba1_from_attention,
         mamba2_from_attention,
     )
@@ -58,9 +60,11 @@ def tiny_config(mixers: list[str], **overrides):
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }  # fmt: skip
-    settings = {k: overrides.pop(k) for k in ("mamba1", "mamba2") if k in overrides}
+    settings = {k: overrides.pop(k) for k in MIXERS[1:] if k in overrides}
     base = HybridConfig(**{**fields, **overrides})
     settings.setdefault("mamba2", mamba2_from_attention(base, proj_bias=True))
+    if "mamba2_window" in mixers:
+        settings.setdefault("mamba2_window", WindowSettings(window=7, sinks=3))
     settings.setdefault("mamba1", mamba1_from_attention(base, repeat_width=16, proj_bias=False))
     return base.with_mixers(mixers, **settings)
 

@@ -42,7 +42,7 @@ def model_card(lineage: Mapping[str, Any], config: Any) -> str:
         "",
         f"Made by `mambactl {' -> '.join(stages)}` from `{source}`.",
         "",
-        *_layer_lines(mixers),
+        *_layer_lines(mixers, fields.get("mamba2_window")),
         *_metric_lines(lineage.get("metrics", {})),
         "",
         "```",
@@ -58,11 +58,17 @@ def _title(source: str | None) -> str:
     return (source or "model").rstrip("/").split("/")[-1]
 
 
-def _layer_lines(mixers: list[str]) -> list[str]:
+def _layer_lines(mixers: list[str], window: Mapping[str, int] | None) -> list[str]:
     lines = ["| mixer | layers |", "|---|---|"]
     for kind in sorted(set(mixers)):
         layers = [str(index) for index, mixer in enumerate(mixers) if mixer == kind]
         lines.append(f"| {kind} | {', '.join(layers)} |")
+    if "mamba2_window" in mixers:
+        lines += [
+            "",
+            f"A mamba2_window layer is a Mamba-2 mixer plus attention to the last "
+            f"{window['window']} tokens and the first {window['sinks']}.",
+        ]
     return lines if mixers else []
 
 

@@ -28,7 +28,7 @@ def describe(spec: str, tensors: bool = False) -> dict[str, Any]:
             "parameters": sum(part["parameters"] for part in parts),
             "bytes": sum(part["bytes"] for part in parts),
             "dtype": _name(dtype),
-            "cache": _cache(config, dtype),
+            "cache": cache_bytes(config, dtype),
             "stages": _stages(reader.lineage),
             "lineage": reader.lineage,
         }
@@ -64,12 +64,16 @@ def _parts(reader: Reader, config: HybridConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _cache(config: HybridConfig, dtype: Any) -> dict[str, int]:
-    """Bytes a decoded sequence holds, measured on a model without storage."""
+def cache_bytes(config: HybridConfig, dtype: Any) -> dict[str, int]:
+    """Bytes a decoded sequence holds, measured on a model without storage.
+
+    `window_bytes` of a sequence's are keys and values of windows beside Mamba layers.
+    """
     import torch
 
     from mambactl.models.cache import HybridCache
     from mambactl.models.hybrid import HybridForCausalLM
+    from mambactl.models.key_ring import KeyRing
 
     held = []
     with torch.device("meta"):
@@ -79,7 +83,12 @@ def _cache(config: HybridConfig, dtype: Any) -> dict[str, int]:
             model(torch.zeros(1, length, dtype=torch.long), past_key_values=cache)
             held.append(cache.nbytes())
     per_token = held[1] - held[0]
-    return {"bytes_per_token": per_token, "bytes_per_sequence": held[0] - per_token}
+    found = {"bytes_per_token": per_token, "bytes_per_sequence": held[0] - per_token}
+    if "mamba2_window" in config.mixers:
+        rings = [layer for layer in cache.layers if isinstance(layer, KeyRing)]
+        found["window_bytes"] = sum(ring.keys.nbytes + ring.values.nbytes for ring in rings)
+        found |= config.mamba2_window
+    return found
 
 
 def _stages(lineage: dict[str, Any] | None) -> list[str]:

@@ -45,6 +45,11 @@ def _blocks(found: dict[str, Any], tensors: bool, lineage: bool) -> list[str]:
         f"cache: {cache['bytes_per_token']:,} B per token, "
         f"{cache['bytes_per_sequence']:,} B per sequence ({found['dtype']}; states in float32)"
     )
+    if "window_bytes" in cache:
+        blocks.append(
+            f"window: {cache['window_bytes']:,} B of it, the last {cache['window']} tokens and "
+            f"the first {cache['sinks']} in every mamba2_window layer, however long the text"
+        )
     if found["lineage"]:
         steps = [str(found["lineage"].get("source")), *found["stages"]]
         blocks.append(f"lineage: {' -> '.join(steps)}")

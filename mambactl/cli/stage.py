@@ -35,6 +35,7 @@ EXAMPLES = {
     "convert": (
         "mambactl convert llama3-8b --ratio 0.5",
         "mambactl convert smollm2-135m -o t.st",
+        "mambactl convert smollm2-135m --window 64 -o w.st",
     ),
     "teacher-cache": (
         "mambactl teacher-cache llama3-8b --data chat.jsonl -o cache",

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.errors import UsageError
+from mambactl.kernels.local_attention import local_mask
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.context import StepContext
 
-BRANCHES = {"recurrent": "mamba", "attention": "self_attn"}
+# the modules of a block that a branch's output comes from
+BRANCHES = {"recurrent": "mamba.out_proj", "attention": "self_attn", "window": "mamba.window"}
 
 
 @contextmanager
@@ -54,34 +56,22 @@ class _Narrowed:
         if cache is not None:
             raise ValueError("a windowed control keeps no cache")
         if self.last is None or self.last[0] is not context:
-            mask = window_mask(context, self.window, self.sinks)
+            length, device = hidden.shape[1], hidden.device
+            mask = local_mask(length, self.window, self.sinks, context.seq_idx, device)
             self.last = (context, replace(context, mask=mask, spans=None))
         return hidden, self.last[1], cache
 
 
-def window_mask(context: StepContext, window: int, sinks: int) -> Tensor:
-    """Allowed keys [B or 1, 1, T, T] of a call without cache: sinks, and keys of the window."""
-    length = context.positions.shape[1]
-    order = torch.arange(length, device=context.positions.device)
-    query, key = order[:, None], order
-    near = key > query - window  # [T, T]
-    # positions restart with every document of a packed row
-    first = context.positions[:, None, :] < sinks  # [B, 1, T]
-    if bool((context.positions == order).all()):
-        first = first[:1]
-    seen = context.mask
-    if seen is None:
-        seen = (key <= query)[None, None] if context.spans is None else context.spans.mask()
-    return seen & (near | first)[:, None]
-
-
 @contextmanager
 def ablated(model: HybridForCausalLM, branch: str) -> Iterator[None]:
-    """Every `recurrent` or `attention` mixer puts out zero; UsageError where there is none."""
+    """Every recurrence, `attention` layer or `window` puts out zero; UsageError if there is none.
+
+    A window beside a recurrence stays when the recurrence is silenced, and the other way round.
+    """
     require_branch(model.config.mixers, branch)
-    name = BRANCHES[branch]
-    mixers = [block.mixer for block in model.model.layers if block.mixer_name == name]
-    handles = [mixer.register_forward_hook(_silence) for mixer in mixers]
+    suffix = f".{BRANCHES[branch]}"
+    parts = [part for name, part in model.named_modules() if name.endswith(suffix)]
+    handles = [part.register_forward_hook(_silence) for part in parts]
     try:
         yield
     finally:
@@ -91,9 +81,15 @@ def ablated(model: HybridForCausalLM, branch: str) -> Iterator[None]:
 
 def require_branch(mixers: Sequence[str], branch: str) -> None:
     """Raise UsageError unless a model of these mixers has what `ablated` would silence."""
-    if not any((name == "attention") == (branch == "attention") for name in mixers):
+    if not any(branch in _branches(name) for name in mixers):
         found = ", ".join(sorted(set(mixers)))
         raise UsageError(f"the model has no {branch} layer to ablate", f"its layers are {found}")
+
+
+def _branches(mixer: str) -> tuple[str, ...]:
+    if mixer == "attention":
+        return ("attention",)
+    return ("recurrent", "window") if mixer == "mamba2_window" else ("recurrent",)
 
 
 def _silence(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:

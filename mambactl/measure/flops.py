@@ -17,7 +17,7 @@ MAMBA2_STATE = 5
 # exponential and its argument too, which every channel has of its own
 MAMBA1_STATE = 7
 
-# (what: attention, mamba2, mamba1 or head; how: see `Work.pieces`) -> operations
+# (what: a mixer or head; how: see `Work.pieces`) -> operations
 Pieces = Mapping[tuple[str, str], float]
 
 
@@ -29,20 +29,34 @@ class MixerCost:
     weights: float
     mixing: float
 
+    def plus(self, other: "MixerCost") -> "MixerCost":
+        """Both."""
+        return MixerCost(
+            self.entrance + other.entrance, self.weights + other.weights, self.mixing + other.mixing
+        )
+
     @property
     def forward(self) -> float:
         """Operations of a forward pass."""
         return self.entrance + self.weights + self.mixing
 
 
+def _attention_cost(config: HybridConfig, seen: float) -> MixerCost:
+    """Attention whose queries see `seen` keys."""
+    width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+    shared = config.num_key_value_heads * config.head_dim
+    return MixerCost(2 * width * (inner + 2 * shared), 2 * inner * width, 4 * inner * seen)
+
+
 def mixer_cost(config: HybridConfig, mixer: str, length: int) -> MixerCost:
     """Operations of one token mixer on rows of `length` tokens."""
     width = config.hidden_size
     if mixer == "attention":
-        inner = config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
-        seen = min(length / 2, config.sliding_window or length)
-        return MixerCost(2 * width * (inner + 2 * shared), 2 * inner * width, 4 * inner * seen)
+        return _attention_cost(config, min(length / 2, config.sliding_window or length))
+    if mixer == "mamba2_window":
+        span = config.mamba2_window_settings
+        near = _attention_cost(config, min(length / 2, span.window + span.sinks))
+        return mixer_cost(config, "mamba2", length).plus(near)
     if mixer == "mamba2":
         s2 = config.mamba2_settings
         state = MAMBA2_STATE * s2.d_inner * s2.d_state

@@ -55,7 +55,10 @@ def bytes_per_step(
         weights=round(_weight_bytes(config, weight_bytes_per_param)),
         embedding=round(new * config.hidden_size * weight_bytes_per_param),
         state=2 * batch * state_elements(config) * STATE_BYTES,
-        kv=(batch * held + new) * _kv_elements(config) * kv_bytes,
+        kv=(batch * held + new) * _kv_elements(config, "attention") * kv_bytes
+        + (batch * _window_held(config, context) + new)
+        * _kv_elements(config, "mamba2_window")
+        * kv_bytes,
     )
 
 
@@ -84,19 +87,28 @@ def _sizes(config: HybridConfig) -> tuple[int, int]:
 def state_elements(config: HybridConfig) -> int:
     """Numbers in the recurrent states of one sequence, all layers."""
     count = 0
-    if "mamba2" in config.mixers:
+    mamba2 = config.mixers.count("mamba2") + config.mixers.count("mamba2_window")
+    if mamba2:
         s = config.mamba2_settings
-        count += config.mixers.count("mamba2") * s.d_inner * s.d_state
+        count += mamba2 * s.d_inner * s.d_state
     if "mamba1" in config.mixers:
         s = config.mamba1_settings
         count += config.mixers.count("mamba1") * s.d_inner * s.d_state
     return count
 
 
-def _kv_elements(config: HybridConfig) -> int:
-    """Numbers in the keys and values of one token, all layers."""
+def _kv_elements(config: HybridConfig, mixer: str) -> int:
+    """Numbers in the keys and values of one token, all layers with that mixer."""
     per_layer = 2 * config.num_key_value_heads * config.head_dim
-    return config.mixers.count("attention") * per_layer
+    return config.mixers.count(mixer) * per_layer
+
+
+def _window_held(config: HybridConfig, context: int) -> int:
+    """Tokens of `context` that a window beside a recurrence reads."""
+    if "mamba2_window" not in config.mixers:
+        return 0
+    span = config.mamba2_window_settings
+    return min(context, span.window - 1 + span.sinks)
 
 
 def limit(

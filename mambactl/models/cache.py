@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from mambactl.kernels.reference import Records, Step, conv_window, multi_step, recur
-from mambactl.models.config import HybridConfig
+from mambactl.models.config import HybridConfig, WindowSettings
+from mambactl.models.key_ring import KeyRing
 
 # longest run of tokens processed one by one after the prompt; longer ones go through chunks
 MAX_SEQUENTIAL = 64
@@ -142,6 +143,18 @@ class RecurrentCache:
         return ["state", "live", "window", "x", "dt", "B"]
 
 
+class WindowedCache(KeyRing, RecurrentCache):
+    """What a Mamba layer with a window of attention holds: constant in length."""
+
+    def __init__(self, settings: WindowSettings) -> None:
+        RecurrentCache.__init__(self)
+        KeyRing.__init__(self, settings)
+
+    def tensors(self) -> list[str]:
+        """Names of the tensors with a batch dimension."""
+        return [*RecurrentCache.tensors(self), "keys", "values"]
+
+
 def _rows_from(store: Tensor, start: Tensor, count: int) -> Tensor:
     index = start[:, None] + torch.arange(count, device=start.device)  # [B, count]
     return store.gather(1, index[..., None].expand(-1, -1, store.shape[2]))
@@ -160,6 +173,12 @@ def _write_rows(store: Tensor | None, new: Tensor, start: Tensor) -> Tensor:
     return grown.scatter(1, index, new)
 
 
+def _layer_cache(config: HybridConfig, mixer: str) -> AttentionCache | RecurrentCache:
+    if mixer == "mamba2_window":
+        return WindowedCache(config.mamba2_window_settings)
+    return AttentionCache() if mixer == "attention" else RecurrentCache()
+
+
 class HybridCache(Cache):
     """One cache object per layer, plus how many tokens each row holds.
 
@@ -173,11 +192,7 @@ class HybridCache(Cache):
         device: torch.device | str = "cpu",
         recording: bool = False,
     ):
-        layers = [
-            AttentionCache() if mixer == "attention" else RecurrentCache()
-            for mixer in config.mixers
-        ]
-        super().__init__(layers=layers)
+        super().__init__(layers=[_layer_cache(config, mixer) for mixer in config.mixers])
         self.recording = recording
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.base = self.lengths

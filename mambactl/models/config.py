@@ -6,7 +6,16 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-MIXERS = ("attention", "mamba2", "mamba1")
+MIXERS = ("attention", "mamba2", "mamba1", "mamba2_window")
+# mixers with keys, and so with rotary positions
+ATTENDING = ("attention", "mamba2_window")
+# the settings that a mixer reads
+MIXER_SETTINGS = {
+    "attention": (),
+    "mamba2": ("mamba2",),
+    "mamba1": ("mamba1",),
+    "mamba2_window": ("mamba2", "mamba2_window"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,26 @@ class Mamba1Settings:
         return self.d_inner, self.x_dim, self.x_dim, self.d_inner, self.dt_rank
 
 
+@dataclass(frozen=True)
+class WindowSettings:
+    """What the attention beside a Mamba-2 mixer sees: the last `window` tokens of a document, the
+    token itself among them, and its first `sinks` (StreamingLLM, arXiv 2309.17453).
+    """
+
+    window: int
+    sinks: int = 4
+
+
+MixerSettings = Mamba2Settings | Mamba1Settings | WindowSettings
+
+
 @strict
 class HybridConfig(LlamaConfig):
     """A decoder whose layer i mixes tokens with `mixers[i]`: attention, mamba2 or mamba1.
 
-    All other fields are Llama's. With only attention it is a Llama (or, with a sliding window, a
-    Mistral); with only mamba mixers and `has_mlp=False` it is a native Mamba.
+    `mamba2_window` is a mamba2 mixer plus attention to a window (`WindowSettings`). All other
+    fields are Llama's. With only attention it is a Llama (or, with a sliding window, a Mistral);
+    with only mamba mixers and `has_mlp=False` it is a native Mamba.
     """
 
     model_type = "mambactl_hybrid"
@@ -93,6 +116,7 @@ class HybridConfig(LlamaConfig):
     mixers: list[str] | None = None
     mamba2: dict | None = None
     mamba1: dict | None = None
+    mamba2_window: dict | None = None
     sliding_window: int | None = None
     has_mlp: bool = True
 
@@ -114,8 +138,9 @@ class HybridConfig(LlamaConfig):
         for name in set(self.mixers):
             if name not in MIXERS:
                 raise ValueError(f"unknown mixer {name!r}; known: {', '.join(MIXERS)}")
-            if name != "attention" and getattr(self, name) is None:
-                raise ValueError(f"the config uses {name} layers but has no `{name}` settings")
+            for part in MIXER_SETTINGS[name]:
+                if getattr(self, part) is None:
+                    raise ValueError(f"the config uses {name} layers but has no `{part}` settings")
 
     @property
     def mamba2_settings(self) -> Mamba2Settings:
@@ -127,8 +152,18 @@ class HybridConfig(LlamaConfig):
         """Typed view of `mamba1`."""
         return Mamba1Settings(**self.mamba1)
 
-    def with_mixers(self, mixers: list[str], **settings: Mamba2Settings | Mamba1Settings):
-        """A copy with other mixers; keyword `mamba2=` / `mamba1=` gives their settings."""
+    @property
+    def mamba2_window_settings(self) -> WindowSettings:
+        """Typed view of `mamba2_window`."""
+        return WindowSettings(**self.mamba2_window)
+
+    @property
+    def attends(self) -> bool:
+        """Whether any layer has keys, whose positions training has bounded."""
+        return any(name in ATTENDING for name in self.mixers)
+
+    def with_mixers(self, mixers: list[str], **settings: MixerSettings):
+        """A copy with other mixers; `mamba2=`, `mamba1=` and `mamba2_window=` give settings."""
         fields = {key: value for key, value in self.to_dict().items() if key != "model_type"}
         fields.update(mixers=list(mixers), **{k: asdict(v) for k, v in settings.items()})
         return HybridConfig(**fields)

@@ -22,8 +22,14 @@ from mambactl.models.mixers.context import StepContext
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS, KeepsFloat32
 from mambactl.models.mixers.mamba1 import Mamba1Mixer
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
+from mambactl.models.mixers.windowed import Mamba2WindowMixer
 
-MIXER_CLASSES = {"attention": AttentionMixer, "mamba2": Mamba2Mixer, "mamba1": Mamba1Mixer}
+MIXER_CLASSES = {
+    "attention": AttentionMixer,
+    "mamba2": Mamba2Mixer,
+    "mamba1": Mamba1Mixer,
+    "mamba2_window": Mamba2WindowMixer,
+}
 
 
 class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):

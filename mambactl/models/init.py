@@ -13,6 +13,9 @@ calibrated  the mixer starts as decayed linear attention. Convolutions pass the 
             the first two terms of exp(q.k) in attention, and its output enters the gated norm
             small enough that eps makes the norm nearly linear. h, c, a, d per head come from
             `HeadFit`: a prior without data, least squares with it (`mambactl.train.calibrate`).
+
+A window of attention beside the mixer gets the attention's own projections; without data the
+calibrated mixer then puts out zero, and only its out_proj is in the way of learning more.
 """
 
 import math
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from mambactl.models.mixers.mamba1 import Mamba1Mixer
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
+from mambactl.models.mixers.windowed import Mamba2WindowMixer, WindowAttention
 
 # argument of SiLU whose value is 1
 UNIT_GATE = 1.2784645
@@ -72,11 +76,25 @@ def initialise(
     """Fill a mixer in place; `method` is reference or calibrated (with the prior)."""
     with torch.no_grad():
         _copy_projections(mixer, attention)
+        windowed = isinstance(mixer, Mamba2WindowMixer)
+        if windowed:
+            _copy_attention(mixer.window, attention)
         if method == "reference":
             _reference(mixer, generator)
         else:
             _neutral(mixer)
             apply_fit(mixer, attention, prior_fit(mixer, attention))
+            if windowed:
+                mixer.out_proj.weight.zero_()
+                mixer.out_proj.bias.zero_()
+
+
+def _copy_attention(window: WindowAttention, attention: AttentionWeights) -> None:
+    for name in "qkvo":
+        projection = getattr(window, f"{name}_proj")
+        projection.weight.copy_(getattr(attention, name))
+        if projection.bias is not None:
+            projection.bias.copy_(attention.biases[name])
 
 
 def _sections(mixer: nn.Module) -> dict[str, slice]:

@@ -128,6 +128,8 @@ def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
     config, inner = model.config, model.model
     if getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
         raise NotSupported("an MLP with biases or another activation than SiLU")
+    if "mamba2_window" in config.mixers:
+        raise NotSupported("Mamba layers with a window of attention")
     if model.dtype not in (torch.bfloat16, torch.float32):
         raise NotSupported(f"weights in {model.dtype}")
     cos = sin = None

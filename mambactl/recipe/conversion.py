@@ -27,6 +27,12 @@ class ConvertConfig(StageConfig):
         None, description="take the mixers from this converted and aligned checkpoint"
     )
     mixer: Literal["mamba2", "mamba1"] = Field("mamba2", description="what replaces attention")
+    window: int | None = Field(
+        None, ge=1, description="keep attention to the last W tokens beside each new mixer"
+    )
+    sinks: int | None = Field(
+        None, ge=0, description="first tokens that the window sees as well; default: 4"
+    )
     init: Literal["calibrated", "reference"] = Field(
         "calibrated", description="reference is the paper's Algorithm 1"
     )

@@ -42,7 +42,9 @@ DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas)]
-Branches = Annotated[list[Literal["recurrent", "attention"]], BeforeValidator(_split_commas)]
+Branches = Annotated[
+    list[Literal["recurrent", "attention", "window"]], BeforeValidator(_split_commas)
+]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_split_commas)
 ]

@@ -21,6 +21,7 @@ from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import CheckpointWriter, refuse_existing, stored_dtype
+from mambactl.checkpoint.summary import cache_bytes
 from mambactl.data.load import count_rows
 from mambactl.data.pack import Batch
 from mambactl.errors import ModelError, UsageError
@@ -98,6 +99,8 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": parameters * dtype.itemsize,
         "init": config.init,
+        "window": target.mamba2_window,
+        "cache": cache_bytes(target, dtype),
         "documents": count_rows(config.calibrate) if config.calibrate else 0,
     }
     if config.select != "uniform":
@@ -210,6 +213,15 @@ class _Work:
 
 def _check(config: ConvertConfig) -> None:
     """Raise UsageError for options that contradict each other."""
+    if config.sinks is not None and not config.window:
+        raise UsageError("--sinks belong to a window", "add --window 64")
+    if config.window and config.mixer != "mamba2":
+        raise UsageError(f"--window does not go with --mixer {config.mixer}", "use --mixer mamba2")
+    if config.window and config.init != "calibrated":
+        raise UsageError(
+            "--window starts as the attention that it keeps, which --init reference would disturb",
+            "drop one of the two",
+        )
     if config.calibrate and config.init != "calibrated":
         raise UsageError("--calibrate needs --init calibrated", "drop one of the two")
     if config.calibrate and config.mixers_from:
@@ -240,6 +252,8 @@ def _metrics(
 ) -> dict[str, Any]:
     kept = [index for index, mixer in enumerate(target.mixers) if mixer == "attention"]
     metrics: dict[str, Any] = {"replaced_layers": replaced, "attention_layers": kept}
+    if target.mamba2_window:
+        metrics["window"] = target.mamba2_window
     if fits:
         after = [fit.after_refit for fit in fits.values()]
         metrics["calibration_error"] = round(sum(after) / len(after), 4)

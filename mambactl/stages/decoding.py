@@ -170,5 +170,5 @@ def _warn_beyond_positions(
 ) -> None:
     limit = target.config.max_position_embeddings
     longest = max(map(len, prompts), default=0) + new_tokens
-    if "attention" in target.config.mixers and longest > limit:
+    if target.config.attends and longest > limit:
         console.warn(f"{longest} tokens are more than the {limit} this model was made for")

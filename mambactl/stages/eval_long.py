@@ -88,7 +88,7 @@ def read_long(
         for label, spec in zip(labels, config.long_context_data, strict=True)
     }
     longest = max(config.needle + [config.position_length] * bool(rows))
-    if "attention" in ours.mixers and longest > ours.max_position_embeddings:
+    if ours.attends and longest > ours.max_position_embeddings:
         console.warn(
             f"{longest} tokens are more than the {ours.max_position_embeddings} this model was "
             "made for"

@@ -19,9 +19,15 @@ from mambactl.train.optimizer import mixer_parameters, rest_parameters
 from mambactl.train.stepwise import Group, groups, replacement_order, stand_in_misfit
 
 ORDER = ("align", "stepwise", "logits")
-LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)")
+WINDOW = "mamba.window"
+LAYER = re.compile(r"model\.layers\.(\d+)\.(mamba\.window|\w+)")
 TOPS = {"embed_tokens": "embeddings", "norm": "norms", "lm_head": "head"}
-PARTS = {"mlp": "mlp", "mamba": "mamba mixers", "self_attn": "attention"}
+PARTS = {
+    "mlp": "mlp",
+    "mamba": "mamba mixers",
+    WINDOW: "windows of mamba mixers",
+    "self_attn": "attention",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,13 @@ class PhasePlan:
         """Parameters that train with their peak rates, a tied weight once."""
         mixers = {n: p for n, p in mixer_parameters(model).items() if _place(n)[0] in self.layers}
         rest = rest_parameters(model) if self.rest_rate else {}
+        # the window of a waiting layer does not run
+        rest = {n: p for n, p in rest.items() if not self._waits(n)}
         return [(mixers, self.mixer_rate)] + ([(rest, self.rest_rate)] if rest else [])
+
+    def _waits(self, name: str) -> bool:
+        layer, part = _place(name)
+        return part == WINDOW and layer in self.waiting
 
     def work(self, student: HybridConfig, teacher: HybridConfig, checkpointing: bool) -> Work:
         """What one step computes."""

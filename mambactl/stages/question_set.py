@@ -208,7 +208,7 @@ def _measure(
     """Conversations that fit into the model and the format, and their lengths; others are noted."""
     with open_checkpoint(source) as reader:
         model = adapt(reader).config
-    limit = model.max_position_embeddings if "attention" in model.mixers else None
+    limit = model.max_position_embeddings if model.attends else None
     fitting, lengths = [], []
     for each in conversations:
         try:

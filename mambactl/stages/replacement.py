@@ -19,9 +19,10 @@ from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.config import (
+    MIXER_SETTINGS,
     HybridConfig,
-    Mamba1Settings,
-    Mamba2Settings,
+    MixerSettings,
+    WindowSettings,
     mamba1_from_attention,
     mamba2_from_attention,
 )
@@ -80,9 +81,14 @@ class Replacement:
         """The configuration with every attention layer replaced; raises UsageError, ModelError."""
         return self.target([])
 
+    @property
+    def kind(self) -> str:
+        """The mixer that replaces attention, by its name in a configuration."""
+        return "mamba2_window" if self.config.window else self.config.mixer
+
     def target(self, kept: list[int]) -> HybridConfig:
         """The configuration when attention stays in `kept`; raises UsageError, ModelError."""
-        base, mixer = self.base, self.config.mixer
+        base, mixer = self.base, self.kind
         mixers = [
             mixer if name == "attention" and index not in kept else name
             for index, name in enumerate(base.mixers)
@@ -90,22 +96,29 @@ class Replacement:
         new = [i for i, name in enumerate(base.mixers) if name != mixers[i]]
         if new and self.aligned is not None:
             _require_same_model(self.aligned, base, mixer, new)
-        settings = {mixer: self._settings()} if new else {}
+            self._require_same_window()
+        settings = {name: self._settings(name) for name in MIXER_SETTINGS[mixer]} if new else {}
         target = base.with_mixers(mixers, **settings)
         if self.config.dtype != "auto":
             target.dtype = self.config.dtype
         return target
 
-    def _settings(self) -> Mamba1Settings | Mamba2Settings:
+    def _settings(self, kind: str) -> MixerSettings:
         """Form of the new mixers; layers of one kind share theirs, or this raises UsageError."""
-        kind = self.config.mixer
         if self.aligned is None:
-            wanted = _wanted_settings(self.base, self.config)
+            wanted = _wanted_settings(self.base, self.config, kind)
         else:
             wanted = getattr(self.aligned.adapted.config, f"{kind}_settings")
-        if kind not in self.base.mixers:
+        if not any(kind in MIXER_SETTINGS[name] for name in self.base.mixers):
             return wanted
         present = getattr(self.base, f"{kind}_settings")
+        if isinstance(present, WindowSettings):
+            if wanted != present:
+                raise UsageError(
+                    f"this model has windows of {present.window} tokens and {present.sinks} sinks",
+                    f"give --window {present.window} --sinks {present.sinks}",
+                )
+            return present
         # a bias that is not needed stays zero
         loose = self.aligned is None and (wanted.proj_bias or present.proj_bias)
         if (replace(wanted, proj_bias=True) if loose else wanted) != present:
@@ -116,6 +129,18 @@ class Replacement:
                 "use the --init (or --mixers-from) that made them, or the other --mixer",
             )
         return present
+
+    def _require_same_window(self) -> None:
+        if not self.config.window:
+            return
+        asked = _wanted_window(self.config)
+        theirs = self.aligned.adapted.config.mamba2_window_settings
+        if asked != theirs:
+            raise UsageError(
+                f"the mixers of {self.aligned.spec} have a window of {theirs.window} tokens and "
+                f"{theirs.sinks} sinks",
+                f"give --window {theirs.window} --sinks {theirs.sinks}",
+            )
 
     def layer(
         self,
@@ -174,10 +199,18 @@ def block_of(config: HybridConfig, index: int, state: Mapping[str, Tensor]) -> H
     return block.eval().requires_grad_(False)
 
 
-def _wanted_settings(base: HybridConfig, config: ConvertConfig) -> Mamba1Settings | Mamba2Settings:
+def _wanted_window(config: ConvertConfig) -> WindowSettings:
+    if config.sinks is None:
+        return WindowSettings(config.window)
+    return WindowSettings(config.window, config.sinks)
+
+
+def _wanted_settings(base: HybridConfig, config: ConvertConfig, kind: str) -> MixerSettings:
     calibrated = config.init == "calibrated"
     bias = calibrated or base.attention_bias
-    if config.mixer == "mamba2":
+    if kind == "mamba2_window":
+        return _wanted_window(config)
+    if kind == "mamba2":
         return mamba2_from_attention(base, proj_bias=bias)
     if base.head_dim % 16:
         raise ModelError(
@@ -186,6 +219,14 @@ def _wanted_settings(base: HybridConfig, config: ConvertConfig) -> Mamba1Setting
         )
     # the public code pairs 16-channel groups; whole heads keep each query with its own key
     return mamba1_from_attention(base, base.head_dim if calibrated else 16, proj_bias=bias)
+
+
+def _ready_made(theirs: HybridConfig, mixer: str) -> str:
+    """Where mixers of that name come from."""
+    if mixer == "mamba2" and "mamba2_window" in theirs.mixers:
+        window = theirs.mamba2_window_settings
+        return f"its mixers have windows: add --window {window.window} --sinks {window.sinks}"
+    return "align all layers once: convert --ratio 1, then distill --stages align"
 
 
 def _require_same_model(
@@ -201,5 +242,5 @@ def _require_same_model(
     if missing := [index for index in needed if theirs.mixers[index] != mixer]:
         raise UsageError(
             f"{aligned.spec} has no {mixer} mixer in the layers {missing}",
-            "align all layers once: convert --ratio 1, then distill --stages align",
+            _ready_made(theirs, mixer),
         )

@@ -5,11 +5,12 @@ with every layer before already fitted. Each new mixer sees the student's stream
 the teacher's attention put out in its own. Per query head, the half-life comes from a grid and
 constant, score and skip from least squares (`mambactl.models.init.HeadFit`); then out_proj is
 refitted by ridge regression towards the teacher's o_proj, with a strength chosen on held-out rows.
+A mixer beside a window of attention aims at what the window does not give.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from mambactl.models.init import NO_DECAY, AttentionWeights, HeadFit, apply_fit
 from mambactl.models.mixers.context import StepContext
 from mambactl.models.mixers.mamba1 import Mamba1Mixer
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
+from mambactl.models.mixers.windowed import Mamba2WindowMixer
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 256.0, NO_DECAY)
 RIDGE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -79,7 +81,11 @@ class Streams:
         inputs = [student.input_layernorm(hidden) for hidden in self.student]
         masks = [batch.valid for batch in self.batches]
         problem = Problem(inputs, self.contexts, masks, heads, targets)
-        report = fit_mixer(student.mixer, attention_weights(teacher), problem)
+        weights = attention_weights(teacher)
+        if isinstance(student.mixer, Mamba2WindowMixer):
+            problem = _beyond_window(student.mixer, problem)
+            student.mixer.out_proj.weight.copy_(weights.o)
+        report = fit_mixer(student.mixer, weights, problem)
         for i, context in enumerate(self.contexts):
             self.student[i] = student(self.student[i], context, None)
         return report
@@ -94,6 +100,16 @@ class Problem:
     masks: list[Tensor]
     heads: list[Tensor]
     targets: list[Tensor]
+
+
+def _beyond_window(mixer: Mamba2WindowMixer, problem: Problem) -> Problem:
+    """The problem with what the mixer's window gives taken off."""
+    heads, targets = [], []
+    for i, context in enumerate(problem.contexts):
+        near = mixer.window.features(problem.inputs[i], context)
+        heads.append(problem.heads[i] - near)
+        targets.append(problem.targets[i] - mixer.window.o_proj(near))
+    return replace(problem, heads=heads, targets=targets)
 
 
 def attention_weights(block: HybridBlock) -> AttentionWeights:

@@ -13,6 +13,7 @@ TARGETS = {
     "mamba2": ["mamba2"] * 2,
     "mamba1": ["mamba1"] * 2,
     "mixed": ["mamba2", "attention", "mamba1"],
+    "windowed": ["mamba2_window", "attention"],
 }
 LENGTHS = {1: [23], 4: [1, 300, 17, 64]}
 GREEDY = SamplingParams(max_new_tokens=24)

@@ -7,6 +7,7 @@ import torch
 
 from mambactl.errors import UsageError
 from mambactl.measure.controls import ablated, windowed_attention
+from mambactl.models.config import WindowSettings
 
 LENGTH, WINDOW, SINKS = 40, 7, 3
 
@@ -89,6 +90,28 @@ def test_an_ablated_branch_is_one_whose_output_projection_is_zero(make_hybrid, i
     torch.testing.assert_close(found, logits(expected, ids), rtol=1e-5, atol=1e-5)
     assert float((found - before).abs().max()) > 0.1
     assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("branch", ["recurrent", "window"])
+def test_recurrence_and_window_of_a_layer_are_silenced_apart(make_hybrid, ids, branch):
+    mixers = ["mamba2_window", "attention"]
+    model = make_hybrid(mixers, seed=3, mamba2_window=WindowSettings(WINDOW, SINKS))
+    expected = copy.deepcopy(model)
+    silent = {"recurrent": "mamba.out_proj", "window": "mamba.window.o_proj"}[branch]
+    with torch.no_grad():
+        for name, parameter in expected.named_parameters():
+            if silent in name:
+                parameter.zero_()
+    before = logits(model, ids)
+    with ablated(model, branch):
+        found = logits(model, ids)
+    torch.testing.assert_close(found, logits(expected, ids), rtol=1e-5, atol=1e-5)
+    assert float((found - before).abs().max()) > 0.1
+    with (
+        pytest.raises(UsageError, match="no window layer to ablate"),
+        ablated(make_hybrid(["mamba2", "attention"]), "window"),
+    ):
+        pass
 
 
 def test_what_is_not_there_cannot_be_controlled(teacher, make_hybrid):

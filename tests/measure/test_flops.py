@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mambactl.measure.flops import Work, forward_flops, head_cost, mixer_cost, mlp_cost
+from mambactl.models.config import WindowSettings
 
 LENGTH = 24
 
@@ -41,6 +42,17 @@ def test_projections_of_a_mixer_are_what_torch_counts(make_hybrid, mixer) -> Non
     s = layer.sizes
     heads = s.d_inner * s.d_state
     assert heads < cost.mixing < 20 * heads + 20 * s.d_inner * s.d_conv
+
+
+def test_a_window_is_paid_for_and_no_more(make_hybrid) -> None:
+    config = make_hybrid(["mamba2_window"], mamba2_window=WindowSettings(64, 4)).config
+    inner = config.num_attention_heads * config.head_dim
+    cost, alone, attention = (
+        mixer_cost(config, name, 4096) for name in ("mamba2_window", "mamba2", "attention")
+    )
+    assert cost.entrance == alone.entrance + attention.entrance
+    assert cost.mixing == alone.mixing + 4 * inner * 68
+    assert mixer_cost(config, "mamba2_window", 64).mixing == alone.mixing + 4 * inner * 32
 
 
 @pytest.mark.parametrize("rest", [False, True])

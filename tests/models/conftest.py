@@ -17,6 +17,7 @@ LAYOUTS = {
     "mamba2": {"mixers": ["mamba2"] * 2},
     "mamba1": {"mixers": ["mamba1"] * 2},
     "mixed": {"mixers": ["mamba2", "attention", "mamba1"]},
+    "windowed": {"mixers": ["mamba2_window", "attention", "mamba2_window"]},
     "native2": {"mixers": ["mamba2"] * 2, "mamba2": NATIVE_MAMBA2, "has_mlp": False},
     "native1": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE_MAMBA1, "has_mlp": False},
 }
@@ -26,6 +27,18 @@ LAYOUTS = {
 def any_model(request, make_hybrid):
     """A tiny model of each layout in turn."""
     return make_hybrid(**LAYOUTS[request.param], seed=3)
+
+
+@pytest.fixture(params=[name for name in LAYOUTS if name != "windowed"])
+def packable_model(request, make_hybrid):
+    """A tiny model of each layout that the decode kernels can run."""
+    return make_hybrid(**LAYOUTS[request.param], seed=3)
+
+
+@pytest.fixture
+def windowed_model(make_hybrid):
+    """Mamba-2 layers with a window of 7 tokens and 3 sinks around one of attention."""
+    return make_hybrid(**LAYOUTS["windowed"], seed=3)
 
 
 @pytest.fixture

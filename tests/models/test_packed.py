@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mambactl.models.config import mamba1_from_attention, mamba2_from_attention
+from mambactl.models.config import WindowSettings, mamba1_from_attention, mamba2_from_attention
 from mambactl.models.packed import (
     AttentionWeights,
     Mamba1Weights,
@@ -31,29 +31,29 @@ def owned(model, packed) -> list:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def test_the_model_computes_what_it_did(any_model, draw_ids, uncached) -> None:
+def test_the_model_computes_what_it_did(packable_model, draw_ids, uncached) -> None:
     ids = draw_ids(2, 9)
-    before, names = uncached(any_model, ids), dict(any_model.state_dict())
+    before, names = uncached(packable_model, ids), dict(packable_model.state_dict())
     values = {name: tensor.clone() for name, tensor in names.items()}
-    pack(any_model, 32)
-    assert torch.equal(uncached(any_model, ids), before)
-    after = any_model.state_dict()
+    pack(packable_model, 32)
+    assert torch.equal(uncached(packable_model, ids), before)
+    after = packable_model.state_dict()
     assert after.keys() == values.keys()
     for name, tensor in after.items():
         assert torch.equal(tensor, values[name]), name
 
 
-def test_nothing_is_held_twice_and_a_second_time_copies_nothing(any_model) -> None:
-    packed = pack(any_model, 32)
-    held = {storage(parameter) for parameter in any_model.parameters()}
-    first = owned(any_model, packed)
+def test_nothing_is_held_twice_and_a_second_time_copies_nothing(packable_model) -> None:
+    packed = pack(packable_model, 32)
+    held = {storage(parameter) for parameter in packable_model.parameters()}
+    first = owned(packable_model, packed)
     assert {storage(tensor) for tensor in first} <= held
-    again = owned(any_model, pack(any_model, 64))
+    again = owned(packable_model, pack(packable_model, 64))
     for one, other in zip(first, again, strict=True):
         assert one.data_ptr() == other.data_ptr() and one.shape == other.shape
     # stacks and parameters together take what the parameters took
-    size = {storage(p): p.untyped_storage().nbytes() for p in any_model.parameters()}
-    assert sum(size.values()) == sum(p.nbytes for p in set(any_model.parameters()))
+    size = {storage(p): p.untyped_storage().nbytes() for p in packable_model.parameters()}
+    assert sum(size.values()) == sum(p.nbytes for p in set(packable_model.parameters()))
 
 
 def test_stacks_are_the_parameters_in_order(mixed_model) -> None:
@@ -139,12 +139,13 @@ def refused(make_hybrid, why: str):
             },
         ),
         "5 taps": lambda: make_hybrid(["mamba2"], **settings(make_hybrid, "mamba2", d_conv=5)),
+        "window": lambda: make_hybrid(["mamba2_window"], mamba2_window=WindowSettings(4)),
     }[why]  # fmt: skip
     return model()
 
 
 @pytest.mark.parametrize(
-    "why", ["activation", "biases", "float16", "float64", "dynamic", "longrope", "5 taps"]
+    "why", ["activation", "biases", "float16", "float64", "dynamic", "longrope", "5 taps", "window"]
 )
 def test_what_the_kernels_do_not_compute_is_refused(make_hybrid, why) -> None:
     with pytest.raises(NotSupported, match=why):

@@ -9,11 +9,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mambactl.data.pack import collate
 from mambactl.kernels import dispatch
+from mambactl.models.config import WindowSettings
 from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.compiled import compile_blocks, compiled, compiles, release_blocks
 from mambactl.train.objectives import LogitsObjective
 
 MIXERS = ["mamba2", "attention"]
+WINDOWED = ["mamba2_window", "attention"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +34,9 @@ def triton_everywhere(monkeypatch):
     monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: ({}, "not installed"))
 
 
-def models(make_hybrid, layers, amp):
-    student = make_hybrid(MIXERS * layers, seed=2).train()
+def models(make_hybrid, layers, amp, mixers=MIXERS):
+    span = WindowSettings(window=5, sinks=2)
+    student = make_hybrid(mixers * layers, seed=2, mamba2_window=span).train()
     teacher = make_hybrid(["attention"] * 2 * layers, seed=1).requires_grad_(False)
     return student, teacher.to(amp or torch.float32)
 
@@ -44,9 +47,10 @@ def gradients(objective, student, batch):
     return [loss, *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
 
 
+@pytest.mark.parametrize("mixers", [MIXERS, WINDOWED], ids=lambda names: names[0])
 @pytest.mark.parametrize("stage", ["align", "logits"])
-def test_one_compilation_per_kind_of_block(make_hybrid, rows, stage):
-    student, teacher = models(make_hybrid, 3, None)
+def test_one_compilation_per_kind_of_block(make_hybrid, rows, stage, mixers):
+    student, teacher = models(make_hybrid, 3, None, mixers)
     kind = AlignmentObjective if stage == "align" else LogitsObjective
     objective = kind(student, teacher)
     batches = [collate(rows[start : start + 2]) for start in (0, 2, 4)]

@@ -27,17 +27,21 @@ class AttentionMixer(nn.Module):
 
     def forward(self, hidden: Tensor, context: StepContext, cache: AttentionCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
-        q, k, v = (
-            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or Hk, T, P]
-            for t in self._project(hidden, whole=cache is None)
-        )
-        q, k = apply_rotary_pos_emb(q, k, *context.rotary)
-        # under autocast the rotation is fp32
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = self._heads(hidden, context, whole=cache is None)
         if cache is not None:
             k, v = cache.update(k, v, context.positions, context.slots)  # [B, Hk, S, P]
         y = dispatch.attention(q, k, v, context.mask, context.spans)  # [B, T, H, P]
         return self.o_proj(y.flatten(2))
+
+    def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
+        """Queries and keys, rotated, and values [B, H or Hk, T, P]."""
+        q, k, v = (
+            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for t in self._project(hidden, whole)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *context.rotary)
+        # under autocast the rotation is fp32
+        return q.to(v.dtype), k.to(v.dtype), v
 
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
         """Queries, keys and values; with `whole` in one product, which a whole row fills better."""

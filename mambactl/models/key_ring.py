@@ -1,0 +1,93 @@
+"""Keys and values of a window of tokens with sinks: what attention beside a Mamba layer caches.
+
+The first `sinks` positions have slots of their own; position p also goes to slot p mod R of a
+ring, so that memory does not grow with the text. R is the window and as many tokens as may still
+be taken back: after a rollback whatever a query can see is in the ring, and what lies beyond the
+cursor is masked until it is overwritten.
+"""
+
+import torch
+from torch import Tensor
+
+from mambactl.models.config import WindowSettings
+
+
+class KeyRing:
+    """`keys` and `values` [B, Hk, S + R, P]; nothing in them is changed in place."""
+
+    def __init__(self, settings: WindowSettings) -> None:
+        self.span = settings
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def seen(self, keys: Tensor, values: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What tokens from `start` [B] on see: keys and values [B, Hk, S + W - 1 + T, P], a mask.
+
+        keys, values [B, Hk, T, P] are those of the tokens themselves. Sinks come first, then the
+        window by position, whatever the size of the ring, so that sums round alike.
+        """
+        window, sinks = self.span.window, self.span.sinks
+        self._begin(keys, values)
+        device = start.device
+        sunk = torch.arange(sinks, device=device).expand(len(start), -1)  # [B, S]
+        near = start[:, None] + torch.arange(1 - window, 0, device=device)  # [B, W - 1]
+        slots = torch.cat([sunk, sinks + near % self._room], 1)
+        new = start[:, None] + torch.arange(keys.shape[2], device=device)  # [B, T]
+        place = torch.cat([sunk, near, new], 1)[:, None]  # [B, 1, S + W - 1 + T]
+        real = torch.cat([sunk < start[:, None], near >= sinks, new >= 0], 1)[:, None]
+        query = new[..., None]
+        mask = real & (place <= query) & ((place > query - window) | (place < sinks))
+        held = (_take(t, slots) for t in (self.keys, self.values))
+        keys, values = (torch.cat(pair, 2) for pair in zip(held, (keys, values), strict=True))
+        return keys, values, mask[:, None]
+
+    def write(
+        self, keys: Tensor, values: Tensor, start: Tensor, n_new: Tensor | None, revocable: int
+    ) -> None:
+        """Keep the first n_new [B] of T tokens from `start` on.
+
+        `revocable`: how many of the newest tokens a rollback may take back, these among them.
+        """
+        self._begin(keys, values)
+        self._grow(start, self.span.window - 1 + revocable)
+        end = start + (keys.shape[2] if n_new is None else n_new)
+        place = self._places(end, self._room)  # [B, S + R]
+        fresh = (place >= start[:, None]) & (place < end[:, None])
+        index = (place - start[:, None]).clamp(0, keys.shape[2] - 1)
+        self.keys, self.values = (
+            torch.where(fresh[:, None, :, None], _take(new, index), old)
+            for old, new in ((self.keys, keys), (self.values, values))
+        )
+
+    @property
+    def _room(self) -> int:
+        return self.keys.shape[2] - self.span.sinks
+
+    def _begin(self, keys: Tensor, values: Tensor) -> None:
+        if self.keys is None:
+            slots = self.span.sinks + self.span.window
+            # zeros, not empty memory: a masked NaN would still poison the softmax average
+            self.keys, self.values = (
+                t.new_zeros(*t.shape[:2], slots, t.shape[3]) for t in (keys, values)
+            )
+
+    def _grow(self, start: Tensor, room: int) -> None:
+        """Make the ring larger before tokens from `start` on are written."""
+        old = self._room
+        if room <= old:
+            return
+        place, sinks = self._places(start, room), self.span.sinks
+        slots = torch.cat([place[:, :sinks], sinks + place[:, sinks:] % old], 1)
+        self.keys, self.values = (_take(t, slots) for t in (self.keys, self.values))
+
+    def _places(self, end: Tensor, room: int) -> Tensor:
+        """The position [B, S + R] each slot holds when `end` [B] tokens have been written."""
+        sinks, device = self.span.sinks, end.device
+        last = end[:, None] - 1
+        ring = last - (last - torch.arange(room, device=device)) % room
+        return torch.cat([torch.arange(sinks, device=device).expand(len(end), -1), ring], 1)
+
+
+def _take(t: Tensor, slots: Tensor) -> Tensor:
+    """Slots [B, n] of t [B, Hk, S, P]."""
+    return t.gather(2, slots[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))

@@ -1,0 +1,59 @@
+"""Mamba-2 beside the attention it replaces, of which a window and sinks remain.
+
+    out = mamba2(u) + attention(u; the last W tokens and the first S of the document)
+The window is made of the teacher's projections, so the layer may start as the teacher under that
+window, and its state learns what lies beyond.
+"""
+
+from torch import Tensor
+
+from mambactl.kernels.dispatch import attention
+from mambactl.kernels.local_attention import local_attention
+from mambactl.models.cache import WindowedCache
+from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.attention import AttentionMixer
+from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.mamba2 import Mamba2Mixer
+
+
+class WindowAttention(AttentionMixer):
+    """Attention with sinks whose cache is a ring."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        self.sizes = config.mamba2_window_settings
+
+    def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
+        """hidden [B, T, D] -> [B, T, D]."""
+        return self.o_proj(self.features(hidden, context, cache))
+
+    def features(
+        self, hidden: Tensor, context: StepContext, cache: WindowedCache | None = None
+    ) -> Tensor:
+        """The input of o_proj [B, T, H P]."""
+        q, k, v = self._heads(hidden, context, whole=cache is None)
+        sizes = self.sizes
+        if cache is None:
+            return local_attention(q, k, v, sizes.window, sizes.sinks, context.seq_idx).flatten(2)
+        start, cursor = context.positions[:, 0], context.cursor
+        if context.first and not context.sequential:
+            y = local_attention(q, k, v, sizes.window, sizes.sinks)
+        else:
+            y = attention(q, *cache.seen(k, v, start))  # [B, T, H, P]
+        revocable = 0
+        if cursor.recording and context.sequential:
+            revocable = k.shape[2] + (0 if cursor.settle else int(cursor.held.max()))
+        cache.write(k, v, start, context.n_new, revocable)
+        return y.flatten(2)
+
+
+class Mamba2WindowMixer(Mamba2Mixer):
+    """A Mamba-2 mixer plus `window`, attention to what is near."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        self.window = WindowAttention(config)
+
+    def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
+        """hidden [B, T, D] -> [B, T, D]."""
+        return super().forward(hidden, context, cache) + self.window(hidden, context, cache)
