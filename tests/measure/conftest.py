@@ -22,3 +22,17 @@ def scripted() -> Callable:
         return Subject(model, name, 1e9, successor), helper
 
     return make
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama_dir):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(tiny_llama_dir).eval()
+
+
+@pytest.fixture(scope="module")
+def same_as_llama(llama, make_hybrid):
+    model = make_hybrid(["attention"] * 4, tie_word_embeddings=True)
+    model.load_state_dict(llama.state_dict())
+    return model

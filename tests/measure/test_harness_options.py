@@ -111,20 +111,6 @@ def folder(tmp_path_factory):
     return place
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_llama_dir):
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(tiny_llama_dir).eval()
-
-
-@pytest.fixture(scope="module")
-def same_as_llama(llama, make_hybrid):
-    model = make_hybrid(["attention"] * 4, tie_word_embeddings=True)
-    model.load_state_dict(llama.state_dict())
-    return model
-
-
 def expected(folder, cache, llama, tokenizer, kind, **options):
     """What the harness itself makes of a set: its samples by row and its scores."""
     import lm_eval

@@ -64,20 +64,6 @@ def files(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_llama_dir):
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(tiny_llama_dir).eval()
-
-
-@pytest.fixture(scope="module")
-def same_as_llama(llama, make_hybrid):
-    model = make_hybrid(["attention"] * 4, tie_word_embeddings=True)
-    model.load_state_dict(llama.state_dict())
-    return model
-
-
 def test_scores_equal_the_harness_on_plain_llama(
     files, llama, same_as_llama, tiny_tokenizer, tmp_path
 ):
