@@ -69,6 +69,25 @@ def tiny_config(mixers: list[str], **overrides):
     return base.with_mixers(mixers, **settings)
 
 
+def write_sentences(path: Path, seed: int, documents: int) -> str:
+    """Sentences in which a word decides which few can follow, as jsonl."""
+    import json
+
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(documents):
+        length = int(torch.randint(10, 60, (1,), generator=draw))
+        word, words = 0, []
+        for step in torch.randint(4, (length,), generator=draw).tolist():
+            word = (3 * word + step) % len(WORDS)
+            words.append(WORDS[word])
+        rows.append({"text": " ".join(words)})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def make_hybrid() -> Callable:
     """make_hybrid(mixers, seed=0, **config overrides) -> tiny fp32 HybridForCausalLM in eval mode.

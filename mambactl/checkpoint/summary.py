@@ -24,6 +24,7 @@ def describe(spec: str, tensors: bool = False) -> dict[str, Any]:
             "checkpoint": str(reader.path.absolute()),
             "architecture": reader.config.get("model_type", "unknown"),
             "mixers": config.mixers,
+            "rotary": config.rotates,
             "parts": parts,
             "parameters": sum(part["parameters"] for part in parts),
             "bytes": sum(part["bytes"] for part in parts),

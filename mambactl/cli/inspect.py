@@ -50,6 +50,8 @@ def _blocks(found: dict[str, Any], tensors: bool, lineage: bool) -> list[str]:
             f"window: {cache['window_bytes']:,} B of it, the last {cache['window']} tokens and "
             f"the first {cache['sinks']} in every mamba2_window layer, however long the text"
         )
+    if found["rotary"]:
+        blocks.append("rotary: B and C of the mamba2 layers turn with the position")
     if found["lineage"]:
         steps = [str(found["lineage"].get("source")), *found["stages"]]
         blocks.append(f"lineage: {' -> '.join(steps)}")

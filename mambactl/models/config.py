@@ -25,6 +25,8 @@ class Mamba2Settings:
     Rows of in_proj are [z (H P), x (x_heads P), B (b_groups N), C (c_groups N), dt (H)]; x heads
     and B groups are repeated consecutively to H heads after the convolution, which is how
     grouped-query attention maps on it (arXiv 2408.15237). The native form has x_heads = H.
+    With `rotary` B and C turn with the position, by the angles of the model's attention, which
+    have as many channels as a state (N = P).
     """
 
     n_heads: int
@@ -39,6 +41,7 @@ class Mamba2Settings:
     conv_bias: bool = True
     proj_bias: bool = False
     chunk_size: int = 64
+    rotary: bool = False
 
     @property
     def d_inner(self) -> int:
@@ -141,6 +144,11 @@ class HybridConfig(LlamaConfig):
             for part in MIXER_SETTINGS[name]:
                 if getattr(self, part) is None:
                     raise ValueError(f"the config uses {name} layers but has no `{part}` settings")
+        if self.rotates and self.mamba2_settings.d_state != self.head_dim:
+            raise ValueError(
+                f"rotary mamba2 states have {self.mamba2_settings.d_state} channels, the angles of "
+                f"this model {self.head_dim}"
+            )
 
     @property
     def mamba2_settings(self) -> Mamba2Settings:
@@ -158,9 +166,15 @@ class HybridConfig(LlamaConfig):
         return WindowSettings(**self.mamba2_window)
 
     @property
+    def rotates(self) -> bool:
+        """Whether states of Mamba-2 layers turn with the position."""
+        states = any("mamba2" in MIXER_SETTINGS[name] for name in self.mixers)
+        return states and self.mamba2_settings.rotary
+
+    @property
     def attends(self) -> bool:
         """Whether any layer has keys, whose positions training has bounded."""
-        return any(name in ATTENDING for name in self.mixers)
+        return self.rotates or any(name in ATTENDING for name in self.mixers)
 
     def with_mixers(self, mixers: list[str], **settings: MixerSettings):
         """A copy with other mixers; `mamba2=`, `mamba1=` and `mamba2_window=` give settings."""
@@ -169,7 +183,9 @@ class HybridConfig(LlamaConfig):
         return HybridConfig(**fields)
 
 
-def mamba2_from_attention(config: LlamaConfig, proj_bias: bool) -> Mamba2Settings:
+def mamba2_from_attention(
+    config: LlamaConfig, proj_bias: bool, rotary: bool = False
+) -> Mamba2Settings:
     """One SSM head per query head with a square state, x and B from KV heads (2408.15237, 2.2)."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return Mamba2Settings(
@@ -182,6 +198,7 @@ def mamba2_from_attention(config: LlamaConfig, proj_bias: bool) -> Mamba2Setting
         norm_groups=heads,
         norm_eps=config.rms_norm_eps,
         proj_bias=proj_bias,
+        rotary=rotary,
     )
 
 

@@ -130,6 +130,8 @@ def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
         raise NotSupported("an MLP with biases or another activation than SiLU")
     if "mamba2_window" in config.mixers:
         raise NotSupported("Mamba layers with a window of attention")
+    if config.rotates:
+        raise NotSupported("rotary Mamba layers")
     if model.dtype not in (torch.bfloat16, torch.float32):
         raise NotSupported(f"weights in {model.dtype}")
     cos = sin = None

@@ -33,6 +33,9 @@ class ConvertConfig(StageConfig):
     sinks: int | None = Field(
         None, ge=0, description="first tokens that the window sees as well; default: 4"
     )
+    rotary: bool = Field(
+        False, description="B and C of new mixers turn with the position, as keys and queries do"
+    )
     init: Literal["calibrated", "reference"] = Field(
         "calibrated", description="reference is the paper's Algorithm 1"
     )

@@ -91,10 +91,7 @@ def _measure(
     pair[0].train()
     compiling = compiles(config.compile, device)
     # compiled blocks keep their kernels, so gradients are compared first
-    checked = {
-        "align": _shallowest(pair[0]) if synthetic else None,
-        "logits": None,
-    }
+    checked = {"align": _shallowest(pair[0]) if synthetic else None, "logits": None}
     errors = {
         stage: _error(config, stage, pair, batch, device, dtype, checked[stage])
         for stage in DISTILLED
@@ -247,8 +244,8 @@ def _synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torc
     student = build(name, device, dtype, config.seed)
     shape = student.config.with_mixers(["attention"] * student.config.num_hidden_layers)
     teacher = materialise(shape, device, dtype, config.seed).requires_grad_(False)
-    # as large as `script` makes it: a stream that the blocks drown amplifies rounding (bf16 products
-    # alone moved gradients 16 to 26 % through 8 and 32 layers of that gain, so 4 to 7 %)
+    # as large as `script` makes it: a stream that the blocks drown amplifies rounding (bf16
+    # products alone moved gradients by 16 to 26 % through 8 to 32 such layers, and so by 4 to 7 %)
     teacher.get_input_embeddings().weight.div_(STD)
     own = dict(student.named_parameters())
     for key, parameter in teacher.named_parameters():

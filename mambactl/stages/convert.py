@@ -100,6 +100,7 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "bytes": parameters * dtype.itemsize,
         "init": config.init,
         "window": target.mamba2_window,
+        "rotary": target.rotates,
         "cache": cache_bytes(target, dtype),
         "documents": count_rows(config.calibrate) if config.calibrate else 0,
     }
@@ -217,6 +218,8 @@ def _check(config: ConvertConfig) -> None:
         raise UsageError("--sinks belong to a window", "add --window 64")
     if config.window and config.mixer != "mamba2":
         raise UsageError(f"--window does not go with --mixer {config.mixer}", "use --mixer mamba2")
+    if config.rotary and config.mixer != "mamba2":
+        raise UsageError(f"--rotary does not go with --mixer {config.mixer}", "use --mixer mamba2")
     if config.window and config.init != "calibrated":
         raise UsageError(
             "--window starts as the attention that it keeps, which --init reference would disturb",
@@ -254,6 +257,8 @@ def _metrics(
     metrics: dict[str, Any] = {"replaced_layers": replaced, "attention_layers": kept}
     if target.mamba2_window:
         metrics["window"] = target.mamba2_window
+    if target.rotates:
+        metrics["rotary"] = True
     if fits:
         after = [fit.after_refit for fit in fits.values()]
         metrics["calibration_error"] = round(sum(after) / len(after), 4)

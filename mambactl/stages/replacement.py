@@ -21,6 +21,7 @@ from mambactl.errors import ModelError, UsageError
 from mambactl.models.config import (
     MIXER_SETTINGS,
     HybridConfig,
+    Mamba2Settings,
     MixerSettings,
     WindowSettings,
     mamba1_from_attention,
@@ -109,6 +110,10 @@ class Replacement:
             wanted = _wanted_settings(self.base, self.config, kind)
         else:
             wanted = getattr(self.aligned.adapted.config, f"{kind}_settings")
+            if self.config.rotary and kind == "mamba2" and not wanted.rotary:
+                raise UsageError(
+                    f"the mixers of {self.aligned.spec} are not rotary", "drop --rotary"
+                )
         if not any(kind in MIXER_SETTINGS[name] for name in self.base.mixers):
             return wanted
         present = getattr(self.base, f"{kind}_settings")
@@ -119,6 +124,7 @@ class Replacement:
                     f"give --window {present.window} --sinks {present.sinks}",
                 )
             return present
+        _require_same_turning(wanted, present)
         # a bias that is not needed stays zero
         loose = self.aligned is None and (wanted.proj_bias or present.proj_bias)
         if (replace(wanted, proj_bias=True) if loose else wanted) != present:
@@ -199,6 +205,15 @@ def block_of(config: HybridConfig, index: int, state: Mapping[str, Tensor]) -> H
     return block.eval().requires_grad_(False)
 
 
+def _require_same_turning(wanted: MixerSettings, present: MixerSettings) -> None:
+    """Raise UsageError where of the mixers of one model only some would be rotary."""
+    if isinstance(wanted, Mamba2Settings) and wanted.rotary != present.rotary:
+        raise UsageError(
+            f"the mamba2 layers of this model are {'' if present.rotary else 'not '}rotary",
+            f"{'add' if present.rotary else 'drop'} --rotary, or take --mixers-from of their form",
+        )
+
+
 def _wanted_window(config: ConvertConfig) -> WindowSettings:
     if config.sinks is None:
         return WindowSettings(config.window)
@@ -211,7 +226,7 @@ def _wanted_settings(base: HybridConfig, config: ConvertConfig, kind: str) -> Mi
     if kind == "mamba2_window":
         return _wanted_window(config)
     if kind == "mamba2":
-        return mamba2_from_attention(base, proj_bias=bias)
+        return mamba2_from_attention(base, proj_bias=bias, rotary=config.rotary)
     if base.head_dim % 16:
         raise ModelError(
             f"mamba1 needs a head size divisible by 16, this model has {base.head_dim}",

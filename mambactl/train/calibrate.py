@@ -22,6 +22,7 @@ from mambactl.models.init import NO_DECAY, AttentionWeights, HeadFit, apply_fit
 from mambactl.models.mixers.context import StepContext
 from mambactl.models.mixers.mamba1 import Mamba1Mixer
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
+from mambactl.models.mixers.rotary import turn
 from mambactl.models.mixers.windowed import Mamba2WindowMixer
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 256.0, NO_DECAY)
@@ -232,6 +233,8 @@ def _basis_mamba2(
     q = q / math.sqrt(s.head_dim)
     # the mixer holds channel 0 of B and C constant
     q[..., 0] = 0
+    if s.rotary:
+        q, k = turn(q, context.rotary), turn(k, context.rotary)
     repeat = s.n_heads // s.x_heads
     wide = v.repeat_interleave(repeat, 2)  # [B, T, H, P]
     ones = torch.ones(*v.shape[:2], 1, 1)

@@ -27,8 +27,8 @@ SAMPLING = (
 )
 FLAGS = {
     "convert": "--ratio --keep-attention --select --select-data --select-tokens --select-recall "
-    "--kv-budget --mixers-from --mixer --window --sinks --init --calibrate --calibrate-tokens "
-    f"--max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
+    "--kv-budget --mixers-from --mixer --window --sinks --rotary --init --calibrate "
+    f"--calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "distill": f"{TRAINING} {MIXED} --compile --nproc --stages --align-steps --align-lr "
     "--stepwise-steps --stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr "
     "--schedule --kl-weight --ce-weight --temperature --divergence --jsd-beta --capture "

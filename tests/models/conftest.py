@@ -4,19 +4,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import tiny_config
 from torch import Tensor
 
-from mambactl.models.config import Mamba1Settings, Mamba2Settings
+from mambactl.models.config import Mamba1Settings, Mamba2Settings, mamba2_from_attention
 
 NATIVE_MAMBA2 = Mamba2Settings(
     n_heads=4, head_dim=8, d_state=12, x_heads=4, b_groups=1, c_groups=1, norm_groups=1
 )
 NATIVE_MAMBA1 = Mamba1Settings(d_inner=40, dt_rank=3, d_state=6, native=True)
+ROTARY_MAMBA2 = mamba2_from_attention(tiny_config(["attention"]), proj_bias=True, rotary=True)
 LAYOUTS = {
     "attention": {"mixers": ["attention"] * 2},
     "mamba2": {"mixers": ["mamba2"] * 2},
     "mamba1": {"mixers": ["mamba1"] * 2},
     "mixed": {"mixers": ["mamba2", "attention", "mamba1"]},
+    "rotary": {"mixers": ["mamba2", "attention", "mamba2"], "mamba2": ROTARY_MAMBA2},
     "windowed": {"mixers": ["mamba2_window", "attention", "mamba2_window"]},
     "native2": {"mixers": ["mamba2"] * 2, "mamba2": NATIVE_MAMBA2, "has_mlp": False},
     "native1": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE_MAMBA1, "has_mlp": False},
@@ -29,7 +32,7 @@ def any_model(request, make_hybrid):
     return make_hybrid(**LAYOUTS[request.param], seed=3)
 
 
-@pytest.fixture(params=[name for name in LAYOUTS if name != "windowed"])
+@pytest.fixture(params=[name for name in LAYOUTS if name not in ("windowed", "rotary")])
 def packable_model(request, make_hybrid):
     """A tiny model of each layout that the decode kernels can run."""
     return make_hybrid(**LAYOUTS[request.param], seed=3)

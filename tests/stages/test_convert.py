@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import write_sentences
 from pydantic import ValidationError
 
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
@@ -50,24 +50,9 @@ def llama(save_llama) -> str:
     return save_llama(torch.bfloat16)
 
 
-def write_text(path: Path, seed: int, documents: int) -> str:
-    """Sentences in which a word decides which few can follow, as jsonl."""
-    draw = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(documents):
-        length = int(torch.randint(10, 60, (1,), generator=draw))
-        word, words = 0, []
-        for step in torch.randint(4, (length,), generator=draw).tolist():
-            word = (3 * word + step) % len(WORDS)
-            words.append(WORDS[word])
-        rows.append({"text": " ".join(words)})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    return write_text(tmp_path_factory.mktemp("text") / "fit.jsonl", 0, 80)
+    return write_sentences(tmp_path_factory.mktemp("text") / "fit.jsonl", 0, 80)
 
 
 def calibrated(text: str, **fields) -> ConvertConfig:
@@ -254,7 +239,7 @@ def mean_kl(teacher: str, student: str, text: str) -> float:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_calibration_brings_the_student_closer(llama, text, mixer, tmp_path) -> None:
     """Than either start without data, on text the fit did not see."""
-    unseen = write_text(tmp_path / "unseen.jsonl", 1, 12)
+    unseen = write_sentences(tmp_path / "unseen.jsonl", 1, 12)
     configs = {
         "fit": calibrated(text, mixer=mixer),
         "prior": ConvertConfig(mixer=mixer),

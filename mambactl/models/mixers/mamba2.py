@@ -3,6 +3,7 @@
     z, (x, B, C), dt = in_proj(u);  x, B, C = SiLU(conv(x, B, C));  dt = softplus(dt + dt_bias)
     S_t = exp(-dt exp(A_log)) S_{t-1} + dt x_t B_t^T;  y = S C + D x
     out = out_proj(RMSNorm_grouped(y SiLU(z)) weight)
+With `rotary`, B and C turn with the position before they meet the state.
 With x_heads = n_heads it is what state-spaces/mamba2-* and GraniteMoeHybrid compute.
 """
 
@@ -16,6 +17,7 @@ from mambactl.models.cache import RecurrentCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.context import StepContext
 from mambactl.models.mixers.float32 import KeepsFloat32
+from mambactl.models.mixers.rotary import turn
 
 # columns: 16 bytes of bf16
 ALIGNED = 8
@@ -77,6 +79,8 @@ class Mamba2Mixer(KeepsFloat32):
         else:
             mixed = dispatch.causal_conv1d_silu(*taps)
         x, B, C = self._split(mixed)
+        if s.rotary:
+            B, C = turn(B, context.rotary), turn(C, context.rotary)
         y = self._recur(raw, window, x, dt, B, C, context, cache)
         y = y + self.D.to(kind)[:, None] * self._heads(x).to(kind)  # [B, T, H, P]
         return self.norm(y.flatten(-2), z)
