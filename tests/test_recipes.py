@@ -143,18 +143,22 @@ def test_shipped_variants_are_valid_and_described(spec) -> None:
     assert recipe.name == spec and recipe.description
     assert recipes.load_recipe(recipe.spec) == recipe
     # what it says about its share is what the last conversion makes
-    share = float(spec.rpartition("@")[2].removeprefix("paper-")) / 100
-    last = [section for section in recipe.sections if section.stage == "convert"][-1]
-    assert last.values["ratio"] == share
-    papers = "paper" in spec
-    assert (last.values.get("init") == "reference") == papers
+    kind, _, share = spec.rpartition("@")[2].rpartition("-")
+    conversions = [section for section in recipe.sections if section.stage == "convert"]
+    assert conversions[-1].values["ratio"] == float(share) / 100
+    assert (conversions[-1].values.get("init") == "reference") == (kind == "paper")
+    # mixers that are taken have a window where those that were aligned have one
+    assert {section.values.get("window") for section in conversions} == {
+        64 if kind == "window" else None
+    }
 
 
 def test_every_model_has_every_share_and_the_papers_way() -> None:
     shares = ["50", "75", "87.5", "100"]
     for name in ("smollm2-135m", "llama3-8b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b"):
         names = recipes.load_recipe(name).variants
-        assert names == (*shares, *(f"paper-{share}" for share in shares)), name
+        windows = [f"window-{share}" for share in shares if name == "smollm2-135m"]
+        assert names == (*shares, *(f"paper-{share}" for share in shares), *windows), name
     assert recipes.load_recipe("zephyr-7b").variants == names
 
 
