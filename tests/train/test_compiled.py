@@ -5,11 +5,12 @@
 
 import pytest
 import torch
+from conftest import tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mambactl.data.pack import collate
 from mambactl.kernels import dispatch
-from mambactl.models.config import WindowSettings
+from mambactl.models.config import WindowSettings, mamba2_from_attention
 from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.compiled import compile_blocks, compiled, compiles, release_blocks
 from mambactl.train.objectives import LogitsObjective
@@ -34,9 +35,10 @@ def triton_everywhere(monkeypatch):
     monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: ({}, "not installed"))
 
 
-def models(make_hybrid, layers, amp, mixers=MIXERS):
+def models(make_hybrid, layers, amp, mixers=MIXERS, rotary=False):
     span = WindowSettings(window=5, sinks=2)
-    student = make_hybrid(mixers * layers, seed=2, mamba2_window=span).train()
+    states = mamba2_from_attention(tiny_config(["attention"]), proj_bias=True, rotary=rotary)
+    student = make_hybrid(mixers * layers, seed=2, mamba2=states, mamba2_window=span).train()
     teacher = make_hybrid(["attention"] * 2 * layers, seed=1).requires_grad_(False)
     return student, teacher.to(amp or torch.float32)
 
@@ -47,10 +49,10 @@ def gradients(objective, student, batch):
     return [loss, *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("mixers", [MIXERS, WINDOWED], ids=lambda names: names[0])
+@pytest.mark.parametrize(("mixers", "rotary"), [(MIXERS, False), (WINDOWED, False), (MIXERS, True)])
 @pytest.mark.parametrize("stage", ["align", "logits"])
-def test_one_compilation_per_kind_of_block(make_hybrid, rows, stage, mixers):
-    student, teacher = models(make_hybrid, 3, None, mixers)
+def test_one_compilation_per_kind_of_block(make_hybrid, rows, stage, mixers, rotary):
+    student, teacher = models(make_hybrid, 3, None, mixers, rotary)
     kind = AlignmentObjective if stage == "align" else LogitsObjective
     objective = kind(student, teacher)
     batches = [collate(rows[start : start + 2]) for start in (0, 2, 4)]
