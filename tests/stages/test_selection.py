@@ -1,12 +1,11 @@
 """`convert --select` and `--mixers-from`: what is measured, chosen, taken, recorded and refused."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import write_sentences
 
 from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.checkpoint.reader import open_checkpoint
@@ -16,21 +15,9 @@ from mambactl.stages import convert, selection
 from mambactl.stages.convert import plan, run
 
 LENGTH = 64
+WINDOW = {"window": 4, "sinks": 1}
 # keys and values of one token in one attention layer of the tiny Llama: 2 x 2 heads x 16 x fp32
 LAYER_BYTES = 2 * 2 * 16 * 4
-
-
-def write_text(path: Path, seed: int, documents: int) -> str:
-    """Sentences in which a word decides which few can follow, as jsonl."""
-    draw = random.Random(seed)
-    with path.open("w") as file:
-        for _ in range(documents):
-            word, words = 0, []
-            for _ in range(draw.randint(10, 60)):
-                word = (3 * word + draw.randrange(4)) % len(WORDS)
-                words.append(WORDS[word])
-            file.write(json.dumps({"text": " ".join(words)}) + "\n")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +27,12 @@ def llama(tiny_llama_dir) -> str:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    return write_text(tmp_path_factory.mktemp("text") / "fit.jsonl", 0, 60)
+    return write_sentences(tmp_path_factory.mktemp("text") / "fit.jsonl", 0, 60)
 
 
 @pytest.fixture(scope="module")
 def other_text(tmp_path_factory) -> str:
-    return write_text(tmp_path_factory.mktemp("text") / "other.jsonl", 1, 30)
+    return write_sentences(tmp_path_factory.mktemp("text") / "other.jsonl", 1, 30)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +40,14 @@ def aligned(llama, text, tmp_path_factory) -> str:
     """Every layer replaced, its mixers fitted."""
     out = tmp_path_factory.mktemp("aligned") / "all.st"
     run(config(ratio=1, calibrate=[text]), llama, out)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def aligned_windows(llama, text, tmp_path_factory) -> str:
+    """The same beside windows."""
+    out = tmp_path_factory.mktemp("aligned") / "windows.st"
+    run(config(ratio=1, calibrate=[text], **WINDOW), llama, out)
     return str(out)
 
 
@@ -160,11 +155,16 @@ def test_a_rest_that_differs_is_said_and_left(llama, aligned, tmp_path, capsys):
     assert torch.equal(tensors(tmp_path / "t.st")[name], tensors(llama)[name])
 
 
-@pytest.mark.parametrize("criterion", ["kl", "recall"])
-def test_attention_is_added_to_aligned_mixers(llama, aligned, other_text, criterion, tmp_path):
-    chosen = config(
-        select=criterion, mixers_from=aligned, select_data=[other_text], select_recall=128
-    )
+@pytest.mark.parametrize(
+    ("criterion", "form", "source"),
+    [("kl", {}, "aligned"), ("recall", {}, "aligned"), ("kl", WINDOW, "aligned_windows")],
+)
+def test_attention_is_added_to_aligned_mixers(
+    llama, other_text, criterion, form, source, tmp_path, request
+):
+    aligned = request.getfixturevalue(source)
+    measured = {"select_data": [other_text], "select_recall": 128}
+    chosen = config(select=criterion, mixers_from=aligned, **measured, **form)
     result = run(chosen, llama, tmp_path / "t.st")
     found = result.metrics["selection"]
     front = found["front"]
@@ -218,7 +218,7 @@ def test_what_is_refused_before_anything_is_measured(
     run(config(), llama, half)
     named = {
         "text": text,
-        "short": write_text(tmp_path / "short.jsonl", 0, 2),
+        "short": write_sentences(tmp_path / "short.jsonl", 0, 2),
         "aligned": aligned,
         "half": str(half),
     }
