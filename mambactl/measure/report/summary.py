@@ -123,11 +123,13 @@ def _merge(rows: list[Row], name: str, kind: str, entry: Entry, cells: dict[Colu
 def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
     """Put cells into the rows of a model, and its controls below that row."""
     row = _merge(rows, entry.model, MODEL, entry, cells)
-    place = rows.index(row) + 1
+    start = end = rows.index(row) + 1
+    while end < len(rows) and rows[end].kind == CONTROL:
+        end += 1
+    below = rows[start:end]
     for name, found in beside(entry).items():
-        while place < len(rows) and rows[place].kind == CONTROL:
-            place += 1
-        rows.insert(place, Row(name, CONTROL, dict(_cells(found, {})), [entry]))
+        _merge(below, name, CONTROL, entry, dict(_cells(found, {})))
+    rows[start:end] = below
 
 
 def beside(entry: Entry) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, 
     }
     if teacher:
         name = metrics.get("teacher")
-        yield f"teacher {name.rpartition('/')[2]}" if isinstance(name, str) else "teacher", teacher
+        yield f"teacher {name}" if isinstance(name, str) else "teacher", teacher
     chance = {columns[p]: Cell(found["chance"]) for p, found in recall.items() if "chance" in found}
     if chance:
         yield "guessing", chance

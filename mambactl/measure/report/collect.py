@@ -1,0 +1,85 @@
+"""What a report is made of: files that are named, and those that lie beside checkpoints."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mambactl.errors import UsageError
+from mambactl.measure.report.entries import LEDGER, Entry, Found, Ledger, ledger_of, read_entries
+from mambactl.measure.report.naming import named_apart
+
+RESULTS = "results"
+CHANGED = "the checkpoint has changed since this was measured"
+
+
+def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = None) -> Found:
+    """Read results (.json), ledgers (.jsonl), folders of results, and checkpoints with what is kept
+    beside them.
+
+    What lies beside a checkpoint is about that one, wherever it was when it was measured.
+    `digest_of` a checkpoint tells whether results beside it are about what it holds now; those of
+    another state are marked. Raises UsageError for a path that holds nothing.
+    """
+    entries: list[Entry] = []
+    ledgers: list[Ledger] = []
+    for path in dict.fromkeys(paths):
+        files = [path] if path.suffix in (".json", ".jsonl") else kept_beside(path)
+        if not files:
+            raise UsageError(
+                f"nothing measured is kept beside {path}",
+                "give a results .json, a metrics.jsonl, or a checkpoint that was evaluated",
+            )
+        for file in files:
+            if file.suffix == ".jsonl":
+                ledgers.append(ledger_of(file))
+                continue
+            found = list(read_entries(file))
+            if not found and file == path:
+                raise UsageError(
+                    f"{file} holds no measurement", "give what eval, bench or spec-decode wrote"
+                )
+            checkpoint = None if file == path or _holds_results(path) else path
+            if checkpoint is not None and digest_of is not None and path.exists():
+                digest = digest_of(path)
+                found = [_marked(entry, digest) for entry in found]
+            entries += [_moved(entry, file, checkpoint) for entry in found]
+    return named_apart(Found(entries, ledgers))
+
+
+def _moved(entry: Entry, file: Path, checkpoint: Path | None) -> Entry:
+    """The entry under the name of the checkpoint that its file lies beside.
+
+    Without `checkpoint`, only where that is called as the one that was measured.
+    """
+    measured = entry.about.get("checkpoint")
+    owner = checkpoint
+    if owner is None and _holds_results(file.parent):
+        folder = file.parent
+        owner = folder.parent
+        if folder.name != RESULTS:
+            owner = folder.with_name(folder.name.removesuffix(f".{RESULTS}"))
+        owner = owner if measured and owner.name == Path(measured).name else None
+    return entry if owner is None or not measured else replace(entry, model=str(owner))
+
+
+def _holds_results(path: Path) -> bool:
+    """Whether a path is called as the folder of a checkpoint's results."""
+    return path.name == RESULTS or path.name.endswith(f".{RESULTS}")
+
+
+def _marked(entry: Entry, digest: str) -> Entry:
+    measured = dict(entry.source.details).get("digest", digest)
+    if measured == digest:
+        return entry
+    details = (*entry.source.details, ("attention", CHANGED))
+    return replace(entry, source=replace(entry.source, details=details))
+
+
+def kept_beside(checkpoint: Path) -> list[Path]:
+    """Results and ledger of a folder or a single file, or what a folder of results holds."""
+    if _holds_results(checkpoint):
+        return sorted(checkpoint.glob("*.json"))
+    results = [checkpoint / RESULTS, checkpoint.with_name(f"{checkpoint.name}.{RESULTS}")]
+    ledgers = [checkpoint / LEDGER, checkpoint.with_name(f"{checkpoint.name}.{LEDGER}")]
+    found = [file for folder in results for file in sorted(folder.glob("*.json"))]
+    return found + [file for file in ledgers if file.is_file()]
