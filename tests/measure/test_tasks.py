@@ -12,7 +12,14 @@ import torch
 from conftest import WORDS
 
 from mambactl.errors import ResourceError, UsageError
-from mambactl.measure.tasks import load_local_task, load_local_tasks, score_tasks
+from mambactl.measure.tasks import (
+    HarnessOptions,
+    Wanted,
+    load_local_task,
+    load_local_tasks,
+    score_tasks,
+    score_wanted,
+)
 
 MIXERS = ["mamba2", "attention", "mamba1", "attention"]
 
@@ -187,6 +194,15 @@ def test_generated_answers_are_matched_exactly(make_hybrid, tiny_tokenizer, file
         row["continuation"] = text.strip()
     spec = write(tmp_path / "own.jsonl", rows)
     assert score_tasks(model, tiny_tokenizer, [spec]).metrics["own"]["exact_match"] == 0.5
+
+
+def test_an_answer_that_does_not_fit_is_a_sentence(make_hybrid, tiny_tokenizer, files):
+    task, options = load_local_task(files["mc"]), HarnessOptions(max_length=2)
+    with pytest.raises(UsageError, match="tokens does not fit in the 2 tokens") as raised:
+        score_wanted(
+            make_hybrid(MIXERS, seed=4), tiny_tokenizer, [Wanted(task.name, task)], options
+        )
+    assert "--task-max-length" in raised.value.hint
 
 
 def test_number_is_the_last_of_the_answer(files):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mambactl.measure.checks import lower_is_better
+from mambactl.measure.checks import is_share
 from mambactl.measure.report import charts
 from mambactl.measure.report.charts import Series
 from mambactl.measure.report.content import (
@@ -41,7 +41,7 @@ def tasks(material: Material) -> Section:
             rows += [((entry.model, *texts), cites) for texts in _scores(task, scores)]
             key = main_metric(scores)
             # a share, or it has no place on the axis
-            if task not in parts and key is not None and not lower_is_better(key):
+            if task not in parts and key is not None and is_share(key) and abs(scores[key]) <= 1:
                 label = f"{task} {key}"
                 names[label] = None
                 models.setdefault(entry.model, []).append(

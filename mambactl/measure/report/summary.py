@@ -4,7 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mambactl.measure.checks import MAIN_METRICS, lower_is_better
+from mambactl.measure.checks import (
+    MAIN_METRICS,
+    is_share,
+    lower_is_better,
+    may_be_negative,
+)
 from mambactl.measure.report.entries import Entry, against_of
 
 # tokens of context that a cache is given for, where it was not measured
@@ -197,8 +202,13 @@ def parts_of_groups(metrics: Mapping[str, Any]) -> set[str]:
 
 
 def score_writer(metric: str) -> Callable[[float], str]:
-    """Scores of tasks are shares, unless they are better where they are lower."""
-    return number if lower_is_better(metric) else percent
+    """Scores of tasks are shares, unless they are known to be on another scale."""
+    return share if is_share(metric) else number
+
+
+def share(value: float) -> str:
+    """A score that should be a share: one beyond 1 is on a scale that nobody here knows."""
+    return percent(value) if abs(value) <= 1 else number(value)
 
 
 def data_set(name: str, found: Mapping[str, Any]) -> str:
@@ -232,5 +242,6 @@ def interval(found: Mapping[str, Any], key: str) -> tuple[float, float] | None:
         return None
     low, high = found[key] - NORMAL_95 * error, found[key] + NORMAL_95 * error
     # a share of few rows has an error that reaches beyond what a share can be
-    most = 1.0 if found[key] <= 1 and not lower_is_better(key) else high
-    return max(low, 0.0), min(high, most)
+    most = 1.0 if found[key] <= 1 and is_share(key) else high
+    least = low if may_be_negative(key) else 0.0
+    return max(low, least), min(high, most)
