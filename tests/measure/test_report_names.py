@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+from report_page import PHONE, browser, in_a_browser
 from report_results import fidelity, put, result
 
+from mambactl.measure.report.charts import folded
 from mambactl.measure.report.collect import collect
 from mambactl.measure.report.page import write_report
 from mambactl.measure.report.summary import summarise
@@ -66,6 +68,9 @@ def test_what_lies_beside_a_checkpoint_is_about_it_wherever_it_was_measured(tmp_
         assert measured == {"/else/where/d.st", "/a/d.st"}
         (ledger,) = found.ledgers
         assert "is kept in" in dict(ledger.source.details)["command"]
+    # renamed since, as its ledger
+    put(tmp_path / "new.st.results/eval-held.json", held)
+    assert [entry.model for entry in collect([tmp_path / "new.st.results"]).entries] == ["new.st"]
     # a page's own results are of many models
     (entry,) = collect([tmp_path / "pages.results"]).entries
     assert entry.model == "e.st"
@@ -117,3 +122,40 @@ def test_a_control_measured_twice_has_one_row(tmp_path) -> None:
     rows = summarise(collect(sorted(tmp_path.glob("*.json"))).entries).rows
     assert [row.name for row in rows] == ["m", "window 64+4", "guessing"]
     assert {column.heading for column in rows[1].cells} >= {"KL", "kv-64"}
+
+
+LONG = "llama-3.1-8b-instruct-mamba2-87-percent-replaced-stepwise-then-logits-then-sft-seed-{}"
+
+
+def test_long_names_are_folded_and_stay_apart() -> None:
+    one, other = (folded(LONG.format(number)) for number in (1, 2))
+    assert one != other
+    lines = one.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 22 and lines[1].endswith(" ...")
+    assert folded("short name") == "short name" and one.startswith("llama-3.1-8b-instruct-")
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [1280, PHONE])
+def test_long_names_fit_a_browser(tmp_path, width) -> None:
+    data = "a_very_long_data_set_name_that_somebody_gave_to_the_file_of_held_out_text"
+    for number in (1, 2):
+        own = {"fidelity": {data: fidelity(0.25 * number)}}
+        controls = {"window 64+4": {"fidelity": {data: fidelity(0.75)}}}
+        tasks = {data: {"acc": 0.5, "acc_stderr": 0.1}}
+        content = result(LONG.format(number), **own, controls=controls, tasks=tasks)
+        put(tmp_path / f"{number}.json", content)
+    write_report(sorted(tmp_path.glob("*.json")), tmp_path / "page.html", "x")
+    found = in_a_browser((tmp_path / "page.html").read_text("utf-8"), tmp_path, width)
+    assert found["scrolls"] == found["width"] == width
+    assert not found["wide"] and not found["captions"] and found["charts"] == 4
+
+
+def test_runs_with_other_held_out_text_are_marked(tmp_path) -> None:
+    line = {"phase": "logits", "step": 1, "tokens": 5, "kl": 0.5}
+    for number, tokens in enumerate((100, 100, 200)):
+        put(tmp_path / f"{number}.st.metrics.jsonl", {**line, "eval_tokens": tokens})
+    ledgers = sorted(tmp_path.glob("*.jsonl"))
+    for paths, marked in ((ledgers[:2], False), (ledgers, True)):
+        write_report(paths, tmp_path / "page.html", "x")
+        assert ("not the same in all runs" in (tmp_path / "page.html").read_text()) is marked

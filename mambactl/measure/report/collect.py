@@ -5,7 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from mambactl.errors import UsageError
-from mambactl.measure.report.entries import LEDGER, Entry, Found, Ledger, ledger_of, read_entries
+from mambactl.measure.report.entries import (
+    LEDGER,
+    SINGLE_FILES,
+    Entry,
+    Found,
+    Ledger,
+    ledger_of,
+    read_entries,
+)
 from mambactl.measure.report.naming import named_apart
 
 RESULTS = "results"
@@ -49,7 +57,7 @@ def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = Non
 def _moved(entry: Entry, file: Path, checkpoint: Path | None) -> Entry:
     """The entry under the name of the checkpoint that its file lies beside.
 
-    Without `checkpoint`, only where that is called as the one that was measured.
+    Without `checkpoint`, only where the name of the folder says whose results it holds.
     """
     measured = entry.about.get("checkpoint")
     owner = checkpoint
@@ -58,8 +66,13 @@ def _moved(entry: Entry, file: Path, checkpoint: Path | None) -> Entry:
         owner = folder.parent
         if folder.name != RESULTS:
             owner = folder.with_name(folder.name.removesuffix(f".{RESULTS}"))
-        owner = owner if measured and owner.name == Path(measured).name else None
+        owner = owner if measured and _is_about(owner, measured) else None
     return entry if owner is None or not measured else replace(entry, model=str(owner))
+
+
+def _is_about(owner: Path, measured: str) -> bool:
+    """Whether results in a folder of this name can only be the checkpoint's, not a page's."""
+    return owner.name == Path(measured).name or owner.suffix in SINGLE_FILES
 
 
 def _holds_results(path: Path) -> bool:

@@ -14,6 +14,7 @@ from mambactl.measure.report.lineage import command_of, read_lineage
 Json = dict[str, Any]
 
 LEDGER = "metrics.jsonl"
+SINGLE_FILES = (".st", ".safetensors")
 # what is known of how a measurement was made, also where it stands among the numbers
 ABOUT = ("device", "date", "versions", "teacher")
 # what a measurement has at least one of
@@ -169,7 +170,7 @@ def _normal(metrics: Mapping[str, Any]) -> Json:
 def ledger_of(path: Path) -> Ledger:
     """A ledger is called after the checkpoint it lies in or beside."""
     beside = path.name.removesuffix(f".{LEDGER}") if path.name != LEDGER else ""
-    model = path.with_name(beside) if beside.endswith((".st", ".safetensors")) else path
+    model = path.with_name(beside) if beside.endswith(SINGLE_FILES) else path
     model = path.parent if path.name == LEDGER else model
     lineage = read_lineage(model)
     about = {**lineage, "date": lineage.get("created"), "checkpoint": str(model), "model": {}}

@@ -276,6 +276,9 @@ def training(material: Material) -> Section:
         svg = charts.lines(series, "tokens trained on", "KL, nats per token", log_y=True)
         alt = f"KL to the teacher over the tokens trained on, for {len(legend(series))} runs"
         note = "Marked: held-out text. Thin: the training loss, batch by batch."
+        if len({line.get("eval_tokens") for each in material.ledgers
+                for line in each.lines if "kl" in line}) > 1:  # fmt: skip
+            note += " The held-out text is not the same in all runs."
         table = numbers_of("Held-out KL", ["model", "tokens", "KL"], rows) if rows else None
         section.figures.append(Figure(title, svg, alt, legend(series), note, table))
     found = [
