@@ -68,6 +68,8 @@ def test_what_lies_beside_a_checkpoint_is_about_it_wherever_it_was_measured(tmp_
         assert measured == {"/else/where/d.st", "/a/d.st"}
         (ledger,) = found.ledgers
         assert "is kept in" in dict(ledger.source.details)["command"]
+    # what is named twice is read once
+    assert len(collect([*ways[0], *ways[1], *ways[2]]).entries) == 2
     # renamed since, as its ledger
     put(tmp_path / "new.st.results/eval-held.json", held)
     assert [entry.model for entry in collect([tmp_path / "new.st.results"]).entries] == ["new.st"]

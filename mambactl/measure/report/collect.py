@@ -30,6 +30,7 @@ def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = Non
     """
     entries: list[Entry] = []
     ledgers: list[Ledger] = []
+    read: set[Path] = set()
     for path in dict.fromkeys(paths):
         files = [path] if path.suffix in (".json", ".jsonl") else kept_beside(path)
         if not files:
@@ -38,6 +39,10 @@ def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = Non
                 "give a results .json, a metrics.jsonl, or a checkpoint that was evaluated",
             )
         for file in files:
+            # a checkpoint and its folder of results, say
+            if file.resolve() in read:
+                continue
+            read.add(file.resolve())
             if file.suffix == ".jsonl":
                 ledgers.append(ledger_of(file))
                 continue
