@@ -161,3 +161,12 @@ def test_runs_with_other_held_out_text_are_marked(tmp_path) -> None:
     for paths, marked in ((ledgers[:2], False), (ledgers, True)):
         write_report(paths, tmp_path / "page.html", "x")
         assert ("not the same in all runs" in (tmp_path / "page.html").read_text()) is marked
+
+
+@pytest.mark.parametrize("given", ["d.st", "d.st.results", "d.st.results/eval-held.json"])
+def test_what_was_measured_before_a_change_is_marked_however_it_is_named(tmp_path, given) -> None:
+    put(tmp_path / "d.st.results/eval-held.json", result("d.st", fidelity={"held": fidelity(0.5)}))
+    (tmp_path / "d.st").write_bytes(b"")
+    for digest, marked in (("d1g3st", False), ("another", True)):
+        (entry,) = collect([tmp_path / given], lambda _, now=digest: now).entries
+        assert ("attention" in dict(entry.source.details)) is marked

@@ -52,32 +52,37 @@ def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = Non
                     f"{file} holds no measurement", "give what eval, bench or spec-decode wrote"
                 )
             checkpoint = None if file == path or _holds_results(path) else path
-            if checkpoint is not None and digest_of is not None and path.exists():
-                digest = digest_of(path)
-                found = [_marked(entry, digest) for entry in found]
-            entries += [_moved(entry, file, checkpoint) for entry in found]
+            entries += [
+                _placed(entry, _owner(entry, file, checkpoint), digest_of) for entry in found
+            ]
     return named_apart(Found(entries, ledgers))
 
 
-def _moved(entry: Entry, file: Path, checkpoint: Path | None) -> Entry:
-    """The entry under the name of the checkpoint that its file lies beside.
+def _owner(entry: Entry, file: Path, checkpoint: Path | None) -> Path | None:
+    """The checkpoint that results lie beside.
 
     Without `checkpoint`, only where the name of the folder says whose results it holds.
     """
-    measured = entry.about.get("checkpoint")
-    owner = checkpoint
-    if owner is None and _holds_results(file.parent):
-        folder = file.parent
-        owner = folder.parent
-        if folder.name != RESULTS:
-            owner = folder.with_name(folder.name.removesuffix(f".{RESULTS}"))
-        owner = owner if measured and _is_about(owner, measured) else None
-    return entry if owner is None or not measured else replace(entry, model=str(owner))
+    if checkpoint is not None or not _holds_results(file.parent):
+        return checkpoint
+    folder, measured = file.parent, str(entry.about.get("checkpoint") or "")
+    owner = folder.parent
+    if folder.name != RESULTS:
+        owner = folder.with_name(folder.name.removesuffix(f".{RESULTS}"))
+    # a page has such a folder too, with results of many models
+    known = owner.name == Path(measured).name or owner.suffix in SINGLE_FILES
+    return owner if measured and known else None
 
 
-def _is_about(owner: Path, measured: str) -> bool:
-    """Whether results in a folder of this name can only be the checkpoint's, not a page's."""
-    return owner.name == Path(measured).name or owner.suffix in SINGLE_FILES
+def _placed(entry: Entry, owner: Path | None, digest_of: Callable[[Path], str] | None) -> Entry:
+    """The entry under the name of its owner, marked where that has changed."""
+    if owner is None:
+        return entry
+    if entry.about.get("checkpoint"):
+        entry = replace(entry, model=str(owner))
+    if digest_of is None or not owner.exists():
+        return entry
+    return _marked(entry, digest_of(owner))
 
 
 def _holds_results(path: Path) -> bool:
