@@ -151,6 +151,7 @@ def test_numbers_intervals_and_the_best(page) -> None:
         "reference"
     ] * 2
     assert kinds[1][1] == "window 64+4" and kinds[-1][1] == "guessing"
+    assert "is computed from shapes" in summary and "Indented below a model" in summary
     assert "2.00" in summary  # MiB of cache at 4096 tokens: 1 + 4096 * 256 / 2^20
 
 

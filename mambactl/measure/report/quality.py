@@ -104,6 +104,8 @@ def _summary_caption(material: Material, found: Summary) -> str:
     )
     if any(row.kind == CONTROL for row in found.rows):
         text += " Indented below a model: its controls, and what it was tested against."
+    if any(column.group == "cache" for column in found.columns):
+        text += " The cache of one sequence is computed from shapes."
     return text
 
 

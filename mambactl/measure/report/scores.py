@@ -30,7 +30,11 @@ LABEL = 26
 
 def tasks(material: Material) -> Section:
     """Scores with their intervals, a row per task; its numbers have every score of every part."""
-    section = Section("tasks", "Tasks", "Lines are 95 % intervals where errors are known.")
+    section = Section(
+        "tasks",
+        "Tasks",
+        "Lines are 95 % intervals, 1.96 standard errors to each side, where errors are known.",
+    )
     names: dict[str, None] = {}
     models: dict[str, list[tuple[str, float, Any]]] = {}
     rows = []
