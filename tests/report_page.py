@@ -27,6 +27,8 @@ frame.onload = () => {{
     width: root.clientWidth, scrolls: root.scrollWidth, charts: charts.length,
     empty: charts.filter(box => box.width < 200 || box.height < 50).length,
     wide: wide.slice(0, 5).map(each => each.outerHTML.slice(0, 120)),
+    captions: [...page.querySelectorAll("caption")].filter(
+      each => each.offsetWidth > each.closest(".scroll").clientWidth + 1).length,
     requests: view.performance.getEntriesByType("resource").map(each => each.name)
       .filter(name => !name.startsWith("data:")),
   }});

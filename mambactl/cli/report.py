@@ -11,7 +11,9 @@ from mambactl.cli import io
 
 Paths = Annotated[
     list[str],
-    typer.Argument(metavar="PATH", help="results .json, metrics.jsonl, or checkpoint"),
+    typer.Argument(
+        metavar="PATH", help="results .json, metrics.jsonl, folder of results, or checkpoint"
+    ),
 ]
 Out = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="page to write (HTML)")]
 Title = Annotated[str | None, typer.Option("--title", help="heading of the page")]

@@ -1,4 +1,4 @@
-"""Rows of text, chat turns or preferences from .jsonl[.gz], .parquet, .txt and hub data sets."""
+"""Rows of text or chat turns from .jsonl[.gz], .parquet, .txt and hub data sets."""
 
 import gzip
 import json
@@ -7,20 +7,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.errors import UsageError
 
-Schema = Literal["text", "preference"]
 Row = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-EXPECTED = {
-    "text": "`text` (a string) or `messages` (a list of role and content)",
-    "preference": "`prompt`, `chosen` and `rejected` (text, or lists of role and content)",
-}
+EXPECTED = "`text` (a string) or `messages` (a list of role and content)"
 # how much more of a set on the hub is read than used, so that the shuffled order means something
 POOL = 4
 CHARACTERS_PER_TOKEN = 4
@@ -46,7 +42,6 @@ class BadRow(Exception):
 def load_rows(
     specs: Sequence[str],
     max_samples: int | None = None,
-    schema: Schema = "text",
     used_rows: int | None = None,
     used_tokens: int | None = None,
     bad: BadRows | None = None,
@@ -57,18 +52,15 @@ def load_rows(
     streamed until it gave `POOL` times the rows or tokens that are used.
 
     A spec is a .jsonl, .jsonl.gz, .parquet (a row each) or .txt (one document) file, or a hub id
-    `ID[:config][@split]`. Rows hold `text`, or `messages` and perhaps `tools`; preference rows hold
-    `prompt`, `chosen`, `rejected`, all lists of messages. Raises UsageError naming file and
-    row; with `bad` a row that holds something else is noted there and left out.
+    `ID[:config][@split]`. Rows hold `text`, or `messages` and perhaps `tools`. Raises UsageError
+    naming file and row; with `bad` a row that holds something else is noted there and left out.
     """
-    return list(_documents(specs, max_samples, schema, used_rows, used_tokens, bad))
+    return list(_documents(specs, max_samples, used_rows, used_tokens, bad))
 
 
-def count_rows(
-    specs: Sequence[str], max_samples: int | None = None, schema: Schema = "text"
-) -> int | None:
+def count_rows(specs: Sequence[str], max_samples: int | None = None) -> int | None:
     """Check files and count their rows; None where a set lies on the hub, which is not asked."""
-    found = sum(1 for _ in _documents(specs, max_samples, schema, used_rows=0))
+    found = sum(1 for _ in _documents(specs, max_samples, used_rows=0))
     streamed = [_hub_parts(spec) for spec in specs if is_on_hub(spec)]
     return None if streamed else found
 
@@ -76,17 +68,16 @@ def count_rows(
 def _documents(
     specs: Sequence[str],
     max_samples: int | None,
-    schema: Schema,
     used_rows: int | None = None,
     used_tokens: int | None = None,
     bad: BadRows | None = None,
 ) -> Iterator[Document]:
     if not specs:
-        raise UsageError("no data given", f"pass --data FILE with {EXPECTED[schema]} per row")
+        raise UsageError("no data given", f"pass --data FILE with {EXPECTED} per row")
     sources = [
-        _pool(_checked(spec, schema, part, bad), used_rows, used_tokens)
+        _pool(_checked(spec, part, bad), used_rows, used_tokens)
         if is_on_hub(spec)
-        else _checked(spec, schema, part, bad)
+        else _checked(spec, part, bad)
         for part, spec in enumerate(specs)
     ]
     return islice(in_turn(sources), max_samples)
@@ -122,19 +113,18 @@ def in_turn(sources: Sequence[Iterator[Any]]) -> Iterator[Any]:
         waiting = alive
 
 
-def _checked(spec: str, schema: Schema, part: int, bad: BadRows | None) -> Iterator[Document]:
+def _checked(spec: str, part: int, bad: BadRows | None) -> Iterator[Document]:
     found = False
-    check = preference_row if schema == "preference" else _document
     for number, row in read_rows(spec, bad):
         found = True
         where = f"{spec}, row {number}"
         try:
-            yield Document(where, check(row), part)
+            yield Document(where, _document(row), part)
         except BadRow as error:
             if bad is not None:
-                bad.add(MALFORMED, where, str(error), f"expected {EXPECTED[schema]}")
+                bad.add(MALFORMED, where, str(error), f"expected {EXPECTED}")
                 continue
-            raise UsageError(f"{where}: {error}", f"expected {EXPECTED[schema]}") from None
+            raise UsageError(f"{where}: {error}", f"expected {EXPECTED}") from None
     if not found and not (bad is not None and bad.found):
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 

@@ -16,7 +16,6 @@ from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, REFUSED, SAME, BadRows
 from mambactl.data.checks import begins_twice
 from mambactl.data.format import TOGETHER, Example, render_chat
 from mambactl.data.load import (
-    EXPECTED,
     POOL,
     BadRow,
     in_turn,
@@ -28,6 +27,7 @@ from mambactl.data.load import (
 from mambactl.errors import UsageError
 
 COLUMNS = ("prompt", "chosen", "rejected")
+EXPECTED = "`prompt`, `chosen` and `rejected` (text, or lists of role and content)"
 EQUAL = "`chosen` equals `rejected`"
 
 
@@ -98,7 +98,7 @@ def load_pairs(
     than `max_length` tokens, unless `skip_bad_rows`, and where no pair is left.
     """
     if not specs:
-        raise UsageError("no data given", f"pass --data FILE with {EXPECTED['preference']} per row")
+        raise UsageError("no data given", f"pass --data FILE with {EXPECTED} per row")
     names = set_names(specs)
     found = {name: PairSet() for name in names}
     rendered: dict[str, list[_Rendered]] = {name: [] for name in names}
@@ -307,4 +307,4 @@ def _key(text: _Rendered) -> int:
 
 
 def _expected() -> str:
-    return f"expected {EXPECTED['preference']}"
+    return f"expected {EXPECTED}"

@@ -32,7 +32,11 @@ LOWER_IS_BETTER = (
     "byte_perplexity",
     "bits_per_byte",
     "brier_score",
+    "ter",
 )
+# of the harness, on other scales than shares from 0 to 1; as far as hundreds, some below 0
+_NO_SHARES = re.compile(r"(bleu|chrf|rouge)(?!.*_acc$)|likelihood$")
+_SIGNED = re.compile(r"(mcc|likelihood|.*_diff)$")
 
 _CHECK = re.compile(r"^\s*(?P<name>[^<>=]+?)\s*(?P<sign>>=|<=|=)\s*(?P<bound>[^<>=]+?)\s*$")
 _HINT = "write METRIC>=VALUE (or METRIC=VALUE) to fail below, METRIC<=VALUE to fail above"
@@ -63,6 +67,17 @@ class Check:
 def lower_is_better(metric: str) -> bool:
     """Whether a smaller value of a metric is the better one."""
     return metric.partition(":")[0] in LOWER_IS_BETTER
+
+
+def is_share(metric: str) -> bool:
+    """Whether a score is a share of 1, so that it may be said in per cent."""
+    name = metric.partition(":")[0]
+    return not (lower_is_better(name) or _NO_SHARES.match(name))
+
+
+def may_be_negative(metric: str) -> bool:
+    """Whether a score may be below 0."""
+    return bool(_SIGNED.match(metric.partition(":")[0]))
 
 
 def parse_checks(texts: Sequence[str]) -> list[Check]:

@@ -25,6 +25,7 @@ from mambactl.models.hybrid import HybridForCausalLM
 
 # rows where "auto" has to be a number
 ROLLING_ROWS = 64
+LONGER = "give a larger --task-max-length"
 # what the decode engine takes; a request that asks for more goes to transformers
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
 
@@ -67,6 +68,13 @@ class HarnessModel(HFLM):
         if not self._ours:
             return super()._loglikelihood_tokens(requests, True, override_bs)
         asked = [Request(context, continuation) for _, context, continuation in requests]
+        longest = max((len(request.continuation) for request in asked), default=0)
+        if longest > self.max_length:
+            raise UsageError(
+                f"an answer of {longest} tokens does not fit in the {self.max_length} tokens that "
+                "are read",
+                hint=LONGER,
+            )
         answers = log_likelihoods(self.model, asked, self.max_length, self._rows, self._advance)
         for (pair, _, _), answer in zip(requests, answers, strict=True):
             if pair is not None:
@@ -98,7 +106,7 @@ class HarnessModel(HFLM):
             raise UsageError(
                 f"answers of {options['max_gen_toks']} tokens leave no room for a question in the "
                 f"{self.max_length} tokens of the model",
-                hint="give a larger --task-max-length",
+                hint=LONGER,
             )
         contexts = [request.args[0] for request in requests]
         encoded = self._encode_many(contexts)

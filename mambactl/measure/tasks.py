@@ -167,13 +167,6 @@ def load_local_task(
     return LocalTask(name, as_in_harness(schema, name), rows, pool)
 
 
-def load_local_tasks(specs: Sequence[str], limit: int | None = None) -> list[LocalTask]:
-    """Read those of the tasks that are files; two files of one name are a UsageError."""
-    tasks = [load_local_task(spec, limit) for spec in specs if is_local(spec)]
-    require_distinct([task.name for task in tasks])
-    return tasks
-
-
 def require_distinct(names: Sequence[str]) -> None:
     """Raise UsageError where two tasks have one name."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -181,22 +174,6 @@ def require_distinct(names: Sequence[str]) -> None:
             f"two tasks are called {twice[0]}, and results are kept by name",
             hint="rename one of the files, or measure them in two runs",
         )
-
-
-def score_tasks(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    specs: Sequence[str],
-    batch_size: Any = "auto",
-    limit: int | None = None,
-) -> "TaskScores":
-    """Score a model on files and on tasks that lm-evaluation-harness knows by name."""
-    local = load_local_tasks(specs, limit)
-    wanted = [Wanted(task.name, task) for task in local]
-    wanted += [Wanted(spec) for spec in specs if not is_local(spec)]
-    return score_wanted(
-        model, tokenizer, wanted, HarnessOptions(batch_size=batch_size, limit=limit)
-    )
 
 
 def score_wanted(

@@ -26,6 +26,11 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
+def _error(value: float | None) -> str:
+    # of float32, far less than a per cent
+    return "-" if value is None else f"{value:.1e}"
+
+
 def _mib(value: float | None) -> str:
     return "-" if value is None else f"{value / 2**20:,.2f}"
 
@@ -133,7 +138,7 @@ def show_training(metrics: dict[str, Any]) -> None:
                 f"{point['milliseconds']:.1f}",
                 _mib(point["peak_bytes"]),
                 f"{point['first_loss']:.3g} to {point['last_loss']:.3g}",
-                _share(point["gradient_error"]),
+                _error(point["gradient_error"]),
             )
             for point in metrics["points"]
             if point["model"] == model

@@ -14,7 +14,7 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.disk import explained
 from mambactl.errors import CheckError, OutputError, UsageError
 from mambactl.measure.plots import new_figure
-from mambactl.measure.report.entries import collect, kept_beside
+from mambactl.measure.report.collect import collect, kept_beside
 from mambactl.measure.report.page import write_report
 from mambactl.measure.report.summary import CONTROL, summarise
 from mambactl.recipe import BenchConfig, EvalConfig

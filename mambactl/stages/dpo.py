@@ -68,7 +68,7 @@ def plan(config: DpoConfig, source: str) -> dict[str, Any]:
     """Resolve everything, check the data and show a pair; writes nothing."""
     _require(config)
     job = Job.of(STAGE, config, source)
-    found = plan_training(job, None, config.reference == "teacher", foreign=True)
+    found = plan_training(job, config.reference == "teacher", foreign=True, counts=False)
     shown = {"reference": config.reference, "losses": dict(_losses(config))}
     return found | shown | preview(job, config)
 

@@ -195,7 +195,7 @@ def keep_heatmap(
     if config.needle_plot:
         path = Path(config.needle_plot).expanduser()
     if path is None:
-        console.log("no picture is kept beside a single file; --needle-plot FILE draws one")
+        console.log("no picture is kept where no results are; --needle-plot FILE draws one")
         return None
     partial = path.with_name(path.name + ".partial")
     panels = {name: needle[name]["retrieved"] for name in models}

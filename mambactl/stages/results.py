@@ -1,5 +1,6 @@
 """Measurements kept beside the checkpoint they are about, with how they were made."""
 
+import hashlib
 import json
 import os
 import re
@@ -64,8 +65,11 @@ def save_results(
 
 
 def file_name(stage: str, name: str) -> str:
-    """The file for what a stage measured."""
-    label = re.sub(r"[^\w.+-]+", "-", f"{stage}-{name}").strip("-")[:LONGEST_NAME]
+    """The file for what a stage measured; a name that is cut ends in a digest of the whole."""
+    label = re.sub(r"[^\w.+-]+", "-", f"{stage}-{name}").strip("-")
+    if len(label) > LONGEST_NAME:
+        digest = hashlib.sha256(label.encode()).hexdigest()[:8]
+        label = f"{label[: LONGEST_NAME - len(digest) - 1]}-{digest}"
     return f"{label}.json"
 
 

@@ -22,7 +22,7 @@ from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.checks import screened
 from mambactl.data.format import Example, encode_rows
-from mambactl.data.load import Document, Schema, count_rows, load_rows
+from mambactl.data.load import Document, count_rows, load_rows
 from mambactl.data.mixture import mixed, names, shares
 from mambactl.data.pack import Row, pack
 from mambactl.data.recall import recall_documents, recall_tokens, require_recall_length
@@ -177,23 +177,23 @@ class Job:
         """Where rows are noted that nothing can be learned from; `settle` it before training."""
         return BadRows(self.config.skip_bad_rows)
 
-    def documents(self, schema: Schema = "text", bad: BadRows | None = None) -> list[Document]:
+    def documents(self, bad: BadRows | None = None) -> list[Document]:
         """The rows of `data`, checked; malformed ones go to `bad`, or are settled at once."""
         limits: dict[str, Any] = {"used_rows": self.examples}
-        if schema == "text" and self.config.packing:
+        if self.config.packing:
             limits = {"used_tokens": self.budget}
         noted = self.bad_rows() if bad is None else bad
         limits["bad"] = noted
         specs = names(self.config.data)
-        documents = load_rows(specs, self.config.max_samples, schema, **limits)
+        documents = load_rows(specs, self.config.max_samples, **limits)
         if bad is None:
             noted.settle()
         return documents
 
-    def count_documents(self, schema: Schema = "text") -> int | None:
+    def count_documents(self) -> int | None:
         """Check the data's files and count rows; None where a set lies on the hub."""
         shares(self.config.data)
-        return count_rows(names(self.config.data), self.config.max_samples, schema)
+        return count_rows(names(self.config.data), self.config.max_samples)
 
     def examples_of(
         self, documents: Sequence[Document], tokenizer: Any, assistant_only: bool, bad: BadRows
@@ -322,7 +322,6 @@ class Job:
 
 def plan_training(
     job: Job,
-    schema: Schema | None = "text",
     with_teacher: bool = True,
     foreign: bool = False,
     counts: bool = True,
@@ -345,7 +344,7 @@ def plan_training(
         "dtype": str(job.dtype).removeprefix("torch."),
         "processes": job.processes,
         "global_batch": job.global_batch,
-        "documents": job.count_documents(schema) if counts and schema else None,
+        "documents": job.count_documents() if counts else None,
         "tokens_at_most": job.budget,
         "recall_tokens_at_most": job.recall_budget,
         "estimated_bytes": _estimate(found["parameters"], job.dtype, with_teacher),

@@ -93,19 +93,6 @@ def test_a_set_on_the_hub_is_read_as_far_as_it_is_used(tmp_path, monkeypatch):
         count_rows(["/long" * 100])
 
 
-def test_preferences_in_each_spelling(tmp_path):
-    user, good = {"role": "user", "content": "q"}, {"role": "assistant", "content": "g"}
-    bad = {"role": "assistant", "content": "b"}
-    wanted = {"prompt": [user], "chosen": [good], "rejected": [bad]}
-    path = _jsonl(
-        tmp_path / "p.jsonl",
-        wanted,
-        {"prompt": "q", "chosen": "g", "rejected": "b"},
-        {"prompt": "q", "chosen": [user, good], "rejected": [user, bad]},
-    )
-    assert load_rows([path], schema="preference") == [wanted] * 3
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -125,13 +112,6 @@ def test_a_bad_row_is_named(tmp_path, row, message):
         load_rows([path])
     assert str(caught.value).startswith(path)
     assert "`messages`" in caught.value.hint
-
-
-def test_preference_columns_are_required(tmp_path):
-    path = _jsonl(tmp_path / "a.jsonl", {"text": "x"})
-    with pytest.raises(UsageError, match="row 1: has the columns `text`") as caught:
-        load_rows([path], schema="preference")
-    assert "`rejected`" in caught.value.hint
 
 
 def test_bad_files_are_named(tmp_path):

@@ -12,9 +12,26 @@ import torch
 from conftest import WORDS
 
 from mambactl.errors import ResourceError, UsageError
-from mambactl.measure.tasks import load_local_task, load_local_tasks, score_tasks
+from mambactl.measure.tasks import (
+    HarnessOptions,
+    Wanted,
+    is_local,
+    load_local_task,
+    require_distinct,
+    score_wanted,
+)
 
 MIXERS = ["mamba2", "attention", "mamba1", "attention"]
+
+
+def score_tasks(model, tokenizer, specs, **options):
+    """Scores on files, and on tasks that the harness knows by name."""
+    wanted = [
+        Wanted(local.name, local) if local else Wanted(spec)
+        for spec in specs
+        for local in [load_local_task(spec, options.get("limit")) if is_local(spec) else None]
+    ]
+    return score_wanted(model, tokenizer, wanted, HarnessOptions(**options))
 
 
 def words(rng: random.Random, low: int, high: int) -> str:
@@ -189,6 +206,15 @@ def test_generated_answers_are_matched_exactly(make_hybrid, tiny_tokenizer, file
     assert score_tasks(model, tiny_tokenizer, [spec]).metrics["own"]["exact_match"] == 0.5
 
 
+def test_an_answer_that_does_not_fit_is_a_sentence(make_hybrid, tiny_tokenizer, files):
+    task, options = load_local_task(files["mc"]), HarnessOptions(max_length=2)
+    with pytest.raises(UsageError, match="tokens does not fit in the 2 tokens") as raised:
+        score_wanted(
+            make_hybrid(MIXERS, seed=4), tiny_tokenizer, [Wanted(task.name, task)], options
+        )
+    assert "--task-max-length" in raised.value.hint
+
+
 def test_number_is_the_last_of_the_answer(files):
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import ConfigurableTask
@@ -248,7 +274,7 @@ def test_bad_files_name_the_row(tmp_path, rows, message):
 def test_two_files_of_one_name_are_refused(files, tmp_path):
     other = write(tmp_path / "mc.jsonl", make_rows("mc", 1))
     with pytest.raises(UsageError, match="two tasks are called mc"):
-        load_local_tasks([files["mc"], other])
+        require_distinct([load_local_task(path).name for path in (files["mc"], other)])
 
 
 def test_unknown_task_names_its_neighbours(make_hybrid, tiny_tokenizer, monkeypatch):

@@ -209,6 +209,16 @@ def test_the_kernels_table(capsys):
     assert "2.50x" in shown and "400" in shown and "Mamba-2 layer on gpu" in shown
 
 
+def test_the_training_table_shows_errors_below_a_per_cent(capsys):
+    point = {
+        "model": "m", "stage": "align", "batch_size": 1, "input_len": 8, "tokens_per_second": 1.0,
+        "milliseconds": 1.0, "peak_bytes": None, "first_loss": 1.0, "last_loss": 0.5,
+        "gradient_error": 8e-4,
+    }  # fmt: skip
+    bench_report.show_training({"device": "gpu", "dtype": "float32", "points": [point]})
+    assert "8.0e-04" in capsys.readouterr().err
+
+
 def test_the_plan_reads_headers_only(student, tiny_llama_dir, monkeypatch):
     monkeypatch.setattr(subjects, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     found = json.loads(json.dumps(bench.plan(cpu(baseline="teacher"), str(student))))

@@ -9,6 +9,7 @@ from conftest import WORDS
 from mambactl.errors import CheckError, UsageError
 from mambactl.recipe import EvalConfig
 from mambactl.stages.eval import plan, run
+from mambactl.stages.eval_long import keep_heatmap
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,21 @@ def test_the_packaged_text_is_the_default_haystack_and_a_picture_goes_where_it_i
     metrics = run(config, str(tiny_llama_dir)).metrics
     assert metrics["needle"]["depths"] == [0.5] and "teacher" not in metrics["needle"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_is_beside_results_or_the_log_says_what_draws_one(
+    text, tmp_path, save_student, capsys
+):
+    pytest.importorskip("matplotlib")
+    single = str(save_student(tmp_path / "a.st"))
+    config = cpu(needle=[200], needle_depths=1, needle_text=[text], needle_scoring="argmax")
+    found = run(config, single).metrics["needle"]
+    assert (tmp_path / "a.st.results" / "eval-needle-200.png").is_file()
+    assert "no picture" not in capsys.readouterr().err
+    # results of a model given by name are not kept
+    assert keep_heatmap(config, "some/name", found, ["student"], None) is None
+    shown = capsys.readouterr().err
+    assert "--needle-plot" in shown and "single file" not in shown
 
 
 def test_perplexity_by_position_takes_whole_rows_of_long_documents(folder, text, capsys):

@@ -110,6 +110,8 @@ def test_samples_answers_and_chat(folder, sets, tmp_path):
     assert sum(row["acc"] for row in rows) / 8 == first["hellaswag"]["acc"]
     assert len(list((tmp_path / "kept").glob("*.db"))) == 1
     assert run(config, str(folder)).metrics["tasks"] == first
+    # results went into the card, the model is the same
+    assert len(list((tmp_path / "kept").glob("*.db"))) == 1
 
 
 def test_texts_of_a_model_agree_with_its_own(folder, sets, tiny_llama_dir, capsys):

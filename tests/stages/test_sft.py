@@ -77,15 +77,15 @@ def _ce(config, student, path):
 def test_only_what_a_run_can_see_is_asked_of_the_hub(student, monkeypatch):
     asked = []
 
-    def recorded(specs, most, schema, **limits):
+    def recorded(specs, most, **limits):
         asked.append({name: limits[name] for name in limits if name != "bad"})
         return []
 
     monkeypatch.setattr(training, "load_rows", recorded)
-    for packing, schema in ((True, "text"), (False, "text"), (True, "preference")):
-        Job.of("sft", cpu("some/set", packing=packing), student).documents(schema)
+    for packing in (True, False):
+        Job.of("sft", cpu("some/set", packing=packing), student).documents()
     # 12 steps of 2 rows of 32 tokens
-    assert asked == [{"used_tokens": 768}, {"used_rows": 24}, {"used_rows": 24}]
+    assert asked == [{"used_tokens": 768}, {"used_rows": 24}]
     assert plan(cpu("some/set"), student)["documents"] is None
 
 

@@ -224,8 +224,11 @@ def short(value: float) -> str:
 
 
 def folded(text: str, width: int = 22) -> str:
-    """A label of a chart in lines that leave room for the chart."""
-    return "\n".join(wrap(text, width, max_lines=3, placeholder=" ...", break_on_hyphens=False))
+    """A label of a chart in three lines at most; names differ at their ends, so both are kept."""
+    lines = wrap(text, width, break_on_hyphens=False)
+    if len(lines) > 3:
+        lines = [lines[0], f"{lines[1][: width - 4]} ...", text[-width:].lstrip()]
+    return "\n".join(lines)
 
 
 def named_apart(svg: str, prefix: str) -> str:

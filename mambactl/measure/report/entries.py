@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from mambactl.measure.report.lineage import command_of, read_lineage
 Json = dict[str, Any]
 
 LEDGER = "metrics.jsonl"
-RESULTS = "results"
-CHANGED = "the checkpoint has changed since this was measured"
+SINGLE_FILES = (".st", ".safetensors")
+# what is known of how a measurement was made, also where it stands among the numbers
+ABOUT = ("device", "date", "versions", "teacher")
 # what a measurement has at least one of
 KINDS = (
     "fidelity",
@@ -73,56 +74,9 @@ class Found:
 
 
 def against_of(entry: Entry) -> str:
-    """The short name of the student that an entry was tested against, empty without one."""
+    """The name of the student that an entry was tested against, empty without one."""
     other = entry.metrics.get("against") or {}
-    return str(other.get("model", "")).rstrip("/").rpartition("/")[2]
-
-
-def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = None) -> Found:
-    """Read results (.json), ledgers (.jsonl), and checkpoints with what is kept beside them.
-
-    `digest_of` a checkpoint tells whether results beside it are about what it holds now; those of
-    another state are marked. Raises UsageError for a path that holds nothing.
-    """
-    entries: list[Entry] = []
-    ledgers: list[Ledger] = []
-    for path in dict.fromkeys(paths):
-        files = [path] if path.suffix in (".json", ".jsonl") else kept_beside(path)
-        if not files:
-            raise UsageError(
-                f"nothing measured is kept beside {path}",
-                "give a results .json, a metrics.jsonl, or a checkpoint that was evaluated",
-            )
-        for file in files:
-            if file.suffix == ".jsonl":
-                ledgers.append(_ledger(file))
-                continue
-            found = list(read_entries(file))
-            if not found and file == path:
-                raise UsageError(
-                    f"{file} holds no measurement", "give what eval, bench or spec-decode wrote"
-                )
-            if file != path and digest_of is not None and path.exists():
-                digest = digest_of(path)
-                found = [_marked(entry, digest) for entry in found]
-            entries += found
-    return _named_apart(Found(entries, ledgers))
-
-
-def _marked(entry: Entry, digest: str) -> Entry:
-    measured = dict(entry.source.details).get("digest", digest)
-    if measured == digest:
-        return entry
-    details = (*entry.source.details, ("attention", CHANGED))
-    return replace(entry, source=replace(entry.source, details=details))
-
-
-def kept_beside(checkpoint: Path) -> list[Path]:
-    """Results and ledger of a folder or of a single file, in a fixed order."""
-    results = [checkpoint / RESULTS, checkpoint.with_name(f"{checkpoint.name}.{RESULTS}")]
-    ledgers = [checkpoint / LEDGER, checkpoint.with_name(f"{checkpoint.name}.{LEDGER}")]
-    found = [file for folder in results for file in sorted(folder.glob("*.json"))]
-    return found + [file for file in ledgers if file.is_file()]
+    return str(other.get("model", ""))
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
@@ -168,7 +122,7 @@ def _parts(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _entry(metrics: Mapping[str, Any], about: Json, source: Source) -> Entry:
-    merged = about | {key: metrics[key] for key in ("device", "date", "versions") if key in metrics}
+    merged = about | {key: metrics[key] for key in ABOUT if key in metrics}
     commands = about.get("commands")
     command = about.get("command") or (commands[-1] if isinstance(commands, list) else "")
     words = command if isinstance(command, list) else [command]
@@ -188,6 +142,7 @@ def _details(about: Json) -> Iterator[tuple[str, str]]:
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
         "model": about.get("checkpoint"),
         "digest": model.get("digest"),
+        "teacher": about.get("teacher"),
     }
     yield from ((name, str(value)) for name, value in pairs.items() if value)
 
@@ -212,31 +167,17 @@ def _normal(metrics: Mapping[str, Any]) -> Json:
     return dict(metrics)
 
 
-def _ledger(path: Path) -> Ledger:
+def ledger_of(path: Path) -> Ledger:
     """A ledger is called after the checkpoint it lies in or beside."""
     beside = path.name.removesuffix(f".{LEDGER}") if path.name != LEDGER else ""
-    model = path.with_name(beside) if beside.endswith((".st", ".safetensors")) else path
+    model = path.with_name(beside) if beside.endswith(SINGLE_FILES) else path
     model = path.parent if path.name == LEDGER else model
     lineage = read_lineage(model)
     about = {**lineage, "date": lineage.get("created"), "checkpoint": str(model), "model": {}}
-    source = Source(str(path), "", command_of(lineage), tuple(_details(about)) if lineage else ())
+    details = tuple(_details(about)) if lineage else (("command", _unknown(model)),)
+    source = Source(str(path), "", command_of(lineage), details)
     return Ledger(str(model), read_ledger(path), source)
 
 
-def _named_apart(found: Found) -> Found:
-    """Short names of models, or longer ones where two would be called the same."""
-    names = dict.fromkeys(each.model for each in (*found.entries, *found.ledgers))
-    paths: dict[str, str] = {name: str(Path(name).expanduser().absolute()) for name in names}
-    short = {name: name.rpartition("/")[2] if _is_path(name) else name for name in names}
-    owners: dict[str, set[str]] = {}
-    for name, text in short.items():
-        owners.setdefault(text, set()).add(paths[name])
-    called = {n: text if len(owners[text]) == 1 else n for n, text in short.items()}
-    return Found(
-        [replace(each, model=called[each.model]) for each in found.entries],
-        [replace(each, model=called[each.model]) for each in found.ledgers],
-    )
-
-
-def _is_path(name: str) -> bool:
-    return "/" in name and " " not in name
+def _unknown(model: Path) -> str:
+    return "not known" + ("" if model.exists() else f": it is kept in {model}, which is not there")

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mambactl.measure.report.entries import Entry
+from mambactl.measure.report.entries import Entry, Found
+from mambactl.measure.report.naming import named_apart
 from mambactl.measure.report.summary import Column, Row, summarise
 
 OWN_NAME = "this model"
@@ -15,7 +16,8 @@ def markdown(entries: Sequence[Entry], folder: Path) -> str:
 
     All entries are about the checkpoint in `folder`.
     """
-    found = summarise(replace(entry, model=OWN_NAME) for entry in entries)
+    named = named_apart(Found(list(entries), [])).entries
+    found = summarise(replace(entry, model=OWN_NAME) for entry in named)
     lines = ["## Results", ""]
     for group in dict.fromkeys(column.group for column in found.columns):
         columns = [column for column in found.columns if column.group == group]

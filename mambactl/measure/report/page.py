@@ -10,8 +10,9 @@ from mambactl import __version__
 from mambactl.disk import explained
 from mambactl.errors import UsageError
 from mambactl.measure.report import charts, details, quality, scores, speed
+from mambactl.measure.report.collect import collect
 from mambactl.measure.report.content import Material, Section
-from mambactl.measure.report.entries import Found, Source, collect
+from mambactl.measure.report.entries import Found, Source
 
 TEMPLATE = "page.html"
 MARKS = "●■▲◆▼◀▶"
@@ -40,7 +41,7 @@ def write_report(
     title: str = "",
     digest_of: Callable[[Path], str] | None = None,
 ) -> None:
-    """Write one HTML file about everything that `paths` hold; `entries.collect` says what that is.
+    """Write one HTML file about everything that `paths` hold; `collect` says what that is.
 
     `command` is what made the page. Raises UsageError where nothing is there to show, ResourceError
     without matplotlib, OutputError where `out` cannot be written.

@@ -21,8 +21,10 @@ from mambactl.measure.report.content import (
 )
 from mambactl.measure.report.details import students
 from mambactl.measure.report.entries import Entry, against_of
+from mambactl.measure.report.naming import teachers_of
 from mambactl.measure.report.needles import NeedleMap, needle_maps
 from mambactl.measure.report.summary import (
+    CONTROL,
     MODEL,
     Column,
     Row,
@@ -81,9 +83,7 @@ def overview(material: Material) -> Section:
         groups[column.group] = groups.get(column.group, 0) + 1
     section.tables.append(
         Table(
-            "Every model, with what it was measured by. KL is in nats per token, to the teacher; "
-            "small figures are intervals, of 95 % unless the command says otherwise; the best of a "
-            "column is bold.",
+            _summary_caption(material, found),
             ["model", *(column.heading for column in found.columns)],
             [_summary_row(found, row) for row in found.rows],
             [material.cite(section, *row.entries) for row in found.rows],
@@ -92,6 +92,21 @@ def overview(material: Material) -> Section:
         )
     )
     return section
+
+
+def _summary_caption(material: Material, found: Summary) -> str:
+    teachers = teachers_of(material.entries)
+    names = f" ({', '.join(teachers)})" if teachers else ""
+    text = (
+        "Every model, with what it was measured by. KL is in nats per token, to the "
+        f"teacher{names}; small figures are intervals, of 95 % unless the command says otherwise; "
+        "the best of a column is bold."
+    )
+    if any(row.kind == CONTROL for row in found.rows):
+        text += " Indented below a model: its controls, and what it was tested against."
+    if any(column.group == "cache" for column in found.columns):
+        text += " The cache of one sequence is computed from shapes."
+    return text
 
 
 def _summary_row(found: Summary, row: Row) -> list[Cell]:
@@ -114,8 +129,9 @@ def faithfulness(material: Material) -> Section:
     section = Section(
         "fidelity",
         "Fidelity to the teacher",
-        "Token by token on the same text. ECE: how far a model's confidence in its first choice is "
-        "from how often that is the text's next token, or from what the teacher gives it.",
+        f"Token by token on the same text.{_guides(material)} ECE: how far a model's confidence in "
+        "its first choice is from how often that is the text's next token, or from what the "
+        "teacher gives it.",
     )
     sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
     for entry in students(material.entries):
@@ -139,6 +155,13 @@ def faithfulness(material: Material) -> Section:
         section.tables.append(Table(f"On {data}", headings, rows, cites))
     section.tables += _paired_tests(material, section)
     return section
+
+
+def _guides(material: Material) -> str:
+    teachers = teachers_of(material.entries)
+    if not teachers:
+        return ""
+    return f" Teacher{'s' if len(teachers) > 1 else ''}: {', '.join(teachers)}."
 
 
 def _with_intervals(found: Mapping[str, Any], columns: Sequence[Any]) -> Iterator[Cell]:
@@ -199,8 +222,8 @@ def controls(material: Material) -> Section:
     section = Section(
         "controls",
         "Controls",
-        "The same text read by the teacher under a short window in the replaced layers, and by "
-        "the student with a kind of layer putting out zero.",
+        "The same text read by the teacher under a short window in the replaced layers (its tokens "
+        "+ the first ones of the text), and by the student with a kind of layer putting out zero.",
     )
     sets: dict[str, dict[str, dict[str, tuple[float, Entry]]]] = {}
     for entry in material.entries:
@@ -255,6 +278,9 @@ def training(material: Material) -> Section:
         svg = charts.lines(series, "tokens trained on", "KL, nats per token", log_y=True)
         alt = f"KL to the teacher over the tokens trained on, for {len(legend(series))} runs"
         note = "Marked: held-out text. Thin: the training loss, batch by batch."
+        if len({line.get("eval_tokens") for each in material.ledgers
+                for line in each.lines if "kl" in line}) > 1:  # fmt: skip
+            note += " The held-out text is not the same in all runs."
         table = numbers_of("Held-out KL", ["model", "tokens", "KL"], rows) if rows else None
         section.figures.append(Figure(title, svg, alt, legend(series), note, table))
     found = [
@@ -292,7 +318,7 @@ def recall(material: Material) -> Section:
             forms.setdefault(parts[1], []).append((int(parts[2]), column))
     for form, lengths in forms.items():
         lengths.sort(key=lambda pair: pair[0])
-        rows = [row for row in found.rows if row.kind != "control"
+        rows = [row for row in found.rows if row.kind != CONTROL
                 and any(column in row.cells for _, column in lengths)]  # fmt: skip
         title = f"Recall, {form}"
         texts = [
@@ -345,7 +371,8 @@ def needle(material: Material) -> Section:
                 if found in teachers:
                     continue
                 teachers.append(found)
-                title = found.name
+                name = entry.metrics.get("teacher")
+                title = f"teacher {name} {what.partition(' ')[2]}" if name else found.name
             scale = 100 if max(found.depths) <= 1 else 1
             columns = [f"{scale * depth:.0f} %" for depth in found.depths]
             rows = [charts.short(length) for length in found.lengths]

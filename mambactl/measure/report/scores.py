@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mambactl.measure.checks import lower_is_better
+from mambactl.measure.checks import is_share
 from mambactl.measure.report import charts
 from mambactl.measure.report.charts import Series
 from mambactl.measure.report.content import (
@@ -30,7 +30,11 @@ LABEL = 26
 
 def tasks(material: Material) -> Section:
     """Scores with their intervals, a row per task; its numbers have every score of every part."""
-    section = Section("tasks", "Tasks", "Lines are 95 % intervals where errors are known.")
+    section = Section(
+        "tasks",
+        "Tasks",
+        "Lines are 95 % intervals, 1.96 standard errors to each side, where errors are known.",
+    )
     names: dict[str, None] = {}
     models: dict[str, list[tuple[str, float, Any]]] = {}
     rows = []
@@ -41,7 +45,7 @@ def tasks(material: Material) -> Section:
             rows += [((entry.model, *texts), cites) for texts in _scores(task, scores)]
             key = main_metric(scores)
             # a share, or it has no place on the axis
-            if task not in parts and key is not None and not lower_is_better(key):
+            if task not in parts and key is not None and is_share(key) and abs(scores[key]) <= 1:
                 label = f"{task} {key}"
                 names[label] = None
                 models.setdefault(entry.model, []).append(

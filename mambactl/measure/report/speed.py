@@ -101,7 +101,7 @@ class Point:
 def _points(material: Material) -> Iterator[Point]:
     """Points of decoding, of every model and of its baseline."""
     for entry in material.entries:
-        baseline = str(entry.metrics.get("baseline") or "").rpartition("/")[2]
+        baseline = str(entry.metrics.get("baseline") or "")
         names = present(entry.metrics, "config").get("synthetic") or []
         for kind, name in (("points", entry.model), ("baseline_points", baseline)):
             for point in entry.metrics.get(kind) or []:

@@ -4,7 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mambactl.measure.checks import MAIN_METRICS, lower_is_better
+from mambactl.measure.checks import (
+    MAIN_METRICS,
+    is_share,
+    lower_is_better,
+    may_be_negative,
+)
 from mambactl.measure.report.entries import Entry, against_of
 
 # tokens of context that a cache is given for, where it was not measured
@@ -123,11 +128,13 @@ def _merge(rows: list[Row], name: str, kind: str, entry: Entry, cells: dict[Colu
 def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
     """Put cells into the rows of a model, and its controls below that row."""
     row = _merge(rows, entry.model, MODEL, entry, cells)
-    place = rows.index(row) + 1
+    start = end = rows.index(row) + 1
+    while end < len(rows) and rows[end].kind == CONTROL:
+        end += 1
+    below = rows[start:end]
     for name, found in beside(entry).items():
-        while place < len(rows) and rows[place].kind == CONTROL:
-            place += 1
-        rows.insert(place, Row(name, CONTROL, dict(_cells(found, {})), [entry]))
+        _merge(below, name, CONTROL, entry, dict(_cells(found, {})))
+    rows[start:end] = below
 
 
 def beside(entry: Entry) -> dict[str, Any]:
@@ -182,7 +189,7 @@ def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, 
     }
     if teacher:
         name = metrics.get("teacher")
-        yield f"teacher {name.rpartition('/')[2]}" if isinstance(name, str) else "teacher", teacher
+        yield f"teacher {name}" if isinstance(name, str) else "teacher", teacher
     chance = {columns[p]: Cell(found["chance"]) for p, found in recall.items() if "chance" in found}
     if chance:
         yield "guessing", chance
@@ -195,8 +202,13 @@ def parts_of_groups(metrics: Mapping[str, Any]) -> set[str]:
 
 
 def score_writer(metric: str) -> Callable[[float], str]:
-    """Scores of tasks are shares, unless they are better where they are lower."""
-    return number if lower_is_better(metric) else percent
+    """Scores of tasks are shares, unless they are known to be on another scale."""
+    return share if is_share(metric) else number
+
+
+def share(value: float) -> str:
+    """A score that should be a share: one beyond 1 is on a scale that nobody here knows."""
+    return percent(value) if abs(value) <= 1 else number(value)
 
 
 def data_set(name: str, found: Mapping[str, Any]) -> str:
@@ -230,5 +242,6 @@ def interval(found: Mapping[str, Any], key: str) -> tuple[float, float] | None:
         return None
     low, high = found[key] - NORMAL_95 * error, found[key] + NORMAL_95 * error
     # a share of few rows has an error that reaches beyond what a share can be
-    most = 1.0 if found[key] <= 1 and not lower_is_better(key) else high
-    return max(low, 0.0), min(high, most)
+    most = 1.0 if found[key] <= 1 and is_share(key) else high
+    least = low if may_be_negative(key) else 0.0
+    return max(low, least), min(high, most)
