@@ -107,8 +107,13 @@ def test_kernels_pass_the_check_that_goes_with_the_time(monkeypatch, dtype):
     monkeypatch.setattr(dispatch, "_no_triton", lambda: None)
     pair = bench_training._synthetic(tiny(), "tiny-hybrid", CPU, dtype)
     batch = random_batch(512, 1, 20, seed=0)
-    error = bench_training._error(tiny(), "align", pair, batch, CPU, dtype)
-    assert 0 < error < 0.05
+    # the stream is not drowned by what random blocks add to it
+    embedding = pair[0].get_input_embeddings().weight
+    assert float(embedding.float().square().mean().sqrt()) == pytest.approx(1, rel=0.05)
+    assert torch.equal(embedding.float(), pair[1].get_input_embeddings().weight.float())
+    for checked in (None, bench_training._shallowest(pair[0])):
+        error = bench_training._error(tiny(), "align", pair, batch, CPU, dtype, checked)
+        assert 0 < error < 0.05
 
 
 @pytest.mark.parametrize(
