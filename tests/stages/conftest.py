@@ -45,3 +45,30 @@ def permuted(tmp_path_factory, tiny_llama_dir) -> str:
     vocabulary["the"], vocabulary["of"] = vocabulary["of"], vocabulary["the"]
     file.write_text(json.dumps(content), "utf-8")
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def save_llama(tmp_path_factory, tiny_tokenizer) -> Callable[..., str]:
+    """save_llama(dtype, **config overrides) -> a folder with a random Llama of four layers."""
+
+    import torch
+
+    def save(dtype: torch.dtype = torch.float32, **overrides) -> str:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        fields = {
+            "vocab_size": 97, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1,
+            "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**fields, **overrides})).to(dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        folder = tmp_path_factory.mktemp("source") / "llama"
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return save

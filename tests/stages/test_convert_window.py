@@ -25,24 +25,9 @@ WINDOW, SINKS, LENGTH = 5, 2, 64
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
-def llama(request, tmp_path_factory, tiny_tokenizer) -> str:
+def llama(request, save_llama) -> str:
     """A folder with a Llama of four layers and two KV heads in bf16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, initializer_range=0.2, attention_bias=request.param,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("source") / "llama"
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_llama(torch.bfloat16, attention_bias=request.param)
 
 
 @pytest.fixture(scope="module")
