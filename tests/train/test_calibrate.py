@@ -7,6 +7,7 @@ import torch
 
 from mambactl.data.pack import Batch, collate
 from mambactl.models.init import AttentionWeights, initialise
+from mambactl.models.mixers.rotary import turn
 from mambactl.train import calibrate
 from mambactl.train.calibrate import (
     HALF_LIVES,
@@ -18,15 +19,17 @@ from mambactl.train.calibrate import (
 )
 
 MIXERS = ("mamba2", "mamba1")
+# kind of mixer, and whether its states turn with the position
+FORMS = [("mamba2", False), ("mamba2", True), ("mamba1", False)]
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 2, 16, 48
 
 
 @pytest.fixture
 def new_mixer(make_hybrid):
-    """new_mixer(kind, attention) -> a calibrated mixer before any data."""
+    """new_mixer(kind, attention, rotary=False) -> a calibrated mixer before any data."""
 
-    def make(kind: str, attention: AttentionWeights) -> torch.nn.Module:
-        settings = {name: sizes(name) for name in MIXERS}
+    def make(kind: str, attention: AttentionWeights, rotary: bool = False) -> torch.nn.Module:
+        settings = {name: sizes(name, rotary) for name in MIXERS}
         mixer = make_hybrid([kind], **settings).model.layers[0].mixer.requires_grad_(False)
         initialise(mixer, attention, "calibrated", torch.Generator())
         return mixer
@@ -34,14 +37,14 @@ def new_mixer(make_hybrid):
     return make
 
 
-def sizes(kind: str):
+def sizes(kind: str, rotary: bool = False):
     from conftest import tiny_config
 
     from mambactl.models.config import mamba1_from_attention, mamba2_from_attention
 
     base = tiny_config(["attention"])
     if kind == "mamba2":
-        return mamba2_from_attention(base, proj_bias=True)
+        return mamba2_from_attention(base, proj_bias=True, rotary=rotary)
     return mamba1_from_attention(base, HEAD_DIM, proj_bias=True)
 
 
@@ -72,12 +75,13 @@ def packed_batches(draw: torch.Generator, rows: int, length: int = 128) -> list[
 
 
 def decayed_attention(
-    attention: AttentionWeights, hidden: torch.Tensor, seq_idx: torch.Tensor, fit: dict
+    attention: AttentionWeights, hidden: torch.Tensor, batch: Batch, fit: dict, rotary: bool
 ) -> torch.Tensor:
     """Heads [B, T, H P] of decayed linear attention as a full matrix over all pairs of tokens.
 
     A fit with a constant is Mamba-2's, which gives channel 0 of every query to that constant.
     """
+    seq_idx = batch.seq_idx
     biases = attention.biases or {}
     q, k, v = (
         torch.nn.functional.linear(hidden, getattr(attention, n), biases.get(n))
@@ -87,6 +91,9 @@ def decayed_attention(
     )  # [B, heads, T, P]
     if any(fit["constant"]):
         q[..., 0] = 0
+    if rotary:
+        angles = rotations(batch.position_ids)
+        q, k = (turn(t.transpose(1, 2), angles).transpose(1, 2) for t in (q, k))
     k, v = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (k, v))
     steps = torch.arange(hidden.shape[1])
     gap = steps[:, None] - steps
@@ -99,12 +106,21 @@ def decayed_attention(
     return ((weight * pairs) @ v + skip * v).transpose(1, 2).flatten(2)
 
 
-def decayed_problem(attention: AttentionWeights, fit: dict, seed: int, rows: int = 8) -> Problem:
+def rotations(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) [B, T, P], the slowest pair a full turn in some 40 tokens."""
+    speeds = 0.5 ** torch.arange(HEAD_DIM // 2).clamp(max=3).repeat(2) * 1.2
+    angles = positions[..., None] * speeds
+    return angles.cos(), angles.sin()
+
+
+def decayed_problem(
+    attention: AttentionWeights, fit: dict, seed: int, rows: int = 8, rotary: bool = False
+) -> Problem:
     draw = torch.Generator().manual_seed(seed)
     batches = packed_batches(draw, rows)
     inputs = [torch.randn(*b.input_ids.shape, WIDTH, generator=draw) for b in batches]
     heads = [
-        decayed_attention(attention, u, b.seq_idx, fit)
+        decayed_attention(attention, u, b, fit, rotary)
         for u, b in zip(inputs, batches, strict=True)
     ]
     bias = (attention.biases or {}).get("o")
@@ -115,7 +131,9 @@ def decayed_problem(attention: AttentionWeights, fit: dict, seed: int, rows: int
 def contexts(batches: list[Batch]) -> list:
     from mambactl.models.mixers.context import StepContext
 
-    return [StepContext(b.position_ids, None, None, b.seq_idx) for b in batches]
+    return [
+        StepContext(b.position_ids, rotations(b.position_ids), None, b.seq_idx) for b in batches
+    ]
 
 
 def output_error(mixer: torch.nn.Module, problem: Problem) -> float:
@@ -142,11 +160,12 @@ FITS = {"mamba2": MAMBA2_FIT, "mamba1": MAMBA1_FIT}
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", MIXERS)
-def test_known_heads_are_recovered(new_mixer, kind, bias) -> None:
+@pytest.mark.parametrize(("kind", "rotary"), FORMS)
+def test_known_heads_are_recovered(new_mixer, kind, rotary, bias) -> None:
     attention = random_attention(bias)
     wanted = FITS[kind]
-    fit = fit_heads(new_mixer(kind, attention), attention, decayed_problem(attention, wanted, 1))
+    problem = decayed_problem(attention, wanted, 1, rotary=rotary)
+    fit = fit_heads(new_mixer(kind, attention, rotary), attention, problem)
     assert fit.half_life.tolist() == wanted["half_life"]
     # Mamba-1's own SiLU is in its features already
     close = 5e-3 if kind == "mamba2" else 3e-2
@@ -156,13 +175,13 @@ def test_known_heads_are_recovered(new_mixer, kind, bias) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", MIXERS)
-def test_what_is_decayed_linear_attention_is_fitted(new_mixer, kind, bias) -> None:
+@pytest.mark.parametrize(("kind", "rotary"), FORMS)
+def test_what_is_decayed_linear_attention_is_fitted(new_mixer, kind, rotary, bias) -> None:
     attention = random_attention(bias)
-    mixer = new_mixer(kind, attention)
-    unseen = decayed_problem(attention, FITS[kind], 2)
+    mixer = new_mixer(kind, attention, rotary)
+    unseen = decayed_problem(attention, FITS[kind], 2, rotary=rotary)
     assert output_error(mixer, unseen) > 0.3
-    report = fit_mixer(mixer, attention, decayed_problem(attention, FITS[kind], 1, rows=32))
+    report = fit_mixer(mixer, attention, decayed_problem(attention, FITS[kind], 1, 32, rotary))
     assert report.half_lives == FITS[kind]["half_life"]
     assert report.after_refit <= report.before_refit < 0.05
     assert report.after_refit < 0.02
