@@ -31,7 +31,7 @@ class KeyRing:
         device = start.device
         sunk = torch.arange(sinks, device=device).expand(len(start), -1)  # [B, S]
         near = start[:, None] + torch.arange(1 - window, 0, device=device)  # [B, W - 1]
-        slots = torch.cat([sunk, sinks + near % self._room], 1)
+        slots = torch.cat([sunk, sinks + near % self.room], 1)
         new = start[:, None] + torch.arange(keys.shape[2], device=device)  # [B, T]
         place = torch.cat([sunk, near, new], 1)[:, None]  # [B, 1, S + W - 1 + T]
         real = torch.cat([sunk < start[:, None], near >= sinks, new >= 0], 1)[:, None]
@@ -51,7 +51,7 @@ class KeyRing:
         self._begin(keys, values)
         self._grow(start, self.span.window - 1 + revocable)
         end = start + (keys.shape[2] if n_new is None else n_new)
-        place = self._places(end, self._room)  # [B, S + R]
+        place = self._places(end, self.room)  # [B, S + R]
         fresh = (place >= start[:, None]) & (place < end[:, None])
         index = (place - start[:, None]).clamp(0, keys.shape[2] - 1)
         self.keys, self.values = (
@@ -60,7 +60,8 @@ class KeyRing:
         )
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
+        """R."""
         return self.keys.shape[2] - self.span.sinks
 
     def _begin(self, keys: Tensor, values: Tensor) -> None:
@@ -73,7 +74,7 @@ class KeyRing:
 
     def _grow(self, start: Tensor, room: int) -> None:
         """Make the ring larger before tokens from `start` on are written."""
-        old = self._room
+        old = self.room
         if room <= old:
             return
         place, sinks = self._places(start, room), self.span.sinks

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mambactl.kernels.window.linear import TAPS
 from mambactl.kernels.window.recurrent import spread
-from mambactl.models.config import Mamba1Settings, Mamba2Settings
+from mambactl.models.config import HybridConfig, Mamba1Settings, Mamba2Settings
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.rotary import still
 
 
 class NotSupported(ValueError):
@@ -29,7 +30,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """`qkv` rows are queries, keys, values; `window` 0 means all positions."""
+    """`qkv` rows are queries, keys, values; `window` 0 means all positions, and with `sinks` the
+    first of all are seen from everywhere.
+    """
 
     qkv: Projection
     out: Projection
@@ -37,11 +40,15 @@ class AttentionWeights:
     kv_heads: int
     width: int
     window: int
+    sinks: int = 0
 
 
 @dataclass(frozen=True)
 class Mamba2Weights:
-    """Mamba-2; the ring takes the columns of `inner` from `ring_lo` on."""
+    """Mamba-2; the ring takes the columns of `inner` from `ring_lo` on.
+
+    `window` is the attention beside it, and `turn` (cos, sin) [S, N / 2] rotates B and C.
+    """
 
     inner: Projection
     conv: Projection  # weight [Ch, 4]
@@ -53,6 +60,8 @@ class Mamba2Weights:
     sizes: Mamba2Settings
     ring_lo: int
     ring_width: int
+    window: AttentionWeights | None = None
+    turn: tuple[Tensor, Tensor] | None = None
 
     @property
     def norm_by_head(self) -> bool:
@@ -88,6 +97,13 @@ class Mamba1Weights:
 
 
 MixerWeights = AttentionWeights | Mamba2Weights | Mamba1Weights
+
+
+def attention_of(mixer: MixerWeights) -> AttentionWeights | None:
+    """The attention of a mixer, if it has any."""
+    if isinstance(mixer, AttentionWeights):
+        return mixer
+    return mixer.window if isinstance(mixer, Mamba2Weights) else None
 
 
 @dataclass(frozen=True)
@@ -128,18 +144,16 @@ def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
     config, inner = model.config, model.model
     if getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
         raise NotSupported("an MLP with biases or another activation than SiLU")
-    if "mamba2_window" in config.mixers:
-        raise NotSupported("Mamba layers with a window of attention")
-    if config.rotates:
-        raise NotSupported("rotary Mamba layers")
     if model.dtype not in (torch.bfloat16, torch.float32):
         raise NotSupported(f"weights in {model.dtype}")
-    cos = sin = None
-    if "attention" in config.mixers:
+    cos = sin = turn = None
+    if config.attends:
         cos, sin = _rotations(model, positions)
+    if config.rotates:
+        turn = still(cos, 1.0), still(sin, 0.0)
     return PackedModel(
         table=inner.embed_tokens.weight,
-        layers=tuple(_layer(block, config) for block in inner.layers),
+        layers=tuple(_layer(block, config, turn) for block in inner.layers),
         gain=inner.norm.weight,
         head=model.lm_head.weight,
         eps=config.rms_norm_eps,
@@ -159,11 +173,20 @@ def _rotations(model: HybridForCausalLM, positions: int) -> tuple[Tensor, Tensor
     return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
 
 
-def _layer(block: nn.Module, config) -> LayerWeights:
+def _layer(
+    block: nn.Module, config: HybridConfig, turn: tuple[Tensor, Tensor] | None
+) -> LayerWeights:
     kind = config.mixers[block.index]
-    mixer = {"attention": _attention, "mamba2": _mamba2, "mamba1": _mamba1}[kind](
-        block.mixer, config
-    )
+    if kind == "attention":
+        mixer = _attention(block.mixer, config, config.sliding_window or 0)
+    elif kind == "mamba1":
+        mixer = _mamba1(block.mixer)
+    else:
+        window = None
+        if kind == "mamba2_window":
+            span = config.mamba2_window_settings
+            window = _attention(block.mixer.window, config, span.window, span.sinks)
+        mixer = _mamba2(block.mixer, window, turn)
     if not block.has_mlp:
         return LayerWeights(block.input_layernorm.weight, mixer, None, None, None)
     return LayerWeights(
@@ -208,14 +231,17 @@ def _adjoin(parts: list[Tensor]) -> bool:
     return True
 
 
-def _attention(mixer: nn.Module, config) -> AttentionWeights:
+def _attention(
+    mixer: nn.Module, config: HybridConfig, window: int, sinks: int = 0
+) -> AttentionWeights:
     return AttentionWeights(
         qkv=_stack([mixer.q_proj, mixer.k_proj, mixer.v_proj]),
         out=Projection(mixer.o_proj.weight, mixer.o_proj.bias),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         width=config.head_dim,
-        window=config.sliding_window or 0,
+        window=window,
+        sinks=sinks,
     )
 
 
@@ -229,7 +255,9 @@ def _conv(conv: nn.Conv1d) -> Projection:
     return Projection(weight, bias)
 
 
-def _mamba2(mixer: nn.Module, config) -> Mamba2Weights:
+def _mamba2(
+    mixer: nn.Module, window: AttentionWeights | None, turn: tuple[Tensor, Tensor] | None
+) -> Mamba2Weights:
     s: Mamba2Settings = mixer.sizes
     return Mamba2Weights(
         inner=Projection(mixer.in_proj.weight, mixer.in_proj.bias),
@@ -242,10 +270,12 @@ def _mamba2(mixer: nn.Module, config) -> Mamba2Weights:
         sizes=s,
         ring_lo=s.d_inner,
         ring_width=s.conv_dim + s.n_heads,
+        window=window,
+        turn=turn,
     )
 
 
-def _mamba1(mixer: nn.Module, config) -> Mamba1Weights:
+def _mamba1(mixer: nn.Module) -> Mamba1Weights:
     s: Mamba1Settings = mixer.sizes
     return Mamba1Weights(
         inner=Projection(mixer.in_proj.weight, mixer.in_proj.bias),

@@ -23,10 +23,12 @@ from mambactl.kernels.window import linear, recurrent
 from mambactl.kernels.window.control import Field
 from mambactl.kernels.window.ops import WindowOps
 from mambactl.kernels.window.verdicts import WindowVerdicts
-from mambactl.models.config import Mamba1Settings, Mamba2Settings
+from mambactl.models.config import Mamba1Settings, Mamba2Settings, WindowSettings
 
 NATIVE1 = Mamba1Settings(d_inner=40, dt_rank=3, d_state=6, native=True)
 NATIVE2 = Mamba2Settings(4, 8, 12, x_heads=4, b_groups=1, c_groups=1, norm_groups=1)
+ROTARY = Mamba2Settings(4, 8, 16, x_heads=2, b_groups=2, c_groups=4, norm_groups=4, rotary=True)
+SPAN = WindowSettings(window=6, sinks=2)
 TARGETS = {
     "attention": {"mixers": ["attention"] * 2},
     "mamba2": {"mixers": ["mamba2"] * 2},
@@ -34,6 +36,8 @@ TARGETS = {
     "mixed": {"mixers": ["mamba2", "attention", "mamba1"]},
     "native1": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE1, "has_mlp": False},
     "native2": {"mixers": ["mamba2"] * 2, "mamba2": NATIVE2, "has_mlp": False},
+    "windowed": {"mixers": ["mamba2_window", "attention"] * 2, "mamba2_window": SPAN},
+    "rotary": {"mixers": ["mamba2_window", "mamba2"], "mamba2_window": SPAN, "mamba2": ROTARY},
 }
 LENGTHS = {1: [23], 3: [2, 17, 1], 4: [1, 64, 17, 2]}
 GREEDY = SamplingParams(max_new_tokens=14)

@@ -13,6 +13,7 @@ from mambactl.models.packed import (
     Mamba1Weights,
     Mamba2Weights,
     PackedModel,
+    attention_of,
 )
 
 
@@ -95,6 +96,12 @@ class Pass:
         run(mixer, held, s, mixed, window)
         after = gain if layer.down is None else layer.mlp_gain
         stream = (s.hidden, after, s.scaled, s.squares)
+        near = None if isinstance(mixer, AttentionWeights) else attention_of(mixer)
+        if near is not None:
+            # it reads the stream as the mixer did, before either is added
+            beside = s.inner[: rows * near.out.weight.shape[1]].view(rows, -1)
+            self._attention(near, held.window, s, beside, window)
+            self.ops.add_residual(beside, near.out.weight, near.out.bias, *stream)
         self.ops.add_residual(mixed, mixer.out.weight, mixer.out.bias, *stream)
         if layer.down is None:
             return
@@ -107,7 +114,7 @@ class Pass:
     ) -> None:
         w, rows = self.weights, window.rows
         q = s.wide[: rows * m.heads * m.width].view(rows, -1)
-        where = {"T": window.T, "offset": window.offset}
+        where = {"T": window.T, "offset": window.offset, "sinks": m.sinks, "ring": held.ring}
         self.ops.project_qkv(
             s.scaled, s.squares, w.eps, m.qkv.weight, m.qkv.bias, w.cos, w.sin, q, held.keys,
             held.values, window.start, window.active, window.T, **where,
@@ -115,8 +122,7 @@ class Pass:
         scratch = self.state.scratch
         self.ops.attention(
             q, held.keys, held.values, window.start, window.active, window.T, mixed,
-            scratch.partial, scratch.counter, splits=self.state.splits, window=m.window,
-            **where,
+            scratch.partial, scratch.counter, splits=held.splits, window=m.window, **where,
         )  # fmt: skip
 
     def _project(
@@ -136,6 +142,11 @@ class Pass:
         self, m: Mamba2Weights, held: RecurrentState, s: Stream, mixed: Tensor, window: Window
     ) -> None:
         z = self._project(m, held, s, window)
+        if m.turn is not None:
+            self.ops.turn(
+                held.mixed, *m.turn, window.start, window.active, window.T, T=window.T,
+                offset=window.offset, groups=m.sizes.b_groups + m.sizes.c_groups,
+            )  # fmt: skip
         self.ops.mamba2(
             held.ring, held.mixed, z, held.state, m.A, m.D, m.dt_bias,
             m.gain if m.norm_by_head else None, m.sizes.norm_eps, mixed, window.start,

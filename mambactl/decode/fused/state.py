@@ -5,21 +5,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mambactl.models.cache import HybridCache, RecurrentCache
+from mambactl.kernels.window.slots import positions_held, slot_of
+from mambactl.models.cache import HybridCache, RecurrentCache, WindowedCache
 from mambactl.models.packed import (
     AttentionWeights,
+    Mamba1Weights,
     Mamba2Weights,
     MixerWeights,
     PackedModel,
+    attention_of,
 )
+
+# slots of a ring come in such pieces, so that other numbers of drafts need no other kernels
+RING_STEP = 16
 
 
 @dataclass
 class AttentionState:
-    """Keys and values at the slot of their position."""
+    """Keys and values at the slot of their position, or of a ring of that many slots behind those
+    of the sinks (`kernels.window.slots`).
+    """
 
     keys: Tensor  # [B, Hk, S, P]
     values: Tensor  # [B, Hk, S, P]
+    splits: int  # programs that share a sequence's slots
+    ring: int = 0
 
 
 @dataclass
@@ -32,6 +42,7 @@ class RecurrentState:
     state: Tensor  # [B, H, N, P] or [B, Ch, N], fp32
     mixed: Tensor | None = None  # [B, R, Ch]
     low: Tensor | None = None  # [B, R, dt_rank + 2 N]
+    window: AttentionState | None = None
 
 
 @dataclass
@@ -55,7 +66,6 @@ class ModelState:
     layers: list[AttentionState | RecurrentState]
     scratch: Scratch
     capacity: int
-    splits: int
 
     def load(self, cache: HybridCache, weights: PackedModel) -> None:
         """Take over what reading the prompts left; rows beyond the cache's stay empty."""
@@ -66,8 +76,10 @@ class ModelState:
                 slots = min(slots, self.capacity)
                 state.keys[:rows, :, :slots] = held.keys[:, :, :slots]
                 state.values[:rows, :, :slots] = held.values[:, :, :slots]
-            else:
-                _load_recurrent(state, held, lengths, layer.mixer)
+                continue
+            _load_recurrent(state, held, lengths, layer.mixer)
+            if state.window is not None:
+                _load_ring(state.window, held, lengths)
 
 
 def _load_recurrent(
@@ -86,26 +98,56 @@ def _load_recurrent(
     state.ring[b, at % state.ring.shape[1], : window.shape[2]] = window
 
 
+def _load_ring(state: AttentionState, held: WindowedCache, lengths: Tensor) -> None:
+    """Every position that the ring is to hold once all but the new tokens are written."""
+    sinks, slots = held.span.sinks, state.keys.shape[2]
+    place = positions_held(lengths, slots, sinks, state.ring)  # [B, S]
+    # what the prompt's ring no longer holds nobody sees
+    there = (place >= 0) & ((place < sinks) | (place >= lengths[:, None] - held.room))
+    index = slot_of(place.clamp(min=0), sinks, held.room)[:, None, :, None]
+    rows = len(lengths)
+    for ours, theirs in ((state.keys, held.keys), (state.values, held.values)):
+        taken = theirs.gather(2, index.expand(-1, theirs.shape[1], -1, theirs.shape[3]))
+        ours[:rows] = taken.masked_fill(~there[:, None, :, None], 0)
+
+
 def make_state(
-    weights: PackedModel, ops, batch: int, capacity: int, slots: int, longest: int
+    weights: PackedModel, ops, batch: int, capacity: int, slots: int, longest: int, ahead: int
 ) -> ModelState:
-    """Empty state for passes of up to `longest` tokens per sequence."""
+    """Empty state for passes of up to `longest` tokens per sequence.
+
+    `ahead`: how far beyond the tokens that stay a pass may have written.
+    """
     splits = 16 if batch <= 4 else max(1, 64 // batch)
-    layers = [
-        _layer_state(layer.mixer, weights, batch, capacity, slots) for layer in weights.layers
-    ]
-    scratch = _scratch(weights, ops, batch, longest, splits)
-    return ModelState(layers, scratch, capacity, splits)
+    layers: list[AttentionState | RecurrentState] = []
+    for layer in weights.layers:
+        mixer = layer.mixer
+        if isinstance(mixer, AttentionWeights):
+            layers.append(_keys(mixer, weights.table, batch, capacity, splits))
+            continue
+        held = _recurrent(mixer, weights.table, batch, slots)
+        if (attention := attention_of(mixer)) is not None:
+            held.window = _ring(attention, weights.table, batch, ahead)
+        layers.append(held)
+    return ModelState(layers, _scratch(weights, ops, batch, longest, splits), capacity)
 
 
-def _layer_state(
-    mixer: MixerWeights, weights: PackedModel, batch: int, capacity: int, slots: int
-) -> AttentionState | RecurrentState:
-    like = weights.table
-    if isinstance(mixer, AttentionWeights):
-        shape = (batch, mixer.kv_heads, capacity, mixer.width)
-        return AttentionState(like.new_zeros(shape), like.new_zeros(shape))
+def _keys(
+    m: AttentionWeights, like: Tensor, batch: int, slots: int, splits: int, ring: int = 0
+) -> AttentionState:
+    shape = (batch, m.kv_heads, slots, m.width)
+    return AttentionState(like.new_zeros(shape), like.new_zeros(shape), splits, ring)
 
+
+def _ring(m: AttentionWeights, like: Tensor, batch: int, ahead: int) -> AttentionState:
+    room = -(-(m.window + ahead) // RING_STEP) * RING_STEP
+    # few slots: a second program would wait for the first
+    return _keys(m, like, batch, m.sinks + room, 1, room)
+
+
+def _recurrent(
+    mixer: Mamba1Weights | Mamba2Weights, like: Tensor, batch: int, slots: int
+) -> RecurrentState:
     def ring(width: int) -> Tensor:
         return like.new_zeros(batch, slots, width)
 
@@ -128,15 +170,14 @@ def _scratch(weights: PackedModel, ops, batch: int, longest: int, splits: int) -
     like, rows = weights.table, batch * longest
     width = like.shape[1]
     mixers = [layer.mixer for layer in weights.layers]
+    attentions = [a for a in map(attention_of, mixers) if a is not None]
     inner = max(
-        [m.out.weight.shape[1] for m in mixers]
+        [m.out.weight.shape[1] for m in [*mixers, *attentions]]
         + [0 if layer.down is None else layer.down.shape[1] for layer in weights.layers]
     )
     partial, counter = 0, 0
-    for m in mixers:
-        need = (0, 0)
-        if isinstance(m, AttentionWeights):
-            need = ops.scratch(rows, batch, m.kv_heads, m.heads // m.kv_heads, m.width, splits)
+    for m in attentions:
+        need = ops.scratch(rows, batch, m.kv_heads, m.heads // m.kv_heads, m.width, splits)
         partial, counter = max(partial, need[0]), max(counter, need[1])
     counts = [batch * tokens for tokens in range(1, longest + 1)]
     pieces = max(ops.square_pieces(m, width) * m for m in counts)

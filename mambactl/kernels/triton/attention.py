@@ -6,6 +6,9 @@ its own position alone, and a block it sees nothing of leaves its running maximu
 as they are. Tiles of rows are as high as H / Hk asks for, whatever T is, because the order of a
 sum within a block could depend on the height. So for the same `splits` and `block_k` a row comes
 out bit for bit the same in every window. The last split to finish adds all up, in order.
+
+Behind a window with sinks the block of the sinks comes first, then those of the window; few blocks
+are left then, and one split takes them all.
 """
 
 import math
@@ -21,6 +24,7 @@ from mambactl.kernels.triton.launch import (
     launch_options,
     rounded,
 )
+from mambactl.kernels.triton.slots import slot_of
 from mambactl.kernels.window.attention import counter_shape, partial_shape
 
 __all__ = ["counter_shape", "decode_attention", "partial_shape"]
@@ -34,24 +38,34 @@ def _product(a, b):
 
 @triton.jit
 def _attend(
-    query, keys, values, position, first, stop, end,
-    P: tl.constexpr, LOG2_SCALE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    query, keys, values, position, first, stop, begin, end,
+    P: tl.constexpr, LOG2_SCALE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    RING: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Blocks first, first + SPLITS, ... < stop: maximum (log2) and sum [R], values [R, P]."""
+    """Blocks first, first + SPLITS, ... < stop: maximum (log2) and sum [R], values [R, P].
+
+    With sinks in front of block `first` theirs, block 0, comes before all.
+    """
     highest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_P], tl.float32)
     column = tl.arange(0, BLOCK_P)
-    for j in range(first, stop, SPLITS):
-        slot = j * BLOCK_K + tl.arange(0, BLOCK_K)
-        place = slot[:, None] * P + column[None, :]  # [K, P]
-        used = (slot < end)[:, None] & (column < P)[None, :]
-        key = tl.load(keys + place, mask=used, other=0.0)
-        value = tl.load(values + place, mask=used, other=0.0)
-        seen = slot[None, :] <= position[:, None]  # [R, K]
+    start = first
+    if SINKS > 0:
+        start = tl.where(first > 0, first - SPLITS, first)
+    for j in range(start, stop, SPLITS):
+        at = tl.where(j < first, 0, j) * BLOCK_K + tl.arange(0, BLOCK_K)
+        place = slot_of(at, SINKS, RING)[:, None] * P + column[None, :]  # [K, P]
+        used = at < end
+        seen = at[None, :] <= position[:, None]  # [R, K]
         if WINDOW > 0:
-            seen = seen & (slot[None, :] > position[:, None] - WINDOW)
+            # a slot of a ring that nobody sees may hold anything
+            used = used & ((at > begin - WINDOW) | (at < SINKS))
+            seen = seen & ((at[None, :] > position[:, None] - WINDOW) | (at < SINKS)[None, :])
+        there = used[:, None] & (column < P)[None, :]
+        key = tl.load(keys + place, mask=there, other=0.0)
+        value = tl.load(values + place, mask=there, other=0.0)
         score = tl.where(seen, _product(query, tl.trans(key)) * LOG2_SCALE, float("-inf"))
         top = tl.maximum(highest, tl.max(score, 1))
         # a row that has seen nothing yet must not compute -inf - -inf
@@ -133,8 +147,9 @@ def _turn(split, lo, SPLITS: tl.constexpr):
 def _decode_attention(
     q, keys, values, start, count, out, partial, counter, scale, T, offset, S,
     HK: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr, COMBINE_R: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, COMBINE_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -166,7 +181,7 @@ def _decode_attention(
         cache = (b * HK + head).to(tl.int64) * S * P
         highest, total, acc = _attend(
             query, keys + cache, values + cache, begin + token, lo + turn, lo + blocks,
-            end, P, LOG2_SCALE, WINDOW, SPLITS, BLOCK_R, BLOCK_K, BLOCK_P,
+            begin, end, P, LOG2_SCALE, WINDOW, SINKS, RING, SPLITS, BLOCK_R, BLOCK_K, BLOCK_P,
         )  # fmt: skip
         if SPLITS == 1:
             y = acc / tl.where(live, total, 1.0)[:, None]
@@ -205,6 +220,8 @@ def decode_attention(
     offset: int = 0,
     splits: int,
     window: int = 0,
+    sinks: int = 0,
+    ring: int = 0,
     block_k: int = 64,
     pdl: bool = False,
 ) -> None:
@@ -214,13 +231,15 @@ def decode_attention(
     split neither is used. `splits` and `block_k` change the rounding, T and the grouping do not.
     """
     B, Hk, S, P = keys.shape
+    if sinks and (splits > 1 or not 0 < sinks <= block_k or not window):
+        raise ValueError("sinks take one split and a window, and fit into one block")
     group = q.shape[1] // (Hk * P)
     block_r = triton.next_power_of_2(max(16, 8 * group))  # 8 tokens in a tile; never by T
     tiles = triton.cdiv(T * group, block_r)
     _decode_attention[(splits, Hk * tiles, B)](
         q, keys, values, start, count, out, partial, counter, scale,
         T, offset, S, HK=Hk, G=group, P=P, LOG2_SCALE=math.log2(math.e) / math.sqrt(P),
-        WINDOW=window,
+        WINDOW=window, SINKS=sinks, RING=ring,
         SPLITS=splits, BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_P=triton.next_power_of_2(P),
         COMBINE_R=min(block_r, triton.next_power_of_2(T * group)),
         PDL=pdl,

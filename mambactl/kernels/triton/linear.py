@@ -17,6 +17,7 @@ from mambactl.kernels.triton.product import (
     product,
     square_parts,
 )
+from mambactl.kernels.triton.slots import slot_of
 
 
 @triton.jit
@@ -177,8 +178,8 @@ def _swiglu_kernel(
 def _qkv_kernel(
     x, squares, eps, w, bias, cos, sin, q, keys, values, start, count, M, T, offset, scale, slots,
     K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr, HK: tl.constexpr,
-    P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
-    SLICES: tl.constexpr, PDL: tl.constexpr,
+    P: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # a program holds pairs (j, j + P/2) of one head, which a rotation mixes
     pid = tl.program_id(0)
@@ -206,12 +207,13 @@ def _qkv_kernel(
     kind = q.dtype.element_ty
     low, high = tl.split(tl.reshape(rounded(y, kind).to(tl.float32), [BM, BN // 2, 2]))
     low, high = low * c - high * s, high * c + low * s
+    slot = slot_of(at, SINKS, RING)
     if head < H:
         base = q + (rows * H + head).to(tl.int64) * P
     elif head < H + HK:
-        base = keys + ((b * HK + head - H).to(tl.int64) * slots + at) * P
+        base = keys + ((b * HK + head - H).to(tl.int64) * slots + slot) * P
     else:
-        base = values + ((b * HK + head - H - HK).to(tl.int64) * slots + at) * P
+        base = values + ((b * HK + head - H - HK).to(tl.int64) * slots + slot) * P
     places = base[:, None] + j[None, :]
     tl.store(places, rounded(low, kind), mask=ok[:, None])
     tl.store(places + P // 2, rounded(high, kind), mask=ok[:, None])
@@ -272,14 +274,14 @@ def project(
 def project_qkv(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, cos: Tensor,
     sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
-    *, T: int, offset: int, tiles: Tiles, pdl: bool,
+    *, T: int, offset: int, sinks: int = 0, ring: int = 0, tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.window.linear.project_qkv`; head width must be a multiple of tiles.columns."""
     (M, K), (_, kv_heads, slots, width) = scaled.shape, keys.shape
     _qkv_kernel[(w.shape[0] // tiles.columns,)](
         scaled, squares, eps, w, w if bias is None else bias, cos, sin, q, keys, values, start,
         count, M, T, offset, scale, slots, K=K, TILES=squares.shape[1], BIAS=bias is not None,
-        H=q.shape[1] // width, HK=kv_heads, P=width, **_sizes(tiles, pdl),
+        H=q.shape[1] // width, HK=kv_heads, P=width, SINKS=sinks, RING=ring, **_sizes(tiles, pdl),
     )  # fmt: skip
 
 

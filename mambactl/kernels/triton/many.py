@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mambactl.kernels.triton.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
 from mambactl.kernels.triton.product import norm_rate, square_parts
+from mambactl.kernels.triton.slots import slot_of
 
 
 @triton.jit
@@ -77,7 +78,8 @@ def _conv_kernel(
 def _rope_kernel(
     y, squares, s_stride, eps, bias, cos, sin, q, keys, values, start, count, N, T, offset, scale,
     slots, D: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr,
-    HK: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
+    HK: tl.constexpr, P: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, m = tl.program_id(0), tl.program_id(1)
     j = tl.arange(0, HALF)
@@ -97,12 +99,13 @@ def _rope_kernel(
         c = tl.load(cos + at * (P // 2) + j, mask=ok, other=0.0)
         s = tl.load(sin + at * (P // 2) + j, mask=ok, other=0.0)
         low, high = low * c - high * s, high * c + low * s
+    slot = slot_of(at, SINKS, RING)
     if head < H:
         base = q + (m * H + head).to(tl.int64) * P
     elif head < H + HK:
-        base = keys + ((b * HK + head - H).to(tl.int64) * slots + at) * P
+        base = keys + ((b * HK + head - H).to(tl.int64) * slots + slot) * P
     else:
-        base = values + ((b * HK + head - H - HK).to(tl.int64) * slots + at) * P
+        base = values + ((b * HK + head - H - HK).to(tl.int64) * slots + slot) * P
     tl.store(base + j, rounded(low, kind), mask=ok)
     tl.store(base + j + P // 2, rounded(high, kind), mask=ok)
 
@@ -236,7 +239,7 @@ def mamba1_low(
 def project_qkv(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, cos: Tensor,
     sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
-    *, T: int, offset: int, pdl: bool,
+    *, T: int, offset: int, sinks: int = 0, ring: int = 0, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.window.linear.project_qkv`."""
     (M, D), N, (_, kv_heads, slots, width) = scaled.shape, w.shape[0], keys.shape
@@ -244,7 +247,7 @@ def project_qkv(
     _rope_kernel[(N // width, M)](
         y, squares, squares.stride(0), eps, y if bias is None else bias, cos, sin, q, keys, values,
         start, count, N, T, offset, scale, slots, BIAS=bias is not None, H=q.shape[1] // width,
-        HK=kv_heads, P=width, HALF=triton.next_power_of_2(width // 2),
+        HK=kv_heads, P=width, SINKS=sinks, RING=ring, HALF=triton.next_power_of_2(width // 2),
         **_common(squares, D, pdl) | launch_options(pdl, num_warps=1),
     )  # fmt: skip
 

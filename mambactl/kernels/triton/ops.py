@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mambactl.kernels.triton import attention, linear, mamba1, mamba2, mamba2_closed, many, token
+from mambactl.kernels.triton import attention, linear, mamba1, mamba2, mamba2_closed, many, token, turn
 from mambactl.kernels.triton.launch import INTERPRETED
 from mambactl.kernels.triton.product import SOME_ROWS, Tiles, tiles_for
 
@@ -108,6 +108,10 @@ class TritonOps:
     def attention(self, *args: Any, **keywords: Any) -> None:
         """Decode attention."""
         attention.decode_attention(*args, **keywords, pdl=self.pdl)
+
+    def turn(self, *args: Any, **keywords: Any) -> None:
+        """Rotation of B and C."""
+        turn.turn(*args, **keywords, pdl=self.pdl)
 
     def mamba2(self, ring: Tensor, *args: Any, T: int, **keywords: Any) -> None:
         """Mamba-2 window."""

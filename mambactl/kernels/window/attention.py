@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mambactl.kernels.reference import state_dtype
+from mambactl.kernels.window.slots import positions_held
 
 
 def partial_shape(B: int, Hk: int, rows: int, P: int, splits: int) -> tuple[int]:
@@ -39,16 +40,20 @@ def decode_attention(
     offset: int = 0,
     splits: int,
     window: int = 0,
+    sinks: int = 0,
+    ring: int = 0,
     block_k: int = 64,
     pdl: bool = False,
 ) -> None:
     """softmax(q k^T / sqrt(P)) v of T new tokens per sequence over the cache, written to `out`.
 
     q and out [M, H*P], rope applied; keys and values [B, Hk, S, P] with Hk dividing H, the new
-    tokens' own among them; start and count int32 [B]. Row t of sequence b stands at slot
-    start[b] + offset + t and sees the slots up to its own, with `window` > 0 only the last `window`
-    of those. Rows from count[b] * scale on, and rows before slot 0, are left as they are; what the
-    slots beyond the last used one hold does not matter. The other arguments are the kernel's.
+    tokens' own among them; start and count int32 [B]. Row t of sequence b stands at position
+    start[b] + offset + t and sees those up to its own, with `window` > 0 only the last `window`
+    of them and the first `sinks` of all. A position is at its own slot, or with `ring` > 0 where
+    `slots.slot_of` says; a ring has at least window + T - 1 slots. Rows from count[b] * scale on,
+    and rows before position 0, are left as they are; what slots hold that nobody sees does not
+    matter. The other arguments are the kernel's.
     """
     B, Hk, S, P = keys.shape
     kind = state_dtype(q)
@@ -56,11 +61,11 @@ def decode_attention(
     n_new = (count * scale)[:, None]  # [B, 1]
     begin = start[:, None] + offset  # [B, 1]
     position = (begin + step)[..., None]  # [B, T, 1]
-    slot = torch.arange(S, device=q.device)
-    seen = slot <= position  # [B, T, S]
+    held = positions_held((begin + n_new)[:, 0], S, sinks, ring)[:, None]  # [B, 1, S]
+    seen = (held >= 0) & (held <= position)  # [B, T, S]
     if window > 0:
-        seen = seen & (slot > position - window)
-    unused = (slot >= begin + n_new)[:, None, :, None]  # [B, 1, S, 1]
+        seen = seen & ((held > position - window) | (held < sinks))
+    unused = ~(seen & (step < n_new)[..., None]).any(1)[:, None, :, None]  # [B, 1, S, 1]
     keys, values = (x.masked_fill(unused, 0).to(kind) for x in (keys, values))
     query = q.view(B, T, Hk, -1, P).to(kind)  # [B, T, Hk, G, P]
     scores = torch.einsum("bthgp,bhsp->bthgs", query, keys) / math.sqrt(P)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambactl.kernels import reference
+from mambactl.kernels.window.slots import slot_of
 
 TAPS = 4
 
@@ -94,10 +95,11 @@ def convolved(raw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def project_qkv(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, cos: Tensor,
     sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
-    *, T: int, offset: int,
+    *, T: int, offset: int, sinks: int = 0, ring: int = 0,
 ) -> None:  # fmt: skip
     """Rows of w [(H + 2 Hk) P, K] are q, k, v. Rotated q [M, H P] (real rows only); rotated keys
-    and values to the caches [B, Hk, S, P] at their positions. cos and sin are [S, P / 2].
+    and values to the caches [B, Hk, S, P], at the slots that `slots.slot_of` gives their
+    positions. cos and sin hold a row [P / 2] for every position.
     """
     batch, kv_heads, _, width = keys.shape
     y = normed(scaled, squares, eps, w, bias).to(q.dtype)  # [M, N]
@@ -109,8 +111,9 @@ def project_qkv(
     low, high = heads[:, :-kv_heads].chunk(2, -1)
     turned = torch.cat([low * c - high * s, high * c + low * s], -1).to(q.dtype)
     q.view(batch, T, -1, width)[b, t] = turned[:, :-kv_heads]
-    keys[b, :, at[b, t]] = turned[:, -kv_heads:]
-    values[b, :, at[b, t]] = y[b, t][:, -kv_heads:]
+    slot = slot_of(at[b, t], sinks, ring)
+    keys[b, :, slot] = turned[:, -kv_heads:]
+    values[b, :, slot] = y[b, t][:, -kv_heads:]
 
 
 def add_residual(

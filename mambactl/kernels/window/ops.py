@@ -15,6 +15,7 @@ class WindowOps:
     head_best = staticmethod(linear.head_best)
     head_logits = staticmethod(linear.head_logits)
     attention = staticmethod(attention.decode_attention)
+    turn = staticmethod(recurrent.turn)
     mamba2 = staticmethod(recurrent.mamba2_window)
     grouped_norm = staticmethod(recurrent.grouped_norm)
     mamba1_low = staticmethod(recurrent.mamba1_low)

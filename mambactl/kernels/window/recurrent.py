@@ -69,6 +69,26 @@ def mamba2_window(
         out[rows] = gated.flatten(1).to(out.dtype)
 
 
+def turn(
+    mixed: Tensor, cos: Tensor, sin: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
+    offset: int, groups: int,
+) -> None:  # fmt: skip
+    """Rotate B and C of the real rows in place by their positions (RoFormer, arXiv 2104.09864).
+
+    They are the last `groups` groups of N columns of `mixed` [B, R, Ch]; cos and sin hold a row
+    [N / 2] for every position.
+    """
+    size = 2 * cos.shape[1]
+    at, real = window_positions(start, count, scale, T=T, offset=offset)
+    b, t = real.nonzero(as_tuple=True)
+    place = b, at[b, t] % mixed.shape[1]
+    rows = mixed[place]  # [real, Ch]
+    low, high = wide(rows[:, -groups * size :]).unflatten(1, (groups, size)).chunk(2, -1)
+    c, s = cos[at[b, t]][:, None], sin[at[b, t]][:, None]  # [real, 1, N / 2]
+    turned = torch.cat([low * c - high * s, high * c + low * s], -1).flatten(1)
+    mixed[place] = torch.cat([rows[:, : -groups * size], turned.to(mixed.dtype)], 1)
+
+
 def grouped_norm(y: Tensor, gain: Tensor, eps: float, groups: int) -> None:
     """RMSNorm of y [M, D] in place, within each of `groups` equal slices."""
     parts = wide(y).unflatten(1, (groups, -1))
