@@ -17,6 +17,8 @@ from mambactl.models.config import (
     HybridConfig,
     Mamba1Settings,
     Mamba2Settings,
+    MixerSettings,
+    WindowSettings,
     mamba1_from_attention,
     mamba2_from_attention,
 )
@@ -47,16 +49,29 @@ def _llama(
     )  # fmt: skip
 
 
-def _hybrid(base: Callable[[], HybridConfig], ratio: float, mixer: str = "mamba2") -> HybridConfig:
-    """`base` with a share `ratio` of its attention replaced, in the shapes of arXiv 2408.15237."""
+def _hybrid(
+    base: Callable[[], HybridConfig],
+    ratio: float,
+    mixer: str = "mamba2",
+    window: int = 0,
+    rotary: bool = False,
+) -> HybridConfig:
+    """`base` with a share `ratio` of its attention replaced, in the shapes of arXiv 2408.15237.
+
+    With `window` attention to so many tokens stays beside each Mamba-2 mixer.
+    """
     config = base()
+    settings: dict[str, MixerSettings] = {}
     if mixer == "mamba2":
-        sizes = mamba2_from_attention(config, proj_bias=False)
+        settings["mamba2"] = mamba2_from_attention(config, proj_bias=False, rotary=rotary)
     else:
-        sizes = mamba1_from_attention(config, repeat_width=16, proj_bias=False)
+        settings["mamba1"] = mamba1_from_attention(config, repeat_width=16, proj_bias=False)
+    if window:
+        mixer = "mamba2_window"
+        settings[mixer] = WindowSettings(window)
     kept = kept_attention(config.num_hidden_layers, ratio)
     mixers = ["attention" if i in kept else mixer for i in range(config.num_hidden_layers)]
-    return config.with_mixers(mixers, **{mixer: sizes})
+    return config.with_mixers(mixers, **settings)
 
 
 def _native(
@@ -98,6 +113,7 @@ SHAPES: dict[str, Callable[[], HybridConfig]] = {
     "llama3-8b": _LLAMA3_8B,
     "llama3-8b-hybrid-50": partial(_hybrid, _LLAMA3_8B, 0.5),
     "llama3-8b-hybrid-87.5": partial(_hybrid, _LLAMA3_8B, 0.875),
+    "llama3-8b-hybrid-50-window": partial(_hybrid, _LLAMA3_8B, 0.5, window=64),
     "llama3-8b-hybrid-50-mamba1": partial(_hybrid, _LLAMA3_8B, 0.5, "mamba1"),
     "llama3-8b-hybrid-87.5-mamba1": partial(_hybrid, _LLAMA3_8B, 0.875, "mamba1"),
     # drafts for llama3-8b: few wide layers, at most 1 GB of bf16 read per token, head included
@@ -109,6 +125,8 @@ SHAPES: dict[str, Callable[[], HybridConfig]] = {
     "tiny-mamba": partial(_mamba1, 64, 2, 512),
     "tiny-mamba2": partial(_mamba2, 64, 2, 512),
     "tiny-hybrid": partial(_hybrid, _TINY, 0.5),
+    "tiny-window": partial(_hybrid, _TINY, 0.5, window=24),
+    "tiny-rotary": partial(_hybrid, _TINY, 1.0, window=24, rotary=True),
     "tiny-draft": partial(_hybrid, partial(_llama, 64, 2, (4, 2), 128, 512), 1.0),
 }
 

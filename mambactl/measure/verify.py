@@ -79,10 +79,8 @@ def stand(
     """A session whose rows hold `context` random tokens, the last `replayed` not in the states."""
     session = Session(weights, None, ops, size=rows, capacity=capacity, k=k)
     generator = torch.Generator(session.device).manual_seed(seed)
-    for layer in session.target.layers:
-        for held in vars(layer).values():
-            if held is not None:
-                held.normal_(0, 0.5, generator=generator)
+    for held in session.target.tensors():
+        held.normal_(0, 0.5, generator=generator)
     batch = session.batch
     batch.feed.random_(len(weights.table), generator=generator)
     batch.field(Field.ACTIVE).fill_(1)

@@ -36,8 +36,8 @@ TARGETS = {
     "mixed": {"mixers": ["mamba2", "attention", "mamba1"]},
     "native1": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE1, "has_mlp": False},
     "native2": {"mixers": ["mamba2"] * 2, "mamba2": NATIVE2, "has_mlp": False},
-    "windowed": {"mixers": ["mamba2_window", "attention"] * 2, "mamba2_window": SPAN},
-    "rotary": {"mixers": ["mamba2_window", "mamba2"], "mamba2_window": SPAN, "mamba2": ROTARY},
+    "windowed": {"mixers": ["mamba2_window", "attention"], "mamba2_window": SPAN},
+    "rotary": {"mixers": ["mamba2"] * 2, "mamba2": ROTARY},
 }
 LENGTHS = {1: [23], 3: [2, 17, 1], 4: [1, 64, 17, 2]}
 GREEDY = SamplingParams(max_new_tokens=14)
@@ -247,7 +247,7 @@ def test_other_shapes(make_hybrid, changes) -> None:
 @pytest.mark.parametrize("draft", ["noisy", None])
 def test_batches_that_store_states_lazily(models, draft) -> None:
     """From eight sequences on several steps are replayed."""
-    for name in ("mamba2", "mixed"):
+    for name in ("mamba2", "mixed", "windowed", "rotary"):
         target, drafts = models[name]
         prompts = prompts_of([5, 1, 9, 2, 17, 3, 4, 12, 7], seed=10)
         done = fused(target, drafts.get(draft), 2 if draft else 0).generate(prompts, GREEDY)
@@ -327,7 +327,7 @@ def test_auto_keeps_a_good_draft(models, monkeypatch, launched) -> None:
 
 @pytest.mark.parametrize("setting", SAMPLED)
 @pytest.mark.parametrize("draft", [None, "itself", "noisy", "ngram"])
-@pytest.mark.parametrize("name", ["mixed", "native1", "native2"])
+@pytest.mark.parametrize("name", ["mixed", "native1", "native2", "windowed"])
 def test_sampled_tokens_are_those_of_the_plain_engine(models, name, draft, setting) -> None:
     target, drafts = models[name]
     prompts, params = prompts_of(LENGTHS[4], seed=5), SAMPLED[setting]
@@ -401,7 +401,7 @@ def assert_same_states(engine: FusedEngine, other: FusedEngine, prompt, done) ->
 
 
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("name", ["mamba2", "native2"])
+@pytest.mark.parametrize("name", ["mamba2", "native2", "rotary"])
 def test_states_never_hear_of_rejected_drafts(models, monkeypatch, name, k) -> None:
     rows_one_by_one(monkeypatch)
     target, drafts = models[name]
@@ -412,16 +412,22 @@ def test_states_never_hear_of_rejected_drafts(models, monkeypatch, name, k) -> N
     assert_same_states(engine, fused(target), prompt, done)
 
 
-def test_device_kernels_in_the_interpreter(make_hybrid) -> None:
+@pytest.mark.parametrize(
+    "mixers", [["mamba2", "attention", "mamba1"], ["mamba2_window", "attention"]]
+)
+def test_device_kernels_in_the_interpreter(make_hybrid, mixers) -> None:
     """The only test here of the real kernels: slow, so tiny. Tokens, and states bit for bit."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here: see test_fused_gpu.py")
     from mambactl.decode.fused.ops import DeviceOps
 
+    rotary = "mamba2_window" in mixers
     sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 40, "mamba1": NATIVE1,
-             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
-    target = make_hybrid(["mamba2", "attention", "mamba1"], seed=4, **sizes)
+             "num_attention_heads": 2, "num_key_value_heads": 1,
+             "mamba2": Mamba2Settings(2, 8, 16, 1, 1, 2, norm_groups=2, rotary=rotary),
+             "mamba2_window": WindowSettings(3, sinks=1)}  # fmt: skip
+    target = make_hybrid(mixers, seed=4, **sizes)
     draft = make_hybrid(["mamba2"], seed=5, **sizes)
     params, prompt = SamplingParams(max_new_tokens=5), [5, 9, 11, 5, 9]
     plainly = FusedEngine(target, None, 0, DeviceOps(exact=True))

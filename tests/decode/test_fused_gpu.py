@@ -13,6 +13,7 @@ from mambactl.decode.fused.engine import FusedEngine
 from mambactl.decode.fused.state import RecurrentState
 from mambactl.decode.sampling import SamplingParams
 from mambactl.measure.synthetic import build, disagreeing, first_wrong, successors
+from mambactl.models.config import Mamba2Settings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,7 +75,9 @@ def assert_follows(prompts, done, successor, budget: int) -> None:
 
 
 @pytest.mark.parametrize("k", [0, 3])
-@pytest.mark.parametrize("name", ["tiny-hybrid", "tiny-mamba", "tiny-mamba2"])
+@pytest.mark.parametrize(
+    "name", ["tiny-hybrid", "tiny-mamba", "tiny-mamba2", "tiny-window", "tiny-rotary"]
+)
 def test_every_token_of_a_long_run_is_right(ops, successor, draft, name, k) -> None:
     target = build(name, "cuda", torch.bfloat16, successor=successor)
     engine = FusedEngine(target, draft if k else None, k, ops())
@@ -119,9 +122,10 @@ def test_eos_ends_rows_while_steps_are_under_way(ops, successor, draft) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_exact_speculation_equals_plain_decoding(ops, make_hybrid, kind) -> None:
+@pytest.mark.parametrize("other", ["mamba1", "mamba2_window"])
+def test_exact_speculation_equals_plain_decoding(ops, make_hybrid, kind, other) -> None:
     """Models without a script, whose logits may lie as close as they like."""
-    mixers = ["mamba2", "attention", "mamba1"]
+    mixers = ["mamba2", "attention", other]
     target, close = (make_hybrid(mixers, seed=3).to("cuda", kind) for _ in range(2))
     g = torch.Generator("cuda").manual_seed(1)
     with torch.no_grad():
@@ -136,6 +140,22 @@ def test_exact_speculation_equals_plain_decoding(ops, make_hybrid, kind) -> None
         done = FusedEngine(target, close, k, ops(exact=True)).generate(prompts, params)
         assert done.tokens == plain.tokens
         assert done.stats.rejections > 50 and done.stats.accepted > 50
+
+
+@pytest.mark.parametrize("mixers", [["mamba2_window", "attention"], ["mamba2_window"] * 2])
+def test_windows_of_attention_give_the_reference_engines_tokens(ops, make_hybrid, mixers) -> None:
+    """In fp32, greedy, far beyond the window; some logits of 5 x 300 may be that close."""
+    settings = {"rotary": True} if "attention" not in mixers else {}
+    sizes = Mamba2Settings(4, 16, 16, 2, 2, 4, norm_groups=4, proj_bias=True, **settings)
+    target = make_hybrid(mixers, seed=5, mamba2=sizes).to("cuda")
+    g = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(3, 97, (n,), generator=g).tolist() for n in (1, 6, 7, 40, 200)]
+    params = SamplingParams(max_new_tokens=300)
+    plain = Engine(target).generate(prompts, params).tokens
+    for k in (0, 3):
+        engine = FusedEngine(target, "ngram" if k else None, k, ops())
+        done = engine.generate(prompts, params).tokens
+        assert sum(a == b for a, b in zip(done, plain, strict=True)) >= 4
 
 
 def test_sampled_tokens_are_those_of_the_plain_engine(ops, make_hybrid) -> None:

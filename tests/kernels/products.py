@@ -179,14 +179,14 @@ def draw_rotations(g, P, device) -> tuple[Tensor, Tensor]:
     return angle.cos().to(*to), angle.sin().to(*to)
 
 
-def run_qkv(ops, stream, where, w, bias, rotations, H, HK, P) -> list[Tensor]:
+def run_qkv(ops, stream, where, w, bias, rotations, H, HK, P, **slots) -> list[Tensor]:
     """q and both caches, NaN where not written."""
     kind, device = w.dtype, w.device
     q = poisoned(device, kind, len(stream.scaled), H * P)
     keys, values = (poisoned(device, kind, len(where.start), HK, 64, P) for _ in range(2))
     ops.project_qkv(
         stream.scaled, stream.squares, EPS, w, bias, *rotations, q, keys, values, where.start,
-        where.count, where.scale, **where.keywords,
+        where.count, where.scale, **where.keywords, **slots,
     )  # fmt: skip
     return [q, keys, values]
 

@@ -13,7 +13,7 @@ from mambactl.models.packed import pack
 CONTEXT = 20
 
 
-@pytest.mark.parametrize("name", ["tiny-hybrid", "tiny-mamba", "tiny-mamba2"])
+@pytest.mark.parametrize("name", ["tiny-hybrid", "tiny-mamba", "tiny-mamba2", "tiny-window"])
 @pytest.mark.parametrize(("k", "replayed"), [(3, 3), (0, 0)])
 def test_a_pass_reads_its_window_behind_the_replay(scripted, name, k, replayed):
     subject, _ = scripted(name)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mambactl.models.config import WindowSettings, mamba1_from_attention, mamba2_from_attention
+from mambactl.models.config import mamba1_from_attention, mamba2_from_attention
 from mambactl.models.packed import (
     AttentionWeights,
     Mamba1Weights,
@@ -139,13 +139,12 @@ def refused(make_hybrid, why: str):
             },
         ),
         "5 taps": lambda: make_hybrid(["mamba2"], **settings(make_hybrid, "mamba2", d_conv=5)),
-        "window": lambda: make_hybrid(["mamba2_window"], mamba2_window=WindowSettings(4)),
     }[why]  # fmt: skip
     return model()
 
 
 @pytest.mark.parametrize(
-    "why", ["activation", "biases", "float16", "float64", "dynamic", "longrope", "5 taps", "window"]
+    "why", ["activation", "biases", "float16", "float64", "dynamic", "longrope", "5 taps"]
 )
 def test_what_the_kernels_do_not_compute_is_refused(make_hybrid, why) -> None:
     with pytest.raises(NotSupported, match=why):

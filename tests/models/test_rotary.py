@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mambactl.models.config import mamba2_from_attention
 from mambactl.models.mixers.rotary import turn
-from mambactl.models.packed import NotSupported, pack
 
 HEADS, SIZE, LENGTH = 3, 16, 21
 
@@ -77,14 +76,12 @@ def test_a_mixer_scores_as_turned_linear_attention(make_hybrid, draw_ids) -> Non
     torch.testing.assert_close(seen["y"].unflatten(-1, (4, -1)), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_what_cannot_turn_is_refused(make_hybrid) -> None:
+def test_what_cannot_turn_is_refused() -> None:
     settings = mamba2_from_attention(tiny_config(["attention"]), True, rotary=True)
     with pytest.raises(StrictDataclassError, match="24 channels, the angles of this model 16"):
         tiny_config(["mamba2"], mamba2=replace(settings, d_state=24))
-    with pytest.raises(NotSupported, match="rotary Mamba layers"):
-        pack(make_hybrid(["mamba2"], mamba2=settings), 32)
     # a model of attention alone may carry the settings of another
-    pack(make_hybrid(["attention"], mamba2=settings), 32)
+    assert not tiny_config(["attention"], mamba2=settings).rotates
 
 
 def test_their_positions_are_bounded_by_training() -> None:

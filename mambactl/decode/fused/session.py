@@ -86,9 +86,7 @@ class Session:
     def _state(self, weights: PackedModel, ops: Any, limit: int, longest: int) -> ModelState:
         slots = max(8, 1 << (limit - 1).bit_length())
         # a draft's passes reach k tokens beyond the newest one
-        return make_state(
-            weights, ops, self.size, self.capacity, slots, longest, ahead=self.k + 2
-        )
+        return make_state(weights, ops, self.size, self.capacity, slots, longest, ahead=self.k + 2)
 
     def load_target(self, cache: HybridCache) -> None:
         """Take over what the target read of the prompts: all but the last token."""

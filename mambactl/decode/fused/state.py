@@ -67,6 +67,12 @@ class ModelState:
     scratch: Scratch
     capacity: int
 
+    def tensors(self) -> list[Tensor]:
+        """All that outlives a pass."""
+        windows = [layer.window for layer in self.layers if isinstance(layer, RecurrentState)]
+        held = [vars(part).values() for part in [*self.layers, *windows] if part is not None]
+        return [value for values in held for value in values if isinstance(value, Tensor)]
+
     def load(self, cache: HybridCache, weights: PackedModel) -> None:
         """Take over what reading the prompts left; rows beyond the cache's stay empty."""
         lengths = cache.lengths

@@ -6,7 +6,16 @@ import torch
 import triton
 from torch import Tensor
 
-from mambactl.kernels.triton import attention, linear, mamba1, mamba2, mamba2_closed, many, token, turn
+from mambactl.kernels.triton import (
+    attention,
+    linear,
+    mamba1,
+    mamba2,
+    mamba2_closed,
+    many,
+    token,
+    turn,
+)
 from mambactl.kernels.triton.launch import INTERPRETED
 from mambactl.kernels.triton.product import SOME_ROWS, Tiles, tiles_for
 
