@@ -19,6 +19,11 @@ from mambactl.recipe.fields import (
 class EvalConfig(StageConfig):
     """Fidelity to a teacher, recall, and task accuracy."""
 
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto",
+        description="weights in memory; auto is bfloat16 on capable GPUs, else float32; float64 "
+        "(on a CPU) scores alike in any batch",
+    )
     teacher: str | None = Field(None, description="default: where the lineage started")
     data: DataSpecs = Field([], description="text or messages for fidelity")
     preferences: Names = Field([], description="pairs for reward accuracy, margin and KL, by set")

@@ -10,7 +10,8 @@ from mambactl.recipe import StageConfig
 def place(config: StageConfig) -> tuple[torch.device, torch.dtype]:
     """Resolve `device` and `dtype`; auto is the GPU, and bfloat16 where a GPU computes in it.
 
-    Raises UsageError for an unknown device, ResourceError for one that this machine has not.
+    Raises UsageError for an unknown device and for fp64 on a GPU, ResourceError for a device that
+    this machine has not.
     """
     name = config.device
     if name == "auto":
@@ -25,6 +26,8 @@ def place(config: StageConfig) -> tuple[torch.device, torch.dtype]:
         raise UsageError(f"unknown device {name!r}", "use cpu, cuda, cuda:1 or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"there is no {device} here", "use --device cpu, or `mambactl doctor`")
+    if config.dtype == "float64" and device.type != "cpu":
+        raise UsageError("the GPU's kernels compute no float64", "add --device cpu")
     if config.dtype != "auto":
         return device, getattr(torch, config.dtype)
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
