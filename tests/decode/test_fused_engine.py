@@ -39,6 +39,7 @@ TARGETS = {
     "windowed": {"mixers": ["mamba2_window", "attention"], "mamba2_window": SPAN},
     "rotary": {"mixers": ["mamba2"] * 2, "mamba2": ROTARY},
 }
+COUNTS = ("steps", "row_steps", "drafted", "accepted", "rejections", "histogram", "lengths")
 LENGTHS = {1: [23], 3: [2, 17, 1], 4: [1, 64, 17, 2]}
 GREEDY = SamplingParams(max_new_tokens=14)
 SAMPLED = {
@@ -184,15 +185,7 @@ def test_rows_stop_at_their_own_eos_also_inside_accepted_drafts(models, expected
     assert len({len(row) for row in done.tokens}) > 1
     assert calls == others_calls
     # no budget ends, so all numbers are the same
-    for field in (
-        "steps",
-        "row_steps",
-        "drafted",
-        "accepted",
-        "rejections",
-        "histogram",
-        "lengths",
-    ):
+    for field in COUNTS:
         assert getattr(done.stats, field) == getattr(other.stats, field), field
 
 
