@@ -8,7 +8,7 @@ window, and its state learns what lies beyond.
 from torch import Tensor
 
 from mambactl.kernels.dispatch import attention
-from mambactl.kernels.local_attention import local_attention
+from mambactl.kernels.local_attention import attend_locally
 from mambactl.models.cache import WindowedCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.attention import AttentionMixer
@@ -19,10 +19,6 @@ from mambactl.models.mixers.mamba2 import Mamba2Mixer
 class WindowAttention(AttentionMixer):
     """Attention with sinks whose cache is a ring."""
 
-    def __init__(self, config: HybridConfig):
-        super().__init__(config)
-        self.sizes = config.mamba2_window_settings
-
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
         return self.o_proj(self.features(hidden, context, cache))
@@ -32,12 +28,11 @@ class WindowAttention(AttentionMixer):
     ) -> Tensor:
         """The input of o_proj [B, T, H P]."""
         q, k, v = self._heads(hidden, context, whole=cache is None)
-        sizes = self.sizes
         if cache is None:
-            return local_attention(q, k, v, sizes.window, sizes.sinks, context.seq_idx).flatten(2)
+            return attend_locally(q, k, v, context.local).flatten(2)
         start, cursor = context.positions[:, 0], context.cursor
         if context.first and not context.sequential:
-            y = local_attention(q, k, v, sizes.window, sizes.sinks)
+            y = attend_locally(q, k, v, context.local)
         else:
             y = attention(q, *cache.seen(k, v, start))  # [B, T, H, P]
         revocable = 0
