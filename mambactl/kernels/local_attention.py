@@ -27,8 +27,9 @@ class LocalKeys(NamedTuple):
     """
 
     mask: Tensor | None
-    places: Tensor | None = None
-    size: int = 0
+    places: Tensor | None
+    size: int
+    span: tuple[int, int, int]  # window, sinks, g
 
 
 def local_attention(
@@ -53,15 +54,16 @@ def local_keys(
     device: torch.device,
 ) -> LocalKeys:
     """What rows [B, T] see where `shared` query heads have one key head."""
+    span = (window, sinks, shared)
     if seq_idx is None and length <= window + sinks:
-        return LocalKeys(None)
+        return LocalKeys(None, None, length, span)
     if length <= 2 * max(window, LEAST_BLOCK):
-        return LocalKeys(local_mask(length, window, sinks, seq_idx, device))
+        return LocalKeys(local_mask(length, window, sinks, seq_idx, device), None, length, span)
     starts = torch.zeros(1, length, dtype=torch.long, device=device)
     if seq_idx is not None:
         starts = document_starts(seq_idx)
     mask, places, size = _blocks(starts.expand(batch, -1), window, sinks)
-    return LocalKeys(mask.flatten(0, 1)[:, None].repeat(1, 1, shared, 1), places, size)
+    return LocalKeys(mask.flatten(0, 1)[:, None].repeat(1, 1, shared, 1), places, size, span)
 
 
 def attend_locally(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:

@@ -44,6 +44,19 @@ def test_windows_are_found_once_for_all_layers(make_hybrid, draw_ids) -> None:
     assert counts[0][0] > 0
 
 
+@pytest.mark.parametrize("others", [["attention"], ["mamba2_window"]])
+def test_the_context_of_another_model_changes_no_window(make_hybrid, draw_ids, others) -> None:
+    """Alignment gives a student's mixers what the teacher's blocks get."""
+    model = make_hybrid(["mamba2_window"], mamba2_window=WindowSettings(16, 2))
+    other = make_hybrid(others, mamba2_window=WindowSettings(5, 1))
+    ids, documents = draw_ids(2, 80), torch.arange(80).expand(2, 80) // 30
+    hidden, context = model.model.enter(ids, seq_idx=documents)
+    _, foreign = other.model.enter(ids, seq_idx=documents)
+    window = model.model.layers[0].mixer.window
+    with torch.no_grad():
+        assert torch.equal(window(hidden, foreign, None), window(hidden, context, None))
+
+
 def test_masked_attention_has_as_many_heads_of_keys_as_of_queries(monkeypatch) -> None:
     """Otherwise CUDA has no kernel for it that does not keep all scores."""
     seen = []
