@@ -173,7 +173,10 @@ def _read_jsonl(spec: str, bad: BadRows | None) -> Iterator[tuple[int, Any]]:
                     else:
                         yield number, row
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-        raise UsageError(f"{spec}, after row {number}: cannot be read ({error})") from None
+        raise UsageError(
+            f"{spec}, after row {number}: cannot be read ({error})",
+            "fetch or write the file again, as UTF-8",
+        ) from None
 
 
 def _parsed(line: str) -> Any:
