@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,8 @@ EXPECTED = "`text` (a string) or `messages` (a list of role and content)"
 # how much more of a set on the hub is read than used, so that the shuffled order means something
 POOL = 4
 CHARACTERS_PER_TOKEN = 4
+# how JSON writes half of a character beyond 16 bits
+ESCAPED_HALF = "\\ud"
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@/]+))?(?:@(?P<split>.+))?$")
 
 
@@ -164,18 +167,36 @@ def _read_jsonl(spec: str, bad: BadRows | None) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     try:
-                        yield number, json.loads(line)
-                    except json.JSONDecodeError as error:
+                        row = _parsed(line)
+                    except BadRow as error:
                         _broken(f"{spec}, row {number}", error, bad)
-    except (UnicodeDecodeError, EOFError, OSError) as error:
-        raise UsageError(f"{spec}, after row {number}: cannot be read ({error})") from None
+                    else:
+                        yield number, row
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise UsageError(
+            f"{spec}, after row {number}: cannot be read ({error})",
+            "fetch or write the file again, as UTF-8",
+        ) from None
 
 
-def _broken(where: str, error: json.JSONDecodeError, bad: BadRows | None) -> None:
-    problem, cure = f"not JSON ({error})", "one object per line"
+def _parsed(line: str) -> Any:
+    try:
+        row = json.loads(line)
+        if ESCAPED_HALF in line.lower():
+            # half of a pair stands for no character, and no tokenizer takes it
+            json.dumps(row, ensure_ascii=False).encode()
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadRow(f"not JSON ({error})") from None
+    except UnicodeEncodeError as error:
+        raise BadRow(f"holds what is no text ({error.reason})") from None
+    return row
+
+
+def _broken(where: str, error: BadRow, bad: BadRows | None) -> None:
+    cure = "one JSON object per line, in whole characters"
     if bad is None:
-        raise UsageError(f"{where}: {problem}", cure) from None
-    bad.add(MALFORMED, where, problem, cure)
+        raise UsageError(f"{where}: {error}", cure) from None
+    bad.add(MALFORMED, where, str(error), cure)
 
 
 def _read_text(spec: str) -> Iterator[tuple[int, Any]]:

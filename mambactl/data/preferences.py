@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, REFUSED, SAME, BadRows
+from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, MALFORMED, REFUSED, SAME, BadRows
 from mambactl.data.checks import begins_twice
 from mambactl.data.format import TOGETHER, Example, render_chat
 from mambactl.data.load import (
@@ -108,7 +108,8 @@ def load_pairs(
         try:
             rendered[name].append(_render(where, row, tokenizer, chat))
         except BadRow as error:
-            bad.add(error.kind, where, str(error), _expected())
+            cure = _expected() if error.kind == MALFORMED else "correct the data"
+            bad.add(error.kind, where, str(error), cure)
         except UsageError as error:
             bad.add(REFUSED, where, str(error), error.hint or "correct the data")
     for name, texts in rendered.items():

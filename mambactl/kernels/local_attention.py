@@ -4,6 +4,8 @@ StreamingLLM (arXiv 2309.17453) with positions as they are in the text. A query 
 the `window` - 1 tokens before it, and the first `sinks` tokens of its document.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,21 @@ from mambactl.kernels.spans import document_starts
 LEAST_BLOCK = 16
 
 
+class LocalKeys(NamedTuple):
+    """What the queries of whole rows see, for every layer of one shape alike.
+
+    Long rows go in blocks of L queries, and each sees its own block of keys, the one before, and
+    the keys at `places` [B, c, S]: `mask` is [B c, 1, g L, S + 2 L] then, the g query heads that
+    share a key head behind each other. Other rows have no `places`, and their `mask` is that of
+    `local_mask`, or None where all of the past is seen.
+    """
+
+    mask: Tensor | None
+    places: Tensor | None
+    size: int
+    span: tuple[int, int, int]  # window, sinks, g
+
+
 def local_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, seq_idx: Tensor | None = None
 ) -> Tensor:
@@ -22,15 +39,38 @@ def local_attention(
 
     q [B, H, T, P], k and v [B, Hk, T, P], seq_idx [B, T] -> [B, T, H, P].
     """
-    length = q.shape[2]
+    shared = q.shape[1] // k.shape[1]
+    keys = local_keys(q.shape[0], q.shape[2], window, sinks, shared, seq_idx, q.device)
+    return attend_locally(q, k, v, keys)
+
+
+def local_keys(
+    batch: int,
+    length: int,
+    window: int,
+    sinks: int,
+    shared: int,
+    seq_idx: Tensor | None,
+    device: torch.device,
+) -> LocalKeys:
+    """What rows [B, T] see where `shared` query heads have one key head."""
+    span = (window, sinks, shared)
     if seq_idx is None and length <= window + sinks:
-        return attention(q, k, v)
+        return LocalKeys(None, None, length, span)
     if length <= 2 * max(window, LEAST_BLOCK):
-        return attention(q, k, v, local_mask(length, window, sinks, seq_idx, q.device))
-    starts = torch.zeros(1, length, dtype=torch.long, device=q.device)
+        return LocalKeys(local_mask(length, window, sinks, seq_idx, device), None, length, span)
+    starts = torch.zeros(1, length, dtype=torch.long, device=device)
     if seq_idx is not None:
         starts = document_starts(seq_idx)
-    return _banded(q, k, v, window, sinks, starts)
+    mask, places, size = _blocks(starts.expand(batch, -1), window, sinks)
+    return LocalKeys(mask.flatten(0, 1)[:, None].repeat(1, 1, shared, 1), places, size, span)
+
+
+def attend_locally(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:
+    """`local_attention` with what its rows see made already."""
+    if keys.places is None:
+        return attention(q, k, v, keys.mask)
+    return _banded(q, k, v, keys)
 
 
 def local_mask(
@@ -49,41 +89,57 @@ def _seen(query: Tensor, key: Tensor, starts: Tensor, window: int, sinks: int) -
     return (key <= query) & (key >= starts) & near
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, starts: Tensor) -> Tensor:
-    """Blocks of queries, each against its own block of keys, the one before, and sinks.
+def _blocks(starts: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, int]:
+    """The mask [B, c, L, S + 2 L] of blocks of L queries, places [B, c, S] of their sinks, and L.
 
-    A document that began before both holds the whole block before, and so the first query of the
-    block: sinks of one document are enough.
+    A document that began before both blocks of keys holds the whole block before, and so the first
+    query of the block: sinks of one document are enough.
     """
-    batch, _, length, _ = q.shape
+    batch, length = starts.shape
     size = max(window, LEAST_BLOCK)
     blocks = -(-length // size)
-    pad = blocks * size - length
-    begin = torch.arange(blocks, device=q.device) * size  # [c]
-    first = starts[:, begin].expand(batch, -1)  # [B, c]
-    places = (first[..., None] + torch.arange(sinks, device=q.device)).clamp(max=length - 1)
-    q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, size))  # [B, H, c, L, P]
-    k, v = (_band(t, size, pad, places) for t in (k, v))  # [B, Hk, c, S + 2 L, P]
+    begin = torch.arange(blocks, device=starts.device) * size  # [c]
+    first = starts[:, begin]  # [B, c]
+    places = (first[..., None] + torch.arange(sinks, device=starts.device)).clamp(max=length - 1)
 
     # padding sees itself, which keeps its softmax finite
-    starts = F.pad(starts.expand(batch, -1), (0, pad)).view(batch, blocks, size, 1)
-    query = begin[:, None, None] + torch.arange(size, device=q.device)[:, None]  # [c, L, 1]
-    key = begin[:, None, None] - size + torch.arange(2 * size, device=q.device)  # [c, 1, 2 L]
+    starts = F.pad(starts, (0, blocks * size - length)).view(batch, blocks, size, 1)
+    query = begin[:, None, None] + torch.arange(size, device=starts.device)[:, None]  # [c, L, 1]
+    key = begin[:, None, None] - size + torch.arange(2 * size, device=starts.device)  # [c, 1, 2 L]
     direct = _seen(query, key, starts, window, sinks)  # [B, c, L, 2 L]
     outside = places[:, :, None] < (begin - size)[:, None, None]  # [B, c, 1, S]
     far = outside & (starts == first[:, :, None, None])  # [B, c, L, S]
-    mask = torch.cat([far, direct], -1).flatten(0, 1)[:, None]  # [B c, 1, L, S + 2 L]
-
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    y = attention(q, k, v, mask)  # [B c, L, H, P]
-    return y.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
+    return torch.cat([far, direct], -1), places, size
 
 
-def _band(t: Tensor, size: int, pad: int, places: Tensor) -> Tensor:
-    """Keys or values [B, Hk, T, P] of every block: sinks at `places` [B, c, S], then two blocks."""
-    blocks = places.shape[1]
-    index = places.flatten(1)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])
-    sunk = t.gather(2, index).unflatten(2, (blocks, -1)) if places.shape[2] else None
-    padded = F.pad(t, (0, 0, size, pad)).unflatten(2, (blocks + 1, size))
-    parts = [padded[:, :, :-1], padded[:, :, 1:]]
-    return torch.cat(parts if sunk is None else [sunk, *parts], 3)
+def _banded(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:
+    """Blocks of queries, each against its own keys.
+
+    Heads that share keys become rows of one head: with a mask and fewer heads of keys than of
+    queries, CUDA would take the unfused kernel that keeps every score.
+    """
+    places, size = keys.places, keys.size
+    blocks, length, heads = places.shape[1], q.shape[2], k.shape[1]
+    pad = blocks * size - length
+    if pad:
+        q, k, v = (F.pad(t, (0, 0, 0, pad)) for t in (q, k, v))
+    k, v = _bands(torch.cat([k, v], 1), size, places).flatten(0, 1).split(heads, 1)
+    q = q.unflatten(2, (blocks, size)).transpose(1, 2)  # [B, c, H, L, P]
+    q = q.flatten(0, 1).unflatten(1, (heads, -1)).flatten(2, 3)  # [B c, Hk, g L, P]
+    y = attention(q, k, v, keys.mask)  # [B c, g L, Hk, P]
+    y = y.unflatten(1, (-1, size)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B c, L, H, P]
+    return y.unflatten(0, (-1, blocks)).flatten(1, 2)[:, :length]
+
+
+def _bands(t: Tensor, size: int, places: Tensor) -> Tensor:
+    """What the blocks see of t [B, H, T, P]: sinks at `places`, the block before, their own.
+
+    Returns [B, c, H, S + 2 L, P].
+    """
+    own = t.unflatten(2, (-1, size))  # [B, H, c, L, P]
+    before = F.pad(own, (0, 0, 0, 0, 1, -1))
+    parts = [before, own]
+    if places.shape[2]:
+        index = places.flatten(1)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])
+        parts = [t.gather(2, index).unflatten(2, (places.shape[1], -1)), *parts]
+    return torch.cat([part.transpose(1, 2) for part in parts], 3)

@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 from mambactl.kernels import dispatch
+from mambactl.kernels.local_attention import LocalKeys, local_keys
 from mambactl.kernels.spans import Spans, spans
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.attention import AttentionMixer
-from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.context import StepContext, goes_sequentially
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS, KeepsFloat32
 from mambactl.models.mixers.mamba1 import Mamba1Mixer
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
 from mambactl.models.mixers.windowed import Mamba2WindowMixer
+from mambactl.models.norm import RMSNorm
 
 MIXER_CLASSES = {
     "attention": AttentionMixer,
@@ -45,11 +47,11 @@ class HybridBlock(GradientCheckpointingLayer):
         super().__init__()
         self.index = index
         self.mixer_name = "self_attn" if config.mixers[index] == "attention" else "mamba"
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         setattr(self, self.mixer_name, MIXER_CLASSES[config.mixers[index]](config))
         self.has_mlp = config.has_mlp
         if self.has_mlp:
-            self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.mlp = LlamaMLP(config)
 
     @property
@@ -103,7 +105,7 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList(
             HybridBlock(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -204,6 +206,8 @@ class HybridModel(HybridPreTrainedModel):
         seen = None if cache is not None else self._spans(positions, seq_idx)
         fused = dispatch.triton_missing(hidden.device) is None
         mask = self._cached_mask(positions, slots, first) if cache is not None else None
+        cursor = None if cache is None else cache.cursor(n_new)
+        whole = cache is None or (first and not goes_sequentially(length, cursor, first))
         return StepContext(
             positions=positions,
             rotary=self.rotary_emb(hidden, positions),
@@ -213,9 +217,20 @@ class HybridModel(HybridPreTrainedModel):
             seq_idx=None if seq_idx is None else seq_idx.int().contiguous(),
             n_new=n_new,
             slots=slots,
-            cursor=None if cache is None else cache.cursor(n_new),
+            cursor=cursor,
             first=first,
+            local=self._local(batch, length, seq_idx, hidden.device) if whole else None,
         )
+
+    def _local(
+        self, batch: int, length: int, seq_idx: Tensor | None, device: torch.device
+    ) -> LocalKeys | None:
+        """What a window of attention beside a recurrence sees of whole rows [B, T]."""
+        if "mamba2_window" not in self.config.mixers:
+            return None
+        sizes = self.config.mamba2_window_settings
+        shared = self.config.num_attention_heads // self.config.num_key_value_heads
+        return local_keys(batch, length, sizes.window, sizes.sinks, shared, seq_idx, device)
 
     def _spans(self, positions: Tensor, seq_idx: Tensor | None) -> Spans | None:
         """What tokens [B, T] see without a cache, None where that is all of the past."""

@@ -69,7 +69,11 @@ class StageConfig(BaseModel):
     """What every stage accepts."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, defer_build=True
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        defer_build=True,
+        allow_inf_nan=False,
     )
 
     # fields that say where a run happens, which is no part of what it makes

@@ -65,6 +65,11 @@ def read_preferences(job: Job, config: DpoConfig) -> Preferences:
     if not train:
         raise UsageError("every prompt is held out", "give other --data, or a smaller --eval-share")
     held = _limited(measured, config)
+    if config.max_kl is not None and not held:
+        raise UsageError(
+            "no pair is held out, so --max-kl would never stop the run",
+            "give more --data, a larger --eval-share, or --eval-data FILE",
+        )
     order = np.random.default_rng(config.seed).permutation(len(train))
     chosen = [train[index] for index in order[: job.examples]]
     sizes = ", ".join(f"{name} {len(pairs)}" for name, pairs in held.items())

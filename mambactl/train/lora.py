@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on every projection inside the blocks, with peft."""
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,10 @@ def adapted(model: HybridForCausalLM, config: AdaptedConfig) -> Any:
         target_modules=targets,
         bias="none",
     )
-    return get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        # peft asks by an old name whether activations are recomputed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep", FutureWarning)
+        return get_peft_model(model, settings)
 
 
 def projections(model: HybridForCausalLM) -> list[str]:

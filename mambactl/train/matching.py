@@ -71,13 +71,20 @@ class MatchingTrainer(SpreadTrainer, SFTTrainer):
         with autocast(batch.input_ids.device, self.amp):
             guide = self._guide(batch, inputs)
             losses = model(inner_loss=lambda student: self._losses(plain(student), batch, guide))
-        found, kl, ce = total(torch.stack((learned[:, 1:].sum(), losses.kl, losses.ce))).tolist()
-        found = max(found, 1)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["train_kl"].append(kl / found)
-        self._metrics[mode]["train_ce"].append(ce / found)
+        found, kl, ce = total(torch.stack((learned[:, 1:].sum(), losses.kl, losses.ce)))
+        found = found.clamp(min=1)
+        # they stay on the device until `log`: reading them here would hold back the backward pass
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["train_kl"].append(kl / found)
+        metrics["train_ce"].append(ce / found)
         # gradients are averaged over processes, items are counted in all of them
         return losses.total * self.accelerator.num_processes / (found if items is None else items)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Read the metrics of the steps that are done, and log their means."""
+        for values in self._metrics["train" if self.model.training else "eval"].values():
+            values[:] = map(float, values)
+        super().log(logs, start_time)
 
     def _losses(
         self, student: HybridForCausalLM, batch: Batch, guide: Tensor | SampledTeacher

@@ -62,3 +62,14 @@ def test_a_teacher_that_moved_is_called_the_teacher(cli, llama, tmp_path) -> Non
     done = cli("eval", "t.st", "--data", "text.jsonl")
     assert done.code == 3
     assert "the teacher cannot be found" in done.err and "--teacher MODEL" in done.err
+
+
+@pytest.mark.parametrize(
+    "option", [("sft", "--lr"), ("dpo", "--beta"), ("generate", "--temperature")]
+)
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_number_is_finite(cli, llama, option, value) -> None:
+    command, flag = option
+    done = cli(command, llama, flag, value, "--dry-run")
+    assert (done.code, done.out) == (2, "")
+    assert f"{flag[2:]}: input should be a finite number (got {value})" in done.err

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import random
 
 import pytest
 
 from mambactl.data import load
+from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.data.load import count_rows, load_rows
 from mambactl.errors import UsageError
 
@@ -131,6 +133,11 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
     with pytest.raises(UsageError, match="cannot be read"):
         load_rows([str(tmp_path / "cut.jsonl.gz")])
+    damaged = bytearray(gzip.compress(random.Random(0).randbytes(9999).hex().encode()))
+    damaged[2000:2040] = bytes(40)
+    (tmp_path / "damaged.jsonl.gz").write_bytes(damaged)
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_rows([str(tmp_path / "damaged.jsonl.gz")])
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UsageError, match="UTF-8|cannot be read"):
         load_rows([str(tmp_path / "latin.txt")])
@@ -140,6 +147,25 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "a.csv").write_text("text\nx\n")
     with pytest.raises(UsageError, match="unknown kind of file"):
         load_rows([str(tmp_path / "a.csv")])
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (r'{"text": "half of a face \uD83D"}', "holds what is no text"),
+        (r'{"messages": [{"role": "user", "content": "\ude00"}]}', "holds what is no text"),
+        ("[" * 10**5 + "]" * 10**5, "not JSON"),
+    ],
+)
+def test_a_line_that_no_tokenizer_can_read_is_a_bad_row(tmp_path, line, problem):
+    file = tmp_path / "rows.jsonl"
+    # both halves together are a character
+    file.write_text(r'{"text": "a face \ud83d\ude00"}' + f"\n{line}\n")
+    with pytest.raises(UsageError, match=f"row 2: {problem}"):
+        load_rows([str(file)])
+    bad = BadRows(skip=True)
+    assert [row["text"] for row in load_rows([str(file)], bad=bad)] == ["a face \U0001f600"]
+    assert bad.count(MALFORMED) == 1
 
 
 def test_an_unreachable_hub_set_is_a_sentence():

@@ -101,6 +101,13 @@ def test_a_bad_row_is_named_or_left_out(write, tiny_tokenizer, row, message):
     assert found.counts() == {"pairs": 1, "bad": 1, "too_long": 0}
 
 
+def test_the_hint_is_about_columns_only_where_they_are_wrong(write, tiny_tokenizer):
+    for row, about_columns in (({**ROW, "rejected": [GOOD]}, False), ({"x": "y"}, True)):
+        with pytest.raises(UsageError) as caught:
+            load_pairs([write(row)], tiny_tokenizer, 64)
+        assert ("expected `prompt`" in caught.value.hint) == about_columns
+
+
 def test_a_template_that_doubles_the_begin_token(write, tiny_tokenizer):
     from copy import deepcopy
 

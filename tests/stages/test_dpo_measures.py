@@ -105,6 +105,13 @@ def test_a_policy_that_goes_too_far_is_stopped(student, write, tmp_path):
     assert all(line.get("held_out/one/kl_to_reference", 0) <= 1e-3 for line in earlier)
 
 
+def test_a_limit_on_sets_of_which_nothing_is_held_out_is_refused(student, write, tmp_path):
+    config = cpu(write("few", 2), eval_share=1e-9, max_kl=0.1)
+    with pytest.raises(UsageError, match="no pair is held out"):
+        run(config, student, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_packing_padding_and_single_rows_agree(student, write, tmp_path):
     data = write("pairs", 12)
     found = {}

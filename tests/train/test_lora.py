@@ -1,5 +1,7 @@
 """Adapters act in every projection while training, and are the same once merged."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -45,6 +47,12 @@ def test_a_fresh_adapter_changes_nothing_and_trains_alone(pair, rows):
     torch.testing.assert_close(hidden(model, rows), before)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_adapters_are_made_without_a_word(pair):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(pair[0], CONFIG)
 
 
 def test_every_adapter_gets_a_gradient(pair, rows):

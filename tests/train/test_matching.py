@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mambactl.data.format import Example
 from mambactl.data.pack import collate, pack
@@ -91,6 +92,35 @@ def test_the_loss_is_the_mean_over_learned_tokens(make_trainer, pair, documents,
             total += float((kl_weight * kl + ce_weight * ce)[learned].sum())
             count += int(learned.sum())
     assert loss == pytest.approx(total / count, rel=1e-4)
+
+
+def test_nothing_is_read_between_the_forward_and_the_backward_pass(make_trainer, documents):
+    """On a GPU every number that is read waits for all that was launched."""
+    trainer = make_trainer(pack(documents, 48), 1.0, 0.5)
+    samples, items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
+    with ReadsCounted() as reads:
+        loss = trainer.compute_loss(trainer.model, samples[0], num_items_in_batch=items)
+    assert reads.count == 0
+    found = {}
+    trainer.log(found)
+    assert {type(found[name]) for name in ("train_kl", "train_ce")} == {float}
+    assert found["train_kl"] + 0.5 * found["train_ce"] == pytest.approx(
+        float(loss.detach()), rel=1e-5
+    )
+
+
+class ReadsCounted(TorchFunctionMode):
+    """How many numbers went from tensors to Python."""
+
+    WAYS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.WAYS
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_cache_stands_for_the_teacher(make_trainer, pair, documents, tmp_path):

@@ -3,12 +3,12 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mambactl.kernels import dispatch
 from mambactl.models.cache import AttentionCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.rotary import rotated
 
 
 class AttentionMixer(nn.Module):
@@ -35,21 +35,28 @@ class AttentionMixer(nn.Module):
 
     def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
         """Queries and keys, rotated, and values [B, H or Hk, T, P]."""
-        q, k, v = (
+        *turning, v = (
             t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for t in self._project(hidden, whole)
         )
-        q, k = apply_rotary_pos_emb(q, k, *context.rotary)
+        cos, sin = (t.unsqueeze(1) for t in context.rotary)  # [B, 1, T, P]
         # under autocast the rotation is fp32
-        return q.to(v.dtype), k.to(v.dtype), v
+        turned = [rotated(t, cos, sin).to(v.dtype) for t in turning]
+        if len(turned) == 1:
+            heads = v.shape[1]
+            turned = turned[0].split([turned[0].shape[1] - heads, heads], 1)
+        return *turned, v
 
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
-        """Queries, keys and values; with `whole` in one product, which a whole row fills better."""
+        """Queries, keys and values; with `whole` queries and keys next to each other.
+
+        All are one product then, which a whole row fills better.
+        """
         parts = self.q_proj, self.k_proj, self.v_proj
         # an adapter around a projection acts when it is called, not in its weight
         if not whole or any(type(part) is not nn.Linear for part in parts):
             return tuple(part(hidden) for part in parts)
         weight = torch.cat([part.weight for part in parts])
         bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
-        rows = [part.out_features for part in parts]
+        rows = [self.q_proj.out_features + self.k_proj.out_features, self.v_proj.out_features]
         return F.linear(hidden, weight, bias).split(rows, -1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mambactl.kernels.local_attention import LocalKeys
 from mambactl.kernels.spans import Spans
 from mambactl.models.cache import MAX_SEQUENTIAL, Cursor
 
@@ -12,10 +13,10 @@ from mambactl.models.cache import MAX_SEQUENTIAL, Cursor
 class StepContext:
     """Positions [B, T], rotary (cos, sin), and which keys attention sees.
 
-    Those are in `mask` [B, 1, T, S] or in `spans`; where both are None, all of the past. All is
-    made once per call of the model, for every layer. `seq_idx` [B, T] separates packed documents,
-    `n_new` [B] makes rows ragged, `slots` is the number of key slots attention may read, `cursor`
-    is None without a cache.
+    Those are in `mask` [B, 1, T, S] or in `spans`; where both are None, all of the past. A window
+    beside a recurrence sees `local`. All is made once per call of the model, for every layer.
+    `seq_idx` [B, T] separates packed documents, `n_new` [B] makes rows ragged, `slots` is the
+    number of key slots attention may read, `cursor` is None without a cache.
     """
 
     positions: Tensor
@@ -27,6 +28,7 @@ class StepContext:
     cursor: Cursor | None = None
     first: bool = False
     spans: Spans | None = None
+    local: LocalKeys | None = None
 
     @property
     def sequential(self) -> bool:

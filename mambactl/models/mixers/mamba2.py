@@ -35,8 +35,8 @@ class GatedRMSNorm(nn.Module):
         """y and z [B, T, D] -> [B, T, D], computed in y's precision."""
         y = y * F.silu(z.to(y.dtype))
         grouped = y.unflatten(-1, (self.groups, -1))  # [B, T, G, D / G]
-        scale = torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (grouped * scale).flatten(-2) * self.weight.to(y.dtype)
+        normed = F.rms_norm(grouped, grouped.shape[-1:], None, self.eps)
+        return normed.flatten(-2) * self.weight.to(y.dtype)
 
 
 class Mamba2Mixer(KeepsFloat32):
@@ -82,8 +82,7 @@ class Mamba2Mixer(KeepsFloat32):
         if s.rotary:
             B, C = turn(B, context.rotary), turn(C, context.rotary)
         y = self._recur(raw, window, x, dt, B, C, context, cache)
-        y = y + self.D.to(kind)[:, None] * self._heads(x).to(kind)  # [B, T, H, P]
-        return self.norm(y.flatten(-2), z)
+        return self.norm((y + self._skip(x.to(kind))).flatten(-2), z)
 
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
         """Gate z, inputs of the convolution, dt; `whole` fills the rows up to what a GPU aligns.
@@ -129,6 +128,11 @@ class Mamba2Mixer(KeepsFloat32):
         """Every x head once for each head that shares it."""
         shared = self.sizes.n_heads // self.sizes.x_heads
         return x.unsqueeze(-2).expand(*x.shape[:-1], shared, x.shape[-1]).flatten(-3, -2)
+
+    def _skip(self, x: Tensor) -> Tensor:
+        """D x [B, T, H, P] for x [B, T, Hx, P], whose heads are not copied for those that share."""
+        D = self.D.to(x.dtype).unflatten(0, (self.sizes.x_heads, -1, 1))  # [Hx, H / Hx, 1]
+        return (D * x.unsqueeze(-2)).flatten(-3, -2)
 
     def _start(self, cache: RecurrentCache, hidden: Tensor, raw: Tensor) -> None:
         s, batch = self.sizes, hidden.shape[0]

@@ -1,12 +1,20 @@
-"""Positions for the state of a Mamba-2 mixer: B and C turn as keys and queries do in attention.
+"""Rotary positions, of queries and keys and of the state of a Mamba-2 mixer.
 
-What a state returns for C_t of B_s then depends on t - s as the teacher's scores do
-(RoFormer, arXiv 2104.09864, applied to the B and C of arXiv 2405.21060).
+B and C turn as keys and queries do in attention (RoFormer, arXiv 2104.09864): what a state returns
+for C_t of B_s (arXiv 2405.21060) then depends on t - s as the teacher's scores do.
 """
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import rotate_half
+
+
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of channels i and N / 2 + i of states [..., N] turned: RoFormer's, laid out as Llama's.
+
+    Two halves of one split have one gradient, where two slices would have two to be added up.
+    """
+    one, other = states.chunk(2, -1)
+    return states * cos + torch.cat((-other, one), -1) * sin
 
 
 def turn(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -15,7 +23,7 @@ def turn(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     cos = still(cos, 1.0, half).to(states.dtype).unsqueeze(-2)  # [B, T, 1, N]
     sin = still(sin, 0.0, half).to(states.dtype).unsqueeze(-2)
-    return (states * cos + rotate_half(states) * sin).contiguous()
+    return rotated(states, cos, sin).contiguous()
 
 
 def still(rotation: Tensor, value: float, half: int | None = None) -> Tensor:

@@ -8,7 +8,7 @@ window, and its state learns what lies beyond.
 from torch import Tensor
 
 from mambactl.kernels.dispatch import attention
-from mambactl.kernels.local_attention import local_attention
+from mambactl.kernels.local_attention import LocalKeys, attend_locally, local_keys
 from mambactl.models.cache import WindowedCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.attention import AttentionMixer
@@ -21,7 +21,9 @@ class WindowAttention(AttentionMixer):
 
     def __init__(self, config: HybridConfig):
         super().__init__(config)
-        self.sizes = config.mamba2_window_settings
+        sizes = config.mamba2_window_settings
+        shared = config.num_attention_heads // config.num_key_value_heads
+        self.span = (sizes.window, sizes.sinks, shared)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
@@ -32,12 +34,11 @@ class WindowAttention(AttentionMixer):
     ) -> Tensor:
         """The input of o_proj [B, T, H P]."""
         q, k, v = self._heads(hidden, context, whole=cache is None)
-        sizes = self.sizes
         if cache is None:
-            return local_attention(q, k, v, sizes.window, sizes.sinks, context.seq_idx).flatten(2)
+            return attend_locally(q, k, v, self._keys(context)).flatten(2)
         start, cursor = context.positions[:, 0], context.cursor
         if context.first and not context.sequential:
-            y = local_attention(q, k, v, sizes.window, sizes.sinks)
+            y = attend_locally(q, k, v, self._keys(context))
         else:
             y = attention(q, *cache.seen(k, v, start))  # [B, T, H, P]
         revocable = 0
@@ -45,6 +46,13 @@ class WindowAttention(AttentionMixer):
             revocable = k.shape[2] + (0 if cursor.settle else int(cursor.held.max()))
         cache.write(k, v, start, context.n_new, revocable)
         return y.flatten(2)
+
+    def _keys(self, context: StepContext) -> LocalKeys:
+        """What the context has for all layers; one of another model, a teacher's, may lack it."""
+        if context.local is not None and context.local.span == self.span:
+            return context.local
+        positions = context.positions
+        return local_keys(*positions.shape, *self.span, context.seq_idx, positions.device)
 
 
 class Mamba2WindowMixer(Mamba2Mixer):
