@@ -12,7 +12,7 @@ from mambactl.checkpoint.vocabulary import model_config
 from mambactl.data.pack import Row
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.ranks import sharded
+from mambactl.ranks import processes, sharded
 from mambactl.recipe import SftConfig
 from mambactl.stages import StageResult
 from mambactl.stages.held_out import HeldOut
@@ -157,6 +157,9 @@ def _trainer(
     shared = trainer_arguments(config, folder, config.lr, job.device, job.amp)
     # rows are packed and masked already, the same way as for distillation
     prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    # nor do a pass's last few rows compile it again; the next pass has others
+    whole = config.compile and len(rows) >= config.batch_size * processes()
+    prepared["dataloader_drop_last"] = whole
     # drawn so that a resumed run starts from the same adapters, though it reads them back
     torch.manual_seed(config.seed)
     return MatchingTrainer(

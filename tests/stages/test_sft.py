@@ -122,6 +122,26 @@ def test_compiled_blocks_learn_the_same(student, data, tmp_path, monkeypatch):
         run(cpu(data, compile=True, packing=False), student, tmp_path / "apart")
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_compiled_blocks_see_one_shape(student, data, tmp_path, monkeypatch, compiles):
+    from transformers import Trainer
+
+    from mambactl.train import compiled
+
+    whole, step, shapes = compiled.torch.compile, Trainer.training_step, set()
+
+    def heard(trainer, model, inputs, *rest):
+        shapes.add(tuple(inputs["input_ids"].shape))
+        return step(trainer, model, inputs, *rest)
+
+    monkeypatch.setattr(Trainer, "training_step", heard)
+    monkeypatch.setattr(compiled.torch, "compile", lambda f, **o: whole(f, backend="eager", **o))
+    # fifteen rows: three batches of four, and three rows
+    run(cpu(data, batch_size=4, max_steps=6, compile=compiles), student, tmp_path / "out")
+    assert {rows for rows, _ in shapes} == ({4} if compiles else {3, 4})
+    assert len(shapes) == 1 or not compiles
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
 def test_a_stopped_run_resumes_to_the_same_curve(student, data, tmp_path, monkeypatch, kl_weight):
     config = cpu(data, kl_weight=kl_weight, grad_accum=2)
