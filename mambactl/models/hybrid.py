@@ -4,6 +4,7 @@ Tensor names of attention layers, MLPs, norms and embeddings are Llama's, so a L
 a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) at the entrance.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -231,6 +232,12 @@ class HybridModel(HybridPreTrainedModel):
         sizes = self.config.mamba2_window_settings
         shared = self.config.num_attention_heads // self.config.num_key_value_heads
         return local_keys(batch, length, sizes.window, sizes.sinks, shared, seq_idx, device)
+
+    def with_windows(self, context: StepContext) -> StepContext:
+        """A context of whole rows, made by another model, with what this one's windows see."""
+        batch, length = context.positions.shape
+        local = self._local(batch, length, context.seq_idx, context.positions.device)
+        return replace(context, local=local)
 
     def _spans(self, positions: Tensor, seq_idx: Tensor | None) -> Spans | None:
         """What tokens [B, T] see without a cache, None where that is all of the past."""

@@ -34,7 +34,7 @@ class AlignmentObjective:
         problem = misfit(student.config, teacher.config)
         if problem:
             raise ValueError(problem)
-        self.teacher, self.amp = teacher, amp
+        self.student, self.teacher, self.amp = student, teacher, amp
         self.layers = replaced_layers(student.config)
         self.mixers = {index: student.model.layers[index].mixer for index in self.layers}
         self._error = compiled(mixer_error) if compile else mixer_error
@@ -55,6 +55,7 @@ class AlignmentObjective:
         positions = None if batch.seq_idx is None else batch.position_ids
         with torch.no_grad(), autocast(batch.input_ids.device, self.amp):
             hidden, context = model.enter(batch.input_ids, positions, batch.seq_idx)
+            context = self.student.model.with_windows(context)
             for index, block in enumerate(model.layers[: self.layers[-1] + 1]):
                 if index not in self.mixers:
                     hidden = block(hidden, context, None)

@@ -8,10 +8,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from mambactl.data.pack import Batch
 from mambactl.kernels.local_attention import local_attention
+from mambactl.models import hybrid
 from mambactl.models.config import WindowSettings
+from mambactl.models.mixers import windowed
 from mambactl.models.mixers.rotary import rotated
 from mambactl.models.norm import RMSNorm
+from mambactl.train.alignment import AlignmentObjective
 
 # what finds documents, windows and sinks, and nothing else of a layer
 FINDING = ("cummax", "arange", "bitwise_and", "eq", "lt", "le", "ge", "gt")
@@ -42,6 +46,25 @@ def test_windows_are_found_once_for_all_layers(make_hybrid, draw_ids) -> None:
         counts.append([counted.found[name] for name in FINDING])
     assert counts[0] == counts[1]
     assert counts[0][0] > 0
+
+
+def test_so_they_are_for_the_layers_of_a_student_that_is_aligned(
+    make_hybrid, draw_ids, monkeypatch
+) -> None:
+    student = make_hybrid(["mamba2_window"] * 3, mamba2_window=WindowSettings(16, 2))
+    teacher = make_hybrid(["attention"] * 3)
+    found = []
+    for module in (hybrid, windowed):
+        wanted = module.local_keys
+        monkeypatch.setattr(
+            module, "local_keys", lambda *a, w=wanted: found.append(w(*a)) or found[-1]
+        )
+    ids, documents = draw_ids(2, 80), torch.arange(80).expand(2, 80) // 30
+    positions = torch.arange(80).expand(2, 80) % 30
+    every = torch.ones_like(ids).bool()
+    batch = Batch(ids, documents.int(), positions, every, every)
+    AlignmentObjective(student, teacher).backward(batch, 160)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("others", [["attention"], ["mamba2_window"]])
