@@ -137,7 +137,7 @@ class PackedModel:
 
 @torch.no_grad()
 def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
-    """Stack the weights of a model; attention gets rotations for `positions` positions.
+    """Stack the weights of a model; keys and rotary states get rotations for `positions` positions.
 
     Raises NotSupported for what the decode kernels do not compute.
     """

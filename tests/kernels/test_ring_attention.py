@@ -139,9 +139,19 @@ def test_rings_and_blocks_of_any_size(device, ring, block_k) -> None:
     check(run(kernel.decode_attention, case, ring, block_k), case)
 
 
+@pytest.mark.parametrize("block_k", [16, 64])
+@pytest.mark.parametrize("sinks", [16, 17, 70])
+def test_sinks_may_fill_several_blocks(device, sinks, block_k) -> None:
+    """The window stands among them, partly, and in the first block behind them and later ones."""
+    starts = [0, 15, 40, sinks - 1, sinks, sinks + 9, 80, 95, 200]
+    case = draw(device, starts, [3] * len(starts), 3, 11, sinks, seed=sinks)
+    check(run(kernel.decode_attention, case, 13, block_k), case)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_comes_out_the_same_however_tokens_are_grouped(device, kind) -> None:
-    case = draw(device, [12, 46, 0, 77], [6, 3, 6, 5], 6, 9, 3, kind, seed=2)
+@pytest.mark.parametrize("sinks", [3, 35])
+def test_a_row_comes_out_the_same_however_tokens_are_grouped(device, kind, sinks) -> None:
+    case = draw(device, [12, 46, 0, 77], [6, 3, 6, 5], 6, 9, sinks, kind, seed=2)
     whole = run(kernel.decode_attention, case, 32)
     check(whole, case)
     for cuts in ([1] * 6, [4, 2]):

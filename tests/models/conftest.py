@@ -32,12 +32,6 @@ def any_model(request, make_hybrid):
     return make_hybrid(**LAYOUTS[request.param], seed=3)
 
 
-@pytest.fixture(params=[name for name in LAYOUTS if name not in ("windowed", "rotary")])
-def packable_model(request, make_hybrid):
-    """A tiny model of each layout that the decode kernels can run."""
-    return make_hybrid(**LAYOUTS[request.param], seed=3)
-
-
 @pytest.fixture
 def windowed_model(make_hybrid):
     """Mamba-2 layers with a window of 7 tokens and 3 sinks around one of attention."""

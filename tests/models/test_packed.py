@@ -9,6 +9,7 @@ from mambactl.models.packed import (
     Mamba1Weights,
     Mamba2Weights,
     NotSupported,
+    attention_of,
     pack,
 )
 
@@ -23,37 +24,38 @@ def owned(model, packed) -> list:
     for layer in packed.layers:
         m = layer.mixer
         tensors += [layer.gain, layer.mlp_gain, layer.gate_up, layer.down, m.out.weight, m.out.bias]
-        if isinstance(m, AttentionWeights):
-            tensors += [m.qkv.weight, m.qkv.bias]
-        else:
+        if (attention := attention_of(m)) is not None:
+            projections = attention.qkv, attention.out
+            tensors += [part for one in projections for part in (one.weight, one.bias)]
+        if not isinstance(m, AttentionWeights):
             tensors += [m.inner.weight, m.inner.bias]
             tensors += [m.low, m.dt.weight] if isinstance(m, Mamba1Weights) else [m.gain]
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def test_the_model_computes_what_it_did(packable_model, draw_ids, uncached) -> None:
+def test_the_model_computes_what_it_did(any_model, draw_ids, uncached) -> None:
     ids = draw_ids(2, 9)
-    before, names = uncached(packable_model, ids), dict(packable_model.state_dict())
+    before, names = uncached(any_model, ids), dict(any_model.state_dict())
     values = {name: tensor.clone() for name, tensor in names.items()}
-    pack(packable_model, 32)
-    assert torch.equal(uncached(packable_model, ids), before)
-    after = packable_model.state_dict()
+    pack(any_model, 32)
+    assert torch.equal(uncached(any_model, ids), before)
+    after = any_model.state_dict()
     assert after.keys() == values.keys()
     for name, tensor in after.items():
         assert torch.equal(tensor, values[name]), name
 
 
-def test_nothing_is_held_twice_and_a_second_time_copies_nothing(packable_model) -> None:
-    packed = pack(packable_model, 32)
-    held = {storage(parameter) for parameter in packable_model.parameters()}
-    first = owned(packable_model, packed)
+def test_nothing_is_held_twice_and_a_second_time_copies_nothing(any_model) -> None:
+    packed = pack(any_model, 32)
+    held = {storage(parameter) for parameter in any_model.parameters()}
+    first = owned(any_model, packed)
     assert {storage(tensor) for tensor in first} <= held
-    again = owned(packable_model, pack(packable_model, 64))
+    again = owned(any_model, pack(any_model, 64))
     for one, other in zip(first, again, strict=True):
         assert one.data_ptr() == other.data_ptr() and one.shape == other.shape
     # stacks and parameters together take what the parameters took
-    size = {storage(p): p.untyped_storage().nbytes() for p in packable_model.parameters()}
-    assert sum(size.values()) == sum(p.nbytes for p in set(packable_model.parameters()))
+    size = {storage(p): p.untyped_storage().nbytes() for p in any_model.parameters()}
+    assert sum(size.values()) == sum(p.nbytes for p in set(any_model.parameters()))
 
 
 def test_stacks_are_the_parameters_in_order(mixed_model) -> None:
@@ -88,6 +90,23 @@ def test_rotations_are_those_of_the_model(mixed_model, make_hybrid) -> None:
     torch.testing.assert_close(packed.cos, angle.cos(), rtol=0, atol=1e-5)
     torch.testing.assert_close(packed.sin, angle.sin(), rtol=0, atol=1e-5)
     assert pack(make_hybrid(["mamba2"]), 50).cos is None
+
+
+def test_states_turn_by_the_rotations_of_keys_but_for_one_pair(make_hybrid) -> None:
+    """Also where no layer has keys."""
+    config = make_hybrid(["attention"]).config
+    rotary = mamba2_from_attention(config, proj_bias=True, rotary=True)
+    packed = pack(make_hybrid(["mamba2"] * 2, mamba2=rotary), 50)
+    one, other = (layer.mixer.turn for layer in packed.layers)
+    assert one is other and attention_of(packed.layers[0].mixer) is None
+    for table, whole, first in zip(one, (packed.cos, packed.sin), (1, 0), strict=True):
+        assert torch.equal(table[:, 1:], whole[:, 1:]) and (table[:, 0] == first).all()
+
+
+def test_a_window_is_not_the_sliding_window_of_attention_layers(make_hybrid) -> None:
+    model = make_hybrid(["mamba2_window", "attention", "mamba2"], sliding_window=5)
+    near, far = (attention_of(layer.mixer) for layer in pack(model, 8).layers[:2])
+    assert (near.window, near.sinks, far.window, far.sinks) == (7, 3, 5, 0)
 
 
 @pytest.mark.parametrize("taps", [2, 3, 4])

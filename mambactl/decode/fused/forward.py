@@ -13,7 +13,6 @@ from mambactl.models.packed import (
     Mamba1Weights,
     Mamba2Weights,
     PackedModel,
-    attention_of,
 )
 
 
@@ -96,7 +95,7 @@ class Pass:
         run(mixer, held, s, mixed, window)
         after = gain if layer.down is None else layer.mlp_gain
         stream = (s.hidden, after, s.scaled, s.squares)
-        near = None if isinstance(mixer, AttentionWeights) else attention_of(mixer)
+        near = mixer.window if isinstance(mixer, Mamba2Weights) else None
         if near is not None:
             # it reads the stream as the mixer did, before either is added
             beside = s.inner[: rows * near.out.weight.shape[1]].view(rows, -1)

@@ -85,7 +85,7 @@ class Session:
 
     def _state(self, weights: PackedModel, ops: Any, limit: int, longest: int) -> ModelState:
         slots = max(8, 1 << (limit - 1).bit_length())
-        # a draft's passes reach k tokens beyond the newest one
+        # k would do; with two more a ring behind the usual windows is as large without drafts
         return make_state(weights, ops, self.size, self.capacity, slots, longest, ahead=self.k + 2)
 
     def load_target(self, cache: HybridCache) -> None:
@@ -142,8 +142,8 @@ class Session:
     def time_steps(self, ks: Sequence[int], sampled: bool) -> dict[int, float]:
         """Seconds of a step for each k, measured on the batch just loaded, which it leaves as is.
 
-        Just after loading no pass stores a state, so repeating a step only rewrites ring slots
-        and cache slots that the first real step writes too.
+        Just after loading no pass stores a state, so repeating a step only writes ring slots and
+        cache slots that hold nothing a real step sees before it has written them itself.
         """
         saved = [(t, t.clone()) for t in (self.batch.control, self.batch.feed, self.batch.history)]
 

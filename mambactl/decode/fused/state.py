@@ -16,20 +16,20 @@ from mambactl.models.packed import (
     attention_of,
 )
 
-# slots of a ring come in such pieces, so that other numbers of drafts need no other kernels
+# slots of a ring come in such pieces: other numbers of drafts then seldom need other kernels
 RING_STEP = 16
 
 
 @dataclass
 class AttentionState:
-    """Keys and values at the slot of their position, or of a ring of that many slots behind those
-    of the sinks (`kernels.window.slots`).
+    """Keys and values of every position, or of those that sinks and a window see
+    (`kernels.window.slots` says which slot is whose).
     """
 
     keys: Tensor  # [B, Hk, S, P]
     values: Tensor  # [B, Hk, S, P]
     splits: int  # programs that share a sequence's slots
-    ring: int = 0
+    ring: int = 0  # slots behind those of the sinks; 0: every position has its own
 
 
 @dataclass
@@ -42,7 +42,7 @@ class RecurrentState:
     state: Tensor  # [B, H, N, P] or [B, Ch, N], fp32
     mixed: Tensor | None = None  # [B, R, Ch]
     low: Tensor | None = None  # [B, R, dt_rank + 2 N]
-    window: AttentionState | None = None
+    window: AttentionState | None = None  # of the attention beside a Mamba-2 mixer
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Scratch:
     squares: Tensor  # flat
     wide: Tensor  # flat, q or z
     mixed: Tensor  # flat, what a mixer hands to its output projection
-    inner: Tensor  # flat, MLP
+    inner: Tensor  # flat, MLP or the attention beside a mixer
     partial: Tensor  # flat fp32
     counter: Tensor  # flat int32, zero between launches
 
@@ -105,7 +105,7 @@ def _load_recurrent(
 
 
 def _load_ring(state: AttentionState, held: WindowedCache, lengths: Tensor) -> None:
-    """Every position that the ring is to hold once all but the new tokens are written."""
+    """Sinks and the last positions of the prompts; the two rings may differ in size."""
     sinks, slots = held.span.sinks, state.keys.shape[2]
     place = positions_held(lengths, slots, sinks, state.ring)  # [B, S]
     # what the prompt's ring no longer holds nobody sees
@@ -122,7 +122,7 @@ def make_state(
 ) -> ModelState:
     """Empty state for passes of up to `longest` tokens per sequence.
 
-    `ahead`: how far beyond the tokens that stay a pass may have written.
+    `ahead`: how many tokens behind the first one of a step its passes may write.
     """
     splits = 16 if batch <= 4 else max(1, 64 // batch)
     layers: list[AttentionState | RecurrentState] = []

@@ -7,8 +7,8 @@ as they are. Tiles of rows are as high as H / Hk asks for, whatever T is, becaus
 sum within a block could depend on the height. So for the same `splits` and `block_k` a row comes
 out bit for bit the same in every window. The last split to finish adds all up, in order.
 
-Behind a window with sinks the block of the sinks comes first, then those of the window; few blocks
-are left then, and one split takes them all.
+With sinks the blocks that hold them come first, then those of the window; few blocks are left then,
+and one split takes them all.
 """
 
 import math
@@ -45,7 +45,8 @@ def _attend(
 ):  # fmt: skip
     """Blocks first, first + SPLITS, ... < stop: maximum (log2) and sum [R], values [R, P].
 
-    With sinks in front of block `first` theirs, block 0, comes before all.
+    With sinks (and SPLITS = 1) the blocks that hold them come before all, if they are not among
+    these.
     """
     highest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -53,9 +54,9 @@ def _attend(
     column = tl.arange(0, BLOCK_P)
     start = first
     if SINKS > 0:
-        start = tl.where(first > 0, first - SPLITS, first)
+        start -= tl.minimum(first, (SINKS + BLOCK_K - 1) // BLOCK_K)
     for j in range(start, stop, SPLITS):
-        at = tl.where(j < first, 0, j) * BLOCK_K + tl.arange(0, BLOCK_K)
+        at = tl.where(j < first, j - start, j) * BLOCK_K + tl.arange(0, BLOCK_K)
         place = slot_of(at, SINKS, RING)[:, None] * P + column[None, :]  # [K, P]
         used = at < end
         seen = at[None, :] <= position[:, None]  # [R, K]
@@ -231,8 +232,8 @@ def decode_attention(
     split neither is used. `splits` and `block_k` change the rounding, T and the grouping do not.
     """
     B, Hk, S, P = keys.shape
-    if sinks and (splits > 1 or not 0 < sinks <= block_k or not window):
-        raise ValueError("sinks take one split and a window, and fit into one block")
+    if sinks and (splits > 1 or not window):
+        raise ValueError("sinks take one split and a window")
     group = q.shape[1] // (Hk * P)
     block_r = triton.next_power_of_2(max(16, 8 * group))  # 8 tokens in a tile; never by T
     tiles = triton.cdiv(T * group, block_r)
