@@ -11,11 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from decode.engines import (
+    GREEDY,
+    NATIVE1,
+    NATIVE2,
+    ROTARY,
+    SPAN,
+    Ops,
+    fused,
+    plain,
+    prompts_of,
+)
 
-from mambactl.decode import prefill
-from mambactl.decode.drafters import ModelDrafter, NgramDrafter
-from mambactl.decode.engine import Engine
-from mambactl.decode.fused import state
 from mambactl.decode.fused.engine import FusedEngine
 from mambactl.decode.fused.session import Session
 from mambactl.decode.fused.state import RecurrentState
@@ -23,14 +30,8 @@ from mambactl.decode.sampling import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.kernels.window import linear, recurrent
 from mambactl.kernels.window.control import Field
-from mambactl.kernels.window.ops import WindowOps
-from mambactl.kernels.window.verdicts import WindowVerdicts
 from mambactl.models.config import Mamba1Settings, Mamba2Settings, WindowSettings
 
-NATIVE1 = Mamba1Settings(d_inner=40, dt_rank=3, d_state=6, native=True)
-NATIVE2 = Mamba2Settings(4, 8, 12, x_heads=4, b_groups=1, c_groups=1, norm_groups=1)
-ROTARY = Mamba2Settings(4, 8, 16, x_heads=2, b_groups=2, c_groups=4, norm_groups=4, rotary=True)
-SPAN = WindowSettings(window=6, sinks=2)
 TARGETS = {
     "attention": {"mixers": ["attention"] * 2},
     "mamba2": {"mixers": ["mamba2"] * 2},
@@ -43,32 +44,10 @@ TARGETS = {
 }
 COUNTS = ("steps", "row_steps", "drafted", "accepted", "rejections", "histogram", "lengths")
 LENGTHS = {1: [23], 3: [2, 17, 1], 4: [1, 64, 17, 2]}
-GREEDY = SamplingParams(max_new_tokens=14)
 SAMPLED = {
     "plain": SamplingParams(temperature=6.0, max_new_tokens=14, seed=1),
     "filtered": SamplingParams(temperature=8.0, top_k=40, top_p=0.9, max_new_tokens=14, seed=2),
 }
-
-
-class Ops(WindowOps, WindowVerdicts):
-    """All reference kernels."""
-
-
-def fused(target, draft=None, k=0) -> FusedEngine:
-    return FusedEngine(target, draft, k, Ops())
-
-
-def plain(target, draft=None, k=0) -> Engine:
-    if draft == "ngram":
-        return Engine(target, NgramDrafter(), k)
-    return Engine(target, draft and ModelDrafter(draft, target.config.vocab_size), k)
-
-
-def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
-    """Random prompts that repeat themselves, so that n-grams find something to copy."""
-    g = torch.Generator().manual_seed(seed)
-    cycle = [torch.randint(3, 97, (12,), generator=g).tolist() for _ in lengths]
-    return [(tokens * (n // 12 + 1))[:n] for tokens, n in zip(cycle, lengths, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -237,50 +216,6 @@ def test_other_shapes(make_hybrid, changes) -> None:
     draft = make_hybrid(["attention", "mamba1", "mamba2"], seed=22, **changes)
     for drafting, k in ((None, 0), (draft, 3), ("ngram", 2)):
         assert fused(target, drafting, k).generate(prompts, GREEDY).tokens == tokens
-
-
-WINDOWED = {
-    "native": {"mixers": ["mamba2_window"] * 2, "mamba2": NATIVE2, "has_mlp": False},
-    "no sinks": {
-        "mixers": ["mamba2_window", "attention"], "mamba2_window": WindowSettings(5, sinks=0),
-        "attention_bias": True, "sliding_window": 8, "num_key_value_heads": 1,
-    },
-    "all sinks": {
-        "mixers": ["mamba2_window", "mamba1"], "mamba2_window": WindowSettings(1, sinks=70)
-    },
-    "wide": {
-        "mixers": ["mamba1", "mamba2_window"], "mamba2_window": WindowSettings(300), "head_dim": 24,
-        "mamba1": NATIVE1, "has_mlp": False,
-    },
-    "rotary": {
-        "mixers": ["mamba2_window", "mamba2"], "mamba2": ROTARY, "mamba2_window": SPAN,
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
-                            "original_max_position_embeddings": 1024},
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WINDOWED)
-def test_windows_in_rings_that_are_not_rounded_up(make_hybrid, monkeypatch, name) -> None:
-    """Prompts read in pieces, kept in rings in which an earlier call left something."""
-    monkeypatch.setattr(state, "RING_STEP", 1)
-    target, similar = (make_hybrid(**WINDOWED[name], seed=21) for _ in range(2))
-    with torch.no_grad():
-        similar.lm_head.weight[::7] = similar.lm_head.weight[1::7]
-    drafts = {0: None, 1: similar, 5: similar, 2: "ngram", "auto": similar}
-    engines = [fused(target, draft, k) for k, draft in drafts.items()]
-    batches = [prompts_of(lengths, seed=9) for lengths in ([1], [90], [2], [3, 1, 40])]
-    expected = [plain(target).generate(prompts, GREEDY).tokens for prompts in batches]
-    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
-    for engine in engines:
-        for prompts, tokens in zip(batches, expected, strict=True):
-            done = engine.generate(prompts, GREEDY)
-            assert done.tokens == tokens, engine.k
-            if len(prompts[0]) == 90 and engine.k == 5:
-                assert done.stats.accepted > 3 and done.stats.rejections > 0
-            for session in engine.sessions.values():
-                for tensor in session.target.tensors():
-                    tensor.fill_(7)
 
 
 @pytest.mark.parametrize("draft", ["noisy", None])
