@@ -1,14 +1,15 @@
 """Keys and values of a window of tokens with sinks: what attention beside a Mamba layer caches.
 
-The first `sinks` positions have slots of their own; position p also goes to slot p mod R of a
-ring, so that memory does not grow with the text. R is the window and as many tokens as may still
-be taken back: after a rollback whatever a query can see is in the ring, and what lies beyond the
-cursor is masked until it is overwritten.
+The first `sinks` positions have slots of their own and the others share a ring of R slots
+(`kernels.window.slots`), so that memory does not grow with the text. R is the window and as many
+tokens as may still be taken back: after a rollback whatever a query can see is in the ring, and
+what lies beyond the cursor is masked until it is overwritten.
 """
 
 import torch
 from torch import Tensor
 
+from mambactl.kernels.window.slots import positions_held, slot_of
 from mambactl.models.config import WindowSettings
 
 
@@ -31,13 +32,12 @@ class KeyRing:
         device = start.device
         sunk = torch.arange(sinks, device=device).expand(len(start), -1)  # [B, S]
         near = start[:, None] + torch.arange(1 - window, 0, device=device)  # [B, W - 1]
-        slots = torch.cat([sunk, sinks + near % self.room], 1)
         new = start[:, None] + torch.arange(keys.shape[2], device=device)  # [B, T]
         place = torch.cat([sunk, near, new], 1)[:, None]  # [B, 1, S + W - 1 + T]
         real = torch.cat([sunk < start[:, None], near >= sinks, new >= 0], 1)[:, None]
         query = new[..., None]
         mask = real & (place <= query) & ((place > query - window) | (place < sinks))
-        held = (_take(t, slots) for t in (self.keys, self.values))
+        held = self._read(torch.cat([sunk, near], 1))
         keys, values = (torch.cat(pair, 2) for pair in zip(held, (keys, values), strict=True))
         return keys, values, mask[:, None]
 
@@ -51,8 +51,8 @@ class KeyRing:
         self._begin(keys, values)
         self._grow(start, self.span.window - 1 + revocable)
         end = start + (keys.shape[2] if n_new is None else n_new)
-        place = self._places(end, self.room)  # [B, S + R]
-        fresh = (place >= start[:, None]) & (place < end[:, None])
+        place = positions_held(end, self.keys.shape[2], self.span.sinks, self.room)  # [B, S + R]
+        fresh = place >= start[:, None]
         index = (place - start[:, None]).clamp(0, keys.shape[2] - 1)
         self.keys, self.values = (
             torch.where(fresh[:, None, :, None], _take(new, index), old)
@@ -74,19 +74,15 @@ class KeyRing:
 
     def _grow(self, start: Tensor, room: int) -> None:
         """Make the ring larger before tokens from `start` on are written."""
-        old = self.room
-        if room <= old:
-            return
-        place, sinks = self._places(start, room), self.span.sinks
-        slots = torch.cat([place[:, :sinks], sinks + place[:, sinks:] % old], 1)
-        self.keys, self.values = (_take(t, slots) for t in (self.keys, self.values))
+        if room > self.room:
+            sinks = self.span.sinks
+            place = positions_held(start, sinks + room, sinks, room)  # [B, S + room]
+            self.keys, self.values = self._read(place)
 
-    def _places(self, end: Tensor, room: int) -> Tensor:
-        """The position [B, S + R] each slot holds when `end` [B] tokens have been written."""
-        sinks, device = self.span.sinks, end.device
-        last = end[:, None] - 1
-        ring = last - (last - torch.arange(room, device=device)) % room
-        return torch.cat([torch.arange(sinks, device=device).expand(len(end), -1), ring], 1)
+    def _read(self, place: Tensor) -> list[Tensor]:
+        """Keys and values [B, Hk, n, P] at positions [B, n]; anything at those below 0."""
+        slots = slot_of(place.clamp(min=0), self.span.sinks, self.room)
+        return [_take(t, slots) for t in (self.keys, self.values)]
 
 
 def _take(t: Tensor, slots: Tensor) -> Tensor:

@@ -157,9 +157,9 @@ def _trainer(
     shared = trainer_arguments(config, folder, config.lr, job.device, job.amp)
     # rows are packed and masked already, the same way as for distillation
     prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
-    # nor do a pass's last few rows compile it again; the next pass has others
-    whole = config.compile and len(rows) >= config.batch_size * processes()
-    prepared["dataloader_drop_last"] = whole
+    # a smaller last batch would compile the blocks again; another pass leaves out other rows
+    full = len(rows) >= config.batch_size * processes()
+    prepared["dataloader_drop_last"] = config.compile and full
     # drawn so that a resumed run starts from the same adapters, though it reads them back
     torch.manual_seed(config.seed)
     return MatchingTrainer(

@@ -8,7 +8,7 @@ def slot_of(position: Tensor, sinks: int, ring: int) -> Tensor:
     """The slot of each position: its own number, or with `ring` > 0 one that positions share.
 
     Then the first `sinks` positions have slots of their own, and the others take turns at the
-    `ring` slots behind those (as in `models.key_ring`).
+    `ring` slots behind those.
     """
     if ring == 0:
         return position
