@@ -36,14 +36,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mambactl.errors import UsageError
-from mambactl.recipe import (
-    ROW_SUFFIXES,
-    ROW_WRITER,
-    STAGES,
-    WRITERS,
-    StageConfig,
-    split_weight,
-)
+from mambactl.options import ROW_SUFFIXES, ROW_WRITER, STAGES, WRITERS, StageConfig, split_weight
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
 FILE_FIELDS = ("data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks")

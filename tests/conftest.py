@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ("fixtures.students", "fixtures.subjects", "fixtures.packed_rows")
+
 TEXT = (
     "the a of and to in is was he she it they said went saw river house door light water stone "
     "old new red blue small large one two three four five day night king queen tree bird"

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,21 +24,27 @@ TOP_LEVEL = {
 LONGEST_FILE = 450
 VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
 
-# what a folder may import besides itself; leaves are open to all and import no other part
-LEAVES = {"errors", "console", "disk", "ranks", "recipe", "recipes", "__init__"}
-LIBRARY = {"models", "kernels"}
-MAY_IMPORT = {
-    "kernels": set(),
-    "models": {"kernels"},
-    "checkpoint": LIBRARY,
-    "data": LIBRARY,
-    "decode": LIBRARY,
-    "train": LIBRARY | {"data"},
-    "measure": LIBRARY | {"decode", "data"},
-    "stages": LIBRARY | {"checkpoint", "data", "decode", "train", "measure"},
-    "cli": LIBRARY | {"checkpoint", "data", "decode", "train", "measure", "stages"},
-    "__main__": {"cli"},
-}
+# packages from the bottom up; a package may import those before it, and leaves are open to all
+LEAVES = {"errors", "console", "files", "ranks", "options", "recipes", "stage_result", "__init__"}
+ORDER = (
+    "kernels",
+    "models",
+    "checkpoint",
+    "data",
+    "decode",
+    "generation",
+    "report",
+    "evaluation",
+    "conversion",
+    "train",
+    "speed",
+    "commands",
+    "cli",
+    "__main__",
+)
+MAY_IMPORT = {name: set(ORDER[:place]) for place, name in enumerate(ORDER)}
+# commands that write their own text use the command line's streams
+MAY_IMPORT["commands"] |= {"cli"}
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "numpy", "safetensors"}
 
 
@@ -75,9 +82,50 @@ def test_imports_point_one_way(path) -> None:
 
 def test_the_command_line_loads_nothing_heavy() -> None:
     light = [path for path in MODULES if part(path) in LEAVES | {"cli", "__main__"}]
-    for path in [*light, PACKAGE / "stages" / "__init__.py"]:
+    for path in [*light, PACKAGE / "commands" / "__init__.py"]:
         loaded = {name.partition(".")[0] for name in imported_at_load(ast.parse(path.read_text()))}
         assert not loaded & HEAVY, path
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    """Imports inside functions count: a circle is two modules that are one."""
+    modules = {_dotted(path): path for path in MODULES}
+    graph = {}
+    for name, path in modules.items():
+        every = set(_targets(ast.parse(path.read_text()), modules)) - {name}
+        graph[name] = sorted(every)
+    order = TopologicalSorter(graph)
+    try:
+        order.prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def _dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _targets(tree: ast.AST, modules: dict[str, Path]) -> Iterator[str]:
+    """Modules that a file imports anywhere; `from package import module` means the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in modules else node.module
+
+
+def test_file_names_are_unique_but_for_twins() -> None:
+    """A Triton kernel has the file name of its PyTorch reference; no other name occurs twice."""
+    places: dict[str, list[Path]] = {}
+    for path in MODULES:
+        if path.stem not in ("__init__", "__main__"):
+            places.setdefault(path.stem, []).append(path.relative_to(PACKAGE))
+    twice = {stem: found for stem, found in places.items() if len(found) > 1}
+    for stem, found in twice.items():
+        assert len(found) == 2 and {path.parts[0] for path in found} == {"kernels"}, (stem, found)
 
 
 def test_kernels_know_nothing_of_the_rest() -> None:

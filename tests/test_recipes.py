@@ -8,7 +8,7 @@ import pytest
 
 from mambactl import recipes
 from mambactl.errors import UsageError
-from mambactl.recipe import STAGES
+from mambactl.options import STAGES
 
 SHIPPED = sorted(recipes.recipe_folder().glob("*.yaml"))
 

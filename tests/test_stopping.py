@@ -28,7 +28,7 @@ SLOW_EXIT = """
 def test_one_signal_is_enough(body, number) -> None:
     script = f"""if True:
     import atexit, threading, time
-    import mambactl.__main__ as entry
+    import mambactl.cli.main as entry
 
     def ready():
         print("ready", flush=True)

@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from mambactl.checkpoint.resolve import cache_dir
+from mambactl.checkpoint.source import cache_dir
 from mambactl.console import log
 from mambactl.errors import ModelError
 

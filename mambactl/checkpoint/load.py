@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mambactl.checkpoint.adapters import Adapted, adapt, needs_remote_code
+from mambactl.checkpoint.open import open_checkpoint
 from mambactl.checkpoint.reader import (
-    CONFIG,
     Reader,
     SingleFileReader,
     blame,
-    open_checkpoint,
     parse,
     read_config,
     read_lineage,
     read_side_files,
 )
-from mambactl.checkpoint.resolve import Source, resolve, tokenizer_folder
+from mambactl.checkpoint.resolve import resolve, tokenizer_folder
 from mambactl.checkpoint.save import stored_dtype
+from mambactl.checkpoint.source import CONFIG, Source
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM

@@ -16,36 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mambactl.checkpoint.resolve import Source, resolve
+from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, DTYPES, LINEAGE, SIDE_FILES
 from mambactl.errors import MambactlError, ModelError
 
-CONFIG = "config.json"
-LINEAGE = "mambactl.json"
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-BINARY_PREFIX = "base64:"
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # pages of a mapped file count as resident until it is closed, so close it now and then
 _REMAP_BYTES = 256 << 20
 
@@ -84,32 +57,6 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def open_checkpoint(source: Source | str) -> Reader:
-    """Open any supported container; raises ModelError with what is wrong with it."""
-    if isinstance(source, str):
-        source = resolve(source)
-    if source.kind == "gguf":
-        from mambactl.checkpoint.gguf_reader import GgufReader
-
-        return GgufReader(source.path)
-    if source.kind == "file":
-        return SingleFileReader(source.path)
-    if any(source.path.glob("*.safetensors*")):
-        return FolderReader(source.path)
-    if any(source.path.glob("pytorch_model*.bin*")):
-        return PickleReader(source.path)
-    return _refuse_folder(source.path)
-
-
-def _refuse_folder(folder: Path) -> Reader:
-    if not (folder / CONFIG).is_file():
-        raise ModelError(
-            f"{folder} is not a checkpoint: it has neither {CONFIG} nor weights",
-            "give the folder that holds config.json and *.safetensors",
-        )
-    raise ModelError(f"{folder} has no weights (*.safetensors, pytorch_model*.bin)", "copy them in")
 
 
 class _MappedReader(Reader):

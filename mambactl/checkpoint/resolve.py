@@ -5,13 +5,13 @@ import functools
 import os
 import re
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mambactl.checkpoint.source import SINGLE_FILE_SUFFIXES, Source
 from mambactl.console import log
-from mambactl.disk import DISK_FULL
 from mambactl.errors import ModelError, ResourceError
+from mambactl.files import DISK_FULL
 
 ALIASES = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -28,30 +28,12 @@ ALIASES = {
     "mamba2-2.7b": "state-spaces/mamba2-2.7b",
 }
 EMBEDDED = "smollm2-135m"
-SINGLE_FILE_SUFFIXES = (".st", ".safetensors")
 
 _HUB_ID = re.compile(r"^([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
 _TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _PROBE_SECONDS = 2.0
 _PATH_HINT = "give a folder, a .st/.safetensors or .gguf file, a hub id (owner/name) or an alias"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint on disk; `kind` is folder, file or gguf, `spec` is what the user typed."""
-
-    spec: str
-    path: Path
-    kind: str
-
-
-def cache_dir() -> Path:
-    """Where fetched and converted files are kept: $MAMBACTL_CACHE or the XDG cache."""
-    if explicit := os.environ.get("MAMBACTL_CACHE"):
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mambactl"
 
 
 def resolve(spec: str, revision: str | None = None) -> Source:

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from mambactl.checkpoint.card import model_card
-from mambactl.checkpoint.reader import BINARY_PREFIX, CONFIG, DTYPES, LINEAGE
-from mambactl.checkpoint.resolve import SINGLE_FILE_SUFFIXES
-from mambactl.disk import RUN_FILE, explained, gib, hold
+from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, DTYPES, LINEAGE, SINGLE_FILE_SUFFIXES
 from mambactl.errors import OutputError, ResourceError
+from mambactl.files import RUN_FILE, explained, gib, hold
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000

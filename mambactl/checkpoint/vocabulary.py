@@ -2,7 +2,7 @@
 
 from mambactl.checkpoint.adapters import adapt, needs_remote_code
 from mambactl.checkpoint.load import load_tokenizer
-from mambactl.checkpoint.reader import open_checkpoint
+from mambactl.checkpoint.open import open_checkpoint
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
 

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 import mambactl
-from mambactl.cli import doctor, inspect, io, plot, recipe, report, stage, table
+from mambactl.cli import invoke, io
+from mambactl.commands import doctor, inspect, plot, recipe, report, table
 
 SUMMARY = """Turn a Llama-family checkpoint into a hybrid Mamba model, and decode it fast.
 
@@ -42,7 +43,7 @@ def root(
     """Only `--version` belongs to the program itself."""
 
 
-stage.register(app)
+invoke.register(app)
 app.command("inspect")(inspect.inspect)
 app.command("table")(table.table)
 app.command("plot")(plot.plot)

@@ -12,9 +12,9 @@ from typing import Any
 import typer
 
 from mambactl import console
-from mambactl.cli.launch import signals_passed_to
+from mambactl.cli.processes import signals_passed_to
 from mambactl.errors import OutputError, UsageError
-from mambactl.recipe import MODEL_WRITERS
+from mambactl.options import MODEL_WRITERS
 from mambactl.recipes import Recipe, Section, nearest, substitute
 
 # the record of a section that has to run again

@@ -6,7 +6,7 @@ import numpy as np
 
 from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, UNANSWERED, BadRows
 from mambactl.data.format import Example
-from mambactl.data.load import Document
+from mambactl.data.sources import Document
 
 
 def screened(

@@ -9,7 +9,7 @@ from itertools import chain, islice, zip_longest
 from typing import Any
 
 from mambactl.data.bad_rows import MALFORMED, BadRows
-from mambactl.data.load import Row, chat_turns, read_rows, tool_list
+from mambactl.data.sources import Row, chat_turns, read_rows, tool_list
 from mambactl.errors import UsageError
 
 EXPECTED = "`prompt`, `messages`, `turns` (strings), `instruction` or `text` per row"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mambactl.data.bad_rows import REFUSED, BadRows
-from mambactl.data.load import Document
+from mambactl.data.sources import Document
 from mambactl.errors import UsageError
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mambactl.data.format import encode
-from mambactl.data.recall import encode_words
+from mambactl.data.recall_documents import encode_words
 from mambactl.errors import UsageError
 
 NEEDLE = (

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mambactl.data.format import Example
-from mambactl.data.load import Document
+from mambactl.data.sources import Document
 from mambactl.errors import UsageError
-from mambactl.recipe import split_weight
+from mambactl.options import split_weight
 
 # encodes documents until so many tokens (None: all of them) are there
 Encoder = Callable[[Sequence[Document], int | None], list[Example]]

@@ -15,7 +15,7 @@ import numpy as np
 from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, MALFORMED, REFUSED, SAME, BadRows
 from mambactl.data.checks import begins_twice
 from mambactl.data.format import TOGETHER, Example, render_chat
-from mambactl.data.load import (
+from mambactl.data.sources import (
     POOL,
     BadRow,
     in_turn,

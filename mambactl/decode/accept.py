@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mambactl.decode.sampling import draw
+from mambactl.decode.sampler import draw
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ def make_engine(target: HybridForCausalLM, draft: Draft, k: K, exact: bool = Fal
     """
     reason = why_not(target.device)
     if reason is None:
-        from mambactl.decode.fused.engine import FusedEngine
-        from mambactl.decode.fused.ops import device_ops
+        from mambactl.decode.gpu.device_ops import device_ops
+        from mambactl.decode.gpu.fused_engine import FusedEngine
         from mambactl.models.packed import NotSupported
 
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mambactl.decode.accept import Proposal, Verdict
 from mambactl.decode.prefill import pad, prefill
-from mambactl.decode.sampling import Sampler, Stream, draw
+from mambactl.decode.sampler import Sampler, Stream, draw
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridForCausalLM
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mambactl.decode.accept import Proposal, Verdict, accept_greedy, accept_sampled
 from mambactl.decode.drafters import Drafter
 from mambactl.decode.prefill import pad, prefill
-from mambactl.decode.sampling import Sampler, SamplingParams, Stream
+from mambactl.decode.sampler import Sampler, SamplingParams, Stream
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.cache import HybridCache

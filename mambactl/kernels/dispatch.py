@@ -1,7 +1,7 @@
 """Whole-sequence kernels: `reference` with the fastest implementation that can do the call.
 
 On CUDA, bf16 or fp32:
-- our Triton kernels: `kernels.triton` for prompts, and with gradients, documents or inside
+- our Triton kernels: `kernels.decode.triton` for prompts, and with gradients, documents or inside
   `torch.compile` the operators of `kernels.operators`, whose outputs have the dtype of x;
 - what they cannot do, where mamba-ssm is installed: `mamba_chunk_scan_combined` for fp16, and
   `selective_scan_fn` for gradients of Mamba-1 (neither documents nor an initial state, and none
@@ -55,7 +55,7 @@ def ssd(
             state = None if initial_state is None else initial_state.float()
             documents = _documents(seq_idx)
             return operators.ssd(x, dt.float(), A.float(), B, C, state, documents)[:2]
-        from mambactl.kernels.triton import ssd as kernel
+        from mambactl.kernels.sequence import ssd as kernel
 
         with torch.cuda.device_of(x):
             return kernel.ssd(
@@ -80,7 +80,7 @@ def selective_scan(
     if seq_idx is None:
         gradient = _needs_gradient(x, dt, A, B, C, initial_state)
         if not gradient and _fits_triton(x, B, C):
-            from mambactl.kernels.triton import selective as kernel
+            from mambactl.kernels.sequence import selective as kernel
 
             with torch.cuda.device_of(x):
                 return kernel.selective_scan(x, dt, A.float(), B, C, initial_state)
@@ -100,7 +100,7 @@ def causal_conv1d_silu(
     if _fits_triton(x) and not _needs_gradient(window):
         if seq_idx is not None or _takes_operators(x, weight, bias):
             return operators.conv_silu(x, weight, bias, window, _documents(seq_idx))
-        from mambactl.kernels.triton import conv as kernel
+        from mambactl.kernels.sequence import conv as kernel
 
         with torch.cuda.device_of(x):
             return kernel.causal_conv1d_silu(x, weight, bias, window)
@@ -174,7 +174,7 @@ def _no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "not installed: pip install triton"
     try:
-        importlib.import_module("mambactl.kernels.triton.ssd")
+        importlib.import_module("mambactl.kernels.sequence.ssd")
     except (ImportError, OSError, AttributeError) as error:
         return f"does not load: {error}"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

@@ -8,7 +8,7 @@ With q the teacher's softmax of logits / T and p the student's, a row's divergen
 
 T^2 keeps gradients the size that they have at T = 1 (arXiv 1503.02531). Next to it stands the cross
 entropy of one target per row, which has no temperature. This file defines what is correct;
-`kernels.triton.divergence` is the same on a GPU.
+`kernels.sequence.divergence` is the same on a GPU.
 """
 
 import math

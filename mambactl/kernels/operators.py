@@ -30,7 +30,7 @@ def ssd(
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`triton.ssd.scan` in chunks of one tile, y [B, T, H, P] in the dtype of x."""
-    from mambactl.kernels.triton.ssd import BLOCKS, scan
+    from mambactl.kernels.sequence.ssd import BLOCKS, scan
 
     with torch.cuda.device_of(x):
         return scan(x, dt, A, B, C, initial_state, documents, BLOCKS[x.dtype].tile, x.dtype)
@@ -38,7 +38,7 @@ def ssd(
 
 @ssd.register_fake
 def _(x, dt, A, B, C, initial_state, documents):
-    from mambactl.kernels.triton.ssd import BLOCKS
+    from mambactl.kernels.sequence.ssd import BLOCKS
 
     (batch, length, heads), width, size = dt.shape, x.shape[3], B.shape[3]
     chunks = -(-length // BLOCKS[x.dtype].tile)
@@ -66,7 +66,7 @@ def _ssd_backward(
     documents: Tensor | None,
     entering: Tensor,
 ) -> tuple[Tensor, ...]:
-    from mambactl.kernels.triton.ssd_backward import ssd_backward
+    from mambactl.kernels.sequence.ssd_backward import ssd_backward
 
     with torch.cuda.device_of(x):
         return tuple(ssd_backward(dy, d_final, x, dt, A, B, C, documents, entering))
@@ -110,7 +110,7 @@ def conv_silu(
     documents: Tensor | None,
 ) -> Tensor:
     """`triton.conv.causal_conv1d_silu`."""
-    from mambactl.kernels.triton.conv import causal_conv1d_silu
+    from mambactl.kernels.sequence.conv import causal_conv1d_silu
 
     with torch.cuda.device_of(x):
         return causal_conv1d_silu(x, weight, bias, window, documents)
@@ -135,7 +135,7 @@ def _conv_backward(
     window: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mambactl.kernels.triton.conv import causal_conv1d_silu_backward
+    from mambactl.kernels.sequence.conv import causal_conv1d_silu_backward
 
     with torch.cuda.device_of(x):
         return causal_conv1d_silu_backward(dy, x, weight, bias, window, documents)
@@ -169,7 +169,7 @@ conv_silu.register_autograd(_return_conv, setup_context=_keep_conv)
 )
 def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """`triton.packed_attention.attend`; `ends` is for the backward pass."""
-    from mambactl.kernels.triton import packed_attention
+    from mambactl.kernels.sequence import packed_attention
 
     with torch.cuda.device_of(q):
         return packed_attention.attend(q, k, v, starts)
@@ -198,7 +198,7 @@ def _attend_backward(
     y: Tensor,
     sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mambactl.kernels.triton import packed_attention
+    from mambactl.kernels.sequence import packed_attention
 
     with torch.cuda.device_of(q):
         # the operator's y and dy are [B, T, H, P]

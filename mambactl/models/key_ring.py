@@ -1,15 +1,15 @@
 """Keys and values of a window of tokens with sinks: what attention beside a Mamba layer caches.
 
 The first `sinks` positions have slots of their own and the others share a ring of R slots
-(`kernels.window.slots`), so that memory does not grow with the text. R is the window and as many
-tokens as may still be taken back: after a rollback whatever a query can see is in the ring, and
-what lies beyond the cursor is masked until it is overwritten.
+(`kernels.decode.reference.slots`), so that memory does not grow with the text. R is the window
+and as many tokens as may still be taken back: after a rollback whatever a query can see is in the
+ring, and what lies beyond the cursor is masked until it is overwritten.
 """
 
 import torch
 from torch import Tensor
 
-from mambactl.kernels.window.slots import positions_held, slot_of
+from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 from mambactl.models.config import WindowSettings
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mambactl.kernels.window.linear import TAPS
-from mambactl.kernels.window.recurrent import spread
+from mambactl.kernels.decode.reference.linear import TAPS
+from mambactl.kernels.decode.reference.recurrent import spread
 from mambactl.models.config import HybridConfig, Mamba1Settings, Mamba2Settings
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.rotary import still

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.data.pack import Batch
+from mambactl.models.distance import misfit, relative_error, replaced_layers
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.context import StepContext
-from mambactl.models.replacement import misfit, relative_error, replaced_layers
 from mambactl.train.compiled import compiled
 from mambactl.train.objectives import autocast
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from mambactl import console
+from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.data.pack import Batch, Row, batches
 from mambactl.errors import CheckError, ResourceError
+from mambactl.options import DistillConfig
 from mambactl.ranks import processes, rank
-from mambactl.recipe import DistillConfig
 from mambactl.train.captured import CapturedObjective, recorder_for
 from mambactl.train.distributed import add_up, from_main, largest, total
 from mambactl.train.feed import ahead
@@ -32,7 +33,6 @@ from mambactl.train.ledger import (
 )
 from mambactl.train.objectives import Objective
 from mambactl.train.optimizer import build_optimizer, schedule, set_learning_rate, warmup_of
-from mambactl.train.run_folder import RunFolder
 
 Parameters = dict[str, nn.Parameter]
 

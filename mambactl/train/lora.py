@@ -7,7 +7,7 @@ from torch import nn
 
 from mambactl.errors import ResourceError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.recipe import AdaptedConfig
+from mambactl.options import AdaptedConfig
 
 
 def require_peft(config: AdaptedConfig) -> None:

@@ -207,7 +207,7 @@ class _Sweep:
         live = hidden.is_cuda and self.wide == torch.float32
         self.token_losses = reference.token_losses
         if live and triton_missing(hidden.device) is None:
-            from mambactl.kernels.triton import divergence as kernel
+            from mambactl.kernels.sequence import divergence as kernel
 
             self.token_losses = kernel.token_losses
 

@@ -10,12 +10,12 @@ from trl import SFTTrainer
 
 from mambactl.data.pack import Batch, Row, collate
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.train.cached_teacher import TeacherCache
 from mambactl.train.distributed import total
 from mambactl.train.lora import plain
 from mambactl.train.losses import Losses, SampledTeacher, Teacher, distillation_loss
 from mambactl.train.objectives import autocast, last_hidden, next_tokens
 from mambactl.train.spread import SpreadTrainer, add_inner_loss, shard_frozen
-from mambactl.train.teacher_cache import TeacherCache
 
 IGNORED = -100
 # of a batch, what a cache holds for it: the fields of a `SampledTeacher`

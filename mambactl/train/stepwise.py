@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
+from mambactl.models.distance import misfit, replaced_layers
 from mambactl.models.hybrid import HybridBlock, HybridForCausalLM
-from mambactl.models.replacement import misfit, replaced_layers
 
 # shares of all layers replaced in the models of the paper, and before the first of them
 SHARES = (0.25, 0.5, 0.75, 0.875, 1.0)

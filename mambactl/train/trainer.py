@@ -13,13 +13,13 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from mambactl import console
+from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.errors import CheckError, ResourceError
+from mambactl.options import TrackedConfig, TrainConfig
 from mambactl.ranks import is_main
-from mambactl.recipe import TrackedConfig, TrainConfig
 from mambactl.train.distributed import from_main, largest
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import Evaluation, PhaseReport
-from mambactl.train.run_folder import RunFolder
 
 # what transformers' callbacks take for a tracker, where that is not the package of its name
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}

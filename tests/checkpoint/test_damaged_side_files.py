@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, load_tokenizer, open_strict
-from mambactl.checkpoint.summary import describe
 from mambactl.errors import ModelError
 
 NO_UTF8 = b'{"a": "\xff\xfe"}'

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mambactl.checkpoint import save
 from mambactl.checkpoint.load import load_lineage, load_model
-from mambactl.checkpoint.reader import open_checkpoint
+from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.checkpoint.save import CheckpointWriter, save_model
 from mambactl.errors import OutputError, ResourceError
-from mambactl.train.run_folder import RunFolder
 
 SIDE_FILES = {"tokenizer.json": '{"model": "näïve \\" 🙂"}', "chat_template.jinja": "{{ x }}\n"}
 LINEAGE = {"schema": 1, "stage": "convert", "source": "owner/model", "metrics": {"kl": 0.5}}

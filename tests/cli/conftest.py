@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from mambactl.__main__ import run
-from mambactl.stages import StageResult
+from mambactl.cli.main import run
+from mambactl.stage_result import StageResult
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def fake_stage(monkeypatch) -> Callable[..., list[dict[str, Any]]]:
             calls.append({"config": config, "source": source, "planned": True})
             return {"parameters": 12345}
 
-        module = ModuleType(f"mambactl.stages.{name}")
+        module = ModuleType(f"mambactl.commands.{name}")
         module.run, module.plan = stage_run, plan
         monkeypatch.setitem(sys.modules, module.__name__, module)
         return calls

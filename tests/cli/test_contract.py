@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mambactl import errors
-from mambactl.__main__ import EXTRAS
 from mambactl.cli import io
+from mambactl.cli.main import EXTRAS
 from mambactl.errors import ExitCode
 
 EXIT_CODES = {
@@ -239,7 +239,7 @@ def test_signals_unwind_the_stage(cli, fake_stage, monkeypatch, number, code) ->
         finally:
             cleaned.append(True)
 
-    monkeypatch.setattr(sys.modules["mambactl.stages.convert"], "run", interrupted)
+    monkeypatch.setattr(sys.modules["mambactl.commands.convert"], "run", interrupted)
     before = signal.getsignal(number)
     done = cli("convert", "m")
     assert (done.code, done.out, cleaned) == (code, "", [True])
@@ -251,7 +251,7 @@ def test_only_what_can_resume_offers_it(cli, fake_stage) -> None:
     fake_stage("bench", raises=KeyboardInterrupt())
     fake_stage("sft", raises=KeyboardInterrupt())
     for module in ("bench", "sft"):
-        stage = sys.modules[f"mambactl.stages.{module}"]
+        stage = sys.modules[f"mambactl.commands.{module}"]
         stage.run = lambda *given, **how: os.kill(os.getpid(), signal.SIGINT)
     assert "--resume" not in cli("bench", "m").err
     assert "--resume" in cli("sft", "m").err

@@ -82,7 +82,7 @@ def test_every_command_shows_a_summary_and_examples(cli) -> None:
 
 def test_help_is_light_on_imports(python) -> None:
     code = (
-        "import sys; from mambactl.__main__ import run; run(sys.argv[1:]);"
+        "import sys; from mambactl.cli.main import run; run(sys.argv[1:]);"
         f"sys.exit(', '.join(m for m in {HEAVY} if m in sys.modules) or 0)"
     )
     for command in (

@@ -9,8 +9,9 @@ from mambactl import console
 # the real entry point around a stage that talks a lot
 TALKATIVE = """
 import sys, types, warnings
-from mambactl import __main__, console
-from mambactl.stages import StageResult
+from mambactl import console
+from mambactl.cli import main as program
+from mambactl.stage_result import StageResult
 
 def run(config, source, out, **how):
     for _ in range(2000):
@@ -23,11 +24,11 @@ def run(config, source, out, **how):
     out.write_text("weights")
     return StageResult(str(out))
 
-stage = types.ModuleType("mambactl.stages.convert")
+stage = types.ModuleType("mambactl.commands.convert")
 stage.run = run
 sys.modules[stage.__name__] = stage
 sys.argv = ["mambactl", "convert", "m", "-o", "t.st"]
-__main__.main()
+program.main()
 """
 
 

@@ -8,7 +8,7 @@ import pytest
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.checks import screened
 from mambactl.data.format import encode, encode_rows
-from mambactl.data.load import Document, load_rows
+from mambactl.data.sources import Document, load_rows
 from mambactl.errors import UsageError
 
 

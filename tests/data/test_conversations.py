@@ -6,12 +6,7 @@ import json
 import pytest
 
 from mambactl.data.bad_rows import BadRows
-from mambactl.data.conversations import (
-    conversation,
-    distinct,
-    read_conversations,
-    shard_of,
-)
+from mambactl.data.conversations import conversation, distinct, read_conversations, shard_of
 from mambactl.errors import UsageError
 
 

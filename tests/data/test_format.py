@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mambactl.data.format import encode, encode_rows
-from mambactl.data.load import Document
+from mambactl.data.sources import Document
 from mambactl.errors import UsageError
 
 MESSAGES = [

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mambactl.data.format import Example
-from mambactl.data.load import Document
 from mambactl.data.mixture import mixed, names, shares
+from mambactl.data.sources import Document
 from mambactl.errors import UsageError
-from mambactl.recipe import split_weight
+from mambactl.options import split_weight
 
 
 def documents(*sizes):

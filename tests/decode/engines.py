@@ -4,10 +4,10 @@ import torch
 
 from mambactl.decode.drafters import ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine
-from mambactl.decode.fused.engine import FusedEngine
-from mambactl.decode.sampling import SamplingParams
-from mambactl.kernels.window.ops import WindowOps
-from mambactl.kernels.window.verdicts import WindowVerdicts
+from mambactl.decode.gpu.fused_engine import FusedEngine
+from mambactl.decode.sampler import SamplingParams
+from mambactl.kernels.decode.reference.ops import WindowOps
+from mambactl.kernels.decode.reference.verdicts import WindowVerdicts
 from mambactl.models.config import Mamba1Settings, Mamba2Settings, WindowSettings
 
 NATIVE1 = Mamba1Settings(d_inner=40, dt_rank=3, d_state=6, native=True)

@@ -5,7 +5,7 @@ import torch
 
 from mambactl.decode import accept
 from mambactl.decode.accept import Proposal, accept_greedy, accept_sampled, residual
-from mambactl.decode.sampling import draw
+from mambactl.decode.sampler import draw
 
 V = 6
 

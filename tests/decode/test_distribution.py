@@ -6,7 +6,7 @@ import torch
 from mambactl.decode import accept
 from mambactl.decode.drafters import ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine
-from mambactl.decode.sampling import SamplingParams, filtered_probs
+from mambactl.decode.sampler import SamplingParams, filtered_probs
 
 V = 5
 PROMPT = [1, 4, 2, 3, 1, 4, 2]

@@ -5,7 +5,7 @@ import torch
 
 from mambactl.decode.drafters import ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine
-from mambactl.decode.sampling import SamplingParams
+from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import ModelError, UsageError
 
 TARGETS = {
@@ -228,7 +228,7 @@ def test_k_and_drafter_belong_together(targets):
 
 
 def test_ngrams_copy_what_followed_the_latest_longest_match():
-    from mambactl.decode.sampling import Sampler
+    from mambactl.decode.sampler import Sampler
 
     drafter = NgramDrafter()
     sampler = Sampler(GREEDY, [0, 1], "cpu")

@@ -23,13 +23,13 @@ from decode.engines import (
     prompts_of,
 )
 
-from mambactl.decode.fused.engine import FusedEngine
-from mambactl.decode.fused.session import Session
-from mambactl.decode.fused.state import RecurrentState
-from mambactl.decode.sampling import SamplingParams
+from mambactl.decode.gpu.fused_engine import FusedEngine
+from mambactl.decode.gpu.session import Session
+from mambactl.decode.gpu.state import RecurrentState
+from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
-from mambactl.kernels.window import linear, recurrent
-from mambactl.kernels.window.control import Field
+from mambactl.kernels.decode.reference import linear, recurrent
+from mambactl.kernels.decode.reference.control import Field
 from mambactl.models.config import Mamba1Settings, Mamba2Settings, WindowSettings
 
 TARGETS = {
@@ -394,7 +394,7 @@ def test_device_kernels_in_the_interpreter(make_hybrid, mixers) -> None:
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here: see test_fused_gpu.py")
-    from mambactl.decode.fused.ops import DeviceOps
+    from mambactl.decode.gpu.device_ops import DeviceOps
 
     rotary = "mamba2_window" in mixers
     sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 40, "mamba1": NATIVE1,

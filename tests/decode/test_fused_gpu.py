@@ -1,6 +1,6 @@
 """The engine on a GPU: device kernels, whole steps as CUDA graphs, scripted models.
 
-Scripted models know the right token after every token (see `measure.synthetic`), so every token
+Scripted models know the right token after every token (see `speed.synthetic`), so every token
 of a long run is checked, whatever the precision.
 """
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from mambactl.decode.engine import Engine
-from mambactl.decode.fused import engine as fused_engine
-from mambactl.decode.fused.engine import FusedEngine
-from mambactl.decode.fused.state import RecurrentState
-from mambactl.decode.sampling import SamplingParams
-from mambactl.measure.synthetic import build, disagreeing, first_wrong, successors
+from mambactl.decode.gpu import fused_engine as fused_engine
+from mambactl.decode.gpu.fused_engine import FusedEngine
+from mambactl.decode.gpu.state import RecurrentState
+from mambactl.decode.sampler import SamplingParams
 from mambactl.models.config import Mamba2Settings
+from mambactl.speed.synthetic import build, disagreeing, first_wrong, successors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ BATCHES = [1, 4, 32]
 def ops():
     """ops(exact=False) -> the kernels of a GPU."""
     pytest.importorskip("triton")
-    from mambactl.decode.fused.ops import DeviceOps
+    from mambactl.decode.gpu.device_ops import DeviceOps
 
     return lambda exact=False: DeviceOps(exact)
 

@@ -5,7 +5,7 @@ import torch
 from decode.engines import GREEDY, NATIVE1, NATIVE2, ROTARY, SPAN, fused, plain, prompts_of
 
 from mambactl.decode import prefill
-from mambactl.decode.fused import state
+from mambactl.decode.gpu import state
 from mambactl.models.config import WindowSettings
 
 WINDOWED = {

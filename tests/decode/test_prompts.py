@@ -7,7 +7,7 @@ import pytest
 
 from mambactl.decode.prompts import BUILTIN, Prompt, encode
 from mambactl.errors import UsageError
-from mambactl.stages.decoding import read_prompts
+from mambactl.generation.decoding import read_prompts
 
 
 def test_builtin_prompts_cover_four_kinds_of_text():

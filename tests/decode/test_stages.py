@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mambactl.checkpoint.load import load_model, load_tokenizer
+from mambactl.commands import generate, spec_decode
 from mambactl.decode import engine as engine_module
 from mambactl.decode.equality import first_differences, next_logits, require_equal
 from mambactl.decode.prompts import Prompt, encode
 from mambactl.errors import CheckError, ModelError, UsageError
-from mambactl.recipe import GenerateConfig, SpecDecodeConfig
-from mambactl.stages import generate, spec_decode
+from mambactl.options import GenerateConfig, SpecDecodeConfig
 
 COMMON = {"device": "cpu", "max_new_tokens": 12}
 

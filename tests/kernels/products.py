@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambactl.kernels.window.ops import WindowOps
+from mambactl.kernels.decode.reference.ops import WindowOps
 
 NAN, EPS = float("nan"), 1e-5
 REFERENCE = WindowOps()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mambactl.kernels.triton import attention as kernel  # noqa: E402
-from mambactl.kernels.window import attention as reference  # noqa: E402
+from mambactl.kernels.decode.reference import decode_attention as reference  # noqa: E402
+from mambactl.kernels.decode.triton import decode_attention as kernel  # noqa: E402
 
 NAN = float("nan")
 

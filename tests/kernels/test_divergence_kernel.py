@@ -14,7 +14,7 @@ from mambactl.kernels import divergence as reference
 from mambactl.kernels.divergence import Samples, Terms
 
 pytest.importorskip("triton")
-kernel = pytest.importorskip("mambactl.kernels.triton.divergence")
+kernel = pytest.importorskip("mambactl.kernels.sequence.divergence")
 
 # (rows, vocabulary): one block with a tail, exactly one block, and more than one
 SHAPES = [(3, 37), (2, 64), (2, 4096 + 130)]

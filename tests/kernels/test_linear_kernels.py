@@ -40,8 +40,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mambactl.kernels.triton.ops import TritonOps  # noqa: E402
-from mambactl.kernels.triton.product import Tiles, tiles_for  # noqa: E402
+from mambactl.kernels.decode.triton.gemv import Tiles, tiles_for  # noqa: E402
+from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 
 
 class Steps(TritonOps):

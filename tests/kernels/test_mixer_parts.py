@@ -12,8 +12,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mambactl.kernels.triton.ops import TritonOps  # noqa: E402
-from mambactl.kernels.window.linear import window_positions  # noqa: E402
+from mambactl.kernels.decode.reference.linear import window_positions  # noqa: E402
+from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 
 SLOTS = 16
 

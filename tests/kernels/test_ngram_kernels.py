@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mambactl.decode.drafters import NgramDrafter
-from mambactl.decode.sampling import Sampler, SamplingParams
-from mambactl.kernels.window import ngram as reference
+from mambactl.decode.sampler import Sampler, SamplingParams
+from mambactl.kernels.decode.reference import ngram as reference
 
 pytest.importorskip("triton")
-kernels = pytest.importorskip("mambactl.kernels.triton.ngram")
+kernels = pytest.importorskip("mambactl.kernels.decode.triton.ngram")
 
 ROOM = 41
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mambactl.kernels.triton import ops as triton_ops  # noqa: E402
-from mambactl.kernels.triton.ops import TritonOps  # noqa: E402
-from mambactl.kernels.window.linear import convolved, ring_rows, window_positions  # noqa: E402
-from mambactl.kernels.window.ops import WindowOps  # noqa: E402
+from mambactl.kernels.decode.reference.linear import convolved, ring_rows, window_positions  # noqa: E402
+from mambactl.kernels.decode.reference.ops import WindowOps  # noqa: E402
+from mambactl.kernels.decode.triton import ops as triton_ops  # noqa: E402
+from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 from mambactl.models.config import Mamba1Settings, Mamba2Settings  # noqa: E402
 from mambactl.models.mixers.context import StepContext  # noqa: E402
 from mambactl.models.mixers.mamba1 import Mamba1Mixer  # noqa: E402

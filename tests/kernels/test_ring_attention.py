@@ -27,12 +27,12 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mambactl.kernels.triton import attention as kernel  # noqa: E402
-from mambactl.kernels.triton.ops import TritonOps  # noqa: E402
-from mambactl.kernels.triton.turn import turn as turn_kernel  # noqa: E402
-from mambactl.kernels.window import attention as reference  # noqa: E402
-from mambactl.kernels.window import recurrent  # noqa: E402
-from mambactl.kernels.window.slots import positions_held, slot_of  # noqa: E402
+from mambactl.kernels.decode.reference import decode_attention as reference  # noqa: E402
+from mambactl.kernels.decode.reference import recurrent  # noqa: E402
+from mambactl.kernels.decode.reference.slots import positions_held, slot_of  # noqa: E402
+from mambactl.kernels.decode.triton import decode_attention as kernel  # noqa: E402
+from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
+from mambactl.kernels.decode.triton.rotate import turn as turn_kernel  # noqa: E402
 from mambactl.models.mixers.rotary import turn  # noqa: E402
 
 FUNCTIONS = [reference.decode_attention, kernel.decode_attention]

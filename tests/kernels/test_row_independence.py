@@ -23,8 +23,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mambactl.kernels.triton.ops import TritonOps  # noqa: E402
-from mambactl.kernels.triton.product import tiles_for  # noqa: E402
+from mambactl.kernels.decode.triton.gemv import tiles_for  # noqa: E402
+from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 
 
 def all_products(ops, stream, weights, x, m: slice) -> list[Tensor]:

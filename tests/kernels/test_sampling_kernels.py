@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambactl.decode.sampling import draw, filtered_probs, uniform
+from mambactl.decode.sampler import draw, filtered_probs, uniform
+from mambactl.kernels.decode.reference import sampling as reference
 from mambactl.kernels.random import Stream
-from mambactl.kernels.window import sampling as reference
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-kernels = pytest.importorskip("mambactl.kernels.triton.sampling")
-drawing = pytest.importorskip("mambactl.kernels.triton.drawing")
+kernels = pytest.importorskip("mambactl.kernels.decode.triton.sampling")
+drawing = pytest.importorskip("mambactl.kernels.decode.triton.drawing")
 
 SIZES = [97, 5003]
 # the interpreter takes 10 ms per drawn token

@@ -14,8 +14,8 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from mambactl.kernels import reference  # noqa: E402
-from mambactl.kernels.triton import conv, selective, ssd  # noqa: E402
-from mambactl.kernels.triton.launch import INTERPRETED  # noqa: E402
+from mambactl.kernels.launch import INTERPRETED  # noqa: E402
+from mambactl.kernels.sequence import conv, selective, ssd  # noqa: E402
 
 FP32 = 2e-5
 ROUNDING = 2**-7 if INTERPRETED else 2**-8

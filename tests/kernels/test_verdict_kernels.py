@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mambactl.decode.accept import Proposal, accept_greedy, accept_sampled
-from mambactl.decode.sampling import draw, filtered_probs, uniform
+from mambactl.decode.sampler import draw, filtered_probs, uniform
+from mambactl.kernels.decode.reference import sampling as reference
 from mambactl.kernels.random import Stream
-from mambactl.kernels.window import sampling as reference
 
 pytest.importorskip("triton")
-kernels = pytest.importorskip("mambactl.kernels.triton.sampling")
+kernels = pytest.importorskip("mambactl.kernels.decode.triton.sampling")
 
 BATCH = 1000 if torch.cuda.is_available() else 60
 

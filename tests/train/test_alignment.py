@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambactl.data.pack import collate
-from mambactl.models.replacement import misfit, relative_error
+from mambactl.models.distance import misfit, relative_error
 from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.optimizer import mixer_parameters
 

@@ -8,19 +8,12 @@ import json
 import pytest
 import torch
 
+from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.data.pack import batches, collate
-from mambactl.recipe import DistillConfig
-from mambactl.stages.held_out import HeldOut
+from mambactl.options import DistillConfig
 from mambactl.train import captured, loop
 from mambactl.train.alignment import AlignmentObjective
-from mambactl.train.captured import WARMUP, CapturedObjective, recorder_for
-from mambactl.train.ledger import Evaluation
-from mambactl.train.loop import Phase, train
-from mambactl.train.objectives import LogitsObjective
-from mambactl.train.optimizer import mixer_parameters, rest_parameters
-from mambactl.train.run_folder import RunFolder
-from mambactl.train.stepwise import StandIns
-from mambactl.train.teacher_cache import (
+from mambactl.train.cached_teacher import (
     CachedObjective,
     Drawing,
     TeacherCache,
@@ -28,6 +21,13 @@ from mambactl.train.teacher_cache import (
     draw_batch,
     write_shard,
 )
+from mambactl.train.captured import WARMUP, CapturedObjective, recorder_for
+from mambactl.train.held_out import HeldOut
+from mambactl.train.ledger import Evaluation
+from mambactl.train.loop import Phase, train
+from mambactl.train.objectives import LogitsObjective
+from mambactl.train.optimizer import mixer_parameters, rest_parameters
+from mambactl.train.stepwise import StandIns
 
 MIXERS = ["mamba2", "attention", "mamba1", "attention"]
 CONFIG = DistillConfig(batch_size=2, max_length=32, grad_accum=2, save_every=100, warmup=2)

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
+from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.errors import CheckError
-from mambactl.recipe import DistillConfig
+from mambactl.options import DistillConfig
 from mambactl.train import ledger, loop
 from mambactl.train.ledger import Evaluation
 from mambactl.train.loop import Phase, train
 from mambactl.train.objectives import LogitsObjective
 from mambactl.train.optimizer import mixer_parameters, rest_parameters
-from mambactl.train.run_folder import RunFolder
 
 CONFIG = DistillConfig(batch_size=2, max_length=32, save_every=5, warmup=2)
 

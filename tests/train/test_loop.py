@@ -7,8 +7,9 @@ import signal
 import pytest
 import torch
 
+from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.errors import CheckError, OutputError
-from mambactl.recipe import DistillConfig
+from mambactl.options import DistillConfig
 from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.loop import Phase, train
 from mambactl.train.objectives import LogitsObjective
@@ -19,7 +20,6 @@ from mambactl.train.optimizer import (
     rest_parameters,
     schedule,
 )
-from mambactl.train.run_folder import RunFolder
 
 CONFIG = DistillConfig(batch_size=2, max_length=32, save_every=3, warmup=2)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mambactl.data.pack import collate
-from mambactl.recipe import SftConfig
+from mambactl.options import SftConfig
 from mambactl.train.objectives import last_hidden
 
 pytest.importorskip("peft", reason='pip install "mambactl[lora]"')

@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 from mambactl.data.format import Example
 from mambactl.data.pack import collate, pack
-from mambactl.train.teacher_cache import Drawing, TeacherCache, digests, draw_batch, write_shard
+from mambactl.train.cached_teacher import Drawing, TeacherCache, digests, draw_batch, write_shard
 
 # kl and ce weights
 WEIGHTS = {"ce": (0.0, 0.7), "kl": (1.0, 0.0), "both": (0.5, 0.7)}

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mambactl.checkpoint.adapters import hybrid, llama, mamba
+from mambactl.checkpoint.adapters import llama, mamba, own
 from mambactl.checkpoint.adapters.adapted import Adapted
-from mambactl.checkpoint.reader import CONFIG, Reader, blame
+from mambactl.checkpoint.reader import Reader, blame
+from mambactl.checkpoint.source import CONFIG
 from mambactl.errors import ModelError
 
 __all__ = ["SUPPORTED", "Adapted", "adapt", "needs_remote_code"]
@@ -19,7 +20,7 @@ SUPPORTED = {
 }
 
 _ADAPTERS: dict[str, Callable[[Reader], Adapted]] = {
-    "mambactl_hybrid": hybrid.adapt,
+    "mambactl_hybrid": own.adapt,
     "llama": llama.adapt,
     "mistral": llama.adapt,
     "mamba": mamba.adapt,

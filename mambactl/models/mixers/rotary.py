@@ -30,7 +30,7 @@ def still(rotation: Tensor, value: float, half: int | None = None) -> Tensor:
     """Cosines or sines [..., N] or [..., N / 2] for states: the pair that turns fastest stays.
 
     That is channels 0 and N / 2 of N = 2 * `half`; with it a mixer holds a channel constant, which
-    is its running mean (see `mambactl.models.init`).
+    is its running mean (see `mambactl.conversion.initial_values`).
     """
     channel = torch.arange(rotation.shape[-1], device=rotation.device)
     return rotation.masked_fill(channel % (half or rotation.shape[-1]) == 0, value)

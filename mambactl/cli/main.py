@@ -1,0 +1,212 @@
+"""The entry point: signals and every exception become one message and one documented exit code."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from mambactl.console import PLAIN_ERRORS, secure_streams
+from mambactl.errors import ExitCode, MambactlError
+from mambactl.ranks import REPORTS, is_main, launched, rank
+
+EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
+# commands whose work of many steps `--resume` continues
+RESUMABLE = ("distill", "sft", "dpo", "recipe")
+MEMORY_SIGNS = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")
+# what a process meets when another one of its run ends without a word
+ECHO_SIGNS = (
+    "losed by peer",
+    "reset by peer",
+    "remote process exited",
+    "got 0 bytes",
+    "roken pipe",
+)
+# seconds in which the main process of a run says itself what all of them met
+PATIENCE = 10.0
+# exit code of a command that a signal stopped, less the signal's number
+STOPPED = 128
+# seconds in which such a command undoes what it was at, and in which its process ends after that
+UNDOING, ENDING = 10.0, 5.0
+DISK_SIGNS = ("No space left on device", "Disk quota exceeded")
+
+
+class Stopped(KeyboardInterrupt):
+    """The first SIGINT or SIGTERM; it unwinds the stack so that half-written files are removed."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its documented code."""
+    # idle threads that spin make torch on a busy machine several times slower; read at its import
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    secure_streams()
+    code = run(sys.argv[1:])
+    if code > STOPPED:
+        # exit waits for threads, and up to 300 s for the compilers' pool
+        _end_in(ENDING, code)
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line in this process and return its exit code; messages go to stderr."""
+    stopped: list[int] = []
+    failure: BaseException | None = None
+    code: int = ExitCode.DONE
+    try:
+        with _stopping(stopped, arguments):
+            code = _invoke(arguments)
+    except SystemExit as error:
+        # completion and Typer's own exits
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException as error:
+        failure = error
+    if stopped:
+        return _report_stop(stopped[0], failure, arguments)
+    if failure is not None:
+        return _report(failure, *explain(failure), arguments)
+    return code
+
+
+def explain(error: BaseException) -> tuple[int, str, str | None]:
+    """Return exit code, sentence and hint for an exception."""
+    if isinstance(error, MambactlError):
+        return error.code, str(error), error.hint
+    chain = list(_chain(error))
+    text = " ".join(str(link) for link in chain)
+    if any(_is_memory(link) for link in chain):
+        return ExitCode.RESOURCE, "out of memory", "smaller --batch-size, --max-length or --dtype"
+    full = any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain)
+    if full or any(sign in text for sign in DISK_SIGNS):
+        return ExitCode.RESOURCE, f"the disk is full: {error}", "free space, or use another -o"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
+        extra = EXTRAS[(error.name or "").split(".")[0]]
+        return ExitCode.RESOURCE, f"{error.name} is missing", f'pip install "mambactl[{extra}]"'
+    if hasattr(error, "format_message"):
+        # a command line that Typer could not parse
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "mambactl"
+        return ExitCode.USAGE, error.format_message(), f"{command} --help"
+    return ExitCode.BUG, f"{type(error).__name__}: {error}", "this is a bug: please report it"
+
+
+def _invoke(arguments: list[str]) -> int:
+    from mambactl.cli.app import app
+    from mambactl.cli.io import guarded_stdout
+
+    if not arguments and not os.environ.get("_MAMBACTL_COMPLETE"):
+        with guarded_stdout():
+            app(["--help"], prog_name="mambactl", standalone_mode=False)
+        return ExitCode.USAGE
+    result = app(arguments, prog_name="mambactl", standalone_mode=False)
+    return result if isinstance(result, int) else ExitCode.DONE
+
+
+@contextmanager
+def _stopping(stopped: list[int], arguments: list[str]) -> Iterator[None]:
+    left = threading.Event()
+
+    def insist() -> None:
+        # a library may have swallowed `Stopped`
+        if not left.wait(UNDOING):
+            os._exit(_report_stop(stopped[0], None, arguments))
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stopped:
+            os._exit(STOPPED + number)
+        stopped.append(number)
+        threading.Thread(target=insist, name="stopping", daemon=True).start()
+        raise Stopped(signal.Signals(number).name)
+
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        left.set()
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _end_in(seconds: float, code: int) -> None:
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(code)
+
+    threading.Thread(target=end, name="ending", daemon=True).start()
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_memory(error: BaseException) -> bool:
+    # torch has its own class, which must not be imported here
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in MEMORY_SIGNS)
+
+
+def _report_stop(number: int, failure: BaseException | None, arguments: list[str]) -> int:
+    rows = any(argument.partition("=")[0] == "--dataset" for argument in arguments)
+    resumable = arguments[:1] and (arguments[0] in RESUMABLE or rows)
+    hint = "run it again; --resume continues where it stopped" if resumable else "run it again"
+    message = f"stopped by {signal.Signals(number).name}"
+    return _report(failure, STOPPED + number, message, hint, arguments)
+
+
+def _report(
+    error: BaseException | None, code: int, message: str, hint: str | None, arguments: list[str]
+) -> int:
+    if (trace := _trace(error, code)) and not launched():
+        sys.stderr.write(trace)
+    if launched() and not _heard(error, code, message, hint, trace):
+        return int(code)
+    if "--json" in arguments and PLAIN_ERRORS not in os.environ:
+        lines = [json.dumps({"error": message, "hint": hint, "code": int(code)})]
+    else:
+        lines = [f"error: {message}"] + ([f"hint: {hint}"] if hint else [])
+    sys.stderr.write("\n".join(lines) + "\n")
+    return int(code)
+
+
+def _trace(error: BaseException | None, code: int) -> str:
+    """A traceback for bugs, and for who asks for it."""
+    if error is None or not (code == ExitCode.BUG or os.environ.get("MAMBACTL_DEBUG") == "1"):
+        return ""
+    import traceback
+
+    # of one of several processes, it came with what that one reported
+    return getattr(error, "trace", None) or "".join(traceback.format_exception(error))
+
+
+def _heard(
+    error: BaseException | None, code: int, message: str, hint: str | None, trace: str
+) -> bool:
+    """Whether one of several processes has to print its failure itself."""
+    echo = code == ExitCode.BUG and any(
+        sign in str(link) for link in _chain(error) for sign in ECHO_SIGNS
+    )
+    if (folder := os.environ.get(REPORTS)) is not None:
+        # whoever started all of them prints one of the reports
+        report = {"code": int(code), "message": message, "hint": hint, "trace": trace, "echo": echo}
+        with open(os.path.join(folder, f"{rank()}.json"), "w", encoding="utf-8") as file:
+            json.dump(report, file)
+        return False
+    if echo:
+        sys.stderr.write("stopped: another process of this run ended\n")
+        return False
+    if not is_main():
+        if code > ExitCode.CHECK:
+            # stopped: the main one is as well, and says so
+            return False
+        # most failures are those of all; what started them ends this one when the main one ends
+        time.sleep(PATIENCE)
+    sys.stderr.write(trace)
+    return True

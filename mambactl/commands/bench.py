@@ -1,0 +1,329 @@
+"""`bench`: prefill and decode speed, memory and cache of models, alone, drafted for or compared."""
+
+import gc
+from operator import truediv
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambactl import console
+from mambactl.checkpoint.teacher import teacher_of
+from mambactl.errors import CheckError, UsageError
+from mambactl.generation import decoding
+from mambactl.models.placement import place
+from mambactl.options import BenchConfig
+from mambactl.report.results import machine, save_results
+from mambactl.speed import bench_tables, candidates
+from mambactl.speed.bandwidth import read_bandwidth
+from mambactl.speed.candidates import Source
+from mambactl.speed.head_loss import Size, head_loss
+from mambactl.speed.speculation import speculation
+from mambactl.speed.subject import Grid, Subject
+from mambactl.speed.throughput import throughput
+from mambactl.speed.training_bench import TEACHER_TEXT, TEXT, require_hybrids, training_points
+from mambactl.speed.verify import require_kernels, verify
+from mambactl.stage_result import StageResult
+from mambactl.train.losses import Teacher, distillation_loss
+
+STAGE = "bench"
+
+# column of a measurement -> the ratio it gives, larger is better for the model
+RATIOS = {
+    "prefill_tokens_per_second": "prefill_speedup",
+    "decode_tokens_per_second": "decode_speedup",
+    "cache_bytes": "cache_reduction",
+}
+
+# an 8B model's head on a GPU
+LOSS_SIZES = {"cuda": Size(8192, 4096, 128256), "cpu": Size(512, 256, 8192)}
+
+Points = list[dict[str, Any]]
+
+
+def run(config: BenchConfig, source: str | None) -> StageResult:
+    """Measure every context length and batch size; CheckError below `min_speedup`."""
+    result = measure(config, source)
+    check(config, result.metrics)
+    return result
+
+
+def measure(config: BenchConfig, source: str | None) -> StageResult:
+    """Measure, print tables and keep the numbers, whatever they are."""
+    baseline = _prepare(config, source)
+    device, dtype = place(config)
+    if config.verify or config.kernels:
+        require_kernels(device, "--kernels" if config.kernels else "--verify")
+    bandwidth = read_bandwidth(device)
+    metrics = machine(device) | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "bandwidth_bytes_per_second": bandwidth,
+        "config": config.model_dump(mode="json"),
+    }
+    console.log(f"{metrics['device']} reads {bandwidth / 1e9:,.0f} GB/s")
+    if config.kernels:
+        return _kernels(config, metrics, device, dtype)
+    if config.loss:
+        return _loss(config, metrics, device, dtype)
+    if config.training:
+        return _training(config, source, metrics, device, dtype)
+    if source is None:
+        return _synthetic(config, metrics, device, dtype)
+    return _checkpoint(config, source, baseline, metrics, device, dtype)
+
+
+def plan(config: BenchConfig, source: str | None) -> dict[str, Any]:
+    """What would be measured; reads headers only."""
+    baseline = _prepare(config, source)
+    device, dtype = place(config)
+    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    if config.kernels:
+        return {"kernels": True, **where}
+    if config.loss:
+        return {"loss": _loss_size(config, device)._asdict(), **where}
+    if config.training:
+        about = candidates.about_shapes(config) if source is None else {"source": source}
+        rows = {"input_len": config.input_len, "batch_sizes": config.batch_size}
+        return {"training": True, **about, **rows, **where}
+    sizes = {
+        "draft": config.draft,
+        "k": config.k if config.draft else 0,
+        "input_len": config.input_len,
+        "batch_sizes": config.batch_size,
+        "output_len": config.output_len,
+    }
+    if source is None:
+        return candidates.about_shapes(config) | sizes | where
+    found = candidates.about_checkpoint(source)
+    other = candidates.about_checkpoint(baseline) if baseline else None
+    return {
+        "source": found["checkpoint"],
+        "parameters": found["parameters"],
+        "mixers": found["mixers"],
+        "baseline": other and other["checkpoint"],
+        "baseline_parameters": other and other["parameters"],
+        **sizes,
+        "cache_bytes_at_most": _cache_bytes(config, found["cache"]),
+        **where,
+    }
+
+
+def compare(points: Points, baseline: Points) -> Points:
+    """Add to every point how much better it is than the baseline's; None where one is missing."""
+    return [
+        point | {ratio: _ratio(point, other, column) for column, ratio in RATIOS.items()}
+        for point, other in zip(points, baseline, strict=True)
+    ]
+
+
+def _ratio(point: dict[str, Any], other: dict[str, Any], column: str) -> float | None:
+    mine, theirs = point[column], other[column]
+    if not mine or not theirs:
+        return None
+    return theirs / mine if column == "cache_bytes" else mine / theirs
+
+
+def _prepare(config: BenchConfig, source: str | None) -> str | None:
+    """Refuse what contradicts itself; returns the baseline."""
+    if config.kernels and config.synthetic:
+        raise UsageError("--kernels and --synthetic exclude each other", "give one of them")
+    if config.kernels and (config.draft or config.verify):
+        raise UsageError("--kernels has no draft and no --verify", "they go with a model")
+    sizes = (config.tokens, config.hidden, config.vocab)
+    if not config.loss and sizes != (None, None, None):
+        raise UsageError("--tokens, --hidden and --vocab are sizes of the loss", "add --loss")
+    if config.loss and (config.kernels or config.synthetic or config.draft or config.verify):
+        raise UsageError(
+            "--loss goes without --kernels, --synthetic, --draft and --verify", "drop them"
+        )
+    if config.training and (config.kernels or config.loss or config.draft or config.verify):
+        raise UsageError(
+            "--training goes without --kernels, --loss, --draft and --verify", "drop them"
+        )
+    if config.training and config.baseline not in (None, "teacher"):
+        raise UsageError(
+            f"a hybrid is trained beside its own teacher, not {config.baseline}",
+            "give --baseline teacher",
+        )
+    if config.training and config.baseline and not config.train_rest:
+        raise UsageError("a teacher has no mixers to train alone", "drop --no-train-rest")
+    if config.min_speedup is not None and config.baseline is None:
+        raise UsageError(
+            "--min-speedup needs something to be faster than",
+            hint="pass --baseline teacher, or --baseline MODEL",
+        )
+    if source is None:
+        if config.baseline is not None:
+            raise UsageError(
+                "--baseline compares checkpoints", "compare shapes with --synthetic NAME,NAME"
+            )
+        if not config.loss:
+            candidates.require_shapes(config)
+        if config.training:
+            require_hybrids(config)
+        return None
+    decoding.require_draft(config, source)
+    return (
+        teacher_of(source, None, "--baseline") if config.baseline == "teacher" else config.baseline
+    )
+
+
+def _checkpoint(
+    config: BenchConfig,
+    source: str,
+    baseline: str | None,
+    metrics: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StageResult:
+    own = candidates.checkpoint(config, source, device, dtype, config.draft)
+    metrics["points"] = _measure(config, own, metrics, device)
+    if baseline is not None:
+        plain = candidates.checkpoint(config, baseline, device, dtype, None)
+        other = _measure(config, plain, metrics, device)
+        metrics |= {"baseline": baseline, "baseline_points": other}
+        metrics["points"] = compare(metrics["points"], other)
+    bench_tables.show(source, metrics)
+    kept = save_results(STAGE, source, device.type, config, metrics)
+    return StageResult(path=source, metrics=metrics, kept=kept)
+
+
+def _synthetic(
+    config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> StageResult:
+    metrics["points"] = []
+    for name in config.synthetic:
+        source = candidates.synthetic(config, name, device, dtype)
+        points = _measure(config, source, metrics, device)
+        bench_tables.show(name, metrics | {"points": points})
+        metrics["points"] += points
+    return StageResult(None, metrics, ",".join(config.synthetic))
+
+
+def _kernels(
+    config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> StageResult:
+    # imports Triton
+    from mambactl.speed.recurrence import BATCHES, contest
+
+    rows = []
+    with console.progress("kernels", len(BATCHES)) as progress:
+        for batch in BATCHES:
+            rows.append(contest(batch, device, dtype, config.seed))
+            progress.advance(status=f"{batch} rows")
+    metrics |= {"points": [], "kernels": rows}
+    bench_tables.show_kernels(metrics)
+    best = max(rows, key=lambda row: row["ratio"])
+    text = f"replay is {best['ratio']:.2f}x a state per token at {best['batch_size']} rows"
+    return StageResult(None, metrics, text)
+
+
+def _training(
+    config: BenchConfig,
+    source: str | None,
+    metrics: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StageResult:
+    metrics["points"] = training_points(config, source, device, dtype)
+    bench_tables.show_training(metrics)
+    parts = [
+        f"{point['stage']} {point['tokens_per_second']:,.0f} tokens/s"
+        for point in metrics["points"]
+    ]
+    if config.baseline is not None:
+        ours, theirs = (
+            [point["tokens_per_second"] for point in metrics["points"] if point["stage"] == stage]
+            for stage in (TEXT, TEACHER_TEXT)
+        )
+        metrics["training_speedup"] = min(map(truediv, ours, theirs))
+        parts.append(f"text at {metrics['training_speedup']:.2f}x its teacher's speed or more")
+    return StageResult(source, metrics, ", ".join(parts))
+
+
+def _loss(
+    config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> StageResult:
+    size = _loss_size(config, device)
+    with console.progress("loss", 1) as progress:
+        row = head_loss(
+            _distillation, size, device, dtype, config.warmup, config.iters, config.seed
+        )
+        progress.advance()
+    metrics |= {"points": [], "loss": row}
+    bench_tables.show_loss(metrics)
+    rate = row["flops_per_second"] / 1e12
+    text = f"{row['milliseconds']:.1f} ms for {size.tokens} tokens, {rate:.3g} TFLOP/s"
+    return StageResult(None, metrics, text)
+
+
+def _loss_size(config: BenchConfig, device: torch.device) -> Size:
+    return Size(
+        *(
+            usual if given is None else given
+            for given, usual in zip(
+                (config.tokens, config.hidden, config.vocab), LOSS_SIZES[device.type], strict=True
+            )
+        )
+    )
+
+
+def _distillation(
+    hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, *teacher: Tensor
+) -> Tensor:
+    return distillation_loss(hidden, weight, targets, mask, Teacher(*teacher)).total
+
+
+def _measure(
+    config: BenchConfig, source: Source, metrics: dict[str, Any], device: torch.device
+) -> Points:
+    grid = Grid(
+        config.input_len,
+        config.batch_size,
+        config.output_len,
+        config.warmup,
+        config.iters,
+        config.seed,
+    )
+    bandwidth = metrics["bandwidth_bytes_per_second"]
+    subject = Subject(source.target(), source.name, bandwidth, source.successor)
+    points = throughput(subject, grid)
+    if source.draft is not None:
+        points = speculation(subject, source.draft(), config.k, grid, points)
+    if config.verify:
+        points = verify(subject, config.k, grid, points)
+    # the next model's peak must not hold this one
+    del subject
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [{"model": source.name, **point} for point in points]
+
+
+def _cache_bytes(config: BenchConfig, cache: dict[str, int]) -> int:
+    tokens = max(config.input_len) + config.output_len
+    per_row = cache["bytes_per_sequence"] + tokens * cache["bytes_per_token"]
+    return max(config.batch_size) * per_row
+
+
+def check(config: BenchConfig, metrics: dict[str, Any]) -> None:
+    """Raise CheckError where the model is not faster than the baseline by `min_speedup`."""
+    if config.min_speedup is None:
+        return
+    points: Points = metrics["points"]
+    slow = [
+        f"{bench_tables.name(point)}: {bench_tables.times(point['decode_speedup'])}"
+        for point in points
+        if not _fast_enough(point, config.min_speedup)
+    ]
+    if slow:
+        raise CheckError(
+            f"the decode speed-up is below {config.min_speedup:g} at {', '.join(slow)}"
+        )
+
+
+def _fast_enough(point: dict[str, Any], bound: float) -> bool:
+    if point["decode_tokens_per_second"] is None:
+        return False
+    # a baseline that did not fit cannot be faster
+    return point["decode_speedup"] is None or point["decode_speedup"] >= bound

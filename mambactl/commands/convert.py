@@ -1,0 +1,290 @@
+"""`convert`: attention layers of a checkpoint become Mamba mixers; the rest is copied through.
+
+Tensors stream from reader to writer, so memory holds one layer, not the model; only choosing the
+layers by measurement (`--select kl|recall`) loads the model as a whole.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambactl import console
+from mambactl.checkpoint.adapters import Adapted
+from mambactl.checkpoint.contents import cache_bytes
+from mambactl.checkpoint.load import empty_model, open_strict
+from mambactl.checkpoint.provenance import lineage
+from mambactl.checkpoint.reader import Reader
+from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.save import CheckpointWriter, refuse_existing, stored_dtype
+from mambactl.conversion.fit import LayerFit, Streams
+from mambactl.conversion.layout import attention_bytes, attention_to_keep, kept_attention
+from mambactl.conversion.replace import Replacement, block_of, open_aligned
+from mambactl.conversion.select import Choice, Texts, choose, count_forwards, read_texts
+from mambactl.data.pack import Batch
+from mambactl.data.sources import count_rows
+from mambactl.errors import ModelError, UsageError
+from mambactl.models.config import HybridConfig
+from mambactl.models.placement import place
+from mambactl.options import ConvertConfig
+from mambactl.stage_result import StageResult
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def run(
+    config: ConvertConfig, source: str, out: Path, *, resume: bool = False, force: bool = False
+) -> StageResult:
+    """Write the hybrid at `out`; there is nothing to resume, and what is done the CLI handles."""
+    # without a selection it computes on the CPU, yet a missing device is an error everywhere
+    place(config)
+    origin = resolve(source)
+    reader, adapted = open_strict(origin)
+    with reader, open_aligned(config.mixers_from) as aligned:
+        work = _Work(config, reader, adapted, Replacement(config, adapted.config, aligned))
+        # wrong options and a taken place show before minutes of measuring
+        target = work.target(work.by_rule())
+        refuse_existing(out, force)
+        texts = read_texts(config, source)
+        choice = work.choose(source, texts)
+        if choice is not None:
+            target = work.target(choice.kept)
+        replaced = _replaced(adapted.config, target)
+        shapes = {
+            name: (tuple(tensor.shape), work.dtype(name))
+            for name, tensor in empty_model(target).state_dict().items()
+            if not (target.tie_word_embeddings and name == "lm_head.weight")
+        }
+        writer = CheckpointWriter(out, target, reader.files, None, force, config.max_shard_gb * 1e9)
+        fits: dict[int, LayerFit] = {}
+        with writer:
+            writer.plan(shapes)
+            with console.progress("convert", target.num_hidden_layers) as task:
+                for name, tensor in work.tensors(target, texts.fit, fits, task):
+                    writer.write(name, tensor.to(shapes[name][1]))
+            metrics = _metrics(replaced, target, fits, choice)
+            local = Path(source).expanduser().exists()
+            writer.lineage = lineage(
+                "convert",
+                reader.lineage,
+                origin.path if local else source,
+                None,
+                config.model_dump(mode="json"),
+                config.seed,
+                metrics,
+                origin.path,
+            )
+    _report(metrics, fits)
+    return StageResult(str(out), metrics)
+
+
+def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
+    """Resolve and check everything, write nothing."""
+    place(config)
+    reader, adapted = open_strict(resolve(source))
+    with reader, open_aligned(config.mixers_from) as aligned:
+        work = _Work(config, reader, adapted, Replacement(config, adapted.config, aligned))
+        target = work.target(work.by_rule())
+        model = empty_model(target)
+        dtype = work.dtype("model.embed_tokens.weight")
+    parameters = sum(p.numel() for p in model.parameters())
+    found = {
+        "layers": target.mixers,
+        "replaced": _replaced(adapted.config, target),
+        "parameters": parameters,
+        "bytes": parameters * dtype.itemsize,
+        "init": config.init,
+        "window": target.mamba2_window,
+        "rotary": target.rotates,
+        "cache": cache_bytes(target, dtype),
+        "documents": count_rows(config.calibrate) if config.calibrate else 0,
+    }
+    if config.select != "uniform":
+        keep = target.mixers.count("attention")
+        # only how many is known before the measurement
+        found |= {"layers": None, "replaced": len(found["replaced"]), "kept": keep}
+        found["selection"] = {
+            "select": config.select,
+            "forwards": count_forwards(config, adapted.config, keep),
+            "documents": count_rows(config.select_data or config.calibrate),
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One open source and how its layers are replaced."""
+
+    config: ConvertConfig
+    reader: Reader
+    adapted: Adapted
+    replacement: Replacement
+
+    def target(self, kept: list[int]) -> HybridConfig:
+        """The configuration with attention in `kept`; raises UsageError or ModelError."""
+        if "attention" not in self.adapted.config.mixers:
+            raise ModelError(
+                "this model has no attention layer to replace", "give a Llama or a hybrid"
+            )
+        _check(self.config)
+        return self.replacement.target(kept)
+
+    def by_rule(self) -> list[int]:
+        """Layers that stay attention if nothing is measured, and how many if something is."""
+        config, base = self.config, self.adapted.config
+        if config.kv_budget is None or config.keep_attention is not None:
+            return kept_attention(base.num_hidden_layers, config.ratio, config.keep_attention)
+        attention = [i for i, name in enumerate(base.mixers) if name == "attention"]
+        keep = attention_to_keep(base, config.ratio, config.kv_budget, self._kv_itemsize)
+        ratio = 1 - keep / max(1, len(attention))
+        return [attention[place] for place in kept_attention(len(attention), ratio)]
+
+    def choose(self, source: str, texts: Texts) -> Choice | None:
+        """The layers that a measurement chooses, or None where the rule decides."""
+        if self.config.select == "uniform":
+            return None
+        base = self.adapted.config
+        keep = attention_to_keep(base, self.config.ratio, self.config.kv_budget, self._kv_itemsize)
+        size = attention_bytes(base, self._kv_itemsize)
+        return choose(self.config, source, self.replacement, texts, self.layer, keep, size)
+
+    @property
+    def _kv_itemsize(self) -> int:
+        # a cache has the type of the model
+        return self.dtype("model.embed_tokens.weight").itemsize
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type on disk: the source's own for a copied tensor, its embedding's for a new one."""
+        if self.config.dtype != "auto":
+            return stored_dtype(name, getattr(torch, self.config.dtype))
+        names = self.adapted.names
+        known = name if name in names else "model.embed_tokens.weight"
+        return stored_dtype(name, self.reader.dtype(names[known]))
+
+    @cached_property
+    def names(self) -> dict[int, list[str]]:
+        """Tensors of the source by layer."""
+        found = {index: [] for index in range(self.adapted.config.num_hidden_layers)}
+        for name in self.adapted.names:
+            if match := LAYER.fullmatch(name):
+                found[int(match[1])].append(name)
+        return found
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one layer of the source by their names in a block."""
+        return {
+            LAYER.fullmatch(name)[2]: self.adapted.get(self.reader, name)
+            for name in self.names[index]
+        }
+
+    def tensors(
+        self,
+        target: HybridConfig,
+        batches: list[Batch],
+        fits: dict[int, LayerFit],
+        task: console.Task,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the hybrid, layer by layer; fills `fits` on the way."""
+        base = self.adapted.config
+        for name in self.adapted.names:
+            if not LAYER.fullmatch(name):
+                yield name, self.adapted.get(self.reader, name)
+        streams = None
+        if batches:
+            embedding = self.adapted.get(self.reader, "model.embed_tokens.weight")
+            # the source's model: what masks its attention needs may not exist in the target
+            streams = Streams(empty_model(base).model, embedding, batches)
+            del embedding
+        last = max(_replaced(base, target), default=-1)
+        for index in self.names:
+            state = self.layer(index)
+            if base.mixers[index] != target.mixers[index]:
+                state = self.replacement.layer(index, state, streams, fits)
+            elif streams is not None and index < last:
+                streams.keep(block_of(base, index, state).float())
+            for name, tensor in state.items():
+                yield f"model.layers.{index}.{name}", tensor
+            task.advance()
+
+
+def _check(config: ConvertConfig) -> None:
+    """Raise UsageError for options that contradict each other."""
+    if config.sinks is not None and not config.window:
+        raise UsageError("--sinks belong to a window", "add --window 64")
+    if config.window and config.mixer != "mamba2":
+        raise UsageError(f"--window does not go with --mixer {config.mixer}", "use --mixer mamba2")
+    if config.rotary and config.mixer != "mamba2":
+        raise UsageError(f"--rotary does not go with --mixer {config.mixer}", "use --mixer mamba2")
+    if config.window and config.init != "calibrated":
+        raise UsageError(
+            "--window starts as the attention that it keeps, which --init reference would disturb",
+            "drop one of the two",
+        )
+    if config.calibrate and config.init != "calibrated":
+        raise UsageError("--calibrate needs --init calibrated", "drop one of the two")
+    if config.calibrate and config.mixers_from:
+        raise UsageError(
+            "--calibrate fits new mixers, --mixers-from brings its own",
+            "drop one of the two; text to choose layers on is --select-data",
+        )
+    if config.select == "uniform":
+        if config.select_data:
+            raise UsageError("--select-data is for --select kl or recall", "add --select kl")
+        return
+    if config.keep_attention is not None:
+        raise UsageError("--keep-attention leaves nothing to select", "drop it, or --select")
+    if not (config.select_data or config.calibrate):
+        raise UsageError(
+            f"--select {config.select} measures on text and has none",
+            "give --select-data DATA" + ("" if config.mixers_from else " or --calibrate DATA"),
+        )
+
+
+def _replaced(base: HybridConfig, target: HybridConfig) -> list[int]:
+    pairs = zip(base.mixers, target.mixers, strict=True)
+    return [index for index, (old, new) in enumerate(pairs) if old != new]
+
+
+def _metrics(
+    replaced: list[int], target: HybridConfig, fits: dict[int, LayerFit], choice: Choice | None
+) -> dict[str, Any]:
+    kept = [index for index, mixer in enumerate(target.mixers) if mixer == "attention"]
+    metrics: dict[str, Any] = {"replaced_layers": replaced, "attention_layers": kept}
+    if target.mamba2_window:
+        metrics["window"] = target.mamba2_window
+    if target.rotates:
+        metrics["rotary"] = True
+    if fits:
+        after = [fit.after_refit for fit in fits.values()]
+        metrics["calibration_error"] = round(sum(after) / len(after), 4)
+    if choice is not None:
+        metrics["selection"] = choice.metrics
+    return metrics
+
+
+def _report(metrics: dict[str, Any], fits: dict[int, LayerFit]) -> None:
+    console.log(
+        f"replaced {len(metrics['replaced_layers'])} attention layers, "
+        f"kept {metrics['attention_layers'] or 'none'}"
+    )
+    if not fits:
+        return
+    rows = [
+        (
+            index,
+            f"{fit.before_refit:.3f}",
+            f"{fit.after_refit:.3f}",
+            "-" if fit.ridge is None else f"{fit.ridge:g}",
+            " ".join("inf" if h >= 1e4 else f"{h:g}" for h in fit.half_lives),
+        )
+        for index, fit in fits.items()
+    ]
+    columns = ("layer", "error", "after refit", "ridge", "half-life per head (tokens)")
+    console.table(
+        "held-out error of each mixer's output (1 = no better than the mean)", columns, rows
+    )

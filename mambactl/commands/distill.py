@@ -1,0 +1,211 @@
+"""`distill`: align every mixer with the attention it replaced, then match the teacher's logits.
+
+In between, if asked, layers become recurrent step by step.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mambactl import console
+from mambactl.checkpoint.load import load_lineage, open_strict
+from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.vocabulary import model_config
+from mambactl.commands.teacher_cache import cached_objective, read_record
+from mambactl.data.pack import Row
+from mambactl.errors import UsageError
+from mambactl.models.config import HybridConfig
+from mambactl.models.distance import replaced_layers
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.options import DistillConfig
+from mambactl.stage_result import StageResult
+from mambactl.train.alignment import AlignmentObjective
+from mambactl.train.compiled import compile_blocks, compiles, release_blocks
+from mambactl.train.distributed import join
+from mambactl.train.estimate import Estimate, estimate
+from mambactl.train.held_out import HeldOut
+from mambactl.train.job import Job, draw_ledger, plan_training, report_phases
+from mambactl.train.ledger import Evaluation
+from mambactl.train.loop import Phase, train
+from mambactl.train.objectives import LogitsObjective, Objective
+from mambactl.train.phases import PhasePlan, plan_phases, shapes_of
+from mambactl.train.sharing import restore, share_frozen
+from mambactl.train.stepwise import StandIns
+
+STAGE = "distill"
+
+
+def run(
+    config: DistillConfig,
+    source: str,
+    out: Path | None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> StageResult:
+    """Train the hybrid at `source` towards its teacher and write the result to `out`."""
+    job = Job.of(STAGE, config, source)
+    _check_capture(job, config)
+    join(job.device)
+    folder = job.folder(out, resume, force)
+    ours, theirs = _configs(job)
+    planned = plan_phases(config, ours, theirs, _ranking(source))
+    tokenizer = job.tokenizer()
+    rows = job.rows(tokenizer)
+    held_out = job.held_out_rows(tokenizer)
+    models = _models(job, config, planned, needs_teacher=bool(held_out))
+    console.log(f"{len(replaced_layers(ours))} mixers follow {models.name}")
+    phases = [_phase(job, config, models, theirs, plan, rows) for plan in planned]
+    evaluation = None
+    if held_out:
+        pair = models.student, models.teacher
+        measured = HeldOut(*pair, held_out, config.batch_size, job.amp, not models.compiled)
+        evaluation = Evaluation(config.eval_every, measured.measure)
+    with folder.open(resume, force):
+        trim = not (models.compiled or config.capture)
+        reports = train(models.student, phases, rows, config, folder, evaluation, trim)
+        metrics = report_phases(reports, folder)
+        draw_ledger(folder, asked=bool(held_out))
+        models.put_back(job)
+        job.save(models.student, folder, models.name, metrics)
+    console.log(f"wrote {out}")
+    return StageResult(str(out), metrics)
+
+
+def plan(config: DistillConfig, source: str) -> dict[str, Any]:
+    """Resolve everything, measure how fast this machine is, and say what would run."""
+    job = Job.of(STAGE, config, source)
+    _check_capture(job, config)
+    found = plan_training(job)
+    ours, theirs = _configs(job)
+    planned = plan_phases(config, ours, theirs, _ranking(source))
+    predicted = estimate(job, ours, theirs, planned)
+    model = shapes_of(ours)
+    per_step = job.global_batch * config.max_length
+    phases = [
+        plan.describe(model, per_step) | {"predicted": predicted[plan.name].as_metrics()}
+        for plan in planned
+    ]
+    return found | {"phases": phases, "predicted": Estimate.of_all(predicted)}
+
+
+def _check_capture(job: Job, config: DistillConfig) -> None:
+    """Raise UsageError for steps that no CUDA graph can hold; say so where there are no graphs."""
+    if config.capture and config.grad_checkpointing:
+        raise UsageError(
+            "--grad-checkpointing reads the states of random number generators, which steps in a "
+            "CUDA graph cannot",
+            "drop --capture or --grad-checkpointing",
+        )
+    if config.capture and job.device.type != "cuda":
+        console.log(f"--capture changes nothing on {job.device}: it has no CUDA graphs")
+
+
+def _configs(job: Job) -> tuple[HybridConfig, HybridConfig]:
+    """The student's and the teacher's configuration; UsageError when nothing was replaced."""
+    ours = model_config(job.source)
+    if not replaced_layers(ours):
+        raise UsageError(
+            f"{job.source} has no Mamba layer to distill", f"first: mambactl convert {job.source}"
+        )
+    return ours, model_config(job.teacher_spec())
+
+
+def _ranking(source: str) -> list[int] | None:
+    """Layers from easy to hard to replace, as the newest selection in the lineage found them."""
+    newest = load_lineage(source)
+    if newest is None:
+        return None
+    for link in (newest, *reversed(newest.get("ancestors", []))):
+        found = link.get("metrics", {}).get("selection", {}).get("ranking")
+        if found:
+            return list(found)
+    return None
+
+
+@dataclass
+class _Models:
+    """What learns and from whom; `teacher` is None where a cache stands in, `name` says which.
+
+    `rounded` names frozen parameters that are held in less precision than they are stored in.
+    """
+
+    student: HybridForCausalLM
+    teacher: HybridForCausalLM | None
+    name: str
+    compiled: bool
+    rounded: list[str]
+
+    def put_back(self, job: Job) -> None:
+        """Make the student ready to be saved: plain blocks, and frozen weights as stored."""
+        release_blocks(self.student)
+        if not self.rounded:
+            return
+        reader, adapted = open_strict(resolve(job.source))
+        with reader:
+            restore(self.student, self.rounded, lambda key: adapted.get(reader, key).to(job.device))
+
+
+def _models(
+    job: Job, config: DistillConfig, planned: Sequence[PhasePlan], needs_teacher: bool
+) -> _Models:
+    """Load both models; what no phase trains exists once, in the type products take."""
+    student = job.student(None)
+    cached = config.teacher_cache and all(plan.kind == "logits" for plan in planned)
+    if cached and not needs_teacher:
+        teacher, name = None, read_record(Path(config.teacher_cache).expanduser())["teacher"]
+    else:
+        teacher, name = job.teacher(), job.teacher_spec()
+    trained = {
+        key for plan in planned for members, _ in plan.parameters(student) for key in members
+    }
+    sharing = share_frozen(student, teacher, trained, job.dtype)
+    compiling = compiles(config.compile, job.device)
+    if compiling:
+        for model in (student, teacher):
+            if model is not None:
+                compile_blocks(model)
+    return _Models(student, teacher, name, compiling, sharing.rounded)
+
+
+def _phase(
+    job: Job,
+    config: DistillConfig,
+    models: _Models,
+    theirs: HybridConfig,
+    plan: PhasePlan,
+    rows: Sequence[Row],
+) -> Phase:
+    student, teacher = models.student, models.teacher
+    work = plan.work(student.config, theirs, config.grad_checkpointing)
+    return Phase(
+        plan.name,
+        plan.steps,
+        _objective(job, config, models, plan, rows),
+        plan.parameters(student),
+        context=StandIns(student, teacher, plan.waiting) if plan.waiting else nullcontext(),
+        flops=work.flops,
+        cure="lower --align-lr" if plan.kind == "align" else "lower --lr",
+    )
+
+
+def _objective(
+    job: Job, config: DistillConfig, models: _Models, plan: PhasePlan, rows: Sequence[Row]
+) -> Objective:
+    """What a phase minimises: each kind of phase has its own."""
+    if plan.kind == "align":
+        return AlignmentObjective(models.student, models.teacher, job.amp, models.compiled)
+    if plan.kind == "logits" and config.teacher_cache:
+        return cached_objective(job, config, models.student, rows)
+    return LogitsObjective(
+        models.student,
+        models.teacher,
+        config.kl_weight,
+        config.ce_weight,
+        config.temperature,
+        amp=job.amp,
+        divergence=config.divergence,
+        beta=config.jsd_beta,
+    )

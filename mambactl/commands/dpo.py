@@ -1,0 +1,216 @@
+"""`dpo`: direct preference optimisation against the teacher, or against the model's own start."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mambactl import console
+from mambactl.checkpoint.load import load_model
+from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.errors import UsageError
+from mambactl.evaluation.rewards import Layout
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.options import DpoConfig
+from mambactl.ranks import is_main, sharded
+from mambactl.stage_result import StageResult
+from mambactl.train.distributed import from_main, join, largest
+from mambactl.train.job import Job, plan_training, report_phases, require_whole_weights
+from mambactl.train.preference_data import Preferences, preview, read_preferences
+from mambactl.train.reference_policy import HeldOutPreferences, precomputed, show_held_out
+from mambactl.train.trainer import follow, require_trackers, trainer_arguments
+
+STAGE = "dpo"
+SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+# losses of the difference of rewards, in which what a divergence leaves open cancels
+DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+
+
+def run(
+    config: DpoConfig,
+    source: str,
+    out: Path | None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> StageResult:
+    """Tune the model at `source` on preferences and write the result to `out`."""
+    _require(config)
+    job = Job.of(STAGE, config, source)
+    folder = job.folder(out, resume, force)
+    join(job.device)
+    data = read_preferences(job, config)
+    student = job.student()
+    reference = _reference(job, config)
+    with folder.open(resume, force):
+        # the main process is in its folder: nothing of a run before is left there
+        from_main(None)
+        held, before = _held_out(job, config, folder, student, reference, data)
+        trainer = _trainer(job, config, folder, student, reference, data, held)
+        del reference
+        metrics: dict[str, Any] = report_phases([follow(trainer, STAGE, folder)], folder)
+        metrics |= {"data": data.counts}
+        if config.max_kl is not None and held.farthest() > config.max_kl:
+            console.warn(f"the policy is {held.farthest():.4f} nats per token from its reference")
+        if held.sets:
+            after = held.last or held.measure()
+            show_held_out(before, after)
+            metrics["held_out"] = {
+                name: found | {"before": before[name]} for name, found in after.items()
+            }
+        spec = job.teacher_spec() if config.reference == "teacher" else None
+        job.save(student, folder, spec, metrics)
+    console.log(f"wrote {out}")
+    return StageResult(str(out), metrics)
+
+
+def plan(config: DpoConfig, source: str) -> dict[str, Any]:
+    """Resolve everything, check the data and show a pair; writes nothing."""
+    _require(config)
+    job = Job.of(STAGE, config, source)
+    found = plan_training(job, config.reference == "teacher", foreign=True, counts=False)
+    shown = {"reference": config.reference, "losses": dict(_losses(config))}
+    return found | shown | preview(job, config)
+
+
+def _require(config: DpoConfig) -> None:
+    """Raise for what cannot be trained, before anything is loaded."""
+    _require_losses(config)
+    require_trackers(config)
+    require_whole_weights(bool(config.eval_data or config.eval_share))
+
+
+def _losses(config: DpoConfig) -> list[tuple[str, float]]:
+    """Every loss with its weight."""
+    weights = config.loss_weights or [1.0] * len(config.loss_type)
+    losses = list(zip(config.loss_type, weights, strict=True))
+    return losses + ([("sft", config.sft_weight)] if config.sft_weight else [])
+
+
+def _require_losses(config: DpoConfig) -> None:
+    """Raise UsageError for settings that TRL would refuse, or take and ignore."""
+    chosen = set(config.loss_type)
+    if len(chosen) < len(config.loss_type):
+        raise UsageError("a loss type is given twice", "give it once, with a weight")
+    if config.loss_weights and len(config.loss_weights) != len(config.loss_type):
+        message = f"{len(config.loss_weights)} loss weights for {len(config.loss_type)} loss types"
+        raise UsageError(message, "give one --loss-weights value per --loss-type")
+    if config.sft_weight and "sft" in chosen:
+        raise UsageError("sft is a loss type and has --sft-weight", "give one of them")
+    if chosen == {"sft"}:
+        raise UsageError("sft alone learns no preference", "use `mambactl sft`, or add sigmoid")
+    if config.label_smoothing and not chosen & SMOOTHED:
+        hint = f"use it with --loss-type {', '.join(sorted(SMOOTHED))}; robust is sigmoid's"
+        raise UsageError(f"--label-smoothing does nothing for {', '.join(chosen)}", hint)
+    if "exo_pair" in chosen and not config.label_smoothing:
+        raise UsageError("exo_pair needs label smoothing", "add --label-smoothing 0.001")
+    if config.max_kl is not None and not (config.eval_data or config.eval_share):
+        hint = "add --eval-share 0.1, or --eval-data FILE"
+        raise UsageError("--max-kl needs held-out preferences to be measured on", hint)
+    if config.f_divergence != "reverse_kl" and not chosen <= DIFFERENCES:
+        others = ", ".join(sorted(chosen - DIFFERENCES))
+        raise UsageError(f"{others} has no --f-divergence", f"use {', '.join(sorted(DIFFERENCES))}")
+
+
+def _reference(job: Job, config: DpoConfig) -> Any:
+    if config.reference == "teacher":
+        model = job.teacher(foreign=True)
+    else:
+        # a copy of its own: after a resume the student is no longer what it started as
+        model = load_model(job.source, job.device, job.dtype).requires_grad_(False)
+    # rounded like the policy, whose weights are fp32, where it does not stay in memory
+    return model.float() if _precomputes(config) else model
+
+
+def _precomputes(config: DpoConfig) -> bool:
+    """Whether the reference is asked ahead; TRL would load one of its own under FSDP."""
+    return config.precompute_reference and not sharded()
+
+
+def _layout(job: Job, reference: Any) -> Layout:
+    """Packed rows need both models to reset their state between documents."""
+    config = job.config
+    packing = config.packing and isinstance(reference, HybridForCausalLM)
+    return Layout(config.max_length, config.batch_size, packing, job.amp)
+
+
+def _held_out(
+    job: Job,
+    config: DpoConfig,
+    folder: RunFolder,
+    student: HybridForCausalLM,
+    reference: Any,
+    data: Preferences,
+) -> tuple[HeldOutPreferences, dict[str, dict[str, Any]]]:
+    """The measurement of this run, and what it gave before the first step."""
+    held = HeldOutPreferences(
+        student,
+        reference,
+        data.held,
+        _layout(job, reference),
+        config.beta,
+        config.eval_every,
+        config.max_steps,
+    )
+    kept = folder.path / "before.json"
+    if kept.exists():
+        return held, json.loads(kept.read_text("utf-8"))
+    before = held.measure()
+    held.last = {}
+    if not is_main():
+        return held, before
+    new = kept.with_suffix(".new")
+    new.write_text(json.dumps(before), "utf-8")
+    new.replace(kept)
+    return held, before
+
+
+def _any(found: bool, job: Job) -> bool:
+    """Whether one process found it: last bits may differ between them, but all must stop."""
+    return bool(largest(int(found), job.device))
+
+
+def _trainer(
+    job: Job,
+    config: DpoConfig,
+    folder: RunFolder,
+    student: HybridForCausalLM,
+    reference: Any,
+    data: Preferences,
+    held: HeldOutPreferences,
+) -> Any:
+    from datasets import disable_progress_bars
+    from trl import DPOConfig
+
+    from mambactl.train.preference import PairCollator, PreferenceTrainer, preference_dataset
+
+    disable_progress_bars()
+    tokenizer, layout = job.tokenizer(), _layout(job, reference)
+    logps = None
+    if _precomputes(config):
+        logps = precomputed(folder, reference, data.train, layout)
+    names, weights = zip(*_losses(config), strict=True)
+    # transformers has a new name for an option that TRL sets by its old one
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    arguments = DPOConfig(
+        **trainer_arguments(config, folder, config.lr, job.device, job.amp)
+        | {"include_num_input_tokens_seen": "non_padding"},
+        beta=config.beta,
+        loss_type=list(names),
+        loss_weights=list(weights),
+        label_smoothing=config.label_smoothing,
+        ld_alpha=config.ld_alpha,
+        f_divergence_type=config.f_divergence,
+        precompute_ref_log_probs=_precomputes(config),
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return PreferenceTrainer(
+        student,
+        None if _precomputes(config) else reference,
+        arguments,
+        measure=held.at,
+        enough=lambda _: config.max_kl is not None and _any(held.farthest() > config.max_kl, job),
+        data_collator=PairCollator(pad or 0, layout.width, layout.packing),
+        train_dataset=preference_dataset(data.train, logps, config.ld_alpha),
+        processing_class=tokenizer,
+    )

@@ -1,0 +1,137 @@
+"""`spec-decode`: speculative decoding measured against plain decoding of the same prompts."""
+
+from typing import Any
+
+from mambactl import console
+from mambactl.decode.engine import Generation
+from mambactl.decode.equality import require_equal
+from mambactl.decode.sampler import SamplingParams
+from mambactl.decode.stats import DecodeStats
+from mambactl.errors import UsageError
+from mambactl.generation import decoding
+from mambactl.options import SpecDecodeConfig
+from mambactl.report.results import save_results
+from mambactl.stage_result import StageResult
+
+STAGE = "spec-decode"
+WARMUP_TOKENS = 4
+
+
+def run(config: SpecDecodeConfig, source: str) -> StageResult:
+    """Decode twice and compare; CheckError when `check` finds another greedy token."""
+    _validate(config)
+    prompts = decoding.read(config, builtin=True)
+    setup = decoding.prepare(config, source, prompts)
+    plain_engine = setup.engine(plain=True, exact=config.check)
+    engine = setup.engine(exact=config.check)
+    _warm_up(setup, plain_engine, engine)
+    total = 2 * len(prompts) * config.max_new_tokens
+    with console.progress(STAGE, total) as task:
+        plain, result = (
+            decoding.decode(each, setup.prompts, setup.params, config.batch_size, task.advance)
+            for each in (plain_engine, engine)
+        )
+    metrics = _metrics(config, plain, result)
+    _show(config, source, plain.stats, result.stats, metrics)
+    if config.check:
+        ties = require_equal(setup.target, setup.prompts, plain.tokens, result.tokens)
+        metrics |= {"ties": ties, "exact": True}
+        same = f"every token of {len(prompts)} prompts equals plain decoding"
+        console.log(f"{same}, but for {ties} that part at a tie of two logits" if ties else same)
+        if setup.target.device.type == "cuda":
+            console.log("times are of exact passes: without --check plain decoding is faster")
+    if config.prompt is not None:
+        return StageResult(source, metrics, setup.text(result.tokens[0]))
+    save_results(STAGE, source, f"{config.draft}-k{config.k}", config, metrics)
+    return StageResult(source, metrics, _report(metrics))
+
+
+def plan(config: SpecDecodeConfig, source: str) -> dict[str, Any]:
+    """What would be decoded; writes nothing."""
+    _validate(config)
+    prompts = decoding.read(config, builtin=True)
+    return decoding.plan(config, source, prompts) | {"check": config.check}
+
+
+def _validate(config: SpecDecodeConfig) -> None:
+    if config.draft is None:
+        raise UsageError("no draft", hint="give --draft MODEL, or --draft ngram")
+    if config.check and config.temperature > 0:
+        raise UsageError(
+            "--check compares greedy tokens, but the temperature is above 0",
+            hint="drop --check or --temperature",
+        )
+
+
+def _warm_up(setup: decoding.Setup, *engines: Any) -> None:
+    """Keep first-call costs out of the times."""
+    few = SamplingParams(max_new_tokens=WARMUP_TOKENS)
+    for engine in engines:
+        engine.generate([setup.prompts[0]], few)
+
+
+def _metrics(config: SpecDecodeConfig, plain: Generation, result: Generation) -> dict[str, Any]:
+    return {
+        "draft": config.draft,
+        "k": config.k,
+        "acceptance": result.stats.acceptance,
+        "tokens_per_step": result.stats.tokens_per_step,
+        "tokens_per_second": result.stats.tokens_per_second,
+        "plain_tokens_per_second": plain.stats.tokens_per_second,
+        "speedup": _ratio(result.stats.tokens_per_second, plain.stats.tokens_per_second),
+        "speedup_with_prefill": _ratio(
+            result.stats.tokens_per_second_with_prefill,
+            plain.stats.tokens_per_second_with_prefill,
+        ),
+        "identical": result.tokens == plain.tokens if config.temperature == 0 else None,
+        "speculative": result.stats.as_dict(),
+        "plain": plain.stats.as_dict(),
+    }
+
+
+def _show(
+    config: SpecDecodeConfig,
+    source: str,
+    plain: DecodeStats,
+    speculative: DecodeStats,
+    metrics: dict[str, Any],
+) -> None:
+    title = f"{source} with {config.draft}, K = {config.k}, {plain.rows} prompts"
+    columns = ("", "tokens", "tok/s", "+ prefill", "tok/step", "accepted")
+    extra = {"plain": ("",), "speculative": (f"{speculative.acceptance:.1%}",)}
+    if "draft" in speculative.seconds:
+        # a step that is one CUDA graph has no parts to time
+        share = speculative.seconds["draft"] / max(speculative.decode_seconds, 1e-9)
+        columns += ("drafting",)
+        extra = {"plain": ("", ""), "speculative": (*extra["speculative"], f"{share:.0%}")}
+    rows = [
+        (
+            name,
+            stats.tokens,
+            f"{stats.tokens_per_second:.1f}",
+            f"{stats.tokens_per_second_with_prefill:.1f}",
+            f"{stats.tokens_per_step:.2f}",
+            *extra[name],
+        )
+        for name, stats in (("plain", plain), ("speculative", speculative))
+    ]
+    rows.append(
+        ("gain", "", f"{metrics['speedup']:.2f}x", f"{metrics['speedup_with_prefill']:.2f}x")
+    )
+    console.table(title, columns, rows)
+    counts = (f"{n}: {times}" for n, times in sorted(speculative.histogram.items()))
+    console.log(f"steps by accepted tokens: {', '.join(counts)}", level=2)
+
+
+def _report(metrics: dict[str, Any]) -> str:
+    stats = metrics["speculative"]
+    same = ", same tokens as plain decoding" if metrics["identical"] else ""
+    return (
+        f"acceptance {metrics['acceptance']:.3f}, {metrics['tokens_per_step']:.2f} tokens/step, "
+        f"{metrics['tokens_per_second']:.1f} tokens/s, {metrics['speedup']:.2f}x plain decoding "
+        f"({stats['rows']} prompts, {stats['tokens']} tokens{same})"
+    )
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other else 0.0

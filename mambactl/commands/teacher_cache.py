@@ -1,0 +1,274 @@
+"""`teacher-cache`: draw a few ids per token from the teacher once, so that distilling needs none.
+
+Rows are those that `distill` sees for the same data, length, packing, seed and number of tokens; it
+looks them up by what is in them, and says which command makes what it does not find.
+"""
+
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mambactl import console
+from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.load import load_model
+from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.provenance import header_digest, lineage
+from mambactl.checkpoint.reader import read_lineage
+from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.checkpoint.source import LINEAGE
+from mambactl.data.mixture import names
+from mambactl.data.pack import Row, collate
+from mambactl.data.sources import count_rows
+from mambactl.errors import ModelError, OutputError, UsageError
+from mambactl.files import explained, gib
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
+from mambactl.stage_result import StageResult
+from mambactl.train.cached_teacher import (
+    CachedObjective,
+    Drawing,
+    TeacherCache,
+    digests,
+    draw_batch,
+    write_shard,
+)
+from mambactl.train.job import Job
+
+STAGE = "teacher-cache"
+# what a kill loses at most: a minute of an 8B teacher on one GPU
+SHARD_TOKENS = 1 << 20
+# what has to be equal for rows to be equal, where not all of the data fits
+ROW_OPTIONS = (
+    *("max_steps", "batch_size", "grad_accum"),
+    *("max_length", "max_samples", "recall_share", "seed"),
+    *("packing", "skip_bad_rows", "assistant_only_loss"),
+)
+
+
+def run(
+    config: TeacherCacheConfig,
+    source: str,
+    out: Path | None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> StageResult:
+    """Draw from the model at `source` for every row of the data, and write the folder `out`."""
+    job = Job.of(STAGE, config, source)
+    folder = _folder(job, out, resume, force)
+    tokenizer = job.tokenizer()
+    rows = _distinct(job.rows(tokenizer, config.assistant_only_loss))
+    teacher = load_model(source, job.device, job.dtype).requires_grad_(False)
+    started = time.perf_counter()
+    with folder.open(resume, force):
+        folder.staged.mkdir(exist_ok=True)
+        with explained(folder.path, "free some disk space, then use --resume"):
+            _fill(job, config, folder, teacher, rows)
+            tokens = sum(int(row.loss_mask.sum()) for _, row in rows)
+            size = sum(file.stat().st_size for file in folder.staged.iterdir())
+            metrics = {
+                "rows": len(rows),
+                "tokens": tokens,
+                "bytes": size,
+                "seconds": time.perf_counter() - started,
+            }
+            record = _record(job, config, metrics, teacher, tokenizer)
+            (folder.staged / LINEAGE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        folder.publish()
+    console.log(f"wrote {out}: {tokens:,} tokens, {gib(size)}")
+    return StageResult(str(out), metrics)
+
+
+def plan(config: TeacherCacheConfig, source: str) -> dict[str, Any]:
+    """Resolve everything and say what would be drawn; writes nothing, reads no hub set."""
+    job = Job.of(STAGE, config, source)
+    found = describe(source)
+    return {
+        "source": found["checkpoint"],
+        "parameters": found["parameters"],
+        "samples": config.samples,
+        "documents": count_rows(names(config.data), config.max_samples),
+        "tokens_at_most": job.budget,
+        "recall_tokens_at_most": job.recall_budget,
+        "device": str(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+    }
+
+
+def cached_objective(
+    job: Job, config: DistillConfig, student: HybridForCausalLM, rows: Sequence[Row]
+) -> CachedObjective:
+    """The logits objective of `distill --teacher-cache`; raises UsageError as `open_cache` does."""
+    if config.divergence != "forward":
+        raise UsageError(
+            f"a teacher cache estimates the forward KL, not {config.divergence}",
+            "drop --teacher-cache or --divergence",
+        )
+    cache = open_cache(job, config, student, rows, config.temperature)
+    weights = (config.kl_weight, config.ce_weight, config.temperature)
+    return CachedObjective(student, cache, *weights, amp=job.amp)
+
+
+def open_cache(
+    job: Job,
+    config: HeldOutConfig,
+    student: HybridForCausalLM,
+    rows: Sequence[Row],
+    temperature: float = 1.0,
+) -> TeacherCache:
+    """What `--teacher-cache` names; every row of the run must be there.
+
+    Raises UsageError for a cache of another vocabulary, temperature, teacher or other rows.
+    """
+    folder = Path(config.teacher_cache).expanduser()
+    kept = read_record(folder)
+    _require_same(job, config, student, folder, kept, temperature)
+    cache = TeacherCache(folder)
+    missing = sum(key not in cache for row in rows for key in digests(row))
+    if missing:
+        raise UsageError(
+            f"{missing} of {len(rows)} rows are not in {folder}",
+            _command(job, config, kept, temperature),
+        )
+    console.log(f"{len(cache)} rows of {kept['teacher']} from {folder}, no teacher in memory")
+    return cache
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a cache was made from; raises ModelError for a folder that is none."""
+    record = read_lineage(folder) if folder.is_dir() else None
+    if record is None or record.get("stage") != STAGE:
+        hint = f"mambactl {STAGE} TEACHER --data DATA -o {folder}"
+        raise ModelError(f"{folder} is no teacher cache", hint)
+    return record["cache"]
+
+
+def _fill(
+    job: Job,
+    config: TeacherCacheConfig,
+    folder: RunFolder,
+    teacher: HybridForCausalLM,
+    rows: Sequence[tuple[bytes, Row]],
+) -> None:
+    """Write every shard that is not done yet."""
+    per_shard = max(1, SHARD_TOKENS // config.max_length)
+    drawing = Drawing(config.samples, config.temperature, config.power, config.seed)
+    state = folder.load_state()
+    first = state["shards"] if state else 0
+    with console.progress("rows", len(rows)) as bar:
+        bar.advance(min(len(rows), first * per_shard))
+        for number in range(first, -(-len(rows) // per_shard)):
+            members = rows[number * per_shard : (number + 1) * per_shard]
+            drawn = []
+            for start in range(0, len(members), config.batch_size):
+                keys, some = zip(*members[start : start + config.batch_size], strict=True)
+                batch = collate(some).to(job.device)
+                drawn += draw_batch(teacher, batch, keys, drawing, job.amp)
+                bar.advance(len(some))
+            keys = [key for key, _ in members]
+            path = folder.staged / f"samples-{number:05d}.safetensors"
+            write_shard(path, keys, drawn, teacher.config.vocab_size, config.power != 1)
+            folder.save_state({"shards": number + 1})
+
+
+def _distinct(rows: Sequence[Row]) -> list[tuple[bytes, Row]]:
+    """Rows by digest, each once."""
+    return list({key: (key, row) for row in rows for key in digests(row)}.values())
+
+
+def _folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
+    if out is None:
+        raise UsageError(f"{STAGE} needs a place for its result", "give -o DIR")
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists already", "add --force to replace it, or another -o")
+    # replacing deletes: never a folder that is not a cache
+    if out.exists() and not (out / LINEAGE).is_file() and not (out.is_dir() and _empty(out)):
+        raise OutputError(f"{out} has other content", "choose another place with -o")
+    folder = RunFolder(out, job.identity)
+    folder.check(resume, force)
+    return folder
+
+
+def _empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def _record(
+    job: Job,
+    config: TeacherCacheConfig,
+    metrics: dict[str, Any],
+    teacher: HybridForCausalLM,
+    tokenizer: Any,
+) -> dict[str, Any]:
+    with open_checkpoint(job.source) as reader:
+        recipe = config.model_dump(mode="json")
+        record = lineage(STAGE, reader.lineage, reader.path, None, recipe, config.seed, metrics)
+    identity = job.identity
+    return record | {
+        "cache": {
+            "teacher": job.source,
+            "teacher_sha256": identity["source_sha256"],
+            "vocab_size": teacher.config.vocab_size,
+            "tokenizer_sha256": _vocabulary_digest(tokenizer),
+            "data": identity["data"],
+            "data_sha256": identity["data_sha256"],
+            "rows": metrics["rows"],
+            "tokens": metrics["tokens"],
+            **{key: value for key, value in recipe.items() if key not in {*config.place, "data"}},
+        }
+    }
+
+
+def _vocabulary_digest(tokenizer: Any) -> str:
+    """sha256 of every token with its number."""
+    known = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _require_same(
+    job: Job,
+    config: HeldOutConfig,
+    student: HybridForCausalLM,
+    folder: Path,
+    kept: dict[str, Any],
+    temperature: float,
+) -> None:
+    """Raise UsageError where the cache speaks of other distributions than the run asks for."""
+    again = _command(job, config, kept, temperature)
+    if kept["temperature"] != temperature:
+        raise UsageError(
+            f"{folder} was drawn at temperature {kept['temperature']:g}, not at {temperature:g}",
+            again,
+        )
+    sizes = kept["vocab_size"], student.config.vocab_size
+    if sizes[0] != sizes[1] or kept["tokenizer_sha256"] != _vocabulary_digest(job.tokenizer()):
+        raise UsageError(
+            f"{folder} was made with another vocabulary ({sizes[0]} and {sizes[1]} tokens)", again
+        )
+    given = config.teacher
+    if given is not None and header_digest(resolve(given).path) != kept["teacher_sha256"]:
+        raise UsageError(f"{folder} was drawn from {kept['teacher']}, not from {given}", again)
+
+
+def _command(job: Job, config: HeldOutConfig, kept: dict[str, Any], temperature: float) -> str:
+    """The line that makes the cache of a run; options of the usual value are left out."""
+    words = ["mambactl", STAGE, config.teacher or kept["teacher"]]
+    words += [word for spec in config.data for word in ("--data", spec)]
+    usual = TeacherCacheConfig.model_fields
+    asked = {name: getattr(config, name) for name in ROW_OPTIONS if hasattr(config, name)}
+    # drawn by one process, for the rows of all
+    asked["batch_size"] *= job.processes
+    for name, value in (asked | {"temperature": temperature}).items():
+        flag = name.replace("_", "-")
+        if value == usual[name].default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", f"{value}"]
+    return shlex.join([*words, "-o", str(config.teacher_cache), "--force"])

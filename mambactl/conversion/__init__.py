@@ -1,0 +1,1 @@
+"""Attention into a recurrent layer: which layers, initial values, closed-form fit, replacement."""

@@ -1,0 +1,316 @@
+"""Closed-form fit of new mixers on a few thousand tokens: no gradient, one layer at a time.
+
+Two streams of hidden states run through the layers together: the teacher's, and the student's
+with every layer before already fitted. Each new mixer sees the student's stream and aims at what
+the teacher's attention put out in its own. Per query head, the half-life comes from a grid and
+constant, score and skip from least squares (`mambactl.conversion.initial_values.HeadFit`); then
+out_proj is refitted by ridge regression towards the teacher's o_proj, with a strength chosen on
+held-out rows.
+A mixer beside a window of attention aims at what the window does not give.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mambactl.conversion.initial_values import NO_DECAY, AttentionWeights, HeadFit, apply_fit
+from mambactl.data.pack import Batch
+from mambactl.kernels import reference as kernels
+from mambactl.models.hybrid import HybridBlock, HybridModel
+from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.mamba1 import Mamba1Mixer
+from mambactl.models.mixers.mamba2 import Mamba2Mixer
+from mambactl.models.mixers.rotary import turn
+from mambactl.models.mixers.windowed import Mamba2WindowMixer
+
+HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 256.0, NO_DECAY)
+RIDGE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+# the head fit has four numbers a head: this many tokens settle them
+HEAD_FIT_TOKENS = 4096
+HELD_OUT = 0.15
+# a score that Mamba-1's dt can express whatever the scale of v
+SMALL_SCORE = 0.01
+
+# half-life -> what a head can mix, R tensors [B, T, H, P]
+Basis = Callable[[float], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """Squared error of the mixer's output on held-out rows over the variance of the target."""
+
+    before_refit: float
+    after_refit: float
+    half_lives: list[float]
+    ridge: float | None
+
+
+class Streams:
+    """Hidden states of teacher and student for a list of batches, advanced layer by layer.
+
+    `model` is the teacher's, of which only masks and positions are used.
+    """
+
+    def __init__(self, model: HybridModel, embedding: Tensor, batches: Sequence[Batch]):
+        self.batches = batches
+        self.teacher = [nn.functional.embedding(b.input_ids, embedding).float() for b in batches]
+        self.student = list(self.teacher)
+        self.contexts = [
+            model.context(hidden, b.position_ids, seq_idx=b.seq_idx)
+            for hidden, b in zip(self.teacher, batches, strict=True)
+        ]
+
+    @torch.no_grad()
+    def keep(self, block: HybridBlock) -> None:
+        """Run a layer that both have."""
+        for i, context in enumerate(self.contexts):
+            # up to the first replaced layer the streams are one
+            same = self.student[i] is self.teacher[i]
+            self.teacher[i] = block(self.teacher[i], context, None)
+            self.student[i] = self.teacher[i] if same else block(self.student[i], context, None)
+
+    @torch.no_grad()
+    def replace(self, teacher: HybridBlock, student: HybridBlock) -> LayerFit:
+        """Fit the student's mixer, then run the layer in both streams."""
+        heads, targets = [], []
+        for i, context in enumerate(self.contexts):
+            self.teacher[i], inner, mixed = _observe(teacher, self.teacher[i], context)
+            heads.append(inner)
+            targets.append(mixed)
+        inputs = [student.input_layernorm(hidden) for hidden in self.student]
+        masks = [batch.valid for batch in self.batches]
+        problem = Problem(inputs, self.contexts, masks, heads, targets)
+        weights = attention_weights(teacher)
+        if isinstance(student.mixer, Mamba2WindowMixer):
+            problem = _beyond_window(student.mixer, problem)
+            student.mixer.out_proj.weight.copy_(weights.o)
+        report = fit_mixer(student.mixer, weights, problem)
+        for i, context in enumerate(self.contexts):
+            self.student[i] = student(self.student[i], context, None)
+        return report
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a mixer sees [B, T, D] and should do: heads [B, T, H P], and its output [B, T, D]."""
+
+    inputs: list[Tensor]
+    contexts: list[StepContext]
+    masks: list[Tensor]
+    heads: list[Tensor]
+    targets: list[Tensor]
+
+
+def _beyond_window(mixer: Mamba2WindowMixer, problem: Problem) -> Problem:
+    """The problem with what the mixer's window gives taken off."""
+    heads, targets = [], []
+    for i, context in enumerate(problem.contexts):
+        near = mixer.window.features(problem.inputs[i], context)
+        heads.append(problem.heads[i] - near)
+        targets.append(problem.targets[i] - mixer.window.o_proj(near))
+    return replace(problem, heads=heads, targets=targets)
+
+
+def attention_weights(block: HybridBlock) -> AttentionWeights:
+    """The projections of an attention block."""
+    mixer = block.mixer
+    parts = {name: getattr(mixer, f"{name}_proj") for name in "qkvo"}
+    biases = {name: part.bias for name, part in parts.items() if part.bias is not None}
+    weights = {name: part.weight for name, part in parts.items()}
+    return AttentionWeights(**weights, norm=block.input_layernorm.weight, biases=biases)
+
+
+def _observe(
+    block: HybridBlock, hidden: Tensor, context: StepContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The block's output, its heads before o_proj [B, T, H P] and its mixer's output [B, T, D]."""
+    seen: dict[str, Tensor] = {}
+
+    def remember(_: nn.Module, arguments: tuple, output: Tensor) -> None:
+        seen.update(inner=arguments[0], mixed=output)
+
+    handle = block.mixer.o_proj.register_forward_hook(remember)
+    try:
+        return block(hidden, context, None), seen["inner"], seen["mixed"]
+    finally:
+        handle.remove()
+
+
+def fit_mixer(mixer: nn.Module, attention: AttentionWeights, problem: Problem) -> LayerFit:
+    """Fit a neutral mixer (`conversion.initial_values`) in place and report its error."""
+    fit = fit_heads(mixer, attention, problem)
+    apply_fit(mixer, attention, fit)
+    features = [
+        mixer.features(hidden, context)
+        for hidden, context in zip(problem.inputs, problem.contexts, strict=True)
+    ]
+    if isinstance(mixer, Mamba2Mixer):
+        _rescale_heads(mixer, features, problem)
+    before, after, ridge = _refit_output(mixer, features, problem)
+    half_lives = [round(value, 1) for value in fit.half_life.tolist()]
+    return LayerFit(before, after, half_lives, ridge)
+
+
+def fit_heads(mixer: nn.Module, attention: AttentionWeights, problem: Problem) -> HeadFit:
+    """Per head the half-life, constant, score and skip of least squared error to the teacher."""
+    gram, moment, samples = _head_sums(mixer, attention, problem)
+    weights = _solve_heads(gram, moment)  # [half-lives, H, R]
+    if weights.shape[-1] == 2:
+        # Mamba-1 has no negative score: such a head makes do with its skip
+        alone = torch.stack(
+            [moment[..., 0] / gram[..., 0, 0], torch.zeros_like(moment[..., 0])], -1
+        )
+        weights = torch.where(weights[..., 1:] < 0, alone, weights)
+    energy = torch.einsum("lhr,lhrs,lhs->lh", weights, gram, weights)
+    # squared error up to a constant
+    best = (energy - 2 * (weights * moment).sum(-1)).argmin(0)  # [H]
+    every = torch.arange(len(best))
+    skip, score, *constant = weights[best, every].float().unbind(1)
+    return HeadFit(
+        half_life=torch.tensor(HALF_LIVES)[best],
+        constant=constant[0] if constant else torch.zeros_like(score),
+        score=score,
+        skip=skip,
+        rms=(energy[best, every] / samples).clamp(min=1e-12).sqrt().float(),
+    )
+
+
+def _head_sums(
+    mixer: nn.Module, attention: AttentionWeights, problem: Problem
+) -> tuple[Tensor, Tensor, int]:
+    """Normal equations [half-lives, H, R, R] and [half-lives, H, R], and the samples in them."""
+    prepare = _basis_mamba2 if isinstance(mixer, Mamba2Mixer) else _basis_mamba1
+    sums: list[Tensor | float] = [0.0] * len(HALF_LIVES)
+    tokens = samples = 0
+    for i, mask in enumerate(problem.masks):
+        if tokens >= HEAD_FIT_TOKENS:
+            break
+        basis = prepare(mixer, attention, problem.inputs[i], problem.contexts[i])
+        for j, half_life in enumerate(HALF_LIVES):
+            parts = basis(half_life)
+            wanted = problem.heads[i].view(parts[0].shape)
+            rows = torch.stack([part[mask] for part in (*parts, wanted)])  # [R + 1, tokens, H, P]
+            rows = rows.permute(2, 0, 1, 3).flatten(2)
+            sums[j] = sums[j] + (rows @ rows.mT).double()
+        tokens += int(mask.sum())
+        samples += rows.shape[-1]
+    whole = torch.stack(sums)
+    return whole[..., :-1, :-1], whole[..., :-1, -1], samples
+
+
+def _solve_heads(gram: Tensor, moment: Tensor) -> Tensor:
+    damped = gram + torch.diag_embed(1e-4 * gram.diagonal(dim1=-2, dim2=-1) + 1e-12)
+    return torch.linalg.solve(damped, moment[..., None])[..., 0]
+
+
+def _basis_mamba1(
+    mixer: Mamba1Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
+) -> Basis:
+    """A head's v and the scored running sum, as the mixer itself computes it."""
+    width = mixer.sizes.repeat_width
+    heads = attention.q.shape[0] // width
+    v = _project(attention, "v", hidden, width)
+    v = v.repeat_interleave(heads // v.shape[2], 2)  # [B, T, H, P]
+    fit = {"constant": 0.0, "score": SMALL_SCORE, "skip": 0.0, "rms": 1.0}
+
+    def mix(half_life: float) -> list[Tensor]:
+        values = {"half_life": half_life, **fit}
+        one = HeadFit(**{name: torch.full((heads,), value) for name, value in values.items()})
+        apply_fit(mixer, attention, one)
+        return [v, mixer.features(hidden, context).view_as(v).to(v.dtype) / SMALL_SCORE]
+
+    return mix
+
+
+def _basis_mamba2(
+    mixer: Mamba2Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
+) -> Basis:
+    """A head's v, the scored and the plain running sum."""
+    s = mixer.sizes
+    q, k, v = (_project(attention, name, hidden, s.head_dim) for name in "qkv")
+    q = q / math.sqrt(s.head_dim)
+    # the mixer holds channel 0 of B and C constant
+    q[..., 0] = 0
+    if s.rotary:
+        q, k = turn(q, context.rotary), turn(k, context.rotary)
+    repeat = s.n_heads // s.x_heads
+    wide = v.repeat_interleave(repeat, 2)  # [B, T, H, P]
+    ones = torch.ones(*v.shape[:2], 1, 1)
+
+    def mix(half_life: float) -> list[Tensor]:
+        A = torch.full((s.n_heads,), -math.log(2) / half_life)
+        dt = torch.ones(wide.shape[:3])
+        scored, _ = kernels.ssd(wide, dt, A, k, q, seq_idx=context.seq_idx)
+        dt, A = dt[..., : s.x_heads], A[: s.x_heads]
+        plain, _ = kernels.ssd(v, dt, A, ones, ones, seq_idx=context.seq_idx)
+        return [wide, scored, plain.repeat_interleave(repeat, 2)]
+
+    return mix
+
+
+def _project(attention: AttentionWeights, name: str, hidden: Tensor, head_dim: int) -> Tensor:
+    """q, k or v of `hidden` by heads [B, T, heads, P]."""
+    bias = (attention.biases or {}).get(name)
+    projected = nn.functional.linear(hidden, getattr(attention, name), bias)
+    return projected.unflatten(-1, (-1, head_dim))
+
+
+def _rescale_heads(mixer: Mamba2Mixer, features: list[Tensor], problem: Problem) -> None:
+    """Give each head's norm weight the scale of least squared error, in features as well."""
+    heads = mixer.sizes.n_heads
+    dot, energy = 0.0, 0.0
+    for feature, wanted, mask in zip(features, problem.heads, problem.masks, strict=True):
+        feature = feature[mask].unflatten(-1, (heads, -1))  # [tokens, H, P]
+        wanted = wanted[mask].to(feature.dtype).unflatten(-1, (heads, -1))
+        dot = dot + (feature * wanted).sum((0, 2))
+        energy = energy + feature.pow(2).sum((0, 2))
+    scale = (dot / energy.clamp(min=1e-12)).repeat_interleave(mixer.sizes.head_dim)
+    mixer.norm.weight.mul_(scale)
+    for feature in features:
+        feature.mul_(scale)
+
+
+def _refit_output(
+    mixer: nn.Module, features: list[Tensor], problem: Problem
+) -> tuple[float, float, float | None]:
+    """Ridge towards the present out_proj: held-out error before and after, and the strength."""
+    feature = torch.cat([f[m] for f, m in zip(features, problem.masks, strict=True)]).float()
+    target = torch.cat(
+        [t[m] for t, m in zip(problem.targets, problem.masks, strict=True)]
+    ).float()  # [tokens, D]
+    if mixer.out_proj.bias is not None:
+        feature = nn.functional.pad(feature, (0, 1), value=1.0)  # [tokens, F + 1]
+    residual = target - mixer.out_proj(feature[:, : mixer.out_proj.in_features])
+    split = int(len(target) * (1 - HELD_OUT))
+    spread = (target[split:] - target[:split].mean(0)).pow(2).sum().clamp(min=1e-12)
+    before = float(residual[split:].pow(2).sum() / spread)
+    gram, moment = _normal(feature[:split], residual[:split])
+    errors = {
+        strength: float(
+            (residual[split:] - feature[split:] @ _ridge(gram, moment, strength)).pow(2).sum()
+            / spread
+        )
+        for strength in RIDGE
+    }
+    strength = min(errors, key=errors.__getitem__)
+    if not errors[strength] < before:
+        return before, before, None
+    more_gram, more_moment = _normal(feature[split:], residual[split:])
+    update = _ridge(gram + more_gram, moment + more_moment, strength)  # [F (+ 1), D]
+    if mixer.out_proj.bias is not None:
+        mixer.out_proj.bias.add_(update[-1])
+        update = update[:-1]
+    mixer.out_proj.weight.add_(update.T)
+    return before, errors[strength], strength
+
+
+def _normal(feature: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return (feature.T @ feature).double(), (feature.T @ residual).double()
+
+
+def _ridge(gram: Tensor, moment: Tensor, strength: float) -> Tensor:
+    damping = strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + damping, moment).float()

@@ -1,0 +1,337 @@
+"""`convert --select kl|recall`: choose the layers that keep attention by measuring.
+
+Without aligned mixers each layer is converted alone inside the source model (fitted in closed form
+where there is calibration text). With `--mixers-from` attention is added back to the model of
+aligned mixers, best layer first. Nothing is trained.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambactl import console
+from mambactl.checkpoint.load import empty_model, load_model, load_tokenizer
+from mambactl.conversion.fit import Streams
+from mambactl.conversion.ranking import (
+    Instruments,
+    Score,
+    Step,
+    addition_forwards,
+    greedy_addition,
+    merit,
+    score_of,
+    swap_scores,
+)
+from mambactl.conversion.replace import Replacement, block_of, generator
+from mambactl.data.format import encode_rows
+from mambactl.data.pack import Batch, Row, collate, pack
+from mambactl.data.sources import load_rows
+from mambactl.errors import UsageError
+from mambactl.evaluation.recall import kv_probe
+from mambactl.models.config import HybridConfig
+from mambactl.models.hybrid import HybridBlock, HybridModel
+from mambactl.models.placement import place
+from mambactl.options import ConvertConfig
+
+BATCH = 4
+# enough to rank layers; those that are replaced in the end are fitted on all of the text
+FIT_TOKENS = 2048
+RECALL_ROWS = 4
+
+# layer -> its tensors in the source, by their names in a block
+Layers = Callable[[int], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Batches for the closed-form fit, and others that choices are measured on."""
+
+    fit: list[Batch]
+    held_out: list[Batch]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers that stay attention, and what the lineage keeps about why."""
+
+    kept: list[int]
+    metrics: dict[str, Any]
+
+
+def read_texts(config: ConvertConfig, source: str) -> Texts:
+    """Read `calibrate` and `select_data`; raises UsageError where a selection lacks text."""
+    measured = config.select != "uniform"
+    held_out = config.select_tokens if measured else 0
+    if not config.calibrate and not measured:
+        return Texts([], [])
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    if config.select_data and measured:
+        fit = _rows(config, tokenizer, config.calibrate, config.calibrate_tokens)
+        return Texts(
+            _batches(fit), _batches(_rows(config, tokenizer, config.select_data, held_out))
+        )
+    rows = _rows(config, tokenizer, config.calibrate, config.calibrate_tokens + held_out)
+    # of little text, a quarter is held out
+    count = min(-(-held_out // config.max_length), len(rows) // 4) if held_out else 0
+    if held_out and not count:
+        raise UsageError(
+            f"the calibration text fills {len(rows)} rows of {config.max_length} tokens, too few "
+            "to hold some out",
+            "give more text, a smaller --max-length, or --select-data",
+        )
+    return Texts(_batches(rows[count:]), _batches(rows[:count]))
+
+
+def _rows(config: ConvertConfig, tokenizer: Any, data: Sequence[str], tokens: int) -> list[Row]:
+    if not data:
+        return []
+    # twice what is used: rows that packing fills badly are left out
+    budget = 2 * tokens
+    examples = encode_rows(
+        load_rows(data, used_tokens=budget), tokenizer, max_tokens=budget, seed=config.seed
+    )
+    rows = pack(examples, config.max_length)
+    # rows of full length first, so that a small budget is not spent on padding
+    rows = sorted(rows, key=lambda row: -int(row.valid.sum()))
+    count = max(1, tokens // config.max_length)
+    order = torch.randperm(min(count, len(rows)), generator=generator(config.seed)).tolist()
+    return [rows[index] for index in order]
+
+
+def _batches(rows: Sequence[Row]) -> list[Batch]:
+    return [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+
+
+def count_forwards(config: ConvertConfig, base: HybridConfig, keep: int) -> int:
+    """Swapped models that the selection runs, each from its layer on (about half of the model)."""
+    candidates = base.mixers.count("attention")
+    return addition_forwards(candidates, keep) if config.mixers_from else candidates
+
+
+def choose(
+    config: ConvertConfig,
+    source: str,
+    replacement: Replacement,
+    texts: Texts,
+    layers: Layers,
+    keep: int,
+    bytes_per_layer: int,
+) -> Choice:
+    """Measure and choose `keep` layers; prints the table and returns what the lineage keeps.
+
+    `bytes_per_layer` is what one attention layer caches of a token.
+    """
+    instruments = _instruments(config, source, texts)
+    metrics = {
+        "select": config.select,
+        "tokens": sum(int(batch.loss_mask[:, 1:].sum()) for batch in texts.held_out),
+        "data_sha256": {
+            name: _digest(batches)
+            for name, batches in (("fit", texts.fit), ("held_out", texts.held_out))
+            if batches
+        },
+    }
+    if instruments.recall is not None:
+        metrics["recall_probe"] = instruments.recall.name
+    if config.mixers_from:
+        kept, found = _by_addition(config, replacement, instruments, layers, keep, bytes_per_layer)
+    else:
+        kept, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
+    return Choice(kept, metrics | found)
+
+
+def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instruments:
+    # the type on disk does not decide what is computed in
+    device, dtype = place(config.model_copy(update={"dtype": "auto"}))
+    probe = None
+    if config.select == "recall":
+        tokenizer = load_tokenizer(source, config.trust_remote_code)
+        probe = kv_probe(tokenizer, config.select_recall, RECALL_ROWS, config.seed)
+    model = load_model(source, device, dtype).requires_grad_(False)
+    return Instruments(model, texts.held_out, probe, BATCH)
+
+
+def _by_swaps(
+    config: ConvertConfig,
+    replacement: Replacement,
+    instruments: Instruments,
+    texts: Texts,
+    layers: Layers,
+    keep: int,
+) -> tuple[list[int], dict[str, Any]]:
+    teacher = instruments.model
+    candidates = [i for i, name in enumerate(replacement.base.mixers) if name == "attention"]
+    swap = _Fitted(replacement, teacher, _some(texts.fit), layers)
+    with console.progress("select", len(candidates)) as task:
+        scores = swap_scores(list(teacher.layers), swap, candidates, instruments, task)
+    base = 0.0
+    if instruments.recall is not None:
+        base = score_of(list(teacher.layers), instruments).recall_loss
+    # what is lost without a layer's attention: everything, where the model diverges
+    lost = {
+        index: (math.inf if math.isnan(score.kl) else score.kl, (score.recall_loss or 0.0) - base)
+        for index, score in scores.items()
+    }
+    ranking = _easiest_first(merit(lost, config.select))
+    kept = sorted(ranking[len(ranking) - keep :])
+    console.table(
+        "each layer's attention replaced alone, the most missed first",
+        ("layer", *_headings(scores), "stays"),
+        [
+            (index, *_cells(scores[index]), "yes" if index in kept else "")
+            for index in reversed(ranking)
+        ],
+    )
+    found = {"measure": "swap", "ranking": ranking, "scores": _listed(scores)}
+    return kept, found
+
+
+def _by_addition(
+    config: ConvertConfig,
+    replacement: Replacement,
+    instruments: Instruments,
+    layers: Layers,
+    keep: int,
+    bytes_per_layer: int,
+) -> tuple[list[int], dict[str, Any]]:
+    blocks = list(instruments.model.layers)
+    attention = {i: block for i, block in enumerate(blocks) if block.mixer_name == "self_attn"}
+    stack = [
+        _sibling(replacement, block, replacement.layer(index, layers(index)))
+        if index in attention
+        else block
+        for index, block in enumerate(blocks)
+    ]
+    with console.progress("select", addition_forwards(len(attention), keep)) as task:
+        path, alone = greedy_addition(stack, attention, keep, config.select, instruments, task)
+    added = [step.layer for step in path if step.layer is not None]
+    gains = {index: path[0].score.gain(score) for index, score in alone.items()}
+    rest = [index for index in _easiest_first(merit(gains, config.select)) if index not in added]
+    # with nothing to add nothing is known about the rest
+    rest = rest or [index for index in attention if index not in added]
+    front = [_point(step, place * bytes_per_layer) for place, step in enumerate(path)]
+    console.table(
+        "attention restored layer by layer in the aligned model",
+        ("attention layers", "restored", *_headings(alone), "KV bytes/token"),
+        [
+            (
+                place,
+                "-" if step.layer is None else step.layer,
+                *_cells(step.score),
+                f"{place * bytes_per_layer:,}",
+            )
+            for place, step in enumerate(path)
+        ],
+    )
+    found = {
+        "measure": "addition",
+        "ranking": rest + added[::-1],
+        "scores": _listed(alone),
+        "front": front,
+    }
+    return sorted(added), found
+
+
+class _Fitted:
+    """Called with ascending indices: the layer's block with a mixer fitted in the source model.
+
+    The fit runs on the CPU in fp32, wherever the model that is measured lies.
+    """
+
+    def __init__(
+        self,
+        replacement: Replacement,
+        model: HybridModel,
+        batches: Sequence[Batch],
+        layers: Layers,
+    ):
+        self.replacement, self.blocks, self.layers = replacement, model.layers, layers
+        self.streams, self.reached = None, 0
+        if batches:
+            guide = empty_model(replacement.base).model
+            embedding = model.embed_tokens.weight.cpu()
+            self.streams = Streams(guide, embedding, batches)
+
+    def __call__(self, index: int) -> HybridBlock:
+        if self.streams is not None:
+            while self.reached < index:
+                self._pass(self.reached)
+        state = self.replacement.layer(index, self.layers(index), self.streams)
+        if self.streams is not None:
+            self.streams.student = list(self.streams.teacher)
+            self.reached = index + 1
+        return _sibling(self.replacement, self.blocks[index], state)
+
+    def _pass(self, index: int) -> None:
+        block = block_of(self.replacement.base, index, self.layers(index))
+        self.streams.keep(block.float())
+        self.reached = index + 1
+
+
+def _sibling(
+    replacement: Replacement, block: HybridBlock, state: Mapping[str, Tensor]
+) -> HybridBlock:
+    """A block with the Mamba mixer of `state` that shares everything else with `block`."""
+    weight = block.input_layernorm.weight
+    with torch.device("meta"):
+        other = HybridBlock(replacement.everywhere, block.index).eval().requires_grad_(False)
+    for name, module in block.named_children():
+        if name != block.mixer_name:
+            setattr(other, name, module)
+    mixer = {k.removeprefix("mamba."): v for k, v in state.items() if k.startswith("mamba.")}
+    other.mixer.load_state_dict(mixer, strict=True, assign=True)
+    other.mixer.to(weight.device, weight.dtype)
+    return other
+
+
+def _some(batches: Sequence[Batch]) -> list[Batch]:
+    """As many as hold `FIT_TOKENS`."""
+    taken, tokens = [], 0
+    for batch in batches:
+        if tokens >= FIT_TOKENS:
+            break
+        taken.append(batch)
+        tokens += int(batch.valid.sum())
+    return taken
+
+
+def _easiest_first(worth: Mapping[int, float]) -> list[int]:
+    return sorted(worth, key=lambda index: (worth[index], -index))
+
+
+def _headings(scores: Mapping[int, Score]) -> list[str]:
+    with_recall = any(score.recall is not None for score in scores.values())
+    return ["KL", *(["recall", "recall loss"] if with_recall else [])]
+
+
+def _cells(score: Score) -> list[str]:
+    return [f"{value:.4f}" for value in _values(score).values()]
+
+
+def _values(score: Score) -> dict[str, float]:
+    return {name: value for name, value in asdict(score).items() if value is not None}
+
+
+def _listed(scores: Mapping[int, Score]) -> list[dict[str, Any]]:
+    return [{"layer": index, **_rounded(score)} for index, score in scores.items()]
+
+
+def _point(step: Step, kv_bytes: int) -> dict[str, Any]:
+    return {"layer": step.layer, **_rounded(step.score), "kv_bytes_per_token": kv_bytes}
+
+
+def _rounded(score: Score) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in _values(score).items()}
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    """sha256 of the tokens: sets on the hub have no file to digest."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(batch.input_ids[batch.valid].numpy().tobytes())
+    return digest.hexdigest()

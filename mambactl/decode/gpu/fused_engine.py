@@ -1,0 +1,205 @@
+"""The engine on a GPU: whole steps as CUDA graphs, tokens read when they have long arrived."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from mambactl.decode.engine import Generation, OnTokens, check_prompts
+from mambactl.decode.gpu.batch import DEPTH, MOST_EOS
+from mambactl.decode.gpu.choice import Choice
+from mambactl.decode.gpu.session import Session
+from mambactl.decode.prefill import prefill
+from mambactl.decode.sampler import SamplingParams
+from mambactl.errors import UsageError
+from mambactl.kernels.decode.reference.control import Finish, Letter
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.packed import PackedModel, pack
+
+# steps in flight before the host looks at the oldest one's tokens
+LAG = 3
+# numbers of drafts an automatic choice is made from
+CHOICES = (0, 1, 2, 3, 4, 6)
+POLL_SECONDS = 50e-6
+CAPACITY_STEP = 256
+
+K = int | Literal["auto"]
+
+
+@dataclass
+class _Launched:
+    """A step under way."""
+
+    number: int
+    k: int
+    event: torch.cuda.Event | None
+
+
+class FusedEngine:
+    """Decodes with `target`, helped by `draft`: a model, "ngram" or None (plain decoding).
+
+    `k` drafts a step, or "auto": as many as pay, perhaps none. `ops` are the operations of a step:
+    the GPU's, or the reference's on any device. Raises NotSupported for what they cannot run.
+    """
+
+    def __init__(
+        self,
+        target: HybridForCausalLM,
+        draft: HybridForCausalLM | str | None,
+        k: K,
+        ops: Any,
+    ):
+        if (draft is None) != (k == 0):
+            raise ValueError("a draft needs k >= 1 or auto, and k >= 1 needs a draft")
+        self.target, self.draft, self.k, self.ops = target, draft, k, ops
+        self.most = max(CHOICES) if k == "auto" else k
+        self.packed: tuple[PackedModel, PackedModel | str | None] | None = None
+        self.positions = 0
+        self.sessions: dict[int, Session] = {}
+        pack(target, 1)
+        if isinstance(draft, HybridForCausalLM):
+            pack(draft, 1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_tokens: OnTokens | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> Generation:
+        """Continue every prompt; see `decode.engine.Engine.generate`."""
+        device = self.target.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return self._generate(prompts, params, on_tokens, keys)
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_tokens: OnTokens | None,
+        keys: Sequence[int] | None,
+    ) -> Generation:
+        check_prompts(prompts, self.target.config.vocab_size)
+        if len(params.eos_token_ids) > MOST_EOS:
+            raise UsageError(
+                f"{len(params.eos_token_ids)} end tokens, but the GPU engine takes {MOST_EOS}",
+                hint="MAMBACTL_KERNELS=reference decodes without it",
+            )
+        output = Generation([[] for _ in prompts], ["length" for _ in prompts])
+        stats, sampled = output.stats, not params.greedy
+        stats.rows, stats.prompt_tokens = len(prompts), sum(map(len, prompts))
+        longest = max(map(len, prompts)) + params.max_new_tokens
+        session = self._session(len(prompts), longest)
+        ks = [k for k in CHOICES if k <= self.most] if self.k == "auto" else [self.k]
+        session.prepare(ks, sampled)
+        with stats.timed("prefill", self.target.device):
+            self._load(session, prompts, params, keys or range(len(prompts)))
+        choice = Choice(session.time_steps(ks, sampled) if len(ks) > 1 else {ks[0]: 1.0})
+        run = _Run(session, choice, sampled, params.max_new_tokens, output, on_tokens)
+        with stats.timed("verify", self.target.device):
+            run.finish()
+        stats.tokens = sum(map(len, output.tokens))
+        return output
+
+    def _session(self, rows: int, longest: int) -> Session:
+        """Memory and graphs for at least so many rows and tokens, kept between calls."""
+        size = 1 << (rows - 1).bit_length()
+        need = longest + self.most + 2
+        if size in self.sessions and self.sessions[size].capacity >= need:
+            return self.sessions[size]
+        # two batches' caches need not fit at the same time
+        self.sessions.clear()
+        capacity = -(-need // CAPACITY_STEP) * CAPACITY_STEP
+        if capacity > self.positions:
+            draft = self.draft
+            if isinstance(draft, HybridForCausalLM):
+                draft = pack(draft, capacity)
+            self.packed, self.positions = (pack(self.target, capacity), draft), capacity
+        self.sessions[size] = Session(
+            *self.packed, self.ops, size=size, capacity=capacity, k=self.most
+        )
+        return self.sessions[size]
+
+    def _load(
+        self,
+        session: Session,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        keys: Sequence[int],
+    ) -> None:
+        # one prompt cache at a time: it is as large as what it is copied to
+        session.load_target(prefill(self.target, [p[:-1] for p in prompts], recording=False))
+        if isinstance(self.draft, HybridForCausalLM):
+            last = self.draft.config.vocab_size - 1
+            known = [[min(token, last) for token in prompt[:-2]] for prompt in prompts]
+            session.load_draft(prefill(self.draft, known, recording=False))
+        session.start(prompts, keys, params)
+
+
+class _Run:
+    """The host's part of one generation: launch, look back, hand tokens on."""
+
+    def __init__(
+        self,
+        session: Session,
+        choice: Choice,
+        sampled: bool,
+        budget: int,
+        output: Generation,
+        on_tokens: OnTokens | None,
+    ):
+        self.session, self.choice, self.sampled = session, choice, sampled
+        self.budget = budget
+        self.output, self.on_tokens = output, on_tokens
+        self.running = set(range(len(output.tokens)))
+        self.waiting: deque[_Launched] = deque()
+
+    def finish(self) -> None:
+        """Run until every row is done."""
+        number = 0
+        lag = LAG if self.session.device.type == "cuda" else 0
+        while self.running:
+            if self._more_needed():
+                k = self.choice.update()
+                event = self.session.launch(k, self.sampled)
+                self.waiting.append(_Launched(number, k, event))
+                number += 1
+                if len(self.waiting) <= lag:
+                    continue
+            self._read(self.waiting.popleft())
+
+    def _more_needed(self) -> bool:
+        """Whether the steps under way, one token each at least, may leave a row unfinished."""
+        shortest = min(len(self.output.tokens[row]) for row in self.running)
+        return shortest + len(self.waiting) < self.budget
+
+    def _read(self, step: _Launched) -> None:
+        while step.event is not None and not step.event.query():
+            time.sleep(POLL_SECONDS)
+        letters = self.session.batch.pinned[step.number % DEPTH].tolist()
+        drafted, accepted = [], []
+        for row in sorted(self.running):
+            letter = letters[row]
+            if letter[Letter.FINISH] == Finish.IDLE:
+                continue
+            drafted.append(letter[Letter.DRAFTED])
+            accepted.append(letter[Letter.ACCEPTED])
+            # a draft that could not be made helps no more than a rejected one
+            self.choice.observe(step.k, accepted[-1])
+            new = letter[len(Letter) : len(Letter) + letter[Letter.EMITTED]]
+            self.output.tokens[row].extend(new)
+            stop = self.on_tokens is not None and self.on_tokens(row, new) is True
+            if letter[Letter.FINISH] != Finish.RUNNING:
+                self.output.finish[row] = "eos" if letter[Letter.FINISH] == Finish.EOS else "length"
+                self.running.discard(row)
+            elif stop:
+                # on the device the row goes on, unheard
+                self.output.finish[row] = "stop"
+                self.running.discard(row)
+        if drafted:
+            self.output.stats.count_step(drafted, accepted)

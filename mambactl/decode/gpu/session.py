@@ -1,0 +1,175 @@
+"""Device memory and captured graphs for one batch size; a graph is one step with K drafts."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mambactl.decode.gpu.batch import Batch
+from mambactl.decode.gpu.forward import Pass
+from mambactl.decode.gpu.state import ModelState, make_state
+from mambactl.decode.gpu.step import Step
+from mambactl.decode.sampler import SamplingParams
+from mambactl.models.cache import HybridCache
+from mambactl.models.packed import PackedModel
+
+# sequences from which on storing a state costs more than replaying many tokens
+REPLAY_FROM = 8
+# ring slots of that many sequences, where their windows leave room to replay a few tokens
+MANY_SLOTS, REPLAY_TOKENS = 32, 8
+# steps of a timing
+TIMED_STEPS = 3
+
+
+@dataclass
+class Capture:
+    """What preparing graphs cost."""
+
+    graphs: int = 0
+    compile_seconds: float = 0.0
+    capture_seconds: float = 0.0
+
+
+def ring_limit(weights: PackedModel, batch: int, k: int) -> int:
+    """Ring slots in use: three before the stored state, two steps of k + 1 tokens, and a replay.
+
+    A Mamba-1 layer's ring is nearly as large as its state, so its state is stored at every step.
+    0 for plain decoding of few sequences: the state is stored after each token.
+    """
+    lazy = batch >= REPLAY_FROM and not weights.has_mamba1
+    if k == 0 and not lazy:
+        return 0
+    least = 2 * (k + 1) + 3
+    return max(MANY_SLOTS, least + REPLAY_TOKENS) if lazy else least
+
+
+class Session:
+    """Runs steps for up to `size` sequences of up to `capacity` tokens and `k` drafts a step."""
+
+    def __init__(
+        self,
+        target: PackedModel,
+        draft: PackedModel | str | None,
+        ops: Any,
+        *,
+        size: int,
+        capacity: int,
+        k: int,
+    ):
+        device = target.table.device
+        self.size, self.capacity, self.k, self.device = size, capacity, k, device
+        self.batch = Batch(size, capacity, k, device)
+        self.limits = {"span": k + 1, "limit": ring_limit(target, size, k), "draft_limit": 0}
+        self.target_weights, self.draft_weights = target, draft
+        self.target = self._state(target, ops, self.limits["limit"], k + 1)
+        self.draft: ModelState | None = None
+        drafter: Pass | str | None = draft
+        if isinstance(draft, PackedModel):
+            self.limits["draft_limit"] = ring_limit(draft, size, k)
+            self.draft = self._state(draft, ops, self.limits["draft_limit"], 2)
+            drafter = Pass(draft, self.draft, ops)
+        self.step = Step(
+            self.batch,
+            Pass(target, self.target, ops),
+            drafter,
+            ops,
+            limit=self.limits["limit"],
+            draft_limit=self.limits["draft_limit"],
+        )
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.capture = Capture()
+        self.seconds: dict[tuple[int, bool], float] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def _state(self, weights: PackedModel, ops: Any, limit: int, longest: int) -> ModelState:
+        slots = max(8, 1 << (limit - 1).bit_length())
+        # k would do; with two more a ring behind the usual windows is as large without drafts
+        return make_state(weights, ops, self.size, self.capacity, slots, longest, ahead=self.k + 2)
+
+    def load_target(self, cache: HybridCache) -> None:
+        """Take over what the target read of the prompts: all but the last token."""
+        self.target.load(cache, self.target_weights)
+
+    def load_draft(self, cache: HybridCache) -> None:
+        """Take over what the draft read of the prompts: all but the last two tokens."""
+        self.draft.load(cache, self.draft_weights)
+
+    def start(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[int], params: SamplingParams
+    ) -> None:
+        """Begin a batch whose caches are loaded."""
+        self.batch.start(prompts, keys, params, **self.limits)
+
+    def prepare(self, ks: Sequence[int], sampled: bool) -> None:
+        """Compile and capture the steps with these numbers of drafts, before a batch is loaded."""
+        if self.device.type != "cuda":
+            return
+        missing = [k for k in ks if (k, sampled) not in self.graphs]
+        if not missing:
+            return
+        # nobody is active, so a run changes nothing but scratch
+        self.batch.control.zero_()
+        started = time.perf_counter()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for k in missing:
+                self.step.run(k, sampled)
+        torch.cuda.synchronize()
+        compiled = time.perf_counter()
+        for k in missing:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step.run(k, sampled)
+            self.graphs[k, sampled] = graph
+        torch.cuda.synchronize()
+        self.capture.graphs += len(missing)
+        self.capture.compile_seconds += compiled - started
+        self.capture.capture_seconds += time.perf_counter() - compiled
+
+    def launch(self, k: int, sampled: bool) -> torch.cuda.Event | None:
+        """Start one step; the event tells when its mailbox has arrived."""
+        if self.device.type != "cuda":
+            self.step.run(k, sampled)
+            return None
+        self.graphs[k, sampled].replay()
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def time_steps(self, ks: Sequence[int], sampled: bool) -> dict[int, float]:
+        """Seconds of a step for each k, measured on the batch just loaded, which it leaves as is.
+
+        Just after loading no pass stores a state, so repeating a step only writes ring slots and
+        cache slots that hold nothing a real step sees before it has written them itself.
+        """
+        saved = [(t, t.clone()) for t in (self.batch.control, self.batch.feed, self.batch.history)]
+
+        def again(k: int) -> None:
+            for tensor, copy in saved:
+                tensor.copy_(copy)
+            self.launch(k, sampled)
+
+        for k in ks:
+            if (k, sampled) not in self.seconds:
+                again(k)
+                times = [self._seconds(again, k) for _ in range(TIMED_STEPS)]
+                self.seconds[k, sampled] = sorted(times)[len(times) // 2]
+        for tensor, copy in saved:
+            tensor.copy_(copy)
+        self.batch.mailbox.zero_()
+        return {k: self.seconds[k, sampled] for k in ks}
+
+    def _seconds(self, step: Callable[[int], None], k: int) -> float:
+        if self.device.type != "cuda":
+            begin = time.perf_counter()
+            step(k)
+            return time.perf_counter() - begin
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        marks[0].record()
+        step(k)
+        marks[1].record()
+        marks[1].synchronize()
+        return marks[0].elapsed_time(marks[1]) / 1e3

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness in process: tasks, prompts, scores."""

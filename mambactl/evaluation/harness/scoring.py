@@ -1,0 +1,203 @@
+"""Runs of lm-evaluation-harness in process: its tasks, its prompts, its scores and its table."""
+
+import difflib
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from functools import partialmethod
+from typing import Any
+
+import lm_eval
+from lm_eval.api.model import CachingLM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.caching import cache as request_cache
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, make_table
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from mambactl import console
+from mambactl.errors import ResourceError, UsageError
+from mambactl.evaluation.harness.harness_model import HarnessModel
+from mambactl.evaluation.harness.schemas import plain_name
+from mambactl.evaluation.harness.tasks import SUBJECT, HarnessOptions, LocalTask, Wanted
+
+# resamples behind the standard error of metrics that have no closed form
+BOOTSTRAP_ITERS = 1000
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores by task and metric, and the harness's own table of them (markdown).
+
+    `samples` are requests and answers by task, where they were asked for. `groups` are the parts of
+    tasks that have any.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    table: str
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+
+
+class LocalConfigurableTask(ConfigurableTask):
+    """A task of the harness whose worked examples are of the subject that is asked about."""
+
+    def __init__(self, task: LocalTask):
+        super().__init__(config=task.config())
+        self.by_subject: dict[Any, list[dict[str, Any]]] = {}
+        for row in task.pool.rows if task.pool is not None else ():
+            self.by_subject.setdefault(row.get(SUBJECT), []).append(row)
+
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **options: Any) -> Any:
+        """The prompt of one row, as the harness makes it."""
+        if len(self.by_subject) > 1 and num_fewshot:
+            self.sampler.replace_df(self.by_subject[doc[SUBJECT]])
+        return super().fewshot_context(doc, num_fewshot, **options)
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Sequence[Wanted],
+    options: HarnessOptions,
+) -> TaskScores:
+    """Run tasks; UsageError for one that nobody knows, ResourceError for one that is not there."""
+    set_seed(options.seed)
+    with _quiet():
+        loaded = _load(wanted, options)
+        lm: Any = HarnessModel(model, tokenizer, options.batch_size, options.max_length)
+        if options.answers is not None:
+            lm = CachingLM(lm, str(options.answers))
+        as_turns = options.fewshot_as_multiturn
+        # simple_evaluate is this plus seconds of collecting the versions of everything installed
+        with _requests_kept(wanted, tokenizer, options):
+            results = lm_eval.evaluate(
+                lm=lm,
+                task_dict=loaded,
+                limit=options.limit,
+                cache_requests=options.requests is not None,
+                bootstrap_iters=BOOTSTRAP_ITERS,
+                log_samples=options.log_samples,
+                system_instruction=options.system_instruction,
+                apply_chat_template=options.apply_chat_template,
+                # as the harness's command line: with a chat template unless told otherwise
+                fewshot_as_multiturn=options.apply_chat_template if as_turns is None else as_turns,
+            )
+    metrics = {name: _scores(entry) for name, entry in results["results"].items()}
+    table = make_table(results)
+    if results.get("groups"):
+        table += "\n" + make_table(results, "groups")
+    samples = json.loads(json.dumps(results.get("samples") or {}, default=handle_non_serializable))
+    parts = results.get("group_subtasks") or {}
+    groups = {name: list(found) for name, found in parts.items() if found and name in metrics}
+    return TaskScores(metrics, table, samples, groups)
+
+
+def _scores(entry: dict[str, Any]) -> dict[str, float]:
+    return {
+        plain_name(key): float(value)
+        for key, value in entry.items()
+        if "," in key and isinstance(value, int | float)
+    }
+
+
+def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> dict[str, Any]:
+    names = [task.name for task in wanted if task.local is None]
+    manager = _manager(names, options.task_dir)
+    whole: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for task in wanted:
+        try:
+            part = manager.load([LocalConfigurableTask(task.local) if task.local else task.name])
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if task.optional:
+                console.warn(f"{task.name} is left out: it cannot be loaded ({reason})")
+                continue
+            raise ResourceError(
+                f"the task {task.name} cannot be loaded: {reason}",
+                hint="its data is fetched from the network; local .jsonl files work without one",
+            ) from error
+        for leaf in part["tasks"].values():
+            _set_shots(leaf, task, options)
+        for kind, found in part.items():
+            whole[kind] |= found
+    if not whole["tasks"]:
+        raise ResourceError(
+            "none of the tasks can be loaded", "--task-dir FOLDER names one with local sets"
+        )
+    return whole
+
+
+def _set_shots(leaf: Any, task: Wanted, options: HarnessOptions) -> None:
+    default = leaf.get_config("num_fewshot")
+    shots = options.num_fewshot if task.shots is None else task.shots
+    if default == 0 and shots and task.shots is None:
+        console.log(f"{task.name} is defined with 0 shots, which --num-fewshot does not change")
+        shots = 0
+    leaf.set_config("num_fewshot", (default or 0) if shots is None else shots)
+    leaf.set_fewshot_seed(options.fewshot_seed)
+
+
+def _manager(names: Sequence[str], folder: str | None) -> Any:
+    """What finds tasks by name: those of a folder alone where they are enough."""
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if all(manager.match_tasks([name]) for name in names):
+        return manager
+    console.log("reading the task list of lm-evaluation-harness, which takes some seconds")
+    manager = TaskManager(include_path=folder, include_defaults=True)
+    for name in names:
+        if not manager.match_tasks([name]):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise UsageError(
+                f"lm-evaluation-harness knows no task {name!r}",
+                hint=(f"did you mean {', '.join(near)}? " if near else "")
+                + "`lm-eval ls tasks` lists all; files end in .jsonl or .jsonl.gz",
+            )
+    return manager
+
+
+@contextmanager
+def _requests_kept(
+    wanted: Sequence[Wanted], tokenizer: PreTrainedTokenizerBase, options: HarnessOptions
+) -> Iterator[None]:
+    """Let the harness keep prompts in a folder of what they are made from: it looks at names."""
+    if options.requests is None:
+        yield
+        return
+    made_from = [
+        [(task.name, task.local and (task.local.rows, task.local.pool)) for task in wanted],
+        (options.fewshot_seed, options.task_dir, lm_eval.__version__),
+        tokenizer.chat_template if options.apply_chat_template else None,
+    ]
+    digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    before, request_cache.PATH = request_cache.PATH, str(options.requests / digest)
+    try:
+        yield
+    finally:
+        request_cache.PATH = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's warnings, prints, bars and worker processes out of the way."""
+    logger, start_bar, variable = logging.getLogger("lm_eval"), tqdm.__init__, "DISABLE_MULTIPROC"
+    level, before = logger.level, os.environ.get(variable)
+    logger.setLevel(logging.ERROR)
+    tqdm.__init__ = partialmethod(start_bar, disable=True)
+    os.environ[variable] = "1"
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        tqdm.__init__ = start_bar
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before

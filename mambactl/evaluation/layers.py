@@ -1,0 +1,72 @@
+"""How far each new mixer's output is from that of the attention it stands for."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from mambactl import console
+from mambactl.errors import UsageError
+from mambactl.evaluation.fidelity import cut_rows
+from mambactl.models.config import HybridConfig
+from mambactl.models.distance import misfit, relative_error, replaced_layers
+from mambactl.models.hybrid import HybridForCausalLM
+
+
+@torch.inference_mode()
+def layer_errors(
+    student: HybridForCausalLM,
+    teacher: HybridForCausalLM,
+    documents: Iterable[Sequence[int]],
+    max_length: int = 512,
+    batch_size: int = 4,
+) -> dict[int, float]:
+    """Relative error of every replaced layer, teacher-forced: what the `align` phase minimises.
+
+    A mixer gets what entered the teacher's attention (after the input norm); the error is the mean
+    squared difference to what left it over that output's variance. 1 is what a mixer gets that
+    only puts out the mean. Raises UsageError where layers do not correspond or none is replaced.
+    """
+    require_layers(student.config, teacher.config)
+    layers = replaced_layers(student.config)
+    mixers = {index: student.model.layers[index].mixer for index in layers}
+    rows = cut_rows(documents, max_length)
+    # on the device: a number that is read makes the host wait
+    zero = torch.zeros((), dtype=torch.float64, device=teacher.device)
+    totals = dict.fromkeys(layers, zero)
+    tokens = 0
+    with console.progress("layers", sum(map(len, rows))) as task:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            for index, error in _batch_errors(mixers, teacher, batch).items():
+                totals[index] = totals[index] + error.double()
+            tokens += sum(map(len, batch))
+            task.advance(sum(map(len, batch)))
+    return {index: float(total / tokens) for index, total in totals.items()}
+
+
+def require_layers(student: HybridConfig, teacher: HybridConfig) -> None:
+    """Raise UsageError unless the student has mixers in place of the teacher's attention."""
+    problem = misfit(student, teacher)
+    if problem is None and not replaced_layers(student):
+        problem = "the model has no Mamba layer"
+    if problem is not None:
+        raise UsageError(
+            f"layers cannot be compared: {problem}", "--teacher names the model it was made from"
+        )
+
+
+def _batch_errors(
+    mixers: dict[int, torch.nn.Module], teacher: HybridForCausalLM, rows: Sequence[torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """Summed errors by layer; padding stands on the right, where no valid token sees it."""
+    model, device = teacher.model, teacher.device
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)  # [B, T]
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    valid = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B, T]
+    hidden, context = model.enter(ids)
+    found = {}
+    for index, block in enumerate(model.layers[: max(mixers) + 1]):
+        hidden, entered, wanted = block.observe(hidden, context)
+        if index in mixers:
+            found[index] = relative_error(mixers[index](entered, context, None), wanted, valid)
+    return found

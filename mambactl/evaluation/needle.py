@@ -1,0 +1,157 @@
+"""Needle in a haystack: does a model find one sentence, by length of the text and depth in it?"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from mambactl.data.haystack import ANSWER, ANSWER_START, NEEDLE, Haystack, make_frame, needle_prompt
+from mambactl.data.recall_documents import encode_words
+from mambactl.decode.backend import make_engine
+from mambactl.decode.sampler import SamplingParams
+from mambactl.evaluation.recall import read_answers
+
+Scoring = Literal["generate", "argmax"]
+# what an answer must hold, in any case of letters
+WANTED = ("sandwich", "dolores park")
+NEW_TOKENS = 32
+# prompts are read together up to so many tokens
+BATCH_TOKENS = 2**17
+
+SCALARS = ("retrieved",)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Prompts [lengths][depths] of token ids; depths from 0 to 1, all of a length are as long."""
+
+    lengths: list[int]
+    depths: list[float]
+    prompts: list[list[list[int]]]
+    answer: list[int]
+    scoring: Scoring
+
+
+def make_grid(
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    lengths: Sequence[int],
+    depths: int,
+    seed: int,
+    scoring: Scoring,
+) -> Grid:
+    """A prompt per length and depth, each with another part of the text around the needle.
+
+    `generate` leaves room for `NEW_TOKENS`; `argmax` writes the start of the answer into the
+    prompt and keeps the rest of it to compare with.
+    """
+    frame, haystack = make_frame(tokenizer), Haystack(rows, tokenizer, seed)
+    places = [place / (depths - 1) for place in range(depths)] if depths > 1 else [0.5]
+    answer: list[int] = []
+    start: list[int] = []
+    if scoring == "argmax":
+        templated = bool(getattr(tokenizer, "chat_template", None))
+        # together, for tokens may reach over a space
+        start = encode_words(tokenizer, ANSWER_START if templated else f" {ANSWER_START}")
+        answer = encode_words(tokenizer, ANSWER)
+    room = NEW_TOKENS if scoring == "generate" else len(start) + len(answer)
+    lengths = sorted(set(lengths))
+    prompts = [
+        [[*needle_prompt(haystack, frame, length, place, room), *start] for place in places]
+        for length in lengths
+    ]
+    return Grid(lengths, places, prompts, answer, scoring)
+
+
+def measure_needle(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    grid: Grid,
+    end_tokens: Sequence[int],
+    samples: bool = False,
+    advance: Callable[[int], None] = lambda cells: None,
+) -> dict[str, Any]:
+    """Scores by [length][depth] and their mean.
+
+    generate: `retrieved` (1 where the greedy answer holds all of `WANTED`) and `rouge1` (F1 of the
+    words of answer and needle, what the paper reports); `answers` if `samples`.
+    argmax: `retrieved` (1 where every token of the answer is the most likely one after those
+    before it) and `tokens`, the share of them that is. One pass, nothing is generated.
+    """
+    measure: Callable[[Sequence[Sequence[int]]], list[dict[str, Any]]] = (
+        _Generated(model, tokenizer, end_tokens)
+        if grid.scoring == "generate"
+        else _Forced(model, grid.answer)
+    )
+    found: list[list[dict[str, Any]]] = [[] for _ in grid.lengths]
+    # the longest first: memory that holds it holds the others
+    for place in sorted(range(len(grid.lengths)), key=lambda i: -grid.lengths[i]):
+        prompts = grid.prompts[place]
+        size = max(1, BATCH_TOKENS // grid.lengths[place])
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            found[place] += measure(batch)
+            advance(len(batch))
+    names = [name for name in found[0][0] if samples or name != "answers"]
+    result: dict[str, Any] = {
+        name: [[cell[name] for cell in row] for row in found] for name in names
+    }
+    for name in names:
+        if name != "answers":
+            cells = [value for row in result[name] for value in row]
+            result[f"mean_{name}"] = sum(cells) / len(cells)
+    return result
+
+
+class _Generated:
+    """Greedy answers through the decode engine."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, end_tokens: Sequence[int]):
+        self.engine = make_engine(model, None, 0)
+        self.tokenizer = tokenizer
+        self.params = SamplingParams(max_new_tokens=NEW_TOKENS, eos_token_ids=tuple(end_tokens))
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        output = self.engine.generate(prompts, self.params)
+        texts = self.tokenizer.batch_decode(output.tokens, skip_special_tokens=True)
+        return [
+            {"retrieved": retrieved(text), "rouge1": rouge1(text, NEEDLE), "answers": text.strip()}
+            for text in texts
+        ]
+
+
+class _Forced:
+    """The answer's tokens, each judged after the right ones before it."""
+
+    def __init__(self, model: PreTrainedModel, answer: Sequence[int]):
+        self.model, self.answer = model, list(answer)
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        device, size = self.model.device, len(self.answer)
+        ids = torch.tensor([[*prompt, *self.answer[:-1]] for prompt in prompts], device=device)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        asked = hidden[:, -size:].flatten(0, 1)  # [B * A, D]
+        targets = torch.tensor(self.answer * len(prompts), device=device)
+        answers = read_answers(asked, self.model.get_output_embeddings(), targets)
+        right = answers[:, 0].view(len(prompts), size).double().cpu()  # [B, A]
+        return [{"retrieved": float(row.min()), "tokens": float(row.mean())} for row in right]
+
+
+def retrieved(text: str) -> float:
+    """1 where an answer holds everything that the needle says, else 0."""
+    lowered = text.lower()
+    return float(all(wanted in lowered for wanted in WANTED))
+
+
+def rouge1(text: str, wanted: str) -> float:
+    """F1 of the words two texts share, each as often as it is in both (ROUGE-1; Lin, 2004)."""
+    ours, theirs = (_words(each) for each in (text, wanted))
+    shared = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
+    return 2 * shared / (len(ours) + len(theirs)) if ours and theirs else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c if c.isalnum() else " " for c in text.lower()).split()

@@ -1,0 +1,200 @@
+"""Whether a model prefers the answers that people preferred, and how far it is from its reference.
+
+With r = log p(answer | prompt) under the policy less that under the reference, summed over the
+answer's tokens, beta * r is the reward that direct preference optimisation implies (arXiv
+2305.18290, eq. 5). A pair counts as right where the chosen answer has the larger one. The KL is of
+whole next-token distributions, at every token of both answers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mambactl import console
+from mambactl.data.format import Example
+from mambactl.data.pack import Batch, collate, pack_whole
+from mambactl.data.preferences import Pair
+from mambactl.evaluation.fidelity import MEANS, Head, compare_logits
+
+# every number of a set that is one value
+SCALARS = (
+    "reward_accuracy",
+    "reward_margin",
+    "normed_accuracy",
+    "logp_chosen",
+    "logp_rejected",
+    "kl_to_reference",
+    "kl_from_reference",
+)
+# what a table calls them
+HEADINGS = ("accuracy", "margin", "per token", "log p +", "log p -", "KL to ref", "KL of ref")
+CE, REFERENCE_CE = MEANS.index("ce"), MEANS.index("teacher_ce")
+FROM_REFERENCE, TO_REFERENCE = MEANS.index("kl"), MEANS.index("reverse_kl")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How documents become rows: `width` tokens, `batch_size` rows per pass, packed or padded.
+
+    `amp` is the mixed-precision type, None for what the weights are.
+    """
+
+    width: int
+    batch_size: int = 4
+    packing: bool = True
+    amp: torch.dtype | None = None
+
+
+class States(NamedTuple):
+    """Hidden states [N, D] that predict answer tokens [N] of documents number `owner` [N]."""
+
+    hidden: Tensor
+    targets: Tensor
+    owner: Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a comparison needs of the reference: states of the same tokens, batch by batch on the
+    host, and its head. The model itself may be freed.
+    """
+
+    states: list[Tensor]
+    head: Head
+
+
+def documents(pairs: Sequence[Pair]) -> list[Example]:
+    """Chosen and rejected documents of all pairs in turn, [2 N]."""
+    return [document for pair in pairs for document in pair.answers]
+
+
+@torch.no_grad()
+def token_logps(model: Any, texts: Sequence[Example], layout: Layout) -> list[np.ndarray]:
+    """Log-probabilities (fp32) of the learned tokens of every document, in their order."""
+    head = Head.of(model)
+    found = [np.zeros(0, np.float32) for _ in texts]
+    size = head.rows()
+    with console.progress("reference", len(texts)) as progress:
+        for states in answer_states(model, texts, layout):
+            pieces = zip(states.hidden.split(size), states.targets.split(size), strict=True)
+            logps = torch.cat([_logps(head(h), targets) for h, targets in pieces])
+            owner = states.owner.numpy()
+            # a document's tokens stand side by side
+            ends = np.flatnonzero(np.diff(owner)) + 1
+            for part in np.split(np.arange(len(owner)), ends):
+                found[owner[part[0]]] = logps[part[0] : part[-1] + 1].cpu().numpy()
+            progress.advance(len(ends) + 1)
+    return found
+
+
+def read_reference(model: Any, texts: Sequence[Example], layout: Layout) -> Reference:
+    """Keep the states of `model` for `texts`, in the order of `answer_states`."""
+    with torch.no_grad():
+        states = [part.hidden.cpu() for part in answer_states(model, texts, layout)]
+        return Reference(states, Head.of(model))
+
+
+@torch.no_grad()
+def compare_preferences(
+    policy: Any, reference: Reference, pairs: Sequence[Pair], layout: Layout, beta: float = 1.0
+) -> dict[str, Any]:
+    """Numbers of `SCALARS` over pairs that `reference` was read for, and how many there are.
+
+    `reward_margin` is beta times the mean difference of r, `normed_accuracy` compares r per token,
+    `logp_*` are means of summed log-probabilities, `kl_to_reference` is KL(policy || reference) per
+    answer token and `kl_from_reference` KL(reference || policy), in nats.
+    """
+    texts = documents(pairs)
+    head = Head.of(policy)
+    size = head.rows()
+    ours, theirs, counts = np.zeros((3, len(texts)))
+    sums, seen = torch.zeros(len(MEANS), dtype=torch.float64), 0
+    for states, other in zip(answer_states(policy, texts, layout), reference.states, strict=True):
+        pieces = zip(*(t.split(size) for t in (states.hidden, other, states.targets)), strict=True)
+        parts = [
+            compare_logits(head(hidden), reference.head(kept.to(hidden.device)), targets)
+            for hidden, kept, targets in pieces
+        ]
+        measured = torch.cat(parts).double().cpu()  # [N, 7]
+        owner = states.owner.numpy()
+        np.add.at(ours, owner, -measured[:, CE].numpy())
+        np.add.at(theirs, owner, -measured[:, REFERENCE_CE].numpy())
+        np.add.at(counts, owner, 1)
+        sums += measured.sum(0)
+        seen += len(measured)
+    means = sums / max(seen, 1)
+    return {
+        "pairs": len(pairs),
+        "answer_tokens": seen,
+        **_rewards(ours, theirs, counts, beta),
+        "kl_to_reference": float(means[TO_REFERENCE]),
+        "kl_from_reference": float(means[FROM_REFERENCE]),
+    }
+
+
+def _rewards(
+    ours: np.ndarray, theirs: np.ndarray, counts: np.ndarray, beta: float
+) -> dict[str, float]:
+    ratio = ours - theirs  # [2 N], chosen and rejected in turn
+    margin = ratio[0::2] - ratio[1::2]
+    normed = ratio / np.maximum(counts, 1)
+    return {
+        "reward_accuracy": float((margin > 0).mean()),
+        "reward_margin": float(beta * margin.mean()),
+        "normed_accuracy": float((normed[0::2] > normed[1::2]).mean()),
+        "logp_chosen": float(ours[0::2].mean()),
+        "logp_rejected": float(ours[1::2].mean()),
+    }
+
+
+@torch.no_grad()
+def answer_states(model: Any, texts: Sequence[Example], layout: Layout) -> Iterator[States]:
+    """States that predict learned tokens, in one order for all models; owners on the host."""
+    width = min(layout.width, max(len(text.input_ids) for text in texts))
+    rows, members = pack_whole(texts, width, layout.packing)
+    for start in range(0, len(rows), layout.batch_size):
+        piece = slice(start, start + layout.batch_size)
+        batch = collate(rows[piece])
+        predicted = batch.loss_mask[:, 1:]  # [B, T-1], position t predicts token t + 1
+        owner = _owners(members[piece], rows[piece])[:, 1 : batch.loss_mask.shape[1]][predicted]
+        hidden = _hidden(model, batch.to(model.device), layout.amp)[:, :-1]
+        place = hidden.device
+        targets = batch.input_ids[:, 1:][predicted]
+        yield States(hidden[predicted.to(place)], targets.to(place), owner)
+
+
+def _owners(members: Sequence[Sequence[int]], rows: Sequence[Any]) -> Tensor:
+    """Number of the document at every position [B, T]; padding counts as the first."""
+    owner = np.stack(
+        [
+            np.asarray([*group, group[0]])[row.seq_idx]
+            for group, row in zip(members, rows, strict=True)
+        ]
+    )
+    return torch.from_numpy(owner)
+
+
+def _hidden(model: Any, batch: Batch, amp: torch.dtype | None) -> Tensor:
+    """States after the final norm [B, T, D]; packed rows need a model that resets where asked."""
+    extra = {}
+    if batch.seq_idx is not None:
+        extra = {"position_ids": batch.position_ids, "seq_idx": batch.seq_idx}
+    # padding stands behind everything, where no causal model sees it
+    with torch.autocast(batch.input_ids.device.type, dtype=amp, enabled=amp is not None):
+        return model.base_model(batch.input_ids, use_cache=False, **extra).last_hidden_state
+
+
+def _logps(logits: Tensor, targets: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def by_set(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Lines of a table: set, pairs, and every number of `SCALARS`."""
+    return [
+        (name, f"{found['pairs']:,}", *(f"{found[key]:.4f}" for key in SCALARS))
+        for name, found in measured.items()
+    ]

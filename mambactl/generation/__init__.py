@@ -1,0 +1,1 @@
+"""Prompts from files and command lines, answered by the decode engine."""

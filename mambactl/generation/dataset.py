@@ -1,0 +1,300 @@
+"""`generate --dataset`: a model answers every prompt of a set, once, into a file that sft reads.
+
+Sequence-level knowledge distillation (Kim and Rush, arXiv 1606.07947) trains the student on these
+pseudo-labels. What is decoded together is fixed by the set and the options alone, and every batch
+is on disk before the next begins: a run that was killed continues at the batch it lost, and its
+file is that of a run that was not. Random numbers belong to a prompt, sample and turn.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mambactl import console
+from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.provenance import lineage
+from mambactl.checkpoint.run_folder import RunFolder, side_file
+from mambactl.checkpoint.source import LINEAGE
+from mambactl.data.answers import Answer, Group, write_answers
+from mambactl.data.conversations import Conversation
+from mambactl.decode.prompts import encode
+from mambactl.errors import OutputError, UsageError
+from mambactl.files import RUN_FILE, explained
+from mambactl.generation import decoding
+from mambactl.generation.question_set import QuestionSet, Task, as_prompt
+from mambactl.options import ROW_SUFFIXES, GenerateConfig
+from mambactl.stage_result import StageResult
+
+STAGE = "generate"
+STATUS_SECONDS = 0.5
+# answers worth a word about a batch size of 1
+FEW = 16
+# names in the working folder
+TAKEN = ("metrics.jsonl", "metrics.png", RUN_FILE)
+_FREE = "free some disk space, then use --resume"
+
+
+def run(
+    config: GenerateConfig,
+    source: str,
+    out: Path | None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> StageResult:
+    """Answer every prompt of `dataset` into the file `out`; see GenerateConfig for the options."""
+    if out is None:
+        raise UsageError(f"{STAGE} --dataset needs a place for its result", "give -o FILE.jsonl")
+    _require_place(config, out, force)
+    questions = QuestionSet.of(config, source)
+    folder = RunFolder(out, questions.identity)
+    folder.check(resume, force)
+    with folder.open(resume, force):
+        written = _Written(folder)
+        with written.file:
+            _decode(questions, written)
+            with explained(folder.path, _FREE):
+                metrics = _publish(questions, written, folder, out)
+    console.log(f"wrote {out}: {_summary(metrics)}")
+    return StageResult(str(out), metrics)
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """What the file beside an answer file says about how it was made; None where there is none."""
+    try:
+        return json.loads(side_file(out, LINEAGE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+class _Written:
+    """The answers that are on disk, in the order they were decoded, and what they took.
+
+    A line holds a prompt's number and one Answer. What follows the last state is forgotten.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        state = folder.load_state() or {"batches": 0, "bytes": 0, "totals": {}}
+        self.batches: int = state["batches"]
+        self.totals = Counter(state["totals"])
+        # no name that the result itself may have
+        path = folder.path / "decoded.partial"
+        with explained(path, _FREE):
+            path.touch()
+            if path.stat().st_size < state["bytes"]:
+                raise OutputError(f"{path} lost what was written", "start again with --force")
+            self.file: BinaryIO = path.open("r+b")
+            self.file.truncate(state["bytes"])
+            self.file.seek(state["bytes"])
+
+    def add(self, answers: Sequence[tuple[int, Answer]], totals: Counter) -> None:
+        """Append a whole batch; after this it is never decoded again."""
+        with explained(self.folder.path, _FREE):
+            for prompt, answer in answers:
+                line = json.dumps({"prompt": prompt, **asdict(answer)}, ensure_ascii=False)
+                self.file.write(line.encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.batches += 1
+        self.totals.update(totals)
+        self.folder.save_state(
+            {"batches": self.batches, "bytes": self.file.tell(), "totals": dict(self.totals)}
+        )
+
+    def groups(self, conversations: Sequence[Conversation]) -> Iterator[Group]:
+        """Every prompt with its samples, in the order of the set; one prompt in memory."""
+        places: dict[int, list[int]] = {}
+        self.file.seek(0)
+        offset = 0
+        for line in self.file:
+            places.setdefault(json.loads(line)["prompt"], []).append(offset)
+            offset += len(line)
+        for prompt, conversation in enumerate(conversations):
+            answers = []
+            for place in places.get(prompt, ()):
+                self.file.seek(place)
+                content = json.loads(self.file.readline())
+                del content["prompt"]
+                answers.append(Answer(**content | {"texts": tuple(content["texts"])}))
+            yield conversation, sorted(answers, key=lambda answer: answer.sample)
+
+
+def _decode(questions: QuestionSet, written: _Written) -> None:
+    """Answer every batch that is not done yet."""
+    batches = questions.batches()
+    total, done = sum(map(len, batches)), sum(map(len, batches[: written.batches]))
+    if done:
+        console.log(f"{done} of {total} answers were written before")
+    if written.batches == len(batches):
+        return
+    if questions.config.draft and questions.config.k == "auto":
+        console.log(
+            f"k is {questions.k}: an automatic one follows the clock, and text may follow it"
+        )
+    if len(batches) == total > FEW:
+        console.log("one answer at a time: a --batch-size of 16, say, is faster")
+    setup = replace(decoding.prepare(questions.config, questions.source, []), k=questions.k)
+    engine = setup.engine()
+    with console.progress("answers", total) as bar:
+        meter = _Meter(bar)
+        meter.advance(done)
+        for batch in batches[written.batches :]:
+            started = time.perf_counter()
+            answers, totals = _answer(questions, setup, engine, batch, meter)
+            totals["seconds"] = time.perf_counter() - started
+            written.add(answers, totals)
+            meter.advance(len(batch))
+
+
+def _answer(
+    questions: QuestionSet,
+    setup: decoding.Setup,
+    engine: Any,
+    batch: Sequence[Task],
+    meter: "_Meter",
+) -> tuple[list[tuple[int, Answer]], Counter]:
+    """Write every turn of a batch, all conversations together, the next turn on the last one's."""
+    texts: list[list[str]] = [[] for _ in batch]
+    finish, tokens = ["eos"] * len(batch), [0] * len(batch)
+    totals: Counter = Counter()
+    temperature = questions.temperature(batch[0].prompt)
+    params = replace(setup.params, temperature=temperature)
+    asked = [questions.conversations[task.prompt] for task in batch]
+    for turn in range(max(each.n_answers for each in asked)):
+        rows = [row for row, each in enumerate(asked) if turn < each.n_answers]
+        prompts = [
+            encode(as_prompt(asked[row], texts[row]), setup.tokenizer, questions.config.chat)
+            for row in rows
+        ]
+        keys = [asked[row].key(batch[row].sample, turn) for row in rows]
+        result = engine.generate(prompts, params, meter.heard, keys)
+        for row, new, reason in zip(rows, result.tokens, result.finish, strict=True):
+            texts[row].append(setup.text(new))
+            tokens[row] += len(new)
+            if reason == "length":
+                finish[row] = reason
+        for name in ("prompt_tokens", "tokens", "drafted", "accepted"):
+            totals[name] += getattr(result.stats, name)
+    now = time.time()
+    return [
+        (task.prompt, Answer(task.sample, tuple(texts[row]), finish[row], tokens[row], now))
+        for row, task in enumerate(batch)
+    ], totals
+
+
+def _publish(
+    questions: QuestionSet, written: _Written, folder: RunFolder, out: Path
+) -> dict[str, Any]:
+    """Write the file and what it was made from, and let both appear; returns the counts."""
+    config, counts = questions.config, Counter()
+    groups = _chosen(written.groups(questions.conversations), questions, counts)
+    with folder.staged.open("w", encoding="utf-8", newline="\n") as file:
+        rows = write_answers(file, groups, config.format, questions.generator)
+        file.flush()
+        os.fsync(file.fileno())
+    if not rows and counts["answers"]:
+        raise UsageError(
+            f"none of {counts['answers']} answers ended within {config.max_new_tokens} tokens",
+            "--resume --keep-unfinished writes them as they are; --force with a larger "
+            "--max-new-tokens decodes them again",
+        )
+    metrics = {**questions.counts, **counts, "rows_written": rows, **_speed(written.totals)}
+    with open_checkpoint(questions.source) as reader:
+        recipe = config.model_dump(mode="json")
+        parent = reader.lineage
+        record = lineage(STAGE, parent, reader.path, None, recipe, config.seed, metrics)
+    record["questions"] = questions.identity
+    beside = side_file(out, LINEAGE)
+    partial = folder.path / LINEAGE
+    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    partial.replace(beside)
+    folder.publish()
+    return metrics
+
+
+def _chosen(groups: Iterator[Group], questions: QuestionSet, counts: Counter) -> Iterator[Group]:
+    """Leave out repeated answers to one prompt, and unless asked for those without an end."""
+    counts.update(dict.fromkeys(("answers", "unfinished", "empty", "repeated_answers"), 0))
+    for conversation, answers in groups:
+        seen: set[tuple[str, ...]] = set()
+        kept = []
+        for answer in answers:
+            cut = answer.finish == "length"
+            empty = not all(text.strip() for text in answer.texts)
+            counts["answers"] += 1
+            counts["unfinished"] += cut
+            counts["empty"] += empty
+            if (cut or empty) and not questions.keep_unfinished:
+                continue
+            if questions.unique and answer.texts in seen:
+                counts["repeated_answers"] += 1
+                continue
+            seen.add(answer.texts)
+            kept.append(answer)
+        yield conversation, kept
+
+
+def _speed(totals: Counter) -> dict[str, Any]:
+    """What decoding took in all, also before a kill."""
+    seconds, drafted = totals["seconds"], totals["drafted"]
+    return {
+        "prompt_tokens": totals["prompt_tokens"],
+        "tokens": totals["tokens"],
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(totals["tokens"] / seconds, 3) if seconds else 0.0,
+        "acceptance": round(totals["accepted"] / drafted, 4) if drafted else None,
+    }
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    parts = [
+        f"{metrics['rows_written']} rows of {metrics['answers']} answers to {metrics['prompts']} "
+        f"prompts, {metrics['tokens']:,} tokens at {metrics['tokens_per_second']:.1f} tokens/s"
+    ]
+    for name in ("repeated_prompts", "bad_rows", "unfinished", "empty", "repeated_answers"):
+        if metrics[name]:
+            parts.append(f"{name.replace('_', ' ')}: {metrics[name]}")
+    if metrics["acceptance"] is not None:
+        parts.append(f"{metrics['acceptance']:.0%} of drafted tokens accepted")
+    return "; ".join(parts)
+
+
+class _Meter:
+    """Answers done, and how fast tokens come in this process."""
+
+    def __init__(self, bar: console.Task):
+        self.bar, self.tokens = bar, 0
+        self.started = self.shown = time.monotonic()
+
+    def heard(self, row: int, new: list[int]) -> None:
+        """Count a step's tokens of one row."""
+        self.tokens += len(new)
+        now = time.monotonic()
+        if now - self.shown >= STATUS_SECONDS:
+            self.shown = now
+            self.advance(0)
+
+    def advance(self, answers: int) -> None:
+        """Show `answers` more."""
+        seconds = time.monotonic() - self.started
+        rate = self.tokens / seconds if seconds else 0.0
+        self.bar.advance(answers, f"{self.tokens:,} tokens, {rate:.1f} tokens/s")
+
+
+def _require_place(config: GenerateConfig, out: Path, force: bool) -> None:
+    """Refuse a place that is taken, and a name that no reader of the format would take."""
+    suffix = ROW_SUFFIXES[config.format]
+    if not out.name.endswith(suffix):
+        raise UsageError(f"{out} does not end in {suffix}, as {config.format} does", "see -o")
+    if out.name in TAKEN:
+        raise UsageError(f"a run keeps its own {out.name}", "give another name with -o")
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder", "give the name of a file with -o")
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists already", "add --force to replace it, or another -o")

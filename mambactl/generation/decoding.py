@@ -1,0 +1,174 @@
+"""What `generate` and `spec-decode` share: prompts, target, draft, and runs over many prompts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mambactl import console
+from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.load import load_model, load_tokenizer
+from mambactl.checkpoint.vocabulary import require_same_tokens
+from mambactl.data.sources import read_rows
+from mambactl.decode.backend import NGRAM, Draft, make_engine
+from mambactl.decode.engine import Generation
+from mambactl.decode.prompts import BUILTIN, Prompt, encode
+from mambactl.decode.sampler import SamplingParams
+from mambactl.errors import UsageError
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.placement import place
+from mambactl.options import BenchConfig, PromptConfig
+
+PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
+EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A target with its encoded prompts, its draft and how tokens are chosen."""
+
+    target: HybridForCausalLM
+    tokenizer: Any
+    draft: Draft
+    k: int | str
+    prompts: list[list[int]]
+    params: SamplingParams
+
+    def engine(self, plain: bool = False, exact: bool = False) -> Any:
+        """The engine that was asked for, or one for plain decoding."""
+        if plain or self.draft is None:
+            return make_engine(self.target, None, 0, exact)
+        return make_engine(self.target, self.draft, self.k, exact)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Readable text of new tokens, without special ones."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def read(config: PromptConfig, builtin: bool = False) -> list[Prompt]:
+    """The prompts that a configuration asks for; with `builtin` the own set when it names none."""
+    if config.prompt is not None and config.prompts is not None:
+        raise UsageError("a prompt and a file of prompts exclude each other", "give one of them")
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    if config.prompt is not None:
+        if not config.prompt.strip():
+            raise UsageError("the prompt is empty", "give some text with -p")
+        return [Prompt.of(config.prompt)]
+    if builtin:
+        return list(BUILTIN)
+    raise UsageError("no prompt", 'give -p "some text", -p - to read stdin, or --prompts FILE')
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Read a .txt file (a prompt per line) or .jsonl[.gz]; raises UsageError naming the row."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"{path} is no file", hint="give a .txt or .jsonl file with prompts")
+    if not file.name.endswith(PROMPT_FILES):
+        known = ", ".join(PROMPT_FILES)
+        raise UsageError(f"{path}: unknown kind of file", hint=f"known are {known}")
+    found = []
+    for number, row in read_rows(str(file)):
+        if file.suffix == ".txt":
+            found += [Prompt.of(line) for line in row["text"].splitlines() if line.strip()]
+        elif prompt := Prompt.from_row(row):
+            found.append(prompt)
+        else:
+            raise UsageError(f"{path}, row {number}: no prompt in it", hint=f"expected {EXPECTED}")
+    if not found:
+        raise UsageError(f"{path} is empty", hint="give a file with at least one prompt")
+    return found
+
+
+def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Setup:
+    """Load target, tokenizer and draft; raises ModelError before any weight of a misfit is read."""
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    require_draft(config, source)
+    encoded = [encode(prompt, tokenizer, config.chat) for prompt in prompts]
+    device, dtype = place(config)
+    target = load_model(source, device=device, dtype=dtype)
+    draft = config.draft
+    if draft not in (None, NGRAM):
+        draft = load_model(draft, device=device, dtype=dtype)
+    params = SamplingParams(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_ids=end_tokens(target, tokenizer),
+        seed=config.seed,
+    )
+    _warn_beyond_positions(target, encoded, config.max_new_tokens)
+    return Setup(target, tokenizer, draft, config.k, encoded, params)
+
+
+def require_draft(config: PromptConfig | BenchConfig, source: str) -> None:
+    """Raise ModelError when the draft means other tokens than the target."""
+    if config.draft not in (None, NGRAM):
+        hint = "take a draft of the target's family, or --draft ngram"
+        trusted = config.trust_remote_code
+        require_same_tokens(source, config.draft, "draft", hint, False, trusted)
+
+
+def end_tokens(target: HybridForCausalLM, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a text: of the generation config, the model config and the tokenizer."""
+    found: set[int] = set()
+    for holder in (target.generation_config, target.config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return tuple(sorted(found))
+
+
+def decode(
+    engine: Any,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    batch_size: int,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Generation:
+    """Continue every prompt, `batch_size` at a time; randomness follows a prompt's own number.
+
+    `on_tokens` hears how many tokens each step added.
+    """
+    whole = Generation([], [])
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        keys = range(start, start + len(batch))
+        part = engine.generate(batch, params, lambda _, new: on_tokens(len(new)), keys)
+        whole.tokens.extend(part.tokens)
+        whole.finish.extend(part.finish)
+        whole.stats.add(part.stats)
+    return whole
+
+
+def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What would be decoded; reads headers and tokenizers only."""
+    device, dtype = place(config)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    require_draft(config, source)
+    target = describe(source)
+    draft = describe(config.draft) if config.draft not in (None, NGRAM) else None
+    tokens = [len(encode(prompt, tokenizer, config.chat)) for prompt in prompts]
+    return {
+        "source": target["checkpoint"],
+        "parameters": target["parameters"],
+        "mixers": target["mixers"],
+        "draft": draft["checkpoint"] if draft else config.draft,
+        "draft_parameters": draft and draft["parameters"],
+        "k": config.k if config.draft else 0,
+        "prompts": len(prompts),
+        "prompt_tokens": sum(tokens),
+        "new_tokens_at_most": len(prompts) * config.max_new_tokens,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _warn_beyond_positions(
+    target: HybridForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> None:
+    limit = target.config.max_position_embeddings
+    longest = max(map(len, prompts), default=0) + new_tokens
+    if target.config.attends and longest > limit:
+        console.warn(f"{longest} tokens are more than the {limit} this model was made for")

@@ -1,0 +1,227 @@
+"""The prompts that `generate --dataset` answers: read, checked, each once, dealt and batched."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mambactl.checkpoint.adapters import adapt
+from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.load import load_tokenizer
+from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.provenance import header_digest
+from mambactl.checkpoint.resolve import resolve
+from mambactl.data.answers import CATEGORY_TEMPERATURES, OTHER_TEMPERATURE, require_fit
+from mambactl.data.bad_rows import LONG, UNFIT, BadRows
+from mambactl.data.conversations import Conversation, distinct, read_conversations, shard_of
+from mambactl.decode.backend import NGRAM, REFERENCE_K
+from mambactl.decode.prompts import Prompt, encode, render
+from mambactl.errors import UsageError
+from mambactl.generation import decoding
+from mambactl.models.placement import place
+from mambactl.options import GenerateConfig
+
+# what only says what is made of finished answers may change until they are written
+AFTERWARDS = {"keep_unfinished", "generator"}
+SHARD = re.compile(r"(\d+)/(\d+)")
+
+
+class Task(NamedTuple):
+    """One sample of one prompt, both by number."""
+
+    prompt: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """What one process answers; `lengths` are tokens of the whole conversation but its answers."""
+
+    config: GenerateConfig
+    source: str
+    tokenizer: Any
+    conversations: list[Conversation]
+    lengths: list[int]
+    counts: dict[str, int]
+
+    @classmethod
+    def of(cls, config: GenerateConfig, source: str) -> "QuestionSet":
+        """Read and check everything; raises UsageError that names the rows which are no prompts."""
+        _validate(config)
+        decoding.require_draft(config, source)
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        bad = BadRows(config.skip_bad_rows)
+        found = read_conversations(config.dataset, config.max_samples, bad)
+        rows = len(found) + len(bad.found)
+        chosen = distinct(found) if config.format == "jsonl" else found
+        index, count = _shard(config)
+        mine = [each for each in chosen if shard_of(each, count) == index]
+        fitting, lengths = _measure(config, source, tokenizer, mine, bad)
+        bad.settle()
+        counts = {
+            "rows": rows,
+            "bad_rows": len(bad.found),
+            "repeated_prompts": len(found) - len(chosen),
+            "other_shards": len(chosen) - len(mine),
+            "prompts": len(fitting),
+        }
+        return cls(config, source, tokenizer, fitting, lengths, counts)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be resumed."""
+        digest = hashlib.sha256(b"".join(each.digest for each in self.conversations))
+        draft = self.config.draft
+        named = draft not in (None, NGRAM)
+        return {
+            "stage": "generate",
+            **self.config.model_dump(mode="json", exclude=self.config.place | AFTERWARDS),
+            "k": self.k,
+            "source_sha256": header_digest(resolve(self.source).path),
+            "draft_sha256": header_digest(resolve(draft).path) if named else None,
+            "prompts_sha256": digest.hexdigest(),
+        }
+
+    @property
+    def k(self) -> int:
+        """Draft tokens per step; "auto" follows the clock, and sampled text would follow it."""
+        if self.config.draft is None:
+            return 0
+        return REFERENCE_K if self.config.k == "auto" else self.config.k
+
+    @property
+    def unique(self) -> bool:
+        """Whether prompts and answers are written once; a judge gets what it asks for."""
+        return self.config.format == "jsonl"
+
+    @property
+    def keep_unfinished(self) -> bool:
+        """Whether answers that were cut, or are empty, are written."""
+        kept = self.config.keep_unfinished
+        return not self.unique if kept is None else kept
+
+    @property
+    def generator(self) -> str:
+        """The name of the model for judges."""
+        if self.config.generator is not None:
+            return self.config.generator
+        path = Path(self.source)
+        return path.stem if path.suffix in (".st", ".safetensors", ".gguf") else path.name
+
+    def temperature(self, prompt: int) -> float:
+        """What a prompt is answered with."""
+        if not self.config.category_temperature:
+            return self.config.temperature
+        category = str(self.conversations[prompt].about.get("category"))
+        return CATEGORY_TEMPERATURES.get(category, OTHER_TEMPERATURE)
+
+    def batches(self) -> list[list[Task]]:
+        """What is decoded together: one temperature and like lengths, samples of a prompt in turn.
+
+        The longest first, so that what does not fit in memory fails at the start.
+        """
+        size, samples = self.config.batch_size, range(self.config.samples_per_prompt)
+        order = sorted(
+            range(len(self.lengths)),
+            key=lambda prompt: (self.temperature(prompt), -self.lengths[prompt]),
+        )
+        found = []
+        for _, alike in groupby(order, self.temperature):
+            tasks = [Task(prompt, sample) for prompt in alike for sample in samples]
+            found += [tasks[start : start + size] for start in range(0, len(tasks), size)]
+        return found
+
+    def plan(self) -> dict[str, Any]:
+        """What would be decoded, with one prompt as the model reads it."""
+        device, dtype = place(self.config)
+        target = describe(self.source)
+        turns = sum(each.n_answers for each in self.conversations)
+        samples, new = self.config.samples_per_prompt, self.config.max_new_tokens
+        first = next(iter(self.conversations), None)
+        rendered = first and render(as_prompt(first), self.tokenizer, self.config.chat)
+        return {
+            "source": target["checkpoint"],
+            "parameters": target["parameters"],
+            "mixers": target["mixers"],
+            "draft": self.config.draft,
+            "k": self.k,
+            **self.counts,
+            "answers": len(self.conversations) * samples,
+            "turns": turns * samples,
+            "batches": len(self.batches()),
+            "prompt_tokens": sum(self.lengths),
+            "longest_prompt": max(self.lengths, default=0),
+            "new_tokens_at_most": turns * samples * new,
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "first_row": first and first.where,
+            "first_prompt": rendered,
+        }
+
+
+def as_prompt(conversation: Conversation, answers: Sequence[str] = ()) -> Prompt:
+    """What the model reads before its next answer."""
+    return Prompt(tuple(conversation.messages(answers)), tools=conversation.tools)
+
+
+def _validate(config: GenerateConfig) -> None:
+    if config.prompt is not None or config.prompts is not None:
+        raise UsageError("--dataset and a prompt exclude each other", "give one of them")
+    if config.category_temperature and config.temperature > 0:
+        raise UsageError("--temperature and --category-temperature exclude each other", "drop one")
+    if (
+        config.samples_per_prompt > 1
+        and config.temperature == 0
+        and not config.category_temperature
+    ):
+        raise UsageError(
+            f"{config.samples_per_prompt} greedy answers to a prompt are all the same",
+            "give --temperature 0.7, say",
+        )
+    _shard(config)
+
+
+def _shard(config: GenerateConfig) -> tuple[int, int]:
+    given = config.shard or "1/1"
+    match = SHARD.fullmatch(given)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--shard {given} is no part", "three parts are 1/3, 2/3 and 3/3")
+    return int(match[1]), int(match[2])
+
+
+def _measure(
+    config: GenerateConfig,
+    source: str,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    bad: BadRows,
+) -> tuple[list[Conversation], list[int]]:
+    """Conversations that fit into the model and the format, and their lengths; others are noted."""
+    with open_checkpoint(source) as reader:
+        model = adapt(reader).config
+    limit = model.max_position_embeddings if model.attends else None
+    fitting, lengths = [], []
+    for each in conversations:
+        try:
+            require_fit(each, config.format)
+            # answers that are not there yet count as empty here, and in full below
+            whole = as_prompt(each, [""] * len(each.later))
+            length = len(encode(whole, tokenizer, config.chat))
+            new = each.n_answers * config.max_new_tokens
+        except UsageError as error:
+            bad.add(UNFIT, each.where, str(error), error.hint or "correct the data")
+            continue
+        if limit is not None and length + new > limit:
+            problem = (
+                f"needs {length} tokens and up to {new} new ones, more than the {limit} this model "
+                "was made for"
+            )
+            bad.add(LONG, each.where, problem, "lower --max-new-tokens")
+            continue
+        fitting.append(each)
+        lengths.append(length)
+    return fitting, lengths

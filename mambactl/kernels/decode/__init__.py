@@ -1,0 +1,1 @@
+"""Operations of a decode step: a PyTorch reference and its Triton kernels, file by file."""

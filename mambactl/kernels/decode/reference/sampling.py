@@ -1,0 +1,156 @@
+"""Filtering, drawing and judging tokens, with every setting and count held by a tensor.
+
+`settings` fp32 [3] is temperature, top_k (0: off), top_p (1: off); `seed` is int64 [1]. With
+s = logits / temperature, the distribution of a row is exp(s - log_mass) where s >= threshold and
+zero elsewhere. `decode.sampler` and `decode.accept` define the same choices for host settings.
+"""
+
+import torch
+from torch import Tensor
+
+from mambactl.kernels.random import Stream, draw, uniform
+
+
+def smallest_kept(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The value [..., 1] that scaled logits [..., V] need in order to stay.
+
+    Top-k keeps ties with the k-th largest; top-p then keeps the smallest set of most likely tokens
+    whose mass reaches top_p, and ties with the last of them.
+    """
+    floor = torch.full_like(scaled[..., :1], float("-inf"))  # [..., 1]
+    if 0 < top_k < scaled.shape[-1]:
+        floor = scaled.topk(top_k, dim=-1).values[..., -1:]
+    if top_p >= 1:
+        return floor
+    left = scaled.masked_fill(scaled < floor, float("-inf"))  # [..., V]
+    ranked = left.sort(dim=-1, descending=True).values  # [..., V]
+    mass = ranked.double().softmax(-1)
+    outside = mass.cumsum(-1) - mass >= top_p
+    return ranked.masked_fill(outside, float("inf")).amin(-1, keepdim=True)
+
+
+def filter_rows(
+    logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor, *, pdl: bool = False
+) -> None:
+    """Find the distributions that rows are drawn from: logits [R, V] fp32, -inf for no token.
+
+    Writes threshold [R], the smallest scaled logit that stays, and log_mass [R], both fp32.
+    """
+    temperature, top_k, top_p = settings[0], int(settings[1]), settings[2].item()
+    scaled = logits / temperature  # [R, V]
+    kept = scaled >= smallest_kept(scaled, top_k, top_p)
+    exists = kept & (scaled > float("-inf"))
+    threshold.copy_(scaled.masked_fill(~exists, float("inf")).amin(-1))
+    mass = scaled.double().masked_fill(~kept, float("-inf")).logsumexp(-1)  # [R]
+    log_mass.copy_(mass)
+
+
+def probabilities(logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor) -> Tensor:
+    """What `filter_rows` describes, written out: logits [..., V] -> fp32 [..., V]."""
+    scaled = logits / settings[0]
+    probs = (scaled - log_mass[..., None]).exp()
+    return probs.masked_fill(scaled < threshold[..., None], 0.0)
+
+
+def draw_rows(
+    logits: Tensor,
+    settings: Tensor,
+    threshold: Tensor,
+    log_mass: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    seed: Tensor,
+    stream: int,
+    tokens: Tensor,
+    *,
+    offset: int = 0,
+    pdl: bool = False,
+) -> None:
+    """Draw a token per row of logits [R, V] at text position `positions` int32 [R] + offset.
+
+    keys int64 [R] name the rows; writes tokens int32 [R], a view of any stride.
+    """
+    probs = probabilities(logits, settings, threshold, log_mass)  # [R, V]
+    uniforms = uniform(int(seed), keys, positions.long() + offset, stream)  # [R]
+    tokens.copy_(draw(probs, uniforms))
+
+
+def verdict_greedy(
+    best: Tensor,
+    drafts: Tensor,
+    lengths: Tensor | None,
+    accepted: Tensor,
+    following: Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Keep drafted tokens while they equal the target's argmax, `best` int32 [B * (K + 1)].
+
+    drafts int32 [B, >= K]; sequence b uses its first `lengths[b]` (None: all K). Writes int32 [B]:
+    how many are accepted, and the token that follows them.
+    """
+    batch = accepted.shape[0]
+    table = best.view(batch, -1)  # [B, K + 1]
+    for row, length in enumerate(_lengths(lengths, batch, table.shape[1] - 1)):
+        n = 0
+        while n < length and drafts[row, n] == table[row, n]:
+            n += 1
+        accepted[row], following[row] = n, table[row, n]
+
+
+def verdict_sampled(
+    logits: Tensor,
+    settings: Tensor,
+    threshold: Tensor,
+    log_mass: Tensor,
+    draft_logits: Tensor | None,
+    draft_threshold: Tensor | None,
+    draft_log_mass: Tensor | None,
+    drafts: Tensor,
+    lengths: Tensor | None,
+    keys: Tensor,
+    positions: Tensor,
+    seed: Tensor,
+    accepted: Tensor,
+    following: Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Rejection sampling (arXiv 2211.17192, Algorithm 1) of drafts int32 [B, >= K].
+
+    The target's logits [B * (K + 1), V] have threshold and log_mass [B * (K + 1)]; the draft's are
+    [K, B, V] with [K, B], or None when the drafts were certain. positions int32 [B] number the
+    first new token of each sequence. Writes accepted and following, int32 [B].
+    """
+    batch = accepted.shape[0]
+    target = probabilities(logits, settings, threshold, log_mass)
+    target = target.view(batch, -1, logits.shape[1])  # [B, K + 1, V]
+    places = positions.long()[:, None] + torch.arange(target.shape[1], device=keys.device)
+    rows = keys[:, None].expand_as(places)  # [B, K + 1]
+    tests = uniform(int(seed), rows, places, Stream.ACCEPT)  # [B, K + 1]
+    emits = uniform(int(seed), rows, places, Stream.EMIT)  # [B, K + 1]
+    if draft_logits is None:
+        shape = (target.shape[1] - 1, *target.shape[::2])
+        certain = drafts[:, : shape[0]].T.long()[..., None]  # [K, B, 1]
+        draft = torch.zeros(shape, device=logits.device).scatter(-1, certain, 1.0)  # [K, B, V]
+    else:
+        draft = probabilities(draft_logits, settings, draft_threshold, draft_log_mass)
+    for row, length in enumerate(_lengths(lengths, batch, draft.shape[0])):
+        n = 0
+        while n < length and _passes(target[row, n], draft[n, row], drafts[row, n], tests[row, n]):
+            n += 1
+        rest = target[row, n]  # [V]
+        if n < length:
+            rest = (rest - draft[n, row]).clamp(min=0)
+        if not rest.sum() > 0:
+            rest = target[row, n]
+        accepted[row], following[row] = n, draw(rest, emits[row, n])
+
+
+def _passes(target: Tensor, draft: Tensor, token: Tensor, number: Tensor) -> bool:
+    # strict, so that a token of target probability zero never passes, not even with number = 0
+    return bool(number * draft[token].double() < target[token].double())
+
+
+def _lengths(lengths: Tensor | None, batch: int, width: int) -> list[int]:
+    return [width] * batch if lengths is None else lengths.tolist()

@@ -1,0 +1,147 @@
+"""The operations of a decode pass on a GPU: picks the kernel by the number of rows."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mambactl.kernels.decode.triton import (
+    decode_attention,
+    embed,
+    linear,
+    linear_many,
+    mamba1_step,
+    mamba2_closed,
+    mamba2_step,
+    rotate,
+)
+from mambactl.kernels.decode.triton.gemv import SOME_ROWS, Tiles, tiles_for
+from mambactl.kernels.launch import INTERPRETED
+
+# rows up to which x_proj takes them one after the other
+ONE_BY_ONE = 16
+# sequences from which on the closed form of Mamba-2 is faster than walking through the tokens
+CLOSED_FORM_FROM = 8
+
+
+class TritonOps:
+    """Same methods as `kernels.decode.reference.ops.WindowOps`.
+
+    `exact` keeps every row bitwise independent of how many rows a pass has (up to 16); without it
+    passes of one or two rows, and Mamba-2 layers of many sequences, take faster ways that sum in
+    another order.
+    """
+
+    def __init__(
+        self, exact: bool = False, device: torch.device | str = "cuda", element_size: int = 2
+    ):
+        """`element_size`: bytes of a weight, for tiles that fit the device's shared memory."""
+        self.exact, self.element_size = exact, element_size
+        self.pdl, self.shared_memory = False, 1 << 30
+        if not INTERPRETED:
+            about = torch.cuda.get_device_properties(device)
+            self.pdl = (about.major, about.minor) >= (9, 0)
+            self.shared_memory = about.shared_memory_per_block_optin
+
+    def _tiles(self, name: str, rows: int) -> Tiles | None:
+        """None where the product is the library's."""
+        tiles = tiles_for(name, rows, self.exact)
+        return tiles and tiles.fitted(self.element_size, self.shared_memory)
+
+    def square_pieces(self, rows: int, width: int) -> int:
+        """Columns of `squares` for a pass of that many rows."""
+        tiles = self._tiles("add_residual", rows)
+        return triton.cdiv(width, tiles.columns) if tiles else 1
+
+    def best_pieces(self, rows: int, vocabulary: int) -> int:
+        """Columns of `best` for that many rows of the head."""
+        tiles = self._tiles("head", rows)
+        return triton.cdiv(vocabulary, tiles.columns if tiles else linear_many.BLOCK)
+
+    def scratch(
+        self, rows: int, batch: int, kv_heads: int, group: int, width: int, splits: int
+    ) -> tuple[int, int]:
+        """Elements of attention's `partial` and `counter`."""
+        per_head = rows // batch * group
+        return (
+            *decode_attention.partial_shape(batch, kv_heads, per_head, width, splits),
+            *decode_attention.counter_shape(batch, kv_heads, per_head),
+        )
+
+    def embed(self, *args: Tensor) -> None:
+        """Tokens into the stream."""
+        embed.embed(*args, pdl=self.pdl)
+
+    def pick(self, *args: Tensor) -> None:
+        """The best token of every row."""
+        embed.pick(*args, pdl=self.pdl)
+
+    def project(self, scaled: Tensor, *args: Any, **keywords: Any) -> None:
+        """Input projection of a recurrent mixer."""
+        self._product("project", len(scaled), scaled, *args, **keywords)
+
+    def project_qkv(self, scaled: Tensor, *args: Any, **keywords: Any) -> None:
+        """Queries, and keys and values into the cache."""
+        width = args[8].shape[3]
+        rows = len(scaled) if width % 16 == 0 else SOME_ROWS + 1
+        self._product("project_qkv", rows, scaled, *args, **keywords)
+
+    def add_residual(self, x: Tensor, *args: Any) -> None:
+        """Output projection into the stream."""
+        self._product("add_residual", len(x), x, *args)
+
+    def swiglu(self, scaled: Tensor, *args: Any) -> None:
+        """The first half of an MLP."""
+        self._product("swiglu", len(scaled), scaled, *args)
+
+    def head_best(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor, index: Tensor
+    ) -> None:
+        """Best token of every piece of the vocabulary."""
+        self._product("head", len(scaled), scaled, squares, eps, w, best, index, None)
+
+    def head_logits(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, logits: Tensor
+    ) -> None:
+        """All logits."""
+        self._product("head", len(scaled), scaled, squares, eps, w, None, None, logits)
+
+    def _product(self, name: str, rows: int, *args: Any, **keywords: Any) -> None:
+        tiles = self._tiles(name, rows)
+        if tiles is None:
+            getattr(linear_many, name)(*args, **keywords, pdl=self.pdl)
+        else:
+            getattr(linear, name)(*args, **keywords, tiles=tiles, pdl=self.pdl)
+
+    def attention(self, *args: Any, **keywords: Any) -> None:
+        """Decode attention."""
+        decode_attention.decode_attention(*args, **keywords, pdl=self.pdl)
+
+    def turn(self, *args: Any, **keywords: Any) -> None:
+        """Rotation of B and C."""
+        rotate.turn(*args, **keywords, pdl=self.pdl)
+
+    def mamba2(self, ring: Tensor, *args: Any, T: int, **keywords: Any) -> None:
+        """Mamba-2 window."""
+        closed = (
+            not self.exact
+            and len(ring) >= CLOSED_FORM_FROM
+            and ring.dtype == torch.bfloat16
+            and T <= mamba2_closed.MOST_TOKENS
+        )
+        window = mamba2_closed.mamba2_closed if closed else mamba2_step.mamba2_window
+        window(ring, *args, T=T, **keywords, pdl=self.pdl)
+
+    def grouped_norm(self, *args: Any) -> None:
+        """RMSNorm within groups, in place."""
+        mamba2_step.grouped_norm(*args, pdl=self.pdl)
+
+    def mamba1_low(self, mixed: Tensor, *args: Any, T: int, **keywords: Any) -> None:
+        """x_proj of native Mamba-1."""
+        module = mamba1_step if len(mixed) * T <= ONE_BY_ONE else linear_many
+        module.mamba1_low(mixed, *args, T=T, **keywords, pdl=self.pdl)
+
+    def mamba1(self, *args: Any, **keywords: Any) -> None:
+        """Mamba-1 window."""
+        mamba1_step.mamba1_window(*args, **keywords, pdl=self.pdl)

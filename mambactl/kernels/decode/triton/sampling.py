@@ -1,0 +1,200 @@
+"""Filtering, drawing and judging tokens; one program per row or sequence."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambactl.kernels import random
+from mambactl.kernels.decode.triton.drawing import (
+    WARPS,
+    block_masses,
+    block_sizes,
+    choose,
+    draw_rows,
+    probability,
+    uniform,
+)
+from mambactl.kernels.decode.triton.filtering import filter_rows
+from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options
+
+__all__ = ["draw_rows", "filter_rows", "verdict_greedy", "verdict_sampled"]
+
+ACCEPT = tl.constexpr(int(random.Stream.ACCEPT))
+EMIT = tl.constexpr(int(random.Stream.EMIT))
+
+
+@triton.jit
+def _length(lengths, b, K, HAS_LENGTHS: tl.constexpr):
+    length = K
+    if HAS_LENGTHS:
+        length = tl.minimum(tl.load(lengths + b), K)
+    return length
+
+
+@triton.jit
+def _leading(passes, place, length, PLACES: tl.constexpr):
+    """Count the true values before the first false one; passes [PLACES] is false from length on."""
+    return tl.minimum(tl.min(tl.where(passes, PLACES, place), 0), length)
+
+
+@triton.jit
+def _greedy_kernel(
+    best, drafts, lengths, accepted, following, K, draft_stride,
+    PDL: tl.constexpr, HAS_LENGTHS: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    b = tl.program_id(0)
+    length = _length(lengths, b, K, HAS_LENGTHS)
+    place = tl.arange(0, PLACES)
+    drafted = place < length
+    target = tl.load(best + b * (K + 1) + place, mask=drafted, other=-1)
+    token = tl.load(drafts + b * draft_stride + place, mask=drafted, other=-1)
+    count = _leading(drafted & (token == target), place, length, PLACES)
+    tl.store(accepted + b, count)
+    tl.store(following + b, tl.load(best + b * (K + 1) + count))
+
+
+@triton.jit
+def _at(logits, thresholds, log_masses, rows, V, token, temperature, mask):
+    """The probability of one token [PLACES] in each of several filtered rows [PLACES]."""
+    return probability(
+        tl.load(logits + rows * V + token, mask=mask, other=0.0),
+        temperature,
+        tl.load(thresholds + rows, mask=mask, other=0.0),
+        tl.load(log_masses + rows, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def _sampled_kernel(
+    logits, settings, thresholds, log_masses, draft_logits, draft_thresholds, draft_log_masses,
+    drafts, lengths, keys, positions, seed, accepted, following, B, K, draft_stride, V,
+    PDL: tl.constexpr, HAS_LENGTHS: tl.constexpr, DRAFTED: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    b = tl.program_id(0).to(tl.int64)
+    temperature, root = tl.load(settings), tl.load(seed)
+    key, position = tl.load(keys + b), tl.load(positions + b)
+    length = _length(lengths, b, K, HAS_LENGTHS)
+    place = tl.arange(0, PLACES)
+    drafted = place < length
+    token = tl.load(drafts + b * draft_stride + place, mask=drafted, other=0)
+    rows = b * (K + 1) + place
+    target = _at(logits, thresholds, log_masses, rows, V, token, temperature, drafted)
+    number = uniform(root, key, position + place, ACCEPT)
+    if DRAFTED:
+        rows = place.to(tl.int64) * B + b
+        number *= _at(
+            draft_logits, draft_thresholds, draft_log_masses, rows, V, token, temperature, drafted
+        ).to(tl.float64)
+    # strict, so that a token of target probability zero never passes, not even with number = 0
+    passes = drafted & (number < target.to(tl.float64))
+    count = _leading(passes, place, length, PLACES)
+    rejected = count < length
+
+    row = b * (K + 1) + count
+    p = (logits + row * V, tl.load(thresholds + row), tl.load(log_masses + row))
+    q = p
+    banned = tl.full([], -1, tl.int32)
+    if DRAFTED:
+        row = count.to(tl.int64) * B + b
+        q = (
+            draft_logits + row * V,
+            tl.load(draft_thresholds + row, mask=rejected, other=0.0),
+            tl.load(draft_log_masses + row, mask=rejected, other=0.0),
+            rejected,
+        )
+    else:
+        banned = tl.max(tl.where(rejected & (place == count), token, -1), 0)
+    masses = block_masses(V, temperature, p, q, banned, DRAFTED, BLOCK, BLOCKS)
+    usable = rejected & (tl.sum(masses, 0) > 0)
+    if DRAFTED:
+        q = (q[0], q[1], q[2], usable)
+    banned = tl.where(usable, banned, -1)
+    if rejected != usable:  # the residual underflowed
+        masses = block_masses(V, temperature, p, q, banned, DRAFTED, BLOCK, BLOCKS)
+    number = uniform(root, key, position + count, EMIT)
+    token = choose(number, masses, V, temperature, p, q, banned, DRAFTED, BLOCK, BLOCKS)
+    tl.store(accepted + b, count)
+    tl.store(following + b, token)
+
+
+def verdict_greedy(
+    best: Tensor,
+    drafts: Tensor,
+    lengths: Tensor | None,
+    accepted: Tensor,
+    following: Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """See `kernels.decode.reference.sampling.verdict_greedy`."""
+    batch = accepted.shape[0]
+    width = best.numel() // batch - 1
+    _greedy_kernel[(batch,)](
+        best,
+        drafts,
+        lengths,
+        accepted,
+        following,
+        width,
+        drafts.stride(0),
+        PDL=pdl,
+        HAS_LENGTHS=lengths is not None,
+        PLACES=triton.next_power_of_2(max(width, 1)),
+        **launch_options(pdl, num_warps=1),
+    )
+
+
+def verdict_sampled(
+    logits: Tensor,
+    settings: Tensor,
+    threshold: Tensor,
+    log_mass: Tensor,
+    draft_logits: Tensor | None,
+    draft_threshold: Tensor | None,
+    draft_log_mass: Tensor | None,
+    drafts: Tensor,
+    lengths: Tensor | None,
+    keys: Tensor,
+    positions: Tensor,
+    seed: Tensor,
+    accepted: Tensor,
+    following: Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """See `kernels.decode.reference.sampling.verdict_sampled`."""
+    batch, size = accepted.shape[0], logits.shape[1]
+    width = logits.shape[0] // batch - 1
+    _sampled_kernel[(batch,)](
+        logits,
+        settings,
+        threshold,
+        log_mass,
+        draft_logits,
+        draft_threshold,
+        draft_log_mass,
+        drafts,
+        lengths,
+        keys,
+        positions,
+        seed,
+        accepted,
+        following,
+        batch,
+        width,
+        drafts.stride(0),
+        size,
+        PDL=pdl,
+        HAS_LENGTHS=lengths is not None,
+        DRAFTED=draft_logits is not None,
+        PLACES=triton.next_power_of_2(max(width, 1)),
+        **block_sizes(size),
+        **launch_options(pdl, num_warps=WARPS),
+    )

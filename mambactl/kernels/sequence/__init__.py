@@ -1,0 +1,1 @@
+"""Triton kernels over whole sequences: convolution, scans, attention, divergences."""

@@ -1,1 +1,0 @@
-"""The decode kernels in Triton; each has the signature of its reference in `kernels.window`."""

@@ -1,0 +1,53 @@
+"""The summary of one checkpoint as Markdown, for its card."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mambactl.report.entries import Entry, Found
+from mambactl.report.naming import named_apart
+from mambactl.report.summary import Column, Row, summarise
+
+OWN_NAME = "this model"
+
+
+def markdown(entries: Sequence[Entry], folder: Path) -> str:
+    """A table per kind of measurement, and below them the files (seen from `folder`) they are from.
+
+    All entries are about the checkpoint in `folder`.
+    """
+    named = named_apart(Found(list(entries), [])).entries
+    found = summarise(replace(entry, model=OWN_NAME) for entry in named)
+    lines = ["## Results", ""]
+    for group in dict.fromkeys(column.group for column in found.columns):
+        columns = [column for column in found.columns if column.group == group]
+        rows = [row for row in found.rows if any(column in row.cells for column in columns)]
+        lines += [_line([group, *(column.heading for column in columns)])]
+        lines += ["|---|" + "--:|" * len(columns)]
+        lines += [_line([row.name, *(_cell(row, column) for column in columns)]) for row in rows]
+        lines += [""]
+    lines += [_origin(entry, folder) for entry in entries]
+    return "\n".join(lines).rstrip()
+
+
+def _cell(row: Row, column: Column) -> str:
+    held = row.cells.get(column)
+    if held is None:
+        return ""
+    text = column.write(held.value)
+    if held.interval is None:
+        return text
+    low, high = held.interval
+    return f"{text} ({column.write(low)} to {column.write(high)})"
+
+
+def _origin(entry: Entry, folder: Path) -> str:
+    file = Path(entry.source.file)
+    name = file.relative_to(folder) if file.is_relative_to(folder) else file
+    about = dict(entry.source.details)
+    where = ", ".join(about[key] for key in ("device", "date") if key in about)
+    return f"- `{name}`: `{entry.source.command}`" + (f" on {where}" if where else "")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

@@ -1,0 +1,124 @@
+"""The page: every section there is something for, in `page.html`, with all text escaped."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+
+from mambactl import __version__
+from mambactl.errors import UsageError
+from mambactl.files import explained
+from mambactl.report import charts, details, quality, scores, speed_sections
+from mambactl.report.collect import collect
+from mambactl.report.content import Material, Section
+from mambactl.report.entries import Found, Source
+
+TEMPLATE = "page.html"
+MARKS = "●■▲◆▼◀▶"
+SECTIONS = (
+    quality.overview,
+    quality.faithfulness,
+    details.layers,
+    quality.controls,
+    quality.training,
+    quality.recall,
+    quality.needle,
+    details.generation,
+    scores.tasks,
+    details.preferences,
+    speed_sections.throughput,
+    speed_sections.memory,
+    speed_sections.drafts,
+    speed_sections.benches,
+)
+
+
+def write_report(
+    paths: Sequence[Path],
+    out: Path,
+    command: str,
+    title: str = "",
+    digest_of: Callable[[Path], str] | None = None,
+) -> None:
+    """Write one HTML file about everything that `paths` hold; `collect` says what that is.
+
+    `command` is what made the page. Raises UsageError where nothing is there to show, ResourceError
+    without matplotlib, OutputError where `out` cannot be written.
+    """
+    text = render(collect(paths, digest_of), command, title)
+    partial = out.with_name(out.name + ".partial")
+    with explained(out, "free some space", "give a file that can be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, out)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def render(found: Found, command: str, title: str = "") -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    material = Material(found)
+    sections = [section for section in (make(material) for make in SECTIONS) if section]
+    if not sections:
+        raise UsageError(
+            "nothing measured is there to show", "give results of eval, bench or spec-decode"
+        )
+    names = iter(range(1, 1 + sum(len(section.figures) for section in sections)))
+
+    def drawing(svg: str) -> Markup:
+        # made by matplotlib, which escapes the text it draws
+        return Markup(charts.named_apart(svg, f"f{next(names)}-"))
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["drawing"] = drawing
+    template = environment.from_string(
+        files("mambactl.report").joinpath(TEMPLATE).read_text("utf-8")
+    )
+    return template.render(
+        title=title or _title(found),
+        command=command,
+        version=__version__,
+        sections=sections,
+        sources=material.sources,
+        mark=_mark,
+        outdated=[
+            n for n, source in enumerate(material.sources, 1) if "attention" in dict(source.details)
+        ],
+        shade=lambda number: "" if number == charts.NEUTRAL else f"k{number % charts.COLOURS}",
+        by_command=partial(_by_command, material.sources),
+        about=_about(sections),
+    )
+
+
+def _title(found: Found) -> str:
+    models = list(dict.fromkeys(each.model for each in (*found.entries, *found.ledgers)))
+    return models[0] if len(models) == 1 else f"{len(models)} models compared"
+
+
+def _mark(number: int) -> str:
+    return "–" if number == charts.NEUTRAL else MARKS[number % len(MARKS)]
+
+
+def _by_command(sources: Sequence[Source], cites: Iterable[int]) -> dict[str, list[int]]:
+    """The sources that a section cites, together where one command made them."""
+    groups: dict[str, list[int]] = {}
+    for number in sorted(cites):
+        groups.setdefault(sources[number - 1].command, []).append(number)
+    return groups
+
+
+def _about(sections: Sequence[Section]) -> str:
+    tables = sum(len(section.tables) for section in sections)
+    figures = sum(len(section.figures) for section in sections)
+    return f"{_counted(tables, 'table')} and {_counted(figures, 'chart')}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,388 @@
+"""Sections about what a model says: fidelity, controls, training, recall, needles."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mambactl.report import charts
+from mambactl.report.charts import Series
+from mambactl.report.content import (
+    Cell,
+    Figure,
+    Material,
+    Section,
+    Table,
+    legend,
+    numbers_of,
+    present,
+    written,
+)
+from mambactl.report.details import students
+from mambactl.report.entries import Entry, against_of
+from mambactl.report.naming import teachers_of
+from mambactl.report.needles import NeedleMap, needle_maps
+from mambactl.report.plots import curves
+from mambactl.report.summary import (
+    CONTROL,
+    MODEL,
+    Column,
+    Row,
+    Summary,
+    data_set,
+    interval,
+    mebibytes,
+    number,
+    percent,
+    ratio,
+    summarise,
+)
+
+STUDENT, AGAINST = "student", "against"
+# points of a training curve that a page needs at most
+POINTS = 300
+# a control this many times worse makes a linear axis useless
+SPREAD = 20
+FIDELITY = (
+    ("tokens", "tokens", "{:,}".format),
+    ("KL", "kl", number),
+    ("KL, 95th percentile", "kl_p95", number),
+    ("reverse KL", "reverse_kl", number),
+    ("agreement", "agreement", percent),
+    ("top 5", "top5", percent),
+    ("acceptance", "acceptance", percent),
+    ("perplexity", "perplexity", ratio),
+    ("teacher's", "teacher_perplexity", ratio),
+    ("ratio", "perplexity_ratio", ratio),
+    ("ECE", "ece", number),
+    ("teacher's ECE", "teacher_ece", number),
+    ("ECE to teacher", "ece_to_teacher", number),
+)
+# whose intervals a table has room for
+WITH_INTERVALS = ("kl", "agreement", "perplexity_ratio", "ece")
+PHASES = (
+    ("steps", "steps", "{:,}".format),
+    ("tokens", "tokens", "{:,}".format),
+    ("seconds", "seconds", "{:,.0f}".format),
+    ("first loss", "first_loss", number),
+    ("last loss", "last_loss", number),
+    ("KL", "kl", number),
+    ("agreement", "agreement", percent),
+    ("peak MiB", "peak_bytes", mebibytes),
+)
+
+
+def overview(material: Material) -> Section:
+    """One row per model, its controls below it, the teacher and guessing at the end."""
+    section = Section("summary", "Summary")
+    found = summarise(material.entries)
+    if not found.columns:
+        return section
+    groups: dict[str, int] = {}
+    for column in found.columns:
+        groups[column.group] = groups.get(column.group, 0) + 1
+    section.tables.append(
+        Table(
+            _summary_caption(material, found),
+            ["model", *(column.heading for column in found.columns)],
+            [_summary_row(found, row) for row in found.rows],
+            [material.cite(section, *row.entries) for row in found.rows],
+            list(groups.items()),
+            [row.kind for row in found.rows],
+        )
+    )
+    return section
+
+
+def _summary_caption(material: Material, found: Summary) -> str:
+    teachers = teachers_of(material.entries)
+    names = f" ({', '.join(teachers)})" if teachers else ""
+    text = (
+        "Every model, with what it was measured by. KL is in nats per token, to the "
+        f"teacher{names}; small figures are intervals, of 95 % unless the command says otherwise; "
+        "the best of a column is bold."
+    )
+    if any(row.kind == CONTROL for row in found.rows):
+        text += " Indented below a model: its controls, and what it was tested against."
+    if any(column.group == "cache" for column in found.columns):
+        text += " The cache of one sequence is computed from shapes."
+    return text
+
+
+def _summary_row(found: Summary, row: Row) -> list[Cell]:
+    cells = [Cell(row.name, number=False)]
+    for column in found.columns:
+        if (held := row.cells.get(column)) is None:
+            cells.append(Cell(""))
+            continue
+        best = row.kind == MODEL and held.value == found.best(column)
+        cells.append(Cell(column.write(held.value), _span(column, held.interval), best))
+    return cells
+
+
+def _span(column: Column, bounds: tuple[float, float] | None) -> str:
+    return f"{column.write(bounds[0])} to {column.write(bounds[1])}" if bounds else ""
+
+
+def faithfulness(material: Material) -> Section:
+    """KL over the position in the row, and every number of fidelity."""
+    section = Section(
+        "fidelity",
+        "Fidelity to the teacher",
+        f"Token by token on the same text.{_guides(material)} ECE: how far a model's confidence in "
+        "its first choice is from how often that is the text's next token, or from what the "
+        "teacher gives it.",
+    )
+    sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
+    for entry in students(material.entries):
+        for name, numbers in present(entry.metrics, "fidelity").items():
+            sets.setdefault(data_set(name, numbers), []).append((entry, numbers))
+        for name, found in present(entry.metrics, "long_context").items():
+            for who in (STUDENT, AGAINST):
+                if who in found:
+                    title = data_set(f"{name} in rows of {found['max_length']:,}", found[who])
+                    own = entry if who == STUDENT else replace(entry, model=against_of(entry))
+                    sets.setdefault(title, []).append((own, found[who]))
+    for data, measured in sets.items():
+        section.figures += _by_position(material, section, data, measured)
+        columns = [each for each in FIDELITY if any(each[1] in found for _, found in measured)]
+        rows = [
+            [Cell(entry.model, number=False), *_with_intervals(found, columns)]
+            for entry, found in measured
+        ]
+        cites = [material.cite(section, entry) for entry, _ in measured]
+        headings = ["model", *(heading for heading, _, _ in columns)]
+        section.tables.append(Table(f"On {data}", headings, rows, cites))
+    section.tables += _paired_tests(material, section)
+    return section
+
+
+def _guides(material: Material) -> str:
+    teachers = teachers_of(material.entries)
+    if not teachers:
+        return ""
+    return f" Teacher{'s' if len(teachers) > 1 else ''}: {', '.join(teachers)}."
+
+
+def _with_intervals(found: Mapping[str, Any], columns: Sequence[Any]) -> Iterator[Cell]:
+    cells = written(found, columns)
+    for cell, (_, key, write) in zip(cells, columns, strict=True):
+        bounds = interval(found, key) if key in WITH_INTERVALS else None
+        note = f"{write(bounds[0])} to {write(bounds[1])}" if bounds else ""
+        yield replace(cell, note=note)
+
+
+def _paired_tests(material: Material, section: Section) -> Iterator[Table]:
+    """Differences from another student on the same documents, with how sure they are."""
+    rows, cites = [], []
+    for entry in material.entries:
+        against = present(entry.metrics, "against")
+        other = against_of(entry)
+        for data, found in present(against, "tests").items():
+            for name, test in present(found, "tests").items():
+                texts = (entry.model, other, data, name)
+                row = [Cell(text, number=False) for text in texts]
+                span = test.get("interval")
+                row.append(Cell(f"{test['difference']:+.4f}"))
+                row.append(Cell(f"{span[0]:+.4f} to {span[1]:+.4f}" if span else ""))
+                row.append(Cell("" if test.get("p") is None else f"{test['p']:.3g}"))
+                row.append(Cell(f"{test['wins']} / {test['losses']}" if "wins" in test else ""))
+                rows.append(row)
+                cites.append(material.cite(section, entry))
+    if rows:
+        headings = ["model", "against", "data", "number", "difference", "interval", "p"]
+        headings.append("documents lower / higher")
+        yield Table("Paired tests on the same documents", headings, rows, cites)
+
+
+def _by_position(
+    material: Material, section: Section, data: str, measured: list[tuple[Entry, Any]]
+) -> Iterator[Figure]:
+    buckets = {bucket for _, found in measured for bucket in found.get("by_position", {})}
+    labels = sorted(buckets, key=lambda bucket: int(re.match(r"\d+", bucket)[0]))
+    if len(labels) < 2:
+        return
+    series, rows = [], []
+    for entry, found in measured:
+        parts = found.get("by_position", {})
+        points = [(n, parts[label]["kl"]) for n, label in enumerate(labels) if label in parts]
+        bounds = [interval(parts[label], "kl") for label in labels if label in parts]
+        series.append(Series(entry.model, material.colour(entry.model), points, errors=bounds))
+        texts = [number(parts[label]["kl"]) if label in parts else "" for label in labels]
+        rows.append(((entry.model, *texts), material.cite(section, entry)))
+    title = f"KL by position, {data}"
+    svg = charts.steps(series, labels, "tokens before", "KL, nats per token")
+    alt = f"KL to the teacher at {len(labels)} ranges of position for {len(series)} models"
+    table = numbers_of(title, ["model", *labels], rows)
+    yield Figure(title, svg, alt, legend(series), table=table)
+
+
+def controls(material: Material) -> Section:
+    """Every student beside the same layers with something simpler, or with a part taken out."""
+    section = Section(
+        "controls",
+        "Controls",
+        "The same text read by the teacher under a short window in the replaced layers (its tokens "
+        "+ the first ones of the text), and by the student with a kind of layer putting out zero.",
+    )
+    sets: dict[str, dict[str, dict[str, tuple[float, Entry]]]] = {}
+    for entry in material.entries:
+        for name, found in present(entry.metrics, "controls").items():
+            for data, numbers in present(found, "fidelity").items():
+                title = data_set(data, numbers)
+                own = sets.setdefault(title, {}).setdefault(entry.model, {})
+                own["student"] = (entry.metrics["fidelity"][data]["kl"], entry)
+                own[name] = (numbers["kl"], entry)
+    for data, models in sets.items():
+        variants = list(dict.fromkeys(name for own in models.values() for name in own))
+        series = [
+            Series(name, place, [(own[name][0], row) for row, own in enumerate(models.values())
+                                 if name in own])
+            for place, name in enumerate(variants)
+        ]  # fmt: skip
+        values = [value for own in models.values() for value, _ in own.values() if value > 0]
+        spread = bool(values) and max(values) > SPREAD * min(values)
+        title = f"Student and controls, {data}"
+        svg = charts.dots(
+            series, [charts.folded(m) for m in models], "KL, nats per token", log_x=spread
+        )
+        alt = f"KL to the teacher of {len(models)} students and of {len(variants) - 1} controls"
+        rows = [
+            (
+                (model, *(number(own[name][0]) if name in own else "" for name in variants)),
+                material.cite(section, *(entry for _, entry in own.values())),
+            )
+            for model, own in models.items()
+        ]
+        table = numbers_of(title, ["model", *variants], rows)
+        section.figures.append(Figure(title, svg, alt, legend(series), table=table))
+    return section
+
+
+def training(material: Material) -> Section:
+    """KL over the tokens trained on, and how the phases went."""
+    section = Section("training", "Training")
+    series, rows = [], []
+    for ledger in material.ledgers:
+        kinds = curves(ledger.lines)
+        cites = material.cite(section, ledger)
+        held, loss = kinds["held out"], _thinned(kinds["training"])
+        shade = material.colour(ledger.model)
+        if loss:
+            series.append(Series(ledger.model, shade, loss, faint=True))
+        if held:
+            series.append(Series(ledger.model, shade, held))
+            rows += [((ledger.model, f"{tokens:,}", number(kl)), cites) for tokens, kl in held]
+    if series:
+        title = "KL over tokens"
+        svg = charts.lines(series, "tokens trained on", "KL, nats per token", log_y=True)
+        alt = f"KL to the teacher over the tokens trained on, for {len(legend(series))} runs"
+        note = "Marked: held-out text. Thin: the training loss, batch by batch."
+        if len({line.get("eval_tokens") for each in material.ledgers
+                for line in each.lines if "kl" in line}) > 1:  # fmt: skip
+            note += " The held-out text is not the same in all runs."
+        table = numbers_of("Held-out KL", ["model", "tokens", "KL"], rows) if rows else None
+        section.figures.append(Figure(title, svg, alt, legend(series), note, table))
+    found = [
+        (entry, phase, numbers)
+        for entry in material.entries
+        for phase, numbers in present(entry.metrics, "training").items()
+        if isinstance(numbers, Mapping)
+    ]
+    if found:
+        columns = [each for each in PHASES if any(each[1] in numbers for *_, numbers in found)]
+        headings = ["model", "phase", *(heading for heading, _, _ in columns)]
+        cells = [
+            [Cell(entry.model, number=False), Cell(phase, number=False), *written(each, columns)]
+            for entry, phase, each in found
+        ]
+        cites = [material.cite(section, entry) for entry, *_ in found]
+        section.tables.append(Table("Phases", headings, cells, cites))
+    return section
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return points[:: -(-len(points) // POINTS)] if points else []
+
+
+def recall(material: Material) -> Section:
+    """Recall over the length of the row, a chart per form, with the teacher and a guess."""
+    section = Section(
+        "recall", "Recall", "Pairs stated once in a row and asked for at its end, made from a seed."
+    )
+    found = summarise(material.entries)
+    forms: dict[str, list[tuple[int, Column]]] = {}
+    for column in found.columns:
+        parts = re.fullmatch(r"(\w+)-(\d+)", column.heading)
+        if column.group == "recall" and parts:
+            forms.setdefault(parts[1], []).append((int(parts[2]), column))
+    for form, lengths in forms.items():
+        lengths.sort(key=lambda pair: pair[0])
+        rows = [row for row in found.rows if row.kind != CONTROL
+                and any(column in row.cells for _, column in lengths)]  # fmt: skip
+        title = f"Recall, {form}"
+        texts = [
+            (
+                (row.name, *(c.write(row.cells[c].value) if c in row.cells else ""
+                             for _, c in lengths)),
+                material.cite(section, *_with(row, "recall")),
+            )
+            for row in rows
+        ]  # fmt: skip
+        table = numbers_of(title, ["model", *(f"{n:,} tokens" for n, _ in lengths)], texts)
+        if len(lengths) < 2:
+            section.tables.append(table)
+            continue
+        series = [
+            Series(
+                row.name,
+                material.colour(row.name) if row.kind == MODEL else charts.NEUTRAL,
+                [(n, 100 * row.cells[c].value) for n, c in lengths if c in row.cells],
+                {"teacher": "dashed", "guessing": "dotted"}.get(row.name.split()[0], "solid"),
+            )
+            for row in rows
+        ]
+        svg = charts.lines(series, "tokens in the row", "recalled, %", log_x=True)
+        alt = f"Share of values recalled over the length of the row by {len(series)} models"
+        ends = any(row.kind != MODEL for row in rows)
+        note = "Dashed: the teacher. Dotted: guessing." if ends else ""
+        section.figures.append(Figure(title, svg, alt, legend(series), note, table))
+    return section
+
+
+def _with(row: Row, kind: str) -> list[Entry]:
+    return [entry for entry in row.entries if present(entry.metrics, kind)]
+
+
+def needle(material: Material) -> Section:
+    """Heat maps of what is found at a depth of a context of a length."""
+    section = Section(
+        "needle", "Needle in a haystack", "In per cent, by depth in a text and by its length."
+    )
+    teachers: list[NeedleMap] = []
+    for entry in material.entries:
+        for found in needle_maps(entry.metrics.get("needle")):
+            who, _, what = found.name.partition(" ")
+            owner = against_of(entry) if who == AGAINST else entry.model
+            what = what if who in (STUDENT, AGAINST) else found.name
+            title = f"{owner} {what}".strip()
+            if found.name.startswith("teacher"):
+                # every student's results hold those of their teacher
+                if found in teachers:
+                    continue
+                teachers.append(found)
+                name = entry.metrics.get("teacher")
+                title = f"teacher {name} {what.partition(' ')[2]}" if name else found.name
+            scale = 100 if max(found.depths) <= 1 else 1
+            columns = [f"{scale * depth:.0f} %" for depth in found.depths]
+            rows = [charts.short(length) for length in found.lengths]
+            # signs after every number would touch each other below ten columns
+            depths = [f"{scale * depth:.0f}" for depth in found.depths]
+            svg = charts.heat(found.shares, rows, depths, "depth of the needle, %", "tokens")
+            alt = f"{title}: {len(columns)} depths of {len(rows)} lengths"
+            cites = material.cite(section, entry)
+            texts = [((f"{n:,}", *map(percent, row)), cites)
+                     for n, row in zip(found.lengths, found.shares, strict=True)]  # fmt: skip
+            table = numbers_of(title, ["tokens", *columns], texts)
+            section.figures.append(Figure(title, svg, alt, table=table))
+    return section

@@ -1,0 +1,124 @@
+"""Measurements kept beside the checkpoint they are about, with how they were made."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mambactl import __version__, console
+from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.provenance import header_digest
+from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.source import SINGLE_FILE_SUFFIXES, cache_dir
+from mambactl.errors import ModelError
+from mambactl.models.placement import place
+from mambactl.options import StageConfig
+from mambactl.report.card_results import update_card
+
+LONGEST_NAME = 120
+FOLDER = "results"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a speed was measured on, with what, and when."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "versions": {"torch": torch.__version__, "triton": triton, "mambactl": __version__},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def save_results(
+    stage: str, source: str, name: str, config: StageConfig, metrics: dict[str, Any]
+) -> Path | None:
+    """Write `results/<stage>-<name>.json` into a checkpoint folder of the user's own, or into
+    `FILE.results/` beside a single file, and the results of `eval` into the folder's card.
+
+    Nothing is written (None) for a model given by name, and into a cache. A place that cannot be
+    written to is a warning: the numbers have been printed.
+    """
+    folder = _beside(Path(source).expanduser())
+    if folder is None:
+        return None
+    path = folder / file_name(stage, name)
+    try:
+        folder.mkdir(exist_ok=True)
+        write_results(path, stage, source, config, metrics)
+        if stage == "eval":
+            update_card(folder.parent)
+    except OSError as error:
+        console.warn(f"results are not kept: {path} cannot be written ({error.strerror})")
+        return None
+    console.log(f"kept in {path}")
+    return path
+
+
+def file_name(stage: str, name: str) -> str:
+    """The file for what a stage measured; a name that is cut ends in a digest of the whole."""
+    label = re.sub(r"[^\w.+-]+", "-", f"{stage}-{name}").strip("-")
+    if len(label) > LONGEST_NAME:
+        digest = hashlib.sha256(label.encode()).hexdigest()[:8]
+        label = f"{label[: LONGEST_NAME - len(digest) - 1]}-{digest}"
+    return f"{label}.json"
+
+
+def write_results(
+    path: Path, stage: str, source: str | None, config: StageConfig, metrics: dict[str, Any]
+) -> None:
+    """Write one measurement: the numbers, the command, the machine, versions, and the model."""
+    device, _ = place(config)
+    content = {
+        "stage": stage,
+        "checkpoint": source,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "command": ["mambactl", *sys.argv[1:]],
+        **machine(device),
+        "model": None if source is None else _about(source),
+        "config": config.model_dump(mode="json"),
+        "metrics": metrics,
+    }
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(partial, path)
+
+
+def _about(source: str) -> dict[str, Any]:
+    """What tells the measured model from others, and its cache: from headers."""
+    digest = {"digest": header_digest(resolve(source).path)}
+    try:
+        found = describe(source)
+    except ModelError:
+        # one that runs code of its own has a layout of its own
+        return digest
+    return digest | {key: found[key] for key in ("parameters", "bytes", "cache")}
+
+
+def _beside(checkpoint: Path) -> Path | None:
+    """Where results of a checkpoint belong."""
+    if not checkpoint.exists() or _is_cache(checkpoint):
+        return None
+    if checkpoint.is_dir():
+        return checkpoint / FOLDER
+    if checkpoint.suffix in SINGLE_FILE_SUFFIXES:
+        return checkpoint.with_name(f"{checkpoint.name}.{FOLDER}")
+    return None
+
+
+def _is_cache(path: Path) -> bool:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = (cache_dir().resolve(), Path(HF_HUB_CACHE).resolve())
+    return any(path.resolve().is_relative_to(cache) for cache in caches)

@@ -1,0 +1,242 @@
+"""One row per model: how faithful it is, what it recalls, how it scores, what its cache takes."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mambactl.report.entries import Entry, against_of
+from mambactl.report.thresholds import MAIN_METRICS, is_share, lower_is_better, may_be_negative
+
+# tokens of context that a cache is given for, where it was not measured
+CONTEXT = 4096
+# half the width of a 95 % interval, in standard errors
+NORMAL_95 = 1.96
+
+MODEL, CONTROL, REFERENCE = "model", "control", "reference"
+
+
+def number(value: float) -> str:
+    """Four decimals, as many figures as a measurement here is good for."""
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def percent(value: float) -> str:
+    """A share."""
+    return f"{100 * value:.1f} %"
+
+
+def ratio(value: float) -> str:
+    """A factor."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def mebibytes(value: float) -> str:
+    """Bytes as MiB."""
+    return f"{value / 2**20:,.2f}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading under the heading of its group; `best` is max, min or None."""
+
+    group: str
+    heading: str
+    write: Callable[[float], str]
+    best: Callable[..., float] | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value, its 95 % interval if known, and whether it is the best of its column."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclass
+class Row:
+    """A model, one of its controls, or what it is compared with."""
+
+    name: str
+    kind: str
+    cells: dict[Column, Cell] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Columns in the order of their groups, and rows in the order the models were given."""
+
+    columns: list[Column]
+    rows: list[Row]
+
+    def best(self, column: Column) -> float | None:
+        """The best value among models, where they differ."""
+        own = [row.cells[column].value for row in self.rows
+               if row.kind == MODEL and column in row.cells]  # fmt: skip
+        return column.best(own) if column.best and len(set(own)) > 1 else None
+
+
+FIDELITY = (
+    ("KL", "kl", number, min),
+    ("agreement", "agreement", percent, max),
+    ("perplexity ratio", "perplexity_ratio", ratio, min),
+)
+GENERATION = (
+    ("forced agreement", "forced_agreement"),
+    ("same prefix", "prefix_share"),
+    ("same text", "exact_match"),
+)
+
+
+def summarise(entries: Iterable[Entry]) -> Summary:
+    """Merge what was measured on each model; where two runs disagree, each has a row of its own."""
+    rows: dict[str, list[Row]] = {}
+    ends: list[Row] = []
+    for entry in entries:
+        own = dict(_cells(entry.metrics, entry.about))
+        if own:
+            _add(rows.setdefault(entry.model, []), entry, own)
+        for name, cells in _references(entry.metrics):
+            _merge(ends, name, REFERENCE, entry, cells)
+    ordered = [row for group in rows.values() for row in group] + ends
+    columns = dict.fromkeys(column for row in ordered for column in row.cells)
+    groups = list(dict.fromkeys(column.group for column in columns))
+    order = [g for g in groups if g not in ("recall", "tasks", "cache")]
+    order += [g for g in ("recall", "tasks", "cache") if g in groups]
+    return Summary(sorted(columns, key=lambda column: order.index(column.group)), ordered)
+
+
+def _merge(rows: list[Row], name: str, kind: str, entry: Entry, cells: dict[Column, Cell]) -> Row:
+    """The row of that name that says nothing else about these cells, or a new one."""
+    alike = [row for row in rows if row.kind == kind and row.name.partition(" (run ")[0] == name]
+    for row in alike:
+        if all(row.cells[key] == cell for key, cell in cells.items() if key in row.cells):
+            row.cells |= cells
+            row.entries.append(entry)
+            return row
+    label = f"{name} (run {len(alike) + 1})" if alike else name
+    rows.append(Row(label, kind, dict(cells), [entry]))
+    return rows[-1]
+
+
+def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
+    """Put cells into the rows of a model, and its controls below that row."""
+    row = _merge(rows, entry.model, MODEL, entry, cells)
+    start = end = rows.index(row) + 1
+    while end < len(rows) and rows[end].kind == CONTROL:
+        end += 1
+    below = rows[start:end]
+    for name, found in beside(entry).items():
+        _merge(below, name, CONTROL, entry, dict(_cells(found, {})))
+    rows[start:end] = below
+
+
+def beside(entry: Entry) -> dict[str, Any]:
+    """What was measured together with a model: its controls, and the one it is tested against."""
+    found = dict(entry.metrics.get("controls") or {})
+    if name := against_of(entry):
+        found[f"against {name}"] = entry.metrics["against"]
+    return found
+
+
+def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[Column, Cell]]:
+    for data, found in (metrics.get("fidelity") or {}).items():
+        for heading, key, write, best in FIDELITY:
+            if key in found:
+                column = Column(data_set(data, found), heading, write, best)
+                yield column, Cell(found[key], interval(found, key))
+    for probe, found in (metrics.get("recall") or {}).items():
+        if "recall" in found:
+            column = Column("recall", probe, percent, max)
+            yield column, Cell(found["recall"], interval(found, "recall"))
+    for name, found in (metrics.get("generation") or {}).items():
+        for heading, key in GENERATION:
+            if key in found:
+                group = "greedy texts" if name == "generation" else f"greedy texts, {name}"
+                column = Column(group, heading, percent, max)
+                yield column, Cell(found[key], interval(found, key))
+    for name, found in (metrics.get("preferences") or {}).items():
+        if "reward_accuracy" in found:
+            column = Column("preferences", f"{name} accuracy", percent, max)
+            yield column, Cell(found["reward_accuracy"])
+    parts = parts_of_groups(metrics)
+    for task, found in (metrics.get("tasks") or {}).items():
+        if task not in parts and (key := main_metric(found)) is not None:
+            best = min if lower_is_better(key) else max
+            column = Column("tasks", f"{task} {key}", score_writer(key), best)
+            yield column, Cell(found[key], interval(found, key))
+    model = about.get("model")
+    cache = model.get("cache") if isinstance(model, Mapping) else None
+    if cache:
+        size = cache["bytes_per_sequence"] + CONTEXT * cache["bytes_per_token"]
+        yield Column("cache", f"MiB at {CONTEXT:,}", mebibytes, min), Cell(size)
+
+
+def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, Cell]]]:
+    """The teacher and a guess, on the recall probes."""
+    recall = metrics.get("recall") or {}
+    columns = {probe: Column("recall", probe, percent, max) for probe in recall}
+    teacher = {
+        columns[probe]: Cell(found["teacher"]["recall"], interval(found["teacher"], "recall"))
+        for probe, found in recall.items()
+        if "recall" in found.get("teacher", {})
+    }
+    if teacher:
+        name = metrics.get("teacher")
+        yield f"teacher {name}" if isinstance(name, str) else "teacher", teacher
+    chance = {columns[p]: Cell(found["chance"]) for p, found in recall.items() if "chance" in found}
+    if chance:
+        yield "guessing", chance
+
+
+def parts_of_groups(metrics: Mapping[str, Any]) -> set[str]:
+    """Tasks that are measured as part of a group which has a score of its own."""
+    groups = metrics.get("task_groups") or {}
+    return {part for parts in groups.values() for part in parts}
+
+
+def score_writer(metric: str) -> Callable[[float], str]:
+    """Scores of tasks are shares, unless they are known to be on another scale."""
+    return share if is_share(metric) else number
+
+
+def share(value: float) -> str:
+    """A score that should be a share: one beyond 1 is on a scale that nobody here knows."""
+    return percent(value) if abs(value) <= 1 else number(value)
+
+
+def data_set(name: str, found: Mapping[str, Any]) -> str:
+    """A data set is another one when other tokens of it were measured."""
+    return f"{name}, {found['tokens']:,} tokens" if "tokens" in found else name
+
+
+def main_metric(scores: Mapping[str, Any]) -> str | None:
+    """The metric that a task is known by."""
+    named = [key for key in MAIN_METRICS if key in scores]
+    return next(iter(named + metrics_of(scores)), None)
+
+
+def metrics_of(scores: Mapping[str, Any]) -> list[str]:
+    """What a task was scored by, without the errors of that."""
+    return [key for key, value in scores.items()
+            if isinstance(value, int | float) and "stderr" not in key]  # fmt: skip
+
+
+def interval(found: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    """The interval of a number: `KEY_ci`, `intervals.KEY`, or 95 % by its standard error.
+
+    Scores of extracted answers are called METRIC:FILTER, their errors METRIC_stderr:FILTER.
+    """
+    for given in (found.get(f"{key}_ci"), (found.get("intervals") or {}).get(key)):
+        if isinstance(given, Sequence) and len(given) == 2:
+            return float(given[0]), float(given[1])
+    metric, mark, extracted = key.partition(":")
+    error = found.get(f"{metric}_stderr{mark}{extracted}")
+    if not isinstance(error, int | float):
+        return None
+    low, high = found[key] - NORMAL_95 * error, found[key] + NORMAL_95 * error
+    # a share of few rows has an error that reaches beyond what a share can be
+    most = 1.0 if found[key] <= 1 and is_share(key) else high
+    least = low if may_be_negative(key) else 0.0
+    return max(low, least), min(high, most)

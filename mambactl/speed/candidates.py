@@ -1,0 +1,95 @@
+"""What `bench` measures: checkpoints, and synthetic models with a draft accepted as often as asked.
+
+Models are made when they are needed, so that one at a time is in memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.load import load_model
+from mambactl.decode.backend import NGRAM
+from mambactl.errors import ModelError, UsageError
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.options import BenchConfig
+from mambactl.speed.limits import parameters_read
+from mambactl.speed.synthetic import SHAPES, build, disagreeing, successors
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to make a model and its draft; a synthetic model answers with the map `successor`."""
+
+    name: str
+    target: Callable[[], HybridForCausalLM]
+    draft: Callable[[], HybridForCausalLM | str] | None = None
+    successor: Tensor | None = None
+
+
+def checkpoint(
+    config: BenchConfig, spec: str, device: torch.device, dtype: torch.dtype, draft: str | None
+) -> Source:
+    """A model that is read from disk."""
+    load = partial(_load, config, device, dtype)
+    helper = None
+    if draft is not None:
+        helper = partial(str, NGRAM) if draft == NGRAM else partial(load, draft)
+    return Source(spec, partial(load, spec), helper)
+
+
+def _load(
+    config: BenchConfig, device: torch.device, dtype: torch.dtype, spec: str
+) -> HybridForCausalLM:
+    model = load_model(
+        spec, device=str(device), dtype=dtype, trust_remote_code=config.trust_remote_code
+    )
+    if not isinstance(model, HybridForCausalLM):
+        raise ModelError(
+            f"{spec} runs code of its own, which the decode engine cannot drive",
+            hint="bench a checkpoint that loads without --trust-remote-code",
+        )
+    return model
+
+
+def require_shapes(config: BenchConfig) -> None:
+    """Raise UsageError for a synthetic model that nobody knows."""
+    drafts = [config.draft] if config.draft not in (None, NGRAM) else []
+    for name in [*config.synthetic, *drafts]:
+        if name not in SHAPES:
+            raise UsageError(f"no synthetic model {name}", f"known: {', '.join(SHAPES)}")
+
+
+def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch.dtype) -> Source:
+    """A scripted model; the draft, if any, goes wrong as often as `config.acceptance` says."""
+    sizes = [SHAPES[name]().vocab_size]
+    if config.draft not in (None, NGRAM):
+        sizes.append(SHAPES[config.draft]().vocab_size)
+    # only tokens that a draft of a trimmed vocabulary has
+    successor = successors(max(sizes), config.seed, limit=min(sizes))
+    helper = partial(str, NGRAM) if config.draft == NGRAM else None
+    if len(sizes) > 1:
+        other = disagreeing(successor, 1 - config.acceptance, config.seed)
+        helper = partial(build, config.draft, device, dtype, config.seed + 1, other)
+    target = partial(build, name, device, dtype, config.seed, successor)
+    return Source(name, target, helper, successor)
+
+
+def about_checkpoint(spec: str) -> dict[str, Any]:
+    """What a dry run says; reads headers only."""
+    found = describe(spec)
+    return {key: found[key] for key in ("checkpoint", "parameters", "mixers", "cache")}
+
+
+def about_shapes(config: BenchConfig) -> dict[str, Any]:
+    """What a dry run says about synthetic models; makes none."""
+    names = [*config.synthetic, *([] if config.draft in (None, NGRAM) else [config.draft])]
+    return {
+        "synthetic": config.synthetic,
+        "parameters_read": {name: parameters_read(SHAPES[name]()) for name in names},
+        "acceptance": config.acceptance,
+    }

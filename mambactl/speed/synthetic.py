@@ -1,0 +1,267 @@
+"""Models of published shapes with random weights, and scripted acceptance, to measure speed with.
+
+Speed depends on shapes, not on what a model has learned. `script` makes the next token known in
+advance whatever the blocks compute, so a decoder runs at full cost, its output can be checked, and
+a draft that disagrees on a chosen share of the tokens is accepted with a chosen probability.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mambactl.conversion.layout import kept_attention
+from mambactl.models.config import (
+    HybridConfig,
+    Mamba1Settings,
+    Mamba2Settings,
+    MixerSettings,
+    WindowSettings,
+    mamba1_from_attention,
+    mamba2_from_attention,
+)
+from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
+
+# of every projection, as in Llama and GPT-2
+STD = 0.02
+DISAGREEMENT = 0x5EED
+# no tokens with a meaning, and a head of its own, which a script needs
+_COMMON = {
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def _llama(
+    hidden: int, layers: int, heads: tuple[int, int], intermediate: int, vocabulary: int = 128_256
+) -> HybridConfig:
+    """Only attention, Llama-3's rotary base; `heads` are those of queries and of keys."""
+    return HybridConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers, num_attention_heads=heads[0], num_key_value_heads=heads[1],
+        head_dim=hidden // heads[0], max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, **_COMMON,
+    )  # fmt: skip
+
+
+def _hybrid(
+    base: Callable[[], HybridConfig],
+    ratio: float,
+    mixer: str = "mamba2",
+    window: int = 0,
+    rotary: bool = False,
+) -> HybridConfig:
+    """`base` with a share `ratio` of its attention replaced, in the shapes of arXiv 2408.15237.
+
+    With `window` attention to so many tokens stays beside each Mamba-2 mixer.
+    """
+    config = base()
+    settings: dict[str, MixerSettings] = {}
+    if mixer == "mamba2":
+        settings["mamba2"] = mamba2_from_attention(config, proj_bias=False, rotary=rotary)
+    else:
+        settings["mamba1"] = mamba1_from_attention(config, repeat_width=16, proj_bias=False)
+    if window:
+        mixer = "mamba2_window"
+        settings[mixer] = WindowSettings(window)
+    kept = kept_attention(config.num_hidden_layers, ratio)
+    mixers = ["attention" if i in kept else mixer for i in range(config.num_hidden_layers)]
+    return config.with_mixers(mixers, **settings)
+
+
+def _native(
+    mixer: str, hidden: int, layers: int, vocabulary: int, sizes: Mamba1Settings | Mamba2Settings
+) -> HybridConfig:
+    """No attention and no MLP, as `checkpoint.adapters.mamba` reads state-spaces' files."""
+    return HybridConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden,
+        num_hidden_layers=layers, num_attention_heads=1, num_key_value_heads=1,
+        max_position_embeddings=1 << 20, mixers=[mixer] * layers, has_mlp=False,
+        **{mixer: asdict(sizes)}, **_COMMON,
+    )  # fmt: skip
+
+
+def _mamba1(hidden: int, layers: int, vocabulary: int = 50_280) -> HybridConfig:
+    sizes = Mamba1Settings(d_inner=2 * hidden, dt_rank=-(-hidden // 16), native=True)
+    return _native("mamba1", hidden, layers, vocabulary, sizes)
+
+
+def _mamba2(hidden: int, layers: int, vocabulary: int = 50_288) -> HybridConfig:
+    heads = 2 * hidden // 64
+    sizes = Mamba2Settings(heads, 64, 128, x_heads=heads, b_groups=1, c_groups=1, norm_groups=1)
+    return _native("mamba2", hidden, layers, vocabulary, sizes)
+
+
+_LLAMA3_8B = partial(_llama, 4096, 32, (32, 8), 14336)
+_TINY = partial(_llama, 64, 3, (4, 2), 128, 512)
+
+# name -> the configuration of that shape
+SHAPES: dict[str, Callable[[], HybridConfig]] = {
+    "mamba-130m": partial(_mamba1, 768, 24),
+    "mamba-370m": partial(_mamba1, 1024, 48),
+    "mamba-790m": partial(_mamba1, 1536, 48),
+    "mamba-1.4b": partial(_mamba1, 2048, 48),
+    "mamba-2.8b": partial(_mamba1, 2560, 64),
+    "mamba2-130m": partial(_mamba2, 768, 24),
+    "mamba2-1.3b": partial(_mamba2, 2048, 48),
+    "mamba2-2.7b": partial(_mamba2, 2560, 64),
+    "llama3-8b": _LLAMA3_8B,
+    "llama3-8b-hybrid-50": partial(_hybrid, _LLAMA3_8B, 0.5),
+    "llama3-8b-hybrid-87.5": partial(_hybrid, _LLAMA3_8B, 0.875),
+    "llama3-8b-hybrid-50-window": partial(_hybrid, _LLAMA3_8B, 0.5, window=64),
+    "llama3-8b-hybrid-50-mamba1": partial(_hybrid, _LLAMA3_8B, 0.5, "mamba1"),
+    "llama3-8b-hybrid-87.5-mamba1": partial(_hybrid, _LLAMA3_8B, 0.875, "mamba1"),
+    # drafts for llama3-8b: few wide layers, at most 1 GB of bf16 read per token, head included
+    "draft-llama3-2l": partial(_hybrid, partial(_llama, 2048, 2, (16, 8), 16384), 1.0),
+    "draft-llama3-3l": partial(_hybrid, partial(_llama, 2048, 3, (16, 8), 9728), 1.0),
+    # the head of a trimmed vocabulary leaves room for the target's own width
+    "draft-llama3-2l-32k": partial(_hybrid, partial(_llama, 4096, 2, (32, 8), 9728, 32_000), 1.0),
+    "tiny": _TINY,
+    "tiny-mamba": partial(_mamba1, 64, 2, 512),
+    "tiny-mamba2": partial(_mamba2, 64, 2, 512),
+    "tiny-hybrid": partial(_hybrid, _TINY, 0.5),
+    "tiny-window": partial(_hybrid, _TINY, 0.5, window=24),
+    "tiny-rotary": partial(_hybrid, _TINY, 1.0, window=24, rotary=True),
+    "tiny-draft": partial(_hybrid, partial(_llama, 64, 2, (4, 2), 128, 512), 1.0),
+}
+
+
+def build(
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    successor: Tensor | None = None,
+) -> HybridForCausalLM:
+    """A model of a shape in `SHAPES`, random or, with `successor` [V], scripted."""
+    model = materialise(SHAPES[name](), device, dtype, seed)
+    if successor is not None:
+        script(model, successor, seed)
+    return model
+
+
+@torch.no_grad()
+def materialise(
+    config: HybridConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+) -> HybridForCausalLM:
+    """Random weights made on `device` itself, in eval mode and without gradients.
+
+    A_log, D and dt_bias are fp32. The values follow from `seed` and the kind of device.
+    """
+    with torch.device("meta"):
+        model = HybridForCausalLM(config).to(dtype)
+    model.to_empty(device=device)
+    # rotary frequencies are computed at construction and never stored, so they need it again
+    model.model.rotary_emb = RotaryEmbedding(config).to(device)
+    model.config.dtype = dtype
+    generator = torch.Generator(device).manual_seed(seed)
+    additions = config.num_hidden_layers * (2 if config.has_mlp else 1)
+    for name, parameter in model.named_parameters():
+        _fill(name, parameter, additions, generator)
+    return model.eval().requires_grad_(False)
+
+
+def _fill(name: str, parameter: nn.Parameter, additions: int, generator: torch.Generator) -> None:
+    """Initial values as Mamba's and Llama's; `additions` is how often the stream is added to."""
+    owner, _, kind = f".{name}".rpartition(".")
+    owner = owner.rpartition(".")[2]
+    if kind == "D" or owner.endswith("norm"):
+        parameter.fill_(1)
+    elif kind == "A_log":
+        _fill_decay(parameter, generator)
+    elif kind == "dt_bias" or (owner, kind) == ("dt_proj", "bias"):
+        dt = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+        dt.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
+        # the inverse of softplus
+        parameter.copy_(dt + torch.log(-torch.expm1(-dt)))
+    elif kind == "bias":
+        parameter.zero_()
+    elif owner in ("conv1d", "dt_proj"):
+        bound = parameter.shape[-1] ** -0.5
+        parameter.uniform_(-bound, bound, generator=generator)
+    else:
+        # what is added to the stream must not drown the embedding that a script relies on
+        last = owner in ("out_proj", "o_proj", "down_proj")
+        parameter.normal_(0, STD / additions**0.5 if last else STD, generator=generator)
+
+
+def _fill_decay(A_log: nn.Parameter, generator: torch.Generator) -> None:
+    if A_log.ndim == 1:  # [H], Mamba-2
+        A_log.uniform_(1, 16, generator=generator).log_()
+    else:  # [Ch, N], Mamba-1
+        steps = torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32, device=A_log.device)
+        A_log.copy_(steps.log().expand_as(A_log))
+
+
+def successors(vocabulary: int, seed: int = 0, limit: int | None = None) -> Tensor:
+    """A map [V] int64 that leads through every token in one single cycle, as text never repeats.
+
+    With `limit` the cycle stays in the first `limit` tokens and the others lead into it, which is
+    what a draft of a trimmed vocabulary needs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    limit = vocabulary if limit is None else limit
+    if not 2 <= limit <= vocabulary:
+        raise ValueError(f"a cycle of {limit} tokens in a vocabulary of {vocabulary}")
+    order = torch.randperm(limit, generator=generator)  # [limit]
+    successor = torch.randint(limit, (vocabulary,), generator=generator)  # [V]
+    successor[order] = order.roll(-1)
+    return successor
+
+
+def disagreeing(successor: Tensor, share: float, seed: int = 0) -> Tensor:
+    """Another map [V] that differs on exactly round(share * n) of the n tokens of the cycle.
+
+    They exchange their successors among themselves, so on the cycle it stays a permutation.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of {share} is not between 0 and 1")
+    cycle = successor.unique()  # [n]
+    # with the order that `successors` draws these would be a stretch of the cycle, not a sample
+    generator = torch.Generator().manual_seed(seed ^ DISAGREEMENT)
+    chosen = cycle[torch.randperm(len(cycle), generator=generator)[: round(share * len(cycle))]]
+    other = successor.clone()
+    # one token has nobody to exchange with: it then follows itself, which no cycle contains
+    other[chosen] = successor[chosen.roll(1)] if len(chosen) > 1 else chosen
+    return other
+
+
+@torch.no_grad()
+def script(model: HybridForCausalLM, successor: Tensor, seed: int = 0) -> None:
+    """Make `successor[t]` [V] the greedy token after t, whatever the blocks compute.
+
+    Head rows are random with entries of rms 1 and token t is embedded as the head row of its
+    successor: a token's logit there is about D, any other about sqrt(D). Tokens that share a
+    successor share an embedding. A longer map is cut at the model's vocabulary.
+    """
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight  # [V, D]
+    if head is embedding:
+        raise ValueError("a model with a tied head cannot be scripted")
+    vocabulary, width = head.shape
+    successor = successor[:vocabulary].to(head.device)
+    if len(successor) < vocabulary or int(successor.max()) >= vocabulary:
+        raise ValueError(f"the map does not stay in the model's {vocabulary} tokens")
+    head.normal_(generator=torch.Generator(head.device).manual_seed(seed))
+    # equal lengths, or in a narrow model a long row beats the right one
+    head.mul_(width**0.5 / torch.linalg.vector_norm(head, dim=1, keepdim=True))
+    torch.index_select(head, 0, successor, out=embedding)
+
+
+def first_wrong(tokens: Sequence[int], successor: Tensor) -> int | None:
+    """Index of the first token that is not the successor of the one before it, None if all are.
+
+    Begin with the prompt's last token to check a whole answer.
+    """
+    row = torch.as_tensor(tokens, dtype=torch.long)  # [T]
+    wrong = (successor.cpu()[row[:-1]] != row[1:]).nonzero()  # [n, 1]
+    return int(wrong[0]) + 1 if len(wrong) else None
+
+
+def follows(tokens: Sequence[int], successor: Tensor) -> bool:
+    """Whether every token is the successor of the one before it."""
+    return first_wrong(tokens, successor) is None

@@ -1,0 +1,79 @@
+"""Speed and memory of one model over context lengths and batch sizes, decoding plainly."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mambactl.decode.backend import make_engine
+from mambactl.decode.engine import Engine
+from mambactl.decode.prefill import prefill
+from mambactl.speed.limits import limit
+from mambactl.speed.memory import peak_bytes, reset_peak
+from mambactl.speed.subject import Grid, Numbers, Subject, decode, sweep
+
+NUMBERS = (
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "decode_byte_limit",
+    "decode_share",
+    "cache_bytes",
+    "peak_bytes",
+)
+
+
+def throughput(subject: Subject, grid: Grid) -> list[Numbers]:
+    """Measure every point with greedy decoding.
+
+    Rates are tokens per second of all rows together, medians over the rounds; reading the prompt is
+    timed apart from decoding. `decode_byte_limit` is the rate that bandwidth allows and
+    `decode_share` what is reached of it. `cache_bytes` is the cache after the prompt, `peak_bytes`
+    the most memory in use at a time, weights included: of the device on CUDA, of the process
+    elsewhere. A pair that does not fit a GPU has None in every column.
+    """
+
+    def measure(length: int, rows: int, advance: Callable[[], None]) -> Numbers:
+        return _measure(subject, grid, length, rows, advance)
+
+    numbers = sweep(subject, grid, NUMBERS, measure)
+    return [
+        {"input_len": length, "batch_size": rows, "output_len": grid.output_len} | found
+        for (length, rows), found in zip(grid.points, numbers, strict=True)
+    ]
+
+
+def _measure(
+    subject: Subject, grid: Grid, length: int, rows: int, advance: Callable[[], None]
+) -> Numbers:
+    model = subject.model
+    prompts = subject.prompts(length, rows, grid.seed)
+    engine = make_engine(model, None, 0)
+    reset_peak(model.device)
+    runs = decode(engine, subject, prompts, grid, advance)
+    peak = peak_bytes(model.device)
+    # the engine keeps the last prompt token for the first decoding step
+    read = rows * (length - 1)
+    seconds = statistics.median(run.seconds["prefill"] for run in runs)
+    with torch.no_grad():
+        cache_bytes = prefill(model, prompts, recording=False).nbytes()
+    rate = statistics.median(run.tokens_per_second for run in runs)
+    size = model.dtype.itemsize
+    context = grid.mean_context(length)
+    allowed = limit(model.config, subject.bandwidth, size, rows, context, size)
+    values = (read / seconds if read else None, rate, allowed, rate / allowed, cache_bytes, peak)
+    return dict(zip(NUMBERS, values, strict=True)) | graph_numbers(engine)
+
+
+def graph_numbers(engine: Any, prefix: str = "") -> Numbers:
+    """What starting and capturing steps took; nothing for the reference engine, which does not."""
+    if isinstance(engine, Engine):
+        return {}
+    (session,) = engine.sessions.values()
+    captured = session.capture
+    return {
+        # a step is one graph by construction: drafts, verdict and mailbox are inside
+        f"{prefix}launches_per_step": 1,
+        f"{prefix}captures": captured.graphs,
+        f"{prefix}capture_seconds": captured.capture_seconds,
+    }

@@ -1,0 +1,20 @@
+"""The result that every command hands to the command line and to Python."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage hands to the command line.
+
+    `path` is the checkpoint for the next stage (None where there is none), `metrics` is JSON-able,
+    `text` replaces the path on stdout for commands that print text, `kept` is the file that holds
+    the measurement, if one was written.
+    """
+
+    path: str | None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    kept: Path | None = None

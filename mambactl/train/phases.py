@@ -1,0 +1,199 @@
+"""The phases of a distillation as data: what trains in each, at which rate and for how long."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mambactl.checkpoint.contents import ranges
+from mambactl.checkpoint.load import empty_model
+from mambactl.errors import UsageError
+from mambactl.models.config import HybridConfig
+from mambactl.models.distance import misfit, replaced_layers
+from mambactl.models.flops import Work
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.options import DistillConfig
+from mambactl.train.optimizer import mixer_parameters, rest_parameters
+from mambactl.train.stepwise import Group, groups, replacement_order, stand_in_misfit
+
+ORDER = ("align", "stepwise", "logits")
+WINDOW = "mamba.window"
+LAYER = re.compile(r"model\.layers\.(\d+)\.(mamba\.window|\w+)")
+TOPS = {"embed_tokens": "embeddings", "norm": "norms", "lm_head": "head"}
+PARTS = {
+    "mlp": "mlp",
+    "mamba": "mamba mixers",
+    WINDOW: "windows of mamba mixers",
+    "self_attn": "attention",
+}
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase: `layers` are the mixers that train; `waiting` layers run the teacher's attention.
+
+    A rate of 0 freezes.
+    """
+
+    name: str
+    kind: str
+    steps: int
+    layers: tuple[int, ...]
+    mixer_rate: float
+    rest_rate: float
+    waiting: tuple[int, ...] = ()
+
+    def parameters(self, model: nn.Module) -> list[tuple[dict[str, nn.Parameter], float]]:
+        """Parameters that train with their peak rates, a tied weight once."""
+        mixers = {n: p for n, p in mixer_parameters(model).items() if _place(n)[0] in self.layers}
+        rest = rest_parameters(model) if self.rest_rate else {}
+        # the window of a waiting layer does not run
+        rest = {n: p for n, p in rest.items() if not self._waits(n)}
+        return [(mixers, self.mixer_rate)] + ([(rest, self.rest_rate)] if rest else [])
+
+    def _waits(self, name: str) -> bool:
+        layer, part = _place(name)
+        return part == WINDOW and layer in self.waiting
+
+    def work(self, student: HybridConfig, teacher: HybridConfig, checkpointing: bool) -> Work:
+        """What one step computes."""
+        mixers = [
+            "attention" if index in self.waiting else name
+            for index, name in enumerate(student.mixers)
+        ]
+        settings = {
+            kind: getattr(student, f"{kind}_settings")
+            for kind in {"mamba1", "mamba2"} & set(student.mixers)
+        }
+        return Work(
+            student.with_mixers(mixers, **settings),
+            teacher,
+            self.layers,
+            rest=self.rest_rate > 0,
+            aligns=self.kind == "align",
+            checkpointing=checkpointing,
+        )
+
+    def describe(self, model: nn.Module, tokens_per_step: int) -> dict[str, Any]:
+        """For `--dry-run`: exact parts that train and that do not, with their parameters."""
+        trained = self.parameters(model)
+        names = {name for members, _ in trained for name in members}
+        frozen = {n: p for n, p in model.named_parameters() if n not in names}
+        found: dict[str, Any] = {
+            "name": self.name,
+            "steps": self.steps,
+            "tokens_at_most": self.steps * tokens_per_step,
+            "trained": [
+                {**part, "lr": rate} for members, rate in trained for part in parts_of(members)
+            ],
+            "frozen": parts_of(frozen),
+        }
+        return found | ({"attention_of_the_teacher": ranges(self.waiting)} if self.waiting else {})
+
+
+def plan_phases(
+    config: DistillConfig,
+    student: HybridConfig,
+    teacher: HybridConfig,
+    ranking: Sequence[int] | None = None,
+) -> list[PhasePlan]:
+    """Every phase that has steps, in order; raises UsageError for what cannot be done."""
+    steps = phase_steps(config)
+    replaced = tuple(replaced_layers(student))
+    planned: list[PhasePlan] = []
+    if "align" in steps:
+        _require(misfit(student, teacher), "mixers cannot be aligned")
+        planned.append(PhasePlan("align", "align", steps["align"], replaced, config.align_lr, 0.0))
+    if "stepwise" in steps:
+        _require(stand_in_misfit(student, teacher), "layers cannot be replaced step by step")
+        order = replacement_order(student, config.stepwise_order, ranking)
+        found = groups(order, student.num_hidden_layers, config.stepwise_groups)
+        planned += _stepwise(config, found, steps["stepwise"])
+    if "logits" in steps:
+        planned.append(
+            PhasePlan("logits", "logits", steps["logits"], replaced, config.lr, config.rest_lr)
+        )
+    return planned
+
+
+def shapes_of(config: HybridConfig) -> HybridForCausalLM:
+    """The model without memory, tied weights once."""
+    model = empty_model(config)
+    model.tie_weights()
+    return model
+
+
+def phase_steps(config: DistillConfig) -> dict[str, int]:
+    """Optimiser steps of each stage, `max_steps` together; a stage of none is left out.
+
+    What is not given is shared equally, and the last stage takes what is left.
+    """
+    order = list(dict.fromkeys(config.stages))
+    if not order:
+        raise UsageError("no phase to run", f"give --stages {','.join(ORDER)} or some of them")
+    if order != sorted(order, key=ORDER.index):
+        raise UsageError(
+            f"stages {', '.join(order)} are not in their order", f"it is {', '.join(ORDER)}"
+        )
+    given = {"align": config.align_steps, "stepwise": config.stepwise_steps}
+    fixed = {name: given[name] for name in order[:-1] if given[name] is not None}
+    left = config.max_steps - sum(fixed.values())
+    if left < 0:
+        raise UsageError(
+            f"{' and '.join(f'{name}_steps {count}' for name, count in fixed.items())} is more "
+            f"than max_steps {config.max_steps}",
+            "max_steps counts all stages",
+        )
+    share = left // (len(order) - len(fixed))
+    steps = {name: fixed.get(name, share) for name in order[:-1]}
+    steps[order[-1]] = config.max_steps - sum(steps.values())
+    return {name: count for name, count in steps.items() if count}
+
+
+def parts_of(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameters summed by part and layers: `{"part", "layers", "parameters"}`."""
+    found: dict[str, tuple[set[int], list[int]]] = {}
+    for name, parameter in parameters.items():
+        layer, part = _place(name)
+        members, counts = found.setdefault(PARTS.get(part, part), (set(), []))
+        counts.append(parameter.numel())
+        if layer is not None:
+            members.add(layer)
+    return [
+        {
+            "part": part,
+            **({"layers": ranges(members)} if members else {}),
+            "parameters": sum(counts),
+        }
+        for part, (members, counts) in found.items()
+    ]
+
+
+def _place(name: str) -> tuple[int | None, str]:
+    """Layer and part of a parameter: `mamba`, `self_attn`, `mlp`, `norms`, or a name at the top."""
+    match = LAYER.match(name)
+    if match is None:
+        top = name.removeprefix("model.").partition(".")[0]
+        return None, TOPS.get(top, top)
+    return int(match[1]), "norms" if match[2].endswith("layernorm") else match[2]
+
+
+def _stepwise(config: DistillConfig, found: Sequence[Group], steps: int) -> Iterable[PhasePlan]:
+    """Steps dealt to the groups in equal shares."""
+    if steps < len(found):
+        raise UsageError(
+            f"{steps} stepwise steps are too few for {len(found)} groups",
+            "raise --stepwise-steps or --max-steps, or give fewer --stepwise-groups",
+        )
+    shares = [steps // len(found) + (number < steps % len(found)) for number in range(len(found))]
+    for number, (group, count) in enumerate(zip(found, shares, strict=True), 1):
+        name = f"stepwise-{number}"
+        rates = (config.lr, config.stepwise_rest_lr)
+        yield PhasePlan(name, "stepwise", count, group.recurrent, *rates, group.waiting)
+
+
+def _require(problem: str | None, what: str) -> None:
+    if problem:
+        raise UsageError(f"{what}: {problem}", "use --stages logits")

@@ -1,0 +1,138 @@
+"""What a DPO run asks its reference, once, and what it measures against it on held-out pairs."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mambactl import console
+from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.data.preferences import Pair
+from mambactl.evaluation.rewards import (
+    HEADINGS,
+    SCALARS,
+    Layout,
+    Reference,
+    compare_preferences,
+    documents,
+    read_reference,
+    token_logps,
+)
+from mambactl.ranks import is_main
+
+# pairs that are asked about before their answers are kept
+PIECE = 1024
+
+
+def precomputed(
+    folder: RunFolder, model: Any, pairs: Sequence[Pair], layout: Layout
+) -> list[np.ndarray]:
+    """Log-probabilities of all answer tokens of `pairs` [2 N].
+
+    Kept in the folder piece by piece, so that a resumed run asks for nothing twice.
+    """
+    found: list[np.ndarray] = []
+    for start in range(0, len(pairs), PIECE):
+        piece = pairs[start : start + PIECE]
+        path = folder.reference(start // PIECE)
+        found += _kept(path, piece) or _asked(path, model, piece, layout)
+    return found
+
+
+def _kept(path: Path, pairs: Sequence[Pair]) -> list[np.ndarray] | None:
+    if not path.exists():
+        return None
+    kept = torch.load(path, map_location="cpu", weights_only=True)
+    if kept["digest"] != _digest(pairs):
+        return None
+    return np.split(kept["logps"].numpy(), np.cumsum(kept["lengths"].numpy())[:-1])
+
+
+def _asked(path: Path, model: Any, pairs: Sequence[Pair], layout: Layout) -> list[np.ndarray]:
+    found = token_logps(model, documents(pairs), layout)
+    if not is_main():
+        return found
+    content = {
+        "digest": _digest(pairs),
+        "logps": torch.from_numpy(np.concatenate(found)),
+        "lengths": torch.tensor([len(part) for part in found]),
+    }
+    new = path.with_suffix(".new")
+    torch.save(content, new)
+    os.replace(new, path)
+    return found
+
+
+def _digest(pairs: Sequence[Pair]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for part in pair[2:]:
+            digest.update(len(part).to_bytes(8, "big") + part.tobytes())
+    return digest.hexdigest()
+
+
+class HeldOutPreferences:
+    """Numbers of every held-out set, always of the same pairs; draws no random number."""
+
+    def __init__(
+        self,
+        policy: Any,
+        reference: Any,
+        sets: Mapping[str, Sequence[Pair]],
+        layout: Layout,
+        beta: float,
+        every: int,
+        steps: int,
+    ):
+        self.policy, self.sets, self.layout, self.beta = policy, sets, layout, beta
+        self.every, self.steps = every, steps
+        self.references: dict[str, Reference] = {
+            name: read_reference(reference, documents(pairs), layout)
+            for name, pairs in sets.items()
+        }
+        self.last: dict[str, dict[str, Any]] = {}
+
+    def measure(self) -> dict[str, dict[str, Any]]:
+        """Set -> what `compare_preferences` finds of the policy as it is now."""
+        was_training = self.policy.training
+        self.policy.eval()
+        self.last = {
+            name: compare_preferences(
+                self.policy, self.references[name], pairs, self.layout, self.beta
+            )
+            for name, pairs in self.sets.items()
+        }
+        self.policy.train(was_training)
+        return self.last
+
+    def at(self, step: int) -> dict[str, float] | None:
+        """`held_out/SET/NUMBER` where this step is one of every so many or the last, else None."""
+        if not self.sets or (step % self.every and step != self.steps):
+            return None
+        return {
+            f"held_out/{name}/{key}": found[key]
+            for name, found in self.measure().items()
+            for key in SCALARS
+        }
+
+    def farthest(self) -> float:
+        """The largest KL to the reference, per answer token, of what was measured last."""
+        return max((found["kl_to_reference"] for found in self.last.values()), default=0.0)
+
+
+def show_held_out(
+    before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """A table of both, by set."""
+    lines = []
+    for name, found in after.items():
+        for when, numbers in (("before", before.get(name)), ("after", found)):
+            if numbers is not None:
+                cells = (f"{numbers[key]:.4f}" for key in SCALARS)
+                lines.append((name, when, str(numbers["pairs"]), *cells))
+    if lines:
+        console.table("held-out preferences", ("set", "", "pairs", *HEADINGS), lines)

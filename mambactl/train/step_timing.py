@@ -1,0 +1,245 @@
+"""How fast this device does the work of a training step, and what it keeps for the way back.
+
+Blocks, mixers, the head with its loss and the optimiser run for a moment with random weights of
+the real shapes, in the real types, compiled where the run compiles them and, where it replays its
+steps, replayed as well: launched one by one they would be timed with the host's share. What they
+reach is cached for the process.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mambactl.models.config import HybridConfig
+from mambactl.models.flops import Work, head_cost
+from mambactl.models.hybrid import HybridModel
+from mambactl.models.mixers.context import StepContext
+from mambactl.train.captured import WARMUP, recorder_for
+from mambactl.train.compiled import compiled
+from mambactl.train.losses import Teacher, distillation_loss
+from mambactl.train.objectives import autocast
+from mambactl.train.optimizer import build_optimizer
+
+# operations of one probed call on a CPU: a fraction of a second; a GPU takes the whole batch
+CPU_BUDGET = 1e10
+REPEATS = 3
+OPTIMIZED = {"cpu": 1 << 20, "cuda": 1 << 26}
+DOCUMENTS_PER_ROW = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a run computes: the teacher in `dtype`, the student in fp32 under `amp`.
+
+    `compiles` its blocks; `replays` its steps as CUDA graphs.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    amp: torch.dtype | None
+    compiles: bool = False
+    replays: bool = False
+
+
+@dataclass
+class Measured:
+    """Operations per second by (what, how), and bytes kept per token by the same."""
+
+    rates: dict[tuple[str, str], float] = field(default_factory=dict)
+    kept: dict[tuple[str, str], float] = field(default_factory=dict)
+    seconds_per_parameter: float = 0.0
+
+
+_cache: dict[tuple, Measured] = {}
+
+
+def probe(works: Iterable[Work], place: Place, rows: int, length: int) -> Measured:
+    """Measure every kind of work that occurs in `works` on batches [rows, length]."""
+    found = Measured()
+    for work in works:
+        for what, how in work.pieces(length):
+            if how != "repeat" and (what, how) not in found.rates:
+                source = work.teacher if how == "infer" else work.student
+                measured = _piece(work, source, what, how, place, rows, length)
+                found.rates[what, how] = measured.rates[what, how]
+                found.kept |= measured.kept
+    found.seconds_per_parameter = _optimizer(place)
+    return found
+
+
+def _piece(
+    work: Work, config: HybridConfig, what: str, how: str, place: Place, rows: int, length: int
+) -> Measured:
+    guide = work.teacher.hidden_size if what == "head" and work.teacher else None
+    key = (config.to_json_string(), guide, what, how, work.rest, place, rows, length)
+    if key not in _cache:
+        if what == "head":
+            _cache[key] = _head(work, place, rows * length)
+        else:
+            _cache[key] = _block(config, what, how, place, rows, length)
+    return _cache[key]
+
+
+def _block(
+    config: HybridConfig, mixer: str, how: str, place: Place, rows: int, length: int
+) -> Measured:
+    """One block (or, to align, one mixer) on its own."""
+    single = _single(config, mixer)
+    full = Work(single, single if how == "infer" else None, (0,), how != "align", how == "align")
+    per_token = full.pieces(length)[mixer, how]
+    rows, length = _shape(place, per_token, rows, length)
+    per_token = full.pieces(length)[mixer, how]
+    with torch.device(place.device):
+        model = HybridModel(single).to(place.dtype if how == "infer" else torch.float32)
+    model.requires_grad_(how != "infer").train(how != "infer")
+    layer = model.layers[0].mixer if how == "align" else model.layers[0]
+    run = compiled(layer.forward) if place.compiles else layer
+
+    def inputs(count: int) -> tuple[Tensor, StepContext]:
+        return _inputs(model, place, count, length, trains=how == "train")
+
+    def forward(hidden: Tensor, context: StepContext) -> Tensor:
+        with autocast(place.device, place.amp), torch.set_grad_enabled(how != "infer"):
+            return run(hidden, context, None)
+
+    def call(given: tuple[Tensor, StepContext]) -> None:
+        out = forward(*given)
+        if how != "infer":
+            torch.autograd.backward(out, torch.ones_like(out))
+
+    given = inputs(rows)
+    found = Measured()
+    seconds = _timed(lambda: call(given), place)
+    found.rates[mixer, how] = rows * length * per_token / seconds
+    if how == "infer":
+        return found
+    if place.compiles:
+        # code is made for one shape: weights and their casts are taken off instead
+        kept = _kept(partial(forward, *given), layer) - _casts(layer, place.amp)
+        found.kept[mixer, how] = max(0, kept) / (rows * length)
+    else:
+        # what does not grow with the batch is no activation
+        one, two = (_kept(partial(forward, *inputs(count))) for count in (1, 2))
+        found.kept[mixer, how] = (two - one) / length
+    return found
+
+
+def _casts(layer: nn.Module, amp: torch.dtype | None) -> int:
+    """Bytes of a layer's matrices in the mixed-precision type."""
+    itemsize = 0 if amp is None else amp.itemsize
+    return itemsize * sum(p.numel() for p in layer.parameters() if p.ndim > 1)
+
+
+def _single(config: HybridConfig, mixer: str) -> HybridConfig:
+    """The configuration of one layer with hardly any vocabulary."""
+    fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    return HybridConfig(
+        **fields
+        | {"num_hidden_layers": 1, "mixers": [mixer], "vocab_size": 8}
+        | {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    )
+
+
+def _shape(place: Place, per_token: float, rows: int, length: int) -> tuple[int, int]:
+    """As much of a batch as the device affords."""
+    if place.device.type != "cpu":
+        return rows, length
+    tokens = max(32, int(CPU_BUDGET / per_token))
+    return max(1, min(rows, tokens // length)), min(length, tokens)
+
+
+def _inputs(
+    model: HybridModel, place: Place, rows: int, length: int, trains: bool
+) -> tuple[Tensor, StepContext]:
+    """Hidden states in the type they run through the model in, and rows of several documents."""
+    weight = model.embed_tokens.weight
+    like = {"device": weight.device, "dtype": place.amp or weight.dtype}
+    hidden = torch.randn(rows, length, weight.shape[1], requires_grad=trains, **like)
+    places = torch.arange(length, device=weight.device)
+    size = max(1, -(-length // DOCUMENTS_PER_ROW))
+    documents = (places // size).expand(rows, -1).to(torch.int32)
+    with torch.no_grad():
+        return hidden, model.context(hidden, (places % size).expand(rows, -1), None, documents)
+
+
+def _head(work: Work, place: Place, tokens: int) -> Measured:
+    """The head's part of a step with the logits KL."""
+    config = work.student
+    # a sparse guess of what a teacher's head costs that is not there
+    guided = work.teacher.hidden_size if work.teacher else config.hidden_size
+    per_token = head_cost(config) * (3 if work.rest else 2) + 2.0 * guided * config.vocab_size
+    tokens, _ = _shape(place, per_token, tokens, 1)
+    hidden = torch.randn(tokens, config.hidden_size, device=place.device, requires_grad=True)
+    weight = torch.randn(config.vocab_size, config.hidden_size, device=place.device)
+    weight = weight.mul_(config.hidden_size**-0.5).requires_grad_(work.rest)
+    guide = torch.randn(tokens, guided, device=place.device, dtype=place.dtype)
+    head = torch.randn(config.vocab_size, guided, device=place.device, dtype=place.dtype)
+    teacher = Teacher(guide, head * guided**-0.5)
+    targets = torch.zeros(tokens, dtype=torch.long, device=place.device)
+    mask = torch.ones(tokens, dtype=torch.bool, device=place.device)
+
+    def call() -> None:
+        with autocast(place.device, place.amp):
+            loss = distillation_loss(hidden, weight, targets, mask, teacher).total
+        loss.backward()
+
+    found = Measured()
+    found.rates["head", "train"] = tokens * per_token / _timed(call, place)
+    return found
+
+
+def _optimizer(place: Place) -> float:
+    """Seconds per parameter of clipping and AdamW."""
+    place = replace(place, compiles=False, replays=False)
+    key = ("optimizer", place)
+    if key not in _cache:
+        size = OPTIMIZED.get(place.device.type, OPTIMIZED["cuda"])
+        parameter = nn.Parameter(torch.zeros(1, size, device=place.device))
+        parameter.grad = torch.ones_like(parameter)
+        optimizer = build_optimizer([({"weight": parameter}, 1e-3)])
+
+        def call() -> None:
+            nn.utils.clip_grad_norm_([parameter], 1.0)
+            optimizer.step()
+
+        _cache[key] = Measured(seconds_per_parameter=_timed(call, place) / size)
+    return _cache[key].seconds_per_parameter
+
+
+def _timed(call: Callable[[], None], place: Place) -> float:
+    """Median seconds of a call, after one that compiles."""
+    recorder = recorder_for(place.device) if place.replays else None
+    if recorder is not None:
+        for _ in range(WARMUP):
+            recorder.warm(call)
+        call = recorder.record(call).replay
+    cuda = place.device.type == "cuda"
+    seconds = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize(place.device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _kept(forward: Callable[[], Tensor], owner: nn.Module | None = None) -> int:
+    """Bytes that a forward pass keeps for the way back, but for an owner's parameters."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    for parameter in owner.parameters() if owner is not None else ():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storages.values())

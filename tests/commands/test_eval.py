@@ -1,0 +1,205 @@
+"""The `eval` stage: what it reads, prints, keeps and refuses."""
+
+import json
+import random
+
+import pytest
+from conftest import WORDS
+
+from mambactl.commands.eval import plan, run
+from mambactl.errors import CheckError, ModelError, UsageError
+from mambactl.options import EvalConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, save_student):
+    return save_student(tmp_path_factory.mktemp("eval") / "student")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, save_student):
+    out = tmp_path_factory.mktemp("eval") / "student.st"
+    return save_student(out)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    rng = random.Random(0)
+    place = tmp_path_factory.mktemp("data")
+
+    def text(count):
+        return " ".join(rng.choices(WORDS, k=count))
+
+    chat = [{"role": "user", "content": text(8)}, {"role": "assistant", "content": text(20)}]
+    contents = {
+        "words": [{"text": text(n)} for n in (90, 40, 33)],
+        "chat": [{"messages": chat}] * 2,
+        "choice": [
+            {"query": text(9), "choices": [text(3), text(2)], "gold": rng.randrange(2)}
+            for _ in range(12)
+        ],
+    }
+    for name, rows in contents.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / f"{name}.jsonl").write_text(lines, "utf-8")
+    return {name: str(place / f"{name}.jsonl") for name in contents}
+
+
+def cpu(**fields):
+    return EvalConfig(device="cpu", max_length=32, batch_size=2, **fields)
+
+
+def test_fidelity_against_the_teacher_of_the_lineage(folder, files, tiny_llama_dir, capsys):
+    result = run(cpu(data=[files["words"], files["chat"]]), str(folder))
+    assert result.path == str(folder)
+    assert result.metrics["teacher"] == str(tiny_llama_dir)
+    words = result.metrics["fidelity"]["words"]
+    # rows of 32, 32, 26 | 32, 8 | 32 and a rest of one token
+    assert (words["documents"], words["rows"], words["tokens"]) == (3, 6, 162 - 6)
+    assert words["kl"] > 0.001 and 0 < words["agreement"] < 1
+    assert result.metrics["fidelity"]["chat"]["documents"] == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{words['kl']:.4f}" in captured.err and "kl at 0-63" in captured.err
+
+
+def test_a_model_is_its_own_teacher(files, tiny_llama_dir):
+    config = cpu(data=[files["words"]], teacher=str(tiny_llama_dir), fail_under=["kl<=0"])
+    found = run(config, str(tiny_llama_dir)).metrics["fidelity"]["words"]
+    assert (found["kl"], found["agreement"], found["perplexity_ratio"]) == (0, 1, 1)
+
+
+def test_tasks_and_the_kept_results(folder, files, capsys):
+    config = cpu(tasks=[files["choice"]], data=[files["words"]], limit=10)
+    result = run(config, str(folder))
+    assert 0 <= result.metrics["tasks"]["choice"]["acc"] <= 1
+    kept = json.loads((folder / "results" / "eval-words+choice.json").read_text("utf-8"))
+    assert kept["metrics"] == result.metrics
+    assert kept["config"]["limit"] == 10 and kept["checkpoint"] == str(folder)
+    assert "|choice" in capsys.readouterr().err
+
+
+def test_controls_stand_beside_the_student(folder, files, capsys):
+    """A window that holds every row is the teacher; a student without branches is none."""
+    config = cpu(
+        data=[files["words"]], recall=[96], recall_rows=2, control="window", control_window=96,
+        ablate="recurrent,attention",
+    )  # fmt: skip
+    metrics = run(config, str(folder)).metrics
+    assert list(metrics["controls"]) == ["window 96+4", "no recurrent", "no attention"]
+    kl = {name: each["fidelity"]["words"]["kl"] for name, each in metrics["controls"].items()}
+    assert kl["window 96+4"] < 1e-6
+    student = metrics["fidelity"]["words"]
+    assert student["kl"] > 0.001 and student["kl"] not in (kl["no recurrent"], kl["no attention"])
+    assert set(student["by_position"]) == {"0-63"}
+    for probe in ("kv-96", "mqar-96"):
+        found = metrics["recall"][probe]
+        loss = metrics["controls"]["window 96+4"]["recall"][probe]["recall_loss"]
+        assert loss == pytest.approx(found["teacher"]["recall_loss"], rel=1e-5)
+        assert found["recall_loss"] != found["teacher"]["recall_loss"]
+        assert found["chance"] == 1 / found["pairs"]
+    narrow = cpu(data=[files["words"]], control="window", control_window=2, control_sinks=0)
+    found = run(narrow, str(folder)).metrics
+    assert found["fidelity"]["words"] == student
+    assert found["controls"]["window 2+0"]["fidelity"]["words"]["kl"] > 0.001
+    err = capsys.readouterr().err
+    assert "on words, per token" in err and "window 2+0" in err
+    assert "mqar-96" in err and "token_recall" in err and "chance" in err
+
+
+def test_recall_needs_no_teacher(tiny_llama_dir):
+    config = cpu(recall=[96], recall_rows=2, fail_under=["recall>=0", "kv-96.recall_loss<=1e9"])
+    found = run(config, str(tiny_llama_dir)).metrics
+    assert list(found["recall"]) == ["kv-96", "mqar-96"] and "teacher" not in found
+    failing = config.model_copy(update={"fail_under": ["kv-96.recall_loss<=0.01"]})
+    with pytest.raises(CheckError, match="kv-96.recall_loss is"):
+        run(failing, str(tiny_llama_dir))
+
+
+def test_single_files_equal_folders_and_keep_results_beside_them(folder, single, files):
+    config = cpu(data=[files["words"]])
+    fidelity = [run(config, str(path)).metrics["fidelity"] for path in (folder, single)]
+    assert fidelity[0] == fidelity[1]
+    assert sorted(each.name for each in single.parent.iterdir()) == [
+        "student.st",
+        "student.st.results",
+    ]
+    (kept,) = (single.parent / "student.st.results").iterdir()
+    assert json.loads(kept.read_text("utf-8"))["metrics"]["fidelity"] == fidelity[1]
+
+
+def test_a_folder_in_a_cache_is_left_alone(save_student, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("MAMBACTL_CACHE", str(tmp_path))
+    folder = save_student(tmp_path / "student")
+    run(cpu(data=[files["words"]]), str(folder))
+    assert not (folder / "results").exists()
+
+
+def test_a_bound_that_does_not_hold_is_a_failed_check(folder, files, capsys):
+    config = cpu(data=[files["words"]], fail_under=["agreement>=1", "kl<=100"])
+    with pytest.raises(CheckError, match="words.agreement is .* asked was >= 1") as raised:
+        run(config, str(folder))
+    assert raised.value.code == 7 and "kl" not in str(raised.value)
+    # the table comes first
+    assert "agreement" in capsys.readouterr().err
+    held = cpu(data=[files["words"]], fail_under=["agreement>=0", "perplexity_ratio<=1e9"])
+    run(held, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "nothing to measure"),
+        ({"data": ["words"], "fail_under": ["speed>=2"]}, "nothing called speed is measured"),
+        ({"data": ["words"], "fail_under": ["agreement>1"]}, "not a bound"),
+        ({"control": "window"}, "measure nothing by themselves"),
+        ({"data": ["words"], "fail_under": ["recall>=1"]}, "nothing called recall is measured"),
+        ({"recall": [20]}, "does not fit in 20 tokens"),
+        ({"tasks": ["words"]}, "row 1: the columns text are of no known kind"),
+        ({"data": ["choice"]}, "choice.jsonl, row 1"),
+        ({"tasks": ["missing.jsonl"]}, "missing.jsonl does not exist"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(folder, files, fields, message, monkeypatch):
+    from mambactl.commands import eval as stage
+
+    monkeypatch.setattr(stage, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    named = {
+        key: [files.get(name, name) for name in value] if key in ("data", "tasks") else value
+        for key, value in fields.items()
+    }
+    with pytest.raises(UsageError, match=message):
+        run(cpu(**named), str(folder))
+
+
+@pytest.mark.parametrize("call", [run, plan])
+def test_a_model_that_was_not_converted_has_no_control(files, tiny_llama_dir, call):
+    same = {"data": [files["words"]], "teacher": str(tiny_llama_dir)}
+    with pytest.raises(UsageError, match="no layer in which .* has attention instead"):
+        call(cpu(**same, control="window"), str(tiny_llama_dir))
+    with pytest.raises(UsageError, match="no recurrent layer to ablate"):
+        call(cpu(**same, ablate="recurrent"), str(tiny_llama_dir))
+
+
+def test_a_model_without_lineage_needs_a_teacher(files, tiny_llama_dir):
+    with pytest.raises(UsageError, match="does not say what it was made from") as raised:
+        run(cpu(data=[files["words"]]), str(tiny_llama_dir))
+    assert "--teacher" in raised.value.hint
+
+
+def test_a_teacher_with_other_tokens_is_refused(folder, files, permuted):
+    for call in (run, plan):
+        with pytest.raises(ModelError, match="another vocabulary .*: token") as caught:
+            call(cpu(data=[files["words"]], teacher=permuted), str(folder))
+        assert "--teacher" in caught.value.hint
+
+
+def test_the_plan_is_json_and_writes_nothing(folder, files, tiny_llama_dir, tmp_path):
+    before = sorted(path for path in folder.rglob("*"))
+    config = cpu(data=[files["words"]], tasks=[files["choice"], "piqa"], limit=2)
+    found = json.loads(json.dumps(plan(config, str(folder))))
+    assert found["documents"] == {"words": 2}
+    assert found["tasks"] == {"choice": 2, "piqa": None}
+    assert found["teacher"] == str(tiny_llama_dir)
+    assert found["mixers"] == ["mamba2", "attention"] * 2 and found["parameters"] > 1000
+    assert sorted(path for path in folder.rglob("*")) == before

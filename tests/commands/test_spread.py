@@ -1,0 +1,291 @@
+"""Two processes that share a run: what they write is what one process writes."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from conftest import WORDS
+from torch.distributed.tensor import DTensor
+
+from mambactl.checkpoint.load import load_lineage, load_model
+from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.cli.processes import sharding
+from mambactl.commands import distill, dpo, sft
+from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+from mambactl.models.mixers.mamba2 import Mamba2Mixer
+from mambactl.options import DistillConfig, DpoConfig, SftConfig
+from mambactl.train.job import Job
+from mambactl.train.loop import _PhaseRun
+from mambactl.train.trainer import _Watch
+
+STEPS = 4
+# a process that has used a GPU cannot be forked
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a GPU forbids")
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory, save_student, make_hybrid, tiny_llama_dir) -> dict[str, str]:
+    """A student whose head is its embedding, and one with a head of its own."""
+    from mambactl.checkpoint.provenance import lineage
+    from mambactl.checkpoint.reader import read_side_files
+    from mambactl.checkpoint.save import save_model
+
+    folder = tmp_path_factory.mktemp("spread")
+    untied = make_hybrid(["mamba2", "attention", "mamba1", "attention"], seed=3)
+    record = lineage("convert", None, tiny_llama_dir, str(tiny_llama_dir), {}, 0, {})
+    side = read_side_files(tiny_llama_dir)
+    return {
+        "tied": str(save_student(folder / "tied")),
+        "untied": str(save_model(untied, folder / "untied", side, record)),
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    """Chats and preferences of different lengths."""
+    draw = torch.Generator().manual_seed(0)
+
+    def text(low: int, high: int) -> str:
+        count = int(torch.randint(low, high, (1,), generator=draw))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=draw))
+
+    def turn(role: str, high: int) -> dict[str, str]:
+        return {"role": role, "content": text(2, high)}
+
+    def pair() -> dict[str, list]:
+        answers = {key: [turn("assistant", 6)] for key in ("chosen", "rejected")}
+        return {"prompt": [turn("user", 8)], **answers}
+
+    rows = {
+        "sft": [{"messages": [turn("user", 8), turn("assistant", 12)]} for _ in range(80)],
+        "dpo": [pair() for _ in range(24)],
+    }
+    folder = tmp_path_factory.mktemp("data")
+    for name, lines in rows.items():
+        (folder / name).with_suffix(".jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {name: str(folder / f"{name}.jsonl") for name in rows}
+
+
+def tune(data, processes: int, **fields) -> SftConfig:
+    settings = {"max_steps": STEPS, "max_length": 32, "save_every": 50, "warmup": 1, "lr": 3e-3}
+    batch = {"batch_size": 4 // processes, "nproc": processes, "device": "cpu"}
+    return SftConfig(data=[data["sft"]], **{**settings, **batch, **fields})
+
+
+def prefer(data, processes: int, **fields) -> DpoConfig:
+    settings = {"max_steps": 3, "max_length": 48, "save_every": 50, "warmup": 1, "lr": 1e-3}
+    batch = {"batch_size": 4 // processes, "nproc": processes, "device": "cpu"}
+    return DpoConfig(data=[data["dpo"]], **{**settings, **batch, **fields})
+
+
+def align(data, processes: int, **fields) -> DistillConfig:
+    settings = {"max_steps": STEPS, "max_length": 32, "save_every": 50, "warmup": 1}
+    # an alignment is relative to the states of its own batch, so that batches stay what they are
+    batch = {"batch_size": 2, "grad_accum": 4 // processes, "nproc": processes, "device": "cpu"}
+    return DistillConfig(data=[data["sft"]], **{**settings, **batch, **fields})
+
+
+def together(work: Callable[[], None], log: Path, shard: bool, count: int = 2) -> Sequence[int]:
+    """Exit codes of `work` in several forks of this process that know of each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def child(rank: int) -> None:
+        from accelerate.state import AcceleratorState, GradientState
+
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+        os.environ |= {name: str(value) for name, value in place.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= sharding() if shard else {}
+        # of the runs before the fork
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        try:
+            work()
+        except BaseException:
+            log.with_suffix(f".{rank}").write_text(traceback.format_exc())
+            os._exit(1)
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=child, args=(rank,)) for rank in range(count)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join(120)
+        process.kill()
+    said = [file.read_text() for file in sorted(log.parent.glob(f"{log.name}.*"))]
+    assert not said, "\n".join(said)
+    return [process.exitcode for process in children]
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    one, two = (load_model(str(path)).state_dict() for path in (ours, theirs))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == two[name].dtype, name
+        torch.testing.assert_close(
+            two[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: n + m
+        )
+    files = [sorted(file.name for file in path.iterdir()) for path in (ours, theirs)]
+    assert files[0] == files[1]
+
+
+def curve(out: Path, *keys: str) -> list[list[float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [[line[key] for key in keys] for line in lines]
+
+
+def run_all(students, data, processes: int, place: Path) -> None:
+    """Every kind of loss, reference and head."""
+    matched = tune(data, processes, kl_weight=0.5, grad_accum=2)
+    sft.run(matched, students["tied"], place / "matched")
+    sft.run(tune(data, processes, kl_weight=1.0), students["untied"], place / "untied")
+    plain = tune(data, processes, grad_checkpointing=True)
+    sft.run(plain, students["tied"], place / "plain")
+    dpo.run(prefer(data, processes), students["tied"], place / "dpo")
+    dpo.run(prefer(data, processes, reference="self"), students["untied"], place / "own")
+
+
+@pytest.fixture(scope="module")
+def alone(students, data, tmp_path_factory) -> Path:
+    """What one process makes of it."""
+    place = tmp_path_factory.mktemp("one")
+    run_all(students, data, 1, place)
+    return place
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_two_processes_write_what_one_writes(students, data, alone, tmp_path, monkeypatch, shard):
+    save = Job.save
+
+    def watched(self, model, folder, teacher, metrics):
+        split = any(isinstance(tensor, DTensor) for tensor in model.state_dict().values())
+        assert split == shard
+        save(self, model, folder, teacher, metrics)
+
+    monkeypatch.setattr(Job, "save", watched)
+    codes = together(lambda: run_all(students, data, 2, tmp_path), tmp_path / "log", shard)
+    assert codes == [0, 0]
+    for name in ("matched", "untied", "plain", "dpo", "own"):
+        assert_same(alone / name, tmp_path / name)
+        keys = ("step", "loss", "grad_norm") + (
+            ("train_kl", "train_ce") if name == "matched" else ()
+        )
+        expected = [pytest.approx(row, rel=1e-4) for row in curve(alone / name, *keys)]
+        assert curve(tmp_path / name, *keys) == expected
+    assert not list(tmp_path.glob("*.partial"))
+    before = load_model(students["tied"]).state_dict()
+    after = load_model(str(alone / "matched")).state_dict()
+    # the comparison has something to compare
+    assert max(float((after[n] - t).abs().max()) for n, t in before.items()) > 1e-3
+    assert load_lineage(str(tmp_path / "matched"))["recipe"]["nproc"] == 2
+
+
+def test_mixed_precision_rounds_the_same_sharded_or_not(students, data, tmp_path, monkeypatch):
+    mix, made = Mamba2Mixer.forward, FullyShardedDataParallelPlugin.__post_init__
+
+    def as_on_gpus(self):
+        made(self)
+        # where Accelerate shards itself it takes the trainer's type for what travels, too
+        self.set_mixed_precision("bf16")
+
+    def watched(self, *args, **kwargs):
+        if not self.A_log.is_meta:
+            kinds = {getattr(self, name).dtype for name in FLOAT32_PARAMETERS}
+            assert kinds == {torch.float32}
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+            assert torch.is_autocast_enabled("cpu")
+        return mix(self, *args, **kwargs)
+
+    monkeypatch.setattr(FullyShardedDataParallelPlugin, "__post_init__", as_on_gpus)
+    monkeypatch.setattr(Mamba2Mixer, "forward", watched)
+    config = tune(data, 2, dtype="bfloat16", kl_weight=0.5, max_steps=2)
+    for name, shard in (("whole", False), ("sharded", True)):
+        out = tmp_path / name
+        work = partial(sft.run, config, students["tied"], out)
+        assert together(work, tmp_path / "log", shard) == [0, 0]
+    assert_same(tmp_path / "whole", tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_a_signal_to_one_process_stops_all_and_resumes(
+    students, data, alone, tmp_path, monkeypatch, shard
+):
+    seen, out = _Watch.on_log, tmp_path / "out"
+
+    def signalled(self, args, state, control, logs, **others):
+        if state.global_step == 2 and os.environ["RANK"] == "1" and "loss" in logs:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen(self, args, state, control, logs, **others)
+
+    def half(resume: bool) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        config = tune(data, 2, kl_weight=0.5, grad_accum=2)
+        sft.run(config, students["tied"], out, resume=resume)
+
+    monkeypatch.setattr(_Watch, "on_log", signalled)
+    codes = together(lambda: half(False), tmp_path / "log", shard)
+    assert codes == [-signal.SIGTERM, -signal.SIGTERM]
+    assert not out.exists()
+    checkpoint = RunFolder(out, {}).trainer_checkpoint()
+    steps = int(checkpoint.name.rpartition("-")[2])
+    assert steps in (2, 3)
+    monkeypatch.undo()
+    assert together(lambda: half(True), tmp_path / "log", shard) == [0, 0]
+    assert_same(alone / "matched", out)
+    assert [step for (step,) in curve(out, "step")] == list(range(1, STEPS + 1))
+
+
+def test_the_command_line_shows_one_run(students, data, tmp_path):
+    command = [sys.executable, "-m", "mambactl", "distill", students["tied"]]
+    command += ["--data", data["sft"], "--device", "cpu", "--max-steps", "2", "--max-length", "32"]
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*command, "--nproc", "2", "--json", "-o", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checkpoint"] == str(out)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr.count("wrote") == done.stderr.count("distill: 2 processes") == 1
+    assert load_lineage(str(out))["recipe"]["nproc"] == 2
+
+
+def test_distilling_in_two_processes(students, data, tmp_path, monkeypatch):
+    source, one, two = students["tied"], tmp_path / "one", tmp_path / "two"
+    distill.run(align(data, 1), source, one)
+    steps = _PhaseRun._launch
+
+    def signalled(self, step, feed):
+        if self.phase.name == "logits" and step == 0 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return steps(self, step, feed)
+
+    def work(resume: bool) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        distill.run(align(data, 2), source, two, resume=resume)
+
+    monkeypatch.setattr(_PhaseRun, "_launch", signalled)
+    codes = together(partial(work, False), tmp_path / "log", shard=False)
+    assert codes == [-signal.SIGTERM, -signal.SIGTERM]
+    assert RunFolder(two, {}).load_state()["step"] == 1
+    monkeypatch.undo()
+    assert together(partial(work, True), tmp_path / "log", shard=False) == [0, 0]
+    assert_same(one, two)
+    keys = ("step", "loss", "gradient_norm", "lr")
+    expected = [pytest.approx(row, rel=1e-4) for row in curve(one, *keys)]
+    assert curve(two, *keys) == expected
+    tokens = [load_lineage(str(out))["metrics"]["logits"]["tokens"] for out in (one, two)]
+    assert tokens[0] == tokens[1] > 0
