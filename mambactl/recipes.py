@@ -14,7 +14,7 @@ A recipe is a YAML file; its sections run in order and each key is a flag name w
 
 A section is a stage name, with `@label` to use a stage twice. Besides the stage's own keys it may
 hold `model` (`target` for spec-decode; default: the checkpoint written last; none for `bench` of
-shapes or kernels) and `out` (a name in the working folder). `${section}` stands for the checkpoint
+shapes) and `out` (a name in the working folder). `${section}` stands for the checkpoint
 of an earlier section. Data paths are relative to the file.
 
 `variants:` keeps relatives of a recipe in its file. Each changes single options of sections, drops

@@ -66,8 +66,8 @@ def test_settings_override_one_section(tmp_path) -> None:
     assert (convert.model, a.values, b.values) == ("n", {}, {"limit": 3})
 
 
-def test_shapes_and_kernels_need_no_model(tmp_path) -> None:
-    text = "stages: {bench@a: {synthetic: tiny}, bench@b: {kernels: true}, convert: {model: m}}"
+def test_shapes_need_no_model(tmp_path) -> None:
+    text = "stages: {bench@a: {synthetic: tiny}, bench@b: {synthetic: [tiny]}, convert: {model: m}}"
     a, b, convert = recipes.load_recipe(write(tmp_path, text)).sections
     assert (a.model, a.needs_model, b.needs_model, convert.needs_model) == (
         None,

@@ -220,10 +220,7 @@ def _model(stage: str, given: dict[str, Any]) -> str | None:
 def _source(stage: str, config: StageConfig, model: str | None) -> str | None:
     if not config.needs_model:
         if model is not None:
-            raise UsageError(
-                "--synthetic, --kernels and --loss work without a MODEL",
-                f"drop {model}, or the option",
-            )
+            raise UsageError("--synthetic works without a MODEL", f"drop {model}, or the option")
         return None
     if model is None:
         raise UsageError("no MODEL", f"mambactl {stage} MODEL, or --synthetic NAME")

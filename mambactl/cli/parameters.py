@@ -28,7 +28,7 @@ OptionalModel = Annotated[
 ]
 BenchModel = Annotated[
     str | None,
-    typer.Argument(help=f"{MODEL_HELP}; none with --synthetic, --kernels, --loss", metavar="MODEL"),
+    typer.Argument(help=f"{MODEL_HELP}; none with --synthetic", metavar="MODEL"),
 ]
 Target = Annotated[
     str | None,

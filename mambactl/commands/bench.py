@@ -1,30 +1,25 @@
 """`bench`: prefill and decode speed, memory and cache of models, alone, drafted for or compared."""
 
-import gc
 from operator import truediv
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mambactl import console
 from mambactl.checkpoint.teacher import teacher_of
 from mambactl.errors import CheckError, UsageError
 from mambactl.generation import decoding
 from mambactl.models.placement import place
 from mambactl.options import BenchConfig
-from mambactl.report.results import machine, save_results
+from mambactl.report.results import save_results
 from mambactl.speed import bench_tables, candidates
-from mambactl.speed.bandwidth import read_bandwidth
 from mambactl.speed.candidates import Source
-from mambactl.speed.head_loss import Size, head_loss
+from mambactl.speed.conditions import conditions
+from mambactl.speed.memory import release
 from mambactl.speed.speculation import speculation
 from mambactl.speed.subject import Grid, Subject
 from mambactl.speed.throughput import throughput
 from mambactl.speed.training_bench import TEACHER_TEXT, TEXT, require_hybrids, training_points
-from mambactl.speed.verify import require_kernels, verify
 from mambactl.stage_result import StageResult
-from mambactl.train.losses import Teacher, distillation_loss
 
 STAGE = "bench"
 
@@ -34,9 +29,6 @@ RATIOS = {
     "decode_tokens_per_second": "decode_speedup",
     "cache_bytes": "cache_reduction",
 }
-
-# an 8B model's head on a GPU
-LOSS_SIZES = {"cuda": Size(8192, 4096, 128256), "cpu": Size(512, 256, 8192)}
 
 Points = list[dict[str, Any]]
 
@@ -52,19 +44,7 @@ def measure(config: BenchConfig, source: str | None) -> StageResult:
     """Measure, print tables and keep the numbers, whatever they are."""
     baseline = _prepare(config, source)
     device, dtype = place(config)
-    if config.verify or config.kernels:
-        require_kernels(device, "--kernels" if config.kernels else "--verify")
-    bandwidth = read_bandwidth(device)
-    metrics = machine(device) | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "bandwidth_bytes_per_second": bandwidth,
-        "config": config.model_dump(mode="json"),
-    }
-    console.log(f"{metrics['device']} reads {bandwidth / 1e9:,.0f} GB/s")
-    if config.kernels:
-        return _kernels(config, metrics, device, dtype)
-    if config.loss:
-        return _loss(config, metrics, device, dtype)
+    metrics = conditions(config, device, dtype)
     if config.training:
         return _training(config, source, metrics, device, dtype)
     if source is None:
@@ -77,10 +57,6 @@ def plan(config: BenchConfig, source: str | None) -> dict[str, Any]:
     baseline = _prepare(config, source)
     device, dtype = place(config)
     where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    if config.kernels:
-        return {"kernels": True, **where}
-    if config.loss:
-        return {"loss": _loss_size(config, device)._asdict(), **where}
     if config.training:
         about = candidates.about_shapes(config) if source is None else {"source": source}
         rows = {"input_len": config.input_len, "batch_sizes": config.batch_size}
@@ -125,21 +101,8 @@ def _ratio(point: dict[str, Any], other: dict[str, Any], column: str) -> float |
 
 def _prepare(config: BenchConfig, source: str | None) -> str | None:
     """Refuse what contradicts itself; returns the baseline."""
-    if config.kernels and config.synthetic:
-        raise UsageError("--kernels and --synthetic exclude each other", "give one of them")
-    if config.kernels and (config.draft or config.verify):
-        raise UsageError("--kernels has no draft and no --verify", "they go with a model")
-    sizes = (config.tokens, config.hidden, config.vocab)
-    if not config.loss and sizes != (None, None, None):
-        raise UsageError("--tokens, --hidden and --vocab are sizes of the loss", "add --loss")
-    if config.loss and (config.kernels or config.synthetic or config.draft or config.verify):
-        raise UsageError(
-            "--loss goes without --kernels, --synthetic, --draft and --verify", "drop them"
-        )
-    if config.training and (config.kernels or config.loss or config.draft or config.verify):
-        raise UsageError(
-            "--training goes without --kernels, --loss, --draft and --verify", "drop them"
-        )
+    if config.training and config.draft:
+        raise UsageError("--training goes without --draft", "drop it")
     if config.training and config.baseline not in (None, "teacher"):
         raise UsageError(
             f"a hybrid is trained beside its own teacher, not {config.baseline}",
@@ -157,8 +120,7 @@ def _prepare(config: BenchConfig, source: str | None) -> str | None:
             raise UsageError(
                 "--baseline compares checkpoints", "compare shapes with --synthetic NAME,NAME"
             )
-        if not config.loss:
-            candidates.require_shapes(config)
+        candidates.require_shapes(config)
         if config.training:
             require_hybrids(config)
         return None
@@ -200,24 +162,6 @@ def _synthetic(
     return StageResult(None, metrics, ",".join(config.synthetic))
 
 
-def _kernels(
-    config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> StageResult:
-    # imports Triton
-    from mambactl.speed.recurrence import BATCHES, contest
-
-    rows = []
-    with console.progress("kernels", len(BATCHES)) as progress:
-        for batch in BATCHES:
-            rows.append(contest(batch, device, dtype, config.seed))
-            progress.advance(status=f"{batch} rows")
-    metrics |= {"points": [], "kernels": rows}
-    bench_tables.show_kernels(metrics)
-    best = max(rows, key=lambda row: row["ratio"])
-    text = f"replay is {best['ratio']:.2f}x a state per token at {best['batch_size']} rows"
-    return StageResult(None, metrics, text)
-
-
 def _training(
     config: BenchConfig,
     source: str | None,
@@ -241,63 +185,22 @@ def _training(
     return StageResult(source, metrics, ", ".join(parts))
 
 
-def _loss(
-    config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> StageResult:
-    size = _loss_size(config, device)
-    with console.progress("loss", 1) as progress:
-        row = head_loss(
-            _distillation, size, device, dtype, config.warmup, config.iters, config.seed
-        )
-        progress.advance()
-    metrics |= {"points": [], "loss": row}
-    bench_tables.show_loss(metrics)
-    rate = row["flops_per_second"] / 1e12
-    text = f"{row['milliseconds']:.1f} ms for {size.tokens} tokens, {rate:.3g} TFLOP/s"
-    return StageResult(None, metrics, text)
-
-
-def _loss_size(config: BenchConfig, device: torch.device) -> Size:
-    return Size(
-        *(
-            usual if given is None else given
-            for given, usual in zip(
-                (config.tokens, config.hidden, config.vocab), LOSS_SIZES[device.type], strict=True
-            )
-        )
-    )
-
-
-def _distillation(
-    hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, *teacher: Tensor
-) -> Tensor:
-    return distillation_loss(hidden, weight, targets, mask, Teacher(*teacher)).total
+def measure_points(config: BenchConfig, source: Source, subject: Subject, grid: Grid) -> Points:
+    """Plain decoding of a model at every point, and decoding with the draft of its source."""
+    points = throughput(subject, grid)
+    if source.draft is not None:
+        points = speculation(subject, source.draft(), config.k, grid, points)
+    return [{"model": source.name, **point} for point in points]
 
 
 def _measure(
     config: BenchConfig, source: Source, metrics: dict[str, Any], device: torch.device
 ) -> Points:
-    grid = Grid(
-        config.input_len,
-        config.batch_size,
-        config.output_len,
-        config.warmup,
-        config.iters,
-        config.seed,
-    )
-    bandwidth = metrics["bandwidth_bytes_per_second"]
-    subject = Subject(source.target(), source.name, bandwidth, source.successor)
-    points = throughput(subject, grid)
-    if source.draft is not None:
-        points = speculation(subject, source.draft(), config.k, grid, points)
-    if config.verify:
-        points = verify(subject, config.k, grid, points)
-    # the next model's peak must not hold this one
+    subject = source.subject(metrics["bandwidth_bytes_per_second"])
+    points = measure_points(config, source, subject, Grid.of(config))
     del subject
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return [{"model": source.name, **point} for point in points]
+    release(device)
+    return points
 
 
 def _cache_bytes(config: BenchConfig, cache: dict[str, int]) -> int:

@@ -113,23 +113,14 @@ class BenchConfig(StageConfig):
     acceptance: float = Field(
         0.7, ge=0, le=1, description="share of a synthetic draft's tokens that the target keeps"
     )
-    verify: bool = Field(
-        False,
-        description="also time reading K + 1 tokens with a replay against one token (needs a GPU)",
-    )
     training: bool = Field(
         False, description="time steps of mixer alignment and of logits distillation instead"
     )
     train_rest: bool = Field(True, description="--training: in the logits step, not only mixers")
     compile: Compile = Field("auto", description="--training: compile blocks, as distill does")
     capture: bool = Field(False, description="--training: replay each step as one CUDA graph")
-    kernels: bool = Field(False, description="no MODEL: the recurrent kernel on its own")
-    loss: bool = Field(False, description="no MODEL: the distillation loss through the head")
-    tokens: int | None = Field(None, ge=1, description="rows of --loss (8192 on a GPU)")
-    hidden: int | None = Field(None, ge=1, description="width of --loss (4096 on a GPU)")
-    vocab: int | None = Field(None, ge=2, description="vocabulary of --loss (128256 on a GPU)")
 
     @property
     def needs_model(self) -> bool:
-        """Shapes, kernels and losses come without weights."""
-        return not (self.synthetic or self.kernels or self.loss)
+        """Shapes come without weights."""
+        return not self.synthetic

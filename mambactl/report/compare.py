@@ -126,8 +126,7 @@ def _measure(
 
 def _without_model(config: BenchConfig) -> str:
     """What a bench without a checkpoint measures."""
-    parts = [part for part in ("kernels", "loss", "training") if getattr(config, part)]
-    return "-".join([*parts, *config.synthetic])
+    return "-".join([*(["training"] if config.training else []), *config.synthetic])
 
 
 def _check(

@@ -56,13 +56,11 @@ SPECULATIVE: tuple[Column, ...] = (
     ("accepted", "acceptance", _share, ""),
     ("speed-up", "speculative_speedup", times, ""),
 )
-LOSS_ERRORS = ("error_value", "error_hidden_gradient", "error_weight_gradient")
-VERIFY: tuple[Column, ...] = (("verify", "verify_ratio", times, ""),)
 
 
-def show(title: str, metrics: dict[str, Any]) -> None:
+def show(title: str, metrics: dict[str, Any], more: Sequence[Column] = ()) -> None:
     """Every point of a model, each with the baseline's below it if there is one; then what drafts
-    and verification came to, if they were measured.
+    came to, if they were measured, and `more`.
     """
     points: list[Point] = metrics["points"]
     others: list[Point] = metrics.get("baseline_points", [])
@@ -76,13 +74,8 @@ def show(title: str, metrics: dict[str, Any]) -> None:
             gains = (times(point[gain]) if gain else "" for *_, gain in PLAIN)
             lines.append(("", "gain", *gains))
     _table(f"{title} {where}{against}", ("", *(column[0] for column in PLAIN)), lines)
-    columns = [
-        column
-        for group in (SPECULATIVE, VERIFY)
-        for column in group
-        if any(group[0][1] in point for point in points)
-    ]
-    if columns:
+    drafted = any(SPECULATIVE[0][1] in point for point in points)
+    if columns := [*(SPECULATIVE if drafted else ()), *more]:
         draft = metrics["config"]["draft"]
         title = f"{title} with {draft} {where}" if draft else f"{title} {where}"
         lines = [(name(point), *_cells(point, columns)) for point in points]
@@ -95,35 +88,6 @@ def _table(title: str, headings: Sequence[str], lines: list[tuple[str, ...]]) ->
 
 def _cells(point: Point, columns: Sequence[Column]) -> list[str]:
     return [write(point[key]) if key in point else "" for _, key, write, _ in columns]
-
-
-def show_kernels(metrics: dict[str, Any]) -> None:
-    """The kernel that replays against the one that stores a state per token."""
-    columns = ("rows", "replay us", "MB", "GB/s", "per token us", "MB", "GB/s", "ratio")
-    lines = []
-    for row in metrics["kernels"]:
-        cells = [row["batch_size"]]
-        for way in ("fused", "snapshots"):
-            cells.append(f"{row[f'{way}_microseconds']:.1f}")
-            cells.append(f"{row[f'{way}_bytes'] / 1e6:.1f}")
-            cells.append(f"{row[f'{way}_bytes_per_second'] / 1e9:,.0f}")
-        lines.append((*cells, times(row["ratio"])))
-    console.table(f"Mamba-2 layer on {metrics['device']} in {metrics['dtype']}", columns, lines)
-
-
-def show_loss(metrics: dict[str, Any]) -> None:
-    """A loss through the head: time, memory and errors."""
-    row = metrics["loss"]
-    shape = f"{row['tokens']} x {row['hidden']} x {row['vocab']}"
-    columns = ("ms", "TFLOP/s", "MiB beyond", "error", "of dx", "of dW")
-    cells = [
-        f"{row['milliseconds']:.2f}",
-        _number(row["flops_per_second"] / 1e12),
-        _mib(row["peak_bytes"]),
-        *(f"{row[key]:.1e}" for key in LOSS_ERRORS),
-    ]
-    title = f"KL through a head of {shape} on {metrics['device']} in {metrics['dtype']}"
-    console.table(title, columns, [cells])
 
 
 def show_training(metrics: dict[str, Any]) -> None:

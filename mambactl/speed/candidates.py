@@ -18,6 +18,7 @@ from mambactl.errors import ModelError, UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
 from mambactl.speed.limits import parameters_read
+from mambactl.speed.subject import Subject
 from mambactl.speed.synthetic import SHAPES, build, disagreeing, successors
 
 
@@ -29,6 +30,10 @@ class Source:
     target: Callable[[], HybridForCausalLM]
     draft: Callable[[], HybridForCausalLM | str] | None = None
     successor: Tensor | None = None
+
+    def subject(self, bandwidth: float) -> Subject:
+        """Make the model, to be measured on a device that reads `bandwidth` bytes/s."""
+        return Subject(self.target(), self.name, bandwidth, self.successor)
 
 
 def checkpoint(

@@ -1,6 +1,7 @@
 """The most memory in use at a time: of the device on CUDA, of this process elsewhere."""
 
 import ctypes
+import gc
 import re
 import resource
 import sys
@@ -10,6 +11,13 @@ from pathlib import Path
 import torch
 
 STATUS = Path("/proc/self/status")
+
+
+def release(device: torch.device) -> None:
+    """Free models that are no longer used: the peak of the next one must not hold them."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def reset_peak(device: torch.device) -> None:

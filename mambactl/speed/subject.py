@@ -13,6 +13,7 @@ from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import CheckError
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.options import BenchConfig
 from mambactl.speed.synthetic import first_wrong
 
 Prompts = list[list[int]]
@@ -29,6 +30,18 @@ class Grid:
     warmup: int = 1
     iters: int = 3
     seed: int = 0
+
+    @classmethod
+    def of(cls, config: BenchConfig) -> "Grid":
+        """The points that the options ask for."""
+        return cls(
+            config.input_len,
+            config.batch_size,
+            config.output_len,
+            config.warmup,
+            config.iters,
+            config.seed,
+        )
 
     @property
     def points(self) -> list[tuple[int, int]]:

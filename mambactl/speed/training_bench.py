@@ -5,7 +5,6 @@ the mixers. With `--baseline teacher` both also learn the text alone, in the sam
 hybrid costs to train against the model it came from.
 """
 
-import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ from mambactl.kernels.dispatch import triton_missing
 from mambactl.models.distance import misfit, replaced_layers
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig, DistillConfig
+from mambactl.speed.memory import release
 from mambactl.speed.synthetic import SHAPES, STD, build, materialise
 from mambactl.speed.training_speed import (
     Step,
@@ -257,6 +257,4 @@ def _synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torc
 def _forget(student: HybridForCausalLM, device: torch.device) -> None:
     """Drop gradients and what the caching allocator keeps: the next stage's peak is its own."""
     student.zero_grad(set_to_none=True)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(device)

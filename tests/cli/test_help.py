@@ -53,8 +53,8 @@ FLAGS = {
     "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --format "
     f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
-    "--min-speedup --synthetic --acceptance --verify --kernels --training --train-rest --compile "
-    f"--capture --loss --tokens --hidden --vocab --report {EVERY_STAGE}",
+    "--min-speedup --synthetic --acceptance --training --train-rest --compile --capture --report "
+    f"{EVERY_STAGE}",
     "inspect": "--tensors --lineage --json --help",
     "table": "--into --help",
     "plot": "--out --help",

@@ -69,12 +69,12 @@ def test_sections_run_in_order_and_hand_on_checkpoints(cli, children, recipe, tm
 
 def test_sections_without_a_model(cli, children, tmp_path) -> None:
     path = tmp_path / "speed.yaml"
-    path.write_text("stages: {bench@a: {synthetic: tiny}, bench@b: {kernels: true}}")
+    path.write_text("stages: {bench@a: {synthetic: tiny}, bench@b: {synthetic: tiny-mamba}}")
     done = cli("recipe", "run", str(path))
     assert (done.code, done.out) == (0, f"{tmp_path / 'runs' / 'speed'}\n")
     assert [command[:3] for command in children] == [
         ["bench", "--set", "synthetic=tiny"],
-        ["bench", "--set", "kernels=true"],
+        ["bench", "--set", "synthetic=tiny-mamba"],
     ]
     shown = json.loads(cli("recipe", "run", str(path), "--resume", "--json").out)
     assert shown["checkpoint"] is None and list(shown["sections"]) == ["bench@a", "bench@b"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mambactl.commands import bench
-from mambactl.errors import CheckError, ModelError, ResourceError, UsageError
+from mambactl.errors import CheckError, ModelError, UsageError
 from mambactl.options import BenchConfig
 from mambactl.speed import bench_tables, candidates
 
@@ -55,10 +55,9 @@ def test_training_beside_the_teacher(student, capsys):
     assert "its teacher's speed" in result.text and "training" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("also", [{"draft": "ngram"}, {"verify": True}])
-def test_kernels_refuse_what_they_would_ignore(also):
-    with pytest.raises(UsageError, match="--kernels has no draft"):
-        bench.run(cpu(kernels=True, **also), None)
+def test_training_refuses_the_draft_that_it_would_ignore():
+    with pytest.raises(UsageError, match="--training goes without --draft"):
+        bench.run(cpu(training=True, draft="ngram"), None)
 
 
 def point(decode, cache=100):
@@ -175,7 +174,6 @@ def test_wrong_tokens_of_a_synthetic_model_fail(monkeypatch):
     [
         ({"synthetic": ["tinny"]}, "no synthetic model tinny"),
         ({"synthetic": ["tiny"], "draft": "m"}, "no synthetic model m"),
-        ({"synthetic": ["tiny"], "kernels": True}, "exclude each other"),
         ({"synthetic": ["tiny"], "baseline": "m"}, "--baseline compares checkpoints"),
     ],
 )
@@ -186,28 +184,12 @@ def test_what_synthetic_models_cannot_be(fields, sentence):
     assert "no synthetic" not in sentence or "mamba-2.8b" in raised.value.hint
 
 
-@pytest.mark.parametrize("fields", [{"synthetic": ["tiny"], "verify": True}, {"kernels": True}])
-def test_what_needs_a_gpu_says_so(fields):
-    with pytest.raises(ResourceError, match="needs the GPU's decode kernels") as raised:
-        bench.run(cpu(**fields), None)
-    assert raised.value.code == 6
-
-
 def test_the_plan_of_synthetic_models_makes_none(monkeypatch):
     monkeypatch.setattr(candidates, "build", lambda *_: pytest.fail("a model was made"))
     found = bench.plan(cpu(synthetic=["llama3-8b"], draft="draft-llama3-2l"), None)
     sizes = found["parameters_read"]
     assert 7e9 < sizes["llama3-8b"] < 8e9 and sizes["draft-llama3-2l"] < 1e9
     assert found["k"] == "auto" and json.dumps(found)
-
-
-def test_the_kernels_table(capsys):
-    row = {"batch_size": 8, "ratio": 2.5}
-    for way in ("fused", "snapshots"):
-        row |= {f"{way}_microseconds": 10.0, f"{way}_bytes": 4e6, f"{way}_bytes_per_second": 4e11}
-    bench_tables.show_kernels({"device": "gpu", "dtype": "bfloat16", "kernels": [row]})
-    shown = capsys.readouterr().err
-    assert "2.50x" in shown and "400" in shown and "Mamba-2 layer on gpu" in shown
 
 
 def test_the_training_table_shows_errors_below_a_per_cent(capsys):
@@ -225,22 +207,3 @@ def test_the_plan_reads_headers_only(student, tiny_llama_dir, monkeypatch):
     found = json.loads(json.dumps(bench.plan(cpu(baseline="teacher"), str(student))))
     assert found["baseline"] == str(tiny_llama_dir)
     assert found["input_len"] == [8, 64] and found["cache_bytes_at_most"] > 0
-
-
-def test_the_loss_on_its_own(capsys):
-    result = bench.run(cpu(loss=True, tokens=40, hidden=16, vocab=300), None)
-    row = result.metrics["loss"]
-    assert (result.path, row["tokens"], row["hidden"], row["vocab"]) == (None, 40, 16, 300)
-    assert row["milliseconds"] > 0
-    assert max(row[key] for key in bench_tables.LOSS_ERRORS) < 1e-4
-    shown = capsys.readouterr().err
-    assert "40 x 16 x 300" in shown and "MiB beyond" in shown
-    assert "ms for 40 tokens" in result.text
-    assert bench.plan(cpu(loss=True, vocab=50), None)["loss"]["vocab"] == 50
-
-
-def test_the_loss_refuses_what_it_would_ignore():
-    with pytest.raises(UsageError, match="sizes of the loss"):
-        bench.run(cpu(kernels=True, vocab=50), None)
-    with pytest.raises(UsageError, match="--loss goes without"):
-        bench.run(cpu(loss=True, draft="ngram"), None)

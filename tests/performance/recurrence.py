@@ -18,11 +18,11 @@ from mambactl.kernels.decode.reference.control import next_store
 from mambactl.kernels.decode.triton.ops import TritonOps
 from mambactl.models.config import HybridConfig
 from mambactl.models.packed import Mamba2Weights, PackedModel
-from mambactl.speed.graphs import Timer, capture
-from mambactl.speed.snapshots import snapshot_window
 from mambactl.speed.subject import Numbers
 from mambactl.speed.synthetic import SHAPES, materialise
-from mambactl.speed.verify import supported
+from tests.performance.graphs import Timer, capture
+from tests.performance.snapshots import snapshot_window
+from tests.performance.verification import supported
 
 SHAPE, BATCHES, TOKENS, ACCEPTED = "llama3-8b-hybrid-50", (1, 8, 32, 64), 5, 3
 # bytes of states that a step walks through

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mambactl.speed.head_loss import Size, draw_inputs, head_loss, oracle
+from tests.performance.head_loss import Size, draw_inputs, head_loss, oracle
 
 SIZE, CPU = Size(24, 16, 101), torch.device("cpu")
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambactl.speed.graphs import Timer
 from mambactl.speed.memory import peak_bytes, reset_peak
+from tests.performance.graphs import Timer
 
 # loss(hidden [N, D], weight [V, D], targets [N], mask [N], teacher's hidden, teacher's weight)
 Loss = Callable[..., Tensor]

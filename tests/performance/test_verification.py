@@ -1,4 +1,4 @@
-"""The passes that `--verify` times: where they stand, and that they are whole."""
+"""The passes that are timed: where they stand, and that they are whole."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mambactl.kernels.decode.reference.control import Field
 from mambactl.kernels.decode.reference.ops import WindowOps
 from mambactl.models.packed import pack
 from mambactl.speed.subject import Grid
-from mambactl.speed.verify import NUMBERS, read, require_kernels, stand, verify
+from tests.performance.verification import NUMBERS, read, require_kernels, stand, verify
 
 CONTEXT = 20
 
@@ -33,8 +33,8 @@ def test_a_pass_reads_its_window_behind_the_replay(scripted, name, k, replayed):
 
 
 def test_a_machine_without_a_gpu_says_what_is_missing():
-    with pytest.raises(ResourceError, match="--verify needs the GPU's .*: needs a CUDA device"):
-        require_kernels(torch.device("cpu"), "--verify")
+    with pytest.raises(ResourceError, match="needs the GPU's .*: needs a CUDA device"):
+        require_kernels(torch.device("cpu"))
 
 
 @pytest.mark.gpu

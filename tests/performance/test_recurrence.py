@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from mambactl.speed import recurrence
-from mambactl.speed.recurrence import Contest, one_layer, period, walk
 from mambactl.speed.synthetic import SHAPES
+from tests.performance import recurrence
+from tests.performance.recurrence import Contest, one_layer, period, walk
 
 # of softplus, whose other branch is taken then
 pytestmark = [

@@ -13,17 +13,18 @@ from mambactl.errors import ModelError, ResourceError
 from mambactl.kernels.decode.reference.control import Field, plan_stores
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.packed import NotSupported, PackedModel, pack
-from mambactl.speed.graphs import capture, median_seconds
 from mambactl.speed.subject import Grid, Numbers, Subject, sweep
+from tests.performance.graphs import capture, median_seconds
 
 NUMBERS = ("verify_k", "verify_seconds", "pass_seconds", "verify_ratio")
 
 
-def require_kernels(device: torch.device, what: str) -> None:
-    """Raise ResourceError where the decode kernels do not run; `what` begins the sentence."""
+def require_kernels(device: torch.device) -> None:
+    """Raise ResourceError where the decode kernels do not run."""
     if reason := why_not(device):
         raise ResourceError(
-            f"{what} needs the GPU's decode kernels, which are off: {reason}", "mambactl doctor"
+            f"this measurement needs the GPU's decode kernels, which are off: {reason}",
+            "mambactl doctor",
         )
 
 
