@@ -55,3 +55,10 @@ def explained(
 def gib(size: float) -> str:
     """A size for people: GiB, or MiB where that would be next to nothing."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def canonical(spec: str) -> str:
+    """One spelling of a path; a name of something else is itself."""
+    path = os.path.expanduser(spec)
+    # unlike Path.exists, this takes any text
+    return os.path.realpath(path) if os.path.exists(path) else spec

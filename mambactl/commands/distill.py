@@ -26,11 +26,14 @@ from mambactl.train.compiled import compile_blocks, compiles, release_blocks
 from mambactl.train.distributed import join
 from mambactl.train.estimate import Estimate, estimate
 from mambactl.train.held_out import HeldOut
-from mambactl.train.job import Job, draw_ledger, plan_training, report_phases
+from mambactl.train.job import Job
 from mambactl.train.ledger import Evaluation
 from mambactl.train.loop import Phase, train
 from mambactl.train.objectives import LogitsObjective, Objective
 from mambactl.train.phases import PhasePlan, plan_phases, shapes_of
+from mambactl.train.preview import plan_training
+from mambactl.train.publish import draw_ledger, report_phases, save_result, working_folder
+from mambactl.train.rows import held_out_rows, training_rows
 from mambactl.train.sharing import restore, share_frozen
 from mambactl.train.stepwise import StandIns
 
@@ -49,12 +52,12 @@ def run(
     job = Job.of(STAGE, config, source)
     _check_capture(job, config)
     join(job.device)
-    folder = job.folder(out, resume, force)
+    folder = working_folder(job, out, resume, force)
     ours, theirs = _configs(job)
     planned = plan_phases(config, ours, theirs, _ranking(source))
     tokenizer = job.tokenizer()
-    rows = job.rows(tokenizer)
-    held_out = job.held_out_rows(tokenizer)
+    rows = training_rows(job, tokenizer)
+    held_out = held_out_rows(job, tokenizer)
     models = _models(job, config, planned, needs_teacher=bool(held_out))
     console.log(f"{len(replaced_layers(ours))} mixers follow {models.name}")
     phases = [_phase(job, config, models, theirs, plan, rows) for plan in planned]
@@ -69,7 +72,7 @@ def run(
         metrics = report_phases(reports, folder)
         draw_ledger(folder, asked=bool(held_out))
         models.put_back(job)
-        job.save(models.student, folder, models.name, metrics)
+        save_result(job, models.student, folder, models.name, metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 

@@ -15,8 +15,10 @@ from mambactl.options import DpoConfig
 from mambactl.ranks import is_main, sharded
 from mambactl.stage_result import StageResult
 from mambactl.train.distributed import from_main, join, largest
-from mambactl.train.job import Job, plan_training, report_phases, require_whole_weights
+from mambactl.train.job import Job, require_whole_weights
 from mambactl.train.preference_data import Preferences, preview, read_preferences
+from mambactl.train.preview import plan_training
+from mambactl.train.publish import report_phases, save_result, working_folder
 from mambactl.train.reference_policy import HeldOutPreferences, precomputed, show_held_out
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
@@ -37,7 +39,7 @@ def run(
     """Tune the model at `source` on preferences and write the result to `out`."""
     _require(config)
     job = Job.of(STAGE, config, source)
-    folder = job.folder(out, resume, force)
+    folder = working_folder(job, out, resume, force)
     join(job.device)
     data = read_preferences(job, config)
     student = job.student()
@@ -59,7 +61,7 @@ def run(
                 name: found | {"before": before[name]} for name, found in after.items()
             }
         spec = job.teacher_spec() if config.reference == "teacher" else None
-        job.save(student, folder, spec, metrics)
+        save_result(job, student, folder, spec, metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 

@@ -19,18 +19,13 @@ from mambactl.ranks import processes, sharded
 from mambactl.stage_result import StageResult
 from mambactl.train.compiled import compile_blocks, release_blocks
 from mambactl.train.held_out import HeldOut
-from mambactl.train.job import (
-    TRAINED_BYTES,
-    Job,
-    draw_ledger,
-    plan_training,
-    report_phases,
-    require_whole_weights,
-)
+from mambactl.train.job import Job, require_whole_weights
 from mambactl.train.ledger import Evaluation
 from mambactl.train.lora import adapted, merged, projections, require_peft
 from mambactl.train.phases import shapes_of
-from mambactl.train.preview import preview
+from mambactl.train.preview import TRAINED_BYTES, plan_training, preview
+from mambactl.train.publish import draw_ledger, report_phases, save_result, working_folder
+from mambactl.train.rows import held_out_rows, training_rows
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
 STAGE = "sft"
@@ -47,10 +42,10 @@ def run(
     """Fine-tune the model at `source` and write the result to `out`."""
     job = Job.of(STAGE, config, source)
     _require(config)
-    folder = job.folder(out, resume, force)
+    folder = working_folder(job, out, resume, force)
     tokenizer = job.tokenizer()
-    rows = job.rows(tokenizer, config.assistant_only_loss)
-    held_out = job.held_out_rows(tokenizer, config.assistant_only_loss)
+    rows = training_rows(job, tokenizer, config.assistant_only_loss)
+    held_out = held_out_rows(job, tokenizer, config.assistant_only_loss)
     # frozen weights need no fp32 masters
     student = job.student(torch.float32 if config.lora is None else job.dtype)
     teacher = _teacher(job, config, measures=bool(held_out))
@@ -67,7 +62,8 @@ def run(
         metrics = report_phases([follow(trainer, STAGE, folder, evaluation)], folder)
         draw_ledger(folder, asked=bool(held_out) and teacher is not None)
         release_blocks(student)
-        job.save(merged(trainer.model), folder, _teacher_name(job, config, teacher), metrics)
+        named = _teacher_name(job, config, teacher)
+        save_result(job, merged(trainer.model), folder, named, metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 

@@ -38,6 +38,8 @@ from mambactl.train.cached_teacher import (
     write_shard,
 )
 from mambactl.train.job import Job
+from mambactl.train.publish import identity
+from mambactl.train.rows import training_rows
 
 STAGE = "teacher-cache"
 # what a kill loses at most: a minute of an 8B teacher on one GPU
@@ -62,7 +64,7 @@ def run(
     job = Job.of(STAGE, config, source)
     folder = _folder(job, out, resume, force)
     tokenizer = job.tokenizer()
-    rows = _distinct(job.rows(tokenizer, config.assistant_only_loss))
+    rows = _distinct(training_rows(job, tokenizer, config.assistant_only_loss))
     teacher = load_model(source, job.device, job.dtype).requires_grad_(False)
     started = time.perf_counter()
     with folder.open(resume, force):
@@ -189,7 +191,7 @@ def _folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
     # replacing deletes: never a folder that is not a cache
     if out.exists() and not (out / LINEAGE).is_file() and not (out.is_dir() and _empty(out)):
         raise OutputError(f"{out} has other content", "choose another place with -o")
-    folder = RunFolder(out, job.identity)
+    folder = RunFolder(out, identity(job))
     folder.check(resume, force)
     return folder
 
@@ -208,15 +210,15 @@ def _record(
     with open_checkpoint(job.source) as reader:
         recipe = config.model_dump(mode="json")
         record = lineage(STAGE, reader.lineage, reader.path, None, recipe, config.seed, metrics)
-    identity = job.identity
+    known = identity(job)
     return record | {
         "cache": {
             "teacher": job.source,
-            "teacher_sha256": identity["source_sha256"],
+            "teacher_sha256": known["source_sha256"],
             "vocab_size": teacher.config.vocab_size,
             "tokenizer_sha256": _vocabulary_digest(tokenizer),
-            "data": identity["data"],
-            "data_sha256": identity["data_sha256"],
+            "data": known["data"],
+            "data_sha256": known["data_sha256"],
             "rows": metrics["rows"],
             "tokens": metrics["tokens"],
             **{key: value for key, value in recipe.items() if key not in {*config.place, "data"}},

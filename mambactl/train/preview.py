@@ -1,21 +1,58 @@
-"""What a training run would see of its data: counts, and one example with its mask."""
+"""A training run before it starts: what it would do, and what it would see of its data."""
 
 from typing import Any
 
+import torch
 from rich.text import Text
 
 from mambactl import console
+from mambactl.checkpoint.contents import describe
+from mambactl.data.bad_rows import BadRows
 from mambactl.data.format import Example
 from mambactl.data.mixture import names
 from mambactl.data.pack import pack
 from mambactl.data.sources import is_on_hub
 from mambactl.errors import UsageError
 from mambactl.train.job import Job
+from mambactl.train.rows import count_documents, encode_documents, read_documents
 
+# of a parameter that trains: weight, gradient and both moments in fp32
+TRAINED_BYTES = 16
 # tokens of an example that are shown
 SHOWN = 600
 # around what is learned, where there is no colour
 OPEN, CLOSE = "⟦", "⟧"
+
+
+def plan_training(
+    job: Job,
+    with_teacher: bool = True,
+    foreign: bool = False,
+    counts: bool = True,
+) -> dict[str, Any]:
+    """What a run would do, from headers and files; nothing is written, no hub set is read.
+
+    Without `counts` documents are left to the caller.
+    """
+    found = describe(job.source)
+    teacher = job.teacher_spec() if with_teacher else None
+    if teacher is not None:
+        job.require_vocabulary_of(teacher, foreign)
+    return {
+        "source": found["checkpoint"],
+        "teacher": teacher,
+        "mixers": found["mixers"],
+        "parameters": found["parameters"],
+        "parts": found["parts"],
+        "device": str(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "processes": job.processes,
+        "global_batch": job.global_batch,
+        "documents": count_documents(job) if counts else None,
+        "tokens_at_most": job.budget,
+        "recall_tokens_at_most": job.recall_budget,
+        "estimated_bytes": _estimate(found["parameters"], job.dtype, with_teacher),
+    }
 
 
 def preview(job: Job, assistant_only: bool) -> dict[str, Any]:
@@ -25,12 +62,12 @@ def preview(job: Job, assistant_only: bool) -> dict[str, Any]:
     """
     config = job.config
     if any(is_on_hub(spec) for spec in names(config.data)):
-        job.count_documents()
+        count_documents(job)
         unknown = ("documents", "used_documents", "rows", "tokens", "learned_tokens", "bad_rows")
         return dict.fromkeys(unknown)
-    tokenizer, bad = job.tokenizer(), job.bad_rows()
-    documents = job.documents(bad=bad)
-    examples = job.examples_of(documents, tokenizer, assistant_only, bad)
+    tokenizer, bad = job.tokenizer(), BadRows(config.skip_bad_rows)
+    documents = read_documents(job, bad)
+    examples = encode_documents(job, documents, tokenizer, assistant_only, bad)
     if bad.found:
         what = "would be left out" if config.skip_bad_rows else "would stop the run"
         console.warn(f"{bad.report()} {what}")
@@ -76,3 +113,8 @@ def marked(example: Example, tokenizer: Any) -> Text:
     if len(example.input_ids) > SHOWN:
         text.append(" ...")
     return text
+
+
+def _estimate(parameters: int, dtype: torch.dtype, with_teacher: bool) -> int:
+    """Bytes of student weights, gradients and both Adam moments in fp32, and of the teacher."""
+    return parameters * (TRAINED_BYTES + (dtype.itemsize if with_teacher else 0))

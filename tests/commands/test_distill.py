@@ -20,9 +20,10 @@ from mambactl.commands import distill, dpo, sft
 from mambactl.commands.distill import plan, run
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.options import DistillConfig, DpoConfig, SftConfig
-from mambactl.train.job import Job, report_phases
+from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
 from mambactl.train.phases import phase_steps
+from mambactl.train.publish import identity, report_phases
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +170,10 @@ def test_another_teacher_under_the_same_name_is_not_resumed(unfinished, tiny_lla
     teacher, config = tmp_path / "teacher", tmp_path / "teacher" / "config.json"
     shutil.copytree(tiny_llama_dir, teacher)
     job = Job.of("distill", _short(text).model_copy(update={"teacher": str(teacher)}), str(source))
-    before = job.identity
+    before = identity(job)
     config.write_text(config.read_text().replace("1e-05", "1e-04"))
     assert differences(before, before) == []
-    (changed,) = differences(before, job.identity)
+    (changed,) = differences(before, identity(job))
     assert changed.startswith("teacher_sha256")
 
 

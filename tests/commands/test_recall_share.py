@@ -16,6 +16,7 @@ from mambactl.data.recall_documents import recall_documents
 from mambactl.errors import OutputError, UsageError
 from mambactl.options import DistillConfig, SftConfig, TeacherCacheConfig
 from mambactl.train.job import Job
+from mambactl.train.rows import training_rows
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def config(data, kind=DistillConfig, **fields):
 def made(job):
     """Rows of a job, the documents in them, and which of those are generated."""
     tokenizer = job.tokenizer()
-    rows = job.rows(tokenizer)
+    rows = training_rows(job, tokenizer)
     documents = [
         row.input_ids[row.valid & (row.seq_idx == number)]
         for row in rows
@@ -80,7 +81,7 @@ def test_the_share_is_what_was_asked(student, data, capsys, share, fields):
 def test_no_share_gives_the_rows_of_a_stage_without_the_option(student, data, capsys):
     plain = SftConfig(device="cpu", data=[data], max_steps=8, batch_size=2, max_length=64)
     jobs = Job.of("distill", config(data, recall_share=0.0), student), Job.of("sft", plain, student)
-    ours, theirs = (job.rows(job.tokenizer()) for job in jobs)
+    ours, theirs = (training_rows(job, job.tokenizer()) for job in jobs)
     assert [row.input_ids.tobytes() for row in ours] == [row.input_ids.tobytes() for row in theirs]
     assert "recall" not in capsys.readouterr().err
 
@@ -88,7 +89,7 @@ def test_no_share_gives_the_rows_of_a_stage_without_the_option(student, data, ca
 def test_the_same_seed_gives_the_same_rows(student, data):
     def bytes_of(**fields):
         job = Job.of("distill", config(data, **fields), student)
-        return [row.input_ids.tobytes() for row in job.rows(job.tokenizer())]
+        return [row.input_ids.tobytes() for row in training_rows(job, job.tokenizer())]
 
     assert bytes_of() == bytes_of()
     assert bytes_of() != bytes_of(seed=1)

@@ -9,10 +9,11 @@ from conftest import WORDS
 from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.commands.sft import plan, run
+from mambactl.data.bad_rows import BadRows
 from mambactl.data.pack import collate
 from mambactl.errors import ModelError, UsageError
 from mambactl.options import SftConfig
-from mambactl.train import job
+from mambactl.train import rows
 from mambactl.train.job import Job
 from mambactl.train.losses import distillation_loss
 from mambactl.train.objectives import last_hidden
@@ -66,7 +67,7 @@ def test_the_assistants_words_are_learned(student, data, tmp_path):
 
 def _ce(config, student, path):
     job = Job.of("sft", config, student)
-    batch = collate(job.rows(job.tokenizer(), assistant_only=True))
+    batch = collate(rows.training_rows(job, job.tokenizer(), assistant_only=True))
     model, mask = load_model(path), batch.loss_mask[:, 1:]
     with torch.no_grad():
         hidden = last_hidden(model, batch)[:, :-1]
@@ -81,9 +82,10 @@ def test_only_what_a_run_can_see_is_asked_of_the_hub(student, monkeypatch):
         asked.append({name: limits[name] for name in limits if name != "bad"})
         return []
 
-    monkeypatch.setattr(job, "load_rows", recorded)
+    monkeypatch.setattr(rows, "load_rows", recorded)
     for packing in (True, False):
-        Job.of("sft", cpu("some/set", packing=packing), student).documents()
+        job = Job.of("sft", cpu("some/set", packing=packing), student)
+        rows.read_documents(job, BadRows(skip=False))
     # 12 steps of 2 rows of 32 tokens
     assert asked == [{"used_tokens": 768}, {"used_rows": 24}]
     assert plan(cpu("some/set"), student)["documents"] is None

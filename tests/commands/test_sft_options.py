@@ -21,6 +21,8 @@ from mambactl.options import SftConfig, TeacherCacheConfig
 from mambactl.train import trainer
 from mambactl.train.job import Job
 from mambactl.train.lora import adapted
+from mambactl.train.publish import identity
+from mambactl.train.rows import held_out_rows, training_rows
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"max_steps": 6, "batch_size": 2, "max_length": 32}
@@ -198,7 +200,7 @@ def test_held_out_answers_are_what_is_measured(student, data, held, tmp_path):
     run(config, student, tmp_path / "out")
     job = Job.of("sft", config, student)
     model, total, count = load_model(student), 0.0, 0
-    for row in job.held_out_rows(job.tokenizer(), assistant_only=True):
+    for row in held_out_rows(job, job.tokenizer(), assistant_only=True):
         ids, mask = torch.from_numpy(row.input_ids).long(), torch.from_numpy(row.loss_mask)
         where = {"seq_idx": torch.from_numpy(row.seq_idx)[None],
                  "position_ids": torch.from_numpy(row.position_ids).long()[None]}  # fmt: skip
@@ -272,10 +274,13 @@ def test_the_plan_counts_and_shows_an_example(student, tmp_path, capsys):
 def test_weights_mix_data(student, data, held, capsys):
     given = cpu(f"{data}=1").model_copy(update={"data": [f"{data}=1", f"{held}=3"]})
     job = Job.of("sft", given, student)
-    tokens = [int(row.valid.sum()) for row in job.rows(job.tokenizer(), assistant_only=True)]
+    tokens = [
+        int(row.valid.sum()) for row in training_rows(job, job.tokenizer(), assistant_only=True)
+    ]
     # one set is repeated: 30 documents of 15 tokens are a quarter
     assert sum(tokens) == pytest.approx(6 * 2 * 32, rel=0.1)
-    assert job.identity["data_shares"] == [0.25, 0.75] and None not in job.identity["data_sha256"]
+    known = identity(job)
+    assert known["data_shares"] == [0.25, 0.75] and None not in known["data_sha256"]
 
 
 def test_a_killed_run_resumes_to_the_loss_of_a_whole_one(student, data, tmp_path):

@@ -25,7 +25,7 @@ from mambactl.commands import distill, dpo, sft
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
 from mambactl.options import DistillConfig, DpoConfig, SftConfig
-from mambactl.train.job import Job
+from mambactl.train import publish
 from mambactl.train.loop import _PhaseRun
 from mambactl.train.trainer import _Watch
 
@@ -169,14 +169,15 @@ def alone(students, data, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
 def test_two_processes_write_what_one_writes(students, data, alone, tmp_path, monkeypatch, shard):
-    save = Job.save
+    save = publish.save_result
 
-    def watched(self, model, folder, teacher, metrics):
+    def watched(job, model, folder, teacher, metrics):
         split = any(isinstance(tensor, DTensor) for tensor in model.state_dict().values())
         assert split == shard
-        save(self, model, folder, teacher, metrics)
+        save(job, model, folder, teacher, metrics)
 
-    monkeypatch.setattr(Job, "save", watched)
+    for module in (distill, dpo, sft):
+        monkeypatch.setattr(module, "save_result", watched)
     codes = together(lambda: run_all(students, data, 2, tmp_path), tmp_path / "log", shard)
     assert codes == [0, 0]
     for name in ("matched", "untied", "plain", "dpo", "own"):

@@ -13,6 +13,7 @@ from mambactl.data.pack import batches
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.options import DistillConfig, TeacherCacheConfig
 from mambactl.train.job import Job
+from mambactl.train.rows import training_rows
 
 SIZES = {"max_steps": 6, "batch_size": 2, "max_length": 32}
 
@@ -49,7 +50,7 @@ def distilling(data, cache, student, **fields):
     asked = DistillConfig(device="cpu", data=[data], stages=["logits"], **given)
     job = Job.of("distill", asked, student)
     model = job.student()
-    return job, asked, model, job.rows(job.tokenizer())
+    return job, asked, model, training_rows(job, job.tokenizer())
 
 
 def test_distilling_finds_every_row(data, cache, student, capsys):

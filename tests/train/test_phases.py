@@ -84,13 +84,14 @@ def test_held_out_numbers_are_those_of_eval(whole, student, texts, tiny_llama_di
     """The last line of the ledger against the other measurement, on the same documents."""
     from mambactl.evaluation.fidelity import fidelity
     from mambactl.train.job import Job
+    from mambactl.train.rows import held_out_rows
 
     result, out = whole
     config = every_stage(texts)
     job = Job.of("distill", config, student)
     documents = [
         row.input_ids[(row.seq_idx == number) & row.valid].tolist()
-        for row in job.held_out_rows(job.tokenizer())
+        for row in held_out_rows(job, job.tokenizer())
         for number in range(int(row.seq_idx[row.valid].max()) + 1)
     ]
     found = fidelity(load_model(str(out)), load_model(str(tiny_llama_dir)), documents, 32)

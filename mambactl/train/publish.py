@@ -1,0 +1,157 @@
+"""Everything a training run leaves behind: its working folder, the result, curves and a plot."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mambactl import console
+from mambactl.checkpoint.adapters import adapt
+from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.provenance import header_digest, lineage
+from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.run_folder import OtherFolder, RunFolder
+from mambactl.checkpoint.save import refuse_existing, save_model
+from mambactl.data.mixture import names, shares
+from mambactl.errors import ResourceError, UsageError
+from mambactl.files import canonical
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.ranks import is_main, sharded
+from mambactl.report.plots import draw
+from mambactl.train.distributed import consolidated
+from mambactl.train.job import Job
+from mambactl.train.ledger import PhaseReport
+
+
+def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
+    """The working folder of a run; raises OutputError where it may not be used."""
+    if out is None:
+        raise UsageError(f"{job.stage} needs a place for its result", "give -o OUT")
+    if not is_main():
+        return OtherFolder(Path(out), {})
+    refuse_existing(Path(out), force)
+    folder = RunFolder(Path(out), identity(job))
+    folder.check(resume, force)
+    return folder
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """Everything that a resumed run has to repeat: options, and digests of the files they name."""
+    given = job.config.teacher
+    return {
+        "stage": job.stage,
+        **job.config.model_dump(mode="json", exclude=job.config.place),
+        "source": canonical(job.source),
+        "source_sha256": header_digest(resolve(job.source).path),
+        "teacher": given and canonical(given),
+        "teacher_sha256": given and header_digest(resolve(given).path),
+        "data": [canonical(spec) for spec in names(job.config.data)],
+        "data_sha256": [_file_digest(spec) for spec in names(job.config.data)],
+        "data_shares": shares(job.config.data),
+        **_held_out_identity(job),
+        # a state that is split cannot be read whole, nor the other way round
+        **({"sharded": True} if sharded() else {}),
+    }
+
+
+def save_result(
+    job: Job,
+    model: HybridForCausalLM,
+    folder: RunFolder,
+    teacher: str | None,
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write the result in the source's type and let it appear under its name.
+
+    Every process must call it; the main one writes.
+    """
+    model = consolidated(model)
+    if model is None:
+        return
+    stored = getattr(torch, describe(job.source)["dtype"])
+    with open_checkpoint(job.source) as reader:
+        record = lineage(
+            job.stage,
+            reader.lineage,
+            reader.path,
+            teacher,
+            job.config.model_dump(mode="json"),
+            job.config.seed,
+            metrics,
+        )
+        # trainers write special tokens and switches into the configuration of the model
+        model.config = adapt(reader).config
+        model.config.dtype = stored
+        save_model(model.to(stored), folder.staged, reader.files, record, force=True)
+    folder.publish()
+
+
+def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> dict[str, Any]:
+    """Show how every phase went as a table; returns the same as metrics.
+
+    Warns of a phase whose losses, in the folder's metrics, are higher at its end.
+    """
+    console.table(
+        "training",
+        ("phase", "steps", "first loss", "last loss", "tokens", "seconds", "held-out KL"),
+        [
+            (r.name, r.steps, f"{r.first_loss:.4f}", f"{r.last_loss:.4f}", f"{r.tokens:,}",
+             f"{r.seconds:.1f}", "" if r.kl is None else f"{r.kl:.4f}")
+            for r in reports
+        ],
+    )  # fmt: skip
+    lines = folder.read_log() if is_main() else []
+    for report in reports:
+        losses = [x["loss"] for x in lines if x["phase"] == report.name and "loss" in x]
+        # single batches vary too much, those of preferences above all
+        few = max(5, len(losses) // 10)
+        if len(losses) < 2 * few:
+            continue
+        first, last = np.mean(losses[:few]), np.mean(losses[-few:])
+        if last > first:
+            flag = "--align-lr" if report.name == "align" else "--lr"
+            console.warn(
+                f"the last {few} losses of {report.name} are {last:.4f} on average, the first "
+                f"{few} were {first:.4f}: lower {flag}"
+            )
+    return {
+        r.name: {k: v for k, v in asdict(r).items() if k != "name" and v is not None}
+        for r in reports
+    }
+
+
+def draw_ledger(folder: RunFolder, asked: bool) -> None:
+    """Plot what the run measured beside its metrics; a missing library is said if it was asked."""
+    if not is_main():
+        return
+    try:
+        draw({folder.out.name: folder.metrics}, folder.plot)
+    except (ResourceError, UsageError) as error:
+        if asked:
+            console.log(f"no plot: {error} ({error.hint})")
+
+
+def _held_out_identity(job: Job) -> dict[str, Any]:
+    specs = getattr(job.config, "eval_data", None)
+    if specs is None:
+        return {}
+    cache = getattr(job.config, "teacher_cache", None)
+    return {
+        "teacher_cache_sha256": cache and header_digest(Path(cache).expanduser()),
+        "eval_data": [canonical(spec) for spec in specs],
+        "eval_data_sha256": [_file_digest(spec) for spec in specs],
+    }
+
+
+def _file_digest(spec: str) -> str | None:
+    """sha256 of a file; None for a set on the hub and for what reading the data will refuse."""
+    try:
+        with open(spec, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return None
