@@ -1,17 +1,27 @@
-"""What every writer needs: one process at a time, and failures of the disk as sentences."""
+"""Files: one writer at a time, failures of the disk as sentences, and those of the package."""
 
 import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mambactl.errors import OutputError, ResourceError
 
 # what a training run writes first into the folder it keeps its state in
 RUN_FILE = "run.json"
+# of a checkpoint: suffixes of one that is a single file, and names inside of a folder
+SINGLE_FILE_SUFFIXES = (".st", ".safetensors")
+LINEAGE = "mambactl.json"
+CONFIG = "config.json"
+CARD = "README.md"
+LEDGER = "metrics.jsonl"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# measurements beside a checkpoint: a folder in a folder, FILE.results beside a single file
+RESULTS = "results"
+# ends the name of everything that is not complete
+PARTIAL = ".partial"
 
 
 def hold(path: Path, out: Path, folder: bool) -> int:
@@ -37,6 +47,31 @@ def hold(path: Path, out: Path, folder: bool) -> int:
             ) from error
         # between open and lock its owner renamed or removed it: this is no longer what is at `path`
         os.close(fd)
+
+
+def partial_of(path: Path) -> Path:
+    """The name under which `path` is written until it is complete."""
+    return path.with_name(path.name + PARTIAL)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file to write in the block; it takes the place of `path` when the block succeeds.
+
+    Readers see the old content or the new one, also after a power failure. A block that fails
+    leaves `path` as it was, and nothing beside it.
+    """
+    new = partial_of(path)
+    try:
+        yield new
+        with new.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(new, path)
+    except BaseException:
+        # what failed says more than a second failure
+        with suppress(OSError):
+            new.unlink()
+        raise
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from pathlib import Path
 from mambactl.checkpoint.gguf_reader import GgufReader
 from mambactl.checkpoint.reader import FolderReader, PickleReader, Reader, SingleFileReader
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.source import CONFIG, Source
+from mambactl.checkpoint.source import Source
 from mambactl.errors import ModelError
+from mambactl.files import CONFIG
 
 
 def open_checkpoint(source: Source | str) -> Reader:

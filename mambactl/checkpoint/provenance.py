@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mambactl import __version__
+from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
 
 SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "safetensors")
@@ -65,7 +66,7 @@ def header_digest(path: Path) -> str:
         digest.update(f"{file.name} {total} ".encode())
         with file.open("rb") as content:
             size = _HEAD_BYTES
-            if file.suffix in (".st", ".safetensors"):
+            if file.suffix in SINGLE_FILE_SUFFIXES:
                 size = min(int.from_bytes(content.read(8), "little"), 100 * _HEAD_BYTES)
             digest.update(content.read(size))
             start, last = content.tell(), max(content.tell(), total - _SAMPLE_BYTES)
@@ -80,7 +81,7 @@ def _identifying_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]
-    return sorted([*path.glob("config.json"), *path.glob("mambactl.json"), *weights])
+    return sorted([*path.glob(CONFIG), *path.glob(LINEAGE), *weights])
 
 
 def _digest_if_local(path: str | None) -> str | None:

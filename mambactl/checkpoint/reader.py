@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, DTYPES, LINEAGE, SIDE_FILES
+from mambactl.checkpoint.dtypes import DTYPES
+from mambactl.checkpoint.source import BINARY_PREFIX, SIDE_FILES
 from mambactl.errors import MambactlError, ModelError
+from mambactl.files import CONFIG, LINEAGE
 
 # pages of a mapped file count as resident until it is closed, so close it now and then
 _REMAP_BYTES = 256 << 20

@@ -8,10 +8,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mambactl.checkpoint.source import SINGLE_FILE_SUFFIXES, Source
+from mambactl.checkpoint.source import Source
 from mambactl.console import log
 from mambactl.errors import ModelError, ResourceError
-from mambactl.files import DISK_FULL
+from mambactl.files import DISK_FULL, PARTIAL, SINGLE_FILE_SUFFIXES, partial_of
 
 ALIASES = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -63,12 +63,12 @@ def resolve(spec: str, revision: str | None = None) -> Source:
 
 
 def _looks_like_path(spec: str) -> bool:
-    suffixes = (*SINGLE_FILE_SUFFIXES, ".gguf", ".partial")
+    suffixes = (*SINGLE_FILE_SUFFIXES, ".gguf", PARTIAL)
     return spec.startswith((".", "/", "~", "runs/")) or spec.endswith((*suffixes, "/"))
 
 
 def _missing(path: Path) -> ModelError:
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     if partial.exists():
         return ModelError(
             f"{path} does not exist, only the unfinished {partial.name}",

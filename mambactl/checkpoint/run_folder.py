@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mambactl.errors import OutputError, ResourceError
-from mambactl.files import RUN_FILE, explained, hold
+from mambactl.files import LEDGER, RUN_FILE, explained, hold, partial_of, replacing
 
 _FREE = "free some disk space, then use --resume"
 
@@ -27,8 +27,8 @@ class RunFolder:
 
     def __init__(self, out: Path, identity: dict[str, Any]):
         self.out, self.identity = out, identity
-        self.path = out.with_name(out.name + ".partial")
-        self.metrics = self.path / "metrics.jsonl"
+        self.path = partial_of(out)
+        self.metrics = self.path / LEDGER
         self.plot = self.path / "metrics.png"
         self.staged = self.path / out.name
         self.trainer = self.path / "trainer"
@@ -126,17 +126,8 @@ class RunFolder:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the resumable state atomically; raises ResourceError when the disk is full."""
-        new = self._state.with_suffix(".new")
-        try:
-            with _disk(self.path), new.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            # the room it takes is what the disk lacks
-            new.unlink(missing_ok=True)
-            raise
-        new.replace(self._state)
+        with _disk(self.path), replacing(self._state) as new, new.open("wb") as file:
+            torch.save(state, file)
 
     def load_state(self) -> dict[str, Any] | None:
         """The newest state, or None before the first save."""

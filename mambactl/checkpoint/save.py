@@ -17,9 +17,20 @@ from typing import Any
 import torch
 
 from mambactl.checkpoint.card import model_card
-from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, DTYPES, LINEAGE, SINGLE_FILE_SUFFIXES
+from mambactl.checkpoint.dtypes import DTYPES
+from mambactl.checkpoint.source import BINARY_PREFIX
 from mambactl.errors import OutputError, ResourceError
-from mambactl.files import RUN_FILE, explained, gib, hold
+from mambactl.files import (
+    CARD,
+    CONFIG,
+    LINEAGE,
+    RUN_FILE,
+    SINGLE_FILE_SUFFIXES,
+    explained,
+    gib,
+    hold,
+    partial_of,
+)
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -61,7 +72,7 @@ class CheckpointWriter:
         max_shard_bytes: float = DEFAULT_SHARD_BYTES,
     ):
         self.out = Path(os.path.abspath(out))
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.partial = partial_of(self.out)
         self.single = self.out.suffix in SINGLE_FILE_SUFFIXES
         self.config, self.side_files, self.lineage = config, dict(side_files), lineage
         self.force, self.max_shard_bytes = force, max_shard_bytes
@@ -230,7 +241,7 @@ class CheckpointWriter:
         if len(self._shards) > 1:
             texts["model.safetensors.index.json"] = self._index()
         if self.lineage is not None:
-            texts["README.md"] = model_card(self.lineage, json.loads(texts[CONFIG]))
+            texts[CARD] = model_card(self.lineage, json.loads(texts[CONFIG]))
             # last: its presence says that the rest is there
             texts[LINEAGE] = _json(self.lineage)
         for name, content in texts.items():

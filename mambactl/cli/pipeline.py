@@ -14,6 +14,7 @@ import typer
 from mambactl import console
 from mambactl.cli.processes import signals_passed_to
 from mambactl.errors import OutputError, UsageError
+from mambactl.files import replacing
 from mambactl.options import MODEL_WRITERS
 from mambactl.recipes import Recipe, Section, nearest, substitute
 
@@ -166,9 +167,8 @@ def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, Any] | 
 
 def _save(record: Path, content: dict[str, Any]) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_name(record.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, record)
+    with replacing(record) as new:
+        new.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _child(command: list[str], json_errors: bool = False) -> tuple[int, str]:

@@ -10,6 +10,7 @@ from mambactl.checkpoint.load import load_model
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.errors import UsageError
 from mambactl.evaluation.rewards import Layout
+from mambactl.files import replacing
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DpoConfig
 from mambactl.ranks import is_main, sharded
@@ -161,9 +162,8 @@ def _held_out(
     held.last = {}
     if not is_main():
         return held, before
-    new = kept.with_suffix(".new")
-    new.write_text(json.dumps(before), "utf-8")
-    new.replace(kept)
+    with replacing(kept) as new:
+        new.write_text(json.dumps(before), "utf-8")
     return held, before
 
 

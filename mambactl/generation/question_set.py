@@ -21,6 +21,7 @@ from mambactl.data.conversations import Conversation, distinct, read_conversatio
 from mambactl.decode.backend import NGRAM, REFERENCE_K
 from mambactl.decode.prompts import Prompt, encode, render
 from mambactl.errors import UsageError
+from mambactl.files import SINGLE_FILE_SUFFIXES
 from mambactl.generation import decoding
 from mambactl.models.placement import place
 from mambactl.options import GenerateConfig
@@ -110,7 +111,7 @@ class QuestionSet:
         if self.config.generator is not None:
             return self.config.generator
         path = Path(self.source)
-        return path.stem if path.suffix in (".st", ".safetensors", ".gguf") else path.name
+        return path.stem if path.suffix in (*SINGLE_FILE_SUFFIXES, ".gguf") else path.name
 
     def temperature(self, prompt: int) -> float:
         """What a prompt is answered with."""

@@ -12,7 +12,6 @@ and, unless power is 1, `masses` [P, K]. A row is found by its digest, wherever 
 
 import hashlib
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from mambactl.data.pack import Batch, Row
 from mambactl.errors import ModelError
+from mambactl.files import replacing
 from mambactl.kernels.random import uniform
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.train.losses import SampledTeacher, distillation_loss, product
@@ -139,13 +139,10 @@ def write_shard(
     }
     if weighted:
         tensors["masses"] = torch.cat([one.masses for one in drawn])
-    partial = path.with_suffix(".new")
-    save_file(tensors, partial)
-    # the library lets nobody else read it
-    partial.chmod(0o644)
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-    partial.replace(path)
+    with replacing(path) as new:
+        save_file(tensors, new)
+        # the library lets nobody else read it
+        new.chmod(0o644)
 
 
 class TeacherCache:

@@ -1,7 +1,6 @@
 """What a DPO run asks its reference, once, and what it measures against it on held-out pairs."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from mambactl.evaluation.rewards import (
     read_reference,
     token_logps,
 )
+from mambactl.files import replacing
 from mambactl.ranks import is_main
 
 # pairs that are asked about before their answers are kept
@@ -61,9 +61,8 @@ def _asked(path: Path, model: Any, pairs: Sequence[Pair], layout: Layout) -> lis
         "logps": torch.from_numpy(np.concatenate(found)),
         "lengths": torch.tensor([len(part) for part in found]),
     }
-    new = path.with_suffix(".new")
-    torch.save(content, new)
-    os.replace(new, path)
+    with replacing(path) as new:
+        torch.save(content, new)
     return found
 
 

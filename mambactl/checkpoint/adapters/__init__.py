@@ -6,8 +6,8 @@ from typing import Any
 from mambactl.checkpoint.adapters import llama, mamba, own
 from mambactl.checkpoint.adapters.adapted import Adapted
 from mambactl.checkpoint.reader import Reader, blame
-from mambactl.checkpoint.source import CONFIG
 from mambactl.errors import ModelError
+from mambactl.files import CONFIG
 
 __all__ = ["SUPPORTED", "Adapted", "adapt", "needs_remote_code"]
 
