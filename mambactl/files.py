@@ -22,6 +22,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RESULTS = "results"
 # ends the name of everything that is not complete
 PARTIAL = ".partial"
+# hints of `explained` for a file that an option names
+NAMED_FILE = ("free some space", "give a file that can be written")
 
 
 def hold(path: Path, out: Path, folder: bool) -> int:

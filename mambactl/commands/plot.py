@@ -1,6 +1,5 @@
 """`mambactl plot`: the KL of one or several runs over tokens, as a PNG."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +8,7 @@ import typer
 
 from mambactl.cli import io
 from mambactl.errors import UsageError
-from mambactl.files import explained
-
-LEDGER = "metrics.jsonl"
+from mambactl.files import LEDGER, NAMED_FILE, explained, replacing
 
 Runs = Annotated[
     list[str], typer.Argument(metavar="RUN", help="distilled checkpoint, its .partial, or .jsonl")
@@ -31,13 +28,8 @@ def plot(runs: Runs, out: Out = "metrics.png") -> None:
         from mambactl.report.plots import draw
 
         path = Path(out).expanduser()
-        partial = path.with_name(path.name + ".partial")
-        with explained(path, "free some space", "give a file that can be written"):
-            try:
-                draw(dict(_labelled(runs)), partial)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+        with explained(path, *NAMED_FILE), replacing(path) as new:
+            draw(dict(_labelled(runs)), new)
     io.write_out(str(path))
 
 

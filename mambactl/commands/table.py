@@ -1,7 +1,6 @@
 """`mambactl table`: measured speeds as Markdown, on stdout or inside a document."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +8,7 @@ import typer
 
 from mambactl.cli import io
 from mambactl.errors import UsageError
-from mambactl.files import explained
+from mambactl.files import NAMED_FILE, explained, replacing
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
@@ -61,7 +60,5 @@ def _replace(path: Path, text: str) -> None:
     replaced = between(_text(str(path)), BEGIN, END, text)
     if replaced is None:
         raise UsageError(f"{path} has no place for the table", f"put {BEGIN} and {END} in it")
-    partial = path.with_name(path.name + ".partial")
-    with explained(path, "free some space", "give a file that can be written"):
-        partial.write_text(replaced, encoding="utf-8")
-        os.replace(partial, path)
+    with explained(path, *NAMED_FILE), replacing(path) as new:
+        new.write_text(replaced, encoding="utf-8")

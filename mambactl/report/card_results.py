@@ -1,13 +1,11 @@
 """The results of `eval` in the card of a checkpoint folder."""
 
-import os
 from pathlib import Path
 
 from mambactl.checkpoint.card import with_results
+from mambactl.files import CARD, LINEAGE, RESULTS, replacing
 from mambactl.report.entries import read_entries
 from mambactl.report.markdown import markdown
-
-CARD, LINEAGE = "README.md", "mambactl.json"
 
 
 def update_card(folder: Path) -> None:
@@ -18,9 +16,8 @@ def update_card(folder: Path) -> None:
     card = folder / CARD
     if not card.is_file() or not (folder / LINEAGE).is_file():
         return
-    files = sorted((folder / "results").glob("eval-*.json"))
+    files = sorted((folder / RESULTS).glob("eval-*.json"))
     entries = [entry for file in files for entry in read_entries(file)]
     text = with_results(card.read_text("utf-8"), markdown(entries, folder))
-    partial = card.with_name(f"{CARD}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, card)
+    with replacing(card) as new:
+        new.write_text(text, "utf-8")

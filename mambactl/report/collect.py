@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mambactl.errors import UsageError
+from mambactl.files import LEDGER, RESULTS, SINGLE_FILE_SUFFIXES
 from mambactl.report.entries import (
-    LEDGER,
-    SINGLE_FILES,
     Entry,
     Found,
     Ledger,
@@ -16,7 +15,6 @@ from mambactl.report.entries import (
 )
 from mambactl.report.naming import named_apart
 
-RESULTS = "results"
 CHANGED = "the checkpoint has changed since this was measured"
 
 
@@ -70,7 +68,7 @@ def _owner(entry: Entry, file: Path, checkpoint: Path | None) -> Path | None:
     if folder.name != RESULTS:
         owner = folder.with_name(folder.name.removesuffix(f".{RESULTS}"))
     # a page has such a folder too, with results of many models
-    known = owner.name == Path(measured).name or owner.suffix in SINGLE_FILES
+    known = owner.name == Path(measured).name or owner.suffix in SINGLE_FILE_SUFFIXES
     return owner if measured and known else None
 
 

@@ -12,7 +12,7 @@ import torch
 from mambactl import console
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import CheckError, OutputError, UsageError
-from mambactl.files import explained
+from mambactl.files import RESULTS, explained, partial_of
 from mambactl.options import BenchConfig, EvalConfig
 from mambactl.report.collect import collect, kept_beside
 from mambactl.report.page import write_report
@@ -115,7 +115,7 @@ def _measure(
     result = command.measure(config, source)
     if result.kept is not None:
         return result
-    folder = report.with_name(f"{report.stem}.results")
+    folder = report.with_name(f"{report.stem}.{RESULTS}")
     stage = command.STAGE
     path = folder / file_name(stage, source or _without_model(config))
     with explained(path, "free some space", "give --report a place that can be written"):
@@ -152,7 +152,7 @@ def _require_place(report: Path) -> None:
         raise OutputError(f"{report} is a folder", "give --report a file, page.html say")
     with explained(report, "free some space", "give --report a place that can be written"):
         report.parent.mkdir(parents=True, exist_ok=True)
-        partial = report.with_name(report.name + ".partial")
+        partial = partial_of(report)
         partial.touch()
         partial.unlink()
 

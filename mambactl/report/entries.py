@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.errors import UsageError
+from mambactl.files import LEDGER, SINGLE_FILE_SUFFIXES
 from mambactl.report.origin import command_of, read_lineage
 from mambactl.report.plots import read_ledger
 
 Json = dict[str, Any]
 
-LEDGER = "metrics.jsonl"
-SINGLE_FILES = (".st", ".safetensors")
 # what is known of how a measurement was made, also where it stands among the numbers
 ABOUT = ("device", "date", "versions", "teacher")
 # what a measurement has at least one of
@@ -170,7 +169,7 @@ def _normal(metrics: Mapping[str, Any]) -> Json:
 def ledger_of(path: Path) -> Ledger:
     """A ledger is called after the checkpoint it lies in or beside."""
     beside = path.name.removesuffix(f".{LEDGER}") if path.name != LEDGER else ""
-    model = path.with_name(beside) if beside.endswith(SINGLE_FILES) else path
+    model = path.with_name(beside) if beside.endswith(SINGLE_FILE_SUFFIXES) else path
     model = path.parent if path.name == LEDGER else model
     lineage = read_lineage(model)
     about = {**lineage, "date": lineage.get("created"), "checkpoint": str(model), "model": {}}

@@ -5,9 +5,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from mambactl.files import LINEAGE
 from mambactl.options import STAGES
-
-FILE = "mambactl.json"
 
 
 def read_lineage(checkpoint: Path) -> dict[str, Any]:
@@ -16,10 +15,10 @@ def read_lineage(checkpoint: Path) -> dict[str, Any]:
 
     try:
         if checkpoint.is_dir():
-            text = (checkpoint / FILE).read_text("utf-8")
+            text = (checkpoint / LINEAGE).read_text("utf-8")
         else:
             with safe_open(checkpoint, "np") as file:
-                text = (file.metadata() or {})[FILE]
+                text = (file.metadata() or {})[LINEAGE]
         found = json.loads(text)
     except (OSError, ValueError, KeyError, SafetensorError):
         # a file of another kind, or none: what made it is then not known

@@ -1,6 +1,5 @@
 """The page: every section there is something for, in `page.html`, with all text escaped."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.resources import files
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from mambactl import __version__
 from mambactl.errors import UsageError
-from mambactl.files import explained
+from mambactl.files import NAMED_FILE, explained, replacing
 from mambactl.report import charts, details, quality, scores, speed_sections
 from mambactl.report.collect import collect
 from mambactl.report.content import Material, Section
@@ -47,14 +46,10 @@ def write_report(
     without matplotlib, OutputError where `out` cannot be written.
     """
     text = render(collect(paths, digest_of), command, title)
-    partial = out.with_name(out.name + ".partial")
-    with explained(out, "free some space", "give a file that can be written"):
+    with explained(out, *NAMED_FILE):
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(out) as new:
+            new.write_text(text, encoding="utf-8")
 
 
 def render(found: Found, command: str, title: str = "") -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import sys
 from datetime import UTC, datetime
@@ -16,14 +15,14 @@ from mambactl import __version__, console
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.source import SINGLE_FILE_SUFFIXES, cache_dir
+from mambactl.checkpoint.source import cache_dir
 from mambactl.errors import ModelError
+from mambactl.files import RESULTS, SINGLE_FILE_SUFFIXES, replacing
 from mambactl.models.placement import place
 from mambactl.options import StageConfig
 from mambactl.report.card_results import update_card
 
 LONGEST_NAME = 120
-FOLDER = "results"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -90,9 +89,8 @@ def write_results(
         "config": config.model_dump(mode="json"),
         "metrics": metrics,
     }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(partial, path)
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _about(source: str) -> dict[str, Any]:
@@ -111,9 +109,9 @@ def _beside(checkpoint: Path) -> Path | None:
     if not checkpoint.exists() or _is_cache(checkpoint):
         return None
     if checkpoint.is_dir():
-        return checkpoint / FOLDER
+        return checkpoint / RESULTS
     if checkpoint.suffix in SINGLE_FILE_SUFFIXES:
-        return checkpoint.with_name(f"{checkpoint.name}.{FOLDER}")
+        return checkpoint.with_name(f"{checkpoint.name}.{RESULTS}")
     return None
 
 

@@ -1,6 +1,5 @@
 """The long-context part of `eval`: a needle in a haystack, and perplexity by position."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from mambactl.evaluation.fidelity import Variant, predict
 from mambactl.evaluation.needle import Grid, make_grid, measure_needle
 from mambactl.evaluation.predictions import LONG_BUCKET_STARTS
 from mambactl.evaluation.probes.fidelity_probe import bootstrap_of
-from mambactl.files import explained
+from mambactl.files import NAMED_FILE, explained, replacing
 from mambactl.generation.decoding import end_tokens
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
@@ -197,16 +196,11 @@ def keep_heatmap(
     if path is None:
         console.log("no picture is kept where no results are; --needle-plot FILE draws one")
         return None
-    partial = path.with_name(path.name + ".partial")
     panels = {name: needle[name]["retrieved"] for name in models}
     try:
-        with explained(path, "free some space", "give a file that can be written"):
-            try:
-                title = f"needle in a haystack: {source}"
-                draw_grids(panels, needle["lengths"], needle["depths"], title, partial)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+        with explained(path, *NAMED_FILE), replacing(path) as new:
+            title = f"needle in a haystack: {source}"
+            draw_grids(panels, needle["lengths"], needle["depths"], title, new)
     except ResourceError as error:
         if config.needle_plot:
             raise
