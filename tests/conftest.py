@@ -30,6 +30,30 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+class _PlainProducts:
+    """numpy, but a product sums each row by itself, as the units of a GPU do.
+
+    BLAS may sum a row in another order when the matrix around it has other rows.
+    """
+
+    def __init__(self, numpy) -> None:
+        self._numpy = numpy
+
+    def __getattr__(self, name: str):
+        return getattr(self._numpy, name)
+
+    def matmul(self, a, b, dtype):
+        rows = [self._numpy.matmul(a[..., i : i + 1, :], b, dtype=dtype) for i in range(a.shape[-2])]
+        return self._numpy.concatenate(rows, axis=-2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreted_products() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        interpreter.np = _PlainProducts(interpreter.np)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> None:
     """The processes that xdist starts ignore SIGINT, as what they start would."""

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from mambactl.checkpoint.card import model_card
-from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, DTYPES, LINEAGE, SINGLE_FILE_SUFFIXES
+from mambactl.checkpoint.reader import DTYPES
+from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
 from mambactl.errors import OutputError, ResourceError
 from mambactl.files import RUN_FILE, explained, gib, hold
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
