@@ -150,8 +150,7 @@ def make_hybrid() -> Callable:
     return make
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer():
+def make_tokenizer():
     """A word-level tokenizer of 97 entries with a ChatML template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -174,9 +173,8 @@ def tiny_tokenizer():
     return fast
 
 
-@pytest.fixture(scope="session")
-def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
-    """A folder with a random 4-layer Llama of 97 tokens and its tokenizer."""
+def write_llama(folder: Path, tokenizer) -> Path:
+    """A random 4-layer Llama of 97 tokens and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -188,7 +186,18 @@ def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
         pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         initializer_range=0.2,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("tiny") / "llama"
     LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A word-level tokenizer of 97 entries with a ChatML template."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A folder with a random 4-layer Llama of 97 tokens and its tokenizer."""
+    return write_llama(tmp_path_factory.mktemp("tiny") / "llama", tiny_tokenizer)
