@@ -43,7 +43,9 @@ class _PlainProducts:
         return getattr(self._numpy, name)
 
     def matmul(self, a, b, dtype):
-        rows = [self._numpy.matmul(a[..., i : i + 1, :], b, dtype=dtype) for i in range(a.shape[-2])]
+        rows = [
+            self._numpy.matmul(a[..., i : i + 1, :], b, dtype=dtype) for i in range(a.shape[-2])
+        ]
         return self._numpy.concatenate(rows, axis=-2)
 
 
@@ -71,13 +73,11 @@ def _as_loud_as_ever():
 
 def tiny_config(mixers: list[str], **overrides):
     """A 4-head, 2-KV-head configuration with both Mamba settings filled in."""
-    from mambactl.models.config import (
-        MIXERS,
-        HybridConfig,
-        WindowSettings,
-        mamba1_from_attention,
-        mamba2_from_attention,
-    )
+    from mambactl.models.config import HybridConfig
+    from mambactl.models.key_ring import WindowSettings
+    from mambactl.models.mixers.mamba1 import mamba1_from_attention
+    from mambactl.models.mixers.mamba2 import mamba2_from_attention
+    from mambactl.models.mixers.table import MIXERS
 
     fields = {
         "vocab_size": 97, "hidden_size": 48, "intermediate_size": 96,
@@ -86,7 +86,7 @@ def tiny_config(mixers: list[str], **overrides):
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }  # fmt: skip
-    settings = {k: overrides.pop(k) for k in MIXERS[1:] if k in overrides}
+    settings = {k: overrides.pop(k) for k in list(MIXERS)[1:] if k in overrides}
     base = HybridConfig(**{**fields, **overrides})
     settings.setdefault("mamba2", mamba2_from_attention(base, proj_bias=True))
     if "mamba2_window" in mixers:

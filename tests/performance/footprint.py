@@ -96,10 +96,11 @@ def distill(phase: str, recorder: Recorder) -> None:
 def speculate(recorder: Recorder) -> None:
     """Steps of the GPU engine, the second of them bracketed."""
     with recorder:
-        from mambactl.checkpoint.load import load_model
         from mambactl.decode.fused.engine import FusedEngine
         from mambactl.decode.fused.ops import device_ops
         from mambactl.decode.sampling import SamplingParams
+
+        from mambactl.checkpoint.load import load_model
 
         calls = 0
 
