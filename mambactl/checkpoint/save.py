@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mambactl.checkpoint.card import model_card
-from mambactl.checkpoint.dtypes import DTYPES
+from mambactl.checkpoint.reader import DTYPES
 from mambactl.checkpoint.source import BINARY_PREFIX
 from mambactl.errors import OutputError, ResourceError
 from mambactl.files import (
