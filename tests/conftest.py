@@ -14,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ("fixtures.students", "fixtures.subjects", "fixtures.packed_rows")
+pytest_plugins = (
+    "fixtures.command_line",
+    "fixtures.packed_rows",
+    "fixtures.students",
+    "fixtures.subjects",
+)
 
 TEXT = (
     "the a of and to in is was he she it they said went saw river house door light water stone "

@@ -1,0 +1,91 @@
+"""`mambactl recipe`: list, show, check and run whole pipelines written as YAML."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mambactl import console, recipes
+from mambactl.cli import io
+from mambactl.cli.parameters import DryRun, Force, Json, Quiet, Resume, Settings, Verbose
+from mambactl.cli.pipeline import Handling, make_plan, run_plan
+from mambactl.errors import UsageError
+from mambactl.recipes import list_recipes, load_recipe, resolved
+from mambactl.stage_result import Table
+
+app = typer.Typer(help="Whole pipelines as YAML files.")
+
+Name = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped recipe")]
+
+
+@app.command("list")
+def list_() -> None:
+    """List the recipes that come with mambactl."""
+    rows = [(r.name, ", ".join(s.key for s in r.sections), r.description) for r in list_recipes()]
+    io.write_out(io.drawn(Table("", ("recipe", "sections", "description"), rows)))
+
+
+@app.command("show")
+def show(name: Name, settings: Settings = None) -> None:
+    """Print a recipe with every option and where its value comes from."""
+    import yaml
+
+    recipe = load_recipe(name, settings or ())
+    lines = [f"name: {recipe.name}", "stages:"]
+    for key, options in resolved(recipe).items():
+        lines.append(f"  {key}:")
+        for option, (value, origin) in options.items():
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+            lines.append(f"    {option}: {text.removesuffix('...' + chr(10)).strip()}  # {origin}")
+    io.write_out("\n".join(lines))
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of recipe files, for editors."""
+    io.write_out(json.dumps(recipes.schema(), indent=2))
+
+
+@app.command("run")
+def run(
+    name: Name,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="working folder (default: runs/<recipe>)")
+    ] = None,
+    first: Annotated[str | None, typer.Option("--from", help="first section to run")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="last section to run")] = None,
+    settings: Settings = None,
+    resume: Resume = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the sections of a recipe in order, one process each.
+
+    \b
+    Examples:
+      mambactl recipe run quickstart
+      mambactl recipe run quickstart --set distill.max_steps=50 --resume
+    """
+    if resume and force:
+        raise UsageError("--resume and --force exclude each other", "give one of them")
+    console.set_verbosity(0 if quiet else 2 if verbose else 1)
+    recipe = load_recipe(name, settings or ())
+    folder = Path(out) if out else Path("runs") / recipe.name
+    flags = ["-q"] * quiet + ["-v"] * verbose
+    again = ["mambactl", "recipe", "run", recipe.spec, "--out", str(folder)]
+    again += [word for setting in settings or () for word in ("--set", setting)]
+    handling = Handling(tuple(flags), resume, force, as_json, shlex.join(again))
+    plan = make_plan(recipe, folder, first, last, handling)
+    checkpoint, results = run_plan(plan, dry_run)
+    if dry_run:
+        return
+    if as_json:
+        io.write_json({"checkpoint": checkpoint, "sections": results})
+    else:
+        # without a checkpoint what is left is the folder of the results
+        io.write_out(checkpoint or str(folder.absolute()))
