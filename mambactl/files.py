@@ -1,4 +1,4 @@
-"""What every writer needs: one process at a time, and failures of the disk as sentences."""
+"""Files: one writer at a time, failures of the disk as sentences, and those of the package."""
 
 import errno
 import fcntl
@@ -50,6 +50,12 @@ def explained(
         if error.errno in DISK_FULL:
             raise ResourceError(f"the disk is full while writing {place}", full) from error
         raise OutputError(f"cannot write {place}: {error.strerror or error}", refused) from error
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the recipes that come with the package."""
+    installed = Path(__file__).parent / "_recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
 def gib(size: float) -> str:

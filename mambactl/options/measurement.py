@@ -1,6 +1,7 @@
 """Options of `eval` and `bench`."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +19,8 @@ from mambactl.options.fields import (
 
 class EvalConfig(StageConfig):
     """Fidelity to a teacher, recall, and task accuracy."""
+
+    on_card: ClassVar[bool] = True
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto",
@@ -99,6 +102,12 @@ class EvalConfig(StageConfig):
 class BenchConfig(StageConfig):
     """Prefill and decode speed."""
 
+    without_model: ClassVar[Mapping[str, str]] = {
+        "synthetic": "--synthetic NAME",
+        "kernels": "--kernels",
+        "loss": "--loss",
+    }
+
     input_len: Counts = Field([128], min_length=1, description="context lengths")
     output_len: int = Field(32, ge=1, description="tokens decoded per measurement")
     batch_size: Counts = Field([1], min_length=1, description="rows decoded together")
@@ -128,8 +137,3 @@ class BenchConfig(StageConfig):
     tokens: int | None = Field(None, ge=1, description="rows of --loss (8192 on a GPU)")
     hidden: int | None = Field(None, ge=1, description="width of --loss (4096 on a GPU)")
     vocab: int | None = Field(None, ge=2, description="vocabulary of --loss (128256 on a GPU)")
-
-    @property
-    def needs_model(self) -> bool:
-        """Shapes, kernels and losses come without weights."""
-        return not (self.synthetic or self.kernels or self.loss)
