@@ -89,6 +89,12 @@ def explained(
         raise OutputError(f"cannot write {place}: {error.strerror or error}", refused) from error
 
 
+def recipe_folder() -> Path:
+    """Return the folder of the recipes that come with the package."""
+    installed = Path(__file__).parent / "_recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
 def gib(size: float) -> str:
     """A size for people: GiB, or MiB where that would be next to nothing."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mambactl.commands import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mambactl"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -25,7 +27,12 @@ LONGEST_FILE = 450
 VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
 
 # packages from the bottom up; a package may import those before it, and leaves are open to all
-LEAVES = {"errors", "console", "files", "ranks", "options", "recipes", "stage_result", "__init__"}
+TABLE = "COMMANDS"
+LEAVES = {
+    *("errors", "console", "files", "ranks", "options", "recipes", "stage_result", "__init__"),
+    # of the package of commands, the table alone: it names their modules and imports none
+    TABLE,
+}
 ORDER = (
     "kernels",
     "models",
@@ -43,12 +50,12 @@ ORDER = (
     "__main__",
 )
 MAY_IMPORT = {name: set(ORDER[:place]) for place, name in enumerate(ORDER)}
-# commands that write their own text use the command line's streams
-MAY_IMPORT["commands"] |= {"cli"}
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "numpy", "safetensors"}
 
 
 def part(path: Path) -> str:
+    if path == PACKAGE / "commands" / "__init__.py":
+        return TABLE
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -73,16 +80,13 @@ def imported_at_load(tree: ast.Module) -> Iterator[str]:
 def test_imports_point_one_way(path) -> None:
     own = part(path)
     allowed = LEAVES | {own} | (set() if own in LEAVES else MAY_IMPORT[own])
-    for name in imports(ast.parse(path.read_text())):
-        package, _, rest = name.partition(".")
-        target = rest.partition(".")[0]
-        if package == "mambactl" and target in LEAVES | MAY_IMPORT.keys():
-            assert target in allowed, f"{own} imports {name}"
+    modules = {_dotted(module): module for module in MODULES}
+    for name in _targets(ast.parse(path.read_text()), modules):
+        assert part(modules[name]) in allowed, f"{own} imports {name}"
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
-    light = [path for path in MODULES if part(path) in LEAVES | {"cli", "__main__"}]
-    for path in [*light, PACKAGE / "commands" / "__init__.py"]:
+    for path in [path for path in MODULES if part(path) in LEAVES | {"cli", "__main__"}]:
         loaded = {name.partition(".")[0] for name in imported_at_load(ast.parse(path.read_text()))}
         assert not loaded & HEAVY, path
 
@@ -115,6 +119,33 @@ def _targets(tree: ast.AST, modules: dict[str, Path]) -> Iterator[str]:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 yield name if name in modules else node.module
+
+
+def test_every_command_has_one_file_and_every_file_a_command() -> None:
+    files = [path.stem for path in (PACKAGE / "commands").rglob("*.py") if part(path) != TABLE]
+    assert sorted(f"mambactl.commands.{name}" for name in files) == sorted(
+        command.module for command in COMMANDS.values()
+    )
+
+
+def test_nobody_asks_for_a_command_by_name() -> None:
+    """What differs between commands is in their rows or in the classes of their options."""
+    asking = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in MODULES
+        if part(path) in {"cli", "options", "recipes", "report", "train", TABLE}
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare) and COMMANDS.keys() & set(_words(node))
+    ]
+    assert asking == []
+
+
+def _words(node: ast.Compare) -> Iterator[str]:
+    """The texts that something is compared with, one by one or in a collection."""
+    for operand in (node.left, *node.comparators):
+        for word in getattr(operand, "elts", [operand]):
+            if isinstance(word, ast.Constant) and isinstance(word.value, str):
+                yield word.value
 
 
 def test_file_names_are_unique_but_for_twins() -> None:

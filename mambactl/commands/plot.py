@@ -2,35 +2,20 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from mambactl.cli import io
 from mambactl.errors import UsageError
 from mambactl.files import LEDGER, NAMED_FILE, explained, replacing
-
-Runs = Annotated[
-    list[str], typer.Argument(metavar="RUN", help="distilled checkpoint, its .partial, or .jsonl")
-]
-Out = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="picture to write (PNG)")]
+from mambactl.options.reading import PlotConfig
+from mambactl.report.plots import draw
+from mambactl.stage_result import StageResult
 
 
-def plot(runs: Runs, out: Out = "metrics.png") -> None:
-    """Draw the KL to the teacher over the tokens trained on, one curve per run.
-
-    \b
-    Examples:
-      mambactl plot runs/smollm2-135m-distill
-      mambactl plot a.st b.st runs/c.partial -o compare.png
-    """
-    with io.guarded_stdout():
-        from mambactl.report.plots import draw
-
-        path = Path(out).expanduser()
-        with explained(path, *NAMED_FILE), replacing(path) as new:
-            draw(dict(_labelled(runs)), new)
-    io.write_out(str(path))
+def run(options: PlotConfig) -> StageResult:
+    """Draw every run into one picture; its name is the text."""
+    path = Path(options.out).expanduser()
+    with explained(path, *NAMED_FILE), replacing(path) as new:
+        draw(dict(_labelled(options.runs)), new)
+    return StageResult(None, text=str(path))
 
 
 def _labelled(runs: Iterable[str]) -> Iterable[tuple[str, Path]]:

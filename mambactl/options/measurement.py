@@ -1,6 +1,7 @@
 """Options of `eval` and `bench`."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +19,8 @@ from mambactl.options.fields import (
 
 class EvalConfig(StageConfig):
     """Fidelity to a teacher, recall, and task accuracy."""
+
+    on_card: ClassVar[bool] = True
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto",
@@ -99,6 +102,8 @@ class EvalConfig(StageConfig):
 class BenchConfig(StageConfig):
     """Prefill and decode speed."""
 
+    without_model: ClassVar[Mapping[str, str]] = {"synthetic": "--synthetic NAME"}
+
     input_len: Counts = Field([128], min_length=1, description="context lengths")
     output_len: int = Field(32, ge=1, description="tokens decoded per measurement")
     batch_size: Counts = Field([1], min_length=1, description="rows decoded together")
@@ -119,8 +124,3 @@ class BenchConfig(StageConfig):
     train_rest: bool = Field(True, description="--training: in the logits step, not only mixers")
     compile: Compile = Field("auto", description="--training: compile blocks, as distill does")
     capture: bool = Field(False, description="--training: replay each step as one CUDA graph")
-
-    @property
-    def needs_model(self) -> bool:
-        """Shapes come without weights."""
-        return not self.synthetic

@@ -16,12 +16,11 @@ from mambactl.evaluation.fidelity import Variant, predict
 from mambactl.evaluation.needle import Grid, make_grid, measure_needle
 from mambactl.evaluation.predictions import LONG_BUCKET_STARTS
 from mambactl.evaluation.probes.fidelity_probe import bootstrap_of
-from mambactl.files import NAMED_FILE, explained, replacing
+from mambactl.files import NAMED_FILE, explained, recipe_folder, replacing
 from mambactl.generation.decoding import end_tokens
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import EvalConfig
-from mambactl.recipes import recipe_folder
 from mambactl.report.heatmap import draw_grids
 from mambactl.report.plots import new_figure
 
