@@ -21,7 +21,7 @@ from mambactl.checkpoint.reader import DTYPES
 from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
 from mambactl.errors import OutputError, ResourceError
 from mambactl.files import RUN_FILE, explained, gib, hold
-from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # a single file's header comes first, but its lineage may hold what writing the tensors found out

@@ -11,8 +11,8 @@ from mambactl import console
 from mambactl.checkpoint.teacher import teacher_of
 from mambactl.errors import CheckError, UsageError
 from mambactl.generation import decoding
-from mambactl.models.placement import place
 from mambactl.options import BenchConfig
+from mambactl.ranks import place
 from mambactl.report.results import machine, save_results
 from mambactl.speed import bench_tables, candidates
 from mambactl.speed.bandwidth import read_bandwidth

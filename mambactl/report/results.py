@@ -18,8 +18,8 @@ from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.source import SINGLE_FILE_SUFFIXES, cache_dir
 from mambactl.errors import ModelError
-from mambactl.models.placement import place
 from mambactl.options import StageConfig
+from mambactl.ranks import place
 from mambactl.report.card_results import update_card
 
 LONGEST_NAME = 120

@@ -13,8 +13,7 @@ import torch
 from mambactl import console
 from mambactl.checkpoint.adapters import adapt
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.load import load_model, load_tokenizer
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import load_model, load_tokenizer, open_checkpoint
 from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.run_folder import OtherFolder, RunFolder
@@ -30,11 +29,10 @@ from mambactl.data.recall_documents import recall_documents, recall_tokens, requ
 from mambactl.data.sources import Document, count_rows, load_rows
 from mambactl.errors import ResourceError, UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.placement import place
 from mambactl.options import MixedRowsConfig, SpreadConfig, TrainConfig
-from mambactl.ranks import is_main, sharded
+from mambactl.ranks import is_main, place, sharded
 from mambactl.report.plots import draw
-from mambactl.train.distributed import consolidated
+from mambactl.train.consolidate import consolidated
 from mambactl.train.ledger import PhaseReport
 
 # of a parameter that trains: weight, gradient and both moments in fp32
