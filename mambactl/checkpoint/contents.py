@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mambactl.checkpoint.adapters import adapt
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig

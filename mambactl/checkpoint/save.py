@@ -31,7 +31,7 @@ from mambactl.files import (
     hold,
     partial_of,
 )
-from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # a single file's header comes first, but its lineage may hold what writing the tensors found out

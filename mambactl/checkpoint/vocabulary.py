@@ -1,8 +1,7 @@
 """Whether two checkpoints mean the same tokens by the same numbers."""
 
 from mambactl.checkpoint.adapters import adapt, needs_remote_code
-from mambactl.checkpoint.load import load_tokenizer
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import load_tokenizer, open_checkpoint
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
 

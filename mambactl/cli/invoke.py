@@ -108,7 +108,7 @@ def _call(
         else:
             result = call(config, source)
         if launched():
-            import_module("mambactl.train.distributed").leave()
+            import_module("mambactl.ranks").leave()
     path = result.path
     if path is not None and (file := Path(path).expanduser()).exists():
         path = str(file.absolute())

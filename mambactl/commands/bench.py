@@ -8,8 +8,8 @@ import torch
 from mambactl.checkpoint.teacher import teacher_of
 from mambactl.errors import CheckError, UsageError
 from mambactl.generation import decoding
-from mambactl.models.placement import place
 from mambactl.options import BenchConfig
+from mambactl.ranks import place
 from mambactl.report.results import save_results
 from mambactl.speed import bench_tables, candidates
 from mambactl.speed.candidates import Source

@@ -23,8 +23,15 @@ from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import CheckpointWriter, refuse_existing, stored_dtype
 from mambactl.conversion.fit import LayerFit, Streams
-from mambactl.conversion.layout import attention_bytes, attention_to_keep, kept_attention
-from mambactl.conversion.replace import Replacement, block_of, mixer_spec, open_aligned
+from mambactl.conversion.replace import (
+    Replacement,
+    attention_bytes,
+    attention_to_keep,
+    block_of,
+    kept_attention,
+    mixer_spec,
+    open_aligned,
+)
 from mambactl.conversion.select import Choice, Texts, choose, count_forwards, read_texts
 from mambactl.data.pack import Batch
 from mambactl.data.sources import count_rows
@@ -32,8 +39,8 @@ from mambactl.errors import ModelError, UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.registry import MIXERS
 from mambactl.models.mixers.spec import MixerSpec
-from mambactl.models.placement import place
 from mambactl.options import ConvertConfig
+from mambactl.ranks import place
 from mambactl.stage_result import StageResult
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

@@ -19,16 +19,15 @@ from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig
+from mambactl.ranks import join
 from mambactl.stage_result import StageResult
-from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.compiled import compile_blocks, compiles, release_blocks
-from mambactl.train.distributed import join
 from mambactl.train.estimate import Estimate, estimate
 from mambactl.train.held_out import HeldOut
 from mambactl.train.job import Job
 from mambactl.train.ledger import Evaluation
 from mambactl.train.loop import Phase, train
-from mambactl.train.objectives import LogitsObjective, Objective
+from mambactl.train.optimization import AlignmentObjective, LogitsObjective, Objective
 from mambactl.train.phases import PhasePlan, plan_phases, shapes_of
 from mambactl.train.preview import plan_training
 from mambactl.train.publish import draw_ledger, report_phases, save_result, working_folder

@@ -13,9 +13,8 @@ from mambactl.evaluation.rewards import Layout
 from mambactl.files import replacing
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DpoConfig
-from mambactl.ranks import is_main, sharded
+from mambactl.ranks import from_main, is_main, join, largest, sharded
 from mambactl.stage_result import StageResult
-from mambactl.train.distributed import from_main, join, largest
 from mambactl.train.job import Job, require_whole_weights
 from mambactl.train.preference_data import Preferences, preview, read_preferences
 from mambactl.train.preview import plan_training

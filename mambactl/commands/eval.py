@@ -43,8 +43,8 @@ from mambactl.evaluation.probes.tables import show_fidelity, show_recall
 from mambactl.evaluation.recall import RecallProbe, measure_recall, recall_probes
 from mambactl.generation import decoding
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.placement import place
 from mambactl.options import EvalConfig
+from mambactl.ranks import place
 from mambactl.report.results import save_results
 from mambactl.report.thresholds import Check, failures, parse_checks, require_known
 from mambactl.stage_result import StageResult

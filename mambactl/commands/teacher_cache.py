@@ -14,8 +14,7 @@ from typing import Any
 
 from mambactl import console
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.load import load_model
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import load_model, open_checkpoint
 from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.reader import read_lineage
 from mambactl.checkpoint.resolve import resolve

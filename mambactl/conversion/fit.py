@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mambactl.data.pack import Batch
 from mambactl.models.hybrid import HybridBlock, HybridModel
-from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.from_attention import NO_DECAY
-from mambactl.models.mixers.spec import AttentionWeights, HeadFit, Mixer, MixerSpec
+from mambactl.models.mixers.spec import AttentionWeights, HeadFit, Mixer, MixerSpec, StepContext
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 256.0, NO_DECAY)
 RIDGE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -74,7 +74,7 @@ class Streams:
         inputs = [student.input_layernorm(hidden) for hidden in self.student]
         masks = [batch.valid for batch in self.batches]
         problem = Problem(inputs, self.contexts, masks, heads, targets)
-        weights = attention_weights(teacher)
+        weights = weights_of(teacher.mixer, teacher.input_layernorm.weight)
         problem = _beyond_window(spec, student.mixer, weights, problem)
         spec.start_fit(student.mixer, weights)
         report = fit_mixer(spec, student.mixer, weights, problem)
@@ -107,15 +107,6 @@ def _beyond_window(
         projected = nn.functional.linear(near, attention.o, (attention.biases or {}).get("o"))
         targets.append(problem.targets[i] - projected)
     return replace(problem, heads=heads, targets=targets)
-
-
-def attention_weights(block: HybridBlock) -> AttentionWeights:
-    """The projections of an attention block."""
-    mixer = block.mixer
-    parts = {name: getattr(mixer, f"{name}_proj") for name in "qkvo"}
-    biases = {name: part.bias for name, part in parts.items() if part.bias is not None}
-    weights = {name: part.weight for name, part in parts.items()}
-    return AttentionWeights(**weights, norm=block.input_layernorm.weight, biases=biases)
 
 
 def _observe(

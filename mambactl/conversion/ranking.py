@@ -18,7 +18,7 @@ from mambactl import console
 from mambactl.data.pack import Batch
 from mambactl.evaluation.recall import RecallProbe, read_answers, summarise_answers
 from mambactl.models.hybrid import HybridBlock, HybridForCausalLM
-from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.spec import StepContext
 
 Criterion = Literal["kl", "recall"]
 # candidates that are measured again after each accepted layer: interactions are local

@@ -35,8 +35,8 @@ from mambactl.errors import UsageError
 from mambactl.evaluation.recall import kv_probe
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridBlock, HybridModel
-from mambactl.models.placement import place
 from mambactl.options import ConvertConfig
+from mambactl.ranks import place
 
 BATCH = 4
 # enough to rank layers; those that are replaced in the end are fitted on all of the text

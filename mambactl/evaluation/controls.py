@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mambactl.errors import UsageError
 from mambactl.kernels.local_attention import local_mask
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.context import StepContext
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
+from mambactl.models.mixers.spec import StepContext
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import torch
 from mambactl import console
 from mambactl.errors import UsageError
 from mambactl.evaluation.fidelity import cut_rows
+from mambactl.kernels.divergence import relative_error
 from mambactl.models.config import HybridConfig
-from mambactl.models.distance import misfit, relative_error
 from mambactl.models.hybrid import HybridForCausalLM
 
 
@@ -46,7 +46,7 @@ def layer_errors(
 
 def require_layers(student: HybridConfig, teacher: HybridConfig) -> None:
     """Raise UsageError unless the student has mixers in place of the teacher's attention."""
-    problem = misfit(student, teacher)
+    problem = student.misfit(teacher)
     if problem is None and not student.replaced_layers:
         problem = "the model has no Mamba layer"
     if problem is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mambactl import console
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.run_folder import RunFolder, side_file
 from mambactl.data.answers import Answer, Group, write_answers

@@ -16,8 +16,8 @@ from mambactl.decode.prompts import BUILTIN, Prompt, encode
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.placement import place
 from mambactl.options import BenchConfig, PromptConfig
+from mambactl.ranks import place
 
 PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
 EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from mambactl.checkpoint.adapters import adapt
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.load import load_tokenizer
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import load_tokenizer, open_checkpoint
 from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
 from mambactl.data.answers import CATEGORY_TEMPERATURES, OTHER_TEMPERATURE, require_fit
@@ -23,8 +22,8 @@ from mambactl.decode.prompts import Prompt, encode, render
 from mambactl.errors import UsageError
 from mambactl.files import SINGLE_FILE_SUFFIXES
 from mambactl.generation import decoding
-from mambactl.models.placement import place
 from mambactl.options import GenerateConfig
+from mambactl.ranks import place
 
 # what only says what is made of finished answers may change until they are written
 AFTERWARDS = {"keep_unfinished", "generator"}

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambactl.kernels import operators, reference
-from mambactl.kernels.spans import Spans
+from mambactl.kernels.reference import Spans
 
 SWITCH = "MAMBACTL_KERNELS"
 LEAST_CAPABILITY = (8, 0)

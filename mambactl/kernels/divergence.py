@@ -108,3 +108,17 @@ def _divergence(log_p: Tensor, guide: Tensor | Samples, terms: Terms) -> tuple[T
 def _mean(probs: Tensor, values: Tensor) -> Tensor:
     """Expectation per row; what has no probability does not count, even where it is infinite."""
     return (probs * values.masked_fill(probs == 0, 0.0)).sum(-1)
+
+
+def relative_error(got: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
+    """Sum over valid tokens of the mean squared error over the wanted output's variance.
+
+    got, wanted [B, T, D]; valid [B, T]; fp32 scalar. Choosing rows instead of masking them would
+    wait for the device to count them.
+    """
+    got, wanted, keep = got.float(), wanted.float(), valid[..., None]
+    width = wanted.shape[-1]
+    count = valid.sum() * width
+    mean = wanted.masked_fill(~keep, 0).sum() / count
+    variance = (wanted - mean).masked_fill(~keep, 0).square().sum() / count
+    return (got - wanted).masked_fill(~keep, 0).square().sum() / (width * variance)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambactl.kernels.dispatch import attention
-from mambactl.kernels.spans import document_starts
+from mambactl.kernels.reference import document_starts
 
 # smaller blocks of queries would be mostly overhead
 LEAST_BLOCK = 16

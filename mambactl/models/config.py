@@ -124,6 +124,16 @@ class HybridConfig(LlamaConfig):
         """Indices of the layers that do not."""
         return [layer.index for layer in self.layers if not layer.spec.is_attention]
 
+    def misfit(self, teacher: "HybridConfig") -> str | None:
+        """Why this model cannot be aligned with the attention of `teacher`, or None."""
+        fields = (("layers", "num_hidden_layers"), ("hidden units", "hidden_size"))
+        for what, field in fields:
+            ours, theirs = getattr(self, field), getattr(teacher, field)
+            if ours != theirs:
+                return f"the teacher has {theirs} {what}, the student {ours}"
+        missing = sorted(set(self.replaced_layers) - set(teacher.attention_layers))
+        return f"the teacher has no attention in the layers {missing}" if missing else None
+
     @property
     def windows(self) -> list[WindowSettings]:
         """Distinct windows of attention beside recurrences, in the order of the layers."""

@@ -16,12 +16,16 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedd
 
 from mambactl.kernels import dispatch
 from mambactl.kernels.local_attention import LocalKeys, LocalSpan, local_keys
-from mambactl.kernels.spans import Spans, spans
+from mambactl.kernels.reference import Spans, spans
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.context import StepContext, goes_sequentially
-from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS, KeepsFloat32
-from mambactl.models.norm import RMSNorm
+from mambactl.models.elementwise import RMSNorm
+from mambactl.models.mixers.spec import (
+    FLOAT32_PARAMETERS,
+    KeepsFloat32,
+    StepContext,
+    goes_sequentially,
+)
 
 
 class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):

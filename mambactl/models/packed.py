@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.linear import TAPS
 from mambactl.models.cache import LayerCache
-from mambactl.models.mixers.rotary import still
+from mambactl.models.elementwise import still
 
 
 @dataclass(frozen=True)

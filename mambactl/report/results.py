@@ -18,8 +18,8 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.source import cache_dir
 from mambactl.errors import ModelError
 from mambactl.files import RESULTS, SINGLE_FILE_SUFFIXES, replacing
-from mambactl.models.placement import place
 from mambactl.options import StageConfig
+from mambactl.ranks import place
 from mambactl.report.card_results import update_card
 
 LONGEST_NAME = 120

@@ -12,7 +12,7 @@ import torch
 
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
 
 STATE_BYTES = 4  # fp32 always
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mambactl.conversion.layout import kept_attention
+from mambactl.conversion.replace import kept_attention
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
 from mambactl.models.mixers.mamba1 import Mamba1Settings

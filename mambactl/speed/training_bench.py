@@ -18,7 +18,6 @@ from mambactl.checkpoint.teacher import teacher_of
 from mambactl.data.pack import Batch
 from mambactl.errors import ResourceError, UsageError
 from mambactl.kernels.dispatch import triton_missing
-from mambactl.models.distance import misfit
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig, DistillConfig
 from mambactl.speed.memory import release
@@ -30,11 +29,16 @@ from mambactl.speed.training_speed import (
     require_gradients,
     training_speed,
 )
-from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.captured import WARMUP, CapturedObjective, recorder_for
 from mambactl.train.compiled import compile_blocks, compiles
-from mambactl.train.objectives import LogitsObjective, Objective
-from mambactl.train.optimizer import build_optimizer, mixer_parameters, rest_parameters
+from mambactl.train.optimization import (
+    AlignmentObjective,
+    LogitsObjective,
+    Objective,
+    build_optimizer,
+    mixer_parameters,
+    rest_parameters,
+)
 from mambactl.train.sharing import share_frozen
 
 Pair = tuple[HybridForCausalLM, HybridForCausalLM]
@@ -231,7 +235,7 @@ def _step(
 def _loaded(config: BenchConfig, source: str, device: torch.device, dtype: torch.dtype) -> Pair:
     student = load_model(source, device)
     teacher = load_model(teacher_of(source, None, "--synthetic"), device, dtype)
-    problem = misfit(student.config, teacher.config)
+    problem = student.config.misfit(teacher.config)
     if problem or not student.config.replaced_layers:
         raise UsageError(
             f"{source} cannot be trained: {problem or 'it has no Mamba layer'}",

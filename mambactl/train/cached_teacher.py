@@ -29,7 +29,7 @@ from mambactl.files import replacing
 from mambactl.kernels.random import uniform
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.train.losses import SampledTeacher, distillation_loss, product
-from mambactl.train.objectives import autocast, last_hidden, next_tokens
+from mambactl.train.optimization import autocast, last_hidden, next_tokens
 
 PATTERN = "samples-*.safetensors"
 # numbers of a stream of their own, next to those of `kernels.random.Stream`
@@ -256,7 +256,7 @@ class CachedObjective:
         return CachedBatch(*batch.to(device), *found)
 
     def backward(self, batch: CachedBatch, tokens: int | Tensor) -> Tensor:
-        """One student pass; see `train.objectives.Objective`."""
+        """One student pass; see `train.optimization.Objective`."""
         with autocast(batch.input_ids.device, self.amp):
             loss = distillation_loss(
                 last_hidden(self.student, batch),

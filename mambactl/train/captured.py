@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mambactl import console
 from mambactl.data.pack import Batch
-from mambactl.train.objectives import Inputs, Objective
+from mambactl.train.optimization import Inputs, Objective
 
 # eager passes over a form before it is recorded: they compile, tune and load what it launches
 WARMUP = 3

@@ -10,7 +10,7 @@ from torch import Tensor
 from mambactl.data.pack import Batch, Row, collate
 from mambactl.evaluation.fidelity import CHUNK_ELEMENTS, MEANS, compare_logits
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.train.objectives import autocast, last_hidden
+from mambactl.train.optimization import autocast, last_hidden
 
 
 class HeldOut:

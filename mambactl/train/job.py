@@ -11,9 +11,8 @@ from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.recall_documents import require_recall_length
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.placement import place
 from mambactl.options import MixedRowsConfig, SpreadConfig, TrainConfig
-from mambactl.ranks import sharded
+from mambactl.ranks import place, sharded
 
 
 @dataclass(frozen=True)

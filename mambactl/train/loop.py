@@ -12,13 +12,11 @@ from torch import nn
 
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
-from mambactl.data.pack import Batch, Row, batches
+from mambactl.data.pack import Batch, Row, ahead, batches
 from mambactl.errors import CheckError, ResourceError
 from mambactl.options import DistillConfig
-from mambactl.ranks import processes, rank
+from mambactl.ranks import add_up, from_main, largest, processes, rank, total
 from mambactl.train.captured import CapturedObjective, recorder_for
-from mambactl.train.distributed import add_up, from_main, largest, total
-from mambactl.train.feed import ahead
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import (
     LAG,
@@ -31,8 +29,13 @@ from mambactl.train.ledger import (
     peak_of,
     restart_peak,
 )
-from mambactl.train.objectives import Objective
-from mambactl.train.optimizer import build_optimizer, schedule, set_learning_rate, warmup_of
+from mambactl.train.optimization import (
+    Objective,
+    build_optimizer,
+    schedule,
+    set_learning_rate,
+    warmup_of,
+)
 
 Parameters = dict[str, nn.Parameter]
 

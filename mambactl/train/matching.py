@@ -10,11 +10,11 @@ from trl import SFTTrainer
 
 from mambactl.data.pack import Batch, Row, collate
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.ranks import total
 from mambactl.train.cached_teacher import TeacherCache
-from mambactl.train.distributed import total
 from mambactl.train.lora import plain
 from mambactl.train.losses import Losses, SampledTeacher, Teacher, distillation_loss
-from mambactl.train.objectives import autocast, last_hidden, next_tokens
+from mambactl.train.optimization import autocast, last_hidden, next_tokens
 from mambactl.train.spread import SpreadTrainer, add_inner_loss, shard_frozen
 
 IGNORED = -100

@@ -11,12 +11,11 @@ from mambactl.checkpoint.contents import ranges
 from mambactl.checkpoint.load import empty_model
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
-from mambactl.models.distance import misfit
 from mambactl.models.flops import Work
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import ATTENTION, part_of
 from mambactl.options import DistillConfig
-from mambactl.train.optimizer import mixer_parameters, rest_parameters
+from mambactl.train.optimization import mixer_parameters, rest_parameters
 from mambactl.train.stepwise import Group, groups, replacement_order, stand_in_misfit
 
 ORDER = ("align", "stepwise", "logits")
@@ -90,7 +89,7 @@ def plan_phases(
     replaced = tuple(student.replaced_layers)
     planned: list[PhasePlan] = []
     if "align" in steps:
-        _require(misfit(student, teacher), "mixers cannot be aligned")
+        _require(student.misfit(teacher), "mixers cannot be aligned")
         planned.append(PhasePlan("align", "align", steps["align"], replaced, config.align_lr, 0.0))
     if "stepwise" in steps:
         _require(stand_in_misfit(student, teacher), "layers cannot be replaced step by step")

@@ -12,7 +12,7 @@ import torch
 from mambactl import console
 from mambactl.checkpoint.adapters import adapt
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.run_folder import OtherFolder, RunFolder
@@ -23,7 +23,7 @@ from mambactl.files import canonical
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw
-from mambactl.train.distributed import consolidated
+from mambactl.train.consolidate import consolidated
 from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
 

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from mambactl.models.config import HybridConfig
 from mambactl.models.flops import Work, head_cost
 from mambactl.models.hybrid import HybridModel
-from mambactl.models.mixers.context import StepContext
+from mambactl.models.mixers.spec import StepContext
 from mambactl.train.captured import WARMUP, recorder_for
 from mambactl.train.compiled import compiled
 from mambactl.train.losses import Teacher, distillation_loss
-from mambactl.train.objectives import autocast
-from mambactl.train.optimizer import build_optimizer
+from mambactl.train.optimization import autocast, build_optimizer
 
 # operations of one probed call on a CPU: a fraction of a second; a GPU takes the whole batch
 CPU_BUDGET = 1e10

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
-from mambactl.models.distance import misfit
 from mambactl.models.hybrid import HybridBlock, HybridForCausalLM
 from mambactl.models.mixers.registry import ATTENTION
 
@@ -71,7 +70,7 @@ def replacement_order(
 
 def stand_in_misfit(student: HybridConfig, teacher: HybridConfig) -> str | None:
     """Why the teacher's attention cannot run inside the student's blocks, or None."""
-    if problem := misfit(student, teacher):
+    if problem := student.misfit(teacher):
         return problem
     for field in SHARED:
         ours, theirs = getattr(student, field), getattr(teacher, field)

@@ -16,8 +16,7 @@ from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.errors import CheckError, ResourceError
 from mambactl.options import TrackedConfig, TrainConfig
-from mambactl.ranks import is_main
-from mambactl.train.distributed import from_main, largest
+from mambactl.ranks import from_main, is_main, largest
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import Evaluation, PhaseReport
 

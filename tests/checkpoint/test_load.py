@@ -10,8 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer, open_strict
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import (
+    load_lineage,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    open_strict,
+)
 from mambactl.checkpoint.save import save_model
 from mambactl.errors import ExitCode, ModelError
 

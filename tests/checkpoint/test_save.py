@@ -13,8 +13,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mambactl.checkpoint import save
-from mambactl.checkpoint.load import load_lineage, load_model
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import load_lineage, load_model, open_checkpoint
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.checkpoint.save import CheckpointWriter, save_model
 from mambactl.errors import OutputError, ResourceError

@@ -8,8 +8,7 @@ import torch
 from conftest import write_sentences
 from pydantic import ValidationError
 
-from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer, open_checkpoint
 from mambactl.commands import convert
 from mambactl.commands.convert import plan, run
 from mambactl.conversion import replace

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambactl.checkpoint.load import empty_model
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import empty_model, open_checkpoint
 from mambactl.checkpoint.save import CheckpointWriter
 from mambactl.models.config import HybridConfig
 

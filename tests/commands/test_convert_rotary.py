@@ -12,7 +12,7 @@ from mambactl.commands.convert import plan, run
 from mambactl.data.pack import Batch
 from mambactl.errors import UsageError
 from mambactl.options import ConvertConfig
-from mambactl.train.alignment import AlignmentObjective
+from mambactl.train.optimization import AlignmentObjective
 
 
 @pytest.fixture(scope="module")

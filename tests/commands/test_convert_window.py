@@ -9,15 +9,14 @@ from conftest import WORDS, tiny_config
 
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.load import load_model
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import load_model, open_checkpoint
 from mambactl.commands.convert import plan, run
 from mambactl.data.pack import Batch
 from mambactl.errors import UsageError
 from mambactl.evaluation.controls import windowed_attention
 from mambactl.models.key_ring import WindowSettings
 from mambactl.options import ConvertConfig
-from mambactl.train.alignment import AlignmentObjective
+from mambactl.train.optimization import AlignmentObjective
 from mambactl.train.phases import PhasePlan, shapes_of
 
 WINDOW, SINKS, LENGTH = 5, 2, 64

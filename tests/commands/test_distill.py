@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import WORDS
 
-from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer, open_checkpoint
 from mambactl.checkpoint.run_folder import RunFolder, differences
 from mambactl.commands import distill, dpo, sft
 from mambactl.commands.distill import plan, run

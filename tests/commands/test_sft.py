@@ -16,7 +16,7 @@ from mambactl.options import SftConfig
 from mambactl.train import rows
 from mambactl.train.job import Job
 from mambactl.train.losses import distillation_loss
-from mambactl.train.objectives import last_hidden
+from mambactl.train.optimization import last_hidden
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from mambactl.conversion.fit import (
     HALF_LIVES,
     Problem,
     Streams,
-    attention_weights,
     fit_mixer,
 )
 from mambactl.data.pack import Batch, collate
+from mambactl.models.elementwise import turn
+from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.registry import spec_of
-from mambactl.models.mixers.rotary import turn
 from mambactl.models.mixers.spec import AttentionWeights
 
 MIXERS = ("mamba2", "mamba1")
@@ -131,7 +131,7 @@ def decayed_problem(
 
 
 def contexts(batches: list[Batch]) -> list:
-    from mambactl.models.mixers.context import StepContext
+    from mambactl.models.mixers.spec import StepContext
 
     return [
         StepContext(b.position_ids, rotations(b.position_ids), None, b.seq_idx) for b in batches
@@ -319,7 +319,7 @@ def trained_pair(make_hybrid):
         student.load_state_dict(shared, strict=False)
         for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
             if ours.mixer_name == "mamba":
-                weights = attention_weights(theirs)
+                weights = weights_of(theirs.mixer, theirs.input_layernorm.weight)
                 initialise(ours.mixer, weights, "calibrated", torch.Generator())
         return teacher, student
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mambactl.conversion.layout import attention_bytes, attention_to_keep, kept_attention
+from mambactl.conversion.replace import attention_bytes, attention_to_keep, kept_attention
 from mambactl.errors import UsageError
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import write_sentences
 
-from mambactl.checkpoint.load import load_lineage, load_model
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import load_lineage, load_model, open_checkpoint
 from mambactl.commands import convert
 from mambactl.commands.convert import plan, run
 from mambactl.conversion import select

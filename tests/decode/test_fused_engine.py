@@ -17,7 +17,6 @@ from decode.engines import (
     NATIVE2,
     ROTARY,
     SPAN,
-    Ops,
     fused,
     plain,
     prompts_of,
@@ -30,6 +29,7 @@ from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.kernels.decode.reference import linear, recurrent
 from mambactl.kernels.decode.reference.control import Field
+from mambactl.kernels.decode.reference.ops import ReferenceOps
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.mamba1 import Mamba1Settings
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
@@ -359,7 +359,7 @@ def rows_one_by_one(monkeypatch) -> None:
     monkeypatch.setattr(linear, "normed", normed)
     monkeypatch.setattr(recurrent, "convolved", convolved)
     monkeypatch.setattr(recurrent, "F", functions)
-    monkeypatch.setattr(Ops, "add_residual", staticmethod(add_residual))
+    monkeypatch.setattr(ReferenceOps, "add_residual", staticmethod(add_residual))
 
 
 def assert_same_states(engine: FusedEngine, other: FusedEngine, prompt, done) -> None:

@@ -10,9 +10,9 @@ import torch
 from mambactl.decode.engine import Engine
 from mambactl.decode.gpu import fused_engine as fused_engine
 from mambactl.decode.gpu.fused_engine import FusedEngine
-from mambactl.decode.gpu.state import RecurrentState
 from mambactl.decode.sampler import SamplingParams
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.packed import RecurrentState
 from mambactl.speed.synthetic import build, disagreeing, first_wrong, successors
 
 pytestmark = [

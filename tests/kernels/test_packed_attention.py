@@ -11,7 +11,7 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from mambactl.kernels import dispatch, operators  # noqa: E402
-from mambactl.kernels.spans import spans  # noqa: E402
+from mambactl.kernels.reference import spans  # noqa: E402
 
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 2**-6}
 

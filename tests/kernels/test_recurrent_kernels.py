@@ -21,10 +21,10 @@ from mambactl.kernels.decode.reference.linear import convolved, ring_rows, windo
 from mambactl.kernels.decode.reference.ops import ReferenceOps  # noqa: E402
 from mambactl.kernels.decode.triton import ops as triton_ops  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
-from mambactl.models.mixers.context import StepContext  # noqa: E402
 from mambactl.models.mixers.mamba1 import Mamba1Mixer, Mamba1Settings  # noqa: E402
 from mambactl.models.mixers.mamba2 import Mamba2Mixer  # noqa: E402
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings  # noqa: E402
+from mambactl.models.mixers.spec import StepContext  # noqa: E402
 
 # of softplus, whose other branch is taken then
 pytestmark = [

@@ -8,8 +8,13 @@ from transformers import LlamaConfig
 
 from mambactl.kernels import reference as kernels
 from mambactl.models.cache import RecurrentCache
-from mambactl.models.mixers.context import StepContext
-from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerForm, MixerSpec
+from mambactl.models.mixers.spec import (
+    AttentionWeights,
+    MixerCost,
+    MixerForm,
+    MixerSpec,
+    StepContext,
+)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mambactl.errors import ResourceError, UsageError
-from mambactl.models.placement import place
 from mambactl.options import SftConfig
+from mambactl.ranks import place
 
 
 @pytest.fixture

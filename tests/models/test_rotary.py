@@ -11,8 +11,8 @@ from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from mambactl.models.elementwise import turn
 from mambactl.models.mixers.mamba2 import mamba2_from_attention
-from mambactl.models.mixers.rotary import turn
 
 HEADS, SIZE, LENGTH = 3, 16, 21
 

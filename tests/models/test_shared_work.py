@@ -11,11 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from mambactl.data.pack import Batch
 from mambactl.kernels.local_attention import local_attention
 from mambactl.models import hybrid
+from mambactl.models.elementwise import RMSNorm, rotated
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers import windowed
-from mambactl.models.mixers.rotary import rotated
-from mambactl.models.norm import RMSNorm
-from mambactl.train.alignment import AlignmentObjective
+from mambactl.train.optimization import AlignmentObjective
 
 # what finds documents, windows and sinks, and nothing else of a layer
 FINDING = ("cummax", "arange", "bitwise_and", "eq", "lt", "le", "ge", "gt")

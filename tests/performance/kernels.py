@@ -19,7 +19,7 @@ PARSER = command.parser("kernels", __doc__)
 
 def measure(given: Namespace) -> StageResult:
     """Time both kernels at every batch size, after a check that they agree."""
-    from mambactl.models.placement import place
+    from mambactl.ranks import place
     from mambactl.speed.conditions import conditions
     from tests.performance.verification import require_kernels
 

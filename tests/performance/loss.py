@@ -51,7 +51,7 @@ def sizes(given: Namespace, kind: str) -> tuple[int, int, int]:
 
 def measure(given: Namespace) -> StageResult:
     """Time the package's loss and compare it with a dense one in fp64."""
-    from mambactl.models.placement import place
+    from mambactl.ranks import place
     from mambactl.speed.conditions import conditions
     from tests.performance.head_loss import Size, head_loss
 

@@ -27,7 +27,7 @@ def measure(given: Namespace) -> StageResult:
     """Measure every model that is asked for, one after the other."""
     from mambactl.commands.bench import measure_points
     from mambactl.generation.decoding import require_draft
-    from mambactl.models.placement import place
+    from mambactl.ranks import place
     from mambactl.speed import bench_tables, candidates
     from mambactl.speed.conditions import conditions
     from mambactl.speed.memory import release

@@ -5,9 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambactl.data.pack import collate
-from mambactl.models.distance import misfit, relative_error
-from mambactl.train.alignment import AlignmentObjective
-from mambactl.train.optimizer import mixer_parameters
+from mambactl.kernels.divergence import relative_error
+from mambactl.train.optimization import AlignmentObjective, mixer_parameters
 
 
 def test_gradients_equal_those_of_the_loss_written_out(pair, rows):
@@ -101,8 +100,8 @@ def test_padding_behind_one_document_is_not_aligned(pair, rows):
 def test_teachers_that_do_not_fit_are_refused(pair, make_hybrid):
     student, teacher = pair
     ours = student.config
-    assert misfit(ours, teacher.config) is None
-    assert "3 layers" in misfit(ours, make_hybrid(["attention"] * 3).config)
-    assert "hidden units" in misfit(ours, make_hybrid(["attention"] * 4, hidden_size=32).config)
+    assert ours.misfit(teacher.config) is None
+    assert "3 layers" in ours.misfit(make_hybrid(["attention"] * 3).config)
+    assert "hidden units" in ours.misfit(make_hybrid(["attention"] * 4, hidden_size=32).config)
     with pytest.raises(ValueError, match=r"no attention in the layers \[0, 2\]"):
         AlignmentObjective(student, student)

@@ -19,7 +19,7 @@ from mambactl.train.cached_teacher import (
     write_shard,
 )
 from mambactl.train.losses import SampledTeacher, Teacher, distillation_loss
-from mambactl.train.objectives import LogitsObjective, next_tokens
+from mambactl.train.optimization import LogitsObjective, next_tokens
 
 TOKENS, WIDTH, VOCAB, CACHES = 5, 4, 60, 600
 

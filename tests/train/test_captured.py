@@ -12,7 +12,6 @@ from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.data.pack import batches, collate
 from mambactl.options import DistillConfig
 from mambactl.train import captured, loop
-from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.cached_teacher import (
     CachedObjective,
     Drawing,
@@ -25,8 +24,12 @@ from mambactl.train.captured import WARMUP, CapturedObjective, recorder_for
 from mambactl.train.held_out import HeldOut
 from mambactl.train.ledger import Evaluation
 from mambactl.train.loop import Phase, train
-from mambactl.train.objectives import LogitsObjective
-from mambactl.train.optimizer import mixer_parameters, rest_parameters
+from mambactl.train.optimization import (
+    AlignmentObjective,
+    LogitsObjective,
+    mixer_parameters,
+    rest_parameters,
+)
 from mambactl.train.stepwise import StandIns
 
 MIXERS = ["mamba2", "attention", "mamba1", "attention"]

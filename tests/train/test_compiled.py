@@ -12,9 +12,8 @@ from mambactl.data.pack import collate
 from mambactl.kernels import dispatch
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.mamba2 import mamba2_from_attention
-from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.compiled import compile_blocks, compiled, compiles, release_blocks
-from mambactl.train.objectives import LogitsObjective
+from mambactl.train.optimization import AlignmentObjective, LogitsObjective
 
 MIXERS = ["mamba2", "attention"]
 WINDOWED = ["mamba2_window", "attention"]

@@ -17,8 +17,7 @@ from mambactl.train.estimate import estimate, training_bytes
 from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
 from mambactl.train.loop import train
-from mambactl.train.objectives import last_hidden
-from mambactl.train.optimizer import build_optimizer
+from mambactl.train.optimization import build_optimizer, last_hidden
 from mambactl.train.phases import PhasePlan, plan_phases, shapes_of
 from mambactl.train.step_timing import Place, probe
 
@@ -140,9 +139,8 @@ def test_a_replayed_step_is_timed_replayed(configs, monkeypatch) -> None:
 
 def test_the_time_of_a_run_is_predicted(configs, rows_of, tmp_path, monkeypatch) -> None:
     """In a wide range: other processes share this machine, and it is the probe that is tested."""
-    from mambactl.train.alignment import AlignmentObjective
     from mambactl.train.loop import Phase
-    from mambactl.train.objectives import LogitsObjective
+    from mambactl.train.optimization import AlignmentObjective, LogitsObjective
 
     monkeypatch.setattr(probing, "_cache", {})
     job = _job(max_steps=24, save_every=100)

@@ -6,8 +6,7 @@ import threading
 import pytest
 import torch
 
-from mambactl.data.pack import Batch, batches
-from mambactl.train.feed import DEPTH, ahead
+from mambactl.data.pack import DEPTH, Batch, ahead, batches
 
 
 def test_batches_are_those_of_the_source(rows) -> None:

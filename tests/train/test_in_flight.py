@@ -11,8 +11,7 @@ from mambactl.options import DistillConfig
 from mambactl.train import ledger, loop
 from mambactl.train.ledger import Evaluation
 from mambactl.train.loop import Phase, train
-from mambactl.train.objectives import LogitsObjective
-from mambactl.train.optimizer import mixer_parameters, rest_parameters
+from mambactl.train.optimization import LogitsObjective, mixer_parameters, rest_parameters
 
 CONFIG = DistillConfig(batch_size=2, max_length=32, save_every=5, warmup=2)
 

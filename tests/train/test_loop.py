@@ -10,11 +10,11 @@ import torch
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.errors import CheckError, OutputError
 from mambactl.options import DistillConfig
-from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.loop import Phase, train
-from mambactl.train.objectives import LogitsObjective
-from mambactl.train.optimizer import (
+from mambactl.train.optimization import (
     FINAL_SHARE,
+    AlignmentObjective,
+    LogitsObjective,
     build_optimizer,
     mixer_parameters,
     rest_parameters,

@@ -7,7 +7,7 @@ import torch
 
 from mambactl.data.pack import collate
 from mambactl.options import SftConfig
-from mambactl.train.objectives import last_hidden
+from mambactl.train.optimization import last_hidden
 
 pytest.importorskip("peft", reason='pip install "mambactl[lora]"')
 

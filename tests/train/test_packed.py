@@ -8,7 +8,7 @@ import torch
 
 from mambactl.data.format import Example
 from mambactl.data.pack import collate, pack
-from mambactl.train.objectives import LogitsObjective, last_hidden
+from mambactl.train.optimization import LogitsObjective, last_hidden
 
 LAYOUTS = [["mamba2", "attention"], ["mamba1", "attention"], ["mamba2", "mamba1", "attention"]]
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from mambactl.data.pack import collate
-from mambactl.train.objectives import LogitsObjective
-from mambactl.train.optimizer import mixer_parameters
+from mambactl.train.optimization import LogitsObjective, mixer_parameters
 from mambactl.train.sharing import restore, share_frozen
 
 BF16 = torch.bfloat16

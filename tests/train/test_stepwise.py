@@ -5,7 +5,7 @@ import torch
 
 from mambactl.data.pack import batches
 from mambactl.errors import UsageError
-from mambactl.train.objectives import last_hidden
+from mambactl.train.optimization import last_hidden
 from mambactl.train.stepwise import Group, StandIns, groups, replacement_order, stand_in_misfit
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +10,9 @@ from typing import Literal
 import torch
 
 from mambactl.decode.engine import Generation, OnTokens, check_prompts
-from mambactl.decode.gpu.batch import DEPTH, MOST_EOS
-from mambactl.decode.gpu.choice import Choice
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
+from mambactl.decode.gpu.step import DEPTH, MOST_EOS
 from mambactl.decode.prefill import prefill
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
@@ -38,6 +37,46 @@ class _Launched:
     number: int
     k: int
     event: torch.cuda.Event | None
+
+
+class Choice:
+    """Chooses K from the measured seconds of a step with K drafts and the drafts' fortune so far.
+
+    Tokens per step follow from the chance that one draft is accepted (arXiv 2211.17192, eq. 1).
+    Once K is 0 it stays so: the draft no longer follows the text.
+    """
+
+    def __init__(self, seconds: Mapping[int, float]):
+        self.seconds = dict(seconds)
+        self.passed, self.tested = PRIOR_ACCEPTANCE * PRIOR_TESTS, PRIOR_TESTS
+        self.k = max(self.seconds, key=self.promise)
+
+    @property
+    def acceptance(self) -> float:
+        """Estimated chance that a tested draft is accepted."""
+        return self.passed / self.tested
+
+    def promise(self, k: int) -> float:
+        """Expected tokens per second of one sequence with k drafts a step."""
+        a = min(self.acceptance, 0.999)
+        return (1 - a ** (k + 1)) / (1 - a) / self.seconds[k]
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """One sequence's step: `accepted` of `drafted`; a rejected one was tested too."""
+        tested = min(accepted + 1, drafted)
+        if not tested:
+            return
+        fade = 0.5 ** (tested / HALF_LIFE)
+        self.passed = self.passed * fade + accepted
+        self.tested = self.tested * fade + tested
+
+    def update(self) -> int:
+        """K for the next step."""
+        if self.k:
+            best = max(self.seconds, key=self.promise)
+            if self.promise(best) > MARGIN * self.promise(self.k):
+                self.k = best
+        return self.k
 
 
 class FusedEngine:
@@ -204,3 +243,12 @@ class _Run:
                 self.running.discard(row)
         if drafted:
             self.output.stats.count_step(drafted, accepted)
+
+
+# what is believed of a draft before it is seen: that share of its tokens accepted, as if tested
+# that often
+PRIOR_ACCEPTANCE, PRIOR_TESTS = 0.7, 12.0
+# older steps count less: half as much after this many tests
+HALF_LIFE = 256.0
+# a number of drafts has to promise this much more than the present one
+MARGIN = 1.02

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mambactl.decode.gpu.batch import Batch
-from mambactl.decode.gpu.forward import Pass
 from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
-from mambactl.decode.gpu.step import Step
+from mambactl.decode.gpu.step import Batch, Pass, Step
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.models.cache import HybridCache

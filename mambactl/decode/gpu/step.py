@@ -1,16 +1,170 @@
 """One decode step on the device: draft, verify, accept, commit, with no question to the host."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mambactl.decode.gpu.batch import Batch
-from mambactl.decode.gpu.forward import HeadScratch, Pass, head_scratch
+from mambactl.decode.gpu.state import LayerWeights, ModelState, PackedModel
+from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
-from mambactl.kernels.decode.reference.control import Field
-from mambactl.kernels.random import Stream
-from mambactl.models.packed import Residual, Segment
+from mambactl.kernels.decode.reference.control import Field, Letter, plan_stores
+from mambactl.kernels.random import Stream, as_int64
+from mambactl.models.packed import LayerState, PassContext, Residual, Segment
+
+# mailbox slots; the host may be this many steps behind
+DEPTH = 8
+MOST_EOS = 64
+
+
+class Batch:
+    """Buffers for `size` sequences of up to `capacity` tokens and at most `k` drafts a step.
+
+    The step's kernels read and write these; the host fills them at the start and then only reads
+    `pinned`, the mailbox's copy.
+    """
+
+    def __init__(self, size: int, capacity: int, k: int, device: torch.device):
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.size, self.capacity, self.k = size, capacity, k
+        self.control = integers(len(Field), size)
+        self.feed = integers(size, 2 + k)
+        self.history = integers(size, capacity)
+        self.best = integers(size * (k + 1))
+        self.accepted, self.following, self.drafted = integers(size), integers(size), integers(size)
+        self.present = integers(size)
+        self.eos = torch.full((MOST_EOS,), -1, dtype=torch.int32, device=device)
+        self.mailbox = integers(DEPTH, size, len(Letter) + k + 1)
+        self.pinned = torch.zeros(
+            self.mailbox.shape, dtype=torch.int32, pin_memory=device.type == "cuda"
+        )
+        self.keys = torch.zeros(size, dtype=torch.long, device=device)
+        self.seed = torch.zeros(1, dtype=torch.long, device=device)
+        self.settings = torch.zeros(3, device=device)
+
+    def field(self, field: Field) -> Tensor:
+        """One row [B] of the control block."""
+        return self.control[field]
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[int],
+        params: SamplingParams,
+        *,
+        span: int,
+        limit: int,
+        draft_limit: int,
+    ) -> None:
+        """Begin with whole prompts, of which the models hold all but the last one (two) tokens."""
+        rows = len(prompts)
+        control = torch.zeros(len(Field), self.size, dtype=torch.int32)
+        history = torch.zeros(self.size, self.capacity, dtype=torch.int32)
+        feed = torch.zeros(self.size, self.feed.shape[1], dtype=torch.int32)
+        for row, prompt in enumerate(prompts):
+            history[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+            feed[row, 0], feed[row, 1] = prompt[max(len(prompt) - 2, 0)], prompt[-1]
+            control[Field.LENGTH, row] = control[Field.BASE, row] = len(prompt) - 1
+            control[Field.DRAFT_BASE, row] = max(len(prompt) - 2, 0)
+        control[Field.ACTIVE, :rows] = 1
+        control[Field.BUDGET, :rows] = params.max_new_tokens
+        plan_stores(control, span=span, limit=limit, draft_limit=draft_limit)
+        self.control.copy_(control)
+        self.history.copy_(history)
+        self.feed.copy_(feed)
+        eos = torch.full((MOST_EOS,), -1, dtype=torch.int32)
+        eos[: len(params.eos_token_ids)] = torch.tensor(params.eos_token_ids, dtype=torch.int32)
+        self.eos.copy_(eos)
+        names = torch.zeros(self.size, dtype=torch.long)
+        names[:rows] = torch.tensor(list(keys), dtype=torch.long)
+        self.keys.copy_(names)
+        self.seed.fill_(as_int64(params.seed))
+        self.settings.copy_(torch.tensor([params.temperature, params.top_k, params.top_p]))
+
+
+class Pass:
+    """Runs segments through one model with one set of operations."""
+
+    def __init__(self, weights: PackedModel, state: ModelState, ops: DecodeOps):
+        self.weights, self.state, self.ops = weights, state, ops
+        scratch = state.scratch
+        self.context = PassContext(
+            ops, weights.eps, weights.rotations, scratch.partial, scratch.counter
+        )
+
+    def run(self, tokens: Tensor, segment: Segment) -> Residual:
+        """tokens int32 [B, T] -> the stream after the last layer, scaled by the final norm."""
+        w, rows = self.weights, segment.rows
+        s = self._stream(rows)
+        self.ops.embed(tokens, w.table, w.layers[0].gain, s.hidden, s.scaled, s.squares)
+        gains = [layer.gain for layer in w.layers[1:]] + [w.gain]
+        for layer, held, gain in zip(w.layers, self.state.layers, gains, strict=True):
+            self._layer(layer, held, gain, s, segment)
+        return s
+
+    def _stream(self, rows: int) -> Residual:
+        held = self.state.scratch
+        pieces = self.ops.square_pieces(rows, held.hidden.shape[1])
+        return Residual(
+            held.hidden[:rows],
+            held.scaled[:rows],
+            held.squares[: rows * pieces].view(rows, pieces),
+            held.wide,
+            held.mixed,
+            held.inner,
+        )
+
+    def _layer(
+        self, layer: LayerWeights, held: LayerState, gain: Tensor, s: Residual, segment: Segment
+    ) -> None:
+        after = gain if layer.down is None else layer.mlp_gain
+        layer.mixer.run(self.context, held, s, segment, after)
+        if layer.down is None:
+            return
+        act = s.inner[: segment.rows * layer.down.shape[1]].view(segment.rows, -1)
+        self.ops.swiglu(s.scaled, s.squares, self.weights.eps, layer.gate_up, act)
+        self.ops.add_residual(act, layer.down, None, s.hidden, gain, s.scaled, s.squares)
+
+    def best(self, s: Residual, T: int, last: bool, tokens: Tensor, scratch: "HeadScratch") -> None:
+        """The argmax of every row, or only of each sequence's last one, into tokens."""
+        scaled, squares = self._rows(s, T, last)
+        rows = len(scaled)
+        pieces = self.ops.best_pieces(rows, len(self.weights.head))
+        best = scratch.best[: rows * pieces].view(rows, pieces)
+        index = scratch.index[: rows * pieces].view(rows, pieces)
+        self.ops.head_best(scaled, squares, self.weights.eps, self.weights.head, best, index)
+        self.ops.pick(best, index, tokens)
+
+    def logits(self, s: Residual, T: int, last: bool, logits: Tensor) -> None:
+        """Logits [M or B, V] of every row, or only of each sequence's last one."""
+        scaled, squares = self._rows(s, T, last)
+        self.ops.head_logits(scaled, squares, self.weights.eps, self.weights.head, logits)
+
+    @staticmethod
+    def _rows(s: Residual, T: int, last: bool) -> tuple[Tensor, Tensor]:
+        step = slice(T - 1, None, T) if last else slice(None)
+        return s.scaled[step], s.squares[step]
+
+
+@dataclass
+class HeadScratch:
+    """Pieces of the vocabulary's best tokens, flat."""
+
+    best: Tensor
+    index: Tensor
+
+
+def head_scratch(
+    ops: DecodeOps, vocabulary: int, rows: list[int], device: torch.device
+) -> HeadScratch:
+    """Room for the pieces of passes with any of these numbers of rows."""
+    size = max(ops.best_pieces(m, vocabulary) * m for m in rows)
+    return HeadScratch(
+        torch.zeros(size, device=device), torch.zeros(size, dtype=torch.int32, device=device)
+    )
 
 
 @dataclass

@@ -23,8 +23,8 @@ from mambactl.evaluation.harness.tasks import (
     require_distinct,
     require_harness,
 )
-from mambactl.models.placement import place
 from mambactl.options import EvalConfig
+from mambactl.ranks import place
 from mambactl.report.card_results import CARD
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from transformers import LlamaConfig
 from mambactl.kernels import dispatch
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 from mambactl.models.cache import AttentionCache, WindowedCache
-from mambactl.models.mixers.context import StepContext
-from mambactl.models.mixers.rotary import rotated
-from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec
+from mambactl.models.elementwise import rotated
+from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
 from mambactl.models.packed import (
     AttentionState,
     PassContext,
@@ -199,6 +198,14 @@ def pack_attention(
         window=window,
         sinks=sinks,
     )
+
+
+def weights_of(mixer: AttentionMixer, norm: Tensor) -> AttentionWeights:
+    """The projections of an attention, and the weight [D] of the norm in front of it."""
+    parts = {name: getattr(mixer, f"{name}_proj") for name in "qkvo"}
+    biases = {name: part.bias for name, part in parts.items() if part.bias is not None}
+    weights = {name: part.weight for name, part in parts.items()}
+    return AttentionWeights(**weights, norm=norm, biases=biases)
 
 
 def copy_attention(mixer: AttentionMixer, attention: AttentionWeights) -> None:

@@ -20,15 +20,15 @@ from mambactl.kernels import reference as kernels
 from mambactl.kernels.decode.reference.recurrent import spread
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.mixers import from_attention as start
-from mambactl.models.mixers.context import StepContext
-from mambactl.models.mixers.float32 import KeepsFloat32
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
     HeadFit,
+    KeepsFloat32,
     MixerCost,
     MixerForm,
     MixerSpec,
+    StepContext,
 )
 from mambactl.models.packed import (
     PassContext,

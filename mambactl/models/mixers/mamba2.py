@@ -17,18 +17,18 @@ from transformers import LlamaConfig
 from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
 from mambactl.models.cache import RecurrentCache
+from mambactl.models.elementwise import turn
 from mambactl.models.mixers import from_attention as start
-from mambactl.models.mixers.context import StepContext
-from mambactl.models.mixers.float32 import KeepsFloat32
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
-from mambactl.models.mixers.rotary import turn
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
     HeadFit,
+    KeepsFloat32,
     MixerCost,
     MixerForm,
     MixerSpec,
+    StepContext,
 )
 from mambactl.models.packed import Projection, Rotations, packed_conv
 

@@ -14,11 +14,65 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from mambactl.kernels.local_attention import LocalSpan
-from mambactl.models.cache import LayerCache
+from mambactl.kernels.local_attention import LocalKeys, LocalSpan
+from mambactl.kernels.reference import Spans
+from mambactl.models.cache import MAX_SEQUENTIAL, Cursor, LayerCache
 from mambactl.models.key_ring import WindowSettings
-from mambactl.models.mixers.context import StepContext
 from mambactl.models.packed import NotSupported, PackedMixer, Rotations
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Positions [B, T], rotary (cos, sin), and which keys attention sees.
+
+    Those are in `mask` [B, 1, T, S] or in `spans`; where both are None, all of the past. A window
+    beside a recurrence sees `local`. All is made once per call of the model, for every layer.
+    `seq_idx` [B, T] separates packed documents, `n_new` [B] makes rows ragged, `slots` is the
+    number of key slots attention may read, `cursor` is None without a cache.
+    """
+
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    seq_idx: Tensor | None = None
+    n_new: Tensor | None = None
+    slots: int = 0
+    cursor: Cursor | None = None
+    first: bool = False
+    spans: Spans | None = None
+    local: Mapping[LocalSpan, LocalKeys] | None = None
+
+    @property
+    def sequential(self) -> bool:
+        """Whether recurrent layers go token by token, on the route that rolls back exactly."""
+        return goes_sequentially(self.positions.shape[1], self.cursor, self.first)
+
+
+def goes_sequentially(length: int, cursor: Cursor | None, first: bool) -> bool:
+    """One token always; several only where a rollback may follow. Prompts go in chunks."""
+    if cursor is None:
+        return False
+    return length == 1 or (cursor.recording and not first and length <= MAX_SEQUENTIAL)
+
+
+FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose `float32_names` survive `.to(bfloat16)` and `.half()` as fp32."""
+
+    float32_names = FLOAT32_PARAMETERS
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        kept = {name: getattr(self, name, None) for name in self.float32_names}
+        before = {name: t.data for name, t in kept.items() if t is not None}
+        super()._apply(fn, recurse)
+        for name, data in before.items():
+            tensor = getattr(self, name)
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = data.to(tensor.device, torch.float32)
+        return self
+
 
 S = TypeVar("S")
 # half-life in tokens -> what a head can mix, R tensors [B, T, H, P]

@@ -24,7 +24,6 @@ from mambactl.models.mixers.attention import (
     copy_attention,
     pack_attention,
 )
-from mambactl.models.mixers.context import StepContext
 from mambactl.models.mixers.mamba2 import Mamba2Mixer, Mamba2Spec
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
 from mambactl.models.mixers.spec import (
@@ -32,6 +31,7 @@ from mambactl.models.mixers.spec import (
     MixerCost,
     MixerForm,
     MixerSpec,
+    StepContext,
     span_of,
 )
 from mambactl.models.packed import (

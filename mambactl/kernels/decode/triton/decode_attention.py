@@ -18,8 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mambactl.kernels.decode.reference.decode_attention import counter_shape, partial_shape
-from mambactl.kernels.decode.triton.slots import slot_of
 from mambactl.kernels.launch import dot, gdc_launch_dependents, gdc_wait, launch_options, rounded
+
+
+@triton.jit
+def slot_of(position, SINKS: tl.constexpr, RING: tl.constexpr):
+    """The slot of each position."""
+    if RING == 0:
+        return position
+    else:
+        return tl.where(position < SINKS, position, SINKS + position % RING)
+
 
 __all__ = ["counter_shape", "decode_attention", "partial_shape"]
 

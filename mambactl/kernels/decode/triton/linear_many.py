@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambactl.kernels.decode.triton.decode_attention import slot_of
 from mambactl.kernels.decode.triton.gemv import norm_rate, square_parts
-from mambactl.kernels.decode.triton.slots import slot_of
 from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
 
 

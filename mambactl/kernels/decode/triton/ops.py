@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from mambactl.kernels.decode.triton import (
     control,
     decode_attention,
-    embed,
     linear,
     linear_many,
     mamba1_step,
@@ -80,11 +79,11 @@ class TritonOps:
 
     def embed(self, *args: Tensor) -> None:
         """Tokens into the stream."""
-        embed.embed(*args, pdl=self.pdl)
+        linear.embed(*args, pdl=self.pdl)
 
     def pick(self, *args: Tensor) -> None:
         """The best token of every row."""
-        embed.pick(*args, pdl=self.pdl)
+        linear.pick(*args, pdl=self.pdl)
 
     def project(self, scaled: Tensor, *args: Any, **keywords: Any) -> None:
         """Input projection of a recurrent mixer."""

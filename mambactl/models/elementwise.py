@@ -1,11 +1,23 @@
-"""Rotary positions, of queries and keys and of the state of a Mamba-2 mixer.
-
-B and C turn as keys and queries do in attention (RoFormer, arXiv 2104.09864): what a state returns
-for C_t of B_s (arXiv 2405.21060) then depends on t - s as the teacher's scores do.
-"""
+"""Llama's norm in one kernel, where torch has one for the device, in place of six."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class RMSNorm(LlamaRMSNorm):
+    """x / sqrt(mean(x^2) + eps) times a weight, rounded where Llama's is."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        width, eps, kind = self.weight.shape, self.variance_epsilon, hidden_states.dtype
+        if self.weight.dtype == kind and kind not in HALVES:
+            return F.rms_norm(hidden_states, width, self.weight, eps)
+        # a half is rounded before the weight multiplies it
+        return self.weight * F.rms_norm(hidden_states.float(), width, None, eps).to(kind)
 
 
 def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

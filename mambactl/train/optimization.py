@@ -1,0 +1,258 @@
+"""What a training step minimises, as gradients added to a student: mixer alignment or logits KL."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mambactl.data.pack import Batch
+from mambactl.kernels.divergence import relative_error
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.registry import is_new
+from mambactl.models.mixers.spec import FLOAT32_PARAMETERS, StepContext
+from mambactl.train.compiled import compiled
+from mambactl.train.losses import Teacher, distillation_loss
+
+
+class Inputs(Protocol):
+    """Everything a pass reads, on the device: a named tuple of tensors, None for what is not given.
+
+    It has the fields of `data.pack.Batch` first.
+    """
+
+    input_ids: Tensor
+    seq_idx: Tensor | None
+    position_ids: Tensor
+    loss_mask: Tensor
+
+    def __iter__(self) -> Iterator[Tensor | None]: ...
+
+
+class Objective(Protocol):
+    """A mean over tokens, computed batch by batch."""
+
+    def count(self, batch: Batch) -> int:
+        """Tokens of the batch that the mean is over."""
+        ...
+
+    def inputs(self, batch: Batch, device: torch.device) -> Inputs:
+        """What `backward` reads for a batch on the host, copied without waiting."""
+        ...
+
+    def backward(self, inputs: Inputs, tokens: int | Tensor) -> Tensor:
+        """Add the gradient of the batch's share of a mean over `tokens`; return that share.
+
+        `tokens` may be a scalar on the device, for which nothing waits.
+        """
+        ...
+
+
+class LogitsObjective:
+    """kl_weight * divergence(teacher, student) + ce_weight * CE per predicted token.
+
+    Without a teacher the CE alone. The divergence is the forward KL, the reverse KL or a
+    generalised JSD with `beta`; see `losses.distillation_loss`.
+    """
+
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        teacher: HybridForCausalLM | None,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        temperature: float = 1.0,
+        amp: torch.dtype | None = None,
+        divergence: str = "forward",
+        beta: float = 0.5,
+    ):
+        self.student, self.teacher, self.amp = student, teacher, amp
+        self.weights = {
+            "kl_weight": kl_weight,
+            "ce_weight": ce_weight,
+            "temperature": temperature,
+            "divergence": divergence,
+            "beta": beta,
+        }
+
+    def count(self, batch: Batch) -> int:
+        """Tokens that some position of the row predicts."""
+        return int(batch.loss_mask[:, 1:].sum())
+
+    def inputs(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch."""
+        return batch.to(device)
+
+    def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
+        """One teacher and one student pass; see `Objective`."""
+        with autocast(batch.input_ids.device, self.amp):
+            guide = self._guide(batch)
+            loss = distillation_loss(
+                last_hidden(self.student, batch),
+                self.student.lm_head.weight,
+                *next_tokens(batch),
+                guide,
+                **self.weights,
+            ).total
+        share = loss / tokens
+        share.backward()
+        return share.detach()
+
+    @torch.no_grad()
+    def _guide(self, batch: Batch) -> Teacher | None:
+        if self.teacher is None:
+            return None
+        return Teacher(last_hidden(self.teacher, batch), self.teacher.lm_head.weight)
+
+
+def next_tokens(batch: Inputs) -> tuple[Tensor, Tensor]:
+    """What each position predicts [B, T], and whether that is learned [B, T] bool.
+
+    No row learns its first token, so its last position, which sees that one here, is masked.
+    States need no slice, whose copy and gradient would be as large as they are.
+    """
+    return batch.input_ids.roll(-1, 1), batch.loss_mask.roll(-1, 1)
+
+
+def last_hidden(model: HybridForCausalLM, batch: Inputs) -> Tensor:
+    """States after the final norm [B, T, D], every document of a row on its own."""
+    return model.model(
+        batch.input_ids,
+        # where rows are one document each, looking for others would wait for the device
+        position_ids=None if batch.seq_idx is None else batch.position_ids,
+        seq_idx=batch.seq_idx,
+        use_cache=False,
+    ).last_hidden_state
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Mixed precision in `dtype`, or none at all."""
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        yield
+
+
+class AlignmentObjective:
+    """Mean over layers of the masked squared error divided by that layer's teacher variance.
+
+    A loss of 1 is what a mixer that only outputs the mean would get. Raises ValueError when the
+    teacher has no attention in a replaced layer, or another number of layers or width.
+    """
+
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        teacher: HybridForCausalLM,
+        amp: torch.dtype | None = None,
+        compile: bool = False,
+    ):
+        problem = student.config.misfit(teacher.config)
+        if problem:
+            raise ValueError(problem)
+        self.student, self.teacher, self.amp = student, teacher, amp
+        self.layers = student.config.replaced_layers
+        self.mixers = {index: student.model.layers[index].mixer for index in self.layers}
+        self._error = compiled(mixer_error) if compile else mixer_error
+
+    def count(self, batch: Batch) -> int:
+        """Tokens that are not padding."""
+        return int(batch.valid.sum())
+
+    def inputs(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch."""
+        return batch.to(device)
+
+    def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
+        """One teacher pass as far as the last mixer; gradients are made on the way."""
+        model, shares = self.teacher.model, []
+        kind = batch.input_ids.device.type
+        # where rows are one document each, positions say nothing that a mask would need
+        positions = None if batch.seq_idx is None else batch.position_ids
+        with torch.no_grad(), autocast(batch.input_ids.device, self.amp):
+            hidden, context = model.enter(batch.input_ids, positions, batch.seq_idx)
+            context = self.student.model.with_windows(context)
+            for index, block in enumerate(model.layers[: self.layers[-1] + 1]):
+                if index not in self.mixers:
+                    hidden = block(hidden, context, None)
+                    continue
+                hidden, entered, wanted = block.observe(hidden, context)
+                with torch.enable_grad():
+                    error = self._error(self.mixers[index], entered, context, wanted, batch.valid)
+                    share = error / (tokens * len(self.mixers))
+                # a backward pass must not run under autocast
+                with torch.autocast(kind, enabled=False):
+                    share.backward()
+                shares.append(share.detach())
+        return torch.stack(shares).sum()
+
+
+def mixer_error(
+    mixer: nn.Module, hidden: Tensor, context: StepContext, wanted: Tensor, valid: Tensor
+) -> Tensor:
+    """`relative_error` of a mixer's output for hidden [B, T, D]."""
+    return relative_error(mixer(hidden, context, None), wanted, valid)
+
+
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.01
+FINAL_SHARE = 0.01
+# RADLADS (arXiv 2505.03005) lowers its rate after 83 to 87 % of the tokens
+DECAY_START = 0.85
+
+
+def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the mixers that replaced attention, by name.
+
+    Attention in a window beside a mixer is the teacher's, like the rest: the rate of new mixers
+    would undo it.
+    """
+    return {name: p for name, p in model.named_parameters() if is_new(name)}
+
+
+def rest_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of everything else by name, a tied weight once."""
+    return {name: p for name, p in model.named_parameters() if not is_new(name)}
+
+
+def build_optimizer(
+    parts: Iterable[tuple[dict[str, nn.Parameter], float]],
+) -> torch.optim.AdamW:
+    """AdamW over (parameters, learning rate) parts; vectors, A_log, D and dt_bias never decay."""
+    groups = []
+    for parameters, rate in parts:
+        for decay in (WEIGHT_DECAY, 0.0):
+            members = [p for name, p in parameters.items() if _decays(name, p) == (decay > 0)]
+            if members:
+                groups.append({"params": members, "lr": rate, "peak": rate, "weight_decay": decay})
+    # besides being one pass, the fused form skips a step whose `found_inf` is 1 without being asked
+    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Give every group its share of its own peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+def warmup_of(warmup: int, steps: int) -> int:
+    """Steps of warm-up that a phase really has: at most half of its own."""
+    return min(warmup, steps // 2)
+
+
+def schedule(step: int, steps: int, warmup: int, kind: str = "cosine") -> float:
+    """Share of the peak rate at `step` (from 0): linear warm-up, then down to FINAL_SHARE.
+
+    `cosine` falls all the way; `wsd` holds the peak until DECAY_START of the steps and falls then.
+    """
+    warmup = warmup_of(warmup, steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    start = max(warmup, int(DECAY_START * steps)) if kind == "wsd" else warmup
+    done = max(0.0, (step - start) / max(1, steps - start))
+    return FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in FLOAT32_PARAMETERS
