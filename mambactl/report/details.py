@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mambactl.metrics import columns, group, number
 from mambactl.report import charts
 from mambactl.report.charts import Series
 from mambactl.report.content import (
@@ -18,29 +19,9 @@ from mambactl.report.content import (
     written,
 )
 from mambactl.report.entries import Entry, against_of
-from mambactl.report.summary import number, percent
 
 # names of layers that fit below a chart
 MOST_TICKS = 18
-PREFERENCES = (
-    ("pairs", "pairs", "{:,}".format),
-    ("accuracy", "reward_accuracy", percent),
-    ("margin", "reward_margin", number),
-    ("per token", "normed_accuracy", percent),
-    ("log p, chosen", "logp_chosen", "{:,.1f}".format),
-    ("log p, rejected", "logp_rejected", "{:,.1f}".format),
-    ("KL to teacher", "kl_to_reference", number),
-    ("KL from teacher", "kl_from_reference", number),
-)
-GENERATION = (
-    ("prompts", "prompts", "{:,}".format),
-    ("forced agreement", "forced_agreement", percent),
-    ("same tokens at the start", "prefix_tokens", "{:.1f}".format),
-    ("share of the text", "prefix_share", percent),
-    ("same text", "exact_match", percent),
-    ("same place", "position_match", percent),
-    ("token F1", "token_f1", percent),
-)
 
 
 def students(entries: list[Entry]) -> Iterator[Entry]:
@@ -102,7 +83,7 @@ def preferences(material: Material) -> Section:
         "Whether the answer that people preferred gains more over the teacher than the other one, "
         "in nats; per token, of answers of other lengths.",
     )
-    section.tables += _tables(material, section, "preferences", PREFERENCES)
+    section.tables += _tables(material, section, "preferences")
     return section
 
 
@@ -114,21 +95,21 @@ def generation(material: Material) -> Section:
         "Written behind the same prompts by student and teacher. Forced: the teacher's tokens that "
         "the student would have written next behind the teacher's own text.",
     )
-    section.tables += _tables(material, section, "generation", GENERATION)
+    section.tables += _tables(material, section, "generation")
     return section
 
 
-def _tables(material: Material, section: Section, kind: str, columns: Any) -> Iterator[Table]:
+def _tables(material: Material, section: Section, kind: str) -> Iterator[Table]:
     sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
     for entry in material.entries:
         for name, found in present(entry.metrics, kind).items():
             if isinstance(found, Mapping):
                 sets.setdefault(name, []).append((entry, found))
     for name, measured in sets.items():
-        shown = [each for each in columns if any(each[1] in found for _, found in measured)]
+        shown = columns(group(kind), (found for _, found in measured))
         rows = [
             [Cell(entry.model, number=False), *written(found, shown)] for entry, found in measured
         ]
         cites = [material.cite(section, entry) for entry, _ in measured]
         title = name.capitalize() if name == kind else f"On {name}"
-        yield Table(title, ["model", *(heading for heading, *_ in shown)], rows, cites)
+        yield Table(title, ["model", *(each.heading for each in shown)], rows, cites)

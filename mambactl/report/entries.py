@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.errors import UsageError
+from mambactl.metrics import KL
 from mambactl.report.origin import command_of, read_lineage
 from mambactl.report.plots import read_ledger
 
@@ -160,7 +161,7 @@ def _model(metrics: Mapping[str, Any], about: Json) -> str:
 def _normal(metrics: Mapping[str, Any]) -> Json:
     """Fidelity is by data set, also where a file has that of a single one without its name."""
     fidelity = metrics.get("fidelity")
-    if isinstance(fidelity, Mapping) and "kl" in fidelity:
+    if isinstance(fidelity, Mapping) and KL.name in fidelity:
         controls = metrics.get("controls") or {}
         sets = [name for each in controls.values() for name in each.get("fidelity", {})]
         return {**metrics, "fidelity": {sets[0] if sets else "held-out": fidelity}}

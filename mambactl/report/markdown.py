@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mambactl.metrics import markdown_row, span
 from mambactl.report.entries import Entry, Found
 from mambactl.report.naming import named_apart
 from mambactl.report.summary import Column, Row, summarise
@@ -37,8 +38,7 @@ def _cell(row: Row, column: Column) -> str:
     text = column.write(held.value)
     if held.interval is None:
         return text
-    low, high = held.interval
-    return f"{text} ({column.write(low)} to {column.write(high)})"
+    return f"{text} ({span(held.interval, column.write)})"
 
 
 def _origin(entry: Entry, folder: Path) -> str:
@@ -50,4 +50,4 @@ def _origin(entry: Entry, folder: Path) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return markdown_row(cell.replace("|", r"\|") for cell in cells)

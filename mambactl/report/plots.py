@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.errors import ResourceError, UsageError
+from mambactl.metrics import KL
 
 # phases whose loss is a divergence from the teacher's logits
 LOGITS = ("stepwise", "logits")
@@ -28,7 +29,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """(tokens, nats per token) of `held out`, and of `training` on logits or their KL."""
     return {
-        "held out": [(line["tokens"], line["kl"]) for line in lines if "kl" in line],
+        "held out": [(line["tokens"], line[KL.name]) for line in lines if KL.name in line],
         "training": [
             (line["tokens"], line.get("train_kl", line["loss"]))
             for line in lines

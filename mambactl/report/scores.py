@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mambactl.metrics import span
 from mambactl.report import charts
 from mambactl.report.charts import Series
 from mambactl.report.content import Figure, Material, Section, Table, legend, numbers_of, present
@@ -60,8 +61,7 @@ def tasks(material: Material) -> Section:
 def _scores(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for key in metrics_of(scores):
         write, bounds = score_writer(key), interval(scores, key)
-        span = f"{write(bounds[0])} to {write(bounds[1])}" if bounds else ""
-        yield task, key, write(scores[key]), span
+        yield task, key, write(scores[key]), span(bounds, write)
 
 
 def _named_cells(table: Table, names: int) -> Table:

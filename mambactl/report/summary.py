@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mambactl.metrics import MAIN, RECALL, Metric, group, mebibytes, number, percent
 from mambactl.report.entries import Entry, against_of
-from mambactl.report.thresholds import MAIN_METRICS, is_share, lower_is_better, may_be_negative
+from mambactl.report.thresholds import is_share, lower_is_better, may_be_negative
 
 # tokens of context that a cache is given for, where it was not measured
 CONTEXT = 4096
@@ -13,26 +14,6 @@ CONTEXT = 4096
 NORMAL_95 = 1.96
 
 MODEL, CONTROL, REFERENCE = "model", "control", "reference"
-
-
-def number(value: float) -> str:
-    """Four decimals, as many figures as a measurement here is good for."""
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
-
-
-def percent(value: float) -> str:
-    """A share."""
-    return f"{100 * value:.1f} %"
-
-
-def ratio(value: float) -> str:
-    """A factor."""
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def mebibytes(value: float) -> str:
-    """Bytes as MiB."""
-    return f"{value / 2**20:,.2f}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +24,12 @@ class Column:
     heading: str
     write: Callable[[float], str]
     best: Callable[..., float] | None
+
+    @classmethod
+    def of(cls, group: str, metric: Metric, data: str = "") -> "Column":
+        """The column of a metric, of one data set if it is named."""
+        heading = " ".join(filter(None, (data, metric.summary)))
+        return cls(group, heading, metric.write, metric.best)
 
 
 @dataclass(frozen=True)
@@ -75,18 +62,6 @@ class Summary:
         own = [row.cells[column].value for row in self.rows
                if row.kind == MODEL and column in row.cells]  # fmt: skip
         return column.best(own) if column.best and len(set(own)) > 1 else None
-
-
-FIDELITY = (
-    ("KL", "kl", number, min),
-    ("agreement", "agreement", percent, max),
-    ("perplexity ratio", "perplexity_ratio", ratio, min),
-)
-GENERATION = (
-    ("forced agreement", "forced_agreement"),
-    ("same prefix", "prefix_share"),
-    ("same text", "exact_match"),
-)
 
 
 def summarise(entries: Iterable[Entry]) -> Summary:
@@ -142,24 +117,26 @@ def beside(entry: Entry) -> dict[str, Any]:
 
 def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[Column, Cell]]:
     for data, found in (metrics.get("fidelity") or {}).items():
-        for heading, key, write, best in FIDELITY:
-            if key in found:
-                column = Column(data_set(data, found), heading, write, best)
-                yield column, Cell(found[key], interval(found, key))
+        for metric in group("fidelity"):
+            if metric.summary is not None and metric.name in found:
+                column = Column.of(data_set(data, found), metric)
+                yield column, Cell(found[metric.name], interval(found, metric.name))
     for probe, found in (metrics.get("recall") or {}).items():
-        if "recall" in found:
-            column = Column("recall", probe, percent, max)
-            yield column, Cell(found["recall"], interval(found, "recall"))
+        if RECALL.name in found:
+            yield (
+                Column.of("recall", RECALL, probe),
+                Cell(found[RECALL.name], interval(found, RECALL.name)),
+            )
     for name, found in (metrics.get("generation") or {}).items():
-        for heading, key in GENERATION:
-            if key in found:
-                group = "greedy texts" if name == "generation" else f"greedy texts, {name}"
-                column = Column(group, heading, percent, max)
-                yield column, Cell(found[key], interval(found, key))
+        for metric in group("generation"):
+            if metric.summary is not None and metric.name in found:
+                title = "greedy texts" if name == "generation" else f"greedy texts, {name}"
+                column = Column.of(title, metric)
+                yield column, Cell(found[metric.name], interval(found, metric.name))
     for name, found in (metrics.get("preferences") or {}).items():
-        if "reward_accuracy" in found:
-            column = Column("preferences", f"{name} accuracy", percent, max)
-            yield column, Cell(found["reward_accuracy"])
+        for metric in group("preferences"):
+            if metric.summary is not None and metric.name in found:
+                yield Column.of("preferences", metric, name), Cell(found[metric.name])
     parts = parts_of_groups(metrics)
     for task, found in (metrics.get("tasks") or {}).items():
         if task not in parts and (key := main_metric(found)) is not None:
@@ -176,9 +153,9 @@ def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tup
 def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, Cell]]]:
     """The teacher and a guess, on the recall probes."""
     recall = metrics.get("recall") or {}
-    columns = {probe: Column("recall", probe, percent, max) for probe in recall}
+    columns = {probe: Column.of("recall", RECALL, probe) for probe in recall}
     teacher = {
-        columns[probe]: Cell(found["teacher"]["recall"], interval(found["teacher"], "recall"))
+        columns[probe]: Cell(found["teacher"][RECALL.name], interval(found["teacher"], RECALL.name))
         for probe, found in recall.items()
         if "recall" in found.get("teacher", {})
     }
@@ -213,7 +190,7 @@ def data_set(name: str, found: Mapping[str, Any]) -> str:
 
 def main_metric(scores: Mapping[str, Any]) -> str | None:
     """The metric that a task is known by."""
-    named = [key for key in MAIN_METRICS if key in scores]
+    named = [key for key in MAIN if key in scores]
     return next(iter(named + metrics_of(scores)), None)
 
 

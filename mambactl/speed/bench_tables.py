@@ -1,16 +1,16 @@
 """The tables that `bench` shows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from mambactl import console
+from mambactl import console, metrics
+from mambactl.metrics import Metric
 
 Point = dict[str, Any]
 
 
-def times(ratio: float | None) -> str:
-    """A ratio for people."""
-    return "-" if ratio is None else f"{ratio:.2f}x"
+LOSS_ERRORS = ("error_value", "error_hidden_gradient", "error_weight_gradient")
+VERIFY = (Metric("verify_ratio", "verify", better="lower", brief=metrics.times),)
 
 
 def name(point: Point) -> str:
@@ -18,130 +18,91 @@ def name(point: Point) -> str:
     return f"{point['input_len']} x {point['batch_size']}"
 
 
-def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
-def _error(value: float | None) -> str:
-    # of float32, far less than a per cent
-    return "-" if value is None else f"{value:.1e}"
-
-
-def _mib(value: float | None) -> str:
-    return "-" if value is None else f"{value / 2**20:,.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-# heading, key, how it is written, and the key of the gain over a baseline
-Column = tuple[str, str, Callable[[Any], str], str]
-PLAIN: tuple[Column, ...] = (
-    ("prefill tok/s", "prefill_tokens_per_second", _rate, "prefill_speedup"),
-    ("decode tok/s", "decode_tokens_per_second", _rate, "decode_speedup"),
-    ("of limit", "decode_share", _share, ""),
-    ("cache MiB", "cache_bytes", _mib, "cache_reduction"),
-    ("peak MiB", "peak_bytes", _mib, ""),
-)
-SPECULATIVE: tuple[Column, ...] = (
-    ("K", "k", _number, ""),
-    ("spec tok/s", "speculative_tokens_per_second", _rate, ""),
-    ("of limit", "speculative_share", _share, ""),
-    ("tok/step", "tokens_per_step", _number, ""),
-    ("accepted", "acceptance", _share, ""),
-    ("speed-up", "speculative_speedup", times, ""),
-)
-LOSS_ERRORS = ("error_value", "error_hidden_gradient", "error_weight_gradient")
-VERIFY: tuple[Column, ...] = (("verify", "verify_ratio", times, ""),)
-
-
-def show(title: str, metrics: dict[str, Any]) -> None:
+def show(title: str, result: dict[str, Any]) -> None:
     """Every point of a model, each with the baseline's below it if there is one; then what drafts
     and verification came to, if they were measured.
     """
-    points: list[Point] = metrics["points"]
-    others: list[Point] = metrics.get("baseline_points", [])
-    where = f"on {metrics['device']} in {metrics['dtype']}"
-    against = f", against {metrics['baseline']}" if others else ""
+    points: list[Point] = result["points"]
+    others: list[Point] = result.get("baseline_points", [])
+    where = f"on {result['device']} in {result['dtype']}"
+    against = f", against {result['baseline']}" if others else ""
+    plain = metrics.group("decoding")
     lines = []
     for index, point in enumerate(points):
-        lines.append((name(point), "model" if others else "", *_cells(point, PLAIN)))
+        lines.append((name(point), "model" if others else "", *_cells(point, plain)))
         if others:
-            lines.append(("", "baseline", *_cells(others[index], PLAIN)))
-            gains = (times(point[gain]) if gain else "" for *_, gain in PLAIN)
-            lines.append(("", "gain", *gains))
-    _table(f"{title} {where}{against}", ("", *(column[0] for column in PLAIN)), lines)
+            lines.append(("", "baseline", *_cells(others[index], plain)))
+            lines.append(("", "gain", *(_gain(point, each) for each in plain)))
+    _table(f"{title} {where}{against}", ("", *(each.label for each in plain)), lines)
     columns = [
-        column
-        for group in (SPECULATIVE, VERIFY)
-        for column in group
-        if any(group[0][1] in point for point in points)
+        each
+        for group in (metrics.group("drafting"), VERIFY)
+        for each in group
+        if any(group[0].name in point for point in points)
     ]
     if columns:
-        draft = metrics["config"]["draft"]
+        draft = result["config"]["draft"]
         title = f"{title} with {draft} {where}" if draft else f"{title} {where}"
         lines = [(name(point), *_cells(point, columns)) for point in points]
-        _table(title, [column[0] for column in columns], lines)
+        _table(title, [each.label for each in columns], lines)
 
 
 def _table(title: str, headings: Sequence[str], lines: list[tuple[str, ...]]) -> None:
     console.table(title, ("context x rows", *headings), lines)
 
 
-def _cells(point: Point, columns: Sequence[Column]) -> list[str]:
-    return [write(point[key]) if key in point else "" for _, key, write, _ in columns]
+def _cells(point: Point, columns: Sequence[Metric]) -> list[str]:
+    return [each.shown(point) for each in columns]
 
 
-def show_kernels(metrics: dict[str, Any]) -> None:
+def _gain(point: Point, metric: Metric) -> str:
+    return Metric(metric.gain, brief=metrics.times).shown(point)
+
+
+def show_kernels(result: dict[str, Any]) -> None:
     """The kernel that replays against the one that stores a state per token."""
     columns = ("rows", "replay us", "MB", "GB/s", "per token us", "MB", "GB/s", "ratio")
     lines = []
-    for row in metrics["kernels"]:
+    for row in result["kernels"]:
         cells = [row["batch_size"]]
         for way in ("fused", "snapshots"):
             cells.append(f"{row[f'{way}_microseconds']:.1f}")
             cells.append(f"{row[f'{way}_bytes'] / 1e6:.1f}")
             cells.append(f"{row[f'{way}_bytes_per_second'] / 1e9:,.0f}")
-        lines.append((*cells, times(row["ratio"])))
-    console.table(f"Mamba-2 layer on {metrics['device']} in {metrics['dtype']}", columns, lines)
+        lines.append((*cells, metrics.times(row["ratio"])))
+    console.table(f"Mamba-2 layer on {result['device']} in {result['dtype']}", columns, lines)
 
 
-def show_loss(metrics: dict[str, Any]) -> None:
+def show_loss(result: dict[str, Any]) -> None:
     """A loss through the head: time, memory and errors."""
-    row = metrics["loss"]
+    row = result["loss"]
     shape = f"{row['tokens']} x {row['hidden']} x {row['vocab']}"
     columns = ("ms", "TFLOP/s", "MiB beyond", "error", "of dx", "of dW")
     cells = [
         f"{row['milliseconds']:.2f}",
-        _number(row["flops_per_second"] / 1e12),
-        _mib(row["peak_bytes"]),
+        metrics.significant(row["flops_per_second"] / 1e12),
+        metrics.PEAK.shown(row),
         *(f"{row[key]:.1e}" for key in LOSS_ERRORS),
     ]
-    title = f"KL through a head of {shape} on {metrics['device']} in {metrics['dtype']}"
+    title = f"KL through a head of {shape} on {result['device']} in {result['dtype']}"
     console.table(title, columns, [cells])
 
 
-def show_training(metrics: dict[str, Any]) -> None:
+def show_training(result: dict[str, Any]) -> None:
     """Steps of every stage: speed, memory, and what was checked in the same run."""
-    columns = ("stage", "rows x tokens", "tok/s", "ms", "peak MiB", "loss", "error")
-    for model in dict.fromkeys(point["model"] for point in metrics["points"]):
+    numbers = (metrics.STEP_RATE, metrics.MILLISECONDS, metrics.PEAK)
+    columns = ("stage", "rows x tokens", *(each.label for each in numbers), "loss", "error")
+    for model in dict.fromkeys(point["model"] for point in result["points"]):
         lines = [
             (
                 point["stage"],
                 f"{point['batch_size']} x {point['input_len']}",
-                _rate(point["tokens_per_second"]),
-                f"{point['milliseconds']:.1f}",
-                _mib(point["peak_bytes"]),
-                f"{point['first_loss']:.3g} to {point['last_loss']:.3g}",
-                _error(point["gradient_error"]),
+                *_cells(point, numbers),
+                " to ".join(_cells(point, (metrics.FIRST_LOSS, metrics.LAST_LOSS))),
+                metrics.GRADIENT_ERROR.shown(point),
             )
-            for point in metrics["points"]
+            for point in result["points"]
             if point["model"] == model
         ]
-        title = f"training {model} on {metrics['device']} in {metrics['dtype']}"
+        title = f"training {model} on {result['device']} in {result['dtype']}"
         console.table(title, columns, lines)
