@@ -1,4 +1,4 @@
-"""What every writer needs: one process at a time, and failures of the disk as sentences."""
+"""Files: one writer at a time, failures of the disk as sentences, and those of the package."""
 
 import errno
 import fcntl
@@ -11,6 +11,11 @@ from mambactl.errors import OutputError, ResourceError
 
 # what a training run writes first into the folder it keeps its state in
 RUN_FILE = "run.json"
+# of a checkpoint: suffixes of one that is a single file, and names inside of a folder
+SINGLE_FILE_SUFFIXES = (".st", ".safetensors")
+LINEAGE = "mambactl.json"
+CARD = "README.md"
+LEDGER = "metrics.jsonl"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -50,6 +55,12 @@ def explained(
         if error.errno in DISK_FULL:
             raise ResourceError(f"the disk is full while writing {place}", full) from error
         raise OutputError(f"cannot write {place}: {error.strerror or error}", refused) from error
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the recipes that come with the package."""
+    installed = Path(__file__).parent / "_recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
 def gib(size: float) -> str:

@@ -35,8 +35,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mambactl.commands import STAGES
 from mambactl.errors import UsageError
-from mambactl.options import ROW_SUFFIXES, ROW_WRITER, STAGES, WRITERS, StageConfig, split_weight
+from mambactl.files import recipe_folder
+from mambactl.options import ROW_SUFFIXES, ROW_WRITER, WRITERS, StageConfig, split_weight
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
 FILE_FIELDS = ("data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks")
@@ -151,12 +153,6 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             parsed[key.strip().replace("-", "_")] = value
     return parsed
-
-
-def recipe_folder() -> Path:
-    """Return the folder of the recipes that come with the package."""
-    installed = Path(__file__).parent / "_recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
 def list_recipes() -> list[Recipe]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mambactl import recipes
+from mambactl.commands import STAGES
 from mambactl.errors import UsageError
-from mambactl.options import STAGES
 
 SHIPPED = sorted(recipes.recipe_folder().glob("*.yaml"))
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, DTYPES, LINEAGE, SIDE_FILES
+from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, DTYPES, SIDE_FILES
 from mambactl.errors import MambactlError, ModelError
+from mambactl.files import LINEAGE
 
 # pages of a mapped file count as resident until it is closed, so close it now and then
 _REMAP_BYTES = 256 << 20
@@ -278,10 +279,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return parse(read_text(path), folder, CONFIG)
 
 
-def read_lineage(folder: Path) -> dict[str, Any] | None:
-    """The mambactl.json of a folder, if it has one."""
-    path = folder / LINEAGE
-    return parse(read_text(path), folder, LINEAGE) if path.is_file() else None
+def read_lineage(checkpoint: Path) -> dict[str, Any] | None:
+    """The mambactl.json of a folder, or in the header of a single file, if it has one."""
+    if checkpoint.is_dir():
+        path = checkpoint / LINEAGE
+        return parse(read_text(path), checkpoint, LINEAGE) if path.is_file() else None
+    with _open_safetensors(checkpoint) as handle:
+        text = (handle.metadata() or {}).get(LINEAGE)
+    return None if text is None else parse(text, checkpoint, LINEAGE)
 
 
 def _read_index(index: Path) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mambactl.errors import OutputError, ResourceError
-from mambactl.files import RUN_FILE, explained, hold
+from mambactl.files import LEDGER, RUN_FILE, explained, hold
 
 _FREE = "free some disk space, then use --resume"
 
@@ -28,7 +28,7 @@ class RunFolder:
     def __init__(self, out: Path, identity: dict[str, Any]):
         self.out, self.identity = out, identity
         self.path = out.with_name(out.name + ".partial")
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / LEDGER
         self.plot = self.path / "metrics.png"
         self.staged = self.path / out.name
         self.trainer = self.path / "trainer"

@@ -17,9 +17,13 @@ from typing import Any
 import torch
 
 from mambactl.checkpoint.card import model_card
-from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, DTYPES, LINEAGE, SINGLE_FILE_SUFFIXES
+from mambactl.checkpoint.source import (
+    BINARY_PREFIX,
+    CONFIG,
+    DTYPES,
+)
 from mambactl.errors import OutputError, ResourceError
-from mambactl.files import RUN_FILE, explained, gib, hold
+from mambactl.files import CARD, LINEAGE, RUN_FILE, SINGLE_FILE_SUFFIXES, explained, gib, hold
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -230,7 +234,7 @@ class CheckpointWriter:
         if len(self._shards) > 1:
             texts["model.safetensors.index.json"] = self._index()
         if self.lineage is not None:
-            texts["README.md"] = model_card(self.lineage, json.loads(texts[CONFIG]))
+            texts[CARD] = model_card(self.lineage, json.loads(texts[CONFIG]))
             # last: its presence says that the rest is there
             texts[LINEAGE] = _json(self.lineage)
         for name, content in texts.items():

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import torch
 
-SINGLE_FILE_SUFFIXES = (".st", ".safetensors")
 CONFIG = "config.json"
-LINEAGE = "mambactl.json"
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

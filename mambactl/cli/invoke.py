@@ -26,8 +26,9 @@ from mambactl.cli.parameters import (
     with_parameters,
 )
 from mambactl.cli.processes import launch, of_this_run, shards
+from mambactl.commands import STAGES
 from mambactl.errors import OutputError, UsageError
-from mambactl.options import ROW_WRITER, STAGES, WRITERS, SpreadConfig, StageConfig
+from mambactl.options import ROW_WRITER, WRITERS, SpreadConfig, StageConfig
 from mambactl.ranks import is_main, launched
 from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings, writes
 

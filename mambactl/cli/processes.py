@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from mambactl import console
 from mambactl.errors import ExitCode, MambactlError, ResourceError, UsageError
+from mambactl.files import recipe_folder
 from mambactl.options import ShardConfig, SpreadConfig, StageConfig
 from mambactl.ranks import REPORTS, processes, sharded
-from mambactl.recipes import recipe_folder
 
 # seconds for the other processes to say what they met once one has failed, and to end
 GRACE = 5.0

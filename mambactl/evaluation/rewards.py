@@ -6,7 +6,7 @@ answer's tokens, beta * r is the reward that direct preference optimisation impl
 whole next-token distributions, at every token of both answers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -183,11 +183,3 @@ def _hidden(model: Any, batch: Batch, amp: torch.dtype | None) -> Tensor:
 
 def _logps(logits: Tensor, targets: Tensor) -> Tensor:
     return -nn.functional.cross_entropy(logits, targets, reduction="none")
-
-
-def by_set(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Lines of a table: set, pairs, and every number of `SCALARS`."""
-    return [
-        (name, f"{found['pairs']:,}", *(f"{found[key]:.4f}" for key in SCALARS))
-        for name, found in measured.items()
-    ]

@@ -12,7 +12,7 @@ from mambactl.options.generation import (
     SamplingConfig,
     SpecDecodeConfig,
 )
-from mambactl.options.measurement import BenchConfig, EvalConfig
+from mambactl.options.measurement import BenchConfig
 from mambactl.options.training import (
     AdaptedConfig,
     DistillConfig,
@@ -32,14 +32,12 @@ __all__ = [
     "MODEL_WRITERS",
     "ROW_SUFFIXES",
     "ROW_WRITER",
-    "STAGES",
     "WRITERS",
     "AdaptedConfig",
     "BenchConfig",
     "ConvertConfig",
     "DistillConfig",
     "DpoConfig",
-    "EvalConfig",
     "GenerateConfig",
     "HeldOutConfig",
     "MixedRowsConfig",
@@ -57,17 +55,6 @@ __all__ = [
     "split_weight",
 ]
 
-STAGES: dict[str, type[StageConfig]] = {
-    "convert": ConvertConfig,
-    "teacher-cache": TeacherCacheConfig,
-    "distill": DistillConfig,
-    "sft": SftConfig,
-    "dpo": DpoConfig,
-    "eval": EvalConfig,
-    "spec-decode": SpecDecodeConfig,
-    "generate": GenerateConfig,
-    "bench": BenchConfig,
-}
 MODEL_WRITERS = ("convert", "distill", "sft", "dpo")
 WRITERS = (*MODEL_WRITERS, "teacher-cache")
 # what `generate` writes only with --dataset is a file of rows, no checkpoint

@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 
 from mambactl.checkpoint.card import with_results
+from mambactl.files import CARD, LINEAGE
 from mambactl.report.entries import read_entries
 from mambactl.report.markdown import markdown
-
-CARD, LINEAGE = "README.md", "mambactl.json"
 
 
 def update_card(folder: Path) -> None:

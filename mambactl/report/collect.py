@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mambactl.errors import UsageError
+from mambactl.files import LEDGER, SINGLE_FILE_SUFFIXES
 from mambactl.report.entries import (
-    LEDGER,
-    SINGLE_FILES,
     Entry,
     Found,
     Ledger,
@@ -70,7 +69,7 @@ def _owner(entry: Entry, file: Path, checkpoint: Path | None) -> Path | None:
     if folder.name != RESULTS:
         owner = folder.with_name(folder.name.removesuffix(f".{RESULTS}"))
     # a page has such a folder too, with results of many models
-    known = owner.name == Path(measured).name or owner.suffix in SINGLE_FILES
+    known = owner.name == Path(measured).name or owner.suffix in SINGLE_FILE_SUFFIXES
     return owner if measured and known else None
 
 

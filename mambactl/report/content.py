@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mambactl.evaluation.probes.probe import Probe
 from mambactl.metrics import Metric
 from mambactl.report.charts import Series
 from mambactl.report.entries import Entry, Found, Ledger, Source
@@ -83,6 +84,11 @@ class Material:
         numbers = sorted({self._numbers[one.source] for one in each})
         section.cites.update(numbers)
         return numbers
+
+
+def section_of(probe: Probe[Any, Any, Any]) -> Section:
+    """The empty section of a probe."""
+    return Section(probe.name, probe.title, probe.about)
 
 
 def legend(series: Iterable[Series]) -> list[tuple[str, int]]:

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mambactl.metrics import columns, group, number
+from mambactl.evaluation.probes import PROBES
+from mambactl.evaluation.probes.probe import Probe
+from mambactl.metrics import columns, number
 from mambactl.report import charts
 from mambactl.report.charts import Series
 from mambactl.report.content import (
@@ -16,6 +18,7 @@ from mambactl.report.content import (
     legend,
     numbers_of,
     present,
+    section_of,
     written,
 )
 from mambactl.report.entries import Entry, against_of
@@ -38,12 +41,7 @@ def students(entries: list[Entry]) -> Iterator[Entry]:
 
 def layers(material: Material) -> Section:
     """The error of every new mixer, fed by the teacher."""
-    section = Section(
-        "layers",
-        "Layers",
-        "Relative error of each new mixer's output, fed by the teacher; 1 is what a mixer gets "
-        "that only puts out the mean.",
-    )
+    section = section_of(PROBES["layers"])
     sets: dict[str, list[tuple[Entry, Mapping[str, float]]]] = {}
     for entry in students(material.entries):
         for data, errors in present(entry.metrics, "layers").items():
@@ -75,41 +73,25 @@ def layers(material: Material) -> Section:
     return section
 
 
-def preferences(material: Material) -> Section:
-    """Rewards against the teacher, a table per set."""
-    section = Section(
-        "preferences",
-        "Preferences",
-        "Whether the answer that people preferred gains more over the teacher than the other one, "
-        "in nats; per token, of answers of other lengths.",
-    )
-    section.tables += _tables(material, section, "preferences")
+def numbers(probe: Probe[Any, Any, Any], material: Material) -> Section:
+    """What a probe without charts of its own has found: a table per data set."""
+    section = section_of(probe)
+    section.tables += _tables(material, section, probe)
     return section
 
 
-def generation(material: Material) -> Section:
-    """How alike greedy texts of student and teacher are."""
-    section = Section(
-        "generation",
-        "Greedy texts",
-        "Written behind the same prompts by student and teacher. Forced: the teacher's tokens that "
-        "the student would have written next behind the teacher's own text.",
-    )
-    section.tables += _tables(material, section, "generation")
-    return section
-
-
-def _tables(material: Material, section: Section, kind: str) -> Iterator[Table]:
+def _tables(material: Material, section: Section, probe: Probe[Any, Any, Any]) -> Iterator[Table]:
     sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
     for entry in material.entries:
-        for name, found in present(entry.metrics, kind).items():
+        for name, found in present(entry.metrics, probe.name).items():
             if isinstance(found, Mapping):
                 sets.setdefault(name, []).append((entry, found))
     for name, measured in sets.items():
-        shown = columns(group(kind), (found for _, found in measured))
+        if not (shown := columns(probe.metrics, (found for _, found in measured))):
+            continue
         rows = [
             [Cell(entry.model, number=False), *written(found, shown)] for entry, found in measured
         ]
         cites = [material.cite(section, entry) for entry, _ in measured]
-        title = name.capitalize() if name == kind else f"On {name}"
+        title = name.capitalize() if name == probe.name else f"On {name}"
         yield Table(title, ["model", *(each.heading for each in shown)], rows, cites)

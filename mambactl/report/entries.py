@@ -8,30 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.errors import UsageError
+from mambactl.evaluation.probes import PROBES
+from mambactl.files import LEDGER, SINGLE_FILE_SUFFIXES
 from mambactl.metrics import KL
-from mambactl.report.origin import command_of, read_lineage
+from mambactl.report.origin import command_of, lineage_of
 from mambactl.report.plots import read_ledger
 
 Json = dict[str, Any]
 
-LEDGER = "metrics.jsonl"
-SINGLE_FILES = (".st", ".safetensors")
 # what is known of how a measurement was made, also where it stands among the numbers
 ABOUT = ("device", "date", "versions", "teacher")
-# what a measurement has at least one of
-KINDS = (
-    "fidelity",
-    "recall",
-    "tasks",
-    "needle",
-    "long_context",
-    "generation",
-    "preferences",
-    "points",
-    "speculative",
-    "kernels",
-    "loss",
-)
+# what a measurement of speed has at least one of
+SPEEDS = ("points", "speculative", "kernels", "loss")
 
 
 @dataclass(frozen=True)
@@ -96,9 +84,10 @@ def _walk(node: Any, above: Json, source: Source) -> Iterator[Entry]:
         return
     about = above | {key: value for key, value in node.items() if not isinstance(value, Mapping)}
     about |= {key: node[key] for key in ("versions", "model") if isinstance(node.get(key), dict)}
+    kinds = [*(name for name, probe in PROBES.items() if not probe.within), *SPEEDS]
     for measured in (node.get("metrics"), node):
         if isinstance(measured, Mapping) and any(
-            isinstance(measured.get(kind), Mapping | list) for kind in KINDS
+            isinstance(measured.get(kind), Mapping | list) for kind in kinds
         ):
             yield _entry(measured, about, source)
             return
@@ -171,9 +160,9 @@ def _normal(metrics: Mapping[str, Any]) -> Json:
 def ledger_of(path: Path) -> Ledger:
     """A ledger is called after the checkpoint it lies in or beside."""
     beside = path.name.removesuffix(f".{LEDGER}") if path.name != LEDGER else ""
-    model = path.with_name(beside) if beside.endswith(SINGLE_FILES) else path
+    model = path.with_name(beside) if beside.endswith(SINGLE_FILE_SUFFIXES) else path
     model = path.parent if path.name == LEDGER else model
-    lineage = read_lineage(model)
+    lineage = lineage_of(model)
     about = {**lineage, "date": lineage.get("created"), "checkpoint": str(model), "model": {}}
     details = tuple(_details(about)) if lineage else (("command", _unknown(model)),)
     source = Source(str(path), "", command_of(lineage), details)

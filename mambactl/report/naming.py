@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mambactl.evaluation.probes import PROBES
 from mambactl.report.entries import Entry, Found
 
 AGAINST, CONTROLS = "against", "controls"
-# what is measured by what a teacher says
-RELATIVE = ("fidelity", "layers", "long_context", "preferences", "generation", "tests")
 
 
 def named_apart(found: Found) -> Found:
@@ -34,7 +33,7 @@ def teachers_of(entries: Iterable[Entry]) -> list[str]:
     return list(dict.fromkeys(
         entry.metrics["teacher"] for entry in entries
         if isinstance(entry.metrics.get("teacher"), str)
-        and any(kind in entry.metrics for kind in RELATIVE)
+        and any(map(_is_relative, entry.metrics))
     ))  # fmt: skip
 
 
@@ -75,13 +74,18 @@ def _by_teacher(entry: Entry) -> Entry:
     return replace(entry, metrics=_told_apart(entry.metrics, teacher)) if teacher else entry
 
 
+def _is_relative(kind: str) -> bool:
+    """Whether something is measured by what a teacher says."""
+    return kind == "tests" or (kind in PROBES and PROBES[kind].teacher == "needed")
+
+
 def _told_apart(metrics: Mapping[str, Any], teacher: str) -> dict[str, Any]:
     """The measurements with the teacher in the name of every data set."""
     result = dict(metrics)
     for kind, found in metrics.items():
         if not isinstance(found, Mapping):
             continue
-        if kind in RELATIVE:
+        if _is_relative(kind):
             result[kind] = {
                 f"teacher {teacher}" if name == kind else f"{name}, teacher {teacher}": numbers
                 for name, numbers in found.items()

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mambactl.evaluation.probes import PROBES
+from mambactl.evaluation.probes.probe import AGAINST, STUDENT
 from mambactl.metrics import (
     KL,
     Metric,
@@ -26,6 +28,7 @@ from mambactl.report.content import (
     legend,
     numbers_of,
     present,
+    section_of,
     written,
 )
 from mambactl.report.details import students
@@ -44,7 +47,6 @@ from mambactl.report.summary import (
     summarise,
 )
 
-STUDENT, AGAINST = "student", "against"
 # points of a training curve that a page needs at most
 POINTS = 300
 # a control this many times worse makes a linear axis useless
@@ -101,13 +103,8 @@ def _summary_row(found: Summary, row: Row) -> list[Cell]:
 
 def faithfulness(material: Material) -> Section:
     """KL over the position in the row, and every number of fidelity."""
-    section = Section(
-        "fidelity",
-        "Fidelity to the teacher",
-        f"Token by token on the same text.{_guides(material)} ECE: how far a model's confidence in "
-        "its first choice is from how often that is the text's next token, or from what the "
-        "teacher gives it.",
-    )
+    section = section_of(PROBES["fidelity"])
+    section.text = f"Token by token on the same text.{_guides(material)} {section.text}"
     sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
     for entry in students(material.entries):
         for name, numbers in present(entry.metrics, "fidelity").items():
@@ -120,7 +117,7 @@ def faithfulness(material: Material) -> Section:
                     sets.setdefault(title, []).append((own, found[who]))
     for data, measured in sets.items():
         section.figures += _by_position(material, section, data, measured)
-        numbers = columns(group("fidelity"), (found for _, found in measured))
+        numbers = columns(PROBES["fidelity"].metrics, (found for _, found in measured))
         rows = [
             [Cell(entry.model, number=False), *_with_intervals(found, numbers)]
             for entry, found in measured
@@ -278,9 +275,7 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def recall(material: Material) -> Section:
     """Recall over the length of the row, a chart per form, with the teacher and a guess."""
-    section = Section(
-        "recall", "Recall", "Pairs stated once in a row and asked for at its end, made from a seed."
-    )
+    section = section_of(PROBES["recall"])
     found = summarise(material.entries)
     forms: dict[str, list[tuple[int, Column]]] = {}
     for column in found.columns:
@@ -327,9 +322,7 @@ def _with(row: Row, kind: str) -> list[Entry]:
 
 def needle(material: Material) -> Section:
     """Heat maps of what is found at a depth of a context of a length."""
-    section = Section(
-        "needle", "Needle in a haystack", "In per cent, by depth in a text and by its length."
-    )
+    section = section_of(PROBES["needle"])
     teachers: list[NeedleMap] = []
     for entry in material.entries:
         for found in needle_maps(entry.metrics.get("needle")):

@@ -4,10 +4,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mambactl.evaluation.probes import PROBES
 from mambactl.metrics import span
 from mambactl.report import charts
 from mambactl.report.charts import Series
-from mambactl.report.content import Figure, Material, Section, Table, legend, numbers_of, present
+from mambactl.report.content import (
+    Figure,
+    Material,
+    Section,
+    Table,
+    legend,
+    numbers_of,
+    present,
+    section_of,
+)
 from mambactl.report.summary import interval, main_metric, metrics_of, parts_of_groups, score_writer
 from mambactl.report.thresholds import is_share
 
@@ -17,11 +27,7 @@ LABEL = 26
 
 def tasks(material: Material) -> Section:
     """Scores with their intervals, a row per task; its numbers have every score of every part."""
-    section = Section(
-        "tasks",
-        "Tasks",
-        "Lines are 95 % intervals, 1.96 standard errors to each side, where errors are known.",
-    )
+    section = section_of(PROBES["tasks"])
     names: dict[str, None] = {}
     models: dict[str, list[tuple[str, float, Any]]] = {}
     rows = []

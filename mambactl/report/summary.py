@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mambactl.metrics import MAIN, RECALL, Metric, group, mebibytes, number, percent
+from mambactl.evaluation.probes import PROBES, lower_is_better
+from mambactl.evaluation.probes.probe import TEACHER, Probe
+from mambactl.metrics import CACHE, MAIN, Format, Metric, number, percent
 from mambactl.report.entries import Entry, against_of
-from mambactl.report.thresholds import is_share, lower_is_better, may_be_negative
+from mambactl.report.thresholds import is_share, may_be_negative
 
 # tokens of context that a cache is given for, where it was not measured
 CONTEXT = 4096
@@ -18,18 +20,16 @@ MODEL, CONTROL, REFERENCE = "model", "control", "reference"
 
 @dataclass(frozen=True)
 class Column:
-    """A heading under the heading of its group; `best` is max, min or None."""
+    """A number with its heading under the heading of its group."""
 
     group: str
     heading: str
-    write: Callable[[float], str]
-    best: Callable[..., float] | None
+    metric: Metric
 
-    @classmethod
-    def of(cls, group: str, metric: Metric, data: str = "") -> "Column":
-        """The column of a metric, of one data set if it is named."""
-        heading = " ".join(filter(None, (data, metric.summary)))
-        return cls(group, heading, metric.write, metric.best)
+    @property
+    def write(self) -> Format:
+        """How its values are written."""
+        return self.metric.write
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Summary:
         """The best value among models, where they differ."""
         own = [row.cells[column].value for row in self.rows
                if row.kind == MODEL and column in row.cells]  # fmt: skip
-        return column.best(own) if column.best and len(set(own)) > 1 else None
+        best = column.metric.best
+        return best(own) if best and len(set(own)) > 1 else None
 
 
 def summarise(entries: Iterable[Entry]) -> Summary:
@@ -115,54 +116,60 @@ def beside(entry: Entry) -> dict[str, Any]:
     return found
 
 
+def _columns(
+    metrics: Mapping[str, Any],
+) -> Iterator[tuple[Column, Metric, Mapping[str, Any]]]:
+    """What probes may have found: a column, its number, and the results that may hold it."""
+    # first what has a heading of its own for every data set
+    for probe in sorted(PROBES.values(), key=lambda each: not each.by_set):
+        shown = [each for each in probe.metrics if each.summary is not None]
+        sets = metrics.get(probe.name) if shown else None
+        for data, found in (sets or {}).items():
+            if isinstance(found, Mapping):
+                yield from ((_column(probe, each, data, found), each, found) for each in shown)
+
+
+def _column(
+    probe: Probe[Any, Any, Any], metric: Metric, data: str, found: Mapping[str, Any]
+) -> Column:
+    group = probe.group or ("" if probe.by_set else probe.name)
+    # the only data set of a probe may bear its name, which says nothing
+    named = "" if group and data == probe.name else data_set(data, found)
+    if probe.by_set:
+        return Column(", ".join(filter(None, (group, named))), metric.summary or "", metric)
+    heading = " ".join(filter(None, (named, metric.summary)))
+    return Column(group, heading or metric.heading, metric)
+
+
 def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[Column, Cell]]:
-    for data, found in (metrics.get("fidelity") or {}).items():
-        for metric in group("fidelity"):
-            if metric.summary is not None and metric.name in found:
-                column = Column.of(data_set(data, found), metric)
-                yield column, Cell(found[metric.name], interval(found, metric.name))
-    for probe, found in (metrics.get("recall") or {}).items():
-        if RECALL.name in found:
-            yield (
-                Column.of("recall", RECALL, probe),
-                Cell(found[RECALL.name], interval(found, RECALL.name)),
-            )
-    for name, found in (metrics.get("generation") or {}).items():
-        for metric in group("generation"):
-            if metric.summary is not None and metric.name in found:
-                title = "greedy texts" if name == "generation" else f"greedy texts, {name}"
-                column = Column.of(title, metric)
-                yield column, Cell(found[metric.name], interval(found, metric.name))
-    for name, found in (metrics.get("preferences") or {}).items():
-        for metric in group("preferences"):
-            if metric.summary is not None and metric.name in found:
-                yield Column.of("preferences", metric, name), Cell(found[metric.name])
+    for column, metric, found in _columns(metrics):
+        if metric.name in found:
+            yield column, Cell(found[metric.name], interval(found, metric.name))
     parts = parts_of_groups(metrics)
     for task, found in (metrics.get("tasks") or {}).items():
         if task not in parts and (key := main_metric(found)) is not None:
-            best = min if lower_is_better(key) else max
-            column = Column("tasks", f"{task} {key}", score_writer(key), best)
+            better = "lower" if lower_is_better(key) else "higher"
+            column = Column("tasks", f"{task} {key}", Metric(key, key, score_writer(key), better))
             yield column, Cell(found[key], interval(found, key))
     model = about.get("model")
     cache = model.get("cache") if isinstance(model, Mapping) else None
     if cache:
         size = cache["bytes_per_sequence"] + CONTEXT * cache["bytes_per_token"]
-        yield Column("cache", f"MiB at {CONTEXT:,}", mebibytes, min), Cell(size)
+        yield Column("cache", f"MiB at {CONTEXT:,}", CACHE), Cell(size)
 
 
 def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, Cell]]]:
-    """The teacher and a guess, on the recall probes."""
-    recall = metrics.get("recall") or {}
-    columns = {probe: Column.of("recall", RECALL, probe) for probe in recall}
-    teacher = {
-        columns[probe]: Cell(found["teacher"][RECALL.name], interval(found["teacher"], RECALL.name))
-        for probe, found in recall.items()
-        if "recall" in found.get("teacher", {})
-    }
+    """The teacher, where it was measured by itself, and a guess."""
+    teacher, chance = {}, {}
+    for column, metric, found in _columns(metrics):
+        if "chance" in found:
+            chance[column] = Cell(found["chance"])
+        theirs = found.get(TEACHER)
+        if isinstance(theirs, Mapping) and metric.name in theirs:
+            teacher[column] = Cell(theirs[metric.name], interval(theirs, metric.name))
     if teacher:
-        name = metrics.get("teacher")
+        name = metrics.get(TEACHER)
         yield f"teacher {name}" if isinstance(name, str) else "teacher", teacher
-    chance = {columns[p]: Cell(found["chance"]) for p, found in recall.items() if "chance" in found}
     if chance:
         yield "guessing", chance
 

@@ -5,17 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mambactl.errors import UsageError
-from mambactl.metrics import MAIN, group
+from mambactl.evaluation.probes import lower_is_better
+from mambactl.metrics import MAIN
 
 # group (data set or task) -> metric -> value
 Scores = Mapping[str, Mapping[str, float]]
 
-# numbers that may have a bound, or are tasks' scores
-BOUNDED = [
-    metric
-    for name in ("fidelity", "recall", "needle", "generation", "preferences", "tasks")
-    for metric in group(name)
-]
 # of the harness, on other scales than shares from 0 to 1; as far as hundreds, some below 0
 _NO_SHARES = re.compile(r"(bleu|chrf|rouge)(?!.*_acc$)|likelihood$")
 _SIGNED = re.compile(r"(mcc|likelihood|.*_diff)$")
@@ -44,12 +39,6 @@ class Check:
     def holds(self, value: float) -> bool:
         """Whether a value is within the bound; NaN never is."""
         return value <= self.bound if self.at_most else value >= self.bound
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of a metric is the better one."""
-    name = metric.partition(":")[0]
-    return any(each.name == name and each.better == "lower" for each in BOUNDED)
 
 
 def is_share(metric: str) -> bool:

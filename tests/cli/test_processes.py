@@ -16,8 +16,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from mambactl.checkpoint import contents
 from mambactl.cli.processes import RunFailure, of_this_run, run_processes, sharding, shards
 from mambactl.errors import ResourceError, UsageError
+from mambactl.files import recipe_folder
 from mambactl.options import ConvertConfig, DistillConfig, SftConfig
-from mambactl.recipes import recipe_folder
 
 FAIL = """
     from mambactl.cli import main as program

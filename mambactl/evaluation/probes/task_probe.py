@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from mambactl import console
-from mambactl.checkpoint.load import load_tokenizer
-from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.source import cache_dir
+from mambactl.data.sources import set_name
 from mambactl.errors import UsageError
 from mambactl.evaluation.harness.presets import MAX_LENGTH, PRESETS, summary
 from mambactl.evaluation.harness.tasks import (
@@ -23,9 +23,10 @@ from mambactl.evaluation.harness.tasks import (
     require_distinct,
     require_harness,
 )
-from mambactl.models.placement import place
-from mambactl.options import EvalConfig
-from mambactl.report.card_results import CARD
+from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
+from mambactl.files import CARD
+from mambactl.options.evaluation import EvalBase, EvalOptions
+from mambactl.options.fields import Names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,12 +34,49 @@ if TYPE_CHECKING:
     from mambactl.evaluation.harness.scoring import TaskScores
 
 
+class TaskNames(EvalBase):
+    """The tasks."""
+
+    tasks: Names = Field(
+        [], description="harness names, .jsonl files, or paper-zeroshot, paper-fewshot"
+    )
+
+
+class TaskPrompts(EvalBase):
+    """What is around the rows of a task, and what is kept."""
+
+    task_dir: str | None = Field(None, description="folder of .jsonl sets and harness YAML files")
+    num_fewshot: int | None = Field(None, ge=0, description="worked examples in a task's prompts")
+    fewshot_seed: int = Field(1234, ge=0, description="which ones are drawn, as in the harness")
+    apply_chat_template: bool = Field(False, description="wrap tasks' prompts in the template")
+    fewshot_as_multiturn: bool | None = Field(
+        None, description="worked examples as chat turns; default: with the template"
+    )
+    system_instruction: str | None = Field(None, description="what opens tasks' prompts")
+    task_max_length: int | None = Field(
+        None, ge=16, description="tokens per request of tasks; default: the model's"
+    )
+    cache_requests: bool = Field(False, description="keep the prompts of tasks for later runs")
+    use_cache: str | None = Field(None, description="folder that keeps the model's answers")
+    log_samples: bool = Field(False, description="write requests and answers of tasks")
+    output_path: str | None = Field(
+        None, description="folder for them; default: results/ in a checkpoint folder"
+    )
+
+
+class TaskOptions(TaskNames, TaskPrompts, EvalOptions):
+    """All that scoring tasks reads."""
+
+
 @dataclass(frozen=True)
 class TaskPlan:
-    """Tasks that were found and read; `presets` are the lists that they fill."""
+    """Tasks that were found and read; `presets` are the lists that they fill, `names` what they
+    were asked for as.
+    """
 
     wanted: list[Wanted]
     presets: list[str]
+    names: list[str]
     samples: Path | None = None
 
     def rows(self) -> dict[str, int | None]:
@@ -53,10 +91,75 @@ class TaskPlan:
         return known | {name: list(summary(PRESETS[name], {})) for name in self.presets}
 
 
-def read(config: EvalConfig, source: str) -> TaskPlan:
+@dataclass(frozen=True)
+class Scored:
+    """What the harness found, and what was asked of it."""
+
+    plan: TaskPlan
+    scores: "TaskScores"
+
+
+class TaskProbe(Probe[TaskOptions, TaskPlan, Scored]):
+    """Scores by task, and the parts of tasks that have any."""
+
+    name, title, group = "tasks", "Tasks", "tasks"
+    about = "Lines are 95 % intervals, 1.96 standard errors to each side, where errors are known."
+    options = (TaskNames, TaskPrompts)
+    example = "--tasks NAME,FILE.jsonl"
+    teacher = "unused"
+    alone = True
+
+    def asked(self, config: TaskOptions) -> bool:
+        """Whether there are tasks."""
+        return bool(config.tasks)
+
+    def read(self, config: TaskOptions, asked: Asked) -> TaskPlan:
+        """Resolve and check everything about tasks."""
+        return read(config, asked.source)
+
+    def plan(self, inputs: TaskPlan | None) -> dict[str, Any]:
+        """Rows of every task."""
+        return {self.name: {} if inputs is None else inputs.rows()}
+
+    def labels(self, inputs: TaskPlan) -> list[str]:
+        """The tasks as they were asked for."""
+        return inputs.names
+
+    def known(self, inputs: TaskPlan) -> dict[str, Sequence[str]] | None:
+        """Scores of local tasks: only the harness knows those of its own, once it loads them."""
+        return inputs.metrics()
+
+    def measure(self, config: TaskOptions, inputs: TaskPlan, subject: Subject) -> Scored:
+        """Score the student alone."""
+        options = _options(inputs, config, subject.source, subject.model)
+        return Scored(
+            inputs, score_wanted(subject.model, subject.tokenizer, inputs.wanted, options)
+        )
+
+    def show(self, subject: Subject, found: Scored) -> None:
+        """Print the harness's table and those of the presets."""
+        console.log(found.scores.table.rstrip())
+        show_presets(found.plan, subject.source, found.scores.metrics)
+
+    def keep(self, kept: Numbers, found: Scored) -> None:
+        """Keep scores, and groups of tasks; write the samples where they are asked for."""
+        scores = dict(found.scores.metrics)
+        for name in found.plan.presets:
+            numbers = summary(PRESETS[name], found.scores.metrics)
+            scores[name] = {key: value for key, value in numbers.items() if value is not None}
+        kept[self.name] = scores
+        if found.scores.groups:
+            kept["task_groups"] = found.scores.groups
+        if found.plan.samples is not None:
+            _write_samples(found.plan.samples, found.scores.samples)
+
+    def scores(self, kept: Numbers) -> dict[str, dict[str, float]]:
+        """Every score, known to the table or not."""
+        return kept.get(self.name, {})
+
+
+def read(config: TaskOptions, source: str) -> TaskPlan:
     """Resolve and check everything about tasks before a model is loaded."""
-    if not config.tasks:
-        return TaskPlan([], [])
     require_harness()
     _check(config, source)
     presets = [name for name in dict.fromkeys(config.tasks) if name in PRESETS]
@@ -64,7 +167,8 @@ def read(config: EvalConfig, source: str) -> TaskPlan:
     require_distinct([name for name, _, _ in wanted])
     found = [_find(config, *one) for one in wanted]
     require_distinct([task.name for task in found])
-    return TaskPlan(found, presets, _samples(config, source))
+    names = [set_name(task) for task in config.tasks]
+    return TaskPlan(found, presets, names, _samples(config, source))
 
 
 def score_wanted(
@@ -80,35 +184,22 @@ def score_wanted(
     return score(model, tokenizer, wanted, options)
 
 
-def measure(
-    plan: TaskPlan, config: EvalConfig, source: str, model: Any, tokenizer: Any
-) -> dict[str, dict[str, Any]]:
-    """Score a model, print the harness's table and those of the presets.
-
-    `tasks` are scores by task, `task_groups` the parts of tasks that have any.
-    """
-    scores = score_wanted(model, tokenizer, plan.wanted, _options(plan, config, source, model))
-    console.log(scores.table.rstrip())
-    found: dict[str, dict[str, Any]] = dict(scores.metrics)
+def show_presets(plan: TaskPlan, source: str, scores: dict[str, Numbers]) -> None:
+    """Print a table of every list of the paper that was asked for."""
     for name in plan.presets:
-        columns = PRESETS[name]
-        numbers = summary(columns, scores.metrics)
-        shots = {column.label: column for column in columns}
-        measured = sum(numbers[label] is not None for label in shots)
-        average = f"average of {measured} of {len(shots)}"
+        columns = {column.label: column for column in PRESETS[name]}
+        numbers = summary(PRESETS[name], scores)
+        measured = sum(numbers[label] is not None for label in columns)
         lines = [
             (label, str(column.shots), column.metric, _percent(numbers[label]))
-            for label, column in shots.items()
+            for label, column in columns.items()
         ]
+        average = f"average of {measured} of {len(columns)}"
         lines.append((average, "", "", _percent(numbers["average"])))
         console.table(f"{name} of {source}", ("", "shots", "metric", "%"), lines)
-        found[name] = {label: value for label, value in numbers.items() if value is not None}
-    if plan.samples is not None:
-        _write_samples(plan.samples, scores.samples)
-    return {"tasks": found} | ({"task_groups": scores.groups} if scores.groups else {})
 
 
-def _expand(config: EvalConfig) -> list[tuple[str, int | None, bool]]:
+def _expand(config: TaskOptions) -> list[tuple[str, int | None, bool]]:
     """(task, its own number of worked examples, whether others go on without it)."""
     every: list[tuple[str, int | None, bool]] = []
     for spec in config.tasks:
@@ -122,7 +213,7 @@ def _expand(config: EvalConfig) -> list[tuple[str, int | None, bool]]:
     return every
 
 
-def _find(config: EvalConfig, name: str, shots: int | None, optional: bool) -> Wanted:
+def _find(config: TaskOptions, name: str, shots: int | None, optional: bool) -> Wanted:
     examples = (config.num_fewshot or 0) if shots is None else shots
     if is_local(name):
         task = load_local_task(name, config.limit, examples)
@@ -138,7 +229,7 @@ def _find(config: EvalConfig, name: str, shots: int | None, optional: bool) -> W
     return Wanted(name, task, shots)
 
 
-def _check(config: EvalConfig, source: str) -> None:
+def _check(config: TaskOptions, source: str) -> None:
     if config.task_dir is not None and not Path(config.task_dir).expanduser().is_dir():
         raise UsageError(f"--task-dir {config.task_dir} is no folder", "give one with task files")
     if config.num_fewshot is not None and any(name in PRESETS for name in config.tasks):
@@ -149,12 +240,14 @@ def _check(config: EvalConfig, source: str) -> None:
     if config.fewshot_as_multiturn and not config.apply_chat_template:
         raise UsageError("chat turns need a chat template", "add --apply-chat-template")
     if config.apply_chat_template:
+        from mambactl.checkpoint.load import load_tokenizer
+
         tokenizer = load_tokenizer(source, config.trust_remote_code)
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(f"{source} has no chat template", "leave out --apply-chat-template")
 
 
-def _samples(config: EvalConfig, source: str) -> Path | None:
+def _samples(config: TaskOptions, source: str) -> Path | None:
     if not config.log_samples:
         return None
     if config.output_path is not None:
@@ -167,7 +260,9 @@ def _samples(config: EvalConfig, source: str) -> Path | None:
     return folder / "results"
 
 
-def _options(plan: TaskPlan, config: EvalConfig, source: str, model: Any) -> HarnessOptions:
+def _options(plan: TaskPlan, config: TaskOptions, source: str, model: Any) -> HarnessOptions:
+    from mambactl.checkpoint.source import cache_dir
+
     longest = config.task_max_length
     if longest is None and plan.presets:
         longest = min(MAX_LENGTH, model.config.max_position_embeddings)
@@ -193,8 +288,11 @@ def _options(plan: TaskPlan, config: EvalConfig, source: str, model: Any) -> Har
     )
 
 
-def _fingerprint(config: EvalConfig, source: str, max_length: int | None) -> str:
+def _fingerprint(config: TaskOptions, source: str, max_length: int | None) -> str:
     """Names the answers of one model: the harness looks them up by the question alone."""
+    from mambactl.checkpoint.resolve import resolve
+    from mambactl.models.placement import place
+
     path = Path(resolve(source).path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     facts = [
