@@ -17,11 +17,10 @@ from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
 from mambactl.errors import CheckError, UsageError
 from mambactl.evaluation.controls import ablated, require_branch, windowed_attention
 from mambactl.evaluation.fidelity import Variant
-from mambactl.evaluation.probes import PROBES
+from mambactl.evaluation.probes import PROBES, EvalConfig
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.placement import place
-from mambactl.options.evaluation import EvalOptions
 from mambactl.report.results import save_results
 from mambactl.report.thresholds import Check, failures, parse_checks, require_known
 from mambactl.stage_result import StageResult
@@ -49,14 +48,14 @@ class Inputs:
             yield probe, self.read[probe.name]
 
 
-def run(config: EvalOptions, source: str) -> StageResult:
+def run(config: EvalConfig, source: str) -> StageResult:
     """Measure and print tables; a bound of `fail_under` that does not hold is a CheckError."""
     result = measure(config, source)
     check(config, result.metrics)
     return result
 
 
-def measure(config: EvalOptions, source: str) -> StageResult:
+def measure(config: EvalConfig, source: str) -> StageResult:
     """Measure, print tables and keep the numbers, whatever they are."""
     inputs = _read(config, source)
     subject = _subject(config, inputs, source)
@@ -79,7 +78,7 @@ def measure(config: EvalOptions, source: str) -> StageResult:
     return StageResult(path=source, metrics=metrics, kept=kept)
 
 
-def plan(config: EvalOptions, source: str) -> dict[str, Any]:
+def plan(config: EvalConfig, source: str) -> dict[str, Any]:
     """What would be measured; reads headers, data and task files, and no weights."""
     inputs = _read(config, source)
     device, dtype = place(config)
@@ -100,7 +99,7 @@ def plan(config: EvalOptions, source: str) -> dict[str, Any]:
     }
 
 
-def check(config: EvalOptions, metrics: dict[str, Any]) -> None:
+def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
     """Raise CheckError where a bound of `fail_under` does not hold."""
     checks = parse_checks(config.fail_under)
     scores: dict[str, dict[str, float]] = {}
@@ -111,7 +110,7 @@ def check(config: EvalOptions, metrics: dict[str, Any]) -> None:
         raise CheckError("; ".join(failed))
 
 
-def _read(config: EvalOptions, source: str) -> Inputs:
+def _read(config: EvalConfig, source: str) -> Inputs:
     probes = [probe for probe in PROBES.values() if probe.asked(config)]
     changed = config.control or config.ablate
     if changed and not any(probe.controlled for probe in probes):
@@ -161,7 +160,7 @@ def _warn_of_length(asked: Asked) -> None:
         )
 
 
-def _teacher(config: EvalOptions, source: str, probes: list[Probe[Any, Any, Any]]) -> str | None:
+def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]) -> str | None:
     """What the model is compared with; some probes mean something without it."""
     asked = {probe.teacher for probe in probes}
     needed = "needed" in asked or config.control
@@ -192,7 +191,7 @@ def _replaced(source: str, teacher: str) -> list[int]:
     return found
 
 
-def _subject(config: EvalOptions, inputs: Inputs, source: str) -> Subject:
+def _subject(config: EvalConfig, inputs: Inputs, source: str) -> Subject:
     """Load every model once, also where two are the same."""
     model = _load(config, source)
     tokenizer = load_tokenizer(source, config.trust_remote_code)
@@ -209,13 +208,13 @@ def _subject(config: EvalOptions, inputs: Inputs, source: str) -> Subject:
     )
 
 
-def _control_names(config: EvalOptions) -> list[str]:
+def _control_names(config: EvalConfig) -> list[str]:
     window = f"window {config.control_window}+{config.control_sinks}"
     return ([window] if config.control else []) + [f"no {branch}" for branch in config.ablate]
 
 
 def _variants(
-    config: EvalOptions,
+    config: EvalConfig,
     inputs: Inputs,
     model: HybridForCausalLM,
     teacher: HybridForCausalLM | None,
@@ -233,7 +232,7 @@ def _variants(
     return students | dict(zip(_control_names(config), changes, strict=True))
 
 
-def _load(config: EvalOptions, spec: str) -> HybridForCausalLM:
+def _load(config: EvalConfig, spec: str) -> HybridForCausalLM:
     device, dtype = place(config)
     return load_model(
         spec, device=str(device), dtype=dtype, trust_remote_code=config.trust_remote_code

@@ -5,12 +5,13 @@ of the console, pages, comparisons, cards and bounds follow from it. Loading the
 heavy library: probes import theirs when they measure.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 from pydantic import create_model
-from pydantic.fields import FieldInfo
 
+from mambactl.evaluation.harness.task_options import TaskNames, TaskPrompts
 from mambactl.evaluation.probes.agreement_probe import AgreementOptions, AgreementProbe
 from mambactl.evaluation.probes.fidelity_probe import FidelityProbe
 from mambactl.evaluation.probes.layer_probe import LayerOptions, LayerProbe
@@ -19,7 +20,7 @@ from mambactl.evaluation.probes.position_probe import PositionOptions, PositionP
 from mambactl.evaluation.probes.preference_probe import PreferenceOptions, PreferenceProbe
 from mambactl.evaluation.probes.probe import Probe
 from mambactl.evaluation.probes.recall_probe import RecallOptions, RecallProbe
-from mambactl.evaluation.probes.task_probe import TaskNames, TaskProbe, TaskPrompts
+from mambactl.evaluation.probes.task_probe import TaskProbe
 from mambactl.options.evaluation import Certainty, Controls, EvalBase, Outcome, Sizes, Text
 
 _ROWS: tuple[Probe[Any, Any, Any], ...] = (
@@ -56,7 +57,12 @@ def eval_options(probes: Iterable[Probe[Any, Any, Any]]) -> type[EvalBase]:
     owned = [part for probe in probes for part in probe.options]
     others = [part for part in HELP if part in owned or part not in _PARTS]
     parts = (*others, *(part for part in owned if part not in HELP), Outcome)
-    fields = {name: field for part in parts for name, field in _own_fields(part)}
+    fields = {
+        # a field belongs to one class
+        name: (annotation, copy(getattr(part, name)))
+        for part in parts
+        for name, annotation in part.__annotations__.items()
+    }
     return create_model(
         "EvalConfig",
         __base__=EvalBase,
@@ -64,13 +70,6 @@ def eval_options(probes: Iterable[Probe[Any, Any, Any]]) -> type[EvalBase]:
         __module__=__name__,
         **fields,
     )
-
-
-def _own_fields(part: type[EvalBase]) -> Iterator[tuple[str, tuple[Any, FieldInfo]]]:
-    """Fields that a class declares itself, without those that it shares."""
-    for name in part.__annotations__:
-        if (field := part.model_fields.get(name)) is not None:
-            yield name, (field.rebuild_annotation(), field)
 
 
 _PARTS = frozenset(part for probe in _ROWS for part in probe.options)

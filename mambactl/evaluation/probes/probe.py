@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from mambactl import console, metrics
 from mambactl.errors import UsageError
 from mambactl.metrics import Metric
-from mambactl.options.evaluation import EvalBase, EvalOptions
+from mambactl.options.evaluation import EvalOptions
 
 if TYPE_CHECKING:
     from mambactl.evaluation.fidelity import Variant
@@ -93,7 +93,8 @@ class Probe(Generic[Options, Inputs, Found]):
     about: ClassVar[str] = ""
     group: ClassVar[str] = ""
     by_set: ClassVar[bool] = False
-    options: ClassVar[tuple[type[EvalBase], ...]] = ()
+    # plain classes whose annotated fields become options
+    options: ClassVar[tuple[type, ...]] = ()
     own: ClassVar[tuple[Metric, ...]] = ()
     # how it is asked for, in a hint
     example: ClassVar[str] = ""

@@ -1,105 +1,27 @@
-"""`eval --tasks`: which tasks, from where, with what around them, and the tables they end in."""
+"""`eval --tasks`: scores of lm-evaluation-harness, on its tasks and on files."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from mambactl import console
-from mambactl.data.sources import set_name
-from mambactl.errors import UsageError
-from mambactl.evaluation.harness.presets import MAX_LENGTH, PRESETS, summary
-from mambactl.evaluation.harness.tasks import (
-    HarnessOptions,
-    Wanted,
-    find_local,
-    is_local,
-    load_local_task,
-    matching,
-    require_distinct,
-    require_harness,
-)
+from mambactl.evaluation.harness.task_options import TaskNames, TaskOptions, TaskPrompts
 from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
-from mambactl.files import CARD
-from mambactl.options.evaluation import EvalBase, EvalOptions
-from mambactl.options.fields import Names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from mambactl.evaluation.harness.scoring import TaskScores
-
-
-class TaskNames(EvalBase):
-    """The tasks."""
-
-    tasks: Names = Field(
-        [], description="harness names, .jsonl files, or paper-zeroshot, paper-fewshot"
-    )
-
-
-class TaskPrompts(EvalBase):
-    """What is around the rows of a task, and what is kept."""
-
-    task_dir: str | None = Field(None, description="folder of .jsonl sets and harness YAML files")
-    num_fewshot: int | None = Field(None, ge=0, description="worked examples in a task's prompts")
-    fewshot_seed: int = Field(1234, ge=0, description="which ones are drawn, as in the harness")
-    apply_chat_template: bool = Field(False, description="wrap tasks' prompts in the template")
-    fewshot_as_multiturn: bool | None = Field(
-        None, description="worked examples as chat turns; default: with the template"
-    )
-    system_instruction: str | None = Field(None, description="what opens tasks' prompts")
-    task_max_length: int | None = Field(
-        None, ge=16, description="tokens per request of tasks; default: the model's"
-    )
-    cache_requests: bool = Field(False, description="keep the prompts of tasks for later runs")
-    use_cache: str | None = Field(None, description="folder that keeps the model's answers")
-    log_samples: bool = Field(False, description="write requests and answers of tasks")
-    output_path: str | None = Field(
-        None, description="folder for them; default: results/ in a checkpoint folder"
-    )
-
-
-class TaskOptions(TaskNames, TaskPrompts, EvalOptions):
-    """All that scoring tasks reads."""
-
-
-@dataclass(frozen=True)
-class TaskPlan:
-    """Tasks that were found and read; `presets` are the lists that they fill, `names` what they
-    were asked for as.
-    """
-
-    wanted: list[Wanted]
-    presets: list[str]
-    names: list[str]
-    samples: Path | None = None
-
-    def rows(self) -> dict[str, int | None]:
-        """Task -> rows, None where only the harness knows."""
-        return {task.name: task.local and len(task.local.rows) for task in self.wanted}
-
-    def metrics(self) -> dict[str, list[str]] | None:
-        """Task -> scores, None where only the harness knows."""
-        if any(task.local is None for task in self.wanted):
-            return None
-        known = {task.name: task.local.schema.metrics for task in self.wanted}
-        return known | {name: list(summary(PRESETS[name], {})) for name in self.presets}
+    from mambactl.evaluation.harness.task_plan import TaskPlan
 
 
 @dataclass(frozen=True)
 class Scored:
     """What the harness found, and what was asked of it."""
 
-    plan: TaskPlan
+    plan: "TaskPlan"
     scores: "TaskScores"
 
 
-class TaskProbe(Probe[TaskOptions, TaskPlan, Scored]):
+class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
     """Scores by task, and the parts of tasks that have any."""
 
     name, title, group = "tasks", "Tasks", "tasks"
@@ -113,36 +35,44 @@ class TaskProbe(Probe[TaskOptions, TaskPlan, Scored]):
         """Whether there are tasks."""
         return bool(config.tasks)
 
-    def read(self, config: TaskOptions, asked: Asked) -> TaskPlan:
+    def read(self, config: TaskOptions, asked: Asked) -> "TaskPlan":
         """Resolve and check everything about tasks."""
+        from mambactl.evaluation.harness.task_plan import read
+
         return read(config, asked.source)
 
-    def plan(self, inputs: TaskPlan | None) -> dict[str, Any]:
+    def plan(self, inputs: "TaskPlan | None") -> dict[str, Any]:
         """Rows of every task."""
         return {self.name: {} if inputs is None else inputs.rows()}
 
-    def labels(self, inputs: TaskPlan) -> list[str]:
+    def labels(self, inputs: "TaskPlan") -> list[str]:
         """The tasks as they were asked for."""
         return inputs.names
 
-    def known(self, inputs: TaskPlan) -> dict[str, Sequence[str]] | None:
+    def known(self, inputs: "TaskPlan") -> dict[str, Sequence[str]] | None:
         """Scores of local tasks: only the harness knows those of its own, once it loads them."""
         return inputs.metrics()
 
-    def measure(self, config: TaskOptions, inputs: TaskPlan, subject: Subject) -> Scored:
+    def measure(self, config: TaskOptions, inputs: "TaskPlan", subject: Subject) -> Scored:
         """Score the student alone."""
-        options = _options(inputs, config, subject.source, subject.model)
-        return Scored(
-            inputs, score_wanted(subject.model, subject.tokenizer, inputs.wanted, options)
-        )
+        from mambactl.evaluation.harness.task_plan import harness_options, score_wanted
+
+        options = harness_options(inputs, config, subject.source, subject.model)
+        scores = score_wanted(subject.model, subject.tokenizer, inputs.wanted, options)
+        return Scored(inputs, scores)
 
     def show(self, subject: Subject, found: Scored) -> None:
         """Print the harness's table and those of the presets."""
+        from mambactl.evaluation.harness.task_plan import show_presets
+
         console.log(found.scores.table.rstrip())
         show_presets(found.plan, subject.source, found.scores.metrics)
 
     def keep(self, kept: Numbers, found: Scored) -> None:
         """Keep scores, and groups of tasks; write the samples where they are asked for."""
+        from mambactl.evaluation.harness.presets import PRESETS, summary
+        from mambactl.evaluation.harness.task_plan import write_samples
+
         scores = dict(found.scores.metrics)
         for name in found.plan.presets:
             numbers = summary(PRESETS[name], found.scores.metrics)
@@ -151,168 +81,8 @@ class TaskProbe(Probe[TaskOptions, TaskPlan, Scored]):
         if found.scores.groups:
             kept["task_groups"] = found.scores.groups
         if found.plan.samples is not None:
-            _write_samples(found.plan.samples, found.scores.samples)
+            write_samples(found.plan.samples, found.scores.samples)
 
     def scores(self, kept: Numbers) -> dict[str, dict[str, float]]:
         """Every score, known to the table or not."""
         return kept.get(self.name, {})
-
-
-def read(config: TaskOptions, source: str) -> TaskPlan:
-    """Resolve and check everything about tasks before a model is loaded."""
-    require_harness()
-    _check(config, source)
-    presets = [name for name in dict.fromkeys(config.tasks) if name in PRESETS]
-    wanted = list(dict.fromkeys(_expand(config)))
-    require_distinct([name for name, _, _ in wanted])
-    found = [_find(config, *one) for one in wanted]
-    require_distinct([task.name for task in found])
-    names = [set_name(task) for task in config.tasks]
-    return TaskPlan(found, presets, names, _samples(config, source))
-
-
-def score_wanted(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    wanted: Sequence[Wanted],
-    options: HarnessOptions,
-) -> "TaskScores":
-    """Score a model on tasks; ResourceError when the harness is missing."""
-    require_harness()
-    from mambactl.evaluation.harness.scoring import score
-
-    return score(model, tokenizer, wanted, options)
-
-
-def show_presets(plan: TaskPlan, source: str, scores: dict[str, Numbers]) -> None:
-    """Print a table of every list of the paper that was asked for."""
-    for name in plan.presets:
-        columns = {column.label: column for column in PRESETS[name]}
-        numbers = summary(PRESETS[name], scores)
-        measured = sum(numbers[label] is not None for label in columns)
-        lines = [
-            (label, str(column.shots), column.metric, _percent(numbers[label]))
-            for label, column in columns.items()
-        ]
-        average = f"average of {measured} of {len(columns)}"
-        lines.append((average, "", "", _percent(numbers["average"])))
-        console.table(f"{name} of {source}", ("", "shots", "metric", "%"), lines)
-
-
-def _expand(config: TaskOptions) -> list[tuple[str, int | None, bool]]:
-    """(task, its own number of worked examples, whether others go on without it)."""
-    every: list[tuple[str, int | None, bool]] = []
-    for spec in config.tasks:
-        if spec in PRESETS:
-            every += [
-                (task, column.shots, True) for column in PRESETS[spec] for task in column.tasks
-            ]
-        else:
-            names = matching(spec, config.task_dir) or [spec]
-            every += [(name, None, False) for name in names]
-    return every
-
-
-def _find(config: TaskOptions, name: str, shots: int | None, optional: bool) -> Wanted:
-    examples = (config.num_fewshot or 0) if shots is None else shots
-    if is_local(name):
-        task = load_local_task(name, config.limit, examples)
-        return Wanted(task.name, task, shots)
-    found = find_local(name, config.task_dir)
-    if found is None:
-        return Wanted(name, None, shots, optional)
-    path, schema = found
-    console.log(f"{name}: {path}", level=2)
-    task = load_local_task(str(path), config.limit, examples, name, schema)
-    if task.pool is not None and task.pool.own:
-        console.warn(f"{name} has no pool of worked examples; they are other rows of the set")
-    return Wanted(name, task, shots)
-
-
-def _check(config: TaskOptions, source: str) -> None:
-    if config.task_dir is not None and not Path(config.task_dir).expanduser().is_dir():
-        raise UsageError(f"--task-dir {config.task_dir} is no folder", "give one with task files")
-    if config.num_fewshot is not None and any(name in PRESETS for name in config.tasks):
-        raise UsageError(
-            "a list of the paper says itself how many worked examples its tasks have",
-            hint="leave out --num-fewshot, or name the tasks",
-        )
-    if config.fewshot_as_multiturn and not config.apply_chat_template:
-        raise UsageError("chat turns need a chat template", "add --apply-chat-template")
-    if config.apply_chat_template:
-        from mambactl.checkpoint.load import load_tokenizer
-
-        tokenizer = load_tokenizer(source, config.trust_remote_code)
-        if not getattr(tokenizer, "chat_template", None):
-            raise UsageError(f"{source} has no chat template", "leave out --apply-chat-template")
-
-
-def _samples(config: TaskOptions, source: str) -> Path | None:
-    if not config.log_samples:
-        return None
-    if config.output_path is not None:
-        return Path(config.output_path).expanduser()
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise UsageError(
-            f"samples need a place: {source} is no folder of yours", "add --output-path FOLDER"
-        )
-    return folder / "results"
-
-
-def _options(plan: TaskPlan, config: TaskOptions, source: str, model: Any) -> HarnessOptions:
-    from mambactl.checkpoint.source import cache_dir
-
-    longest = config.task_max_length
-    if longest is None and plan.presets:
-        longest = min(MAX_LENGTH, model.config.max_position_embeddings)
-    kept = cache_dir() / "tasks"
-    answers = None
-    if config.use_cache is not None:
-        kept = Path(config.use_cache).expanduser()
-        answers = kept / f"{_fingerprint(config, source, longest)}.db"
-    return HarnessOptions(
-        num_fewshot=config.num_fewshot,
-        apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=config.fewshot_as_multiturn,
-        system_instruction=config.system_instruction,
-        limit=config.limit,
-        batch_size=config.batch_size,
-        max_length=longest,
-        seed=config.seed,
-        fewshot_seed=config.fewshot_seed,
-        requests=kept / "requests" if config.cache_requests else None,
-        answers=answers,
-        log_samples=config.log_samples,
-        task_dir=config.task_dir,
-    )
-
-
-def _fingerprint(config: TaskOptions, source: str, max_length: int | None) -> str:
-    """Names the answers of one model: the harness looks them up by the question alone."""
-    from mambactl.checkpoint.resolve import resolve
-    from mambactl.models.placement import place
-
-    path = Path(resolve(source).path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    facts = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in files
-        # results in the card say nothing about the answers
-        if file.is_file() and file.name != CARD
-    ]
-    device, dtype = place(config)
-    whole = repr((str(path.resolve()), facts, device.type, str(dtype), max_length))
-    return f"{path.stem}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
-
-
-def _write_samples(folder: Path, samples: dict[str, Sequence[dict[str, Any]]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in samples.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"samples_{name}.jsonl").write_text("".join(lines), "utf-8")
-    console.log(f"samples of {len(samples)} tasks are in {folder}")
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
