@@ -11,11 +11,6 @@ from mambactl.errors import OutputError, ResourceError
 
 # what a training run writes first into the folder it keeps its state in
 RUN_FILE = "run.json"
-# of a checkpoint: suffixes of one that is a single file, and names inside of a folder
-SINGLE_FILE_SUFFIXES = (".st", ".safetensors")
-LINEAGE = "mambactl.json"
-CARD = "README.md"
-LEDGER = "metrics.jsonl"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -30,6 +30,32 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+class _PlainProducts:
+    """numpy, but a product sums each row by itself, as the units of a GPU do.
+
+    BLAS may sum a row in another order when the matrix around it has other rows.
+    """
+
+    def __init__(self, numpy) -> None:
+        self._numpy = numpy
+
+    def __getattr__(self, name: str):
+        return getattr(self._numpy, name)
+
+    def matmul(self, a, b, dtype):
+        rows = [
+            self._numpy.matmul(a[..., i : i + 1, :], b, dtype=dtype) for i in range(a.shape[-2])
+        ]
+        return self._numpy.concatenate(rows, axis=-2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreted_products() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        interpreter.np = _PlainProducts(interpreter.np)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> None:
     """The processes that xdist starts ignore SIGINT, as what they start would."""
@@ -47,13 +73,11 @@ def _as_loud_as_ever():
 
 def tiny_config(mixers: list[str], **overrides):
     """A 4-head, 2-KV-head configuration with both Mamba settings filled in."""
-    from mambactl.models.config import (
-        MIXERS,
-        HybridConfig,
-        WindowSettings,
-        mamba1_from_attention,
-        mamba2_from_attention,
-    )
+    from mambactl.models.config import HybridConfig
+    from mambactl.models.key_ring import WindowSettings
+    from mambactl.models.mixers.mamba1 import mamba1_from_attention
+    from mambactl.models.mixers.mamba2 import mamba2_from_attention
+    from mambactl.models.mixers.table import MIXERS
 
     fields = {
         "vocab_size": 97, "hidden_size": 48, "intermediate_size": 96,
@@ -62,7 +86,7 @@ def tiny_config(mixers: list[str], **overrides):
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }  # fmt: skip
-    settings = {k: overrides.pop(k) for k in MIXERS[1:] if k in overrides}
+    settings = {k: overrides.pop(k) for k in list(MIXERS)[1:] if k in overrides}
     base = HybridConfig(**{**fields, **overrides})
     settings.setdefault("mamba2", mamba2_from_attention(base, proj_bias=True))
     if "mamba2_window" in mixers:
@@ -126,8 +150,7 @@ def make_hybrid() -> Callable:
     return make
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer():
+def make_tokenizer():
     """A word-level tokenizer of 97 entries with a ChatML template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -150,9 +173,8 @@ def tiny_tokenizer():
     return fast
 
 
-@pytest.fixture(scope="session")
-def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
-    """A folder with a random 4-layer Llama of 97 tokens and its tokenizer."""
+def write_llama(folder: Path, tokenizer) -> Path:
+    """A random 4-layer Llama of 97 tokens and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -164,7 +186,18 @@ def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
         pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         initializer_range=0.2,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("tiny") / "llama"
     LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A word-level tokenizer of 97 entries with a ChatML template."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A folder with a random 4-layer Llama of 97 tokens and its tokenizer."""
+    return write_llama(tmp_path_factory.mktemp("tiny") / "llama", tiny_tokenizer)

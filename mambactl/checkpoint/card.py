@@ -42,7 +42,8 @@ def model_card(lineage: Mapping[str, Any], config: Any) -> str:
         "",
         f"Made by `mambactl {' -> '.join(stages)}` from `{source}`.",
         "",
-        *_layer_lines(mixers, fields.get("mamba2_window")),
+        *_layer_lines(mixers),
+        *_window_lines(config),
         *_metric_lines(lineage.get("metrics", {})),
         "",
         "```",
@@ -58,17 +59,31 @@ def _title(source: str | None) -> str:
     return (source or "model").rstrip("/").split("/")[-1]
 
 
-def _layer_lines(mixers: list[str], window: Mapping[str, int] | None) -> list[str]:
+def _window_lines(config: Any) -> list[str]:
+    """A sentence about each window of attention beside recurrences."""
+    if isinstance(config, Mapping):
+        return []
+    lines = []
+    for window in config.windows:
+        names = {
+            layer.spec.name: layer.spec.title
+            for layer in config.layers
+            if layer.spec.window(layer.settings) == window
+        }
+        for name, title in names.items():
+            lines += [
+                "",
+                f"A {name} layer is a {title} to the last {window.window} tokens and the first "
+                f"{window.sinks}.",
+            ]
+    return lines
+
+
+def _layer_lines(mixers: list[str]) -> list[str]:
     lines = ["| mixer | layers |", "|---|---|"]
     for kind in sorted(set(mixers)):
         layers = [str(index) for index, mixer in enumerate(mixers) if mixer == kind]
         lines.append(f"| {kind} | {', '.join(layers)} |")
-    if "mamba2_window" in mixers:
-        lines += [
-            "",
-            f"A mamba2_window layer is a Mamba-2 mixer plus attention to the last "
-            f"{window['window']} tokens and the first {window['sinks']}.",
-        ]
     return lines if mixers else []
 
 

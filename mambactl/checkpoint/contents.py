@@ -4,6 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from mambactl.checkpoint.adapters import adapt
@@ -86,10 +87,11 @@ def cache_bytes(config: HybridConfig, dtype: Any) -> dict[str, int]:
             held.append(cache.nbytes())
     per_token = held[1] - held[0]
     found = {"bytes_per_token": per_token, "bytes_per_sequence": held[0] - per_token}
-    if "mamba2_window" in config.mixers:
+    if config.windows:
         rings = [layer for layer in cache.layers if isinstance(layer, KeyRing)]
         found["window_bytes"] = sum(ring.keys.nbytes + ring.values.nbytes for ring in rings)
-        found |= config.mamba2_window
+    if len(config.windows) == 1:
+        found |= asdict(config.windows[0])
     return found
 
 

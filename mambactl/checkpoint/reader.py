@@ -16,10 +16,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, DTYPES, SIDE_FILES
+from mambactl.checkpoint.source import BINARY_PREFIX, CONFIG, LINEAGE, SIDE_FILES
 from mambactl.errors import MambactlError, ModelError
-from mambactl.files import LINEAGE
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 # pages of a mapped file count as resident until it is closed, so close it now and then
 _REMAP_BYTES = 256 << 20
 

@@ -8,10 +8,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mambactl.checkpoint.source import Source
+from mambactl.checkpoint.source import SINGLE_FILE_SUFFIXES, Source
 from mambactl.console import log
 from mambactl.errors import ModelError, ResourceError
-from mambactl.files import DISK_FULL, SINGLE_FILE_SUFFIXES
+from mambactl.files import DISK_FULL
 
 ALIASES = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",

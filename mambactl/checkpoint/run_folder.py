@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from mambactl.checkpoint.source import LEDGER
 from mambactl.errors import OutputError, ResourceError
-from mambactl.files import LEDGER, RUN_FILE, explained, hold
+from mambactl.files import RUN_FILE, explained, hold
 
 _FREE = "free some disk space, then use --resume"
 

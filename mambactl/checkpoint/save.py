@@ -17,13 +17,10 @@ from typing import Any
 import torch
 
 from mambactl.checkpoint.card import model_card
-from mambactl.checkpoint.source import (
-    BINARY_PREFIX,
-    CONFIG,
-    DTYPES,
-)
+from mambactl.checkpoint.reader import DTYPES
+from mambactl.checkpoint.source import BINARY_PREFIX, CARD, CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
 from mambactl.errors import OutputError, ResourceError
-from mambactl.files import CARD, LINEAGE, RUN_FILE, SINGLE_FILE_SUFFIXES, explained, gib, hold
+from mambactl.files import RUN_FILE, explained, gib, hold
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000

@@ -1,12 +1,15 @@
-"""A checkpoint on disk: its kind, the names of its files and the types of its tensors."""
+"""A checkpoint on disk: its kind and the names of its files."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+SINGLE_FILE_SUFFIXES = (".st", ".safetensors")
 CONFIG = "config.json"
+LINEAGE = "mambactl.json"
+CARD = "README.md"
+# of training, in a folder or beside a single file
+LEDGER = "metrics.jsonl"
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -19,19 +22,6 @@ SIDE_FILES = (
     "generation_config.json",
 )
 BINARY_PREFIX = "base64:"
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from mambactl.options import StageConfig
+from mambactl.options.fields import OpenChoice
 
 SHORT = {"prompt": "-p", "k": "-k"}
 
@@ -138,7 +139,14 @@ def _flag(name: str, field: FieldInfo) -> Any:
         names.append(SHORT[name])
     text = f"{field.description or ''}{_shown(field.default)}"
     metavar = name.upper() if kind == list[str] else None
-    return Annotated[kind | None, typer.Option(*names, help=text, metavar=metavar)]
+    usual: list[str] = []
+    if any(isinstance(mark, OpenChoice) for mark in field.metadata):
+        usual = list(get_args(kind))
+        kind, metavar = str, f"<{'|'.join(usual)}>"
+    option = typer.Option(
+        *names, help=text, metavar=metavar, autocompletion=(lambda: usual) if usual else None
+    )
+    return Annotated[kind | None, option]
 
 
 def _flag_type(annotation: Any) -> Any:

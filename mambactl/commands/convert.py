@@ -5,8 +5,8 @@ layers by measurement (`--select kl|recall`) loads the model as a whole.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import CheckpointWriter, refuse_existing, stored_dtype
 from mambactl.conversion.fit import LayerFit, Streams
 from mambactl.conversion.layout import attention_bytes, attention_to_keep, kept_attention
-from mambactl.conversion.replace import Replacement, block_of, open_aligned
+from mambactl.conversion.replace import Replacement, block_of, mixer_spec, open_aligned
 from mambactl.conversion.select import Choice, Texts, choose, count_forwards, read_texts
 from mambactl.data.pack import Batch
 from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.spec import MixerSpec
+from mambactl.models.mixers.table import MIXERS
 from mambactl.models.placement import place
 from mambactl.options import ConvertConfig
 from mambactl.stage_result import StageResult
@@ -99,13 +101,13 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": parameters * dtype.itemsize,
         "init": config.init,
-        "window": target.mamba2_window,
+        "window": _window(target),
         "rotary": target.rotates,
         "cache": cache_bytes(target, dtype),
         "documents": count_rows(config.calibrate) if config.calibrate else 0,
     }
     if config.select != "uniform":
-        keep = target.mixers.count("attention")
+        keep = len(target.attention_layers)
         # only how many is known before the measurement
         found |= {"layers": None, "replaced": len(found["replaced"]), "kept": keep}
         found["selection"] = {
@@ -127,7 +129,7 @@ class _Work:
 
     def target(self, kept: list[int]) -> HybridConfig:
         """The configuration with attention in `kept`; raises UsageError or ModelError."""
-        if "attention" not in self.adapted.config.mixers:
+        if not self.adapted.config.attention_layers:
             raise ModelError(
                 "this model has no attention layer to replace", "give a Llama or a hybrid"
             )
@@ -139,7 +141,7 @@ class _Work:
         config, base = self.config, self.adapted.config
         if config.kv_budget is None or config.keep_attention is not None:
             return kept_attention(base.num_hidden_layers, config.ratio, config.keep_attention)
-        attention = [i for i, name in enumerate(base.mixers) if name == "attention"]
+        attention = base.attention_layers
         keep = attention_to_keep(base, config.ratio, config.kv_budget, self._kv_itemsize)
         ratio = 1 - keep / max(1, len(attention))
         return [attention[place] for place in kept_attention(len(attention), ratio)]
@@ -216,10 +218,11 @@ def _check(config: ConvertConfig) -> None:
     """Raise UsageError for options that contradict each other."""
     if config.sinks is not None and not config.window:
         raise UsageError("--sinks belong to a window", "add --window 64")
-    if config.window and config.mixer != "mamba2":
-        raise UsageError(f"--window does not go with --mixer {config.mixer}", "use --mixer mamba2")
-    if config.rotary and config.mixer != "mamba2":
-        raise UsageError(f"--rotary does not go with --mixer {config.mixer}", "use --mixer mamba2")
+    spec = mixer_spec(config.mixer)
+    if config.window and spec.with_window is None:
+        raise _not_with(config, "--window", lambda other: other.with_window is not None)
+    if config.rotary and not spec.can_rotate:
+        raise _not_with(config, "--rotary", lambda other: other.can_rotate)
     if config.window and config.init != "calibrated":
         raise UsageError(
             "--window starts as the attention that it keeps, which --init reference would disturb",
@@ -245,6 +248,21 @@ def _check(config: ConvertConfig) -> None:
         )
 
 
+def _not_with(
+    config: ConvertConfig, option: str, able: Callable[[MixerSpec[Any]], bool]
+) -> UsageError:
+    known = [spec.name for spec in MIXERS.values() if able(spec)]
+    return UsageError(
+        f"{option} does not go with --mixer {config.mixer}", f"use --mixer {known[0]}"
+    )
+
+
+def _window(config: HybridConfig) -> dict[str, int] | None:
+    """The window of attention beside recurrences; layers with other ones have a list."""
+    windows = [asdict(window) for window in config.windows]
+    return windows[0] if len(windows) == 1 else windows or None
+
+
 def _replaced(base: HybridConfig, target: HybridConfig) -> list[int]:
     pairs = zip(base.mixers, target.mixers, strict=True)
     return [index for index, (old, new) in enumerate(pairs) if old != new]
@@ -253,10 +271,10 @@ def _replaced(base: HybridConfig, target: HybridConfig) -> list[int]:
 def _metrics(
     replaced: list[int], target: HybridConfig, fits: dict[int, LayerFit], choice: Choice | None
 ) -> dict[str, Any]:
-    kept = [index for index, mixer in enumerate(target.mixers) if mixer == "attention"]
+    kept = target.attention_layers
     metrics: dict[str, Any] = {"replaced_layers": replaced, "attention_layers": kept}
-    if target.mamba2_window:
-        metrics["window"] = target.mamba2_window
+    if window := _window(target):
+        metrics["window"] = window
     if target.rotates:
         metrics["rotary"] = True
     if fits:

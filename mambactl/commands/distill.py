@@ -17,7 +17,6 @@ from mambactl.commands.teacher_cache import cached_objective, read_record
 from mambactl.data.pack import Row
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
-from mambactl.models.distance import replaced_layers
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig
 from mambactl.stage_result import StageResult
@@ -56,7 +55,7 @@ def run(
     rows = job.rows(tokenizer)
     held_out = job.held_out_rows(tokenizer)
     models = _models(job, config, planned, needs_teacher=bool(held_out))
-    console.log(f"{len(replaced_layers(ours))} mixers follow {models.name}")
+    console.log(f"{len(ours.replaced_layers)} mixers follow {models.name}")
     phases = [_phase(job, config, models, theirs, plan, rows) for plan in planned]
     evaluation = None
     if held_out:
@@ -106,7 +105,7 @@ def _check_capture(job: Job, config: DistillConfig) -> None:
 def _configs(job: Job) -> tuple[HybridConfig, HybridConfig]:
     """The student's and the teacher's configuration; UsageError when nothing was replaced."""
     ours = model_config(job.source)
-    if not replaced_layers(ours):
+    if not ours.replaced_layers:
         raise UsageError(
             f"{job.source} has no Mamba layer to distill", f"first: mambactl convert {job.source}"
         )

@@ -20,11 +20,12 @@ from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.reader import read_lineage
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.checkpoint.source import LINEAGE
 from mambactl.data.mixture import names
 from mambactl.data.pack import Row, collate
 from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError, OutputError, UsageError
-from mambactl.files import LINEAGE, explained, gib
+from mambactl.files import explained, gib
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.stage_result import StageResult

@@ -3,39 +3,30 @@
 Two streams of hidden states run through the layers together: the teacher's, and the student's
 with every layer before already fitted. Each new mixer sees the student's stream and aims at what
 the teacher's attention put out in its own. Per query head, the half-life comes from a grid and
-constant, score and skip from least squares (`mambactl.conversion.initial_values.HeadFit`); then
+constant, score and skip from least squares (`mambactl.models.mixers.spec.HeadFit`); then
 out_proj is refitted by ridge regression towards the teacher's o_proj, with a strength chosen on
 held-out rows.
 A mixer beside a window of attention aims at what the window does not give.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mambactl.conversion.initial_values import NO_DECAY, AttentionWeights, HeadFit, apply_fit
 from mambactl.data.pack import Batch
-from mambactl.kernels import reference as kernels
 from mambactl.models.hybrid import HybridBlock, HybridModel
 from mambactl.models.mixers.context import StepContext
-from mambactl.models.mixers.mamba1 import Mamba1Mixer
-from mambactl.models.mixers.mamba2 import Mamba2Mixer
-from mambactl.models.mixers.rotary import turn
-from mambactl.models.mixers.windowed import Mamba2WindowMixer
+from mambactl.models.mixers.from_attention import NO_DECAY
+from mambactl.models.mixers.spec import AttentionWeights, HeadFit, Mixer, MixerSpec
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 256.0, NO_DECAY)
 RIDGE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 # the head fit has four numbers a head: this many tokens settle them
 HEAD_FIT_TOKENS = 4096
 HELD_OUT = 0.15
-# a score that Mamba-1's dt can express whatever the scale of v
-SMALL_SCORE = 0.01
-
-# half-life -> what a head can mix, R tensors [B, T, H, P]
-Basis = Callable[[float], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ class Streams:
             self.student[i] = self.teacher[i] if same else block(self.student[i], context, None)
 
     @torch.no_grad()
-    def replace(self, teacher: HybridBlock, student: HybridBlock) -> LayerFit:
+    def replace(self, teacher: HybridBlock, student: HybridBlock, spec: MixerSpec[Any]) -> LayerFit:
         """Fit the student's mixer, then run the layer in both streams."""
         heads, targets = [], []
         for i, context in enumerate(self.contexts):
@@ -84,10 +75,9 @@ class Streams:
         masks = [batch.valid for batch in self.batches]
         problem = Problem(inputs, self.contexts, masks, heads, targets)
         weights = attention_weights(teacher)
-        if isinstance(student.mixer, Mamba2WindowMixer):
-            problem = _beyond_window(student.mixer, problem)
-            student.mixer.out_proj.weight.copy_(weights.o)
-        report = fit_mixer(student.mixer, weights, problem)
+        problem = _beyond_window(spec, student.mixer, weights, problem)
+        spec.start_fit(student.mixer, weights)
+        report = fit_mixer(spec, student.mixer, weights, problem)
         for i, context in enumerate(self.contexts):
             self.student[i] = student(self.student[i], context, None)
         return report
@@ -104,13 +94,18 @@ class Problem:
     targets: list[Tensor]
 
 
-def _beyond_window(mixer: Mamba2WindowMixer, problem: Problem) -> Problem:
-    """The problem with what the mixer's window gives taken off."""
+def _beyond_window(
+    spec: MixerSpec[Any], mixer: Mixer, attention: AttentionWeights, problem: Problem
+) -> Problem:
+    """The problem with the output of attention beside the recurrence taken off."""
     heads, targets = [], []
     for i, context in enumerate(problem.contexts):
-        near = mixer.window.features(problem.inputs[i], context)
+        near = spec.beside(mixer, problem.inputs[i], context)
+        if near is None:
+            return problem
         heads.append(problem.heads[i] - near)
-        targets.append(problem.targets[i] - mixer.window.o_proj(near))
+        projected = nn.functional.linear(near, attention.o, (attention.biases or {}).get("o"))
+        targets.append(problem.targets[i] - projected)
     return replace(problem, heads=heads, targets=targets)
 
 
@@ -139,24 +134,30 @@ def _observe(
         handle.remove()
 
 
-def fit_mixer(mixer: nn.Module, attention: AttentionWeights, problem: Problem) -> LayerFit:
-    """Fit a neutral mixer (`conversion.initial_values`) in place and report its error."""
-    fit = fit_heads(mixer, attention, problem)
-    apply_fit(mixer, attention, fit)
+def fit_mixer(
+    spec: MixerSpec[Any], mixer: Mixer, attention: AttentionWeights, problem: Problem
+) -> LayerFit:
+    """Fit a mixer that `spec.initialise` has filled, in place, and report its error."""
+    half_lives: list[float] = []
+    if spec.fits_heads:
+        fit = fit_heads(spec, mixer, attention, problem)
+        spec.apply_fit(mixer, attention, fit)
+        half_lives = [round(value, 1) for value in fit.half_life.tolist()]
     features = [
         mixer.features(hidden, context)
         for hidden, context in zip(problem.inputs, problem.contexts, strict=True)
     ]
-    if isinstance(mixer, Mamba2Mixer):
-        _rescale_heads(mixer, features, problem)
+    if spec.rescales_heads:
+        _rescale_heads(spec, mixer, len(half_lives), features, problem)
     before, after, ridge = _refit_output(mixer, features, problem)
-    half_lives = [round(value, 1) for value in fit.half_life.tolist()]
     return LayerFit(before, after, half_lives, ridge)
 
 
-def fit_heads(mixer: nn.Module, attention: AttentionWeights, problem: Problem) -> HeadFit:
+def fit_heads(
+    spec: MixerSpec[Any], mixer: Mixer, attention: AttentionWeights, problem: Problem
+) -> HeadFit:
     """Per head the half-life, constant, score and skip of least squared error to the teacher."""
-    gram, moment, samples = _head_sums(mixer, attention, problem)
+    gram, moment, samples = _head_sums(spec, mixer, attention, problem)
     weights = _solve_heads(gram, moment)  # [half-lives, H, R]
     if weights.shape[-1] == 2:
         # Mamba-1 has no negative score: such a head makes do with its skip
@@ -179,16 +180,15 @@ def fit_heads(mixer: nn.Module, attention: AttentionWeights, problem: Problem) -
 
 
 def _head_sums(
-    mixer: nn.Module, attention: AttentionWeights, problem: Problem
+    spec: MixerSpec[Any], mixer: Mixer, attention: AttentionWeights, problem: Problem
 ) -> tuple[Tensor, Tensor, int]:
     """Normal equations [half-lives, H, R, R] and [half-lives, H, R], and the samples in them."""
-    prepare = _basis_mamba2 if isinstance(mixer, Mamba2Mixer) else _basis_mamba1
     sums: list[Tensor | float] = [0.0] * len(HALF_LIVES)
     tokens = samples = 0
     for i, mask in enumerate(problem.masks):
         if tokens >= HEAD_FIT_TOKENS:
             break
-        basis = prepare(mixer, attention, problem.inputs[i], problem.contexts[i])
+        basis = spec.basis(mixer, attention, problem.inputs[i], problem.contexts[i])
         for j, half_life in enumerate(HALF_LIVES):
             parts = basis(half_life)
             wanted = problem.heads[i].view(parts[0].shape)
@@ -206,75 +206,25 @@ def _solve_heads(gram: Tensor, moment: Tensor) -> Tensor:
     return torch.linalg.solve(damped, moment[..., None])[..., 0]
 
 
-def _basis_mamba1(
-    mixer: Mamba1Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
-) -> Basis:
-    """A head's v and the scored running sum, as the mixer itself computes it."""
-    width = mixer.sizes.repeat_width
-    heads = attention.q.shape[0] // width
-    v = _project(attention, "v", hidden, width)
-    v = v.repeat_interleave(heads // v.shape[2], 2)  # [B, T, H, P]
-    fit = {"constant": 0.0, "score": SMALL_SCORE, "skip": 0.0, "rms": 1.0}
-
-    def mix(half_life: float) -> list[Tensor]:
-        values = {"half_life": half_life, **fit}
-        one = HeadFit(**{name: torch.full((heads,), value) for name, value in values.items()})
-        apply_fit(mixer, attention, one)
-        return [v, mixer.features(hidden, context).view_as(v).to(v.dtype) / SMALL_SCORE]
-
-    return mix
-
-
-def _basis_mamba2(
-    mixer: Mamba2Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
-) -> Basis:
-    """A head's v, the scored and the plain running sum."""
-    s = mixer.sizes
-    q, k, v = (_project(attention, name, hidden, s.head_dim) for name in "qkv")
-    q = q / math.sqrt(s.head_dim)
-    # the mixer holds channel 0 of B and C constant
-    q[..., 0] = 0
-    if s.rotary:
-        q, k = turn(q, context.rotary), turn(k, context.rotary)
-    repeat = s.n_heads // s.x_heads
-    wide = v.repeat_interleave(repeat, 2)  # [B, T, H, P]
-    ones = torch.ones(*v.shape[:2], 1, 1)
-
-    def mix(half_life: float) -> list[Tensor]:
-        A = torch.full((s.n_heads,), -math.log(2) / half_life)
-        dt = torch.ones(wide.shape[:3])
-        scored, _ = kernels.ssd(wide, dt, A, k, q, seq_idx=context.seq_idx)
-        dt, A = dt[..., : s.x_heads], A[: s.x_heads]
-        plain, _ = kernels.ssd(v, dt, A, ones, ones, seq_idx=context.seq_idx)
-        return [wide, scored, plain.repeat_interleave(repeat, 2)]
-
-    return mix
-
-
-def _project(attention: AttentionWeights, name: str, hidden: Tensor, head_dim: int) -> Tensor:
-    """q, k or v of `hidden` by heads [B, T, heads, P]."""
-    bias = (attention.biases or {}).get(name)
-    projected = nn.functional.linear(hidden, getattr(attention, name), bias)
-    return projected.unflatten(-1, (-1, head_dim))
-
-
-def _rescale_heads(mixer: Mamba2Mixer, features: list[Tensor], problem: Problem) -> None:
-    """Give each head's norm weight the scale of least squared error, in features as well."""
-    heads = mixer.sizes.n_heads
+def _rescale_heads(
+    spec: MixerSpec[Any], mixer: Mixer, heads: int, features: list[Tensor], problem: Problem
+) -> None:
+    """Give each head the scale of least squared error, in features as well."""
     dot, energy = 0.0, 0.0
     for feature, wanted, mask in zip(features, problem.heads, problem.masks, strict=True):
         feature = feature[mask].unflatten(-1, (heads, -1))  # [tokens, H, P]
         wanted = wanted[mask].to(feature.dtype).unflatten(-1, (heads, -1))
         dot = dot + (feature * wanted).sum((0, 2))
         energy = energy + feature.pow(2).sum((0, 2))
-    scale = (dot / energy.clamp(min=1e-12)).repeat_interleave(mixer.sizes.head_dim)
-    mixer.norm.weight.mul_(scale)
+    scale = dot / energy.clamp(min=1e-12)
+    spec.rescale(mixer, scale)
+    wide = scale.repeat_interleave(features[0].shape[-1] // heads)
     for feature in features:
-        feature.mul_(scale)
+        feature.mul_(wide)
 
 
 def _refit_output(
-    mixer: nn.Module, features: list[Tensor], problem: Problem
+    mixer: Mixer, features: list[Tensor], problem: Problem
 ) -> tuple[float, float, float | None]:
     """Ridge towards the present out_proj: held-out error before and after, and the strength."""
     feature = torch.cat([f[m] for f, m in zip(features, problem.masks, strict=True)]).float()

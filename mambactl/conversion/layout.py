@@ -41,11 +41,10 @@ def attention_to_keep(
 
     The budget is in bytes of keys and values per token, `itemsize` bytes a number.
     """
-    attention = config.mixers.count("attention")
     if kv_budget is not None:
-        return min(attention, kv_budget // attention_bytes(config, itemsize))
+        return min(len(config.attention_layers), kv_budget // attention_bytes(config, itemsize))
     kept = kept_attention(config.num_hidden_layers, ratio)
-    return sum(config.mixers[index] == "attention" for index in kept)
+    return len(set(kept) & set(config.attention_layers))
 
 
 def attention_bytes(config: HybridConfig, itemsize: int) -> int:

@@ -4,10 +4,12 @@ A ready-made mixer comes from a checkpoint of the same model whose mixers have b
 (`--mixers-from`), so that one alignment serves every choice of layers.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +20,12 @@ from mambactl.checkpoint.load import open_strict
 from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.resolve import resolve
 from mambactl.conversion.fit import LayerFit, Streams, attention_weights
-from mambactl.conversion.initial_values import initialise
-from mambactl.errors import ModelError, UsageError
-from mambactl.models.config import (
-    MIXER_SETTINGS,
-    HybridConfig,
-    Mamba2Settings,
-    MixerSettings,
-    WindowSettings,
-    mamba1_from_attention,
-    mamba2_from_attention,
-)
+from mambactl.errors import UsageError
+from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridBlock
+from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.spec import MixerForm, MixerSpec
+from mambactl.models.mixers.table import ATTENTION, MIXERS
 from mambactl.options import ConvertConfig
 
 # what must be equal for the mixers of one checkpoint to work in another
@@ -52,8 +48,9 @@ class Aligned:
     adapted: Adapted
 
     def mixer(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one Mamba mixer by their names in it."""
-        prefix = f"model.layers.{index}.mamba."
+        """The tensors of one mixer by their names in it."""
+        spec = self.adapted.config.layer(index).spec
+        prefix = f"model.layers.{index}.{spec.attribute}."
         names = [name for name in self.adapted.names if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.adapted.get(self.reader, name) for name in names}
 
@@ -83,40 +80,47 @@ class Replacement:
         return self.target([])
 
     @property
-    def kind(self) -> str:
-        """The mixer that replaces attention, by its name in a configuration."""
-        return "mamba2_window" if self.config.window else self.config.mixer
+    def spec(self) -> MixerSpec[Any]:
+        """The mixer that replaces attention; raises UsageError where the options name none."""
+        spec = mixer_spec(self.config.mixer)
+        return MIXERS[spec.with_window] if self.config.window else spec
+
+    @property
+    def form(self) -> MixerForm:
+        """The form of new mixers."""
+        config = self.config
+        return MixerForm(config.init, config.window or 0, config.sinks, config.rotary)
 
     def target(self, kept: list[int]) -> HybridConfig:
         """The configuration when attention stays in `kept`; raises UsageError, ModelError."""
-        base, mixer = self.base, self.kind
-        mixers = [
-            mixer if name == "attention" and index not in kept else name
-            for index, name in enumerate(base.mixers)
-        ]
-        new = [i for i, name in enumerate(base.mixers) if name != mixers[i]]
+        base, spec = self.base, self.spec
+        new = [index for index in base.attention_layers if index not in kept]
         if new and self.aligned is not None:
-            _require_same_model(self.aligned, base, mixer, new)
+            _require_same_model(self.aligned, base, spec, new)
             self._require_same_window()
-        settings = {name: self._settings(name) for name in MIXER_SETTINGS[mixer]} if new else {}
-        target = base.with_mixers(mixers, **settings)
+        target = base.with_layers({index: (spec, self._settings(spec, index)) for index in new})
         if self.config.dtype != "auto":
             target.dtype = self.config.dtype
         return target
 
-    def _settings(self, kind: str) -> MixerSettings:
-        """Form of the new mixers; layers of one kind share theirs, or this raises UsageError."""
+    def _settings(self, spec: MixerSpec[Any], index: int) -> Any:
+        """Settings of a new mixer; UsageError where those present have another form."""
         if self.aligned is None:
-            wanted = _wanted_settings(self.base, self.config, kind)
+            wanted = spec.parts(spec.from_attention(self.base, self.form, index))
         else:
-            wanted = getattr(self.aligned.adapted.config, f"{kind}_settings")
-            if self.config.rotary and kind == "mamba2" and not wanted.rotary:
-                raise UsageError(
-                    f"the mixers of {self.aligned.spec} are not rotary", "drop --rotary"
-                )
-        if not any(kind in MIXER_SETTINGS[name] for name in self.base.mixers):
+            wanted = spec.parts(self.aligned.adapted.config.layer(index).settings)
+        return spec.joined(
+            {name: self._agreed(name, settings) for name, settings in wanted.items()}
+        )
+
+    def _agreed(self, section: str, wanted: Any) -> Any:
+        """Settings that new layers share with those that the model already has."""
+        origin = None if self.aligned is None else self.aligned.spec
+        if self.aligned is not None and self.config.rotary and not getattr(wanted, "rotary", True):
+            raise UsageError(f"the mixers of {origin} are not rotary", "drop --rotary")
+        present = _present(self.base, section)
+        if present is None:
             return wanted
-        present = getattr(self.base, f"{kind}_settings")
         if isinstance(present, WindowSettings):
             if wanted != present:
                 raise UsageError(
@@ -124,13 +128,13 @@ class Replacement:
                     f"give --window {present.window} --sinks {present.sinks}",
                 )
             return present
-        _require_same_turning(wanted, present)
+        _require_same_turning(section, wanted, present)
         # a bias that is not needed stays zero
-        loose = self.aligned is None and (wanted.proj_bias or present.proj_bias)
+        loose = origin is None and (_has_bias(wanted) or _has_bias(present))
         if (replace(wanted, proj_bias=True) if loose else wanted) != present:
-            origin = self.aligned.spec if self.aligned else f"--init {self.config.init}"
+            maker = origin or f"--init {self.config.init}"
             raise UsageError(
-                f"the {kind} layers of this model have another form than {origin} gives to "
+                f"the {section} layers of this model have another form than {maker} gives to "
                 "new ones",
                 "use the --init (or --mixers-from) that made them, or the other --mixer",
             )
@@ -139,14 +143,14 @@ class Replacement:
     def _require_same_window(self) -> None:
         if not self.config.window:
             return
-        asked = _wanted_window(self.config)
-        theirs = self.aligned.adapted.config.mamba2_window_settings
-        if asked != theirs:
-            raise UsageError(
-                f"the mixers of {self.aligned.spec} have a window of {theirs.window} tokens and "
-                f"{theirs.sinks} sinks",
-                f"give --window {theirs.window} --sinks {theirs.sinks}",
-            )
+        asked = self.spec.window(self.spec.from_attention(self.base, self.form, 0))
+        for theirs in self.aligned.adapted.config.windows:
+            if asked != theirs:
+                raise UsageError(
+                    f"the mixers of {self.aligned.spec} have a window of {theirs.window} tokens "
+                    f"and {theirs.sinks} sinks",
+                    f"give --window {theirs.window} --sinks {theirs.sinks}",
+                )
 
     def layer(
         self,
@@ -160,21 +164,24 @@ class Replacement:
         With `streams` the mixer is fitted and both streams advance; `fits` takes the report.
         """
         if self.aligned is not None:
-            kept = {k: v for k, v in state.items() if not k.startswith("self_attn.")}
+            kept = _without_attention(state)
             self._warn_of_other_rest(index, kept)
-            return kept | {f"mamba.{k}": v for k, v in self.aligned.mixer(index).items()}
+            name = self.spec.attribute
+            return kept | {f"{name}.{k}": v for k, v in self.aligned.mixer(index).items()}
         teacher = block_of(self.base, index, state)
         if streams is not None:
             teacher = teacher.float()
         with torch.device("meta"):
             student = HybridBlock(self.everywhere, index).eval().requires_grad_(False)
         student.mixer.to_empty(device="cpu")
-        kept = {k: v for k, v in teacher.state_dict().items() if not k.startswith("self_attn.")}
+        kept = _without_attention(teacher.state_dict())
         student.load_state_dict(kept, strict=False, assign=True)
         drawn = generator(self.config.seed, index)
-        initialise(student.mixer, attention_weights(teacher), self.config.init, drawn)
+        with torch.no_grad():
+            weights = attention_weights(teacher)
+            self.spec.initialise(student.mixer, weights, self.config.init, drawn)
         if streams is not None:
-            fit = streams.replace(teacher, student)
+            fit = streams.replace(teacher, student, self.spec)
             if fits is not None:
                 fits[index] = fit
         return {name: state.get(name, tensor) for name, tensor in student.state_dict().items()}
@@ -205,47 +212,51 @@ def block_of(config: HybridConfig, index: int, state: Mapping[str, Tensor]) -> H
     return block.eval().requires_grad_(False)
 
 
-def _require_same_turning(wanted: MixerSettings, present: MixerSettings) -> None:
+def mixer_spec(name: str) -> MixerSpec[Any]:
+    """The spec of a mixer that can replace attention, by its name; raises UsageError."""
+    able = [spec.name for spec in MIXERS.values() if not spec.is_attention]
+    if name not in able:
+        near = difflib.get_close_matches(name, able, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(able)}"
+        raise UsageError(f"there is no mixer {name!r} that replaces attention", hint)
+    return MIXERS[name]
+
+
+def _without_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not k.startswith(f"{ATTENTION.attribute}.")}
+
+
+def _present(base: HybridConfig, section: str) -> Any:
+    """Settings of a section in the model that is converted, None where no layer has it."""
+    for layer in base.layers:
+        if section in layer.spec.sections:
+            return layer.spec.parts(layer.settings)[section]
+    return None
+
+
+def _has_bias(settings: Any) -> bool:
+    return getattr(settings, "proj_bias", False)
+
+
+def _require_same_turning(section: str, wanted: Any, present: Any) -> None:
     """Raise UsageError where of the mixers of one model only some would be rotary."""
-    if isinstance(wanted, Mamba2Settings) and wanted.rotary != present.rotary:
+    if getattr(wanted, "rotary", False) != getattr(present, "rotary", False):
         raise UsageError(
-            f"the mamba2 layers of this model are {'' if present.rotary else 'not '}rotary",
+            f"the {section} layers of this model are {'' if present.rotary else 'not '}rotary",
             f"{'add' if present.rotary else 'drop'} --rotary, or take --mixers-from of their form",
         )
 
 
-def _wanted_window(config: ConvertConfig) -> WindowSettings:
-    if config.sinks is None:
-        return WindowSettings(config.window)
-    return WindowSettings(config.window, config.sinks)
-
-
-def _wanted_settings(base: HybridConfig, config: ConvertConfig, kind: str) -> MixerSettings:
-    calibrated = config.init == "calibrated"
-    bias = calibrated or base.attention_bias
-    if kind == "mamba2_window":
-        return _wanted_window(config)
-    if kind == "mamba2":
-        return mamba2_from_attention(base, proj_bias=bias, rotary=config.rotary)
-    if base.head_dim % 16:
-        raise ModelError(
-            f"mamba1 needs a head size divisible by 16, this model has {base.head_dim}",
-            "use --mixer mamba2",
-        )
-    # the public code pairs 16-channel groups; whole heads keep each query with its own key
-    return mamba1_from_attention(base, base.head_dim if calibrated else 16, proj_bias=bias)
-
-
-def _ready_made(theirs: HybridConfig, mixer: str) -> str:
-    """Where mixers of that name come from."""
-    if mixer == "mamba2" and "mamba2_window" in theirs.mixers:
-        window = theirs.mamba2_window_settings
+def _ready_made(theirs: HybridConfig, spec: MixerSpec[Any]) -> str:
+    """Where mixers of that kind come from."""
+    if spec.with_window in theirs.mixers:
+        window = theirs.windows[0]
         return f"its mixers have windows: add --window {window.window} --sinks {window.sinks}"
     return "align all layers once: convert --ratio 1, then distill --stages align"
 
 
 def _require_same_model(
-    aligned: Aligned, base: HybridConfig, mixer: str, needed: list[int]
+    aligned: Aligned, base: HybridConfig, spec: MixerSpec[Any], needed: list[int]
 ) -> None:
     theirs = aligned.adapted.config
     different = [name for name in SHAPE if getattr(theirs, name) != getattr(base, name)]
@@ -254,8 +265,8 @@ def _require_same_model(
             f"{aligned.spec} is another model: it differs in {', '.join(different)}",
             "--mixers-from takes a converted checkpoint of the model that is converted here",
         )
-    if missing := [index for index in needed if theirs.mixers[index] != mixer]:
+    if missing := [index for index in needed if theirs.mixers[index] != spec.name]:
         raise UsageError(
-            f"{aligned.spec} has no {mixer} mixer in the layers {missing}",
-            _ready_made(theirs, mixer),
+            f"{aligned.spec} has no {spec.name} mixer in the layers {missing}",
+            _ready_made(theirs, spec),
         )

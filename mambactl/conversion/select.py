@@ -109,7 +109,7 @@ def _batches(rows: Sequence[Row]) -> list[Batch]:
 
 def count_forwards(config: ConvertConfig, base: HybridConfig, keep: int) -> int:
     """Swapped models that the selection runs, each from its layer on (about half of the model)."""
-    candidates = base.mixers.count("attention")
+    candidates = len(base.attention_layers)
     return addition_forwards(candidates, keep) if config.mixers_from else candidates
 
 
@@ -165,7 +165,7 @@ def _by_swaps(
     keep: int,
 ) -> tuple[list[int], dict[str, Any]]:
     teacher = instruments.model
-    candidates = [i for i, name in enumerate(replacement.base.mixers) if name == "attention"]
+    candidates = replacement.base.attention_layers
     swap = _Fitted(replacement, teacher, _some(texts.fit), layers)
     with console.progress("select", len(candidates)) as task:
         scores = swap_scores(list(teacher.layers), swap, candidates, instruments, task)
@@ -200,7 +200,7 @@ def _by_addition(
     bytes_per_layer: int,
 ) -> tuple[list[int], dict[str, Any]]:
     blocks = list(instruments.model.layers)
-    attention = {i: block for i, block in enumerate(blocks) if block.mixer_name == "self_attn"}
+    attention = {index: blocks[index] for index in replacement.base.attention_layers}
     stack = [
         _sibling(replacement, block, replacement.layer(index, layers(index)))
         if index in attention
@@ -276,14 +276,15 @@ class _Fitted:
 def _sibling(
     replacement: Replacement, block: HybridBlock, state: Mapping[str, Tensor]
 ) -> HybridBlock:
-    """A block with the Mamba mixer of `state` that shares everything else with `block`."""
+    """A block with the mixer of `state` that shares everything else with `block`."""
     weight = block.input_layernorm.weight
     with torch.device("meta"):
         other = HybridBlock(replacement.everywhere, block.index).eval().requires_grad_(False)
     for name, module in block.named_children():
         if name != block.mixer_name:
             setattr(other, name, module)
-    mixer = {k.removeprefix("mamba."): v for k, v in state.items() if k.startswith("mamba.")}
+    prefix = f"{other.mixer_name}."
+    mixer = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     other.mixer.load_state_dict(mixer, strict=True, assign=True)
     other.mixer.to(weight.device, weight.dtype)
     return other

@@ -33,12 +33,12 @@ def make_engine(target: HybridForCausalLM, draft: Draft, k: K, exact: bool = Fal
     """
     reason = why_not(target.device)
     if reason is None:
-        from mambactl.decode.gpu.device_ops import device_ops
         from mambactl.decode.gpu.fused_engine import FusedEngine
+        from mambactl.kernels.decode.triton.ops import TritonOps
         from mambactl.models.packed import NotSupported
 
         try:
-            return FusedEngine(target, draft, k, device_ops(target, exact))
+            return FusedEngine(target, draft, k, TritonOps.for_model(target, exact))
         except NotSupported as error:
             reason = f"they do not support {error}"
     if target.device.type == "cuda":

@@ -15,9 +15,7 @@ from mambactl.errors import UsageError
 from mambactl.kernels.local_attention import local_mask
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.context import StepContext
-
-# the modules of a block that a branch's output comes from
-BRANCHES = {"recurrent": "mamba.out_proj", "attention": "self_attn", "window": "mamba.window"}
+from mambactl.models.mixers.table import ATTENTION, MIXERS
 
 
 @contextmanager
@@ -30,7 +28,7 @@ def windowed_attention(
     cache. Raises UsageError for layers that have no attention.
     """
     blocks = [model.model.layers[index] for index in layers]
-    if missing := [block.index for block in blocks if block.mixer_name != "self_attn"]:
+    if missing := [block.index for block in blocks if block.mixer_name != ATTENTION.attribute]:
         raise UsageError(
             f"the teacher has no attention in the layers {missing} to put a window on",
             "compare with the model that was converted",
@@ -69,8 +67,11 @@ def ablated(model: HybridForCausalLM, branch: str) -> Iterator[None]:
     A window beside a recurrence stays when the recurrence is silenced, and the other way round.
     """
     require_branch(model.config.mixers, branch)
-    suffix = f".{BRANCHES[branch]}"
-    parts = [part for name, part in model.named_modules() if name.endswith(suffix)]
+    parts = [
+        block.mixer.get_submodule(layer.spec.branches[branch])
+        for block, layer in zip(model.model.layers, model.config.layers, strict=True)
+        if branch in layer.spec.branches
+    ]
     handles = [part.register_forward_hook(_silence) for part in parts]
     try:
         yield
@@ -81,15 +82,9 @@ def ablated(model: HybridForCausalLM, branch: str) -> Iterator[None]:
 
 def require_branch(mixers: Sequence[str], branch: str) -> None:
     """Raise UsageError unless a model of these mixers has what `ablated` would silence."""
-    if not any(branch in _branches(name) for name in mixers):
+    if not any(branch in MIXERS[name].branches for name in mixers):
         found = ", ".join(sorted(set(mixers)))
         raise UsageError(f"the model has no {branch} layer to ablate", f"its layers are {found}")
-
-
-def _branches(mixer: str) -> tuple[str, ...]:
-    if mixer == "attention":
-        return ("attention",)
-    return ("recurrent", "window") if mixer == "mamba2_window" else ("recurrent",)
 
 
 def _silence(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:

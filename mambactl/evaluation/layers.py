@@ -8,7 +8,7 @@ from mambactl import console
 from mambactl.errors import UsageError
 from mambactl.evaluation.fidelity import cut_rows
 from mambactl.models.config import HybridConfig
-from mambactl.models.distance import misfit, relative_error, replaced_layers
+from mambactl.models.distance import misfit, relative_error
 from mambactl.models.hybrid import HybridForCausalLM
 
 
@@ -27,7 +27,7 @@ def layer_errors(
     only puts out the mean. Raises UsageError where layers do not correspond or none is replaced.
     """
     require_layers(student.config, teacher.config)
-    layers = replaced_layers(student.config)
+    layers = student.config.replaced_layers
     mixers = {index: student.model.layers[index].mixer for index in layers}
     rows = cut_rows(documents, max_length)
     # on the device: a number that is read makes the host wait
@@ -47,7 +47,7 @@ def layer_errors(
 def require_layers(student: HybridConfig, teacher: HybridConfig) -> None:
     """Raise UsageError unless the student has mixers in place of the teacher's attention."""
     problem = misfit(student, teacher)
-    if problem is None and not replaced_layers(student):
+    if problem is None and not student.replaced_layers:
         problem = "the model has no Mamba layer"
     if problem is not None:
         raise UsageError(

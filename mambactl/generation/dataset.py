@@ -19,11 +19,12 @@ from mambactl import console
 from mambactl.checkpoint.open import open_checkpoint
 from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.run_folder import RunFolder, side_file
+from mambactl.checkpoint.source import LEDGER, LINEAGE
 from mambactl.data.answers import Answer, Group, write_answers
 from mambactl.data.conversations import Conversation
 from mambactl.decode.prompts import encode
 from mambactl.errors import OutputError, UsageError
-from mambactl.files import LEDGER, LINEAGE, RUN_FILE, explained
+from mambactl.files import RUN_FILE, explained
 from mambactl.generation import decoding
 from mambactl.generation.question_set import QuestionSet, Task, as_prompt
 from mambactl.options import ROW_SUFFIXES, GenerateConfig

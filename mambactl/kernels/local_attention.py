@@ -17,6 +17,14 @@ from mambactl.kernels.spans import document_starts
 LEAST_BLOCK = 16
 
 
+class LocalSpan(NamedTuple):
+    """Keys that a query of a window sees, and the query heads that share a key head."""
+
+    window: int
+    sinks: int
+    shared: int
+
+
 class LocalKeys(NamedTuple):
     """What the queries of whole rows see, for every layer of one shape alike.
 
@@ -29,7 +37,7 @@ class LocalKeys(NamedTuple):
     mask: Tensor | None
     places: Tensor | None
     size: int
-    span: tuple[int, int, int]  # window, sinks, g
+    span: LocalSpan
 
 
 def local_attention(
@@ -54,7 +62,7 @@ def local_keys(
     device: torch.device,
 ) -> LocalKeys:
     """What rows [B, T] see where `shared` query heads have one key head."""
-    span = (window, sinks, shared)
+    span = LocalSpan(window, sinks, shared)
     if seq_idx is None and length <= window + sinks:
         return LocalKeys(None, None, length, span)
     if length <= 2 * max(window, LEAST_BLOCK):

@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Records = tuple[Tensor, Tensor, Tensor]
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor | None, Tensor]]
+# what one step reads of each token, [B, T, ...] each: (x, dt, B) of the Mamba mixers
+Records = tuple[Tensor, ...]
+# (state, *records of one token, query or None) -> (output or None, next state)
+Step = Callable[..., tuple[Tensor | None, Tensor]]
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -213,18 +215,18 @@ def recur(
     n_new: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Token by token over records (x, dt, B) [B, T, ...]; the order every exact path follows.
+    """Token by token over records [B, T, ...]; the order every exact path follows.
 
     `step` is `ssd_step` or `selective_step` with A bound: (state, x, dt, B, C) -> (y, state).
     Returns y [B, T, ...] (None without C) and the state after n_new tokens.
     """
-    x, dt, B = records
     outputs = []
-    for t in range(x.shape[1]):
+    for t in range(records[0].shape[1]):
         if seq_idx is not None and t > 0:
             same = seq_idx[:, t] == seq_idx[:, t - 1]  # [B]
             state = state * same.view(-1, *[1] * (state.ndim - 1))
-        y, new = step(state, x[:, t], dt[:, t], B[:, t], None if C is None else C[:, t])
+        token = (record[:, t] for record in records)
+        y, new = step(state, *token, None if C is None else C[:, t])
         if n_new is not None:
             live = (t < n_new).view(-1, *[1] * (state.ndim - 1))
             new = torch.where(live, new, state)
@@ -232,7 +234,7 @@ def recur(
         outputs.append(y)
     if C is None:
         return None, state
-    return torch.stack(outputs, 1) if outputs else x, state
+    return torch.stack(outputs, 1) if outputs else records[0], state
 
 
 def selective_scan(

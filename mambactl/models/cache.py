@@ -7,23 +7,69 @@ replays the kept inputs from the permanent state, in the order plain decoding wo
 the result is bitwise equal to never having gone further (arXiv 2408.15237, section 4).
 """
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from mambactl.kernels.reference import Records, Step, conv_window, multi_step, recur
-from mambactl.models.config import HybridConfig, WindowSettings
-from mambactl.models.key_ring import KeyRing
+from mambactl.models.key_ring import KeyRing, WindowSettings
 
 # longest run of tokens processed one by one after the prompt; longer ones go through chunks
 MAX_SEQUENTIAL = 64
 
 
-class AttentionCache:
+class LayerCache(Protocol):
+    """Cache of one layer; every tensor in it has the batch as its first dimension."""
+
+    def tensors(self) -> list[Tensor]:
+        """The distinct tensors held."""
+
+    def replace_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of every tensor in its place; tensors that are one stay one."""
+
+
+class CacheLayout(Protocol):
+    """A configuration, for as much as a cache asks of it."""
+
+    def layer_caches(self) -> list[LayerCache]:
+        """An empty cache for every layer."""
+
+
+class HeldTensors:
+    """A layer cache whose tensors are the attributes named in `held`, alone or in a tuple."""
+
+    held: tuple[str, ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """The distinct tensors held."""
+        found: dict[int, Tensor] = {}
+        for name in self.held:
+            value = getattr(self, name)
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if tensor is not None:
+                    found[id(tensor)] = tensor
+        return list(found.values())
+
+    def replace_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of every tensor in its place; tensors that are one stay one."""
+        changed = {id(tensor): change(tensor) for tensor in self.tensors()}
+        for name in self.held:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                setattr(self, name, tuple(changed[id(tensor)] for tensor in value))
+            elif value is not None:
+                setattr(self, name, changed[id(value)])
+
+
+class AttentionCache(HeldTensors):
     """Keys and values [B, Hk, S, P], written at the slot that equals the token's position."""
+
+    held = ("keys", "values")
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -48,10 +94,6 @@ class AttentionCache:
         store.scatter_(2, index, new)
         return store
 
-    def tensors(self) -> list[str]:
-        """Names of the tensors with a batch dimension."""
-        return ["keys", "values"]
-
 
 @dataclass(frozen=True)
 class Cursor:
@@ -68,91 +110,93 @@ class Cursor:
     n_new: Tensor | None
 
 
-class RecurrentCache:
-    """State, conv inputs and token records of one Mamba layer.
+class RecurrentCache(HeldTensors):
+    """State, inputs of the convolution and token records of one recurrent layer.
 
     `state` is the state at the permanent position, `live` at the newest token (one tensor when
-    nothing is recorded). `window` [B, W-1+R, Ch] holds raw conv inputs from W-1 before the
-    permanent position; `x`, `dt`, `B` [B, R, ...] are the records of the tokens since.
+    nothing is recorded). `inputs` [B, W-1+R, Ch] holds raw inputs of the convolution from W-1
+    before the permanent position, None without a convolution; `records` [B, R, ...] is what a step
+    of the mixer reads of each token since.
     """
+
+    held = ("state", "live", "inputs", "records")
 
     def __init__(self) -> None:
         self.state: Tensor | None = None
         self.live: Tensor | None = None
-        self.window: Tensor | None = None
-        self.x: Tensor | None = None
-        self.dt: Tensor | None = None
-        self.B: Tensor | None = None
+        self.inputs: Tensor | None = None
+        self.records: Records | None = None
 
-    def start(self, state: Tensor, window: Tensor) -> None:
-        """Hold the state and conv window [B, W-1, Ch] before the first token."""
+    def start(self, state: Tensor, inputs: Tensor | None = None) -> None:
+        """Hold the state and the inputs [B, W-1, Ch] before the first token."""
         self.state = self.live = state
-        self.window = window
+        self.inputs = inputs
 
     def conv_inputs(self, cursor: Cursor, width: int) -> Tensor:
-        """The `width` raw conv inputs [B, width, Ch] before the cursor."""
-        return _rows_from(self.window, cursor.held, width)
+        """The `width` raw inputs of the convolution [B, width, Ch] before the cursor."""
+        return _rows_from(self.inputs, cursor.held, width)
 
     def step_through(
-        self, step: Step, cursor: Cursor, raw: Tensor, records: Records, C: Tensor
+        self, step: Step, cursor: Cursor, raw: Tensor | None, records: Records, query: Tensor
     ) -> Tensor:
-        """Run T tokens one by one from the cursor; returns their outputs [B, T, ...]."""
-        width = self.window.shape[1] - self._recorded
+        """Run T tokens one by one from the cursor; returns their outputs [B, T, ...].
+
+        `step(state, *records of a token, query)` gives the token's output and the next state;
+        `raw` [B, T, Ch] are the inputs of the convolution, None without one.
+        """
         if cursor.settle and cursor.rolled_back:
             y, kept, live = multi_step(
-                step, self.state, self._records, cursor.held, records, C, cursor.n_new
+                step, self.state, self.records, cursor.held, records, query, cursor.n_new
             )
         else:
-            y, live = recur(step, self.live, records, C, cursor.n_new)
+            y, live = recur(step, self.live, records, query, cursor.n_new)
             kept = self.live if cursor.settle else self.state
+        width = 0 if raw is None else self.inputs.shape[1] - self._recorded
         if not cursor.recording:
-            self.replace(conv_window(raw, self.conv_inputs(cursor, width), cursor.n_new), live)
+            inputs = None
+            if raw is not None:
+                inputs = conv_window(raw, self.conv_inputs(cursor, width), cursor.n_new)
+            self.replace(inputs, live)
             return y
         held = cursor.held
         if cursor.settle:
-            self.window = self.conv_inputs(cursor, width)
-            self.x = self.dt = self.B = None
+            if raw is not None:
+                self.inputs = self.conv_inputs(cursor, width)
+            self.records = None
             held = torch.zeros_like(held)
         self.state, self.live = kept, live
-        self.window = _write_rows(self.window, raw, held + width)
-        records = zip((self.x, self.dt, self.B), records, strict=True)
-        self.x, self.dt, self.B = (_write_rows(store, new, held) for store, new in records)
+        if raw is not None:
+            self.inputs = _write_rows(self.inputs, raw, held + width)
+        before = self.records or (None,) * len(records)
+        self.records = tuple(
+            _write_rows(store, new, held) for store, new in zip(before, records, strict=True)
+        )
         return y
 
     def live_state(self, step: Step, cursor: Cursor) -> Tensor:
         """The state at the cursor, replayed if the cursor moved back."""
         if cursor.rolled_back:
-            return recur(step, self.state, self._records, None, cursor.held)[1]
+            return recur(step, self.state, self.records, None, cursor.held)[1]
         return self.live
 
-    def replace(self, window: Tensor, live: Tensor) -> None:
+    def replace(self, inputs: Tensor | None, live: Tensor) -> None:
         """Move on for good: no token before this point can be taken back."""
-        self.window, self.live, self.state = window, live, live
-        self.x = self.dt = self.B = None
+        self.inputs, self.live, self.state = inputs, live, live
+        self.records = None
 
     @property
     def _recorded(self) -> int:
-        return 0 if self.x is None else self.x.shape[1]
-
-    @property
-    def _records(self) -> Records:
-        return self.x, self.dt, self.B
-
-    def tensors(self) -> list[str]:
-        """Names of the tensors with a batch dimension."""
-        return ["state", "live", "window", "x", "dt", "B"]
+        return 0 if self.records is None else self.records[0].shape[1]
 
 
 class WindowedCache(KeyRing, RecurrentCache):
-    """What a Mamba layer with a window of attention holds: constant in length."""
+    """Cache of a recurrent layer with a window of attention: constant in length."""
+
+    held = (*RecurrentCache.held, "keys", "values")
 
     def __init__(self, settings: WindowSettings) -> None:
         RecurrentCache.__init__(self)
         KeyRing.__init__(self, settings)
-
-    def tensors(self) -> list[str]:
-        """Names of the tensors with a batch dimension."""
-        return [*RecurrentCache.tensors(self), "keys", "values"]
 
 
 def _rows_from(store: Tensor, start: Tensor, count: int) -> Tensor:
@@ -173,12 +217,6 @@ def _write_rows(store: Tensor | None, new: Tensor, start: Tensor) -> Tensor:
     return grown.scatter(1, index, new)
 
 
-def _layer_cache(config: HybridConfig, mixer: str) -> AttentionCache | RecurrentCache:
-    if mixer == "mamba2_window":
-        return WindowedCache(config.mamba2_window_settings)
-    return AttentionCache() if mixer == "attention" else RecurrentCache()
-
-
 class HybridCache(Cache):
     """One cache object per layer, plus how many tokens each row holds.
 
@@ -187,12 +225,12 @@ class HybridCache(Cache):
 
     def __init__(
         self,
-        config: HybridConfig,
+        config: CacheLayout,
         batch_size: int,
         device: torch.device | str = "cpu",
         recording: bool = False,
     ):
-        super().__init__(layers=[_layer_cache(config, mixer) for mixer in config.mixers])
+        super().__init__(layers=config.layer_caches())
         self.recording = recording
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.base = self.lengths
@@ -238,11 +276,7 @@ class HybridCache(Cache):
     def reorder(self, rows: Tensor) -> None:
         """Keep the given rows [B'] in the given order (repeats allowed)."""
         for layer in self.layers:
-            held = {name: getattr(layer, name) for name in layer.tensors()}
-            # names that share a tensor keep sharing it
-            moved = {id(t): t.index_select(0, rows) for t in held.values() if t is not None}
-            for name, tensor in held.items():
-                setattr(layer, name, moved.get(id(tensor)))
+            layer.replace_tensors(lambda tensor: tensor.index_select(0, rows))
         self.lengths, self.base = self.lengths[rows], self.base[rows]
 
     def select(self, rows: Tensor) -> "HybridCache":
@@ -254,8 +288,8 @@ class HybridCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes held in all layers."""
-        held = [getattr(layer, name) for layer in self.layers for name in layer.tensors()]
-        distinct = {id(tensor): tensor for tensor in held if tensor is not None}.values()
+        held = [tensor for layer in self.layers for tensor in layer.tensors()]
+        distinct = {id(tensor): tensor for tensor in held}.values()
         return sum(tensor.numel() * tensor.element_size() for tensor in distinct)
 
     # what transformers' generate() asks of a cache

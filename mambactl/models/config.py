@@ -1,131 +1,53 @@
-"""Configuration of a hybrid decoder: a Llama configuration plus one mixer name per layer."""
+"""Configuration of a hybrid decoder: a Llama configuration plus one mixer per layer."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-MIXERS = ("attention", "mamba2", "mamba1", "mamba2_window")
-# mixers with keys, and so with rotary positions
-ATTENDING = ("attention", "mamba2_window")
-# the settings that a mixer reads
-MIXER_SETTINGS = {
-    "attention": (),
-    "mamba2": ("mamba2",),
-    "mamba1": ("mamba1",),
-    "mamba2_window": ("mamba2", "mamba2_window"),
-}
+from mambactl.kernels.local_attention import LocalSpan
+from mambactl.models.cache import LayerCache
+from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.spec import MixerSpec, section_values
+from mambactl.models.mixers.table import ATTENTION, MIXERS
+
+# settings of one section of all layers, or of each layer (None where its mixer reads none)
+Section = dict | list[dict | None] | None
 
 
 @dataclass(frozen=True)
-class Mamba2Settings:
-    """Sizes of a Mamba-2 mixer.
+class Layer:
+    """The mixer of one layer: its spec and the settings of this layer."""
 
-    Rows of in_proj are [z (H P), x (x_heads P), B (b_groups N), C (c_groups N), dt (H)]; x heads
-    and B groups are repeated consecutively to H heads after the convolution, which is how
-    grouped-query attention maps on it (arXiv 2408.15237). The native form has x_heads = H.
-    With `rotary` B and C turn with the position, by the angles of the model's attention, which
-    have as many channels as a state (N = P).
-    """
-
-    n_heads: int
-    head_dim: int
-    d_state: int
-    x_heads: int
-    b_groups: int
-    c_groups: int
-    norm_groups: int
-    norm_eps: float = 1e-5
-    d_conv: int = 4
-    conv_bias: bool = True
-    proj_bias: bool = False
-    chunk_size: int = 64
-    rotary: bool = False
-
-    @property
-    def d_inner(self) -> int:
-        """Width of the mixer's output before out_proj."""
-        return self.n_heads * self.head_dim
-
-    @property
-    def conv_dim(self) -> int:
-        """Channels under the convolution: x, B and C."""
-        return self.x_heads * self.head_dim + (self.b_groups + self.c_groups) * self.d_state
-
-    @property
-    def in_rows(self) -> tuple[int, int, int, int, int]:
-        """Rows of z, x, B, C and dt in in_proj."""
-        x, b, c = (
-            self.x_heads * self.head_dim,
-            self.b_groups * self.d_state,
-            self.c_groups * self.d_state,
-        )
-        return self.d_inner, x, b, c, self.n_heads
-
-
-@dataclass(frozen=True)
-class Mamba1Settings:
-    """Sizes of a Mamba-1 mixer, in one of two forms.
-
-    attention form: rows of in_proj are [z, x (x_dim), B (x_dim), C (d_inner), dt (dt_rank)]; x and
-    B are cut in pieces of `repeat_width` channels, each repeated to reach d_inner, and B and C are
-    read as groups of d_state channels. native form (state-spaces): rows are [x, z]; dt, B and C
-    come from x_proj of the convolved x, with one group.
-    """
-
-    d_inner: int
-    dt_rank: int
-    d_state: int = 16
-    x_dim: int | None = None
-    repeat_width: int = 16
-    native: bool = False
-    d_conv: int = 4
-    conv_bias: bool = True
-    proj_bias: bool = False
-
-    @property
-    def in_rows(self) -> tuple[int, ...]:
-        """Rows of in_proj in order."""
-        if self.native:
-            return self.d_inner, self.d_inner
-        return self.d_inner, self.x_dim, self.x_dim, self.d_inner, self.dt_rank
-
-
-@dataclass(frozen=True)
-class WindowSettings:
-    """What the attention beside a Mamba-2 mixer sees: the last `window` tokens of a document, the
-    token itself among them, and its first `sinks` (StreamingLLM, arXiv 2309.17453).
-    """
-
-    window: int
-    sinks: int = 4
-
-
-MixerSettings = Mamba2Settings | Mamba1Settings | WindowSettings
+    index: int
+    spec: MixerSpec[Any]
+    settings: Any
 
 
 @strict
 class HybridConfig(LlamaConfig):
-    """A decoder whose layer i mixes tokens with `mixers[i]`: attention, mamba2 or mamba1.
+    """A decoder whose layer i mixes tokens with `mixers[i]`, a name in `MIXERS`.
 
-    `mamba2_window` is a mamba2 mixer plus attention to a window (`WindowSettings`). All other
-    fields are Llama's. With only attention it is a Llama (or, with a sliding window, a Mistral);
-    with only mamba mixers and `has_mlp=False` it is a native Mamba.
+    Settings of mixers are sections of the configuration named after them (`mamba2`, `mamba1`,
+    `mamba2_window`, or what a mixer's spec names): one dict for all layers, or a list with one for
+    each. All other fields are Llama's. With only attention it is a Llama (or, with a sliding
+    window, a Mistral); with only mamba mixers and `has_mlp=False` it is a native Mamba.
     """
 
     model_type = "mambactl_hybrid"
 
     mixers: list[str] | None = None
-    mamba2: dict | None = None
-    mamba1: dict | None = None
-    mamba2_window: dict | None = None
+    mamba2: Section = None
+    mamba1: Section = None
+    mamba2_window: Section = None
     sliding_window: int | None = None
     has_mlp: bool = True
 
     def __post_init__(self, **kwargs: Any):
         if self.mixers is None:
-            self.mixers = ["attention"] * self.num_hidden_layers
+            self.mixers = [ATTENTION.name] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         # the model keeps its own per-layer list; the library's must not contradict it
         self.layer_types = None
@@ -138,78 +60,142 @@ class HybridConfig(LlamaConfig):
             raise ValueError(
                 f"{len(self.mixers)} mixers for {self.num_hidden_layers} layers in the config"
             )
-        for name in set(self.mixers):
+        for name in dict.fromkeys(self.mixers):
             if name not in MIXERS:
                 raise ValueError(f"unknown mixer {name!r}; known: {', '.join(MIXERS)}")
-            for part in MIXER_SETTINGS[name]:
-                if getattr(self, part) is None:
-                    raise ValueError(f"the config uses {name} layers but has no `{part}` settings")
-        if self.rotates and self.mamba2_settings.d_state != self.head_dim:
+            for section in MIXERS[name].sections:
+                self._check_section(name, section)
+        for layer in self.layers:
+            layer.spec.check(self, layer.settings)
+
+    def _check_section(self, name: str, section: str) -> None:
+        values = getattr(self, section, None)
+        if values is None:
+            raise ValueError(f"the config uses {name} layers but has no `{section}` settings")
+        if not isinstance(values, list):
+            return
+        if len(values) != self.num_hidden_layers:
             raise ValueError(
-                f"rotary mamba2 states have {self.mamba2_settings.d_state} channels, the angles of "
-                f"this model {self.head_dim}"
+                f"`{section}` has settings of {len(values)} layers, the config "
+                f"{self.num_hidden_layers}"
             )
+        for index, mixer in enumerate(self.mixers):
+            if mixer == name and values[index] is None:
+                raise ValueError(f"layer {index} is {name} but has no `{section}` settings")
 
     @property
-    def mamba2_settings(self) -> Mamba2Settings:
-        """Typed view of `mamba2`."""
-        return Mamba2Settings(**self.mamba2)
+    def layers(self) -> list[Layer]:
+        """Spec and settings of every layer."""
+        return [self.layer(index) for index in range(len(self.mixers))]
+
+    def layer(self, index: int) -> Layer:
+        """Spec and settings of one layer; KeyError for a mixer that is not in `MIXERS`."""
+        spec = MIXERS[self.mixers[index]]
+        sections = {name: self._values(name, index) for name in spec.sections}
+        return Layer(index, spec, spec.settings(sections))
+
+    def _values(self, section: str, index: int) -> dict | None:
+        values = getattr(self, section)
+        return values[index] if isinstance(values, list) else values
+
+    def section(self, name: str) -> Any:
+        """Settings of a section that all layers with it share.
+
+        KeyError where no mixer of the model has that section, ValueError where layers differ.
+        """
+        found = [
+            layer.spec.parts(layer.settings)[name]
+            for layer in self.layers
+            if name in layer.spec.sections
+        ]
+        if not found:
+            raise KeyError(name)
+        if any(other != found[0] for other in found):
+            raise ValueError(f"layers have different `{name}` settings")
+        return found[0]
 
     @property
-    def mamba1_settings(self) -> Mamba1Settings:
-        """Typed view of `mamba1`."""
-        return Mamba1Settings(**self.mamba1)
+    def attention_layers(self) -> list[int]:
+        """Indices of the layers that mix with attention to all of the past."""
+        return [layer.index for layer in self.layers if layer.spec.is_attention]
 
     @property
-    def mamba2_window_settings(self) -> WindowSettings:
-        """Typed view of `mamba2_window`."""
-        return WindowSettings(**self.mamba2_window)
+    def replaced_layers(self) -> list[int]:
+        """Indices of the layers that do not."""
+        return [layer.index for layer in self.layers if not layer.spec.is_attention]
+
+    @property
+    def windows(self) -> list[WindowSettings]:
+        """Distinct windows of attention beside recurrences, in the order of the layers."""
+        found = (layer.spec.window(layer.settings) for layer in self.layers)
+        return list(dict.fromkeys(window for window in found if window is not None))
+
+    @property
+    def local_spans(self) -> list[LocalSpan]:
+        """What those windows see, each once."""
+        found = (layer.spec.local_span(self, layer.settings) for layer in self.layers)
+        return list(dict.fromkeys(span for span in found if span is not None))
+
+    @property
+    def kinds(self) -> list[str]:
+        """A label for every layer: the mixer's name, numbered where its settings differ."""
+        seen: dict[str, list[Any]] = {}
+        labels = []
+        for layer in self.layers:
+            known = seen.setdefault(layer.spec.name, [])
+            if layer.settings not in known:
+                known.append(layer.settings)
+            number = known.index(layer.settings)
+            labels.append(f"{layer.spec.name} {number + 1}" if number else layer.spec.name)
+        return labels
 
     @property
     def rotates(self) -> bool:
-        """Whether states of Mamba-2 layers turn with the position."""
-        states = any("mamba2" in MIXER_SETTINGS[name] for name in self.mixers)
-        return states and self.mamba2_settings.rotary
+        """Whether recurrent states of any layer turn with the position."""
+        return any(layer.spec.rotates(layer.settings) for layer in self.layers)
 
     @property
     def attends(self) -> bool:
-        """Whether any layer has keys, whose positions training has bounded."""
-        return self.rotates or any(name in ATTENDING for name in self.mixers)
+        """Whether positions bound any layer, because training has bounded them."""
+        return any(layer.spec.has_positions(layer.settings) for layer in self.layers)
 
-    def with_mixers(self, mixers: list[str], **settings: MixerSettings):
-        """A copy with other mixers; `mamba2=`, `mamba1=` and `mamba2_window=` give settings."""
+    def layer_caches(self) -> list[LayerCache]:
+        """An empty cache for every layer."""
+        return [layer.spec.cache(layer.settings) for layer in self.layers]
+
+    def only(self, index: int, **fields: Any) -> "HybridConfig":
+        """A model of one layer alone; keywords give other fields."""
+        spec, settings = self.layer(index).spec, self.layer(index).settings
+        names = {name for other in MIXERS.values() for name in other.sections}
+        own = {name: _stored(part) for name, part in spec.parts(settings).items()}
+        kept = {
+            key: value
+            for key, value in self.to_dict().items()
+            if key != "model_type" and key not in names
+        }
+        changed = {"num_hidden_layers": 1, "mixers": [spec.name]} | own | fields
+        return HybridConfig(**kept | changed)
+
+    def with_mixers(self, mixers: Sequence[str], **sections: Any) -> "HybridConfig":
+        """A copy with other mixers; keywords give sections, of all layers or one of each."""
         fields = {key: value for key, value in self.to_dict().items() if key != "model_type"}
-        fields.update(mixers=list(mixers), **{k: asdict(v) for k, v in settings.items()})
+        fields.update(mixers=list(mixers), **{k: _stored(v) for k, v in sections.items()})
         return HybridConfig(**fields)
 
-
-def mamba2_from_attention(
-    config: LlamaConfig, proj_bias: bool, rotary: bool = False
-) -> Mamba2Settings:
-    """One SSM head per query head with a square state, x and B from KV heads (2408.15237, 2.2)."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    return Mamba2Settings(
-        n_heads=heads,
-        head_dim=config.head_dim,
-        d_state=config.head_dim,
-        x_heads=kv_heads,
-        b_groups=kv_heads,
-        c_groups=heads,
-        norm_groups=heads,
-        norm_eps=config.rms_norm_eps,
-        proj_bias=proj_bias,
-        rotary=rotary,
-    )
+    def with_layers(self, changed: Mapping[int, tuple[MixerSpec[Any], Any]]) -> "HybridConfig":
+        """A copy in which layers have another mixer, with the settings given."""
+        layers = [changed.get(layer.index, (layer.spec, layer.settings)) for layer in self.layers]
+        sections: dict[str, list[Any]] = {}
+        for index, (spec, settings) in enumerate(layers):
+            for name, part in spec.parts(settings).items():
+                sections.setdefault(name, [None] * len(layers))[index] = part
+        return self.with_mixers([spec.name for spec, _ in layers], **sections)
 
 
-def mamba1_from_attention(
-    config: LlamaConfig, repeat_width: int, proj_bias: bool
-) -> Mamba1Settings:
-    """Per-channel decays with 16 states; B and x from KV heads, C from query heads."""
-    return Mamba1Settings(
-        d_inner=config.num_attention_heads * config.head_dim,
-        dt_rank=-(-config.hidden_size // 16),
-        x_dim=config.num_key_value_heads * config.head_dim,
-        repeat_width=repeat_width,
-        proj_bias=proj_bias,
-    )
+def _stored(settings: Any) -> Section:
+    """A section as it is kept: one dict where all layers that have it agree, else a list."""
+    if not isinstance(settings, Sequence):
+        return section_values(settings)
+    values = [None if one is None else section_values(one) for one in settings]
+    given = [value for value in values if value is not None]
+    return given[0] if given and all(value == given[0] for value in given) else values

@@ -5,11 +5,6 @@ from torch import Tensor
 from mambactl.models.config import HybridConfig
 
 
-def replaced_layers(config: HybridConfig) -> list[int]:
-    """Indices of the layers that mix with Mamba."""
-    return [i for i, name in enumerate(config.mixers) if name != "attention"]
-
-
 def misfit(ours: HybridConfig, theirs: HybridConfig) -> str | None:
     """Why a student of the first form cannot be aligned with a teacher of the second, or None."""
     for what, field in (("layers", "num_hidden_layers"), ("hidden units", "hidden_size")):
@@ -18,7 +13,7 @@ def misfit(ours: HybridConfig, theirs: HybridConfig) -> str | None:
                 f"the teacher has {getattr(theirs, field)} {what}, "
                 f"the student {getattr(ours, field)}"
             )
-    missing = [i for i in replaced_layers(ours) if theirs.mixers[i] != "attention"]
+    missing = sorted(set(ours.replaced_layers) - set(theirs.attention_layers))
     return f"the teacher has no attention in the layers {missing}" if missing else None
 
 

@@ -11,62 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mambactl.models.config import HybridConfig
-
-# decay, outer product (multiply, add), read-out (multiply, add) per state element
-MAMBA2_STATE = 5
-# exponential and its argument too, which every channel has of its own
-MAMBA1_STATE = 7
+from mambactl.models.mixers.spec import MixerCost
 
 # (what: a mixer or head; how: see `Work.pieces`) -> operations
 Pieces = Mapping[tuple[str, str], float]
 
 
-@dataclass(frozen=True)
-class MixerCost:
-    """Per token: products with the input projection, with all other weights, and no weight."""
-
-    entrance: float
-    weights: float
-    mixing: float
-
-    def plus(self, other: "MixerCost") -> "MixerCost":
-        """Both."""
-        return MixerCost(
-            self.entrance + other.entrance, self.weights + other.weights, self.mixing + other.mixing
-        )
-
-    @property
-    def forward(self) -> float:
-        """Operations of a forward pass."""
-        return self.entrance + self.weights + self.mixing
-
-
-def _attention_cost(config: HybridConfig, seen: float) -> MixerCost:
-    """Attention whose queries see `seen` keys."""
-    width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
-    shared = config.num_key_value_heads * config.head_dim
-    return MixerCost(2 * width * (inner + 2 * shared), 2 * inner * width, 4 * inner * seen)
-
-
-def mixer_cost(config: HybridConfig, mixer: str, length: int) -> MixerCost:
-    """Operations of one token mixer on rows of `length` tokens."""
-    width = config.hidden_size
-    if mixer == "attention":
-        return _attention_cost(config, min(length / 2, config.sliding_window or length))
-    if mixer == "mamba2_window":
-        span = config.mamba2_window_settings
-        near = _attention_cost(config, min(length / 2, span.window + span.sinks))
-        return mixer_cost(config, "mamba2", length).plus(near)
-    if mixer == "mamba2":
-        s2 = config.mamba2_settings
-        state = MAMBA2_STATE * s2.d_inner * s2.d_state
-        conv = 2 * s2.d_conv * s2.conv_dim
-        return MixerCost(2 * width * sum(s2.in_rows), 2 * s2.d_inner * width, state + conv)
-    s1 = config.mamba1_settings
-    selected = s1.d_inner * (s1.dt_rank + 2 * s1.d_state) if s1.native else 0
-    weights = 2 * (selected + s1.dt_rank * s1.d_inner + s1.d_inner * width)
-    mixing = MAMBA1_STATE * s1.d_inner * s1.d_state + 2 * s1.d_conv * s1.d_inner
-    return MixerCost(2 * width * sum(s1.in_rows), weights, mixing)
+def mixer_cost(config: HybridConfig, index: int, length: int) -> MixerCost:
+    """Operations of the mixer of one layer on rows of `length` tokens."""
+    layer = config.layer(index)
+    return layer.spec.cost(config, layer.settings, length)
 
 
 def mlp_cost(config: HybridConfig) -> float:
@@ -81,7 +35,8 @@ def head_cost(config: HybridConfig) -> float:
 
 def forward_flops(config: HybridConfig, length: int, head: bool = True) -> float:
     """Operations per token of a forward pass over rows of `length` tokens."""
-    mixers = sum(mixer_cost(config, name, length).forward for name in config.mixers)
+    layers = range(len(config.mixers))
+    mixers = sum(mixer_cost(config, index, length).forward for index in layers)
     return mixers + len(config.mixers) * mlp_cost(config) + (head_cost(config) if head else 0.0)
 
 
@@ -117,33 +72,33 @@ class Work:
         """
         found: Counter[tuple[str, str]] = Counter()
         if self.teacher is not None:
-            for name in self.teacher.mixers:
-                found[name, "infer"] += self._block(self.teacher, name, length)
+            for index, kind in enumerate(self.teacher.kinds):
+                found[kind, "infer"] += self._block(self.teacher, index, length)
+        kinds = self.student.kinds
         if self.aligns:
             for index in self.layers:
-                name = self.student.mixers[index]
-                found[name, "align"] += self._aligned(name, length)
+                found[kinds[index], "align"] += self._aligned(index, length)
             return found
         lowest = 0 if self.rest else min(self.layers)
-        for index, name in enumerate(self.student.mixers):
-            found[name, "train"] += self._trained(index, name, length, index >= lowest)
+        for index, kind in enumerate(kinds):
+            found[kind, "train"] += self._trained(index, length, index >= lowest)
             if self.checkpointing:
-                found[name, "repeat"] += self._block(self.student, name, length)
+                found[kind, "repeat"] += self._block(self.student, index, length)
         head = head_cost(self.student)
         guide = head_cost(self.teacher) if self.teacher is not None else 0.0
         found["head", "train"] = guide + head * (3 if self.rest else 2)
         return found
 
-    def _block(self, config: HybridConfig, name: str, length: int) -> float:
-        return mixer_cost(config, name, length).forward + mlp_cost(config)
+    def _block(self, config: HybridConfig, index: int, length: int) -> float:
+        return mixer_cost(config, index, length).forward + mlp_cost(config)
 
-    def _aligned(self, name: str, length: int) -> float:
+    def _aligned(self, index: int, length: int) -> float:
         # what enters a mixer is the teacher's and needs no gradient
-        cost = mixer_cost(self.student, name, length)
+        cost = mixer_cost(self.student, index, length)
         return 2 * cost.entrance + 3 * (cost.weights + cost.mixing)
 
-    def _trained(self, index: int, name: str, length: int, reached: bool) -> float:
-        cost, mlp = mixer_cost(self.student, name, length), mlp_cost(self.student)
+    def _trained(self, index: int, length: int, reached: bool) -> float:
+        cost, mlp = mixer_cost(self.student, index, length), mlp_cost(self.student)
         forward = cost.forward + mlp
         if not reached:
             return forward

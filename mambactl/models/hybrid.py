@@ -4,7 +4,7 @@ Tensor names of attention layers, MLPs, norms and embeddings are Llama's, so a L
 a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) at the entrance.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,24 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 from mambactl.kernels import dispatch
-from mambactl.kernels.local_attention import LocalKeys, local_keys
+from mambactl.kernels.local_attention import LocalKeys, LocalSpan, local_keys
 from mambactl.kernels.spans import Spans, spans
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.attention import AttentionMixer
 from mambactl.models.mixers.context import StepContext, goes_sequentially
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS, KeepsFloat32
-from mambactl.models.mixers.mamba1 import Mamba1Mixer
-from mambactl.models.mixers.mamba2 import Mamba2Mixer
-from mambactl.models.mixers.windowed import Mamba2WindowMixer
 from mambactl.models.norm import RMSNorm
-
-MIXER_CLASSES = {
-    "attention": AttentionMixer,
-    "mamba2": Mamba2Mixer,
-    "mamba1": Mamba1Mixer,
-    "mamba2_window": Mamba2WindowMixer,
-}
 
 
 class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
@@ -47,9 +36,10 @@ class HybridBlock(GradientCheckpointingLayer):
     def __init__(self, config: HybridConfig, index: int):
         super().__init__()
         self.index = index
-        self.mixer_name = "self_attn" if config.mixers[index] == "attention" else "mamba"
+        layer = config.layer(index)
+        self.mixer_name = layer.spec.attribute
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        setattr(self, self.mixer_name, MIXER_CLASSES[config.mixers[index]](config))
+        setattr(self, self.mixer_name, layer.spec.module(config, layer.settings))
         self.has_mlp = config.has_mlp
         if self.has_mlp:
             self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -97,6 +87,15 @@ class HybridPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = list(FLOAT32_PARAMETERS)
 
 
+@dataclass(frozen=True)
+class _Sight:
+    """Whether any of `mixers` is attention, and what the windows of the others see."""
+
+    mixers: list[str]
+    attention: bool
+    spans: list[LocalSpan]
+
+
 class HybridModel(HybridPreTrainedModel):
     """Embeddings, blocks and the final norm."""
 
@@ -109,6 +108,7 @@ class HybridModel(HybridPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._sight: _Sight | None = None
         self.post_init()
 
     def forward(
@@ -225,13 +225,20 @@ class HybridModel(HybridPreTrainedModel):
 
     def _local(
         self, batch: int, length: int, seq_idx: Tensor | None, device: torch.device
-    ) -> LocalKeys | None:
-        """What a window of attention beside a recurrence sees of whole rows [B, T]."""
-        if "mamba2_window" not in self.config.mixers:
+    ) -> dict[LocalSpan, LocalKeys] | None:
+        """What windows of attention beside recurrences see of whole rows [B, T]."""
+        spans = self._seeing.spans
+        if not spans:
             return None
-        sizes = self.config.mamba2_window_settings
-        shared = self.config.num_attention_heads // self.config.num_key_value_heads
-        return local_keys(batch, length, sizes.window, sizes.sinks, shared, seq_idx, device)
+        return {span: local_keys(batch, length, *span, seq_idx, device) for span in spans}
+
+    @property
+    def _seeing(self) -> "_Sight":
+        """What the layers see now; stepwise training exchanges the mixers of a running model."""
+        if self._sight is None or self._sight.mixers is not self.config.mixers:
+            config = self.config
+            self._sight = _Sight(config.mixers, bool(config.attention_layers), config.local_spans)
+        return self._sight
 
     def with_windows(self, context: StepContext) -> StepContext:
         """A context of whole rows, made by another model, with what this one's windows see."""
@@ -242,7 +249,7 @@ class HybridModel(HybridPreTrainedModel):
     def _spans(self, positions: Tensor, seq_idx: Tensor | None) -> Spans | None:
         """What tokens [B, T] see without a cache, None where that is all of the past."""
         window = self.config.sliding_window
-        if "attention" not in self.config.mixers:
+        if not self._seeing.attention:
             return None
         if seq_idx is None and not (window and window < positions.shape[1]):
             return None
@@ -251,7 +258,7 @@ class HybridModel(HybridPreTrainedModel):
     def _cached_mask(self, positions: Tensor, slots: int, first: bool) -> Tensor | None:
         """Allowed keys [B, 1, T, S], or None where plain causal attention is the same."""
         window = self.config.sliding_window
-        if "attention" not in self.config.mixers or (first and not (window and window < slots)):
+        if not self._seeing.attention or (first and not (window and window < slots)):
             return None
         query, key = positions[..., None], torch.arange(slots, device=positions.device)
         allowed = key <= query  # [B, T, S]

@@ -1,19 +1,34 @@
-"""A hybrid model's weights as decode kernels want them: stacked, with constants worked out once.
+"""Weights, state and buffers of a decode pass, and the contract of a mixer that runs in one.
 
-Stacking moves weights; the model's own parameters become views of the stacks, so nothing is held
-twice and the model still computes what it did.
+A packed mixer holds its weights as the kernels want them, makes and loads its own state, and runs
+itself. Stacking moves weights: the model's own parameters become views of the stacks, so nothing
+is held twice and the model still computes what it did.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.linear import TAPS
-from mambactl.kernels.decode.reference.recurrent import spread
-from mambactl.models.config import HybridConfig, Mamba1Settings, Mamba2Settings
-from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.cache import LayerCache
 from mambactl.models.mixers.rotary import still
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Cosines and sines [S, P / 2] that turn keys with the position, and states (`of_states`)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @cached_property
+    def of_states(self) -> tuple[Tensor, Tensor]:
+        """The same with one channel pair held still, for rotary states."""
+        return still(self.cos, 1.0), still(self.sin, 0.0)
 
 
 class NotSupported(ValueError):
@@ -29,181 +44,154 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class AttentionWeights:
-    """`qkv` rows are queries, keys, values; `window` 0 means all positions, and with `sinks` the
-    first of all are seen from everywhere.
+class Segment:
+    """Tokens of a pass: T per sequence from position start[b] + offset on.
+
+    Recurrent layers start from `base` and store their state at `base_next` (the same: nowhere);
+    all four are int32 [B], and sequences whose `active` is 0 are left alone.
     """
 
-    qkv: Projection
-    out: Projection
+    start: Tensor
+    active: Tensor
+    base: Tensor
+    base_next: Tensor
+    T: int
+    offset: int = 0
+
+    @property
+    def rows(self) -> int:
+        """M = B * T."""
+        return len(self.start) * self.T
+
+
+@dataclass
+class Residual:
+    """The residual stream of a pass and its scratch, cut to the pass's rows."""
+
+    hidden: Tensor  # [M, D]
+    scaled: Tensor  # [M, D], the stream times the weight of the norm that reads it next
+    squares: Tensor  # [M, pieces]
+    wide: Tensor  # flat: queries, or the gate of a recurrence
+    mixed: Tensor  # flat: inputs of a mixer's output projection
+    inner: Tensor  # flat: activations of an MLP, or of the attention beside a mixer
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """Everything that the layers of one pass share."""
+
+    ops: DecodeOps
+    eps: float
+    rotations: Rotations | None  # None where nothing turns with the position
+    partial: Tensor  # flat fp32, scratch of attention
+    counter: Tensor  # flat int32, zero between launches
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """Sizes of the state of a batch.
+
+    `capacity` tokens a sequence, `slots` of a ring of projections, `splits` programs that share a
+    sequence's keys, and `ahead`: tokens behind the first one of a step that its passes may write.
+    """
+
+    batch: int
+    capacity: int
+    slots: int
+    splits: int
+    ahead: int
+
+
+@dataclass
+class AttentionState:
+    """Keys and values of every position, or of those that sinks and a window see
+    (`kernels.decode.reference.slots` says which slot is whose).
+    """
+
+    keys: Tensor  # [B, Hk, S, P]
+    values: Tensor  # [B, Hk, S, P]
+    splits: int  # programs that share a sequence's slots
+    ring: int = 0  # slots behind those of the sinks; 0: every position has its own
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that outlives a pass."""
+        return [self.keys, self.values]
+
+
+@dataclass
+class RecurrentState:
+    """Tensors that `kernels.decode.reference.recurrent` describes.
+
+    The attention form of Mamba-1 has neither `mixed` nor `low`, Mamba-2 no `low`.
+    """
+
+    ring: Tensor  # [B, R, C]
+    state: Tensor  # [B, H, N, P] or [B, Ch, N], fp32
+    mixed: Tensor | None = None  # [B, R, Ch]
+    low: Tensor | None = None  # [B, R, dt_rank + 2 N]
+    window: AttentionState | None = None  # of the attention beside the recurrence
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that outlives a pass."""
+        own = [t for t in (self.ring, self.state, self.mixed, self.low) if t is not None]
+        return own + (self.window.tensors() if self.window is not None else [])
+
+
+class LayerState(Protocol):
+    """State of one layer for a running batch."""
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that outlives a pass."""
+
+
+class PackedMixer(Protocol):
+    """A mixer of a decode pass."""
+
+    @property
+    def activations(self) -> int:
+        """Columns of the widest buffer that a row needs."""
+
+    @property
+    def attention(self) -> "KeyReader | None":
+        """The attention in it, which needs scratch."""
+
+    @property
+    def stores_every_step(self) -> bool:
+        """Whether replaying tokens would cost as much as storing the state after each."""
+
+    def new_state(self, like: Tensor, size: StateSize) -> LayerState:
+        """Empty state in the dtype and on the device of `like`."""
+
+    def load(self, state: LayerState, cache: LayerCache, lengths: Tensor, capacity: int) -> None:
+        """Take over what reading the prompts left in a layer's cache; `lengths` [B]."""
+
+    def run(
+        self, context: PassContext, state: LayerState, s: Residual, segment: Segment, gain: Tensor
+    ) -> None:
+        """Add the mixer's output to the stream, scaled next by the norm weight `gain` [D]."""
+
+
+class KeyReader(Protocol):
+    """Sizes of an attention that a pass runs."""
+
     heads: int
     kv_heads: int
     width: int
-    window: int
-    sinks: int = 0
 
 
-@dataclass(frozen=True)
-class Mamba2Weights:
-    """Mamba-2; the ring takes the columns of `inner` from `ring_lo` on.
-
-    `window` is the attention beside it, and `turn` (cos, sin) [S, N / 2] rotates B and C.
-    """
-
-    inner: Projection
-    conv: Projection  # weight [Ch, 4]
-    A: Tensor  # [H]
-    D: Tensor  # [H]
-    dt_bias: Tensor  # [H]
-    gain: Tensor  # [H P]
-    out: Projection
-    sizes: Mamba2Settings
-    ring_lo: int
-    ring_width: int
-    window: AttentionWeights | None = None
-    turn: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def norm_by_head(self) -> bool:
-        """Whether the gated norm stays within heads, so that the scan can do it."""
-        return self.sizes.norm_groups == self.sizes.n_heads
-
-
-@dataclass(frozen=True)
-class Mamba1Weights:
-    """Mamba-1; `low` is x_proj of the native form, and None in the attention form."""
-
-    inner: Projection
-    conv: Projection  # weight [Ch, 4]
-    low: Tensor | None  # [dt_rank + 2 N, Ch]
-    dt: Projection  # weight [Ch, dt_rank]
-    A: Tensor  # [Ch, N]
-    D: Tensor  # [Ch]
-    out: Projection
-    sizes: Mamba1Settings
-    ring_lo: int
-    ring_width: int
-    piece: int
-    repeat: int
-
-    def ring_source(self) -> Tensor:
-        """The convolution channel that holds each x column of the ring, [ring x columns]."""
-        if self.sizes.native:
-            return torch.arange(self.sizes.d_inner)
-        source = spread(self.sizes.d_inner, self.piece, self.repeat)
-        first = torch.zeros(self.sizes.x_dim, dtype=torch.long)
-        # written from the end, so that the first channel with a source wins
-        return first.scatter(0, source.flip(0), torch.arange(self.sizes.d_inner).flip(0))
-
-
-MixerWeights = AttentionWeights | Mamba2Weights | Mamba1Weights
-
-
-def attention_of(mixer: MixerWeights) -> AttentionWeights | None:
-    """The attention of a mixer, if it has any."""
-    if isinstance(mixer, AttentionWeights):
-        return mixer
-    return mixer.window if isinstance(mixer, Mamba2Weights) else None
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One block; without an MLP its three tensors are None."""
-
-    gain: Tensor  # [D]
-    mixer: MixerWeights
-    mlp_gain: Tensor | None  # [D]
-    gate_up: Tensor | None  # [2 I, D]
-    down: Tensor | None  # [D, I]
-
-
-@dataclass(frozen=True)
-class PackedModel:
-    """Everything a decode pass reads."""
-
-    table: Tensor  # [V, D]
-    layers: tuple[LayerWeights, ...]
-    gain: Tensor  # [D]
-    head: Tensor  # [V, D]
-    eps: float
-    cos: Tensor | None  # [S, P / 2]
-    sin: Tensor | None  # [S, P / 2]
-
-    @property
-    def has_mamba1(self) -> bool:
-        """Whether a layer's ring is nearly as large as its state."""
-        return any(isinstance(layer.mixer, Mamba1Weights) for layer in self.layers)
-
-
-@torch.no_grad()
-def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
-    """Stack the weights of a model; keys and rotary states get rotations for `positions` positions.
-
-    Raises NotSupported for what the decode kernels do not compute.
-    """
-    config, inner = model.config, model.model
-    if getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
-        raise NotSupported("an MLP with biases or another activation than SiLU")
-    if model.dtype not in (torch.bfloat16, torch.float32):
-        raise NotSupported(f"weights in {model.dtype}")
-    cos = sin = turn = None
-    if config.attends:
-        cos, sin = _rotations(model, positions)
-    if config.rotates:
-        turn = still(cos, 1.0), still(sin, 0.0)
-    return PackedModel(
-        table=inner.embed_tokens.weight,
-        layers=tuple(_layer(block, config, turn) for block in inner.layers),
-        gain=inner.norm.weight,
-        head=model.lm_head.weight,
-        eps=config.rms_norm_eps,
-        cos=cos,
-        sin=sin,
-    )
-
-
-def _rotations(model: HybridForCausalLM, positions: int) -> tuple[Tensor, Tensor]:
-    rotary = model.model.rotary_emb
-    if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
-        raise NotSupported(f"{rotary.rope_type} rotary positions, which change with the length")
-    at = torch.arange(positions, device=model.device)[None]
-    # in the model's precision, as its attention layers use them
-    cos, sin = rotary(model.model.embed_tokens.weight[:1, None], at)  # [1, S, P]
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
-
-
-def _layer(
-    block: nn.Module, config: HybridConfig, turn: tuple[Tensor, Tensor] | None
-) -> LayerWeights:
-    kind = config.mixers[block.index]
-    if kind == "attention":
-        mixer = _attention(block.mixer, config, config.sliding_window or 0)
-    elif kind == "mamba1":
-        mixer = _mamba1(block.mixer)
-    else:
-        window = None
-        if kind == "mamba2_window":
-            span = config.mamba2_window_settings
-            window = _attention(block.mixer.window, config, span.window, span.sinks)
-        mixer = _mamba2(block.mixer, window, turn)
-    if not block.has_mlp:
-        return LayerWeights(block.input_layernorm.weight, mixer, None, None, None)
-    return LayerWeights(
-        gain=block.input_layernorm.weight,
-        mixer=mixer,
-        mlp_gain=block.post_attention_layernorm.weight,
-        gate_up=_stack([block.mlp.gate_proj, block.mlp.up_proj]).weight,
-        down=block.mlp.down_proj.weight,
-    )
-
-
-def _stack(linears: list[nn.Linear]) -> Projection:
-    """One matrix of several, which become its views."""
-    joined = [_joined([linear.weight for linear in linears])]
-    if linears[0].bias is not None:
-        joined.append(_joined([linear.bias for linear in linears]))
-    return Projection(joined[0], joined[1] if len(joined) > 1 else None)
+def stack(linears: list[nn.Linear]) -> Projection:
+    """One projection of several, which become its views; missing biases are zero."""
+    weight = _joined([linear.weight for linear in linears])
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return Projection(weight, None)
+    if any(bias is None for bias in biases):
+        parts = [
+            weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.data
+            for linear in linears
+        ]
+        return Projection(weight, torch.cat(parts))
+    return Projection(weight, _joined(biases))
 
 
 def _joined(parts: list[nn.Parameter]) -> Tensor:
@@ -222,30 +210,17 @@ def _joined(parts: list[nn.Parameter]) -> Tensor:
 
 def _adjoin(parts: list[Tensor]) -> bool:
     """Whether tensors lie one after the other in the same memory."""
-    place = parts[0].storage_offset()
+    offset = parts[0].storage_offset()
     for part in parts:
         same = part.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
-        if not same or part.storage_offset() != place or not part.is_contiguous():
+        if not same or part.storage_offset() != offset or not part.is_contiguous():
             return False
-        place += part.numel()
+        offset += part.numel()
     return True
 
 
-def _attention(
-    mixer: nn.Module, config: HybridConfig, window: int, sinks: int = 0
-) -> AttentionWeights:
-    return AttentionWeights(
-        qkv=_stack([mixer.q_proj, mixer.k_proj, mixer.v_proj]),
-        out=Projection(mixer.o_proj.weight, mixer.o_proj.bias),
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        width=config.head_dim,
-        window=window,
-        sinks=sinks,
-    )
-
-
-def _conv(conv: nn.Conv1d) -> Projection:
+def packed_conv(conv: nn.Conv1d) -> Projection:
+    """A depthwise convolution as weight [Ch, TAPS] and bias [Ch]; NotSupported with more taps."""
     channels, _, taps = conv.weight.shape
     if taps > TAPS:
         raise NotSupported(f"a convolution of {taps} taps (at most {TAPS})")
@@ -255,39 +230,15 @@ def _conv(conv: nn.Conv1d) -> Projection:
     return Projection(weight, bias)
 
 
-def _mamba2(
-    mixer: nn.Module, window: AttentionWeights | None, turn: tuple[Tensor, Tensor] | None
-) -> Mamba2Weights:
-    s: Mamba2Settings = mixer.sizes
-    return Mamba2Weights(
-        inner=Projection(mixer.in_proj.weight, mixer.in_proj.bias),
-        conv=_conv(mixer.conv1d),
-        A=-mixer.A_log.float().exp(),
-        D=mixer.D.float(),
-        dt_bias=mixer.dt_bias.float(),
-        gain=mixer.norm.weight,
-        out=Projection(mixer.out_proj.weight, mixer.out_proj.bias),
-        sizes=s,
-        ring_lo=s.d_inner,
-        ring_width=s.conv_dim + s.n_heads,
-        window=window,
-        turn=turn,
-    )
+def load_ring(state: RecurrentState, live: Tensor, inputs: Tensor, lengths: Tensor) -> None:
+    """Put a live state and the newest inputs of the convolution [B, W-1, Ch] where a pass reads."""
+    rows, before = len(lengths), inputs.shape[1]
+    state.state[:rows] = live
+    at = lengths[:, None] - before + torch.arange(before, device=lengths.device)  # [B, W-1]
+    b = torch.arange(rows, device=lengths.device)[:, None]
+    state.ring[b, at % state.ring.shape[1], : inputs.shape[2]] = inputs
 
 
-def _mamba1(mixer: nn.Module) -> Mamba1Weights:
-    s: Mamba1Settings = mixer.sizes
-    return Mamba1Weights(
-        inner=Projection(mixer.in_proj.weight, mixer.in_proj.bias),
-        conv=_conv(mixer.conv1d),
-        low=mixer.x_proj.weight if s.native else None,
-        dt=Projection(mixer.dt_proj.weight, mixer.dt_proj.bias),
-        A=-mixer.A_log.float().exp().contiguous(),
-        D=mixer.D.float(),
-        out=Projection(mixer.out_proj.weight, mixer.out_proj.bias),
-        sizes=s,
-        ring_lo=0 if s.native else s.d_inner,
-        ring_width=s.d_inner if s.native else sum(s.in_rows) - s.d_inner,
-        piece=s.d_inner if s.native else s.repeat_width,
-        repeat=1 if s.native else s.d_inner // s.x_dim,
-    )
+def state_dtype(like: Tensor) -> torch.dtype:
+    """fp64 for fp64 weights, otherwise fp32."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32

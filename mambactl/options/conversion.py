@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mambactl.options.fields import DataSpecs, Integers, StageConfig
+from mambactl.options.fields import DataSpecs, Integers, MixerName, StageConfig
 
 
 class ConvertConfig(StageConfig):
@@ -26,7 +26,7 @@ class ConvertConfig(StageConfig):
     mixers_from: str | None = Field(
         None, description="take the mixers from this converted and aligned checkpoint"
     )
-    mixer: Literal["mamba2", "mamba1"] = Field("mamba2", description="what replaces attention")
+    mixer: MixerName = Field("mamba2", description="what replaces attention")
     window: int | None = Field(
         None, ge=1, description="keep attention to the last W tokens beside each new mixer"
     )

@@ -2,9 +2,11 @@
 
 import os
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import core_schema
 
 WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 
@@ -33,6 +35,21 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     return data, float(number)
 
 
+class OpenChoice:
+    """Marks a Literal of the usual names as open: a table that is read later knows them all."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_wrap_validator_function(_name, handler(source))
+
+
+def _name(value: Any, usual: Callable[[Any], Any]) -> Any:
+    return value if isinstance(value, str) and value.isidentifier() else usual(value)
+
+
+# the table of mixers needs torch, which options do not load
+MixerName = Annotated[Literal["mamba2", "mamba1"], OpenChoice()]
 Drafts = Annotated[
     Annotated[int, Field(ge=1, le=32)] | Literal["auto"], BeforeValidator(_as_number)
 ]

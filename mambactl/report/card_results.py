@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from mambactl.checkpoint.card import with_results
-from mambactl.files import CARD, LINEAGE
+from mambactl.checkpoint.source import CARD, LINEAGE
 from mambactl.report.entries import read_entries
 from mambactl.report.markdown import markdown
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mambactl.checkpoint.source import LEDGER, SINGLE_FILE_SUFFIXES
 from mambactl.errors import UsageError
-from mambactl.files import LEDGER, SINGLE_FILE_SUFFIXES
 from mambactl.report.entries import (
     Entry,
     Found,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mambactl.checkpoint.source import LEDGER, SINGLE_FILE_SUFFIXES
 from mambactl.errors import UsageError
 from mambactl.evaluation.probes import PROBES
-from mambactl.files import LEDGER, SINGLE_FILE_SUFFIXES
 from mambactl.metrics import KL
 from mambactl.report.origin import command_of, lineage_of
 from mambactl.report.plots import read_ledger

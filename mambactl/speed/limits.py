@@ -50,15 +50,16 @@ def bytes_per_step(
     size of one number in the KV cache.
     """
     new = batch * tokens_per_window
-    held = min(context, config.sliding_window or context)
+    kv = sum(
+        (batch * layer.spec.keys_read(config, layer.settings, context) + new)
+        * layer.spec.kv_elements(config, layer.settings)
+        for layer in config.layers
+    )
     return StepBytes(
         weights=round(_weight_bytes(config, weight_bytes_per_param)),
         embedding=round(new * config.hidden_size * weight_bytes_per_param),
         state=2 * batch * state_elements(config) * STATE_BYTES,
-        kv=(batch * held + new) * _kv_elements(config, "attention") * kv_bytes
-        + (batch * _window_held(config, context) + new)
-        * _kv_elements(config, "mamba2_window")
-        * kv_bytes,
+        kv=kv * kv_bytes,
     )
 
 
@@ -86,29 +87,7 @@ def _sizes(config: HybridConfig) -> tuple[int, int]:
 
 def state_elements(config: HybridConfig) -> int:
     """Numbers in the recurrent states of one sequence, all layers."""
-    count = 0
-    mamba2 = config.mixers.count("mamba2") + config.mixers.count("mamba2_window")
-    if mamba2:
-        s = config.mamba2_settings
-        count += mamba2 * s.d_inner * s.d_state
-    if "mamba1" in config.mixers:
-        s = config.mamba1_settings
-        count += config.mixers.count("mamba1") * s.d_inner * s.d_state
-    return count
-
-
-def _kv_elements(config: HybridConfig, mixer: str) -> int:
-    """Numbers in the keys and values of one token, all layers with that mixer."""
-    per_layer = 2 * config.num_key_value_heads * config.head_dim
-    return config.mixers.count(mixer) * per_layer
-
-
-def _window_held(config: HybridConfig, context: int) -> int:
-    """Tokens of `context` that a window beside a recurrence reads."""
-    if "mamba2_window" not in config.mixers:
-        return 0
-    span = config.mamba2_window_settings
-    return min(context, span.window - 1 + span.sinks)
+    return sum(layer.spec.state_elements(layer.settings) for layer in config.layers)
 
 
 def limit(

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from mambactl.decode.gpu.session import ring_limit
+from mambactl.decode.gpu.state import PackedModel
 from mambactl.errors import CheckError
 from mambactl.kernels.decode.reference.control import next_store
 from mambactl.kernels.decode.triton.ops import TritonOps
 from mambactl.models.config import HybridConfig
-from mambactl.models.packed import Mamba2Weights, PackedModel
+from mambactl.models.mixers.mamba2_decode import PackedMamba2
 from mambactl.speed.graphs import Timer, capture
 from mambactl.speed.snapshots import snapshot_window
 from mambactl.speed.subject import Numbers
@@ -87,7 +88,7 @@ class Contest:
     def __init__(
         self, weights: PackedModel, batch: int, T: int = TOKENS, states: int = STATES, seed: int = 0
     ):
-        self.mixer: Mamba2Weights = weights.layers[0].mixer
+        self.mixer: PackedMamba2 = weights.layers[0].mixer
         self.batch, self.T, self.ops = batch, T, TritonOps()
         self.limit = ring_limit(weights, batch, T - 1)
         like = self.mixer.conv.weight

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.conversion.layout import kept_attention
-from mambactl.models.config import (
-    HybridConfig,
-    Mamba1Settings,
-    Mamba2Settings,
-    MixerSettings,
-    WindowSettings,
-    mamba1_from_attention,
-    mamba2_from_attention,
-)
+from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
+from mambactl.models.mixers.mamba1 import Mamba1Settings
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.mixers.spec import MixerForm
+from mambactl.models.mixers.table import MIXERS
 
 # of every projection, as in Llama and GPT-2
 STD = 0.02
@@ -61,17 +57,18 @@ def _hybrid(
     With `window` attention to so many tokens stays beside each Mamba-2 mixer.
     """
     config = base()
-    settings: dict[str, MixerSettings] = {}
-    if mixer == "mamba2":
-        settings["mamba2"] = mamba2_from_attention(config, proj_bias=False, rotary=rotary)
-    else:
-        settings["mamba1"] = mamba1_from_attention(config, repeat_width=16, proj_bias=False)
+    spec = MIXERS[mixer]
     if window:
-        mixer = "mamba2_window"
-        settings[mixer] = WindowSettings(window)
+        spec = MIXERS[spec.with_window]
+    form = MixerForm(window=window, rotary=rotary)
     kept = kept_attention(config.num_hidden_layers, ratio)
-    mixers = ["attention" if i in kept else mixer for i in range(config.num_hidden_layers)]
-    return config.with_mixers(mixers, **settings)
+    return config.with_layers(
+        {
+            index: (spec, spec.from_attention(config, form, index))
+            for index in range(config.num_hidden_layers)
+            if index not in kept
+        }
+    )
 
 
 def _native(

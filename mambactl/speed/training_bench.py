@@ -19,7 +19,7 @@ from mambactl.checkpoint.teacher import teacher_of
 from mambactl.data.pack import Batch
 from mambactl.errors import ResourceError, UsageError
 from mambactl.kernels.dispatch import triton_missing
-from mambactl.models.distance import misfit, replaced_layers
+from mambactl.models.distance import misfit
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig, DistillConfig
 from mambactl.speed.synthetic import SHAPES, STD, build, materialise
@@ -66,7 +66,7 @@ def require_hybrids(config: BenchConfig) -> None:
     """Raise UsageError for a synthetic model without mixers to align, before anything is made."""
     for name in config.synthetic:
         shape = SHAPES[name]()
-        if not replaced_layers(shape) or shape.num_attention_heads == 1:
+        if not shape.replaced_layers or shape.num_attention_heads == 1:
             known = [other for other in SHAPES if "hybrid" in other]
             raise UsageError(f"{name} is no hybrid", f"known: {', '.join(known)}")
 
@@ -180,7 +180,7 @@ def _shallowest(student: HybridForCausalLM) -> list[nn.Parameter]:
     For random weights, which amplify rounding: bf16 products alone move the gradients of 32 layers
     of Llama-3-8B's gain by 5 %, what a wrong kernel may be allowed. All mixers share kernels.
     """
-    first = f".layers.{replaced_layers(student.config)[0]}."
+    first = f".layers.{student.config.replaced_layers[0]}."
     return [p for name, p in mixer_parameters(student).items() if first in name]
 
 
@@ -232,7 +232,7 @@ def _loaded(config: BenchConfig, source: str, device: torch.device, dtype: torch
     student = load_model(source, device)
     teacher = load_model(teacher_of(source, None, "--synthetic"), device, dtype)
     problem = misfit(student.config, teacher.config)
-    if problem or not replaced_layers(student.config):
+    if problem or not student.config.replaced_layers:
         raise UsageError(
             f"{source} cannot be trained: {problem or 'it has no Mamba layer'}",
             f"first: mambactl convert {source}",

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from mambactl.decode.backend import REFERENCE_K, K, why_not
-from mambactl.decode.gpu.forward import Window
 from mambactl.decode.gpu.fused_engine import CAPACITY_STEP
 from mambactl.decode.gpu.session import Session
+from mambactl.decode.gpu.state import PackedModel, pack
 from mambactl.errors import ModelError, ResourceError
 from mambactl.kernels.decode.reference.control import Field, plan_stores
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.packed import NotSupported, PackedModel, pack
+from mambactl.models.packed import NotSupported, Segment
 from mambactl.speed.graphs import capture, median_seconds
 from mambactl.speed.subject import Grid, Numbers, Subject, sweep
 
@@ -41,7 +41,7 @@ def verify(subject: Subject, k: K, grid: Grid, points: Sequence[Numbers]) -> lis
 
 
 def supported(model: HybridForCausalLM, positions: int) -> PackedModel:
-    """`models.packed.pack`, with what the kernels do not compute as a ModelError."""
+    """`decode.gpu.state.pack`, with what the kernels do not compute as a ModelError."""
     try:
         return pack(model, positions)
     except NotSupported as error:
@@ -52,9 +52,9 @@ def supported(model: HybridForCausalLM, positions: int) -> PackedModel:
 
 @torch.no_grad()
 def _measure(subject: Subject, context: int, rows: int, k: int, seed: int) -> Numbers:
-    from mambactl.decode.gpu.device_ops import device_ops
+    from mambactl.kernels.decode.triton.ops import TritonOps
 
-    ops = device_ops(subject.model)
+    ops = TritonOps.for_model(subject.model)
     capacity = -(-(context + k + 2) // CAPACITY_STEP) * CAPACITY_STEP
     weights = supported(subject.model, capacity)
     # kept here: a graph does not keep the memory it works on
@@ -93,9 +93,9 @@ def stand(
 def read(session: Session) -> None:
     """One pass of the target over the pending token and k drafts, its best tokens in the batch."""
     batch, step, T = session.batch, session.step, session.k + 1
-    window = Window(
+    segment = Segment(
         batch.field(Field.LENGTH), batch.field(Field.ACTIVE), batch.field(Field.BASE),
         batch.field(Field.NEXT), T=T,
     )  # fmt: skip
-    stream = step.target.run(batch.feed[:, 1 : 1 + T], window)
-    step.target.best(stream, T, False, batch.best[: window.rows], step.target_head)
+    stream = step.target.run(batch.feed[:, 1 : 1 + T], segment)
+    step.target.best(stream, T, False, batch.best[: segment.rows], step.target_head)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.data.pack import Batch
-from mambactl.models.distance import misfit, relative_error, replaced_layers
+from mambactl.models.distance import misfit, relative_error
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.context import StepContext
 from mambactl.train.compiled import compiled
@@ -35,7 +35,7 @@ class AlignmentObjective:
         if problem:
             raise ValueError(problem)
         self.student, self.teacher, self.amp = student, teacher, amp
-        self.layers = replaced_layers(student.config)
+        self.layers = student.config.replaced_layers
         self.mixers = {index: student.model.layers[index].mixer for index in self.layers}
         self._error = compiled(mixer_error) if compile else mixer_error
 

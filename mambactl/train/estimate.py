@@ -9,6 +9,7 @@ import torch
 from mambactl.models.config import HybridConfig
 from mambactl.models.flops import Work
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.table import is_new
 from mambactl.train.compiled import compiles
 from mambactl.train.job import Job
 from mambactl.train.losses import CHUNK_ELEMENTS
@@ -119,7 +120,8 @@ def _activations(work: Work, measured: Measured, tokens: int, itemsize: int) -> 
 
 
 def _names(work: Work, layers: Sequence[int]) -> list[str]:
-    return [work.student.mixers[index] for index in layers]
+    kinds = work.student.kinds
+    return [kinds[index] for index in layers]
 
 
 def _casts(model: HybridForCausalLM, work: Work, amp: torch.dtype | None) -> int:
@@ -129,7 +131,7 @@ def _casts(model: HybridForCausalLM, work: Work, amp: torch.dtype | None) -> int
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
     if work.aligns:
         # one mixer at a time, and autocast keeps its copies until the pass is over
-        matrices = {name: count for name, count in matrices.items() if ".mamba." in name}
+        matrices = {name: count for name, count in matrices.items() if is_new(name)}
     return amp.itemsize * sum(matrices.values())
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
+from mambactl.models.mixers.table import is_new
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.01
@@ -16,17 +17,17 @@ DECAY_START = 0.85
 
 
 def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the Mamba mixers by name.
+    """Parameters of the mixers that replaced attention, by name.
 
     Attention in a window beside a mixer is the teacher's, like the rest: the rate of new mixers
     would undo it.
     """
-    return {name: p for name, p in model.named_parameters() if _is_new(name)}
+    return {name: p for name, p in model.named_parameters() if is_new(name)}
 
 
 def rest_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of everything else by name, a tied weight once."""
-    return {name: p for name, p in model.named_parameters() if not _is_new(name)}
+    return {name: p for name, p in model.named_parameters() if not is_new(name)}
 
 
 def build_optimizer(
@@ -65,10 +66,6 @@ def schedule(step: int, steps: int, warmup: int, kind: str = "cosine") -> float:
     start = max(warmup, int(DECAY_START * steps)) if kind == "wsd" else warmup
     done = max(0.0, (step - start) / max(1, steps - start))
     return FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _is_new(name: str) -> bool:
-    return ".mamba." in name and ".mamba.window." not in name
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

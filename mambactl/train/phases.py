@@ -11,23 +11,17 @@ from mambactl.checkpoint.contents import ranges
 from mambactl.checkpoint.load import empty_model
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
-from mambactl.models.distance import misfit, replaced_layers
+from mambactl.models.distance import misfit
 from mambactl.models.flops import Work
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.table import ATTENTION, part_of
 from mambactl.options import DistillConfig
 from mambactl.train.optimizer import mixer_parameters, rest_parameters
 from mambactl.train.stepwise import Group, groups, replacement_order, stand_in_misfit
 
 ORDER = ("align", "stepwise", "logits")
-WINDOW = "mamba.window"
-LAYER = re.compile(r"model\.layers\.(\d+)\.(mamba\.window|\w+)")
+LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)")
 TOPS = {"embed_tokens": "embeddings", "norm": "norms", "lm_head": "head"}
-PARTS = {
-    "mlp": "mlp",
-    "mamba": "mamba mixers",
-    WINDOW: "windows of mamba mixers",
-    "self_attn": "attention",
-}
 
 
 @dataclass(frozen=True)
@@ -47,28 +41,20 @@ class PhasePlan:
 
     def parameters(self, model: nn.Module) -> list[tuple[dict[str, nn.Parameter], float]]:
         """Parameters that train with their peak rates, a tied weight once."""
-        mixers = {n: p for n, p in mixer_parameters(model).items() if _place(n)[0] in self.layers}
+        mixers = {n: p for n, p in mixer_parameters(model).items() if _layer(n) in self.layers}
         rest = rest_parameters(model) if self.rest_rate else {}
-        # the window of a waiting layer does not run
+        # attention beside the recurrence of a waiting layer does not run
         rest = {n: p for n, p in rest.items() if not self._waits(n)}
         return [(mixers, self.mixer_rate)] + ([(rest, self.rest_rate)] if rest else [])
 
     def _waits(self, name: str) -> bool:
-        layer, part = _place(name)
-        return part == WINDOW and layer in self.waiting
+        found = part_of(name)
+        return found is not None and bool(found[1]) and _layer(name) in self.waiting
 
     def work(self, student: HybridConfig, teacher: HybridConfig, checkpointing: bool) -> Work:
         """What one step computes."""
-        mixers = [
-            "attention" if index in self.waiting else name
-            for index, name in enumerate(student.mixers)
-        ]
-        settings = {
-            kind: getattr(student, f"{kind}_settings")
-            for kind in {"mamba1", "mamba2"} & set(student.mixers)
-        }
         return Work(
-            student.with_mixers(mixers, **settings),
+            student.with_layers(dict.fromkeys(self.waiting, (ATTENTION, None))),
             teacher,
             self.layers,
             rest=self.rest_rate > 0,
@@ -101,7 +87,7 @@ def plan_phases(
 ) -> list[PhasePlan]:
     """Every phase that has steps, in order; raises UsageError for what cannot be done."""
     steps = phase_steps(config)
-    replaced = tuple(replaced_layers(student))
+    replaced = tuple(student.replaced_layers)
     planned: list[PhasePlan] = []
     if "align" in steps:
         _require(misfit(student, teacher), "mixers cannot be aligned")
@@ -156,8 +142,8 @@ def parts_of(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Parameters summed by part and layers: `{"part", "layers", "parameters"}`."""
     found: dict[str, tuple[set[int], list[int]]] = {}
     for name, parameter in parameters.items():
-        layer, part = _place(name)
-        members, counts = found.setdefault(PARTS.get(part, part), (set(), []))
+        layer = _layer(name)
+        members, counts = found.setdefault(_part(name), (set(), []))
         counts.append(parameter.numel())
         if layer is not None:
             members.add(layer)
@@ -171,13 +157,22 @@ def parts_of(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     ]
 
 
-def _place(name: str) -> tuple[int | None, str]:
-    """Layer and part of a parameter: `mamba`, `self_attn`, `mlp`, `norms`, or a name at the top."""
+def _layer(name: str) -> int | None:
+    """Index of the layer that a parameter is in."""
+    match = LAYER.match(name)
+    return None if match is None else int(match[1])
+
+
+def _part(name: str) -> str:
+    """Part of the model that a parameter belongs to, as listings call it."""
     match = LAYER.match(name)
     if match is None:
         top = name.removeprefix("model.").partition(".")[0]
-        return None, TOPS.get(top, top)
-    return int(match[1]), "norms" if match[2].endswith("layernorm") else match[2]
+        return TOPS.get(top, top)
+    if (found := part_of(name)) is not None:
+        spec, inherited = found
+        return spec.inherited[inherited] if inherited else spec.label
+    return "norms" if match[2].endswith("layernorm") else match[2]
 
 
 def _stepwise(config: DistillConfig, found: Sequence[Group], steps: int) -> Iterable[PhasePlan]:

@@ -86,14 +86,16 @@ def _piece(
 
 
 def _block(
-    config: HybridConfig, mixer: str, how: str, place: Place, rows: int, length: int
+    config: HybridConfig, kind: str, how: str, place: Place, rows: int, length: int
 ) -> Measured:
-    """One block (or, to align, one mixer) on its own."""
-    single = _single(config, mixer)
+    """One block (or, to align, one mixer) on its own, with hardly any vocabulary."""
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    single = config.only(config.kinds.index(kind), vocab_size=8, **tokens)
+    (alone,) = single.kinds
     full = Work(single, single if how == "infer" else None, (0,), how != "align", how == "align")
-    per_token = full.pieces(length)[mixer, how]
+    per_token = full.pieces(length)[alone, how]
     rows, length = _shape(place, per_token, rows, length)
-    per_token = full.pieces(length)[mixer, how]
+    per_token = full.pieces(length)[alone, how]
     with torch.device(place.device):
         model = HybridModel(single).to(place.dtype if how == "infer" else torch.float32)
     model.requires_grad_(how != "infer").train(how != "infer")
@@ -115,17 +117,17 @@ def _block(
     given = inputs(rows)
     found = Measured()
     seconds = _timed(lambda: call(given), place)
-    found.rates[mixer, how] = rows * length * per_token / seconds
+    found.rates[kind, how] = rows * length * per_token / seconds
     if how == "infer":
         return found
     if place.compiles:
         # code is made for one shape: weights and their casts are taken off instead
         kept = _kept(partial(forward, *given), layer) - _casts(layer, place.amp)
-        found.kept[mixer, how] = max(0, kept) / (rows * length)
+        found.kept[kind, how] = max(0, kept) / (rows * length)
     else:
         # what does not grow with the batch is no activation
         one, two = (_kept(partial(forward, *inputs(count))) for count in (1, 2))
-        found.kept[mixer, how] = (two - one) / length
+        found.kept[kind, how] = (two - one) / length
     return found
 
 
@@ -133,16 +135,6 @@ def _casts(layer: nn.Module, amp: torch.dtype | None) -> int:
     """Bytes of a layer's matrices in the mixed-precision type."""
     itemsize = 0 if amp is None else amp.itemsize
     return itemsize * sum(p.numel() for p in layer.parameters() if p.ndim > 1)
-
-
-def _single(config: HybridConfig, mixer: str) -> HybridConfig:
-    """The configuration of one layer with hardly any vocabulary."""
-    fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    return HybridConfig(
-        **fields
-        | {"num_hidden_layers": 1, "mixers": [mixer], "vocab_size": 8}
-        | {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    )
 
 
 def _shape(place: Place, per_token: float, rows: int, length: int) -> tuple[int, int]:

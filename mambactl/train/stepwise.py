@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
-from mambactl.models.distance import misfit, replaced_layers
+from mambactl.models.distance import misfit
 from mambactl.models.hybrid import HybridBlock, HybridForCausalLM
+from mambactl.models.mixers.table import ATTENTION
 
 # shares of all layers replaced in the models of the paper, and before the first of them
 SHARES = (0.25, 0.5, 0.75, 0.875, 1.0)
@@ -56,7 +57,7 @@ def replacement_order(
 
     `ranking` may name other layers too. Raises UsageError when `asked` is not exactly the replaced.
     """
-    replaced = replaced_layers(config)
+    replaced = config.replaced_layers
     if asked is not None:
         if sorted(asked) != replaced:
             raise UsageError(
@@ -96,13 +97,14 @@ class StandIns:
         # the model builds its mask from the list: packed documents need one where attention runs
         self._mixers = self.student.config.mixers
         self.student.config.mixers = [
-            "attention" if index in self.layers else name for index, name in enumerate(self._mixers)
+            ATTENTION.name if index in self.layers else name
+            for index, name in enumerate(self._mixers)
         ]
         for index in self.layers:
             block = self.student.model.layers[index]
             self._before.append((block, block.mixer_name))
-            block.self_attn = self.teacher.model.layers[index].self_attn
-            block.mixer_name = "self_attn"
+            setattr(block, ATTENTION.attribute, self.teacher.model.layers[index].mixer)
+            block.mixer_name = ATTENTION.attribute
 
     def __exit__(
         self,
@@ -111,7 +113,7 @@ class StandIns:
         trace: TracebackType | None,
     ) -> None:
         for block, name in self._before:
-            del block.self_attn
+            delattr(block, ATTENTION.attribute)
             block.mixer_name = name
         self._before = []
         self.student.config.mixers = self._mixers

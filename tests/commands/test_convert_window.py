@@ -15,8 +15,7 @@ from mambactl.commands.convert import plan, run
 from mambactl.data.pack import Batch
 from mambactl.errors import UsageError
 from mambactl.evaluation.controls import windowed_attention
-from mambactl.models.config import WindowSettings
-from mambactl.models.distance import replaced_layers
+from mambactl.models.key_ring import WindowSettings
 from mambactl.options import ConvertConfig
 from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.phases import PhasePlan, shapes_of
@@ -68,7 +67,7 @@ def test_both_parts_learn(llama, ids, tmp_path) -> None:
     run(windowed(), llama, tmp_path / "t.st")
     student = load_model(str(tmp_path / "t.st"), dtype=torch.float32)
     teacher = load_model(llama, dtype=torch.float32).requires_grad_(False)
-    layers = replaced_layers(student.config)
+    layers = student.config.replaced_layers
     mixers = {name: p for name, p in student.named_parameters() if ".mamba." in name}
     objective = AlignmentObjective(student, teacher)
     batch = _batch(ids)
@@ -207,6 +206,6 @@ def test_sizes_are_known_before_and_after(llama, tmp_path) -> None:
     assert found["cache"]["bytes_per_token"] == 2 * 2 * 2 * 16 * 2
     assert planned["window"] == {"window": WINDOW, "sinks": SINKS}
     model = load_model(str(tmp_path / "t.st"))
-    assert model.config.mamba2_window_settings == WindowSettings(WINDOW, SINKS)
+    assert model.config.section("mamba2_window") == WindowSettings(WINDOW, SINKS)
     card = model_card(found["lineage"], model.config)
     assert f"the last {WINDOW} tokens and the first {SINKS}" in card

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mambactl.conversion import fit
+from mambactl.conversion import fit as fitting
 from mambactl.conversion.fit import (
     HALF_LIVES,
     Problem,
@@ -14,9 +14,24 @@ from mambactl.conversion.fit import (
     fit_heads,
     fit_mixer,
 )
-from mambactl.conversion.initial_values import AttentionWeights, initialise
 from mambactl.data.pack import Batch, collate
 from mambactl.models.mixers.rotary import turn
+from mambactl.models.mixers.spec import AttentionWeights
+from mambactl.models.mixers.table import spec_of
+
+
+@torch.no_grad()
+def initialise(mixer, attention, method, generator) -> None:
+    spec_of(mixer).initialise(mixer, attention, method, generator)
+
+
+def fitted(mixer, attention, problem):
+    return fit_mixer(spec_of(mixer), mixer, attention, problem)
+
+
+def heads_of(mixer, attention, problem):
+    return fit_heads(spec_of(mixer), mixer, attention, problem)
+
 
 MIXERS = ("mamba2", "mamba1")
 # kind of mixer, and whether its states turn with the position
@@ -40,7 +55,8 @@ def new_mixer(make_hybrid):
 def sizes(kind: str, rotary: bool = False):
     from conftest import tiny_config
 
-    from mambactl.models.config import mamba1_from_attention, mamba2_from_attention
+    from mambactl.models.mixers.mamba1 import mamba1_from_attention
+    from mambactl.models.mixers.mamba2 import mamba2_from_attention
 
     base = tiny_config(["attention"])
     if kind == "mamba2":
@@ -165,7 +181,7 @@ def test_known_heads_are_recovered(new_mixer, kind, rotary, bias) -> None:
     attention = random_attention(bias)
     wanted = FITS[kind]
     problem = decayed_problem(attention, wanted, 1, rotary=rotary)
-    fit = fit_heads(new_mixer(kind, attention, rotary), attention, problem)
+    fit = heads_of(new_mixer(kind, attention, rotary), attention, problem)
     assert fit.half_life.tolist() == wanted["half_life"]
     # Mamba-1's own SiLU is in its features already
     close = 5e-3 if kind == "mamba2" else 3e-2
@@ -181,7 +197,7 @@ def test_what_is_decayed_linear_attention_is_fitted(new_mixer, kind, rotary, bia
     mixer = new_mixer(kind, attention, rotary)
     unseen = decayed_problem(attention, FITS[kind], 2, rotary=rotary)
     assert output_error(mixer, unseen) > 0.3
-    report = fit_mixer(mixer, attention, decayed_problem(attention, FITS[kind], 1, 32, rotary))
+    report = fitted(mixer, attention, decayed_problem(attention, FITS[kind], 1, 32, rotary))
     assert report.half_lives == FITS[kind]["half_life"]
     assert report.after_refit <= report.before_refit < 0.05
     assert report.after_refit < 0.02
@@ -193,7 +209,7 @@ def test_heads_have_the_scale_of_least_error(new_mixer) -> None:
     attention = random_attention()
     problem = decayed_problem(attention, MAMBA2_FIT, 1)
     mixer = new_mixer("mamba2", attention)
-    fit_mixer(mixer, attention, problem)
+    fitted(mixer, attention, problem)
     made, wanted = [], []
     for u, context, mask, heads in zip(
         problem.inputs, problem.contexts, problem.masks, problem.heads, strict=True
@@ -211,7 +227,7 @@ def test_a_shift_of_the_target_becomes_the_bias(new_mixer, kind) -> None:
     clean = decayed_problem(attention, FITS[kind], 1)
     moved = [t + shift for t in clean.targets]
     mixer = new_mixer(kind, attention)
-    report = fit_mixer(
+    report = fitted(
         mixer, attention, Problem(clean.inputs, clean.contexts, clean.masks, clean.heads, moved)
     )
     assert report.after_refit < 0.02 < report.before_refit
@@ -223,7 +239,7 @@ def test_a_score_that_mamba1_cannot_have_leaves_the_skip(new_mixer) -> None:
     attention = random_attention()
     wanted = {**MAMBA1_FIT, "score": [-0.2, 0.1, -0.4, 0.05]}
     mixer = new_mixer("mamba1", attention)
-    fit = fit_heads(mixer, attention, decayed_problem(attention, wanted, 1))
+    fit = heads_of(mixer, attention, decayed_problem(attention, wanted, 1))
     assert fit.score[0] == fit.score[2] == 0
     torch.testing.assert_close(fit.score[1::2], torch.tensor([0.1, 0.05]), rtol=0.03, atol=0.01)
     # without its score a head is best off with the mean part of both
@@ -244,7 +260,7 @@ def test_padding_never_influences_the_fit(new_mixer, kind) -> None:
         # a fit writes into nothing it was given
         problem = clean if value is None else poisoned(clean, value)
         mixer = new_mixer(kind, attention)
-        report = fit_mixer(mixer, attention, problem)
+        report = fitted(mixer, attention, problem)
         states.append((report, mixer.state_dict()))
     assert states[0][0] == states[1][0]
     for name, tensor in states[0][1].items():
@@ -275,7 +291,7 @@ def test_noise_is_not_fitted(new_mixer, kind) -> None:
         noise = [h + torch.randn(h.shape, generator=draw) for h in clean.targets]
         problem = Problem(clean.inputs, clean.contexts, clean.masks, clean.heads, noise)
         mixer = new_mixer(kind, attention)
-        report = fit_mixer(mixer, attention, problem)
+        report = fitted(mixer, attention, problem)
         assert report.after_refit <= report.before_refit
         if report.ridge is None:
             refused += 1
@@ -295,8 +311,8 @@ def test_the_ridge_is_the_best_of_those_tried(new_mixer, monkeypatch) -> None:
     problem = Problem(clean.inputs, clean.contexts, clean.masks, clean.heads, turned)
 
     def fit(strengths: tuple[float, ...]):
-        monkeypatch.setattr(fit, "RIDGE", strengths)
-        return fit_mixer(new_mixer("mamba2", attention), attention, problem)
+        monkeypatch.setattr(fitting, "RIDGE", strengths)
+        return fitted(new_mixer("mamba2", attention), attention, problem)
 
     every = fit((0.003, 0.03, 0.3, 3.0))
     errors = {s: fit((s,)).after_refit for s in (0.003, 0.03, 0.3, 3.0)}
@@ -330,7 +346,7 @@ def walk(teacher, student, batches: list[Batch]) -> list:
     reports = []
     for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
         if ours.mixer_name == "mamba":
-            reports.append(streams.replace(theirs, ours))
+            reports.append(streams.replace(theirs, ours, spec_of(ours.mixer)))
         else:
             streams.keep(ours)
     return reports
@@ -404,11 +420,11 @@ def test_each_layer_is_fitted_on_the_stream_of_the_fitted_student(
     batches = packed_batches(torch.Generator().manual_seed(0), 8)
     problems = []
 
-    def remembered(mixer, attention, problem):
+    def remembered(spec, mixer, attention, problem):
         problems.append(problem)
-        return fit_mixer(mixer, attention, problem)
+        return fit_mixer(spec, mixer, attention, problem)
 
-    monkeypatch.setattr(fit, "fit_mixer", remembered)
+    monkeypatch.setattr(fitting, "fit_mixer", remembered)
     walk(teacher, student, batches)
     for layer, problem in zip((1, 2), problems, strict=True):
         norm = student.model.layers[layer].input_layernorm

@@ -8,19 +8,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from mambactl.conversion import initial_values
-from mambactl.conversion.initial_values import (
-    LINEAR_RANGE,
-    AttentionWeights,
-    HeadFit,
-    apply_fit,
-    initialise,
-    inverse_silu,
-    prior_fit,
-)
-from mambactl.models.config import HybridConfig, mamba1_from_attention, mamba2_from_attention
+from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.mamba2 import Mamba2Mixer
+from mambactl.models.mixers import from_attention
+from mambactl.models.mixers.from_attention import LINEAR_RANGE, inverse_silu, prior_fit
+from mambactl.models.mixers.mamba1 import mamba1_from_attention
+from mambactl.models.mixers.mamba2 import Mamba2Mixer, mamba2_from_attention
+from mambactl.models.mixers.spec import AttentionWeights, HeadFit
+from mambactl.models.mixers.table import spec_of
 
 MIXERS = ["mamba2", "mamba1"]
 METHODS = ["reference", "calibrated"]
@@ -34,6 +29,16 @@ ROWS = {
     "C": slice(INNER + 2 * SHARED, 2 * INNER + 2 * SHARED),
     "dt": slice(2 * INNER + 2 * SHARED, None),
 }
+
+
+@torch.no_grad()
+def initialise(mixer, attention: AttentionWeights, method: str, generator) -> None:
+    spec_of(mixer).initialise(mixer, attention, method, generator)
+
+
+@torch.no_grad()
+def apply_fit(mixer, attention: AttentionWeights, fit: HeadFit) -> None:
+    spec_of(mixer).apply_fit(mixer, attention, fit)
 
 
 def weights_of(layer, norm: Tensor) -> AttentionWeights:
@@ -241,8 +246,8 @@ def test_calibrated_mamba2_is_exact_in_the_limit_of_small_arguments(
     make_hybrid, new_mixers, attention, monkeypatch, terms, half_lives
 ) -> None:
     """What remains above is SiLU's and the norm's curvature: it vanishes with their range."""
-    monkeypatch.setattr(initial_values, "LINEAR_RANGE", initial_values.LINEAR_RANGE / 100)
-    monkeypatch.setattr(initial_values, "NORM_RANGE", initial_values.NORM_RANGE / 100**3)
+    monkeypatch.setattr(from_attention, "LINEAR_RANGE", from_attention.LINEAR_RANGE / 100)
+    monkeypatch.setattr(from_attention, "NORM_RANGE", from_attention.NORM_RANGE / 100**3)
     model = make_hybrid(["attention"], seed=4)
     mixer = build(model.config, "mamba2", new_mixers, attention).double()
     errors = calibrated_errors(mixer, model, attention, half_lives, FITS[terms])
@@ -282,7 +287,7 @@ def test_calibrated_steps_do_not_depend_on_the_input(
 
 def test_prior_has_the_rms_it_promises(make_hybrid, new_mixers, attention) -> None:
     mixer = build(make_hybrid(["attention"]).config, "mamba2", new_mixers, attention)
-    fit = prior_fit(mixer, attention)
+    fit = prior_fit(mixer.sizes.n_heads, mixer.sizes.head_dim, attention)
     hidden = hidden_of(512, attention.norm)
     v = (hidden @ attention.v.T).unflatten(-1, (KV_HEADS, -1)).pow(2).mean((0, 1, 3)).sqrt()
     torch.testing.assert_close(fit.rms, 0.13 * v.repeat_interleave(2), rtol=0.05, atol=0)

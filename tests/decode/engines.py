@@ -6,9 +6,10 @@ from mambactl.decode.drafters import ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine
 from mambactl.decode.gpu.fused_engine import FusedEngine
 from mambactl.decode.sampler import SamplingParams
-from mambactl.kernels.decode.reference.ops import WindowOps
-from mambactl.kernels.decode.reference.verdicts import WindowVerdicts
-from mambactl.models.config import Mamba1Settings, Mamba2Settings, WindowSettings
+from mambactl.kernels.decode.reference.ops import ReferenceOps
+from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.mamba1 import Mamba1Settings
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 
 NATIVE1 = Mamba1Settings(d_inner=40, dt_rank=3, d_state=6, native=True)
 NATIVE2 = Mamba2Settings(4, 8, 12, x_heads=4, b_groups=1, c_groups=1, norm_groups=1)
@@ -17,12 +18,8 @@ SPAN = WindowSettings(window=6, sinks=2)
 GREEDY = SamplingParams(max_new_tokens=14)
 
 
-class Ops(WindowOps, WindowVerdicts):
-    """All reference kernels."""
-
-
 def fused(target, draft=None, k=0) -> FusedEngine:
-    return FusedEngine(target, draft, k, Ops())
+    return FusedEngine(target, draft, k, ReferenceOps())
 
 
 def plain(target, draft=None, k=0) -> Engine:

@@ -30,7 +30,9 @@ from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.kernels.decode.reference import linear, recurrent
 from mambactl.kernels.decode.reference.control import Field
-from mambactl.models.config import Mamba1Settings, Mamba2Settings, WindowSettings
+from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.mamba1 import Mamba1Settings
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 
 TARGETS = {
     "attention": {"mixers": ["attention"] * 2},
@@ -394,7 +396,7 @@ def test_device_kernels_in_the_interpreter(make_hybrid, mixers) -> None:
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here: see test_fused_gpu.py")
-    from mambactl.decode.gpu.device_ops import DeviceOps
+    from mambactl.kernels.decode.triton.ops import TritonOps
 
     rotary = "mamba2_window" in mixers
     sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 40, "mamba1": NATIVE1,
@@ -404,14 +406,14 @@ def test_device_kernels_in_the_interpreter(make_hybrid, mixers) -> None:
     target = make_hybrid(mixers, seed=4, **sizes)
     draft = make_hybrid(["mamba2"], seed=5, **sizes)
     params, prompt = SamplingParams(max_new_tokens=5), [5, 9, 11, 5, 9]
-    plainly = FusedEngine(target, None, 0, DeviceOps(exact=True))
-    engine = FusedEngine(target, draft, 2, DeviceOps(exact=True))
+    plainly = FusedEngine(target, None, 0, TritonOps(exact=True))
+    engine = FusedEngine(target, draft, 2, TritonOps(exact=True))
     done = engine.generate([prompt], params)
     assert done.tokens == plain(target).generate([prompt], params).tokens
     assert done.stats.rejections > 0
     assert_same_states(engine, plainly, prompt, done)
     prompts, params = [[5], prompt], SamplingParams(temperature=6.0, max_new_tokens=2)
-    done = FusedEngine(target, "ngram", 1, DeviceOps()).generate(prompts, params)
+    done = FusedEngine(target, "ngram", 1, TritonOps()).generate(prompts, params)
     other = plain(target, "ngram", 1).generate(prompts, params)
     assert [row[:-1] for row in done.tokens] == [row[:-1] for row in other.tokens]
 

@@ -12,7 +12,7 @@ from mambactl.decode.gpu import fused_engine as fused_engine
 from mambactl.decode.gpu.fused_engine import FusedEngine
 from mambactl.decode.gpu.state import RecurrentState
 from mambactl.decode.sampler import SamplingParams
-from mambactl.models.config import Mamba2Settings
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 from mambactl.speed.synthetic import build, disagreeing, first_wrong, successors
 
 pytestmark = [
@@ -28,9 +28,9 @@ BATCHES = [1, 4, 32]
 def ops():
     """ops(exact=False) -> the kernels of a GPU."""
     pytest.importorskip("triton")
-    from mambactl.decode.gpu.device_ops import DeviceOps
+    from mambactl.kernels.decode.triton.ops import TritonOps
 
-    return lambda exact=False: DeviceOps(exact)
+    return lambda exact=False: TritonOps(exact)
 
 
 @pytest.fixture(scope="module")

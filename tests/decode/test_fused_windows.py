@@ -6,7 +6,7 @@ from decode.engines import GREEDY, NATIVE1, NATIVE2, ROTARY, SPAN, fused, plain,
 
 from mambactl.decode import prefill
 from mambactl.decode.gpu import state
-from mambactl.models.config import WindowSettings
+from mambactl.models.key_ring import WindowSettings
 
 WINDOWED = {
     "native": {"mixers": ["mamba2_window"] * 2, "mamba2": NATIVE2, "has_mlp": False},

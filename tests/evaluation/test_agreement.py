@@ -46,10 +46,9 @@ def test_a_forced_difference_counts_once(make_hybrid):
 
 def engines(model):
     from mambactl.decode.gpu.fused_engine import FusedEngine
-    from mambactl.kernels.decode.reference.ops import WindowOps
-    from mambactl.kernels.decode.reference.verdicts import WindowVerdicts
+    from mambactl.kernels.decode.reference.ops import ReferenceOps
 
-    ops = type("Ops", (WindowOps, WindowVerdicts), {})()
+    ops = ReferenceOps()
     return {"plain": Engine(model), "fused": FusedEngine(model, None, 0, ops)}
 
 

@@ -7,7 +7,7 @@ import torch
 
 from mambactl.errors import UsageError
 from mambactl.evaluation.controls import ablated, windowed_attention
-from mambactl.models.config import WindowSettings
+from mambactl.models.key_ring import WindowSettings
 
 LENGTH, WINDOW, SINKS = 40, 7, 3
 

@@ -27,6 +27,10 @@ class Inputs(NamedTuple):
     def double(self) -> "Inputs":
         return Inputs(*(t.double() for t in self))
 
+    def to(self, device: str) -> "Inputs":
+        """On that device."""
+        return Inputs(*(t.to(device) for t in self))
+
     def tokens(self, start: int, stop: int) -> "Inputs":
         """The same sequence between two positions."""
         x, dt, B, C = (t[:, start:stop] for t in (self.x, self.dt, self.B, self.C))

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambactl.kernels.decode.reference.ops import WindowOps
+from mambactl.kernels.decode.reference.ops import ReferenceOps
 
 NAN, EPS = float("nan"), 1e-5
-REFERENCE = WindowOps()
+REFERENCE = ReferenceOps()
 KINDS = [FP32, BF16] = [torch.float32, torch.bfloat16]
 # rows M -> sequences and tokens of each
 WINDOWS = {1: (1, 1), 2: (1, 2), 3: (3, 1), 4: (2, 2), 5: (1, 5), 6: (2, 3), 7: (7, 1), 8: (2, 4),

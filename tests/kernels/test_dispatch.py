@@ -57,7 +57,7 @@ def fresh(monkeypatch):
 
 @pytest.fixture
 def everywhere(monkeypatch) -> None:
-    """Triton kernels run on a CPU too, in the interpreter."""
+    """Triton kernels serve a CPU too; those that run take tensors of `device`."""
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
     monkeypatch.setattr(dispatch, "_no_triton", lambda: None)
@@ -112,7 +112,9 @@ def test_grouped_heads_are_repeated_for_the_reference(draw_ssd) -> None:
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
 
-def test_triton_serves_plain_calls(monkeypatch, everywhere, draw_ssd, draw_scan, assert_near):
+def test_triton_serves_plain_calls(
+    monkeypatch, everywhere, device, draw_ssd, draw_scan, assert_near
+) -> None:
     inputs, scan, weight = draw_ssd(1, 20, heads=2), draw_scan(1, 5, 1, 8), torch.randn(8, 4)
     expected = (
         reference.ssd(*inputs),
@@ -120,6 +122,7 @@ def test_triton_serves_plain_calls(monkeypatch, everywhere, draw_ssd, draw_scan,
         (F.silu(reference.causal_conv1d(scan.x, weight, None)),),
     )
     forbid(monkeypatch, "ssd", "selective_scan", "causal_conv1d")
+    inputs, scan, weight = inputs.to(device), scan.to(device), weight.to(device)
     actual = (
         dispatch.ssd(*inputs),
         dispatch.selective_scan(*scan),
@@ -127,7 +130,7 @@ def test_triton_serves_plain_calls(monkeypatch, everywhere, draw_ssd, draw_scan,
     )
     for got, wanted in zip(actual, expected, strict=True):
         for a, b in zip(got, wanted, strict=True):
-            assert_near(a, b, 2e-5)
+            assert_near(a.cpu(), b, 2e-5)
 
 
 @pytest.mark.parametrize("why", ["fp64", "fp16", "mixed", "switch"])
@@ -150,27 +153,27 @@ def test_the_reference_serves_what_triton_cannot(monkeypatch, everywhere, draw_s
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_triton_serves_gradients_and_documents(
-    monkeypatch, everywhere, draw_ssd, assert_near, gradient, packed
+    monkeypatch, everywhere, device, draw_ssd, assert_near, gradient, packed
 ) -> None:
     inputs, weight = draw_ssd(1, 20, heads=2), torch.randn(8, 4)
     numbers = torch.tensor([7] * 5 + [3] * 8 + [7] * 7)[None] if packed else None
-    leaves = [*inputs, weight]
-    for leaf in leaves:
-        leaf.requires_grad_(gradient)
-    y, final = reference.ssd(*inputs, numbers)
-    raw = inputs.x[:, :, 0]
-    expected = [y, final, F.silu(reference.causal_conv1d(raw, weight, None, None, numbers))]
+
+    def run(kernels, convolve, place: str) -> list[torch.Tensor]:
+        """What comes out on that device, and the gradients if asked for."""
+        # leaves of their own: on a CPU `to` would return those of the other run
+        leaves = [t.to(place).detach().requires_grad_(gradient) for t in (*inputs, weight)]
+        documents = None if numbers is None else numbers.to(place)
+        outputs = [*kernels.ssd(*leaves[:6], documents)]
+        outputs.append(convolve(leaves[0][:, :, 0], leaves[6], None, None, documents))
+        assert all(t.requires_grad == gradient for t in outputs)
+        sums = sum(t.sum() for t in outputs)
+        return outputs + ([*torch.autograd.grad(sums, leaves)] if gradient else [])
+
+    expected = run(reference, lambda *args: F.silu(reference.causal_conv1d(*args)), "cpu")
     forbid(monkeypatch, "ssd", "causal_conv1d")
-    y, final = dispatch.ssd(*inputs, numbers)
-    actual = [y, final, dispatch.causal_conv1d_silu(raw, weight, None, None, numbers)]
+    actual = run(dispatch, dispatch.causal_conv1d_silu, device)
     for got, wanted in zip(actual, expected, strict=True):
-        assert got.requires_grad == gradient
-        assert_near(got.detach(), wanted.detach(), 2e-5)
-    if gradient:
-        ours, theirs = (torch.autograd.grad(sum(t.sum() for t in many), leaves)
-                        for many in (actual, expected))  # fmt: skip
-        for got, wanted in zip(ours, theirs, strict=True):
-            assert_near(got, wanted, 2e-5)
+        assert_near(got.detach().cpu(), wanted.detach(), 2e-5)
 
 
 def test_the_gradient_of_a_window_is_the_references(monkeypatch, everywhere) -> None:
@@ -179,8 +182,10 @@ def test_the_gradient_of_a_window_is_the_references(monkeypatch, everywhere) -> 
     assert window.grad.abs().sum() > 0
 
 
-def test_without_gradient_mode_parameters_do_not_matter(monkeypatch, everywhere, draw_scan) -> None:
-    inputs = draw_scan(1, 3, 1, 8)
+def test_without_gradient_mode_parameters_do_not_matter(
+    monkeypatch, everywhere, device, draw_scan
+) -> None:
+    inputs = draw_scan(1, 3, 1, 8).to(device)
     inputs = inputs._replace(A=inputs.A.requires_grad_())
     forbid(monkeypatch, "selective_scan")
     with torch.no_grad():
@@ -189,10 +194,12 @@ def test_without_gradient_mode_parameters_do_not_matter(monkeypatch, everywhere,
         dispatch.selective_scan(*inputs)
 
 
-def test_a_model_reads_prompts_through_the_kernels(monkeypatch, everywhere, make_hybrid) -> None:
+def test_a_model_reads_prompts_through_the_kernels(
+    monkeypatch, everywhere, device, make_hybrid
+) -> None:
     from mambactl.decode.prefill import prefill
 
-    model = make_hybrid(["mamba2", "mamba1"])
+    model = make_hybrid(["mamba2", "mamba1"]).to(device)
     prompts = [[*range(5, 27)], [7, 8, 9]]
     with torch.no_grad():
         actual = prefill(model, prompts, recording=False)

@@ -18,13 +18,13 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from mambactl.kernels.decode.reference.linear import convolved, ring_rows, window_positions  # noqa: E402
-from mambactl.kernels.decode.reference.ops import WindowOps  # noqa: E402
+from mambactl.kernels.decode.reference.ops import ReferenceOps  # noqa: E402
 from mambactl.kernels.decode.triton import ops as triton_ops  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
-from mambactl.models.config import Mamba1Settings, Mamba2Settings  # noqa: E402
 from mambactl.models.mixers.context import StepContext  # noqa: E402
-from mambactl.models.mixers.mamba1 import Mamba1Mixer  # noqa: E402
+from mambactl.models.mixers.mamba1 import Mamba1Mixer, Mamba1Settings  # noqa: E402
 from mambactl.models.mixers.mamba2 import Mamba2Mixer  # noqa: E402
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings  # noqa: E402
 
 # of softplus, whose other branch is taken then
 pytestmark = [
@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 NAN, SLOTS, HIDDEN = float("nan"), 16, 20
-REFERENCE = WindowOps()
+REFERENCE = ReferenceOps()
 KINDS = [torch.float32, torch.bfloat16]
 FORMS = {
     "mamba2": Mamba2Settings(2, 24, 12, x_heads=1, b_groups=1, c_groups=2, norm_groups=2),
@@ -68,8 +68,8 @@ class Layer:
     def __init__(self, name: str, kind: torch.dtype, device: str, seed: int = 0):
         self.sizes = s = FORMS[name]
         self.kind, self.device, self.mamba2 = kind, device, name.startswith("mamba2")
-        config = SimpleNamespace(hidden_size=HIDDEN, mamba2_settings=s, mamba1_settings=s)
-        self.mixer = (Mamba2Mixer if self.mamba2 else Mamba1Mixer)(config).to(torch.float64)
+        config = SimpleNamespace(hidden_size=HIDDEN)
+        self.mixer = (Mamba2Mixer if self.mamba2 else Mamba1Mixer)(config, s).to(torch.float64)
         self._randomize(torch.Generator().manual_seed(seed))
         self.mixer.to(kind).to(device)
         # rows of in_proj outside the gate go to the ring
@@ -369,7 +369,7 @@ CLOSED = [name for name in FORMS if name.startswith("mamba2")]
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_closed_form_at_every_accepted_count_and_flush(device, name, closed, monkeypatch) -> None:
-    monkeypatch.setattr(triton_ops.mamba2, "mamba2_window", None)
+    monkeypatch.setattr(triton_ops.mamba2_step, "mamba2_window", None)
     test_every_accepted_count_and_flush(device, name, torch.bfloat16)
 
 

@@ -7,7 +7,9 @@ import torch
 from conftest import tiny_config
 from torch import Tensor
 
-from mambactl.models.config import Mamba1Settings, Mamba2Settings, mamba2_from_attention
+from mambactl.models.mixers.mamba1 import Mamba1Settings
+from mambactl.models.mixers.mamba2 import mamba2_from_attention
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 
 NATIVE_MAMBA2 = Mamba2Settings(
     n_heads=4, head_dim=8, d_state=12, x_heads=4, b_groups=1, c_groups=1, norm_groups=1

@@ -41,7 +41,7 @@ def test_repeated_rows_go_separate_ways(mixed_model, draw_ids, read, uncached,
 
 def test_recurrent_bytes_do_not_depend_on_the_text(make_hybrid, draw_ids, read) -> None:
     model = make_hybrid(["mamba2", "mamba1"])
-    two, one = model.config.mamba2_settings, model.config.mamba1_settings
+    two, one = model.config.section("mamba2"), model.config.section("mamba1")
     floats = two.n_heads * two.head_dim * two.d_state + 3 * two.conv_dim
     floats += one.d_inner * one.d_state + 3 * one.d_inner
     cache = HybridCache(model.config, 2)

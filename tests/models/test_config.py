@@ -3,7 +3,9 @@
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
-from mambactl.models.config import HybridConfig, mamba1_from_attention, mamba2_from_attention
+from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.mamba1 import mamba1_from_attention
+from mambactl.models.mixers.mamba2 import mamba2_from_attention
 
 
 def test_mixers_must_cover_the_layers() -> None:
@@ -38,7 +40,7 @@ def test_other_mixers_leave_the_rest_alone() -> None:
     settings = mamba2_from_attention(base, proj_bias=True)
     changed = base.with_mixers(["mamba2", "attention"], mamba2=settings)
     assert changed.mixers == ["mamba2", "attention"]
-    assert changed.mamba2_settings == settings
+    assert changed.section("mamba2") == settings
     assert base.mixers == ["attention"] * 2 and base.mamba2 is None
     for name in ("hidden_size", "head_dim", "rms_norm_eps", "rope_parameters", "vocab_size"):
         assert getattr(changed, name) == getattr(base, name)

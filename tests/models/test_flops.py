@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mambactl.models.config import WindowSettings
 from mambactl.models.flops import Work, forward_flops, head_cost, mixer_cost, mlp_cost
+from mambactl.models.key_ring import WindowSettings
 
 LENGTH = 24
 
@@ -36,7 +36,7 @@ def test_projections_of_a_mixer_are_what_torch_counts(make_hybrid, mixer) -> Non
         for name, module in layer.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    cost = mixer_cost(model.config, mixer, LENGTH)
+    cost = mixer_cost(model.config, 0, LENGTH)
     assert cost.entrance == 2 * weights.pop("in_proj")
     assert cost.weights == 2 * sum(weights.values())
     s = layer.sizes
@@ -45,14 +45,13 @@ def test_projections_of_a_mixer_are_what_torch_counts(make_hybrid, mixer) -> Non
 
 
 def test_a_window_is_paid_for_and_no_more(make_hybrid) -> None:
-    config = make_hybrid(["mamba2_window"], mamba2_window=WindowSettings(64, 4)).config
+    mixers = ["mamba2_window", "mamba2", "attention"]
+    config = make_hybrid(mixers, mamba2_window=WindowSettings(64, 4)).config
     inner = config.num_attention_heads * config.head_dim
-    cost, alone, attention = (
-        mixer_cost(config, name, 4096) for name in ("mamba2_window", "mamba2", "attention")
-    )
+    cost, alone, attention = (mixer_cost(config, index, 4096) for index in range(3))
     assert cost.entrance == alone.entrance + attention.entrance
     assert cost.mixing == alone.mixing + 4 * inner * 68
-    assert mixer_cost(config, "mamba2_window", 64).mixing == alone.mixing + 4 * inner * 32
+    assert mixer_cost(config, 0, 64).mixing == alone.mixing + 4 * inner * 32
 
 
 @pytest.mark.parametrize("rest", [False, True])
@@ -74,7 +73,7 @@ def test_a_training_step_is_what_torch_counts(make_hybrid, rest) -> None:
     # trained weight needs no gradient, which only aligning counts
     inner = model.config.num_attention_heads * model.config.head_dim
     unseen = LENGTH * 2 * LENGTH * inner
-    cost = mixer_cost(model.config, "attention", LENGTH)
+    cost = mixer_cost(model.config, 0, LENGTH)
     first = 0.0 if rest else cost.entrance
     passes = 6 if rest else 4
     assert counted - passes * unseen == pytest.approx(
@@ -101,12 +100,12 @@ def test_aligning_passes_only_through_mixers(make_hybrid) -> None:
     teacher = make_hybrid(["attention"] * 2).config
     pieces = Work(student, teacher, (0,), aligns=True).pieces(LENGTH)
     assert pieces.keys() == {("attention", "infer"), ("mamba2", "align")}
-    cost = mixer_cost(student, "mamba2", LENGTH)
+    cost = mixer_cost(student, 0, LENGTH)
     assert 2 * cost.forward < pieces["mamba2", "align"] < 3 * cost.forward
     assert mlp_cost(student) == 6 * 48 * 96
 
 
 def test_a_window_bounds_what_attention_costs(make_hybrid) -> None:
     config = make_hybrid(["attention"], sliding_window=8).config
-    short, long = (mixer_cost(config, "attention", n).mixing for n in (8, 1024))
+    short, long = (mixer_cost(config, 0, n).mixing for n in (8, 1024))
     assert long == 2 * short

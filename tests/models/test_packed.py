@@ -3,15 +3,13 @@
 import pytest
 import torch
 
-from mambactl.models.config import mamba1_from_attention, mamba2_from_attention
-from mambactl.models.packed import (
-    AttentionWeights,
-    Mamba1Weights,
-    Mamba2Weights,
-    NotSupported,
-    attention_of,
-    pack,
-)
+from mambactl.decode.gpu.state import pack
+from mambactl.models.mixers.attention import PackedAttention
+from mambactl.models.mixers.mamba1 import PackedMamba1, mamba1_from_attention
+from mambactl.models.mixers.mamba2 import mamba2_from_attention
+from mambactl.models.mixers.mamba2_decode import PackedMamba2
+from mambactl.models.mixers.windowed import PackedWindowed
+from mambactl.models.packed import NotSupported
 
 
 def storage(tensor) -> int:
@@ -23,13 +21,14 @@ def owned(model, packed) -> list:
     tensors = [packed.table, packed.gain, packed.head]
     for layer in packed.layers:
         m = layer.mixer
-        tensors += [layer.gain, layer.mlp_gain, layer.gate_up, layer.down, m.out.weight, m.out.bias]
-        if (attention := attention_of(m)) is not None:
+        tensors += [layer.gain, layer.mlp_gain, layer.gate_up, layer.down]
+        if (attention := m.attention) is not None:
             projections = attention.qkv, attention.out
             tensors += [part for one in projections for part in (one.weight, one.bias)]
-        if not isinstance(m, AttentionWeights):
-            tensors += [m.inner.weight, m.inner.bias]
-            tensors += [m.low, m.dt.weight] if isinstance(m, Mamba1Weights) else [m.gain]
+        m = m.recurrence if isinstance(m, PackedWindowed) else m
+        if not isinstance(m, PackedAttention):
+            tensors += [m.inner.weight, m.inner.bias, m.out.weight, m.out.bias]
+            tensors += [m.low, m.dt.weight] if isinstance(m, PackedMamba1) else [m.gain]
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -84,12 +83,12 @@ def test_a_model_packed_before_it_moves_is_packed_again(mixed_model, draw_ids, u
 
 
 def test_rotations_are_those_of_the_model(mixed_model, make_hybrid) -> None:
-    packed = pack(mixed_model, 50)
+    packed = pack(mixed_model, 50).rotations
     assert packed.cos.shape == packed.sin.shape == (50, 8)
     angle = torch.arange(50)[:, None] * 10000.0 ** (-torch.arange(8) / 8)
     torch.testing.assert_close(packed.cos, angle.cos(), rtol=0, atol=1e-5)
     torch.testing.assert_close(packed.sin, angle.sin(), rtol=0, atol=1e-5)
-    assert pack(make_hybrid(["mamba2"]), 50).cos is None
+    assert pack(make_hybrid(["mamba2"]), 50).rotations is None
 
 
 def test_states_turn_by_the_rotations_of_keys_but_for_one_pair(make_hybrid) -> None:
@@ -98,14 +97,15 @@ def test_states_turn_by_the_rotations_of_keys_but_for_one_pair(make_hybrid) -> N
     rotary = mamba2_from_attention(config, proj_bias=True, rotary=True)
     packed = pack(make_hybrid(["mamba2"] * 2, mamba2=rotary), 50)
     one, other = (layer.mixer.turn for layer in packed.layers)
-    assert one is other and attention_of(packed.layers[0].mixer) is None
-    for table, whole, first in zip(one, (packed.cos, packed.sin), (1, 0), strict=True):
+    assert one is other and packed.layers[0].mixer.attention is None
+    whole_tables = packed.rotations.cos, packed.rotations.sin
+    for table, whole, first in zip(one, whole_tables, (1, 0), strict=True):
         assert torch.equal(table[:, 1:], whole[:, 1:]) and (table[:, 0] == first).all()
 
 
 def test_a_window_is_not_the_sliding_window_of_attention_layers(make_hybrid) -> None:
     model = make_hybrid(["mamba2_window", "attention", "mamba2"], sliding_window=5)
-    near, far = (attention_of(layer.mixer) for layer in pack(model, 8).layers[:2])
+    near, far = (layer.mixer.attention for layer in pack(model, 8).layers[:2])
     assert (near.window, near.sinks, far.window, far.sinks) == (7, 3, 5, 0)
 
 
@@ -121,13 +121,13 @@ def test_shorter_convolutions_are_filled_up_in_front(make_hybrid, kind, taps) ->
 def test_constants(mixed_model) -> None:
     packed = pack(mixed_model, 8)
     second, _, first = (layer.mixer for layer in packed.layers)
-    assert isinstance(second, Mamba2Weights) and isinstance(first, Mamba1Weights)
+    assert isinstance(second, PackedMamba2) and isinstance(first, PackedMamba1)
     for mixer, block in ((second, 0), (first, 2)):
         own = mixed_model.model.layers[block].mixer
         assert torch.equal(mixer.A, -own.A_log.float().exp())
         assert mixer.A.dtype == mixer.D.dtype == torch.float32
         assert (mixer.conv.weight == own.conv1d.weight[:, 0]).all()
-    assert packed.has_mamba1 and second.norm_by_head
+    assert packed.stores_every_step and second.norm_by_head
 
 
 def settings(make_hybrid, kind: str, **changes) -> dict:

@@ -11,7 +11,7 @@ from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from mambactl.models.config import mamba2_from_attention
+from mambactl.models.mixers.mamba2 import mamba2_from_attention
 from mambactl.models.mixers.rotary import turn
 
 HEADS, SIZE, LENGTH = 3, 16, 21

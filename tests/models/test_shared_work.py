@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from mambactl.data.pack import Batch
 from mambactl.kernels.local_attention import local_attention
 from mambactl.models import hybrid
-from mambactl.models.config import WindowSettings
+from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers import windowed
 from mambactl.models.mixers.rotary import rotated
 from mambactl.models.norm import RMSNorm

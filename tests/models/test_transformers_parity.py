@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from mambactl.models.cache import HybridCache
-from mambactl.models.config import HybridConfig, mamba2_from_attention
+from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.mamba2 import mamba2_from_attention
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -115,7 +116,7 @@ def repeat_heads(rows: Tensor, heads: int, repeat: int) -> Tensor:
 
 def to_granite(hybrid: HybridForCausalLM) -> GraniteMoeHybridForCausalLM:
     """The hybrid's weights in the library's layout, which has one x head and B group per head."""
-    config, s = hybrid.config, hybrid.config.mamba2_settings
+    config, s = hybrid.config, hybrid.config.section("mamba2")
     repeat = s.n_heads // s.x_heads
 
     def expand(rows: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from mambactl.models.cache import HybridCache, WindowedCache
-from mambactl.models.config import HybridConfig, WindowSettings
+from mambactl.models.config import HybridConfig
+from mambactl.models.key_ring import WindowSettings
 
 WINDOW, SINKS = 7, 3
 

@@ -87,9 +87,9 @@ def test_bytes_are_those_of_states_and_windows():
 
 def test_the_layer_is_that_of_the_shape():
     weights = one_layer("tiny-hybrid", DEVICE, torch.float32)
-    sizes = SHAPES["tiny-hybrid"]().mamba2_settings
+    sizes = SHAPES["tiny-hybrid"]().section("mamba2")
     assert weights.layers[0].mixer.sizes == sizes
-    assert SHAPES[recurrence.SHAPE]().mamba2_settings.d_state == 128
+    assert SHAPES[recurrence.SHAPE]().section("mamba2").d_state == 128
 
 
 @pytest.mark.gpu

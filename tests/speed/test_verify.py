@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from mambactl.decode.gpu.state import pack
 from mambactl.errors import ResourceError
 from mambactl.kernels.decode.reference.control import Field
-from mambactl.kernels.decode.reference.ops import WindowOps
-from mambactl.models.packed import pack
+from mambactl.kernels.decode.reference.ops import ReferenceOps
 from mambactl.speed.subject import Grid
 from mambactl.speed.verify import NUMBERS, read, require_kernels, stand, verify
 
@@ -18,7 +18,7 @@ CONTEXT = 20
 def test_a_pass_reads_its_window_behind_the_replay(scripted, name, k, replayed):
     subject, _ = scripted(name)
     weights = pack(subject.model, 32)
-    session = stand(weights, WindowOps(), 2, 32, CONTEXT, k, replayed)
+    session = stand(weights, ReferenceOps(), 2, 32, CONTEXT, k, replayed)
     batch = session.batch
     assert batch.field(Field.LENGTH).tolist() == [CONTEXT] * 2
     assert batch.field(Field.BASE).tolist() == [CONTEXT - replayed] * 2

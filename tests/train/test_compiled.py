@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mambactl.data.pack import collate
 from mambactl.kernels import dispatch
-from mambactl.models.config import WindowSettings, mamba2_from_attention
+from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.mamba2 import mamba2_from_attention
 from mambactl.train.alignment import AlignmentObjective
 from mambactl.train.compiled import compile_blocks, compiled, compiles, release_blocks
 from mambactl.train.objectives import LogitsObjective

@@ -10,7 +10,10 @@ from typing import Any
 from mambactl.checkpoint.adapters.adapted import Adapted, build_config
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
-from mambactl.models.config import HybridConfig, Mamba1Settings, Mamba2Settings
+from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.mamba1 import Mamba1Settings
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.mixers.table import with_settings
 
 STATE_SPACES = "state-spaces"
 # the recurrence has no positions; this only bounds what generate() allows
@@ -23,7 +26,7 @@ def adapt(reader: Reader) -> Adapted:
     """An attention-free, MLP-free hybrid; raises ModelError for variants it cannot express."""
     original = reader.config.get("model_type") is None
     fields, settings = (_original if original else _transformers)(reader)
-    kind = "mamba2" if isinstance(settings, Mamba2Settings) else "mamba1"
+    kind = with_settings(settings).name
     config = build_config(
         reader,
         HybridConfig,

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,12 +13,13 @@ from mambactl.decode.engine import Generation, OnTokens, check_prompts
 from mambactl.decode.gpu.batch import DEPTH, MOST_EOS
 from mambactl.decode.gpu.choice import Choice
 from mambactl.decode.gpu.session import Session
+from mambactl.decode.gpu.state import PackedModel, pack
 from mambactl.decode.prefill import prefill
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
+from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.control import Finish, Letter
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.packed import PackedModel, pack
 
 # steps in flight before the host looks at the oldest one's tokens
 LAG = 3
@@ -51,7 +52,7 @@ class FusedEngine:
         target: HybridForCausalLM,
         draft: HybridForCausalLM | str | None,
         k: K,
-        ops: Any,
+        ops: DecodeOps,
     ):
         if (draft is None) != (k == 0):
             raise ValueError("a draft needs k >= 1 or auto, and k >= 1 needs a draft")

@@ -3,17 +3,16 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from mambactl.decode.gpu.batch import Batch
 from mambactl.decode.gpu.forward import Pass
-from mambactl.decode.gpu.state import ModelState, make_state
+from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
 from mambactl.decode.gpu.step import Step
 from mambactl.decode.sampler import SamplingParams
+from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.models.cache import HybridCache
-from mambactl.models.packed import PackedModel
 
 # sequences from which on storing a state costs more than replaying many tokens
 REPLAY_FROM = 8
@@ -35,10 +34,10 @@ class Capture:
 def ring_limit(weights: PackedModel, batch: int, k: int) -> int:
     """Ring slots in use: three before the stored state, two steps of k + 1 tokens, and a replay.
 
-    A Mamba-1 layer's ring is nearly as large as its state, so its state is stored at every step.
+    A layer whose ring is nearly as large as its state has its state stored at every step.
     0 for plain decoding of few sequences: the state is stored after each token.
     """
-    lazy = batch >= REPLAY_FROM and not weights.has_mamba1
+    lazy = batch >= REPLAY_FROM and not weights.stores_every_step
     if k == 0 and not lazy:
         return 0
     least = 2 * (k + 1) + 3
@@ -52,7 +51,7 @@ class Session:
         self,
         target: PackedModel,
         draft: PackedModel | str | None,
-        ops: Any,
+        ops: DecodeOps,
         *,
         size: int,
         capacity: int,
@@ -83,7 +82,7 @@ class Session:
         self.seconds: dict[tuple[int, bool], float] = {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def _state(self, weights: PackedModel, ops: Any, limit: int, longest: int) -> ModelState:
+    def _state(self, weights: PackedModel, ops: DecodeOps, limit: int, longest: int) -> ModelState:
         slots = max(8, 1 << (limit - 1).bit_length())
         # k would do; with two more a ring behind the usual windows is as large without drafts
         return make_state(weights, ops, self.size, self.capacity, slots, longest, ahead=self.k + 2)

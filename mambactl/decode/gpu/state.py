@@ -1,49 +1,99 @@
-"""What a model keeps of a running batch on the device: caches, rings, states and scratch."""
+"""A model packed for decode passes, and the tensors of a running batch on the device."""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mambactl.kernels.decode.reference.slots import positions_held, slot_of
-from mambactl.models.cache import HybridCache, RecurrentCache, WindowedCache
+from mambactl.kernels.decode.operations import DecodeOps
+from mambactl.models.cache import HybridCache
+from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.packed import (
-    AttentionWeights,
-    Mamba1Weights,
-    Mamba2Weights,
-    MixerWeights,
-    PackedModel,
-    attention_of,
+    LayerState,
+    NotSupported,
+    PackedMixer,
+    Rotations,
+    StateSize,
+    stack,
+    state_dtype,
 )
 
-# slots of a ring come in such pieces: other numbers of drafts then seldom need other kernels
-RING_STEP = 16
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block; without an MLP its three tensors are None."""
+
+    gain: Tensor  # [D]
+    mixer: PackedMixer
+    mlp_gain: Tensor | None  # [D]
+    gate_up: Tensor | None  # [2 I, D]
+    down: Tensor | None  # [D, I]
 
 
-@dataclass
-class AttentionState:
-    """Keys and values of every position, or of those that sinks and a window see
-    (`kernels.decode.reference.slots` says which slot is whose).
+@dataclass(frozen=True)
+class PackedModel:
+    """Everything that a decode pass reads."""
+
+    table: Tensor  # [V, D]
+    layers: tuple[LayerWeights, ...]
+    gain: Tensor  # [D]
+    head: Tensor  # [V, D]
+    eps: float
+    rotations: Rotations | None
+
+    @property
+    def stores_every_step(self) -> bool:
+        """Whether replaying tokens would cost a layer as much as storing its state."""
+        return any(layer.mixer.stores_every_step for layer in self.layers)
+
+
+@torch.no_grad()
+def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
+    """Stack the weights of a model; keys and rotary states get rotations for `positions` positions.
+
+    Raises NotSupported for what the decode kernels do not compute.
     """
+    config, inner = model.config, model.model
+    if getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
+        raise NotSupported("an MLP with biases or another activation than SiLU")
+    if model.dtype not in (torch.bfloat16, torch.float32):
+        raise NotSupported(f"weights in {model.dtype}")
+    rotations = _rotations(model, positions) if config.attends else None
+    layers = []
+    for block, layer in zip(inner.layers, config.layers, strict=True):
+        mixer = layer.spec.pack(block.mixer, config, layer.settings, rotations)
+        layers.append(_layer(block, mixer))
+    return PackedModel(
+        table=inner.embed_tokens.weight,
+        layers=tuple(layers),
+        gain=inner.norm.weight,
+        head=model.lm_head.weight,
+        eps=config.rms_norm_eps,
+        rotations=rotations,
+    )
 
-    keys: Tensor  # [B, Hk, S, P]
-    values: Tensor  # [B, Hk, S, P]
-    splits: int  # programs that share a sequence's slots
-    ring: int = 0  # slots behind those of the sinks; 0: every position has its own
+
+def _rotations(model: HybridForCausalLM, positions: int) -> Rotations:
+    rotary = model.model.rotary_emb
+    if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
+        raise NotSupported(f"{rotary.rope_type} rotary positions, which change with the length")
+    at = torch.arange(positions, device=model.device)[None]
+    # in the model's precision, as its attention layers use them
+    cos, sin = rotary(model.model.embed_tokens.weight[:1, None], at)  # [1, S, P]
+    half = cos.shape[-1] // 2
+    return Rotations(*(table[0, :, :half].float().contiguous() for table in (cos, sin)))
 
 
-@dataclass
-class RecurrentState:
-    """Tensors that `kernels.decode.reference.recurrent` describes.
-
-    The attention form of Mamba-1 has neither `mixed` nor `low`, Mamba-2 no `low`.
-    """
-
-    ring: Tensor  # [B, R, C]
-    state: Tensor  # [B, H, N, P] or [B, Ch, N], fp32
-    mixed: Tensor | None = None  # [B, R, Ch]
-    low: Tensor | None = None  # [B, R, dt_rank + 2 N]
-    window: AttentionState | None = None  # of the attention beside a Mamba-2 mixer
+def _layer(block: nn.Module, mixer: PackedMixer) -> LayerWeights:
+    if not block.has_mlp:
+        return LayerWeights(block.input_layernorm.weight, mixer, None, None, None)
+    return LayerWeights(
+        gain=block.input_layernorm.weight,
+        mixer=mixer,
+        mlp_gain=block.post_attention_layernorm.weight,
+        gate_up=stack([block.mlp.gate_proj, block.mlp.up_proj]).weight,
+        down=block.mlp.down_proj.weight,
+    )
 
 
 @dataclass
@@ -53,9 +103,9 @@ class Scratch:
     hidden: Tensor  # [M, D]
     scaled: Tensor  # [M, D]
     squares: Tensor  # flat
-    wide: Tensor  # flat, q or z
-    mixed: Tensor  # flat, what a mixer hands to its output projection
-    inner: Tensor  # flat, MLP or the attention beside a mixer
+    wide: Tensor  # flat: queries, or the gate of a recurrence
+    mixed: Tensor  # flat: inputs of a mixer's output projection
+    inner: Tensor  # flat: activations of an MLP, or of the attention beside a mixer
     partial: Tensor  # flat fp32
     counter: Tensor  # flat int32, zero between launches
 
@@ -64,126 +114,53 @@ class Scratch:
 class ModelState:
     """Caches of every layer for sequences of up to `capacity` tokens."""
 
-    layers: list[AttentionState | RecurrentState]
+    layers: list[LayerState]
     scratch: Scratch
     capacity: int
 
     def tensors(self) -> list[Tensor]:
-        """All that outlives a pass."""
-        windows = [layer.window for layer in self.layers if isinstance(layer, RecurrentState)]
-        held = [vars(part).values() for part in [*self.layers, *windows] if part is not None]
-        return [value for values in held for value in values if isinstance(value, Tensor)]
+        """Every tensor that outlives a pass."""
+        return [tensor for layer in self.layers for tensor in layer.tensors()]
 
     def load(self, cache: HybridCache, weights: PackedModel) -> None:
         """Take over what reading the prompts left; rows beyond the cache's stay empty."""
-        lengths = cache.lengths
         for state, held, layer in zip(self.layers, cache.layers, weights.layers, strict=True):
-            if isinstance(state, AttentionState):
-                rows, _, slots, _ = held.keys.shape
-                slots = min(slots, self.capacity)
-                state.keys[:rows, :, :slots] = held.keys[:, :, :slots]
-                state.values[:rows, :, :slots] = held.values[:, :, :slots]
-                continue
-            _load_recurrent(state, held, lengths, layer.mixer)
-            if state.window is not None:
-                _load_ring(state.window, held, lengths)
-
-
-def _load_recurrent(
-    state: RecurrentState, held: RecurrentCache, lengths: Tensor, mixer: MixerWeights
-) -> None:
-    rows = len(lengths)
-    live, window = held.live, held.window
-    if isinstance(mixer, Mamba2Weights):
-        live = live.mT
-    else:
-        window = window[..., mixer.ring_source().to(window.device)]
-    state.state[:rows] = live
-    before = window.shape[1]
-    at = lengths[:, None] - before + torch.arange(before, device=lengths.device)  # [B, W-1]
-    b = torch.arange(rows, device=lengths.device)[:, None]
-    state.ring[b, at % state.ring.shape[1], : window.shape[2]] = window
-
-
-def _load_ring(state: AttentionState, held: WindowedCache, lengths: Tensor) -> None:
-    """Sinks and the last positions of the prompts; the two rings may differ in size."""
-    sinks, slots = held.span.sinks, state.keys.shape[2]
-    place = positions_held(lengths, slots, sinks, state.ring)  # [B, S]
-    # what the prompt's ring no longer holds nobody sees
-    there = (place >= 0) & ((place < sinks) | (place >= lengths[:, None] - held.room))
-    index = slot_of(place.clamp(min=0), sinks, held.room)[:, None, :, None]
-    rows = len(lengths)
-    for ours, theirs in ((state.keys, held.keys), (state.values, held.values)):
-        taken = theirs.gather(2, index.expand(-1, theirs.shape[1], -1, theirs.shape[3]))
-        ours[:rows] = taken.masked_fill(~there[:, None, :, None], 0)
+            layer.mixer.load(state, held, cache.lengths, self.capacity)
 
 
 def make_state(
-    weights: PackedModel, ops, batch: int, capacity: int, slots: int, longest: int, ahead: int
+    weights: PackedModel,
+    ops: DecodeOps,
+    batch: int,
+    capacity: int,
+    slots: int,
+    longest: int,
+    ahead: int,
 ) -> ModelState:
     """Empty state for passes of up to `longest` tokens per sequence.
 
     `ahead`: how many tokens behind the first one of a step its passes may write.
     """
     splits = 16 if batch <= 4 else max(1, 64 // batch)
-    layers: list[AttentionState | RecurrentState] = []
-    for layer in weights.layers:
-        mixer = layer.mixer
-        if isinstance(mixer, AttentionWeights):
-            layers.append(_keys(mixer, weights.table, batch, capacity, splits))
-            continue
-        held = _recurrent(mixer, weights.table, batch, slots)
-        if (attention := attention_of(mixer)) is not None:
-            held.window = _ring(attention, weights.table, batch, ahead)
-        layers.append(held)
+    size = StateSize(batch, capacity, slots, splits, ahead)
+    layers = [layer.mixer.new_state(weights.table, size) for layer in weights.layers]
     return ModelState(layers, _scratch(weights, ops, batch, longest, splits), capacity)
 
 
-def _keys(
-    m: AttentionWeights, like: Tensor, batch: int, slots: int, splits: int, ring: int = 0
-) -> AttentionState:
-    shape = (batch, m.kv_heads, slots, m.width)
-    return AttentionState(like.new_zeros(shape), like.new_zeros(shape), splits, ring)
-
-
-def _ring(m: AttentionWeights, like: Tensor, batch: int, ahead: int) -> AttentionState:
-    room = -(-(m.window + ahead) // RING_STEP) * RING_STEP
-    # few slots: a second program would wait for the first
-    return _keys(m, like, batch, m.sinks + room, 1, room)
-
-
-def _recurrent(
-    mixer: Mamba1Weights | Mamba2Weights, like: Tensor, batch: int, slots: int
-) -> RecurrentState:
-    def ring(width: int) -> Tensor:
-        return like.new_zeros(batch, slots, width)
-
-    s = mixer.sizes
-    raw, kind = ring(mixer.ring_width), _state_dtype(like)
-    if isinstance(mixer, Mamba2Weights):
-        state = like.new_zeros(batch, s.n_heads, s.d_state, s.head_dim, dtype=kind)
-        return RecurrentState(raw, state, ring(s.conv_dim))
-    state = like.new_zeros(batch, s.d_inner, s.d_state, dtype=kind)
-    if mixer.low is None:
-        return RecurrentState(raw, state)
-    return RecurrentState(raw, state, ring(s.d_inner), ring(len(mixer.low)))
-
-
-def _state_dtype(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
-def _scratch(weights: PackedModel, ops, batch: int, longest: int, splits: int) -> Scratch:
+def _scratch(
+    weights: PackedModel, ops: DecodeOps, batch: int, longest: int, splits: int
+) -> Scratch:
     like, rows = weights.table, batch * longest
     width = like.shape[1]
     mixers = [layer.mixer for layer in weights.layers]
-    attentions = [a for a in map(attention_of, mixers) if a is not None]
     inner = max(
-        [m.out.weight.shape[1] for m in [*mixers, *attentions]]
+        [mixer.activations for mixer in mixers]
         + [0 if layer.down is None else layer.down.shape[1] for layer in weights.layers]
     )
     partial, counter = 0, 0
-    for m in attentions:
+    for m in (mixer.attention for mixer in mixers):
+        if m is None:
+            continue
         need = ops.scratch(rows, batch, m.kv_heads, m.heads // m.kv_heads, m.width, splits)
         partial, counter = max(partial, need[0]), max(counter, need[1])
     counts = [batch * tokens for tokens in range(1, longest + 1)]
@@ -192,7 +169,7 @@ def _scratch(weights: PackedModel, ops, batch: int, longest: int, splits: int) -
     return Scratch(
         hidden=like.new_zeros(rows, width),
         scaled=like.new_zeros(rows, width),
-        squares=like.new_zeros(pieces, dtype=_state_dtype(like)),
+        squares=like.new_zeros(pieces, dtype=state_dtype(like)),
         wide=like.new_zeros(rows * inner),
         mixed=like.new_zeros(rows * inner),
         inner=like.new_zeros(rows * inner),

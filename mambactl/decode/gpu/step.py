@@ -1,15 +1,16 @@
 """One decode step on the device: draft, verify, accept, commit, with no question to the host."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambactl.decode.gpu.batch import Batch
-from mambactl.decode.gpu.forward import HeadScratch, Pass, Window, head_scratch
+from mambactl.decode.gpu.forward import HeadScratch, Pass, head_scratch
+from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.control import Field
 from mambactl.kernels.random import Stream
+from mambactl.models.packed import Residual, Segment
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Step:
         batch: Batch,
         target: Pass,
         draft: Pass | str | None,
-        ops: Any,
+        ops: DecodeOps,
         *,
         limit: int,
         draft_limit: int,
@@ -54,16 +55,16 @@ class Step:
             drafted = b.drafted
             torch.add(b.field(Field.LENGTH), 1, out=b.present)
             self.ops.draft_ngram(b.history, b.present, b.feed[:, 2:], k, drafted)
-        window = Window(
+        segment = Segment(
             b.field(Field.LENGTH), b.field(Field.ACTIVE), b.field(Field.BASE), b.field(Field.NEXT),
             T=k + 1,
         )  # fmt: skip
-        stream = self.target.run(b.feed[:, 1 : 2 + k], window)
+        stream = self.target.run(b.feed[:, 1 : 2 + k], segment)
         drafts = b.feed[:, 2:]
         if sampled:
             self._judge(stream, k, drafts, drafted)
         else:
-            best = b.best[: window.rows]
+            best = b.best[: segment.rows]
             self.target.best(stream, k + 1, False, best, self.target_head)
             self.ops.verdict_greedy(best, drafts, drafted, b.accepted, b.following)
         self.ops.commit(
@@ -79,25 +80,25 @@ class Step:
         for i in range(k):
             if i == 0:
                 # the newest token once more: after a step that kept every draft it is unread
-                window = Window(length, active, base, stored, T=2, offset=-1)
+                segment = Segment(length, active, base, stored, T=2, offset=-1)
                 tokens = b.feed[:, :2]
             else:
-                window = Window(length, active, stored, stored, T=1, offset=i)
+                segment = Segment(length, active, stored, stored, T=1, offset=i)
                 tokens = b.feed[:, 1 + i : 2 + i]
-            stream = self.draft.run(tokens, window)
+            stream = self.draft.run(tokens, segment)
             out = b.feed[:, 2 + i]
             if not sampled:
-                self.draft.best(stream, window.T, True, out, self.draft_head)
+                self.draft.best(stream, segment.T, True, out, self.draft_head)
                 continue
             one = self._drafted(i)
-            self.draft.logits(stream, window.T, True, one.logits)
+            self.draft.logits(stream, segment.T, True, one.logits)
             self.ops.filter_rows(one.logits, b.settings, one.threshold, one.log_mass)
             self.ops.draw_rows(
                 one.logits, b.settings, one.threshold, one.log_mass, b.keys,
                 b.field(Field.WRITTEN), b.seed, int(Stream.PROPOSE), out, offset=i,
             )  # fmt: skip
 
-    def _judge(self, stream: Any, k: int, drafts: Tensor, drafted: Tensor | None) -> None:
+    def _judge(self, stream: Residual, k: int, drafts: Tensor, drafted: Tensor | None) -> None:
         b = self.batch
         rows = b.size * (k + 1)
         whole = self._distribution("target", b.size * (b.k + 1))

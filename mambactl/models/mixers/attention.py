@@ -1,20 +1,37 @@
 """Grouped-query attention with rotary positions, as in Llama and Mistral."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from mambactl.kernels import dispatch
-from mambactl.models.cache import AttentionCache
-from mambactl.models.config import HybridConfig
+from mambactl.kernels.decode.reference.slots import positions_held, slot_of
+from mambactl.models.cache import AttentionCache, WindowedCache
 from mambactl.models.mixers.context import StepContext
 from mambactl.models.mixers.rotary import rotated
+from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec
+from mambactl.models.packed import (
+    AttentionState,
+    PassContext,
+    Projection,
+    Residual,
+    Rotations,
+    Segment,
+    StateSize,
+    stack,
+)
+
+# slots of a ring come in such pieces: other numbers of drafts then seldom need other kernels
+RING_STEP = 16
 
 
 class AttentionMixer(nn.Module):
     """softmax(q k^T / sqrt(P)) v over the keys the context's mask allows."""
 
-    def __init__(self, config: HybridConfig):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
         width, bias = config.hidden_size, config.attention_bias
@@ -60,3 +77,187 @@ class AttentionMixer(nn.Module):
         bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
         rows = [self.q_proj.out_features + self.k_proj.out_features, self.v_proj.out_features]
         return F.linear(hidden, weight, bias).split(rows, -1)
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Attention of a decode pass; `qkv` rows are queries, keys, values.
+
+    `window` 0 means all positions; with `sinks` the first of all are seen from everywhere.
+    """
+
+    qkv: Projection
+    out: Projection
+    heads: int
+    kv_heads: int
+    width: int
+    window: int
+    sinks: int = 0
+
+    @property
+    def attention(self) -> "PackedAttention":
+        """Itself, which needs the scratch of an attention."""
+        return self
+
+    @property
+    def activations(self) -> int:
+        """Columns of the widest buffer that a row needs."""
+        return self.out.weight.shape[1]
+
+    @property
+    def stores_every_step(self) -> bool:
+        """Always False: there is no state to replay."""
+        return False
+
+    def new_state(self, like: Tensor, size: StateSize) -> AttentionState:
+        """Empty keys and values with a slot for every position."""
+        return self._keys(like, size.batch, size.capacity, size.splits)
+
+    def new_ring(self, like: Tensor, size: StateSize) -> AttentionState:
+        """Empty keys and values of the window alone, in a ring behind the sinks."""
+        room = -(-(self.window + size.ahead) // RING_STEP) * RING_STEP
+        # few slots: a second program would wait for the first
+        return self._keys(like, size.batch, self.sinks + room, 1, room)
+
+    def _keys(
+        self, like: Tensor, batch: int, slots: int, splits: int, ring: int = 0
+    ) -> AttentionState:
+        shape = (batch, self.kv_heads, slots, self.width)
+        return AttentionState(like.new_zeros(shape), like.new_zeros(shape), splits, ring)
+
+    def load(
+        self, state: AttentionState, cache: AttentionCache, lengths: Tensor, capacity: int
+    ) -> None:
+        """Copy the keys and values of the prompts."""
+        rows, _, slots, _ = cache.keys.shape
+        slots = min(slots, capacity)
+        state.keys[:rows, :, :slots] = cache.keys[:, :, :slots]
+        state.values[:rows, :, :slots] = cache.values[:, :, :slots]
+
+    def load_ring(self, state: AttentionState, cache: WindowedCache, lengths: Tensor) -> None:
+        """Copy the sinks and the last positions of the prompts; rings may differ in size."""
+        sinks, slots = cache.span.sinks, state.keys.shape[2]
+        place = positions_held(lengths, slots, sinks, state.ring)  # [B, S]
+        # what the prompt's ring no longer holds nobody sees
+        there = (place >= 0) & ((place < sinks) | (place >= lengths[:, None] - cache.room))
+        index = slot_of(place.clamp(min=0), sinks, cache.room)[:, None, :, None]
+        rows = len(lengths)
+        for ours, theirs in ((state.keys, cache.keys), (state.values, cache.values)):
+            taken = theirs.gather(2, index.expand(-1, theirs.shape[1], -1, theirs.shape[3]))
+            ours[:rows] = taken.masked_fill(~there[:, None, :, None], 0)
+
+    def run(
+        self,
+        context: PassContext,
+        state: AttentionState,
+        s: Residual,
+        segment: Segment,
+        gain: Tensor,
+    ) -> None:
+        """Add the attention's output to the stream."""
+        mixed = s.mixed[: segment.rows * self.activations].view(segment.rows, -1)
+        self.attend(context, state, s, segment, mixed)
+        self.add(context, s, mixed, gain)
+
+    def attend(
+        self,
+        context: PassContext,
+        state: AttentionState,
+        s: Residual,
+        segment: Segment,
+        mixed: Tensor,
+    ) -> None:
+        """Heads [M, H P] of the segment's tokens into `mixed`."""
+        ops, at, rotations = context.ops, segment, context.rotations
+        q = s.wide[: at.rows * self.heads * self.width].view(at.rows, -1)
+        where = {"T": at.T, "offset": at.offset, "sinks": self.sinks, "ring": state.ring}
+        ops.project_qkv(
+            s.scaled, s.squares, context.eps, self.qkv.weight, self.qkv.bias, rotations.cos,
+            rotations.sin, q, state.keys, state.values, at.start, at.active, at.T, **where,
+        )  # fmt: skip
+        ops.attention(
+            q, state.keys, state.values, at.start, at.active, at.T, mixed, context.partial,
+            context.counter, splits=state.splits, window=self.window, **where,
+        )  # fmt: skip
+
+    def add(self, context: PassContext, s: Residual, mixed: Tensor, gain: Tensor) -> None:
+        """Project heads [M, H P] into the stream."""
+        out = self.out
+        context.ops.add_residual(mixed, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)
+
+
+def pack_attention(
+    mixer: AttentionMixer, config: LlamaConfig, window: int, sinks: int = 0
+) -> PackedAttention:
+    """Stack the projections of an attention for decode passes."""
+    return PackedAttention(
+        qkv=stack([mixer.q_proj, mixer.k_proj, mixer.v_proj]),
+        out=Projection(mixer.o_proj.weight, mixer.o_proj.bias),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        width=config.head_dim,
+        window=window,
+        sinks=sinks,
+    )
+
+
+def copy_attention(mixer: AttentionMixer, attention: AttentionWeights) -> None:
+    """Give an attention the weights of the one that it was made from."""
+    for name in "qkvo":
+        projection = getattr(mixer, f"{name}_proj")
+        projection.weight.copy_(getattr(attention, name))
+        if projection.bias is not None:
+            projection.bias.copy_(attention.biases[name])
+
+
+def attention_cost(config: LlamaConfig, seen: float) -> MixerCost:
+    """Operations of an attention whose queries see `seen` keys."""
+    width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+    shared = config.num_key_value_heads * config.head_dim
+    return MixerCost(2 * width * (inner + 2 * shared), 2 * inner * width, 4 * inner * seen)
+
+
+class AttentionSpec(MixerSpec[None]):
+    """Attention over all of the past, or the sliding window of the model."""
+
+    name = "attention"
+    title = "attention"
+    module_type = AttentionMixer
+    attribute = "self_attn"
+    label = "attention"
+    is_attention = True
+    branches = {"attention": ""}
+
+    def settings(self, sections: object) -> None:
+        """Its sizes are the model's own."""
+        return None
+
+    def module(self, config: LlamaConfig, settings: None) -> AttentionMixer:
+        """The module of one layer."""
+        return AttentionMixer(config)
+
+    def cache(self, settings: None) -> AttentionCache:
+        """An empty cache of keys and values."""
+        return AttentionCache()
+
+    def cost(self, config: LlamaConfig, settings: None, length: int) -> MixerCost:
+        """Operations per token; attention counts the causal half of its scores."""
+        return attention_cost(config, min(length / 2, config.sliding_window or length))
+
+    def kv_elements(self, config: LlamaConfig, settings: None) -> int:
+        """Numbers in the keys and values of one token."""
+        return 2 * config.num_key_value_heads * config.head_dim
+
+    def keys_read(self, config: LlamaConfig, settings: None, context: int) -> int:
+        """Tokens whose keys a step behind `context` tokens reads."""
+        return min(context, config.sliding_window or context)
+
+    def pack(
+        self,
+        mixer: AttentionMixer,
+        config: LlamaConfig,
+        settings: None,
+        rotations: Rotations | None,
+    ) -> PackedAttention:
+        """Weights for the decode kernels."""
+        return pack_attention(mixer, config, config.sliding_window or 0)

@@ -1,10 +1,11 @@
-"""What one forward call of the model tells every mixer."""
+"""Everything that one forward call of the model passes to every mixer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mambactl.kernels.local_attention import LocalKeys
+from mambactl.kernels.local_attention import LocalKeys, LocalSpan
 from mambactl.kernels.spans import Spans
 from mambactl.models.cache import MAX_SEQUENTIAL, Cursor
 
@@ -28,7 +29,7 @@ class StepContext:
     cursor: Cursor | None = None
     first: bool = False
     spans: Spans | None = None
-    local: LocalKeys | None = None
+    local: Mapping[LocalSpan, LocalKeys] | None = None
 
     @property
     def sequential(self) -> bool:

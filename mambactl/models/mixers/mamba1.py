@@ -6,24 +6,85 @@ dt = softplus(dt_proj(dt));  S[d, n] = exp(-dt_d exp(A_log[d, n])) S[d, n] + dt_
 y_d = sum_n C_n S[d, n] + D_d x_d;  out = out_proj(y SiLU(z))
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
+from mambactl.errors import ModelError
 from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
+from mambactl.kernels.decode.reference.recurrent import spread
 from mambactl.models.cache import RecurrentCache
-from mambactl.models.config import HybridConfig
+from mambactl.models.mixers import from_attention as start
 from mambactl.models.mixers.context import StepContext
 from mambactl.models.mixers.float32 import KeepsFloat32
+from mambactl.models.mixers.spec import (
+    AttentionWeights,
+    Basis,
+    HeadFit,
+    MixerCost,
+    MixerForm,
+    MixerSpec,
+)
+from mambactl.models.packed import (
+    PassContext,
+    Projection,
+    RecurrentState,
+    Residual,
+    Rotations,
+    Segment,
+    StateSize,
+    load_ring,
+    packed_conv,
+    state_dtype,
+)
+
+# operations per state element: those of Mamba-2, and every channel's own exponential
+STATE_OPERATIONS = 7
+# channels that the paper's public code pairs
+PAIRED = 16
+# a score that dt can express whatever the scale of v
+SMALL_SCORE = 0.01
+
+
+@dataclass(frozen=True)
+class Mamba1Settings:
+    """Sizes of a Mamba-1 mixer, in one of two forms.
+
+    attention form: rows of in_proj are [z, x (x_dim), B (x_dim), C (d_inner), dt (dt_rank)]; x and
+    B are cut in pieces of `repeat_width` channels, each repeated to reach d_inner, and B and C are
+    read as groups of d_state channels. native form (state-spaces): rows are [x, z]; dt, B and C
+    come from x_proj of the convolved x, with one group.
+    """
+
+    d_inner: int
+    dt_rank: int
+    d_state: int = 16
+    x_dim: int | None = None
+    repeat_width: int = 16
+    native: bool = False
+    d_conv: int = 4
+    conv_bias: bool = True
+    proj_bias: bool = False
+
+    @property
+    def in_rows(self) -> tuple[int, ...]:
+        """Rows of in_proj in order."""
+        if self.native:
+            return self.d_inner, self.d_inner
+        return self.d_inner, self.x_dim, self.x_dim, self.d_inner, self.dt_rank
 
 
 class Mamba1Mixer(KeepsFloat32):
     """Recurrent mixer with one decay per channel and state index."""
 
-    def __init__(self, config: HybridConfig):
+    def __init__(self, config: LlamaConfig, settings: Mamba1Settings):
         super().__init__()
-        self.sizes = s = config.mamba1_settings
+        self.sizes = s = settings
         self.in_proj = nn.Linear(config.hidden_size, sum(s.in_rows), bias=s.proj_bias)
         self.conv1d = nn.Conv1d(s.d_inner, s.d_inner, s.d_conv, groups=s.d_inner, bias=s.conv_bias)
         if s.native:
@@ -41,7 +102,7 @@ class Mamba1Mixer(KeepsFloat32):
     def features(
         self, hidden: Tensor, context: StepContext, cache: RecurrentCache | None = None
     ) -> Tensor:
-        """The input of out_proj [B, T, d_inner]: what a least-squares refit regresses on."""
+        """The input of out_proj [B, T, d_inner], on which the least-squares refit regresses."""
         kind = kernels.state_dtype(hidden)
         z, raw, projected = self._project(hidden)
         if cache is not None and cache.state is None:
@@ -108,3 +169,250 @@ class Mamba1Mixer(KeepsFloat32):
         y, state = dispatch.selective_scan(x, dt, A, B, C, state, context.seq_idx)
         cache.replace(kernels.conv_window(raw, window, context.n_new), state)
         return y
+
+
+@dataclass(frozen=True)
+class PackedMamba1:
+    """Mamba-1 of a decode pass; `low` is x_proj of the native form, None in the attention form."""
+
+    inner: Projection
+    conv: Projection  # weight [Ch, 4]
+    low: Tensor | None  # [dt_rank + 2 N, Ch]
+    dt: Projection  # weight [Ch, dt_rank]
+    A: Tensor  # [Ch, N]
+    D: Tensor  # [Ch]
+    out: Projection
+    sizes: Mamba1Settings
+    ring_lo: int
+    ring_width: int
+    piece: int
+    repeat: int
+
+    @property
+    def attention(self) -> None:
+        """No keys."""
+        return None
+
+    @property
+    def activations(self) -> int:
+        """Columns of the widest buffer that a row needs."""
+        return self.out.weight.shape[1]
+
+    @property
+    def stores_every_step(self) -> bool:
+        """Always True: the ring is nearly as large as the state."""
+        return True
+
+    def ring_source(self) -> Tensor:
+        """The convolution channel that holds each x column of the ring, [ring x columns]."""
+        if self.sizes.native:
+            return torch.arange(self.sizes.d_inner)
+        source = spread(self.sizes.d_inner, self.piece, self.repeat)
+        first = torch.zeros(self.sizes.x_dim, dtype=torch.long)
+        # written from the end, so that the first channel with a source wins
+        return first.scatter(0, source.flip(0), torch.arange(self.sizes.d_inner).flip(0))
+
+    def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:
+        """Empty rings and state."""
+
+        def ring(width: int) -> Tensor:
+            return like.new_zeros(size.batch, size.slots, width)
+
+        s, raw = self.sizes, ring(self.ring_width)
+        state = like.new_zeros(size.batch, s.d_inner, s.d_state, dtype=state_dtype(like))
+        if self.low is None:
+            return RecurrentState(raw, state)
+        return RecurrentState(raw, state, ring(s.d_inner), ring(len(self.low)))
+
+    def load(
+        self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor, capacity: int
+    ) -> None:
+        """Take over the state and the newest inputs of the convolution."""
+        source = self.ring_source().to(cache.inputs.device)
+        load_ring(state, cache.live, cache.inputs[..., source], lengths)
+
+    def run(
+        self,
+        context: PassContext,
+        state: RecurrentState,
+        s: Residual,
+        segment: Segment,
+        gain: Tensor,
+    ) -> None:
+        """Add the mixer's output to the stream."""
+        ops, at = context.ops, segment
+        where = {"T": at.T, "offset": at.offset}
+        mixed = s.mixed[: at.rows * self.activations].view(at.rows, -1)
+        z = s.wide[: at.rows * self.sizes.d_inner].view(at.rows, -1)
+        conv = None if state.mixed is None else (self.conv.weight, self.conv.bias, state.mixed)
+        ops.project(
+            s.scaled, s.squares, context.eps, self.inner.weight, self.inner.bias, z, state.ring,
+            at.start, at.active, at.T, ring_lo=self.ring_lo, conv=conv, **where,
+        )  # fmt: skip
+        if self.low is not None:
+            ops.mamba1_low(state.mixed, self.low, state.low, at.start, at.active, at.T, **where)
+        ops.mamba1(
+            state.ring, state.mixed, state.low, z, state.state, self.conv.weight, self.conv.bias,
+            self.dt.weight, self.dt.bias, self.A, self.D, mixed, at.start, at.active, at.base,
+            at.base_next, at.T, piece=self.piece, repeat=self.repeat, **where,
+        )  # fmt: skip
+        out = self.out
+        ops.add_residual(mixed, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)
+
+
+def mamba1_from_attention(
+    config: LlamaConfig, repeat_width: int, proj_bias: bool
+) -> Mamba1Settings:
+    """Per-channel decays with 16 states; B and x from KV heads, C from query heads."""
+    return Mamba1Settings(
+        d_inner=config.num_attention_heads * config.head_dim,
+        dt_rank=-(-config.hidden_size // 16),
+        x_dim=config.num_key_value_heads * config.head_dim,
+        repeat_width=repeat_width,
+        proj_bias=proj_bias,
+    )
+
+
+def head_shape(mixer: Mamba1Mixer, attention: AttentionWeights) -> tuple[int, int]:
+    """Query heads and their width, of a mixer that repeats whole heads."""
+    # the reference pairing has no head structure
+    head_dim = mixer.sizes.repeat_width
+    return attention.q.shape[0] // head_dim, head_dim
+
+
+def write_fit(mixer: Mamba1Mixer, attention: AttentionWeights, fit: HeadFit) -> None:
+    """Write a fit into taps, dt, decay and skip of a neutral mixer."""
+    heads, head_dim = head_shape(mixer, attention)
+    repeat = heads // (mixer.sizes.x_dim // head_dim)
+    # fp32 x needs no norm behind it, so taps carry only the linear range
+    tap = start.LINEAR_RANGE / start.projection_rms(attention.v, attention.norm, head_dim)
+    tap = tap.repeat_interleave(repeat)  # [H]
+    mixer.conv1d.weight[:, 0, -1] = tap.repeat_interleave(head_dim)
+    # B and C see no SiLU; d_state of head_dim products stand for the whole score
+    gain = tap / 2 * math.sqrt(head_dim)
+    dt = (fit.score / gain).clamp(1e-5, 10)
+    mixer.dt_proj.bias.copy_(start.inverse_softplus(dt).repeat_interleave(head_dim))
+    rate = (math.log(2) / (fit.half_life * dt)).log().repeat_interleave(head_dim)
+    mixer.A_log.copy_(rate[:, None].expand_as(mixer.A_log))
+    mixer.D.copy_((fit.skip / (tap / 2)).repeat_interleave(head_dim))
+
+
+def head_basis(
+    mixer: Mamba1Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
+) -> Basis:
+    """Each head's v and its scored running sum, as the mixer itself computes it."""
+    width = mixer.sizes.repeat_width
+    heads = attention.q.shape[0] // width
+    v = start.heads_of(attention, "v", hidden, width)
+    v = v.repeat_interleave(heads // v.shape[2], 2)  # [B, T, H, P]
+    fit = {"constant": 0.0, "score": SMALL_SCORE, "skip": 0.0, "rms": 1.0}
+
+    def mix(half_life: float) -> list[Tensor]:
+        values = {"half_life": half_life, **fit}
+        one = HeadFit(**{name: torch.full((heads,), value) for name, value in values.items()})
+        write_fit(mixer, attention, one)
+        return [v, mixer.features(hidden, context).view_as(v).to(v.dtype) / SMALL_SCORE]
+
+    return mix
+
+
+class Mamba1Spec(MixerSpec[Mamba1Settings]):
+    """Mamba-1, in the form of attention or native."""
+
+    name = "mamba1"
+    title = "Mamba-1 mixer"
+    module_type = Mamba1Mixer
+    sections = {"mamba1": Mamba1Settings}
+
+    def cache(self, settings: Mamba1Settings) -> RecurrentCache:
+        """An empty cache of one layer."""
+        return RecurrentCache()
+
+    def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> Mamba1Settings:
+        """Sizes in the place of the attention of layer `index`; ModelError for odd head sizes."""
+        if config.head_dim % PAIRED:
+            raise ModelError(
+                f"mamba1 needs a head size divisible by 16, this model has {config.head_dim}",
+                "use --mixer mamba2",
+            )
+        # whole heads keep each query with its own key
+        width = config.head_dim if form.calibrated else PAIRED
+        bias = form.calibrated or config.attention_bias
+        return mamba1_from_attention(config, width, proj_bias=bias)
+
+    def initialise(
+        self,
+        mixer: Mamba1Mixer,
+        attention: AttentionWeights,
+        method: str,
+        generator: torch.Generator,
+    ) -> None:
+        """Fill a mixer in place; `method` is reference or calibrated (with the prior)."""
+        start.copy_projections(mixer, attention)
+        if method == "reference":
+            start.draw_defaults(mixer, generator)
+            start.uniform_(mixer.dt_proj.weight, mixer.sizes.dt_rank**-0.5, generator)
+            dt = start.log_uniform_dt(mixer.dt_proj.bias.shape, generator)
+            # the public Mamba-1 layer adds this bias twice; folding keeps its effective step
+            mixer.dt_proj.bias.copy_(2 * start.inverse_softplus(dt))
+            steps = torch.arange(1, mixer.sizes.d_state + 1, dtype=torch.float32)
+            mixer.A_log.copy_(steps.log().expand_as(mixer.A_log))
+            mixer.D.fill_(1)
+            return
+        rows = start.open_gate(mixer)
+        # the low-rank input must not vanish together with dt_proj, or neither could learn
+        bound = mixer.in_proj.weight.shape[1] ** -0.5
+        drawn = torch.Generator().manual_seed(0)
+        start.uniform_(mixer.in_proj.weight[rows["dt"]], bound, drawn)
+        mixer.dt_proj.weight.zero_()
+        write_fit(mixer, attention, start.prior_fit(*head_shape(mixer, attention), attention))
+
+    def basis(
+        self,
+        mixer: Mamba1Mixer,
+        attention: AttentionWeights,
+        hidden: Tensor,
+        context: StepContext,
+    ) -> Basis:
+        """Each head's v and its scored running sum."""
+        return head_basis(mixer, attention, hidden, context)
+
+    def apply_fit(self, mixer: Mamba1Mixer, attention: AttentionWeights, fit: HeadFit) -> None:
+        """Write a fit into taps, dt, decay and skip of a neutral mixer."""
+        write_fit(mixer, attention, fit)
+
+    def cost(self, config: LlamaConfig, settings: Mamba1Settings, length: int) -> MixerCost:
+        """Operations per token; the recurrence counts what its equation needs."""
+        s, width = settings, config.hidden_size
+        selected = s.d_inner * (s.dt_rank + 2 * s.d_state) if s.native else 0
+        weights = 2 * (selected + s.dt_rank * s.d_inner + s.d_inner * width)
+        mixing = STATE_OPERATIONS * s.d_inner * s.d_state + 2 * s.d_conv * s.d_inner
+        return MixerCost(2 * width * sum(s.in_rows), weights, mixing)
+
+    def state_elements(self, settings: Mamba1Settings) -> int:
+        """Numbers in the recurrent state of one sequence."""
+        return settings.d_inner * settings.d_state
+
+    def pack(
+        self,
+        mixer: Mamba1Mixer,
+        config: LlamaConfig,
+        settings: Mamba1Settings,
+        rotations: Rotations | None,
+    ) -> PackedMamba1:
+        """Weights for the decode kernels."""
+        s = mixer.sizes
+        return PackedMamba1(
+            inner=Projection(mixer.in_proj.weight, mixer.in_proj.bias),
+            conv=packed_conv(mixer.conv1d),
+            low=mixer.x_proj.weight if s.native else None,
+            dt=Projection(mixer.dt_proj.weight, mixer.dt_proj.bias),
+            A=-mixer.A_log.float().exp().contiguous(),
+            D=mixer.D.float(),
+            out=Projection(mixer.out_proj.weight, mixer.out_proj.bias),
+            sizes=s,
+            ring_lo=0 if s.native else s.d_inner,
+            ring_width=s.d_inner if s.native else sum(s.in_rows) - s.d_inner,
+            piece=s.d_inner if s.native else s.repeat_width,
+            repeat=1 if s.native else s.d_inner // s.x_dim,
+        )

@@ -7,20 +7,35 @@ With `rotary`, B and C turn with the position before they meet the state.
 With x_heads = n_heads it is what state-spaces/mamba2-* and GraniteMoeHybrid compute.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
 from mambactl.models.cache import RecurrentCache
-from mambactl.models.config import HybridConfig
+from mambactl.models.mixers import from_attention as start
 from mambactl.models.mixers.context import StepContext
 from mambactl.models.mixers.float32 import KeepsFloat32
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
 from mambactl.models.mixers.rotary import turn
+from mambactl.models.mixers.spec import (
+    AttentionWeights,
+    Basis,
+    HeadFit,
+    MixerCost,
+    MixerForm,
+    MixerSpec,
+)
+from mambactl.models.packed import Projection, Rotations, packed_conv
 
 # columns: 16 bytes of bf16
 ALIGNED = 8
+# operations per state element: decay, outer product (multiply, add), read-out (multiply, add)
+STATE_OPERATIONS = 5
 
 
 class GatedRMSNorm(nn.Module):
@@ -42,9 +57,9 @@ class GatedRMSNorm(nn.Module):
 class Mamba2Mixer(KeepsFloat32):
     """Recurrent replacement of attention with one scalar decay per head."""
 
-    def __init__(self, config: HybridConfig):
+    def __init__(self, config: LlamaConfig, settings: Mamba2Settings):
         super().__init__()
-        self.sizes = s = config.mamba2_settings
+        self.sizes = s = settings
         self.in_proj = nn.Linear(config.hidden_size, sum(s.in_rows), bias=s.proj_bias)
         self.conv1d = nn.Conv1d(
             s.conv_dim, s.conv_dim, s.d_conv, groups=s.conv_dim, bias=s.conv_bias
@@ -62,7 +77,7 @@ class Mamba2Mixer(KeepsFloat32):
     def features(
         self, hidden: Tensor, context: StepContext, cache: RecurrentCache | None = None
     ) -> Tensor:
-        """The input of out_proj [B, T, d_inner]: what a least-squares refit regresses on."""
+        """The input of out_proj [B, T, d_inner], on which the least-squares refit regresses."""
         s = self.sizes
         z, raw, dt = self._project(hidden, whole=cache is None)
         kind = kernels.state_dtype(hidden)
@@ -170,3 +185,192 @@ class Mamba2Mixer(KeepsFloat32):
         self, state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         return kernels.ssd_step(state, self._heads(x), dt, A, B, C)
+
+
+def mamba2_from_attention(
+    config: LlamaConfig, proj_bias: bool, rotary: bool = False
+) -> Mamba2Settings:
+    """One SSM head per query head with a square state, x and B from KV heads (2408.15237, 2.2)."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return Mamba2Settings(
+        n_heads=heads,
+        head_dim=config.head_dim,
+        d_state=config.head_dim,
+        x_heads=kv_heads,
+        b_groups=kv_heads,
+        c_groups=heads,
+        norm_groups=heads,
+        norm_eps=config.rms_norm_eps,
+        proj_bias=proj_bias,
+        rotary=rotary,
+    )
+
+
+def write_fit(mixer: Mamba2Mixer, attention: AttentionWeights, fit: HeadFit) -> None:
+    """Write a fit into taps, dt, decay, skip and norm weight of a neutral mixer."""
+    s = mixer.sizes
+    repeat = s.n_heads // s.x_heads
+    taps = {
+        name: start.LINEAR_RANGE / start.projection_rms(weight, attention.norm, s.head_dim)
+        for name, weight in (("q", attention.q), ("k", attention.k), ("v", attention.v))
+    }
+    # SiLU(t x) ~ t x / 2, so each tap counts half
+    x_gain = (taps["v"] / 2).repeat_interleave(repeat)  # [H]
+    pair_gain = taps["q"] / 2 * (taps["k"] / 2).repeat_interleave(repeat) * math.sqrt(s.head_dim)
+    # one sign per head makes its constant positive, as SiLU needs; the norm weight undoes it
+    sign = torch.where(fit.constant < 0, -1.0, 1.0)
+    kappa = sign * start.NORM_RANGE * math.sqrt(s.norm_eps) / fit.rms.clamp(min=1e-8)
+    wanted = kappa * fit.score / x_gain
+    dt = (wanted.abs() / pair_gain).clamp(1e-4, 10)
+    score_tap = wanted / (dt * pair_gain) * taps["q"]  # [H], may be negative
+    constant = kappa * fit.constant / (x_gain * dt)
+
+    weight, bias = mixer.conv1d.weight[:, 0, -1], mixer.conv1d.bias  # [Ch]
+    n_x, n_b = s.in_rows[1], s.in_rows[2]
+    weight[:n_x] = taps["v"].repeat_interleave(s.head_dim)
+    # without positions, q.k of the pair that rotates fastest means least: its channel 0 is held
+    for part, gain, held in (
+        (slice(n_x, n_x + n_b), taps["k"], torch.ones(s.b_groups)),
+        (slice(n_x + n_b, None), score_tap, constant),
+    ):
+        tap = gain[:, None].repeat(1, s.d_state)  # [groups, N]
+        tap[:, 0] = 0
+        shift = torch.zeros_like(tap)
+        shift[:, 0] = start.inverse_silu(held)
+        weight[part], bias[part] = tap.flatten(), shift.flatten()
+    mixer.dt_bias.copy_(start.inverse_softplus(dt))
+    mixer.A_log.copy_((math.log(2) / (fit.half_life * dt)).log())
+    mixer.D.copy_(kappa * fit.skip / x_gain)
+    scale = sign * fit.rms / start.NORM_RANGE * math.sqrt(1 + start.NORM_RANGE**2)
+    mixer.norm.weight.copy_(scale.repeat_interleave(s.head_dim))
+
+
+def head_basis(
+    mixer: Mamba2Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
+) -> Basis:
+    """Each head's v, and its scored and plain running sums."""
+    s = mixer.sizes
+    q, k, v = (start.heads_of(attention, name, hidden, s.head_dim) for name in "qkv")
+    q = q / math.sqrt(s.head_dim)
+    # the mixer holds channel 0 of B and C constant
+    q[..., 0] = 0
+    if s.rotary:
+        q, k = turn(q, context.rotary), turn(k, context.rotary)
+    repeat = s.n_heads // s.x_heads
+    wide = v.repeat_interleave(repeat, 2)  # [B, T, H, P]
+    ones = torch.ones(*v.shape[:2], 1, 1)
+
+    def mix(half_life: float) -> list[Tensor]:
+        A = torch.full((s.n_heads,), -math.log(2) / half_life)
+        dt = torch.ones(wide.shape[:3])
+        scored, _ = kernels.ssd(wide, dt, A, k, q, seq_idx=context.seq_idx)
+        dt, A = dt[..., : s.x_heads], A[: s.x_heads]
+        plain, _ = kernels.ssd(v, dt, A, ones, ones, seq_idx=context.seq_idx)
+        return [wide, scored, plain.repeat_interleave(repeat, 2)]
+
+    return mix
+
+
+class Mamba2Spec(MixerSpec[Mamba2Settings]):
+    """Mamba-2 alone, in the form of attention or native."""
+
+    name = "mamba2"
+    title = "Mamba-2 mixer"
+    module_type = Mamba2Mixer
+    sections = {"mamba2": Mamba2Settings}
+    with_window = "mamba2_window"
+    can_rotate = True
+    rescales_heads = True
+
+    def check(self, config: LlamaConfig, settings: Mamba2Settings) -> None:
+        """Raise ValueError where rotary states do not fit the model's angles."""
+        if settings.rotary and settings.d_state != config.head_dim:
+            raise ValueError(
+                f"rotary mamba2 states have {settings.d_state} channels, the angles of this model "
+                f"{config.head_dim}"
+            )
+
+    def rotates(self, settings: Mamba2Settings) -> bool:
+        """Whether B and C turn with the position."""
+        return settings.rotary
+
+    def cache(self, settings: Mamba2Settings) -> RecurrentCache:
+        """An empty cache of one layer."""
+        return RecurrentCache()
+
+    def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> Mamba2Settings:
+        """Sizes in the place of the attention of layer `index`."""
+        bias = form.calibrated or config.attention_bias
+        return mamba2_from_attention(config, proj_bias=bias, rotary=form.rotary)
+
+    def initialise(
+        self,
+        mixer: Mamba2Mixer,
+        attention: AttentionWeights,
+        method: str,
+        generator: torch.Generator,
+    ) -> None:
+        """Fill a mixer in place; `method` is reference or calibrated (with the prior)."""
+        start.copy_projections(mixer, attention)
+        if method == "reference":
+            start.draw_defaults(mixer, generator)
+            dt = start.log_uniform_dt(mixer.dt_bias.shape, generator)
+            mixer.dt_bias.copy_(start.inverse_softplus(dt))
+            heads = torch.rand(mixer.A_log.shape, generator=generator)
+            mixer.A_log.copy_((1 + 15 * heads).log())
+            mixer.norm.weight.fill_(1)
+            mixer.D.fill_(1)
+            return
+        rows = start.open_gate(mixer)
+        mixer.in_proj.weight[rows["dt"]] = 0
+        mixer.norm.weight.fill_(1)
+        s = mixer.sizes
+        write_fit(mixer, attention, start.prior_fit(s.n_heads, s.head_dim, attention))
+
+    def basis(
+        self,
+        mixer: Mamba2Mixer,
+        attention: AttentionWeights,
+        hidden: Tensor,
+        context: StepContext,
+    ) -> Basis:
+        """Each head's v, and its scored and plain running sums."""
+        return head_basis(mixer, attention, hidden, context)
+
+    def apply_fit(self, mixer: Mamba2Mixer, attention: AttentionWeights, fit: HeadFit) -> None:
+        """Write a fit into taps, dt, decay, skip and norm weight of a neutral mixer."""
+        write_fit(mixer, attention, fit)
+
+    def rescale(self, mixer: Mamba2Mixer, scale: Tensor) -> None:
+        """Multiply each head's norm weight by scale [H]."""
+        mixer.norm.weight.mul_(scale.repeat_interleave(mixer.sizes.head_dim))
+
+    def cost(self, config: LlamaConfig, settings: Mamba2Settings, length: int) -> MixerCost:
+        """Operations per token; the recurrence counts what its equation needs."""
+        s, width = settings, config.hidden_size
+        mixing = STATE_OPERATIONS * s.d_inner * s.d_state + 2 * s.d_conv * s.conv_dim
+        return MixerCost(2 * width * sum(s.in_rows), 2 * s.d_inner * width, mixing)
+
+    def state_elements(self, settings: Mamba2Settings) -> int:
+        """Numbers in the recurrent state of one sequence."""
+        return settings.d_inner * settings.d_state
+
+    def pack(
+        self,
+        mixer: Mamba2Mixer,
+        config: LlamaConfig,
+        settings: Mamba2Settings,
+        rotations: Rotations | None,
+    ) -> PackedMamba2:
+        """Weights for the decode kernels."""
+        return PackedMamba2(
+            inner=Projection(mixer.in_proj.weight, mixer.in_proj.bias),
+            conv=packed_conv(mixer.conv1d),
+            A=-mixer.A_log.float().exp(),
+            D=mixer.D.float(),
+            dt_bias=mixer.dt_bias.float(),
+            gain=mixer.norm.weight,
+            out=Projection(mixer.out_proj.weight, mixer.out_proj.bias),
+            sizes=mixer.sizes,
+            turn=rotations.of_states if settings.rotary else None,
+        )

@@ -5,25 +5,61 @@ The window is made of the teacher's projections, so the layer may start as the t
 window, and its state learns what lies beyond.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from mambactl.kernels.dispatch import attention
 from mambactl.kernels.local_attention import LocalKeys, attend_locally, local_keys
 from mambactl.models.cache import WindowedCache
-from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.attention import AttentionMixer
+from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.attention import (
+    AttentionMixer,
+    PackedAttention,
+    attention_cost,
+    copy_attention,
+    pack_attention,
+)
 from mambactl.models.mixers.context import StepContext
-from mambactl.models.mixers.mamba2 import Mamba2Mixer
+from mambactl.models.mixers.mamba2 import Mamba2Mixer, Mamba2Spec
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
+from mambactl.models.mixers.spec import (
+    AttentionWeights,
+    MixerCost,
+    MixerForm,
+    MixerSpec,
+    span_of,
+)
+from mambactl.models.packed import (
+    PassContext,
+    RecurrentState,
+    Residual,
+    Rotations,
+    Segment,
+    StateSize,
+)
+
+RECURRENCE = Mamba2Spec()
+
+
+@dataclass(frozen=True)
+class WindowedSettings:
+    """Sizes of both parts, by the names of their sections in a configuration."""
+
+    mamba2: Mamba2Settings
+    mamba2_window: WindowSettings
 
 
 class WindowAttention(AttentionMixer):
     """Attention with sinks whose cache is a ring."""
 
-    def __init__(self, config: HybridConfig):
+    def __init__(self, config: LlamaConfig, settings: WindowSettings):
         super().__init__(config)
-        sizes = config.mamba2_window_settings
-        shared = config.num_attention_heads // config.num_key_value_heads
-        self.span = (sizes.window, sizes.sinks, shared)
+        self.span = span_of(config, settings)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
@@ -48,9 +84,10 @@ class WindowAttention(AttentionMixer):
         return y.flatten(2)
 
     def _keys(self, context: StepContext) -> LocalKeys:
-        """What the context has for all layers; one of another model, a teacher's, may lack it."""
-        if context.local is not None and context.local.span == self.span:
-            return context.local
+        """Keys from the context, which has them for all layers of its own model."""
+        if context.local is not None and self.span in context.local:
+            return context.local[self.span]
+        # a context of another model, a teacher's say
         positions = context.positions
         return local_keys(*positions.shape, *self.span, context.seq_idx, positions.device)
 
@@ -58,10 +95,161 @@ class WindowAttention(AttentionMixer):
 class Mamba2WindowMixer(Mamba2Mixer):
     """A Mamba-2 mixer plus `window`, attention to what is near."""
 
-    def __init__(self, config: HybridConfig):
-        super().__init__(config)
-        self.window = WindowAttention(config)
+    def __init__(self, config: LlamaConfig, settings: WindowedSettings):
+        super().__init__(config, settings.mamba2)
+        self.window = WindowAttention(config, settings.mamba2_window)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
         return super().forward(hidden, context, cache) + self.window(hidden, context, cache)
+
+
+@dataclass(frozen=True)
+class PackedWindowed:
+    """A Mamba-2 recurrence and the attention beside it, in a decode pass."""
+
+    recurrence: PackedMamba2
+    window: PackedAttention
+
+    @property
+    def attention(self) -> PackedAttention:
+        """The attention, which needs scratch."""
+        return self.window
+
+    @property
+    def activations(self) -> int:
+        """Columns of the widest buffer that a row needs."""
+        return max(self.recurrence.activations, self.window.activations)
+
+    @property
+    def stores_every_step(self) -> bool:
+        """Always False: replaying tokens is cheaper than storing a state."""
+        return self.recurrence.stores_every_step
+
+    def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:
+        """Empty rings and state of both parts."""
+        state = self.recurrence.new_state(like, size)
+        state.window = self.window.new_ring(like, size)
+        return state
+
+    def load(
+        self, state: RecurrentState, cache: WindowedCache, lengths: Tensor, capacity: int
+    ) -> None:
+        """Take over the state, the inputs of the convolution and the window's keys."""
+        self.recurrence.load(state, cache, lengths, capacity)
+        self.window.load_ring(state.window, cache, lengths)
+
+    def run(
+        self,
+        context: PassContext,
+        state: RecurrentState,
+        s: Residual,
+        segment: Segment,
+        gain: Tensor,
+    ) -> None:
+        """Add the outputs of both parts, which read the same stream, to it."""
+        mixed = self.recurrence.mix(context, state, s, segment)
+        heads = s.inner[: segment.rows * self.window.activations].view(segment.rows, -1)
+        self.window.attend(context, state.window, s, segment, heads)
+        self.window.add(context, s, heads, gain)
+        self.recurrence.add(context, s, mixed, gain)
+
+
+class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
+    """Mamba-2 beside attention to a window."""
+
+    name = "mamba2_window"
+    title = "Mamba-2 mixer plus attention"
+    module_type = Mamba2WindowMixer
+    sections = {"mamba2": Mamba2Settings, "mamba2_window": WindowSettings}
+    inherited = {"window": "windows of mamba mixers"}
+    branches = {"recurrent": "out_proj", "window": "window"}
+    can_rotate = True
+    rescales_heads = True
+
+    def joined(self, parts: Mapping[str, Any]) -> WindowedSettings:
+        """Settings from the dataclasses of both sections."""
+        return WindowedSettings(**parts)
+
+    def check(self, config: LlamaConfig, settings: WindowedSettings) -> None:
+        """Raise ValueError where rotary states do not fit the model's angles."""
+        RECURRENCE.check(config, settings.mamba2)
+
+    def window(self, settings: WindowedSettings) -> WindowSettings:
+        """The window of attention beside the recurrence."""
+        return settings.mamba2_window
+
+    def rotates(self, settings: WindowedSettings) -> bool:
+        """Whether B and C turn with the position."""
+        return RECURRENCE.rotates(settings.mamba2)
+
+    def cache(self, settings: WindowedSettings) -> WindowedCache:
+        """An empty cache of one layer."""
+        return WindowedCache(settings.mamba2_window)
+
+    def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> WindowedSettings:
+        """Sizes in the place of the attention of layer `index`."""
+        sizes = {"window": form.window}
+        if form.sinks is not None:
+            sizes["sinks"] = form.sinks
+        recurrence = RECURRENCE.from_attention(config, form, index)
+        return WindowedSettings(recurrence, WindowSettings(**sizes))
+
+    def initialise(
+        self,
+        mixer: Mamba2WindowMixer,
+        attention: AttentionWeights,
+        method: str,
+        generator: torch.Generator,
+    ) -> None:
+        """Fill a mixer in place; calibrated, its recurrence starts silent beside the window."""
+        RECURRENCE.initialise(mixer, attention, method, generator)
+        copy_attention(mixer.window, attention)
+        if method != "reference":
+            mixer.out_proj.weight.zero_()
+            mixer.out_proj.bias.zero_()
+
+    basis = RECURRENCE.basis
+    apply_fit = RECURRENCE.apply_fit
+    rescale = RECURRENCE.rescale
+
+    def beside(self, mixer: Mamba2WindowMixer, hidden: Tensor, context: StepContext) -> Tensor:
+        """Heads [B, T, H P] of the window."""
+        return mixer.window.features(hidden, context)
+
+    def start_fit(self, mixer: Mamba2WindowMixer, attention: AttentionWeights) -> None:
+        """Give the silent output projection the attention's weights to refit."""
+        mixer.out_proj.weight.copy_(attention.o)
+
+    def cost(self, config: LlamaConfig, settings: WindowedSettings, length: int) -> MixerCost:
+        """Operations per token of both parts."""
+        span = settings.mamba2_window
+        near = attention_cost(config, min(length / 2, span.window + span.sinks))
+        return RECURRENCE.cost(config, settings.mamba2, length).plus(near)
+
+    def state_elements(self, settings: WindowedSettings) -> int:
+        """Numbers in the recurrent state of one sequence."""
+        return RECURRENCE.state_elements(settings.mamba2)
+
+    def kv_elements(self, config: LlamaConfig, settings: WindowedSettings) -> int:
+        """Numbers in the keys and values of one token."""
+        return 2 * config.num_key_value_heads * config.head_dim
+
+    def keys_read(self, config: LlamaConfig, settings: WindowedSettings, context: int) -> int:
+        """Tokens whose keys a step behind `context` tokens reads."""
+        span = settings.mamba2_window
+        return min(context, span.window - 1 + span.sinks)
+
+    def pack(
+        self,
+        mixer: Mamba2WindowMixer,
+        config: LlamaConfig,
+        settings: WindowedSettings,
+        rotations: Rotations | None,
+    ) -> PackedWindowed:
+        """Weights of both parts for the decode kernels."""
+        span = settings.mamba2_window
+        return PackedWindowed(
+            RECURRENCE.pack(mixer, config, settings.mamba2, rotations),
+            pack_attention(mixer.window, config, span.window, span.sinks),
+        )

@@ -1,9 +1,16 @@
 """Operations of a decode pass in plain PyTorch, which `kernels.decode.triton.ops` must equal."""
 
-from mambactl.kernels.decode.reference import decode_attention, linear, recurrent
+from mambactl.kernels.decode.reference import (
+    control,
+    decode_attention,
+    linear,
+    ngram,
+    recurrent,
+    sampling,
+)
 
 
-class WindowOps:
+class ReferenceOps:
     """Methods of `kernels.decode.triton.ops.TritonOps`, on any device and without scratch."""
 
     embed = staticmethod(linear.embed)
@@ -20,6 +27,12 @@ class WindowOps:
     grouped_norm = staticmethod(recurrent.grouped_norm)
     mamba1_low = staticmethod(recurrent.mamba1_low)
     mamba1 = staticmethod(recurrent.mamba1_window)
+    draft_ngram = staticmethod(ngram.draft_ngram)
+    filter_rows = staticmethod(sampling.filter_rows)
+    draw_rows = staticmethod(sampling.draw_rows)
+    verdict_greedy = staticmethod(sampling.verdict_greedy)
+    verdict_sampled = staticmethod(sampling.verdict_sampled)
+    commit = staticmethod(control.commit)
 
     def square_pieces(self, rows: int, width: int) -> int:
         """Columns of `squares` for a pass of that many rows."""

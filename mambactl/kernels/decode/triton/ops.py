@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambactl.kernels.decode.triton import (
+    control,
     decode_attention,
     embed,
     linear,
@@ -14,7 +15,9 @@ from mambactl.kernels.decode.triton import (
     mamba1_step,
     mamba2_closed,
     mamba2_step,
+    ngram,
     rotate,
+    sampling,
 )
 from mambactl.kernels.decode.triton.gemv import SOME_ROWS, Tiles, tiles_for
 from mambactl.kernels.launch import INTERPRETED
@@ -26,7 +29,7 @@ CLOSED_FORM_FROM = 8
 
 
 class TritonOps:
-    """Same methods as `kernels.decode.reference.ops.WindowOps`.
+    """Same methods as `kernels.decode.reference.ops.ReferenceOps`.
 
     `exact` keeps every row bitwise independent of how many rows a pass has (up to 16); without it
     passes of one or two rows, and Mamba-2 layers of many sequences, take faster ways that sum in
@@ -43,6 +46,12 @@ class TritonOps:
             about = torch.cuda.get_device_properties(device)
             self.pdl = (about.major, about.minor) >= (9, 0)
             self.shared_memory = about.shared_memory_per_block_optin
+
+    @classmethod
+    def for_model(cls, model: nn.Module, exact: bool = False) -> "TritonOps":
+        """The operations for a model's device and weights."""
+        weight = next(model.parameters())
+        return cls(exact, weight.device, weight.element_size())
 
     def _tiles(self, name: str, rows: int) -> Tiles | None:
         """None where the product is the library's."""
@@ -145,3 +154,27 @@ class TritonOps:
     def mamba1(self, *args: Any, **keywords: Any) -> None:
         """Mamba-1 window."""
         mamba1_step.mamba1_window(*args, **keywords, pdl=self.pdl)
+
+    def draft_ngram(self, *args: Any) -> None:
+        """See `kernels.decode.reference.ngram.draft_ngram`."""
+        ngram.draft_ngram(*args, pdl=self.pdl)
+
+    def filter_rows(self, *args: Any) -> None:
+        """See `kernels.decode.reference.sampling.filter_rows`."""
+        sampling.filter_rows(*args, pdl=self.pdl)
+
+    def draw_rows(self, *args: Any, **keywords: Any) -> None:
+        """See `kernels.decode.reference.sampling.draw_rows`."""
+        sampling.draw_rows(*args, **keywords, pdl=self.pdl)
+
+    def verdict_greedy(self, *args: Any) -> None:
+        """See `kernels.decode.reference.sampling.verdict_greedy`."""
+        sampling.verdict_greedy(*args, pdl=self.pdl)
+
+    def verdict_sampled(self, *args: Any) -> None:
+        """See `kernels.decode.reference.sampling.verdict_sampled`."""
+        sampling.verdict_sampled(*args, pdl=self.pdl)
+
+    def commit(self, *args: Any, **keywords: Any) -> None:
+        """See `kernels.decode.reference.control.commit`."""
+        control.commit(*args, **keywords, pdl=self.pdl)

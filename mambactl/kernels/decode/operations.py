@@ -1,0 +1,140 @@
+"""Operations of a decode step, as a protocol: a PyTorch reference and Triton kernels provide them.
+
+`kernels.decode.reference` says what each one computes and the shapes of its arguments.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class DecodeOps(Protocol):
+    """One method per operation; every result is written into an argument."""
+
+    def square_pieces(self, rows: int, width: int) -> int:
+        """Columns of `squares` for a pass of that many rows."""
+
+    def best_pieces(self, rows: int, vocabulary: int) -> int:
+        """Columns of `best` for that many rows of the head."""
+
+    def scratch(
+        self, rows: int, batch: int, kv_heads: int, group: int, width: int, splits: int
+    ) -> tuple[int, int]:
+        """Elements of attention's `partial` and `counter`."""
+
+    def embed(
+        self, tokens: Tensor, table: Tensor, gain: Tensor, hidden: Tensor, scaled: Tensor,
+        squares: Tensor,
+    ) -> None:  # fmt: skip
+        """Write tokens into the residual stream."""
+
+    def project(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
+        plain: Tensor, ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
+        offset: int, ring_lo: int, conv: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Run the input projection of a recurrent mixer."""
+
+    def project_qkv(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
+        cos: Tensor, sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor,
+        count: Tensor, scale: int, *, T: int, offset: int, sinks: int = 0, ring: int = 0,
+    ) -> None:  # fmt: skip
+        """Compute queries, and write keys and values into the cache."""
+
+    def add_residual(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor,
+        scaled: Tensor, squares: Tensor,
+    ) -> None:  # fmt: skip
+        """Add an output projection to the residual stream."""
+
+    def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor) -> None:
+        """Compute the first half of an MLP."""
+
+    def attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
+        out: Tensor, partial: Tensor | None, counter: Tensor | None, *, T: int, offset: int = 0,
+        splits: int, window: int = 0, sinks: int = 0, ring: int = 0,
+    ) -> None:  # fmt: skip
+        """Attend to the cache."""
+
+    def turn(
+        self, mixed: Tensor, cos: Tensor, sin: Tensor, start: Tensor, count: Tensor, scale: int, *,
+        T: int, offset: int, groups: int,
+    ) -> None:  # fmt: skip
+        """Rotate B and C by their positions."""
+
+    def mamba2(
+        self, ring: Tensor, mixed: Tensor, z: Tensor, state: Tensor, A: Tensor, D: Tensor,
+        dt_bias: Tensor, gain: Tensor | None, eps: float, out: Tensor, start: Tensor,
+        count: Tensor, base: Tensor, base_next: Tensor, scale: int, *, T: int, offset: int,
+        x_heads: int, b_groups: int, c_groups: int,
+    ) -> None:  # fmt: skip
+        """Run the recurrence of Mamba-2."""
+
+    def grouped_norm(self, y: Tensor, gain: Tensor, eps: float, groups: int) -> None:
+        """RMS-normalise within groups, in place."""
+
+    def mamba1_low(
+        self, mixed: Tensor, w: Tensor, low: Tensor, start: Tensor, count: Tensor, scale: int, *,
+        T: int, offset: int,
+    ) -> None:  # fmt: skip
+        """Run x_proj of native Mamba-1."""
+
+    def mamba1(
+        self, ring: Tensor, mixed: Tensor | None, low: Tensor | None, z: Tensor, state: Tensor,
+        conv_weight: Tensor, conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
+        D: Tensor, out: Tensor, start: Tensor, count: Tensor, base: Tensor, base_next: Tensor,
+        scale: int, *, T: int, offset: int, piece: int, repeat: int,
+    ) -> None:  # fmt: skip
+        """Run the recurrence of Mamba-1."""
+
+    def head_best(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor, index: Tensor
+    ) -> None:
+        """Find the best token of every piece of the vocabulary."""
+
+    def head_logits(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, logits: Tensor
+    ) -> None:
+        """Compute all logits."""
+
+    def pick(self, best: Tensor, best_index: Tensor, tokens: Tensor) -> None:
+        """Choose the best token of every row."""
+
+    def draft_ngram(
+        self, history: Tensor, lengths: Tensor, drafts: Tensor, width: int, n_drafted: Tensor
+    ) -> None:
+        """Draft from earlier occurrences in the text."""
+
+    def filter_rows(
+        self, logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor
+    ) -> None:
+        """Find what top-k and top-p keep of every row."""
+
+    def draw_rows(
+        self, logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor, keys: Tensor,
+        positions: Tensor, seed: Tensor, stream: int, tokens: Tensor, *, offset: int = 0,
+    ) -> None:  # fmt: skip
+        """Draw one token per row."""
+
+    def verdict_greedy(
+        self, best: Tensor, drafts: Tensor, lengths: Tensor | None, accepted: Tensor,
+        following: Tensor,
+    ) -> None:  # fmt: skip
+        """Accept drafts that are the target's best tokens."""
+
+    def verdict_sampled(
+        self, logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor,
+        draft_logits: Tensor | None, draft_threshold: Tensor | None,
+        draft_log_mass: Tensor | None, drafts: Tensor, lengths: Tensor | None, keys: Tensor,
+        positions: Tensor, seed: Tensor, accepted: Tensor, following: Tensor,
+    ) -> None:  # fmt: skip
+        """Accept drafts so that the target's distribution is kept."""
+
+    def commit(
+        self, control: Tensor, feed: Tensor, history: Tensor, accepted: Tensor,
+        following: Tensor, drafted: Tensor | None, eos: Tensor, mailbox: Tensor, k: int, *,
+        span: int, limit: int, draft_limit: int,
+    ) -> None:  # fmt: skip
+        """Move every sequence on and tell the host."""

@@ -1,0 +1,263 @@
+"""The contract of a mixer: everything that the rest of the program asks of one.
+
+A mixer is a module, the settings that size it, and one `MixerSpec`. Configuration, cache,
+conversion, closed-form fit, training, cost, checkpoints and decoding call the spec's methods and
+know no mixer by name. `mambactl.models.mixers.table.MIXERS` holds one spec per mixer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from mambactl.kernels.local_attention import LocalSpan
+from mambactl.models.cache import LayerCache
+from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.context import StepContext
+from mambactl.models.packed import NotSupported, PackedMixer, Rotations
+
+S = TypeVar("S")
+# half-life in tokens -> what a head can mix, R tensors [B, T, H, P]
+Basis = Callable[[float], list[Tensor]]
+# name of a section of the configuration -> its fields
+Sections = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class MixerForm:
+    """Options of `convert` that decide the form of new mixers.
+
+    init is `calibrated` or `reference`, `window` 0 without attention beside the recurrence.
+    """
+
+    init: str = "reference"
+    window: int = 0
+    sinks: int | None = None
+    rotary: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the mixer starts as decayed linear attention."""
+        return self.init == "calibrated"
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One attention layer: projections [rows, D], o [D, H P], biases or None, norm weight [D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    norm: Tensor
+    biases: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """Decayed linear attention of every query head, all [H].
+
+    half_life in tokens, constant c, score a (of q.k / sqrt(P)), skip d, and the rms of the
+    resulting head output.
+    """
+
+    half_life: Tensor
+    constant: Tensor
+    score: Tensor
+    skip: Tensor
+    rms: Tensor
+
+
+@dataclass(frozen=True)
+class MixerCost:
+    """Operations per token: products with the input projection, with other weights, with none."""
+
+    entrance: float
+    weights: float
+    mixing: float
+
+    def plus(self, other: "MixerCost") -> "MixerCost":
+        """Sum of two costs, part by part."""
+        return MixerCost(
+            self.entrance + other.entrance, self.weights + other.weights, self.mixing + other.mixing
+        )
+
+    @property
+    def forward(self) -> float:
+        """Operations of a forward pass."""
+        return self.entrance + self.weights + self.mixing
+
+
+class Mixer(Protocol):
+    """Module of a mixer that replaces attention.
+
+    `features` is the input of `out_proj`, on which the closed-form fit regresses.
+    """
+
+    out_proj: nn.Linear
+
+    def __call__(
+        self, hidden: Tensor, context: StepContext, cache: LayerCache | None
+    ) -> Tensor: ...
+
+    def features(
+        self, hidden: Tensor, context: StepContext, cache: LayerCache | None = None
+    ) -> Tensor: ...
+
+
+def span_of(config: LlamaConfig, window: WindowSettings) -> LocalSpan:
+    """What a window sees in a model of these heads."""
+    shared = config.num_attention_heads // config.num_key_value_heads
+    return LocalSpan(window.window, window.sinks, shared)
+
+
+class MixerSpec(ABC, Generic[S]):
+    """One mixer; `S` is the dataclass of its settings, of one layer.
+
+    `sections` are the sections of the configuration that hold them: settings of one section are
+    that section's dataclass, settings of several a dataclass with a field for each. Layers may
+    have settings of their own.
+    """
+
+    # in a configuration's list of mixers
+    name: ClassVar[str]
+    sections: ClassVar[Mapping[str, type]] = {}
+    # built from (config, settings), unless `module` is overridden
+    module_type: ClassVar[type[nn.Module]]
+    # attribute of the block that holds the module, and so a part of its tensors' names
+    attribute: ClassVar[str] = "mamba"
+    # as a sentence calls it, without an article
+    title: ClassVar[str] = "mixer"
+    # as listings of parameters call it
+    label: ClassVar[str] = "mamba mixers"
+    is_attention: ClassVar[bool] = False
+    # submodules made of the teacher's own weights (train like the rest of the model) -> label
+    inherited: ClassVar[Mapping[str, str]] = {}
+    # branch that can be silenced -> the submodule whose output it is; "" is the whole mixer
+    branches: ClassVar[Mapping[str, str]] = {"recurrent": "out_proj"}
+    # name of the mixer that has a window of attention beside this one
+    with_window: ClassVar[str | None] = None
+    # whether its states can turn with the position (`convert --rotary`)
+    can_rotate: ClassVar[bool] = False
+    # whether every head is fitted (`basis`, `apply_fit`) before the output projection is
+    fits_heads: ClassVar[bool] = True
+    # whether a weight of its own scales every head's output (`rescale`)
+    rescales_heads: ClassVar[bool] = False
+
+    # settings
+
+    def settings(self, sections: Mapping[str, Any]) -> S | None:
+        """Settings of a layer from the values of its sections."""
+        parts = {name: kind(**sections[name]) for name, kind in self.sections.items()}
+        return self.joined(parts)
+
+    def joined(self, parts: Mapping[str, Any]) -> S | None:
+        """Settings from the dataclasses of all sections."""
+        return next(iter(parts.values()), None)
+
+    def parts(self, settings: S | None) -> dict[str, Any]:
+        """The dataclass of every section."""
+        if len(self.sections) == 1:
+            return {next(iter(self.sections)): settings}
+        return {name: getattr(settings, name) for name in self.sections}
+
+    def check(self, config: LlamaConfig, settings: S) -> None:
+        """Raise ValueError for settings that contradict the model around them."""
+
+    def window(self, settings: S) -> WindowSettings | None:
+        """The window of attention beside the recurrence."""
+        return None
+
+    def local_span(self, config: LlamaConfig, settings: S) -> LocalSpan | None:
+        """Keys that the window sees, in a model of these heads."""
+        window = self.window(settings)
+        return None if window is None else span_of(config, window)
+
+    def rotates(self, settings: S) -> bool:
+        """Whether the state turns with the position."""
+        return False
+
+    def has_positions(self, settings: S) -> bool:
+        """Whether positions bound the text that the mixer can read."""
+        return self.is_attention or self.rotates(settings) or self.window(settings) is not None
+
+    # module and cache
+
+    def module(self, config: LlamaConfig, settings: S) -> nn.Module:
+        """The module of one layer."""
+        return self.module_type(config, settings)
+
+    @abstractmethod
+    def cache(self, settings: S) -> LayerCache:
+        """An empty cache of one layer."""
+
+    # conversion
+
+    def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> S:
+        """Settings of a mixer in the place of the attention of layer `index`.
+
+        Raises UsageError or ModelError where this attention cannot be replaced by it.
+        """
+        raise NotImplementedError
+
+    def initialise(
+        self, mixer: Mixer, attention: AttentionWeights, method: str, generator: torch.Generator
+    ) -> None:
+        """Fill a new mixer in place from the attention it replaces; nothing needs a gradient."""
+        raise NotImplementedError
+
+    def basis(
+        self, mixer: Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
+    ) -> Basis:
+        """The parts that each head mixes for hidden [B, T, D]: v, score and maybe a constant."""
+        raise NotImplementedError
+
+    def apply_fit(self, mixer: Mixer, attention: AttentionWeights, fit: HeadFit) -> None:
+        """Write a fit of every head into a mixer that `initialise` has filled."""
+        raise NotImplementedError
+
+    def rescale(self, mixer: Mixer, scale: Tensor) -> None:
+        """Multiply each head's output by scale [H], of mixers with `rescales_heads`."""
+        raise NotImplementedError
+
+    def beside(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor | None:
+        """Heads [B, T, H P] of the attention beside the recurrence, which it need not learn."""
+        return None
+
+    def start_fit(self, mixer: Mixer, attention: AttentionWeights) -> None:
+        """Prepare a mixer for the closed-form fit of its output projection."""
+
+    # cost and sizes
+
+    @abstractmethod
+    def cost(self, config: LlamaConfig, settings: S, length: int) -> MixerCost:
+        """Operations per token on rows of `length` tokens."""
+
+    def state_elements(self, settings: S) -> int:
+        """Numbers in the recurrent state of one sequence."""
+        return 0
+
+    def kv_elements(self, config: LlamaConfig, settings: S) -> int:
+        """Numbers in the keys and values of one token."""
+        return 0
+
+    def keys_read(self, config: LlamaConfig, settings: S, context: int) -> int:
+        """Tokens whose keys a step behind `context` tokens reads."""
+        return 0
+
+    # decoding
+
+    def pack(
+        self, mixer: nn.Module, config: LlamaConfig, settings: S, rotations: Rotations | None
+    ) -> PackedMixer:
+        """Weights for the decode kernels; NotSupported where they cannot run this mixer."""
+        raise NotSupported(f"{self.name} layers")
+
+
+def section_values(settings: Any) -> dict[str, Any]:
+    """A section of the configuration as JSON-able values."""
+    return asdict(settings) if is_dataclass(settings) else dict(settings)
