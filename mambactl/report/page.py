@@ -10,7 +10,7 @@ from mambactl import __version__
 from mambactl.errors import UsageError
 from mambactl.evaluation.probes import PROBES
 from mambactl.files import explained
-from mambactl.report import charts, details, quality, scores, speed_sections
+from mambactl.report import charts, details, quality, speed_sections
 from mambactl.report.collect import collect
 from mambactl.report.content import Material, Section
 from mambactl.report.entries import Found, Source
@@ -25,7 +25,7 @@ DRAWN: dict[str, Maker] = {
     "layers": details.layers,
     "recall": quality.recall,
     "needle": quality.needle,
-    "tasks": scores.tasks,
+    "tasks": details.tasks,
 }
 # in this order, probes by their names; those that are not named here come after
 FIRST: tuple[str | Maker, ...] = (

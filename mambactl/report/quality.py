@@ -19,6 +19,7 @@ from mambactl.metrics import (
 )
 from mambactl.report import charts
 from mambactl.report.charts import Series
+from mambactl.report.collect import teachers_of
 from mambactl.report.content import (
     Cell,
     Figure,
@@ -33,7 +34,6 @@ from mambactl.report.content import (
 )
 from mambactl.report.details import students
 from mambactl.report.entries import Entry, against_of
-from mambactl.report.naming import teachers_of
 from mambactl.report.needles import NeedleMap, needle_maps
 from mambactl.report.plots import curves
 from mambactl.report.summary import (

@@ -157,6 +157,7 @@ def _samples(config: TaskOptions, source: str) -> Path | None:
 
 
 def harness_options(plan: TaskPlan, config: TaskOptions, source: str, model: Any) -> HarnessOptions:
+    """What the harness is told."""
     longest = config.task_max_length
     if longest is None and plan.presets:
         longest = min(MAX_LENGTH, model.config.max_position_embeddings)
@@ -198,6 +199,7 @@ def _fingerprint(config: TaskOptions, source: str, max_length: int | None) -> st
 
 
 def write_samples(folder: Path, samples: dict[str, Sequence[dict[str, Any]]]) -> None:
+    """Write a file of requests and answers per task."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in samples.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
