@@ -31,19 +31,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from mambactl.commands import STAGES
+from mambactl.commands import COMMANDS, Command, stages
 from mambactl.errors import UsageError
 from mambactl.files import recipe_folder
-from mambactl.options import ROW_SUFFIXES, ROW_WRITER, WRITERS, StageConfig, split_weight
+from mambactl.options import CommandConfig, StageConfig, split_weight
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
-FILE_FIELDS = ("data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks")
 TOP_KEYS = ("name", "description", "seed", "stages", "variants")
 VARIANT_KEYS = ("like", "description")
+Options = TypeVar("Options", bound=CommandConfig)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,16 @@ class Section:
     values: dict[str, Any]
 
     @property
+    def command(self) -> Command:
+        """The row of the command that the step runs."""
+        return COMMANDS[self.stage]
+
+    @property
+    def config(self) -> StageConfig:
+        """The validated options of the step."""
+        return configure(self.stage, self.values)
+
+    @property
     def writes(self) -> bool:
         """Whether the step writes a checkpoint or data that later ones may refer to."""
         return self.suffix is not None
@@ -64,12 +74,12 @@ class Section:
     @property
     def suffix(self) -> str | None:
         """How the name of what it writes ends, None where it writes nothing."""
-        return writes(self.stage, configure(self.stage, self.values))
+        return self.command.ending(self.config)
 
     @property
     def needs_model(self) -> bool:
         """Whether the step works on a checkpoint."""
-        return configure(self.stage, self.values).needs_model
+        return self.config.needs_model
 
 
 @dataclass(frozen=True)
@@ -101,15 +111,6 @@ class Recipe:
         return found[0]
 
 
-def writes(stage: str, config: StageConfig) -> str | None:
-    """How the default name of what a stage writes ends, None where it writes nothing."""
-    if stage in WRITERS:
-        return ""
-    if stage != ROW_WRITER or not config.dataset:
-        return None
-    return ROW_SUFFIXES[config.format]
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint that names the closest known word, or all of them."""
     options = sorted(known)
@@ -119,23 +120,29 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def configure(stage: str, *layers: Mapping[str, Any]) -> StageConfig:
     """Build a stage's configuration; later layers win and an unknown key is a UsageError."""
-    config = STAGES[stage]
+    options = COMMANDS[stage].options
     merged: dict[str, Any] = {}
     for layer in layers:
         for key in layer:
-            if key not in config.model_fields:
-                raise UsageError(f"{stage} has no option {key}", nearest(key, config.model_fields))
+            if key not in options.model_fields:
+                known = nearest(key, options.model_fields)
+                raise UsageError(f"{stage} has no option {key}", known)
         merged.update(layer)
+    return validated(stage, options, merged)
+
+
+def validated(command: str, options: type[Options], values: Mapping[str, Any]) -> Options:
+    """Build a command's options; a value out of bounds or of another type is a UsageError."""
     try:
-        return config(**merged)
+        return options(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else stage
+        key = str(first["loc"][0]) if first["loc"] else command
         reason = first["msg"][0].lower() + first["msg"][1:]
-        given = merged.get(key)
+        given = values.get(key)
         raise UsageError(
-            f"{stage}: {key.replace('_', '-')}: {reason} (got {given!r})",
-            f"mambactl {stage} --help",
+            f"{command}: {key.replace('_', '-')}: {reason} (got {given!r})",
+            f"mambactl {command} --help",
         ) from None
 
 
@@ -254,7 +261,7 @@ def resolved(recipe: Recipe) -> dict[str, dict[str, tuple[Any, str]]]:
     whole = {}
     for section in recipe.sections:
         head = {"model": (section.model, "recipe")} if section.model else {}
-        config = configure(section.stage, section.values).model_dump(mode="json")
+        config = section.config.model_dump(mode="json")
         body = {k: (v, "recipe" if k in section.values else "default") for k, v in config.items()}
         whole[section.key] = head | body
     return whole
@@ -264,12 +271,10 @@ def schema() -> dict[str, Any]:
     """Return the JSON schema of recipe files."""
     text = {"type": "string"}
     sections = {}
-    for stage, config in STAGES.items():
-        body = config.model_json_schema()
-        body["properties"] |= {"model": text, "out": text}
-        if stage == "spec-decode":
-            body["properties"]["target"] = text
-        sections[f"^{stage}(@[\\w.-]+)?$"] = body
+    for name, command in stages().items():
+        body = command.options.model_json_schema()
+        body["properties"] |= dict.fromkeys(("model", "out", *command.model_keys), text)
+        sections[f"^{name}(@[\\w.-]+)?$"] = body
     varied = {pattern: {"anyOf": [body, {"type": "null"}]} for pattern, body in sections.items()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -326,8 +331,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _section(key: str, body: Any, seed: dict[str, Any], path: Path) -> Section:
     stage = key.partition("@")[0]
-    if stage not in STAGES:
-        raise UsageError(f"{path}: {key} is not a stage", nearest(stage, STAGES))
+    if stage not in (known := stages()):
+        raise UsageError(f"{path}: {key} is not a stage", nearest(stage, known))
     if not isinstance(body, dict):
         raise UsageError(f"{path}: {key} must be a mapping of options")
     return _take(Section(key, stage, None, key.replace("@", "-"), dict(seed)), body, path)
@@ -335,15 +340,14 @@ def _section(key: str, body: Any, seed: dict[str, Any], path: Path) -> Section:
 
 def _take(section: Section, body: Mapping[str, Any], path: Path) -> Section:
     values = {str(key).replace("-", "_"): value for key, value in body.items()}
-    aliases = ("model", "target") if section.stage == "spec-decode" else ("model",)
-    models = [str(values.pop(alias)) for alias in aliases if alias in values]
+    models = [str(values.pop(key)) for key in section.command.model_keys if key in values]
     out = str(values.pop("out", section.out))
-    for field in FILE_FIELDS:
+    for field in section.command.options.files:
         if field in values:
             values[field] = _located(values[field], path.parent)
     model = models[-1] if models else section.model
     section = replace(section, model=model, out=out, values={**section.values, **values})
-    suffix = writes(section.stage, configure(section.stage, section.values)) or ""
+    suffix = section.suffix or ""
     return section if out.endswith(suffix) else replace(section, out=out + suffix)
 
 

@@ -14,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ("fixtures.students", "fixtures.subjects", "fixtures.packed_rows")
+pytest_plugins = (
+    "fixtures.command_line",
+    "fixtures.packed_rows",
+    "fixtures.students",
+    "fixtures.subjects",
+)
 
 TEXT = (
     "the a of and to in is was he she it they said went saw river house door light water stone "
@@ -43,10 +48,9 @@ class _PlainProducts:
         return getattr(self._numpy, name)
 
     def matmul(self, a, b, dtype):
-        rows = [
-            self._numpy.matmul(a[..., i : i + 1, :], b, dtype=dtype) for i in range(a.shape[-2])
-        ]
-        return self._numpy.concatenate(rows, axis=-2)
+        rows = self._numpy.split(a, a.shape[-2], axis=-2)
+        parts = [self._numpy.matmul(row, b, dtype=dtype) for row in rows]
+        return self._numpy.concatenate(parts, axis=-2)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,7 +81,7 @@ def tiny_config(mixers: list[str], **overrides):
     from mambactl.models.key_ring import WindowSettings
     from mambactl.models.mixers.mamba1 import mamba1_from_attention
     from mambactl.models.mixers.mamba2 import mamba2_from_attention
-    from mambactl.models.mixers.table import MIXERS
+    from mambactl.models.mixers.registry import MIXERS
 
     fields = {
         "vocab_size": 97, "hidden_size": 48, "intermediate_size": 96,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mambactl.commands import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mambactl"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -25,20 +27,12 @@ TOP_LEVEL = {
 LONGEST_FILE = 450
 VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
 
-# of the package of commands, the table alone: it names what belongs to a command
-TABLE = "commands.__init__"
 # packages from the bottom up; a package may import those before it, and leaves are open to all
+TABLE = "COMMANDS"
 LEAVES = {
-    "errors",
-    "console",
-    "figures",
-    "files",
-    "metrics",
-    "ranks",
-    "options",
-    "recipes",
-    "stage_result",
-    "__init__",
+    *("errors", "console", "figures", "files", "metrics", "ranks", "options", "recipes"),
+    *("stage_result", "__init__"),
+    # of the package of commands, the table alone: it names their modules and imports none
     TABLE,
 }
 ORDER = (
@@ -58,8 +52,6 @@ ORDER = (
     "__main__",
 )
 MAY_IMPORT = {name: set(ORDER[:place]) for place, name in enumerate(ORDER)}
-# commands that write their own text use the command line's streams
-MAY_IMPORT["commands"] |= {"cli"}
 # the probes of `eval` bring its options, without loading what they measure with
 MAY_IMPORT[TABLE] = {"evaluation"}
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "numpy", "safetensors"}
@@ -140,6 +132,33 @@ def _targets(tree: ast.AST, modules: dict[str, Path]) -> Iterator[str]:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 yield name if name in modules else node.module
+
+
+def test_every_command_has_one_file_and_every_file_a_command() -> None:
+    files = [path.stem for path in (PACKAGE / "commands").rglob("*.py") if part(path) != TABLE]
+    assert sorted(f"mambactl.commands.{name}" for name in files) == sorted(
+        command.module for command in COMMANDS.values()
+    )
+
+
+def test_nobody_asks_for_a_command_by_name() -> None:
+    """What differs between commands is in their rows or in the classes of their options."""
+    asking = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in MODULES
+        if part(path) in {"cli", "options", "recipes", "report", "train", TABLE}
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare) and COMMANDS.keys() & set(_words(node))
+    ]
+    assert asking == []
+
+
+def _words(node: ast.Compare) -> Iterator[str]:
+    """The texts that something is compared with, one by one or in a collection."""
+    for operand in (node.left, *node.comparators):
+        for word in getattr(operand, "elts", [operand]):
+            if isinstance(word, ast.Constant) and isinstance(word.value, str):
+                yield word.value
 
 
 def test_file_names_are_unique_but_for_twins() -> None:

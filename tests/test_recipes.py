@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from mambactl import recipes
-from mambactl.commands import STAGES
+from mambactl.commands import COMMANDS, stages
 from mambactl.errors import UsageError
+from mambactl.files import recipe_folder
 
-SHIPPED = sorted(recipes.recipe_folder().glob("*.yaml"))
+SHIPPED = sorted(recipe_folder().glob("*.yaml"))
 
 
 def write(folder: Path, text: str) -> Path:
@@ -117,18 +118,18 @@ def test_settings_are_typed_like_yaml() -> None:
 
 
 def test_every_option_says_what_it_is() -> None:
-    for stage, config in STAGES.items():
-        for name, field in config.model_fields.items():
-            assert field.description, f"{stage}.{name}"
+    for command in COMMANDS.values():
+        for name, field in command.options.model_fields.items():
+            assert field.description, f"{command.name}.{name}"
 
 
 def test_schema_holds_every_option_of_every_stage() -> None:
     sections = recipes.schema()["properties"]["stages"]["patternProperties"]
     patterns = {pattern: set(body["properties"]) for pattern, body in sections.items()}
-    for stage, config in STAGES.items():
+    for stage, command in stages().items():
         matching = [names for pattern, names in patterns.items() if re.match(pattern, stage)]
         assert len(matching) == 1
-        assert set(config.model_fields) <= matching[0]
+        assert set(command.options.model_fields) <= matching[0]
     assert json.dumps(recipes.schema())
 
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: its stage, its ancestors, the recipe and the versions used."""
+"""Where a checkpoint comes from: its stage, its ancestors, the options and the versions used."""
 
 import hashlib
 import platform
@@ -21,7 +21,7 @@ def lineage(
     parent: Mapping[str, Any] | None,
     parent_path: str | Path | None,
     teacher: str | None,
-    recipe: Mapping[str, Any],
+    options: Mapping[str, Any],
     seed: int,
     metrics: Mapping[str, Any],
     content: Path | None = None,
@@ -44,7 +44,8 @@ def lineage(
         "source": (parent or {}).get("source", path),
         "teacher": teacher or (parent or {}).get("teacher"),
         "parent": link,
-        "recipe": dict(recipe),
+        # the key that checkpoints have always had
+        "recipe": dict(options),
         "seed": seed,
         "metrics": dict(metrics),
         "versions": _versions(),

@@ -1,12 +1,15 @@
 """The Typer application: every command, in the order of the help."""
 
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
 import mambactl
-from mambactl.cli import invoke, io
-from mambactl.commands import doctor, inspect, plot, recipe, report, table
+from mambactl.cli import io, recipe
+from mambactl.cli.invoke import run_command
+from mambactl.cli.parameters import parameters_of, with_parameters
+from mambactl.commands import COMMANDS, Command
 
 SUMMARY = """Turn a Llama-family checkpoint into a hybrid Mamba model, and decode it fast.
 
@@ -15,16 +18,39 @@ Examples:
   mambactl convert llama3-8b | mambactl distill - --data chat.jsonl
   mambactl recipe run quickstart
 """
+# commands with commands of their own
+GROUPS = {"recipe": recipe.app}
 
-app = typer.Typer(
-    name="mambactl",
-    help=SUMMARY,
-    pretty_exceptions_enable=False,
-    # plain help: rich would double the time it takes to appear
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Results go to stdout (one line), all else to stderr. More: README.md",
-)
+
+def make_app() -> typer.Typer:
+    """Return the application with a command for every row of COMMANDS, then the groups."""
+    app = typer.Typer(
+        name="mambactl",
+        help=SUMMARY,
+        pretty_exceptions_enable=False,
+        # plain help: rich would double the time it takes to appear
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog="Results go to stdout (one line), all else to stderr. More: README.md",
+    )
+    app.callback()(root)
+    for name, command in COMMANDS.items():
+        app.command(name, help=_help(command))(_function(command))
+    for name, group in GROUPS.items():
+        app.add_typer(group, name=name)
+    return app
+
+
+def continues(arguments: Sequence[str]) -> bool:
+    """Whether `--resume` continues what a signal stopped in this command line."""
+    name, *rest = arguments or [""]
+    command = COMMANDS.get(name)
+    if command is None:
+        # the sections of a recipe are kept one by one
+        return name in GROUPS
+    words = {word.partition("=")[0] for word in rest}
+    needed = command.writes_with
+    return command.resumable and (needed is None or f"--{needed}" in words)
 
 
 def _version(asked: bool) -> None:
@@ -33,7 +59,6 @@ def _version(asked: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def root(
     version: Annotated[
         bool,
@@ -43,10 +68,17 @@ def root(
     """Only `--version` belongs to the program itself."""
 
 
-invoke.register(app)
-app.command("inspect")(inspect.inspect)
-app.command("table")(table.table)
-app.command("plot")(plot.plot)
-app.command("report")(report.report)
-app.command("doctor")(doctor.doctor)
-app.add_typer(recipe.app, name="recipe")
+def _help(command: Command) -> str:
+    summary = command.options.__doc__ or ""
+    if not command.examples:
+        return summary
+    lines = "\n".join(f"  {example}" for example in command.examples)
+    return f"{summary}\n\n\b\nExamples:\n{lines}"
+
+
+def _function(command: Command) -> Callable[..., None]:
+    def function(**given: Any) -> None:
+        run_command(command, given)
+
+    with_parameters(function, parameters_of(command))
+    return function

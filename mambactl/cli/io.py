@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from mambactl.console import grid
 from mambactl.errors import ModelError, ResourceError, UpstreamError, UsageError
+from mambactl.stage_result import Table
 
 
 @contextmanager
@@ -96,14 +97,14 @@ def default_out(model: str, stage: str, ending: str = "") -> Path:
     return Path("runs") / f"{name or 'model'}-{stage}{ending}"
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool = False
-) -> str:
-    """Return a table as text for stdout, as wide as it needs to be when nobody looks."""
+def drawn(block: str | Table) -> str:
+    """Return text for stdout; a table is as wide as it needs to be when nobody looks."""
+    if isinstance(block, str):
+        return block
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 10_000
     console = Console(file=StringIO(), width=width, no_color=True)
-    console.print(grid(title, columns, rows, numbers))
+    console.print(grid(block.title, block.columns, block.rows, block.numbers))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
     return "\n".join(line for line in lines if line)

@@ -17,8 +17,6 @@ from mambactl.errors import ExitCode, MambactlError
 from mambactl.ranks import REPORTS, is_main, launched, rank
 
 EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
-# commands whose work of many steps `--resume` continues
-RESUMABLE = ("distill", "sft", "dpo", "recipe")
 MEMORY_SIGNS = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")
 # what a process meets when another one of its run ends without a word
 ECHO_SIGNS = (
@@ -96,9 +94,10 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
 
 
 def _invoke(arguments: list[str]) -> int:
-    from mambactl.cli.app import app
+    from mambactl.cli.app import make_app
     from mambactl.cli.io import guarded_stdout
 
+    app = make_app()
     if not arguments and not os.environ.get("_MAMBACTL_COMPLETE"):
         with guarded_stdout():
             app(["--help"], prog_name="mambactl", standalone_mode=False)
@@ -154,9 +153,10 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _report_stop(number: int, failure: BaseException | None, arguments: list[str]) -> int:
-    rows = any(argument.partition("=")[0] == "--dataset" for argument in arguments)
-    resumable = arguments[:1] and (arguments[0] in RESUMABLE or rows)
-    hint = "run it again; --resume continues where it stopped" if resumable else "run it again"
+    from mambactl.cli.app import continues
+
+    again = continues(arguments)
+    hint = "run it again; --resume continues where it stopped" if again else "run it again"
     message = f"stopped by {signal.Signals(number).name}"
     return _report(failure, STOPPED + number, message, hint, arguments)
 

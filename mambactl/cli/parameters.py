@@ -1,4 +1,4 @@
-"""Every option, defined once: shared ones here, a stage's own from its configuration's fields."""
+"""Every parameter, defined once: shared ones here, a command's own from its options' fields."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,30 +10,16 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from mambactl.options import StageConfig
-from mambactl.options.fields import OpenChoice
+from mambactl.commands import Command
+from mambactl.options import CommandConfig, StageConfig
+from mambactl.options.fields import OpenChoice, Shown
 
-SHORT = {"prompt": "-p", "k": "-k"}
-
+SHORT = {"prompt": "-p", "k": "-k", "out": "-o"}
+Parameters = Mapping[str, tuple[Any, Any]]
 
 MODEL_HELP = "folder, .st file, GGUF, hub id, alias, or - for stdin"
-Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
-Models = Annotated[
-    list[str], typer.Argument(help=f"{MODEL_HELP}; several with --compare", metavar="MODEL")
-]
 Compare = Annotated[
     bool, typer.Option("--compare", help="several MODELs in one table, and on one page (--report)")
-]
-OptionalModel = Annotated[
-    str | None, typer.Argument(help="another way to give the target", metavar="MODEL")
-]
-BenchModel = Annotated[
-    str | None,
-    typer.Argument(help=f"{MODEL_HELP}; none with --synthetic, --kernels, --loss", metavar="MODEL"),
-]
-Target = Annotated[
-    str | None,
-    typer.Option("--target", help="model to speed up; - or none in a pipe: stdin"),
 ]
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="FILE|NAME", help="use its section")
@@ -46,14 +32,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="check and estimat
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="warnings and errors only")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="more details on stderr")]
-Out = Annotated[
-    str | None,
-    typer.Option("--out", "-o", help="folder or .st (default runs/<model>-<stage>)"),
-]
-RowsOut = Annotated[
-    str | None,
-    typer.Option("--out", "-o", help="file for --dataset (default runs/<model>-generate.jsonl)"),
-]
 Resume = Annotated[bool, typer.Option("--resume", help="continue, skip what is done")]
 Force = Annotated[bool, typer.Option("--force", help="replace the output")]
 
@@ -94,7 +72,7 @@ class Shared:
         return found + [flag for flag, given in asked.items() if given]
 
 
-COMMON: Mapping[str, tuple[Any, Any]] = {
+COMMON: Parameters = {
     "recipe": (RecipeName, None),
     "settings": (Settings, None),
     "dry_run": (DryRun, False),
@@ -102,17 +80,17 @@ COMMON: Mapping[str, tuple[Any, Any]] = {
     "quiet": (Quiet, False),
     "verbose": (Verbose, False),
 }
-OUTPUT: Mapping[str, tuple[Any, Any]] = {
-    "out": (Out, None),
-    "resume": (Resume, False),
-    "force": (Force, False),
-}
-ROW_OUTPUT: Mapping[str, tuple[Any, Any]] = {**OUTPUT, "out": (RowsOut, None)}
 
 
-def with_parameters(
-    function: Callable[..., None], parameters: Mapping[str, tuple[Any, Any]]
-) -> None:
+def parameters_of(command: Command) -> Parameters:
+    """Every parameter of a command, in the order of its help: name -> (annotation, default)."""
+    if not command.is_stage:
+        common = {} if command.json == "none" else {"json": (Json, False)}
+        return {**_model(command), **_plain(command.options), **common}
+    return {**_model(command), **_layered(command.options), **_output(command), **COMMON}
+
+
+def with_parameters(function: Callable[..., None], parameters: Parameters) -> None:
     """Give `function(**given)` the signature that Typer reads: name -> (annotation, default)."""
     keyword = Parameter.KEYWORD_ONLY
     function.__signature__ = Signature(  # type: ignore[attr-defined]
@@ -123,30 +101,80 @@ def with_parameters(
     )
 
 
-def field_flags(config: type[StageConfig]) -> dict[str, tuple[Any, Any]]:
-    """Return one flag per field; unset flags are None, so that a recipe can fill them."""
+def _model(command: Command) -> Parameters:
+    text, other = MODEL_HELP, command.model_option
+    if command.model == "none":
+        return {}
+    if command.model == "many":
+        many = typer.Argument(help=f"{text}; several with --compare", metavar="MODEL")
+        return {"model": (Annotated[list[str], many], ...), "compare": (Compare, False)}
+    if command.model == "one" and other is None:
+        return {"model": (Annotated[str, typer.Argument(help=text, metavar="MODEL")], ...)}
+    if other is None:
+        instead = ", ".join(f"--{name}" for name in command.options.without_model)
+        one = typer.Argument(help=f"{text}; none with {instead}", metavar="MODEL")
+        return {"model": (Annotated[str | None, one], None)}
+    one = typer.Argument(help=f"another way to give the {other.name}", metavar="MODEL")
+    option = typer.Option(f"--{other.name}", help=other.help)
+    return {
+        "model": (Annotated[str | None, one], None),
+        other.name: (Annotated[str | None, option], None),
+    }
+
+
+def _output(command: Command) -> Parameters:
+    if command.writes == "nothing":
+        return {}
+    text = "folder or .st (default runs/<model>-<stage>)"
+    if command.writes_with is not None:
+        text = f"file for --{command.writes_with} (default runs/<model>-{command.name}.jsonl)"
+    out = Annotated[str | None, typer.Option("--out", "-o", help=text)]
+    return {"out": (out, None), "resume": (Resume, False), "force": (Force, False)}
+
+
+def _layered(options: type[CommandConfig]) -> Parameters:
+    """One flag per field; unset flags are None, so that a recipe can fill them."""
     inherited = list(StageConfig.model_fields)
     # the stage's own fields come first, what every stage has comes last
-    names = sorted(config.model_fields, key=lambda name: name in inherited)
-    return {name: (_flag(name, config.model_fields[name]), None) for name in names}
+    names = sorted(options.model_fields, key=lambda name: name in inherited)
+    return {name: (_flag(name, options.model_fields[name]), None) for name in names}
 
 
 def _flag(name: str, field: FieldInfo) -> Any:
     kind = _flag_type(field.annotation)
-    flag = "--" + name.replace("_", "-")
-    names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
-    if name in SHORT:
-        names.append(SHORT[name])
+    flag, *short = _names(name)
+    if kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
     text = f"{field.description or ''}{_shown(field.default)}"
     metavar = name.upper() if kind == list[str] else None
     usual: list[str] = []
     if any(isinstance(mark, OpenChoice) for mark in field.metadata):
         usual = list(get_args(kind))
         kind, metavar = str, f"<{'|'.join(usual)}>"
-    option = typer.Option(
-        *names, help=text, metavar=metavar, autocompletion=(lambda: usual) if usual else None
-    )
+    complete = (lambda: usual) if usual else None
+    option = typer.Option(flag, *short, help=text, metavar=metavar, autocompletion=complete)
     return Annotated[kind | None, option]
+
+
+def _plain(options: type[CommandConfig]) -> Parameters:
+    """One flag or argument per field, with the field's own default: nothing else fills it."""
+    return {name: _parameter(name, field) for name, field in options.model_fields.items()}
+
+
+def _parameter(name: str, field: FieldInfo) -> tuple[Any, Any]:
+    shown = next((part for part in field.metadata if isinstance(part, Shown)), None)
+    texts = {"help": field.description, "metavar": shown and shown.metavar}
+    if shown is not None and shown.positional:
+        kind = typer.Argument(**texts)
+    else:
+        kind = typer.Option(*_names(name), **texts)
+    default = ... if field.is_required() else field.default
+    return Annotated[field.annotation, kind], default
+
+
+def _names(name: str) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    return [flag, SHORT[name]] if name in SHORT else [flag]
 
 
 def _flag_type(annotation: Any) -> Any:

@@ -14,7 +14,6 @@ import typer
 from mambactl import console
 from mambactl.cli.processes import signals_passed_to
 from mambactl.errors import OutputError, UsageError
-from mambactl.options import MODEL_WRITERS
 from mambactl.recipes import Recipe, Section, nearest, substitute
 
 # the record of a section that has to run again
@@ -75,7 +74,7 @@ def run_plan(plan: Plan, dry_run: bool) -> tuple[str | None, dict[str, Any]]:
     for section in plan.recipe.sections:
         if section.needs_model:
             source = substitute(section.model, plan.outputs) or checkpoint
-        if section.stage in MODEL_WRITERS:
+        if section.command.writes == "model":
             checkpoint = plan.outputs[section.key]
         if section.key not in keys:
             continue

@@ -1,26 +1,229 @@
-"""The commands, one file each; importing this package loads no heavy library."""
+"""The table of commands: a row each, and a file of the row's name with the work itself.
+
+Importing it loads no heavy library. A row's module is imported when the command runs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
 
 from mambactl.evaluation.probes import EvalConfig
-from mambactl.options import (
-    BenchConfig,
-    ConvertConfig,
-    DistillConfig,
-    DpoConfig,
-    GenerateConfig,
-    SftConfig,
-    SpecDecodeConfig,
-    StageConfig,
-    TeacherCacheConfig,
+from mambactl.options.conversion import ConvertConfig
+from mambactl.options.fields import CommandConfig, StageConfig
+from mambactl.options.generation import GenerateConfig, SpecDecodeConfig
+from mambactl.options.measurement import BenchConfig
+from mambactl.options.reading import (
+    DoctorConfig,
+    InspectConfig,
+    PlotConfig,
+    ReportConfig,
+    TableConfig,
+)
+from mambactl.options.training import DistillConfig, DpoConfig, SftConfig, TeacherCacheConfig
+
+
+@dataclass(frozen=True)
+class ModelOption:
+    """An option that means MODEL, and is a key of recipes as well."""
+
+    name: str
+    help: str
+    # a command line for who gave no model at all
+    usage: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """All that the command line, recipes and reports know of a command.
+
+    `model` says what MODEL is: `optional` where options may take its place, `many` where
+    `--compare` takes several. `writes` is what `-o` names: `model` for a checkpoint that later
+    commands take, `data` for a folder of another kind, `rows` for a file of rows; `writes_with` is
+    the option without which nothing is written. `resumable` commands continue with `--resume` what
+    a signal stopped. `json` is what `--json` prints: the result with its checkpoint, or the
+    metrics alone.
+    """
+
+    name: str
+    options: type[CommandConfig]
+    examples: tuple[str, ...] = ()
+    model: Literal["one", "optional", "many", "none"] = "one"
+    model_option: ModelOption | None = None
+    writes: Literal["model", "data", "rows", "nothing"] = "nothing"
+    writes_with: str | None = None
+    resumable: bool = False
+    json: Literal["result", "metrics", "none"] = "result"
+
+    @property
+    def module(self) -> str:
+        """The module with the command's `run`, and a stage's `plan`."""
+        return f"{__name__}.{self.name.replace('-', '_')}"
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether the command can be a section of a recipe, whose options come in layers."""
+        return issubclass(self.options, StageConfig)
+
+    @property
+    def model_keys(self) -> tuple[str, ...]:
+        """The keys of a recipe's section that mean MODEL; the last one counts."""
+        return ("model",) if self.model_option is None else ("model", self.model_option.name)
+
+    def ending(self, options: StageConfig) -> str | None:
+        """The end of the default name of what is written; None where nothing is."""
+        if self.writes == "nothing":
+            return None
+        if self.writes_with is not None and not getattr(options, self.writes_with):
+            return None
+        return options.ending
+
+
+# in the order of the help
+_ROWS = (
+    Command(
+        "convert",
+        ConvertConfig,
+        (
+            "mambactl convert llama3-8b --ratio 0.5",
+            "mambactl convert smollm2-135m -o t.st",
+            "mambactl convert smollm2-135m --window 64 -o w.st",
+        ),
+        writes="model",
+    ),
+    Command(
+        "teacher-cache",
+        TeacherCacheConfig,
+        (
+            "mambactl teacher-cache llama3-8b --data chat.jsonl -o cache",
+            "mambactl distill student.st --data chat.jsonl --teacher-cache cache --stages logits",
+        ),
+        writes="data",
+        resumable=True,
+    ),
+    Command(
+        "distill",
+        DistillConfig,
+        (
+            "mambactl distill runs/llama3-8b-convert --data chat.jsonl",
+            "mambactl convert llama3-8b | mambactl distill - --data chat.jsonl",
+        ),
+        writes="model",
+        resumable=True,
+    ),
+    Command(
+        "sft",
+        SftConfig,
+        (
+            "mambactl sft student.st --data chat.jsonl -o tuned.st",
+            "mambactl sft student.st --data chat.jsonl --kl-weight 1",
+            "mambactl sft student.st --data chat.jsonl=0.7 --data code.jsonl=0.3 --lora 16",
+        ),
+        writes="model",
+        resumable=True,
+    ),
+    Command(
+        "dpo",
+        DpoConfig,
+        (
+            "mambactl dpo tuned.st --data preferences.jsonl -o t.st",
+            "mambactl dpo tuned.st --data preferences.jsonl --reference self --eval-share 0.1",
+        ),
+        writes="model",
+        resumable=True,
+    ),
+    Command(
+        "eval",
+        EvalConfig,
+        (
+            "mambactl eval t.st --data held-out.jsonl",
+            "mambactl eval a.st b.st --compare --data held-out.jsonl --report compare.html",
+            "mambactl eval t.st --tasks arc_easy,hellaswag --limit 200",
+            "mambactl eval t.st --data held-out.jsonl --against other.st",
+            "mambactl eval t.st --needle 1024,4096,8192 --needle-plot needle.png",
+            "mambactl eval t.st --preferences preferences.jsonl",
+            "mambactl eval t.st --tasks paper-zeroshot --task-dir sets",
+        ),
+        model="many",
+    ),
+    Command(
+        "spec-decode",
+        SpecDecodeConfig,
+        (
+            "mambactl spec-decode --draft d.st --target t.st",
+            'mambactl spec-decode --draft ngram --target t.st -p "Once upon" --check',
+        ),
+        model_option=ModelOption(
+            "target",
+            help="model to speed up; - or none in a pipe: stdin",
+            usage="mambactl spec-decode --draft DRAFT --target MODEL",
+        ),
+    ),
+    Command(
+        "bench",
+        BenchConfig,
+        (
+            "mambactl bench t.st",
+            "mambactl bench t.st --input-len 128,2048 --baseline teacher",
+            "mambactl bench --synthetic mamba-2.8b --draft mamba-130m -k 3",
+        ),
+        model="optional",
+    ),
+    Command(
+        "generate",
+        GenerateConfig,
+        (
+            'mambactl generate t.st -p "Why is the sky blue?"',
+            "mambactl generate t.st --prompts questions.txt --draft ngram",
+            "mambactl generate llama3-8b --dataset prompts.jsonl -o labels.jsonl",
+        ),
+        writes="rows",
+        writes_with="dataset",
+        resumable=True,
+    ),
+    Command(
+        "inspect",
+        InspectConfig,
+        (
+            "mambactl inspect t.st",
+            "mambactl inspect runs/llama3-8b-convert --tensors",
+        ),
+        json="metrics",
+    ),
+    Command(
+        "table",
+        TableConfig,
+        (
+            "mambactl bench --synthetic mamba-2.8b --json > b.json && mambactl table b.json",
+            "mambactl table recipes/results/decode-h200.json --into README.md",
+        ),
+        model="none",
+        json="none",
+    ),
+    Command(
+        "plot",
+        PlotConfig,
+        (
+            "mambactl plot runs/smollm2-135m-distill",
+            "mambactl plot a.st b.st runs/c.partial -o compare.png",
+        ),
+        model="none",
+        json="none",
+    ),
+    Command(
+        "report",
+        ReportConfig,
+        (
+            "mambactl report runs/a runs/b -o compare.html",
+            "mambactl report bench.json d.st.metrics.jsonl",
+        ),
+        model="none",
+        json="none",
+    ),
+    Command("doctor", DoctorConfig, model="none", json="metrics"),
 )
 
-STAGES: dict[str, type[StageConfig]] = {
-    "convert": ConvertConfig,
-    "teacher-cache": TeacherCacheConfig,
-    "distill": DistillConfig,
-    "sft": SftConfig,
-    "dpo": DpoConfig,
-    "eval": EvalConfig,
-    "spec-decode": SpecDecodeConfig,
-    "generate": GenerateConfig,
-    "bench": BenchConfig,
-}
+COMMANDS: dict[str, Command] = {row.name: row for row in _ROWS}
+
+
+def stages() -> dict[str, Command]:
+    """The commands that can be sections of a recipe."""
+    return {name: command for name, command in COMMANDS.items() if command.is_stage}

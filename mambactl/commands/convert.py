@@ -30,8 +30,8 @@ from mambactl.data.pack import Batch
 from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.registry import MIXERS
 from mambactl.models.mixers.spec import MixerSpec
-from mambactl.models.mixers.table import MIXERS
 from mambactl.models.placement import place
 from mambactl.options import ConvertConfig
 from mambactl.stage_result import StageResult

@@ -1,10 +1,16 @@
 """`mambactl doctor`: versions, devices, live kernels, and the line that adds the missing ones."""
 
+import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
 
 from mambactl import __version__
-from mambactl.cli import io
-from mambactl.cli.parameters import Json
+from mambactl.decode.backend import why_not
+from mambactl.kernels.dispatch import backends
+from mambactl.options.reading import DoctorConfig
+from mambactl.stage_result import StageResult, Table
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "typer")
 OPTIONAL = {
@@ -17,31 +23,29 @@ OPTIONAL = {
 }
 
 
-def doctor(as_json: Json = False) -> None:
-    """Versions, devices, and which kernels are live and why not."""
-    import platform
-
-    with io.guarded_stdout():
-        devices, kernels = _devices(), _kernels()
+def run(options: DoctorConfig) -> StageResult:
+    """Look at the machine, the kernels and the packages."""
+    devices, kernels = _devices(), _kernels()
     packages = {"mambactl": __version__}
     packages |= {name: _version(name) or "missing" for name in PACKAGES}
     optional = {name: _version(name) for name in OPTIONAL}
-    if as_json:
-        found = {"packages": packages, "optional": optional}
-        io.write_json({**found, "devices": devices, "kernels": kernels})
-        return
     about = [("python", sys.version.split()[0]), ("platform", platform.platform())]
     about += [*packages.items(), *devices.items()]
     extras = [(name, *_state(name, found)) for name, found in optional.items()]
     live = [(name, "live" if reason is None else f"off: {reason}") for name, reason in kernels]
-    io.write_out(io.table("machine", ("what", "value"), about))
-    io.write_out(io.table("kernels", ("backend", "state"), live))
-    io.write_out(io.table("optional packages", ("package", "version", "for"), extras))
+    found = {"packages": packages, "optional": optional, "devices": devices, "kernels": kernels}
+    return StageResult(
+        None,
+        found,
+        blocks=(
+            Table("machine", ("what", "value"), about),
+            Table("kernels", ("backend", "state"), live),
+            Table("optional packages", ("package", "version", "for"), extras),
+        ),
+    )
 
 
 def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(package)
     except PackageNotFoundError:
@@ -54,8 +58,6 @@ def _state(name: str, found: str | None) -> tuple[str, str]:
 
 
 def _devices() -> dict[str, str]:
-    import torch
-
     found = {"cpu threads": str(torch.get_num_threads())}
     if not torch.cuda.is_available():
         return {**found, "cuda": f"not available (torch built for {torch.version.cuda or 'cpu'})"}
@@ -69,11 +71,6 @@ def _devices() -> dict[str, str]:
 
 def _kernels() -> list[tuple[str, str | None]]:
     """Implementations with the reason why each is off (None when it is live)."""
-    import torch
-
-    from mambactl.decode.backend import why_not
-    from mambactl.kernels.dispatch import backends
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = [("reference (PyTorch)", None)]
     found += [(f"prefill, training: {name}", why) for name, why in backends(device).items()]

@@ -3,42 +3,27 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from mambactl.cli import io
 from mambactl.errors import UsageError
 from mambactl.files import explained
+from mambactl.options.reading import PlotConfig
+from mambactl.report.plots import draw
+from mambactl.stage_result import StageResult
 
 LEDGER = "metrics.jsonl"
 
-Runs = Annotated[
-    list[str], typer.Argument(metavar="RUN", help="distilled checkpoint, its .partial, or .jsonl")
-]
-Out = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="picture to write (PNG)")]
 
-
-def plot(runs: Runs, out: Out = "metrics.png") -> None:
-    """Draw the KL to the teacher over the tokens trained on, one curve per run.
-
-    \b
-    Examples:
-      mambactl plot runs/smollm2-135m-distill
-      mambactl plot a.st b.st runs/c.partial -o compare.png
-    """
-    with io.guarded_stdout():
-        from mambactl.report.plots import draw
-
-        path = Path(out).expanduser()
-        partial = path.with_name(path.name + ".partial")
-        with explained(path, "free some space", "give a file that can be written"):
-            try:
-                draw(dict(_labelled(runs)), partial)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-    io.write_out(str(path))
+def run(options: PlotConfig) -> StageResult:
+    """Draw every run into one picture; its name is the text."""
+    path = Path(options.out).expanduser()
+    partial = path.with_name(path.name + ".partial")
+    with explained(path, "free some space", "give a file that can be written"):
+        try:
+            draw(dict(_labelled(options.runs)), partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return StageResult(None, text=str(path))
 
 
 def _labelled(runs: Iterable[str]) -> Iterable[tuple[str, Path]]:

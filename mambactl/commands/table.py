@@ -3,39 +3,23 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from mambactl.cli import io
+from mambactl.checkpoint.card import between
 from mambactl.errors import UsageError
 from mambactl.files import explained
-
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-
-Files = Annotated[list[str], typer.Argument(metavar="FILE", help="JSON of bench, or of recipe run")]
-Into = Annotated[
-    str | None,
-    typer.Option("--into", metavar="FILE", help=f"replace what is between {BEGIN} and {END}"),
-]
+from mambactl.options.reading import BEGIN, END, TableConfig
+from mambactl.report.bench_table import markdown
+from mambactl.stage_result import StageResult
 
 
-def table(files: Files, into: Into = None) -> None:
-    """Make a Markdown table from what `bench --json` printed.
-
-    \b
-    Examples:
-      mambactl bench --synthetic mamba-2.8b --json > b.json && mambactl table b.json
-      mambactl table recipes/results/decode-h200.json --into README.md
-    """
-    from mambactl.report.bench_table import markdown
-
-    text = markdown([(name, _content(name)) for name in files])
-    if into is None:
-        io.write_out(text)
-        return
-    _replace(Path(into).expanduser(), text)
-    io.write_out(into)
+def run(options: TableConfig) -> StageResult:
+    """Write the table into a document, whose name is then the text, or make it the text."""
+    text = markdown([(name, _content(name)) for name in options.files])
+    if options.into is None:
+        return StageResult(None, text=text)
+    _replace(Path(options.into).expanduser(), text)
+    return StageResult(None, text=options.into)
 
 
 def _text(name: str) -> str:
@@ -56,8 +40,6 @@ def _content(name: str) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    from mambactl.checkpoint.card import between
-
     replaced = between(_text(str(path)), BEGIN, END, text)
     if replaced is None:
         raise UsageError(f"{path} has no place for the table", f"put {BEGIN} and {END} in it")

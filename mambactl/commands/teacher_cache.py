@@ -206,8 +206,8 @@ def _record(
     tokenizer: Any,
 ) -> dict[str, Any]:
     with open_checkpoint(job.source) as reader:
-        recipe = config.model_dump(mode="json")
-        record = lineage(STAGE, reader.lineage, reader.path, None, recipe, config.seed, metrics)
+        options = config.model_dump(mode="json")
+        record = lineage(STAGE, reader.lineage, reader.path, None, options, config.seed, metrics)
     identity = job.identity
     return record | {
         "cache": {
@@ -219,7 +219,7 @@ def _record(
             "data_sha256": identity["data_sha256"],
             "rows": metrics["rows"],
             "tokens": metrics["tokens"],
-            **{key: value for key, value in recipe.items() if key not in {*config.place, "data"}},
+            **{key: value for key, value in options.items() if key not in {*config.place, "data"}},
         }
     }
 

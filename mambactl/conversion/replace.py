@@ -24,8 +24,8 @@ from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridBlock
 from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.spec import MixerForm, MixerSpec
-from mambactl.models.mixers.table import ATTENTION, MIXERS
 from mambactl.options import ConvertConfig
 
 # what must be equal for the mixers of one checkpoint to work in another

@@ -15,7 +15,7 @@ from mambactl.errors import UsageError
 from mambactl.kernels.local_attention import local_mask
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.context import StepContext
-from mambactl.models.mixers.table import ATTENTION, MIXERS
+from mambactl.models.mixers.registry import ATTENTION, MIXERS
 
 
 @contextmanager

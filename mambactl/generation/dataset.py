@@ -206,9 +206,9 @@ def _publish(
         )
     metrics = {**questions.counts, **counts, "rows_written": rows, **_speed(written.totals)}
     with open_checkpoint(questions.source) as reader:
-        recipe = config.model_dump(mode="json")
+        options = config.model_dump(mode="json")
         parent = reader.lineage
-        record = lineage(STAGE, parent, reader.path, None, recipe, config.seed, metrics)
+        record = lineage(STAGE, parent, reader.path, None, options, config.seed, metrics)
     record["questions"] = questions.identity
     beside = side_file(out, LINEAGE)
     partial = folder.path / LINEAGE

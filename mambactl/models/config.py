@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 from mambactl.kernels.local_attention import LocalSpan
 from mambactl.models.cache import LayerCache
 from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.spec import MixerSpec, section_values
-from mambactl.models.mixers.table import ATTENTION, MIXERS
 
 # settings of one section of all layers, or of each layer (None where its mixer reads none)
 Section = dict | list[dict | None] | None

@@ -1,12 +1,13 @@
-"""One validated, frozen configuration per stage; recipes are YAML files made of them.
+"""The options of every command, one validated and frozen class each.
 
-Field names equal flag names with `_` for `-`. Unknown keys are errors. `recipes.py`
-reads the files.
+Field names equal flag names with `_` for `-`. Unknown keys are errors. `mambactl.commands` says
+which class belongs to which command; here are those that several modules import.
 """
 
 from mambactl.options.conversion import ConvertConfig
-from mambactl.options.fields import StageConfig, split_weight
+from mambactl.options.fields import CommandConfig, StageConfig, split_weight
 from mambactl.options.generation import (
+    ROW_SUFFIXES,
     GenerateConfig,
     PromptConfig,
     SamplingConfig,
@@ -29,12 +30,10 @@ from mambactl.options.training import (
 )
 
 __all__ = [
-    "MODEL_WRITERS",
     "ROW_SUFFIXES",
-    "ROW_WRITER",
-    "WRITERS",
     "AdaptedConfig",
     "BenchConfig",
+    "CommandConfig",
     "ConvertConfig",
     "DistillConfig",
     "DpoConfig",
@@ -54,9 +53,3 @@ __all__ = [
     "TrainConfig",
     "split_weight",
 ]
-
-MODEL_WRITERS = ("convert", "distill", "sft", "dpo")
-WRITERS = (*MODEL_WRITERS, "teacher-cache")
-# what `generate` writes only with --dataset is a file of rows, no checkpoint
-ROW_WRITER = "generate"
-ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}

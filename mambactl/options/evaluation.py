@@ -4,7 +4,7 @@ Groups of options are plain classes, of which one class of options is made: a cl
 would take a fifth of the time in which the help appears.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from mambactl.options.fields import BatchSize, Branches, DataSpecs, Names, Stage
 
 class EvalBase(StageConfig):
     """What is the same in every `eval`, whatever its probes are."""
+
+    on_card: ClassVar[bool] = True
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto",

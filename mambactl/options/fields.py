@@ -1,8 +1,9 @@
-"""Types of fields, as flags and YAML spell them, and what every stage has."""
+"""Types of fields, as flags and YAML spell them, and the options that commands share."""
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
@@ -25,6 +26,14 @@ def _split_commas(value: Any) -> Any:
 
 def _as_number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The word for a value in help; one that is positional is typed without a flag."""
+
+    metavar: str
+    positional: bool = False
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
@@ -82,8 +91,8 @@ Losses = Annotated[
 Weights = Annotated[list[Annotated[float, Field(ge=0)]], BeforeValidator(_split_commas)]
 
 
-class StageConfig(BaseModel):
-    """What every stage accepts."""
+class CommandConfig(BaseModel):
+    """Options of one command: a field is a flag, and the docstring is the summary of the help."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -93,10 +102,28 @@ class StageConfig(BaseModel):
         allow_inf_nan=False,
     )
 
+    # fields that take the place of MODEL, and how they are typed
+    without_model: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the command works on a checkpoint."""
+        return not any(getattr(self, name) for name in self.without_model)
+
+
+class StageConfig(CommandConfig):
+    """Options of every stage: a command that can be a section of a recipe."""
+
     # fields that say where a run happens, which is no part of what it makes
     place: ClassVar[frozenset[str]] = frozenset(
         {"device", "trust_remote_code", "compile", "capture", "log_to"}
     )
+    # fields whose relative paths in a recipe start at its folder
+    files: ClassVar[frozenset[str]] = frozenset(
+        {"data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks"}
+    )
+    # its kept results belong on the card of a checkpoint folder
+    on_card: ClassVar[bool] = False
 
     seed: int = Field(0, ge=0, description="one integer for everything random")
     device: str = Field("auto", description="cpu, cuda, cuda:1 or auto")
@@ -106,6 +133,6 @@ class StageConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="allow code that a checkpoint ships")
 
     @property
-    def needs_model(self) -> bool:
-        """Whether the stage works on a checkpoint."""
-        return True
+    def ending(self) -> str:
+        """The end of the default name of what the stage writes."""
+        return ""

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from mambactl.options.fields import DataSpecs, Drafts, StageConfig
 
+ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
+
 
 class SamplingConfig(StageConfig):
     """How tokens are chosen."""
@@ -53,6 +55,11 @@ class GenerateConfig(PromptConfig):
         "left out of jsonl",
     )
     skip_bad_rows: bool = Field(False, description="leave out rows that cannot be answered")
+
+    @property
+    def ending(self) -> str:
+        """The suffix that readers of the format expect."""
+        return ROW_SUFFIXES[self.format]
 
 
 class SpecDecodeConfig(PromptConfig):

@@ -1,5 +1,8 @@
 """Options of `bench`."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from mambactl.options.fields import Compile, Counts, Drafts, Names, StageConfig
@@ -7,6 +10,12 @@ from mambactl.options.fields import Compile, Counts, Drafts, Names, StageConfig
 
 class BenchConfig(StageConfig):
     """Prefill and decode speed."""
+
+    without_model: ClassVar[Mapping[str, str]] = {
+        "synthetic": "--synthetic NAME",
+        "kernels": "--kernels",
+        "loss": "--loss",
+    }
 
     input_len: Counts = Field([128], min_length=1, description="context lengths")
     output_len: int = Field(32, ge=1, description="tokens decoded per measurement")
@@ -37,8 +46,3 @@ class BenchConfig(StageConfig):
     tokens: int | None = Field(None, ge=1, description="rows of --loss (8192 on a GPU)")
     hidden: int | None = Field(None, ge=1, description="width of --loss (4096 on a GPU)")
     vocab: int | None = Field(None, ge=2, description="vocabulary of --loss (128256 on a GPU)")
-
-    @property
-    def needs_model(self) -> bool:
-        """Shapes, kernels and losses come without weights."""
-        return not (self.synthetic or self.kernels or self.loss)

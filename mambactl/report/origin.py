@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from mambactl.commands import STAGES
+from mambactl.commands import COMMANDS
 from mambactl.errors import MambactlError
 
 
@@ -23,10 +23,10 @@ def lineage_of(checkpoint: Path) -> dict[str, Any]:
 def command_of(lineage: dict[str, Any]) -> str:
     """The command line with every option that is not at its default."""
     stage, parent = lineage.get("stage"), lineage.get("parent") or {}
-    if stage not in STAGES:
+    if stage not in COMMANDS:
         return ""
     words = ["mambactl", stage, str(parent.get("path") or "-")]
-    fields = STAGES[stage].model_fields
+    fields = COMMANDS[stage].options.model_fields
     for name, value in (lineage.get("recipe") or {}).items():
         if name not in fields or value != fields[name].default:
             text = value if isinstance(value, str) else json.dumps(value)

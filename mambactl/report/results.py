@@ -56,7 +56,7 @@ def save_results(
     try:
         folder.mkdir(exist_ok=True)
         write_results(path, stage, source, config, metrics)
-        if stage == "eval":
+        if config.on_card:
             update_card(folder.parent)
     except OSError as error:
         console.warn(f"results are not kept: {path} cannot be written ({error.strerror})")

@@ -18,8 +18,8 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
 from mambactl.models.mixers.mamba1 import Mamba1Settings
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.mixers.registry import MIXERS
 from mambactl.models.mixers.spec import MixerForm
-from mambactl.models.mixers.table import MIXERS
 
 # of every projection, as in Llama and GPT-2
 STD = 0.02

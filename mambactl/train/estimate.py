@@ -9,7 +9,7 @@ import torch
 from mambactl.models.config import HybridConfig
 from mambactl.models.flops import Work
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.table import is_new
+from mambactl.models.mixers.registry import is_new
 from mambactl.train.compiled import compiles
 from mambactl.train.job import Job
 from mambactl.train.losses import CHUNK_ELEMENTS

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mambactl.models.mixers.float32 import FLOAT32_PARAMETERS
-from mambactl.models.mixers.table import is_new
+from mambactl.models.mixers.registry import is_new
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.01

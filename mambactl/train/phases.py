@@ -14,7 +14,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.distance import misfit
 from mambactl.models.flops import Work
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.table import ATTENTION, part_of
+from mambactl.models.mixers.registry import ATTENTION, part_of
 from mambactl.options import DistillConfig
 from mambactl.train.optimizer import mixer_parameters, rest_parameters
 from mambactl.train.stepwise import Group, groups, replacement_order, stand_in_misfit

@@ -13,7 +13,7 @@ from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.distance import misfit
 from mambactl.models.hybrid import HybridBlock, HybridForCausalLM
-from mambactl.models.mixers.table import ATTENTION
+from mambactl.models.mixers.registry import ATTENTION
 
 # shares of all layers replaced in the models of the paper, and before the first of them
 SHARES = (0.25, 0.5, 0.75, 0.875, 1.0)

@@ -13,7 +13,8 @@ from mambactl.stage_result import StageResult
 def compared(monkeypatch):
     calls = []
 
-    def run(config, sources):
+    def run(config, sources, command):
+        assert command is sys.modules[command.__name__]
         calls.append((config, list(sources)))
         if len(sources) > 1:
             return StageResult(None, {"models": list(sources)}, "/page.html")
@@ -21,7 +22,7 @@ def compared(monkeypatch):
 
     module = ModuleType("mambactl.report.compare")
     module.run = run
-    module.plan = lambda config, sources: {"models": list(sources)}
+    module.plan = lambda config, sources, command: {"models": list(sources)}
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
 

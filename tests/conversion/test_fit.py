@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conversion.mixers import fitted, heads_of, initialise
 
 from mambactl.conversion import fit as fitting
 from mambactl.conversion.fit import (
@@ -11,27 +12,12 @@ from mambactl.conversion.fit import (
     Problem,
     Streams,
     attention_weights,
-    fit_heads,
     fit_mixer,
 )
 from mambactl.data.pack import Batch, collate
+from mambactl.models.mixers.registry import spec_of
 from mambactl.models.mixers.rotary import turn
 from mambactl.models.mixers.spec import AttentionWeights
-from mambactl.models.mixers.table import spec_of
-
-
-@torch.no_grad()
-def initialise(mixer, attention, method, generator) -> None:
-    spec_of(mixer).initialise(mixer, attention, method, generator)
-
-
-def fitted(mixer, attention, problem):
-    return fit_mixer(spec_of(mixer), mixer, attention, problem)
-
-
-def heads_of(mixer, attention, problem):
-    return fit_heads(spec_of(mixer), mixer, attention, problem)
-
 
 MIXERS = ("mamba2", "mamba1")
 # kind of mixer, and whether its states turn with the position

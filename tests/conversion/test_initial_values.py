@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conversion.mixers import apply_fit, initialise
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -15,7 +16,6 @@ from mambactl.models.mixers.from_attention import LINEAR_RANGE, inverse_silu, pr
 from mambactl.models.mixers.mamba1 import mamba1_from_attention
 from mambactl.models.mixers.mamba2 import Mamba2Mixer, mamba2_from_attention
 from mambactl.models.mixers.spec import AttentionWeights, HeadFit
-from mambactl.models.mixers.table import spec_of
 
 MIXERS = ["mamba2", "mamba1"]
 METHODS = ["reference", "calibrated"]
@@ -29,16 +29,6 @@ ROWS = {
     "C": slice(INNER + 2 * SHARED, 2 * INNER + 2 * SHARED),
     "dt": slice(2 * INNER + 2 * SHARED, None),
 }
-
-
-@torch.no_grad()
-def initialise(mixer, attention: AttentionWeights, method: str, generator) -> None:
-    spec_of(mixer).initialise(mixer, attention, method, generator)
-
-
-@torch.no_grad()
-def apply_fit(mixer, attention: AttentionWeights, fit: HeadFit) -> None:
-    spec_of(mixer).apply_fit(mixer, attention, fit)
 
 
 def weights_of(layer, norm: Tensor) -> AttentionWeights:

@@ -20,7 +20,7 @@ from mambactl.decode.engine import Engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.models.cache import HybridCache
 from mambactl.models.flops import forward_flops
-from mambactl.models.mixers.table import MIXERS
+from mambactl.models.mixers.registry import MIXERS
 
 REPLACED = (0, 2)
 
@@ -72,10 +72,8 @@ def kl_of(call, model: str, text: str, *options: str) -> float:
 def test_widths_differ_by_layer_and_come_back(student) -> None:
     config = load_model(student).config
     assert config.mixers == ["average", "attention"] * 2
-    assert [config.layer(i).settings for i in REPLACED] == [
-        AverageSettings(16),
-        AverageSettings(32),
-    ]
+    settings = [config.layer(index).settings for index in REPLACED]
+    assert settings == [AverageSettings(16), AverageSettings(32)]
     weights = load_model(student).state_dict()
     shapes = [tuple(weights[f"model.layers.{i}.average.in_proj.weight"].shape) for i in REPLACED]
     assert shapes == [(16, 48), (32, 48)]

@@ -13,7 +13,7 @@ from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.mamba1 import Mamba1Settings
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
-from mambactl.models.mixers.table import with_settings
+from mambactl.models.mixers.registry import with_settings
 
 STATE_SPACES = "state-spaces"
 # the recurrence has no positions; this only bounds what generate() allows

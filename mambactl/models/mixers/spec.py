@@ -2,7 +2,7 @@
 
 A mixer is a module, the settings that size it, and one `MixerSpec`. Configuration, cache,
 conversion, closed-form fit, training, cost, checkpoints and decoding call the spec's methods and
-know no mixer by name. `mambactl.models.mixers.table.MIXERS` holds one spec per mixer.
+know no mixer by name. `mambactl.models.mixers.registry.MIXERS` holds one spec per mixer.
 """
 
 from abc import ABC, abstractmethod

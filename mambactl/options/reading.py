@@ -1,0 +1,53 @@
+"""Options of the commands that show what is there: checkpoints, results and the machine."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from mambactl.options.fields import CommandConfig, Shown
+
+# the marks between which `table` writes into a document
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+
+File = Shown("FILE")
+
+
+class InspectConfig(CommandConfig):
+    """Layers, sizes, cache and lineage of a checkpoint, read from its headers."""
+
+    tensors: bool = Field(False, description="list every tensor")
+    lineage: bool = Field(False, description="print how it was made")
+
+
+class TableConfig(CommandConfig):
+    """Make a Markdown table from what `bench --json` printed."""
+
+    files: Annotated[list[str], Shown("FILE", positional=True)] = Field(
+        description="JSON of bench, or of recipe run"
+    )
+    into: Annotated[str | None, File] = Field(
+        None, description=f"replace what is between {BEGIN} and {END}"
+    )
+
+
+class PlotConfig(CommandConfig):
+    """Draw the KL to the teacher over the tokens trained on, one curve per run."""
+
+    runs: Annotated[list[str], Shown("RUN", positional=True)] = Field(
+        description="distilled checkpoint, its .partial, or .jsonl"
+    )
+    out: Annotated[str, File] = Field("metrics.png", description="picture to write (PNG)")
+
+
+class ReportConfig(CommandConfig):
+    """Put measurements on one HTML page that opens without a network."""
+
+    paths: Annotated[list[str], Shown("PATH", positional=True)] = Field(
+        description="results .json, metrics.jsonl, folder of results, or checkpoint"
+    )
+    out: Annotated[str, File] = Field("report.html", description="page to write (HTML)")
+    title: str | None = Field(None, description="heading of the page")
+
+
+class DoctorConfig(CommandConfig):
+    """Versions, devices, and which kernels are live and why not."""
