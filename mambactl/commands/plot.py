@@ -4,13 +4,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from mambactl.checkpoint.source import LEDGER
 from mambactl.errors import UsageError
 from mambactl.files import explained
 from mambactl.options.reading import PlotConfig
 from mambactl.report.plots import draw
 from mambactl.stage_result import StageResult
-
-LEDGER = "metrics.jsonl"
 
 
 def run(options: PlotConfig) -> StageResult:
