@@ -291,10 +291,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return parse(read_text(path), folder, CONFIG)
 
 
-def read_lineage(folder: Path) -> dict[str, Any] | None:
-    """The mambactl.json of a folder, if it has one."""
-    path = folder / LINEAGE
-    return parse(read_text(path), folder, LINEAGE) if path.is_file() else None
+def read_lineage(checkpoint: Path) -> dict[str, Any] | None:
+    """The mambactl.json of a folder, or in the header of a single file, if it has one."""
+    if checkpoint.is_dir():
+        path = checkpoint / LINEAGE
+        return parse(read_text(path), checkpoint, LINEAGE) if path.is_file() else None
+    with _open_safetensors(checkpoint) as handle:
+        text = (handle.metadata() or {}).get(LINEAGE)
+    return None if text is None else parse(text, checkpoint, LINEAGE)
 
 
 def _read_index(index: Path) -> dict[str, Path]:

@@ -6,10 +6,11 @@ Importing it loads no heavy library. A row's module is imported when the command
 from dataclasses import dataclass
 from typing import Literal
 
+from mambactl.evaluation.probes import EvalConfig
 from mambactl.options.conversion import ConvertConfig
 from mambactl.options.fields import CommandConfig, StageConfig
 from mambactl.options.generation import GenerateConfig, SpecDecodeConfig
-from mambactl.options.measurement import BenchConfig, EvalConfig
+from mambactl.options.measurement import BenchConfig
 from mambactl.options.reading import (
     DoctorConfig,
     InspectConfig,

@@ -8,6 +8,7 @@ import torch
 from mambactl.checkpoint.teacher import teacher_of
 from mambactl.errors import CheckError, UsageError
 from mambactl.generation import decoding
+from mambactl.metrics import CACHE, DECODE_GAIN, DECODE_RATE, PREFILL_RATE, Metric
 from mambactl.options import BenchConfig
 from mambactl.ranks import place
 from mambactl.report.results import save_results
@@ -23,12 +24,8 @@ from mambactl.stage_result import StageResult
 
 STAGE = "bench"
 
-# column of a measurement -> the ratio it gives, larger is better for the model
-RATIOS = {
-    "prefill_tokens_per_second": "prefill_speedup",
-    "decode_tokens_per_second": "decode_speedup",
-    "cache_bytes": "cache_reduction",
-}
+# numbers with a gain over the baseline's, larger is better for the model
+COMPARED = (PREFILL_RATE, DECODE_RATE, CACHE)
 
 Points = list[dict[str, Any]]
 
@@ -87,16 +84,16 @@ def plan(config: BenchConfig, source: str | None) -> dict[str, Any]:
 def compare(points: Points, baseline: Points) -> Points:
     """Add to every point how much better it is than the baseline's; None where one is missing."""
     return [
-        point | {ratio: _ratio(point, other, column) for column, ratio in RATIOS.items()}
+        point | {each.gain: _gain(point, other, each) for each in COMPARED}
         for point, other in zip(points, baseline, strict=True)
     ]
 
 
-def _ratio(point: dict[str, Any], other: dict[str, Any], column: str) -> float | None:
-    mine, theirs = point[column], other[column]
+def _gain(point: dict[str, Any], other: dict[str, Any], metric: Metric) -> float | None:
+    mine, theirs = point[metric.name], other[metric.name]
     if not mine or not theirs:
         return None
-    return theirs / mine if column == "cache_bytes" else mine / theirs
+    return theirs / mine if metric.better == "lower" else mine / theirs
 
 
 def _prepare(config: BenchConfig, source: str | None) -> str | None:
@@ -215,7 +212,7 @@ def check(config: BenchConfig, metrics: dict[str, Any]) -> None:
         return
     points: Points = metrics["points"]
     slow = [
-        f"{bench_tables.name(point)}: {bench_tables.times(point['decode_speedup'])}"
+        f"{bench_tables.name(point)}: {DECODE_GAIN.shown(point)}"
         for point in points
         if not _fast_enough(point, config.min_speedup)
     ]
@@ -226,7 +223,8 @@ def check(config: BenchConfig, metrics: dict[str, Any]) -> None:
 
 
 def _fast_enough(point: dict[str, Any], bound: float) -> bool:
-    if point["decode_tokens_per_second"] is None:
+    if point[DECODE_RATE.name] is None:
         return False
     # a baseline that did not fit cannot be faster
-    return point["decode_speedup"] is None or point["decode_speedup"] >= bound
+    gain = point[DECODE_GAIN.name]
+    return gain is None or gain >= bound

@@ -1,6 +1,9 @@
-"""`eval`: how faithful a model is to its teacher, what it recalls, and how it scores on tasks."""
+"""`eval`: how faithful a model is to its teacher, what it recalls, and how it scores on tasks.
 
-from collections.abc import Mapping
+What is measured is the table of probes; here is what they have in common.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,65 +14,38 @@ from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.teacher import teacher_of
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
-from mambactl.data.preferences import PairSet
-from mambactl.data.sources import load_rows, set_name, set_names
-from mambactl.decode.prompts import Prompt
 from mambactl.errors import CheckError, UsageError
-from mambactl.evaluation import agreement, needle, recall, rewards
 from mambactl.evaluation.controls import ablated, require_branch, windowed_attention
-from mambactl.evaluation.fidelity import SCALARS, Variant
-from mambactl.evaluation.layers import require_layers
-from mambactl.evaluation.probes import agreement_probe, task_probe
-from mambactl.evaluation.probes.fidelity_probe import (
-    AGAINST,
-    STUDENT,
-    measure_fidelity,
-    show_layers,
-    show_tests,
-)
-from mambactl.evaluation.probes.long_context import (
-    LongInputs,
-    keep_heatmap,
-    measure_long,
-    read_long,
-    show_long,
-)
-from mambactl.evaluation.probes.preference_probe import (
-    measure_preferences,
-    read_preference_sets,
-    show_preferences,
-)
-from mambactl.evaluation.probes.tables import show_fidelity, show_recall
-from mambactl.evaluation.recall import RecallProbe, measure_recall, recall_probes
-from mambactl.generation import decoding
+from mambactl.evaluation.fidelity import Variant
+from mambactl.evaluation.probes import PROBES, EvalConfig
+from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import EvalConfig
 from mambactl.ranks import place
 from mambactl.report.results import save_results
 from mambactl.report.thresholds import Check, failures, parse_checks, require_known
 from mambactl.stage_result import StageResult
 
 STAGE = "eval"
-TEACHER = "teacher"
-GENERATION = "generation"
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Everything that is read and checked before a model is loaded.
 
-    `replaced` are the layers in which only the teacher has attention, where a control asks.
+    `read` is what every probe that is asked for has read, by name. `replaced` are the layers in
+    which only the teacher has attention, where a control asks.
     """
 
     checks: list[Check]
-    data: dict[str, list[dict[str, Any]]]
-    tasks: task_probe.TaskPlan
-    prompts: list[Prompt]
-    probes: list[RecallProbe]
-    preferences: dict[str, PairSet]
+    read: dict[str, Any]
     teacher: str | None
     replaced: list[int]
-    long: LongInputs
+
+    def probes(self) -> Iterator[tuple[Probe[Any, Any, Any], Any]]:
+        """What is asked for in the order of the measurement, with what it has read."""
+        asked = [PROBES[name] for name in self.read]
+        for probe in sorted(asked, key=lambda each: each.alone):
+            yield probe, self.read[probe.name]
 
 
 def run(config: EvalConfig, source: str) -> StageResult:
@@ -82,59 +58,23 @@ def run(config: EvalConfig, source: str) -> StageResult:
 def measure(config: EvalConfig, source: str) -> StageResult:
     """Measure, print tables and keep the numbers, whatever they are."""
     inputs = _read(config, source)
-    model = _load(config, source)
-    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    subject = _subject(config, inputs, source)
     metrics: dict[str, Any] = {}
-    teacher = None
     if inputs.teacher is not None:
-        same = resolve(inputs.teacher).path == resolve(source).path
-        teacher = model if same else _load(config, inputs.teacher)
-        metrics["teacher"] = inputs.teacher
-    other = None
+        metrics[TEACHER] = inputs.teacher
     if config.against is not None:
-        shared = teacher is not None and resolve(config.against) == resolve(inputs.teacher)
-        other = teacher if shared else _load(config, config.against)
         metrics[AGAINST] = {"model": config.against}
-    variants = _variants(config, inputs, model, teacher, other)
-    if inputs.data:
-        found = measure_fidelity(config, inputs.data, variants, teacher, tokenizer)
-        show_fidelity(source, inputs.teacher, found.measured)
-        show_tests(source, config.against, found.tests)
-        show_layers(source, found.layers)
-        _keep(metrics, "fidelity", found.measured)
-        found.keep(metrics)
-    if inputs.probes:
-        measured = _recall(config, inputs, variants, teacher)
-        show_recall(source, measured, {probe.name: probe.chance for probe in inputs.probes})
-        _keep(metrics, "recall", measured)
-        for probe in inputs.probes:
-            about = {"chance": probe.chance, "pairs": probe.pairs, "queries": probe.queries}
-            metrics["recall"][probe.name] |= about
-    students = {STUDENT: model, AGAINST: other, TEACHER: teacher if teacher is not model else None}
-    models = {name: each for name, each in students.items() if each is not None}
-    if inputs.long.names:
-        metrics |= measure_long(config, inputs.long, models, TEACHER, tokenizer)
-        show_long(source, metrics, list(models))
-    shown = list(models)
-    if inputs.preferences:
-        pairs = measure_preferences(config, inputs.preferences, model, teacher)
-        show_preferences(source, inputs.teacher, pairs)
-        metrics["preferences"] = pairs
-    if inputs.prompts:
-        found = agreement_probe.measure(config, inputs.prompts, model, teacher, tokenizer)
-        agreement_probe.show(source, inputs.teacher, found)
-        metrics["generation"] = {GENERATION: found}
-    del teacher, variants, other, models, students
-    if config.tasks:
-        metrics |= task_probe.measure(inputs.tasks, config, source, model, tokenizer)
-    probes = [probe.name for probe in inputs.probes]
-    tasks = [set_name(task) for task in config.tasks]
-    written = [GENERATION] if inputs.prompts else []
-    sets = [*inputs.data, *probes, *inputs.long.names, *inputs.preferences]
-    parts = [*sets, *written, *tasks]
+    parts = []
+    for probe, own in inputs.probes():
+        if probe.alone:
+            subject = subject.alone()
+        found = probe.measure(config, own, subject)
+        probe.show(subject, found)
+        probe.keep(metrics, found)
+        parts += probe.labels(own)
     kept = save_results(STAGE, source, "+".join(parts), config, metrics)
-    if inputs.long.grid is not None:
-        keep_heatmap(config, source, metrics["needle"], shown, kept)
+    for probe, _ in inputs.probes():
+        probe.draw(config, source, metrics, kept)
     return StageResult(path=source, metrics=metrics, kept=kept)
 
 
@@ -143,86 +83,89 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
     inputs = _read(config, source)
     device, dtype = place(config)
     found = describe(source)
+    probes: dict[str, Any] = {}
+    for name, probe in PROBES.items():
+        probes |= probe.plan(inputs.read.get(name))
     return {
         "source": found["checkpoint"],
         "parameters": found["parameters"],
         "mixers": found["mixers"],
         "teacher": inputs.teacher and describe(inputs.teacher)["checkpoint"],
-        "documents": {name: len(rows) for name, rows in inputs.data.items()},
-        "recall": {
-            probe.name: {"rows": len(probe.input_ids), "chance": probe.chance}
-            for probe in inputs.probes
-        },
-        "preferences": {name: found.counts() for name, found in inputs.preferences.items()},
+        **probes,
         "controls": _control_names(config),
-        **inputs.long.plan,
-        "tasks": inputs.tasks.rows(),
-        "prompts": len(inputs.prompts),
         "checks": [str(check) for check in inputs.checks],
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }
 
 
+def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
+    """Raise CheckError where a bound of `fail_under` does not hold."""
+    checks = parse_checks(config.fail_under)
+    scores: dict[str, dict[str, float]] = {}
+    for probe in PROBES.values():
+        scores |= probe.scores(metrics)
+    require_known(checks, {name: list(values) for name, values in scores.items()})
+    if failed := failures(checks, scores):
+        raise CheckError("; ".join(failed))
+
+
 def _read(config: EvalConfig, source: str) -> Inputs:
-    if (config.control or config.ablate) and not (config.data or config.recall):
+    probes = [probe for probe in PROBES.values() if probe.asked(config)]
+    changed = config.control or config.ablate
+    if changed and not any(probe.controlled for probe in probes):
         raise UsageError("--control and --ablate measure nothing by themselves", "add --data FILE")
-    if (config.against or config.per_layer) and not config.data:
-        raise UsageError("--against and --per-layer compare on text", "add --data FILE")
-    asked = (config.data, config.tasks, config.recall, config.needle, config.long_context_data)
-    if not any((*asked, config.preferences, config.generation_agreement)):
+    for probe in PROBES.values():
+        probe.validate(config)
+    if not probes:
+        *ways, last = (probe.example for probe in PROBES.values() if probe.example)
         raise UsageError(
-            "nothing to measure",
-            hint="pass --data FILE (fidelity to the teacher), --tasks NAME,FILE.jsonl, "
-            "--recall 1024, --needle 1024,4096, --preferences FILE, "
-            "--generation-agreement PROMPTS, or several of them",
+            "nothing to measure", f"pass {', '.join(ways)}, {last}, or several of them"
         )
     checks = parse_checks(config.fail_under)
-    tasks = task_probe.read(config, source)
-    prompts = []
-    if config.generation_agreement:
-        prompts = decoding.read_prompts(config.generation_agreement)[: config.limit]
-    data = {
-        name: load_rows([spec], config.limit)
-        for name, spec in zip(set_names(config.data), config.data, strict=True)
-    }
-    probes = []
-    if config.recall:
-        tokenizer = load_tokenizer(source, config.trust_remote_code)
-        probes = recall_probes(tokenizer, config.recall, config.recall_rows, config.seed)
-    pairs = {}
-    if config.preferences:
-        tokenizer = load_tokenizer(source, config.trust_remote_code)
-        pairs = read_preference_sets(config, tokenizer)
-    known = tasks.metrics()
-    if known is not None:
-        # only the harness knows the metrics of its own tasks, and only once they are loaded
-        known |= {probe.name: recall.SCALARS for probe in probes}
-        known |= {"needle": needle.SCALARS} if config.needle else {}
-        known |= dict.fromkeys(pairs, rewards.SCALARS)
-        known |= {GENERATION: agreement.SCALARS} if prompts else {}
-        require_known(checks, dict.fromkeys(data, SCALARS) | known)
-    teacher = _teacher(config, source)
+    asked = Asked(source, config)
+    read = {probe.name: probe.read(config, asked) for probe in probes}
+    _require_known(checks, probes, read)
+    asked.teacher = _teacher(config, source, probes)
     for branch in config.ablate:
         require_branch(model_config(source).mixers, branch)
-    replaced = _replaced(source, teacher) if config.control and teacher else []
+    replaced = _replaced(source, asked.teacher) if config.control and asked.teacher else []
     if config.against:
         hint = "compare students that share a tokenizer"
         trusted = config.trust_remote_code
         require_same_tokens(source, config.against, AGAINST, hint, trust_remote_code=trusted)
-    if config.per_layer:
-        for spec in filter(None, (source, config.against)):
-            require_layers(model_config(spec), model_config(teacher))
-    long = read_long(config, source, model_config(source), set_names(config.long_context_data))
-    return Inputs(checks, data, tasks, prompts, probes, pairs, teacher, replaced, long)
+    for probe in probes:
+        probe.match(config, asked)
+    _warn_of_length(asked)
+    return Inputs(checks, read, asked.teacher, replaced)
 
 
-def _teacher(config: EvalConfig, source: str) -> str | None:
-    """What the model is compared with; recall and tasks mean something without it."""
-    asked = (config.data, config.control, config.long_context_data, config.preferences)
-    needed = any((*asked, config.generation_agreement))
+def _require_known(
+    checks: list[Check], probes: list[Probe[Any, Any, Any]], read: dict[str, Any]
+) -> None:
+    found = [probe.known(read[probe.name]) for probe in probes]
+    # where one does not know, only the measurement tells
+    if all(known is not None for known in found):
+        require_known(checks, {group: keys for known in found for group, keys in known.items()})
+
+
+def _warn_of_length(asked: Asked) -> None:
+    if not asked.longest:
+        return
+    ours = model_config(asked.source)
+    if ours.attends and asked.longest > ours.max_position_embeddings:
+        console.warn(
+            f"{asked.longest} tokens are more than the {ours.max_position_embeddings} this model "
+            "was made for"
+        )
+
+
+def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]) -> str | None:
+    """What the model is compared with; some probes mean something without it."""
+    asked = {probe.teacher for probe in probes}
+    needed = "needed" in asked or config.control
     known = config.teacher or load_lineage(source) is not None
-    if not needed and not ((config.recall or config.needle) and known):
+    if not needed and not ("welcome" in asked and known):
         return None
     teacher = teacher_of(source, config.teacher, "--teacher")
     hint = "give a --teacher of the same family"
@@ -246,6 +189,23 @@ def _replaced(source: str, teacher: str) -> list[int]:
             "a window is the control of a converted model against the model it was made from",
         )
     return found
+
+
+def _subject(config: EvalConfig, inputs: Inputs, source: str) -> Subject:
+    """Load every model once, also where two are the same."""
+    model = _load(config, source)
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    teacher = other = None
+    if inputs.teacher is not None:
+        same = resolve(inputs.teacher).path == resolve(source).path
+        teacher = model if same else _load(config, inputs.teacher)
+    if config.against is not None:
+        shared = teacher is not None and resolve(config.against) == resolve(inputs.teacher)
+        other = teacher if shared else _load(config, config.against)
+    variants = _variants(config, inputs, model, teacher, other)
+    return Subject(
+        source, tokenizer, model, variants, inputs.teacher, teacher, config.against, other
+    )
 
 
 def _control_names(config: EvalConfig) -> list[str]:
@@ -277,64 +237,3 @@ def _load(config: EvalConfig, spec: str) -> HybridForCausalLM:
     return load_model(
         spec, device=str(device), dtype=dtype, trust_remote_code=config.trust_remote_code
     )
-
-
-def _recall(
-    config: EvalConfig,
-    inputs: Inputs,
-    variants: Mapping[str, Variant],
-    teacher: HybridForCausalLM | None,
-) -> dict[str, dict[str, Any]]:
-    """Probe -> variant or teacher -> numbers."""
-    models = dict(variants)
-    if teacher is not None and teacher is not variants[STUDENT].model:
-        models[TEACHER] = Variant(teacher)
-    measured: dict[str, dict[str, Any]] = {probe.name: {} for probe in inputs.probes}
-    with console.progress("recall", len(inputs.probes) * len(models)) as task:
-        for probe in inputs.probes:
-            for name, variant in models.items():
-                with variant.during():
-                    found = measure_recall(variant.model, probe, config.rows)
-                measured[probe.name][name] = found
-                task.advance()
-    return measured
-
-
-def _keep(
-    metrics: dict[str, Any], kind: str, measured: Mapping[str, Mapping[str, dict[str, Any]]]
-) -> None:
-    """The student's numbers under `kind`, those of others beside it or under `controls`."""
-    own = metrics.setdefault(kind, {})
-    for group, found in measured.items():
-        for name, numbers in found.items():
-            if name == STUDENT:
-                own[group] = dict(numbers)
-            elif name == TEACHER:
-                own[group]["teacher"] = numbers
-            elif name == AGAINST:
-                metrics[AGAINST].setdefault(kind, {})[group] = dict(numbers)
-            else:
-                controls = metrics.setdefault("controls", {}).setdefault(name, {})
-                controls.setdefault(kind, {})[group] = numbers
-
-
-def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
-    """Raise CheckError where a bound of `fail_under` does not hold."""
-    checks = parse_checks(config.fail_under)
-    scalars = {
-        name: {key: found[key] for key in names}
-        for kind, names in (
-            ("fidelity", SCALARS),
-            ("recall", recall.SCALARS),
-            ("preferences", rewards.SCALARS),
-            (GENERATION, agreement.SCALARS),
-        )
-        for name, found in metrics.get(kind, {}).items()
-    }
-    if found := metrics.get("needle"):
-        means = {key: found[STUDENT][f"mean_{key}"] for key in needle.SCALARS}
-        scalars["needle"] = means
-    scores = scalars | metrics.get("tasks", {})
-    require_known(checks, {name: list(values) for name, values in scores.items()})
-    if failed := failures(checks, scores):
-        raise CheckError("; ".join(failed))

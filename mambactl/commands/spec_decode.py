@@ -9,6 +9,7 @@ from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import UsageError
 from mambactl.generation import decoding
+from mambactl.metrics import hundredths, tenths, tight_percent, times
 from mambactl.options import SpecDecodeConfig
 from mambactl.report.results import save_results
 from mambactl.stage_result import StageResult
@@ -103,23 +104,21 @@ def _show(
         # a step that is one CUDA graph has no parts to time
         share = speculative.seconds["draft"] / max(speculative.decode_seconds, 1e-9)
         columns += ("drafting",)
-        extra = {"plain": ("", ""), "speculative": (*extra["speculative"], f"{share:.0%}")}
+        extra = {"plain": ("", ""), "speculative": (*extra["speculative"], tight_percent(share))}
     rows = [
         (
             name,
             stats.tokens,
-            f"{stats.tokens_per_second:.1f}",
-            f"{stats.tokens_per_second_with_prefill:.1f}",
-            f"{stats.tokens_per_step:.2f}",
+            tenths(stats.tokens_per_second),
+            tenths(stats.tokens_per_second_with_prefill),
+            hundredths(stats.tokens_per_step),
             *extra[name],
         )
         for name, stats in (("plain", plain), ("speculative", speculative))
     ]
-    rows.append(
-        ("gain", "", f"{metrics['speedup']:.2f}x", f"{metrics['speedup_with_prefill']:.2f}x")
-    )
+    rows.append(("gain", "", times(metrics["speedup"]), times(metrics["speedup_with_prefill"])))
     console.table(title, columns, rows)
-    counts = (f"{n}: {times}" for n, times in sorted(speculative.histogram.items()))
+    counts = (f"{n}: {steps}" for n, steps in sorted(speculative.histogram.items()))
     console.log(f"steps by accepted tokens: {', '.join(counts)}", level=2)
 
 

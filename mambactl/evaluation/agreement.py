@@ -8,14 +8,6 @@ from mambactl.evaluation.likelihood import BatchSize, Request, greedy_tokens
 from mambactl.models.hybrid import HybridForCausalLM
 
 Tokens = Sequence[int]
-SCALARS = (
-    "forced_agreement",
-    "prefix_tokens",
-    "prefix_share",
-    "exact_match",
-    "position_match",
-    "token_f1",
-)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,8 @@ from mambactl import console
 from mambactl.errors import ModelError, UsageError
 from mambactl.evaluation.calibration import COLUMNS as CONFIDENCES
 from mambactl.evaluation.calibration import confidences
-from mambactl.evaluation.predictions import MEANS, SCALARS, Predictions
+from mambactl.evaluation.predictions import MEANS, Predictions
 from mambactl.evaluation.statistics import Bootstrap
-
-__all__ = ["MEANS", "SCALARS"]
 
 # logits of one model that may exist at a time, in elements
 CHUNK_ELEMENTS = 2**25

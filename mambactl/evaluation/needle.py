@@ -20,8 +20,6 @@ NEW_TOKENS = 32
 # prompts are read together up to so many tokens
 BATCH_TOKENS = 2**17
 
-SCALARS = ("retrieved",)
-
 
 @dataclass(frozen=True)
 class Grid:

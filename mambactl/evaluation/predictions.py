@@ -16,8 +16,6 @@ BUCKET_STARTS = (0, 64, 256, 1024, 4096)
 LONG_BUCKET_STARTS = (0, 64, *(2**power for power in range(7, 21)))
 
 MEANS = ("kl", "reverse_kl", "agreement", "top5", "acceptance", "ce", "teacher_ce")
-# every number of a result that is one value
-SCALARS = (*MEANS, "kl_p95", "perplexity", "teacher_perplexity", "perplexity_ratio", *ERRORS)
 # what a paired test compares two students in
 PAIRED = ("kl", "agreement", "ce")
 # fewer documents say too little about others; then rows are drawn again
@@ -61,7 +59,7 @@ class Predictions:
         starts: Sequence[int] = BUCKET_STARTS,
         samples: bool = False,
     ) -> dict[str, Any]:
-        """Every number of one student: `SCALARS`, `by_position` from `starts`, `intervals`."""
+        """Every number of one student, with `by_position` from `starts` and `intervals`."""
         values = self.values[name]
         means = {column: float(values[column].mean()) for column in MEANS}
         result: dict[str, Any] = {

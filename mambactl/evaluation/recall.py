@@ -38,8 +38,6 @@ KV_WORDS = 1024
 CHUNK_ELEMENTS = 2**24
 MOST_TOKENS = 2**14
 
-SCALARS = ("recall", "token_recall", "recall_loss")
-
 
 @dataclass(frozen=True)
 class RecallProbe:
@@ -139,7 +137,7 @@ def _read(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
 
 
 def summarise_answers(answers: Tensor, width: int) -> dict[str, float]:
-    """The numbers of `SCALARS` from what `read_answers` gave, values in order [n, 2]."""
+    """Recall, recall of tokens and loss from what `read_answers` gave, values in order [n, 2]."""
     right, loss = answers.double().unbind(-1)
     return {
         "recall": float(right.view(-1, width).amin(-1).mean()),

@@ -6,7 +6,7 @@ answer's tokens, beta * r is the reward that direct preference optimisation impl
 whole next-token distributions, at every token of both answers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,26 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mambactl import console
+from mambactl import console, metrics
 from mambactl.data.format import Example
 from mambactl.data.pack import Batch, collate, pack_whole
 from mambactl.data.preferences import Pair
 from mambactl.evaluation.fidelity import MEANS, Head, compare_logits
+from mambactl.metrics import KL, REVERSE_KL, group
 
-# every number of a set that is one value
-SCALARS = (
-    "reward_accuracy",
-    "reward_margin",
-    "normed_accuracy",
-    "logp_chosen",
-    "logp_rejected",
-    "kl_to_reference",
-    "kl_from_reference",
-)
-# what a table calls them
-HEADINGS = ("accuracy", "margin", "per token", "log p +", "log p -", "KL to ref", "KL of ref")
-CE, REFERENCE_CE = MEANS.index("ce"), MEANS.index("teacher_ce")
-FROM_REFERENCE, TO_REFERENCE = MEANS.index("kl"), MEANS.index("reverse_kl")
+# numbers of a set, and what a table calls them
+MEASURED = [metric for metric in group("preferences") if metric.bound]
+SCALARS = tuple(metric.name for metric in MEASURED)
+HEADINGS = tuple(metric.label for metric in MEASURED)
+CE, REFERENCE_CE = (MEANS.index(each.name) for each in (metrics.CE, metrics.TEACHER_CE))
+FROM_REFERENCE, TO_REFERENCE = (MEANS.index(each.name) for each in (KL, REVERSE_KL))
 
 
 @dataclass(frozen=True)
@@ -190,11 +183,3 @@ def _hidden(model: Any, batch: Batch, amp: torch.dtype | None) -> Tensor:
 
 def _logps(logits: Tensor, targets: Tensor) -> Tensor:
     return -nn.functional.cross_entropy(logits, targets, reduction="none")
-
-
-def by_set(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Lines of a table: set, pairs, and every number of `SCALARS`."""
-    return [
-        (name, f"{found['pairs']:,}", *(f"{found[key]:.4f}" for key in SCALARS))
-        for name, found in measured.items()
-    ]

@@ -13,7 +13,7 @@ from mambactl.options.generation import (
     SamplingConfig,
     SpecDecodeConfig,
 )
-from mambactl.options.measurement import BenchConfig, EvalConfig
+from mambactl.options.measurement import BenchConfig
 from mambactl.options.training import (
     AdaptedConfig,
     DistillConfig,
@@ -37,7 +37,6 @@ __all__ = [
     "ConvertConfig",
     "DistillConfig",
     "DpoConfig",
-    "EvalConfig",
     "GenerateConfig",
     "HeldOutConfig",
     "MixedRowsConfig",

@@ -1,9 +1,10 @@
-"""One page of HTML from measurements: what they say, as tables and charts, and where they are kept.
+"""Measurements that are kept, as one page of HTML, as a table of models, and in a model's card.
 
-entries   reads results and ledgers, whatever wrote them; collect: those beside checkpoints;
-          naming: what their models are called
+entries   reads results and ledgers, whatever wrote them; collect: those beside checkpoints, and
+          what their models are called
 summary   one row per model
 charts    curves, dots, histograms and heat maps as SVG that follows the page's colours
-quality   tables and charts about what models say; speed: about how fast they run
+quality   tables and charts about what models say; details: about single probes;
+          speed_sections: about how fast models run
 page      the page itself, from page.html
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
-from mambactl.report.plots import new_figure
+from mambactl.figures import new_figure
 
 # about as wide as a phone: text keeps its size there, and two fit side by side elsewhere
 INCHES = (4.9, 3.1)

@@ -12,11 +12,12 @@ import torch
 from mambactl import console
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import CheckError, OutputError, UsageError
+from mambactl.evaluation.probes import EvalConfig
+from mambactl.figures import new_figure
 from mambactl.files import RESULTS, explained, partial_of
-from mambactl.options import BenchConfig, EvalConfig
+from mambactl.options import BenchConfig
 from mambactl.report.collect import collect, kept_beside
 from mambactl.report.page import write_report
-from mambactl.report.plots import new_figure
 from mambactl.report.results import file_name, write_results
 from mambactl.report.summary import CONTROL, summarise
 from mambactl.stage_result import StageResult

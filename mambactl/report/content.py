@@ -1,9 +1,11 @@
 """What a page is made of: sections of tables and figures, and the sources that they cite."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mambactl.evaluation.probes.probe import Probe
+from mambactl.metrics import Metric
 from mambactl.report.charts import Series
 from mambactl.report.entries import Entry, Found, Ledger, Source
 
@@ -84,6 +86,11 @@ class Material:
         return numbers
 
 
+def section_of(probe: Probe[Any, Any, Any]) -> Section:
+    """The empty section of a probe."""
+    return Section(probe.name, probe.title, probe.about)
+
+
 def legend(series: Iterable[Series]) -> list[tuple[str, int]]:
     """Every name once, with its colour."""
     return list({each.name: (each.name, each.colour) for each in series}.values())
@@ -104,13 +111,9 @@ def present(metrics: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def written(
-    found: Mapping[str, Any], columns: Iterable[tuple[str, str, Callable[[Any], str]]]
-) -> list[Cell]:
-    """A row of cells for columns (heading, key, how it is written); empty where nothing is."""
+def written(found: Mapping[str, Any], columns: Iterable[Metric]) -> list[Cell]:
+    """A row of cells; empty where nothing is."""
     return [
-        Cell("")
-        if found.get(key) is None
-        else Cell(write(found[key]), number=not isinstance(found[key], str))
-        for _, key, write in columns
+        Cell(each.written(found), number=not isinstance(found.get(each.name), str))
+        for each in columns
     ]

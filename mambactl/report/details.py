@@ -1,9 +1,12 @@
-"""Sections about how a student differs from its teacher: layers, preferences, greedy texts."""
+"""Sections of probes: errors of layers, scores of tasks, and tables of what has no charts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mambactl.evaluation.probes import PROBES
+from mambactl.evaluation.probes.probe import Probe
+from mambactl.metrics import columns, number, span
 from mambactl.report import charts
 from mambactl.report.charts import Series
 from mambactl.report.content import (
@@ -15,32 +18,15 @@ from mambactl.report.content import (
     legend,
     numbers_of,
     present,
+    section_of,
     written,
 )
 from mambactl.report.entries import Entry, against_of
-from mambactl.report.summary import number, percent
+from mambactl.report.summary import interval, main_metric, metrics_of, parts_of_groups, score_writer
+from mambactl.report.thresholds import is_share
 
 # names of layers that fit below a chart
 MOST_TICKS = 18
-PREFERENCES = (
-    ("pairs", "pairs", "{:,}".format),
-    ("accuracy", "reward_accuracy", percent),
-    ("margin", "reward_margin", number),
-    ("per token", "normed_accuracy", percent),
-    ("log p, chosen", "logp_chosen", "{:,.1f}".format),
-    ("log p, rejected", "logp_rejected", "{:,.1f}".format),
-    ("KL to teacher", "kl_to_reference", number),
-    ("KL from teacher", "kl_from_reference", number),
-)
-GENERATION = (
-    ("prompts", "prompts", "{:,}".format),
-    ("forced agreement", "forced_agreement", percent),
-    ("same tokens at the start", "prefix_tokens", "{:.1f}".format),
-    ("share of the text", "prefix_share", percent),
-    ("same text", "exact_match", percent),
-    ("same place", "position_match", percent),
-    ("token F1", "token_f1", percent),
-)
 
 
 def students(entries: list[Entry]) -> Iterator[Entry]:
@@ -57,12 +43,7 @@ def students(entries: list[Entry]) -> Iterator[Entry]:
 
 def layers(material: Material) -> Section:
     """The error of every new mixer, fed by the teacher."""
-    section = Section(
-        "layers",
-        "Layers",
-        "Relative error of each new mixer's output, fed by the teacher; 1 is what a mixer gets "
-        "that only puts out the mean.",
-    )
+    section = section_of(PROBES["layers"])
     sets: dict[str, list[tuple[Entry, Mapping[str, float]]]] = {}
     for entry in students(material.entries):
         for data, errors in present(entry.metrics, "layers").items():
@@ -94,41 +75,83 @@ def layers(material: Material) -> Section:
     return section
 
 
-def preferences(material: Material) -> Section:
-    """Rewards against the teacher, a table per set."""
-    section = Section(
-        "preferences",
-        "Preferences",
-        "Whether the answer that people preferred gains more over the teacher than the other one, "
-        "in nats; per token, of answers of other lengths.",
-    )
-    section.tables += _tables(material, section, "preferences", PREFERENCES)
+def numbers(probe: Probe[Any, Any, Any], material: Material) -> Section:
+    """What a probe without charts of its own has found: a table per data set."""
+    section = section_of(probe)
+    section.tables += _tables(material, section, probe)
     return section
 
 
-def generation(material: Material) -> Section:
-    """How alike greedy texts of student and teacher are."""
-    section = Section(
-        "generation",
-        "Greedy texts",
-        "Written behind the same prompts by student and teacher. Forced: the teacher's tokens that "
-        "the student would have written next behind the teacher's own text.",
-    )
-    section.tables += _tables(material, section, "generation", GENERATION)
-    return section
-
-
-def _tables(material: Material, section: Section, kind: str, columns: Any) -> Iterator[Table]:
+def _tables(material: Material, section: Section, probe: Probe[Any, Any, Any]) -> Iterator[Table]:
     sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
     for entry in material.entries:
-        for name, found in present(entry.metrics, kind).items():
+        for name, found in present(entry.metrics, probe.name).items():
             if isinstance(found, Mapping):
                 sets.setdefault(name, []).append((entry, found))
     for name, measured in sets.items():
-        shown = [each for each in columns if any(each[1] in found for _, found in measured)]
+        if not (shown := columns(probe.metrics, (found for _, found in measured))):
+            continue
         rows = [
             [Cell(entry.model, number=False), *written(found, shown)] for entry, found in measured
         ]
         cites = [material.cite(section, entry) for entry, _ in measured]
-        title = name.capitalize() if name == kind else f"On {name}"
-        yield Table(title, ["model", *(heading for heading, *_ in shown)], rows, cites)
+        title = name.capitalize() if name == probe.name else f"On {name}"
+        yield Table(title, ["model", *(each.heading for each in shown)], rows, cites)
+
+
+# a name and a metric, on a line each
+LABEL = 26
+
+
+def tasks(material: Material) -> Section:
+    """Scores with their intervals, a row per task; its numbers have every score of every part."""
+    section = section_of(PROBES["tasks"])
+    names: dict[str, None] = {}
+    models: dict[str, list[tuple[str, float, Any]]] = {}
+    rows = []
+    for entry in material.entries:
+        parts = parts_of_groups(entry.metrics)
+        for task, scores in present(entry.metrics, "tasks").items():
+            cites = material.cite(section, entry)
+            rows += [((entry.model, *texts), cites) for texts in _scores(task, scores)]
+            key = main_metric(scores)
+            # a share, or it has no place on the axis
+            if task not in parts and key is not None and is_share(key) and abs(scores[key]) <= 1:
+                label = f"{task} {key}"
+                names[label] = None
+                models.setdefault(entry.model, []).append(
+                    (label, scores[key], interval(scores, key))
+                )
+    if not rows:
+        return section
+    headings = ["model", "task", "score", "", "95 % interval"]
+    table = _named_cells(numbers_of("Scores", headings, rows), 3)
+    if not names:
+        section.tables.append(table)
+        return section
+    labels = list(names)
+    series = []
+    for model, found in models.items():
+        points = [(100 * value, labels.index(label)) for label, value, _ in found]
+        errors = [bounds and (100 * bounds[0], 100 * bounds[1]) for *_, bounds in found]
+        series.append(Series(model, material.colour(model), points, errors=errors))
+    folded = [charts.folded(label, LABEL) for label in labels]
+    svg = charts.dots(series, folded, "score, %")
+    alt = f"Scores of {len(series)} models on {len(labels)} tasks"
+    section.figures.append(Figure("Scores", svg, alt, legend(series), table=table))
+    return section
+
+
+def _scores(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for key in metrics_of(scores):
+        write, bounds = score_writer(key), interval(scores, key)
+        yield task, key, write(scores[key]), span(bounds, write)
+
+
+def _named_cells(table: Table, names: int) -> Table:
+    """The table with its first cells as text."""
+    rows = [
+        [replace(cell, number=place >= names) for place, cell in enumerate(row)]
+        for row in table.rows
+    ]
+    return replace(table, rows=rows)

@@ -8,28 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.errors import UsageError
+from mambactl.evaluation.probes import PROBES
 from mambactl.files import LEDGER, SINGLE_FILE_SUFFIXES
-from mambactl.report.origin import command_of, read_lineage
+from mambactl.metrics import KL
+from mambactl.report.origin import command_of, lineage_of
 from mambactl.report.plots import read_ledger
 
 Json = dict[str, Any]
 
 # what is known of how a measurement was made, also where it stands among the numbers
 ABOUT = ("device", "date", "versions", "teacher")
-# what a measurement has at least one of
-KINDS = (
-    "fidelity",
-    "recall",
-    "tasks",
-    "needle",
-    "long_context",
-    "generation",
-    "preferences",
-    "points",
-    "speculative",
-    "kernels",
-    "loss",
-)
+# what a measurement of speed has at least one of
+SPEEDS = ("points", "speculative", "kernels", "loss")
 
 
 @dataclass(frozen=True)
@@ -94,9 +84,10 @@ def _walk(node: Any, above: Json, source: Source) -> Iterator[Entry]:
         return
     about = above | {key: value for key, value in node.items() if not isinstance(value, Mapping)}
     about |= {key: node[key] for key in ("versions", "model") if isinstance(node.get(key), dict)}
+    kinds = [*(name for name, probe in PROBES.items() if not probe.within), *SPEEDS]
     for measured in (node.get("metrics"), node):
         if isinstance(measured, Mapping) and any(
-            isinstance(measured.get(kind), Mapping | list) for kind in KINDS
+            isinstance(measured.get(kind), Mapping | list) for kind in kinds
         ):
             yield _entry(measured, about, source)
             return
@@ -159,7 +150,7 @@ def _model(metrics: Mapping[str, Any], about: Json) -> str:
 def _normal(metrics: Mapping[str, Any]) -> Json:
     """Fidelity is by data set, also where a file has that of a single one without its name."""
     fidelity = metrics.get("fidelity")
-    if isinstance(fidelity, Mapping) and "kl" in fidelity:
+    if isinstance(fidelity, Mapping) and KL.name in fidelity:
         controls = metrics.get("controls") or {}
         sets = [name for each in controls.values() for name in each.get("fidelity", {})]
         return {**metrics, "fidelity": {sets[0] if sets else "held-out": fidelity}}
@@ -171,7 +162,7 @@ def ledger_of(path: Path) -> Ledger:
     beside = path.name.removesuffix(f".{LEDGER}") if path.name != LEDGER else ""
     model = path.with_name(beside) if beside.endswith(SINGLE_FILE_SUFFIXES) else path
     model = path.parent if path.name == LEDGER else model
-    lineage = read_lineage(model)
+    lineage = lineage_of(model)
     about = {**lineage, "date": lineage.get("created"), "checkpoint": str(model), "model": {}}
     details = tuple(_details(about)) if lineage else (("command", _unknown(model)),)
     source = Source(str(path), "", command_of(lineage), details)

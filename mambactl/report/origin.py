@@ -6,24 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.commands import COMMANDS
-from mambactl.files import LINEAGE
+from mambactl.errors import MambactlError
 
 
-def read_lineage(checkpoint: Path) -> dict[str, Any]:
-    """The lineage of a folder, or of a single file from its header; empty where there is none."""
-    from safetensors import SafetensorError, safe_open
+def lineage_of(checkpoint: Path) -> dict[str, Any]:
+    """The lineage of a folder or a single file; empty where there is none."""
+    from mambactl.checkpoint.reader import read_lineage
 
     try:
-        if checkpoint.is_dir():
-            text = (checkpoint / LINEAGE).read_text("utf-8")
-        else:
-            with safe_open(checkpoint, "np") as file:
-                text = (file.metadata() or {})[LINEAGE]
-        found = json.loads(text)
-    except (OSError, ValueError, KeyError, SafetensorError):
+        return read_lineage(checkpoint) or {}
+    except MambactlError:
         # a file of another kind, or none: what made it is then not known
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def command_of(lineage: dict[str, Any]) -> str:

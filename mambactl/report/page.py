@@ -1,36 +1,60 @@
 """The page: every section there is something for, in `page.html`, with all text escaped."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 from mambactl import __version__
 from mambactl.errors import UsageError
+from mambactl.evaluation.probes import PROBES
 from mambactl.files import NAMED_FILE, explained, replacing
-from mambactl.report import charts, details, quality, scores, speed_sections
+from mambactl.report import charts, details, quality, speed_sections
 from mambactl.report.collect import collect
 from mambactl.report.content import Material, Section
 from mambactl.report.entries import Found, Source
 
 TEMPLATE = "page.html"
+Maker = Callable[[Material], Section]
+
 MARKS = "●■▲◆▼◀▶"
-SECTIONS = (
+# probes with charts of their own; the others have tables
+DRAWN: dict[str, Maker] = {
+    "fidelity": quality.faithfulness,
+    "layers": details.layers,
+    "recall": quality.recall,
+    "needle": quality.needle,
+    "tasks": details.tasks,
+}
+# in this order, probes by their names; those that are not named here come after
+FIRST: tuple[str | Maker, ...] = (
     quality.overview,
-    quality.faithfulness,
-    details.layers,
+    "fidelity",
+    "layers",
     quality.controls,
     quality.training,
-    quality.recall,
-    quality.needle,
-    details.generation,
-    scores.tasks,
-    details.preferences,
+    "recall",
+    "needle",
+    "generation",
+    "tasks",
+    "preferences",
+)
+LAST: tuple[Maker, ...] = (
     speed_sections.throughput,
     speed_sections.memory,
     speed_sections.drafts,
     speed_sections.benches,
 )
+
+
+def makers() -> Iterator[Maker]:
+    """What makes the sections, in their order."""
+    others = (name for name in PROBES if name not in FIRST)
+    for each in (*FIRST, *others, *LAST):
+        if isinstance(each, str):
+            yield DRAWN.get(each, partial(details.numbers, PROBES[each]))
+        else:
+            yield each
 
 
 def write_report(
@@ -58,7 +82,7 @@ def render(found: Found, command: str, title: str = "") -> str:
     from markupsafe import Markup
 
     material = Material(found)
-    sections = [section for section in (make(material) for make in SECTIONS) if section]
+    sections = [section for section in (make(material) for make in makers()) if section]
     if not sections:
         raise UsageError(
             "nothing measured is there to show", "give results of eval, bench or spec-decode"

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mambactl.errors import ResourceError, UsageError
+from mambactl.errors import UsageError
+from mambactl.figures import DPI, new_figure
+from mambactl.metrics import KL
 
 # phases whose loss is a divergence from the teacher's logits
 LOGITS = ("stepwise", "logits")
-INCHES, DPI = (7.0, 4.2), 150
+INCHES = (7.0, 4.2)
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -28,7 +30,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """(tokens, nats per token) of `held out`, and of `training` on logits or their KL."""
     return {
-        "held out": [(line["tokens"], line["kl"]) for line in lines if "kl" in line],
+        "held out": [(line["tokens"], line[KL.name]) for line in lines if KL.name in line],
         "training": [
             (line["tokens"], line.get("train_kl", line["loss"]))
             for line in lines
@@ -70,18 +72,3 @@ def draw(ledgers: Mapping[str, Path], out: Path) -> None:
 def _axes() -> tuple[Any, Any]:
     figure = new_figure(INCHES)
     return figure, figure.add_subplot()
-
-
-def new_figure(inches: tuple[float, float]) -> Any:
-    """An empty matplotlib figure; ResourceError without matplotlib."""
-    try:
-        # no window system and no global state: the figure is drawn into a file
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ResourceError(
-            "plots need matplotlib, which is missing", 'pip install "mambactl[plots]"'
-        ) from None
-    figure = Figure(figsize=inches)
-    FigureCanvasAgg(figure)
-    return figure

@@ -5,8 +5,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mambactl.evaluation.probes import PROBES
+from mambactl.evaluation.probes.probe import AGAINST, STUDENT
+from mambactl.metrics import (
+    KL,
+    Metric,
+    columns,
+    group,
+    percent,
+    signed,
+    significant,
+    span,
+)
 from mambactl.report import charts
 from mambactl.report.charts import Series
+from mambactl.report.collect import teachers_of
 from mambactl.report.content import (
     Cell,
     Figure,
@@ -16,11 +29,11 @@ from mambactl.report.content import (
     legend,
     numbers_of,
     present,
+    section_of,
     written,
 )
 from mambactl.report.details import students
 from mambactl.report.entries import Entry, against_of
-from mambactl.report.naming import teachers_of
 from mambactl.report.needles import NeedleMap, needle_maps
 from mambactl.report.plots import curves
 from mambactl.report.summary import (
@@ -31,45 +44,13 @@ from mambactl.report.summary import (
     Summary,
     data_set,
     interval,
-    mebibytes,
-    number,
-    percent,
-    ratio,
     summarise,
 )
 
-STUDENT, AGAINST = "student", "against"
 # points of a training curve that a page needs at most
 POINTS = 300
 # a control this many times worse makes a linear axis useless
 SPREAD = 20
-FIDELITY = (
-    ("tokens", "tokens", "{:,}".format),
-    ("KL", "kl", number),
-    ("KL, 95th percentile", "kl_p95", number),
-    ("reverse KL", "reverse_kl", number),
-    ("agreement", "agreement", percent),
-    ("top 5", "top5", percent),
-    ("acceptance", "acceptance", percent),
-    ("perplexity", "perplexity", ratio),
-    ("teacher's", "teacher_perplexity", ratio),
-    ("ratio", "perplexity_ratio", ratio),
-    ("ECE", "ece", number),
-    ("teacher's ECE", "teacher_ece", number),
-    ("ECE to teacher", "ece_to_teacher", number),
-)
-# whose intervals a table has room for
-WITH_INTERVALS = ("kl", "agreement", "perplexity_ratio", "ece")
-PHASES = (
-    ("steps", "steps", "{:,}".format),
-    ("tokens", "tokens", "{:,}".format),
-    ("seconds", "seconds", "{:,.0f}".format),
-    ("first loss", "first_loss", number),
-    ("last loss", "last_loss", number),
-    ("KL", "kl", number),
-    ("agreement", "agreement", percent),
-    ("peak MiB", "peak_bytes", mebibytes),
-)
 
 
 def overview(material: Material) -> Section:
@@ -116,23 +97,14 @@ def _summary_row(found: Summary, row: Row) -> list[Cell]:
             cells.append(Cell(""))
             continue
         best = row.kind == MODEL and held.value == found.best(column)
-        cells.append(Cell(column.write(held.value), _span(column, held.interval), best))
+        cells.append(Cell(column.write(held.value), span(held.interval, column.write), best))
     return cells
-
-
-def _span(column: Column, bounds: tuple[float, float] | None) -> str:
-    return f"{column.write(bounds[0])} to {column.write(bounds[1])}" if bounds else ""
 
 
 def faithfulness(material: Material) -> Section:
     """KL over the position in the row, and every number of fidelity."""
-    section = Section(
-        "fidelity",
-        "Fidelity to the teacher",
-        f"Token by token on the same text.{_guides(material)} ECE: how far a model's confidence in "
-        "its first choice is from how often that is the text's next token, or from what the "
-        "teacher gives it.",
-    )
+    section = section_of(PROBES["fidelity"])
+    section.text = f"Token by token on the same text.{_guides(material)} {section.text}"
     sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
     for entry in students(material.entries):
         for name, numbers in present(entry.metrics, "fidelity").items():
@@ -145,13 +117,13 @@ def faithfulness(material: Material) -> Section:
                     sets.setdefault(title, []).append((own, found[who]))
     for data, measured in sets.items():
         section.figures += _by_position(material, section, data, measured)
-        columns = [each for each in FIDELITY if any(each[1] in found for _, found in measured)]
+        numbers = columns(PROBES["fidelity"].metrics, (found for _, found in measured))
         rows = [
-            [Cell(entry.model, number=False), *_with_intervals(found, columns)]
+            [Cell(entry.model, number=False), *_with_intervals(found, numbers)]
             for entry, found in measured
         ]
         cites = [material.cite(section, entry) for entry, _ in measured]
-        headings = ["model", *(heading for heading, _, _ in columns)]
+        headings = ["model", *(each.heading for each in numbers)]
         section.tables.append(Table(f"On {data}", headings, rows, cites))
     section.tables += _paired_tests(material, section)
     return section
@@ -164,12 +136,11 @@ def _guides(material: Material) -> str:
     return f" Teacher{'s' if len(teachers) > 1 else ''}: {', '.join(teachers)}."
 
 
-def _with_intervals(found: Mapping[str, Any], columns: Sequence[Any]) -> Iterator[Cell]:
-    cells = written(found, columns)
-    for cell, (_, key, write) in zip(cells, columns, strict=True):
-        bounds = interval(found, key) if key in WITH_INTERVALS else None
-        note = f"{write(bounds[0])} to {write(bounds[1])}" if bounds else ""
-        yield replace(cell, note=note)
+def _with_intervals(found: Mapping[str, Any], numbers: Sequence[Metric]) -> Iterator[Cell]:
+    # a table has no room for those of every number
+    for cell, each in zip(written(found, numbers), numbers, strict=True):
+        bounds = interval(found, each.name) if each.interval else None
+        yield replace(cell, note=span(bounds, each.write))
 
 
 def _paired_tests(material: Material, section: Section) -> Iterator[Table]:
@@ -182,10 +153,9 @@ def _paired_tests(material: Material, section: Section) -> Iterator[Table]:
             for name, test in present(found, "tests").items():
                 texts = (entry.model, other, data, name)
                 row = [Cell(text, number=False) for text in texts]
-                span = test.get("interval")
-                row.append(Cell(f"{test['difference']:+.4f}"))
-                row.append(Cell(f"{span[0]:+.4f} to {span[1]:+.4f}" if span else ""))
-                row.append(Cell("" if test.get("p") is None else f"{test['p']:.3g}"))
+                row.append(Cell(signed(test["difference"])))
+                row.append(Cell(span(test.get("interval"), signed)))
+                row.append(Cell("" if test.get("p") is None else significant(test["p"])))
                 row.append(Cell(f"{test['wins']} / {test['losses']}" if "wins" in test else ""))
                 rows.append(row)
                 cites.append(material.cite(section, entry))
@@ -205,13 +175,13 @@ def _by_position(
     series, rows = [], []
     for entry, found in measured:
         parts = found.get("by_position", {})
-        points = [(n, parts[label]["kl"]) for n, label in enumerate(labels) if label in parts]
-        bounds = [interval(parts[label], "kl") for label in labels if label in parts]
+        points = [(n, parts[label][KL.name]) for n, label in enumerate(labels) if label in parts]
+        bounds = [interval(parts[label], KL.name) for label in labels if label in parts]
         series.append(Series(entry.model, material.colour(entry.model), points, errors=bounds))
-        texts = [number(parts[label]["kl"]) if label in parts else "" for label in labels]
+        texts = [KL.written(parts[label]) if label in parts else "" for label in labels]
         rows.append(((entry.model, *texts), material.cite(section, entry)))
     title = f"KL by position, {data}"
-    svg = charts.steps(series, labels, "tokens before", "KL, nats per token")
+    svg = charts.steps(series, labels, "tokens before", KL.axis)
     alt = f"KL to the teacher at {len(labels)} ranges of position for {len(series)} models"
     table = numbers_of(title, ["model", *labels], rows)
     yield Figure(title, svg, alt, legend(series), table=table)
@@ -231,8 +201,8 @@ def controls(material: Material) -> Section:
             for data, numbers in present(found, "fidelity").items():
                 title = data_set(data, numbers)
                 own = sets.setdefault(title, {}).setdefault(entry.model, {})
-                own["student"] = (entry.metrics["fidelity"][data]["kl"], entry)
-                own[name] = (numbers["kl"], entry)
+                own["student"] = (entry.metrics["fidelity"][data][KL.name], entry)
+                own[name] = (numbers[KL.name], entry)
     for data, models in sets.items():
         variants = list(dict.fromkeys(name for own in models.values() for name in own))
         series = [
@@ -243,13 +213,11 @@ def controls(material: Material) -> Section:
         values = [value for own in models.values() for value, _ in own.values() if value > 0]
         spread = bool(values) and max(values) > SPREAD * min(values)
         title = f"Student and controls, {data}"
-        svg = charts.dots(
-            series, [charts.folded(m) for m in models], "KL, nats per token", log_x=spread
-        )
+        svg = charts.dots(series, [charts.folded(m) for m in models], KL.axis, log_x=spread)
         alt = f"KL to the teacher of {len(models)} students and of {len(variants) - 1} controls"
         rows = [
             (
-                (model, *(number(own[name][0]) if name in own else "" for name in variants)),
+                (model, *(KL.write(own[name][0]) if name in own else "" for name in variants)),
                 material.cite(section, *(entry for _, entry in own.values())),
             )
             for model, own in models.items()
@@ -272,14 +240,14 @@ def training(material: Material) -> Section:
             series.append(Series(ledger.model, shade, loss, faint=True))
         if held:
             series.append(Series(ledger.model, shade, held))
-            rows += [((ledger.model, f"{tokens:,}", number(kl)), cites) for tokens, kl in held]
+            rows += [((ledger.model, f"{tokens:,}", KL.write(kl)), cites) for tokens, kl in held]
     if series:
         title = "KL over tokens"
-        svg = charts.lines(series, "tokens trained on", "KL, nats per token", log_y=True)
+        svg = charts.lines(series, "tokens trained on", KL.axis, log_y=True)
         alt = f"KL to the teacher over the tokens trained on, for {len(legend(series))} runs"
         note = "Marked: held-out text. Thin: the training loss, batch by batch."
         if len({line.get("eval_tokens") for each in material.ledgers
-                for line in each.lines if "kl" in line}) > 1:  # fmt: skip
+                for line in each.lines if KL.name in line}) > 1:  # fmt: skip
             note += " The held-out text is not the same in all runs."
         table = numbers_of("Held-out KL", ["model", "tokens", "KL"], rows) if rows else None
         section.figures.append(Figure(title, svg, alt, legend(series), note, table))
@@ -290,10 +258,10 @@ def training(material: Material) -> Section:
         if isinstance(numbers, Mapping)
     ]
     if found:
-        columns = [each for each in PHASES if any(each[1] in numbers for *_, numbers in found)]
-        headings = ["model", "phase", *(heading for heading, _, _ in columns)]
+        numbers = columns(group("training"), (each for *_, each in found))
+        headings = ["model", "phase", *(each.heading for each in numbers)]
         cells = [
-            [Cell(entry.model, number=False), Cell(phase, number=False), *written(each, columns)]
+            [Cell(entry.model, number=False), Cell(phase, number=False), *written(each, numbers)]
             for entry, phase, each in found
         ]
         cites = [material.cite(section, entry) for entry, *_ in found]
@@ -307,9 +275,7 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def recall(material: Material) -> Section:
     """Recall over the length of the row, a chart per form, with the teacher and a guess."""
-    section = Section(
-        "recall", "Recall", "Pairs stated once in a row and asked for at its end, made from a seed."
-    )
+    section = section_of(PROBES["recall"])
     found = summarise(material.entries)
     forms: dict[str, list[tuple[int, Column]]] = {}
     for column in found.columns:
@@ -356,9 +322,7 @@ def _with(row: Row, kind: str) -> list[Entry]:
 
 def needle(material: Material) -> Section:
     """Heat maps of what is found at a depth of a context of a length."""
-    section = Section(
-        "needle", "Needle in a haystack", "In per cent, by depth in a text and by its length."
-    )
+    section = section_of(PROBES["needle"])
     teachers: list[NeedleMap] = []
     for entry in material.entries:
         for found in needle_maps(entry.metrics.get("needle")):

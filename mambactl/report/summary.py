@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mambactl.evaluation.probes import PROBES, lower_is_better
+from mambactl.evaluation.probes.probe import TEACHER, Probe
+from mambactl.metrics import CACHE, MAIN, Format, Metric, number, percent
 from mambactl.report.entries import Entry, against_of
-from mambactl.report.thresholds import MAIN_METRICS, is_share, lower_is_better, may_be_negative
+from mambactl.report.thresholds import is_share, may_be_negative
 
 # tokens of context that a cache is given for, where it was not measured
 CONTEXT = 4096
@@ -15,34 +18,18 @@ NORMAL_95 = 1.96
 MODEL, CONTROL, REFERENCE = "model", "control", "reference"
 
 
-def number(value: float) -> str:
-    """Four decimals, as many figures as a measurement here is good for."""
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
-
-
-def percent(value: float) -> str:
-    """A share."""
-    return f"{100 * value:.1f} %"
-
-
-def ratio(value: float) -> str:
-    """A factor."""
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def mebibytes(value: float) -> str:
-    """Bytes as MiB."""
-    return f"{value / 2**20:,.2f}"
-
-
 @dataclass(frozen=True)
 class Column:
-    """A heading under the heading of its group; `best` is max, min or None."""
+    """A number with its heading under the heading of its group."""
 
     group: str
     heading: str
-    write: Callable[[float], str]
-    best: Callable[..., float] | None
+    metric: Metric
+
+    @property
+    def write(self) -> Format:
+        """How its values are written."""
+        return self.metric.write
 
 
 @dataclass(frozen=True)
@@ -74,19 +61,8 @@ class Summary:
         """The best value among models, where they differ."""
         own = [row.cells[column].value for row in self.rows
                if row.kind == MODEL and column in row.cells]  # fmt: skip
-        return column.best(own) if column.best and len(set(own)) > 1 else None
-
-
-FIDELITY = (
-    ("KL", "kl", number, min),
-    ("agreement", "agreement", percent, max),
-    ("perplexity ratio", "perplexity_ratio", ratio, min),
-)
-GENERATION = (
-    ("forced agreement", "forced_agreement"),
-    ("same prefix", "prefix_share"),
-    ("same text", "exact_match"),
-)
+        best = column.metric.best
+        return best(own) if best and len(set(own)) > 1 else None
 
 
 def summarise(entries: Iterable[Entry]) -> Summary:
@@ -140,52 +116,60 @@ def beside(entry: Entry) -> dict[str, Any]:
     return found
 
 
+def _columns(
+    metrics: Mapping[str, Any],
+) -> Iterator[tuple[Column, Metric, Mapping[str, Any]]]:
+    """What probes may have found: a column, its number, and the results that may hold it."""
+    # first what has a heading of its own for every data set
+    for probe in sorted(PROBES.values(), key=lambda each: not each.by_set):
+        shown = [each for each in probe.metrics if each.summary is not None]
+        sets = metrics.get(probe.name) if shown else None
+        for data, found in (sets or {}).items():
+            if isinstance(found, Mapping):
+                yield from ((_column(probe, each, data, found), each, found) for each in shown)
+
+
+def _column(
+    probe: Probe[Any, Any, Any], metric: Metric, data: str, found: Mapping[str, Any]
+) -> Column:
+    group = probe.group or ("" if probe.by_set else probe.name)
+    # the only data set of a probe may bear its name, which says nothing
+    named = "" if group and data == probe.name else data_set(data, found)
+    if probe.by_set:
+        return Column(", ".join(filter(None, (group, named))), metric.summary or "", metric)
+    heading = " ".join(filter(None, (named, metric.summary)))
+    return Column(group, heading or metric.heading, metric)
+
+
 def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[Column, Cell]]:
-    for data, found in (metrics.get("fidelity") or {}).items():
-        for heading, key, write, best in FIDELITY:
-            if key in found:
-                column = Column(data_set(data, found), heading, write, best)
-                yield column, Cell(found[key], interval(found, key))
-    for probe, found in (metrics.get("recall") or {}).items():
-        if "recall" in found:
-            column = Column("recall", probe, percent, max)
-            yield column, Cell(found["recall"], interval(found, "recall"))
-    for name, found in (metrics.get("generation") or {}).items():
-        for heading, key in GENERATION:
-            if key in found:
-                group = "greedy texts" if name == "generation" else f"greedy texts, {name}"
-                column = Column(group, heading, percent, max)
-                yield column, Cell(found[key], interval(found, key))
-    for name, found in (metrics.get("preferences") or {}).items():
-        if "reward_accuracy" in found:
-            column = Column("preferences", f"{name} accuracy", percent, max)
-            yield column, Cell(found["reward_accuracy"])
+    for column, metric, found in _columns(metrics):
+        if metric.name in found:
+            yield column, Cell(found[metric.name], interval(found, metric.name))
     parts = parts_of_groups(metrics)
     for task, found in (metrics.get("tasks") or {}).items():
         if task not in parts and (key := main_metric(found)) is not None:
-            best = min if lower_is_better(key) else max
-            column = Column("tasks", f"{task} {key}", score_writer(key), best)
+            better = "lower" if lower_is_better(key) else "higher"
+            column = Column("tasks", f"{task} {key}", Metric(key, key, score_writer(key), better))
             yield column, Cell(found[key], interval(found, key))
     model = about.get("model")
     cache = model.get("cache") if isinstance(model, Mapping) else None
     if cache:
         size = cache["bytes_per_sequence"] + CONTEXT * cache["bytes_per_token"]
-        yield Column("cache", f"MiB at {CONTEXT:,}", mebibytes, min), Cell(size)
+        yield Column("cache", f"MiB at {CONTEXT:,}", CACHE), Cell(size)
 
 
 def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, Cell]]]:
-    """The teacher and a guess, on the recall probes."""
-    recall = metrics.get("recall") or {}
-    columns = {probe: Column("recall", probe, percent, max) for probe in recall}
-    teacher = {
-        columns[probe]: Cell(found["teacher"]["recall"], interval(found["teacher"], "recall"))
-        for probe, found in recall.items()
-        if "recall" in found.get("teacher", {})
-    }
+    """The teacher, where it was measured by itself, and a guess."""
+    teacher, chance = {}, {}
+    for column, metric, found in _columns(metrics):
+        if "chance" in found:
+            chance[column] = Cell(found["chance"])
+        theirs = found.get(TEACHER)
+        if isinstance(theirs, Mapping) and metric.name in theirs:
+            teacher[column] = Cell(theirs[metric.name], interval(theirs, metric.name))
     if teacher:
-        name = metrics.get("teacher")
+        name = metrics.get(TEACHER)
         yield f"teacher {name}" if isinstance(name, str) else "teacher", teacher
-    chance = {columns[p]: Cell(found["chance"]) for p, found in recall.items() if "chance" in found}
     if chance:
         yield "guessing", chance
 
@@ -213,7 +197,7 @@ def data_set(name: str, found: Mapping[str, Any]) -> str:
 
 def main_metric(scores: Mapping[str, Any]) -> str | None:
     """The metric that a task is known by."""
-    named = [key for key in MAIN_METRICS if key in scores]
+    named = [key for key in MAIN if key in scores]
     return next(iter(named + metrics_of(scores)), None)
 
 

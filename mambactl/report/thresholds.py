@@ -5,35 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mambactl.errors import UsageError
+from mambactl.evaluation.probes import lower_is_better
+from mambactl.metrics import MAIN
 
 # group (data set or task) -> metric -> value
 Scores = Mapping[str, Mapping[str, float]]
 
-# what a group's own name stands for
-MAIN_METRICS = ("agreement", "acc", "exact_match", "average")
-
-LOWER_IS_BETTER = (
-    "kl",
-    "kl_p95",
-    "reverse_kl",
-    "kl_to_reference",
-    "kl_from_reference",
-    "recall_loss",
-    "ce",
-    "teacher_ce",
-    "perplexity",
-    "teacher_perplexity",
-    "perplexity_ratio",
-    "ece",
-    "teacher_ece",
-    "ece_to_teacher",
-    # of tasks of the harness
-    "word_perplexity",
-    "byte_perplexity",
-    "bits_per_byte",
-    "brier_score",
-    "ter",
-)
 # of the harness, on other scales than shares from 0 to 1; as far as hundreds, some below 0
 _NO_SHARES = re.compile(r"(bleu|chrf|rouge)(?!.*_acc$)|likelihood$")
 _SIGNED = re.compile(r"(mcc|likelihood|.*_diff)$")
@@ -55,18 +32,13 @@ class Check:
 
     def concerns(self, group: str, metric: str, metrics: Sequence[str]) -> bool:
         """Whether this is about one metric of a group that has `metrics`."""
-        main = next((name for name in MAIN_METRICS if name in metrics), None)
+        main = next((name for name in MAIN if name in metrics), None)
         named = {metric, f"{group}.{metric}"}
         return self.name in (named | {group} if metric == main else named)
 
     def holds(self, value: float) -> bool:
         """Whether a value is within the bound; NaN never is."""
         return value <= self.bound if self.at_most else value >= self.bound
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of a metric is the better one."""
-    return metric.partition(":")[0] in LOWER_IS_BETTER
 
 
 def is_share(metric: str) -> bool:

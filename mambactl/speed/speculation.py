@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from mambactl.decode.backend import K, make_engine
 from mambactl.decode.stats import DecodeStats
+from mambactl.metrics import DECODE_RATE, DRAFTED_RATE
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.speed.limits import speculative_limit
 from mambactl.speed.subject import Grid, Numbers, Subject, decode, sweep
@@ -78,5 +79,5 @@ def _numbers(
 
 
 def _ratio(plain: Numbers, numbers: Numbers) -> float | None:
-    before, after = plain["decode_tokens_per_second"], numbers["speculative_tokens_per_second"]
+    before, after = plain[DECODE_RATE.name], numbers[DRAFTED_RATE.name]
     return after / before if before and after else None

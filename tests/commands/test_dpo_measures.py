@@ -11,8 +11,9 @@ from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.commands import eval as evaluation
 from mambactl.commands.dpo import plan, run
 from mambactl.errors import UsageError
+from mambactl.evaluation.probes import EvalConfig
 from mambactl.evaluation.rewards import Layout, documents, token_logps
-from mambactl.options import DpoConfig, EvalConfig
+from mambactl.options import DpoConfig
 from mambactl.train import reference_policy
 from mambactl.train.job import Job
 from mambactl.train.preference_data import read_preferences

@@ -8,7 +8,7 @@ from conftest import WORDS
 
 from mambactl.commands.eval import plan, run
 from mambactl.errors import CheckError, ModelError, UsageError
-from mambactl.options import EvalConfig
+from mambactl.evaluation.probes import EvalConfig
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from conftest import WORDS
 
 from mambactl.commands.eval import plan, run
 from mambactl.errors import CheckError, UsageError
-from mambactl.evaluation.probes.long_context import keep_heatmap
-from mambactl.options import EvalConfig
+from mambactl.evaluation.probes import EvalConfig
+from mambactl.evaluation.probes.needle_probe import keep_heatmap
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from conftest import WORDS
 
 from mambactl.commands.eval import plan, run
 from mambactl.errors import UsageError
-from mambactl.options import EvalConfig
+from mambactl.evaluation.probes import EvalConfig
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_list_of_the_paper_takes_local_sets(folder, sets, no_network, capsys):
 def test_worked_examples_of_the_paper(sets, folder):
     found = plan(cpu(tasks=["paper-fewshot"], task_dir=str(sets)), str(folder))
     assert found["tasks"]["mmlu"] == 8 and found["tasks"]["arc_challenge"] is None
-    from mambactl.evaluation.probes.task_probe import read
+    from mambactl.evaluation.harness.task_plan import read
 
     wanted = read(cpu(tasks=["paper-fewshot"], task_dir=str(sets)), str(folder)).wanted
     assert {task.name: task.shots for task in wanted} == {

@@ -7,6 +7,7 @@ import pytest
 from conftest import WORDS
 
 from mambactl.errors import UsageError
+from mambactl.evaluation.harness.task_plan import score_wanted
 from mambactl.evaluation.harness.tasks import (
     HarnessOptions,
     Wanted,
@@ -14,7 +15,6 @@ from mambactl.evaluation.harness.tasks import (
     load_local_task,
     matching,
 )
-from mambactl.evaluation.probes.task_probe import score_wanted
 
 
 def words(rng, low, high):

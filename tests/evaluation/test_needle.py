@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mambactl.data.haystack import ANSWER, NEEDLE
+from mambactl.evaluation.heatmap import draw_grids
 from mambactl.evaluation.needle import make_grid, measure_needle, retrieved, rouge1
-from mambactl.report.heatmap import draw_grids
 
 ROWS = [{"text": " ".join(["the old house . a red door ."] * 40)}]
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from mambactl.evaluation.calibration import COLUMNS
-from mambactl.evaluation.predictions import LONG_BUCKET_STARTS, MEANS, SCALARS, Predictions
+from mambactl.evaluation.predictions import LONG_BUCKET_STARTS, MEANS, Predictions
 from mambactl.evaluation.statistics import Bootstrap
+from mambactl.metrics import group
+
+SCALARS = [metric.name for metric in group("fidelity") if metric.bound]
 
 
 def predictions(documents=12, rows=2, tokens=30, better=0.0):

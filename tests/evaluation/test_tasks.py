@@ -12,6 +12,7 @@ import torch
 from conftest import WORDS
 
 from mambactl.errors import ResourceError, UsageError
+from mambactl.evaluation.harness.task_plan import score_wanted
 from mambactl.evaluation.harness.tasks import (
     HarnessOptions,
     Wanted,
@@ -19,7 +20,6 @@ from mambactl.evaluation.harness.tasks import (
     load_local_task,
     require_distinct,
 )
-from mambactl.evaluation.probes.task_probe import score_wanted
 
 MIXERS = ["mamba2", "attention", "mamba1", "attention"]
 

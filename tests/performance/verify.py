@@ -27,6 +27,7 @@ def measure(given: Namespace) -> StageResult:
     """Measure every model that is asked for, one after the other."""
     from mambactl.commands.bench import measure_points
     from mambactl.generation.decoding import require_draft
+    from mambactl.metrics import Metric, times
     from mambactl.ranks import place
     from mambactl.speed import bench_tables, candidates
     from mambactl.speed.conditions import conditions
@@ -53,7 +54,7 @@ def measure(given: Namespace) -> StageResult:
         points = verify(subject, config.k, grid, points)
         del subject
         release(device)
-        columns = [("verify", "verify_ratio", bench_tables.times, "")]
+        columns = [Metric("verify_ratio", "verify", better="lower", brief=times)]
         bench_tables.show(source.name, metrics | {"points": points}, columns)
         metrics["points"] += points
     if model is None:

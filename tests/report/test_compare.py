@@ -9,7 +9,8 @@ from conftest import WORDS
 from mambactl.commands import bench
 from mambactl.commands import eval as eval_command
 from mambactl.errors import CheckError, OutputError, UsageError
-from mambactl.options import BenchConfig, EvalConfig
+from mambactl.evaluation.probes import EvalConfig
+from mambactl.options import BenchConfig
 from mambactl.report import compare
 
 pytest.importorskip("matplotlib")

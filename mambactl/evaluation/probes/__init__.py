@@ -1,1 +1,86 @@
-"""One file per probe of `eval`."""
+"""The table of what `eval` measures: a row each, in a file of its own.
+
+A new probe is a file with a subclass of `Probe` and a row here. Options, JSON, kept results, tables
+of the console, pages, comparisons, cards and bounds follow from it. Loading the table loads no
+heavy library: probes import theirs when they measure.
+"""
+
+from collections.abc import Iterable
+from copy import copy
+from typing import Any
+
+from pydantic import create_model
+
+from mambactl.evaluation.harness.task_options import TaskNames, TaskPrompts
+from mambactl.evaluation.probes.agreement_probe import AgreementOptions, AgreementProbe
+from mambactl.evaluation.probes.fidelity_probe import FidelityProbe
+from mambactl.evaluation.probes.layer_probe import LayerOptions, LayerProbe
+from mambactl.evaluation.probes.needle_probe import NeedleOptions, NeedleProbe
+from mambactl.evaluation.probes.position_probe import PositionOptions, PositionProbe
+from mambactl.evaluation.probes.preference_probe import PreferenceOptions, PreferenceProbe
+from mambactl.evaluation.probes.probe import Probe
+from mambactl.evaluation.probes.recall_probe import RecallOptions, RecallProbe
+from mambactl.evaluation.probes.task_probe import TaskProbe
+from mambactl.options.evaluation import Certainty, Controls, EvalBase, Outcome, Sizes, Text
+
+_ROWS: tuple[Probe[Any, Any, Any], ...] = (
+    FidelityProbe(),
+    LayerProbe(),
+    TaskProbe(),
+    RecallProbe(),
+    NeedleProbe(),
+    PositionProbe(),
+    PreferenceProbe(),
+    AgreementProbe(),
+)
+PROBES = {probe.name: probe for probe in _ROWS}
+
+# the order of the help: options of a probe that is not named here come before the last ones
+HELP = (
+    Text,
+    PreferenceOptions,
+    TaskNames,
+    Sizes,
+    TaskPrompts,
+    AgreementOptions,
+    RecallOptions,
+    Controls,
+    Certainty,
+    LayerOptions,
+    NeedleOptions,
+    PositionOptions,
+)
+
+
+def eval_options(probes: Iterable[Probe[Any, Any, Any]]) -> type[EvalBase]:
+    """The options of an `eval` with these probes."""
+    owned = [part for probe in probes for part in probe.options]
+    others = [part for part in HELP if part in owned or part not in _PARTS]
+    parts = (*others, *(part for part in owned if part not in HELP), Outcome)
+    fields = {
+        # a field belongs to one class
+        name: (annotation, copy(getattr(part, name)))
+        for part in parts
+        for name, annotation in part.__annotations__.items()
+    }
+    return create_model(
+        "EvalConfig",
+        __base__=EvalBase,
+        __doc__="Fidelity to a teacher, recall, and task accuracy.",
+        __module__=__name__,
+        **fields,
+    )
+
+
+_PARTS = frozenset(part for probe in _ROWS for part in probe.options)
+EvalConfig = eval_options(_ROWS)
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a smaller value of what some probe measures is the better one.
+
+    Scores of extracted answers are called METRIC:FILTER.
+    """
+    metric = name.partition(":")[0]
+    known = (each for probe in PROBES.values() for each in probe.metrics)
+    return any(each.name == metric and each.better == "lower" for each in known)

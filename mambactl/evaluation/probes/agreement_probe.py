@@ -1,45 +1,85 @@
 """`eval --generation-agreement`: what student and teacher write behind the same prompts."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from mambactl import console
-from mambactl.decode.backend import make_engine
-from mambactl.decode.prompts import Prompt, encode
-from mambactl.decode.sampler import SamplingParams
-from mambactl.evaluation.agreement import SCALARS, Pair, forced_agreement, generation_agreement
-from mambactl.generation.completion import complete, rows_together
-from mambactl.generation.decoding import end_tokens
-from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import EvalConfig
+from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
+from mambactl.options.evaluation import EvalOptions
+
+if TYPE_CHECKING:
+    from mambactl.decode.prompts import Prompt
+
+Prompts = dict[str, "list[Prompt]"]
 
 
-def measure(
-    config: EvalConfig,
-    prompts: list[Prompt],
-    student: HybridForCausalLM,
-    teacher: HybridForCausalLM,
-    tokenizer: Any,
-) -> dict[str, float]:
-    """Decode greedily with both and compare, see `evaluation.agreement`."""
-    encoded = [encode(prompt, tokenizer) for prompt in prompts]
-    texts = []
-    with console.progress("generated texts", 2 * len(encoded)) as task:
-        for model in (student, teacher):
-            params = SamplingParams(
-                max_new_tokens=config.generation_tokens,
-                eos_token_ids=end_tokens(model, tokenizer),
-            )
-            rows = rows_together(model.device, config.batch_size)
-            engine = make_engine(model, None, 0)
-            texts.append(complete(engine, tokenizer, encoded, params, (), rows, task.advance))
-    pairs = [Pair(*one) for one in zip(encoded, *texts, strict=True)]
-    found = generation_agreement(pairs)
-    found["forced_agreement"] = forced_agreement(student, pairs, config.batch_size)
-    return {"prompts": len(pairs)} | {name: found[name] for name in SCALARS}
+class AgreementOptions(EvalOptions):
+    """Prompts, and how much is written behind them."""
+
+    generation_agreement: str | None = Field(
+        None, description="prompts (.txt, .jsonl): compare greedy texts with the teacher's"
+    )
+    generation_tokens: int = Field(64, ge=1, description="tokens per such text")
 
 
-def show(source: str, teacher: str, found: dict[str, float]) -> None:
-    """A table of the numbers."""
-    lines = [("prompts", f"{found['prompts']}")]
-    lines += [(name, f"{found[name]:.4f}") for name in SCALARS]
-    console.table(f"greedy texts of {source} against {teacher}", ("", ""), lines)
+class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
+    """How alike greedy texts are."""
+
+    name, title, group = "generation", "Greedy texts", "greedy texts"
+    about = (
+        "Written behind the same prompts by student and teacher. Forced: the teacher's tokens that "
+        "the student would have written next behind the teacher's own text."
+    )
+    by_set = True
+    options = (AgreementOptions,)
+    example = "--generation-agreement PROMPTS"
+
+    def asked(self, config: AgreementOptions) -> bool:
+        """Whether there are prompts."""
+        return bool(config.generation_agreement)
+
+    def read(self, config: AgreementOptions, asked: Asked) -> Prompts:
+        """Read `limit` prompts, which are one data set."""
+        from mambactl.generation.decoding import read_prompts
+
+        return {self.name: read_prompts(config.generation_agreement)[: config.limit]}
+
+    def plan(self, inputs: Prompts | None) -> dict[str, Any]:
+        """How many prompts."""
+        return {"prompts": len(inputs[self.name]) if inputs else 0}
+
+    def measure(
+        self, config: AgreementOptions, inputs: Prompts, subject: Subject
+    ) -> dict[str, Numbers]:
+        """Decode greedily with both and compare, see `evaluation.agreement`."""
+        from mambactl.decode.backend import make_engine
+        from mambactl.decode.prompts import encode
+        from mambactl.decode.sampler import SamplingParams
+        from mambactl.evaluation.agreement import Pair, forced_agreement, generation_agreement
+        from mambactl.generation.completion import complete, rows_together
+        from mambactl.generation.decoding import end_tokens
+
+        tokenizer = subject.tokenizer
+        encoded = [encode(prompt, tokenizer) for prompt in inputs[self.name]]
+        texts = []
+        with console.progress("generated texts", 2 * len(encoded)) as task:
+            for model in (subject.model, subject.teacher):
+                params = SamplingParams(
+                    max_new_tokens=config.generation_tokens,
+                    eos_token_ids=end_tokens(model, tokenizer),
+                )
+                rows = rows_together(model.device, config.batch_size)
+                engine = make_engine(model, None, 0)
+                texts.append(complete(engine, tokenizer, encoded, params, (), rows, task.advance))
+        pairs = [Pair(*one) for one in zip(encoded, *texts, strict=True)]
+        forced = forced_agreement(subject.model, pairs, config.batch_size)
+        numbers = {"prompts": len(pairs), "forced_agreement": forced}
+        return {self.name: numbers | generation_agreement(pairs)}
+
+    def show(self, subject: Subject, found: dict[str, Numbers]) -> None:
+        """Print a line per number."""
+        numbers = found[self.name]
+        lines = [(each.name, each.shown(numbers)) for each in self.present([numbers])]
+        title = f"greedy texts of {subject.source} against {subject.teacher_name}"
+        console.table(title, ("", ""), lines)

@@ -1,120 +1,160 @@
-"""The fidelity part of `eval`: intervals, a second student beside the first, errors by layer."""
+"""`eval --data`: how closely students and their controls follow the teacher on text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mambactl import console
-from mambactl.data.format import encode_rows
-from mambactl.evaluation.fidelity import Variant, predict
-from mambactl.evaluation.layers import layer_errors
-from mambactl.evaluation.statistics import Bootstrap
-from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import EvalConfig
+from mambactl.evaluation.probes.probe import (
+    AGAINST,
+    STUDENT,
+    Asked,
+    Numbers,
+    Probe,
+    Subject,
+    keep_by_variant,
+    require_text,
+)
+from mambactl.metrics import AGREEMENT, KL, Metric, exact, signed, significant, span
+from mambactl.options.evaluation import EvalOptions, rows_per_pass
 
-STUDENT, AGAINST = "student", "against"
+if TYPE_CHECKING:
+    from mambactl.evaluation.statistics import Bootstrap
+
+Texts = dict[str, list[dict[str, Any]]]
+# whose means by position are shown
+BY_POSITION = (KL, AGREEMENT)
 
 
 @dataclass
 class Fidelity:
-    """By data set: numbers of every variant, paired tests, and errors by student and layer."""
+    """By data set: numbers of every variant, and paired tests."""
 
-    measured: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    tests: dict[str, dict[str, Any]] = field(default_factory=dict)
-    layers: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-
-    def keep(self, metrics: dict[str, Any]) -> None:
-        """Put tests and layers where the other numbers of a model are."""
-        if self.tests:
-            metrics.setdefault(AGAINST, {})["tests"] = self.tests
-        for data, found in self.layers.items():
-            for name, errors in found.items():
-                place = metrics if name == STUDENT else metrics.setdefault(AGAINST, {})
-                place.setdefault("layers", {})[data] = errors
+    measured: dict[str, dict[str, Numbers]] = field(default_factory=dict)
+    tests: dict[str, Numbers] = field(default_factory=dict)
 
 
-def bootstrap_of(config: EvalConfig) -> Bootstrap:
+class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
+    """Differences of whole distributions, token by token."""
+
+    name, title = "fidelity", "Fidelity to the teacher"
+    about = (
+        "ECE: how far a model's confidence in its first choice is from how often that is the "
+        "text's next token, or from what the teacher gives it."
+    )
+    by_set = True
+    example = "--data FILE (fidelity to the teacher)"
+    controlled = True
+
+    def asked(self, config: EvalOptions) -> bool:
+        """Whether there is text."""
+        return bool(config.data)
+
+    def validate(self, config: EvalOptions) -> None:
+        """Raise UsageError for a second student without text."""
+        require_text(bool(config.against), config)
+
+    def read(self, config: EvalOptions, asked: Asked) -> Texts:
+        """Rows by data set."""
+        return asked.texts
+
+    def plan(self, inputs: Texts | None) -> dict[str, Any]:
+        """Documents of every data set."""
+        return {"documents": {name: len(rows) for name, rows in (inputs or {}).items()}}
+
+    def measure(self, config: EvalOptions, inputs: Texts, subject: Subject) -> Fidelity:
+        """Measure every variant on every data set; the other student is tested as well."""
+        from mambactl.data.format import encode_rows
+        from mambactl.evaluation.fidelity import predict
+
+        found, bootstrap = Fidelity(), bootstrap_of(config)
+        for name, rows in inputs.items():
+            documents = [example.input_ids for example in encode_rows(rows, subject.tokenizer)]
+            sizes = (config.max_length, rows_per_pass(config))
+            predictions = predict(subject.variants, subject.teacher, documents, *sizes)
+            counts = {
+                "documents": len(documents),
+                "rows": predictions.row_count,
+                "max_length": config.max_length,
+            }
+            samples = config.save_samples
+            found.measured[name] = {
+                variant: counts | predictions.summary(variant, bootstrap, samples=samples)
+                for variant in subject.variants
+            }
+            if AGAINST in subject.variants:
+                found.tests[name] = predictions.compare(STUDENT, AGAINST, bootstrap)
+        return found
+
+    def show(self, subject: Subject, found: Fidelity) -> None:
+        """Print a table per data set where variants differ, and one of the tests."""
+        title = f"{subject.source} against {subject.teacher_name}"
+        if all(len(variants) == 1 for variants in found.measured.values()):
+            alone = {data: next(iter(one.values())) for data, one in found.measured.items()}
+            self._table(f"{title}, per token", alone)
+        else:
+            for data, variants in found.measured.items():
+                self._table(f"{title} on {data}, per token", variants)
+        _show_tests(subject, found.tests)
+
+    def keep(self, kept: Numbers, found: Fidelity) -> None:
+        """Put the tests beside the numbers of the student that they are against."""
+        keep_by_variant(kept, self.name, found.measured)
+        if found.tests:
+            kept.setdefault(AGAINST, {})["tests"] = found.tests
+
+    def _table(self, title: str, columns: Mapping[str, Numbers]) -> None:
+        """Lines are called as `fail_under` calls them."""
+        found = list(columns.values())
+        lines = []
+        for each in self.present(found):
+            lines.append((each.name, *(each.shown(one) for one in found)))
+            if each.interval and (cells := _intervals(found, each)):
+                lines.append(cells)
+        buckets = dict.fromkeys(bucket for one in found for bucket in one["by_position"])
+        for each in BY_POSITION:
+            for bucket in buckets:
+                parts = [one["by_position"].get(bucket) for one in found]
+                cells = ("-" if part is None else each.shown(part) for part in parts)
+                lines.append((f"{each.name} at {bucket}", *cells))
+        console.table(title, ("", *columns), lines)
+
+
+def bootstrap_of(config: EvalOptions) -> "Bootstrap":
     """How intervals and tests are made."""
+    from mambactl.evaluation.statistics import Bootstrap
+
     return Bootstrap(config.confidence, config.bootstrap, config.seed)
 
 
-def measure_fidelity(
-    config: EvalConfig,
-    data: Mapping[str, list[dict[str, Any]]],
-    variants: Mapping[str, Variant],
-    teacher: HybridForCausalLM,
-    tokenizer: Any,
-) -> Fidelity:
-    """Measure every variant on every data set; a student called `against` is tested as well."""
-    found, bootstrap = Fidelity(), bootstrap_of(config)
-    for name, rows in data.items():
-        documents = [example.input_ids for example in encode_rows(rows, tokenizer)]
-        sizes = (config.max_length, config.rows)
-        predictions = predict(variants, teacher, documents, *sizes)
-        counts = {
-            "documents": len(documents),
-            "rows": predictions.row_count,
-            "max_length": config.max_length,
-        }
-        found.measured[name] = {
-            variant: counts | predictions.summary(variant, bootstrap, samples=config.save_samples)
-            for variant in variants
-        }
-        if AGAINST in variants:
-            found.tests[name] = predictions.compare(STUDENT, AGAINST, bootstrap)
-        if config.per_layer:
-            found.layers[name] = {
-                who: {
-                    str(layer): error
-                    for layer, error in layer_errors(
-                        variants[who].model, teacher, documents, *sizes
-                    ).items()
-                }
-                for who in (STUDENT, AGAINST)
-                if who in variants
-            }
-    return found
+def _intervals(found: Sequence[Numbers], metric: Metric) -> tuple[str, ...]:
+    pairs = [one.get("intervals", {}).get(metric.name) for one in found]
+    share = next((one["confidence"] for one in found if "intervals" in one), None)
+    if share is None:
+        return ()
+    return (f"  {100 * share:g} % interval", *(span(pair, exact) or "-" for pair in pairs))
 
 
-def show_tests(source: str, other: str, tests: Mapping[str, dict[str, Any]]) -> None:
+def _show_tests(subject: Subject, tests: Mapping[str, Numbers]) -> None:
     """A line per data set and number: the difference, its interval, p, and who wins how often."""
-    lines = []
-    for data, found in tests.items():
-        for name, test in found["tests"].items():
-            interval = test["interval"]
-            lines.append(
-                (
-                    data,
-                    name,
-                    f"{test['difference']:+.4f}",
-                    "-" if interval is None else "{:+.4f} to {:+.4f}".format(*interval),
-                    "-" if test["p"] is None else f"{test['p']:.3g}",
-                    f"{test['wins']} / {test['losses']}",
-                )
-            )
-    if lines:
-        units = {f"{t['tests']['kl']['units']} {t['resampled']} of {d}" for d, t in tests.items()}
-        share = next(iter(tests.values()))["confidence"]
-        columns = ("data", "", "difference", f"{100 * share:g} % interval", "p", "lower / higher")
-        title = f"{source} minus {other}, by {', '.join(sorted(units))}"
-        console.table(title, columns, lines)
-
-
-def show_layers(source: str, layers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """A line per replaced layer, a column per data set (and student)."""
-    columns = {
-        data if who == STUDENT else f"{data} ({who})": errors
-        for data, found in layers.items()
-        for who, errors in found.items()
-    }
-    every = sorted({int(layer) for errors in columns.values() for layer in errors})
     lines = [
         (
-            str(layer),
-            *(f"{e[str(layer)]:.4f}" if str(layer) in e else "-" for e in columns.values()),
+            data,
+            name,
+            signed(test["difference"]),
+            span(test["interval"], signed) or "-",
+            "-" if test["p"] is None else significant(test["p"]),
+            f"{test['wins']} / {test['losses']}",
         )
-        for layer in every
+        for data, found in tests.items()
+        for name, test in found["tests"].items()
     ]
     if lines:
-        title = f"relative error of the mixers of {source}, each fed by the teacher"
-        console.table(title, ("layer", *columns), lines)
+        units = {
+            f"{t['tests'][KL.name]['units']} {t['resampled']} of {d}" for d, t in tests.items()
+        }
+        share = next(iter(tests.values()))["confidence"]
+        columns = ("data", "", "difference", f"{100 * share:g} % interval", "p", "lower / higher")
+        other = subject.other_name
+        title = f"{subject.source} minus {other}, by {', '.join(sorted(units))}"
+        console.table(title, columns, lines)

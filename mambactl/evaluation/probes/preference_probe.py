@@ -1,48 +1,81 @@
 """`eval --preferences`: what a model prefers, and how far it is from its teacher on answers."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from mambactl import console
-from mambactl.data.preferences import PairSet, load_pairs
-from mambactl.evaluation.rewards import (
-    HEADINGS,
-    Layout,
-    by_set,
-    compare_preferences,
-    documents,
-    read_reference,
-)
-from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import EvalConfig
+from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
+from mambactl.options.evaluation import EvalOptions, rows_per_pass
+from mambactl.options.fields import Names
+
+if TYPE_CHECKING:
+    from mambactl.data.preferences import PairSet
 
 
-def read_preference_sets(config: EvalConfig, tokenizer: Any) -> dict[str, PairSet]:
-    """The sets of `config.preferences`, `limit` pairs of each; warns of rows that are left out."""
-    sets = load_pairs(
-        config.preferences, tokenizer, config.max_length, skip_bad_rows=True, used=config.limit
+class PreferenceOptions(EvalOptions):
+    """Pairs of answers."""
+
+    preferences: Names = Field([], description="pairs for reward accuracy, margin and KL, by set")
+
+
+class PreferenceProbe(Probe[PreferenceOptions, "dict[str, PairSet]", "dict[str, Numbers]"]):
+    """Rewards against the teacher, by set of pairs."""
+
+    name, title, group = "preferences", "Preferences", "preferences"
+    about = (
+        "Whether the answer that people preferred gains more over the teacher than the other one, "
+        "in nats; per token, of answers of other lengths."
     )
-    return {name: PairSet(found.pairs[: config.limit], found.bad) for name, found in sets.items()}
+    options = (PreferenceOptions,)
+    example = "--preferences FILE"
 
+    def asked(self, config: PreferenceOptions) -> bool:
+        """Whether there are pairs."""
+        return bool(config.preferences)
 
-def measure_preferences(
-    config: EvalConfig, sets: Mapping[str, PairSet], model: Any, reference: Any
-) -> dict[str, dict[str, Any]]:
-    """Set -> numbers of `SCALARS`, with rewards in nats (beta = 1), and rows that were left out."""
-    own = all(isinstance(one, HybridForCausalLM) for one in (model, reference))
-    layout = Layout(config.max_length, config.rows, packing=own)
-    measured = {}
-    with console.progress("preferences", sum(len(found.pairs) for found in sets.values())) as task:
-        for name, found in sets.items():
-            if found.pairs:
-                states = read_reference(reference, documents(found.pairs), layout)
-                numbers = compare_preferences(model, states, found.pairs, layout)
-                measured[name] = numbers | {k: found.counts()[k] for k in ("bad", "too_long")}
-            task.advance(len(found.pairs))
-    return measured
+    def read(self, config: PreferenceOptions, asked: Asked) -> "dict[str, PairSet]":
+        """Read `limit` pairs of each set; warns of rows that are left out."""
+        from mambactl.data.preferences import PairSet, load_pairs
 
+        sets = load_pairs(
+            config.preferences,
+            asked.tokenizer,
+            config.max_length,
+            skip_bad_rows=True,
+            used=config.limit,
+        )
+        return {
+            name: PairSet(found.pairs[: config.limit], found.bad) for name, found in sets.items()
+        }
 
-def show_preferences(source: str, reference: str, measured: Mapping[str, dict[str, Any]]) -> None:
-    """A line per set."""
-    title = f"preferences of {source} against {reference}"
-    console.table(title, ("set", "pairs", *HEADINGS), by_set(measured))
+    def plan(self, inputs: "dict[str, PairSet] | None") -> dict[str, Any]:
+        """Pairs of every set."""
+        return {self.name: {name: found.counts() for name, found in (inputs or {}).items()}}
+
+    def measure(
+        self, config: PreferenceOptions, inputs: "dict[str, PairSet]", subject: Subject
+    ) -> dict[str, Numbers]:
+        """Compare with the teacher, rewards in nats (beta = 1); rows left out are counted."""
+        from mambactl.evaluation.rewards import (
+            Layout,
+            compare_preferences,
+            documents,
+            read_reference,
+        )
+        from mambactl.models.hybrid import HybridForCausalLM
+
+        models = (subject.model, subject.teacher)
+        own = all(isinstance(one, HybridForCausalLM) for one in models)
+        layout = Layout(config.max_length, rows_per_pass(config), packing=own)
+        measured = {}
+        total = sum(len(found.pairs) for found in inputs.values())
+        with console.progress(self.name, total) as task:
+            for name, found in inputs.items():
+                if found.pairs:
+                    states = read_reference(subject.teacher, documents(found.pairs), layout)
+                    numbers = compare_preferences(subject.model, states, found.pairs, layout)
+                    left_out = {key: found.counts()[key] for key in ("bad", "too_long")}
+                    measured[name] = numbers | left_out
+                task.advance(len(found.pairs))
+        return measured

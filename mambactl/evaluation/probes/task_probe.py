@@ -1,220 +1,88 @@
-"""`eval --tasks`: which tasks, from where, with what around them, and the tables they end in."""
+"""`eval --tasks`: scores of lm-evaluation-harness, on its tasks and on files."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambactl import console
-from mambactl.checkpoint.load import load_tokenizer
-from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.source import cache_dir
-from mambactl.errors import UsageError
-from mambactl.evaluation.harness.presets import MAX_LENGTH, PRESETS, summary
-from mambactl.evaluation.harness.tasks import (
-    HarnessOptions,
-    Wanted,
-    find_local,
-    is_local,
-    load_local_task,
-    matching,
-    require_distinct,
-    require_harness,
-)
-from mambactl.options import EvalConfig
-from mambactl.ranks import place
-from mambactl.report.card_results import CARD
+from mambactl.evaluation.harness.task_options import TaskNames, TaskOptions, TaskPrompts
+from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from mambactl.evaluation.harness.scoring import TaskScores
+    from mambactl.evaluation.harness.task_plan import TaskPlan
 
 
 @dataclass(frozen=True)
-class TaskPlan:
-    """Tasks that were found and read; `presets` are the lists that they fill."""
+class Scored:
+    """What the harness found, and what was asked of it."""
 
-    wanted: list[Wanted]
-    presets: list[str]
-    samples: Path | None = None
-
-    def rows(self) -> dict[str, int | None]:
-        """Task -> rows, None where only the harness knows."""
-        return {task.name: task.local and len(task.local.rows) for task in self.wanted}
-
-    def metrics(self) -> dict[str, list[str]] | None:
-        """Task -> scores, None where only the harness knows."""
-        if any(task.local is None for task in self.wanted):
-            return None
-        known = {task.name: task.local.schema.metrics for task in self.wanted}
-        return known | {name: list(summary(PRESETS[name], {})) for name in self.presets}
+    plan: "TaskPlan"
+    scores: "TaskScores"
 
 
-def read(config: EvalConfig, source: str) -> TaskPlan:
-    """Resolve and check everything about tasks before a model is loaded."""
-    if not config.tasks:
-        return TaskPlan([], [])
-    require_harness()
-    _check(config, source)
-    presets = [name for name in dict.fromkeys(config.tasks) if name in PRESETS]
-    wanted = list(dict.fromkeys(_expand(config)))
-    require_distinct([name for name, _, _ in wanted])
-    found = [_find(config, *one) for one in wanted]
-    require_distinct([task.name for task in found])
-    return TaskPlan(found, presets, _samples(config, source))
+class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
+    """Scores by task, and the parts of tasks that have any."""
 
+    name, title, group = "tasks", "Tasks", "tasks"
+    about = "Lines are 95 % intervals, 1.96 standard errors to each side, where errors are known."
+    options = (TaskNames, TaskPrompts)
+    example = "--tasks NAME,FILE.jsonl"
+    teacher = "unused"
+    alone = True
 
-def score_wanted(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    wanted: Sequence[Wanted],
-    options: HarnessOptions,
-) -> "TaskScores":
-    """Score a model on tasks; ResourceError when the harness is missing."""
-    require_harness()
-    from mambactl.evaluation.harness.scoring import score
+    def asked(self, config: TaskOptions) -> bool:
+        """Whether there are tasks."""
+        return bool(config.tasks)
 
-    return score(model, tokenizer, wanted, options)
+    def read(self, config: TaskOptions, asked: Asked) -> "TaskPlan":
+        """Resolve and check everything about tasks."""
+        from mambactl.evaluation.harness.task_plan import read
 
+        return read(config, asked.source)
 
-def measure(
-    plan: TaskPlan, config: EvalConfig, source: str, model: Any, tokenizer: Any
-) -> dict[str, dict[str, Any]]:
-    """Score a model, print the harness's table and those of the presets.
+    def plan(self, inputs: "TaskPlan | None") -> dict[str, Any]:
+        """Rows of every task."""
+        return {self.name: {} if inputs is None else inputs.rows()}
 
-    `tasks` are scores by task, `task_groups` the parts of tasks that have any.
-    """
-    scores = score_wanted(model, tokenizer, plan.wanted, _options(plan, config, source, model))
-    console.log(scores.table.rstrip())
-    found: dict[str, dict[str, Any]] = dict(scores.metrics)
-    for name in plan.presets:
-        columns = PRESETS[name]
-        numbers = summary(columns, scores.metrics)
-        shots = {column.label: column for column in columns}
-        measured = sum(numbers[label] is not None for label in shots)
-        average = f"average of {measured} of {len(shots)}"
-        lines = [
-            (label, str(column.shots), column.metric, _percent(numbers[label]))
-            for label, column in shots.items()
-        ]
-        lines.append((average, "", "", _percent(numbers["average"])))
-        console.table(f"{name} of {source}", ("", "shots", "metric", "%"), lines)
-        found[name] = {label: value for label, value in numbers.items() if value is not None}
-    if plan.samples is not None:
-        _write_samples(plan.samples, scores.samples)
-    return {"tasks": found} | ({"task_groups": scores.groups} if scores.groups else {})
+    def labels(self, inputs: "TaskPlan") -> list[str]:
+        """The tasks as they were asked for."""
+        return inputs.names
 
+    def known(self, inputs: "TaskPlan") -> dict[str, Sequence[str]] | None:
+        """Scores of local tasks: only the harness knows those of its own, once it loads them."""
+        return inputs.metrics()
 
-def _expand(config: EvalConfig) -> list[tuple[str, int | None, bool]]:
-    """(task, its own number of worked examples, whether others go on without it)."""
-    every: list[tuple[str, int | None, bool]] = []
-    for spec in config.tasks:
-        if spec in PRESETS:
-            every += [
-                (task, column.shots, True) for column in PRESETS[spec] for task in column.tasks
-            ]
-        else:
-            names = matching(spec, config.task_dir) or [spec]
-            every += [(name, None, False) for name in names]
-    return every
+    def measure(self, config: TaskOptions, inputs: "TaskPlan", subject: Subject) -> Scored:
+        """Score the student alone."""
+        from mambactl.evaluation.harness.task_plan import harness_options, score_wanted
 
+        options = harness_options(inputs, config, subject.source, subject.model)
+        scores = score_wanted(subject.model, subject.tokenizer, inputs.wanted, options)
+        return Scored(inputs, scores)
 
-def _find(config: EvalConfig, name: str, shots: int | None, optional: bool) -> Wanted:
-    examples = (config.num_fewshot or 0) if shots is None else shots
-    if is_local(name):
-        task = load_local_task(name, config.limit, examples)
-        return Wanted(task.name, task, shots)
-    found = find_local(name, config.task_dir)
-    if found is None:
-        return Wanted(name, None, shots, optional)
-    path, schema = found
-    console.log(f"{name}: {path}", level=2)
-    task = load_local_task(str(path), config.limit, examples, name, schema)
-    if task.pool is not None and task.pool.own:
-        console.warn(f"{name} has no pool of worked examples; they are other rows of the set")
-    return Wanted(name, task, shots)
+    def show(self, subject: Subject, found: Scored) -> None:
+        """Print the harness's table and those of the presets."""
+        from mambactl.evaluation.harness.task_plan import show_presets
 
+        console.log(found.scores.table.rstrip())
+        show_presets(found.plan, subject.source, found.scores.metrics)
 
-def _check(config: EvalConfig, source: str) -> None:
-    if config.task_dir is not None and not Path(config.task_dir).expanduser().is_dir():
-        raise UsageError(f"--task-dir {config.task_dir} is no folder", "give one with task files")
-    if config.num_fewshot is not None and any(name in PRESETS for name in config.tasks):
-        raise UsageError(
-            "a list of the paper says itself how many worked examples its tasks have",
-            hint="leave out --num-fewshot, or name the tasks",
-        )
-    if config.fewshot_as_multiturn and not config.apply_chat_template:
-        raise UsageError("chat turns need a chat template", "add --apply-chat-template")
-    if config.apply_chat_template:
-        tokenizer = load_tokenizer(source, config.trust_remote_code)
-        if not getattr(tokenizer, "chat_template", None):
-            raise UsageError(f"{source} has no chat template", "leave out --apply-chat-template")
+    def keep(self, kept: Numbers, found: Scored) -> None:
+        """Keep scores, and groups of tasks; write the samples where they are asked for."""
+        from mambactl.evaluation.harness.presets import PRESETS, summary
+        from mambactl.evaluation.harness.task_plan import write_samples
 
+        scores = dict(found.scores.metrics)
+        for name in found.plan.presets:
+            numbers = summary(PRESETS[name], found.scores.metrics)
+            scores[name] = {key: value for key, value in numbers.items() if value is not None}
+        kept[self.name] = scores
+        if found.scores.groups:
+            kept["task_groups"] = found.scores.groups
+        if found.plan.samples is not None:
+            write_samples(found.plan.samples, found.scores.samples)
 
-def _samples(config: EvalConfig, source: str) -> Path | None:
-    if not config.log_samples:
-        return None
-    if config.output_path is not None:
-        return Path(config.output_path).expanduser()
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise UsageError(
-            f"samples need a place: {source} is no folder of yours", "add --output-path FOLDER"
-        )
-    return folder / "results"
-
-
-def _options(plan: TaskPlan, config: EvalConfig, source: str, model: Any) -> HarnessOptions:
-    longest = config.task_max_length
-    if longest is None and plan.presets:
-        longest = min(MAX_LENGTH, model.config.max_position_embeddings)
-    kept = cache_dir() / "tasks"
-    answers = None
-    if config.use_cache is not None:
-        kept = Path(config.use_cache).expanduser()
-        answers = kept / f"{_fingerprint(config, source, longest)}.db"
-    return HarnessOptions(
-        num_fewshot=config.num_fewshot,
-        apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=config.fewshot_as_multiturn,
-        system_instruction=config.system_instruction,
-        limit=config.limit,
-        batch_size=config.batch_size,
-        max_length=longest,
-        seed=config.seed,
-        fewshot_seed=config.fewshot_seed,
-        requests=kept / "requests" if config.cache_requests else None,
-        answers=answers,
-        log_samples=config.log_samples,
-        task_dir=config.task_dir,
-    )
-
-
-def _fingerprint(config: EvalConfig, source: str, max_length: int | None) -> str:
-    """Names the answers of one model: the harness looks them up by the question alone."""
-    path = Path(resolve(source).path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    facts = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in files
-        # results in the card say nothing about the answers
-        if file.is_file() and file.name != CARD
-    ]
-    device, dtype = place(config)
-    whole = repr((str(path.resolve()), facts, device.type, str(dtype), max_length))
-    return f"{path.stem}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
-
-
-def _write_samples(folder: Path, samples: dict[str, Sequence[dict[str, Any]]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in samples.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"samples_{name}.jsonl").write_text("".join(lines), "utf-8")
-    console.log(f"samples of {len(samples)} tasks are in {folder}")
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
+    def scores(self, kept: Numbers) -> dict[str, dict[str, float]]:
+        """Every score, known to the table or not."""
+        return kept.get(self.name, {})

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mambactl.report.plots import DPI, new_figure
+from mambactl.figures import DPI, new_figure
 
 # even to the eye, in grey and to the colour-blind
 COLOURS = "cividis"

@@ -1,0 +1,23 @@
+"""Figures of matplotlib, which is no dependency of most commands."""
+
+from typing import Any
+
+from mambactl.errors import ResourceError
+
+# dots per inch of a picture
+DPI = 150
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """An empty figure; ResourceError without matplotlib."""
+    try:
+        # no window system and no global state: the figure is drawn into a file
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ResourceError(
+            "plots need matplotlib, which is missing", 'pip install "mambactl[plots]"'
+        ) from None
+    figure = Figure(figsize=inches)
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,84 @@
+"""Options of `eval` that several of its probes read; those of one probe are in its file.
+
+Groups of options are plain classes, of which one class of options is made: a class for each group
+would take a fifth of the time in which the help appears.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from mambactl.options.fields import BatchSize, Branches, DataSpecs, Names, StageConfig
+
+
+class EvalBase(StageConfig):
+    """What is the same in every `eval`, whatever its probes are."""
+
+    on_card: ClassVar[bool] = True
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto",
+        description="weights in memory; auto is bfloat16 on capable GPUs, else float32; float64 "
+        "(on a CPU) scores alike in any batch",
+    )
+
+
+class Text:
+    """The other model, and text that both read."""
+
+    teacher: str | None = Field(None, description="default: where the lineage started")
+    data: DataSpecs = Field([], description="text or messages for fidelity")
+
+
+class Sizes:
+    """How much is read, and how much of it at a time."""
+
+    limit: int | None = Field(None, ge=1, description="rows per task / documents per data set")
+    max_length: int = Field(512, ge=16, description="tokens per row of --data")
+    batch_size: BatchSize = Field(
+        "auto", description="rows per forward pass; auto fills passes of tasks by tokens"
+    )
+
+
+class Controls:
+    """Changes to the models that are measured beside them."""
+
+    control: Literal["window"] | None = Field(
+        None, description="compare with the teacher under a window in the replaced layers"
+    )
+    control_window: int = Field(64, ge=1, description="tokens that window sees")
+    control_sinks: int = Field(4, ge=0, description="first tokens that it sees as well")
+    ablate: Branches = Field([], description="also measure with these branches putting out zero")
+
+
+class Certainty:
+    """A second student, and how sure a difference is."""
+
+    against: str | None = Field(
+        None, description="another student: paired test of the difference on the same documents"
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="share that an interval holds")
+    bootstrap: int = Field(
+        1000, ge=0, description="draws of documents behind intervals and tests; 0: none"
+    )
+    save_samples: bool = Field(False, description="keep numbers per document, and answers")
+
+
+class Outcome:
+    """What becomes of the numbers."""
+
+    fail_under: Names = Field([], description="METRIC=VALUE; exit 7 when below")
+    report: str | None = Field(None, description="also put it all on this page (HTML)")
+
+
+class EvalOptions(Text, Sizes, Controls, Certainty, Outcome):
+    """All options that no single probe owns."""
+
+    seed: int
+    device: str
+    trust_remote_code: bool
+
+
+def rows_per_pass(config: Sizes) -> int:
+    """Rows per forward pass where they cannot be filled by tokens."""
+    return 4 if config.batch_size == "auto" else config.batch_size
