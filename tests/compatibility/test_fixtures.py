@@ -64,7 +64,8 @@ def test_there_is_one_of_each() -> None:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_gives_the_logits_it_gave(place, name) -> None:
     expected = load_file(place / "logits.safetensors")[name]
-    torch.testing.assert_close(logits_of(place / name), expected, rtol=1e-6, atol=1e-5)
+    # bitwise on the kind of CPU that made them; 2e-6 was the most that another instruction set did
+    torch.testing.assert_close(logits_of(place / name), expected, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("name", SINGLE_FILES)
