@@ -7,7 +7,6 @@ import typer
 
 import mambactl
 from mambactl.cli import io, recipe
-from mambactl.cli.invoke import run_command
 from mambactl.cli.parameters import parameters_of, with_parameters
 from mambactl.commands import COMMANDS, Command
 
@@ -78,6 +77,9 @@ def _help(command: Command) -> str:
 
 def _function(command: Command) -> Callable[..., None]:
     def function(**given: Any) -> None:
+        # help and completion need none of it
+        from mambactl.cli.invoke import run_command
+
         run_command(command, given)
 
     with_parameters(function, parameters_of(command))

@@ -7,12 +7,10 @@ from typing import Annotated
 
 import typer
 
-from mambactl import console, recipes
+from mambactl import console
 from mambactl.cli import io
 from mambactl.cli.parameters import DryRun, Force, Json, Quiet, Resume, Settings, Verbose
-from mambactl.cli.pipeline import Handling, make_plan, run_plan
 from mambactl.errors import UsageError
-from mambactl.recipes import list_recipes, load_recipe, resolved
 from mambactl.stage_result import Table
 
 app = typer.Typer(help="Whole pipelines as YAML files.")
@@ -23,6 +21,8 @@ Name = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped
 @app.command("list")
 def list_() -> None:
     """List the recipes that come with mambactl."""
+    from mambactl.recipes import list_recipes
+
     rows = [(r.name, ", ".join(s.key for s in r.sections), r.description) for r in list_recipes()]
     io.write_out(io.drawn(Table("", ("recipe", "sections", "description"), rows)))
 
@@ -31,6 +31,8 @@ def list_() -> None:
 def show(name: Name, settings: Settings = None) -> None:
     """Print a recipe with every option and where its value comes from."""
     import yaml
+
+    from mambactl.recipes import load_recipe, resolved
 
     recipe = load_recipe(name, settings or ())
     lines = [f"name: {recipe.name}", "stages:"]
@@ -45,7 +47,9 @@ def show(name: Name, settings: Settings = None) -> None:
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors."""
-    io.write_out(json.dumps(recipes.schema(), indent=2))
+    from mambactl.recipes import schema
+
+    io.write_out(json.dumps(schema(), indent=2))
 
 
 @app.command("run")
@@ -71,6 +75,9 @@ def run(
       mambactl recipe run quickstart
       mambactl recipe run quickstart --set distill.max_steps=50 --resume
     """
+    from mambactl.cli.pipeline import Handling, make_plan, run_plan
+    from mambactl.recipes import load_recipe
+
     if resume and force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
     console.set_verbosity(0 if quiet else 2 if verbose else 1)

@@ -94,6 +94,7 @@ Weights = Annotated[list[Annotated[float, Field(ge=0)]], BeforeValidator(_split_
 class CommandConfig(BaseModel):
     """Options of one command: a field is a flag, and the docstring is the summary of the help."""
 
+    # validators are built at first use: help needs none
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,

@@ -15,7 +15,7 @@ from compatibility.logits import logits_of
 from compatibility.page_rows import rows_of
 from safetensors.torch import load_file
 
-from mambactl.__main__ import run
+from mambactl.cli.main import run
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text("utf-8"))

@@ -1,6 +1,6 @@
 """Package files whose functions run in a command and in single steps: what a reader has to know.
 
-    python -m tests.performance.footprint -o recipes/results/structure-before.json
+    python -m tests.performance.footprint -o recipes/results/structure/before.json
 
 A file counts when at least one function body in it runs (see `Recorder`), not when it is merely
 imported. Measured is, each in a process of its own on the CPU:
