@@ -96,9 +96,9 @@ def distill(phase: str, recorder: Recorder) -> None:
 def speculate(recorder: Recorder) -> None:
     """Steps of the GPU engine, the second of them bracketed."""
     with recorder:
-        from mambactl.decode.fused.engine import FusedEngine
-        from mambactl.decode.fused.ops import device_ops
-        from mambactl.decode.sampling import SamplingParams
+        from mambactl.decode.gpu.fused_engine import FusedEngine
+        from mambactl.decode.sampler import SamplingParams
+        from mambactl.kernels.decode.triton.ops import TritonOps
 
         from mambactl.checkpoint.load import load_model
 
@@ -111,7 +111,7 @@ def speculate(recorder: Recorder) -> None:
             return calls == 2
 
         target, draft = (load_model(name) for name in ("half.st", "all.st"))
-        engine = FusedEngine(target, draft, DRAFTS, device_ops(target))
+        engine = FusedEngine(target, draft, DRAFTS, TritonOps.for_model(target))
         params = SamplingParams(max_new_tokens=3 * (DRAFTS + 1))
         engine.generate([[5, 9, 11, 5, 9]], params, handed_on)
     assert calls == 2, f"{calls} decode steps"
