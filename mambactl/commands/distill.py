@@ -6,6 +6,7 @@ In between, if asked, layers become recurrent step by step.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ def _phase(
         _objective(job, config, models, plan, rows),
         plan.parameters(student),
         context=StandIns(student, teacher, plan.waiting) if plan.waiting else nullcontext(),
-        flops=work.flops,
+        # rows of a phase have one shape, or few
+        flops=cache(work.flops),
         cure="lower --align-lr" if plan.kind == "align" else "lower --lr",
     )
 

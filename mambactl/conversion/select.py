@@ -67,8 +67,6 @@ def read_texts(config: ConvertConfig, source: str) -> Texts:
     """Read `calibrate` and `select_data`; raises UsageError where a selection lacks text."""
     measured = config.select != "uniform"
     held_out = config.select_tokens if measured else 0
-    if not config.calibrate and not measured:
-        return Texts([], [])
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     if config.select_data and measured:
         fit = _rows(config, tokenizer, config.calibrate, config.calibrate_tokens)

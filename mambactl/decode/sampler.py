@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mambactl.kernels.decode.reference.sampling import smallest_kept
+from mambactl.kernels.decode.reference.verdict import smallest_kept
 from mambactl.kernels.random import Stream, draw, uniform
 
 __all__ = ["Sampler", "SamplingParams", "Stream", "draw", "filtered_probs", "uniform"]

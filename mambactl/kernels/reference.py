@@ -6,6 +6,8 @@ Mamba-2 (SSD, arXiv 2405.21060), per head with scalar decay:
 Mamba-1 (selective scan, arXiv 2312.00752), per channel d and state index n:
     S_t[d, n] = exp(dt_t[d] A[d, n]) S_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d]
     y_t[d] = sum_n C_t[n] S_t[d, n]
+Rotary positions (RoFormer, arXiv 2104.09864) turn queries and keys, and B and C of rotary states:
+what a state returns for C_t of B_s then depends on t - s as the teacher's scores do.
 The skip D x, the gate and the norms belong to the mixers. All arithmetic is fp32 or, for fp64
 input, fp64; states never have less than fp32.
 
@@ -314,3 +316,31 @@ def spans(seq_idx: Tensor | None, like: Tensor, window: int | None) -> Spans:
         starts = torch.maximum(starts, at - window + 1)
     ends = torch.searchsorted(starts, at.contiguous(), right=True)
     return Spans(starts.int(), ends.int())
+
+
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of channels i and N / 2 + i of states [..., N] turned: RoFormer's, laid out as Llama's.
+
+    Two halves of one split have one gradient, where two slices would have two to be added up.
+    """
+    one, other = states.chunk(2, -1)
+    return states * cos + torch.cat((-other, one), -1) * sin
+
+
+def turn(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """B or C [B, T, G, N] turned by its position, `rotary` being (cos, sin) [B, T, N]."""
+    half = states.shape[-1] // 2
+    cos, sin = rotary
+    cos = still(cos, 1.0, half).to(states.dtype).unsqueeze(-2)  # [B, T, 1, N]
+    sin = still(sin, 0.0, half).to(states.dtype).unsqueeze(-2)
+    return rotated(states, cos, sin).contiguous()
+
+
+def still(rotation: Tensor, value: float, half: int | None = None) -> Tensor:
+    """Cosines or sines [..., N] or [..., N / 2] for states: the pair that turns fastest stays.
+
+    That is channels 0 and N / 2 of N = 2 * `half`; with it a mixer holds a channel constant, which
+    is its running mean (see `mambactl.models.mixers.from_attention`).
+    """
+    channel = torch.arange(rotation.shape[-1], device=rotation.device)
+    return rotation.masked_fill(channel % (half or rotation.shape[-1]) == 0, value)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.linear import TAPS
+from mambactl.kernels.reference import still
 from mambactl.models.cache import LayerCache
-from mambactl.models.elementwise import still
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from mambactl import __version__, console
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.source import cache_dir
 from mambactl.errors import ModelError
-from mambactl.files import RESULTS, SINGLE_FILE_SUFFIXES, replacing
+from mambactl.files import RESULTS, SINGLE_FILE_SUFFIXES, cache_dir, replacing
 from mambactl.options import StageConfig
 from mambactl.ranks import place
 from mambactl.report.card_results import update_card

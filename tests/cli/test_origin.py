@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from mambactl.checkpoint import embedded
-
 
 @pytest.mark.parametrize("given", ["smollm2-135m", "~/llama", "./llama"])
 def test_a_finished_conversion_is_done_for_resume(
@@ -16,7 +14,7 @@ def test_a_finished_conversion_is_done_for_resume(
     home = tmp_path / "llama"
     shutil.copytree(tiny_llama_dir, home)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(embedded, "kept", lambda: home)
+    monkeypatch.setattr(resolve, "kept_embedded", lambda: home)
     command = ["convert", given, "-o", "c", "--ratio", "0.5", "--init", "reference"]
     assert cli(*command).code == 0
     made = json.loads((tmp_path / "c" / "mambactl.json").read_text())

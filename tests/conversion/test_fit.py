@@ -14,7 +14,7 @@ from mambactl.conversion.fit import (
     fit_mixer,
 )
 from mambactl.data.pack import Batch, collate
-from mambactl.models.elementwise import turn
+from mambactl.kernels.reference import turn
 from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.registry import spec_of
 from mambactl.models.mixers.spec import AttentionWeights

@@ -28,8 +28,8 @@ from mambactl.decode.gpu.state import RecurrentState
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.kernels.decode.reference import linear, recurrent
-from mambactl.kernels.decode.reference.control import Field
 from mambactl.kernels.decode.reference.ops import ReferenceOps
+from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.mamba1 import Mamba1Settings
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings

@@ -33,7 +33,7 @@ from mambactl.kernels.decode.reference.slots import positions_held, slot_of  # n
 from mambactl.kernels.decode.triton import decode_attention as kernel  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 from mambactl.kernels.decode.triton.rotate import turn as turn_kernel  # noqa: E402
-from mambactl.models.elementwise import turn  # noqa: E402
+from mambactl.kernels.reference import turn  # noqa: E402
 
 FUNCTIONS = [reference.decode_attention, kernel.decode_attention]
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mambactl.decode.sampler import draw, filtered_probs, uniform
-from mambactl.kernels.decode.reference import sampling as reference
+from mambactl.kernels.decode.reference import verdict as reference
 from mambactl.kernels.random import Stream
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-kernels = pytest.importorskip("mambactl.kernels.decode.triton.sampling")
+kernels = pytest.importorskip("mambactl.kernels.decode.triton.verdict")
 drawing = pytest.importorskip("mambactl.kernels.decode.triton.drawing")
 
 SIZES = [97, 5003]

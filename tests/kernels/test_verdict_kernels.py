@@ -9,11 +9,11 @@ from torch import Tensor
 
 from mambactl.decode.accept import Proposal, accept_greedy, accept_sampled
 from mambactl.decode.sampler import draw, filtered_probs, uniform
-from mambactl.kernels.decode.reference import sampling as reference
+from mambactl.kernels.decode.reference import verdict as reference
 from mambactl.kernels.random import Stream
 
 pytest.importorskip("triton")
-kernels = pytest.importorskip("mambactl.kernels.decode.triton.sampling")
+kernels = pytest.importorskip("mambactl.kernels.decode.triton.verdict")
 
 BATCH = 1000 if torch.cuda.is_available() else 60
 

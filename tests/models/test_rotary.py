@@ -11,7 +11,7 @@ from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from mambactl.models.elementwise import turn
+from mambactl.kernels.reference import turn
 from mambactl.models.mixers.mamba2 import mamba2_from_attention
 
 HEADS, SIZE, LENGTH = 3, 16, 21

@@ -10,8 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from mambactl.data.pack import Batch
 from mambactl.kernels.local_attention import local_attention
+from mambactl.kernels.reference import rotated
 from mambactl.models import hybrid
-from mambactl.models.elementwise import RMSNorm, rotated
+from mambactl.models.hybrid import RMSNorm
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers import windowed
 from mambactl.train.optimization import AlignmentObjective

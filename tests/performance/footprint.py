@@ -96,11 +96,10 @@ def distill(phase: str, recorder: Recorder) -> None:
 def speculate(recorder: Recorder) -> None:
     """Steps of the GPU engine, the second of them bracketed."""
     with recorder:
+        from mambactl.checkpoint.load import load_model
         from mambactl.decode.gpu.fused_engine import FusedEngine
         from mambactl.decode.sampler import SamplingParams
         from mambactl.kernels.decode.triton.ops import TritonOps
-
-        from mambactl.checkpoint.load import load_model
 
         calls = 0
 

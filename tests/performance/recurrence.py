@@ -15,7 +15,7 @@ from torch import Tensor
 from mambactl.decode.gpu.session import ring_limit
 from mambactl.decode.gpu.state import PackedModel
 from mambactl.errors import CheckError
-from mambactl.kernels.decode.reference.control import next_store
+from mambactl.kernels.decode.reference.verdict import next_store
 from mambactl.kernels.decode.triton.ops import TritonOps
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.mamba2_decode import PackedMamba2

@@ -5,8 +5,8 @@ import torch
 
 from mambactl.decode.gpu.state import pack
 from mambactl.errors import ResourceError
-from mambactl.kernels.decode.reference.control import Field
 from mambactl.kernels.decode.reference.ops import ReferenceOps
+from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.speed.subject import Grid
 from tests.performance.verification import NUMBERS, read, require_kernels, stand, verify
 

@@ -10,7 +10,7 @@ from mambactl.decode.gpu.fused_engine import CAPACITY_STEP
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
 from mambactl.errors import ModelError, ResourceError
-from mambactl.kernels.decode.reference.control import Field, plan_stores
+from mambactl.kernels.decode.reference.verdict import Field, plan_stores
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.packed import NotSupported, Segment
 from mambactl.speed.subject import Grid, Numbers, Subject, sweep

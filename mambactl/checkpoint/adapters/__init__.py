@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mambactl.checkpoint.adapters import llama, mamba, own
-from mambactl.checkpoint.adapters.adapted import Adapted
-from mambactl.checkpoint.reader import Reader, blame
+from mambactl.checkpoint.reader import Adapted, Reader, blame
 from mambactl.errors import ModelError
 from mambactl.files import CONFIG
 

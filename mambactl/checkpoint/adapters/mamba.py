@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mambactl.checkpoint.adapters.adapted import Adapted, build_config
-from mambactl.checkpoint.reader import Reader
+from mambactl.checkpoint.reader import Adapted, Reader, build_config
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.mamba1 import Mamba1Settings

@@ -1,7 +1,6 @@
 """Our own format: nothing to translate."""
 
-from mambactl.checkpoint.adapters.adapted import Adapted, build_config, same_names
-from mambactl.checkpoint.reader import Reader
+from mambactl.checkpoint.reader import Adapted, Reader, build_config, same_names
 from mambactl.models.config import HybridConfig
 
 

@@ -17,7 +17,7 @@ from mambactl.decode.prefill import prefill
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.kernels.decode.operations import DecodeOps
-from mambactl.kernels.decode.reference.control import Finish, Letter
+from mambactl.kernels.decode.reference.verdict import Finish, Letter
 from mambactl.models.hybrid import HybridForCausalLM
 
 # steps in flight before the host looks at the oldest one's tokens

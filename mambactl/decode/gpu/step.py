@@ -9,7 +9,7 @@ from torch import Tensor
 from mambactl.decode.gpu.state import LayerWeights, ModelState, PackedModel
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
-from mambactl.kernels.decode.reference.control import Field, Letter, plan_stores
+from mambactl.kernels.decode.reference.verdict import Field, Letter, plan_stores
 from mambactl.kernels.random import Stream, as_int64
 from mambactl.models.packed import LayerState, PassContext, Residual, Segment
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from mambactl import console
 from mambactl.checkpoint.load import load_tokenizer
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.source import cache_dir
 from mambactl.data.sources import set_name
 from mambactl.errors import UsageError
 from mambactl.evaluation.harness.presets import MAX_LENGTH, PRESETS, summary
@@ -25,7 +24,7 @@ from mambactl.evaluation.harness.tasks import (
     require_distinct,
     require_harness,
 )
-from mambactl.files import CARD
+from mambactl.files import CARD, cache_dir
 from mambactl.ranks import place
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 
 from mambactl.kernels import dispatch
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
+from mambactl.kernels.reference import rotated
 from mambactl.models.cache import AttentionCache, WindowedCache
-from mambactl.models.elementwise import rotated
 from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
 from mambactl.models.packed import (
     AttentionState,

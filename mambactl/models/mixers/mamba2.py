@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 
 from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
+from mambactl.kernels.reference import turn
 from mambactl.models.cache import RecurrentCache
-from mambactl.models.elementwise import turn
 from mambactl.models.mixers import from_attention as start
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
 from mambactl.models.mixers.spec import (

@@ -1,13 +1,6 @@
 """Operations of a decode pass in plain PyTorch, which `kernels.decode.triton.ops` must equal."""
 
-from mambactl.kernels.decode.reference import (
-    control,
-    decode_attention,
-    linear,
-    ngram,
-    recurrent,
-    sampling,
-)
+from mambactl.kernels.decode.reference import decode_attention, linear, ngram, recurrent, verdict
 
 
 class ReferenceOps:
@@ -28,11 +21,11 @@ class ReferenceOps:
     mamba1_low = staticmethod(recurrent.mamba1_low)
     mamba1 = staticmethod(recurrent.mamba1_window)
     draft_ngram = staticmethod(ngram.draft_ngram)
-    filter_rows = staticmethod(sampling.filter_rows)
-    draw_rows = staticmethod(sampling.draw_rows)
-    verdict_greedy = staticmethod(sampling.verdict_greedy)
-    verdict_sampled = staticmethod(sampling.verdict_sampled)
-    commit = staticmethod(control.commit)
+    filter_rows = staticmethod(verdict.filter_rows)
+    draw_rows = staticmethod(verdict.draw_rows)
+    verdict_greedy = staticmethod(verdict.verdict_greedy)
+    verdict_sampled = staticmethod(verdict.verdict_sampled)
+    commit = staticmethod(verdict.commit)
 
     def square_pieces(self, rows: int, width: int) -> int:
         """Columns of `squares` for a pass of that many rows."""

@@ -135,7 +135,7 @@ def draw_rows(
     offset: int = 0,
     pdl: bool = False,
 ) -> None:
-    """See `kernels.decode.reference.sampling.draw_rows`."""
+    """See `kernels.decode.reference.verdict.draw_rows`."""
     rows, size = logits.shape
     _draw_kernel[(rows,)](
         logits,

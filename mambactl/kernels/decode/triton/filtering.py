@@ -148,7 +148,7 @@ def _filter_kernel(
 def filter_rows(
     logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor, *, pdl: bool = False
 ) -> None:
-    """See `kernels.decode.reference.sampling.filter_rows`."""
+    """See `kernels.decode.reference.verdict.filter_rows`."""
     rows, size = logits.shape
     _filter_kernel[(rows,)](
         logits,

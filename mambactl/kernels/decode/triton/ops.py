@@ -7,7 +7,6 @@ import triton
 from torch import Tensor, nn
 
 from mambactl.kernels.decode.triton import (
-    control,
     decode_attention,
     linear,
     linear_many,
@@ -16,7 +15,7 @@ from mambactl.kernels.decode.triton import (
     mamba2_step,
     ngram,
     rotate,
-    sampling,
+    verdict,
 )
 from mambactl.kernels.decode.triton.gemv import SOME_ROWS, Tiles, tiles_for
 from mambactl.kernels.launch import INTERPRETED
@@ -159,21 +158,21 @@ class TritonOps:
         ngram.draft_ngram(*args, pdl=self.pdl)
 
     def filter_rows(self, *args: Any) -> None:
-        """See `kernels.decode.reference.sampling.filter_rows`."""
-        sampling.filter_rows(*args, pdl=self.pdl)
+        """See `kernels.decode.reference.verdict.filter_rows`."""
+        verdict.filter_rows(*args, pdl=self.pdl)
 
     def draw_rows(self, *args: Any, **keywords: Any) -> None:
-        """See `kernels.decode.reference.sampling.draw_rows`."""
-        sampling.draw_rows(*args, **keywords, pdl=self.pdl)
+        """See `kernels.decode.reference.verdict.draw_rows`."""
+        verdict.draw_rows(*args, **keywords, pdl=self.pdl)
 
     def verdict_greedy(self, *args: Any) -> None:
-        """See `kernels.decode.reference.sampling.verdict_greedy`."""
-        sampling.verdict_greedy(*args, pdl=self.pdl)
+        """See `kernels.decode.reference.verdict.verdict_greedy`."""
+        verdict.verdict_greedy(*args, pdl=self.pdl)
 
     def verdict_sampled(self, *args: Any) -> None:
-        """See `kernels.decode.reference.sampling.verdict_sampled`."""
-        sampling.verdict_sampled(*args, pdl=self.pdl)
+        """See `kernels.decode.reference.verdict.verdict_sampled`."""
+        verdict.verdict_sampled(*args, pdl=self.pdl)
 
     def commit(self, *args: Any, **keywords: Any) -> None:
-        """See `kernels.decode.reference.control.commit`."""
-        control.commit(*args, **keywords, pdl=self.pdl)
+        """See `kernels.decode.reference.verdict.commit`."""
+        verdict.commit(*args, **keywords, pdl=self.pdl)
