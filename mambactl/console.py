@@ -19,7 +19,8 @@ LOG_WIDTH = 140
 PLAIN_ERRORS = "_MAMBACTL_PLAIN_ERRORS"
 # below every level: for the processes of a run that leave talking to the main one
 SILENT = -1
-_verbosity = {"level": 1}
+# as a library; the command line asks for more
+_verbosity = {"level": 0}
 
 
 class _Forgiving(io.TextIOWrapper):
@@ -61,8 +62,18 @@ def secure_streams() -> None:
 
 
 def set_verbosity(level: int) -> None:
-    """0 prints warnings and errors only, 1 is normal, 2 adds details."""
+    """Choose what is said on stderr: 0 warnings only, 1 results and progress, 2 details as well.
+
+    Python starts at 0, the command line at 1.
+
+    >>> mambactl.set_verbosity(0)
+    """
     _verbosity["level"] = level
+
+
+def verbosity() -> int:
+    """The level that `set_verbosity` chose."""
+    return _verbosity["level"]
 
 
 @contextmanager

@@ -27,8 +27,9 @@ variant. `NAME@VARIANT` is how one is chosen:
 """
 
 import difflib
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,6 +161,15 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             parsed[key.strip().replace("-", "_")] = value
     return parsed
+
+
+def settings(config: CommandConfig, exclude: Collection[str] = ()) -> list[str]:
+    """Options of a command line that ask for a configuration, whatever recipe stands beside it."""
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude=set(exclude))
+    # JSON is YAML, so every value arrives as it left
+    return [
+        word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")
+    ]
 
 
 def list_recipes() -> list[Recipe]:

@@ -67,9 +67,8 @@ def _interruptible() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _as_loud_as_ever():
+def _as_loud_as_ever() -> None:
     """A command that ran quietly in this process must not silence the next test."""
-    yield
     from mambactl import console
 
     console.set_verbosity(1)

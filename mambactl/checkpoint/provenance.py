@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mambactl import __version__
 from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
+from mambactl.version import __version__
 
 SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "safetensors")

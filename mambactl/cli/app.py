@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-import mambactl
 from mambactl.cli import io, recipe
 from mambactl.cli.parameters import parameters_of, with_parameters
 from mambactl.commands import COMMANDS, Command
+from mambactl.version import __version__
 
 SUMMARY = """Turn a Llama-family checkpoint into a hybrid Mamba model, and decode it fast.
 
@@ -54,7 +54,7 @@ def continues(arguments: Sequence[str]) -> bool:
 
 def _version(asked: bool) -> None:
     if asked:
-        io.write_out(mambactl.__version__)
+        io.write_out(__version__)
         raise typer.Exit()
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mambactl import console
+from mambactl.checkpoint.made_before import made_before
 from mambactl.cli import io
 from mambactl.cli.model_argument import read_source, take_model, take_others
 from mambactl.cli.parameters import Shared
 from mambactl.cli.processes import launch, of_this_run, shards
 from mambactl.commands import Command
-from mambactl.errors import OutputError, UsageError
+from mambactl.errors import UsageError
 from mambactl.options import SpreadConfig, StageConfig
 from mambactl.ranks import is_main, launched
 from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings, validated
@@ -50,7 +51,10 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
         _call(command, config, source, None, shared, [io.read_model(other) for other in others])
         return
     out = Path(shared.out) if shared.out else io.default_out(source, command.name, ending)
-    if made := _made_before(out, command, config, source, shared):
+    again = {"resume": shared.resume, "force": shared.force}
+    with io.guarded_stdout():
+        made = made_before(out, command, config, source, **again)
+    if made is not None:
         console.log(f"{out} is complete, nothing to do")
         _say(command, shared, StageResult(str(out.absolute()), made["metrics"]))
         return
@@ -142,46 +146,6 @@ def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
             hint = f"mambactl recipe run {shared.recipe}, or set the option yourself"
             raise UsageError(f"${{{name}}} has a meaning only inside `recipe run`", hint)
     return config
-
-
-def _made_before(
-    out: Path, command: Command, config: StageConfig, source: str, shared: Shared
-) -> dict[str, Any] | None:
-    """The lineage of `out` if it is what this command would make; OutputError if it is another."""
-    # unlike Path.exists this is no error for a name that is too long: resolving it says so
-    if shared.force or not os.path.exists(out):
-        return None
-    if not shared.resume:
-        hint = "--resume accepts it as done, --force replaces it, -o writes elsewhere"
-        raise OutputError(f"{out} exists", hint)
-    with io.guarded_stdout():
-        from mambactl.checkpoint.load import load_lineage
-        from mambactl.checkpoint.provenance import header_digest
-        from mambactl.checkpoint.resolve import resolve
-        from mambactl.checkpoint.run_folder import differences
-
-        if command.writes == "rows":
-            from mambactl.generation.dataset import read_record
-
-            lineage = read_record(out) or {}
-        else:
-            lineage = load_lineage(str(out)) or {}
-        parent = header_digest(resolve(source).path)
-    options = lineage.get("recipe", {})
-    made = {
-        "stage": lineage.get("stage"),
-        "parent": lineage.get("parent", {}).get("sha256"),
-        **{key: value for key, value in options.items() if key not in config.place},
-    }
-    asked = {
-        "stage": command.name,
-        "parent": parent,
-        **config.model_dump(mode="json", exclude=config.place),
-    }
-    if changed := differences(made, asked):
-        message = f"{out} was made differently: {'; '.join(changed)}"
-        raise OutputError(message, "--force replaces it, -o writes elsewhere")
-    return lineage
 
 
 def _show_plan(plan: dict[str, Any], out: Path | None) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from mambactl.console import PLAIN_ERRORS, secure_streams
+from mambactl.console import PLAIN_ERRORS, secure_streams, set_verbosity
 from mambactl.errors import ExitCode, MambactlError
 from mambactl.ranks import REPORTS, is_main, launched, rank
 
@@ -53,6 +53,7 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command line in this process and return its exit code; messages go to stderr."""
+    set_verbosity(1)
     stopped: list[int] = []
     failure: BaseException | None = None
     code: int = ExitCode.DONE

@@ -18,6 +18,7 @@ from mambactl.errors import ExitCode, MambactlError, ResourceError, UsageError
 from mambactl.files import recipe_folder
 from mambactl.options import ShardConfig, SpreadConfig, StageConfig
 from mambactl.ranks import REPORTS, processes, sharded
+from mambactl.recipes import settings
 
 # seconds for the other processes to say what they met once one has failed, and to end
 GRACE = 5.0
@@ -54,7 +55,9 @@ def launch(config: SpreadConfig, stage: str, source: str, flags: Sequence[str]) 
     split = shards(config, source)
     how = "weights split over them" if split else "data parallel"
     console.log(f"{stage}: {config.processes} processes, {how}")
-    command = [sys.executable, "-m", "mambactl", stage, source, *flags, *_settings(config)]
+    # how many processes there are, each of them knows from its environment
+    given = settings(config, {"nproc", "shard"})
+    command = [sys.executable, "-m", "mambactl", stage, source, *flags, *given]
     return run_processes(command, _environment(config, split), config.processes)
 
 
@@ -115,16 +118,6 @@ def signals_passed_to(children: Sequence[subprocess.Popen]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _settings(config: SpreadConfig) -> list[str]:
-    """The configuration as options that mean the same whatever the recipe was."""
-    # how many processes there are, each of them knows from its environment
-    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"nproc", "shard"})
-    # JSON is YAML, so every value arrives as it left
-    return [
-        word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")
-    ]
 
 
 def shards(config: SpreadConfig, source: str) -> bool:

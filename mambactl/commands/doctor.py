@@ -6,11 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from mambactl import __version__
 from mambactl.decode.backend import why_not
 from mambactl.kernels.dispatch import backends
 from mambactl.options.reading import DoctorConfig
 from mambactl.stage_result import StageResult, Table
+from mambactl.version import __version__
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "typer")
 OPTIONAL = {

@@ -1,9 +1,9 @@
 """`mambactl report`: one HTML page from results that are kept, without measuring anything."""
 
 import shlex
-import sys
 from pathlib import Path
 
+from mambactl import invocation
 from mambactl.checkpoint.provenance import header_digest
 from mambactl.options.reading import ReportConfig
 from mambactl.report.page import write_report
@@ -13,7 +13,7 @@ from mambactl.stage_result import StageResult
 def run(options: ReportConfig) -> StageResult:
     """Write the page; its absolute path is the text."""
     path = Path(options.out).expanduser()
-    command = shlex.join(["mambactl", *sys.argv[1:]])
+    command = shlex.join(invocation.words())
     places = [Path(each).expanduser() for each in options.paths]
     write_report(places, path, command, options.title or "", header_digest)
     return StageResult(None, text=str(path.absolute()))

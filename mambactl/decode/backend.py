@@ -1,13 +1,15 @@
 """Chooses the engine: the GPU's kernels where they run, the PyTorch reference everywhere else."""
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 
 from mambactl import console
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
-from mambactl.decode.engine import Engine
+from mambactl.decode.engine import Engine, Generation, OnTokens
+from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.dispatch import triton_missing
 from mambactl.models.hybrid import HybridForCausalLM
 
@@ -19,12 +21,25 @@ Draft = HybridForCausalLM | Literal["ngram"] | None
 K = int | Literal["auto"]
 
 
+class AnyEngine(Protocol):
+    """What decodes, on whatever device."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_tokens: OnTokens | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> Generation:
+        """Continue every prompt; see `decode.engine.Engine.generate`."""
+
+
 def why_not(device: torch.device) -> str | None:
     """Why the GPU kernels cannot decode on a device; None if they can."""
     return triton_missing(device)
 
 
-def make_engine(target: HybridForCausalLM, draft: Draft, k: K, exact: bool = False) -> Any:
+def make_engine(target: HybridForCausalLM, draft: Draft, k: K, exact: bool = False) -> AnyEngine:
     """An engine for `target` with `draft` (a model, "ngram" or None, which needs k = 0).
 
     `exact`: passes of few rows compute every row the same way however many rows there are, so that

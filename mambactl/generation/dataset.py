@@ -63,14 +63,6 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def read_record(out: Path) -> dict[str, Any] | None:
-    """What the file beside an answer file says about how it was made; None where there is none."""
-    try:
-        return json.loads(side_file(out, LINEAGE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 class _Written:
     """The answers that are on disk, in the order they were decoded, and what they took.
 

@@ -10,7 +10,7 @@ from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.sources import read_rows
-from mambactl.decode.backend import NGRAM, Draft, make_engine
+from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation
 from mambactl.decode.prompts import BUILTIN, Prompt, encode
 from mambactl.decode.sampler import SamplingParams
@@ -30,11 +30,11 @@ class Setup:
     target: HybridForCausalLM
     tokenizer: Any
     draft: Draft
-    k: int | str
+    k: K
     prompts: list[list[int]]
     params: SamplingParams
 
-    def engine(self, plain: bool = False, exact: bool = False) -> Any:
+    def engine(self, plain: bool = False, exact: bool = False) -> AnyEngine:
         """The engine that was asked for, or one for plain decoding."""
         if plain or self.draft is None:
             return make_engine(self.target, None, 0, exact)
@@ -91,6 +91,17 @@ def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Set
     draft = config.draft
     if draft not in (None, NGRAM):
         draft = load_model(draft, device=device, dtype=dtype)
+    return assemble(config, target, tokenizer, draft, encoded)
+
+
+def assemble(
+    config: PromptConfig,
+    target: HybridForCausalLM,
+    tokenizer: Any,
+    draft: Draft,
+    prompts: list[list[int]],
+) -> Setup:
+    """Models that are loaded and prompts that are encoded, with the sampling of `config`."""
     params = SamplingParams(
         temperature=config.temperature,
         top_k=config.top_k,
@@ -99,16 +110,20 @@ def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Set
         eos_token_ids=end_tokens(target, tokenizer),
         seed=config.seed,
     )
-    _warn_beyond_positions(target, encoded, config.max_new_tokens)
-    return Setup(target, tokenizer, draft, config.k, encoded, params)
+    _warn_beyond_positions(target, prompts, config.max_new_tokens)
+    return Setup(target, tokenizer, draft, config.k, prompts, params)
 
 
 def require_draft(config: PromptConfig | BenchConfig, source: str) -> None:
     """Raise ModelError when the draft means other tokens than the target."""
     if config.draft not in (None, NGRAM):
-        hint = "take a draft of the target's family, or --draft ngram"
-        trusted = config.trust_remote_code
-        require_same_tokens(source, config.draft, "draft", hint, False, trusted)
+        require_draft_tokens(source, config.draft, config.trust_remote_code)
+
+
+def require_draft_tokens(source: str, draft: str, trust_remote_code: bool = False) -> None:
+    """Raise ModelError when a draft model means other tokens than the target."""
+    hint = "take a draft of the target's family, or --draft ngram"
+    require_same_tokens(source, draft, "draft", hint, False, trust_remote_code)
 
 
 def end_tokens(target: HybridForCausalLM, tokenizer: Any) -> tuple[int, ...]:
@@ -121,7 +136,7 @@ def end_tokens(target: HybridForCausalLM, tokenizer: Any) -> tuple[int, ...]:
 
 
 def decode(
-    engine: Any,
+    engine: AnyEngine,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     batch_size: int,

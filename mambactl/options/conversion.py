@@ -10,36 +10,46 @@ from mambactl.options.fields import DataSpecs, Integers, MixerName, StageConfig
 class ConvertConfig(StageConfig):
     """Attention layers become Mamba mixers; nothing else changes."""
 
-    ratio: float = Field(0.5, ge=0, le=1, description="share of attention layers replaced")
-    keep_attention: Integers | None = Field(None, description="layers that stay attention")
+    ratio: float = Field(default=0.5, ge=0, le=1, description="share of attention layers replaced")
+    keep_attention: Integers | None = Field(default=None, description="layers that stay attention")
     select: Literal["uniform", "kl", "recall"] = Field(
-        "uniform", description="how they are chosen: by rule, or measured on text and recall"
+        default="uniform",
+        description="how they are chosen: by rule, or measured on text and recall",
     )
     select_data: DataSpecs = Field(
-        [], description="text to choose them on; default: held-out rows of --calibrate"
+        default=[], description="text to choose them on; default: held-out rows of --calibrate"
     )
-    select_tokens: int = Field(1024, ge=64, description="tokens of text a choice is measured on")
-    select_recall: int = Field(1024, ge=64, description="tokens per recall row (--select recall)")
+    select_tokens: int = Field(
+        default=1024, ge=64, description="tokens of text a choice is measured on"
+    )
+    select_recall: int = Field(
+        default=1024, ge=64, description="tokens per recall row (--select recall)"
+    )
     kv_budget: int | None = Field(
-        None, ge=0, description="bytes of keys and values per token, in place of --ratio"
+        default=None, ge=0, description="bytes of keys and values per token, in place of --ratio"
     )
     mixers_from: str | None = Field(
-        None, description="take the mixers from this converted and aligned checkpoint"
+        default=None, description="take the mixers from this converted and aligned checkpoint"
     )
-    mixer: MixerName = Field("mamba2", description="what replaces attention")
+    mixer: MixerName = Field(default="mamba2", description="what replaces attention")
     window: int | None = Field(
-        None, ge=1, description="keep attention to the last W tokens beside each new mixer"
+        default=None, ge=1, description="keep attention to the last W tokens beside each new mixer"
     )
     sinks: int | None = Field(
-        None, ge=0, description="first tokens that the window sees as well; default: 4"
+        default=None, ge=0, description="first tokens that the window sees as well; default: 4"
     )
     rotary: bool = Field(
-        False, description="B and C of new mixers turn with the position, as keys and queries do"
+        default=False,
+        description="B and C of new mixers turn with the position, as keys and queries do",
     )
     init: Literal["calibrated", "reference"] = Field(
-        "calibrated", description="reference is the paper's Algorithm 1"
+        default="calibrated", description="reference is the paper's Algorithm 1"
     )
-    calibrate: DataSpecs = Field([], description="text for the closed-form fit (calibrated init)")
-    calibrate_tokens: int = Field(10240, ge=512, description="tokens the fit may use")
-    max_length: int = Field(512, ge=16, description="tokens per calibration row")
-    max_shard_gb: float = Field(5.0, gt=0, description="largest file of a folder, in 10^9 bytes")
+    calibrate: DataSpecs = Field(
+        default=[], description="text for the closed-form fit (calibrated init)"
+    )
+    calibrate_tokens: int = Field(default=10240, ge=512, description="tokens the fit may use")
+    max_length: int = Field(default=512, ge=16, description="tokens per calibration row")
+    max_shard_gb: float = Field(
+        default=5.0, gt=0, description="largest file of a folder, in 10^9 bytes"
+    )

@@ -17,7 +17,7 @@ class EvalBase(StageConfig):
     on_card: ClassVar[bool] = True
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        "auto",
+        default="auto",
         description="weights in memory; auto is bfloat16 on capable GPUs, else float32; float64 "
         "(on a CPU) scores alike in any batch",
     )
@@ -26,17 +26,19 @@ class EvalBase(StageConfig):
 class Text:
     """The other model, and text that both read."""
 
-    teacher: str | None = Field(None, description="default: where the lineage started")
-    data: DataSpecs = Field([], description="text or messages for fidelity")
+    teacher: str | None = Field(default=None, description="default: where the lineage started")
+    data: DataSpecs = Field(default=[], description="text or messages for fidelity")
 
 
 class Sizes:
     """How much is read, and how much of it at a time."""
 
-    limit: int | None = Field(None, ge=1, description="rows per task / documents per data set")
-    max_length: int = Field(512, ge=16, description="tokens per row of --data")
+    limit: int | None = Field(
+        default=None, ge=1, description="rows per task / documents per data set"
+    )
+    max_length: int = Field(default=512, ge=16, description="tokens per row of --data")
     batch_size: BatchSize = Field(
-        "auto", description="rows per forward pass; auto fills passes of tasks by tokens"
+        default="auto", description="rows per forward pass; auto fills passes of tasks by tokens"
     )
 
 
@@ -44,31 +46,34 @@ class Controls:
     """Changes to the models that are measured beside them."""
 
     control: Literal["window"] | None = Field(
-        None, description="compare with the teacher under a window in the replaced layers"
+        default=None, description="compare with the teacher under a window in the replaced layers"
     )
-    control_window: int = Field(64, ge=1, description="tokens that window sees")
-    control_sinks: int = Field(4, ge=0, description="first tokens that it sees as well")
-    ablate: Branches = Field([], description="also measure with these branches putting out zero")
+    control_window: int = Field(default=64, ge=1, description="tokens that window sees")
+    control_sinks: int = Field(default=4, ge=0, description="first tokens that it sees as well")
+    ablate: Branches = Field(
+        default=[], description="also measure with these branches putting out zero"
+    )
 
 
 class Certainty:
     """A second student, and how sure a difference is."""
 
     against: str | None = Field(
-        None, description="another student: paired test of the difference on the same documents"
+        default=None,
+        description="another student: paired test of the difference on the same documents",
     )
-    confidence: float = Field(0.95, gt=0, lt=1, description="share that an interval holds")
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="share that an interval holds")
     bootstrap: int = Field(
-        1000, ge=0, description="draws of documents behind intervals and tests; 0: none"
+        default=1000, ge=0, description="draws of documents behind intervals and tests; 0: none"
     )
-    save_samples: bool = Field(False, description="keep numbers per document, and answers")
+    save_samples: bool = Field(default=False, description="keep numbers per document, and answers")
 
 
 class Outcome:
     """What becomes of the numbers."""
 
-    fail_under: Names = Field([], description="METRIC=VALUE; exit 7 when below")
-    report: str | None = Field(None, description="also put it all on this page (HTML)")
+    fail_under: Names = Field(default=[], description="METRIC=VALUE; exit 7 when below")
+    report: str | None = Field(default=None, description="also put it all on this page (HTML)")
 
 
 class EvalOptions(Text, Sizes, Controls, Certainty, Outcome):

@@ -126,12 +126,13 @@ class StageConfig(CommandConfig):
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
 
-    seed: int = Field(0, ge=0, description="one integer for everything random")
-    device: str = Field("auto", description="cpu, cuda, cuda:1 or auto")
+    seed: int = Field(default=0, ge=0, description="one integer for everything random")
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1 or auto")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="weights in memory; auto is bfloat16 on capable GPUs, else float32"
+        default="auto",
+        description="weights in memory; auto is bfloat16 on capable GPUs, else float32",
     )
-    trust_remote_code: bool = Field(False, description="allow code that a checkpoint ships")
+    trust_remote_code: bool = Field(default=False, description="allow code that a checkpoint ships")
 
     @property
     def ending(self) -> str:

@@ -13,23 +13,39 @@ class BenchConfig(StageConfig):
 
     without_model: ClassVar[Mapping[str, str]] = {"synthetic": "--synthetic NAME"}
 
-    input_len: Counts = Field([128], min_length=1, description="context lengths")
-    output_len: int = Field(32, ge=1, description="tokens decoded per measurement")
-    batch_size: Counts = Field([1], min_length=1, description="rows decoded together")
-    warmup: int = Field(1, ge=0, description="unmeasured rounds")
-    iters: int = Field(3, ge=1, description="measured rounds")
-    draft: str | None = Field(None, description="decode with it too: checkpoint, ngram or shape")
-    k: Drafts = Field("auto", description="draft tokens per step; auto is what is fastest")
-    baseline: str | None = Field(None, description="second model; `teacher` is the lineage's")
-    min_speedup: float | None = Field(None, description="exit 7 when decode speed-up is below")
-    report: str | None = Field(None, description="also put it all on this page (HTML)")
-    synthetic: Names = Field([], description="no MODEL: random weights of published shapes")
+    input_len: Counts = Field(default=[128], min_length=1, description="context lengths")
+    output_len: int = Field(default=32, ge=1, description="tokens decoded per measurement")
+    batch_size: Counts = Field(default=[1], min_length=1, description="rows decoded together")
+    warmup: int = Field(default=1, ge=0, description="unmeasured rounds")
+    iters: int = Field(default=3, ge=1, description="measured rounds")
+    draft: str | None = Field(
+        default=None, description="decode with it too: checkpoint, ngram or shape"
+    )
+    k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
+    baseline: str | None = Field(
+        default=None, description="second model; `teacher` is the lineage's"
+    )
+    min_speedup: float | None = Field(
+        default=None, description="exit 7 when decode speed-up is below"
+    )
+    report: str | None = Field(default=None, description="also put it all on this page (HTML)")
+    synthetic: Names = Field(default=[], description="no MODEL: random weights of published shapes")
     acceptance: float = Field(
-        0.7, ge=0, le=1, description="share of a synthetic draft's tokens that the target keeps"
+        default=0.7,
+        ge=0,
+        le=1,
+        description="share of a synthetic draft's tokens that the target keeps",
     )
     training: bool = Field(
-        False, description="time steps of mixer alignment and of logits distillation instead"
+        default=False,
+        description="time steps of mixer alignment and of logits distillation instead",
     )
-    train_rest: bool = Field(True, description="--training: in the logits step, not only mixers")
-    compile: Compile = Field("auto", description="--training: compile blocks, as distill does")
-    capture: bool = Field(False, description="--training: replay each step as one CUDA graph")
+    train_rest: bool = Field(
+        default=True, description="--training: in the logits step, not only mixers"
+    )
+    compile: Compile = Field(
+        default="auto", description="--training: compile blocks, as distill does"
+    )
+    capture: bool = Field(
+        default=False, description="--training: replay each step as one CUDA graph"
+    )

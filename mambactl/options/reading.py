@@ -15,8 +15,8 @@ File = Shown("FILE")
 class InspectConfig(CommandConfig):
     """Layers, sizes, cache and lineage of a checkpoint, read from its headers."""
 
-    tensors: bool = Field(False, description="list every tensor")
-    lineage: bool = Field(False, description="print how it was made")
+    tensors: bool = Field(default=False, description="list every tensor")
+    lineage: bool = Field(default=False, description="print how it was made")
 
 
 class TableConfig(CommandConfig):
@@ -26,7 +26,7 @@ class TableConfig(CommandConfig):
         description="JSON of bench, or of recipe run"
     )
     into: Annotated[str | None, File] = Field(
-        None, description=f"replace what is between {BEGIN} and {END}"
+        default=None, description=f"replace what is between {BEGIN} and {END}"
     )
 
 
@@ -36,7 +36,7 @@ class PlotConfig(CommandConfig):
     runs: Annotated[list[str], Shown("RUN", positional=True)] = Field(
         description="distilled checkpoint, its .partial, or .jsonl"
     )
-    out: Annotated[str, File] = Field("metrics.png", description="picture to write (PNG)")
+    out: Annotated[str, File] = Field(default="metrics.png", description="picture to write (PNG)")
 
 
 class ReportConfig(CommandConfig):
@@ -45,8 +45,8 @@ class ReportConfig(CommandConfig):
     paths: Annotated[list[str], Shown("PATH", positional=True)] = Field(
         description="results .json, metrics.jsonl, folder of results, or checkpoint"
     )
-    out: Annotated[str, File] = Field("report.html", description="page to write (HTML)")
-    title: str | None = Field(None, description="heading of the page")
+    out: Annotated[str, File] = Field(default="report.html", description="page to write (HTML)")
+    title: str | None = Field(default=None, description="heading of the page")
 
 
 class DoctorConfig(CommandConfig):

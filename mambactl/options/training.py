@@ -21,59 +21,76 @@ class RowsConfig(StageConfig):
     """Which rows of tokens a stage sees."""
 
     data: DataSpecs = Field(
-        [], description="ID[:config][@split], .jsonl[.gz], .parquet or .txt; DATA=0.7 weighs it"
+        default=[],
+        description="ID[:config][@split], .jsonl[.gz], .parquet or .txt; DATA=0.7 weighs it",
     )
-    max_steps: int = Field(200, ge=1, description="optimiser steps")
-    batch_size: int = Field(8, ge=1, description="rows per step, of each process")
-    grad_accum: int = Field(1, ge=1, description="batches per optimiser step")
-    max_length: int = Field(512, ge=16, description="tokens per row")
-    max_samples: int | None = Field(None, ge=1, description="use at most this many documents")
-    packing: bool = Field(True, description="fill rows with several documents")
-    skip_bad_rows: bool = Field(False, description="go on without rows that cannot be learned")
+    max_steps: int = Field(default=200, ge=1, description="optimiser steps")
+    batch_size: int = Field(default=8, ge=1, description="rows per step, of each process")
+    grad_accum: int = Field(default=1, ge=1, description="batches per optimiser step")
+    max_length: int = Field(default=512, ge=16, description="tokens per row")
+    max_samples: int | None = Field(
+        default=None, ge=1, description="use at most this many documents"
+    )
+    packing: bool = Field(default=True, description="fill rows with several documents")
+    skip_bad_rows: bool = Field(
+        default=False, description="go on without rows that cannot be learned"
+    )
 
 
 class MixedRowsConfig(RowsConfig):
     """Rows of text with generated documents among them."""
 
     recall_share: float = Field(
-        0.0, ge=0, le=0.5, description="of the tokens: generated key-value, MQAR and copy documents"
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="of the tokens: generated key-value, MQAR and copy documents",
     )
 
 
 class TrainConfig(RowsConfig):
     """Shared by the stages that follow gradients."""
 
-    teacher: str | None = Field(None, description="default: where the lineage started")
-    warmup: int = Field(10, ge=0, description="warm-up steps")
-    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    grad_checkpointing: bool = Field(False, description="recompute activations in backward")
-    save_every: int = Field(100, ge=1, description="steps between resumable states")
+    teacher: str | None = Field(default=None, description="default: where the lineage started")
+    warmup: int = Field(default=10, ge=0, description="warm-up steps")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    grad_checkpointing: bool = Field(default=False, description="recompute activations in backward")
+    save_every: int = Field(default=100, ge=1, description="steps between resumable states")
 
 
 class HeldOutConfig(TrainConfig):
     """What follows a teacher, or what was kept of one, and is measured on the way."""
 
     teacher_cache: str | None = Field(
-        None, description="what teacher-cache wrote, in place of the teacher when matching logits"
+        default=None,
+        description="what teacher-cache wrote, in place of the teacher when matching logits",
     )
-    eval_data: DataSpecs = Field([], description="held-out text, measured while training")
-    eval_every: int = Field(100, ge=1, description="steps between measurements of eval_data")
-    eval_tokens: int = Field(16384, ge=64, description="tokens of eval_data that are measured")
+    eval_data: DataSpecs = Field(default=[], description="held-out text, measured while training")
+    eval_every: int = Field(
+        default=100, ge=1, description="steps between measurements of eval_data"
+    )
+    eval_tokens: int = Field(
+        default=16384, ge=64, description="tokens of eval_data that are measured"
+    )
 
 
 class TrackedConfig(TrainConfig):
     """What transformers' trainers can report to."""
 
     log_to: Trackers = Field(
-        [], description="tensorboard, wandb, trackio: curves there too, files in OUT.logs"
+        default=[], description="tensorboard, wandb, trackio: curves there too, files in OUT.logs"
     )
 
 
 class AdaptedConfig(TrainConfig):
     """What may train low-rank adapters in place of the weights."""
 
-    lora: int | None = Field(None, ge=1, description="rank of adapters to train, merged at the end")
-    lora_alpha: float | None = Field(None, gt=0, description="their scale; default: twice the rank")
+    lora: int | None = Field(
+        default=None, ge=1, description="rank of adapters to train, merged at the end"
+    )
+    lora_alpha: float | None = Field(
+        default=None, gt=0, description="their scale; default: twice the rank"
+    )
 
 
 def _several(count: int | None) -> int | None:
@@ -84,7 +101,9 @@ class SpreadConfig(TrainConfig):
     """Training that several processes share, each with rows of its own."""
 
     nproc: Annotated[int | None, AfterValidator(_several)] = Field(
-        None, ge=1, description="processes, one per GPU; each takes --batch-size rows a step"
+        default=None,
+        ge=1,
+        description="processes, one per GPU; each takes --batch-size rows a step",
     )
 
     @property
@@ -99,50 +118,80 @@ class ShardConfig(SpreadConfig):
     place: ClassVar[frozenset[str]] = StageConfig.place | {"shard"}
 
     shard: bool | None = Field(
-        None, description="split weights over them (FSDP2); default: where a GPU cannot hold all"
+        default=None,
+        description="split weights over them (FSDP2); default: where a GPU cannot hold all",
     )
 
 
 class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
-    compile: Compile = Field("auto", description="compile blocks; auto: on CUDA where it can be")
-    stages: DistillPhases = Field(["align", "logits"], description="what runs, in this order")
-    align_steps: int | None = Field(None, ge=0, description="of max_steps; default: equal shares")
-    align_lr: float = Field(2e-3, gt=0, description="learning rate of mixers while aligning")
-    stepwise_steps: int | None = Field(None, ge=0, description="of max_steps, for all groups")
+    compile: Compile = Field(
+        default="auto", description="compile blocks; auto: on CUDA where it can be"
+    )
+    stages: DistillPhases = Field(
+        default=["align", "logits"], description="what runs, in this order"
+    )
+    align_steps: int | None = Field(
+        default=None, ge=0, description="of max_steps; default: equal shares"
+    )
+    align_lr: float = Field(
+        default=2e-3, gt=0, description="learning rate of mixers while aligning"
+    )
+    stepwise_steps: int | None = Field(
+        default=None, ge=0, description="of max_steps, for all groups"
+    )
     stepwise_groups: Shares | None = Field(
-        None, description="shares of all layers replaced after each group; default: 0.25,0.5,..."
+        default=None,
+        description="shares of all layers replaced after each group; default: 0.25,0.5,...",
     )
     stepwise_order: Integers | None = Field(
-        None, description="replaced layers, easy ones first; default: as selected, else ascending"
+        default=None,
+        description="replaced layers, easy ones first; default: as selected, else ascending",
     )
-    stepwise_rest_lr: float = Field(0.0, ge=0, description="rest_lr while stepwise (0 freezes)")
-    lr: float = Field(3e-4, gt=0, description="learning rate of mixers when matching logits")
-    rest_lr: float = Field(1e-4, ge=0, description="learning rate of everything else (0 freezes)")
+    stepwise_rest_lr: float = Field(
+        default=0.0, ge=0, description="rest_lr while stepwise (0 freezes)"
+    )
+    lr: float = Field(
+        default=3e-4, gt=0, description="learning rate of mixers when matching logits"
+    )
+    rest_lr: float = Field(
+        default=1e-4, ge=0, description="learning rate of everything else (0 freezes)"
+    )
     schedule: Literal["cosine", "wsd"] = Field(
-        "cosine", description="wsd holds the rate and lowers it over the last 15 % of a phase"
+        default="cosine",
+        description="wsd holds the rate and lowers it over the last 15 % of a phase",
     )
-    kl_weight: float = Field(1.0, ge=0, description="weight of the KL to the teacher's logits")
-    ce_weight: float = Field(0.0, ge=0, description="weight of the cross entropy on the text")
-    temperature: float = Field(1.0, gt=0, description="softens both distributions of the KL")
+    kl_weight: float = Field(
+        default=1.0, ge=0, description="weight of the KL to the teacher's logits"
+    )
+    ce_weight: float = Field(
+        default=0.0, ge=0, description="weight of the cross entropy on the text"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="softens both distributions of the KL"
+    )
     divergence: Literal["forward", "reverse", "jsd"] = Field(
-        "forward", description="forward is KL(teacher || student)"
+        default="forward", description="forward is KL(teacher || student)"
     )
-    jsd_beta: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the jsd mixture")
-    capture: bool = Field(False, description="replay each training step as one CUDA graph")
+    jsd_beta: float = Field(
+        default=0.5, gt=0, lt=1, description="weight of the teacher in the jsd mixture"
+    )
+    capture: bool = Field(default=False, description="replay each training step as one CUDA graph")
 
 
 class TeacherCacheConfig(MixedRowsConfig):
     """Keep ids that MODEL draws for every token, from which distill learns without it."""
 
-    samples: int = Field(12, ge=1, le=1024, description="ids drawn per token")
-    temperature: float = Field(1.0, gt=0, description="softens the distribution to be matched")
+    samples: int = Field(default=12, ge=1, le=1024, description="ids drawn per token")
+    temperature: float = Field(
+        default=1.0, gt=0, description="softens the distribution to be matched"
+    )
     power: float = Field(
-        1.0, gt=0, description="draw from its power; weights keep the estimate unbiased"
+        default=1.0, gt=0, description="draw from its power; weights keep the estimate unbiased"
     )
     assistant_only_loss: bool = Field(
-        False, description="for assistant turns only, as sft learns them"
+        default=False, description="for assistant turns only, as sft learns them"
     )
 
     @property
@@ -154,43 +203,57 @@ class TeacherCacheConfig(MixedRowsConfig):
 class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
     """Supervised fine-tuning with optional word-level distillation."""
 
-    compile: bool = Field(False, description="compile blocks, for packed rows of one length")
-    lr: float = Field(2e-5, gt=0, description="learning rate")
-    ce_weight: float = Field(1.0, ge=0, description="weight of the cross entropy on the text")
-    kl_weight: float = Field(0.0, ge=0, description="weight of the KL to the teacher's logits")
-    assistant_only_loss: bool = Field(True, description="train on assistant turns only")
+    compile: bool = Field(
+        default=False, description="compile blocks, for packed rows of one length"
+    )
+    lr: float = Field(default=2e-5, gt=0, description="learning rate")
+    ce_weight: float = Field(
+        default=1.0, ge=0, description="weight of the cross entropy on the text"
+    )
+    kl_weight: float = Field(
+        default=0.0, ge=0, description="weight of the KL to the teacher's logits"
+    )
+    assistant_only_loss: bool = Field(default=True, description="train on assistant turns only")
 
 
 class DpoConfig(TrackedConfig, ShardConfig):
     """Direct preference optimisation."""
 
-    lr: float = Field(5e-7, gt=0, description="learning rate")
-    beta: float = Field(0.1, gt=0, description="pull towards the reference policy")
-    reference: Literal["teacher", "self"] = Field("teacher", description="the paper's is teacher")
-    precompute_reference: bool = Field(
-        True, description="ask the reference once, before training, and free it"
+    lr: float = Field(default=5e-7, gt=0, description="learning rate")
+    beta: float = Field(default=0.1, gt=0, description="pull towards the reference policy")
+    reference: Literal["teacher", "self"] = Field(
+        default="teacher", description="the paper's is teacher"
     )
-    loss_type: Losses = Field(["sigmoid"], min_length=1, description="TRL's names, added up")
-    loss_weights: Weights = Field([], description="one per loss type; default: 1 each")
+    precompute_reference: bool = Field(
+        default=True, description="ask the reference once, before training, and free it"
+    )
+    loss_type: Losses = Field(
+        default=["sigmoid"], min_length=1, description="TRL's names, added up"
+    )
+    loss_weights: Weights = Field(default=[], description="one per loss type; default: 1 each")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of flipped labels (robust, exo_pair, aot)"
+        default=0.0, ge=0, lt=0.5, description="share of flipped labels (robust, exo_pair, aot)"
     )
     ld_alpha: float | None = Field(
-        None, ge=0, le=1, description="weight of what the longer answer has more (LD-DPO)"
+        default=None, ge=0, le=1, description="weight of what the longer answer has more (LD-DPO)"
     )
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
-        "reverse_kl", description="pull towards the reference (f-DPO)"
+        default="reverse_kl", description="pull towards the reference (f-DPO)"
     )
-    sft_weight: float = Field(0.0, ge=0, description="weight of the cross entropy on chosen")
-    chat: bool = Field(True, description="wrap text in the chat template if there is one")
-    eval_data: DataSpecs = Field([], description="held-out preferences, measured by set")
+    sft_weight: float = Field(
+        default=0.0, ge=0, description="weight of the cross entropy on chosen"
+    )
+    chat: bool = Field(default=True, description="wrap text in the chat template if there is one")
+    eval_data: DataSpecs = Field(default=[], description="held-out preferences, measured by set")
     eval_share: float = Field(
-        0.0, ge=0, le=0.5, description="share of the prompts of --data held out instead"
+        default=0.0, ge=0, le=0.5, description="share of the prompts of --data held out instead"
     )
-    eval_every: int = Field(100, ge=1, description="steps between measurements of what is held out")
-    eval_pairs: int = Field(200, ge=1, description="held-out pairs measured, per set")
+    eval_every: int = Field(
+        default=100, ge=1, description="steps between measurements of what is held out"
+    )
+    eval_pairs: int = Field(default=200, ge=1, description="held-out pairs measured, per set")
     max_kl: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="stop at this KL of a held-out set to the reference, per token",
     )

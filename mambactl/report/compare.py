@@ -2,14 +2,13 @@
 
 import gc
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from mambactl import console
+from mambactl import console, invocation
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import CheckError, OutputError, UsageError
 from mambactl.evaluation.probes import EvalConfig
@@ -66,7 +65,7 @@ def run(
     if len(sources) > 1:
         show(files)
     ledgers = [file for source in sources for file in _ledgers(source)]
-    write_report([*files, *ledgers], report, shlex.join(["mambactl", *sys.argv[1:]]))
+    write_report([*files, *ledgers], report, shlex.join(invocation.words()))
     console.log(f"report: {report}")
     _check(command, config, sources, results)
     if len(sources) == 1:

@@ -5,7 +5,6 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
-from mambactl import __version__
 from mambactl.errors import UsageError
 from mambactl.evaluation.probes import PROBES
 from mambactl.files import NAMED_FILE, explained, replacing
@@ -13,6 +12,7 @@ from mambactl.report import charts, details, quality, speed_sections
 from mambactl.report.collect import collect
 from mambactl.report.content import Material, Section
 from mambactl.report.entries import Found, Source
+from mambactl.version import __version__
 
 TEMPLATE = "page.html"
 Maker = Callable[[Material], Section]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mambactl import __version__, console
+from mambactl import console, invocation
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
@@ -20,6 +19,7 @@ from mambactl.files import RESULTS, SINGLE_FILE_SUFFIXES, cache_dir, replacing
 from mambactl.options import StageConfig
 from mambactl.ranks import place
 from mambactl.report.card_results import update_card
+from mambactl.version import __version__
 
 LONGEST_NAME = 120
 
@@ -82,7 +82,7 @@ def write_results(
         "checkpoint": source,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
-        "command": ["mambactl", *sys.argv[1:]],
+        "command": invocation.words(),
         **machine(device),
         "model": None if source is None else _about(source),
         "config": config.model_dump(mode="json"),

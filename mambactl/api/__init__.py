@@ -1,0 +1,32 @@
+"""What `import mambactl` offers: a function for every command, and models in memory."""
+
+# command -> its function; a function cannot have the name of a package, here or in Python itself
+FUNCTIONS = {
+    "convert": "convert",
+    "teacher-cache": "teacher_cache",
+    "distill": "distill",
+    "sft": "sft",
+    "dpo": "dpo",
+    "eval": "evaluate",
+    "spec-decode": "spec_decode",
+    "bench": "bench",
+    "generate": "generate",
+    "inspect": "inspect",
+    "table": "table",
+    "plot": "plot",
+    "report": "write_report",
+    "doctor": "doctor",
+    "recipe": "run_recipe",
+}
+# what has no command of its own
+OTHERS = (
+    "Completion",
+    "Model",
+    "SamplingParams",
+    "StageResult",
+    "generate_dataset",
+    "load",
+    "plan",
+    "set_verbosity",
+    "stream",
+)

@@ -1,0 +1,85 @@
+"""Functions of the commands that show what is there: checkpoints, results and the machine."""
+
+from mambactl.api.calls import Spec, show
+from mambactl.api.signatures import with_options
+from mambactl.options.reading import (
+    DoctorConfig,
+    InspectConfig,
+    PlotConfig,
+    ReportConfig,
+    TableConfig,
+)
+from mambactl.stage_result import StageResult
+
+
+@with_options("inspect", InspectConfig)
+def inspect(config: InspectConfig, model: Spec) -> StageResult:
+    """Describe a checkpoint from its headers: layers, sizes, cache and lineage.
+
+    Returns the description as `metrics`; no weight is read. Raises ModelError for a checkpoint
+    that is missing, incomplete or not supported.
+
+    >>> found = mambactl.inspect("student.st").metrics
+    >>> found["mixers"], found["dtype"]
+    (['mamba2', 'attention', 'mamba2', 'attention'], 'float32')
+    """
+    return show("inspect", config, model)
+
+
+@with_options("table", TableConfig)
+def table(config: TableConfig) -> StageResult:
+    """Make a Markdown table from what `bench --json` printed, or from metrics of `bench` as JSON.
+
+    Returns the table as `text`, or the name of the document that it was put `into`. Raises
+    UsageError for a file that cannot be read, is no such result, or has no place for a table.
+
+    >>> import json
+    >>> found = mambactl.bench("student.st", input_len=[8], output_len=2, iters=1)
+    >>> _ = Path("bench.json").write_text(json.dumps({"metrics": found.metrics}))
+    >>> mambactl.table(files=["bench.json"]).text.splitlines()[0].startswith("|")
+    True
+    """
+    return show("table", config)
+
+
+@with_options("plot", PlotConfig)
+def plot(config: PlotConfig) -> StageResult:
+    """Draw the KL to the teacher over the tokens trained on, one curve per run, as a PNG.
+
+    Returns the name of the picture as `text`. Raises UsageError for a run without a ledger,
+    OutputError for a place that cannot be written and ResourceError without matplotlib.
+
+    >>> tuned = mambactl.distill(
+    ...     "student.st", "drawn.st", data=["chat.jsonl"], max_steps=4, batch_size=2, max_length=32
+    ... )
+    >>> mambactl.plot(runs=[tuned.path], out="curve.png").text
+    'curve.png'
+    """
+    return show("plot", config)
+
+
+@with_options("report", ReportConfig)
+def write_report(config: ReportConfig) -> StageResult:
+    """Put measurements that were kept on one HTML page that opens without a network.
+
+    Returns the path of the page as `text`. Raises UsageError where nothing is there to show,
+    OutputError for a place that cannot be written and ResourceError without matplotlib.
+
+    >>> found = mambactl.evaluate("student.st", data=["chat.jsonl"], limit=4, max_length=32)
+    >>> page = mambactl.write_report(paths=[found.kept], out="page.html")
+    >>> Path(page.text).name
+    'page.html'
+    """
+    return show("report", config)
+
+
+@with_options("doctor", DoctorConfig)
+def doctor(config: DoctorConfig) -> StageResult:
+    """Look at versions, devices, and which kernels are live and why others are not.
+
+    Returns what was found as `metrics`.
+
+    >>> sorted(mambactl.doctor().metrics)
+    ['devices', 'kernels', 'optional', 'packages']
+    """
+    return show("doctor", config)

@@ -1,0 +1,232 @@
+"""Models in memory, and the text they write."""
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from mambactl.api.calls import Spec, spec_of
+from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
+from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K
+from mambactl.decode.engine import Finish, Generation
+from mambactl.decode.prompts import Prompt, encode
+from mambactl.decode.sampler import SamplingParams
+from mambactl.decode.stats import DecodeStats
+from mambactl.errors import UsageError
+from mambactl.generation import decoding
+from mambactl.generation.detokenizer import Detokenizer
+from mambactl.generation.on_demand import on_demand
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.ranks import place
+from mambactl.recipes import configure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+GREEDY = SamplingParams()
+# what SamplingParams shares with the options of the command
+SAMPLING = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Engines:
+    """The engine used last, whose GPU memory and graphs the next call with the same draft needs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: tuple[Draft, K, AnyEngine] | None = None
+
+    def take(self, draft: Draft, k: K) -> AnyEngine | None:
+        """The engine for `draft`, which is then nobody else's; None where there is none."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+        return kept[2] if kept is not None and kept[0] is draft and kept[1] == k else None
+
+    def put(self, draft: Draft, k: K, engine: AnyEngine) -> None:
+        """Keep an engine that nobody uses any more."""
+        with self._lock:
+            self._kept = (draft, k, engine)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A checkpoint in memory, as `load` returns it.
+
+    `source` is what was loaded, `model` a transformers model in evaluation mode, `lineage` how
+    mambactl made it (None for a checkpoint of others). On a GPU `generate` packs the weights at
+    its first call: what is changed in `model` later is not seen.
+    """
+
+    source: str
+    model: HybridForCausalLM
+    tokenizer: "PreTrainedTokenizerFast"
+    lineage: dict[str, object] | None
+    _engines: _Engines = field(default_factory=_Engines, init=False, repr=False)
+
+    @contextmanager
+    def engine(self, setup: decoding.Setup) -> Iterator[AnyEngine]:
+        """An engine that nobody else uses meanwhile, kept for the next call."""
+        engine = self._engines.take(setup.draft, setup.k) or setup.engine()
+        try:
+            yield engine
+        except GeneratorExit:
+            # a stream that was closed: its engine came to an end before
+            self._engines.put(setup.draft, setup.k, engine)
+            raise
+        self._engines.put(setup.draft, setup.k, engine)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt.
+
+    `tokens` include the one that ends the text, `finish` is `eos` or `length`, and `stats` are
+    counts and times of the whole call that the prompt was part of.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish
+    stats: DecodeStats = field(repr=False)
+
+
+def load(
+    model: Spec, *, device: str = "auto", dtype: Dtype = "auto", trust_remote_code: bool = False
+) -> Model:
+    """Load a checkpoint for use in Python: a folder, .st file, GGUF, hub id or alias.
+
+    `device` is cpu, cuda, cuda:1 or auto; `dtype` is that of the weights in memory, where auto is
+    bfloat16 on capable GPUs and else float32. Code that a checkpoint ships runs only with
+    `trust_remote_code`.
+
+    Raises ModelError for a model that is missing, incomplete or not supported, UsageError for an
+    unknown device and ResourceError for one that this machine has not.
+
+    >>> student = mambactl.load("student.st", device="cpu")
+    >>> student.model.config.mixers
+    ['mamba2', 'attention', 'mamba2', 'attention']
+    >>> student.tokenizer.decode(student.tokenizer("the old house").input_ids)
+    'the old house'
+    >>> student.lineage["stage"]
+    'convert'
+    """
+    source = spec_of(model)
+    where, kind = place(configure("generate", {"device": device, "dtype": dtype}))
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    loaded = load_model(source, where, kind, trust_remote_code)
+    return Model(source, loaded, tokenizer, load_lineage(source))
+
+
+def generate(
+    model: Model | Spec,
+    prompts: str | Sequence[str],
+    params: SamplingParams = GREEDY,
+    *,
+    draft: Model | Spec | None = None,
+    k: K = "auto",
+    batch_size: int = 1,
+    chat: bool = True,
+) -> list[Completion]:
+    """Continue prompts, plainly or with a draft; the text is that of `mambactl generate`.
+
+    `model` and `draft` are loaded models, or what `load` takes; a draft may also be `"ngram"`,
+    which repeats the text's own turns of phrase. `params` say how tokens are chosen; the model's
+    own tokens end a text unless `params` names others. `k` tokens are drafted in a step, auto is
+    what is fastest. `batch_size` prompts are decoded together. With `chat` a prompt is a message
+    inside the model's chat template, if it has one.
+
+    Raises UsageError for an empty prompt or an option out of bounds, ModelError for a model that
+    cannot be used or a draft of another vocabulary.
+
+    >>> student = mambactl.load("student.st", device="cpu")
+    >>> params = mambactl.SamplingParams(max_new_tokens=4)
+    >>> found = mambactl.generate(student, ["the old house", "the red door"], params)
+    >>> [(len(each.tokens), each.finish) for each in found]
+    [(4, 'length'), (4, 'length')]
+    >>> again = mambactl.generate(student, "the old house", params, draft="ngram", k=3)
+    >>> again[0].text == found[0].text
+    True
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    handle, setup = _prepared(model, texts, params, draft, k, batch_size, chat)
+    with handle.engine(setup) as engine:
+        result = decoding.decode(engine, setup.prompts, setup.params, batch_size)
+    return [
+        Completion(setup.text(tokens), tuple(tokens), finish, result.stats)
+        for tokens, finish in zip(result.tokens, result.finish, strict=True)
+    ]
+
+
+def stream(
+    model: Model | Spec,
+    prompt: str,
+    params: SamplingParams = GREEDY,
+    *,
+    draft: Model | Spec | None = None,
+    k: K = "auto",
+    chat: bool = True,
+) -> Generator[str, None, None]:
+    """Yield pieces of text as tokens arrive; joined they are the text of `generate`.
+
+    Arguments and errors are those of `generate`, and errors of the arguments are raised at once.
+    A piece ends with a whole character. Between two pieces decoding stands still, and closing the
+    iterator, or leaving it to the garbage collector, ends it.
+
+    >>> params = mambactl.SamplingParams(max_new_tokens=4)
+    >>> pieces = mambactl.stream("student.st", "the old house", params)
+    >>> text = "".join(pieces)
+    >>> text == mambactl.generate("student.st", "the old house", params)[0].text
+    True
+    """
+    return _pieces(*_prepared(model, [prompt], params, draft, k, 1, chat))
+
+
+def _prepared(
+    model: Model | Spec,
+    texts: Sequence[str],
+    params: SamplingParams,
+    draft: Model | Spec | None,
+    k: K,
+    batch_size: int,
+    chat: bool,
+) -> tuple[Model, decoding.Setup]:
+    """The model, and the prompts with the sampling; what is wrong shows before weights are read."""
+    given = {name: getattr(params, name) for name in SAMPLING}
+    config = configure("generate", {**given, "k": k, "batch_size": batch_size, "chat": chat})
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise UsageError(f"prompt {number} is empty", "give some text")
+    own: Draft = None
+    if draft is not None and draft != NGRAM:
+        decoding.require_draft_tokens(_source(model), _source(draft))
+    handle = _loaded(model)
+    if draft is not None:
+        own = NGRAM if draft == NGRAM else _loaded(draft).model
+    prompts = [encode(Prompt.of(text), handle.tokenizer, chat) for text in texts]
+    setup = decoding.assemble(config, handle.model, handle.tokenizer, own, prompts)
+    if params.eos_token_ids:
+        setup = replace(setup, params=params)
+    return handle, setup
+
+
+def _source(model: Model | Spec) -> str:
+    return model.source if isinstance(model, Model) else spec_of(model)
+
+
+def _loaded(model: Model | Spec) -> Model:
+    return model if isinstance(model, Model) else load(model)
+
+
+def _pieces(model: Model, setup: decoding.Setup) -> Generator[str, None, None]:
+    text = Detokenizer(setup.tokenizer)
+    with model.engine(setup) as engine:
+
+        def work(listen: Callable[[list[int]], bool]) -> Generation:
+            return engine.generate(setup.prompts, setup.params, lambda _, new: listen(new))
+
+        for new in on_demand(work):
+            if piece := text.add(new):
+                yield piece
+        if piece := text.finish():
+            yield piece

@@ -1,0 +1,81 @@
+"""Text out of tokens as they arrive; the pieces add up to the text of all tokens."""
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+# what stands for bytes that are no character, or not yet
+INCOMPLETE = "\ufffd"
+# a token of one byte in a vocabulary of pieces
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# tokens whose text is made anew at every step, at most
+WINDOW = 64
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that turns tokens into text."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of tokens."""
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> Sequence[str]:
+        """The names of tokens."""
+
+
+class Detokenizer:
+    """Turns one sequence of tokens into pieces of text, none of which is ever taken back.
+
+    What later tokens may change is held back: a character of which bytes are missing, a run of
+    tokens that are a byte each, since one that fits nowhere spoils the whole run, and the last
+    word where the tokenizer tidies spaces, because punctuation that follows moves up to it.
+    """
+
+    def __init__(self, tokenizer: Decoder):
+        self._tokenizer = tokenizer
+        self._tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._tokens: list[int] = []
+        # of the text of those tokens: what was handed out
+        self._given = ""
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that has become certain with these tokens, perhaps none."""
+        self._tokens.extend(tokens)
+        text = self._text(self._tokens[: len(self._tokens) - self._bytes_at_end()])
+        certain = text[: max(text.rfind(" "), 0)] if self._tidies else text
+        if certain.endswith(INCOMPLETE) or not certain.startswith(self._given):
+            return ""
+        piece = certain[len(self._given) :]
+        self._given = certain
+        if len(self._tokens) >= WINDOW:
+            self._forget()
+        return piece
+
+    def finish(self) -> str:
+        """The text that was held back."""
+        text = self._text(self._tokens)
+        piece = text[len(self._given) :]
+        self._given = text
+        return piece
+
+    def _bytes_at_end(self) -> int:
+        names = self._tokenizer.convert_ids_to_tokens(self._tokens)
+        others = (
+            place for place, name in enumerate(reversed(names)) if not BYTE.fullmatch(name or "")
+        )
+        return next(others, len(names))
+
+    def _forget(self) -> None:
+        """Drop the first tokens, if without them the text goes on in the same way.
+
+        A tokenizer treats the start of a text in its own way: what is compared lies behind it.
+        """
+        start, half = len(self._tokens) // 4, len(self._tokens) // 2
+        head, middle = self._text(self._tokens[:half]), self._text(self._tokens[start:half])
+        shorter = self._text(self._tokens[start:])
+        same = self._text(self._tokens)[len(head) :] == shorter[len(middle) :]
+        if same and self._given.startswith(head) and shorter.startswith(middle):
+            self._tokens = self._tokens[start:]
+            self._given = middle + self._given[len(head) :]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)

@@ -1,0 +1,86 @@
+"""Tell transformers of mambactl's checkpoints, without importing transformers.
+
+transformers knows a model type by the name of its configuration class, in a table, and by a module
+`transformers.models.<type>` that holds the class. A finder on `sys.meta_path` adds the name when
+the table is imported and answers for the module when it is asked for, by then with mambactl's own.
+Nothing is imported before a checkpoint of the type is opened.
+"""
+
+import sys
+
+TYPE, CONFIG = "mambactl_hybrid", "HybridConfig"
+OURS = "mambactl.models.hybrid"
+TABLE = "transformers.models.auto.configuration_auto"
+MODULE = f"transformers.models.{TYPE}"
+
+
+class _Completing:
+    """The loader of the table, which adds the type once the table is there."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):
+        if name == "_loader":
+            # not set yet: in a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def exec_module(self, module) -> None:
+        # what reads sources or data through a module's loader finds the real one
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _add(module)
+
+
+class _Renaming:
+    """The loader of `MODULE`: the public classes of mambactl's own module."""
+
+    def create_module(self, spec) -> None:
+        return None
+
+    def exec_module(self, module) -> None:
+        __import__(OURS)
+        ours = sys.modules[OURS]
+        module.HybridConfig, module.HybridForCausalLM = ours.HybridConfig, ours.HybridForCausalLM
+
+
+class _Finder:
+    """Finds the two modules that concern us and leaves every other to the finders behind it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == TABLE:
+            spec = self._of_others(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Completing(spec.loader)
+            return spec
+        if name == MODULE:
+            from importlib.machinery import ModuleSpec
+
+            return ModuleSpec(name, _Renaming(), origin=OURS)
+        return None
+
+    def _of_others(self, name, path, target):
+        for finder in list(sys.meta_path):
+            find = getattr(finder, "find_spec", None)
+            if isinstance(finder, _Finder) or find is None:
+                continue
+            if (spec := find(name, path, target)) is not None:
+                return spec
+        return None
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModelForCausalLM` load our checkpoints, now or once imported."""
+    # never removed: another thread may be walking through the list
+    sys.meta_path.insert(0, _Finder())
+    if TABLE in sys.modules:
+        # another thread may still be importing it: this waits for it
+        __import__(TABLE)
+        _add(sys.modules[TABLE])
+
+
+def _add(table) -> None:
+    names = getattr(table, "CONFIG_MAPPING_NAMES", None)
+    if isinstance(names, dict):
+        names.setdefault(TYPE, CONFIG)
