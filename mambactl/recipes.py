@@ -26,25 +26,21 @@ variant. `NAME@VARIANT` is how one is chosen:
       "75-long": {like: "75", distill: {max_length: 4096}}
 """
 
-import difflib
-import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
-
-from mambactl.commands import COMMANDS, Command, stages
+from mambactl.commands import COMMANDS, Command, configure, stages
 from mambactl.errors import UsageError
 from mambactl.files import recipe_folder
-from mambactl.options import CommandConfig, StageConfig, split_weight
+from mambactl.options import StageConfig, split_weight
+from mambactl.options.fields import nearest, parse_settings
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
 TOP_KEYS = ("name", "description", "seed", "stages", "variants")
 VARIANT_KEYS = ("like", "description")
-Options = TypeVar("Options", bound=CommandConfig)
 
 
 @dataclass(frozen=True)
@@ -110,66 +106,6 @@ class Recipe:
             have = ", ".join(s.key for s in self.sections)
             raise UsageError(f"recipe {self.name} has no section {stage}", f"it has: {have}")
         return found[0]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint that names the closest known word, or all of them."""
-    options = sorted(known)
-    close = difflib.get_close_matches(word, options, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(options)}"
-
-
-def configure(stage: str, *layers: Mapping[str, Any]) -> StageConfig:
-    """Build a stage's configuration; later layers win and an unknown key is a UsageError."""
-    options = COMMANDS[stage].options
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for key in layer:
-            if key not in options.model_fields:
-                known = nearest(key, options.model_fields)
-                raise UsageError(f"{stage} has no option {key}", known)
-        merged.update(layer)
-    return validated(stage, options, merged)
-
-
-def validated(command: str, options: type[Options], values: Mapping[str, Any]) -> Options:
-    """Build a command's options; a value out of bounds or of another type is a UsageError."""
-    try:
-        return options(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else command
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        given = values.get(key)
-        raise UsageError(
-            f"{command}: {key.replace('_', '-')}: {reason} (got {given!r})",
-            f"mambactl {command} --help",
-        ) from None
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Turn `key=value` strings into a dictionary; values are typed as in YAML."""
-    import yaml
-
-    parsed = {}
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator or not key:
-            raise UsageError(f"--set {setting!r} is not key=value", "--set max_steps=100")
-        try:
-            parsed[key.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            parsed[key.strip().replace("-", "_")] = value
-    return parsed
-
-
-def settings(config: CommandConfig, exclude: Collection[str] = ()) -> list[str]:
-    """Options of a command line that ask for a configuration, whatever recipe stands beside it."""
-    given = config.model_dump(mode="json", exclude_defaults=True, exclude=set(exclude))
-    # JSON is YAML, so every value arrives as it left
-    return [
-        word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")
-    ]
 
 
 def list_recipes() -> list[Recipe]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from mambactl import recipes
-from mambactl.commands import COMMANDS, stages
+from mambactl.commands import COMMANDS, configure, stages
 from mambactl.errors import UsageError
 from mambactl.files import recipe_folder
+from mambactl.options.fields import parse_settings
 
 SHIPPED = sorted(recipe_folder().glob("*.yaml"))
 
@@ -106,7 +107,7 @@ def test_bad_recipes_say_what_is_wrong(tmp_path, text, sentence, hint) -> None:
 
 def test_settings_are_typed_like_yaml() -> None:
     settings = ["a-b=1", "c=[1, 2]", "d=null", "e=x=y", "f=2e-3", "g=a: b: c"]
-    assert recipes.parse_settings(settings) == {
+    assert parse_settings(settings) == {
         "a_b": 1,
         "c": [1, 2],
         "d": None,
@@ -114,7 +115,7 @@ def test_settings_are_typed_like_yaml() -> None:
         "f": "2e-3",
         "g": "a: b: c",
     }
-    assert recipes.configure("distill", {"lr": "2e-3"}).lr == 2e-3
+    assert configure("distill", {"lr": "2e-3"}).lr == 2e-3
 
 
 def test_every_option_says_what_it_is() -> None:

@@ -10,13 +10,13 @@ from typing import TypeAlias
 
 from mambactl import console, invocation
 from mambactl.checkpoint.made_before import made_before
-from mambactl.cli.io import default_out
 from mambactl.cli.processes import launch, of_this_run
 from mambactl.commands import COMMANDS, Command
+from mambactl.console import default_out
 from mambactl.errors import ModelError, UsageError
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
+from mambactl.options.fields import settings
 from mambactl.ranks import launched
-from mambactl.recipes import settings
 from mambactl.stage_result import StageResult
 
 Spec: TypeAlias = str | os.PathLike[str]

@@ -9,7 +9,7 @@ from mambactl.errors import UsageError
 from mambactl.evaluation.probes import EvalConfig
 from mambactl.options import BenchConfig, SpecDecodeConfig
 from mambactl.options.evaluation import EvalBase
-from mambactl.recipes import nearest
+from mambactl.options.fields import nearest
 from mambactl.stage_result import StageResult
 
 # its probes bring the options, which type checkers therefore do not know

@@ -17,8 +17,8 @@ from typing import get_args as arguments
 from typing import get_origin as origin
 
 from mambactl.api.calls import Spec
+from mambactl.commands import configure
 from mambactl.options import CommandConfig, StageConfig
-from mambactl.recipes import configure
 from mambactl.stage_result import StageResult
 
 Options = ParamSpec("Options")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mambactl.api.calls import Spec, spec_of
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
+from mambactl.commands import configure
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K
 from mambactl.decode.engine import Finish, Generation
 from mambactl.decode.prompts import Prompt, encode
@@ -19,7 +20,6 @@ from mambactl.generation.detokenizer import Detokenizer
 from mambactl.generation.on_demand import on_demand
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import place
-from mambactl.recipes import configure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mambactl.cli import io, recipe
+from mambactl import console
+from mambactl.cli import recipe
 from mambactl.cli.parameters import parameters_of, with_parameters
 from mambactl.commands import COMMANDS, Command
 from mambactl.version import __version__
@@ -21,8 +22,11 @@ Examples:
 GROUPS = {"recipe": recipe.app}
 
 
-def make_app() -> typer.Typer:
-    """Return the application with a command for every row of COMMANDS, then the groups."""
+def make_app(asked: str | None = None) -> typer.Typer:
+    """Return the application with a command for every row of COMMANDS, then the groups.
+
+    Where `asked` is the name of a command, it is the only one: no other's options are loaded.
+    """
     app = typer.Typer(
         name="mambactl",
         help=SUMMARY,
@@ -33,8 +37,9 @@ def make_app() -> typer.Typer:
         epilog="Results go to stdout (one line), all else to stderr. More: README.md",
     )
     app.callback()(root)
-    for name, command in COMMANDS.items():
-        app.command(name, help=_help(command))(_function(command))
+    rows = [COMMANDS[asked]] if asked in COMMANDS else COMMANDS.values()
+    for command in rows:
+        app.command(command.name, help=_help(command))(_function(command))
     for name, group in GROUPS.items():
         app.add_typer(group, name=name)
     return app
@@ -54,7 +59,7 @@ def continues(arguments: Sequence[str]) -> bool:
 
 def _version(asked: bool) -> None:
     if asked:
-        io.write_out(__version__)
+        console.write_out(__version__)
         raise typer.Exit()
 
 

@@ -10,15 +10,13 @@ from typing import Any
 
 from mambactl import console
 from mambactl.checkpoint.made_before import made_before
-from mambactl.cli import io
-from mambactl.cli.model_argument import read_source, take_model, take_others
 from mambactl.cli.parameters import Shared
 from mambactl.cli.processes import launch, of_this_run, shards
-from mambactl.commands import Command
+from mambactl.commands import Command, configure
 from mambactl.errors import UsageError
-from mambactl.options import SpreadConfig, StageConfig
+from mambactl.options import CommandConfig, SpreadConfig, StageConfig
+from mambactl.options.fields import parse_settings, validated
 from mambactl.ranks import is_main, launched
-from mambactl.recipes import REFERENCE, configure, load_recipe, parse_settings, validated
 from mambactl.stage_result import StageResult
 
 
@@ -42,17 +40,21 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
     if flags.get("prompt") == "-":
         if model == "-":
             raise UsageError("MODEL and the prompt cannot both be -", "give one of them as text")
-        flags["prompt"] = io.read_text("-")
-    config = of_this_run(command.name, _config(command.name, shared, flags))
+        flags["prompt"] = console.read_text("-")
+    config = _config(command.name, shared, flags)
+    if launched():
+        config = of_this_run(command.name, config)
     source = read_source(command, config, model)
     ending = command.ending(config)
     if ending is None:
         _refuse_output(command, shared)
-        _call(command, config, source, None, shared, [io.read_model(other) for other in others])
+        _call(
+            command, config, source, None, shared, [console.read_model(other) for other in others]
+        )
         return
-    out = Path(shared.out) if shared.out else io.default_out(source, command.name, ending)
+    out = Path(shared.out) if shared.out else console.default_out(source, command.name, ending)
     again = {"resume": shared.resume, "force": shared.force}
-    with io.guarded_stdout():
+    with console.guarded_stdout():
         made = made_before(out, command, config, source, **again)
     if made is not None:
         console.log(f"{out} is complete, nothing to do")
@@ -67,8 +69,10 @@ def _run_plain(command: Command, given: dict[str, Any]) -> None:
     model = take_model(command, given)
     options = validated(command.name, command.options, given)
     source = read_source(command, options, model)
-    models = [] if command.model == "none" else [source, *(io.read_model(each) for each in others)]
-    with io.guarded_stdout():
+    models = (
+        [] if command.model == "none" else [source, *(console.read_model(each) for each in others)]
+    )
+    with console.guarded_stdout():
         result = import_module(command.module).run(options, *models)
     _write(command, as_json, result)
 
@@ -89,13 +93,13 @@ def _call(
 ) -> None:
     spreads = isinstance(config, SpreadConfig) and config.nproc and not launched()
     if spreads and not shared.dry_run:
-        with io.guarded_stdout():
+        with console.guarded_stdout():
             line = launch(config, command.name, source, shared.flags(out))
-        io.write_out(line)
+        console.write_out(line)
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with io.guarded_stdout():
+    with console.guarded_stdout():
         module = import_module(command.module)
         call = module.plan if shared.dry_run else module.run
         if others or getattr(config, "report", None):
@@ -126,21 +130,24 @@ def _say(command: Command, shared: Shared, result: StageResult) -> None:
 
 
 def _write(command: Command, as_json: bool, result: StageResult) -> None:
-    text = "\n".join(map(io.drawn, result.blocks)) if result.blocks else result.text
+    text = "\n".join(map(console.drawn, result.blocks)) if result.blocks else result.text
     if not as_json:
-        io.write_out(result.path if text is None else text)
+        console.write_out(result.path if text is None else text)
     elif command.json == "metrics":
-        io.write_json(result.metrics)
+        console.write_json(result.metrics)
     else:
         content = {"stage": command.name, "checkpoint": result.path, "metrics": result.metrics}
-        io.write_json(content if text is None else content | {"text": text})
+        console.write_json(content if text is None else content | {"text": text})
 
 
 def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
-    section: dict[str, Any] = {}
-    if shared.recipe:
-        section = load_recipe(shared.recipe).section(stage).values
-    config = configure(stage, section, parse_settings(shared.settings), flags)
+    settings = parse_settings(shared.settings)
+    if not shared.recipe:
+        return configure(stage, settings, flags)
+    from mambactl.recipes import REFERENCE, load_recipe
+
+    section = load_recipe(shared.recipe).section(stage).values
+    config = configure(stage, section, settings, flags)
     for name in REFERENCE.findall(str(section)):
         if f"${{{name}}}" in str(config):
             hint = f"mambactl recipe run {shared.recipe}, or set the option yourself"
@@ -154,3 +161,51 @@ def _show_plan(plan: dict[str, Any], out: Path | None) -> None:
     if out is not None:
         plan = {"out": str(out.absolute()), **plan}
     console.log(json.dumps(plan, indent=2, ensure_ascii=False, default=str), level=0)
+
+
+def take_model(command: Command, given: dict[str, Any]) -> str | None:
+    """Remove MODEL from the parsed parameters, and the option that means it."""
+    model, option = given.pop("model", None), command.model_option
+    if option is None:
+        return model
+    named = given.pop(option.name)
+    if model is not None and named is not None:
+        raise UsageError(f"MODEL and --{option.name} are the same thing", "give one of them")
+    if model is not None or named is not None:
+        return named if model is None else model
+    if console.stdin_is_pipe():
+        return "-"
+    raise UsageError(f"no {option.name}", option.usage)
+
+
+def take_others(command: Command, given: dict[str, Any]) -> list[str]:
+    """Leave the first of several models in `given`, return those it is compared with."""
+    if command.model != "many":
+        return []
+    models, compare = given["model"], given.pop("compare")
+    if compare and len(models) < 2:
+        raise UsageError(
+            "--compare needs two MODELs or more", f"mambactl {command.name} A B --compare"
+        )
+    if not compare and len(models) > 1:
+        raise UsageError(f"{len(models)} MODELs without --compare", "add --compare")
+    given["model"], *others = models
+    return others
+
+
+def read_source(command: Command, options: CommandConfig, model: str | None) -> str | None:
+    """The model that the command works on, from stdin if need be; None where it needs none."""
+    if command.model == "none":
+        return None
+    instead = options.without_model
+    if not options.needs_model:
+        if model is not None:
+            *most, last = (f"--{name}" for name in instead)
+            who = f"{', '.join(most)} and {last} work" if most else f"{last} works"
+            raise UsageError(f"{who} without a MODEL", f"drop {model}, or the option")
+        return None
+    if model is None:
+        raise UsageError(
+            "no MODEL", f"mambactl {command.name} MODEL, or {next(iter(instead.values()))}"
+        )
+    return console.read_model(model)

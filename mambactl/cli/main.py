@@ -96,9 +96,14 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
 
 def _invoke(arguments: list[str]) -> int:
     from mambactl.cli.app import make_app
-    from mambactl.cli.io import guarded_stdout
+    from mambactl.console import guarded_stdout
 
-    app = make_app()
+    words = arguments
+    if os.environ.get("_MAMBACTL_COMPLETE"):
+        # the line that a shell completes; the last word of it is not yet whole
+        line = os.environ.get("COMP_WORDS", os.environ.get("_TYPER_COMPLETE_ARGS", ""))
+        words = line.split()[1:-1]
+    app = make_app(words[0] if words else None)
     if not arguments and not os.environ.get("_MAMBACTL_COMPLETE"):
         with guarded_stdout():
             app(["--help"], prog_name="mambactl", standalone_mode=False)

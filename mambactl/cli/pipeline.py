@@ -15,7 +15,8 @@ from mambactl import console
 from mambactl.cli.processes import signals_passed_to
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import replacing
-from mambactl.recipes import Recipe, Section, nearest, substitute
+from mambactl.options.fields import nearest
+from mambactl.recipes import Recipe, Section, substitute
 
 # the record of a section that has to run again
 STALE = {"command": None, "result": None}

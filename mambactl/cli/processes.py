@@ -17,8 +17,8 @@ from mambactl import console
 from mambactl.errors import ExitCode, MambactlError, ResourceError, UsageError
 from mambactl.files import recipe_folder
 from mambactl.options import ShardConfig, SpreadConfig, StageConfig
+from mambactl.options.fields import settings
 from mambactl.ranks import REPORTS, processes, sharded
-from mambactl.recipes import settings
 
 # seconds for the other processes to say what they met once one has failed, and to end
 GRACE = 5.0

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from mambactl import console
-from mambactl.cli import io
 from mambactl.cli.parameters import DryRun, Force, Json, Quiet, Resume, Settings, Verbose
 from mambactl.errors import UsageError
 from mambactl.stage_result import Table
@@ -24,7 +23,7 @@ def list_() -> None:
     from mambactl.recipes import list_recipes
 
     rows = [(r.name, ", ".join(s.key for s in r.sections), r.description) for r in list_recipes()]
-    io.write_out(io.drawn(Table("", ("recipe", "sections", "description"), rows)))
+    console.write_out(console.drawn(Table("", ("recipe", "sections", "description"), rows)))
 
 
 @app.command("show")
@@ -41,7 +40,7 @@ def show(name: Name, settings: Settings = None) -> None:
         for option, (value, origin) in options.items():
             text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
             lines.append(f"    {option}: {text.removesuffix('...' + chr(10)).strip()}  # {origin}")
-    io.write_out("\n".join(lines))
+    console.write_out("\n".join(lines))
 
 
 @app.command("schema")
@@ -49,7 +48,7 @@ def schema() -> None:
     """Print the JSON schema of recipe files, for editors."""
     from mambactl.recipes import schema
 
-    io.write_out(json.dumps(schema(), indent=2))
+    console.write_out(json.dumps(schema(), indent=2))
 
 
 @app.command("run")
@@ -92,7 +91,7 @@ def run(
     if dry_run:
         return
     if as_json:
-        io.write_json({"checkpoint": checkpoint, "sections": results})
+        console.write_json({"checkpoint": checkpoint, "sections": results})
     else:
         # without a checkpoint what is left is the folder of the results
-        io.write_out(checkpoint or str(folder.absolute()))
+        console.write_out(checkpoint or str(folder.absolute()))

@@ -3,22 +3,14 @@
 Importing it loads no heavy library. A row's module is imported when the command runs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Literal
 
-from mambactl.evaluation.probes import EvalConfig
-from mambactl.options.conversion import ConvertConfig
-from mambactl.options.fields import CommandConfig, StageConfig
-from mambactl.options.generation import GenerateConfig, SpecDecodeConfig
-from mambactl.options.measurement import BenchConfig
-from mambactl.options.reading import (
-    DoctorConfig,
-    InspectConfig,
-    PlotConfig,
-    ReportConfig,
-    TableConfig,
-)
-from mambactl.options.training import DistillConfig, DpoConfig, SftConfig, TeacherCacheConfig
+from mambactl.errors import UsageError
+from mambactl.options.fields import CommandConfig, StageConfig, nearest, validated
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,8 @@ class Command:
     """
 
     name: str
-    options: type[CommandConfig]
+    # the class, or where it is: `module:Class`
+    options_at: type[CommandConfig] | str
     examples: tuple[str, ...] = ()
     model: Literal["one", "optional", "many", "none"] = "one"
     model_option: ModelOption | None = None
@@ -52,6 +45,14 @@ class Command:
     writes_with: str | None = None
     resumable: bool = False
     json: Literal["result", "metrics", "none"] = "result"
+
+    @cached_property
+    def options(self) -> type[CommandConfig]:
+        """The class of the command's options; only a command that is asked for loads it."""
+        if not isinstance(self.options_at, str):
+            return self.options_at
+        module, _, name = self.options_at.partition(":")
+        return getattr(import_module(module), name)
 
     @property
     def module(self) -> str:
@@ -81,7 +82,7 @@ class Command:
 _ROWS = (
     Command(
         "convert",
-        ConvertConfig,
+        "mambactl.options.conversion:ConvertConfig",
         (
             "mambactl convert llama3-8b --ratio 0.5",
             "mambactl convert smollm2-135m -o t.st",
@@ -91,7 +92,7 @@ _ROWS = (
     ),
     Command(
         "teacher-cache",
-        TeacherCacheConfig,
+        "mambactl.options.training:TeacherCacheConfig",
         (
             "mambactl teacher-cache llama3-8b --data chat.jsonl -o cache",
             "mambactl distill student.st --data chat.jsonl --teacher-cache cache --stages logits",
@@ -101,7 +102,7 @@ _ROWS = (
     ),
     Command(
         "distill",
-        DistillConfig,
+        "mambactl.options.training:DistillConfig",
         (
             "mambactl distill runs/llama3-8b-convert --data chat.jsonl",
             "mambactl convert llama3-8b | mambactl distill - --data chat.jsonl",
@@ -111,7 +112,7 @@ _ROWS = (
     ),
     Command(
         "sft",
-        SftConfig,
+        "mambactl.options.training:SftConfig",
         (
             "mambactl sft student.st --data chat.jsonl -o tuned.st",
             "mambactl sft student.st --data chat.jsonl --kl-weight 1",
@@ -122,7 +123,7 @@ _ROWS = (
     ),
     Command(
         "dpo",
-        DpoConfig,
+        "mambactl.options.training:DpoConfig",
         (
             "mambactl dpo tuned.st --data preferences.jsonl -o t.st",
             "mambactl dpo tuned.st --data preferences.jsonl --reference self --eval-share 0.1",
@@ -132,7 +133,7 @@ _ROWS = (
     ),
     Command(
         "eval",
-        EvalConfig,
+        "mambactl.evaluation.probes:EvalConfig",
         (
             "mambactl eval t.st --data held-out.jsonl",
             "mambactl eval a.st b.st --compare --data held-out.jsonl --report compare.html",
@@ -146,7 +147,7 @@ _ROWS = (
     ),
     Command(
         "spec-decode",
-        SpecDecodeConfig,
+        "mambactl.options.generation:SpecDecodeConfig",
         (
             "mambactl spec-decode --draft d.st --target t.st",
             'mambactl spec-decode --draft ngram --target t.st -p "Once upon" --check',
@@ -159,7 +160,7 @@ _ROWS = (
     ),
     Command(
         "bench",
-        BenchConfig,
+        "mambactl.options.measurement:BenchConfig",
         (
             "mambactl bench t.st",
             "mambactl bench t.st --input-len 128,2048 --baseline teacher",
@@ -169,7 +170,7 @@ _ROWS = (
     ),
     Command(
         "generate",
-        GenerateConfig,
+        "mambactl.options.generation:GenerateConfig",
         (
             'mambactl generate t.st -p "Why is the sky blue?"',
             "mambactl generate t.st --prompts questions.txt --draft ngram",
@@ -181,7 +182,7 @@ _ROWS = (
     ),
     Command(
         "inspect",
-        InspectConfig,
+        "mambactl.options.reading:InspectConfig",
         (
             "mambactl inspect t.st",
             "mambactl inspect runs/llama3-8b-convert --tensors",
@@ -190,7 +191,7 @@ _ROWS = (
     ),
     Command(
         "table",
-        TableConfig,
+        "mambactl.options.reading:TableConfig",
         (
             "mambactl bench --synthetic mamba-2.8b --json > b.json && mambactl table b.json",
             "mambactl table recipes/results/decode-h200.json --into README.md",
@@ -200,7 +201,7 @@ _ROWS = (
     ),
     Command(
         "plot",
-        PlotConfig,
+        "mambactl.options.reading:PlotConfig",
         (
             "mambactl plot runs/smollm2-135m-distill",
             "mambactl plot a.st b.st runs/c.partial -o compare.png",
@@ -210,7 +211,7 @@ _ROWS = (
     ),
     Command(
         "report",
-        ReportConfig,
+        "mambactl.options.reading:ReportConfig",
         (
             "mambactl report runs/a runs/b -o compare.html",
             "mambactl report bench.json d.st.metrics.jsonl",
@@ -218,7 +219,7 @@ _ROWS = (
         model="none",
         json="none",
     ),
-    Command("doctor", DoctorConfig, model="none", json="metrics"),
+    Command("doctor", "mambactl.options.reading:DoctorConfig", model="none", json="metrics"),
 )
 
 COMMANDS: dict[str, Command] = {row.name: row for row in _ROWS}
@@ -227,3 +228,16 @@ COMMANDS: dict[str, Command] = {row.name: row for row in _ROWS}
 def stages() -> dict[str, Command]:
     """The commands that can be sections of a recipe."""
     return {name: command for name, command in COMMANDS.items() if command.is_stage}
+
+
+def configure(stage: str, *layers: Mapping[str, Any]) -> StageConfig:
+    """Build a stage's configuration; later layers win and an unknown key is a UsageError."""
+    options = COMMANDS[stage].options
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key in layer:
+            if key not in options.model_fields:
+                known = nearest(key, options.model_fields)
+                raise UsageError(f"{stage} has no option {key}", known)
+        merged.update(layer)
+    return validated(stage, options, merged)

@@ -1,13 +1,24 @@
 """Types of fields, as flags and YAML spell them, and the options that commands share."""
 
+import difflib
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+)
 from pydantic_core import core_schema
+
+from mambactl.errors import UsageError
 
 WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 
@@ -138,3 +149,53 @@ class StageConfig(CommandConfig):
     def ending(self) -> str:
         """The end of the default name of what the stage writes."""
         return ""
+
+
+Options = TypeVar("Options", bound=CommandConfig)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a hint that names the closest known word, or all of them."""
+    options = sorted(known)
+    close = difflib.get_close_matches(word, options, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(options)}"
+
+
+def validated(command: str, options: type[Options], values: Mapping[str, Any]) -> Options:
+    """Build a command's options; a value out of bounds or of another type is a UsageError."""
+    try:
+        return options(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else command
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        given = values.get(key)
+        raise UsageError(
+            f"{command}: {key.replace('_', '-')}: {reason} (got {given!r})",
+            f"mambactl {command} --help",
+        ) from None
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Turn `key=value` strings into a dictionary; values are typed as in YAML."""
+    import yaml
+
+    parsed = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise UsageError(f"--set {setting!r} is not key=value", "--set max_steps=100")
+        try:
+            parsed[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed[key.strip().replace("-", "_")] = value
+    return parsed
+
+
+def settings(config: CommandConfig, exclude: Collection[str] = ()) -> list[str]:
+    """Options of a command line that ask for a configuration, whatever recipe stands beside it."""
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude=set(exclude))
+    # JSON is YAML, so every value arrives as it left
+    return [
+        word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")
+    ]

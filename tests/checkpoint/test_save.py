@@ -290,7 +290,7 @@ def test_unwritable_folder_is_a_sentence(tmp_path: Path) -> None:
 COPY = """
 import sys
 from pathlib import Path
-from mambactl.checkpoint.open import open_checkpoint
+from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.save import CheckpointWriter
 def peak():
     # not ru_maxrss, which a child inherits from the process that started it

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mambactl import errors
-from mambactl.cli import io
+from mambactl import console, errors
 from mambactl.cli.main import EXTRAS
 from mambactl.errors import ExitCode
 
@@ -86,7 +85,7 @@ def test_model_from_a_terminal_is_refused(monkeypatch) -> None:
 
     monkeypatch.setattr(sys, "stdin", Terminal())
     with pytest.raises(errors.UsageError, match="terminal"):
-        io.read_model("-")
+        console.read_model("-")
 
 
 def test_target_of_spec_decode(cli, fake_stage) -> None:
@@ -293,14 +292,14 @@ def test_no_arguments_is_a_usage_error_with_the_help_on_stderr(cli) -> None:
 def test_a_closed_stdout_is_quiet() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    io.write_out("nobody reads this", writer)
+    console.write_out("nobody reads this", writer)
     os.close(writer)
 
 
 def test_a_result_that_cannot_be_written_to_stdout_is_said_elsewhere() -> None:
     descriptor = os.open("/dev/full", os.O_WRONLY)
     with pytest.raises(errors.ResourceError) as caught:
-        io.write_out("/runs/t.st", descriptor)
+        console.write_out("/runs/t.st", descriptor)
     os.close(descriptor)
     assert "/runs/t.st" in caught.value.hint
 
@@ -315,7 +314,7 @@ def test_a_result_that_cannot_be_written_to_stdout_is_said_elsewhere() -> None:
     ],
 )
 def test_default_output(model, name) -> None:
-    assert io.default_out(model, "distill") == Path(f"runs/{name}-distill")
+    assert console.default_out(model, "distill") == Path(f"runs/{name}-distill")
 
 
 def test_inspect_and_recipe_content_goes_to_stdout(cli) -> None:

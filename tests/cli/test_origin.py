@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mambactl.checkpoint import resolve
+
 
 @pytest.mark.parametrize("given", ["smollm2-135m", "~/llama", "./llama"])
 def test_a_finished_conversion_is_done_for_resume(

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer, open_checkpoint
 from mambactl.commands import convert
 from mambactl.commands.convert import plan, run
-from mambactl.conversion import replace
 from mambactl.errors import ModelError, OutputError, UsageError
+from mambactl.models.mixers.mamba2 import Mamba2Spec
 from mambactl.options import ConvertConfig
 
 INITS, MIXERS = ("calibrated", "reference"), ("mamba2", "mamba1")
@@ -361,7 +361,7 @@ def test_output_that_exists_is_kept(llama, out, tmp_path, monkeypatch) -> None:
     run(ConvertConfig(), llama, tmp_path / out)
     before = tensors(tmp_path / out)
     with monkeypatch.context() as patched:
-        patched.setattr(replace, "initialise", lambda *_: pytest.fail("worked before it looked"))
+        patched.setattr(Mamba2Spec, "initialise", lambda *_: pytest.fail("worked before it looked"))
         with pytest.raises(OutputError, match="exists") as raised:
             run(ConvertConfig(ratio=1), llama, tmp_path / out)
     assert "--force" in raised.value.hint
@@ -376,7 +376,7 @@ def test_output_that_exists_is_kept(llama, out, tmp_path, monkeypatch) -> None:
 def test_an_interrupt_leaves_what_was_there(llama, out, force, tmp_path, monkeypatch) -> None:
     if force:
         run(ConvertConfig(ratio=0.25), llama, tmp_path / out)
-    initialise, layers = replace.initialise, []
+    initialise, layers = Mamba2Spec.initialise, []
 
     def interrupted(*arguments):
         layers.append(arguments)
@@ -385,7 +385,7 @@ def test_an_interrupt_leaves_what_was_there(llama, out, force, tmp_path, monkeyp
             raise KeyboardInterrupt
         initialise(*arguments)
 
-    monkeypatch.setattr(replace, "initialise", interrupted)
+    monkeypatch.setattr(Mamba2Spec, "initialise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(ConvertConfig(ratio=1), llama, tmp_path / out, force=force)
     assert [path.name for path in tmp_path.iterdir()] == ([out] if force else [])

@@ -24,7 +24,6 @@ from decode.engines import (
 
 from mambactl.decode.gpu.fused_engine import FusedEngine
 from mambactl.decode.gpu.session import Session
-from mambactl.decode.gpu.state import RecurrentState
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.kernels.decode.reference import linear, recurrent
@@ -33,6 +32,7 @@ from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.mamba1 import Mamba1Settings
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.packed import RecurrentState
 
 TARGETS = {
     "attention": {"mixers": ["attention"] * 2},

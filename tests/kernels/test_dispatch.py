@@ -208,7 +208,7 @@ def test_a_model_reads_prompts_through_the_kernels(
     for got, wanted in zip(actual.layers, expected.layers, strict=True):
         assert not torch.equal(got.state, wanted.state)
         torch.testing.assert_close(got.state, wanted.state, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got.window, wanted.window, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.inputs, wanted.inputs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])

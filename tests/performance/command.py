@@ -9,12 +9,11 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
-from mambactl.cli.io import guarded_stdout, write_json, write_out
 from mambactl.cli.main import explain
-from mambactl.console import secure_streams
+from mambactl.commands import configure
+from mambactl.console import guarded_stdout, secure_streams, write_json, write_out
 from mambactl.errors import ExitCode
 from mambactl.options import BenchConfig
-from mambactl.recipes import configure
 from mambactl.stage_result import StageResult
 
 STAGE = "bench"
