@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mambactl import console, invocation
-from mambactl.checkpoint.made_before import made_before
+from mambactl.checkpoint.provenance import made_before
 from mambactl.cli.processes import launch, of_this_run
 from mambactl.commands import COMMANDS, Command
 from mambactl.console import default_out

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from mambactl.checkpoint.adapters import adapt
-from mambactl.checkpoint.load import open_checkpoint
+from mambactl.checkpoint.load import adapt, open_checkpoint
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig

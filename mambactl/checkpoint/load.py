@@ -1,15 +1,17 @@
 """Load models, tokenizers and lineage from any checkpoint, strictly."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mambactl.checkpoint.adapters import Adapted, adapt, needs_remote_code
+from mambactl.checkpoint.adapters import llama, mamba, own
 from mambactl.checkpoint.gguf_reader import GgufReader
 from mambactl.checkpoint.reader import (
+    Adapted,
     FolderReader,
     PickleReader,
     Reader,
@@ -31,6 +33,70 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of checkpoint: its class in transformers (None: it names none) and its adapter."""
+
+    architecture: str | None
+    adapt: Callable[[Reader], Adapted]
+
+
+# `model_type` in config.json -> how such a checkpoint is read
+FORMATS = {
+    "mambactl_hybrid": Format("HybridForCausalLM", own.adapt),
+    "llama": Format("LlamaForCausalLM", llama.adapt),
+    "mistral": Format("MistralForCausalLM", llama.adapt),
+    "mamba": Format("MambaForCausalLM", mamba.adapt),
+    "mamba2": Format("Mamba2ForCausalLM", mamba.adapt),
+    mamba.STATE_SPACES: Format(None, mamba.adapt),
+}
+
+
+def adapt(reader: Reader) -> Adapted:
+    """Our config and names for an open checkpoint; raises ModelError for other architectures."""
+    with blame(reader.path, CONFIG):
+        return _adapt(reader)
+
+
+def _adapt(reader: Reader) -> Adapted:
+    config = reader.config
+    kind = _kind(config)
+    known = FORMATS.get(kind)
+    named = (config.get("architectures") or [known and known.architecture])[0]
+    if known is None:
+        raise _unsupported(reader, f"{named or 'unnamed'} (model_type {kind!r})")
+    if known.architecture not in (None, named):
+        raise _unsupported(reader, named)
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{reader.path} is quantised", "give the unquantised checkpoint, or a GGUF of it"
+        )
+    return known.adapt(reader)
+
+
+def needs_remote_code(config: Mapping[str, Any]) -> bool:
+    """Whether only Python code inside the checkpoint could load it."""
+    return bool(config.get("auto_map")) and _kind(config) not in FORMATS
+
+
+def _kind(config: Mapping[str, Any]) -> str | None:
+    if "model_type" not in config and "ssm_cfg" in config:
+        return mamba.STATE_SPACES
+    return config.get("model_type")
+
+
+def _unsupported(reader: Reader, what: str) -> ModelError:
+    named = [known.architecture for known in FORMATS.values() if known.architecture]
+    supported = ", ".join([*named, "state-spaces/mamba*"])
+    message = f"{reader.path} has the architecture {what}, which is not supported"
+    if needs_remote_code(reader.config):
+        code = ", ".join(sorted({str(name) for name in reader.config["auto_map"].values()}))
+        message += f" and needs code from the checkpoint ({code})"
+    return ModelError(message, f"supported: {supported}")
+
+
 GENERATION = "generation_config.json"
 _NEOX = "EleutherAI/gpt-neox-20b"
 _NAMES_SHOWN = 5

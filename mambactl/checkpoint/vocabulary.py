@@ -1,7 +1,6 @@
 """Whether two checkpoints mean the same tokens by the same numbers."""
 
-from mambactl.checkpoint.adapters import adapt, needs_remote_code
-from mambactl.checkpoint.load import load_tokenizer, open_checkpoint
+from mambactl.checkpoint.load import adapt, load_tokenizer, needs_remote_code, open_checkpoint
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
 

@@ -1,14 +1,25 @@
 """The Typer application: every command, in the order of the help."""
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mambactl import console
+from mambactl.checkpoint.provenance import made_before
 from mambactl.cli import recipe
-from mambactl.cli.parameters import parameters_of, with_parameters
-from mambactl.commands import COMMANDS, Command
+from mambactl.cli.parameters import Shared, parameters_of, with_parameters
+from mambactl.commands import COMMANDS, Command, configure
+from mambactl.errors import UsageError
+from mambactl.options import CommandConfig, SpreadConfig, StageConfig
+from mambactl.options.fields import parse_settings, validated
+from mambactl.ranks import is_main, launched
+from mambactl.stage_result import StageResult
 from mambactl.version import __version__
 
 SUMMARY = """Turn a Llama-family checkpoint into a hybrid Mamba model, and decode it fast.
@@ -82,10 +93,206 @@ def _help(command: Command) -> str:
 
 def _function(command: Command) -> Callable[..., None]:
     def function(**given: Any) -> None:
-        # help and completion need none of it
-        from mambactl.cli.invoke import run_command
-
         run_command(command, given)
 
     with_parameters(function, parameters_of(command))
     return function
+
+
+def run_command(command: Command, given: dict[str, Any]) -> None:
+    """Run one command from parsed parameters and write its result to stdout."""
+    if command.is_stage:
+        run_stage(command, given)
+    else:
+        _run_plain(command, given)
+
+
+def run_stage(command: Command, given: dict[str, Any]) -> None:
+    """Run one stage: its options come from flags, `--set`, a recipe and defaults."""
+    shared = Shared.take(given)
+    console.set_verbosity(shared.verbosity if is_main() else console.SILENT)
+    if shared.resume and shared.force:
+        raise UsageError("--resume and --force exclude each other", "give one of them")
+    others = take_others(command, given)
+    model = take_model(command, given)
+    flags = {key: value for key, value in given.items() if value not in (None, [])}
+    if flags.get("prompt") == "-":
+        if model == "-":
+            raise UsageError("MODEL and the prompt cannot both be -", "give one of them as text")
+        flags["prompt"] = console.read_text("-")
+    config = _config(command.name, shared, flags)
+    if launched():
+        from mambactl.cli.processes import of_this_run
+
+        config = of_this_run(command.name, config)
+    source = read_source(command, config, model)
+    ending = command.ending(config)
+    if ending is None:
+        _refuse_output(command, shared)
+        _call(
+            command, config, source, None, shared, [console.read_model(other) for other in others]
+        )
+        return
+    out = Path(shared.out) if shared.out else console.default_out(source, command.name, ending)
+    again = {"resume": shared.resume, "force": shared.force}
+    with console.guarded_stdout():
+        made = made_before(out, command, config, source, **again)
+    if made is not None:
+        console.log(f"{out} is complete, nothing to do")
+        _say(command, shared, StageResult(str(out.absolute()), made["metrics"]))
+        return
+    _call(command, config, source, out, shared)
+
+
+def _run_plain(command: Command, given: dict[str, Any]) -> None:
+    as_json = given.pop("json", False)
+    others = take_others(command, given)
+    model = take_model(command, given)
+    options = validated(command.name, command.options, given)
+    source = read_source(command, options, model)
+    models = (
+        [] if command.model == "none" else [source, *(console.read_model(each) for each in others)]
+    )
+    with console.guarded_stdout():
+        result = import_module(command.module).run(options, *models)
+    _write(command, as_json, result)
+
+
+def _refuse_output(command: Command, shared: Shared) -> None:
+    for flag in ("out", "resume", "force"):
+        if getattr(shared, flag):
+            raise UsageError(f"--{flag} goes with --{command.writes_with}", f"drop --{flag}")
+
+
+def _call(
+    command: Command,
+    config: StageConfig,
+    source: str | None,
+    out: Path | None,
+    shared: Shared,
+    others: Sequence[str] = (),
+) -> None:
+    spreads = isinstance(config, SpreadConfig) and config.nproc and not launched()
+    if spreads and not shared.dry_run:
+        from mambactl.cli.processes import launch
+
+        with console.guarded_stdout():
+            line = launch(config, command.name, source, shared.flags(out))
+        console.write_out(line)
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    with console.guarded_stdout():
+        module = import_module(command.module)
+        call = module.plan if shared.dry_run else module.run
+        if others or getattr(config, "report", None):
+            compare = import_module("mambactl.report.compare")
+            call = partial(compare.plan if shared.dry_run else compare.run, command=module)
+            source = [source, *others]
+        if shared.dry_run:
+            split = {}
+            if spreads:
+                from mambactl.cli.processes import shards
+
+                split = {"sharded": shards(config, source)}
+            _show_plan(call(config, source) | split, out)
+            return
+        if out is not None:
+            again = {"resume": shared.resume, "force": shared.force}
+            result = call(config, source, out, **again)
+        else:
+            result = call(config, source)
+        if launched():
+            import_module("mambactl.ranks").leave()
+    path = result.path
+    if path is not None and (file := Path(path).expanduser()).exists():
+        path = str(file.absolute())
+    _say(command, shared, replace(result, path=path))
+
+
+def _say(command: Command, shared: Shared, result: StageResult) -> None:
+    # one of several processes speaks for all
+    if is_main():
+        _write(command, shared.json, result)
+
+
+def _write(command: Command, as_json: bool, result: StageResult) -> None:
+    text = "\n".join(map(console.drawn, result.blocks)) if result.blocks else result.text
+    if not as_json:
+        console.write_out(result.path if text is None else text)
+    elif command.json == "metrics":
+        console.write_json(result.metrics)
+    else:
+        content = {"stage": command.name, "checkpoint": result.path, "metrics": result.metrics}
+        console.write_json(content if text is None else content | {"text": text})
+
+
+def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
+    settings = parse_settings(shared.settings)
+    if not shared.recipe:
+        return configure(stage, settings, flags)
+    from mambactl.recipes import REFERENCE, load_recipe
+
+    section = load_recipe(shared.recipe).section(stage).values
+    config = configure(stage, section, settings, flags)
+    for name in REFERENCE.findall(str(section)):
+        if f"${{{name}}}" in str(config):
+            hint = f"mambactl recipe run {shared.recipe}, or set the option yourself"
+            raise UsageError(f"${{{name}}} has a meaning only inside `recipe run`", hint)
+    return config
+
+
+def _show_plan(plan: dict[str, Any], out: Path | None) -> None:
+    import json
+
+    if out is not None:
+        plan = {"out": str(out.absolute()), **plan}
+    console.log(json.dumps(plan, indent=2, ensure_ascii=False, default=str), level=0)
+
+
+def take_model(command: Command, given: dict[str, Any]) -> str | None:
+    """Remove MODEL from the parsed parameters, and the option that means it."""
+    model, option = given.pop("model", None), command.model_option
+    if option is None:
+        return model
+    named = given.pop(option.name)
+    if model is not None and named is not None:
+        raise UsageError(f"MODEL and --{option.name} are the same thing", "give one of them")
+    if model is not None or named is not None:
+        return named if model is None else model
+    if console.stdin_is_pipe():
+        return "-"
+    raise UsageError(f"no {option.name}", option.usage)
+
+
+def take_others(command: Command, given: dict[str, Any]) -> list[str]:
+    """Leave the first of several models in `given`, return those it is compared with."""
+    if command.model != "many":
+        return []
+    models, compare = given["model"], given.pop("compare")
+    if compare and len(models) < 2:
+        raise UsageError(
+            "--compare needs two MODELs or more", f"mambactl {command.name} A B --compare"
+        )
+    if not compare and len(models) > 1:
+        raise UsageError(f"{len(models)} MODELs without --compare", "add --compare")
+    given["model"], *others = models
+    return others
+
+
+def read_source(command: Command, options: CommandConfig, model: str | None) -> str | None:
+    """The model that the command works on, from stdin if need be; None where it needs none."""
+    if command.model == "none":
+        return None
+    instead = options.without_model
+    if not options.needs_model:
+        if model is not None:
+            *most, last = (f"--{name}" for name in instead)
+            who = f"{', '.join(most)} and {last} work" if most else f"{last} works"
+            raise UsageError(f"{who} without a MODEL", f"drop {model}, or the option")
+        return None
+    if model is None:
+        raise UsageError(
+            "no MODEL", f"mambactl {command.name} MODEL, or {next(iter(instead.values()))}"
+        )
+    return console.read_model(model)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from mambactl import console
-from mambactl.checkpoint.adapters import Adapted
 from mambactl.checkpoint.contents import cache_bytes
 from mambactl.checkpoint.load import empty_model, open_strict
 from mambactl.checkpoint.provenance import lineage
-from mambactl.checkpoint.reader import Reader
+from mambactl.checkpoint.reader import Adapted, Reader
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import CheckpointWriter, refuse_existing, stored_dtype
 from mambactl.conversion.fit import LayerFit, Streams

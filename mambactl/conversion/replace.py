@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from mambactl import console
-from mambactl.checkpoint.adapters import Adapted
 from mambactl.checkpoint.load import open_strict
-from mambactl.checkpoint.reader import Reader
+from mambactl.checkpoint.reader import Adapted, Reader
 from mambactl.checkpoint.resolve import resolve
 from mambactl.conversion.fit import LayerFit, Streams
 from mambactl.errors import UsageError

@@ -9,9 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mambactl.checkpoint.adapters import adapt
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.load import load_tokenizer, open_checkpoint
+from mambactl.checkpoint.load import adapt, load_tokenizer, open_checkpoint
 from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
 from mambactl.data.answers import CATEGORY_TEMPERATURES, OTHER_TEMPERATURE, require_fit

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from mambactl.models.config import HybridConfig
-from mambactl.models.flops import Work
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import is_new
 from mambactl.train.compiled import compiles
 from mambactl.train.job import Job
+from mambactl.train.ledger import Work
 from mambactl.train.losses import CHUNK_ELEMENTS
 from mambactl.train.phases import PhasePlan, shapes_of
 from mambactl.train.step_timing import Measured, Place, probe

@@ -11,10 +11,10 @@ from mambactl.checkpoint.contents import ranges
 from mambactl.checkpoint.load import empty_model
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
-from mambactl.models.flops import Work
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import ATTENTION, part_of
 from mambactl.options import DistillConfig
+from mambactl.train.ledger import Work
 from mambactl.train.optimization import mixer_parameters, rest_parameters
 from mambactl.train.stepwise import Group, groups, replacement_order, stand_in_misfit
 

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from mambactl import console
-from mambactl.checkpoint.adapters import adapt
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.load import open_checkpoint
+from mambactl.checkpoint.load import adapt, open_checkpoint
 from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.run_folder import OtherFolder, RunFolder

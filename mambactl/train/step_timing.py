@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.models.config import HybridConfig
-from mambactl.models.flops import Work, head_cost
 from mambactl.models.hybrid import HybridModel
 from mambactl.models.mixers.spec import StepContext
 from mambactl.train.captured import WARMUP, recorder_for
 from mambactl.train.compiled import compiled
+from mambactl.train.ledger import Work, head_cost
 from mambactl.train.losses import Teacher, distillation_loss
 from mambactl.train.optimization import autocast, build_optimizer
 

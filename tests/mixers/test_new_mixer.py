@@ -19,8 +19,8 @@ from mambactl.decode.drafters import NgramDrafter
 from mambactl.decode.engine import Engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.models.cache import HybridCache
-from mambactl.models.flops import forward_flops
 from mambactl.models.mixers.registry import MIXERS
+from mambactl.train.ledger import forward_flops
 
 REPLACED = (0, 2)
 

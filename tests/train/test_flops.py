@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mambactl.models.flops import Work, forward_flops, head_cost, mixer_cost, mlp_cost
 from mambactl.models.key_ring import WindowSettings
+from mambactl.train.ledger import Work, forward_flops, head_cost, mixer_cost, mlp_cost
 
 LENGTH = 24
 
