@@ -110,15 +110,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def explained(
-    place: Path, full: str, refused: str = "choose another place with -o"
+    path: Path, full: str, refused: str = "choose another place with -o"
 ) -> Iterator[None]:
     """Turn an OSError into ResourceError with hint `full` on a full disk, else into OutputError."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise ResourceError(f"the disk is full while writing {place}", full) from error
-        raise OutputError(f"cannot write {place}: {error.strerror or error}", refused) from error
+            raise ResourceError(f"the disk is full while writing {path}", full) from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", refused) from error
 
 
 def recipe_folder() -> Path:

@@ -109,7 +109,7 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def place(config: "StageConfig") -> "tuple[torch.device, torch.dtype]":
+def placement(config: "StageConfig") -> "tuple[torch.device, torch.dtype]":
     """Resolve `device` and `dtype`; auto is the GPU, and bfloat16 where a GPU computes in it.
 
     Raises UsageError for an unknown device and for fp64 on a GPU, ResourceError for a device that

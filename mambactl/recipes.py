@@ -180,13 +180,13 @@ def _changed(sections: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     """Sections with single options replaced, null ones dropped, new ones behind the one before."""
     order = list(sections)
     merged = dict(sections)
-    place = len(order)
+    index = len(order)
     for key, body in changes.items():
         if key in order:
-            place = order.index(key) + 1
+            index = order.index(key) + 1
         else:
-            order.insert(place, key)
-            place += 1
+            order.insert(index, key)
+            index += 1
         both = isinstance(body, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **body} if both else body
     dropped = {key for key, body in changes.items() if body is None}

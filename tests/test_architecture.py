@@ -1,6 +1,7 @@
 """The rules of the source tree: layout, direction of imports, sizes, and who may print."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ ORDER = (
     # names of all the rest, for type checkers; what it imports by itself are leaves
     "__init__",
 )
-MAY_IMPORT = {name: set(ORDER[:place]) for place, name in enumerate(ORDER)}
+MAY_IMPORT = {name: set(ORDER[:number]) for number, name in enumerate(ORDER)}
 # the probes of `eval` bring its options, without loading what they measure with
 MAY_IMPORT[TABLE] = {"evaluation"}
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "numpy", "safetensors"}
@@ -167,11 +168,11 @@ def _words(node: ast.Compare) -> Iterator[str]:
 
 def test_file_names_are_unique_but_for_twins() -> None:
     """A Triton kernel has the file name of its PyTorch reference; no other name occurs twice."""
-    places: dict[str, list[Path]] = {}
+    paths: dict[str, list[Path]] = {}
     for path in MODULES:
         if path.stem not in ("__init__", "__main__"):
-            places.setdefault(path.stem, []).append(path.relative_to(PACKAGE))
-    twice = {stem: found for stem, found in places.items() if len(found) > 1}
+            paths.setdefault(path.stem, []).append(path.relative_to(PACKAGE))
+    twice = {stem: found for stem, found in paths.items() if len(found) > 1}
     for stem, found in twice.items():
         assert len(found) == 2 and {path.parts[0] for path in found} == {"kernels"}, (stem, found)
 
@@ -221,3 +222,109 @@ def test_top_level_is_exactly_the_layout() -> None:
         pytest.skip("not a git checkout")
     names = {Path(line).parts[0] for line in listed.stdout.splitlines()}
     assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
+
+
+# a word of the glossary in `mambactl.models` and where it may be part of an identifier: files or
+# whole packages; nobody uses "place", as an index, a slot, a path or a device is what it is
+CHATS = {"data", "generation", "decode/prompts.py", "evaluation/harness/scoring.py"}
+EXPERIMENTS = {
+    *("evaluation", "report", "api", "commands/eval.py", "options/evaluation.py"),
+    # of transformers' own callbacks
+    *("train/trainer.py", "train/preference.py"),
+}
+ATTENTION = {
+    *("kernels/local_attention.py", "kernels/reference.py", "kernels/decode/operations.py"),
+    *("kernels/decode/reference/decode_attention.py", "kernels/decode/triton/decode_attention.py"),
+    *("models/cache.py", "models/config.py", "models/hybrid.py", "models/key_ring.py"),
+    *("models/packed.py", "models/mixers/attention.py", "models/mixers/registry.py"),
+    *("models/mixers/spec.py", "models/mixers/windowed.py", "train/optimization.py"),
+    *("checkpoint", "commands", "conversion", "evaluation", "options", "speed/synthetic.py"),
+}
+MEANINGS = {
+    "place": set(),
+    "places": set(),
+    "turn": CHATS,
+    "turns": CHATS,
+    "turned": set(),
+    "turning": set(),
+    "control": EXPERIMENTS,
+    "controls": EXPERIMENTS,
+    "window": ATTENTION,
+    "windows": ATTENTION,
+}
+# names of a mixer, of settings and of what links mixers, wherever they are used
+KNOWN_NAMES = {"mamba2_window", "sliding_window", "with_window"}
+# of `kernels/reference.py`, the one function that is about attention
+SPANS = "spans"
+
+
+def identifiers(tree: ast.AST) -> Iterator[str]:
+    """Names of functions, classes, parameters, variables, attributes, keywords and imports."""
+    for node in ast.walk(tree):
+        for field in ("name", "arg", "id", "attr", "asname", "names"):
+            value = getattr(node, field, None)
+            for name in value if isinstance(value, list) else [value]:
+                if isinstance(name, str):
+                    yield name
+
+
+def misused(tree: ast.AST, path: str) -> set[str]:
+    """Identifiers of a file of the package in which a word means something else."""
+    return {
+        name
+        for name in set(identifiers(tree)) - KNOWN_NAMES
+        for word in re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
+        if word in MEANINGS
+        and not {path, *(str(parent) for parent in Path(path).parents)} & MEANINGS[word]
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_words_of_the_glossary_have_one_meaning(path) -> None:
+    own = str(path.relative_to(PACKAGE))
+    assert misused(ast.parse(path.read_text()), own) == set()
+
+
+def test_a_window_of_the_reference_kernels_is_that_of_attention() -> None:
+    tree = ast.parse((PACKAGE / "kernels" / "reference.py").read_text())
+    users = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and "window" in set(identifiers(node))
+    }
+    assert users == {SPANS}
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "found"),
+    [
+        ("for place in range(3): pass", "data/pack.py", {"place"}),
+        ("def f(in_place): pass", "train/captured.py", {"in_place"}),
+        ("class Place: pass", "train/estimate.py", {"Place"}),
+        ("from mambactl.ranks import placement", "api/text.py", set()),
+        ("ops.turn(B)", "kernels/decode/triton/ops.py", {"turn"}),
+        ("from mambactl.kernels.reference import turn as rotate", "models/packed.py", {"turn"}),
+        ("turns = row['turns']", "data/conversations.py", set()),
+        ("run(control=x)", "kernels/decode/reference/verdict.py", {"control"}),
+        ("if config.control: run()", "commands/eval.py", set()),
+        ("def mamba2_segment(window): pass", "kernels/decode/reference/recurrent.py", {"window"}),
+        ("conv_window = previous", "models/mixers/mamba1.py", {"conv_window"}),
+        ("WINDOW: int = 4", "kernels/sequence/conv.py", {"WINDOW"}),
+        ("window = 'mamba2_window'", "kernels/local_attention.py", set()),
+        ("mixer.with_window", "models/mixers/mamba2.py", set()),
+        ("text = 'in place of a window'", "kernels/dispatch.py", set()),
+    ],
+)
+def test_other_meanings_are_found(line, path, found) -> None:
+    assert misused(ast.parse(line), path) == found
+
+
+def test_every_word_with_one_meaning_is_in_the_glossary() -> None:
+    glossary = ast.get_docstring(ast.parse((PACKAGE / "models" / "__init__.py").read_text()))
+    terms = {line[2:].partition(":")[0] for line in glossary.splitlines() if line.startswith("- ")}
+    assert {"window", "control", "turn", "placement", "segment", "rotation"} <= terms
+
+
+def test_every_file_in_the_table_of_meanings_exists() -> None:
+    for path in set().union(*MEANINGS.values()):
+        assert (PACKAGE / path).exists(), path

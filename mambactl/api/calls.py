@@ -37,16 +37,16 @@ def make(
     if resume and force:
         raise UsageError("resume and force exclude each other", "give one of them")
     command, source, config = COMMANDS[name], spec_of(model), of_this_run(name, config)
-    place = Path(out) if out else default_out(source, name, command.ending(config) or "")
+    path = Path(out) if out else default_out(source, name, command.ending(config) or "")
     again = {"resume": resume, "force": force}
-    flags = ["-o", str(place), *(f"--{word}" for word, given in again.items() if given)]
+    flags = ["-o", str(path), *(f"--{word}" for word, given in again.items() if given)]
     with invocation.standing_for([name, source, *flags, *settings(config)]):
-        made = made_before(place, command, config, source, **again)
+        made = made_before(path, command, config, source, **again)
         if made is not None:
-            return StageResult(str(place.absolute()), made["metrics"])
+            return StageResult(str(path.absolute()), made["metrics"])
         if isinstance(config, SpreadConfig) and config.nproc and not launched():
             return _spread(command, config, source, flags)
-        result = import_module(command.module).run(config, source, place, **again)
+        result = import_module(command.module).run(config, source, path, **again)
     return _located(result)
 
 

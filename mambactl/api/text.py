@@ -19,7 +19,7 @@ from mambactl.generation import decoding
 from mambactl.generation.detokenizer import Detokenizer
 from mambactl.generation.on_demand import on_demand
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.ranks import place
+from mambactl.ranks import placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -112,7 +112,7 @@ def load(
     'convert'
     """
     source = spec_of(model)
-    where, kind = place(configure("generate", {"device": device, "dtype": dtype}))
+    where, kind = placement(configure("generate", {"device": device, "dtype": dtype}))
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     loaded = load_model(source, where, kind, trust_remote_code)
     return Model(source, loaded, tokenizer, load_lineage(source))

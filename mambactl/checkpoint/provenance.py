@@ -129,12 +129,12 @@ def made_before(
     made = {
         "stage": lineage.get("stage"),
         "parent": lineage.get("parent", {}).get("sha256"),
-        **{key: value for key, value in options.items() if key not in config.place},
+        **{key: value for key, value in options.items() if key not in config.placement_options},
     }
     asked = {
         "stage": command.name,
         "parent": header_digest(resolve(source).path),
-        **config.model_dump(mode="json", exclude=config.place),
+        **config.model_dump(mode="json", exclude=config.placement_options),
     }
     if changed := differences(made, asked):
         message = f"{out} was made differently: {'; '.join(changed)}"

@@ -51,11 +51,11 @@ class RunFolder:
     def _probe(self) -> None:
         if self.path.exists():
             os.close(hold(self.path, self.out, folder=self.path.is_dir()))
-        place = self.path
-        while not place.is_dir():
-            place = place.parent
+        folder = self.path
+        while not folder.is_dir():
+            folder = folder.parent
         # permission bits say too little: of root, of a read-only or a virtual file system
-        tempfile.TemporaryFile(dir=place).close()
+        tempfile.TemporaryFile(dir=folder).close()
 
     def _refuse_other(self, resume: bool, force: bool) -> None:
         # a kill right after the folder was made leaves it empty

@@ -10,7 +10,7 @@ from mambactl.errors import CheckError, UsageError
 from mambactl.generation import decoding
 from mambactl.metrics import CACHE, DECODE_GAIN, DECODE_RATE, PREFILL_RATE, Metric
 from mambactl.options import BenchConfig
-from mambactl.ranks import place
+from mambactl.ranks import placement
 from mambactl.report.results import save_results
 from mambactl.speed import bench_tables, candidates
 from mambactl.speed.candidates import Source
@@ -40,7 +40,7 @@ def run(config: BenchConfig, source: str | None) -> StageResult:
 def measure(config: BenchConfig, source: str | None) -> StageResult:
     """Measure, print tables and keep the numbers, whatever they are."""
     baseline = _prepare(config, source)
-    device, dtype = place(config)
+    device, dtype = placement(config)
     metrics = conditions(config, device, dtype)
     if config.training:
         return _training(config, source, metrics, device, dtype)
@@ -52,7 +52,7 @@ def measure(config: BenchConfig, source: str | None) -> StageResult:
 def plan(config: BenchConfig, source: str | None) -> dict[str, Any]:
     """What would be measured; reads headers only."""
     baseline = _prepare(config, source)
-    device, dtype = place(config)
+    device, dtype = placement(config)
     where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     if config.training:
         about = candidates.about_shapes(config) if source is None else {"source": source}

@@ -39,7 +39,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.registry import MIXERS
 from mambactl.models.mixers.spec import MixerSpec
 from mambactl.options import ConvertConfig
-from mambactl.ranks import place
+from mambactl.ranks import placement
 from mambactl.stage_result import StageResult
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -50,7 +50,7 @@ def run(
 ) -> StageResult:
     """Write the hybrid at `out`; there is nothing to resume, and what is done the CLI handles."""
     # without a selection it computes on the CPU, yet a missing device is an error everywhere
-    place(config)
+    placement(config)
     origin = resolve(source)
     reader, adapted = open_strict(origin)
     with reader, open_aligned(config.mixers_from) as aligned:
@@ -94,7 +94,7 @@ def run(
 
 def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
     """Resolve and check everything, write nothing."""
-    place(config)
+    placement(config)
     reader, adapted = open_strict(resolve(source))
     with reader, open_aligned(config.mixers_from) as aligned:
         work = _Work(config, reader, adapted, Replacement(config, adapted.config, aligned))
@@ -151,7 +151,7 @@ class _Work:
         attention = base.attention_layers
         keep = attention_to_keep(base, config.ratio, config.kv_budget, self._kv_itemsize)
         ratio = 1 - keep / max(1, len(attention))
-        return [attention[place] for place in kept_attention(len(attention), ratio)]
+        return [attention[index] for index in kept_attention(len(attention), ratio)]
 
     def choose(self, source: str, texts: Texts) -> Choice | None:
         """The layers that a measurement chooses, or None where the rule decides."""

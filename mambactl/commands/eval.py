@@ -20,7 +20,7 @@ from mambactl.evaluation.fidelity import Variant
 from mambactl.evaluation.probes import PROBES, EvalConfig
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.ranks import place
+from mambactl.ranks import placement
 from mambactl.report.results import save_results
 from mambactl.report.thresholds import Check, failures, parse_checks, require_known
 from mambactl.stage_result import StageResult
@@ -81,7 +81,7 @@ def measure(config: EvalConfig, source: str) -> StageResult:
 def plan(config: EvalConfig, source: str) -> dict[str, Any]:
     """What would be measured; reads headers, data and task files, and no weights."""
     inputs = _read(config, source)
-    device, dtype = place(config)
+    device, dtype = placement(config)
     found = describe(source)
     probes: dict[str, Any] = {}
     for name, probe in PROBES.items():
@@ -233,7 +233,7 @@ def _variants(
 
 
 def _load(config: EvalConfig, spec: str) -> HybridForCausalLM:
-    device, dtype = place(config)
+    device, dtype = placement(config)
     return load_model(
         spec, device=str(device), dtype=dtype, trust_remote_code=config.trust_remote_code
     )

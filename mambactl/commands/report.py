@@ -14,6 +14,6 @@ def run(options: ReportConfig) -> StageResult:
     """Write the page; its absolute path is the text."""
     path = Path(options.out).expanduser()
     command = shlex.join(invocation.words())
-    places = [Path(each).expanduser() for each in options.paths]
-    write_report(places, path, command, options.title or "", header_digest)
+    sources = [Path(each).expanduser() for each in options.paths]
+    write_report(sources, path, command, options.title or "", header_digest)
     return StageResult(None, text=str(path.absolute()))

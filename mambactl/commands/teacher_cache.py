@@ -219,7 +219,11 @@ def _record(
             "data_sha256": known["data_sha256"],
             "rows": metrics["rows"],
             "tokens": metrics["tokens"],
-            **{key: value for key, value in options.items() if key not in {*config.place, "data"}},
+            **{
+                key: value
+                for key, value in options.items()
+                if key not in {*config.placement_options, "data"}
+            },
         }
     }
 

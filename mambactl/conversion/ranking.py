@@ -124,13 +124,13 @@ class Instruments:
         weight = self.head.weight
         totals = torch.zeros(len(found), dtype=torch.float64, device=weight.device)
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for place, rows in enumerate(self.text):
+        for index, rows in enumerate(self.text):
             for start in range(0, len(rows.targets), size):
                 piece = slice(start, start + size)
                 log_p = self.head(rows.guide[piece]).float().log_softmax(-1)  # [n, V]
                 p = log_p.exp()
                 for i, states in enumerate(found.values()):
-                    log_q = self.head(states[place][piece]).float().log_softmax(-1)
+                    log_q = self.head(states[index][piece]).float().log_softmax(-1)
                     totals[i] += (p * (log_p - log_q)).sum().double()
         tokens = sum(len(rows.targets) for rows in self.text)
         kl = (totals / tokens).tolist()
@@ -243,7 +243,7 @@ def merit(gains: Mapping[int, tuple[float, float]], criterion: Criterion) -> dic
     """
     parts = zip(*gains.values(), strict=True)
     columns = [_standardised(column) for column in parts][: 1 if criterion == "kl" else 2]
-    return {index: sum(column[place] for column in columns) for place, index in enumerate(gains)}
+    return {index: sum(column[rank] for column in columns) for rank, index in enumerate(gains)}
 
 
 def _standardised(values: Sequence[float]) -> list[float]:

@@ -176,7 +176,7 @@ class Replacement:
                     f"give --window {present.window} --sinks {present.sinks}",
                 )
             return present
-        _require_same_turning(section, wanted, present)
+        _require_same_rotation(section, wanted, present)
         # a bias that is not needed stays zero
         loose = origin is None and (_has_bias(wanted) or _has_bias(present))
         if (replace(wanted, proj_bias=True) if loose else wanted) != present:
@@ -286,7 +286,7 @@ def _has_bias(settings: Any) -> bool:
     return getattr(settings, "proj_bias", False)
 
 
-def _require_same_turning(section: str, wanted: Any, present: Any) -> None:
+def _require_same_rotation(section: str, wanted: Any, present: Any) -> None:
     """Raise UsageError where of the mixers of one model only some would be rotary."""
     if getattr(wanted, "rotary", False) != getattr(present, "rotary", False):
         raise UsageError(

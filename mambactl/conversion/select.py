@@ -36,7 +36,7 @@ from mambactl.evaluation.recall import kv_probe
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridBlock, HybridModel
 from mambactl.options import ConvertConfig
-from mambactl.ranks import place
+from mambactl.ranks import placement
 
 BATCH = 4
 # enough to rank layers; those that are replaced in the end are fitted on all of the text
@@ -145,7 +145,7 @@ def choose(
 
 def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instruments:
     # the type on disk does not decide what is computed in
-    device, dtype = place(config.model_copy(update={"dtype": "auto"}))
+    device, dtype = placement(config.model_copy(update={"dtype": "auto"}))
     probe = None
     if config.select == "recall":
         tokenizer = load_tokenizer(source, config.trust_remote_code)
@@ -212,18 +212,18 @@ def _by_addition(
     rest = [index for index in _easiest_first(merit(gains, config.select)) if index not in added]
     # with nothing to add nothing is known about the rest
     rest = rest or [index for index in attention if index not in added]
-    front = [_point(step, place * bytes_per_layer) for place, step in enumerate(path)]
+    front = [_point(step, count * bytes_per_layer) for count, step in enumerate(path)]
     console.table(
         "attention restored layer by layer in the aligned model",
         ("attention layers", "restored", *_headings(alone), "KV bytes/token"),
         [
             (
-                place,
+                count,
                 "-" if step.layer is None else step.layer,
                 *_cells(step.score),
-                f"{place * bytes_per_layer:,}",
+                f"{count * bytes_per_layer:,}",
             )
-            for place, step in enumerate(path)
+            for count, step in enumerate(path)
         ],
     )
     found = {

@@ -60,7 +60,7 @@ class Conversation:
 def read_conversations(
     specs: Sequence[str], max_samples: int | None = None, bad: BadRows | None = None
 ) -> list[Conversation]:
-    """Read every set of `specs`, taking rows from them in turn: what can be answered.
+    """Read every set of `specs`, taking rows from them round-robin: what can be answered.
 
     A spec is a .jsonl, .jsonl.gz or .parquet file (a row each), a .txt file (a prompt per line) or
     a hub id `ID[:config][@split]`. Rows hold `turns` (user turns, each answered in order),

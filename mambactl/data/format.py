@@ -105,22 +105,22 @@ def _encode_many(
     ]
     found: dict[int, Example] = {}
     for kind in sorted(set(is_text)):
-        places = [place for place, text in enumerate(is_text) if text == kind]
+        indices = [index for index, text in enumerate(is_text) if text == kind]
         masked = assistant_only and not kind
         batch = tokenizer(
-            [texts[place] for place in places],
+            [texts[index] for index in indices],
             add_special_tokens=kind,
             return_offsets_mapping=masked,
             verbose=False,
         )
-        for number, place in enumerate(places):
+        for number, index in enumerate(indices):
             ids = np.asarray(batch["input_ids"][number], np.int32)
             mask = np.ones(len(ids), bool)
             if masked:
                 offsets = np.asarray(batch["offset_mapping"][number]).reshape(-1, 2)
-                mask = _assistant_mask(tokenizer, rows[place], texts[place], offsets)
-            found[place] = Example(ids, mask)
-    return [found[place] for place in range(len(rows))]
+                mask = _assistant_mask(tokenizer, rows[index], texts[index], offsets)
+            found[index] = Example(ids, mask)
+    return [found[index] for index in range(len(rows))]
 
 
 def _assistant_mask(

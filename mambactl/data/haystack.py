@@ -61,7 +61,7 @@ def make_frame(tokenizer: Any, chat: bool = True) -> Frame:
 
 
 class Haystack:
-    """Real text as token ids, read from another place for every prompt.
+    """Real text as token ids, read from another offset for every prompt.
 
     Documents are put in another order each time around, so that a text shorter than a prompt is no
     pattern that repeats.
@@ -99,7 +99,7 @@ class Haystack:
             found += [token for index in order for token in self.documents[index]]
         return found[skip : skip + length]
 
-    def place(self, text: Sequence[int], depth: float) -> int:
+    def position(self, text: Sequence[int], depth: float) -> int:
         """Where in `text` a needle of depth 0 to 1 goes: behind the last sentence that ends there.
 
         Where no sentence ends, exactly there.
@@ -107,9 +107,9 @@ class Haystack:
         wanted = round(depth * len(text))
         if wanted in (0, len(text)):
             return wanted
-        for place in range(wanted, 0, -1):
-            if text[place - 1] in self.ends:
-                return place
+        for position in range(wanted, 0, -1):
+            if text[position - 1] in self.ends:
+                return position
         return wanted
 
 
@@ -127,8 +127,8 @@ def needle_prompt(
             f"a needle in {length} tokens leaves no room for text", f"ask for {least} at least"
         )
     text = haystack.read(free, f"{length} {depth:.4f}")
-    place = haystack.place(text, depth)
-    return [*frame.before, *text[:place], *frame.needle, *text[place:], *frame.after]
+    position = haystack.position(text, depth)
+    return [*frame.before, *text[:position], *frame.needle, *text[position:], *frame.after]
 
 
 def _plain(row: dict[str, Any]) -> str:

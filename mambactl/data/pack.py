@@ -24,7 +24,7 @@ TRIM = 64
 
 
 class Row(NamedTuple):
-    """One training row, all arrays [T]: ids int32, places int32, masks bool."""
+    """One training row, all arrays [T]: ids int32, positions int32, masks bool."""
 
     input_ids: np.ndarray
     seq_idx: np.ndarray
@@ -112,11 +112,11 @@ def batches(
     position = (start * count + number) * batch_size
     while True:
         members = []
-        for place in range(position, position + batch_size):
-            if place // len(rows) != epoch:
-                epoch = place // len(rows)
+        for index in range(position, position + batch_size):
+            if index // len(rows) != epoch:
+                epoch = index // len(rows)
                 order = np.random.default_rng([seed, epoch]).permutation(len(rows))
-            members.append(rows[order[place % len(rows)]])
+            members.append(rows[order[index % len(rows)]])
         position += count * batch_size
         yield collate(members, trim)
 

@@ -18,10 +18,10 @@ from mambactl.data.format import TOGETHER, Example, render_chat
 from mambactl.data.sources import (
     POOL,
     BadRow,
-    in_turn,
     is_on_hub,
     preference_row,
     read_rows,
+    round_robin,
     set_names,
 )
 from mambactl.errors import UsageError
@@ -89,7 +89,7 @@ def load_pairs(
     max_samples: int | None = None,
     used: int | None = None,
 ) -> dict[str, PairSet]:
-    """Every data set of `specs` by its short name, rows taken from them in turn.
+    """Every data set of `specs` by its short name, rows taken from them round-robin.
 
     Rows hold `chosen` and `rejected` and perhaps `prompt`, as messages or as text. Without a prompt
     it is what both answers start with. Text becomes turns of a chat, and stays text without a chat
@@ -103,7 +103,7 @@ def load_pairs(
     found = {name: PairSet() for name in names}
     rendered: dict[str, list[_Rendered]] = {name: [] for name in names}
     sources = [_rows(n, spec, used, found[n].bad) for n, spec in zip(names, specs, strict=True)]
-    for name, where, row in islice(in_turn(sources), max_samples):
+    for name, where, row in islice(round_robin(sources), max_samples):
         bad = found[name].bad
         try:
             rendered[name].append(_render(where, row, tokenizer, chat))

@@ -65,7 +65,7 @@ class Written(NamedTuple):
     """Token ids, and the positions of those that can be read off what stands before them."""
 
     ids: list[int]
-    places: list[int]
+    positions: list[int]
 
 
 class RecallDocument(NamedTuple):
@@ -172,7 +172,7 @@ def _document(
         written = write_pairs(form, words, choices, queries, rng)
     ids = np.asarray(written.ids[:length], np.int32)
     answers = np.zeros(length, bool)
-    answers[[place for place in written.places if place < length]] = True
+    answers[[position for position in written.positions if position < length]] = True
     return RecallDocument(ids, answers, kind, choices)
 
 
@@ -197,11 +197,11 @@ def _form(
 
 def _copy(form: Form, passage: list[int], length: int) -> Written:
     """`passage` again and again, in `length` tokens or more."""
-    ids, places = form.start + passage + form.end + form.again, []
+    ids, positions = form.start + passage + form.end + form.again, []
     while len(ids) < length:
-        places += range(len(ids), len(ids) + len(passage))
+        positions += range(len(ids), len(ids) + len(passage))
         ids += passage + form.end
-    return Written(ids, places)
+    return Written(ids, positions)
 
 
 def write_pairs(
@@ -212,11 +212,11 @@ def write_pairs(
     None is asked for again before all others were.
     """
     keys = [
-        [words[number // len(words) ** place % len(words)] for place in range(form.key_width)]
+        [words[number // len(words) ** digit % len(words)] for digit in range(form.key_width)]
         for number in rng.sample(range(len(words) ** form.key_width), pairs)
     ]
     values = [rng.choices(words, k=form.value_width) for _ in range(pairs)]
-    ids, places = list(form.start), []
+    ids, positions = list(form.start), []
     for key, value in zip(keys, values, strict=True):
         ids += key + form.between + value + form.end
     ids += form.again
@@ -225,9 +225,9 @@ def write_pairs(
         asked += rng.sample(range(pairs), min(pairs, queries - len(asked)))
     for index in asked:
         ids += keys[index] + form.between
-        places += range(len(ids), len(ids) + form.value_width)
+        positions += range(len(ids), len(ids) + form.value_width)
         ids += values[index] + form.end
-    return Written(ids, places)
+    return Written(ids, positions)
 
 
 def word_ids(tokenizer: Any) -> list[int]:

@@ -49,7 +49,7 @@ def load_rows(
     used_tokens: int | None = None,
     bad: BadRows | None = None,
 ) -> list[Document]:
-    """Read and check every data set of `specs`, taking rows from them in turn.
+    """Read and check every data set of `specs`, taking rows from them round-robin.
 
     Files are read whole. A set on the hub, which may be far larger than what a run sees, is
     streamed until it gave `POOL` times the rows or tokens that are used.
@@ -83,7 +83,7 @@ def _documents(
         else _checked(spec, part, bad)
         for part, spec in enumerate(specs)
     ]
-    return islice(in_turn(sources), max_samples)
+    return islice(round_robin(sources), max_samples)
 
 
 def _pool(
@@ -104,7 +104,7 @@ def _characters(row: Document) -> int:
     return sum(len(str(turn.get("content") or "")) for turn in row["messages"])
 
 
-def in_turn(sources: Sequence[Iterator[Any]]) -> Iterator[Any]:
+def round_robin(sources: Sequence[Iterator[Any]]) -> Iterator[Any]:
     """One item of every source, then the next of each, until all are empty."""
     waiting = list(sources)
     while waiting:

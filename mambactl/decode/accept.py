@@ -47,7 +47,7 @@ def accept_sampled(
     """Rejection sampling against the target's distribution.
 
     probs [B, K + 1, V] is the target's, filtered as the draft's was; `accept_uniforms` [B, K] and
-    `emit_uniforms` [B, K + 1] (one per place where the following token may land) lie in [0, 1).
+    `emit_uniforms` [B, K + 1] (one per position where the following token may land) lie in [0, 1).
     """
     drafted = proposal.tokens[..., None]  # [B, K, 1]
     target = probs[:, :-1].gather(-1, drafted).squeeze(-1)  # [B, K]
@@ -72,12 +72,12 @@ def residual(probs: Tensor, proposal: Proposal, accepted: Tensor) -> Tensor:
     if width == 0:
         return target
     rejected = (accepted < proposal.lengths)[:, None]  # [B, 1]
-    place = accepted.clamp(max=width - 1)  # [B]
+    index = accepted.clamp(max=width - 1)  # [B]
     if proposal.probs is None:
-        token = proposal.tokens.gather(1, place[:, None])  # [B, 1]
+        token = proposal.tokens.gather(1, index[:, None])  # [B, 1]
         rest = target.scatter(1, token, 0.0)  # [B, V]
     else:
-        rest = (target - _pick(proposal.probs, place)).clamp(min=0)  # [B, V]
+        rest = (target - _pick(proposal.probs, index)).clamp(min=0)  # [B, V]
     usable = rejected & (rest.sum(-1, keepdim=True) > 0)
     return torch.where(usable, rest, target)
 
@@ -88,6 +88,6 @@ def _leading(matches: Tensor, lengths: Tensor) -> Tensor:
     return (matches & inside).long().cumprod(1).sum(1)
 
 
-def _pick(values: Tensor, place: Tensor) -> Tensor:
+def _pick(values: Tensor, index: Tensor) -> Tensor:
     """Take one position per row; [B, K, V], [B] -> [B, V]."""
-    return values[torch.arange(values.shape[0], device=values.device), place]
+    return values[torch.arange(values.shape[0], device=values.device), index]

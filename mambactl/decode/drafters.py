@@ -63,19 +63,19 @@ class ModelDrafter:
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
         feed, n_new = self.backlog, self.behind
-        for place in range(max(limits)):
+        for index in range(max(limits)):
             logits = self._last_logits(feed, n_new)  # [B, V]
-            if place == 0:
+            if index == 0:
                 self.known = self.cache.lengths.clone()  # [B], everything certain is read
             if self.sampler.params.greedy:
                 token = logits.argmax(-1)  # [B]
             else:
                 distribution = self.sampler.probs(logits)  # [B, V]
-                uniforms = self.sampler.uniform(positions + place, Stream.PROPOSE)
+                uniforms = self.sampler.uniform(positions + index, Stream.PROPOSE)
                 token = draw(distribution, uniforms)  # [B]
                 probs.append(distribution)
             tokens.append(token)
-            feed, n_new = token[:, None], (lengths > place + 1).long()
+            feed, n_new = token[:, None], (lengths > index + 1).long()
         stacked = torch.stack(probs, 1) if probs else None  # [B, K, V]
         return Proposal(torch.stack(tokens, 1), lengths, stacked)
 

@@ -131,10 +131,10 @@ class Engine:
         stats.count_step(proposal.lengths.tolist(), accepted)
         drafted, following = proposal.tokens.tolist(), verdict.following.tolist()
         survivors = []
-        for place, row in enumerate(batch.rows):
-            new = [*drafted[place][: accepted[place]], following[place]]
+        for index, row in enumerate(batch.rows):
+            new = [*drafted[index][: accepted[index]], following[index]]
             if _emit(row, new, batch.sampler.params, output, on_tokens):
-                survivors.append(place)
+                survivors.append(index)
         if not survivors:
             batch.rows = []
             return
@@ -187,9 +187,9 @@ class Engine:
     ) -> Verdict:
         """Give every tested and every emitted position its own uniform number."""
         first = torch.tensor(written, device=logits.device)  # [B]
-        places = first[:, None] + torch.arange(logits.shape[1], device=logits.device)  # [B, K + 1]
-        emit = sampler.uniform(places, Stream.EMIT)  # [B, K + 1]
-        accept = sampler.uniform(places[:, :-1], Stream.ACCEPT)  # [B, K]
+        at = first[:, None] + torch.arange(logits.shape[1], device=logits.device)  # [B, K + 1]
+        emit = sampler.uniform(at, Stream.EMIT)  # [B, K + 1]
+        accept = sampler.uniform(at[:, :-1], Stream.ACCEPT)  # [B, K]
         return accept_sampled(sampler.probs(logits), proposal, accept, emit)
 
 
@@ -201,7 +201,7 @@ def _emit(
     on_tokens: OnTokens | None,
 ) -> bool:
     """Append tokens up to an eos or where the listener stops; False when the row is finished."""
-    ends = [place for place, token in enumerate(new) if token in params.eos_token_ids]
+    ends = [index for index, token in enumerate(new) if token in params.eos_token_ids]
     if ends:
         new = new[: ends[0] + 1]
         output.finish[row] = "eos"

@@ -28,7 +28,7 @@ def require_equal(target: HybridForCausalLM, prompts: Rows, plain: Rows, specula
 
     Returns how many rows differ first where both tokens are a tie for the target: their logits no
     further below the best than two numbers can move by a step of its precision. What follows such
-    a place cannot be compared.
+    a position cannot be compared.
     """
     differences = first_differences(plain, speculative)
     for row, position in differences.items():

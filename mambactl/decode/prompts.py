@@ -33,7 +33,7 @@ class Prompt:
         messages = row.get("messages")
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
             return None
-        users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         # what follows the last user turn is the answer to be written
         return cls(tuple(messages[: users[-1] + 1]), category) if users else None
 

@@ -23,8 +23,8 @@ def generation_agreement(pairs: Sequence[Pair]) -> dict[str, float]:
     """Means over prompts, 1 where the texts are the same (`prefix_tokens` counts tokens).
 
     `prefix_*`: up to the first token that differs, as a number and as a share of the longer text;
-    `exact_match`: whole texts that are equal; `position_match`: places with the same token;
-    `token_f1`: the same tokens at any place.
+    `exact_match`: whole texts that are equal; `position_match`: positions with the same token;
+    `token_f1`: the same tokens at any position.
     """
     rows = [_row(pair.student, pair.teacher) for pair in pairs]
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

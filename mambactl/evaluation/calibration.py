@@ -44,8 +44,8 @@ def binned(values: Mapping[str, np.ndarray], units: np.ndarray, error: str) -> n
     """Sums [U, BINS] per unit and bin of what the error is made of: confidence - right."""
     confidence, right = (values[name] for name in ERRORS[error])
     count = int(units.max()) + 1
-    place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-    flat = np.bincount(units * BINS + place, weights=confidence - right, minlength=count * BINS)
+    index = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    flat = np.bincount(units * BINS + index, weights=confidence - right, minlength=count * BINS)
     return flat.reshape(count, BINS)
 
 

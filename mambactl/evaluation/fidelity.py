@@ -127,8 +127,8 @@ def predict(
             progress.advance(sum(map(len, batch)))
     counts = torch.tensor([len(row.ids) - 1 for row in rows])
     positions = torch.cat([torch.arange(int(count)) for count in counts])
-    places = torch.tensor([(row.document, row.number) for row in rows])  # [R, 2]
-    documents_of, rows_of = places.repeat_interleave(counts, 0).T.numpy()
+    origins = torch.tensor([(row.document, row.number) for row in rows])  # [R, 2]
+    documents_of, rows_of = origins.repeat_interleave(counts, 0).T.numpy()
     values = {
         name: dict(zip(COLUMNS, torch.cat(parts).numpy().T, strict=True))
         for name, parts in measured.items()
@@ -224,10 +224,10 @@ def _measure_batch(
         hidden = guide
         # the same object needs one pass, and then equals itself bit for bit
         if variant.model is not teacher or variant.during is not nullcontext:
-            place = variant.model.device
+            where = variant.model.device
             with variant.during():
-                hidden = _hidden(variant.model, ids.to(place))
-            hidden = hidden[:, :-1][predicted.to(place)]
+                hidden = _hidden(variant.model, ids.to(where))
+            hidden = hidden[:, :-1][predicted.to(where)]
         every.append(hidden)
     size = heads[0].rows(chunk_elements)
     measured: list[list[Tensor]] = [[] for _ in variants]

@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations, for as few tokens read as the requests allow.
 
 Requests whose tokens are the same are read once, shared beginnings once (`prefixes`), batches hold
-rows of like length up to a number of tokens, and the head sees only the places that are scored.
+rows of like length up to a number of tokens, and the head sees only the positions that are scored.
 
 What rows are read together changes the order of sums. Fitted or trained students and their teachers
 move by at most 1e-4 in fp32 for it; a student that was neither amplifies what is rounded (1.3e-3
@@ -29,8 +29,8 @@ TOKENS = {"cpu": 1024, "cuda": 32768}
 MOST_ROWS = 256
 # of keys and values that rows behind a cache hold together, per token of a batch
 HELD = 8
-# places whose logits exist at once
-HEAD_PLACES = {"cpu": 256, "cuda": 2048}
+# positions whose logits exist at once
+HEAD_POSITIONS = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Request:
 
 
 class _Scored:
-    """Every scored token of all requests, by the input that it is read in and its place there.
+    """Every scored token of all requests, by the input that it is read in and its position there.
 
     Requests whose tokens differ only in the last one, which is never read, have one input.
     """
@@ -50,7 +50,7 @@ class _Scored:
     def __init__(self, requests: Sequence[Request], max_length: int):
         known: dict[bytes, int] = {}
         self.inputs: list[np.ndarray] = []
-        rows, places, tokens, owners = [], [], [], []
+        rows, positions, tokens, owners = [], [], [], []
         for owner, request in enumerate(requests):
             whole = np.asarray([*request.context, *request.continuation], np.int64)
             read = whole[-(max_length + 1) : -1]
@@ -61,19 +61,19 @@ class _Scored:
             if row == len(self.inputs):
                 self.inputs.append(read)
             rows.append(np.full(count, row))
-            places.append(np.arange(len(read) - count, len(read)))
+            positions.append(np.arange(len(read) - count, len(read)))
             tokens.append(whole[len(whole) - count :])
             owners.append(np.full(count, owner))
-        row, place = np.concatenate(rows), np.concatenate(places)
-        order = np.lexsort((place, row))
-        self.place, self.row = place[order], row[order]
+        row, position = np.concatenate(rows), np.concatenate(positions)
+        order = np.lexsort((position, row))
+        self.position, self.row = position[order], row[order]
         self.token, self.owner = np.concatenate(tokens)[order], np.concatenate(owners)[order]
         self.first = np.searchsorted(self.row, np.arange(len(self.inputs) + 1))
 
     def within(self, row: int, start: int, end: int) -> np.ndarray:
-        """Scored tokens of an input whose place is in [start, end)."""
+        """Scored tokens of an input whose position is in [start, end)."""
         first, last = self.first[row], self.first[row + 1]
-        low, high = np.searchsorted(self.place[first:last], (start, end))
+        low, high = np.searchsorted(self.position[first:last], (start, end))
         return np.arange(first + low, first + high)
 
 
@@ -143,7 +143,7 @@ class _Run:
         kind = model.device.type
         self.tokens = TOKENS[kind] if batch_size == "auto" else None
         self.rows = MOST_ROWS if batch_size == "auto" else batch_size
-        self.places = HEAD_PLACES[kind]
+        self.positions = HEAD_POSITIONS[kind]
         self.found: list[tuple[np.ndarray, Tensor, Tensor]] = []
         self.waiting = np.bincount(scored.owner, minlength=requests)
 
@@ -226,8 +226,8 @@ class _Run:
         if cache is None:
             return
         rest = [
-            (place, row, group.shared)
-            for place, group in enumerate(groups)
+            (slot, row, group.shared)
+            for slot, group in enumerate(groups)
             for row in group.rows
             if len(inputs[row]) > group.shared
         ]
@@ -240,11 +240,11 @@ class _Run:
             start += len(part)
 
     def _score_behind(self, cache: HybridCache, part: list[tuple[int, int, int]]) -> None:
-        """Rows (place in the cache, input, tokens that are in the cache)."""
+        """Rows (slot of the cache, input, tokens that are in the cache)."""
         inputs = self.scored.inputs
-        places = torch.tensor([place for place, _, _ in part], device=self.model.device)
+        slots = torch.tensor([slot for slot, _, _ in part], device=self.model.device)
         ends = [inputs[row][shared:] for _, row, shared in part]
-        hidden = self._read(ends, cache.select(places))
+        hidden = self._read(ends, cache.select(slots))
         wanted = [self.scored.within(row, shared, len(inputs[row])) for _, row, shared in part]
         self._keep(hidden, wanted, np.array([shared for _, _, shared in part]))
 
@@ -264,24 +264,24 @@ class _Run:
         ).last_hidden_state
 
     def _keep(self, hidden: Tensor, wanted: Sequence[np.ndarray], offset: np.ndarray | int) -> None:
-        """Score the `wanted` tokens of each row; their places are `offset` [B] behind the row's."""
+        """Score the `wanted` tokens of each row, at positions `offset` [B] behind the row's."""
         entries = np.concatenate(wanted)
         if not len(entries):
             return
         rows = np.repeat(np.arange(len(wanted)), [len(part) for part in wanted])
         skipped = np.broadcast_to(offset, len(wanted))[rows]
-        flat = rows * hidden.shape[1] + self.scored.place[entries] - skipped
+        flat = rows * hidden.shape[1] + self.scored.position[entries] - skipped
         order = np.argsort(flat, kind="stable")
         entries = entries[order]
         distinct, where = np.unique(flat[order], return_inverse=True)
         device = hidden.device
         states = hidden.flatten(0, 1)[torch.from_numpy(distinct).to(device)]  # [P, D]
-        for start in range(0, len(distinct), self.places):
-            low, high = np.searchsorted(where, (start, start + self.places))
-            logits = self.model.lm_head(states[start : start + self.places])  # [P, V]
+        for start in range(0, len(distinct), self.positions):
+            low, high = np.searchsorted(where, (start, start + self.positions))
+            logits = self.model.lm_head(states[start : start + self.positions])  # [P, V]
             logits = logits.to(state_dtype(logits))
-            place = torch.from_numpy(where[low:high] - start).to(device)
+            index = torch.from_numpy(where[low:high] - start).to(device)
             token = torch.from_numpy(self.scored.token[entries[low:high]]).to(device)
-            chances = logits[place, token] - logits.logsumexp(-1)[place]
-            greedy = logits.argmax(-1)[place] == token
+            chances = logits[index, token] - logits.logsumexp(-1)[index]
+            greedy = logits.argmax(-1)[index] == token
             self.found.append((self.scored.owner[entries[low:high]], chances, greedy))

@@ -46,7 +46,7 @@ def make_grid(
     prompt and keeps the rest of it to compare with.
     """
     frame, haystack = make_frame(tokenizer), Haystack(rows, tokenizer, seed)
-    places = [place / (depths - 1) for place in range(depths)] if depths > 1 else [0.5]
+    fractions = [step / (depths - 1) for step in range(depths)] if depths > 1 else [0.5]
     answer: list[int] = []
     start: list[int] = []
     if scoring == "argmax":
@@ -57,10 +57,13 @@ def make_grid(
     room = NEW_TOKENS if scoring == "generate" else len(start) + len(answer)
     lengths = sorted(set(lengths))
     prompts = [
-        [[*needle_prompt(haystack, frame, length, place, room), *start] for place in places]
+        [
+            [*needle_prompt(haystack, frame, length, fraction, room), *start]
+            for fraction in fractions
+        ]
         for length in lengths
     ]
-    return Grid(lengths, places, prompts, answer, scoring)
+    return Grid(lengths, fractions, prompts, answer, scoring)
 
 
 def measure_needle(
@@ -85,12 +88,12 @@ def measure_needle(
     )
     found: list[list[dict[str, Any]]] = [[] for _ in grid.lengths]
     # the longest first: memory that holds it holds the others
-    for place in sorted(range(len(grid.lengths)), key=lambda i: -grid.lengths[i]):
-        prompts = grid.prompts[place]
-        size = max(1, BATCH_TOKENS // grid.lengths[place])
+    for index in sorted(range(len(grid.lengths)), key=lambda i: -grid.lengths[i]):
+        prompts = grid.prompts[index]
+        size = max(1, BATCH_TOKENS // grid.lengths[index])
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            found[place] += measure(batch)
+            found[index] += measure(batch)
             advance(len(batch))
     names = [name for name in found[0][0] if samples or name != "answers"]
     result: dict[str, Any] = {

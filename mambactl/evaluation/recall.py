@@ -165,5 +165,5 @@ def _probe(
     ids = torch.tensor([row.ids for row in made])  # [R, T]
     answers = torch.zeros_like(ids, dtype=torch.bool)
     for index, row in enumerate(made):
-        answers[index, row.places] = True
+        answers[index, row.positions] = True
     return RecallProbe(f"{name}-{length}", ids, answers, form.value_width, pairs)

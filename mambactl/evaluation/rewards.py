@@ -61,7 +61,7 @@ class Reference:
 
 
 def documents(pairs: Sequence[Pair]) -> list[Example]:
-    """Chosen and rejected documents of all pairs in turn, [2 N]."""
+    """Chosen and rejected documents of all pairs alternately, [2 N]."""
     return [document for pair in pairs for document in pair.answers]
 
 
@@ -132,7 +132,7 @@ def compare_preferences(
 def _rewards(
     ours: np.ndarray, theirs: np.ndarray, counts: np.ndarray, beta: float
 ) -> dict[str, float]:
-    ratio = ours - theirs  # [2 N], chosen and rejected in turn
+    ratio = ours - theirs  # [2 N], chosen and rejected alternately
     margin = ratio[0::2] - ratio[1::2]
     normed = ratio / np.maximum(counts, 1)
     return {
@@ -155,9 +155,9 @@ def answer_states(model: Any, texts: Sequence[Example], layout: Layout) -> Itera
         predicted = batch.loss_mask[:, 1:]  # [B, T-1], position t predicts token t + 1
         owner = _owners(members[piece], rows[piece])[:, 1 : batch.loss_mask.shape[1]][predicted]
         hidden = _hidden(model, batch.to(model.device), layout.amp)[:, :-1]
-        place = hidden.device
+        device = hidden.device
         targets = batch.input_ids[:, 1:][predicted]
-        yield States(hidden[predicted.to(place)], targets.to(place), owner)
+        yield States(hidden[predicted.to(device)], targets.to(device), owner)
 
 
 def _owners(members: Sequence[Sequence[int]], rows: Sequence[Any]) -> Tensor:

@@ -87,13 +87,13 @@ def paired(
     enough = bootstrap.applies(len(counts))
     draws = bootstrap.draw(np.column_stack([counts, gaps]), means_of) if enough else None
     result = {}
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         result[name] = {
-            "difference": float(found[place]),
-            "interval": None if draws is None else bootstrap.interval(draws[:, place]),
-            "p": None if draws is None else _two_sided(draws[:, place], float(found[place])),
-            "wins": int((gaps[:, place] < 0).sum()),
-            "losses": int((gaps[:, place] > 0).sum()),
+            "difference": float(found[index]),
+            "interval": None if draws is None else bootstrap.interval(draws[:, index]),
+            "p": None if draws is None else _two_sided(draws[:, index], float(found[index])),
+            "wins": int((gaps[:, index] < 0).sum()),
+            "losses": int((gaps[:, index] > 0).sum()),
             "units": len(counts),
         }
     return result

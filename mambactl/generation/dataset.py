@@ -49,7 +49,7 @@ def run(
     """Answer every prompt of `dataset` into the file `out`; see GenerateConfig for the options."""
     if out is None:
         raise UsageError(f"{STAGE} --dataset needs a place for its result", "give -o FILE.jsonl")
-    _require_place(config, out, force)
+    _require_free_path(config, out, force)
     questions = QuestionSet.of(config, source)
     folder = RunFolder(out, questions.identity)
     folder.check(resume, force)
@@ -100,16 +100,16 @@ class _Written:
 
     def groups(self, conversations: Sequence[Conversation]) -> Iterator[Group]:
         """Every prompt with its samples, in the order of the set; one prompt in memory."""
-        places: dict[int, list[int]] = {}
+        offsets: dict[int, list[int]] = {}
         self.file.seek(0)
         offset = 0
         for line in self.file:
-            places.setdefault(json.loads(line)["prompt"], []).append(offset)
+            offsets.setdefault(json.loads(line)["prompt"], []).append(offset)
             offset += len(line)
         for prompt, conversation in enumerate(conversations):
             answers = []
-            for place in places.get(prompt, ()):
-                self.file.seek(place)
+            for begin in offsets.get(prompt, ()):
+                self.file.seek(begin)
                 content = json.loads(self.file.readline())
                 del content["prompt"]
                 answers.append(Answer(**content | {"texts": tuple(content["texts"])}))
@@ -278,7 +278,7 @@ class _Meter:
         self.bar.advance(answers, f"{self.tokens:,} tokens, {rate:.1f} tokens/s")
 
 
-def _require_place(config: GenerateConfig, out: Path, force: bool) -> None:
+def _require_free_path(config: GenerateConfig, out: Path, force: bool) -> None:
     """Refuse a place that is taken, and a name that no reader of the format would take."""
     suffix = ROW_SUFFIXES[config.format]
     if not out.name.endswith(suffix):

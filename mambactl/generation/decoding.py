@@ -17,7 +17,7 @@ from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig, PromptConfig
-from mambactl.ranks import place
+from mambactl.ranks import placement
 
 PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
 EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"
@@ -86,7 +86,7 @@ def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Set
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     require_draft(config, source)
     encoded = [encode(prompt, tokenizer, config.chat) for prompt in prompts]
-    device, dtype = place(config)
+    device, dtype = placement(config)
     target = load_model(source, device=device, dtype=dtype)
     draft = config.draft
     if draft not in (None, NGRAM):
@@ -159,7 +159,7 @@ def decode(
 
 def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What would be decoded; reads headers and tokenizers only."""
-    device, dtype = place(config)
+    device, dtype = placement(config)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     require_draft(config, source)
     target = describe(source)

@@ -9,7 +9,7 @@ INCOMPLETE = "\ufffd"
 # a token of one byte in a vocabulary of pieces
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # tokens whose text is made anew at every step, at most
-WINDOW = 64
+MOST_TOKENS = 64
 
 
 class Decoder(Protocol):
@@ -46,7 +46,7 @@ class Detokenizer:
             return ""
         piece = certain[len(self._given) :]
         self._given = certain
-        if len(self._tokens) >= WINDOW:
+        if len(self._tokens) >= MOST_TOKENS:
             self._forget()
         return piece
 
@@ -60,7 +60,7 @@ class Detokenizer:
     def _bytes_at_end(self) -> int:
         names = self._tokenizer.convert_ids_to_tokens(self._tokens)
         others = (
-            place for place, name in enumerate(reversed(names)) if not BYTE.fullmatch(name or "")
+            index for index, name in enumerate(reversed(names)) if not BYTE.fullmatch(name or "")
         )
         return next(others, len(names))
 

@@ -22,7 +22,7 @@ from mambactl.errors import UsageError
 from mambactl.files import SINGLE_FILE_SUFFIXES
 from mambactl.generation import decoding
 from mambactl.options import GenerateConfig
-from mambactl.ranks import place
+from mambactl.ranks import placement
 
 # what only says what is made of finished answers may change until they are written
 AFTERWARDS = {"keep_unfinished", "generator"}
@@ -78,7 +78,9 @@ class QuestionSet:
         named = draft not in (None, NGRAM)
         return {
             "stage": "generate",
-            **self.config.model_dump(mode="json", exclude=self.config.place | AFTERWARDS),
+            **self.config.model_dump(
+                mode="json", exclude=self.config.placement_options | AFTERWARDS
+            ),
             "k": self.k,
             "source_sha256": header_digest(resolve(self.source).path),
             "draft_sha256": header_digest(resolve(draft).path) if named else None,
@@ -136,7 +138,7 @@ class QuestionSet:
 
     def plan(self) -> dict[str, Any]:
         """What would be decoded, with one prompt as the model reads it."""
-        device, dtype = place(self.config)
+        device, dtype = placement(self.config)
         target = describe(self.source)
         turns = sum(each.n_answers for each in self.conversations)
         samples, new = self.config.samples_per_prompt, self.config.max_new_tokens

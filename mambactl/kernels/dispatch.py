@@ -93,18 +93,18 @@ def causal_conv1d_silu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    window: Tensor | None = None,
+    previous: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
     """SiLU of `reference.causal_conv1d`; the kernel takes weights of another dtype than x."""
-    if _fits_triton(x) and not _needs_gradient(window):
+    if _fits_triton(x) and not _needs_gradient(previous):
         if seq_idx is not None or _takes_operators(x, weight, bias):
-            return operators.conv_silu(x, weight, bias, window, _documents(seq_idx))
+            return operators.conv_silu(x, weight, bias, previous, _documents(seq_idx))
         from mambactl.kernels.sequence import conv as kernel
 
         with torch.cuda.device_of(x):
-            return kernel.causal_conv1d_silu(x, weight, bias, window)
-    return F.silu(reference.causal_conv1d(x, weight, bias, window, seq_idx))
+            return kernel.causal_conv1d_silu(x, weight, bias, previous)
+    return F.silu(reference.causal_conv1d(x, weight, bias, previous, seq_idx))
 
 
 def attention(
@@ -131,18 +131,18 @@ def backends(device: torch.device | str = "cuda") -> dict[str, str | None]:
 
 def triton_missing(device: torch.device | str = "cuda") -> str | None:
     """Why no Triton kernel runs on that device; None if they do."""
-    return _turned_off() or _no_cuda(torch.device(device)) or _no_triton()
+    return _switched_off() or _no_cuda(torch.device(device)) or _no_triton()
 
 
 def mamba_ssm_missing(device: torch.device | str = "cuda") -> str | None:
     """Why mamba-ssm serves no call on that device; None if it does."""
     found, why = _mamba_ssm()
-    return _turned_off() or _no_cuda(torch.device(device)) or (None if found else why)
+    return _switched_off() or _no_cuda(torch.device(device)) or (None if found else why)
 
 
 def mamba_ssm_has(name: str, device: torch.device) -> bool:
     """Whether that function of mamba-ssm serves calls on that device."""
-    return not _turned_off() and not _no_cuda(device) and name in _mamba_ssm()[0]
+    return not _switched_off() and not _no_cuda(device) and name in _mamba_ssm()[0]
 
 
 def answer_while_tracing() -> None:
@@ -151,7 +151,7 @@ def answer_while_tracing() -> None:
         torch.compiler.assume_constant_result(question)
 
 
-def _turned_off() -> str | None:
+def _switched_off() -> str | None:
     value = os.environ.get(SWITCH, "").strip().lower()
     return f"turned off by {SWITCH}=reference" if value == "reference" else None
 

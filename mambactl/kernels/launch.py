@@ -1,9 +1,10 @@
 """How kernels are launched: programmatic dependent launch, and whether Triton only interprets.
 
 With programmatic dependent launch a kernel starts while its predecessor still runs. Before
-`gdc_wait` it may read weights, constants and the control block's LENGTH, ACTIVE, BASE and NEXT
-fields, which only the last kernel of a step writes; what any earlier kernel wrote is visible after
-it. Every program must wait before it returns, or the kernel after the next could run too early.
+`gdc_wait` it may read weights, constants and the fields LENGTH, ACTIVE, BASE and NEXT of a batch's
+progress, which only the last kernel of a step writes; what any earlier kernel wrote is visible
+after it. Every program must wait before it returns, or the kernel after the next could run too
+early.
 """
 
 from typing import Any

@@ -29,13 +29,13 @@ class LocalKeys(NamedTuple):
     """What the queries of whole rows see, for every layer of one shape alike.
 
     Long rows go in blocks of L queries, and each sees its own block of keys, the one before, and
-    the keys at `places` [B, c, S]: `mask` is [B c, 1, g L, S + 2 L] then, the g query heads that
-    share a key head behind each other. Other rows have no `places`, and their `mask` is that of
+    the keys at `positions` [B, c, S]: `mask` is [B c, 1, g L, S + 2 L] then, the g query heads that
+    share a key head behind each other. Other rows have no `positions`, and their `mask` is that of
     `local_mask`, or None where all of the past is seen.
     """
 
     mask: Tensor | None
-    places: Tensor | None
+    positions: Tensor | None
     size: int
     span: LocalSpan
 
@@ -70,13 +70,13 @@ def local_keys(
     starts = torch.zeros(1, length, dtype=torch.long, device=device)
     if seq_idx is not None:
         starts = document_starts(seq_idx)
-    mask, places, size = _blocks(starts.expand(batch, -1), window, sinks)
-    return LocalKeys(mask.flatten(0, 1)[:, None].repeat(1, 1, shared, 1), places, size, span)
+    mask, positions, size = _blocks(starts.expand(batch, -1), window, sinks)
+    return LocalKeys(mask.flatten(0, 1)[:, None].repeat(1, 1, shared, 1), positions, size, span)
 
 
 def attend_locally(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:
     """`local_attention` with what its rows see made already."""
-    if keys.places is None:
+    if keys.positions is None:
         return attention(q, k, v, keys.mask)
     return _banded(q, k, v, keys)
 
@@ -92,13 +92,13 @@ def local_mask(
 
 
 def _seen(query: Tensor, key: Tensor, starts: Tensor, window: int, sinks: int) -> Tensor:
-    """Whether queries of documents that begin at `starts` see keys, by their places in the row."""
+    """Whether queries of documents that begin at `starts` see keys, all by position in the row."""
     near = (key > query - window) | (key < starts + sinks)
     return (key <= query) & (key >= starts) & near
 
 
 def _blocks(starts: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, int]:
-    """The mask [B, c, L, S + 2 L] of blocks of L queries, places [B, c, S] of their sinks, and L.
+    """The mask [B, c, L, S + 2 L] of blocks of L queries, the positions [B, c, S] of sinks, L.
 
     A document that began before both blocks of keys holds the whole block before, and so the first
     query of the block: sinks of one document are enough.
@@ -108,16 +108,16 @@ def _blocks(starts: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, in
     blocks = -(-length // size)
     begin = torch.arange(blocks, device=starts.device) * size  # [c]
     first = starts[:, begin]  # [B, c]
-    places = (first[..., None] + torch.arange(sinks, device=starts.device)).clamp(max=length - 1)
+    positions = (first[..., None] + torch.arange(sinks, device=starts.device)).clamp(max=length - 1)
 
     # padding sees itself, which keeps its softmax finite
     starts = F.pad(starts, (0, blocks * size - length)).view(batch, blocks, size, 1)
     query = begin[:, None, None] + torch.arange(size, device=starts.device)[:, None]  # [c, L, 1]
     key = begin[:, None, None] - size + torch.arange(2 * size, device=starts.device)  # [c, 1, 2 L]
     direct = _seen(query, key, starts, window, sinks)  # [B, c, L, 2 L]
-    outside = places[:, :, None] < (begin - size)[:, None, None]  # [B, c, 1, S]
+    outside = positions[:, :, None] < (begin - size)[:, None, None]  # [B, c, 1, S]
     far = outside & (starts == first[:, :, None, None])  # [B, c, L, S]
-    return torch.cat([far, direct], -1), places, size
+    return torch.cat([far, direct], -1), positions, size
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:
@@ -126,12 +126,12 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:
     Heads that share keys become rows of one head: with a mask and fewer heads of keys than of
     queries, CUDA would take the unfused kernel that keeps every score.
     """
-    places, size = keys.places, keys.size
-    blocks, length, heads = places.shape[1], q.shape[2], k.shape[1]
+    positions, size = keys.positions, keys.size
+    blocks, length, heads = positions.shape[1], q.shape[2], k.shape[1]
     pad = blocks * size - length
     if pad:
         q, k, v = (F.pad(t, (0, 0, 0, pad)) for t in (q, k, v))
-    k, v = _bands(torch.cat([k, v], 1), size, places).flatten(0, 1).split(heads, 1)
+    k, v = _bands(torch.cat([k, v], 1), size, positions).flatten(0, 1).split(heads, 1)
     q = q.unflatten(2, (blocks, size)).transpose(1, 2)  # [B, c, H, L, P]
     q = q.flatten(0, 1).unflatten(1, (heads, -1)).flatten(2, 3)  # [B c, Hk, g L, P]
     y = attention(q, k, v, keys.mask)  # [B c, g L, Hk, P]
@@ -139,15 +139,15 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:
     return y.unflatten(0, (-1, blocks)).flatten(1, 2)[:, :length]
 
 
-def _bands(t: Tensor, size: int, places: Tensor) -> Tensor:
-    """What the blocks see of t [B, H, T, P]: sinks at `places`, the block before, their own.
+def _bands(t: Tensor, size: int, positions: Tensor) -> Tensor:
+    """What the blocks see of t [B, H, T, P]: sinks at `positions`, the block before, their own.
 
     Returns [B, c, H, S + 2 L, P].
     """
     own = t.unflatten(2, (-1, size))  # [B, H, c, L, P]
     before = F.pad(own, (0, 0, 0, 0, 1, -1))
     parts = [before, own]
-    if places.shape[2]:
-        index = places.flatten(1)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])
-        parts = [t.gather(2, index).unflatten(2, (places.shape[1], -1)), *parts]
+    if positions.shape[2]:
+        index = positions.flatten(1)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])
+        parts = [t.gather(2, index).unflatten(2, (positions.shape[1], -1)), *parts]
     return torch.cat([part.transpose(1, 2) for part in parts], 3)

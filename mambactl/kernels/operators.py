@@ -2,7 +2,7 @@
 
 A backward pass is an operator of its own: nothing is differentiated twice. Arguments are those of
 the kernels: bf16 or fp32, dt and A and states fp32, documents [B, T] int32 and contiguous. None is
-returned for a gradient that nobody can want: that of a convolution's window.
+returned for a gradient that nobody can want: that of the inputs before a row.
 """
 
 from typing import Any
@@ -100,31 +100,31 @@ ssd.register_autograd(_return_ssd, setup_context=_keep_ssd)
 @custom_op(
     "mambactl::conv_silu",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? window, Tensor? documents) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? previous, Tensor? documents) -> Tensor",
 )
 def conv_silu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    window: Tensor | None,
+    previous: Tensor | None,
     documents: Tensor | None,
 ) -> Tensor:
     """`triton.conv.causal_conv1d_silu`."""
     from mambactl.kernels.sequence.conv import causal_conv1d_silu
 
     with torch.cuda.device_of(x):
-        return causal_conv1d_silu(x, weight, bias, window, documents)
+        return causal_conv1d_silu(x, weight, bias, previous, documents)
 
 
 @conv_silu.register_fake
-def _(x, weight, bias, window, documents):
+def _(x, weight, bias, previous, documents):
     return x.new_empty(x.shape)
 
 
 @custom_op(
     "mambactl::conv_silu_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? window, "
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? previous, "
     "Tensor? documents) -> (Tensor, Tensor, Tensor)",
 )
 def _conv_backward(
@@ -132,17 +132,17 @@ def _conv_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    window: Tensor | None,
+    previous: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mambactl.kernels.sequence.conv import causal_conv1d_silu_backward
 
     with torch.cuda.device_of(x):
-        return causal_conv1d_silu_backward(dy, x, weight, bias, window, documents)
+        return causal_conv1d_silu_backward(dy, x, weight, bias, previous, documents)
 
 
 @_conv_backward.register_fake
-def _(dy, x, weight, bias, window, documents):
+def _(dy, x, weight, bias, previous, documents):
     channels, width = weight.shape
     sums = x.new_empty(channels, width, dtype=torch.float32)
     return x.new_empty(x.shape), sums, x.new_empty(channels, dtype=torch.float32)
@@ -153,8 +153,8 @@ def _keep_conv(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _return_conv(ctx: Any, dy: Tensor) -> Gradients:
-    x, weight, bias, window, documents = ctx.saved_tensors
-    dx, d_weight, d_bias = _conv_backward(dy, x, weight, bias, window, documents)
+    x, weight, bias, previous, documents = ctx.saved_tensors
+    dx, d_weight, d_bias = _conv_backward(dy, x, weight, bias, previous, documents)
     d_bias = None if bias is None else d_bias.to(bias.dtype)
     return dx, d_weight.to(weight.dtype), d_bias, None, None
 

@@ -6,13 +6,13 @@ Mamba-2 (SSD, arXiv 2405.21060), per head with scalar decay:
 Mamba-1 (selective scan, arXiv 2312.00752), per channel d and state index n:
     S_t[d, n] = exp(dt_t[d] A[d, n]) S_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d]
     y_t[d] = sum_n C_t[n] S_t[d, n]
-Rotary positions (RoFormer, arXiv 2104.09864) turn queries and keys, and B and C of rotary states:
+Rotary positions (RoFormer, arXiv 2104.09864) rotate queries and keys, and B and C of rotary states:
 what a state returns for C_t of B_s then depends on t - s as the teacher's scores do.
 The skip D x, the gate and the norms belong to the mixers. All arithmetic is fp32 or, for fp64
 input, fp64; states never have less than fp32.
 
 Letters: B batch, T tokens, H heads, P head dim, N state, G groups, Ch channels, W conv width.
-`seq_idx` [B, T] numbers the documents of a packed row: states and conv windows reset where it
+`seq_idx` [B, T] numbers the documents of a packed row: states and convolutions reset where it
 changes; what came before the row belongs to its first document. `n_new` [B] makes a batch ragged:
 row b uses only its first n_new[b] tokens, and the state it returns is the state after those.
 """
@@ -39,17 +39,17 @@ def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    window: Tensor | None = None,
+    previous: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
     """Depthwise causal convolution as a sum of taps, so that any split in time rounds alike.
 
-    x [B, T, Ch], weight [Ch, W], bias [Ch], window [B, W-1, Ch]: inputs before x (zeros if None).
+    x [B, T, Ch], weight [Ch, W], bias [Ch], previous [B, W-1, Ch]: inputs before x (zeros if None).
     """
     width, length = weight.shape[1], x.shape[1]
-    if window is None:
-        window = x.new_zeros(x.shape[0], width - 1, x.shape[2])
-    padded = torch.cat([window.to(x.dtype), x], dim=1)  # [B, W-1+T, Ch]
+    if previous is None:
+        previous = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    padded = torch.cat([previous.to(x.dtype), x], dim=1)  # [B, W-1+T, Ch]
     number = None if seq_idx is None else document_numbers(seq_idx)  # [B, T]
     y = x * weight[:, -1]  # [B, T, Ch]
     for back in range(1, width):
@@ -66,10 +66,10 @@ def document_numbers(seq_idx: Tensor) -> Tensor:
     return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
 
 
-def conv_window(x: Tensor, window: Tensor, n_new: Tensor | None) -> Tensor:
+def latest_inputs(x: Tensor, previous: Tensor, n_new: Tensor | None) -> Tensor:
     """The W-1 inputs [B, W-1, Ch] that precede the next token, after n_new tokens of x."""
-    padded = torch.cat([window.to(x.dtype), x], dim=1)  # [B, W-1+T, Ch]
-    width = window.shape[1]
+    padded = torch.cat([previous.to(x.dtype), x], dim=1)  # [B, W-1+T, Ch]
+    width = previous.shape[1]
     if n_new is None:
         return padded[:, padded.shape[1] - width :]
     index = n_new[:, None] + torch.arange(width, device=x.device)  # [B, W-1]
@@ -319,7 +319,7 @@ def spans(seq_idx: Tensor | None, like: Tensor, window: int | None) -> Spans:
 
 
 def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs of channels i and N / 2 + i of states [..., N] turned: RoFormer's, laid out as Llama's.
+    """Pairs of channels i and N / 2 + i of states [..., N] rotated (RoFormer), laid out as Llama's.
 
     Two halves of one split have one gradient, where two slices would have two to be added up.
     """
@@ -327,8 +327,8 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos + torch.cat((-other, one), -1) * sin
 
 
-def turn(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """B or C [B, T, G, N] turned by its position, `rotary` being (cos, sin) [B, T, N]."""
+def rotate_states(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """B or C [B, T, G, N] rotated by its position, `rotary` being (cos, sin) [B, T, N]."""
     half = states.shape[-1] // 2
     cos, sin = rotary
     cos = still(cos, 1.0, half).to(states.dtype).unsqueeze(-2)  # [B, T, 1, N]
@@ -337,7 +337,7 @@ def turn(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def still(rotation: Tensor, value: float, half: int | None = None) -> Tensor:
-    """Cosines or sines [..., N] or [..., N / 2] for states: the pair that turns fastest stays.
+    """Cosines or sines [..., N] or [..., N / 2] for states: the pair that rotates fastest stays.
 
     That is channels 0 and N / 2 of N = 2 * `half`; with it a mixer holds a channel constant, which
     is its running mean (see `mambactl.models.mixers.from_attention`).

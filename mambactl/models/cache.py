@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from mambactl.kernels.reference import Records, Step, conv_window, multi_step, recur
+from mambactl.kernels.reference import Records, Step, latest_inputs, multi_step, recur
 from mambactl.models.key_ring import KeyRing, WindowSettings
 
 # longest run of tokens processed one by one after the prompt; longer ones go through chunks
@@ -155,7 +155,7 @@ class RecurrentCache(HeldTensors):
         if not cursor.recording:
             inputs = None
             if raw is not None:
-                inputs = conv_window(raw, self.conv_inputs(cursor, width), cursor.n_new)
+                inputs = latest_inputs(raw, self.conv_inputs(cursor, width), cursor.n_new)
             self.replace(inputs, live)
             return y
         held = cursor.held

@@ -161,7 +161,7 @@ class HybridConfig(LlamaConfig):
 
     @property
     def rotates(self) -> bool:
-        """Whether recurrent states of any layer turn with the position."""
+        """Whether recurrent states of any layer rotate with the position."""
         return any(layer.spec.rotates(layer.settings) for layer in self.layers)
 
     @property

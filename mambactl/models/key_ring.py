@@ -44,10 +44,10 @@ class KeyRing:
         sunk = torch.arange(sinks, device=device).expand(len(start), -1)  # [B, S]
         near = start[:, None] + torch.arange(1 - window, 0, device=device)  # [B, W - 1]
         new = start[:, None] + torch.arange(keys.shape[2], device=device)  # [B, T]
-        place = torch.cat([sunk, near, new], 1)[:, None]  # [B, 1, S + W - 1 + T]
+        position = torch.cat([sunk, near, new], 1)[:, None]  # [B, 1, S + W - 1 + T]
         real = torch.cat([sunk < start[:, None], near >= sinks, new >= 0], 1)[:, None]
         query = new[..., None]
-        mask = real & (place <= query) & ((place > query - window) | (place < sinks))
+        mask = real & (position <= query) & ((position > query - window) | (position < sinks))
         held = self._read(torch.cat([sunk, near], 1))
         keys, values = (torch.cat(pair, 2) for pair in zip(held, (keys, values), strict=True))
         return keys, values, mask[:, None]
@@ -62,9 +62,9 @@ class KeyRing:
         self._begin(keys, values)
         self._grow(start, self.span.window - 1 + revocable)
         end = start + (keys.shape[2] if n_new is None else n_new)
-        place = positions_held(end, self.keys.shape[2], self.span.sinks, self.room)  # [B, S + R]
-        fresh = place >= start[:, None]
-        index = (place - start[:, None]).clamp(0, keys.shape[2] - 1)
+        position = positions_held(end, self.keys.shape[2], self.span.sinks, self.room)  # [B, S + R]
+        fresh = position >= start[:, None]
+        index = (position - start[:, None]).clamp(0, keys.shape[2] - 1)
         self.keys, self.values = (
             torch.where(fresh[:, None, :, None], _take(new, index), old)
             for old, new in ((self.keys, keys), (self.values, values))
@@ -87,12 +87,12 @@ class KeyRing:
         """Make the ring larger before tokens from `start` on are written."""
         if room > self.room:
             sinks = self.span.sinks
-            place = positions_held(start, sinks + room, sinks, room)  # [B, S + room]
-            self.keys, self.values = self._read(place)
+            position = positions_held(start, sinks + room, sinks, room)  # [B, S + room]
+            self.keys, self.values = self._read(position)
 
-    def _read(self, place: Tensor) -> list[Tensor]:
+    def _read(self, position: Tensor) -> list[Tensor]:
         """Keys and values [B, Hk, n, P] at positions [B, n]; anything at those below 0."""
-        slots = slot_of(place.clamp(min=0), self.span.sinks, self.room)
+        slots = slot_of(position.clamp(min=0), self.span.sinks, self.room)
         return [_take(t, slots) for t in (self.keys, self.values)]
 
 

@@ -20,7 +20,7 @@ from mambactl.models.cache import LayerCache
 
 @dataclass(frozen=True)
 class Rotations:
-    """Cosines and sines [S, P / 2] that turn keys with the position, and states (`of_states`)."""
+    """Cosines and sines [S, P / 2] that rotate keys with the position, and states (`of_states`)."""
 
     cos: Tensor
     sin: Tensor
@@ -82,7 +82,7 @@ class PassContext:
 
     ops: DecodeOps
     eps: float
-    rotations: Rotations | None  # None where nothing turns with the position
+    rotations: Rotations | None  # None where nothing rotates with the position
     partial: Tensor  # flat fp32, scratch of attention
     counter: Tensor  # flat int32, zero between launches
 

@@ -127,7 +127,7 @@ class StageConfig(CommandConfig):
     """Options of every stage: a command that can be a section of a recipe."""
 
     # fields that say where a run happens, which is no part of what it makes
-    place: ClassVar[frozenset[str]] = frozenset(
+    placement_options: ClassVar[frozenset[str]] = frozenset(
         {"device", "trust_remote_code", "compile", "capture", "log_to"}
     )
     # fields whose relative paths in a recipe start at its folder

@@ -115,7 +115,7 @@ class SpreadConfig(TrainConfig):
 class ShardConfig(SpreadConfig):
     """Weights, too, that processes can share."""
 
-    place: ClassVar[frozenset[str]] = StageConfig.place | {"shard"}
+    placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"shard"}
 
     shard: bool | None = Field(
         default=None,

@@ -196,10 +196,10 @@ def _label(axes: Any, x: str, y: str) -> None:
 def _ticks_at_points(axes: Any, series: Iterable[Series]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    places = sorted({x for each in series for x, _ in each.points})
+    ticks = sorted({x for each in series for x, _ in each.points})
     axes.margins(x=0.07)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(places))
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
 

@@ -55,7 +55,7 @@ def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = Non
                 )
             checkpoint = None if file == path or _holds_results(path) else path
             entries += [
-                _placed(entry, _owner(entry, file, checkpoint), digest_of) for entry in found
+                _owned(entry, _owner(entry, file, checkpoint), digest_of) for entry in found
             ]
     return named_apart(Found(entries, ledgers))
 
@@ -76,7 +76,7 @@ def _owner(entry: Entry, file: Path, checkpoint: Path | None) -> Path | None:
     return owner if measured and known else None
 
 
-def _placed(entry: Entry, owner: Path | None, digest_of: Callable[[Path], str] | None) -> Entry:
+def _owned(entry: Entry, owner: Path | None, digest_of: Callable[[Path], str] | None) -> Entry:
     """The entry under the name of its owner, marked where that has changed."""
     if owner is None:
         return entry

@@ -48,7 +48,7 @@ def run(
     CheckError. What cannot be kept beside a model (one given by name) is kept beside the page.
     """
     report = Path(config.report or DEFAULT_REPORT).expanduser().absolute()
-    _require_place(report)
+    _require_writable(report)
     if len(sources) > 1:
         _require_different(sources)
         for source in sources:
@@ -145,7 +145,7 @@ def _check(
         raise CheckError("; ".join(failed))
 
 
-def _require_place(report: Path) -> None:
+def _require_writable(report: Path) -> None:
     """Say before measuring what would keep the page from being written."""
     new_figure((1, 1))
     if report.is_dir():
@@ -158,9 +158,9 @@ def _require_place(report: Path) -> None:
 
 
 def _require_different(sources: Sequence[str]) -> None:
-    places = [resolve(source).path for source in sources]
-    for place, source in zip(places, sources, strict=True):
-        if places.count(place) > 1:
+    paths = [resolve(source).path for source in sources]
+    for path, source in zip(paths, sources, strict=True):
+        if paths.count(path) > 1:
             raise UsageError(f"{source} is given twice", "a comparison is of different models")
 
 

@@ -50,17 +50,17 @@ def layers(material: Material) -> Section:
             sets.setdefault(data, []).append((entry, errors))
     for data, measured in sets.items():
         every = sorted({int(layer) for _, errors in measured for layer in errors})
-        places = {layer: place for place, layer in enumerate(every)}
+        columns = {layer: column for column, layer in enumerate(every)}
         series = [
             Series(
                 entry.model,
                 material.colour(entry.model),
-                sorted((places[int(layer)], error) for layer, error in errors.items()),
+                sorted((columns[int(layer)], error) for layer, error in errors.items()),
             )
             for entry, errors in measured
         ]
         step = -(-len(every) // MOST_TICKS)
-        labels = [str(layer) if place % step == 0 else "" for place, layer in enumerate(every)]
+        labels = [str(layer) if column % step == 0 else "" for column, layer in enumerate(every)]
         svg = charts.steps(series, labels, "layer", "relative error")
         title = f"Error by layer, {data}"
         alt = f"Relative error of {len(every)} layers of {len(series)} models"
@@ -151,7 +151,7 @@ def _scores(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 def _named_cells(table: Table, names: int) -> Table:
     """The table with its first cells as text."""
     rows = [
-        [replace(cell, number=place >= names) for place, cell in enumerate(row)]
+        [replace(cell, number=index >= names) for index, cell in enumerate(row)]
         for row in table.rows
     ]
     return replace(table, rows=rows)

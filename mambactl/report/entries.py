@@ -24,13 +24,13 @@ SPEEDS = ("points", "speculative", "kernels", "loss")
 
 @dataclass(frozen=True)
 class Source:
-    """Where numbers come from: a file, a place in it, and what is known about how they were made.
+    """Where numbers come from: a file, a member of it, and what is known about how they were made.
 
     `details` are pairs to print: device, date, version, digest of the model.
     """
 
     file: str
-    place: str = ""
+    member: str = ""
     command: str = ""
     details: tuple[tuple[str, str], ...] = ()
 
@@ -92,16 +92,16 @@ def _walk(node: Any, above: Json, source: Source) -> Iterator[Entry]:
             yield _entry(measured, about, source)
             return
     commands = node["commands"] if isinstance(node.get("commands"), Mapping) else {}
-    for place, part in _parts(node):
+    for member, part in _parts(node):
         # sections of a recipe are named like their commands
-        command = commands.get(place.removeprefix("sections."))
+        command = commands.get(member.removeprefix("sections."))
         given = {"command": command} if command else {}
-        where = replace(source, place=f"{source.place} {place}".strip())
+        where = replace(source, member=f"{source.member} {member}".strip())
         yield from _walk(part, about | given, where)
 
 
 def _parts(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Members, the elements of lists, and sections, each with its place."""
+    """Members, the elements of lists, and sections, each with its path."""
     for key, value in node.items():
         if key == "sections" and isinstance(value, Mapping):
             yield from ((f"{key}.{name}", part) for name, part in value.items())

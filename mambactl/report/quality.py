@@ -206,9 +206,9 @@ def controls(material: Material) -> Section:
     for data, models in sets.items():
         variants = list(dict.fromkeys(name for own in models.values() for name in own))
         series = [
-            Series(name, place, [(own[name][0], row) for row, own in enumerate(models.values())
+            Series(name, index, [(own[name][0], row) for row, own in enumerate(models.values())
                                  if name in own])
-            for place, name in enumerate(variants)
+            for index, name in enumerate(variants)
         ]  # fmt: skip
         values = [value for own in models.values() for value, _ in own.values() if value > 0]
         spread = bool(values) and max(values) > SPREAD * min(values)

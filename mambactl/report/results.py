@@ -17,7 +17,7 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import ModelError
 from mambactl.files import RESULTS, SINGLE_FILE_SUFFIXES, cache_dir, replacing
 from mambactl.options import StageConfig
-from mambactl.ranks import place
+from mambactl.ranks import placement
 from mambactl.report.card_results import update_card
 from mambactl.version import __version__
 
@@ -76,7 +76,7 @@ def write_results(
     path: Path, stage: str, source: str | None, config: StageConfig, metrics: dict[str, Any]
 ) -> None:
     """Write one measurement: the numbers, the command, the machine, versions, and the model."""
-    device, _ = place(config)
+    device, _ = placement(config)
     content = {
         "stage": stage,
         "checkpoint": source,

@@ -52,7 +52,7 @@ class Point:
     numbers: Mapping[str, Any]
 
     @property
-    def place(self) -> str:
+    def machine(self) -> str:
         """Device and type of the weights."""
         about = (self.entry.about.get("device"), self.entry.metrics.get("dtype"))
         return ", ".join(str(part) for part in about if part)
@@ -74,13 +74,13 @@ def throughput(material: Material) -> Section:
     """Tokens per second over context and over batch, and every measured point."""
     section = Section("speed", "Speed", "New tokens per second of all rows together.")
     points = list(_points(material))
-    for place in dict.fromkeys(point.place for point in points):
-        here = [point for point in points if point.place == place]
+    for machine in dict.fromkeys(point.machine for point in points):
+        here = [point for point in points if point.machine == machine]
         for over, fixed, axis in (
             (metrics.CONTEXT, metrics.ROWS, "tokens of context"),
             (metrics.ROWS, metrics.CONTEXT, "rows decoded together"),
         ):
-            section.figures += _rates(material, section, here, place, over, fixed, axis)
+            section.figures += _rates(material, section, here, machine, over, fixed, axis)
     columns = metrics.columns(metrics.group("speed"), (point.numbers for point in points))
     if points:
         drafted = [DRAFT] if any(_draft(point) for point in points) else []
@@ -91,8 +91,8 @@ def throughput(material: Material) -> Section:
             for point in points
         ]  # fmt: skip
         cites = [material.cite(section, point.entry) for point in points]
-        places = "; ".join(dict.fromkeys(filter(None, (point.place for point in points))))
-        caption = f"Every measured point, on {places}" if places else "Every measured point"
+        machines = "; ".join(dict.fromkeys(filter(None, (point.machine for point in points))))
+        caption = f"Every measured point, on {machines}" if machines else "Every measured point"
         headings = ["model", *drafted, *(each.heading for each in columns)]
         section.tables.append(Table(caption, headings, rows, cites))
     return section
@@ -108,7 +108,7 @@ def _rates(
     material: Material,
     section: Section,
     points: list[Point],
-    place: str,
+    machine: str,
     over: Metric,
     fixed: Metric,
     axis: str,
@@ -129,7 +129,7 @@ def _rates(
             continue
         names = {metrics.ROWS: "batch", metrics.CONTEXT: "context"}
         title = f"Tokens/s over {names[over]}"
-        title += f", {names[fixed]} {value:,}" + (f", {place}" if place else "")
+        title += f", {names[fixed]} {value:,}" + (f", {machine}" if machine else "")
         values = [y for each in series for _, y in each.points]
         far = max(values) > SPREAD * min(values)
         svg = charts.lines(series, axis, "tokens/s", log_x=True, log_y=far)

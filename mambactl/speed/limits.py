@@ -1,9 +1,9 @@
 """What memory bandwidth allows: bytes a decoding step must move, and the tokens/s that follow.
 
 Weights are read once per step, recurrent states read and written once, keys and values read once;
-activations and convolution windows (together below 0.1 %) are free. A decoder that replays tokens
-instead of writing the state at every step moves a little less: it could pass the limit of many
-rows, by what those writes are of all bytes.
+activations and inputs of convolutions (together below 0.1 %) are free. A decoder that replays
+tokens instead of writing the state at every step moves a little less: it could pass the limit of
+many rows, by what those writes are of all bytes.
 """
 
 from dataclasses import dataclass
@@ -41,15 +41,15 @@ def bytes_per_step(
     weight_bytes_per_param: float = 2,
     batch: int = 1,
     context: int = 0,
-    tokens_per_window: int = 1,
+    tokens_per_pass: int = 1,
     kv_bytes: int = 2,
 ) -> StepBytes:
-    """Bytes to run `tokens_per_window` tokens of every row behind `context` tokens held.
+    """Bytes to run `tokens_per_pass` tokens of every row behind `context` tokens held.
 
     A_log, D and dt_bias count 4 bytes whatever the other weights are stored in. `kv_bytes` is the
     size of one number in the KV cache.
     """
-    new = batch * tokens_per_window
+    new = batch * tokens_per_pass
     kv = sum(
         (batch * layer.spec.keys_read(config, layer.settings, context) + new)
         * layer.spec.kv_elements(config, layer.settings)
@@ -123,11 +123,11 @@ def speculative_limit(
     context: int = 0,
     kv_bytes: int = 2,
 ) -> float:
-    """Tokens/s of speculative decoding, all rows together: one window of k + 1 tokens through the
+    """Tokens/s of speculative decoding, all rows together: one segment of k + 1 tokens through the
     target and k single tokens through the draft; no draft model (None) is a free draft.
     """
     shared = {"batch": batch, "context": context, "kv_bytes": kv_bytes}
-    step = bytes_per_step(target, weight_bytes_per_param, tokens_per_window=k + 1, **shared).total
+    step = bytes_per_step(target, weight_bytes_per_param, tokens_per_pass=k + 1, **shared).total
     if draft is not None:
         step += k * bytes_per_step(draft, weight_bytes_per_param, **shared).total
     return batch * tokens_per_step(k, acceptance) * bandwidth / step

@@ -92,7 +92,7 @@ def random_prompts(vocab_size: int, rows: int, length: int, seed: int) -> Prompt
 
 
 def scripted_prompts(successor: Tensor, rows: int, length: int, seed: int) -> Prompts:
-    """Pieces [rows][length] of the map's cycle, each from another place of it."""
+    """Pieces [rows][length] of the map's cycle, each from another offset of it."""
     generator = torch.Generator().manual_seed(seed)
     following = successor.tolist()
     prompts = []

@@ -222,12 +222,12 @@ def _step(
     optimizer = build_optimizer([(mixers, rates[0]), (rest, rates[1])])
     parameters = list(trained.values())
     # a recording adds to the gradients that were there when it was made
-    in_place = isinstance(objective, CapturedObjective)
+    recorded = isinstance(objective, CapturedObjective)
 
     def update() -> None:
         nn.utils.clip_grad_norm_(parameters, usual.grad_clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not in_place)
+        optimizer.zero_grad(set_to_none=not recorded)
 
     return Step(stage, objective.count, objective.backward, update, parameters)
 

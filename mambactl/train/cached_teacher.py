@@ -81,10 +81,10 @@ def draw_samples(logits: Tensor, keys: Tensor, positions: Tensor, drawing: Drawi
     entropy = -(q * log_q.masked_fill(q == 0, 0.0)).sum(-1)
     proposal = q if drawing.power == 1 else (log_q * drawing.power).softmax(-1)
     cumulative = proposal.cumsum(-1)  # [P, V]
-    places = positions[:, None] * drawing.samples + torch.arange(
+    draws = positions[:, None] * drawing.samples + torch.arange(
         drawing.samples, device=positions.device
     )  # [P, K]
-    numbers = uniform(drawing.seed, keys[:, None].expand_as(places), places, STREAM)
+    numbers = uniform(drawing.seed, keys[:, None].expand_as(draws), draws, STREAM)
     # below the last sum even where it is not quite 1
     ids = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)  # [P, K]
     masses = q.gather(-1, ids) / proposal.gather(-1, ids) / drawing.samples
@@ -105,9 +105,9 @@ def draw_batch(
         hidden = last_hidden(teacher, batch)  # [B, T, D]
     _, mask = next_tokens(batch)
     numbers = torch.tensor([_number(key) for key in keys], device=device)
-    row, place = mask.nonzero(as_tuple=True)
+    row, column = mask.nonzero(as_tuple=True)
     # as in training: the head's type for its product, fp32 for what comes out
-    hidden = hidden[row, place].to(teacher.lm_head.weight.dtype)  # [P, D]
+    hidden = hidden[row, column].to(teacher.lm_head.weight.dtype)  # [P, D]
     head = teacher.lm_head.weight.t()
     size = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // head.shape[1])
     pieces = []
@@ -115,7 +115,7 @@ def draw_batch(
         piece = slice(start, start + size)
         logits = hidden.new_empty(len(hidden[piece]), head.shape[1], dtype=torch.float32)
         product(hidden[piece], head, logits)
-        pieces.append(draw_samples(logits, numbers[row[piece]], place[piece], drawing))
+        pieces.append(draw_samples(logits, numbers[row[piece]], column[piece], drawing))
     drawn = Drawn(*(torch.cat(parts).cpu() for parts in zip(*pieces, strict=True)))
     counts = mask.sum(1).tolist()
     return [Drawn(*parts) for parts in zip(*(part.split(counts) for part in drawn), strict=True)]
@@ -154,10 +154,10 @@ class TeacherCache:
         paths = sorted(folder.glob(PATTERN))
         try:
             self._files = [safe_open(path, framework="pt") for path in paths]
-            places = [self._rows(number) for number in range(len(paths))]
+            found = [self._rows(number) for number in range(len(paths))]
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{folder} is damaged: {error}", "make the cache again") from error
-        self._places = {key: place for found in places for key, place in found}
+        self._extents = {key: extent for found in found for key, extent in found}
 
     def _rows(self, number: int) -> Iterable[tuple[bytes, tuple[int, int, int]]]:
         file = self._files[number]
@@ -166,20 +166,20 @@ class TeacherCache:
             yield key.tobytes(), (number, offset[index], offset[index + 1])
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+        return key in self._extents
 
     def __len__(self) -> int:
         """Rows."""
-        return len(self._places)
+        return len(self._extents)
 
     def row(self, key: bytes) -> Drawn:
         """Of one row; raises ModelError for one that is not there."""
-        if key not in self._places:
+        if key not in self._extents:
             raise ModelError(
                 f"{self.folder} holds nothing for a row of this run",
                 "make it with the same --data, --max-length, --packing and --seed",
             )
-        number, begin, end = self._places[key]
+        number, begin, end = self._extents[key]
         file = self._files[number]
         ids = file.get_slice("ids")[begin:end]
         if "masses" in file.keys():  # noqa: SIM118

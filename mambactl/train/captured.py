@@ -173,9 +173,9 @@ class _Kept:
     def replay(self, inputs: Inputs) -> Tensor:
         if any(parameter.grad is not grad for parameter, grad in self.grads):
             raise ValueError("gradients that a recording adds to were replaced: zero them in place")
-        for place, part in zip(self.inputs, inputs, strict=True):
-            if place is not None:
-                place.copy_(part, non_blocking=True)
+        for buffer, part in zip(self.inputs, inputs, strict=True):
+            if buffer is not None:
+                buffer.copy_(part, non_blocking=True)
         self.recording.replay()
         return self.loss.clone()
 

@@ -14,7 +14,7 @@ from mambactl.train.job import Job
 from mambactl.train.ledger import Work
 from mambactl.train.losses import CHUNK_ELEMENTS
 from mambactl.train.phases import PhasePlan, shapes_of
-from mambactl.train.step_timing import Measured, Place, probe
+from mambactl.train.step_timing import Measured, Setup, probe
 
 MASTER, GRADIENT, MOMENTS = 4, 4, 8
 # fp32 tensors of one chunk of logits that are alive together: logits, log p, gradient, log q, q
@@ -62,8 +62,8 @@ def estimate(
     rows, length = config.batch_size, config.max_length
     works = [plan.work(student, teacher, config.grad_checkpointing) for plan in plans]
     compiling = compiles(config.compile, job.device)
-    place = Place(job.device, job.dtype, job.amp, compiling, config.capture)
-    measured = probe(works, place, rows, length)
+    setup = Setup(job.device, job.dtype, job.amp, compiling, config.capture)
+    measured = probe(works, setup, rows, length)
     model, guide = shapes_of(student), shapes_of(teacher)
     cuda = job.device.type == "cuda"
     where = torch.cuda.get_device_name(job.device) if cuda else str(job.device)

@@ -1,4 +1,4 @@
-"""A training run: its options, its place, its student and its teacher."""
+"""A training run: its options, its placement, its student and its teacher."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from mambactl.data.recall_documents import require_recall_length
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import MixedRowsConfig, SpreadConfig, TrainConfig
-from mambactl.ranks import place, sharded
+from mambactl.ranks import placement, sharded
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Job:
     @classmethod
     def of(cls, stage: str, config: TrainConfig, source: str) -> "Job":
         """Place a run; raises UsageError for a type that cannot be trained in, or short rows."""
-        device, dtype = place(config)
+        device, dtype = placement(config)
         if dtype == torch.float16:
             raise UsageError("float16 gradients underflow", "use --dtype bfloat16 or float32")
         job = cls(stage, config, source, device, dtype)

@@ -102,7 +102,8 @@ def _weighted(logps: np.ndarray, shared: int, weight: float) -> float:
 class PairCollator:
     """TRL's rectangle of a batch, and with `packing` the rows that the model reads in its place.
 
-    Rows have `width` tokens; `places` [2 B, T] says where each token of the rectangle is in them.
+    Rows have `width` tokens; `packed_indices` [2 B, T] say where in them each token of the
+    rectangle is.
     """
 
     def __init__(self, pad_token_id: int, width: int, packing: bool):
@@ -123,18 +124,18 @@ class PairCollator:
         rows, members = pack_whole(texts, self.width)
         batch = collate(rows)
         length = batch.input_ids.shape[1]
-        # padding points anywhere: its gradient is zero, and one place for all would be a queue
-        places = np.arange(shape.numel()).reshape(shape) % batch.input_ids.numel()
+        # padding points anywhere: its gradient is zero, and one index for all would be a queue
+        indices = np.arange(shape.numel()).reshape(shape) % batch.input_ids.numel()
         for row, group in enumerate(members):
             start = row * length
             for index in group:
                 size = len(texts[index].input_ids)
-                places[index, :size] = np.arange(start, start + size)
+                indices[index, :size] = np.arange(start, start + size)
                 start += size
         found = {
             "packed_ids": batch.input_ids,
             "packed_positions": batch.position_ids,
-            "places": torch.from_numpy(places),
+            "packed_indices": torch.from_numpy(indices),
         }
         # where every row is one document, kernels take their plain causal route
         return found if batch.seq_idx is None else found | {"packed_documents": batch.seq_idx}
@@ -158,11 +159,11 @@ def _read_packed(model: HybridForCausalLM) -> None:
         return args, kwargs
 
     def after(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        places = kwargs.get("places")
-        if places is not None:
+        indices = kwargs.get("packed_indices")
+        if indices is not None:
             states = output.last_hidden_state.flatten(0, 1)
-            taken = states.index_select(0, places.flatten())
-            output.last_hidden_state = taken.unflatten(0, places.shape)  # [2 B, T, D]
+            taken = states.index_select(0, indices.flatten())
+            output.last_hidden_state = taken.unflatten(0, indices.shape)  # [2 B, T, D]
         return output
 
     model.model.register_forward_pre_hook(before, with_kwargs=True)

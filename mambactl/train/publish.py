@@ -44,7 +44,7 @@ def identity(job: Job) -> dict[str, Any]:
     given = job.config.teacher
     return {
         "stage": job.stage,
-        **job.config.model_dump(mode="json", exclude=job.config.place),
+        **job.config.model_dump(mode="json", exclude=job.config.placement_options),
         "source": canonical(job.source),
         "source_sha256": header_digest(resolve(job.source).path),
         "teacher": given and canonical(given),

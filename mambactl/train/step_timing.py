@@ -32,8 +32,8 @@ DOCUMENTS_PER_ROW = 4
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where and how a run computes: the teacher in `dtype`, the student in fp32 under `amp`.
+class Setup:
+    """Device and types of a run: the teacher in `dtype`, the student in fp32 under `amp`.
 
     `compiles` its blocks; `replays` its steps as CUDA graphs.
     """
@@ -57,35 +57,35 @@ class Measured:
 _cache: dict[tuple, Measured] = {}
 
 
-def probe(works: Iterable[Work], place: Place, rows: int, length: int) -> Measured:
+def probe(works: Iterable[Work], setup: Setup, rows: int, length: int) -> Measured:
     """Measure every kind of work that occurs in `works` on batches [rows, length]."""
     found = Measured()
     for work in works:
         for what, how in work.pieces(length):
             if how != "repeat" and (what, how) not in found.rates:
                 source = work.teacher if how == "infer" else work.student
-                measured = _piece(work, source, what, how, place, rows, length)
+                measured = _piece(work, source, what, how, setup, rows, length)
                 found.rates[what, how] = measured.rates[what, how]
                 found.kept |= measured.kept
-    found.seconds_per_parameter = _optimizer(place)
+    found.seconds_per_parameter = _optimizer(setup)
     return found
 
 
 def _piece(
-    work: Work, config: HybridConfig, what: str, how: str, place: Place, rows: int, length: int
+    work: Work, config: HybridConfig, what: str, how: str, setup: Setup, rows: int, length: int
 ) -> Measured:
     guide = work.teacher.hidden_size if what == "head" and work.teacher else None
-    key = (config.to_json_string(), guide, what, how, work.rest, place, rows, length)
+    key = (config.to_json_string(), guide, what, how, work.rest, setup, rows, length)
     if key not in _cache:
         if what == "head":
-            _cache[key] = _head(work, place, rows * length)
+            _cache[key] = _head(work, setup, rows * length)
         else:
-            _cache[key] = _block(config, what, how, place, rows, length)
+            _cache[key] = _block(config, what, how, setup, rows, length)
     return _cache[key]
 
 
 def _block(
-    config: HybridConfig, kind: str, how: str, place: Place, rows: int, length: int
+    config: HybridConfig, kind: str, how: str, setup: Setup, rows: int, length: int
 ) -> Measured:
     """One block (or, to align, one mixer) on its own, with hardly any vocabulary."""
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
@@ -93,19 +93,19 @@ def _block(
     (alone,) = single.kinds
     full = Work(single, single if how == "infer" else None, (0,), how != "align", how == "align")
     per_token = full.pieces(length)[alone, how]
-    rows, length = _shape(place, per_token, rows, length)
+    rows, length = _shape(setup, per_token, rows, length)
     per_token = full.pieces(length)[alone, how]
-    with torch.device(place.device):
-        model = HybridModel(single).to(place.dtype if how == "infer" else torch.float32)
+    with torch.device(setup.device):
+        model = HybridModel(single).to(setup.dtype if how == "infer" else torch.float32)
     model.requires_grad_(how != "infer").train(how != "infer")
     layer = model.layers[0].mixer if how == "align" else model.layers[0]
-    run = compiled(layer.forward) if place.compiles else layer
+    run = compiled(layer.forward) if setup.compiles else layer
 
     def inputs(count: int) -> tuple[Tensor, StepContext]:
-        return _inputs(model, place, count, length, trains=how == "train")
+        return _inputs(model, setup, count, length, trains=how == "train")
 
     def forward(hidden: Tensor, context: StepContext) -> Tensor:
-        with autocast(place.device, place.amp), torch.set_grad_enabled(how != "infer"):
+        with autocast(setup.device, setup.amp), torch.set_grad_enabled(how != "infer"):
             return run(hidden, context, None)
 
     def call(given: tuple[Tensor, StepContext]) -> None:
@@ -115,13 +115,13 @@ def _block(
 
     given = inputs(rows)
     found = Measured()
-    seconds = _timed(lambda: call(given), place)
+    seconds = _timed(lambda: call(given), setup)
     found.rates[kind, how] = rows * length * per_token / seconds
     if how == "infer":
         return found
-    if place.compiles:
+    if setup.compiles:
         # code is made for one shape: weights and their casts are taken off instead
-        kept = _kept(partial(forward, *given), layer) - _casts(layer, place.amp)
+        kept = _kept(partial(forward, *given), layer) - _casts(layer, setup.amp)
         found.kept[kind, how] = max(0, kept) / (rows * length)
     else:
         # what does not grow with the batch is no activation
@@ -136,61 +136,61 @@ def _casts(layer: nn.Module, amp: torch.dtype | None) -> int:
     return itemsize * sum(p.numel() for p in layer.parameters() if p.ndim > 1)
 
 
-def _shape(place: Place, per_token: float, rows: int, length: int) -> tuple[int, int]:
+def _shape(setup: Setup, per_token: float, rows: int, length: int) -> tuple[int, int]:
     """As much of a batch as the device affords."""
-    if place.device.type != "cpu":
+    if setup.device.type != "cpu":
         return rows, length
     tokens = max(32, int(CPU_BUDGET / per_token))
     return max(1, min(rows, tokens // length)), min(length, tokens)
 
 
 def _inputs(
-    model: HybridModel, place: Place, rows: int, length: int, trains: bool
+    model: HybridModel, setup: Setup, rows: int, length: int, trains: bool
 ) -> tuple[Tensor, StepContext]:
     """Hidden states in the type they run through the model in, and rows of several documents."""
     weight = model.embed_tokens.weight
-    like = {"device": weight.device, "dtype": place.amp or weight.dtype}
+    like = {"device": weight.device, "dtype": setup.amp or weight.dtype}
     hidden = torch.randn(rows, length, weight.shape[1], requires_grad=trains, **like)
-    places = torch.arange(length, device=weight.device)
+    positions = torch.arange(length, device=weight.device)
     size = max(1, -(-length // DOCUMENTS_PER_ROW))
-    documents = (places // size).expand(rows, -1).to(torch.int32)
+    documents = (positions // size).expand(rows, -1).to(torch.int32)
     with torch.no_grad():
-        return hidden, model.context(hidden, (places % size).expand(rows, -1), None, documents)
+        return hidden, model.context(hidden, (positions % size).expand(rows, -1), None, documents)
 
 
-def _head(work: Work, place: Place, tokens: int) -> Measured:
+def _head(work: Work, setup: Setup, tokens: int) -> Measured:
     """The head's part of a step with the logits KL."""
     config = work.student
     # a sparse guess of what a teacher's head costs that is not there
     guided = work.teacher.hidden_size if work.teacher else config.hidden_size
     per_token = head_cost(config) * (3 if work.rest else 2) + 2.0 * guided * config.vocab_size
-    tokens, _ = _shape(place, per_token, tokens, 1)
-    hidden = torch.randn(tokens, config.hidden_size, device=place.device, requires_grad=True)
-    weight = torch.randn(config.vocab_size, config.hidden_size, device=place.device)
+    tokens, _ = _shape(setup, per_token, tokens, 1)
+    hidden = torch.randn(tokens, config.hidden_size, device=setup.device, requires_grad=True)
+    weight = torch.randn(config.vocab_size, config.hidden_size, device=setup.device)
     weight = weight.mul_(config.hidden_size**-0.5).requires_grad_(work.rest)
-    guide = torch.randn(tokens, guided, device=place.device, dtype=place.dtype)
-    head = torch.randn(config.vocab_size, guided, device=place.device, dtype=place.dtype)
+    guide = torch.randn(tokens, guided, device=setup.device, dtype=setup.dtype)
+    head = torch.randn(config.vocab_size, guided, device=setup.device, dtype=setup.dtype)
     teacher = Teacher(guide, head * guided**-0.5)
-    targets = torch.zeros(tokens, dtype=torch.long, device=place.device)
-    mask = torch.ones(tokens, dtype=torch.bool, device=place.device)
+    targets = torch.zeros(tokens, dtype=torch.long, device=setup.device)
+    mask = torch.ones(tokens, dtype=torch.bool, device=setup.device)
 
     def call() -> None:
-        with autocast(place.device, place.amp):
+        with autocast(setup.device, setup.amp):
             loss = distillation_loss(hidden, weight, targets, mask, teacher).total
         loss.backward()
 
     found = Measured()
-    found.rates["head", "train"] = tokens * per_token / _timed(call, place)
+    found.rates["head", "train"] = tokens * per_token / _timed(call, setup)
     return found
 
 
-def _optimizer(place: Place) -> float:
+def _optimizer(setup: Setup) -> float:
     """Seconds per parameter of clipping and AdamW."""
-    place = replace(place, compiles=False, replays=False)
-    key = ("optimizer", place)
+    setup = replace(setup, compiles=False, replays=False)
+    key = ("optimizer", setup)
     if key not in _cache:
-        size = OPTIMIZED.get(place.device.type, OPTIMIZED["cuda"])
-        parameter = nn.Parameter(torch.zeros(1, size, device=place.device))
+        size = OPTIMIZED.get(setup.device.type, OPTIMIZED["cuda"])
+        parameter = nn.Parameter(torch.zeros(1, size, device=setup.device))
         parameter.grad = torch.ones_like(parameter)
         optimizer = build_optimizer([({"weight": parameter}, 1e-3)])
 
@@ -198,24 +198,24 @@ def _optimizer(place: Place) -> float:
             nn.utils.clip_grad_norm_([parameter], 1.0)
             optimizer.step()
 
-        _cache[key] = Measured(seconds_per_parameter=_timed(call, place) / size)
+        _cache[key] = Measured(seconds_per_parameter=_timed(call, setup) / size)
     return _cache[key].seconds_per_parameter
 
 
-def _timed(call: Callable[[], None], place: Place) -> float:
+def _timed(call: Callable[[], None], setup: Setup) -> float:
     """Median seconds of a call, after one that compiles."""
-    recorder = recorder_for(place.device) if place.replays else None
+    recorder = recorder_for(setup.device) if setup.replays else None
     if recorder is not None:
         for _ in range(WARMUP):
             recorder.warm(call)
         call = recorder.record(call).replay
-    cuda = place.device.type == "cuda"
+    cuda = setup.device.type == "cuda"
     seconds = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         call()
         if cuda:
-            torch.cuda.synchronize(place.device)
+            torch.cuda.synchronize(setup.device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 

@@ -1,6 +1,6 @@
 """Progressive replacement: layers become recurrent in groups, easy ones first.
 
-arXiv 2408.15237 replaces layers step by step; until it is a layer's turn, the block runs the
+arXiv 2408.15237 replaces layers step by step; until a layer is reached, the block runs the
 teacher's attention. That module is borrowed, not copied: `StandIns` puts it in the place of the
 mixer and takes it out again.
 """

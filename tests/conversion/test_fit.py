@@ -14,7 +14,7 @@ from mambactl.conversion.fit import (
     fit_mixer,
 )
 from mambactl.data.pack import Batch, collate
-from mambactl.kernels.reference import turn
+from mambactl.kernels.reference import rotate_states
 from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.registry import spec_of
 from mambactl.models.mixers.spec import AttentionWeights
@@ -95,7 +95,7 @@ def decayed_attention(
         q[..., 0] = 0
     if rotary:
         angles = rotations(batch.position_ids)
-        q, k = (turn(t.transpose(1, 2), angles).transpose(1, 2) for t in (q, k))
+        q, k = (rotate_states(t.transpose(1, 2), angles).transpose(1, 2) for t in (q, k))
     k, v = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (k, v))
     steps = torch.arange(hidden.shape[1])
     gap = steps[:, None] - steps
@@ -293,8 +293,8 @@ def test_the_ridge_is_the_best_of_those_tried(new_mixer, monkeypatch) -> None:
     clean = decayed_problem(attention, MAMBA2_FIT, 1, rows=6)
     noise = [t + 0.5 * torch.randn(t.shape, generator=draw) for t in clean.targets]
     # another out_proj than the one the mixer starts with
-    turned = [t.roll(1, -1) for t in noise]
-    problem = Problem(clean.inputs, clean.contexts, clean.masks, clean.heads, turned)
+    rotated = [t.roll(1, -1) for t in noise]
+    problem = Problem(clean.inputs, clean.contexts, clean.masks, clean.heads, rotated)
 
     def fit(strengths: tuple[float, ...]):
         monkeypatch.setattr(fitting, "RIDGE", strengths)
@@ -353,15 +353,15 @@ def mixer_errors(teacher, student, batches: list[Batch]) -> list[float]:
     ):
         if ours.mixer_name != "mamba":
             continue
-        inputs, targets, places = [], [], []
+        inputs, targets, indices = [], [], []
         for batch in batches:
             own, wanted = (hidden_states(m, batch)[layer] for m in (student, teacher))
             context = teacher.model.context(wanted, batch.position_ids, seq_idx=batch.seq_idx)
             inputs.append(ours.input_layernorm(own))
             targets.append(theirs.mixer(theirs.input_layernorm(wanted), context, None))
-            places.append(context)
+            indices.append(context)
         masks = [batch.valid for batch in batches]
-        errors.append(output_error(ours.mixer, Problem(inputs, places, masks, [], targets)))
+        errors.append(output_error(ours.mixer, Problem(inputs, indices, masks, [], targets)))
     return errors
 
 

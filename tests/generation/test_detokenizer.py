@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mambactl.generation.detokenizer import INCOMPLETE, WINDOW, Detokenizer
+from mambactl.generation.detokenizer import INCOMPLETE, MOST_TOKENS, Detokenizer
 
 
 def of_bytes() -> PreTrainedTokenizerFast:
@@ -69,7 +69,7 @@ def test_pieces_add_up(kind: str, seed: int) -> None:
     tokenizer, draw = KINDS[kind](), random.Random(seed)
     steps = [
         [draw.randrange(len(tokenizer)) for _ in range(draw.choice((1, 1, 2, 5)))]
-        for _ in range(4 * WINDOW)
+        for _ in range(4 * MOST_TOKENS)
     ]
     tokens = [token for step in steps for token in step]
     whole = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -111,4 +111,4 @@ def test_a_step_costs_the_same_however_long_the_text() -> None:
     text = Detokenizer(Counting())
     for token in tokenizer("the old house and the river " * 100).input_ids:
         text.add([token])
-    assert max(asked) <= WINDOW
+    assert max(asked) <= MOST_TOKENS

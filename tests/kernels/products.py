@@ -12,7 +12,7 @@ NAN, EPS = float("nan"), 1e-5
 REFERENCE = ReferenceOps()
 KINDS = [FP32, BF16] = [torch.float32, torch.bfloat16]
 # rows M -> sequences and tokens of each
-WINDOWS = {1: (1, 1), 2: (1, 2), 3: (3, 1), 4: (2, 2), 5: (1, 5), 6: (2, 3), 7: (7, 1), 8: (2, 4),
+SEGMENTS = {1: (1, 1), 2: (1, 2), 3: (3, 1), 4: (2, 2), 5: (1, 5), 6: (2, 3), 7: (7, 1), 8: (2, 4),
            16: (4, 4), 17: (17, 1), 32: (16, 2), 33: (11, 3), 40: (8, 5)}  # fmt: skip
 
 
@@ -42,12 +42,12 @@ class Where(NamedTuple):
     @property
     def positions(self) -> list[list[int | None]]:
         """[B][T], None for padding."""
-        places = []
+        indices = []
         for begin, count in zip(self.start.tolist(), self.count.tolist(), strict=True):
             row = [begin + self.offset + t for t in range(self.T)]
-            places.append([p if t < count * self.scale and p >= 0 else None
+            indices.append([p if t < count * self.scale and p >= 0 else None
                            for t, p in enumerate(row)])  # fmt: skip
-        return places
+        return indices
 
     @property
     def real(self) -> Tensor:
@@ -76,7 +76,7 @@ def draw_stream(g, M, K, kind, device, pieces=1) -> Stream:
 
 def draw_where(g, M, device, scaled_counts=True) -> Where:
     """Sequence 0 stands at 0 and looks back one token if there are others; one has ended."""
-    B, T = WINDOWS[M]
+    B, T = SEGMENTS[M]
     start = torch.randint(5, 60, (B,), generator=g, dtype=torch.int32)
     count = torch.ones(B, dtype=torch.int32)
     offset = 0

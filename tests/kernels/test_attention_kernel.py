@@ -36,7 +36,7 @@ class Case(NamedTuple):
     def n_new(self) -> list[int]:
         return (self.count * self.scale).tolist()
 
-    def window(self, first: int, length: int) -> "Case":
+    def segment(self, first: int, length: int) -> "Case":
         """The same tokens with only rows first .. first + length of every sequence."""
         q = self.q.unflatten(0, (-1, self.T))[:, first : first + length].flatten(0, 1)
         n_new = (self.count * self.scale - first).clamp(0, length)
@@ -199,7 +199,7 @@ def test_a_row_comes_out_the_same_however_tokens_are_grouped(device, kind, split
     check(whole, case, window)
     for cuts in ([1] * 6, [4, 2]):
         firsts = [sum(cuts[:i]) for i in range(len(cuts))]
-        pieces = [one(case.window(a, n)) for a, n in zip(firsts, cuts, strict=True)]
+        pieces = [one(case.segment(a, n)) for a, n in zip(firsts, cuts, strict=True)]
         assert torch.equal(torch.cat(pieces, 1).nan_to_num(9e9), whole.nan_to_num(9e9))
 
 

@@ -23,7 +23,7 @@ LIMITS = {0: (1, 0, 0), 1: (2, 7, 7), 3: (4, 19, 11), 8: (9, 29, 21)}
 class State:
     """What a step leaves behind, for B sequences of up to S tokens."""
 
-    control: Tensor
+    progress: Tensor
     feed: Tensor
     history: Tensor
     accepted: Tensor
@@ -53,18 +53,18 @@ def draw(device, k: int, batch: int, seed: int, most: int | None = None, room=64
     def numbers(high: int, *shape: int, low: int = 0) -> Tensor:
         return torch.randint(low, high, shape, generator=g, dtype=torch.int32)
 
-    control = torch.zeros(len(Field), batch, dtype=torch.int32)
-    control[Field.LENGTH] = numbers(40, batch)
-    control[Field.ACTIVE] = numbers(5, batch).clamp(max=1)
-    control[Field.BASE] = (control[Field.LENGTH] - numbers(9, batch)).clamp(min=0)
-    control[Field.DRAFT_BASE] = (control[Field.LENGTH] - 1 - numbers(9, batch)).clamp(min=0)
-    control[Field.BUDGET] = numbers(2 * k + 4, batch, low=1)
-    control[Field.WRITTEN] = numbers(30, batch)
-    control[Field.STEP] = numbers(100, batch)
+    progress = torch.zeros(len(Field), batch, dtype=torch.int32)
+    progress[Field.LENGTH] = numbers(40, batch)
+    progress[Field.ACTIVE] = numbers(5, batch).clamp(max=1)
+    progress[Field.BASE] = (progress[Field.LENGTH] - numbers(9, batch)).clamp(min=0)
+    progress[Field.DRAFT_BASE] = (progress[Field.LENGTH] - 1 - numbers(9, batch)).clamp(min=0)
+    progress[Field.BUDGET] = numbers(2 * k + 4, batch, low=1)
+    progress[Field.WRITTEN] = numbers(30, batch)
+    progress[Field.STEP] = numbers(100, batch)
     span, limit, draft_limit = LIMITS[most]
-    reference.plan_stores(control, span=span, limit=limit, draft_limit=draft_limit)
+    reference.plan_stores(progress, span=span, limit=limit, draft_limit=draft_limit)
     state = State(
-        control=control,
+        progress=progress,
         feed=numbers(6, batch, 2 + most),
         history=numbers(6, batch, room),
         accepted=numbers(k + 1, batch),
@@ -106,7 +106,7 @@ def test_a_reference_commit_equals_a_list_of_tokens(k) -> None:
 
 def check(before: State, after: State, b: int, k: int) -> Finish:
     """One sequence, told once more; returns how it goes on."""
-    old, new = before.control[:, b].tolist(), after.control[:, b].tolist()
+    old, new = before.progress[:, b].tolist(), after.progress[:, b].tolist()
     letter = after.mailbox[old[Field.STEP] % 8, b].tolist()
     others = [slot for slot in range(8) if slot != old[Field.STEP] % 8]
     assert (after.mailbox[others, b] == -9).all()
@@ -121,16 +121,16 @@ def check(before: State, after: State, b: int, k: int) -> Finish:
     tokens = [*feed[2 : 2 + n], int(before.following[b])]
     said = tokens[: old[Field.BUDGET]]
     finish = Finish.LENGTH if len(said) == old[Field.BUDGET] else Finish.RUNNING
-    for place, token in enumerate(said):
+    for index, token in enumerate(said):
         if token in before.eos.tolist():
-            said, finish = said[: place + 1], Finish.EOS
+            said, finish = said[: index + 1], Finish.EOS
             break
     drafted = k if before.drafted is None else int(before.drafted[b])
     assert letter[: len(Letter)] == [n, drafted, len(said), finish]
     assert letter[len(Letter) :][: n + 1] == tokens
-    place = old[Field.LENGTH] + 1
+    index = old[Field.LENGTH] + 1
     row = before.history[b].tolist()
-    assert after.history[b].tolist() == row[:place] + tokens + row[place + n + 1 :]
+    assert after.history[b].tolist() == row[:index] + tokens + row[index + n + 1 :]
     assert after.feed[b].tolist()[:2] == [*feed[1:], None][n : n + 1] + tokens[-1:]
     assert new[Field.LENGTH] == old[Field.LENGTH] + n + 1
     assert new[Field.BUDGET] == old[Field.BUDGET] - len(said)
@@ -143,8 +143,8 @@ def check(before: State, after: State, b: int, k: int) -> Finish:
 @pytest.mark.parametrize("k", [0, 3])
 def test_many_commits_in_a_row_and_a_mailbox_that_wraps_around(device, k) -> None:
     state = draw(device, k, 5, seed=1, room=200)
-    state.control[Field.ACTIVE, :4], state.control[Field.BUDGET] = 1, 40
-    state.control[Field.STEP], state.eos[:] = 0, -1
+    state.progress[Field.ACTIVE, :4], state.progress[Field.BUDGET] = 1, 40
+    state.progress[Field.STEP], state.eos[:] = 0, -1
     expected, g = state.copy(), torch.Generator().manual_seed(2)
     for _ in range(20):
         for t, high in ((state.accepted, k + 1), (state.following, 6), (state.feed[:, 2:], 6)):
@@ -154,8 +154,8 @@ def test_many_commits_in_a_row_and_a_mailbox_that_wraps_around(device, k) -> Non
         state.commit(kernels, k, k, pdl=False)
         expected.commit(reference, k, k)
         assert_same(state, expected)
-    assert state.control[Field.STEP].tolist() == [20] * 5
-    assert state.control[Field.BUDGET, :4].max() < 40 - (19 if k == 0 else 20)
+    assert state.progress[Field.STEP].tolist() == [20] * 5
+    assert state.progress[Field.BUDGET, :4].max() < 40 - (19 if k == 0 else 20)
 
 
 @pytest.mark.parametrize(("k", "replay"), [(1, 0), (3, 0), (3, 8), (8, 8), (0, 8)])
@@ -175,8 +175,8 @@ def test_a_ring_always_holds_what_a_pass_reads(k, replay) -> None:
 
 
 def test_plain_decoding_stores_after_every_token() -> None:
-    control = torch.zeros(len(Field), 3, dtype=torch.int32)
-    control[Field.LENGTH] = torch.tensor([0, 4, 7])
-    control[Field.BASE] = torch.tensor([0, 4, 7])
-    reference.plan_stores(control, span=1, limit=0, draft_limit=0)
-    assert control[Field.NEXT].tolist() == [1, 5, 8]
+    progress = torch.zeros(len(Field), 3, dtype=torch.int32)
+    progress[Field.LENGTH] = torch.tensor([0, 4, 7])
+    progress[Field.BASE] = torch.tensor([0, 4, 7])
+    reference.plan_stores(progress, span=1, limit=0, draft_limit=0)
+    assert progress[Field.NEXT].tolist() == [1, 5, 8]

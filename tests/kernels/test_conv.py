@@ -20,10 +20,10 @@ def drawn():
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 41])
 def test_equals_the_library_convolution(drawn, length, biased) -> None:
-    x, weight, bias, window = drawn
+    x, weight, bias, previous = drawn
     x, bias = x[:, :length], bias if biased else None
-    for before in (None, window):
-        left = torch.zeros_like(window) if before is None else before
+    for before in (None, previous):
+        left = torch.zeros_like(previous) if before is None else before
         padded = torch.cat([left, x], 1).transpose(1, 2)
         expected = F.conv1d(padded, weight[:, None], bias, groups=CHANNELS).transpose(1, 2)
         torch.testing.assert_close(
@@ -33,38 +33,38 @@ def test_equals_the_library_convolution(drawn, length, biased) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_split_in_time_is_bitwise_equal(drawn, dtype) -> None:
-    x, weight, bias, window = (t.to(dtype) for t in drawn)
-    whole = kernels.causal_conv1d(x, weight, bias, window)
+    x, weight, bias, previous = (t.to(dtype) for t in drawn)
+    whole = kernels.causal_conv1d(x, weight, bias, previous)
     for lengths in ([1] * 41, [2, 3, 1, 35], [40, 1], [5, 0, 36]):
-        outputs, held = [], window
+        outputs, held = [], previous
         for part in x.split(lengths, 1):
             outputs.append(kernels.causal_conv1d(part, weight, bias, held))
-            held = kernels.conv_window(part, held, None)
+            held = kernels.latest_inputs(part, held, None)
         assert torch.equal(torch.cat(outputs, 1), whole)
         assert torch.equal(held, x[:, -(WIDTH - 1) :])
 
 
 @pytest.mark.parametrize("rows", ["border", "ragged", "returning"])
 def test_packed_documents_equal_the_documents_apart(drawn, packed_rows, rows) -> None:
-    x, weight, bias, window = drawn
+    x, weight, bias, previous = drawn
     seq_idx = packed_rows[rows](41)
-    packed = kernels.causal_conv1d(x, weight, bias, window, seq_idx)
+    packed = kernels.causal_conv1d(x, weight, bias, previous, seq_idx)
     for row in range(2):
         numbers = seq_idx[row].tolist()
         starts = [t for t in range(41) if t == 0 or numbers[t] != numbers[t - 1]]
         for start, stop in zip(starts, [*starts[1:], 41], strict=True):
             # what came before the row belongs to its first document
-            before = window[row : row + 1] if start == 0 else None
+            before = previous[row : row + 1] if start == 0 else None
             alone = kernels.causal_conv1d(x[row : row + 1, start:stop], weight, bias, before)
             assert torch.equal(packed[row, start:stop], alone[0])
 
 
 def test_window_after_a_ragged_call(drawn) -> None:
-    x, _, _, window = drawn
+    x, _, _, previous = drawn
     for counts in ([0, 1], [2, 3], [41, 17]):
-        ragged = kernels.conv_window(x, window, torch.tensor(counts))
+        ragged = kernels.latest_inputs(x, previous, torch.tensor(counts))
         for row, count in enumerate(counts):
-            inputs = torch.cat([window[row], x[row, :count]])
+            inputs = torch.cat([previous[row], x[row, :count]])
             assert torch.equal(ragged[row], inputs[-(WIDTH - 1) :])
-    full = kernels.conv_window(x, window, torch.tensor([41, 41]))
-    assert torch.equal(full, kernels.conv_window(x, window, None))
+    full = kernels.latest_inputs(x, previous, torch.tensor([41, 41]))
+    assert torch.equal(full, kernels.latest_inputs(x, previous, None))

@@ -25,14 +25,14 @@ def documents(length, batch=2):
     return ((torch.rand(batch, length, generator=g) < 0.25).cumsum(1) % 3).int()
 
 
-def draw(length, channels, width, kind, weights, bias=True, window=False):
-    """(x, weight, bias, window) and the gradient of y."""
+def draw(length, channels, width, kind, weights, bias=True, previous=False):
+    """(x, weight, bias, previous) and the gradient of y."""
     g = torch.Generator().manual_seed(length)
     return (
         torch.randn(2, length, channels, generator=g).to(kind),
         torch.randn(channels, width, generator=g).to(weights),
         torch.randn(channels, generator=g).to(weights) if bias else None,
-        torch.randn(2, width - 1, channels, generator=g).to(kind) if window else None,
+        torch.randn(2, width - 1, channels, generator=g).to(kind) if previous else None,
     ), torch.randn(2, length, channels, generator=g).to(kind)
 
 
@@ -41,14 +41,14 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 @pytest.mark.parametrize("kind, weights", [(FP32, FP32), (BF16, BF16), (BF16, FP32)])
 @pytest.mark.parametrize(
-    "length, channels, width, bias, window",
+    "length, channels, width, bias, previous",
     [(1, 5, 4, True, False), (70, 66, 4, True, True), (33, 7, 2, False, False)],
 )
 @pytest.mark.parametrize("packed", [True, False])
 def test_gradients_equal_the_reference(
-    device, assert_near, length, channels, width, bias, window, packed, kind, weights
+    device, assert_near, length, channels, width, bias, previous, packed, kind, weights
 ) -> None:
-    inputs, dy = draw(length, channels, width, kind, weights, bias, window)
+    inputs, dy = draw(length, channels, width, kind, weights, bias, previous)
     numbers = documents(length) if packed else None
     wide = [None if t is None else t.double().requires_grad_() for t in inputs]
     leaves = [t for t in wide[:3] if t is not None]

@@ -158,11 +158,11 @@ def test_triton_serves_gradients_and_documents(
     inputs, weight = draw_ssd(1, 20, heads=2), torch.randn(8, 4)
     numbers = torch.tensor([7] * 5 + [3] * 8 + [7] * 7)[None] if packed else None
 
-    def run(kernels, convolve, place: str) -> list[torch.Tensor]:
+    def run(kernels, convolve, entry: str) -> list[torch.Tensor]:
         """What comes out on that device, and the gradients if asked for."""
         # leaves of their own: on a CPU `to` would return those of the other run
-        leaves = [t.to(place).detach().requires_grad_(gradient) for t in (*inputs, weight)]
-        documents = None if numbers is None else numbers.to(place)
+        leaves = [t.to(entry).detach().requires_grad_(gradient) for t in (*inputs, weight)]
+        documents = None if numbers is None else numbers.to(entry)
         outputs = [*kernels.ssd(*leaves[:6], documents)]
         outputs.append(convolve(leaves[0][:, :, 0], leaves[6], None, None, documents))
         assert all(t.requires_grad == gradient for t in outputs)
@@ -177,9 +177,9 @@ def test_triton_serves_gradients_and_documents(
 
 
 def test_the_gradient_of_a_window_is_the_references(monkeypatch, everywhere) -> None:
-    x, weight, window = torch.randn(1, 9, 8), torch.randn(8, 4), torch.randn(1, 3, 8)
-    dispatch.causal_conv1d_silu(x, weight, None, window.requires_grad_()).sum().backward()
-    assert window.grad.abs().sum() > 0
+    x, weight, previous = torch.randn(1, 9, 8), torch.randn(8, 4), torch.randn(1, 3, 8)
+    dispatch.causal_conv1d_silu(x, weight, None, previous.requires_grad_()).sum().backward()
+    assert previous.grad.abs().sum() > 0
 
 
 def test_without_gradient_mode_parameters_do_not_matter(

@@ -76,7 +76,7 @@ def run(module, logits, guide, targets, weights, terms, grad):
     return found
 
 
-def place(value, device: str):
+def put(value, device: str):
     return (
         value.to(device) if isinstance(value, Tensor) else Samples(*(t.to(device) for t in value))
     )
@@ -123,7 +123,7 @@ def _compare(logits, guide, targets, weights, terms, device, assert_near):
     wide = guide.double() if isinstance(guide, Tensor) else guide
     losses = run(reference, logits.double(), wide, targets, weights.double(), terms, exact)
     grad = torch.full_like(logits, float("nan")).to(device)
-    inputs = (place(part, device) for part in (logits, guide, targets, weights) if part is not None)
+    inputs = (put(part, device) for part in (logits, guide, targets, weights) if part is not None)
     logits, *middle, targets, weights = inputs
     found = run(kernel, logits, middle[0] if middle else None, targets, weights, terms, grad)
     assert_near(grad.cpu(), exact, 2e-5)
@@ -139,10 +139,10 @@ def test_the_gradient_may_replace_the_logits(kind, device, assert_near):
     terms = Terms("jsd", ce=0.5)
     exact = torch.empty_like(logits, dtype=torch.float64)
     run(reference, logits.double(), guide.double(), targets, weights.double(), terms, exact)
-    place = torch.empty(3, 4096 + 80, dtype=kind, device=device)[:, : 4096 + 77]
-    place.copy_(logits)
-    run(kernel, place, guide.to(device), targets.to(device), weights.to(device), terms, place)
-    assert_near(place.cpu(), exact, 2e-5 if kind == torch.float32 else 2**-8)
+    put = torch.empty(3, 4096 + 80, dtype=kind, device=device)[:, : 4096 + 77]
+    put.copy_(logits)
+    run(kernel, put, guide.to(device), targets.to(device), weights.to(device), terms, put)
+    assert_near(put.cpu(), exact, 2e-5 if kind == torch.float32 else 2**-8)
 
 
 def test_small_distances_are_not_lost_to_rounding(device):

@@ -18,7 +18,7 @@ from kernels.products import (
     KINDS,
     NAN,
     REFERENCE,
-    WINDOWS,
+    SEGMENTS,
     all_close,
     close,
     draw_conv,
@@ -169,10 +169,10 @@ def test_reference_project_qkv(M, heads) -> None:
         for t, at in enumerate(row):
             if at is None:
                 continue
-            turned = torch.complex(*y[b, t].chunk(2, -1)) * torch.complex(cos[at], sin[at])
-            turned = torch.cat([turned.real, turned.imag], -1)
-            expected[0][b * where.T + t] = turned[:H].flatten()
-            expected[1][b, :, at], expected[2][b, :, at] = turned[H : H + HK], y[b, t, H + HK :]
+            rotated = torch.complex(*y[b, t].chunk(2, -1)) * torch.complex(cos[at], sin[at])
+            rotated = torch.cat([rotated.real, rotated.imag], -1)
+            expected[0][b * where.T + t] = rotated[:H].flatten()
+            expected[1][b, :, at], expected[2][b, :, at] = rotated[H : H + HK], y[b, t, H + HK :]
     all_close(actual, expected, torch.float64)
 
 
@@ -280,7 +280,7 @@ def test_pick(ops, device, pieces) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_embed(ops, device, kind, M) -> None:
     """Tokens are a piece of wider rows; ids outside the table are clamped."""
-    (B, T), D = WINDOWS[M], (72, 130)[M % 2]
+    (B, T), D = SEGMENTS[M], (72, 130)[M % 2]
     g = generator(M, 9)
     table, gain = torch.randn(97, D, generator=g), torch.randn(D, generator=g)
     table, gain = table.to(device, kind), gain.to(device, kind)

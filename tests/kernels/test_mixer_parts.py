@@ -12,7 +12,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mambactl.kernels.decode.reference.linear import window_positions  # noqa: E402
+from mambactl.kernels.decode.reference.linear import segment_positions  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 
 SLOTS = 16
@@ -58,7 +58,7 @@ def test_mamba1_low(ops, device, kind, channels, columns, batch, T) -> None:
     w = (torch.randn(columns, channels, generator=g) / math.sqrt(channels)).to(device, kind)
     start, count = ints(2, 30, 18, device=device)[-batch:], ints(1, 1, 0, device=device)[:batch]
     for offset in (0, -3):
-        at, real = window_positions(start, count, T, T=T, offset=offset)
+        at, real = segment_positions(start, count, T, T=T, offset=offset)
         rows = torch.full((batch, SLOTS, channels), NAN, dtype=kind, device=device)
         for b, t in real.nonzero().tolist():
             rows[b, int(at[b, t]) % SLOTS] = mixed[b * T + t]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mambactl.kernels.decode.reference.linear import convolved, ring_rows, window_positions  # noqa: E402
+from mambactl.kernels.decode.reference.linear import convolved, ring_rows, segment_positions  # noqa: E402
 from mambactl.kernels.decode.reference.ops import ReferenceOps  # noqa: E402
 from mambactl.kernels.decode.triton import ops as triton_ops  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
@@ -46,7 +46,7 @@ FORMS = {
 
 
 @dataclass
-class Window:
+class Segment:
     """Where a pass stands; n_new[b] = count[b] * scale."""
 
     start: Tensor
@@ -100,7 +100,7 @@ class Layer:
     def fp32(self) -> torch.dtype:
         return torch.float64 if self.kind == torch.float64 else torch.float32
 
-    def run(self, ops, ring, mixed, low, z, state, out, w: Window) -> None:
+    def run(self, ops, ring, mixed, low, z, state, out, w: Segment) -> None:
         m, s = self.mixer, self.sizes
         where = {"T": w.T, "offset": w.offset}
         conv = m.conv1d.weight.detach()[:, 0].contiguous(), m.conv1d.bias.detach()
@@ -126,12 +126,12 @@ class Layer:
             repeat=1 if s.native else s.d_inner // s.x_dim, **where,
         )  # fmt: skip
 
-    def convolve(self, ring: Tensor, mixed: Tensor, w: Window) -> None:
+    def convolve(self, ring: Tensor, mixed: Tensor, w: Segment) -> None:
         """SiLU(conv) at the window's slots of `mixed`, as the input projection leaves it."""
         if not self.mixed_width:
             return
         conv = self.mixer.conv1d
-        at, real = window_positions(w.start, w.count, w.scale, T=w.T, offset=w.offset)
+        at, real = segment_positions(w.start, w.count, w.scale, T=w.T, offset=w.offset)
         for b, t in real.nonzero().tolist():
             last = int(at[b, t])
             raw = ring_rows(ring[b], last - 3, last + 1)[..., : self.mixed_width]
@@ -171,7 +171,7 @@ class Held:
             for width in (self.layer.mixed_width, self.layer.low_width)
         )
 
-    def run(self, w: Window, drafts: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+    def run(self, w: Segment, drafts: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Outputs [B, T, inner] of a pass; rows `drafts` and `z` [B, T, ...] if not the text's."""
         raw, batch = self.text.raw.clone(), len(self.state)
         rows = [[begin + w.offset + t for t in range(w.T)] for begin in w.start.tolist()]
@@ -194,7 +194,7 @@ class Held:
                 self.mixed[b, at] = mixed[b, at % SLOTS]
         return out
 
-    def _rings(self, raw: Tensor, w: Window) -> tuple[Tensor, Tensor, Tensor]:
+    def _rings(self, raw: Tensor, w: Segment) -> tuple[Tensor, Tensor, Tensor]:
         ring, mixed, low = (
             torch.full((len(raw), SLOTS, width), NAN).to(raw)
             for width in (raw.shape[2], self.layer.mixed_width, self.layer.low_width)
@@ -233,7 +233,7 @@ def plain(text: Text, ops, begins: list[int], length: int) -> tuple[Tensor, Tens
     held, outputs = Held(text, ops), []
     for i in range(length):
         here = ints(*[begin + i for begin in begins], device=text.layer.device)
-        outputs.append(held.run(Window(here, torch.ones_like(here), 1, here, here + 1, 1)))
+        outputs.append(held.run(Segment(here, torch.ones_like(here), 1, here, here + 1, 1)))
     return torch.cat(outputs, 1), held.state
 
 
@@ -262,9 +262,9 @@ def speculate(
             if kept[b] == T and at + T < ends[b]:
                 moved[b] = at + T
         before = held.state.clone()
-        places = (ints(*x, device=text.layer.device) for x in (start, live, base, moved))
-        where, count, first, then = places
-        out = held.run(Window(where, count, T, first, then, T), drafts, z)
+        indices = (ints(*x, device=text.layer.device) for x in (start, live, base, moved))
+        where, count, first, then = indices
+        out = held.run(Segment(where, count, T, first, then, T), drafts, z)
         for b in range(batch):
             at = start[b] - begins[b]
             y[b, at : at + kept[b]] = out[b, : kept[b]]
@@ -307,7 +307,7 @@ def test_reference_is_what_the_mixer_computes(name, T) -> None:
         close(last, by_token[1], 1e-11)
 
 
-def both(text: Text, w: Window) -> list[tuple[Tensor, Tensor]]:
+def both(text: Text, w: Segment) -> list[tuple[Tensor, Tensor]]:
     """Outputs and states of kernel and reference for one window, replaying the text."""
     results = []
     for ops in (TritonOps(), REFERENCE):
@@ -320,7 +320,7 @@ def both(text: Text, w: Window) -> list[tuple[Tensor, Tensor]]:
     return results
 
 
-def check(text: Text, w: Window, name: str, kind: torch.dtype) -> None:
+def check(text: Text, w: Segment, name: str, kind: torch.dtype) -> None:
     (y, state), (expected, after) = both(text, w)
     rough = kind == torch.bfloat16
     close(y, expected, 2**-7 if rough else 2e-5)
@@ -354,8 +354,8 @@ def test_every_accepted_count_and_flush(device, name, kind) -> None:
             count, scale = count * (T - i % T), 1
         middle, end = (base + start) // 2, start + count * scale
         base_next = {"kept": base, "moved": start, "middle": middle, "end": end}[flush]
-        place = [x.to(device) for x in (start, count, base, base_next)]
-        check(text, Window(*place[:2], scale, *place[2:], T), name, kind)
+        index = [x.to(device) for x in (start, count, base, base_next)]
+        check(text, Segment(*index[:2], scale, *index[2:], T), name, kind)
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ CLOSED = [name for name in FORMS if name.startswith("mamba2")]
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_closed_form_at_every_accepted_count_and_flush(device, name, closed, monkeypatch) -> None:
-    monkeypatch.setattr(triton_ops.mamba2_step, "mamba2_window", None)
+    monkeypatch.setattr(triton_ops.mamba2_step, "mamba2_segment", None)
     test_every_accepted_count_and_flush(device, name, torch.bfloat16)
 
 
@@ -389,7 +389,7 @@ def test_closed_form_forgets_all_and_keeps_the_rest_exact(device, closed) -> Non
     text = Text.draw(layer, 40, seed=4)
     text.raw[:, [9, 14], -layer.sizes.n_heads :] = 3e4
     start, base = ints(12, 13, 11, device=device), ints(8, 10, 11, device=device)
-    w = Window(start, torch.ones_like(start), 5, base, start, 5)
+    w = Segment(start, torch.ones_like(start), 5, base, start, 5)
     (y, state), (expected, after) = both(text, w)
     close(y, expected, 2**-7)
     close(state, after, 2e-5)
@@ -399,7 +399,7 @@ def test_exact_ops_walk_through_the_tokens(device, closed, monkeypatch) -> None:
     monkeypatch.setattr(triton_ops.mamba2_closed, "mamba2_closed", None)
     text = Text.draw(Layer("mamba2", torch.bfloat16, device), 20, seed=6)
     begins = ints(3, 4, 5, device=device)
-    w = Window(begins, torch.ones_like(begins), 1, begins, begins, 1)
+    w = Segment(begins, torch.ones_like(begins), 1, begins, begins, 1)
     out = Held(text, TritonOps(exact=True)).run(w)
     close(out, Held(text, REFERENCE).run(w), 2**-7)
 
@@ -409,7 +409,7 @@ def test_windows_that_begin_before_position_0(device, name) -> None:
     text = Text.draw(Layer(name, torch.float32, device, 2), 30, seed=2)
     start, base = ints(0, 1, 0, device=device), ints(0, 0, 0, device=device)
     for T, offset, counts in ((1, -2, (1, 1, 1)), (2, -1, (1, 1, 0)), (5, -2, (1, 1, 1))):
-        w = Window(start, ints(*counts, device=device), T, base, base, T, offset)
+        w = Segment(start, ints(*counts, device=device), T, base, base, T, offset)
         (y, state), (expected, after) = both(text, w)
         close(y, expected, 2e-5)
         same(state, after)
@@ -427,13 +427,13 @@ def test_reading_a_token_again(device, name, kind) -> None:
     base = here - ints(4, 1, 0, device=device)
     # what a pass over the replayed tokens wrote of them
     before, begin = Held(text, TritonOps()), here - 4
-    before.run(Window(begin, ones, 4, begin, begin, 4))
+    before.run(Segment(begin, ones, 4, begin, begin, 4))
     results = []
     middle = torch.maximum(torch.minimum(here - 1, base + 2), base)
     for T, offset, next_base in ((1, 0, base), (2, -1, base), (2, -1, middle)):
         held = Held(text, TritonOps())
         held.low, held.mixed = before.low.clone(), before.mixed.clone()
-        results.append(held.run(Window(here, ones, T, base, next_base, T, offset)))
+        results.append(held.run(Segment(here, ones, T, base, next_base, T, offset)))
     once, twice, flushed = results
     same(twice[:, 1:], once)
     same(flushed, twice)

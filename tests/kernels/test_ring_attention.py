@@ -32,8 +32,8 @@ from mambactl.kernels.decode.reference import recurrent  # noqa: E402
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of  # noqa: E402
 from mambactl.kernels.decode.triton import decode_attention as kernel  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
-from mambactl.kernels.decode.triton.rotate import turn as turn_kernel  # noqa: E402
-from mambactl.kernels.reference import turn  # noqa: E402
+from mambactl.kernels.decode.triton.rotate import rotate as rotate_kernel  # noqa: E402
+from mambactl.kernels.reference import rotate_states  # noqa: E402
 
 FUNCTIONS = [reference.decode_attention, kernel.decode_attention]
 
@@ -81,8 +81,8 @@ def fill(case: Case, text: Tensor, ring: int) -> Tensor:
     cache = torch.full((B, Hk, case.sinks + ring, P), NAN, device=text.device, dtype=text.dtype)
     for b in range(B):
         begin, count = int(case.start[b]), int(case.count[b])
-        places = {at for position in range(begin, begin + count) for at in case.seen(position)}
-        for at in sorted(places):
+        indices = {at for position in range(begin, begin + count) for at in case.seen(position)}
+        for at in sorted(indices):
             slot = int(slot_of(torch.tensor(at), case.sinks, ring))
             assert cache[b, :, slot].isnan().all(), "two positions that are seen share a slot"
             cache[b, :, slot] = text[b, :, at]
@@ -226,14 +226,16 @@ def test_states_turn_by_their_positions(device, kind, groups, size) -> None:
                 ring[b, at % slots] = new
                 rotation = tuple(x[at].repeat(2)[None, None] for x in (cos, sin))
                 states = new[other:].view(1, 1, groups, size)
-                expected[b, at % slots] = torch.cat([new[:other], turn(states, rotation).flatten()])
+                expected[b, at % slots] = torch.cat(
+                    [new[:other], rotate_states(states, rotation).flatten()]
+                )
         rest = {"T": where.T, "offset": where.offset, "groups": groups}
         found = ring.clone()
-        recurrent.turn(found, cos, sin, where.start, where.count, where.scale, **rest)
+        recurrent.rotate(found, cos, sin, where.start, where.count, where.scale, **rest)
         close(found, expected, torch.float64)
         ours, theirs = ring.to(device, kind), ring.to(device, kind)
         tables = [x.float().to(device).contiguous() for x in (cos, sin)]
         at = [x.to(device) for x in (where.start, where.count)]
-        turn_kernel(ours, *tables, *at, where.scale, **rest, pdl=False)
-        recurrent.turn(theirs, *tables, *at, where.scale, **rest)
+        rotate_kernel(ours, *tables, *at, where.scale, **rest, pdl=False)
+        recurrent.rotate(theirs, *tables, *at, where.scale, **rest)
         close(ours, theirs, kind)

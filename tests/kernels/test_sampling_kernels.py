@@ -119,9 +119,9 @@ def test_poisoned_rows_end_and_leave_others_alone(device) -> None:
 
 @triton.jit
 def _uniform_kernel(seed, keys, positions, stream, out, SIZE: tl.constexpr):
-    place = tl.arange(0, SIZE)
-    key, position = tl.load(keys + place), tl.load(positions + place)
-    tl.store(out + place, drawing.uniform(tl.load(seed), key, position, stream))
+    index = tl.arange(0, SIZE)
+    key, position = tl.load(keys + index), tl.load(positions + index)
+    tl.store(out + index, drawing.uniform(tl.load(seed), key, position, stream))
 
 
 def test_uniform_numbers_are_the_same_bits(device) -> None:

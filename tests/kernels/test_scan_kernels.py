@@ -206,13 +206,13 @@ def test_scan_with_extreme_decays(device, assert_near) -> None:
 @pytest.mark.parametrize(
     "length, channels, width", [(1, 5, 4), (2, 3, 4), (35, 130, 4), (17, 7, 2)]
 )
-@pytest.mark.parametrize("window, bias", [(True, True), (False, False)])
-def test_convolution_rounds_once(device, kind, length, channels, width, window, bias) -> None:
+@pytest.mark.parametrize("previous, bias", [(True, True), (False, False)])
+def test_convolution_rounds_once(device, kind, length, channels, width, previous, bias) -> None:
     g = torch.Generator().manual_seed(length)
     x = torch.randn(2, length, channels, generator=g).to(kind)
     weight = torch.randn(channels, width, generator=g).to(kind)
     shift = torch.randn(channels, generator=g).to(kind) if bias else None
-    before = torch.randn(2, width - 1, channels, generator=g).to(kind) if window else None
+    before = torch.randn(2, width - 1, channels, generator=g).to(kind) if previous else None
     wide = (None if t is None else t.double() for t in (x, weight, shift, before))
     expected = F.silu(reference.causal_conv1d(*wide))
     there = [None if t is None else t.to(device) for t in (weight, shift, before)]

@@ -22,9 +22,9 @@ def dense(x, dt, A, B, C, state, seq_idx=None) -> tuple[Tensor, Tensor]:
     allowed = torch.ones(x.shape[0], length, length, dtype=torch.bool).tril()
     if seq_idx is not None:
         changes = torch.zeros(seq_idx.shape)
-        for place in range(1, length):
-            changed = seq_idx[:, place] != seq_idx[:, place - 1]
-            changes[:, place] = changes[:, place - 1] + changed
+        for index in range(1, length):
+            changed = seq_idx[:, index] != seq_idx[:, index - 1]
+            changes[:, index] = changes[:, index - 1] + changed
         allowed = allowed & (changes[:, :, None] == changes[:, None, :])
         start = start * (changes == 0)[:, None]
     weight = decay * dt.permute(0, 2, 1)[:, :, None] * allowed[:, None]  # [B, H, T, S]

@@ -48,24 +48,26 @@ class Round:
         self.tokens = torch.zeros(batch, width + 2, dtype=torch.int32, device=device)
 
     def propose(self, values: tuple) -> None:
-        for place, logits in enumerate(self.draft):
-            numbers = uniform(3, self.keys, self.positions + place, Stream.PROPOSE)
-            self.tokens[:, place + 1] = draw(filtered_probs(logits, *values), numbers)
+        for index, logits in enumerate(self.draft):
+            numbers = uniform(3, self.keys, self.positions + index, Stream.PROPOSE)
+            self.tokens[:, index + 1] = draw(filtered_probs(logits, *values), numbers)
 
     def drafts(self) -> Tensor:
         return self.tokens[:, 1:]
 
     def expected(self, values: tuple, certain: bool, lengths: Tensor | None):
         width = len(self.draft)
-        places = self.positions.long()[:, None] + torch.arange(width + 1, device=self.keys.device)
-        rows = self.keys[:, None].expand_as(places)
+        positions = self.positions.long()[:, None] + torch.arange(
+            width + 1, device=self.keys.device
+        )
+        rows = self.keys[:, None].expand_as(positions)
         counts = torch.full_like(self.lengths, width) if lengths is None else lengths
         probs = None if certain else filtered_probs(self.draft, *values).transpose(0, 1)
         return accept_sampled(
             filtered_probs(self.target, *values),
             Proposal(self.drafts()[:, :width].long(), counts.long(), probs),
-            uniform(3, rows, places, Stream.ACCEPT)[:, :width],
-            uniform(3, rows, places, Stream.EMIT),
+            uniform(3, rows, positions, Stream.ACCEPT)[:, :width],
+            uniform(3, rows, positions, Stream.EMIT),
         )
 
     def verdict(self, module, values: tuple, certain: bool, lengths: Tensor | None):

@@ -96,7 +96,7 @@ def test_states_turn_by_the_rotations_of_keys_but_for_one_pair(make_hybrid) -> N
     config = make_hybrid(["attention"]).config
     rotary = mamba2_from_attention(config, proj_bias=True, rotary=True)
     packed = pack(make_hybrid(["mamba2"] * 2, mamba2=rotary), 50)
-    one, other = (layer.mixer.turn for layer in packed.layers)
+    one, other = (layer.mixer.rotation for layer in packed.layers)
     assert one is other and packed.layers[0].mixer.attention is None
     whole_tables = packed.rotations.cos, packed.rotations.sin
     for table, whole, first in zip(one, whole_tables, (1, 0), strict=True):

@@ -5,7 +5,7 @@ import torch
 
 from mambactl.errors import ResourceError, UsageError
 from mambactl.options import SftConfig
-from mambactl.ranks import place
+from mambactl.ranks import placement
 
 
 @pytest.fixture
@@ -23,18 +23,18 @@ def third_of_four(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_each_process_has_the_gpu_of_its_number(third_of_four, device):
-    assert place(SftConfig(device=device)) == (torch.device("cuda:2"), torch.bfloat16)
+    assert placement(SftConfig(device=device)) == (torch.device("cuda:2"), torch.bfloat16)
     assert third_of_four == [2]
 
 
 def test_processes_on_a_cpu_share_it(third_of_four):
-    assert place(SftConfig(device="cpu")) == (torch.device("cpu"), torch.float32)
+    assert placement(SftConfig(device="cpu")) == (torch.device("cpu"), torch.float32)
     assert third_of_four == []
 
 
 def test_what_cannot_be_shared_is_a_sentence(third_of_four, monkeypatch):
     with pytest.raises(UsageError, match="8 processes cannot share cuda:1"):
-        place(SftConfig(device="cuda:1"))
+        placement(SftConfig(device="cuda:1"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ResourceError, match="no cuda:2 here"):
-        place(SftConfig(device="cuda"))
+        placement(SftConfig(device="cuda"))

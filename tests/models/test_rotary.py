@@ -11,7 +11,7 @@ from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from mambactl.kernels.reference import turn
+from mambactl.kernels.reference import rotate_states
 from mambactl.models.mixers.mamba2 import mamba2_from_attention
 
 HEADS, SIZE, LENGTH = 3, 16, 21
@@ -40,14 +40,14 @@ def test_each_pair_turns_by_its_angle_and_the_first_stays() -> None:
         torch.ones_like(angle), angle
     )
     wanted = torch.cat([plane.real, plane.imag], -1)
-    torch.testing.assert_close(turn(states, rotary_of(positions)), wanted)
+    torch.testing.assert_close(rotate_states(states, rotary_of(positions)), wanted)
 
 
 def test_products_depend_on_distance_alone() -> None:
     B, C = draw(1), draw(2)
     at = torch.arange(LENGTH).double().expand(2, LENGTH)
-    near, far = (turn(B, rotary_of(p)) for p in (at, at + 300))
-    asked, asked_far = (turn(C, rotary_of(p)) for p in (at, at + 300))
+    near, far = (rotate_states(B, rotary_of(p)) for p in (at, at + 300))
+    asked, asked_far = (rotate_states(C, rotary_of(p)) for p in (at, at + 300))
     scores = torch.einsum("bthn,bshn->bhts", asked, near)
     torch.testing.assert_close(torch.einsum("bthn,bshn->bhts", asked_far, far), scores)
     assert not torch.allclose(scores, torch.einsum("bthn,bshn->bhts", C, B))
@@ -69,9 +69,9 @@ def test_a_mixer_scores_as_turned_linear_attention(make_hybrid, draw_ids) -> Non
         taps = torch.nn.functional.pad(raw.mT, (3, 0))
         mixed = torch.nn.functional.silu(mixer.conv1d(taps)).mT
         x, B, C = mixer._split(mixed)
-        x, B = (t.repeat_interleave(2, 2) for t in (x, turn(B, context.rotary)))
+        x, B = (t.repeat_interleave(2, 2) for t in (x, rotate_states(B, context.rotary)))
         dt = torch.nn.functional.softplus(dt + mixer.dt_bias)
-        scores = torch.einsum("bthn,bshn->bhts", turn(C, context.rotary), B).tril()
+        scores = torch.einsum("bthn,bshn->bhts", rotate_states(C, context.rotary), B).tril()
         wanted = torch.einsum("bhts,bsh,bshp->bthp", scores, dt, x)
     torch.testing.assert_close(seen["y"].unflatten(-1, (4, -1)), wanted, rtol=1e-9, atol=1e-9)
 

@@ -19,12 +19,12 @@ PARSER = command.parser("kernels", __doc__)
 
 def measure(given: Namespace) -> StageResult:
     """Time both kernels at every batch size, after a check that they agree."""
-    from mambactl.ranks import place
+    from mambactl.ranks import placement
     from mambactl.speed.conditions import conditions
     from tests.performance.verification import require_kernels
 
     config = command.configured(given)
-    device, dtype = place(config)
+    device, dtype = placement(config)
     require_kernels(device)
     metrics = conditions(config, device, dtype)
     # imports Triton

@@ -51,12 +51,12 @@ def sizes(given: Namespace, kind: str) -> tuple[int, int, int]:
 
 def measure(given: Namespace) -> StageResult:
     """Time the package's loss and compare it with a dense one in fp64."""
-    from mambactl.ranks import place
+    from mambactl.ranks import placement
     from mambactl.speed.conditions import conditions
     from tests.performance.head_loss import Size, head_loss
 
     config = command.configured(given)
-    device, dtype = place(config)
+    device, dtype = placement(config)
     asked = {"tokens": given.tokens, "hidden": given.hidden, "vocab": given.vocab}
     metrics = conditions(config, device, dtype, **asked)
     size = Size(*sizes(given, device.type))

@@ -22,7 +22,7 @@ from mambactl.models.mixers.mamba2_decode import PackedMamba2
 from mambactl.speed.subject import Numbers
 from mambactl.speed.synthetic import SHAPES, materialise
 from tests.performance.graphs import Timer, capture
-from tests.performance.snapshots import snapshot_window
+from tests.performance.snapshots import snapshot_segment
 from tests.performance.verification import supported
 
 SHAPE, BATCHES, TOKENS, ACCEPTED = "llama3-8b-hybrid-50", (1, 8, 32, 64), 5, 3
@@ -47,7 +47,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Place:
+class Standing:
     """Where a step stands: int32 numbers that are the same for every sequence."""
 
     start: int
@@ -64,20 +64,20 @@ def one_layer(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 
     return supported(materialise(HybridConfig(**fields), device, dtype, seed), 1)
 
 
-def walk(limit: int, T: int = TOKENS, accepted: int = ACCEPTED) -> Iterator[Place]:
+def walk(limit: int, T: int = TOKENS, accepted: int = ACCEPTED) -> Iterator[Standing]:
     """Endless steps that keep `accepted` drafts each, from a stored state on; see `next_store`."""
     start = base = 3
     slot = 0
     while True:
         then = int(next_store(torch.tensor(start), torch.tensor(base), T, limit))
-        yield Place(start, base, then, slot)
+        yield Standing(start, base, then, slot)
         start, base, slot = start + accepted + 1, then, accepted
 
 
 def period(limit: int, T: int = TOKENS, accepted: int = ACCEPTED) -> int:
     """Steps from one stored state to the next."""
     steps = enumerate(walk(limit, T, accepted))
-    stores = (number for number, place in steps if place.store != place.base)
+    stores = (number for number, standing in steps if standing.store != standing.base)
     first, second = next(stores), next(stores)
     return second - first
 
@@ -119,12 +119,12 @@ class Contest:
             torch.empty_like(z), torch.empty_like(z),
         )  # fmt: skip
 
-    def stand(self, place: Place) -> None:
+    def stand(self, standing: Standing) -> None:
         """Go to a step."""
-        self.start.fill_(place.start)
-        self.base.fill_(place.base)
-        self.store.fill_(place.store)
-        self.slot.fill_(place.slot)
+        self.start.fill_(standing.start)
+        self.base.fill_(standing.base)
+        self.store.fill_(standing.store)
+        self.slot.fill_(standing.slot)
 
     def fused(self) -> None:
         """One step of every layer with the decode engine's kernel."""
@@ -137,7 +137,7 @@ class Contest:
     def snapshots(self) -> None:
         """The same step with a state stored per token."""
         for held in self.layers:
-            snapshot_window(
+            snapshot_segment(
                 *self._inputs(held, held.snapshots), held.snapshot_out, self.start, self.slot,
                 **self._groups(), pdl=self.ops.pdl,
             )  # fmt: skip
@@ -152,17 +152,17 @@ class Contest:
         s = self.mixer.sizes
         return {"x_heads": s.x_heads, "b_groups": s.b_groups, "c_groups": s.c_groups}
 
-    def compare(self, ways: Sequence[Callable[[], None]], places: Sequence[Place]) -> float:
+    def compare(self, ways: Sequence[Callable[[], None]], standings: Sequence[Standing]) -> float:
         """The largest difference of outputs over these steps, relative to the largest output.
 
         Outputs are NaN before every step, so one that is not written makes this NaN.
         """
         errors = []
-        for place in places:
+        for standing in standings:
             for held in self.layers:
                 held.fused_out.fill_(torch.nan)
                 held.snapshot_out.fill_(torch.nan)
-            self.stand(place)
+            self.stand(standing)
             for way in ways:
                 way()
             for held in self.layers:
@@ -172,12 +172,12 @@ class Contest:
         # unlike Python's, this maximum keeps a NaN
         return torch.stack(errors).max().item()
 
-    def bytes_moved(self, place: Place) -> tuple[int, int]:
+    def bytes_moved(self, standing: Standing) -> tuple[int, int]:
         """Bytes of one step of one layer: of the fused kernel, and with a state per token."""
         outside = sum(t.nbytes for t in (self.layers[0].z, self.layers[0].fused_out))
         row = self.layers[0].mixed[:, 0].nbytes
-        fused = self.state_bytes * (1 + (place.store != place.base))
-        fused += outside + row * (place.start - place.base + self.T)
+        fused = self.state_bytes * (1 + (standing.store != standing.base))
+        fused += outside + row * (standing.start - standing.base + self.T)
         return fused, self.state_bytes * (1 + self.T) + outside + row * self.T
 
 
@@ -197,11 +197,11 @@ def contest(batch: int, device: torch.device, dtype: torch.dtype, seed: int = 0)
         raise CheckError(f"the two kernels differ by {error:.1e} at batch {batch}")
     timers, moved = [Timer(), Timer()], [[], []]
     for _ in range((WARM_PERIODS + PERIODS) * length):
-        place = next(steps)
-        held.stand(place)
+        standing = next(steps)
+        held.stand(standing)
         for timer, way in zip(timers, ways, strict=True):
             timer.run(way)
-        for sums, one in zip(moved, held.bytes_moved(place), strict=True):
+        for sums, one in zip(moved, held.bytes_moved(standing), strict=True):
             sums.append(one)
     return _row(held, length, error, [_mean(timer.seconds(), length) for timer in timers], moved)
 

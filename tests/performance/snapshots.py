@@ -41,9 +41,9 @@ def _snapshot_kernel(
     ring += b.to(tl.int64) * SLOTS * width
     mixed += b.to(tl.int64) * SLOTS * CC
     token = H * N * P  # numbers in one state
-    place = states + b.to(tl.int64) * T * token + (h * N + n[:, None]) * P + p[None, :]
+    pointer = states + b.to(tl.int64) * T * token + (h * N + n[:, None]) * P + p[None, :]
     inside = n_ok[:, None] & p_ok[None, :]
-    S = tl.load(place + first.to(tl.int64) * token, mask=inside, other=0.0)  # [N, P]
+    S = tl.load(pointer + first.to(tl.int64) * token, mask=inside, other=0.0)  # [N, P]
     z += (b * T * H + h).to(tl.int64) * P + p
     x = raw_row(mixed, begin, CC, x_col, p_ok, SLOTS)  # [P]
     key = raw_row(mixed, begin, CC, b_col, n_ok, SLOTS)  # [N]
@@ -60,22 +60,22 @@ def _snapshot_kernel(
         gate_next = tl.load(z + (at + 1 - begin) * H * P, mask=p_ok & more, other=0.0)
         dt = softplus(step + shift)
         S = tl.fma(S, tl.exp(dt * decay), key[:, None] * (dt * x)[None, :])
-        tl.store(place + (at - begin).to(tl.int64) * token, S, mask=inside)
+        tl.store(pointer + (at - begin).to(tl.int64) * token, S, mask=inside)
         y = tl.sum(S * query[:, None], axis=0) + skip * x  # [P]
         row = ((b * T + at - begin).to(tl.int64) * H + h) * P + p
         tl.store(out + row, rounded(y * silu(gate.to(tl.float32)), out.dtype.element_ty), mask=p_ok)
         x, key, query, step, gate = x_next, key_next, query_next, step_next, gate_next
 
 
-def snapshot_window(
+def snapshot_segment(
     ring: Tensor, mixed: Tensor, z: Tensor, states: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     gain: Tensor | None, eps: float, out: Tensor, start: Tensor, slot: Tensor, *, x_heads: int,
     b_groups: int, c_groups: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """`kernels.decode.reference.recurrent.mamba2_window` for T tokens a sequence, without a replay.
+    """`kernels.decode.reference.recurrent.mamba2_segment` of T tokens a sequence without a replay.
 
-    states [B, T, H, N, P] fp32 is the state after each token of a window; this one begins with
-    `slot` [B] of the window before.
+    states [B, T, H, N, P] fp32 is the state after each token of a segment; this one begins with
+    `slot` [B] of the segment before.
     """
     batch, T, heads, size, width = states.shape
     block = min(HEAD_BLOCK, triton.next_power_of_2(width))

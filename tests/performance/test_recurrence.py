@@ -32,9 +32,9 @@ def contest(batch: int, T: int, layers: int = 2, dtype: torch.dtype = torch.floa
 def test_a_walk_stores_before_the_ring_is_full():
     for limit, expected in ((13, 1), (21, 3)):
         assert period(limit) == expected
-        for place in islice(walk(limit), 30):
-            assert place.base <= place.store <= place.start
-            assert place.start - place.base + 3 + 5 <= limit
+        for standing in islice(walk(limit), 30):
+            assert standing.base <= standing.store <= standing.start
+            assert standing.start - standing.base + 3 + 5 <= limit
     first, second = islice(walk(21), 2)
     assert (first.start, first.slot) == (first.base, 0)
     # three drafts kept and the token after them
@@ -61,15 +61,15 @@ def test_a_replay_over_several_steps_agrees_too():
 
 def test_a_difference_and_an_output_not_written_are_seen():
     held = contest(1, 2)
-    place = next(walk(held.limit, 2))
-    assert held.compare([held.fused, held.snapshots], [place]) <= 2e-5
+    standing = next(walk(held.limit, 2))
+    assert held.compare([held.fused, held.snapshots], [standing]) <= 2e-5
     held.layers[1].snapshots[:, 0] += 0.5
-    assert held.compare([held.fused, held.snapshots], [place]) > 1e-3
-    error = held.compare([held.fused], [place])
+    assert held.compare([held.fused, held.snapshots], [standing]) > 1e-3
+    error = held.compare([held.fused], [standing])
     assert error != error
     # and the last step does not hide it
     steps = iter([lambda: None, held.snapshots])
-    error = held.compare([held.fused, lambda: next(steps)()], [place, place])
+    error = held.compare([held.fused, lambda: next(steps)()], [standing, standing])
     assert error != error
 
 

@@ -87,7 +87,7 @@ def stand(
     batch.field(Field.ACTIVE).fill_(1)
     batch.field(Field.LENGTH).fill_(context)
     batch.field(Field.BASE).fill_(max(context - replayed, 0))
-    plan_stores(batch.control, **session.limits)
+    plan_stores(batch.progress, **session.limits)
     return session
 
 

@@ -28,7 +28,7 @@ def measure(given: Namespace) -> StageResult:
     from mambactl.commands.bench import measure_points
     from mambactl.generation.decoding import require_draft
     from mambactl.metrics import Metric, times
-    from mambactl.ranks import place
+    from mambactl.ranks import placement
     from mambactl.speed import bench_tables, candidates
     from mambactl.speed.conditions import conditions
     from mambactl.speed.memory import release
@@ -38,7 +38,7 @@ def measure(given: Namespace) -> StageResult:
     config, model = command.configured(given), given.model
     if bool(config.synthetic) == (model is not None):
         raise UsageError("give a MODEL or --synthetic NAME, one of them", PARSER.format_usage())
-    device, dtype = place(config)
+    device, dtype = placement(config)
     require_kernels(device)
     if model is None:
         candidates.require_shapes(config)

@@ -223,7 +223,7 @@ def test_commands_of_sections_and_of_runs_are_found() -> None:
     assert "--synthetic mamba-2.8b" in speeds[0].source.command
     runs = {entry.model: entry for entry in read_entries(KEPT / "smollm2-135m-distill-h200.json")}
     assert "eval d75.st" in runs["75 % replaced"].source.command
-    assert runs["75 % replaced"].source.place == "runs[3]"
+    assert runs["75 % replaced"].source.member == "runs[3]"
 
 
 def test_a_ledger_says_how_its_model_was_trained(tmp_path) -> None:

@@ -86,7 +86,7 @@ def test_cache_bytes_are_those_of_the_cache(name: str) -> None:
 def test_a_window_reads_everything_once() -> None:
     config = SHAPES["tiny-hybrid"]()
     one = bytes_per_step(config, batch=2, context=100)
-    five = bytes_per_step(config, batch=2, context=100, tokens_per_window=5)
+    five = bytes_per_step(config, batch=2, context=100, tokens_per_pass=5)
     per_token = 2 * (2 * 2 * 16) * 2
     assert five == replace(one, embedding=5 * one.embedding, kv=one.kv + 4 * per_token)
 

@@ -19,7 +19,7 @@ from mambactl.train.ledger import PhaseReport
 from mambactl.train.loop import train
 from mambactl.train.optimization import build_optimizer, last_hidden
 from mambactl.train.phases import PhasePlan, plan_phases, shapes_of
-from mambactl.train.step_timing import Place, probe
+from mambactl.train.step_timing import Setup, probe
 
 ROWS, LENGTH = 4, 64
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 997, "head_dim": 32}
@@ -80,7 +80,7 @@ def test_activations_are_those_that_a_pass_keeps(configs, rows_of) -> None:
     assert hidden.shape[1] == LENGTH
     job = _job(max_steps=4, stages=["logits"])
     (plan,) = _plans(job, configs)
-    measured = probe([plan.work(*configs, False)], Place(job.device, job.dtype, None), ROWS, LENGTH)
+    measured = probe([plan.work(*configs, False)], Setup(job.device, job.dtype, None), ROWS, LENGTH)
     predicted = ROWS * LENGTH * sum(measured.kept[name, "train"] for name in configs[0].mixers)
     assert predicted == pytest.approx(sum(kept.values()), rel=0.2)
 
@@ -102,10 +102,10 @@ def test_one_shape_and_two_say_the_same_of_activations(configs, monkeypatch) -> 
     seen = []
     monkeypatch.setattr(probing, "compiled", lambda run: seen.append(run) or run)
     works = [plan.work(*configs, False) for plan in _plans(_job(max_steps=4), configs)]
-    place = Place(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
-    two = probe(works, place, ROWS, LENGTH)
+    setup = Setup(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    two = probe(works, setup, ROWS, LENGTH)
     assert not seen
-    one = probe(works, replace(place, compiles=True), ROWS, LENGTH)
+    one = probe(works, replace(setup, compiles=True), ROWS, LENGTH)
     # a block of each kind forward and both ways, and each mixer to be aligned
     assert len(seen) == 6 and one.kept.keys() == two.kept.keys()
     for key, kept in two.kept.items():
@@ -128,8 +128,8 @@ def test_a_replayed_step_is_timed_replayed(configs, monkeypatch) -> None:
     monkeypatch.setattr(probing, "recorder_for", lambda device: Again())
     job = _job(max_steps=4, stages=["logits"], capture=True)
     (plan,) = _plans(job, configs)
-    place = Place(job.device, job.dtype, None, replays=True)
-    measured = probe([plan.work(*configs, False)], place, ROWS, LENGTH)
+    setup = Setup(job.device, job.dtype, None, replays=True)
+    measured = probe([plan.work(*configs, False)], setup, ROWS, LENGTH)
     # the optimiser is launched as ever
     assert log.count("record") == len(measured.rates)
     assert log.count("replay") == len(measured.rates) * (probing.REPEATS + 1)

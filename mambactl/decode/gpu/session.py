@@ -82,7 +82,7 @@ class Session:
 
     def _state(self, weights: PackedModel, ops: DecodeOps, limit: int, longest: int) -> ModelState:
         slots = max(8, 1 << (limit - 1).bit_length())
-        # k would do; with two more a ring behind the usual windows is as large without drafts
+        # k would do; with two more a ring behind usual windows is as large without drafts
         return make_state(weights, ops, self.size, self.capacity, slots, longest, ahead=self.k + 2)
 
     def load_target(self, cache: HybridCache) -> None:
@@ -107,7 +107,7 @@ class Session:
         if not missing:
             return
         # nobody is active, so a run changes nothing but scratch
-        self.batch.control.zero_()
+        self.batch.progress.zero_()
         started = time.perf_counter()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -142,7 +142,7 @@ class Session:
         Just after loading no pass stores a state, so repeating a step only writes ring slots and
         cache slots that hold nothing a real step sees before it has written them itself.
         """
-        saved = [(t, t.clone()) for t in (self.batch.control, self.batch.feed, self.batch.history)]
+        saved = [(t, t.clone()) for t in (self.batch.progress, self.batch.feed, self.batch.history)]
 
         def again(k: int) -> None:
             for tensor, copy in saved:

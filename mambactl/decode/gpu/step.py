@@ -30,7 +30,7 @@ class Batch:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.size, self.capacity, self.k = size, capacity, k
-        self.control = integers(len(Field), size)
+        self.progress = integers(len(Field), size)
         self.feed = integers(size, 2 + k)
         self.history = integers(size, capacity)
         self.best = integers(size * (k + 1))
@@ -46,8 +46,8 @@ class Batch:
         self.settings = torch.zeros(3, device=device)
 
     def field(self, field: Field) -> Tensor:
-        """One row [B] of the control block."""
-        return self.control[field]
+        """One row [B] of `progress`."""
+        return self.progress[field]
 
     def start(
         self,
@@ -61,18 +61,18 @@ class Batch:
     ) -> None:
         """Begin with whole prompts, of which the models hold all but the last one (two) tokens."""
         rows = len(prompts)
-        control = torch.zeros(len(Field), self.size, dtype=torch.int32)
+        progress = torch.zeros(len(Field), self.size, dtype=torch.int32)
         history = torch.zeros(self.size, self.capacity, dtype=torch.int32)
         feed = torch.zeros(self.size, self.feed.shape[1], dtype=torch.int32)
         for row, prompt in enumerate(prompts):
             history[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
             feed[row, 0], feed[row, 1] = prompt[max(len(prompt) - 2, 0)], prompt[-1]
-            control[Field.LENGTH, row] = control[Field.BASE, row] = len(prompt) - 1
-            control[Field.DRAFT_BASE, row] = max(len(prompt) - 2, 0)
-        control[Field.ACTIVE, :rows] = 1
-        control[Field.BUDGET, :rows] = params.max_new_tokens
-        plan_stores(control, span=span, limit=limit, draft_limit=draft_limit)
-        self.control.copy_(control)
+            progress[Field.LENGTH, row] = progress[Field.BASE, row] = len(prompt) - 1
+            progress[Field.DRAFT_BASE, row] = max(len(prompt) - 2, 0)
+        progress[Field.ACTIVE, :rows] = 1
+        progress[Field.BUDGET, :rows] = params.max_new_tokens
+        plan_stores(progress, span=span, limit=limit, draft_limit=draft_limit)
+        self.progress.copy_(progress)
         self.history.copy_(history)
         self.feed.copy_(feed)
         eos = torch.full((MOST_EOS,), -1, dtype=torch.int32)
@@ -222,7 +222,7 @@ class Step:
             self.target.best(stream, k + 1, False, best, self.target_head)
             self.ops.verdict_greedy(best, drafts, drafted, b.accepted, b.following)
         self.ops.commit(
-            b.control, b.feed, b.history, b.accepted, b.following, drafted, b.eos, b.mailbox, k,
+            b.progress, b.feed, b.history, b.accepted, b.following, drafted, b.eos, b.mailbox, k,
             **self.limits,
         )  # fmt: skip
         b.pinned.copy_(b.mailbox, non_blocking=True)

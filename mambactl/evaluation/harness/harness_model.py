@@ -85,13 +85,13 @@ class HarnessModel(HFLM):
         """Text generated after each context, up to a stop text."""
         with self._counting("generations", len(requests)):
             alike: dict[str, list[int]] = {}
-            for place, request in enumerate(requests):
-                alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
+            for index, request in enumerate(requests):
+                alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
             texts = [""] * len(requests)
-            for places in alike.values():
-                found = self._generate_alike([requests[place] for place in places])
-                for place, text in zip(places, found, strict=True):
-                    texts[place] = text
+            for indices in alike.values():
+                found = self._generate_alike([requests[index] for index in indices])
+                for index, text in zip(indices, found, strict=True):
+                    texts[index] = text
             return texts
 
     def _generate_alike(self, requests: Sequence[Any]) -> list[str]:

@@ -25,7 +25,7 @@ from mambactl.evaluation.harness.tasks import (
     require_harness,
 )
 from mambactl.files import CARD, cache_dir
-from mambactl.ranks import place
+from mambactl.ranks import placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -193,7 +193,7 @@ def _fingerprint(config: TaskOptions, source: str, max_length: int | None) -> st
         # results in the card say nothing about the answers
         if file.is_file() and file.name != CARD
     ]
-    device, dtype = place(config)
+    device, dtype = placement(config)
     whole = repr((str(path.resolve()), facts, device.type, str(dtype), max_length))
     return f"{path.stem}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
 

@@ -201,11 +201,11 @@ def _pool_file(path: Path) -> Path | None:
     stem = _stem(path)
     # MMLU's worked examples are for its validation questions too
     names = dict.fromkeys((stem, stem.removesuffix("_validation")))
-    places = [path.parent / POOLS / name for name in names]
-    places += [path.parent / f"{name}_dev" for name in names]
-    for place in places:
+    candidates = [path.parent / POOLS / name for name in names]
+    candidates += [path.parent / f"{name}_dev" for name in names]
+    for candidate in candidates:
         for suffix in SUFFIXES:
-            file = place.with_name(place.name + suffix)
+            file = candidate.with_name(candidate.name + suffix)
             if file.is_file():
                 return file
     return None

@@ -101,5 +101,5 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
         """Put the errors where the other numbers of a model are."""
         for data, students in found.items():
             for name, errors in students.items():
-                place: dict[str, Any] = kept if name == STUDENT else kept.setdefault(AGAINST, {})
-                place.setdefault(self.name, {})[data] = errors
+                section: dict[str, Any] = kept if name == STUDENT else kept.setdefault(AGAINST, {})
+                section.setdefault(self.name, {})[data] = errors

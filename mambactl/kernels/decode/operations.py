@@ -58,7 +58,7 @@ class DecodeOps(Protocol):
     ) -> None:  # fmt: skip
         """Attend to the cache."""
 
-    def turn(
+    def rotate(
         self, mixed: Tensor, cos: Tensor, sin: Tensor, start: Tensor, count: Tensor, scale: int, *,
         T: int, offset: int, groups: int,
     ) -> None:  # fmt: skip
@@ -133,7 +133,7 @@ class DecodeOps(Protocol):
         """Accept drafts so that the target's distribution is kept."""
 
     def commit(
-        self, control: Tensor, feed: Tensor, history: Tensor, accepted: Tensor,
+        self, progress: Tensor, feed: Tensor, history: Tensor, accepted: Tensor,
         following: Tensor, drafted: Tensor | None, eos: Tensor, mailbox: Tensor, k: int, *,
         span: int, limit: int, draft_limit: int,
     ) -> None:  # fmt: skip

@@ -17,8 +17,8 @@ BACKWARD_STEP = 4
 
 @triton.jit
 def tap(
-    x, window, documents, t, same, T, ch, ok, x_t, w_t, back: tl.constexpr, W: tl.constexpr,
-    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+    x, previous, documents, t, same, T, ch, ok, x_t, w_t, back: tl.constexpr, W: tl.constexpr,
+    PREVIOUS: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Inputs `back` tokens before t [L, Ch] of the same document, and which t have one.
 
@@ -34,24 +34,24 @@ def tap(
     live = (inside & same & (at >= 0))[:, None] & ok[None, :]
     raw = tl.load(x + at.to(tl.int64)[:, None] * x_t + ch[None, :], mask=live, other=0.0)
     raw = raw.to(tl.float32)
-    if WINDOW and back > 0:
+    if PREVIOUS and back > 0:
         before = (inside & same & (at < 0))[:, None] & ok[None, :]
-        place = window + (at + W - 1)[:, None] * w_t + ch[None, :]
-        raw += tl.load(place, mask=before, other=0.0).to(tl.float32)
+        pointer = previous + (at + W - 1)[:, None] * w_t + ch[None, :]
+        raw += tl.load(pointer, mask=before, other=0.0).to(tl.float32)
     return raw, same
 
 
 @triton.jit
 def weigh(
-    x, weight, bias, window, documents, t, T, ch, ok, x_t, w_t, W: tl.constexpr,
-    BIAS: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+    x, weight, bias, previous, documents, t, T, ch, ok, x_t, w_t, W: tl.constexpr,
+    BIAS: tl.constexpr, PREVIOUS: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """The convolution at t [L, Ch], before the SiLU."""
     acc = tl.zeros([t.shape[0], ch.shape[0]], tl.float32)
     same = t >= 0
     for back in tl.static_range(W):
         raw, same = tap(
-            x, window, documents, t, same, T, ch, ok, x_t, w_t, back, W, WINDOW, DOCUMENTS
+            x, previous, documents, t, same, T, ch, ok, x_t, w_t, back, W, PREVIOUS, DOCUMENTS
         )
         acc += raw * tl.load(weight + ch * W + W - 1 - back, mask=ok, other=0.0).to(tl.float32)
     if BIAS:
@@ -61,8 +61,8 @@ def weigh(
 
 @triton.jit
 def _conv_kernel(
-    x, weight, bias, window, documents, y, T, CH, x_b, x_t, w_b, w_t,
-    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+    x, weight, bias, previous, documents, y, T, CH, x_b, x_t, w_b, w_t,
+    W: tl.constexpr, BIAS: tl.constexpr, PREVIOUS: tl.constexpr, DOCUMENTS: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     ch = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -70,22 +70,22 @@ def _conv_kernel(
     b = tl.program_id(2).to(tl.int64)
     ok = ch < CH
     acc = weigh(
-        x + b * x_b, weight, bias, window + b * w_b, documents + b * T, t, T, ch, ok, x_t, w_t, W,
-        BIAS, WINDOW, DOCUMENTS,
+        x + b * x_b, weight, bias, previous + b * w_b, documents + b * T, t, T, ch, ok, x_t, w_t, W,
+        BIAS, PREVIOUS, DOCUMENTS,
     )  # fmt: skip
-    place = y + (b * T + t)[:, None] * CH + ch[None, :]
+    pointer = y + (b * T + t)[:, None] * CH + ch[None, :]
     acc = rounded(silu(acc), y.dtype.element_ty)
-    tl.store(place, acc, mask=(t < T)[:, None] & ok[None, :])
+    tl.store(pointer, acc, mask=(t < T)[:, None] & ok[None, :])
 
 
 @triton.jit
-def _input(x, window, t, T, ch, ok, x_t, w_t, W: tl.constexpr, WINDOW: tl.constexpr):
-    """Inputs [Ch] at t in fp32; the W - 1 before the row may be in a window."""
+def _input(x, previous, t, T, ch, ok, x_t, w_t, W: tl.constexpr, PREVIOUS: tl.constexpr):
+    """Inputs [Ch] at t in fp32; the W - 1 before the row are those of `previous`."""
     live = ok & (t >= 0) & (t < T)
     found = tl.load(x + t.to(tl.int64) * x_t + ch, mask=live, other=0.0).to(tl.float32)
-    if WINDOW:
-        place = window + (t + W - 1) * w_t + ch
-        found += tl.load(place, mask=ok & (t < 0), other=0.0).to(tl.float32)
+    if PREVIOUS:
+        pointer = previous + (t + W - 1) * w_t + ch
+        found += tl.load(pointer, mask=ok & (t < 0), other=0.0).to(tl.float32)
     return found
 
 
@@ -100,8 +100,8 @@ def _aged(age, documents, t, T):
 
 @triton.jit
 def _backward_kernel(
-    dy, x, weight, bias, window, documents, dx, sums, T, CH, y_b, y_t, x_b, x_t, w_b, w_t,
-    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+    dy, x, weight, bias, previous, documents, dx, sums, T, CH, y_b, y_t, x_b, x_t, w_b, w_t,
+    W: tl.constexpr, BIAS: tl.constexpr, PREVIOUS: tl.constexpr, DOCUMENTS: tl.constexpr,
     BT: tl.constexpr, STEP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One token after the other, with the last W - 1 inputs and their gradients in registers.
@@ -112,7 +112,7 @@ def _backward_kernel(
     begin, b = tl.program_id(1) * BT, tl.program_id(2).to(tl.int64)
     end, ok = begin + BT, ch < CH
     x += b * x_b
-    window += b * w_b
+    previous += b * w_b
     documents += b * T
     dy += b * y_b
     dx += b * T * CH
@@ -132,7 +132,7 @@ def _backward_kernel(
         scales = scales + (scale,)
         d_scales = d_scales + (nothing,)
         if back > 0:
-            past = past + (_input(x, window, begin - back, T, ch, ok, x_t, w_t, W, WINDOW),)
+            past = past + (_input(x, previous, begin - back, T, ch, ok, x_t, w_t, W, PREVIOUS),)
             d_past = d_past + (nothing,)
             if DOCUMENTS:
                 age = _aged(age, documents, begin - W + back, T)
@@ -142,9 +142,9 @@ def _backward_kernel(
         grads = ()
         for k in tl.static_range(STEP):
             t = first + k
-            values = values + (_input(x, window, t, T, ch, ok, x_t, w_t, W, WINDOW),)
-            place = dy + t.to(tl.int64) * y_t + ch
-            grads = grads + (tl.load(place, mask=ok & (t < T), other=0.0).to(tl.float32),)
+            values = values + (_input(x, previous, t, T, ch, ok, x_t, w_t, W, PREVIOUS),)
+            pointer = dy + t.to(tl.int64) * y_t + ch
+            grads = grads + (tl.load(pointer, mask=ok & (t < T), other=0.0).to(tl.float32),)
         for k in tl.static_range(STEP):
             t, value = first + k, values[k]
             if DOCUMENTS:
@@ -169,8 +169,8 @@ def _backward_kernel(
                 reached = reached + (more,)
             done = t - (W - 1)
             live = ok & (done >= begin) & (done < tl.minimum(end, T))
-            place = dx + done.to(tl.int64) * CH + ch
-            tl.store(place, rounded(reached[W - 1], dx.dtype.element_ty), mask=live)
+            pointer = dx + done.to(tl.int64) * CH + ch
+            tl.store(pointer, rounded(reached[W - 1], dx.dtype.element_ty), mask=live)
             past = (value,) + past[: W - 2]
             d_past, d_scales = reached[: W - 1], summed
     for back in tl.static_range(W):
@@ -182,18 +182,18 @@ def causal_conv1d_silu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    window: Tensor | None = None,
+    previous: Tensor | None = None,
     documents: Tensor | None = None,
 ) -> Tensor:
     """SiLU of `kernels.reference.causal_conv1d` in the dtype of x.
 
-    x [B, T, Ch] and window [B, W-1, Ch] with any strides, weight [Ch, W], bias [Ch]; documents
+    x [B, T, Ch] and previous [B, W-1, Ch] with any strides, weight [Ch, W], bias [Ch]; documents
     [B, T] int32 and contiguous.
     """
     batch, length, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(channels, BLOCK_C), triton.cdiv(length, BLOCK_T), batch)
-    arguments, sizes = _inputs(x, weight, bias, window, documents)
+    arguments, sizes = _inputs(x, weight, bias, previous, documents)
     x, before = arguments[0], arguments[3]
     _conv_kernel[grid](
         *arguments, y, length, channels, *x.stride()[:2], *before.stride()[:2], **sizes,
@@ -207,7 +207,7 @@ def causal_conv1d_silu_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    window: Tensor | None,
+    previous: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x [B, T, Ch], in its dtype, and of weight [Ch, W] and bias [Ch], fp32."""
@@ -218,7 +218,7 @@ def causal_conv1d_silu_backward(
     width = weight.shape[1]
     # every program leaves its part: no sum depends on the order in which they run
     sums = dx.new_empty(batch * tiles, width + 1, channels, dtype=torch.float32)
-    arguments, sizes = _inputs(x, weight, bias, window, documents)
+    arguments, sizes = _inputs(x, weight, bias, previous, documents)
     x, before = arguments[0], arguments[3]
     _backward_kernel[(triton.cdiv(channels, BACKWARD_C), tiles, batch)](
         dy, *arguments, dx, sums, length, channels, *dy.stride()[:2], *x.stride()[:2],
@@ -233,19 +233,19 @@ def _inputs(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    window: Tensor | None,
+    previous: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], dict[str, int]]:
-    """x, weight, bias, window, documents; any tensor stands for one that is missing."""
+    """x, weight, bias, previous, documents; any tensor stands for one that is missing."""
     x = x if x.stride(2) == 1 else x.contiguous()
-    before = x if window is None else window
+    before = x if previous is None else previous
     before = before if before.stride(2) == 1 else before.contiguous()
     shift = weight if bias is None else bias.contiguous()
     numbers = x if documents is None else documents
     switches = {
         "W": weight.shape[1],
         "BIAS": bias is not None,
-        "WINDOW": window is not None,
+        "PREVIOUS": previous is not None,
         "DOCUMENTS": documents is not None,
     }
     return (x, weight.contiguous(), shift, before, numbers), switches

@@ -45,9 +45,9 @@ def _log_sum(row, V, rate, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _log_probs(row, places, V, rate, log_sum):
-    """Log-probabilities at places [BLOCK], -inf beyond the vocabulary."""
-    x = tl.load(row + places, mask=places < V, other=float("-inf"))
+def _log_probs(row, tokens, V, rate, log_sum):
+    """Log-probabilities of tokens [BLOCK], -inf beyond the vocabulary."""
+    x = tl.load(row + tokens, mask=tokens < V, other=float("-inf"))
     return x.to(tl.float32) * rate - log_sum
 
 
@@ -93,11 +93,11 @@ def _expectations(
 
 
 @triton.jit
-def _drawn(ids, masses, K, places, BLOCK: tl.constexpr):
-    """The weights of drawn ids, added up at places [BLOCK]."""
+def _drawn(ids, masses, K, tokens, BLOCK: tl.constexpr):
+    """The weights of drawn ids, added up at tokens [BLOCK]."""
     q = tl.zeros([BLOCK], tl.float32)
     for k in range(0, K):
-        q += tl.where(places == tl.load(ids + k).to(tl.int32), tl.load(masses + k), 0.0)
+        q += tl.where(tokens == tl.load(ids + k).to(tl.int32), tl.load(masses + k), 0.0)
     return q
 
 
@@ -139,9 +139,9 @@ def _row_kernel(
         values = tl.zeros([BLOCK], tl.float32)
         at_target = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            places = start + lane
-            log_p = _log_probs(z, places, V, 1.0, sum_1)
-            hit = places == target
+            tokens = start + lane
+            log_p = _log_probs(z, tokens, V, 1.0, sum_1)
+            hit = tokens == target
             at_target += tl.where(hit, log_p, 0.0)
             change = ce_weight * (tl.exp(log_p) - hit.to(tl.float32))
             if KIND != NONE:
@@ -149,11 +149,11 @@ def _row_kernel(
                     log_p = (log_p + sum_1) * rate - sum_p
                 p = tl.exp(log_p)
                 if KIND == SAMPLED:
-                    q = _drawn(ids, masses, K, places, BLOCK)
+                    q = _drawn(ids, masses, K, tokens, BLOCK)
                     values -= tl.where(q != 0.0, q * log_p, 0.0)
                     change += match * (total * p - q)
                 else:
-                    log_q = _log_probs(t, places, V, rate, sum_q)
+                    log_q = _log_probs(t, tokens, V, rate, sum_q)
                     if KIND == FORWARD:
                         q = tl.exp(log_q)
                         # p - q sums to zero; see `_expectations`
@@ -166,7 +166,7 @@ def _row_kernel(
                         change += match * (1.0 - beta) * _term(p, log_p - log_m - mean)
             if GRAD:
                 change = rounded(change * (weight * scale), grad.dtype.element_ty)
-                tl.store(slope + places, change, mask=places < V)
+                tl.store(slope + tokens, change, mask=tokens < V)
         value += tl.sum(values, 0)
         tl.store(divergence + number, value * square * weight)
         tl.store(ce + number, -tl.sum(at_target, 0) * weight)

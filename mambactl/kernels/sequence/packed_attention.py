@@ -31,8 +31,8 @@ def _rows(ptr, stride, at, cols, T, P: tl.constexpr):
 def _put(ptr, stride, at, cols, T, value, P: tl.constexpr):
     """Store what `_rows` would load."""
     inside = (at < T)[:, None] & (cols < P)[None, :]
-    place = ptr + at.to(tl.int64)[:, None] * stride + cols[None, :]
-    tl.store(place, rounded(value, ptr.dtype.element_ty), mask=inside)
+    pointer = ptr + at.to(tl.int64)[:, None] * stride + cols[None, :]
+    tl.store(pointer, rounded(value, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

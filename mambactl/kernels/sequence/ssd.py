@@ -99,11 +99,11 @@ def chunk_kernel(
             coarse, fine = split(decay)
             weight = tl.exp(tl.minimum(coarse, 0.0))
             if part == 0:
-                place = sums + cell * (4 * CHUNK) + at
-                tl.store(place, coarse)
-                tl.store(place + CHUNK, fine)
-                tl.store(place + 2 * CHUNK, step)
-                tl.store(place + 3 * CHUNK, free.to(tl.float32))
+                pointer = sums + cell * (4 * CHUNK) + at
+                tl.store(pointer, coarse)
+                tl.store(pointer + CHUNK, fine)
+                tl.store(pointer + 2 * CHUNK, step)
+                tl.store(pointer + 3 * CHUNK, free.to(tl.float32))
         else:
             weight = tl.exp(tl.minimum((total - decay).to(tl.float32), 0.0)) * step
             if part == 0:
@@ -123,8 +123,8 @@ def chunk_kernel(
         before += total
     if part == 0:
         tl.store(kept + cell, tl.exp(before.to(tl.float32)))
-    place = states + cell * (P * N) + p[:, None] * N + n[None, :]
-    tl.store(place, state, mask=(p < P)[:, None] & (n < N)[None, :])
+    pointer = states + cell * (P * N) + p[:, None] * N + n[None, :]
+    tl.store(pointer, state, mask=(p < P)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -226,9 +226,9 @@ def _output_kernel(
             other=0.0,
         )  # [S, P]
         acc = dot(tl.where(past, scores * weight, 0.0).to(value.dtype), value, acc)
-    place = ((b * T + begin + row + at)[:, None] * H + h) * P + p[None, :]
+    element = ((b * T + begin + row + at)[:, None] * H + h) * P + p[None, :]
     acc = rounded(acc, y.dtype.element_ty)
-    tl.store(y + place, acc, mask=ok[:, None] & p_ok[None, :])
+    tl.store(y + element, acc, mask=ok[:, None] & p_ok[None, :])
 
 
 def ssd(

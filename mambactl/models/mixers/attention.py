@@ -51,17 +51,17 @@ class AttentionMixer(nn.Module):
 
     def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
         """Queries and keys, rotated, and values [B, H or Hk, T, P]."""
-        *turning, v = (
+        *unrotated, v = (
             t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for t in self._project(hidden, whole)
         )
         cos, sin = (t.unsqueeze(1) for t in context.rotary)  # [B, 1, T, P]
         # under autocast the rotation is fp32
-        turned = [rotated(t, cos, sin).to(v.dtype) for t in turning]
-        if len(turned) == 1:
+        parts = [rotated(t, cos, sin).to(v.dtype) for t in unrotated]
+        if len(parts) == 1:
             heads = v.shape[1]
-            turned = turned[0].split([turned[0].shape[1] - heads, heads], 1)
-        return *turned, v
+            parts = parts[0].split([parts[0].shape[1] - heads, heads], 1)
+        return *parts, v
 
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
         """Queries, keys and values; with `whole` queries and keys next to each other.
@@ -136,10 +136,10 @@ class PackedAttention:
     def load_ring(self, state: AttentionState, cache: WindowedCache, lengths: Tensor) -> None:
         """Copy the sinks and the last positions of the prompts; rings may differ in size."""
         sinks, slots = cache.span.sinks, state.keys.shape[2]
-        place = positions_held(lengths, slots, sinks, state.ring)  # [B, S]
+        position = positions_held(lengths, slots, sinks, state.ring)  # [B, S]
         # what the prompt's ring no longer holds nobody sees
-        there = (place >= 0) & ((place < sinks) | (place >= lengths[:, None] - cache.room))
-        index = slot_of(place.clamp(min=0), sinks, cache.room)[:, None, :, None]
+        there = (position >= 0) & ((position < sinks) | (position >= lengths[:, None] - cache.room))
+        index = slot_of(position.clamp(min=0), sinks, cache.room)[:, None, :, None]
         rows = len(lengths)
         for ours, theirs in ((state.keys, cache.keys), (state.values, cache.values)):
             taken = theirs.gather(2, index.expand(-1, theirs.shape[1], -1, theirs.shape[3]))

@@ -13,7 +13,7 @@ calibrated  the mixer starts as decayed linear attention. Convolutions pass the 
             the first two terms of exp(q.k) in attention, and its output enters the gated norm
             small enough that eps makes the norm nearly linear. h, c, a, d per head come from
             `HeadFit`: a prior without data, least squares with it (`mambactl.conversion.fit`).
-            In a rotary mixer q and k are turned, but for the constant channel's pair.
+            In a rotary mixer q and k are rotated, but for the constant channel's pair.
 
 A window of attention beside the mixer gets the attention's own projections; without data the
 calibrated mixer then puts out zero, and only its out_proj is in the way of learning more.

@@ -109,17 +109,17 @@ class Mamba1Mixer(KeepsFloat32):
             s, batch = self.sizes, hidden.shape[0]
             state = torch.zeros(batch, s.d_inner, s.d_state, dtype=kind, device=hidden.device)
             cache.start(state, raw.new_zeros(batch, s.d_conv - 1, s.d_inner))
-        window = None
+        previous = None
         if cache is not None:
-            window = cache.conv_inputs(context.cursor, self.sizes.d_conv - 1)
-        taps = raw, self.conv1d.weight[:, 0], self.conv1d.bias, window, context.seq_idx
+            previous = cache.conv_inputs(context.cursor, self.sizes.d_conv - 1)
+        taps = raw, self.conv1d.weight[:, 0], self.conv1d.bias, previous, context.seq_idx
         # token by token must round like the replay after a rollback, so it stays on the reference
         if context.sequential:
             x = F.silu(kernels.causal_conv1d(*taps))  # [B, T, Ch]
         else:
             x = dispatch.causal_conv1d_silu(*taps)
         dt, B, C = self._selection(x, projected)
-        y = self._recur(raw, window, x, dt, B, C, context, cache)
+        y = self._recur(raw, previous, x, dt, B, C, context, cache)
         y = y + self.D.to(kind) * x.to(kind)
         return y * F.silu(z.to(kind))
 
@@ -150,7 +150,7 @@ class Mamba1Mixer(KeepsFloat32):
     def _recur(
         self,
         raw: Tensor,
-        window: Tensor | None,
+        previous: Tensor | None,
         x: Tensor,
         dt: Tensor,
         B: Tensor,
@@ -167,7 +167,7 @@ class Mamba1Mixer(KeepsFloat32):
         state = cache.live_state(step, context.cursor)
         x, dt, B = kernels.mask_records((x, dt, B), context.n_new)
         y, state = dispatch.selective_scan(x, dt, A, B, C, state, context.seq_idx)
-        cache.replace(kernels.conv_window(raw, window, context.n_new), state)
+        cache.replace(kernels.latest_inputs(raw, previous, context.n_new), state)
         return y
 
 

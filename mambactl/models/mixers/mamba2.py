@@ -3,7 +3,7 @@
     z, (x, B, C), dt = in_proj(u);  x, B, C = SiLU(conv(x, B, C));  dt = softplus(dt + dt_bias)
     S_t = exp(-dt exp(A_log)) S_{t-1} + dt x_t B_t^T;  y = S C + D x
     out = out_proj(RMSNorm_grouped(y SiLU(z)) weight)
-With `rotary`, B and C turn with the position before they meet the state.
+With `rotary`, B and C rotate with the position before they meet the state.
 With x_heads = n_heads it is what state-spaces/mamba2-* and GraniteMoeHybrid compute.
 """
 
@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
-from mambactl.kernels.reference import turn
+from mambactl.kernels.reference import rotate_states
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.mixers import from_attention as start
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
@@ -84,10 +84,10 @@ class Mamba2Mixer(KeepsFloat32):
         dt = F.softplus(dt.to(kind) + self.dt_bias.to(kind))  # [B, T, H]
         if cache is not None and cache.state is None:
             self._start(cache, hidden, raw)
-        window = None
+        previous = None
         if cache is not None:
-            window = cache.conv_inputs(context.cursor, s.d_conv - 1)
-        taps = raw, self.conv1d.weight[:, 0], self.conv1d.bias, window, context.seq_idx
+            previous = cache.conv_inputs(context.cursor, s.d_conv - 1)
+        taps = raw, self.conv1d.weight[:, 0], self.conv1d.bias, previous, context.seq_idx
         # token by token must round like the replay after a rollback, so it stays on the reference
         if context.sequential:
             mixed = F.silu(kernels.causal_conv1d(*taps))  # [B, T, conv_dim]
@@ -95,8 +95,8 @@ class Mamba2Mixer(KeepsFloat32):
             mixed = dispatch.causal_conv1d_silu(*taps)
         x, B, C = self._split(mixed)
         if s.rotary:
-            B, C = turn(B, context.rotary), turn(C, context.rotary)
-        y = self._recur(raw, window, x, dt, B, C, context, cache)
+            B, C = rotate_states(B, context.rotary), rotate_states(C, context.rotary)
+        y = self._recur(raw, previous, x, dt, B, C, context, cache)
         return self.norm((y + self._skip(x.to(kind))).flatten(-2), z)
 
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
@@ -160,7 +160,7 @@ class Mamba2Mixer(KeepsFloat32):
     def _recur(
         self,
         raw: Tensor,
-        window: Tensor | None,
+        previous: Tensor | None,
         x: Tensor,
         dt: Tensor,
         B: Tensor,
@@ -178,7 +178,7 @@ class Mamba2Mixer(KeepsFloat32):
         state = cache.live_state(step, context.cursor)
         x, dt, B = kernels.mask_records((x, dt, B), context.n_new)
         y, state = dispatch.ssd(x, dt, A, B, C, state, context.seq_idx, chunk)
-        cache.replace(kernels.conv_window(raw, window, context.n_new), state)
+        cache.replace(kernels.latest_inputs(raw, previous, context.n_new), state)
         return y
 
     def _step(
@@ -255,7 +255,7 @@ def head_basis(
     # the mixer holds channel 0 of B and C constant
     q[..., 0] = 0
     if s.rotary:
-        q, k = turn(q, context.rotary), turn(k, context.rotary)
+        q, k = rotate_states(q, context.rotary), rotate_states(k, context.rotary)
     repeat = s.n_heads // s.x_heads
     wide = v.repeat_interleave(repeat, 2)  # [B, T, H, P]
     ones = torch.ones(*v.shape[:2], 1, 1)
@@ -291,7 +291,7 @@ class Mamba2Spec(MixerSpec[Mamba2Settings]):
             )
 
     def rotates(self, settings: Mamba2Settings) -> bool:
-        """Whether B and C turn with the position."""
+        """Whether B and C rotate with the position."""
         return settings.rotary
 
     def cache(self, settings: Mamba2Settings) -> RecurrentCache:
@@ -372,5 +372,5 @@ class Mamba2Spec(MixerSpec[Mamba2Settings]):
             gain=mixer.norm.weight,
             out=Projection(mixer.out_proj.weight, mixer.out_proj.bias),
             sizes=mixer.sizes,
-            turn=rotations.of_states if settings.rotary else None,
+            rotation=rotations.of_states if settings.rotary else None,
         )

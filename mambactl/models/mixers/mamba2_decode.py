@@ -24,7 +24,7 @@ class Mamba2Settings:
     Rows of in_proj are [z (H P), x (x_heads P), B (b_groups N), C (c_groups N), dt (H)]; x heads
     and B groups are repeated consecutively to H heads after the convolution, which is how
     grouped-query attention maps on it (arXiv 2408.15237). The native form has x_heads = H.
-    With `rotary` B and C turn with the position, by the angles of the model's attention, which
+    With `rotary` B and C rotate with the position, by the angles of the model's attention, which
     have as many channels as a state (N = P).
     """
 
@@ -67,7 +67,7 @@ class Mamba2Settings:
 class PackedMamba2:
     """Mamba-2 of a decode pass; the ring takes the columns of `inner` from `ring_lo` on.
 
-    `turn` (cos, sin) [S, N / 2] rotates B and C.
+    `rotation` (cos, sin) [S, N / 2] rotates B and C.
     """
 
     inner: Projection
@@ -78,7 +78,7 @@ class PackedMamba2:
     gain: Tensor  # [H P]
     out: Projection
     sizes: Mamba2Settings
-    turn: tuple[Tensor, Tensor] | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
 
     @property
     def attention(self) -> None:
@@ -139,9 +139,9 @@ class PackedMamba2:
             at.start, at.active, at.T, ring_lo=sizes.d_inner,
             conv=(self.conv.weight, self.conv.bias, state.mixed), **where,
         )  # fmt: skip
-        if self.turn is not None:
-            ops.turn(
-                state.mixed, *self.turn, at.start, at.active, at.T,
+        if self.rotation is not None:
+            ops.rotate(
+                state.mixed, *self.rotation, at.start, at.active, at.T,
                 groups=sizes.b_groups + sizes.c_groups, **where,
             )  # fmt: skip
         ops.mamba2(

@@ -195,7 +195,7 @@ class MixerSpec(ABC, Generic[S]):
     branches: ClassVar[Mapping[str, str]] = {"recurrent": "out_proj"}
     # name of the mixer that has a window of attention beside this one
     with_window: ClassVar[str | None] = None
-    # whether its states can turn with the position (`convert --rotary`)
+    # whether its states can rotate with the position (`convert --rotary`)
     can_rotate: ClassVar[bool] = False
     # whether every head is fitted (`basis`, `apply_fit`) before the output projection is
     fits_heads: ClassVar[bool] = True
@@ -232,7 +232,7 @@ class MixerSpec(ABC, Generic[S]):
         return None if window is None else span_of(config, window)
 
     def rotates(self, settings: S) -> bool:
-        """Whether the state turns with the position."""
+        """Whether the state rotates with the position."""
         return False
 
     def has_positions(self, settings: S) -> bool:

@@ -180,7 +180,7 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
         return settings.mamba2_window
 
     def rotates(self, settings: WindowedSettings) -> bool:
-        """Whether B and C turn with the position."""
+        """Whether B and C rotate with the position."""
         return RECURRENCE.rotates(settings.mamba2)
 
     def cache(self, settings: WindowedSettings) -> WindowedCache:

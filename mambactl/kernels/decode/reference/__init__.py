@@ -1,4 +1,4 @@
 """What one decode pass computes, in plain PyTorch: the definition of correct for the GPU kernels.
 
-A window is the T tokens that a pass adds to each of B sequences; rows are M = B * T, b-major.
+A segment is the T tokens that a pass adds to each of B sequences; rows are M = B * T, b-major.
 """

@@ -1,4 +1,4 @@
-"""Attention of a window of new tokens over the keys and values a model keeps per sequence."""
+"""Attention of a segment of new tokens over the keys and values a model keeps per sequence."""
 
 import math
 
@@ -12,7 +12,7 @@ from mambactl.kernels.reference import state_dtype
 def partial_shape(B: int, Hk: int, rows: int, P: int, splits: int) -> tuple[int]:
     """Shape of `partial` (fp32) of `decode_attention`: rows = T * H / Hk query rows per KV head.
 
-    Any larger buffer serves too, so one made for the longest window serves all.
+    Any larger buffer serves too, so one made for the longest segment serves all.
     """
     return (B * Hk * rows * splits * (P + 2) if splits > 1 else 0,)
 

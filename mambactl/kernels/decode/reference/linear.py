@@ -2,7 +2,7 @@
 
 The residual stream travels as three tensors: `hidden` [M, D]; `scaled` [M, D], the stream times
 the weight of the norm that reads it next; `squares` [M, S], whose row sums are the stream's sums
-of squares. RMSNorm (arXiv 1910.07467) is then a factor on the product's rows. Window positions
+of squares. RMSNorm (arXiv 1910.07467) is then a factor on the product's rows. Positions
 are `start[b] + offset + t`; row t is real where t < count[b] * scale and its position is not
 negative, and only real rows are written to rings and caches.
 """
@@ -22,10 +22,10 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def window_positions(
+def segment_positions(
     start: Tensor, count: Tensor, scale: int, *, T: int, offset: int
 ) -> tuple[Tensor, Tensor]:
-    """Positions [B, T] of the window's rows and which of them are real."""
+    """Positions [B, T] of the segment's rows and which of them are real."""
     t = torch.arange(T, device=start.device)
     at = start[:, None].long() + offset + t  # [B, T]
     return at, (t < count[:, None] * scale) & (at >= 0)
@@ -70,7 +70,7 @@ def project(
     y = normed(scaled, squares, eps, w, bias).to(plain.dtype)  # [M, N]
     width, slots = ring.shape[2], ring.shape[1]
     plain.copy_(torch.cat([y[:, :ring_lo], y[:, ring_lo + width :]], 1))
-    at, real = window_positions(start, count, scale, T=T, offset=offset)
+    at, real = segment_positions(start, count, scale, T=T, offset=offset)
     b, t = real.nonzero(as_tuple=True)
     ring[b, at[b, t] % slots] = y.view(len(start), T, -1)[b, t, ring_lo : ring_lo + width]
     if conv is not None:
@@ -88,8 +88,8 @@ def ring_rows(ring: Tensor, first: int, last: int) -> Tensor:
 
 def convolved(raw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU(conv) of all but the first three rows; raw [1, 3 + L, Ch], weight [Ch, 4]."""
-    window, x = raw[:, : TAPS - 1], raw[:, TAPS - 1 :]
-    return F.silu(reference.causal_conv1d(x, wide(weight), wide(bias), window))
+    before, x = raw[:, : TAPS - 1], raw[:, TAPS - 1 :]
+    return F.silu(reference.causal_conv1d(x, wide(weight), wide(bias), before))
 
 
 def project_qkv(
@@ -104,15 +104,15 @@ def project_qkv(
     batch, kv_heads, _, width = keys.shape
     y = normed(scaled, squares, eps, w, bias).to(q.dtype)  # [M, N]
     y = y.view(batch, T, -1, width)  # [B, T, H + 2 Hk, P]
-    at, real = window_positions(start, count, scale, T=T, offset=offset)
+    at, real = segment_positions(start, count, scale, T=T, offset=offset)
     b, t = real.nonzero(as_tuple=True)
     heads = wide(y[b, t])  # [real, H + 2 Hk, P]
     c, s = cos[at[b, t]][:, None], sin[at[b, t]][:, None]  # [real, 1, P / 2]
     low, high = heads[:, :-kv_heads].chunk(2, -1)
-    turned = torch.cat([low * c - high * s, high * c + low * s], -1).to(q.dtype)
-    q.view(batch, T, -1, width)[b, t] = turned[:, :-kv_heads]
+    rotated = torch.cat([low * c - high * s, high * c + low * s], -1).to(q.dtype)
+    q.view(batch, T, -1, width)[b, t] = rotated[:, :-kv_heads]
     slot = slot_of(at[b, t], sinks, ring)
-    keys[b, :, slot] = turned[:, -kv_heads:]
+    keys[b, :, slot] = rotated[:, -kv_heads:]
     values[b, :, slot] = y[b, t][:, -kv_heads:]
 
 

@@ -3,10 +3,10 @@
 A ring [B, R, C] holds, at slot position % R, what the input projection made of the newest tokens.
 `state` is the state before position `base[b]`; a pass replays the ring from there, so rejecting
 tokens is no work at all: the next pass starts earlier. Where `base_next[b]` differs from `base[b]`
-the state before `base_next[b]` (at most the window's end) is stored; the caller then moves
-`base`. The ring must still hold the three positions before the window, which its convolution
+the state before `base_next[b]` (at most the segment's end) is stored; the caller then moves
+`base`. The ring must still hold the three positions before the segment, which its convolution
 needs; `mixed` is a second ring, of convolved columns.
-Replay and new tokens are one loop, so how tokens are cut into windows cannot change a bit.
+Replay and new tokens are one loop, so how tokens are cut into segments cannot change a bit.
 """
 
 import torch
@@ -18,8 +18,8 @@ from mambactl.kernels.decode.reference.linear import (
     TAPS,
     convolved,
     ring_rows,
+    segment_positions,
     wide,
-    window_positions,
 )
 
 
@@ -34,7 +34,7 @@ def _states(step: reference.Step, state: Tensor, records: reference.Records, C: 
     return torch.cat([y_head, y_tail.to(y_head.dtype)], 1) if y_tail.shape[1] else y_head, middle
 
 
-def mamba2_window(
+def mamba2_segment(
     ring: Tensor, mixed: Tensor, z: Tensor, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     gain: Tensor | None, eps: float, out: Tensor, start: Tensor, count: Tensor, base: Tensor,
     base_next: Tensor, scale: int, *, T: int, offset: int, x_heads: int, b_groups: int,
@@ -75,7 +75,7 @@ def mamba2_window(
         out[rows] = gated.flatten(1).to(out.dtype)
 
 
-def turn(
+def rotate(
     mixed: Tensor, cos: Tensor, sin: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
     offset: int, groups: int,
 ) -> None:  # fmt: skip
@@ -85,14 +85,14 @@ def turn(
     [N / 2] for every position.
     """
     size = 2 * cos.shape[1]
-    at, real = window_positions(start, count, scale, T=T, offset=offset)
+    at, real = segment_positions(start, count, scale, T=T, offset=offset)
     b, t = real.nonzero(as_tuple=True)
-    place = b, at[b, t] % mixed.shape[1]
-    rows = mixed[place]  # [real, Ch]
+    slots = b, at[b, t] % mixed.shape[1]
+    rows = mixed[slots]  # [real, Ch]
     low, high = wide(rows[:, -groups * size :]).unflatten(1, (groups, size)).chunk(2, -1)
     c, s = cos[at[b, t]][:, None], sin[at[b, t]][:, None]  # [real, 1, N / 2]
-    turned = torch.cat([low * c - high * s, high * c + low * s], -1).flatten(1)
-    mixed[place] = torch.cat([rows[:, : -groups * size], turned.to(mixed.dtype)], 1)
+    rotated = torch.cat([low * c - high * s, high * c + low * s], -1).flatten(1)
+    mixed[slots] = torch.cat([rows[:, : -groups * size], rotated.to(mixed.dtype)], 1)
 
 
 def grouped_norm(y: Tensor, gain: Tensor, eps: float, groups: int) -> None:
@@ -107,7 +107,7 @@ def mamba1_low(
     offset: int,
 ) -> None:  # fmt: skip
     """x_proj of native Mamba-1: low [B, R, J] = mixed [B, R, Ch] w^T at the real rows' slots."""
-    at, real = window_positions(start, count, scale, T=T, offset=offset)
+    at, real = segment_positions(start, count, scale, T=T, offset=offset)
     b, t = real.nonzero(as_tuple=True)
     slot = at[b, t] % low.shape[1]
     low[b, slot] = (wide(mixed[b, slot]) @ wide(w).T).to(low.dtype)
@@ -119,7 +119,7 @@ def spread(columns: int, piece: int, repeat: int) -> Tensor:
     return d // (piece * repeat) * piece + d % piece
 
 
-def mamba1_window(
+def mamba1_segment(
     ring: Tensor, mixed: Tensor | None, low: Tensor | None, z: Tensor, state: Tensor,
     conv_weight: Tensor, conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
     D: Tensor, out: Tensor, start: Tensor, count: Tensor, base: Tensor, base_next: Tensor,

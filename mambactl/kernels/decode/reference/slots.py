@@ -7,8 +7,8 @@ from torch import Tensor
 def slot_of(position: Tensor, sinks: int, ring: int) -> Tensor:
     """The slot of each position: its own number, or with `ring` > 0 one that positions share.
 
-    Then the first `sinks` positions have slots of their own, and the others take turns at the
-    `ring` slots behind those.
+    Then the first `sinks` positions have slots of their own, and the others share the `ring`
+    slots behind those, one after the other.
     """
     if ring == 0:
         return position
@@ -24,6 +24,6 @@ def positions_held(end: Tensor, slots: int, sinks: int, ring: int) -> Tensor:
     last = end[:, None] - 1
     held = slot
     if ring > 0:
-        turn = last - (last - (slot - sinks)) % ring
-        held = torch.where(slot < sinks, slot, torch.where(turn < sinks, -1, turn))
+        latest = last - (last - (slot - sinks)) % ring
+        held = torch.where(slot < sinks, slot, torch.where(latest < sinks, -1, latest))
     return torch.where(held <= last, held, -1)

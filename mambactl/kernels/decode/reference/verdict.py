@@ -127,10 +127,10 @@ def verdict_sampled(
     batch = accepted.shape[0]
     target = probabilities(logits, settings, threshold, log_mass)
     target = target.view(batch, -1, logits.shape[1])  # [B, K + 1, V]
-    places = positions.long()[:, None] + torch.arange(target.shape[1], device=keys.device)
-    rows = keys[:, None].expand_as(places)  # [B, K + 1]
-    tests = uniform(int(seed), rows, places, Stream.ACCEPT)  # [B, K + 1]
-    emits = uniform(int(seed), rows, places, Stream.EMIT)  # [B, K + 1]
+    token_positions = positions.long()[:, None] + torch.arange(target.shape[1], device=keys.device)
+    rows = keys[:, None].expand_as(token_positions)  # [B, K + 1]
+    tests = uniform(int(seed), rows, token_positions, Stream.ACCEPT)  # [B, K + 1]
+    emits = uniform(int(seed), rows, token_positions, Stream.EMIT)  # [B, K + 1]
     if draft_logits is None:
         shape = (target.shape[1] - 1, *target.shape[::2])
         certain = drafts[:, : shape[0]].T.long()[..., None]  # [K, B, 1]
@@ -159,7 +159,7 @@ def _lengths(lengths: Tensor | None, batch: int, width: int) -> list[int]:
 
 
 class Field(IntEnum):
-    """Rows of `control`."""
+    """Rows of `progress` [len(Field), B], the integers that say how far each sequence is."""
 
     LENGTH = 0  # tokens the target holds; the pending one has this position
     ACTIVE = 1  # 1 until the sequence is finished
@@ -204,7 +204,7 @@ def next_store(begin: Tensor, base: Tensor, span: int, limit: int) -> Tensor:
 
 
 def commit(
-    control: Tensor, feed: Tensor, history: Tensor, accepted: Tensor, following: Tensor,
+    progress: Tensor, feed: Tensor, history: Tensor, accepted: Tensor, following: Tensor,
     drafted: Tensor | None, eos: Tensor, mailbox: Tensor, k: int, *, span: int, limit: int,
     draft_limit: int,
 ) -> None:  # fmt: skip
@@ -213,17 +213,17 @@ def commit(
     Writes the new tokens, up to an eos (ids in `eos` [E]) or the end of the budget, to mailbox
     [depth, B, 4 + K + 1] at slot step % depth.
     """
-    for b in range(control.shape[1]):
-        step = int(control[Field.STEP, b])
+    for b in range(progress.shape[1]):
+        step = int(progress[Field.STEP, b])
         letter = mailbox[step % len(mailbox), b]
-        control[Field.STEP, b] = step + 1
-        if not control[Field.ACTIVE, b]:
+        progress[Field.STEP, b] = step + 1
+        if not progress[Field.ACTIVE, b]:
             letter[Letter.EMITTED], letter[Letter.FINISH] = 0, Finish.IDLE
             continue
-        n, held = int(accepted[b]), int(control[Field.LENGTH, b])
+        n, held = int(accepted[b]), int(progress[Field.LENGTH, b])
         new = torch.cat([feed[b, 2 : 2 + n], following[b : b + 1].to(feed.dtype)])  # [n + 1]
         ends = torch.isin(new, eos).nonzero()
-        budget = int(control[Field.BUDGET, b])
+        budget = int(progress[Field.BUDGET, b])
         emitted = min(budget, int(ends[0]) + 1 if len(ends) else n + 1)
         finish = Finish.LENGTH if emitted == budget else Finish.RUNNING
         if len(ends) and emitted == int(ends[0]) + 1:
@@ -236,17 +236,19 @@ def commit(
         history[b, held + 1 : held + 1 + room] = new[:room]
         feed[b, 0] = feed[b, 1 + n]
         feed[b, 1] = following[b]
-        control[Field.LENGTH, b] = held + n + 1
-        control[Field.BUDGET, b] = budget - emitted
-        control[Field.WRITTEN, b] += emitted
-        control[Field.ACTIVE, b] = int(finish == Finish.RUNNING)
-        control[Field.BASE, b] = control[Field.NEXT, b]
-        control[Field.DRAFT_BASE, b] = control[Field.DRAFT_NEXT, b]
-    plan_stores(control, span=span, limit=limit, draft_limit=draft_limit)
+        progress[Field.LENGTH, b] = held + n + 1
+        progress[Field.BUDGET, b] = budget - emitted
+        progress[Field.WRITTEN, b] += emitted
+        progress[Field.ACTIVE, b] = int(finish == Finish.RUNNING)
+        progress[Field.BASE, b] = progress[Field.NEXT, b]
+        progress[Field.DRAFT_BASE, b] = progress[Field.DRAFT_NEXT, b]
+    plan_stores(progress, span=span, limit=limit, draft_limit=draft_limit)
 
 
-def plan_stores(control: Tensor, *, span: int, limit: int, draft_limit: int) -> None:
+def plan_stores(progress: Tensor, *, span: int, limit: int, draft_limit: int) -> None:
     """Decide where the coming passes store states, from LENGTH, BASE and DRAFT_BASE."""
-    length = control[Field.LENGTH]
-    control[Field.NEXT] = next_store(length, control[Field.BASE], span, limit)
-    control[Field.DRAFT_NEXT] = next_store(length - 1, control[Field.DRAFT_BASE], span, draft_limit)
+    length = progress[Field.LENGTH]
+    progress[Field.NEXT] = next_store(length, progress[Field.BASE], span, limit)
+    progress[Field.DRAFT_NEXT] = next_store(
+        length - 1, progress[Field.DRAFT_BASE], span, draft_limit
+    )

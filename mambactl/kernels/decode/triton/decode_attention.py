@@ -5,7 +5,7 @@ j % SPLITS, which takes its blocks in ascending order. What a row sees of a bloc
 its own position alone, and a block it sees nothing of leaves its running maximum, sum and values
 as they are. Tiles of rows are as high as H / Hk asks for, whatever T is, because the order of a
 sum within a block could depend on the height. So for the same `splits` and `block_k` a row comes
-out bit for bit the same in every window. The last split to finish adds all up, in order.
+out bit for bit the same in every segment. The last split to finish adds all up, in order.
 
 With sinks the blocks that hold them come first, then those of the window; few blocks are left then,
 and one split takes them all.
@@ -60,7 +60,7 @@ def _attend(
         start -= tl.minimum(first, (SINKS + BLOCK_K - 1) // BLOCK_K)
     for j in range(start, stop, SPLITS):
         at = tl.where(j < first, j - start, j) * BLOCK_K + tl.arange(0, BLOCK_K)
-        place = slot_of(at, SINKS, RING)[:, None] * P + column[None, :]  # [K, P]
+        elements = slot_of(at, SINKS, RING)[:, None] * P + column[None, :]  # [K, P]
         used = at < end
         seen = at[None, :] <= position[:, None]  # [R, K]
         if WINDOW > 0:
@@ -68,8 +68,8 @@ def _attend(
             used = used & ((at > begin - WINDOW) | (at < SINKS))
             seen = seen & ((at[None, :] > position[:, None] - WINDOW) | (at < SINKS)[None, :])
         there = used[:, None] & (column < P)[None, :]
-        key = tl.load(keys + place, mask=there, other=0.0)
-        value = tl.load(values + place, mask=there, other=0.0)
+        key = tl.load(keys + elements, mask=there, other=0.0)
+        value = tl.load(values + elements, mask=there, other=0.0)
         score = tl.where(seen, _product(query, tl.trans(key)) * LOG2_SCALE, float("-inf"))
         top = tl.maximum(highest, tl.max(score, 1))
         # a row that has seen nothing yet must not compute -inf - -inf
@@ -86,9 +86,9 @@ def _attend(
 def _write(out, row, token, live, y, G: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr):
     """Rows (t, g) of y [R, P] to `out`, which points at this KV head in the first token's row."""
     column = tl.arange(0, y.shape[1])
-    place = token[:, None] * ROW + (row % G)[:, None] * P + column[None, :]
+    elements = token[:, None] * ROW + (row % G)[:, None] * P + column[None, :]
     mask = live[:, None] & (column < P)[None, :]
-    tl.store(out + place, rounded(y, out.dtype.element_ty), mask=mask)
+    tl.store(out + elements, rounded(y, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _combine(
     column = tl.arange(0, BLOCK_P)
     highest = tl.full(at.shape, float("-inf"), tl.float32)
     for s in tl.range(0, SPLITS, loop_unroll_factor=UNROLL):
-        there = live & (_turn(s, lo, SPLITS) < blocks)
+        there = live & (_blocks_ahead(s, lo, SPLITS) < blocks)
         top = tl.load(
             maxima + s * stride + at, mask=there, other=float("-inf"), cache_modifier=".cg"
         )
@@ -125,7 +125,7 @@ def _combine(
     total = tl.zeros(at.shape, tl.float32)
     acc = tl.zeros([at.shape[0], BLOCK_P], tl.float32)
     for s in tl.range(0, SPLITS, loop_unroll_factor=UNROLL):
-        there = live & (_turn(s, lo, SPLITS) < blocks)
+        there = live & (_blocks_ahead(s, lo, SPLITS) < blocks)
         from_s = s * stride + at
         top = tl.load(maxima + from_s, mask=there, other=float("-inf"), cache_modifier=".cg")
         part = tl.load(sums + from_s, mask=there, other=0.0, cache_modifier=".cg")
@@ -142,8 +142,8 @@ def _combine(
 
 
 @triton.jit
-def _turn(split, lo, SPLITS: tl.constexpr):
-    """How many blocks after block `lo` the first one of `split` comes."""
+def _blocks_ahead(split, lo, SPLITS: tl.constexpr):
+    """Blocks between block `lo` and the first one of `split` from there on."""
     return (split + SPLITS - lo % SPLITS) % SPLITS
 
 
@@ -169,8 +169,8 @@ def _decode_attention(
     if WINDOW > 0:
         lo = tl.maximum(begin - WINDOW + 1, 0) // BLOCK_K
     blocks = tl.where(n_new > 0, tl.cdiv(end, BLOCK_K) - lo, 0)
-    turn = _turn(split, lo, SPLITS)
-    if turn < blocks:
+    ahead = _blocks_ahead(split, lo, SPLITS)
+    if ahead < blocks:
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         token = row // G  # [R]
         live = (token < n_new) & (begin + token >= 0)
@@ -184,7 +184,7 @@ def _decode_attention(
         )  # [R, P]
         cache = (b * HK + head).to(tl.int64) * S * P
         highest, total, acc = _attend(
-            query, keys + cache, values + cache, begin + token, lo + turn, lo + blocks,
+            query, keys + cache, values + cache, begin + token, lo + ahead, lo + blocks,
             begin, end, P, LOG2_SCALE, WINDOW, SINKS, RING, SPLITS, BLOCK_R, BLOCK_K, BLOCK_P,
         )  # fmt: skip
         if SPLITS == 1:
@@ -229,7 +229,7 @@ def decode_attention(
     block_k: int = 64,
     pdl: bool = False,
 ) -> None:
-    """`window.attention.decode_attention`, each KV head's cache cut over `splits` programs.
+    """`kernels.decode.reference.decode_attention`, each KV head's cache cut over `splits` programs.
 
     partial fp32 and counter int32 (zero) as `partial_shape` and `counter_shape` say; with one
     split neither is used. `splits` and `block_k` change the rounding, T and the grouping do not.

@@ -46,14 +46,14 @@ def probability(logit, temperature, threshold, log_mass):
 
 
 @triton.jit
-def _weights(places, V, temperature, p, q, banned, SUBTRACT: tl.constexpr):
-    """Float64 weights of the tokens at places [BLOCK], zero beyond the vocabulary."""
-    logit = tl.load(p[0] + places, mask=places < V, other=float("-inf"))
+def _weights(tokens, V, temperature, p, q, banned, SUBTRACT: tl.constexpr):
+    """Float64 weights of tokens [BLOCK], zero beyond the vocabulary."""
+    logit = tl.load(p[0] + tokens, mask=tokens < V, other=float("-inf"))
     weight = probability(logit, temperature, p[1], p[2])
     if SUBTRACT:
-        logit = tl.load(q[0] + places, mask=(places < V) & q[3], other=float("-inf"))
+        logit = tl.load(q[0] + tokens, mask=(tokens < V) & q[3], other=float("-inf"))
         weight = tl.maximum(weight - probability(logit, temperature, q[1], q[2]), 0.0)
-    return tl.where(places == banned, 0.0, weight).to(tl.float64)
+    return tl.where(tokens == banned, 0.0, weight).to(tl.float64)
 
 
 @triton.jit
@@ -64,8 +64,8 @@ def block_masses(
     """The weight of each block of the vocabulary, float64 [BLOCKS]."""
     masses = tl.zeros([BLOCKS], tl.float64)
     for index in range(0, tl.cdiv(V, BLOCK)):
-        places = index * BLOCK + tl.arange(0, BLOCK)
-        weights = _weights(places, V, temperature, p, q, banned, SUBTRACT)
+        tokens = index * BLOCK + tl.arange(0, BLOCK)
+        weights = _weights(tokens, V, temperature, p, q, banned, SUBTRACT)
         masses = tl.where(tl.arange(0, BLOCKS) == index, tl.sum(weights, 0), masses)
     return masses
 
@@ -76,10 +76,10 @@ def _first_past(before, weights, goal, SIZE: tl.constexpr):
 
     Rounding may leave the whole sum below the goal, which then means the last positive weight.
     """
-    place = tl.arange(0, SIZE)
+    lane = tl.arange(0, SIZE)
     past = (before + tl.cumsum(weights, 0) > goal) & (weights > 0)
-    first = tl.min(tl.where(past, place, SIZE), 0)
-    last = tl.max(tl.where(weights > 0, place, 0), 0)
+    first = tl.min(tl.where(past, lane, SIZE), 0)
+    last = tl.max(tl.where(weights > 0, lane, 0), 0)
     return tl.where(first < SIZE, first, last)
 
 
@@ -88,12 +88,12 @@ def choose(
     number, masses, V, temperature, p, q, banned,
     SUBTRACT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The token at the share `number` of all weight: first its block, then its place inside."""
+    """The token at the share `number` of all weight: first its block, then its index inside."""
     goal = number * tl.sum(masses, 0)
     block = _first_past(0.0, masses, goal, BLOCKS)
     before = tl.sum(tl.where(tl.arange(0, BLOCKS) < block, masses, 0.0), 0)
-    places = block * BLOCK + tl.arange(0, BLOCK)
-    weights = _weights(places, V, temperature, p, q, banned, SUBTRACT)
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    weights = _weights(tokens, V, temperature, p, q, banned, SUBTRACT)
     return block * BLOCK + _first_past(before, weights, goal, BLOCK)
 
 

@@ -45,11 +45,11 @@ def _add_tap(x, w, total):
 @triton.jit
 def _behind(ring, width, b, at, ch, ok, back: tl.constexpr, SLOTS: tl.constexpr):
     """Raw rows [BM, BN] `back` positions before `at`; zeros before position 0."""
-    place = at - back
-    rows = (b * SLOTS + (place + SLOTS) % SLOTS).to(tl.int64) * width
+    earlier = at - back
+    rows = (b * SLOTS + (earlier + SLOTS) % SLOTS).to(tl.int64) * width
     return tl.load(
         ring + rows[:, None] + ch[None, :],
-        mask=ok & (place >= 0)[:, None],
+        mask=ok & (earlier >= 0)[:, None],
         other=0.0,
         cache_modifier=".cg",
     ).to(tl.float32)
@@ -95,8 +95,8 @@ def _project_kernel(
     slots = (b * SLOTS + at % SLOTS).to(tl.int64) * width
     tl.store(ring + slots[:, None] + ch[None, :], y, mask=ringed)
     rest = tl.where(cols >= ring_hi, cols - width, cols)
-    places = rows[:, None].to(tl.int64) * (N - width) + rest[None, :]
-    tl.store(plain + places, y, mask=ok & (inside[None, :] == 0))
+    elements = rows[:, None].to(tl.int64) * (N - width) + rest[None, :]
+    tl.store(plain + elements, y, mask=ok & (inside[None, :] == 0))
     if CONV:
         if not SINGLE:
             tl.debug_barrier()
@@ -125,9 +125,9 @@ def _residual_kernel(
     if PDL:
         gdc_wait()
     ok = (rows < M)[:, None] & col_ok[None, :]
-    places = rows[:, None].to(tl.int64) * N + cols[None, :]
+    elements = rows[:, None].to(tl.int64) * N + cols[None, :]
     kind = hidden.dtype.element_ty
-    before = tl.load(hidden + places, mask=ok, other=0.0).to(tl.float32)
+    before = tl.load(hidden + elements, mask=ok, other=0.0).to(tl.float32)
     y = _normed_product(
         x, K, x, 0, 0.0, w, first, bias, rows, M, cols, col_ok,
         K, 0, BIAS, BM, BN, DEPTH, SLICES,
@@ -135,8 +135,8 @@ def _residual_kernel(
     # rounded where a separate layer would round
     stream = rounded(before + rounded(y, kind).to(tl.float32), kind)
     wide = tl.where(ok, stream.to(tl.float32), 0.0)
-    tl.store(hidden + places, stream, mask=ok)
-    tl.store(scaled + places, rounded(wide * weight[None, :], kind), mask=ok)
+    tl.store(hidden + elements, stream, mask=ok)
+    tl.store(scaled + elements, rounded(wide * weight[None, :], kind), mask=ok)
     part = squares + rows * tl.num_programs(0) + tl.program_id(0)
     tl.store(part, tl.sum(wide * wide, axis=1), mask=rows < M)
 
@@ -163,8 +163,8 @@ def _swiglu_kernel(
     gate, up = rounded(gate, kind).to(tl.float32), rounded(up, kind).to(tl.float32)
     opened = rounded(gate * tl.sigmoid(gate), kind).to(tl.float32)
     half = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
-    places = rows[:, None].to(tl.int64) * N + half[None, :]
-    tl.store(out + places, rounded(opened * up, kind),
+    elements = rows[:, None].to(tl.int64) * N + half[None, :]
+    tl.store(out + elements, rounded(opened * up, kind),
              mask=(rows < M)[:, None] & (half < N)[None, :])  # fmt: skip
 
 
@@ -189,9 +189,9 @@ def _qkv_kernel(
     ok = (rows < M) & (at >= 0) & (t < tl.load(count + b, mask=rows < M, other=0) * scale)
     j = corner + tl.arange(0, BN // 2)
     angle = at[:, None] * (P // 2) + j[None, :]
-    turned = (head < H + HK) & ok[:, None]
-    c = tl.load(cos + angle, mask=turned, other=1.0)
-    s = tl.load(sin + angle, mask=turned, other=0.0)
+    rotated = (head < H + HK) & ok[:, None]
+    c = tl.load(cos + angle, mask=rotated, other=1.0)
+    s = tl.load(sin + angle, mask=rotated, other=0.0)
     if PDL:
         gdc_wait()
     y = _normed_product(
@@ -208,9 +208,9 @@ def _qkv_kernel(
         base = keys + ((b * HK + head - H).to(tl.int64) * slots + slot) * P
     else:
         base = values + ((b * HK + head - H - HK).to(tl.int64) * slots + slot) * P
-    places = base[:, None] + j[None, :]
-    tl.store(places, rounded(low, kind), mask=ok[:, None])
-    tl.store(places + P // 2, rounded(high, kind), mask=ok[:, None])
+    pointers = base[:, None] + j[None, :]
+    tl.store(pointers, rounded(low, kind), mask=ok[:, None])
+    tl.store(pointers + P // 2, rounded(high, kind), mask=ok[:, None])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -230,15 +230,15 @@ def _head_kernel(
     )  # fmt: skip
     y = tl.where((cols < N)[None, :], y, float("-inf"))
     if LOGITS:
-        places = rows[:, None].to(tl.int64) * V + cols[None, :]
-        tl.store(logits + places, y, mask=(rows < M)[:, None] & (cols < V)[None, :])
+        elements = rows[:, None].to(tl.int64) * V + cols[None, :]
+        tl.store(logits + elements, y, mask=(rows < M)[:, None] & (cols < V)[None, :])
     else:
         top = tl.max(y, axis=1)
         # the lowest of equal tokens
         which = tl.min(tl.where(y == top[:, None], cols[None, :], 2147483647), axis=1)
-        place = rows * tl.num_programs(0) + tl.program_id(0)
-        tl.store(best + place, top, mask=rows < M)
-        tl.store(best_index + place, which, mask=rows < M)
+        element = rows * tl.num_programs(0) + tl.program_id(0)
+        tl.store(best + element, top, mask=rows < M)
+        tl.store(best_index + element, which, mask=rows < M)
 
 
 def _sizes(tiles: Tiles, pdl: bool) -> dict:
@@ -340,9 +340,9 @@ def _embed_kernel(
         stream = tl.load(table + token * N + cols, mask=ok, other=0.0)
         value = stream.to(tl.float32)
         weight = tl.load(gain + cols, mask=ok, other=0.0).to(tl.float32)
-        place = m.to(tl.int64) * N + cols
-        tl.store(hidden + place, stream, mask=ok)
-        tl.store(scaled + place, rounded(value * weight, stream.dtype), mask=ok)
+        element = m.to(tl.int64) * N + cols
+        tl.store(hidden + element, stream, mask=ok)
+        tl.store(scaled + element, rounded(value * weight, stream.dtype), mask=ok)
         total += tl.sum(value * value)
     tiles = tl.arange(0, triton.next_power_of_2(TILES))
     tl.store(squares + m * TILES + tiles, tl.where(tiles == 0, total, 0.0), mask=tiles < TILES)

@@ -145,16 +145,16 @@ def _stream_kernel(
     for at in range(0, N, BLOCK):
         cols = at + tl.arange(0, BLOCK)
         ok = cols < N
-        place = m.to(tl.int64) * N + cols
-        value = tl.load(y + place, mask=ok, other=0.0).to(tl.float32)
+        element = m.to(tl.int64) * N + cols
+        value = tl.load(y + element, mask=ok, other=0.0).to(tl.float32)
         if BIAS:
             value += tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
             value = rounded(value, kind).to(tl.float32)
-        stream = rounded(tl.load(hidden + place, mask=ok, other=0.0).to(tl.float32) + value, kind)
+        stream = rounded(tl.load(hidden + element, mask=ok, other=0.0).to(tl.float32) + value, kind)
         value = stream.to(tl.float32)
         weight = tl.load(gain + cols, mask=ok, other=0.0).to(tl.float32)
-        tl.store(hidden + place, stream, mask=ok)
-        tl.store(scaled + place, rounded(value * weight, kind), mask=ok)
+        tl.store(hidden + element, stream, mask=ok)
+        tl.store(scaled + element, rounded(value * weight, kind), mask=ok)
         total += tl.sum(value * value)
     tiles = tl.arange(0, triton.next_power_of_2(TILES))
     tl.store(squares + m * s_stride + tiles, tl.where(tiles == 0, total, 0.0), mask=tiles < TILES)

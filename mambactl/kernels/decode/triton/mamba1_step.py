@@ -1,4 +1,4 @@
-"""Mamba-1 in a decode pass: x_proj of the convolved window, then dt_proj, replay, scan and gate.
+"""Mamba-1 in a decode pass: x_proj of the convolved segment, then dt_proj, replay, scan and gate.
 
 See `kernels.decode.reference.recurrent`. The scan takes sixteen positions at a time, because the
 step sizes of that many come out of one small matrix product, and walks through them one by one.
@@ -113,8 +113,8 @@ def _mamba1_kernel(
         return
     ring += b.to(tl.int64) * SLOTS * ring_width
     low += b.to(tl.int64) * SLOTS * low_width
-    place = state + (b * CH + d[:, None]).to(tl.int64) * N + n[None, :]
-    S = tl.load(place, mask=inside, other=0.0)  # [D, N]
+    pointer = state + (b * CH + d[:, None]).to(tl.int64) * N + n[None, :]
+    S = tl.load(pointer, mask=inside, other=0.0)  # [D, N]
     # the next token's x is always on its way: convolved already, or its raw row
     if NATIVE:
         mixed += b.to(tl.int64) * SLOTS * CH
@@ -144,7 +144,7 @@ def _mamba1_kernel(
             coming = d_ok & (at + 1 >= begin) & (at + 1 < end)
             gate_next = tl.load(z + (at + 1 - begin) * CH, mask=coming, other=0.0)
             if (at == store_at) & (store_at != first):
-                tl.store(place, S, mask=inside)
+                tl.store(pointer, S, mask=inside)
             dt = _row_of(steps, at - tile)
             if NATIVE:
                 key = _row_of(keys, at - tile)[None, :]
@@ -162,7 +162,7 @@ def _mamba1_kernel(
                 tl.store(out + row, rounded(y, out.dtype.element_ty), mask=d_ok)
             x3, gate = x4, gate_next
     if store_at == end:
-        tl.store(place, S, mask=inside)
+        tl.store(pointer, S, mask=inside)
 
 
 def mamba1_low(
@@ -181,13 +181,13 @@ def mamba1_low(
     )  # fmt: skip
 
 
-def mamba1_window(
+def mamba1_segment(
     ring: Tensor, mixed: Tensor | None, low: Tensor | None, z: Tensor, state: Tensor,
     conv_weight: Tensor, conv_bias: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
     D: Tensor, out: Tensor, start: Tensor, count: Tensor, base: Tensor, base_next: Tensor,
     scale: int, *, T: int, offset: int, piece: int, repeat: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.recurrent.mamba1_window`."""
+    """See `kernels.decode.reference.recurrent.mamba1_segment`."""
     batch, channels, size = state.shape
     rank, n_x = dt_weight.shape[1], channels // repeat
     if low is None:

@@ -5,7 +5,7 @@ The token-by-token work of `kernels.decode.triton.mamba2_step` in the closed for
     y_t = exp(c_t) C_t S + sum_{s <= t} (exp(c_t - c_s) dt_s (C_t . B_s) + [s = t] d) x_s.
 The state is read once and written only where it is to be stored. fp32 operands enter a product as
 the sum of two bf16 numbers, so a product is off by 2^-17 of its operand; how tokens are cut into
-windows changes such roundings, which the token by token kernel rules out.
+segments changes such roundings, which the token by token kernel rules out.
 """
 
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 from mambactl.kernels.decode.triton.mamba2_step import grouped_norm, silu, softplus
 from mambactl.kernels.launch import dot, gdc_launch_dependents, gdc_wait, launch_options, rounded
 
-# rows of the narrowest tensor core product, and so the longest window
+# rows of the narrowest tensor core product, and so the longest segment
 MOST_TOKENS = 16
 # columns of a head's state [N, P] that a program reads, rows it reads at a time and how far ahead
 HEAD_BLOCK, STATE_BLOCK, STAGES = 128, 32, 3
@@ -42,8 +42,8 @@ def _dot_right(a, b, acc):
 @triton.jit
 def _rows(ring, at, width, cols, ok, SLOTS: tl.constexpr):
     """Columns [rows, cols] of a ring at positions `at`."""
-    place = (at + SLOTS) % SLOTS * width
-    return tl.load(ring + place[:, None] + cols[None, :], mask=ok, other=0.0)
+    element = (at + SLOTS) % SLOTS * width
+    return tl.load(ring + element[:, None] + cols[None, :], mask=ok, other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "offset", "scale"])
@@ -77,7 +77,7 @@ def _closed_kernel(
     queries = mixed + XH * P + BG * N + h // (H // CG) * N
     j, r = tl.arange(0, LEN), tl.arange(0, ROWS)
     real = (first + j < begin + n_new) & (first + j >= 0)
-    back = begin - first + r  # place of each row among the tokens since the stored state
+    back = begin - first + r  # index of each row among the tokens since the stored state
     row_ok = (r < n_new) & (back >= 0)
     dt = tl.load(ring + (first + j + SLOTS) % SLOTS * width + CC + h, mask=real, other=0.0)
     value = _rows(mixed, first + j, CC, h // (H // XH) * P + p,
@@ -128,10 +128,10 @@ def _closed_kernel(
             n_ok = k + n < N
             key = _rows(keys, first + j, CC, k + n, real[:, None] & n_ok[None, :], SLOTS)
             inside = n_ok[:, None] & p_ok[None, :]
-            place = state + (k + n)[:, None] * P + p[None, :]
-            S = tl.load(place, mask=inside, other=0.0) * tl.exp(total.to(tl.float32))
+            pointer = state + (k + n)[:, None] * P + p[None, :]
+            S = tl.load(pointer, mask=inside, other=0.0) * tl.exp(total.to(tl.float32))
             S = _dot_left(tl.trans(key.to(tl.float32) * share[:, None]), value, S)
-            tl.store(place, S, mask=inside)
+            tl.store(pointer, S, mask=inside)
 
 
 def mamba2_closed(
@@ -140,7 +140,7 @@ def mamba2_closed(
     base_next: Tensor, scale: int, *, T: int, offset: int, x_heads: int, b_groups: int,
     c_groups: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.recurrent.mamba2_window`: bf16, at most MOST_TOKENS tokens."""
+    """See `kernels.decode.reference.recurrent.mamba2_segment`: bf16, at most MOST_TOKENS tokens."""
     batch, heads, size, width = state.shape
     block = max(16, min(HEAD_BLOCK, triton.next_power_of_2(width)))
     inside = gain is not None and width <= block

@@ -1,7 +1,7 @@
 """Mamba-2 in a decode pass: replay, new tokens, skip, gate and norm.
 
 A program owns part of one head of one sequence and keeps its state [N, P] in registers while it
-walks from the stored state to the window's last token; see `kernels.decode.reference.recurrent`.
+walks from the stored state to the segment's last token; see `kernels.decode.reference.recurrent`.
 """
 
 import triton
@@ -74,9 +74,9 @@ def _mamba2_kernel(
         return
     ring += b.to(tl.int64) * SLOTS * width
     mixed += b.to(tl.int64) * SLOTS * CC
-    place = state + ((b * H + h).to(tl.int64) * N + n[:, None]) * P + p[None, :]
+    pointer = state + ((b * H + h).to(tl.int64) * N + n[:, None]) * P + p[None, :]
     inside = n_ok[:, None] & p_ok[None, :]
-    S = tl.load(place, mask=inside, other=0.0)  # [N, P]
+    S = tl.load(pointer, mask=inside, other=0.0)  # [N, P]
     z += (b * T * H + h).to(tl.int64) * P + p
     # the next token's rows are always on their way
     x = raw_row(mixed, first, CC, x_col, p_ok, SLOTS)  # [P]
@@ -92,7 +92,7 @@ def _mamba2_kernel(
         step_next = raw_row(ring, at + 1, width, CC + h, more, SLOTS)
         gate_next = tl.load(z + (at + 1 - begin) * H * P, mask=p_ok & read, other=0.0)
         if (at == store_at) & (store_at != first):
-            tl.store(place, S, mask=inside)
+            tl.store(pointer, S, mask=inside)
         dt = softplus(step + shift)
         S = tl.fma(S, tl.exp(dt * decay), key[:, None] * (dt * x)[None, :])
         if at >= begin:
@@ -105,16 +105,16 @@ def _mamba2_kernel(
             tl.store(out + row, rounded(y, out.dtype.element_ty), mask=p_ok)
         x, key, query, step, gate = x_next, key_next, query_next, step_next, gate_next
     if store_at == end:
-        tl.store(place, S, mask=inside)
+        tl.store(pointer, S, mask=inside)
 
 
-def mamba2_window(
+def mamba2_segment(
     ring: Tensor, mixed: Tensor, z: Tensor, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     gain: Tensor | None, eps: float, out: Tensor, start: Tensor, count: Tensor, base: Tensor,
     base_next: Tensor, scale: int, *, T: int, offset: int, x_heads: int, b_groups: int,
     c_groups: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.recurrent.mamba2_window`.
+    """See `kernels.decode.reference.recurrent.mamba2_segment`.
 
     Heads wider than a program are normed by a kernel of their own.
     """
@@ -139,11 +139,11 @@ def _grouped_norm_kernel(y, gain, eps, D, width, BLOCK: tl.constexpr, PDL: tl.co
         gdc_wait()
     at = tl.arange(0, BLOCK)
     ok = at < width
-    place = y + m.to(tl.int64) * D + group * width + at
-    value = tl.load(place, mask=ok, other=0.0).to(tl.float32)
+    pointer = y + m.to(tl.int64) * D + group * width + at
+    value = tl.load(pointer, mask=ok, other=0.0).to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value) / width + eps)
     weight = tl.load(gain + group * width + at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(place, rounded(value * weight, y.dtype.element_ty), mask=ok)
+    tl.store(pointer, rounded(value * weight, y.dtype.element_ty), mask=ok)
 
 
 def grouped_norm(y: Tensor, gain: Tensor, eps: float, groups: int, *, pdl: bool) -> None:

@@ -12,7 +12,7 @@ BLOCK = 1024
 @triton.jit
 def _ngram_kernel(
     history, lengths, drafts, n_drafted, S, draft_stride, WIDTH,
-    PDL: tl.constexpr, LONGEST: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr, LONGEST: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -20,7 +20,7 @@ def _ngram_kernel(
     b = tl.program_id(0).to(tl.int64)
     text = history + b * S
     length = tl.load(lengths + b)
-    # a longer match beats a later one: score = (tokens that match) * S + (place of the follower)
+    # a longer match beats a later one: score = (tokens that match) * S + (index of the follower)
     best = tl.zeros([BLOCK], tl.int64)
     for start in range(1, length, BLOCK):
         follower = start + tl.arange(0, BLOCK)
@@ -36,9 +36,9 @@ def _ngram_kernel(
     # the last token of a full row is at S - 1, so no follower reaches S
     follower = score % S
     count = tl.where(score > 0, tl.minimum(length - follower, WIDTH), 0)
-    place = tl.arange(0, PLACES)
-    copied = tl.load(text + follower + place, mask=place < count, other=0)
-    tl.store(drafts + b * draft_stride + place, copied, mask=place < WIDTH)
+    lane = tl.arange(0, LANES)
+    copied = tl.load(text + follower + lane, mask=lane < count, other=0)
+    tl.store(drafts + b * draft_stride + lane, copied, mask=lane < WIDTH)
     tl.store(n_drafted + b, count)
 
 
@@ -63,7 +63,7 @@ def draft_ngram(
         width,
         PDL=pdl,
         LONGEST=longest,
-        PLACES=triton.next_power_of_2(width),
+        LANES=triton.next_power_of_2(width),
         BLOCK=BLOCK,
         **launch_options(pdl, num_warps=8),
     )

@@ -125,20 +125,20 @@ class TritonOps:
         """Decode attention."""
         decode_attention.decode_attention(*args, **keywords, pdl=self.pdl)
 
-    def turn(self, *args: Any, **keywords: Any) -> None:
+    def rotate(self, *args: Any, **keywords: Any) -> None:
         """Rotation of B and C."""
-        rotate.turn(*args, **keywords, pdl=self.pdl)
+        rotate.rotate(*args, **keywords, pdl=self.pdl)
 
     def mamba2(self, ring: Tensor, *args: Any, T: int, **keywords: Any) -> None:
-        """Mamba-2 window."""
+        """Mamba-2 of a segment."""
         closed = (
             not self.exact
             and len(ring) >= CLOSED_FORM_FROM
             and ring.dtype == torch.bfloat16
             and T <= mamba2_closed.MOST_TOKENS
         )
-        window = mamba2_closed.mamba2_closed if closed else mamba2_step.mamba2_window
-        window(ring, *args, T=T, **keywords, pdl=self.pdl)
+        segment = mamba2_closed.mamba2_closed if closed else mamba2_step.mamba2_segment
+        segment(ring, *args, T=T, **keywords, pdl=self.pdl)
 
     def grouped_norm(self, *args: Any) -> None:
         """RMSNorm within groups, in place."""
@@ -150,8 +150,8 @@ class TritonOps:
         module.mamba1_low(mixed, *args, T=T, **keywords, pdl=self.pdl)
 
     def mamba1(self, *args: Any, **keywords: Any) -> None:
-        """Mamba-1 window."""
-        mamba1_step.mamba1_window(*args, **keywords, pdl=self.pdl)
+        """Mamba-1 of a segment."""
+        mamba1_step.mamba1_segment(*args, **keywords, pdl=self.pdl)
 
     def draft_ngram(self, *args: Any) -> None:
         """See `kernels.decode.reference.ngram.draft_ngram`."""

@@ -1,4 +1,4 @@
-"""Positions for the states of a decode pass: B and C turn in the ring they were convolved into."""
+"""Rotation of states in a decode pass: B and C, in the ring that they were convolved into."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_opti
 
 
 @triton.jit(do_not_specialize=["T", "offset", "scale"])
-def _turn_kernel(
+def _rotate_kernel(
     mixed, cos, sin, start, count, width, T, offset, scale, GROUPS: tl.constexpr,
     HALF: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -26,25 +26,25 @@ def _turn_kernel(
     c = tl.load(cos + at * HALF + j, mask=ok, other=1.0)
     s = tl.load(sin + at * HALF + j, mask=ok, other=0.0)
     slot = (b * SLOTS + (at + SLOTS) % SLOTS).to(tl.int64)
-    place = mixed + (slot + 1) * width - GROUPS * 2 * HALF + group * 2 * HALF + j
+    pointer = mixed + (slot + 1) * width - GROUPS * 2 * HALF + group * 2 * HALF + j
     if PDL:
         gdc_wait()
     # L1 may hold what an earlier step left there
-    low = tl.load(place, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)
-    high = tl.load(place + HALF, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)
+    low = tl.load(pointer, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)
+    high = tl.load(pointer + HALF, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)
     kind = mixed.dtype.element_ty
-    tl.store(place, rounded(low * c - high * s, kind), mask=ok)
-    tl.store(place + HALF, rounded(high * c + low * s, kind), mask=ok)
+    tl.store(pointer, rounded(low * c - high * s, kind), mask=ok)
+    tl.store(pointer + HALF, rounded(high * c + low * s, kind), mask=ok)
 
 
-def turn(
+def rotate(
     mixed: Tensor, cos: Tensor, sin: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
     offset: int, groups: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.recurrent.turn`."""
+    """See `kernels.decode.reference.recurrent.rotate`."""
     batch, slots, width = mixed.shape
     half = cos.shape[1]
-    _turn_kernel[(batch * T,)](
+    _rotate_kernel[(batch * T,)](
         mixed, cos, sin, start, count, width, T, offset, scale, GROUPS=groups, HALF=half,
         SLOTS=slots, BLOCK=triton.next_power_of_2(groups * half), PDL=pdl,
         **launch_options(pdl, num_warps=4),

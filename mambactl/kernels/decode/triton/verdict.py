@@ -33,33 +33,33 @@ def _length(lengths, b, K, HAS_LENGTHS: tl.constexpr):
 
 
 @triton.jit
-def _leading(passes, place, length, PLACES: tl.constexpr):
-    """Count the true values before the first false one; passes [PLACES] is false from length on."""
-    return tl.minimum(tl.min(tl.where(passes, PLACES, place), 0), length)
+def _leading(passes, lane, length, LANES: tl.constexpr):
+    """Count the true values before the first false one; passes [LANES] is false from length on."""
+    return tl.minimum(tl.min(tl.where(passes, LANES, lane), 0), length)
 
 
 @triton.jit
 def _greedy_kernel(
     best, drafts, lengths, accepted, following, K, draft_stride,
-    PDL: tl.constexpr, HAS_LENGTHS: tl.constexpr, PLACES: tl.constexpr,
+    PDL: tl.constexpr, HAS_LENGTHS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     b = tl.program_id(0)
     length = _length(lengths, b, K, HAS_LENGTHS)
-    place = tl.arange(0, PLACES)
-    drafted = place < length
-    target = tl.load(best + b * (K + 1) + place, mask=drafted, other=-1)
-    token = tl.load(drafts + b * draft_stride + place, mask=drafted, other=-1)
-    count = _leading(drafted & (token == target), place, length, PLACES)
+    lane = tl.arange(0, LANES)
+    drafted = lane < length
+    target = tl.load(best + b * (K + 1) + lane, mask=drafted, other=-1)
+    token = tl.load(drafts + b * draft_stride + lane, mask=drafted, other=-1)
+    count = _leading(drafted & (token == target), lane, length, LANES)
     tl.store(accepted + b, count)
     tl.store(following + b, tl.load(best + b * (K + 1) + count))
 
 
 @triton.jit
 def _at(logits, thresholds, log_masses, rows, V, token, temperature, mask):
-    """The probability of one token [PLACES] in each of several filtered rows [PLACES]."""
+    """The probability of one token [LANES] in each of several filtered rows [LANES]."""
     return probability(
         tl.load(logits + rows * V + token, mask=mask, other=0.0),
         temperature,
@@ -72,7 +72,7 @@ def _at(logits, thresholds, log_masses, rows, V, token, temperature, mask):
 def _sampled_kernel(
     logits, settings, thresholds, log_masses, draft_logits, draft_thresholds, draft_log_masses,
     drafts, lengths, keys, positions, seed, accepted, following, B, K, draft_stride, V,
-    PDL: tl.constexpr, HAS_LENGTHS: tl.constexpr, DRAFTED: tl.constexpr, PLACES: tl.constexpr,
+    PDL: tl.constexpr, HAS_LENGTHS: tl.constexpr, DRAFTED: tl.constexpr, LANES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -82,20 +82,20 @@ def _sampled_kernel(
     temperature, root = tl.load(settings), tl.load(seed)
     key, position = tl.load(keys + b), tl.load(positions + b)
     length = _length(lengths, b, K, HAS_LENGTHS)
-    place = tl.arange(0, PLACES)
-    drafted = place < length
-    token = tl.load(drafts + b * draft_stride + place, mask=drafted, other=0)
-    rows = b * (K + 1) + place
+    lane = tl.arange(0, LANES)
+    drafted = lane < length
+    token = tl.load(drafts + b * draft_stride + lane, mask=drafted, other=0)
+    rows = b * (K + 1) + lane
     target = _at(logits, thresholds, log_masses, rows, V, token, temperature, drafted)
-    number = uniform(root, key, position + place, ACCEPT)
+    number = uniform(root, key, position + lane, ACCEPT)
     if DRAFTED:
-        rows = place.to(tl.int64) * B + b
+        rows = lane.to(tl.int64) * B + b
         number *= _at(
             draft_logits, draft_thresholds, draft_log_masses, rows, V, token, temperature, drafted
         ).to(tl.float64)
     # strict, so that a token of target probability zero never passes, not even with number = 0
     passes = drafted & (number < target.to(tl.float64))
-    count = _leading(passes, place, length, PLACES)
+    count = _leading(passes, lane, length, LANES)
     rejected = count < length
 
     row = b * (K + 1) + count
@@ -111,7 +111,7 @@ def _sampled_kernel(
             rejected,
         )
     else:
-        banned = tl.max(tl.where(rejected & (place == count), token, -1), 0)
+        banned = tl.max(tl.where(rejected & (lane == count), token, -1), 0)
     masses = block_masses(V, temperature, p, q, banned, DRAFTED, BLOCK, BLOCKS)
     usable = rejected & (tl.sum(masses, 0) > 0)
     if DRAFTED:
@@ -147,7 +147,7 @@ def verdict_greedy(
         drafts.stride(0),
         PDL=pdl,
         HAS_LENGTHS=lengths is not None,
-        PLACES=triton.next_power_of_2(max(width, 1)),
+        LANES=triton.next_power_of_2(max(width, 1)),
         **launch_options(pdl, num_warps=1),
     )
 
@@ -195,7 +195,7 @@ def verdict_sampled(
         PDL=pdl,
         HAS_LENGTHS=lengths is not None,
         DRAFTED=draft_logits is not None,
-        PLACES=triton.next_power_of_2(max(width, 1)),
+        LANES=triton.next_power_of_2(max(width, 1)),
         **block_sizes(size),
         **launch_options(pdl, num_warps=WARPS),
     )
@@ -217,7 +217,7 @@ def _next_store(begin, base, span, limit):
 
 @triton.jit
 def _commit_kernel(
-    control, feed, history, accepted, following, drafted, eos, mailbox, n_eos, k, B, feed_stride,
+    progress, feed, history, accepted, following, drafted, eos, mailbox, n_eos, k, B, feed_stride,
     history_stride, depth, letter_size, span, limit, draft_limit, COUNTED: tl.constexpr,
     WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -225,7 +225,7 @@ def _commit_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    field = control + b
+    field = progress + b
     step = tl.load(field + STEP * B)
     letter = mailbox + (step % depth * B + b) * letter_size
     tl.store(field + STEP * B, step + 1)
@@ -257,8 +257,8 @@ def _commit_kernel(
     tl.store(letter + EMITTED, emitted)
     tl.store(letter + FINISH, finish)
     tl.store(letter + LETTERS + i, new, mask=i <= n)
-    place = held + 1 + i
-    tl.store(history + b * history_stride + place, new, mask=(i <= n) & (place < history_stride))
+    index = held + 1 + i
+    tl.store(history + b * history_stride + index, new, mask=(i <= n) & (index < history_stride))
     tl.store(row, newest)
     tl.store(row + 1, last)
     length = held + n + 1
@@ -274,14 +274,14 @@ def _commit_kernel(
 
 
 def commit(
-    control: Tensor, feed: Tensor, history: Tensor, accepted: Tensor, following: Tensor,
+    progress: Tensor, feed: Tensor, history: Tensor, accepted: Tensor, following: Tensor,
     drafted: Tensor | None, eos: Tensor, mailbox: Tensor, k: int, *, span: int, limit: int,
     draft_limit: int, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.verdict.commit`."""
     depth, batch, letter_size = mailbox.shape
     _commit_kernel[(batch,)](
-        control, feed, history, accepted, following, accepted if drafted is None else drafted,
+        progress, feed, history, accepted, following, accepted if drafted is None else drafted,
         eos, mailbox, len(eos), k, batch, feed.stride(0), history.stride(0), depth, letter_size,
         span, limit, draft_limit, COUNTED=drafted is not None,
         WIDE=triton.next_power_of_2(feed.shape[1]), PDL=pdl, **launch_options(pdl, num_warps=1),
