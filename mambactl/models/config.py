@@ -42,6 +42,8 @@ class HybridConfig(LlamaConfig):
     mamba2: Section = None
     mamba1: Section = None
     mamba2_window: Section = None
+    # of all four projections, or the letters of those that have one: q, k, v, o
+    attention_bias: bool | list[str] = False
     sliding_window: int | None = None
     has_mlp: bool = True
 
@@ -65,6 +67,8 @@ class HybridConfig(LlamaConfig):
                 raise ValueError(f"unknown mixer {name!r}; known: {', '.join(MIXERS)}")
             for section in MIXERS[name].sections:
                 self._check_section(name, section)
+        if not isinstance(self.attention_bias, bool) and set(self.attention_bias) - set("qkvo"):
+            raise ValueError(f"attention_bias {self.attention_bias}: projections are q, k, v, o")
         for layer in self.layers:
             layer.spec.check(self, layer.settings)
 

@@ -33,13 +33,14 @@ class AttentionMixer(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        width, bias = config.hidden_size, config.attention_bias
+        width, biased = config.hidden_size, config.attention_bias
+        bias = {n: biased if isinstance(biased, bool) else n in biased for n in "qkvo"}
         inner = config.num_attention_heads * config.head_dim
         shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, inner, bias=bias)
-        self.k_proj = nn.Linear(width, shared, bias=bias)
-        self.v_proj = nn.Linear(width, shared, bias=bias)
-        self.o_proj = nn.Linear(inner, width, bias=bias)
+        self.q_proj = nn.Linear(width, inner, bias=bias["q"])
+        self.k_proj = nn.Linear(width, shared, bias=bias["k"])
+        self.v_proj = nn.Linear(width, shared, bias=bias["v"])
+        self.o_proj = nn.Linear(inner, width, bias=bias["o"])
 
     def forward(self, hidden: Tensor, context: StepContext, cache: AttentionCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
@@ -70,7 +71,8 @@ class AttentionMixer(nn.Module):
         """
         parts = self.q_proj, self.k_proj, self.v_proj
         # an adapter around a projection acts when it is called, not in its weight
-        if not whole or any(type(part) is not nn.Linear for part in parts):
+        plain = all(type(part) is nn.Linear for part in parts)
+        if not whole or not plain or len({part.bias is None for part in parts}) > 1:
             return tuple(part(hidden) for part in parts)
         weight = torch.cat([part.weight for part in parts])
         bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])

@@ -98,6 +98,10 @@ class MixerForm:
         """Whether the mixer starts as decayed linear attention."""
         return self.init == "calibrated"
 
+    def biased(self, config: LlamaConfig) -> bool:
+        """Whether its projections have biases: to calibrate them, or to take the attention's."""
+        return self.calibrated or bool(config.attention_bias)
+
 
 @dataclass(frozen=True)
 class AttentionWeights:
@@ -109,6 +113,20 @@ class AttentionWeights:
     o: Tensor
     norm: Tensor
     biases: dict[str, Tensor] | None = None
+
+    def linear(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of q, k, v or o as the linear map that a mixer can take over."""
+        return getattr(self, name), (self.biases or {}).get(name)
+
+    def heads(self, name: str, hidden: Tensor, width: int) -> Tensor:
+        """That map of hidden [B, T, D], by heads [B, T, heads, width]."""
+        return nn.functional.linear(hidden, *self.linear(name)).unflatten(-1, (-1, width))
+
+    def rms(self, name: str, width: int) -> Tensor:
+        """Expected rms of each of its heads [heads], for a normed input of unit variance."""
+        weight, _ = self.linear(name)
+        energy = (weight.float() * self.norm.float()).pow(2).sum(1)  # [rows]
+        return energy.view(-1, width).mean(1).sqrt().clamp(min=1e-6)
 
 
 @dataclass(frozen=True)
