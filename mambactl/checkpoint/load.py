@@ -49,6 +49,7 @@ FORMATS = {
     "llama": Format("LlamaForCausalLM", llama.adapt),
     "mistral": Format("MistralForCausalLM", llama.adapt),
     "qwen2": Format("Qwen2ForCausalLM", qwen.adapt_qwen2),
+    "qwen3": Format("Qwen3ForCausalLM", qwen.adapt_qwen3),
     "mamba": Format("MambaForCausalLM", mamba.adapt),
     "mamba2": Format("Mamba2ForCausalLM", mamba.adapt),
     mamba.STATE_SPACES: Format(None, mamba.adapt),

@@ -44,6 +44,8 @@ class HybridConfig(LlamaConfig):
     mamba2_window: Section = None
     # of all four projections, or the letters of those that have one: q, k, v, o
     attention_bias: bool | list[str] = False
+    # norms on the heads of queries and keys
+    qk_norm: bool = False
     sliding_window: int | None = None
     has_mlp: bool = True
 
@@ -53,6 +55,11 @@ class HybridConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         # the model keeps its own per-layer list; the library's must not contradict it
         self.layer_types = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; `qk_norm` only where it says something, for a version that has none."""
+        fields = super().to_dict()
+        return fields if self.qk_norm else {k: v for k, v in fields.items() if k != "qk_norm"}
 
     def validate_architecture(self) -> None:
         """Check mixers and settings against each other; raises ValueError."""

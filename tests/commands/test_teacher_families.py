@@ -15,6 +15,8 @@ from decode.engines import GREEDY, fused, plain, prompts_of
 from mambactl.checkpoint.load import load_model, open_checkpoint
 from mambactl.commands import convert, distill
 from mambactl.errors import ModelError
+from mambactl.models.mixers.attention import weights_of
+from mambactl.models.packed import NotSupported
 from mambactl.options import ConvertConfig, DistillConfig
 
 LENGTH = 37
@@ -34,7 +36,7 @@ VARIANTS = {
     "yarn": {"rope_parameters": YARN, "rms_norm_eps": 1e-2},
 }
 # name of the family in the library -> fields that tests of everything else set
-FAMILIES = {"Qwen2": {}}
+FAMILIES = {"Qwen2": {}, "Qwen3": {"head_dim": 12}}
 
 
 def build(family: str, folder: Path, **fields) -> transformers.PreTrainedModel:
@@ -88,6 +90,10 @@ def assert_decodes(path: str) -> None:
         with torch.no_grad():
             whole = model(torch.tensor([prompt + found]), use_cache=False).logits[0].argmax(-1)
         assert whole[len(prompt) - 1 : -1].tolist() == found
+    if any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()):
+        with pytest.raises(NotSupported, match="norms on queries and keys"):
+            fused(model)
+        return
     for draft, k in ((None, 0), ("ngram", 3)):
         assert fused(model, draft, k).generate(prompts, GREEDY).tokens == tokens
 
@@ -167,3 +173,33 @@ def test_biases_are_copied_where_there_are_any(tmp_path, tiny_tokenizer) -> None
             bias = student.get(f"model.layers.{index}.mamba.in_proj.bias")
             assert torch.equal(bias[48 : 48 + len(rows)], rows)
             assert not student.get(f"model.layers.{index}.mamba.out_proj.bias").any()
+
+
+def test_norms_on_heads_become_a_linear_map(tmp_path) -> None:
+    """Of heads wide enough that their rms hardly varies; the weights of the norms are in it."""
+    build("Qwen3", tmp_path, head_dim=512, hidden_size=768, attention_bias=True)
+    block = load_model(str(tmp_path)).model.layers[0]
+    mixer, weights = block.mixer, weights_of(block.mixer, block.input_layernorm.weight)
+    hidden = torch.randn(64, 768, generator=torch.Generator().manual_seed(1))
+    hidden = block.input_layernorm(hidden)[None]
+    for name, norm in (("q", mixer.q_norm), ("k", mixer.k_norm)):
+        with torch.no_grad():
+            raw = getattr(mixer, f"{name}_proj")(hidden).unflatten(-1, (-1, 512))
+            wanted, found = norm(raw), weights.heads(name, hidden, 512)
+        assert float((found - wanted).norm() / wanted.norm()) < 0.1
+        assert float((raw - wanted).norm() / wanted.norm()) > 0.25
+
+
+def test_a_student_without_attention_needs_no_norm(tmp_path, tiny_tokenizer) -> None:
+    """It decodes in whole steps; its configuration still says what it was made from."""
+    build("Qwen3", tmp_path / "q")
+    tiny_tokenizer.save_pretrained(tmp_path / "q")
+    made = convert.run(ConvertConfig(ratio=1), str(tmp_path / "q"), tmp_path / "t.st")
+    assert load_model(made.path).config.qk_norm
+    assert_decodes(made.path)
+
+
+def test_other_teachers_do_not_name_the_norms(tiny_llama_dir) -> None:
+    """A checkpoint without them is what it was before there were any."""
+    config = load_model(str(tiny_llama_dir)).config
+    assert "qk_norm" not in config.to_dict() and "qk_norm" not in config.to_json_string()

@@ -1,8 +1,12 @@
-"""Qwen2 (arXiv 2407.10671): a Llama with biases on queries, keys and values."""
+"""Qwen2 and Qwen3: Llamas but for biases or norms between their projections and their heads.
+
+Qwen2 (arXiv 2407.10671) has biases on queries, keys and values, Qwen3 (arXiv 2505.09388) a norm on
+every head of queries and keys.
+"""
 
 from typing import Any
 
-from transformers import PretrainedConfig, Qwen2Config
+from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
 from mambactl.checkpoint.adapters.llama import all_attention
 from mambactl.checkpoint.reader import Adapted, Reader, build_config
@@ -12,6 +16,11 @@ from mambactl.errors import ModelError
 def adapt_qwen2(reader: Reader) -> Adapted:
     """All-attention config; `attention_bias` in a file means nothing to this family."""
     return _adapt(reader, Qwen2Config, attention_bias=["q", "k", "v"])
+
+
+def adapt_qwen3(reader: Reader) -> Adapted:
+    """All-attention config with norms on heads."""
+    return _adapt(reader, Qwen3Config, qk_norm=True)
 
 
 def _adapt(reader: Reader, family: type[PretrainedConfig], **own: Any) -> Adapted:
