@@ -19,13 +19,13 @@ from mambactl.kernels.local_attention import LocalKeys, LocalSpan, local_keys
 from mambactl.kernels.reference import Spans, spans
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.attention import RMSNorm
 from mambactl.models.mixers.spec import (
     FLOAT32_PARAMETERS,
     KeepsFloat32,
     StepContext,
     goes_sequentially,
 )
-from mambactl.models.norm import RMSNorm
 
 
 class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mambactl.kernels import dispatch
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 from mambactl.kernels.reference import rotated
 from mambactl.models.cache import AttentionCache, WindowedCache
 from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
-from mambactl.models.norm import RMSNorm
 from mambactl.models.packed import (
     AttentionState,
     NotSupported,
@@ -24,6 +24,21 @@ from mambactl.models.packed import (
     StateSize,
     stack,
 )
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class RMSNorm(LlamaRMSNorm):
+    """x / sqrt(mean(x^2) + eps) times a weight, rounded where Llama's is."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        width, eps, kind = self.weight.shape, self.variance_epsilon, hidden_states.dtype
+        if self.weight.dtype == kind and kind not in HALVES:
+            return F.rms_norm(hidden_states, width, self.weight, eps)
+        # a half is rounded before the weight multiplies it
+        return self.weight * F.rms_norm(hidden_states.float(), width, None, eps).to(kind)
+
 
 # slots of a ring come in such pieces: other numbers of drafts then seldom need other kernels
 RING_STEP = 16
