@@ -177,6 +177,29 @@ def test_file_names_are_unique_but_for_twins() -> None:
         assert len(found) == 2 and {path.parts[0] for path in found} == {"kernels"}, (stem, found)
 
 
+MIXER_NAMES = {"attention", "mamba1", "mamba2", "mamba2_window"}
+
+
+def test_only_mixers_know_mixers_apart() -> None:
+    """No comparison with a mixer's name and no isinstance of its module outside models/mixers."""
+    for path in MODULES:
+        if path.is_relative_to(PACKAGE / "models" / "mixers"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and not _asks_a_dict(node):
+                words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not words & MIXER_NAMES, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                kinds = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                named = {kind for kind in kinds if kind.endswith("Mixer") or "Mamba1" in kind}
+                assert not named, f"{path}:{node.lineno}"
+
+
+def _asks_a_dict(node: ast.Compare) -> bool:
+    """Whether it is `word in dict(...)`, about a key that may be called like a mixer."""
+    return isinstance(node.comparators[0], ast.Call) and isinstance(node.ops[0], ast.In)
+
+
 def test_kernels_know_nothing_of_the_rest() -> None:
     for path in (PACKAGE / "kernels").rglob("*.py"):
         names = set(imports(ast.parse(path.read_text())))

@@ -202,12 +202,24 @@ def _prepared(
         decoding.require_draft_tokens(_source(model), _source(draft))
     handle = _loaded(model)
     if draft is not None:
-        own = NGRAM if draft == NGRAM else _loaded(draft).model
+        own = NGRAM if draft == NGRAM else _beside(draft, handle.model)
     prompts = [encode(Prompt.of(text), handle.tokenizer, chat) for text in texts]
     setup = decoding.assemble(config, handle.model, handle.tokenizer, own, prompts)
     if params.eos_token_ids:
         setup = replace(setup, params=params)
     return handle, setup
+
+
+def _beside(draft: Model | Spec, target: HybridForCausalLM) -> HybridForCausalLM:
+    """A draft on the device of its target; one that is loaded here has the target's type, too."""
+    if not isinstance(draft, Model):
+        return load_model(spec_of(draft), target.device, target.dtype)
+    if draft.model.device != target.device:
+        raise UsageError(
+            f"the draft is on {draft.model.device}, the model on {target.device}",
+            "load both with the same device",
+        )
+    return draft.model
 
 
 def _source(model: Model | Spec) -> str:

@@ -91,6 +91,8 @@ def cache_bytes(config: HybridConfig, dtype: Any) -> dict[str, int]:
         found["window_bytes"] = sum(ring.keys.nbytes + ring.values.nbytes for ring in rings)
     if len(config.windows) == 1:
         found |= asdict(config.windows[0])
+    elif config.windows:
+        found["windows"] = [asdict(window) for window in config.windows]
     return found
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mambactl.checkpoint.adapters import llama, mamba, own
+from mambactl.checkpoint.adapters import llama, mamba, own, qwen
 from mambactl.checkpoint.gguf_reader import GgufReader
 from mambactl.checkpoint.reader import (
     Adapted,
@@ -48,6 +48,8 @@ FORMATS = {
     "mambactl_hybrid": Format("HybridForCausalLM", own.adapt),
     "llama": Format("LlamaForCausalLM", llama.adapt),
     "mistral": Format("MistralForCausalLM", llama.adapt),
+    "qwen2": Format("Qwen2ForCausalLM", qwen.adapt_qwen2),
+    "qwen3": Format("Qwen3ForCausalLM", qwen.adapt_qwen3),
     "mamba": Format("MambaForCausalLM", mamba.adapt),
     "mamba2": Format("Mamba2ForCausalLM", mamba.adapt),
     mamba.STATE_SPACES: Format(None, mamba.adapt),

@@ -177,13 +177,9 @@ def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]
 
 def _replaced(source: str, teacher: str) -> list[int]:
     """Layers that are attention in the teacher alone; raises UsageError if there are none."""
-    ours, theirs = (model_config(spec).mixers for spec in (source, teacher))
-    found = [
-        index
-        for index, pair in enumerate(zip(ours, theirs, strict=False))
-        if pair[0] != "attention" and pair[1] == "attention"
-    ]
-    if len(ours) != len(theirs) or not found:
+    ours, theirs = (model_config(spec) for spec in (source, teacher))
+    found = sorted(set(ours.replaced_layers) & set(theirs.attention_layers))
+    if ours.num_hidden_layers != theirs.num_hidden_layers or not found:
         raise UsageError(
             f"{source} has no layer in which {teacher} has attention instead",
             "a window is the control of a converted model against the model it was made from",

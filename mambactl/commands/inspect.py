@@ -30,9 +30,11 @@ def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Tab
         f"{cache['bytes_per_sequence']:,} B per sequence ({found['dtype']}; states in float32)"
     )
     if "window_bytes" in cache:
+        windows = cache.get("windows", [cache])
+        spans = [f"the last {w['window']} tokens and the first {w['sinks']}" for w in windows]
         yield (
-            f"window: {cache['window_bytes']:,} B of it, the last {cache['window']} tokens and "
-            f"the first {cache['sinks']} in every mamba2_window layer, however long the text"
+            f"window: {cache['window_bytes']:,} B of it, {' or '.join(spans)} in every "
+            f"{_windowed(found['mixers'])} layer, however long the text"
         )
     if found["rotary"]:
         yield "rotary: B and C of the mamba2 layers turn with the position"
@@ -44,6 +46,15 @@ def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Tab
     if options.tensors:
         listed = [(t["name"], t["dtype"], "x".join(map(str, t["shape"]))) for t in found["tensors"]]
         yield Table("", ("tensor", "dtype", "shape"), listed)
+
+
+def _windowed(mixers: list[str]) -> str:
+    """Names of the mixers that have a window of attention beside a recurrence."""
+    from mambactl.models.key_ring import WindowSettings
+    from mambactl.models.mixers.registry import MIXERS
+
+    used = [MIXERS[name] for name in dict.fromkeys(mixers)]
+    return " or ".join(spec.name for spec in used if WindowSettings in spec.sections.values())
 
 
 def _size(count: int) -> str:

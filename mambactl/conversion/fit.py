@@ -104,7 +104,7 @@ def _beyond_window(
         if near is None:
             return problem
         heads.append(problem.heads[i] - near)
-        projected = nn.functional.linear(near, attention.o, (attention.biases or {}).get("o"))
+        projected = nn.functional.linear(near, *attention.linear("o"))
         targets.append(problem.targets[i] - projected)
     return replace(problem, heads=heads, targets=targets)
 

@@ -42,6 +42,10 @@ class HybridConfig(LlamaConfig):
     mamba2: Section = None
     mamba1: Section = None
     mamba2_window: Section = None
+    # of all four projections, or the letters of those that have one: q, k, v, o
+    attention_bias: bool | list[str] = False
+    # norms on the heads of queries and keys
+    qk_norm: bool = False
     sliding_window: int | None = None
     has_mlp: bool = True
 
@@ -51,6 +55,11 @@ class HybridConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         # the model keeps its own per-layer list; the library's must not contradict it
         self.layer_types = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; `qk_norm` only where it says something, for a version that has none."""
+        fields = super().to_dict()
+        return fields if self.qk_norm else {k: v for k, v in fields.items() if k != "qk_norm"}
 
     def validate_architecture(self) -> None:
         """Check mixers and settings against each other; raises ValueError."""
@@ -65,6 +74,8 @@ class HybridConfig(LlamaConfig):
                 raise ValueError(f"unknown mixer {name!r}; known: {', '.join(MIXERS)}")
             for section in MIXERS[name].sections:
                 self._check_section(name, section)
+        if not isinstance(self.attention_bias, bool) and set(self.attention_bias) - set("qkvo"):
+            raise ValueError(f"attention_bias {self.attention_bias}: projections are q, k, v, o")
         for layer in self.layers:
             layer.spec.check(self, layer.settings)
 

@@ -8,38 +8,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 from mambactl.kernels import dispatch
 from mambactl.kernels.local_attention import LocalKeys, LocalSpan, local_keys
 from mambactl.kernels.reference import Spans, spans
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.attention import RMSNorm
 from mambactl.models.mixers.spec import (
     FLOAT32_PARAMETERS,
     KeepsFloat32,
     StepContext,
     goes_sequentially,
 )
-
-HALVES = (torch.bfloat16, torch.float16)
-
-
-class RMSNorm(LlamaRMSNorm):
-    """x / sqrt(mean(x^2) + eps) times a weight, rounded where Llama's is."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        width, eps, kind = self.weight.shape, self.variance_epsilon, hidden_states.dtype
-        if self.weight.dtype == kind and kind not in HALVES:
-            return F.rms_norm(hidden_states, width, self.weight, eps)
-        # a half is rounded before the weight multiplies it
-        return self.weight * F.rms_norm(hidden_states.float(), width, None, eps).to(kind)
 
 
 class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):

@@ -19,6 +19,7 @@ from mambactl.data.pack import Batch
 from mambactl.errors import ResourceError, UsageError
 from mambactl.kernels.dispatch import triton_missing
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.registry import ATTENTION
 from mambactl.options import BenchConfig, DistillConfig
 from mambactl.speed.memory import release
 from mambactl.speed.synthetic import SHAPES, STD, build, materialise
@@ -246,7 +247,7 @@ def _loaded(config: BenchConfig, source: str, device: torch.device, dtype: torch
 
 def _synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch.dtype) -> Pair:
     student = build(name, device, dtype, config.seed)
-    shape = student.config.with_mixers(["attention"] * student.config.num_hidden_layers)
+    shape = student.config.with_mixers([ATTENTION.name] * student.config.num_hidden_layers)
     teacher = materialise(shape, device, dtype, config.seed).requires_grad_(False)
     # as large as `script` makes it: a stream that the blocks drown amplifies rounding (bf16
     # products alone moved gradients by 16 to 26 % through 8 to 32 such layers, and so by 4 to 7 %)

@@ -155,7 +155,7 @@ def test_state_spaces_format_equals_transformers(layer: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        ({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
         (
             {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
             "LlamaForSequenceClassification",

@@ -203,12 +203,13 @@ def test_several_calls_and_a_capacity_that_grows(models) -> None:
     "changes",
     [
         {"sliding_window": 8, "attention_bias": True},
+        {"attention_bias": ["k", "o"]},
         {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 24},
         {"mamba2": Mamba2Settings(4, 8, 12, 4, 2, 4, norm_groups=2, d_conv=3, conv_bias=False)},
         {"mamba1": Mamba1Settings(32, 5, 8, x_dim=16, repeat_width=4, d_conv=2, proj_bias=True)},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ],
-    ids=["window", "tied", "mamba2", "mamba1", "rope"],
+    ids=["window", "biases", "tied", "mamba2", "mamba1", "rope"],
 )  # fmt: skip
 def test_other_shapes(make_hybrid, changes) -> None:
     mixers = ["mamba2", "attention", "mamba1"]

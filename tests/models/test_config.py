@@ -18,6 +18,13 @@ def test_unknown_mixers_are_named() -> None:
         HybridConfig(num_hidden_layers=1, mixers=["rwkv"])
 
 
+def test_biases_are_those_of_named_projections(make_hybrid) -> None:
+    mixer = make_hybrid(["attention"], attention_bias=["q", "v"]).model.layers[0].mixer
+    assert {name for name in "qkvo" if getattr(mixer, f"{name}_proj").bias is not None} == {*"qv"}
+    with pytest.raises(StrictDataclassError, match="projections are q, k, v, o"):
+        HybridConfig(num_hidden_layers=1, attention_bias=["q", "x"])
+
+
 @pytest.mark.parametrize("kind", ["mamba2", "mamba1"])
 def test_mamba_layers_need_their_settings(kind) -> None:
     with pytest.raises(StrictDataclassError, match=f"no `{kind}` settings"):

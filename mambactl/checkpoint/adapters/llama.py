@@ -34,14 +34,16 @@ _FIELDS = (
 
 def adapt(reader: Reader) -> Adapted:
     """All-attention config; each family's own class fills in what its file leaves out."""
-    family: type[PretrainedConfig] = (
-        MistralConfig if reader.config["model_type"] == "mistral" else LlamaConfig
-    )
-    native = build_config(reader, family, reader.config)
+    if reader.config["model_type"] == "mistral":
+        return all_attention(reader, build_config(reader, MistralConfig, reader.config))
+    native = build_config(reader, LlamaConfig, reader.config)
+    return all_attention(reader, native, sliding_window=None)
+
+
+def all_attention(reader: Reader, native: PretrainedConfig, **own: Any) -> Adapted:
+    """A Llama with the fields of `native`; keywords say where its family differs."""
     fields: dict[str, Any] = {
         name: value for name in _FIELDS if (value := getattr(native, name, None)) is not None
     }
-    if family is LlamaConfig:
-        fields.pop("sliding_window", None)
-    config = build_config(reader, HybridConfig, fields)
+    config = build_config(reader, HybridConfig, fields | own)
     return Adapted(config, same_names(reader, config))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mambactl.kernels import dispatch
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
@@ -14,6 +15,7 @@ from mambactl.models.cache import AttentionCache, WindowedCache
 from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
 from mambactl.models.packed import (
     AttentionState,
+    NotSupported,
     PassContext,
     Projection,
     Residual,
@@ -22,6 +24,21 @@ from mambactl.models.packed import (
     StateSize,
     stack,
 )
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class RMSNorm(LlamaRMSNorm):
+    """x / sqrt(mean(x^2) + eps) times a weight, rounded where Llama's is."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        width, eps, kind = self.weight.shape, self.variance_epsilon, hidden_states.dtype
+        if self.weight.dtype == kind and kind not in HALVES:
+            return F.rms_norm(hidden_states, width, self.weight, eps)
+        # a half is rounded before the weight multiplies it
+        return self.weight * F.rms_norm(hidden_states.float(), width, None, eps).to(kind)
+
 
 # slots of a ring come in such pieces: other numbers of drafts then seldom need other kernels
 RING_STEP = 16
@@ -33,13 +50,16 @@ class AttentionMixer(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        width, bias = config.hidden_size, config.attention_bias
+        width, biased = config.hidden_size, config.attention_bias
+        bias = {n: biased if isinstance(biased, bool) else n in biased for n in "qkvo"}
         inner = config.num_attention_heads * config.head_dim
         shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, inner, bias=bias)
-        self.k_proj = nn.Linear(width, shared, bias=bias)
-        self.v_proj = nn.Linear(width, shared, bias=bias)
-        self.o_proj = nn.Linear(inner, width, bias=bias)
+        self.q_proj = nn.Linear(width, inner, bias=bias["q"])
+        self.k_proj = nn.Linear(width, shared, bias=bias["k"])
+        self.v_proj = nn.Linear(width, shared, bias=bias["v"])
+        self.o_proj = nn.Linear(inner, width, bias=bias["o"])
+        norms = [RMSNorm(self.head_dim, config.rms_norm_eps) for _ in "qk" if config.qk_norm]
+        self.q_norm, self.k_norm = norms or (None, None)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: AttentionCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
@@ -55,6 +75,9 @@ class AttentionMixer(nn.Module):
             t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for t in self._project(hidden, whole)
         )
+        if self.q_norm is not None:
+            norms = self.q_norm, self.k_norm
+            unrotated = [norm(t) for norm, t in zip(norms, unrotated, strict=True)]
         cos, sin = (t.unsqueeze(1) for t in context.rotary)  # [B, 1, T, P]
         # under autocast the rotation is fp32
         parts = [rotated(t, cos, sin).to(v.dtype) for t in unrotated]
@@ -70,7 +93,8 @@ class AttentionMixer(nn.Module):
         """
         parts = self.q_proj, self.k_proj, self.v_proj
         # an adapter around a projection acts when it is called, not in its weight
-        if not whole or any(type(part) is not nn.Linear for part in parts):
+        plain = self.q_norm is None and all(type(part) is nn.Linear for part in parts)
+        if not whole or not plain or len({part.bias is None for part in parts}) > 1:
             return tuple(part(hidden) for part in parts)
         weight = torch.cat([part.weight for part in parts])
         bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
@@ -188,7 +212,9 @@ class PackedAttention:
 def pack_attention(
     mixer: AttentionMixer, config: LlamaConfig, window: int, sinks: int = 0
 ) -> PackedAttention:
-    """Stack the projections of an attention for decode passes."""
+    """Stack the projections of an attention for decode passes; NotSupported with norms on heads."""
+    if mixer.q_norm is not None:
+        raise NotSupported("norms on queries and keys")
     return PackedAttention(
         qkv=stack([mixer.q_proj, mixer.k_proj, mixer.v_proj]),
         out=Projection(mixer.o_proj.weight, mixer.o_proj.bias),
@@ -205,7 +231,8 @@ def weights_of(mixer: AttentionMixer, norm: Tensor) -> AttentionWeights:
     parts = {name: getattr(mixer, f"{name}_proj") for name in "qkvo"}
     biases = {name: part.bias for name, part in parts.items() if part.bias is not None}
     weights = {name: part.weight for name, part in parts.items()}
-    return AttentionWeights(**weights, norm=norm, biases=biases)
+    norms = {} if mixer.q_norm is None else {"q": mixer.q_norm.weight, "k": mixer.k_norm.weight}
+    return AttentionWeights(**weights, norm=norm, biases=biases, head_norms=norms)
 
 
 def copy_attention(mixer: AttentionMixer, attention: AttentionWeights) -> None:
@@ -215,6 +242,8 @@ def copy_attention(mixer: AttentionMixer, attention: AttentionWeights) -> None:
         projection.weight.copy_(getattr(attention, name))
         if projection.bias is not None:
             projection.bias.copy_(attention.biases[name])
+    for name, weight in (attention.head_norms or {}).items():
+        getattr(mixer, f"{name}_norm").weight.copy_(weight)
 
 
 def attention_cost(config: LlamaConfig, seen: float) -> MixerCost:

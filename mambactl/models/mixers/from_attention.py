@@ -71,17 +71,18 @@ def sections(mixer: ReplacingMixer) -> dict[str, slice]:
 def copy_projections(mixer: ReplacingMixer, attention: AttentionWeights) -> None:
     """Copy x <- v, B <- k, C <- q and out_proj <- o (arXiv 2408.15237, Algorithm 1), biases too."""
     rows = sections(mixer)
-    for section, name in (("x", "v"), ("B", "k"), ("C", "q")):
-        mixer.in_proj.weight[rows[section]] = getattr(attention, name).to(mixer.in_proj.weight)
-    mixer.out_proj.weight.copy_(attention.o)
     if mixer.in_proj.bias is not None:
         mixer.in_proj.bias.zero_()
         mixer.out_proj.bias.zero_()
     for section, name in (("x", "v"), ("B", "k"), ("C", "q")):
-        if attention.biases and name in attention.biases:
-            mixer.in_proj.bias[rows[section]] = attention.biases[name].to(mixer.in_proj.bias)
-    if attention.biases and "o" in attention.biases:
-        mixer.out_proj.bias.copy_(attention.biases["o"])
+        weight, bias = attention.linear(name)
+        mixer.in_proj.weight[rows[section]] = weight.to(mixer.in_proj.weight)
+        if bias is not None:
+            mixer.in_proj.bias[rows[section]] = bias.to(mixer.in_proj.bias)
+    weight, bias = attention.linear("o")
+    mixer.out_proj.weight.copy_(weight)
+    if bias is not None:
+        mixer.out_proj.bias.copy_(bias)
 
 
 def draw_defaults(mixer: ReplacingMixer, generator: torch.Generator) -> None:
@@ -131,15 +132,9 @@ def inverse_silu(y: Tensor) -> Tensor:
     return x.to(y.dtype)
 
 
-def projection_rms(weight: Tensor, norm: Tensor, head_dim: int) -> Tensor:
-    """Expected rms per head [rows / head_dim] of weight @ u for a normed u of unit variance."""
-    energy = (weight.float() * norm.float()).pow(2).sum(1)  # [rows]
-    return energy.view(-1, head_dim).mean(1).sqrt().clamp(min=1e-6)
-
-
 def prior_fit(heads: int, head_dim: int, attention: AttentionWeights) -> HeadFit:
     """The fit assumed without data: a running mean of v, with scores, over mixed half-lives."""
-    kv_rms = projection_rms(attention.v, attention.norm, head_dim)
+    kv_rms = attention.rms("v", head_dim)
     half_life = torch.tensor(PRIOR_HALF_LIVES).repeat(-(-heads // len(PRIOR_HALF_LIVES)))[:heads]
     # sum of the decays over a 512-token context
     decay = 0.5 ** (1 / half_life.double())
@@ -147,10 +142,3 @@ def prior_fit(heads: int, head_dim: int, attention: AttentionWeights) -> HeadFit
     constant = PRIOR_MEAN / mass
     rms = PRIOR_RMS * kv_rms.repeat_interleave(heads // len(kv_rms))
     return HeadFit(half_life, constant, PRIOR_SCORE * constant, torch.zeros(heads), rms)
-
-
-def heads_of(attention: AttentionWeights, name: str, hidden: Tensor, head_dim: int) -> Tensor:
-    """q, k or v of hidden [B, T, D] by heads [B, T, heads, P]."""
-    bias = (attention.biases or {}).get(name)
-    projected = nn.functional.linear(hidden, getattr(attention, name), bias)
-    return projected.unflatten(-1, (-1, head_dim))

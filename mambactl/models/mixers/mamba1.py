@@ -285,7 +285,7 @@ def write_fit(mixer: Mamba1Mixer, attention: AttentionWeights, fit: HeadFit) -> 
     heads, head_dim = head_shape(mixer, attention)
     repeat = heads // (mixer.sizes.x_dim // head_dim)
     # fp32 x needs no norm behind it, so taps carry only the linear range
-    tap = start.LINEAR_RANGE / start.projection_rms(attention.v, attention.norm, head_dim)
+    tap = start.LINEAR_RANGE / attention.rms("v", head_dim)
     tap = tap.repeat_interleave(repeat)  # [H]
     mixer.conv1d.weight[:, 0, -1] = tap.repeat_interleave(head_dim)
     # B and C see no SiLU; d_state of head_dim products stand for the whole score
@@ -303,7 +303,7 @@ def head_basis(
     """Each head's v and its scored running sum, as the mixer itself computes it."""
     width = mixer.sizes.repeat_width
     heads = attention.q.shape[0] // width
-    v = start.heads_of(attention, "v", hidden, width)
+    v = attention.heads("v", hidden, width)
     v = v.repeat_interleave(heads // v.shape[2], 2)  # [B, T, H, P]
     fit = {"constant": 0.0, "score": SMALL_SCORE, "skip": 0.0, "rms": 1.0}
 
@@ -337,8 +337,7 @@ class Mamba1Spec(MixerSpec[Mamba1Settings]):
             )
         # whole heads keep each query with its own key
         width = config.head_dim if form.calibrated else PAIRED
-        bias = form.calibrated or config.attention_bias
-        return mamba1_from_attention(config, width, proj_bias=bias)
+        return mamba1_from_attention(config, width, proj_bias=form.biased(config))
 
     def initialise(
         self,

@@ -210,10 +210,7 @@ def write_fit(mixer: Mamba2Mixer, attention: AttentionWeights, fit: HeadFit) -> 
     """Write a fit into taps, dt, decay, skip and norm weight of a neutral mixer."""
     s = mixer.sizes
     repeat = s.n_heads // s.x_heads
-    taps = {
-        name: start.LINEAR_RANGE / start.projection_rms(weight, attention.norm, s.head_dim)
-        for name, weight in (("q", attention.q), ("k", attention.k), ("v", attention.v))
-    }
+    taps = {name: start.LINEAR_RANGE / attention.rms(name, s.head_dim) for name in "qkv"}
     # SiLU(t x) ~ t x / 2, so each tap counts half
     x_gain = (taps["v"] / 2).repeat_interleave(repeat)  # [H]
     pair_gain = taps["q"] / 2 * (taps["k"] / 2).repeat_interleave(repeat) * math.sqrt(s.head_dim)
@@ -250,7 +247,7 @@ def head_basis(
 ) -> Basis:
     """Each head's v, and its scored and plain running sums."""
     s = mixer.sizes
-    q, k, v = (start.heads_of(attention, name, hidden, s.head_dim) for name in "qkv")
+    q, k, v = (attention.heads(name, hidden, s.head_dim) for name in "qkv")
     q = q / math.sqrt(s.head_dim)
     # the mixer holds channel 0 of B and C constant
     q[..., 0] = 0
@@ -300,8 +297,7 @@ class Mamba2Spec(MixerSpec[Mamba2Settings]):
 
     def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> Mamba2Settings:
         """Sizes in the place of the attention of layer `index`."""
-        bias = form.calibrated or config.attention_bias
-        return mamba2_from_attention(config, proj_bias=bias, rotary=form.rotary)
+        return mamba2_from_attention(config, form.biased(config), rotary=form.rotary)
 
     def initialise(
         self,

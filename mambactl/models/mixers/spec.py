@@ -98,10 +98,17 @@ class MixerForm:
         """Whether the mixer starts as decayed linear attention."""
         return self.init == "calibrated"
 
+    def biased(self, config: LlamaConfig) -> bool:
+        """Whether its projections have biases: to calibrate them, or to take the attention's."""
+        return self.calibrated or bool(config.attention_bias)
+
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """One attention layer: projections [rows, D], o [D, H P], biases or None, norm weight [D]."""
+    """One attention layer: projections [rows, D], o [D, H P], biases or None, norm weight [D].
+
+    `head_norms` are weights [P] of norms that q and k pass on their way to the heads.
+    """
 
     q: Tensor
     k: Tensor
@@ -109,6 +116,31 @@ class AttentionWeights:
     o: Tensor
     norm: Tensor
     biases: dict[str, Tensor] | None = None
+    head_norms: dict[str, Tensor] | None = None
+
+    def linear(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of q, k, v or o as the linear map that a mixer can take over.
+
+        A norm on heads then divides by the rms that is expected, not by that of each token.
+        """
+        weight, bias = getattr(self, name), (self.biases or {}).get(name)
+        gain = (self.head_norms or {}).get(name)
+        if gain is None:
+            return weight, bias
+        scale = (gain / self._rms(weight, len(gain))[:, None]).flatten()  # [rows]
+        return weight * scale[:, None], None if bias is None else bias * scale
+
+    def heads(self, name: str, hidden: Tensor, width: int) -> Tensor:
+        """That map of hidden [B, T, D], by heads [B, T, heads, width]."""
+        return nn.functional.linear(hidden, *self.linear(name)).unflatten(-1, (-1, width))
+
+    def rms(self, name: str, width: int) -> Tensor:
+        """Expected rms of each of its heads [heads], for a normed input of unit variance."""
+        return self._rms(self.linear(name)[0], width)
+
+    def _rms(self, weight: Tensor, width: int) -> Tensor:
+        energy = (weight.float() * self.norm.float()).pow(2).sum(1)  # [rows]
+        return energy.view(-1, width).mean(1).sqrt().clamp(min=1e-6)
 
 
 @dataclass(frozen=True)
