@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from mambactl.console import PLAIN_ERRORS, secure_streams, set_verbosity
 from mambactl.errors import ExitCode, MambactlError
+from mambactl.invocation import child_environment
 from mambactl.ranks import REPORTS, is_main, launched, rank
 
 EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
@@ -43,6 +44,8 @@ def main() -> NoReturn:
     """Run the command line and exit with its documented code."""
     # idle threads that spin make torch on a busy machine several times slower; read at its import
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # for what libraries start: `python -c` takes modules from the current folder otherwise
+    os.environ.update(child_environment())
     secure_streams()
     code = run(sys.argv[1:])
     if code > STOPPED:
