@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
@@ -113,6 +114,22 @@ def log(message: str, level: int = 1) -> None:
 def warn(message: str) -> None:
     """Print a warning that even `-q` shows."""
     log(f"warning: {message}", level=0)
+
+
+@contextmanager
+def failure_warned(file: Path | str) -> Iterator[None]:
+    """Make any failure to write `file`, which is beside a result, not part of it, a warning."""
+    try:
+        yield
+    except Exception as error:
+        warn_unwritten(file, error)
+
+
+def warn_unwritten(file: Path | str, error: Exception) -> None:
+    """Warn of a file beside a result; with MAMBACTL_DEBUG=1 the traceback is shown as well."""
+    if os.environ.get("MAMBACTL_DEBUG") == "1":
+        log("".join(traceback.format_exception(error)).rstrip(), level=0)
+    warn(f"{file} is not written ({type(error).__name__}: {error})")
 
 
 def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool) -> Any:
