@@ -1,6 +1,7 @@
 """The `sft` stage: learns assistant turns, with or without a teacher, and resumes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import WORDS
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from mambactl.checkpoint.load import load_lineage, load_model
+from mambactl.checkpoint.load import load_lineage, load_model, open_checkpoint
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.commands.sft import plan, run
 from mambactl.data.bad_rows import BadRows
@@ -217,3 +218,16 @@ def test_any_name_of_the_result_can_be_drawn(student, data, tmp_path, capsys):
     run(config, student, out)
     assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
     assert "is not written" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out", "out.st"])
+def test_settings_that_transformers_would_not_save_are_kept(name, student, data, tmp_path):
+    """As Llama-2 and Vicuna have them: sampling is described and off."""
+    given = Path(shutil.copytree(student, tmp_path / "given"))
+    text = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}'
+    (given / "generation_config.json").write_text(text)
+    # the trainer saves at its fourth step and at its last
+    result = run(cpu(data, max_steps=6), str(given), tmp_path / name)
+    with open_checkpoint(result.path) as reader:
+        assert reader.files["generation_config.json"] == text
+    assert load_model(result.path).generation_config.eos_token_id == [2, 3]
