@@ -6,8 +6,10 @@ On a terminal progress is a rich bar; elsewhere it is one plain line every `PLAI
 import io
 import json
 import os
+import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
@@ -27,6 +29,21 @@ PLAIN_ERRORS = "_MAMBACTL_PLAIN_ERRORS"
 SILENT = -1
 # as a library; the command line asks for more
 _verbosity = {"level": 0}
+
+
+# control characters but tab and line feed, those that turn the direction of text, separators that
+# some terminals take for a new line, and halves of a character
+_UNPRINTABLE = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Text whose names may come from a file, with \\u001b for what a terminal would obey.
+
+    JSON with such characters stays the same JSON.
+    """
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class _Forgiving(io.TextIOWrapper):
@@ -107,12 +124,28 @@ def stderr() -> Any:
 def log(message: str, level: int = 1) -> None:
     """Print one plain line to stderr."""
     if _verbosity["level"] >= level:
-        stderr().print(message, markup=False)
+        stderr().print(printable(message), markup=False)
 
 
 def warn(message: str) -> None:
     """Print a warning that even `-q` shows."""
     log(f"warning: {message}", level=0)
+
+
+@contextmanager
+def failure_warned(file: Path | str) -> Iterator[None]:
+    """Make any failure to write `file`, which is beside a result, not part of it, a warning."""
+    try:
+        yield
+    except Exception as error:
+        warn_unwritten(file, error)
+
+
+def warn_unwritten(file: Path | str, error: Exception) -> None:
+    """Warn of a file beside a result; with MAMBACTL_DEBUG=1 the traceback is shown as well."""
+    if os.environ.get("MAMBACTL_DEBUG") == "1":
+        log("".join(traceback.format_exception(error)).rstrip(), level=0)
+    warn(f"{file} is not written ({type(error).__name__}: {error})")
 
 
 def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool) -> Any:
@@ -122,13 +155,13 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], numb
     from rich.text import Text
 
     # text, because rich would read [tags] and :emoji: in a plain string
-    heading = Text(title, style="table.title") if title else None
+    heading = Text(printable(title), style="table.title") if title else None
     lines = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD)
     for position, column in enumerate(columns):
         justify = "right" if numbers and position > 0 else "left"
-        lines.add_column(column, justify=justify, overflow="fold")
+        lines.add_column(Text(printable(column)), justify=justify, overflow="fold")
     for row in rows:
-        lines.add_row(*(Text(str(cell)) for cell in row))
+        lines.add_row(*(Text(printable(str(cell))) for cell in row))
     return lines
 
 
@@ -164,10 +197,10 @@ class _PlainTask:
 class _BarTask:
     def __init__(self, bar: Any, label: str, total: float):
         self.bar = bar
-        self.task = bar.add_task(label, total=total, status="")
+        self.task = bar.add_task(printable(label), total=total, status="")
 
     def advance(self, amount: float = 1, status: str = "") -> None:
-        self.bar.update(self.task, advance=amount, status=status)
+        self.bar.update(self.task, advance=amount, status=printable(status))
 
 
 @contextmanager
@@ -229,7 +262,7 @@ def write_out(text: str, descriptor: int = 1) -> None:
 
 def write_json(content: dict[str, Any], descriptor: int = 1) -> None:
     """Write one JSON object on one line to stdout."""
-    write_out(json.dumps(content, ensure_ascii=False, default=str), descriptor)
+    write_out(printable(json.dumps(content, ensure_ascii=False, default=str)), descriptor)
 
 
 def read_model(model: str) -> str:
@@ -281,7 +314,7 @@ def default_out(model: str, stage: str, ending: str = "") -> Path:
 def drawn(block: str | Table) -> str:
     """Return text for stdout; a table is as wide as it needs to be when nobody looks."""
     if isinstance(block, str):
-        return block
+        return printable(block)
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 10_000

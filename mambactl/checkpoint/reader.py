@@ -6,6 +6,7 @@ Containers: a safetensors folder (one file or an index), a single `.st`, pickled
 
 import base64
 import json
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -340,8 +341,36 @@ class Adapted:
     names: dict[str, str]
 
     def get(self, reader: Reader, name: str) -> Tensor:
-        """Read one tensor by our name."""
-        return reader.get(self.names[name])
+        """Read one tensor by our name; raises ModelError where a number in it is not finite."""
+        tensor = reader.get(self.names[name])
+        require_finite(reader.path, self.names[name], tensor)
+        return tensor
+
+
+def require_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise ModelError where a number in a tensor of a checkpoint is not finite."""
+    if not finite(tensor):
+        raise ModelError(
+            f"{path}: {name} holds NaN or infinite numbers",
+            "the checkpoint is damaged, or its training diverged: give another one",
+        )
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; one pass without a copy where that is so."""
+    # a sum of finite numbers may overflow, but a sum with others is never finite
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
+
+
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another type; raises ModelError where a weight is too large for that."""
+    result = tensor.to(dtype)
+    # bfloat16 ends where float32 does, but for rounding
+    narrower = 2 * torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not finite(result):
+        kind = str(dtype).removeprefix("torch.")
+        raise ModelError(f"{name} holds numbers too large for {kind}", "use --dtype bfloat16")
+    return result
 
 
 def build_config(reader: Reader, family: type[Config], fields: Mapping[str, Any]) -> Config:

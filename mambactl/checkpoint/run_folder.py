@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mambactl.console import failure_warned
 from mambactl.errors import OutputError, ResourceError
 from mambactl.files import LEDGER, RUN_FILE, explained, hold, partial_of, replacing
 
@@ -162,7 +163,8 @@ class RunFolder:
         Metrics and their plot go into a folder, and beside a single file.
         """
         for file in (self.metrics, self.plot):
-            self._keep(file)
+            with failure_warned(side_file(self.out, file.name)):
+                self._keep(file)
         replaced = self.path / "replaced"
         if self.out.exists():
             self.out.replace(replaced)

@@ -18,6 +18,7 @@ import torch
 
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.reader import DTYPES
+from mambactl.console import failure_warned
 from mambactl.errors import OutputError, ResourceError
 from mambactl.files import (
     BINARY_PREFIX,
@@ -241,7 +242,8 @@ class CheckpointWriter:
         if len(self._shards) > 1:
             texts["model.safetensors.index.json"] = self._index()
         if self.lineage is not None:
-            texts[CARD] = model_card(self.lineage, json.loads(texts[CONFIG]))
+            with failure_warned(self.out / CARD):
+                texts[CARD] = model_card(self.lineage, json.loads(texts[CONFIG]))
             # last: its presence says that the rest is there
             texts[LINEAGE] = _json(self.lineage)
         for name, content in texts.items():

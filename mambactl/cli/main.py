@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from mambactl.console import PLAIN_ERRORS, secure_streams, set_verbosity
+from mambactl.console import PLAIN_ERRORS, printable, secure_streams, set_verbosity
 from mambactl.errors import ExitCode, MambactlError
+from mambactl.invocation import child_environment
 from mambactl.ranks import REPORTS, is_main, launched, rank
 
 EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
@@ -43,6 +44,8 @@ def main() -> NoReturn:
     """Run the command line and exit with its documented code."""
     # idle threads that spin make torch on a busy machine several times slower; read at its import
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # for what libraries start: `python -c` takes modules from the current folder otherwise
+    os.environ.update(child_environment())
     secure_streams()
     code = run(sys.argv[1:])
     if code > STOPPED:
@@ -171,14 +174,14 @@ def _report(
     error: BaseException | None, code: int, message: str, hint: str | None, arguments: list[str]
 ) -> int:
     if (trace := _trace(error, code)) and not launched():
-        sys.stderr.write(trace)
+        sys.stderr.write(printable(trace))
     if launched() and not _heard(error, code, message, hint, trace):
         return int(code)
     if "--json" in arguments and PLAIN_ERRORS not in os.environ:
         lines = [json.dumps({"error": message, "hint": hint, "code": int(code)})]
     else:
         lines = [f"error: {message}"] + ([f"hint: {hint}"] if hint else [])
-    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.write(printable("\n".join(lines)) + "\n")
     return int(code)
 
 
@@ -214,5 +217,5 @@ def _heard(
             return False
         # most failures are those of all; what started them ends this one when the main one ends
         time.sleep(PATIENCE)
-    sys.stderr.write(trace)
+    sys.stderr.write(printable(trace))
     return True

@@ -1,7 +1,6 @@
 """`recipe run`: one child process per section, so that memory and GPUs are free between stages."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from mambactl import console
 from mambactl.cli.processes import signals_passed_to
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import replacing
+from mambactl.invocation import child_environment
 from mambactl.options.fields import nearest
 from mambactl.recipes import Recipe, Section, substitute
 
@@ -172,7 +172,7 @@ def _save(record: Path, content: dict[str, Any]) -> None:
 
 
 def _child(command: list[str], json_errors: bool = False) -> tuple[int, str]:
-    env = {**os.environ, **({} if json_errors else {console.PLAIN_ERRORS: "1"})}
+    env = child_environment(None if json_errors else {console.PLAIN_ERRORS: "1"})
     # a group of its own: a signal reaches it once, through us, and it can save its state
     with (
         subprocess.Popen(

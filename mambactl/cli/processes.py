@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from mambactl import console
 from mambactl.errors import ExitCode, MambactlError, ResourceError, UsageError
 from mambactl.files import recipe_folder
+from mambactl.invocation import child_environment
 from mambactl.options import ShardConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import settings
 from mambactl.ranks import REPORTS, processes, sharded
@@ -156,7 +157,7 @@ def _on_cpu(config: SpreadConfig) -> bool:
 
 
 def _environment(config: SpreadConfig, split: bool) -> dict[str, str]:
-    environment = dict(os.environ)
+    environment = child_environment()
     if _on_cpu(config):
         # a GPU that is there would be taken for what is sharded
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -18,7 +18,7 @@ from mambactl import console
 from mambactl.checkpoint.contents import cache_bytes
 from mambactl.checkpoint.load import empty_model, open_strict
 from mambactl.checkpoint.provenance import lineage
-from mambactl.checkpoint.reader import Adapted, Reader
+from mambactl.checkpoint.reader import Adapted, Reader, in_dtype
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import CheckpointWriter, refuse_existing, stored_dtype
 from mambactl.conversion.fit import LayerFit, Streams
@@ -75,7 +75,7 @@ def run(
             writer.plan(shapes)
             with console.progress("convert", target.num_hidden_layers) as task:
                 for name, tensor in work.tensors(target, texts.fit, fits, task):
-                    writer.write(name, tensor.to(shapes[name][1]))
+                    writer.write(name, in_dtype(name, tensor, shapes[name][1]))
             metrics = _metrics(replaced, target, fits, choice)
             local = Path(source).expanduser().exists()
             writer.lineage = lineage(

@@ -5,6 +5,7 @@ A ready-made mixer comes from a checkpoint of the same model whose mixers have b
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from mambactl import console
 from mambactl.checkpoint.load import open_strict
-from mambactl.checkpoint.reader import Adapted, Reader
+from mambactl.checkpoint.reader import Adapted, Reader, finite
 from mambactl.checkpoint.resolve import resolve
 from mambactl.conversion.fit import LayerFit, Streams
-from mambactl.errors import UsageError
+from mambactl.errors import CheckError, UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridBlock
 from mambactl.models.key_ring import WindowSettings
@@ -229,7 +230,11 @@ class Replacement:
             weights = weights_of(teacher.mixer, teacher.input_layernorm.weight)
             self.spec.initialise(student.mixer, weights, self.config.init, drawn)
         if streams is not None:
-            fit = streams.replace(teacher, student, self.spec)
+            try:
+                fit = streams.replace(teacher, student, self.spec)
+            except torch.linalg.LinAlgError as error:
+                raise _diverged(f"a matrix of layer {index}") from error
+            _require_finite(index, fit, student)
             if fits is not None:
                 fits[index] = fit
         return {name: state.get(name, tensor) for name, tensor in student.state_dict().items()}
@@ -242,6 +247,22 @@ class Replacement:
                 f"layer {index} of {self.aligned.spec} differs from this model beyond its mixer: "
                 "its mixers were trained for other inputs"
             )
+
+
+def _require_finite(index: int, fit: LayerFit, block: HybridBlock) -> None:
+    """Raise CheckError where the fit of a layer became NaN or infinite."""
+    for name, tensor in block.state_dict().items():
+        if not finite(tensor):
+            raise _diverged(f"model.layers.{index}.{name}")
+    if not math.isfinite(fit.after_refit):
+        raise _diverged(f"the error of layer {index}")
+
+
+def _diverged(what: str) -> CheckError:
+    return CheckError(
+        f"{what} became NaN or infinite in the fit",
+        "drop --calibrate, or give a checkpoint with smaller weights",
+    )
 
 
 def generator(*numbers: int) -> torch.Generator:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mambactl.figures import DPI, new_figure
+from mambactl.figures import DPI, literal, new_figure
 
 # even to the eye, in grey and to the colour-blind
 COLOURS = "cividis"
@@ -30,12 +30,12 @@ def draw_grids(
         by_depth = [list(column) for column in zip(*scores, strict=True)]
         image = axes.imshow(by_depth, vmin=0, vmax=1, cmap=COLOURS, aspect="auto")
         cells = [score for row in scores for score in row]
-        axes.set_title(f"{name}: {sum(cells) / len(cells):.2f}")
+        axes.set_title(f"{literal(name)}: {sum(cells) / len(cells):.2f}")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=60)
         axes.set_xlabel("tokens")
     every[0].set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     every[0].set_ylabel("depth of the needle")
-    figure.suptitle(title)
+    figure.suptitle(literal(title))
     figure.tight_layout()
     figure.colorbar(image, ax=list(every), label="retrieved")
     # a format by name: the file is written under another one first

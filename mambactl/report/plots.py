@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.errors import UsageError
-from mambactl.figures import DPI, new_figure
+from mambactl.figures import DPI, literal, new_figure
 from mambactl.metrics import KL
 
 # phases whose loss is a divergence from the teacher's logits
@@ -50,6 +50,7 @@ def draw(ledgers: Mapping[str, Path], out: Path) -> None:
         raise UsageError("nothing to plot: no KL was measured", "train with --eval-data FILE")
     figure, axes = _axes()
     for number, (name, kinds) in enumerate(found.items()):
+        name = literal(name)
         colour = f"C{number % 10}"
         if kinds["training"]:
             held = bool(kinds["held out"])

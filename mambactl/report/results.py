@@ -15,7 +15,7 @@ from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import ModelError
-from mambactl.files import RESULTS, SINGLE_FILE_SUFFIXES, cache_dir, replacing
+from mambactl.files import CARD, RESULTS, SINGLE_FILE_SUFFIXES, cache_dir, replacing
 from mambactl.options import StageConfig
 from mambactl.ranks import placement
 from mambactl.report.card_results import update_card
@@ -55,7 +55,8 @@ def save_results(
         folder.mkdir(exist_ok=True)
         write_results(path, stage, source, config, metrics)
         if config.on_card:
-            update_card(folder.parent)
+            with console.failure_warned(folder.parent / CARD):
+                update_card(folder.parent)
     except OSError as error:
         console.warn(f"results are not kept: {path} cannot be written ({error.strerror})")
         return None

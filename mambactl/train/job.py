@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.teacher import teacher_of
@@ -13,6 +14,8 @@ from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import MixedRowsConfig, SpreadConfig, TrainConfig
 from mambactl.ranks import placement, sharded
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Job:
     def student(self, dtype: torch.dtype | None = torch.float32) -> HybridForCausalLM:
         """The model that trains; None keeps the type it is stored in."""
         model = load_model(self.source, self.device, dtype)
+        # trainers save it with their state, where transformers refuses what published files hold
+        # (a temperature without do_sample); the result keeps the file that the source has
+        ids = {name: getattr(model.generation_config, name) for name in TOKEN_IDS}
+        model.generation_config = GenerationConfig(**ids)
         if self.config.grad_checkpointing:
             model.activation_checkpointing_enable()
         return model

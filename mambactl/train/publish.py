@@ -18,7 +18,7 @@ from mambactl.checkpoint.run_folder import OtherFolder, RunFolder
 from mambactl.checkpoint.save import refuse_existing, save_model
 from mambactl.data.mixture import names, shares
 from mambactl.errors import ResourceError, UsageError
-from mambactl.files import canonical
+from mambactl.files import canonical, replacing
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw
@@ -128,11 +128,13 @@ def draw_ledger(folder: RunFolder, asked: bool) -> None:
     """Plot what the run measured beside its metrics; a missing library is said if it was asked."""
     if not is_main():
         return
-    try:
-        draw({folder.out.name: folder.metrics}, folder.plot)
-    except (ResourceError, UsageError) as error:
-        if asked:
-            console.log(f"no plot: {error} ({error.hint})")
+    with console.failure_warned(folder.plot):
+        try:
+            with replacing(folder.plot) as new:
+                draw({folder.out.name: folder.metrics}, new)
+        except (ResourceError, UsageError) as error:
+            if asked:
+                console.log(f"no plot: {error} ({error.hint})")
 
 
 def _held_out_identity(job: Job) -> dict[str, Any]:

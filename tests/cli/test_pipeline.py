@@ -156,6 +156,18 @@ def test_a_person_reads_sentences_and_a_program_json(cli, fake_stage, monkeypatc
     assert "error: broken\nhint: mend it\n" in cli("convert", "m", "--json").err
 
 
+def test_no_code_of_the_current_folder_runs(python, tiny_llama_dir, tmp_path) -> None:
+    for module in ("yaml", "json", "torch", "colorsys"):
+        (tmp_path / f"{module}.py").write_text(f"open('{module} ran', 'w').close()\n")
+    (tmp_path / "one.yaml").write_text(f"stages: {{convert: {{model: '{tiny_llama_dir}'}}}}")
+    done = python("-P", "-m", "mambactl", "recipe", "run", "one.yaml", "--out", "made")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'made' / 'convert'}\n"), done.err
+    assert list(tmp_path.glob("* ran")) == []
+    # the same without -P is Python's own rule, and shows that these files would run
+    assert python("-m", "mambactl", "recipe", "run", "one.yaml", "--out", "again").code != 0
+    assert [path.name for path in tmp_path.glob("* ran")] != []
+
+
 def test_json_errors_are_the_last_line_of_a_recipe(cli, children, recipe) -> None:
     pipeline._child.fail.add("convert")
     assert "warning" not in cli("recipe", "run", recipe, "--json").err

@@ -14,7 +14,14 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from mambactl.checkpoint import contents
-from mambactl.cli.processes import RunFailure, of_this_run, run_processes, sharding, shards
+from mambactl.cli.processes import (
+    RunFailure,
+    _environment,
+    of_this_run,
+    run_processes,
+    sharding,
+    shards,
+)
 from mambactl.errors import ResourceError, UsageError
 from mambactl.files import recipe_folder
 from mambactl.options import ConvertConfig, DistillConfig, SftConfig
@@ -158,3 +165,11 @@ def test_the_number_of_processes_is_that_of_the_run(monkeypatch):
     assert of_this_run("sft", SftConfig()).processes == 4
     with pytest.raises(UsageError, match="distill splits no weights"):
         of_this_run("distill", DistillConfig())
+
+
+def test_processes_take_no_module_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "colorsys.py").write_text("open('ran', 'w').close()\n")
+    environment = _environment(SftConfig(data=["x"], device="cpu", nproc=2), split=False)
+    assert run_processes([sys.executable, "-c", "import colorsys"], environment, 2) == ""
+    assert not (tmp_path / "ran").exists()

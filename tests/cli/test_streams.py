@@ -1,10 +1,15 @@
 """Streams that are closed, full or no longer read, and text that looks like markup."""
 
+import json
 import sys
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mambactl import console
+from mambactl.checkpoint.save import save_model
 
 # the real entry point around a stage that talks a lot
 TALKATIVE = """
@@ -69,3 +74,29 @@ def test_text_is_shown_as_it_is(capfd) -> None:
     shown = capfd.readouterr().err
     for text in ("at :smile: [bold]x[/bold]", "run :cat: [red]", ":dog: [b]"):
         assert text in shown
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;x\x07", "\x9b31m", "\u202etxt.\u2066", "\x7f\r\x00"])
+def test_names_of_a_file_command_no_terminal(cli, make_hybrid, tmp_path, name) -> None:
+    save_model(make_hybrid(["attention"]), tmp_path / "m.st", {}, None)
+    with safe_open(tmp_path / "m.st", "pt") as reader:
+        metadata = reader.metadata()
+        state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+    save_file({**state, name: torch.ones(2)}, tmp_path / "m.st", metadata)
+    shown = "".join(f"\\u{ord(letter):04x}" if letter not in "]0;x31mt." else letter
+                    for letter in name)  # fmt: skip
+    table = cli("inspect", "m.st", "--tensors")
+    as_json = cli("inspect", "m.st", "--tensors", "--json")
+    refused = cli("convert", "m.st", "-o", "out")
+    assert (table.code, as_json.code, refused.code) == (0, 0, 3)
+    for text in (table.out, refused.err):
+        assert shown in text
+    assert name in [tensor["name"] for tensor in json.loads(as_json.out)["tensors"]]
+    told = "".join((table.out, table.err, as_json.out, as_json.err, refused.out, refused.err))
+    assert [letter for letter in told if not letter.isprintable() and letter not in "\n\t"] == []
+
+
+def test_letters_of_every_language_stay(capsys) -> None:
+    text = "h\u00e9 \u65e5\u672c \u05e9\u05dc\u05d5\u05dd \U0001f469\u200d\U0001f52c"
+    console.log(text)
+    assert capsys.readouterr().err == f"{text}\n"

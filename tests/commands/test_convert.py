@@ -1,17 +1,20 @@
 """The `convert` stage: what is copied stays as it was, bit for bit; the rest is as asked."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_sentences
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer, open_checkpoint
 from mambactl.commands import convert
 from mambactl.commands.convert import plan, run
-from mambactl.errors import ModelError, OutputError, UsageError
+from mambactl.errors import CheckError, ModelError, OutputError, UsageError
 from mambactl.models.mixers.mamba2 import Mamba2Spec
 from mambactl.options import ConvertConfig
 
@@ -354,6 +357,45 @@ def test_mamba1_needs_heads_of_sixteen_channels(save_llama, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
     run(ConvertConfig(mixer="mamba2"), source, tmp_path / "t.st")
     assert bool(load_model(str(tmp_path / "t.st"))(torch.arange(9)[None]).logits.isfinite().all())
+
+
+def with_changed(llama: str, folder: Path, change: Callable[[dict], None]) -> str:
+    """A copy of a model with other weights."""
+    shutil.copytree(llama, folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_number_that_is_not_finite_is_named(llama, name, tmp_path) -> None:
+    """In a layer that stays and outside of them: nothing but streaming reads these."""
+    bad = with_changed(llama, tmp_path / "bad", lambda s: s[name].view(-1)[3:4].fill_(torch.nan))
+    with pytest.raises(ModelError, match=f"{name} holds NaN or infinite numbers"):
+        run(ConvertConfig(ratio=0.5), bad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_too_large_for_the_type_on_disk_are_named(llama, tmp_path) -> None:
+    large = with_changed(llama, tmp_path / "large", lambda s: s["model.norm.weight"].fill_(1e6))
+    with pytest.raises(ModelError, match=r"model.norm.weight holds numbers too large for float16"):
+        run(ConvertConfig(ratio=0.5, dtype="float16"), large, tmp_path / "out")
+    run(ConvertConfig(ratio=0.5), large, tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", [1e15, 1e30])
+def test_a_fit_that_overflows_is_a_failed_check(llama, text, size, tmp_path) -> None:
+    """Each weight is finite, and what the layer computes with them is not."""
+
+    def change(state: dict) -> None:
+        for part in "vo":
+            state[f"model.layers.1.self_attn.{part}_proj.weight"].mul_(size)
+
+    large = with_changed(llama, tmp_path / "large", change)
+    with pytest.raises(CheckError, match=r"layer.*1.* became NaN or infinite in the fit"):
+        run(calibrated(text, keep_attention=[0, 2, 3]), large, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["t", "t.st"])

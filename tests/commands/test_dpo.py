@@ -62,6 +62,15 @@ def test_the_margin_grows(student, data, tmp_path, tiny_llama_dir, reference):
     assert load_model(result.path).config.to_dict() == load_model(student).config.to_dict()
 
 
+def test_settings_that_transformers_would_not_save_are_kept(student, data, tmp_path):
+    given = tmp_path / "given"
+    shutil.copytree(student, given)
+    text = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9}'
+    (given / "generation_config.json").write_text(text)
+    run(cpu(data, reference="self", max_steps=2), str(given), tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == text
+
+
 def test_a_reference_with_code_of_its_own(student, data, tmp_path, tiny_llama_dir):
     folder = tmp_path / "odd"
     shutil.copytree(tiny_llama_dir, folder)

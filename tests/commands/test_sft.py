@@ -1,12 +1,16 @@
 """The `sft` stage: learns assistant turns, with or without a teacher, and resumes."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import WORDS
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from mambactl.checkpoint.load import load_lineage, load_model
+from mambactl.checkpoint.load import load_lineage, load_model, open_checkpoint
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.commands.sft import plan, run
 from mambactl.data.bad_rows import BadRows
@@ -179,3 +183,51 @@ def test_what_cannot_be_tuned_is_a_sentence(student, data, tmp_path, tiny_llama_
     assert not list(tmp_path.iterdir())
     assert plan(cpu(data), student)["teacher"] is None
     assert plan(cpu(data, kl_weight=1), student)["teacher"] == str(tiny_llama_dir)
+
+
+def test_what_is_beside_a_result_ends_no_training(student, data, tmp_path, monkeypatch, capsys):
+    """The plot, the card and what trackers write: each failure is a warning that names the file."""
+
+    def fail(*_, **__):
+        raise RuntimeError("no ink")
+
+    class Tracker(TrainerCallback):
+        on_log = fail
+
+    monkeypatch.setattr("mambactl.train.publish.draw", fail)
+    monkeypatch.setattr("mambactl.checkpoint.save.model_card", fail)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    monkeypatch.setattr("mambactl.commands.sft.require_trackers", lambda config: None)
+    out = tmp_path / "out$x^{$"
+    run(cpu(data, max_steps=2, log_to=["tensorboard"]), student, out)
+    assert load_lineage(str(out))["stage"] == "sft"
+    warned = [line for line in capsys.readouterr().err.splitlines() if "no ink" in line]
+    # in steps of two, the tracker fails once
+    for name in ("metrics.png", "README.md", "out$x^{$.logs"):
+        assert any(name in line for line in warned)
+    assert len(warned) == 3 and all(line.startswith("warning: ") for line in warned)
+    assert not (out / "README.md").exists() and not (out / "metrics.png").exists()
+
+
+def test_any_name_of_the_result_can_be_drawn(student, data, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out$x^{$"
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(Path(data).read_text()[: 1 + Path(data).read_text().index("\n")])
+    config = cpu(data, max_steps=2, kl_weight=1.0, teacher=student, eval_data=[str(held_out)])
+    run(config, student, out)
+    assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert "is not written" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out", "out.st"])
+def test_settings_that_transformers_would_not_save_are_kept(name, student, data, tmp_path):
+    """As Llama-2 and Vicuna have them: sampling is described and off."""
+    given = Path(shutil.copytree(student, tmp_path / "given"))
+    text = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}'
+    (given / "generation_config.json").write_text(text)
+    # the trainer saves at its fourth step and at its last
+    result = run(cpu(data, max_steps=6), str(given), tmp_path / name)
+    with open_checkpoint(result.path) as reader:
+        assert reader.files["generation_config.json"] == text
+    assert load_model(result.path).generation_config.eos_token_id == [2, 3]

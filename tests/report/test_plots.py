@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from mambactl.errors import ResourceError, UsageError
+from mambactl.evaluation.heatmap import draw_grids
+from mambactl.figures import literal, new_figure
 from mambactl.report.plots import curves, draw, read_ledger
 
 
@@ -34,6 +36,23 @@ def test_a_png_with_a_curve_per_ledger(tmp_path, held) -> None:
     content = (tmp_path / "one.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert content != (tmp_path / "two.partial").read_bytes()
+
+
+def test_a_name_is_no_formula(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    path = ledger(tmp_path / "m.jsonl")
+    # unbalanced braces and unknown commands are errors in a formula
+    draw({"out$x^{$ $\\frac$": path, r"one\$\two$": path}, tmp_path / "m.png")
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert _drawn(literal("a$b$")) == "a$b$"
+    draw_grids({"$^{$": [[1.0]]}, [64], [0.5], "needle: $^{$", tmp_path / "n.png")
+    assert (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _drawn(text: str) -> str:
+    """The letters that matplotlib puts on paper."""
+    figure = new_figure((2, 2))
+    return figure.text(0, 0, text)._preprocess_math(text)[0]
 
 
 def test_nothing_to_plot_is_a_sentence(tmp_path) -> None:

@@ -1,6 +1,9 @@
 """Where measurements are kept."""
 
-from mambactl.report.results import LONGEST_NAME, file_name
+import json
+
+from mambactl.evaluation.probes import EvalConfig
+from mambactl.report.results import LONGEST_NAME, file_name, save_results
 
 
 def test_long_lists_of_tasks_have_files_of_their_own() -> None:
@@ -11,3 +14,12 @@ def test_long_lists_of_tasks_have_files_of_their_own() -> None:
     )
     assert all(len(name) <= LONGEST_NAME + len(".json") for name in names)
     assert names[1] == file_name("eval", "+".join(tasks[:18]))
+
+
+def test_a_card_that_cannot_be_written_loses_no_numbers(save_student, tmp_path, capsys) -> None:
+    folder = save_student(tmp_path / "m")
+    (folder / "README.md").write_bytes(b"\xff\xfe no text")
+    config = EvalConfig(data=["x"], device="cpu")
+    kept = save_results("eval", str(folder), "x", config, {"kl": 0.5})
+    assert json.loads(kept.read_text())["metrics"] == {"kl": 0.5}
+    assert f"warning: {folder / 'README.md'} is not written (Unicode" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from mambactl import console
-from mambactl.errors import ResourceError
+from mambactl.errors import MambactlError, ResourceError
 from mambactl.evaluation.probes.probe import STUDENT, Asked, Numbers, Probe, Subject
 from mambactl.figures import new_figure
 from mambactl.files import NAMED_FILE, explained, recipe_folder, replacing
@@ -154,6 +154,11 @@ def keep_heatmap(
         if config.needle_plot:
             raise
         console.warn(f"no picture: {error} ({error.hint})")
+        return None
+    except MambactlError:
+        raise
+    except Exception as error:
+        console.warn_unwritten(path, error)
         return None
     console.log(f"drawn in {path}")
     return path
