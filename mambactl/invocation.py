@@ -1,8 +1,7 @@
-"""The command that is running, for what records how a result was made or starts another one."""
+"""The command that is running, for what records how a result was made."""
 
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -23,12 +22,3 @@ def standing_for(arguments: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _words.reset(token)
-
-
-def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for a child that runs Python, and `extra`.
-
-    Modules are never taken from the current folder, by the child or by what it starts: a yaml.py
-    that lies among downloaded data must not run. PYTHONPATH and installed packages stay.
-    """
-    return {**os.environ, **(extra or {}), "PYTHONSAFEPATH": "1"}

@@ -1,10 +1,11 @@
 """Processes of one run, as torchrun and `accelerate launch` number them, and the device of each.
 
+Children of any process get their environment here.
 Collectives are no-ops in a single process; torch is imported where it is first needed.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from mambactl.errors import ResourceError, UsageError
@@ -20,6 +21,15 @@ T = TypeVar("T")
 # a folder where the processes that `--nproc` started leave word of how they failed
 REPORTS = "_MAMBACTL_REPORTS"
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a child that runs Python, and `extra`.
+
+    Modules are never taken from the current folder, by the child or by what it starts: a yaml.py
+    that lies among downloaded data must not run. PYTHONPATH and installed packages stay.
+    """
+    return {**os.environ, **(extra or {}), "PYTHONSAFEPATH": "1"}
 
 
 def launched() -> bool:

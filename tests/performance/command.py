@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from mambactl.cli.main import explain
 from mambactl.commands import configure
-from mambactl.console import guarded_stdout, secure_streams, write_json, write_out
+from mambactl.console import guarded_stdout, secure_streams, set_verbosity, write_json, write_out
 from mambactl.errors import ExitCode
 from mambactl.options import BenchConfig
 from mambactl.stage_result import StageResult
@@ -46,6 +46,7 @@ def run(measure: Callable[[Namespace], StageResult], given: Namespace) -> int:
     # idle threads that spin make torch on a busy machine several times slower; read at its import
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     secure_streams()
+    set_verbosity(1)
     try:
         with guarded_stdout():
             result = measure(given)
