@@ -45,9 +45,7 @@ class GgufReader(Reader):
         try:
             file = gguf.GGUFReader(path)
         except Exception as error:  # the library raises many types on a bad file
-            raise ModelError(
-                f"{path} is not a readable GGUF: {str(error).splitlines()[:1]}", "fetch it again"
-            ) from error
+            raise ModelError(f"{path} is not a readable GGUF", "fetch it again") from error
         self._dequantize = gguf.dequantize
         self._fields = file.fields
         if (architecture := self._value("general.architecture")) != "llama":

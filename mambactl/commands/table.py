@@ -26,7 +26,7 @@ def _text(name: str) -> str:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
-        raise UsageError(f"cannot read {name}: {reason}") from None
+        raise UsageError(f"cannot read {name}: {reason}", "check the path") from None
 
 
 def _content(name: str) -> dict[str, Any]:
