@@ -204,3 +204,18 @@ def tiny_tokenizer():
 def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
     """A folder with a random 4-layer Llama of 97 tokens and its tokenizer."""
     return write_llama(tmp_path_factory.mktemp("tiny") / "llama", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def random_texts(tmp_path_factory) -> Path:
+    """A JSONL file of 50 texts of random words, 10 to 59 words long."""
+    import json
+
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    rows = (torch.randint(len(WORDS), (n,), generator=draw) for n in range(10, 60))
+    texts = [" ".join(WORDS[i] for i in row) for row in rows]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path

@@ -171,6 +171,22 @@ class PackedMixer(Protocol):
         """Add the mixer's output to the stream, scaled next by the norm weight `gain` [D]."""
 
 
+class PackedRecurrence:
+    """Base of packed mixers without keys."""
+
+    out: Projection
+
+    @property
+    def attention(self) -> None:
+        """No keys."""
+        return None
+
+    @property
+    def activations(self) -> int:
+        """Columns of the widest buffer that a row needs."""
+        return self.out.weight.shape[1]
+
+
 class KeyReader(Protocol):
     """Sizes of an attention that a pass runs."""
 

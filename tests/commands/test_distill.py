@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import WORDS
 
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer, open_checkpoint
 from mambactl.checkpoint.run_folder import RunFolder, differences
@@ -31,13 +30,8 @@ def student(tmp_path_factory, save_student):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    draw = torch.Generator().manual_seed(0)
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    rows = (torch.randint(len(WORDS), (n,), generator=draw) for n in range(10, 60))
-    texts = [" ".join(WORDS[i] for i in row) for row in rows]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+def data(random_texts):
+    return str(random_texts)
 
 
 def cpu(data, **fields):

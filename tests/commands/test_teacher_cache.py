@@ -1,10 +1,7 @@
 """The `teacher-cache` stage, and the objective that `distill` makes of what it wrote."""
 
-import json
-
 import pytest
 import torch
-from conftest import WORDS
 
 from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.commands import teacher_cache
@@ -24,13 +21,8 @@ def student(tmp_path_factory, save_student):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    draw = torch.Generator().manual_seed(0)
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    rows = (torch.randint(len(WORDS), (n,), generator=draw) for n in range(10, 60))
-    texts = [" ".join(WORDS[i] for i in row) for row in rows]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+def data(random_texts):
+    return str(random_texts)
 
 
 def config(data, **fields):

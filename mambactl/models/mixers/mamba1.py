@@ -31,6 +31,7 @@ from mambactl.models.mixers.spec import (
     StepContext,
 )
 from mambactl.models.packed import (
+    PackedRecurrence,
     PassContext,
     Projection,
     RecurrentState,
@@ -172,7 +173,7 @@ class Mamba1Mixer(KeepsFloat32):
 
 
 @dataclass(frozen=True)
-class PackedMamba1:
+class PackedMamba1(PackedRecurrence):
     """Mamba-1 of a decode pass; `low` is x_proj of the native form, None in the attention form."""
 
     inner: Projection
@@ -187,16 +188,6 @@ class PackedMamba1:
     ring_width: int
     piece: int
     repeat: int
-
-    @property
-    def attention(self) -> None:
-        """No keys."""
-        return None
-
-    @property
-    def activations(self) -> int:
-        """Columns of the widest buffer that a row needs."""
-        return self.out.weight.shape[1]
 
     @property
     def stores_every_step(self) -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.packed import (
+    PackedRecurrence,
     PassContext,
     Projection,
     RecurrentState,
@@ -64,7 +65,7 @@ class Mamba2Settings:
 
 
 @dataclass(frozen=True)
-class PackedMamba2:
+class PackedMamba2(PackedRecurrence):
     """Mamba-2 of a decode pass; the ring takes the columns of `inner` from `ring_lo` on.
 
     `rotation` (cos, sin) [S, N / 2] rotates B and C.
@@ -79,16 +80,6 @@ class PackedMamba2:
     out: Projection
     sizes: Mamba2Settings
     rotation: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def attention(self) -> None:
-        """No keys."""
-        return None
-
-    @property
-    def activations(self) -> int:
-        """Columns of the widest buffer that a row needs."""
-        return self.out.weight.shape[1]
 
     @property
     def stores_every_step(self) -> bool:
