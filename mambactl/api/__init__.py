@@ -1,4 +1,4 @@
-"""What `import mambactl` offers: a function for every command, and models in memory."""
+"""The Python API: one function per command, and models loaded into memory."""
 
 # command -> its function; a function cannot have the name of a package, here or in Python itself
 FUNCTIONS = {

@@ -1,4 +1,4 @@
-"""How functions of Python run commands: the same checks, the same work, the same result."""
+"""Run a command from the keywords of its Python function, with the checks of the command line."""
 
 import json
 import os

@@ -75,7 +75,7 @@ def bench(config: BenchConfig, model: Spec | None = None) -> StageResult:
 
 
 def plan(command: str, model: Spec | None = None, **options: object) -> dict[str, object]:
-    """What a command would do with these options, as `--dry-run` prints it; writes nothing.
+    """Return the plan of a command, the object that `--dry-run` prints, without writing anything.
 
     Raises what the command itself would raise before it starts.
 

@@ -79,7 +79,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt.
+    """A generated continuation of one prompt.
 
     `tokens` include the one that ends the text, `finish` is `eos` or `length`, and `stats` are
     counts and times of the whole call that the prompt was part of.

@@ -81,7 +81,7 @@ def _adapt(reader: Reader) -> Adapted:
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
-    """Whether only Python code inside the checkpoint could load it."""
+    """Whether loading the checkpoint takes Python code that it ships itself."""
     return bool(config.get("auto_map")) and _kind(config) not in FORMATS
 
 

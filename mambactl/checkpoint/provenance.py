@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: its stage, its ancestors, the options and the versions used."""
+"""Provenance of a checkpoint: its stage, ancestors, options and library versions."""
 
 import hashlib
 import json

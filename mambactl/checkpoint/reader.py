@@ -357,7 +357,7 @@ def require_finite(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite; one pass without a copy where that is so."""
+    """Whether all values are finite, in one pass that copies nothing if they are."""
     # a sum of finite numbers may overflow, but a sum with others is never finite
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 

@@ -57,7 +57,7 @@ def make_app(asked: str | None = None) -> typer.Typer:
 
 
 def continues(arguments: Sequence[str]) -> bool:
-    """Whether `--resume` continues what a signal stopped in this command line."""
+    """Whether running this command line again with `--resume` continues a stopped run."""
     name, *rest = arguments or [""]
     command = COMMANDS.get(name)
     if command is None:

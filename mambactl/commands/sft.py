@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from mambactl.train.preview import TRAINED_BYTES, plan_training, preview
 from mambactl.train.publish import draw_ledger, report_phases, save_result, working_folder
 from mambactl.train.rows import held_out_rows, training_rows
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STAGE = "sft"
 
@@ -139,7 +142,7 @@ def _trainer(
     student: HybridForCausalLM,
     teacher: HybridForCausalLM | None,
     rows: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> Any:
     from trl import SFTConfig
 

@@ -10,7 +10,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mambactl import console
 from mambactl.checkpoint.contents import describe
@@ -38,6 +38,9 @@ from mambactl.train.cached_teacher import (
 from mambactl.train.job import Job
 from mambactl.train.publish import identity
 from mambactl.train.rows import training_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STAGE = "teacher-cache"
 # what a kill loses at most: a minute of an 8B teacher on one GPU
@@ -203,7 +206,7 @@ def _record(
     config: TeacherCacheConfig,
     metrics: dict[str, Any],
     teacher: HybridForCausalLM,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[str, Any]:
     with open_checkpoint(job.source) as reader:
         options = config.model_dump(mode="json")
@@ -228,7 +231,7 @@ def _record(
     }
 
 
-def _vocabulary_digest(tokenizer: Any) -> str:
+def _vocabulary_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     """sha256 of every token with its number."""
     known = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridBlock, HybridModel
 from mambactl.options import ConvertConfig
 from mambactl.ranks import placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH = 4
 # enough to rank layers; those that are replaced in the end are fitted on all of the text
@@ -85,7 +88,9 @@ def read_texts(config: ConvertConfig, source: str) -> Texts:
     return Texts(_batches(rows[count:]), _batches(rows[:count]))
 
 
-def _rows(config: ConvertConfig, tokenizer: Any, data: Sequence[str], tokens: int) -> list[Row]:
+def _rows(
+    config: ConvertConfig, tokenizer: "PreTrainedTokenizerBase", data: Sequence[str], tokens: int
+) -> list[Row]:
     if not data:
         return []
     # twice what is used: rows that packing fills badly are left out

@@ -1,6 +1,6 @@
 """Documents checked before training, above all chats of which the answers are learned."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -8,11 +8,14 @@ from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, UNANSWERED, BadRows
 from mambactl.data.format import Example
 from mambactl.data.sources import Document
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def screened(
     row: Document,
     example: Example,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     bad: BadRows,
     max_length: int | None = None,
 ) -> Example | None:
@@ -43,7 +46,7 @@ def screened(
     return Example(ids[:max_length], mask[:max_length])
 
 
-def begins_twice(ids: np.ndarray, tokenizer: Any) -> bool:
+def begins_twice(ids: np.ndarray, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether token ids [n] start with two begin tokens."""
     begin = tokenizer.bos_token_id
     return begin is not None and len(ids) > 1 and bool(ids[0] == ids[1] == begin)

@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mambactl.data.bad_rows import REFUSED, BadRows
 from mambactl.data.sources import Document
 from mambactl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")
 # rows that are tokenised in one call
@@ -28,7 +31,9 @@ class Example(NamedTuple):
 Keep = Callable[[Document, Example], Example | None]
 
 
-def encode(row: dict[str, Any], tokenizer: Any, assistant_only: bool = False) -> Example:
+def encode(
+    row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", assistant_only: bool = False
+) -> Example:
     """Tokenise one row; with `assistant_only`, chat rows mask everything else.
 
     Text gets the special tokens the tokenizer itself adds; no end-of-text is appended, because a
@@ -40,7 +45,7 @@ def encode(row: dict[str, Any], tokenizer: Any, assistant_only: bool = False) ->
 
 def encode_rows(
     rows: Sequence[Document],
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     assistant_only: bool = False,
     max_tokens: int | None = None,
     seed: int | None = None,
@@ -72,7 +77,10 @@ def encode_rows(
 
 
 def _encode_located(
-    rows: Sequence[Document], tokenizer: Any, assistant_only: bool, bad: BadRows | None
+    rows: Sequence[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    assistant_only: bool,
+    bad: BadRows | None,
 ) -> Iterable[tuple[Document, Example]]:
     """Rows with their examples; the first that cannot be encoded is named, after those before."""
     try:
@@ -82,7 +90,10 @@ def _encode_located(
 
 
 def _one_by_one(
-    rows: Sequence[Document], tokenizer: Any, assistant_only: bool, bad: BadRows | None
+    rows: Sequence[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    assistant_only: bool,
+    bad: BadRows | None,
 ) -> Iterator[tuple[Document, Example]]:
     for row in rows:
         try:
@@ -95,7 +106,7 @@ def _one_by_one(
 
 
 def _encode_many(
-    rows: Sequence[dict[str, Any]], tokenizer: Any, assistant_only: bool
+    rows: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", assistant_only: bool
 ) -> list[Example]:
     """A fast tokenizer spreads the texts of a call over all cores."""
     is_text = ["text" in row for row in rows]
@@ -124,7 +135,7 @@ def _encode_many(
 
 
 def _assistant_mask(
-    tokenizer: Any, row: dict[str, Any], text: str, offsets: np.ndarray
+    tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], text: str, offsets: np.ndarray
 ) -> np.ndarray:
     """Which tokens, at character `offsets` [n, 2], the assistant writes.
 
@@ -138,7 +149,9 @@ def _assistant_mask(
     return mask
 
 
-def _marked_spans(tokenizer: Any, row: dict[str, Any]) -> Sequence[tuple[int, int]]:
+def _marked_spans(
+    tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]
+) -> Sequence[tuple[int, int]]:
     """Character spans [start, end) between the generation markers of the template."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -152,7 +165,9 @@ def _marked_spans(tokenizer: Any, row: dict[str, Any]) -> Sequence[tuple[int, in
     return spans
 
 
-def _assistant_spans(tokenizer: Any, row: dict[str, Any], text: str) -> Iterator[tuple[int, int]]:
+def _assistant_spans(
+    tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], text: str
+) -> Iterator[tuple[int, int]]:
     """Character spans [start, end) that the assistant writes, its end token included.
 
     A turn starts where the rendering of everything before it plus the generation prompt ends, and
@@ -174,7 +189,10 @@ def _assistant_spans(tokenizer: Any, row: dict[str, Any], text: str) -> Iterator
 
 
 def render_chat(
-    tokenizer: Any, messages: list[dict], tools: list | None = None, prompt: bool = False
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict],
+    tools: list | None = None,
+    prompt: bool = False,
 ) -> str:
     """Messages through the chat template; with `prompt`, up to where the assistant writes.
 

@@ -7,11 +7,14 @@ G. Kamradt, 2023). Prompts are made of tokens, so that all of one length have ex
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mambactl.data.format import encode
 from mambactl.data.recall_documents import encode_words
 from mambactl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NEEDLE = (
     "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park "
@@ -44,7 +47,7 @@ class Frame:
         return len(self.before) + len(self.after) + len(self.needle)
 
 
-def make_frame(tokenizer: Any, chat: bool = True) -> Frame:
+def make_frame(tokenizer: "PreTrainedTokenizerBase", chat: bool = True) -> Frame:
     """Needle and question as this tokenizer writes them, in its chat template if it has one."""
     text = f"{BEFORE}{_MARK}{AFTER}"
     needle = encode_words(tokenizer, f" {NEEDLE}")
@@ -67,7 +70,9 @@ class Haystack:
     pattern that repeats.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], tokenizer: Any, seed: int):
+    def __init__(
+        self, rows: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", seed: int
+    ):
         texts = [_plain(row) for row in rows]
         ids = [list(encode({"text": f"{text}\n\n"}, tokenizer).input_ids) for text in texts]
         # what the tokenizer puts before every text belongs before the first one only

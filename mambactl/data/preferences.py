@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from mambactl.data.sources import (
     set_names,
 )
 from mambactl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("prompt", "chosen", "rejected")
 EXPECTED = "`prompt`, `chosen` and `rejected` (text, or lists of role and content)"
@@ -81,7 +84,7 @@ class _Rendered(NamedTuple):
 
 def load_pairs(
     specs: Sequence[str],
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     *,
     chat: bool = True,
@@ -150,7 +153,7 @@ def without_prompts(sets: Mapping[str, PairSet], keys: set[int]) -> tuple[dict[s
     return kept, sum(len(sets[name].pairs) - len(kept[name].pairs) for name in sets)
 
 
-def marked(pair: Pair, tokenizer: Any) -> dict[str, str]:
+def marked(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     """Both documents as the model reads them, the learned answer in [[ ]], and where they lie."""
     prompt = tokenizer.decode(pair.prompt.tolist())
     chosen, rejected = (
@@ -170,7 +173,7 @@ def _rows(name: str, spec: str, used: int | None, bad: BadRows) -> Iterator[tupl
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 
 
-def _render(where: str, row: Any, tokenizer: Any, chat: bool) -> _Rendered:
+def _render(where: str, row: Any, tokenizer: "PreTrainedTokenizerBase", chat: bool) -> _Rendered:
     """Check a row and put it into text; raises BadRow or UsageError without saying where."""
     if _is_text(row) and (
         not chat or row.get("prompt") is None or not getattr(tokenizer, "chat_template", None)
@@ -194,7 +197,9 @@ def _is_text(row: Any) -> bool:
     return all(isinstance(row.get(name), str | None) for name in COLUMNS)
 
 
-def _render_text(where: str, row: dict[str, Any], tokenizer: Any) -> _Rendered:
+def _render_text(
+    where: str, row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
+) -> _Rendered:
     """Text as it is, and an end token behind each answer."""
     chosen, rejected = row["chosen"], row["rejected"]
     if chosen is None or rejected is None:
@@ -247,7 +252,12 @@ def _require_words(answer: str, side: str) -> None:
         raise BadRow(f"the answer of `{side}` is empty", EMPTY)
 
 
-def _tokenise(texts: Iterable[_Rendered], tokenizer: Any, max_length: int, found: PairSet) -> None:
+def _tokenise(
+    texts: Iterable[_Rendered],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    found: PairSet,
+) -> None:
     """Sort texts into the lists of `found`, text rows behind chats."""
     for is_chat in (True, False):
         kind = [text for text in texts if text.is_chat == is_chat]
@@ -262,7 +272,7 @@ def _tokenise(texts: Iterable[_Rendered], tokenizer: Any, max_length: int, found
 
 
 def _encode(
-    texts: Sequence[_Rendered], tokenizer: Any, special: bool, bad: BadRows
+    texts: Sequence[_Rendered], tokenizer: "PreTrainedTokenizerBase", special: bool, bad: BadRows
 ) -> Iterator[Pair]:
     """Pairs of tokens; what is none goes to `bad`."""
     batch = tokenizer(
@@ -290,7 +300,7 @@ def _size_of_prompt(offsets: Sequence[tuple[int, int]], start: int) -> int:
     return next((n for n, (_, end) in enumerate(offsets) if end > start), len(offsets))
 
 
-def _check_pair(pair: Pair, other_prompt: np.ndarray, tokenizer: Any) -> None:
+def _check_pair(pair: Pair, other_prompt: np.ndarray, tokenizer: "PreTrainedTokenizerBase") -> None:
     if begins_twice(pair.prompt, tokenizer):
         raise BadRow(f"begins with {tokenizer.bos_token} twice", DOUBLED)
     if not np.array_equal(pair.prompt, other_prompt):

@@ -16,12 +16,15 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from mambactl.data.format import Example
 from mambactl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WORD_LETTERS = range(3, 9)
 MOST_WORDS, FEWEST_WORDS = 4096, 8
@@ -118,7 +121,7 @@ PHRASINGS: dict[Kind, tuple[Phrasing, ...]] = {
 
 
 def recall_documents(
-    tokenizer: Any, tokens: int, max_length: int, seed: int
+    tokenizer: "PreTrainedTokenizerBase", tokens: int, max_length: int, seed: int
 ) -> list[RecallDocument]:
     """Documents of together `tokens` (to half of `SHORTEST`), each of 64 to `max_length` tokens.
 
@@ -145,7 +148,9 @@ def recall_tokens(share: float, text_tokens: int) -> int:
     return round(text_tokens * share / (1 - share))
 
 
-def _documents(tokenizer: Any, tokens: int, max_length: int, seed: int) -> Iterator[RecallDocument]:
+def _documents(
+    tokenizer: "PreTrainedTokenizerBase", tokens: int, max_length: int, seed: int
+) -> Iterator[RecallDocument]:
     words, start = training_words(tokenizer), start_ids(tokenizer)
     rng = random.Random(f"recall documents {seed}")
     left = tokens
@@ -157,7 +162,11 @@ def _documents(tokenizer: Any, tokens: int, max_length: int, seed: int) -> Itera
 
 
 def _document(
-    tokenizer: Any, start: list[int], words: Sequence[int], length: int, rng: random.Random
+    tokenizer: "PreTrainedTokenizerBase",
+    start: list[int],
+    words: Sequence[int],
+    length: int,
+    rng: random.Random,
 ) -> RecallDocument:
     """One document of exactly `length` tokens, the last line cut where it must be."""
     kind = rng.choice(get_args(Kind))
@@ -177,7 +186,7 @@ def _document(
 
 
 def _form(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     start: list[int],
     phrasing: Phrasing,
     kind: Kind,
@@ -230,7 +239,7 @@ def write_pairs(
     return Written(ids, positions)
 
 
-def word_ids(tokenizer: Any) -> list[int]:
+def word_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Tokens of the probes: one lower-case word each, the most common (lowest numbers) first."""
     words = _words(tokenizer, str.islower)[:MOST_WORDS]
     if len(words) < FEWEST_WORDS:
@@ -241,7 +250,7 @@ def word_ids(tokenizer: Any) -> list[int]:
     return words
 
 
-def training_words(tokenizer: Any) -> list[int]:
+def training_words(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Tokens that no probe has, names and other words with a capital, the most common first.
 
     A vocabulary with few of them gives the words of the probes.
@@ -250,7 +259,7 @@ def training_words(tokenizer: Any) -> list[int]:
     return names if len(names) >= FEWEST_NAMES else word_ids(tokenizer)
 
 
-def _words(tokenizer: Any, wanted: Callable[[str], bool]) -> list[int]:
+def _words(tokenizer: "PreTrainedTokenizerBase", wanted: Callable[[str], bool]) -> list[int]:
     """Words with the space before them are preferred: they read as words wherever they stand."""
     found: dict[bool, list[int]] = {True: [], False: []}
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
@@ -269,13 +278,13 @@ def key_width(words: int, length: int) -> int:
     return width
 
 
-def start_ids(tokenizer: Any) -> list[int]:
+def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer itself puts before a text."""
     ids = tokenizer("", verbose=False)["input_ids"]
     # an end token that it would put behind is not part of a start
     return [index for index in ids if index == tokenizer.bos_token_id][:1]
 
 
-def encode_words(tokenizer: Any, text: str) -> list[int]:
+def encode_words(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Tokens of a phrase inside a text."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,9 +1,12 @@
 """Prompts: a small built-in set, rows of prompt files, and their way to token ids."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mambactl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,14 @@ BUILTIN = (
 )
 
 
-def encode(prompt: Prompt, tokenizer: Any, chat: bool = True) -> list[int]:
+def encode(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", chat: bool = True) -> list[int]:
     """Token ids of a prompt, inside the chat template if there is one and `chat` wants it."""
     # the template writes the special tokens itself
     templated = _templated(tokenizer, chat)
     return tokenizer(render(prompt, tokenizer, chat), add_special_tokens=not templated)["input_ids"]
 
 
-def render(prompt: Prompt, tokenizer: Any, chat: bool = True) -> str:
+def render(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", chat: bool = True) -> str:
     """The text that `encode` turns into tokens; raises UsageError where the template refuses."""
     if not _templated(tokenizer, chat):
         return "\n\n".join(message.get("content") or "" for message in prompt.messages)
@@ -95,7 +98,7 @@ def render(prompt: Prompt, tokenizer: Any, chat: bool = True) -> str:
         raise UsageError(f"the chat template refuses a prompt ({error})") from None
 
 
-def _templated(tokenizer: Any, chat: bool) -> bool:
+def _templated(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> bool:
     return chat and bool(getattr(tokenizer, "chat_template", None))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +12,9 @@ from mambactl.data.recall_documents import encode_words
 from mambactl.decode.backend import make_engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.evaluation.recall import read_answers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Scoring = Literal["generate", "argmax"]
 # what an answer must hold, in any case of letters
@@ -33,7 +36,7 @@ class Grid:
 
 
 def make_grid(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[dict[str, Any]],
     lengths: Sequence[int],
     depths: int,
@@ -68,7 +71,7 @@ def make_grid(
 
 def measure_needle(
     model: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     grid: Grid,
     end_tokens: Sequence[int],
     samples: bool = False,
@@ -109,7 +112,12 @@ def measure_needle(
 class _Generated:
     """Greedy answers through the decode engine."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, end_tokens: Sequence[int]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: "PreTrainedTokenizerBase",
+        end_tokens: Sequence[int],
+    ):
         self.engine = make_engine(model, None, 0)
         self.tokenizer = tokenizer
         self.params = SamplingParams(max_new_tokens=NEW_TOKENS, eos_token_ids=tuple(end_tokens))

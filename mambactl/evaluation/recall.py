@@ -12,7 +12,7 @@ A value token is right when it is the most likely one after the true tokens befo
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from mambactl.data.recall_documents import (
     write_pairs,
 )
 from mambactl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KV_QUERIES = 16
 KV_WIDTH, MQAR_WIDTH = 2, 1  # tokens of a value
@@ -69,7 +72,7 @@ class RecallProbe:
 
 
 def recall_probes(
-    tokenizer: Any, lengths: Sequence[int], rows: int, seed: int
+    tokenizer: "PreTrainedTokenizerBase", lengths: Sequence[int], rows: int, seed: int
 ) -> list[RecallProbe]:
     """Both forms at every length (tokens per row); raises UsageError where they do not fit."""
     return [
@@ -77,7 +80,9 @@ def recall_probes(
     ]
 
 
-def kv_probe(tokenizer: Any, length: int, rows: int, seed: int) -> RecallProbe:
+def kv_probe(
+    tokenizer: "PreTrainedTokenizerBase", length: int, rows: int, seed: int
+) -> RecallProbe:
     """Rows of `key: value` lines of at most `length` tokens; see the module."""
     words = word_ids(tokenizer)[:KV_WORDS]
     colon, end = encode_words(tokenizer, ":"), encode_words(tokenizer, "\n")
@@ -91,7 +96,9 @@ def kv_probe(tokenizer: Any, length: int, rows: int, seed: int) -> RecallProbe:
     return _probe("kv", form, words, room - queries, queries, length, rows, seed)
 
 
-def mqar_probe(tokenizer: Any, length: int, rows: int, seed: int) -> RecallProbe:
+def mqar_probe(
+    tokenizer: "PreTrainedTokenizerBase", length: int, rows: int, seed: int
+) -> RecallProbe:
     """Rows of short pairs of at most `length` tokens; see the module."""
     words = word_ids(tokenizer)
     comma, start = encode_words(tokenizer, ","), start_ids(tokenizer)

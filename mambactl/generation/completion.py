@@ -1,12 +1,15 @@
 """Texts behind many prompts, through the decode engine, each up to the first of its stop texts."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mambactl.decode.engine import OnTokens
 from mambactl.decode.sampler import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # rows decoded together where "auto" asks for what a device is quick with
 ROWS = {"cpu": 8, "cuda": 64}
@@ -21,7 +24,7 @@ def rows_together(device: torch.device, batch_size: int | str) -> int:
 
 def complete(
     engine: Any,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     until: Sequence[str] = (),
@@ -44,7 +47,9 @@ def complete(
     return found
 
 
-def stop_at(tokenizer: Any, until: Sequence[str], rows: int) -> OnTokens | None:
+def stop_at(
+    tokenizer: "PreTrainedTokenizerBase", until: Sequence[str], rows: int
+) -> OnTokens | None:
     """A listener for `generate` that ends a row once one of the texts is in it."""
     texts = [text for text in until if text]
     if not texts:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mambactl import console
 from mambactl.checkpoint.contents import describe
@@ -19,6 +19,9 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig, PromptConfig
 from mambactl.ranks import placement
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
 EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"
 
@@ -28,7 +31,7 @@ class Setup:
     """A target with its encoded prompts, its draft and how tokens are chosen."""
 
     target: HybridForCausalLM
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     draft: Draft
     k: K
     prompts: list[list[int]]
@@ -97,7 +100,7 @@ def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Set
 def assemble(
     config: PromptConfig,
     target: HybridForCausalLM,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     draft: Draft,
     prompts: list[list[int]],
 ) -> Setup:
@@ -126,7 +129,7 @@ def require_draft_tokens(source: str, draft: str, trust_remote_code: bool = Fals
     require_same_tokens(source, draft, "draft", hint, False, trust_remote_code)
 
 
-def end_tokens(target: HybridForCausalLM, tokenizer: Any) -> tuple[int, ...]:
+def end_tokens(target: HybridForCausalLM, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Every id that ends a text: of the generation config, the model config and the tokenizer."""
     found: set[int] = set()
     for holder in (target.generation_config, target.config, tokenizer):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import adapt, load_tokenizer, open_checkpoint
@@ -23,6 +23,9 @@ from mambactl.files import SINGLE_FILE_SUFFIXES
 from mambactl.generation import decoding
 from mambactl.options import GenerateConfig
 from mambactl.ranks import placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # what only says what is made of finished answers may change until they are written
 AFTERWARDS = {"keep_unfinished", "generator"}
@@ -42,7 +45,7 @@ class QuestionSet:
 
     config: GenerateConfig
     source: str
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     conversations: list[Conversation]
     lengths: list[int]
     counts: dict[str, int]
@@ -197,7 +200,7 @@ def _shard(config: GenerateConfig) -> tuple[int, int]:
 def _measure(
     config: GenerateConfig,
     source: str,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     conversations: Sequence[Conversation],
     bad: BadRows,
 ) -> tuple[list[Conversation], list[int]]:

@@ -1,7 +1,7 @@
 """A training run: its options, its placement, its student and its teacher."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig
@@ -14,6 +14,9 @@ from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import MixedRowsConfig, SpreadConfig, TrainConfig
 from mambactl.ranks import placement, sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -79,7 +82,7 @@ class Job:
         """The teacher that is asked for, else the model the lineage started from."""
         return teacher_of(self.source, self.config.teacher, "--teacher")
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer the student carries."""
         return load_tokenizer(self.source)
 

@@ -1,6 +1,6 @@
 """A training run before it starts: what it would do, and what it would see of its data."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.text import Text
@@ -15,6 +15,9 @@ from mambactl.data.sources import is_on_hub
 from mambactl.errors import UsageError
 from mambactl.train.job import Job
 from mambactl.train.rows import count_documents, encode_documents, read_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # of a parameter that trains: weight, gradient and both moments in fp32
 TRAINED_BYTES = 16
@@ -92,13 +95,13 @@ def _rows(job: Job, examples: list[Example]) -> list[Any]:
         return []
 
 
-def show(example: Example, tokenizer: Any) -> None:
+def show(example: Example, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Print an example; what is learned stands between brackets, and in green on a terminal."""
     console.log(f"one example, {OPEN}what is learned{CLOSE}:")
     console.show(marked(example, tokenizer))
 
 
-def marked(example: Example, tokenizer: Any) -> Text:
+def marked(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Text:
     """The text of an example, every learned span between brackets; a begin token never is one."""
     ids, mask = (column[:SHOWN] for column in example)
     mask = mask.copy()

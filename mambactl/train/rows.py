@@ -1,7 +1,7 @@
 """The rows that a run trains on and those it is measured on: reading, mixing, packing."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +17,13 @@ from mambactl.errors import UsageError
 from mambactl.files import canonical
 from mambactl.train.job import Job
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def training_rows(job: Job, tokenizer: Any, assistant_only: bool = False) -> list[Row]:
+
+def training_rows(
+    job: Job, tokenizer: "PreTrainedTokenizerBase", assistant_only: bool = False
+) -> list[Row]:
     """Packed rows, as many as the run can see: text, and recall documents among it.
 
     Raises UsageError for rows that nothing can be learned from, unless they are to be skipped.
@@ -45,7 +50,9 @@ def training_rows(job: Job, tokenizer: Any, assistant_only: bool = False) -> lis
     return rows
 
 
-def held_out_rows(job: Job, tokenizer: Any, assistant_only: bool = False) -> list[Row]:
+def held_out_rows(
+    job: Job, tokenizer: "PreTrainedTokenizerBase", assistant_only: bool = False
+) -> list[Row]:
     """Packed rows of `eval_data`, about `eval_tokens` of them and the same every time.
 
     Bad rows are left out and reported; with `assistant_only` also chats without a whole answer.
@@ -87,7 +94,11 @@ def count_documents(job: Job) -> int | None:
 
 
 def encode_documents(
-    job: Job, documents: Sequence[Document], tokenizer: Any, assistant_only: bool, bad: BadRows
+    job: Job,
+    documents: Sequence[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    assistant_only: bool,
+    bad: BadRows,
 ) -> list[Example]:
     """Documents as tokens, those that the run can see; bad rows are noted."""
     config = job.config
@@ -104,7 +115,7 @@ def encode_documents(
 def _encode(
     job: Job,
     documents: Sequence[Document],
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     assistant_only: bool,
     max_tokens: int | None,
     bad: BadRows,
@@ -121,7 +132,9 @@ def _encode(
     )
 
 
-def _recall_examples(job: Job, tokenizer: Any, text: Sequence[Example]) -> list[Example]:
+def _recall_examples(
+    job: Job, tokenizer: "PreTrainedTokenizerBase", text: Sequence[Example]
+) -> list[Example]:
     """Generated documents that are `recall_share` of the tokens once `text` is there too."""
     longest = None if job.config.packing else job.config.max_length
     tokens = sum(len(example.input_ids[:longest]) for example in text)

@@ -22,6 +22,7 @@ from mambactl.options.fields import DataSpecs
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedTokenizerBase
 
 # what `position_length` may be
 SHORTEST = 128
@@ -80,7 +81,9 @@ class PositionProbe(Probe[PositionOptions, Rows, Numbers]):
                     _show(f"{subject.source}, {name}, on {data} by position", students[name])
 
 
-def _long_rows(config: PositionOptions, spec: str, tokenizer: Any) -> "list[np.ndarray]":
+def _long_rows(
+    config: PositionOptions, spec: str, tokenizer: "PreTrainedTokenizerBase"
+) -> "list[np.ndarray]":
     """Whole rows only, so that every position is measured on the same documents."""
     from mambactl.data.format import encode_rows
     from mambactl.data.sources import load_rows

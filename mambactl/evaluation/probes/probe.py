@@ -12,6 +12,8 @@ from mambactl.metrics import Metric
 from mambactl.options.evaluation import EvalOptions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mambactl.evaluation.fidelity import Variant
     from mambactl.models.hybrid import HybridForCausalLM
 
@@ -38,7 +40,7 @@ class Asked:
     longest: int = field(default=0, init=False)
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer of the model."""
         from mambactl.checkpoint.load import load_tokenizer
 
@@ -59,7 +61,7 @@ class Subject:
     """The models of a run; `variants` are the students and their controls."""
 
     source: str
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     model: "HybridForCausalLM"
     variants: Mapping[str, "Variant"]
     teacher_name: str | None = None
