@@ -1,0 +1,43 @@
+"""Bounds on what an input may cost: beyond them a file is refused in a sentence.
+
+README's table "Limits" shows the same rows; a test compares both.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most of something: `most` in the unit that `unit` names."""
+
+    most: int
+    unit: str
+    of: str
+
+    def __str__(self) -> str:
+        size = f"{self.most >> 20} MiB" if self.unit == "bytes" else f"{self.most:,} {self.unit}"
+        return size
+
+
+MIB = 1 << 20
+
+TEMPLATE_SECONDS = Bound(5, "seconds of CPU time", "rendering one row with a chat template")
+TEMPLATE_BYTES = Bound(16 * MIB, "bytes", "what a chat template makes of one row")
+HEADER_BYTES = Bound(64 * MIB, "bytes", "the header of a safetensors file")
+TENSORS = Bound(100_000, "tensors", "a checkpoint")
+LAYERS = Bound(1024, "layers", "a model")
+LINE_BYTES = Bound(64 * MIB, "bytes", "a line of a data file, after decompression")
+TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON, YAML or template file")
+NEEDLE_TOKENS = Bound(1_000_000, "tokens", "a needle test")
+
+# in the order of README's table
+BOUNDS = (
+    TEMPLATE_SECONDS,
+    TEMPLATE_BYTES,
+    HEADER_BYTES,
+    TENSORS,
+    LAYERS,
+    LINE_BYTES,
+    TEXT_BYTES,
+    NEEDLE_TOKENS,
+)

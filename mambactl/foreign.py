@@ -1,0 +1,128 @@
+"""The boundary to files that other programs or people wrote: bounded reads, failures as sentences.
+
+Everything inside `blamed` is a library's work on foreign bytes, or a check of what came out. Our
+own code works on the checked values, outside of it, so that a bug still shows as a bug.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mambactl.bounds import TEXT_BYTES, Bound
+from mambactl.errors import MambactlError, ModelError
+
+AGAIN = "fetch it again"
+# characters of a reason that a library gives: some repeat the whole input
+_REASON = 200
+
+
+@contextmanager
+def blamed(
+    where: Path | str,
+    what: str = "",
+    kind: type[MambactlError] = ModelError,
+    hint: str = AGAIN,
+) -> Iterator[None]:
+    """Turn whatever is raised on damaged content into an error of one `kind` that names the place.
+
+    `where` is the file (with its row, if there are any) and `what` the part of it, if it has parts.
+    """
+    try:
+        yield
+    except MambactlError:
+        raise
+    except Exception as error:  # libraries raise many types on damaged content
+        raise kind(f"{_place(where, what)} cannot be used ({reason(error)})", hint) from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, in a bounded number of characters."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first = text.strip().split("\n")[0]
+    if len(first) > _REASON:
+        first = first[:_REASON] + "..."
+    name = type(error).__name__
+    return first if isinstance(error, OSError) and first else f"{name}: {first}" if first else name
+
+
+def _place(where: Path | str, what: str) -> str:
+    return f"{where}: {what}" if what else str(where)
+
+
+def read_bytes(
+    path: Path,
+    kind: type[MambactlError] = ModelError,
+    most: Bound = TEXT_BYTES,
+    hint: str = AGAIN,
+) -> bytes:
+    """The content of a regular file of bounded size; raises `kind` for anything else."""
+    with blamed(path, kind=kind, hint=hint):
+        # without O_NONBLOCK opening a pipe waits for whoever writes it
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            require_regular(path, os.fstat(fd), kind)
+            content = file.read(most.most + 1)
+    if len(content) > most.most:
+        raise kind(f"{path} has more than {most}, the most for {most.of}", "give a smaller file")
+    return content
+
+
+def require_regular(
+    path: Path, status: os.stat_result, kind: type[MambactlError] = ModelError
+) -> None:
+    """Raise `kind` where `status`, of the file at `path`, is that of a folder, pipe or device."""
+    if stat.S_ISDIR(status.st_mode):
+        raise kind(f"{path} is a folder", "give a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise kind(f"{path} is a pipe or device, not a regular file", "give a regular file")
+
+
+def read_text(
+    path: Path,
+    kind: type[MambactlError] = ModelError,
+    most: Bound = TEXT_BYTES,
+    hint: str = AGAIN,
+) -> str:
+    """The text of a regular UTF-8 file of bounded size; raises `kind` that names it."""
+    content = read_bytes(path, kind, most, hint)
+    with blamed(path, kind=kind, hint=hint):
+        return content.decode("utf-8")
+
+
+def parse_json(
+    text: str | bytes,
+    where: Path | str,
+    what: str = "",
+    kind: type[MambactlError] = ModelError,
+    hint: str = AGAIN,
+) -> Any:
+    """The value of a JSON text that can be written again as UTF-8; raises `kind`.
+
+    Numbers of thousands of digits, nesting that no reader follows and halves of characters are
+    refused, as everything that is no JSON is.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        place = _place(where, what)
+        raise kind(f"{place} is not valid JSON ({reason(error)})", hint) from error
+    return value
+
+
+def json_object(
+    text: str | bytes,
+    where: Path | str,
+    what: str = "",
+    kind: type[MambactlError] = ModelError,
+    hint: str = AGAIN,
+) -> dict[str, Any]:
+    """The object of a JSON text, as `parse_json` reads it; raises `kind` for another value."""
+    value = parse_json(text, where, what, kind, hint)
+    if not isinstance(value, dict):
+        raise kind(f"{_place(where, what)} is not a JSON object", hint)
+    return value
