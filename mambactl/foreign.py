@@ -36,7 +36,7 @@ def blamed(
     except MambactlError:
         raise
     except Exception as error:  # libraries raise many types on damaged content
-        raise kind(f"{_place(where, what)} cannot be used ({reason(error)})", hint) from error
+        raise kind(f"{_location(where, what)} cannot be used ({reason(error)})", hint) from error
 
 
 def reason(error: BaseException) -> str:
@@ -49,7 +49,7 @@ def reason(error: BaseException) -> str:
     return first if isinstance(error, OSError) and first else f"{name}: {first}" if first else name
 
 
-def _place(where: Path | str, what: str) -> str:
+def _location(where: Path | str, what: str) -> str:
     return f"{where}: {what}" if what else str(where)
 
 
@@ -109,8 +109,8 @@ def parse_json(
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        place = _place(where, what)
-        raise kind(f"{place} is not valid JSON ({reason(error)})", hint) from error
+        location = _location(where, what)
+        raise kind(f"{location} is not valid JSON ({reason(error)})", hint) from error
     return value
 
 
@@ -124,5 +124,5 @@ def json_object(
     """The object of a JSON text, as `parse_json` reads it; raises `kind` for another value."""
     value = parse_json(text, where, what, kind, hint)
     if not isinstance(value, dict):
-        raise kind(f"{_place(where, what)} is not a JSON object", hint)
+        raise kind(f"{_location(where, what)} is not a JSON object", hint)
     return value

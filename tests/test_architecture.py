@@ -31,7 +31,8 @@ VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
 # packages from the bottom up; a package may import those before it, and leaves are open to all
 TABLE = "COMMANDS"
 LEAVES = {
-    *("console", "errors", "figures", "files", "invocation", "metrics", "options", "ranks"),
+    *("bounds", "console", "errors", "figures", "files", "foreign", "invocation", "metrics"),
+    *("options", "ranks"),
     *("recipes", "registration", "stage_result", "version"),
     # of the package of commands, the table alone: it names their modules and imports none
     TABLE,
