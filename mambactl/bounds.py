@@ -15,10 +15,12 @@ class Bound:
     of: str
 
     def __str__(self) -> str:
-        size = f"{self.most >> 20} MiB" if self.unit == "bytes" else f"{self.most:,} {self.unit}"
-        return size
+        if self.unit != "bytes":
+            return f"{self.most:,} {self.unit}"
+        return f"{self.most // MIB} MiB" if self.most >= MIB else f"{self.most // KIB} KiB"
 
 
+KIB = 1 << 10
 MIB = 1 << 20
 
 TEMPLATE_SECONDS = Bound(5, "seconds of CPU time", "rendering one row with a chat template")
@@ -27,7 +29,9 @@ HEADER_BYTES = Bound(64 * MIB, "bytes", "the header of a safetensors file")
 TENSORS = Bound(100_000, "tensors", "a checkpoint")
 LAYERS = Bound(1024, "layers", "a model")
 LINE_BYTES = Bound(64 * MIB, "bytes", "a line of a data file, after decompression")
-TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON, YAML or template file")
+TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON or template file")
+YAML_BYTES = Bound(256 * KIB, "bytes", "a recipe, or a YAML file of tasks")
+YAML_VALUES = Bound(100_000, "values", "a recipe, or a YAML file of tasks, aliases counted")
 NEEDLE_TOKENS = Bound(1_000_000, "tokens", "a needle test")
 
 # in the order of README's table
@@ -39,5 +43,7 @@ BOUNDS = (
     LAYERS,
     LINE_BYTES,
     TEXT_BYTES,
+    YAML_BYTES,
+    YAML_VALUES,
     NEEDLE_TOKENS,
 )

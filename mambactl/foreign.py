@@ -16,8 +16,8 @@ from mambactl.bounds import TEXT_BYTES, Bound
 from mambactl.errors import MambactlError, ModelError
 
 AGAIN = "fetch it again"
-# characters of a reason that a library gives: some repeat the whole input
-_REASON = 200
+# characters that are repeated of a text, which may be the whole input
+_EXCERPT = 200
 
 
 @contextmanager
@@ -42,15 +42,18 @@ def blamed(
 def reason(error: BaseException) -> str:
     """The first line of what an exception says, in a bounded number of characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    first = text.strip().split("\n")[0]
-    if len(first) > _REASON:
-        first = first[:_REASON] + "..."
+    first = excerpt(text.strip().split("\n")[0])
     name = type(error).__name__
     return first if isinstance(error, OSError) and first else f"{name}: {first}" if first else name
 
 
 def _location(where: Path | str, what: str) -> str:
     return f"{where}: {what}" if what else str(where)
+
+
+def excerpt(text: str) -> str:
+    """A text as a message repeats it: the start of one that is long."""
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."
 
 
 def read_bytes(

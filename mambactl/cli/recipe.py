@@ -46,7 +46,7 @@ def show(name: Name, settings: Settings = None) -> None:
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors."""
-    from mambactl.recipes import schema
+    from mambactl.recipe_schema import schema
 
     console.write_out(json.dumps(schema(), indent=2))
 

@@ -19,6 +19,8 @@ from pydantic import (
 from pydantic_core import core_schema
 
 from mambactl.errors import UsageError
+from mambactl.foreign import excerpt
+from mambactl.plain_yaml import parse_yaml
 
 WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 
@@ -134,6 +136,10 @@ class StageConfig(CommandConfig):
     files: ClassVar[frozenset[str]] = frozenset(
         {"data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks"}
     )
+    # fields that name what is written beside the result: in a recipe, inside its working folder
+    written: ClassVar[frozenset[str]] = frozenset(
+        {"report", "needle_plot", "output_path", "use_cache"}
+    )
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
 
@@ -171,23 +177,22 @@ def validated(command: str, options: type[Options], values: Mapping[str, Any]) -
         reason = first["msg"][0].lower() + first["msg"][1:]
         given = values.get(key)
         raise UsageError(
-            f"{command}: {key.replace('_', '-')}: {reason} (got {given!r})",
+            f"{command}: {key.replace('_', '-')}: {reason} (got {excerpt(repr(given))})",
             f"mambactl {command} --help",
         ) from None
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """Turn `key=value` strings into a dictionary; values are typed as in YAML."""
-    import yaml
-
     parsed = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator or not key:
-            raise UsageError(f"--set {setting!r} is not key=value", "--set max_steps=100")
+            raise UsageError(f"--set {excerpt(setting)!r} is not key=value", "--set max_steps=100")
         try:
-            parsed[key.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed[key.strip().replace("-", "_")] = parse_yaml(value, "--set")
+        except UsageError:
+            # most text is no YAML; an option that takes no text refuses it
             parsed[key.strip().replace("-", "_")] = value
     return parsed
 
@@ -195,7 +200,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 def settings(config: CommandConfig, exclude: Collection[str] = ()) -> list[str]:
     """Options of a command line that ask for a configuration, whatever recipe stands beside it."""
     given = config.model_dump(mode="json", exclude_defaults=True, exclude=set(exclude))
-    # JSON is YAML, so every value arrives as it left
-    return [
-        word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")
-    ]
+    return [word for key, value in given.items() for word in ("--set", f"{key}={as_yaml(value)}")]
+
+
+def as_yaml(value: Any) -> str:
+    """A value in the form in which `parse_settings` reads it: JSON, which is YAML."""
+    # YAML would read an escaped pair of surrogates as two characters
+    return json.dumps(value, ensure_ascii=False)
