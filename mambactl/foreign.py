@@ -66,9 +66,12 @@ def read_bytes(
     with blamed(path, kind=kind, hint=hint):
         # without O_NONBLOCK opening a pipe waits for whoever writes it
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
+        try:
             require_regular(path, os.fstat(fd), kind)
-            content = file.read(most.most + 1)
+            with open(fd, "rb", closefd=False) as file:
+                content = file.read(most.most + 1)
+        finally:
+            os.close(fd)
     if len(content) > most.most:
         raise kind(f"{path} has more than {most}, the most for {most.of}", "give a smaller file")
     return content

@@ -251,7 +251,10 @@ def _take(section: Section, body: Mapping[str, Any], path: Path) -> Section:
         if field in values:
             values[field] = _located(values[field], path.parent)
     section = replace(section, values={**section.values, **values})
-    suffix = section.suffix or ""
+    try:
+        suffix = section.suffix or ""
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}", error.hint) from None
     return section if section.out.endswith(suffix) else replace(section, out=section.out + suffix)
 
 
