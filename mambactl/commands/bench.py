@@ -122,9 +122,9 @@ def _prepare(config: BenchConfig, source: str | None) -> str | None:
             require_hybrids(config)
         return None
     decoding.require_draft(config, source)
-    return (
-        teacher_of(source, None, "--baseline") if config.baseline == "teacher" else config.baseline
-    )
+    if config.baseline != "teacher":
+        return config.baseline
+    return teacher_of(source, None, "--baseline", config.trust_remote_code)
 
 
 def _checkpoint(
