@@ -47,6 +47,8 @@ class HarnessModel(HFLM):
         self._rows = batch_size
         self._bar: console.Task | None = None
         self._engine: Any = None
+        # whether an answer failed here, and not in a task
+        self.failed = False
         self._ours = isinstance(pretrained, HybridForCausalLM)
         rows = ROLLING_ROWS if self._ours and batch_size == "auto" else batch_size
         super().__init__(
@@ -182,9 +184,11 @@ class HarnessModel(HFLM):
 
     @contextmanager
     def _counting(self, label: str, total: int) -> Iterator[None]:
+        self.failed = True
         with console.progress(label, total) as self._bar:
             yield
         self._bar = None
+        self.failed = False
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._advance(len(inps))
