@@ -149,7 +149,9 @@ class StageConfig(CommandConfig):
         default="auto",
         description="weights in memory; auto is bfloat16 on capable GPUs, else float32",
     )
-    trust_remote_code: bool = Field(default=False, description="allow code that a checkpoint ships")
+    trust_remote_code: bool = Field(
+        default=False, description="allow code that checkpoints and task files ship"
+    )
 
     @property
     def ending(self) -> str:
