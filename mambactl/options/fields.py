@@ -143,7 +143,10 @@ class StageConfig(CommandConfig):
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
 
-    seed: int = Field(default=0, ge=0, description="one integer for everything random")
+    # the largest that every library's generator takes
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="one integer for everything random"
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:1 or auto")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
