@@ -53,6 +53,8 @@ def _compose(text: str, where: Path | str) -> "Node | None":
         except yaml.YAMLError as error:
             problem = excerpt(" ".join(str(error).split()))
             raise UsageError(f"{where} is not valid YAML: {problem}", MEND) from None
+        except RecursionError:
+            raise UsageError(f"{where} is nested too deeply", MEND) from None
 
 
 def _construct(node: "Node | None", where: Path | str) -> Any:

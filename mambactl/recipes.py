@@ -263,13 +263,13 @@ def _placed(section: Section, values: dict[str, Any], path: Path) -> Section:
     for key in (*section.command.model_keys, "out"):
         if key not in values:
             continue
-        value = values.pop(key)
+        value, what = values.pop(key), f"{path}: `{key}` of {section.key}"
         if not isinstance(value, str | int | float) or str(value) in ("", "-"):
-            raise UsageError(f"{path}: `{key}` of {section.key} must be a name or path")
+            raise UsageError(f"{what} must be a name or path")
         if str(value).startswith("-"):
+            shown = excerpt(str(value))
             raise UsageError(
-                f"{path}: `{key}` of {section.key} is {excerpt(str(value))}, as options are",
-                f"a path may begin with ./: ./{excerpt(str(value))}",
+                f"{what} is {shown}: a hyphen begins an option", f"give it as ./{shown}"
             )
         section = replace(section, **{"out" if key == "out" else "model": str(value)})
     return section
