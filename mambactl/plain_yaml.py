@@ -142,8 +142,8 @@ class _Checked:
 
     def _refused(self, node: "Node", what: str) -> UsageError:
         mark = node.start_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}"
-        return UsageError(f"{self.where}: the value at {place} {what}", MEND)
+        position = f"line {mark.line + 1}, column {mark.column + 1}"
+        return UsageError(f"{self.where}: the value at {position} {what}", MEND)
 
 
 def _kind(node: "Node") -> str:

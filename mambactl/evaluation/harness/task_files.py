@@ -6,7 +6,7 @@ refused without `--trust-remote-code`; templates are always rendered in a sandbo
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def require_data(folder: Path) -> None:
         content, functions = read_with_functions(path)
         if functions:
             raise _refused(path, f"names Python code (!function {excerpt(functions[0])})")
-        for what in _code(content):
+        if (what := next(_code(content), None)) is not None:
             raise _refused(path, what)
         rest += _included(path, content)
 
@@ -49,11 +49,26 @@ def _included(path: Path, content: Any) -> list[Path]:
 
 
 def _code(content: Any) -> Iterator[str]:
-    """What in the values of a file would run code that is not the harness's own."""
-    kinds = _keys()
+    """What in the values of a file would run code that is not the harness's own, or write."""
+    import lm_eval.api.metrics  # noqa: F401
+    from lm_eval.api.registry import metric_registry
+    from lm_eval.prompts import PROMPT_REGISTRY
+
     for key, value in _pairs(content):
-        if key in kinds and (what := kinds[key](value)):
-            yield what
+        shown = excerpt(str(value))
+        if key == "class":
+            yield f"is a task in Python: {shown}"
+        elif key == "metric" and not (isinstance(value, str) and value in metric_registry):
+            # a script of the hub, or of a folder of that name
+            yield f"has a metric that is code: {shown}"
+        elif key == "hf_evaluate" and value:
+            yield "has a metric that is code of the hub"
+        elif key == "use_prompt" and str(value).partition(":")[0] not in PROMPT_REGISTRY:
+            yield f"takes prompts from elsewhere: {shown}"
+        elif key == "dataset_path" and str(value).endswith(".py"):
+            yield f"reads a data set by a script: {shown}"
+        elif key == "cache_dir" and value:
+            yield f"writes into {shown}"
 
 
 def _pairs(content: Any) -> Iterator[tuple[Any, Any]]:
@@ -66,38 +81,6 @@ def _pairs(content: Any) -> Iterator[tuple[Any, Any]]:
             rest += value.values()
         elif isinstance(value, list):
             rest += value
-
-
-def _keys() -> Mapping[str, Callable[[Any], str | None]]:
-    """Keys that may run code, and what to say of a value that does."""
-    import lm_eval.api.metrics  # noqa: F401
-    from lm_eval.api.registry import metric_registry
-    from lm_eval.prompts import PROMPT_REGISTRY
-
-    def metric(name: Any) -> str | None:
-        # a name that the harness has not is a script of the hub, or of a folder of that name
-        known = isinstance(name, str) and name in metric_registry
-        return None if known else f"has a metric that is code: {excerpt(str(name))}"
-
-    def prompt(name: Any) -> str | None:
-        known = str(name).partition(":")[0] in PROMPT_REGISTRY
-        return None if known else f"takes prompts from elsewhere: {excerpt(str(name))}"
-
-    def script(name: Any) -> str | None:
-        return f"reads a data set by a script: {excerpt(name)}" if _is_script(name) else None
-
-    return {
-        "metric": metric,
-        "use_prompt": prompt,
-        "dataset_path": script,
-        "class": lambda value: f"is a task in Python: {excerpt(str(value))}",
-        "cache_dir": lambda value: f"writes into {excerpt(str(value))}" if value else None,
-        "hf_evaluate": lambda value: "has a metric that is code of the hub" if value else None,
-    }
-
-
-def _is_script(name: Any) -> bool:
-    return isinstance(name, str) and name.endswith(".py")
 
 
 @contextmanager
