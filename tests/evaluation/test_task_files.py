@@ -96,6 +96,11 @@ def test_what_is_refused(fields, sentence, tmp_path) -> None:
         require_data(tmp_path)
 
 
+def test_columns_of_worked_examples_are_no_keys(tmp_path) -> None:
+    task(tmp_path, fewshot_config={"samples": [{"class": 3, "metric": "x"}]})
+    require_data(tmp_path)
+
+
 def test_what_is_included_counts(tmp_path) -> None:
     sets = tmp_path / "sets"
     sets.mkdir()

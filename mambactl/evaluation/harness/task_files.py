@@ -72,13 +72,13 @@ def _code(content: Any) -> Iterator[str]:
 
 
 def _pairs(content: Any) -> Iterator[tuple[Any, Any]]:
-    """Every key and its value, at any depth."""
+    """Every key and its value, at any depth, but for worked examples: their keys are columns."""
     rest = [content]
     while rest:
         value = rest.pop()
         if isinstance(value, dict):
             yield from value.items()
-            rest += value.values()
+            rest += [inner for key, inner in value.items() if key != "samples"]
         elif isinstance(value, list):
             rest += value
 
