@@ -28,6 +28,11 @@ TEMPLATE_BYTES = Bound(16 * MIB, "bytes", "what a chat template makes of one row
 HEADER_BYTES = Bound(64 * MIB, "bytes", "the header of a safetensors file")
 TENSORS = Bound(100_000, "tensors", "a checkpoint")
 LAYERS = Bound(1024, "layers", "a model")
+WIDTH = Bound(1 << 18, "numbers", "any width of a model, in heads, channels or states")
+VOCABULARY = Bound(1 << 22, "tokens", "a vocabulary")
+PICKLE_BYTES = Bound(16 * MIB, "bytes", "the names and shapes in a pickled checkpoint")
+GGUF_ITEMS = Bound(2_000_000, "values", "the metadata of a GGUF")
+NESTING = Bound(100, "levels", "a JSON text")
 LINE_BYTES = Bound(64 * MIB, "bytes", "a line of a data file, after decompression")
 TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON or template file")
 YAML_BYTES = Bound(256 * KIB, "bytes", "a recipe, or a YAML file of tasks")
@@ -41,6 +46,11 @@ BOUNDS = (
     HEADER_BYTES,
     TENSORS,
     LAYERS,
+    WIDTH,
+    VOCABULARY,
+    PICKLE_BYTES,
+    GGUF_ITEMS,
+    NESTING,
     LINE_BYTES,
     TEXT_BYTES,
     YAML_BYTES,

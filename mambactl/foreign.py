@@ -6,13 +6,16 @@ own code works on the checked values, outside of it, so that a bug still shows a
 
 import json
 import os
+import reprlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mambactl.bounds import TEXT_BYTES, Bound
+from pydantic import BaseModel, ValidationError
+
+from mambactl.bounds import NESTING, TEXT_BYTES, Bound
 from mambactl.errors import MambactlError, ModelError
 
 AGAIN = "fetch it again"
@@ -33,10 +36,17 @@ def blamed(
     """
     try:
         yield
-    except MambactlError:
+    except (MambactlError, MemoryError):
         raise
-    except Exception as error:  # libraries raise many types on damaged content
+    except BaseException as error:  # libraries raise many types on damaged content
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
         raise kind(f"{_location(where, what)} cannot be used ({reason(error)})", hint) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust met what it did not foresee; such exceptions are no Exception."""
+    return type(error).__module__ == "pyo3_runtime"
 
 
 def reason(error: BaseException) -> str:
@@ -77,6 +87,14 @@ def read_bytes(
     return content
 
 
+def regular_size(path: Path, kind: type[MambactlError] = ModelError, hint: str = AGAIN) -> int:
+    """The size of a regular file; raises `kind` for anything else."""
+    with blamed(path, kind=kind, hint=hint):
+        status = path.stat()
+        require_regular(path, status, kind)
+    return status.st_size
+
+
 def require_regular(
     path: Path, status: os.stat_result, kind: type[MambactlError] = ModelError
 ) -> None:
@@ -105,19 +123,31 @@ def parse_json(
     what: str = "",
     kind: type[MambactlError] = ModelError,
     hint: str = AGAIN,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Any:
     """The value of a JSON text that can be written again as UTF-8; raises `kind`.
 
-    Numbers of thousands of digits, nesting that no reader follows and halves of characters are
-    refused, as everything that is no JSON is.
+    Numbers of thousands of digits, nesting beyond the bound and halves of characters are refused,
+    as everything that is no JSON is. `object_hook` is that of `json.loads`.
     """
+    location = _location(where, what)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_hook=object_hook)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        location = _location(where, what)
+    except (ValueError, TypeError, RecursionError) as error:
         raise kind(f"{location} is not valid JSON ({reason(error)})", hint) from error
+    level, depth = [value], 0
+    while level := [inner for outer in level for inner in _members(outer)]:
+        depth += 1
+        if depth > NESTING.most:
+            raise kind(f"{location} has more than {NESTING}, the most for {NESTING.of}", hint)
     return value
+
+
+def _members(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def json_object(
@@ -126,9 +156,43 @@ def json_object(
     what: str = "",
     kind: type[MambactlError] = ModelError,
     hint: str = AGAIN,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
     """The object of a JSON text, as `parse_json` reads it; raises `kind` for another value."""
-    value = parse_json(text, where, what, kind, hint)
+    value = parse_json(text, where, what, kind, hint, object_hook)
     if not isinstance(value, dict):
         raise kind(f"{_location(where, what)} is not a JSON object", hint)
     return value
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def fitted(
+    schema: type[Schema],
+    raw: Mapping[str, Any],
+    where: Path | str,
+    what: str = "",
+    kind: type[MambactlError] = ModelError,
+    hint: str = AGAIN,
+) -> Schema:
+    """The fields of `schema` in a JSON object; raises `kind` for the first that does not fit."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        path = ".".join(_path(raw, wrong["loc"]))
+        found = f"is {reprlib.repr(wrong['input'])}: {wrong['msg']}"
+        if wrong["type"] == "missing":
+            path, found = ".".join(map(str, wrong["loc"])), "is missing"
+        raise kind(f"{_location(where, what)}: {path} {found}", hint) from error
+
+
+def _path(raw: Any, location: Iterable[int | str]) -> Iterator[str]:
+    """Keys and indices of a value, without the types that were tried for it."""
+    for part in location:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        yield str(part)

@@ -23,10 +23,14 @@ Spec: TypeAlias = str | os.PathLike[str]
 
 
 def spec_of(model: Spec) -> str:
-    """A model as the command line names it; raises ModelError for none at all."""
-    spec = os.fspath(model)
-    if not spec.strip() or spec == "-":
-        raise ModelError(f"{spec!r} is no model", "give a path, a hub id or an alias")
+    """A model as the command line names it; UsageError or ModelError for none at all."""
+    hint = "give a path, a hub id or an alias"
+    try:
+        spec = os.fspath(model)
+    except TypeError as error:
+        raise UsageError(f"{model!r} is no model", hint) from error
+    if not isinstance(spec, str) or not spec.strip() or spec == "-" or "\0" in spec:
+        raise ModelError(f"{spec!r} is no model", hint)
     return spec
 
 

@@ -148,6 +148,8 @@ def generate(
     >>> again[0].text == found[0].text
     True
     """
+    if not isinstance(prompts, Sequence):
+        raise UsageError(f"prompts are {prompts!r}", "give a text, or a list of texts")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     handle, setup = _prepared(model, texts, params, draft, k, batch_size, chat)
     with handle.engine(setup) as engine:
@@ -192,6 +194,8 @@ def _prepared(
     chat: bool,
 ) -> tuple[Model, decoding.Setup]:
     """The model, and the prompts with the sampling; what is wrong shows before weights are read."""
+    if not isinstance(params, SamplingParams):
+        raise UsageError(f"params are {params!r}", "give mambactl.SamplingParams(...)")
     given = {name: getattr(params, name) for name in SAMPLING}
     config = configure("generate", {**given, "k": k, "batch_size": batch_size, "chat": chat})
     for number, text in enumerate(texts):

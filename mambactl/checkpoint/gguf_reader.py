@@ -3,13 +3,18 @@
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from mambactl.checkpoint.config_fields import Fields
+from mambactl.checkpoint.gguf_header import LlamaFields, TokenizerFields, check_header
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError, ResourceError
+from mambactl.foreign import AGAIN, blamed, fitted, regular_size
+
+Read = TypeVar("Read", bound=Fields)
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -27,6 +32,7 @@ _OUTER_NAMES = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
+_EMBEDDING = "model.embed_tokens.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 # llama.cpp's file types without quantisation; every other type was a 16 bit model before
 _PLAIN_DTYPES = {0: torch.float32, 1: torch.float16}
@@ -42,10 +48,10 @@ class GgufReader(Reader):
             import gguf
         except ImportError as error:
             raise ResourceError("reading GGUF needs gguf", "pip install gguf") from error
-        try:
+        size = regular_size(path)
+        with blamed(path):
+            check_header(path, size)
             file = gguf.GGUFReader(path)
-        except Exception as error:  # the library raises many types on a bad file
-            raise ModelError(f"{path} is not a readable GGUF", "fetch it again") from error
         self._dequantize = gguf.dequantize
         self._fields = file.fields
         if (architecture := self._value("general.architecture")) != "llama":
@@ -53,13 +59,23 @@ class GgufReader(Reader):
                 f"{path} holds the architecture {architecture!r}",
                 "GGUF input is supported for llama (which includes Mistral 7B)",
             )
+        self._about = self._read(LlamaFields)
         self._tensors = {tensor.name: tensor for tensor in file.tensors}
         self._names = {
             _our_name(name, path): name for name in self._tensors if name != _ROPE_FACTORS
         }
+        if _EMBEDDING not in self._names or len(self.shape(_EMBEDDING)) != 2:
+            raise ModelError(f"{path} has no token_embd.weight of rows", AGAIN)
 
-    def _value(self, key: str, default: Any = None) -> Any:
-        return self._fields[key].contents() if key in self._fields else default
+    def _value(self, key: str) -> Any:
+        with blamed(self.path, key):
+            return self._fields[key].contents() if key in self._fields else None
+
+    def _read(self, kind: type[Read]) -> Read:
+        """Metadata of the keys that are the aliases of `kind`."""
+        keys = [field.alias for field in kind.model_fields.values() if field.alias]
+        found = {key: self._value(key) for key in keys if key in self._fields}
+        return fitted(kind, found, self.path, "its metadata")
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -68,7 +84,7 @@ class GgufReader(Reader):
         return tuple(int(size) for size in reversed(self._tensors[self._names[name]].shape))
 
     def dtype(self, name: str) -> torch.dtype:
-        return _PLAIN_DTYPES.get(self._value("general.file_type"), torch.bfloat16)
+        return _PLAIN_DTYPES.get(self._about.file_type, torch.bfloat16)
 
     def get(self, name: str) -> torch.Tensor:
         return self.dequantize(name, self.dtype(name))
@@ -78,9 +94,10 @@ class GgufReader(Reader):
         tensor = self._tensors[self._names[name]]
         shape = self.shape(name)
         out = torch.empty(shape, dtype=dtype)
-        for start in range(0, shape[0], _ROWS):
-            rows = self._dequantize(tensor.data[start : start + _ROWS], tensor.tensor_type)
-            out[start : start + _ROWS] = torch.from_numpy(np.require(rows, requirements="CW"))
+        with blamed(self.path, name):
+            for start in range(0, shape[0], _ROWS):
+                rows = self._dequantize(tensor.data[start : start + _ROWS], tensor.tensor_type)
+                out[start : start + _ROWS] = torch.from_numpy(np.require(rows, requirements="CW"))
         if name.endswith("q_proj.weight"):
             return _unpermute(out, self.config["num_attention_heads"])
         if name.endswith("k_proj.weight"):
@@ -89,51 +106,51 @@ class GgufReader(Reader):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        def field(name: str, default: Any = None) -> Any:
-            return self._value(f"llama.{name}", default)
-
-        heads, width = field("attention.head_count"), field("embedding_length")
-        if field("expert_count"):
+        about = self._about
+        if about.expert_count:
             raise ModelError(f"{self.path} is a mixture of experts", "give a dense Llama")
         config = {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
-            "vocab_size": self.shape("model.embed_tokens.weight")[0],
-            "hidden_size": width,
-            "intermediate_size": field("feed_forward_length"),
-            "num_hidden_layers": field("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": field("attention.head_count_kv", heads),
-            "head_dim": field("attention.key_length", width // heads),
-            "max_position_embeddings": field("context_length"),
-            "rms_norm_eps": _short(field("attention.layer_norm_rms_epsilon")),
-            "rope_theta": float(field("rope.freq_base", 10000.0)),
+            "vocab_size": self.shape(_EMBEDDING)[0],
+            "hidden_size": about.width,
+            "intermediate_size": about.inner,
+            "num_hidden_layers": about.layers,
+            "num_attention_heads": about.heads,
+            "num_key_value_heads": about.shared_heads or about.heads,
+            "head_dim": about.head_dim or about.width // about.heads,
+            "max_position_embeddings": about.context,
+            "rms_norm_eps": _short(about.epsilon),
+            "rope_theta": about.rope_base,
             "tie_word_embeddings": "lm_head.weight" not in self._names,
             "hidden_act": "silu",
             "dtype": str(self.dtype("")).removeprefix("torch."),
+            "bos_token_id": about.bos,
+            "eos_token_id": about.eos,
+            "pad_token_id": about.pad,
         }
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-            config[f"{role}_token_id"] = self._value(f"tokenizer.ggml.{key}_token_id")
         if scaling := self._rope_scaling(config):
             config["rope_scaling"] = scaling
         return config
 
     def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
         if _ROPE_FACTORS in self._tensors:
-            factors = np.array(self._tensors[_ROPE_FACTORS].data, dtype=np.float64)
+            with blamed(self.path, _ROPE_FACTORS):
+                factors = np.array(self._tensors[_ROPE_FACTORS].data, dtype=np.float64)
             return _llama3_scaling(factors, config)
-        kind = self._value("llama.rope.scaling.type", "none")
+        kind = self._about.scaling
         if kind == "none":
             return None
-        if kind == "linear":
-            return {"rope_type": "linear", "factor": self._value("llama.rope.scaling.factor")}
+        if kind == "linear" and self._about.factor is not None:
+            return {"rope_type": "linear", "factor": self._about.factor}
         raise ModelError(f"{self.path} uses rope scaling {kind!r}", "linear and llama3 are read")
 
     @cached_property
     def files(self) -> dict[str, str | bytes]:
         if "tokenizer.ggml.tokens" not in self._fields:
             return {}
-        settings, backend = self._tokenizer()
+        words = self._read(TokenizerFields)
+        settings, backend = self._tokenizer(words)
         files = {
             "tokenizer.json": backend.to_str(),
             "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
@@ -141,47 +158,48 @@ class GgufReader(Reader):
                 {k: v for k, v in self.config.items() if k.endswith("_token_id") and v is not None}
             ),
         }
-        if template := self._value("tokenizer.chat_template"):
-            files["chat_template.jinja"] = template
+        if words.chat_template:
+            files["chat_template.jinja"] = words.chat_template
         return files
 
-    def _tokenizer(self) -> tuple[dict[str, Any], Any]:
+    def _tokenizer(self, words: TokenizerFields) -> tuple[dict[str, Any], Any]:
         from tokenizers import pre_tokenizers, processors
         from transformers.integrations.gguf import convert_gguf_tokenizer
 
-        def field(name: str, default: Any = None) -> Any:
-            return self._value(f"tokenizer.ggml.{name}", default)
-
-        described = {"tokenizer_type": field("model"), "pre_tokenizer_type": field("pre")}
+        described = {"tokenizer_type": words.model, "pre_tokenizer_type": words.pre}
         for name in ("tokens", "scores", "token_type", "merges"):
-            if (value := field(name)) is not None:
+            if (value := getattr(words, name)) is not None:
                 described[name] = value
-        backend, _ = convert_gguf_tokenizer("llama", described)
-        if field("pre") == "smollm":
+        with blamed(self.path, "its tokenizer"):
+            backend, _ = convert_gguf_tokenizer("llama", described)
+        if words.pre == "smollm":
             # the library's mapping has no entry for it; SmolLM's merges never join digits
             digits = pre_tokenizers.Digits(individual_digits=True)
-            words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-            backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+            split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+            backend.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.config["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
         }
-        tokens = described["tokens"]
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-            if (index := field(f"{key}_token_id")) is not None:
-                settings[f"{role}_token"] = tokens[index]
-        if field("add_bos_token", field("model") == "llama") and (bos := settings.get("bos_token")):
-            backend.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A",
-                pair=f"{bos} $A {bos} $B",
-                special_tokens=[(bos, field("bos_token_id"))],
-            )
+        for role in ("bos", "eos", "unk", "pad"):
+            if (index := getattr(words, role)) is not None:
+                if index >= len(words.tokens):
+                    raise ModelError(f"{self.path}: the {role} token {index} is none of its", AGAIN)
+                settings[f"{role}_token"] = words.tokens[index]
+        begins = words.model == "llama" if words.add_bos is None else words.add_bos
+        if begins and (bos := settings.get("bos_token")):
+            with blamed(self.path, f"its bos token {bos!r}"):
+                backend.post_processor = processors.TemplateProcessing(
+                    single=f"{bos} $A",
+                    pair=f"{bos} $A {bos} $B",
+                    special_tokens=[(bos, words.bos)],
+                )
         return settings, backend
 
 
 def _our_name(name: str, path: Path) -> str:
-    stem, kind = name.rsplit(".", 1)
+    stem, _, kind = name.rpartition(".")
     if stem in _OUTER_NAMES:
         return f"{_OUTER_NAMES[stem]}.{kind}"
     match stem.split("."):
@@ -204,8 +222,11 @@ def _short(value: float) -> float:
 
 def _llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
     """The llama3 rope parameters whose per-frequency divisors are `factors`; raises ModelError."""
-    factor, low, high, original = _short(factors.max()), 1.0, 4.0, 8192
+    low, high, original = 1.0, 4.0, 8192
     dim = config["head_dim"]
+    if factors.shape != (dim // 2,) or dim % 2:
+        raise ModelError(f"the GGUF has {factors.size} rope factors, not {dim // 2}", AGAIN)
+    factor = _short(factors.max())
     wavelength = 2 * np.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)

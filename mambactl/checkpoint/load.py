@@ -1,5 +1,6 @@
 """Load models, tokenizers and lineage from any checkpoint, strictly."""
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,27 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mambactl.checkpoint.adapters import llama, mamba, own, qwen
+from mambactl.checkpoint.config_fields import GenerationFields, Identity, read_fields
 from mambactl.checkpoint.gguf_reader import GgufReader
-from mambactl.checkpoint.reader import (
-    Adapted,
-    FolderReader,
-    PickleReader,
-    Reader,
-    SingleFileReader,
-    blame,
-    in_dtype,
-    parse,
-    read_config,
-    read_lineage,
-    read_side_files,
-    require_finite,
-)
+from mambactl.checkpoint.pickle_reader import PickleReader
+from mambactl.checkpoint.reader import Adapted, Reader, in_dtype, require_finite
 from mambactl.checkpoint.resolve import resolve, tokenizer_folder
+from mambactl.checkpoint.safetensors_reader import FolderReader, SingleFileReader, read_lineage
 from mambactl.checkpoint.save import stored_dtype
+from mambactl.checkpoint.side_files import read_config, read_side_files
 from mambactl.errors import ModelError
 from mambactl.files import CONFIG, Source
+from mambactl.foreign import AGAIN, blamed, json_object
 from mambactl.models.config import HybridConfig
-from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -60,42 +53,42 @@ FORMATS = {
 
 def adapt(reader: Reader) -> Adapted:
     """Our config and names for an open checkpoint; raises ModelError for other architectures."""
-    with blame(reader.path, CONFIG):
-        return _adapt(reader)
-
-
-def _adapt(reader: Reader) -> Adapted:
-    config = reader.config
-    kind = _kind(config)
+    identity = _identity(reader)
+    kind = _kind(identity)
     known = FORMATS.get(kind)
-    named = (config.get("architectures") or [known and known.architecture])[0]
+    named = (identity.architectures or [known and known.architecture])[0]
     if known is None:
         raise _unsupported(reader, f"{named or 'unnamed'} (model_type {kind!r})")
     if known.architecture not in (None, named):
         raise _unsupported(reader, named)
-    if config.get("quantization_config"):
+    if identity.quantization_config:
         raise ModelError(
             f"{reader.path} is quantised", "give the unquantised checkpoint, or a GGUF of it"
         )
     return known.adapt(reader)
 
 
-def needs_remote_code(config: Mapping[str, Any]) -> bool:
+def needs_remote_code(reader: Reader) -> bool:
     """Whether loading the checkpoint takes Python code that it ships itself."""
-    return bool(config.get("auto_map")) and _kind(config) not in FORMATS
+    identity = _identity(reader)
+    return bool(identity.auto_map) and _kind(identity) not in FORMATS
 
 
-def _kind(config: Mapping[str, Any]) -> str | None:
-    if "model_type" not in config and "ssm_cfg" in config:
+def _identity(reader: Reader) -> Identity:
+    return read_fields(Identity, reader.config, reader.path)
+
+
+def _kind(identity: Identity) -> str | None:
+    if identity.model_type is None and identity.ssm_cfg is not None:
         return mamba.STATE_SPACES
-    return config.get("model_type")
+    return identity.model_type
 
 
 def _unsupported(reader: Reader, what: str) -> ModelError:
     named = [known.architecture for known in FORMATS.values() if known.architecture]
     supported = ", ".join([*named, "state-spaces/mamba*"])
     message = f"{reader.path} has the architecture {what}, which is not supported"
-    if needs_remote_code(reader.config):
+    if needs_remote_code(reader):
         code = ", ".join(sorted({str(name) for name in reader.config["auto_map"].values()}))
         message += f" and needs code from the checkpoint ({code})"
     return ModelError(message, f"supported: {supported}")
@@ -104,6 +97,8 @@ def _unsupported(reader: Reader, what: str) -> ModelError:
 GENERATION = "generation_config.json"
 _NEOX = "EleutherAI/gpt-neox-20b"
 _NAMES_SHOWN = 5
+# every tokenizer has to read this
+_PROBE = "The first of 2 lines.\n"
 
 
 def load_model(
@@ -120,7 +115,7 @@ def load_model(
     """
     source = resolve(spec)
     with open_checkpoint(source) as reader:
-        if trust_remote_code and needs_remote_code(reader.config):
+        if trust_remote_code and needs_remote_code(reader):
             return _load_foreign(source, device, dtype)
         adapted = adapt(reader)
         model = _described(reader, adapted)
@@ -136,8 +131,7 @@ def load_model(
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     model.config.dtype = state[EMBEDDING].dtype
-    with blame(source.path, GENERATION):
-        model.generation_config = _generation_config(source.path, files, model)
+    model.generation_config = _generation_config(source.path, files, model)
     return model.to(device).eval()
 
 
@@ -155,16 +149,26 @@ def open_strict(spec: str | Source) -> tuple[Reader, Adapted]:
 
 def empty_model(config: HybridConfig) -> HybridForCausalLM:
     """The model with parameters that have shapes but no memory."""
-    from accelerate import init_empty_weights
-
-    # buffers are real: rotary frequencies are computed at construction, never stored
-    with init_empty_weights(include_buffers=False):
-        return HybridForCausalLM(config)
+    with torch.device("meta"):
+        model = HybridForCausalLM(config)
+    # rotary frequencies are computed at construction, never stored
+    model.model.rotary_emb = RotaryEmbedding(config)
+    return model
 
 
 def _described(reader: Reader, adapted: Adapted) -> HybridForCausalLM:
-    with blame(reader.path, CONFIG):
-        return empty_model(adapted.config)
+    require_rotary(reader.path, adapted.config)
+    return empty_model(adapted.config)
+
+
+def require_rotary(path: Path, config: HybridConfig) -> None:
+    """Raise ModelError where a config describes no rotary angles that can be computed."""
+    with blamed(path, f"rope_parameters in {CONFIG}"):
+        rotary = RotaryEmbedding(config)
+        if not (rotary.inv_freq.isfinite().all() and math.isfinite(rotary.attention_scaling)):
+            raise ModelError(
+                f"{path}: the rope_parameters in {CONFIG} give no finite angles", AGAIN
+            )
 
 
 def check(reader: Reader, adapted: Adapted, model: HybridForCausalLM) -> None:
@@ -203,7 +207,7 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
         for name, content in files.items():
             data = content.encode("utf-8") if isinstance(content, str) else content
             (Path(folder) / name).write_bytes(data)
-        with blame(source.path, ", ".join(name for name in files if name != GENERATION)):
+        with blamed(source.path, ", ".join(name for name in files if name != GENERATION)):
             if "tokenizer.json" in files:
                 # not Auto: classes like GPT2Tokenizer rebuild the pipeline, lose digit splitting
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -211,6 +215,8 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
                 tokenizer = AutoTokenizer.from_pretrained(
                     folder, trust_remote_code=trust_remote_code
                 )
+            # some are read without complaint and fail at the first text
+            tokenizer.decode(tokenizer(_PROBE)["input_ids"])
     tokenizer.name_or_path = spec
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -220,17 +226,13 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
 def load_lineage(spec: str) -> dict[str, Any] | None:
     """The content of mambactl.json, or None for a checkpoint that mambactl did not write."""
     source = resolve(spec)
-    if source.kind == "folder":
-        return read_lineage(source.path)
-    if source.kind == "file":
-        return SingleFileReader(source.path).lineage
-    return None
+    return None if source.kind == "gguf" else read_lineage(source.path)
 
 
 def _tokenizer_files(source: Source) -> Mapping[str, str | bytes]:
     if source.kind == "folder":
         files = read_side_files(source.path)
-        raw = read_config(source.path) if (source.path / CONFIG).is_file() else {}
+        raw = read_config(source.path) if (source.path / CONFIG).exists() else {}
     else:
         with open_checkpoint(source) as reader:
             files, raw = reader.files, reader.config
@@ -266,9 +268,12 @@ def _generation_config(
 ) -> Any:
     from transformers import GenerationConfig
 
-    if GENERATION in files:
-        return GenerationConfig.from_dict(parse(files[GENERATION], path, GENERATION))
-    return GenerationConfig.from_model_config(model.config)
+    if GENERATION not in files:
+        return GenerationConfig.from_model_config(model.config)
+    values = json_object(files[GENERATION], path, GENERATION)
+    read_fields(GenerationFields, values, path, GENERATION)
+    with blamed(path, GENERATION):
+        return GenerationConfig.from_dict(values)
 
 
 def _load_foreign(
@@ -278,9 +283,10 @@ def _load_foreign(
 
     if source.kind != "folder":
         raise ModelError(f"{source.path} needs code, which only a folder carries", "give a folder")
-    model = AutoModelForCausalLM.from_pretrained(
-        source.path, trust_remote_code=True, dtype=dtype or "auto"
-    )
+    with blamed(source.path, hint="its own code failed on it"):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, trust_remote_code=True, dtype=dtype or "auto"
+        )
     for name, tensor in model.state_dict().items():
         require_finite(source.path, name, tensor)
     return model.to(device).eval()

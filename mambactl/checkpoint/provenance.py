@@ -1,7 +1,6 @@
 """Provenance of a checkpoint: its stage, ancestors, options and library versions."""
 
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -10,13 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mambactl.checkpoint.lineage_record import SCHEMA, checked_lineage
 from mambactl.commands import Command
 from mambactl.errors import OutputError
 from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
+from mambactl.foreign import read_bytes
 from mambactl.options import StageConfig
 from mambactl.version import __version__
 
-SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "safetensors")
 _HEAD_BYTES = 1 << 20
 _SAMPLE_BYTES, _SAMPLES = 1 << 16, 64
@@ -87,7 +87,9 @@ def _identifying_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]
-    return sorted([*path.glob(CONFIG), *path.glob(LINEAGE), *weights])
+    files = [*path.glob(CONFIG), *path.glob(LINEAGE), *weights]
+    # a pipe or device of such a name would be read for ever
+    return sorted(file for file in files if file.is_file())
 
 
 def _digest_if_local(path: str | None) -> str | None:
@@ -144,9 +146,6 @@ def made_before(
 
 def _beside(out: Path) -> dict[str, Any] | None:
     from mambactl.checkpoint.run_folder import side_file
-    from mambactl.files import LINEAGE
 
-    try:
-        return json.loads(side_file(out, LINEAGE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
+    record = side_file(out, LINEAGE)
+    return checked_lineage(read_bytes(record), out) if record.exists() else None

@@ -16,9 +16,9 @@ from mambactl import console
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, open_checkpoint
 from mambactl.checkpoint.provenance import header_digest, lineage
-from mambactl.checkpoint.reader import read_lineage
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.checkpoint.safetensors_reader import read_lineage
 from mambactl.data.mixture import names
 from mambactl.data.pack import Row, collate
 from mambactl.data.sources import count_rows

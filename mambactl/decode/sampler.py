@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mambactl.errors import UsageError
 from mambactl.kernels.decode.reference.verdict import smallest_kept
 from mambactl.kernels.random import Stream, draw, uniform
+from mambactl.options.fields import COOLEST, is_temperature
 
 __all__ = ["Sampler", "SamplingParams", "Stream", "draw", "filtered_probs", "uniform"]
 
@@ -24,10 +26,23 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("temperature and top_k must be >= 0 and top_p in (0, 1]")
+        for name in ("temperature", "top_p"):
+            self._require(name, (int, float))
+        for name in ("top_k", "max_new_tokens", "seed"):
+            self._require(name, (int,))
+        if not is_temperature(self.temperature):
+            raise UsageError(
+                f"temperature {self.temperature}: it is 0 (greedy) or at least {COOLEST:g}"
+            )
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UsageError("top_k must be at least 0 and top_p in (0, 1]")
         if self.max_new_tokens < 1:
-            raise ValueError("max_new_tokens must be at least 1")
+            raise UsageError("max_new_tokens must be at least 1")
+
+    def _require(self, name: str, kinds: tuple[type, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UsageError(f"{name} is {value!r}, which is no number")
 
     @property
     def greedy(self) -> bool:

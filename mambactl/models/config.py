@@ -6,12 +6,13 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 
 from mambactl.kernels.local_attention import LocalSpan
 from mambactl.models.cache import LayerCache
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
-from mambactl.models.mixers.spec import MixerSpec, section_values
+from mambactl.models.mixers.spec import MixerSpec, check_section, section_values
 
 # settings of one section of all layers, or of each layer (None where its mixer reads none)
 Section = dict | list[dict | None] | None
@@ -76,15 +77,28 @@ class HybridConfig(LlamaConfig):
                 self._check_section(name, section)
         if not isinstance(self.attention_bias, bool) and set(self.attention_bias) - set("qkvo"):
             raise ValueError(f"attention_bias {self.attention_bias}: projections are q, k, v, o")
+        self._check_sizes()
         for layer in self.layers:
             layer.spec.check(self, layer.settings)
+
+    def _check_sizes(self) -> None:
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if heads % shared:
+            raise ValueError(f"{heads} attention heads are no multiple of {shared} key-value heads")
+        if self.attention_layers and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown")
+        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is not in the vocabulary")
 
     def _check_section(self, name: str, section: str) -> None:
         values = getattr(self, section, None)
         if values is None:
             raise ValueError(f"the config uses {name} layers but has no `{section}` settings")
+        kind = MIXERS[name].sections[section]
         if not isinstance(values, list):
-            return
+            return self._check_values(section, kind, values)
         if len(values) != self.num_hidden_layers:
             raise ValueError(
                 f"`{section}` has settings of {len(values)} layers, the config "
@@ -93,6 +107,15 @@ class HybridConfig(LlamaConfig):
         for index, mixer in enumerate(self.mixers):
             if mixer == name and values[index] is None:
                 raise ValueError(f"layer {index} is {name} but has no `{section}` settings")
+            if mixer == name:
+                self._check_values(section, kind, values[index])
+        return None
+
+    def _check_values(self, section: str, kind: type, values: object) -> None:
+        try:
+            check_section(kind, values)
+        except ValueError as error:
+            raise ValueError(f"`{section}` {error}") from error
 
     @property
     def layers(self) -> list[Layer]:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -102,6 +104,26 @@ Losses = Annotated[
     BeforeValidator(_split_commas),
 ]  # fmt: skip
 Weights = Annotated[list[Annotated[float, Field(ge=0)]], BeforeValidator(_split_commas)]
+
+
+# below it logits that are divided by it leave the range of float32
+COOLEST = 1e-3
+
+
+def is_temperature(value: float) -> bool:
+    """Whether a distribution can be drawn from at this temperature, or is greedy at 0."""
+    return value == 0 or COOLEST <= value < math.inf
+
+
+def _temperature(value: float) -> float:
+    if not is_temperature(value):
+        raise ValueError(f"0 is greedy, and other temperatures start at {COOLEST:g}")
+    return value
+
+
+Temperature = Annotated[float, AfterValidator(_temperature)]
+# of a distribution that is matched, where 0 has no meaning
+Softness = Annotated[float, Field(ge=COOLEST)]
 
 
 class CommandConfig(BaseModel):

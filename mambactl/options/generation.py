@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mambactl.options.fields import DataSpecs, Drafts, StageConfig
+from mambactl.options.fields import DataSpecs, Drafts, StageConfig, Temperature
 
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 
@@ -13,7 +13,7 @@ class SamplingConfig(StageConfig):
     """How tokens are chosen."""
 
     max_new_tokens: int = Field(default=128, ge=1, description="tokens after the prompt")
-    temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
+    temperature: Temperature = Field(default=0.0, description="0 is greedy")
     top_k: int = Field(default=0, ge=0, description="0 is off")
     top_p: float = Field(default=1.0, gt=0, le=1, description="1 is off")
     draft: str | None = Field(default=None, description="checkpoint, or ngram")

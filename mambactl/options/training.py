@@ -11,6 +11,7 @@ from mambactl.options.fields import (
     Integers,
     Losses,
     Shares,
+    Softness,
     StageConfig,
     Trackers,
     Weights,
@@ -168,9 +169,7 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     ce_weight: float = Field(
         default=0.0, ge=0, description="weight of the cross entropy on the text"
     )
-    temperature: float = Field(
-        default=1.0, gt=0, description="softens both distributions of the KL"
-    )
+    temperature: Softness = Field(default=1.0, description="softens both distributions of the KL")
     divergence: Literal["forward", "reverse", "jsd"] = Field(
         default="forward", description="forward is KL(teacher || student)"
     )
@@ -184,9 +183,7 @@ class TeacherCacheConfig(MixedRowsConfig):
     """Keep ids that MODEL draws for every token, from which distill learns without it."""
 
     samples: int = Field(default=12, ge=1, le=1024, description="ids drawn per token")
-    temperature: float = Field(
-        default=1.0, gt=0, description="softens the distribution to be matched"
-    )
+    temperature: Softness = Field(default=1.0, description="softens the distribution to be matched")
     power: float = Field(
         default=1.0, gt=0, description="draw from its power; weights keep the estimate unbiased"
     )

@@ -11,7 +11,7 @@ from mambactl.errors import MambactlError
 
 def lineage_of(checkpoint: Path) -> dict[str, Any]:
     """The lineage of a folder or a single file; empty where there is none."""
-    from mambactl.checkpoint.reader import read_lineage
+    from mambactl.checkpoint.safetensors_reader import read_lineage
 
     try:
         return read_lineage(checkpoint) or {}

@@ -207,5 +207,5 @@ def test_other_architectures_and_damage_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="b.gguf"):
         load_model(str(broken))
     broken.write_bytes(b"not a gguf at all")
-    with pytest.raises(ModelError, match="not a readable GGUF"):
+    with pytest.raises(ModelError, match="is not a GGUF"):
         load_model(str(broken))

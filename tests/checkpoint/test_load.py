@@ -227,7 +227,7 @@ def test_index_cannot_reach_outside_of_its_folder(llama: Path, tmp_path: Path) -
     shutil.copy(llama / "model.safetensors", tmp_path / "secret.safetensors")
     index = {"weight_map": {NORM: "../secret.safetensors"}}
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="llama/secret.safetensors is missing"):
+    with pytest.raises(ModelError, match="is no name of a file beside it"):
         load_model(str(llama))
 
 

@@ -3,10 +3,10 @@
 Both keep the tensors of a mixer in the layout our native mixers use, so only names change.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from mambactl.checkpoint.config_fields import SsmFields, StateSpacesFields, read_fields
 from mambactl.checkpoint.reader import Adapted, Reader, build_config
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
@@ -111,60 +111,54 @@ def _transformers(reader: Reader) -> tuple[dict[str, Any], Settings]:
 
 
 def _original(reader: Reader) -> tuple[dict[str, Any], Settings]:
-    raw = reader.config
+    config = read_fields(StateSpacesFields, reader.config, reader.path)
     for key in ("attn_layer_idx", "d_intermediate"):
-        if raw.get(key):
-            raise _beyond(reader, f"{key} {raw[key]}")
-    if raw.get("rms_norm") is False:
+        if value := getattr(config, key):
+            raise _beyond(reader, f"{key} {value}")
+    if not config.rms_norm:
         raise _beyond(reader, "LayerNorm instead of RMSNorm")
-    if "backbone.embedding.weight" not in reader.names():
-        raise ModelError(f"{reader.path} has no backbone.embedding.weight", "fetch it again")
+    embedding = "backbone.embedding.weight"
+    if embedding not in reader.names() or not reader.shape(embedding):
+        raise ModelError(f"{reader.path} has no {embedding} of rows", "fetch it again")
     fields = {
         # the file holds the padded vocabulary, its config the plain one
-        "vocab_size": reader.shape("backbone.embedding.weight")[0],
-        "hidden_size": raw["d_model"],
-        "num_hidden_layers": raw["n_layer"],
+        "vocab_size": reader.shape(embedding)[0],
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layer,
         "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": raw.get("tie_embeddings", True),
+        "tie_word_embeddings": config.tie_embeddings,
         # the GPT-NeoX tokenizer these models were trained with ends a text with token 0
         "bos_token_id": 0,
         "eos_token_id": 0,
-        "dtype": str(reader.dtype("backbone.embedding.weight")).removeprefix("torch."),
+        "dtype": str(reader.dtype(embedding)).removeprefix("torch."),
     }
-    ssm = dict(raw.get("ssm_cfg") or {})
-    layer = ssm.pop("layer", "Mamba1")
-    return fields, _original_settings(reader, layer, raw["d_model"], ssm)
+    return fields, _original_settings(reader, config.d_model, config.ssm_cfg or SsmFields())
 
 
-def _original_settings(reader: Reader, layer: str, width: int, ssm: Mapping[str, Any]) -> Settings:
-    d_inner = width * ssm.get("expand", 2)
-    shared = {
-        "d_conv": ssm.get("d_conv", 4),
-        "conv_bias": ssm.get("conv_bias", True),
-        "proj_bias": ssm.get("bias", False),
-    }
-    if layer == "Mamba1":
-        rank = ssm.get("dt_rank", "auto")
+def _original_settings(reader: Reader, width: int, ssm: SsmFields) -> Settings:
+    d_inner = width * ssm.expand
+    shared = {"d_conv": ssm.d_conv, "conv_bias": ssm.conv_bias, "proj_bias": ssm.bias}
+    if ssm.layer == "Mamba1":
         return Mamba1Settings(
             d_inner=d_inner,
-            dt_rank=-(-width // 16) if rank == "auto" else rank,
-            d_state=ssm.get("d_state", 16),
+            dt_rank=-(-width // 16) if ssm.dt_rank == "auto" else ssm.dt_rank,
+            d_state=ssm.d_state or 16,
             native=True,
             **shared,
         )
     plain = {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None}
-    odd = [key for key, value in plain.items() if ssm.get(key, value) != value]
-    if layer != "Mamba2" or odd:
-        raise _beyond(reader, f"a {layer} layer with {', '.join(odd) or 'another design'}")
-    head_dim, groups = ssm.get("headdim", 64), ssm.get("ngroups", 1)
+    odd = [key for key, value in plain.items() if getattr(ssm, key) != value]
+    if ssm.layer != "Mamba2" or odd:
+        raise _beyond(reader, f"a {ssm.layer} layer with {', '.join(odd) or 'another design'}")
+    heads = d_inner // ssm.headdim
     return Mamba2Settings(
-        n_heads=d_inner // head_dim,
-        head_dim=head_dim,
-        d_state=ssm.get("d_state", 128),
-        x_heads=d_inner // head_dim,
-        b_groups=groups,
-        c_groups=groups,
-        norm_groups=groups,
+        n_heads=heads,
+        head_dim=ssm.headdim,
+        d_state=ssm.d_state or 128,
+        x_heads=heads,
+        b_groups=ssm.ngroups,
+        c_groups=ssm.ngroups,
+        norm_groups=ssm.ngroups,
         **shared,
     )
 

@@ -29,6 +29,7 @@ from mambactl.models.mixers.spec import (
     MixerForm,
     MixerSpec,
     StepContext,
+    check_sizes,
 )
 from mambactl.models.packed import (
     PackedRecurrence,
@@ -314,6 +315,14 @@ class Mamba1Spec(MixerSpec[Mamba1Settings]):
     title = "Mamba-1 mixer"
     module_type = Mamba1Mixer
     sections = {"mamba1": Mamba1Settings}
+
+    def check(self, config: LlamaConfig, settings: Mamba1Settings) -> None:
+        """Raise ValueError for sizes that do not fit each other."""
+        alone = ("d_inner", "dt_rank", "d_state", "d_conv")
+        check_sizes(settings, *((name, name) for name in alone))
+        if not settings.native:
+            pairs = (("d_inner", "x_dim"), ("x_dim", "repeat_width"), ("d_inner", "d_state"))
+            check_sizes(settings, *pairs)
 
     def cache(self, settings: Mamba1Settings) -> RecurrentCache:
         """An empty cache of one layer."""

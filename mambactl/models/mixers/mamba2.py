@@ -29,6 +29,7 @@ from mambactl.models.mixers.spec import (
     MixerForm,
     MixerSpec,
     StepContext,
+    check_sizes,
 )
 from mambactl.models.packed import Projection, Rotations, packed_conv
 
@@ -280,7 +281,14 @@ class Mamba2Spec(MixerSpec[Mamba2Settings]):
     rescales_heads = True
 
     def check(self, config: LlamaConfig, settings: Mamba2Settings) -> None:
-        """Raise ValueError where rotary states do not fit the model's angles."""
+        """Raise ValueError for sizes that do not fit each other, or the model's angles."""
+        heads, groups = "n_heads", ("x_heads", "b_groups", "c_groups")
+        check_sizes(
+            settings,
+            *((heads, part) for part in groups),
+            ("d_inner", "norm_groups"),
+            *((name, name) for name in ("d_state", "d_conv", "chunk_size")),
+        )
         if settings.rotary and settings.d_state != config.head_dim:
             raise ValueError(
                 f"rotary mamba2 states have {settings.d_state} channels, the angles of this model "

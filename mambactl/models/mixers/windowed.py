@@ -32,6 +32,7 @@ from mambactl.models.mixers.spec import (
     MixerForm,
     MixerSpec,
     StepContext,
+    check_sizes,
     span_of,
 )
 from mambactl.models.packed import (
@@ -172,8 +173,9 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
         return WindowedSettings(**parts)
 
     def check(self, config: LlamaConfig, settings: WindowedSettings) -> None:
-        """Raise ValueError where rotary states do not fit the model's angles."""
+        """Raise ValueError for sizes that do not fit each other, or the model's angles."""
         RECURRENCE.check(config, settings.mamba2)
+        check_sizes(settings.mamba2_window, ("window", "window"))
 
     def window(self, settings: WindowedSettings) -> WindowSettings:
         """The window of attention beside the recurrence."""

@@ -1,0 +1,159 @@
+"""Safetensors checkpoints: a folder with one file or an index, and a single `.st`."""
+
+import base64
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mambactl.bounds import HEADER_BYTES
+from mambactl.checkpoint.lineage_record import checked_lineage
+from mambactl.checkpoint.reader import DTYPES, MappedReader
+from mambactl.checkpoint.side_files import (
+    parse_config,
+    read_config,
+    read_folder_lineage,
+    read_index,
+    read_side_files,
+    require_few,
+)
+from mambactl.errors import ModelError
+from mambactl.files import BINARY_PREFIX, CONFIG, LINEAGE, SIDE_FILES
+from mambactl.foreign import AGAIN, blamed, reason, regular_size
+
+_LENGTH_BYTES = 8
+
+
+class _SafetensorsReader(MappedReader):
+    """Tensors in safetensors files, described by their headers."""
+
+    def _map(self, file: Path) -> Callable[[str], torch.Tensor]:
+        return open_safetensors(file).get_tensor
+
+    def _describe(self, files: list[Path]) -> None:
+        for file in files:
+            with open_safetensors(file) as handle:
+                names = handle.keys()
+                require_few(file, names)
+                for name in names:
+                    if name in self._where and self._where[name] != file:
+                        continue
+                    part = handle.get_slice(name)
+                    self._described[name] = (tuple(part.get_shape()), _dtype(part, name, file))
+        if lost := [name for name in self._where if name not in self._described]:
+            raise ModelError(
+                f"{self._where[lost[0]]} lacks {len(lost)} tensors that the index names, "
+                f"first {lost[0]}",
+                "fetch that file again",
+            )
+        if not self._described:
+            raise ModelError(f"{files[0]} holds no tensors", AGAIN)
+
+
+class FolderReader(_SafetensorsReader):
+    """A Hugging Face folder with `model.safetensors` or a sharded set and its index."""
+
+    def __init__(self, folder: Path):
+        self.config = read_config(folder)
+        index = folder / "model.safetensors.index.json"
+        single = folder / "model.safetensors"
+        if index.exists():
+            where = read_index(index)
+        elif single.exists():
+            where = {}
+        else:
+            raise ModelError(
+                f"{folder} has safetensors files but neither model.safetensors nor its index",
+                "fetch model.safetensors.index.json too",
+            )
+        super().__init__(folder, where)
+        self._describe(sorted(set(where.values())) or [single])
+        if not where:
+            self._where = dict.fromkeys(self._described, single)
+        self.lineage = read_folder_lineage(folder)
+
+    @cached_property
+    def files(self) -> Mapping[str, str | bytes]:
+        return read_side_files(self.path)
+
+
+class SingleFileReader(_SafetensorsReader):
+    """One `.st` file that carries everything in its metadata, or sits beside a config.json."""
+
+    def __init__(self, file: Path):
+        super().__init__(file, {})
+        self._describe([file])
+        self._where = dict.fromkeys(self._described, file)
+        metadata = _metadata(file)
+        if CONFIG in metadata:
+            self.config = parse_config(metadata[CONFIG], file)
+            self.files = {
+                name: _unpack(metadata[name], file, name) for name in SIDE_FILES if name in metadata
+            }
+            self.lineage = _lineage(metadata, file)
+            return
+        if not (file.parent / CONFIG).exists():
+            raise ModelError(
+                f"{file} carries no config and there is no {CONFIG} beside it",
+                "give a file that mambactl wrote, or the whole folder",
+            )
+        self.config = read_config(file.parent)
+        self.files = read_side_files(file.parent)
+        self.lineage = read_folder_lineage(file.parent)
+
+
+def read_lineage(checkpoint: Path) -> dict[str, Any] | None:
+    """The mambactl.json of a folder, or in the header of a single file, if it has one."""
+    if checkpoint.is_dir():
+        return read_folder_lineage(checkpoint)
+    return _lineage(_metadata(checkpoint), checkpoint)
+
+
+def open_safetensors(file: Path) -> Any:
+    """An open file of safetensors with a bounded header; raises ModelError."""
+    try:
+        size = regular_size(file)
+    except ModelError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise ModelError(f"{file} is missing", "fetch the checkpoint again") from error
+        raise
+    with blamed(file, hint=AGAIN):
+        with file.open("rb") as content:
+            header = int.from_bytes(content.read(_LENGTH_BYTES), "little")
+        if size < _LENGTH_BYTES or header > size - _LENGTH_BYTES:
+            raise ModelError(f"{file} is truncated or not a safetensors file", AGAIN)
+        if header > HEADER_BYTES.most:
+            raise ModelError(
+                f"{file} has a header of {header:,} bytes, {HEADER_BYTES} are the most", AGAIN
+            )
+        try:
+            return safe_open(file, framework="pt")
+        except SafetensorError as error:
+            message = f"{file} is truncated or not a safetensors file ({reason(error)})"
+            raise ModelError(message, AGAIN) from error
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    with open_safetensors(file) as handle:
+        return handle.metadata() or {}
+
+
+def _lineage(metadata: Mapping[str, str], file: Path) -> dict[str, Any] | None:
+    return checked_lineage(metadata[LINEAGE], file) if LINEAGE in metadata else None
+
+
+def _dtype(part: Any, name: str, file: Path) -> torch.dtype:
+    stored = part.get_dtype()
+    if stored not in DTYPES:
+        raise ModelError(f"{file}: {name} is stored as {stored}", "give an unquantised checkpoint")
+    return DTYPES[stored]
+
+
+def _unpack(text: str, file: Path, name: str) -> str | bytes:
+    if not text.startswith(BINARY_PREFIX):
+        return text
+    with blamed(file, name):
+        return base64.b64decode(text.removeprefix(BINARY_PREFIX), validate=True)
