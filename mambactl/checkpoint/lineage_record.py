@@ -27,7 +27,7 @@ class _Selection(_Record):
 
 
 class _Metrics(_Record):
-    selection: _Selection | None = None
+    selection: _Selection = _Selection()
 
 
 class _Stage(_Record):
@@ -35,7 +35,7 @@ class _Stage(_Record):
     created: str | None = None
     source: str | None = None
     teacher: str | None = None
-    parent: _Parent | None = None
+    parent: _Parent = _Parent()
     recipe: dict[str, Any] = {}
     seed: int | None = None
     metrics: _Metrics = _Metrics()

@@ -65,7 +65,9 @@ def adapt(reader: Reader) -> Adapted:
         raise ModelError(
             f"{reader.path} is quantised", "give the unquantised checkpoint, or a GGUF of it"
         )
-    return known.adapt(reader)
+    adapted = known.adapt(reader)
+    _require_rotary(reader.path, adapted.config)
+    return adapted
 
 
 def needs_remote_code(reader: Reader) -> bool:
@@ -118,7 +120,7 @@ def load_model(
         if trust_remote_code and needs_remote_code(reader):
             return _load_foreign(source, device, dtype)
         adapted = adapt(reader)
-        model = _described(reader, adapted)
+        model = empty_model(adapted.config)
         check(reader, adapted, model)
         state = {}
         for name in adapted.names:
@@ -140,7 +142,7 @@ def open_strict(spec: str | Source) -> tuple[Reader, Adapted]:
     reader = open_checkpoint(spec)
     try:
         adapted = adapt(reader)
-        check(reader, adapted, _described(reader, adapted))
+        check(reader, adapted, empty_model(adapted.config))
     except BaseException:
         reader.close()
         raise
@@ -156,12 +158,7 @@ def empty_model(config: HybridConfig) -> HybridForCausalLM:
     return model
 
 
-def _described(reader: Reader, adapted: Adapted) -> HybridForCausalLM:
-    require_rotary(reader.path, adapted.config)
-    return empty_model(adapted.config)
-
-
-def require_rotary(path: Path, config: HybridConfig) -> None:
+def _require_rotary(path: Path, config: HybridConfig) -> None:
     """Raise ModelError where a config describes no rotary angles that can be computed."""
     with blamed(path, f"rope_parameters in {CONFIG}"):
         rotary = RotaryEmbedding(config)
@@ -215,12 +212,22 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
                 tokenizer = AutoTokenizer.from_pretrained(
                     folder, trust_remote_code=trust_remote_code
                 )
-            # some are read without complaint and fail at the first text
-            tokenizer.decode(tokenizer(_PROBE)["input_ids"])
+            _try(tokenizer)
     tokenizer.name_or_path = spec
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _try(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Use what is read without complaint and fails at the first text."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    tokenizer.decode(tokenizer(_PROBE)["input_ids"])
+    templates = tokenizer.chat_template or ""
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if template:
+            _compile_jinja_template(template)
 
 
 def load_lineage(spec: str) -> dict[str, Any] | None:

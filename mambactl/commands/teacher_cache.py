@@ -24,6 +24,7 @@ from mambactl.data.pack import Row, collate
 from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.files import LINEAGE, explained, gib
+from mambactl.foreign import AGAIN
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.stage_result import StageResult
@@ -148,7 +149,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     if record is None or record.get("stage") != STAGE:
         hint = f"mambactl {STAGE} TEACHER --data DATA -o {folder}"
         raise ModelError(f"{folder} is no teacher cache", hint)
-    return record["cache"]
+    if not isinstance(cache := record.get("cache"), dict):
+        raise ModelError(f"{folder}: {LINEAGE} does not say what the cache was made from", AGAIN)
+    return cache
 
 
 def _fill(

@@ -1,7 +1,6 @@
 """Configs and side files that are damaged: one sentence with the file's name, never a traceback."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +11,6 @@ from mambactl.checkpoint.load import load_model, load_tokenizer, open_strict
 from mambactl.errors import ModelError
 
 NO_UTF8 = b'{"a": "\xff\xfe"}'
-
-
-@pytest.fixture
-def llama(tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    """A private copy that a test may damage."""
-    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "llama"))
 
 
 def refused(load: Callable[[str], object], folder: Path, name: str) -> None:

@@ -24,12 +24,6 @@ NORM = "model.layers.1.input_layernorm.weight"
 Damage = Callable[[dict[str, torch.Tensor]], object]
 
 
-@pytest.fixture
-def llama(tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    """A private copy that a test may damage."""
-    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "llama"))
-
-
 def rewrite(folder: Path, change: Damage) -> None:
     state = load_file(folder / "model.safetensors")
     change(state)

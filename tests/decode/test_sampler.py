@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mambactl.decode.sampler import Sampler, SamplingParams, Stream, draw, filtered_probs, uniform
+from mambactl.errors import UsageError
+from mambactl.options.fields import COOLEST
 
 
 def test_filters_apply_along_the_vocabulary_for_any_leading_shape():
@@ -60,10 +62,24 @@ def test_a_distribution_needs_a_temperature():
         filtered_probs(torch.zeros(3), temperature=0)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"temperature": value} for value in (-1, float("nan"), float("inf"), 1e-39, "0.7", None)),
+        *({"top_p": value} for value in (0, 1.5, float("nan"))),
+        *({"max_new_tokens": value} for value in (0, 2.5, True)),
+    ],
+)
 def test_impossible_parameters_are_refused(wrong):
-    with pytest.raises(ValueError):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+def test_the_coolest_temperature_draws_and_0_is_greedy():
+    assert SamplingParams().greedy
+    assert not SamplingParams(temperature=COOLEST).greedy
+    probs = filtered_probs(torch.tensor([80.0, -80.0, 79.0]), COOLEST)
+    assert torch.equal(probs, torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_uniforms_are_uniform_and_streams_independent(p_value):
