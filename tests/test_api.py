@@ -215,6 +215,24 @@ def test_arguments_of_a_stream_are_checked_at_once(here: Path) -> None:
         mambactl.load("-")
 
 
+def test_arguments_of_other_types_are_refused(here: Path) -> None:
+    for model in (3, None, ["student.st"]):
+        with pytest.raises(UsageError, match="is no model"):
+            mambactl.load(model)
+    for model in ("", " ", b"student.st", "a\0b"):
+        with pytest.raises(ModelError, match="is no model"):
+            mambactl.load(model)
+    for prompts in (None, 3):
+        with pytest.raises(UsageError, match="prompts are"):
+            mambactl.generate("student.st", prompts)
+    with pytest.raises(UsageError, match="prompt 0 is empty"):
+        mambactl.generate("student.st", [3])
+    with pytest.raises(UsageError, match="params are"):
+        mambactl.generate("student.st", "red", {"temperature": 0.5})
+    with pytest.raises(UsageError, match="temperature nan"):
+        mambactl.SamplingParams(temperature=float("nan"))
+
+
 def test_a_draft_of_another_vocabulary_is_refused(here: Path, permuted: str) -> None:
     student = mambactl.load("student.st", device="cpu")
     for draft in (permuted, mambactl.load(permuted, device="cpu")):

@@ -199,7 +199,7 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     source = resolve(spec)
-    files = _tokenizer_files(source)
+    files, config = _tokenizer_files(source)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             data = content.encode("utf-8") if isinstance(content, str) else content
@@ -213,6 +213,13 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
                     folder, trust_remote_code=trust_remote_code
                 )
             _try(tokenizer)
+    # special tokens beyond the vocabulary are common, and harmless while no text has them
+    rows = read_fields(Identity, config, source.path).vocab_size
+    if rows is not None and tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"{source.path} has a tokenizer of {tokenizer.vocab_size} tokens, its model has {rows}",
+            "its tokenizer.json belongs to another model",
+        )
     tokenizer.name_or_path = spec
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -236,7 +243,8 @@ def load_lineage(spec: str) -> dict[str, Any] | None:
     return None if source.kind == "gguf" else read_lineage(source.path)
 
 
-def _tokenizer_files(source: Source) -> Mapping[str, str | bytes]:
+def _tokenizer_files(source: Source) -> tuple[Mapping[str, str | bytes], Mapping[str, Any]]:
+    """What a tokenizer is made of, and the config beside it."""
     if source.kind == "folder":
         files = read_side_files(source.path)
         raw = read_config(source.path) if (source.path / CONFIG).exists() else {}
@@ -244,10 +252,11 @@ def _tokenizer_files(source: Source) -> Mapping[str, str | bytes]:
         with open_checkpoint(source) as reader:
             files, raw = reader.files, reader.config
     if any(name in files for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return files
+        return files, raw
     if "ssm_cfg" in raw:
-        # state-spaces publishes weights alone; all its models share this tokenizer
-        return read_side_files(tokenizer_folder(_NEOX))
+        # state-spaces publishes weights alone; all its models share this tokenizer, and pad their
+        # vocabularies beyond what their configs say
+        return read_side_files(tokenizer_folder(_NEOX)), {}
     raise ModelError(
         f"{source.path} has no tokenizer", "copy tokenizer.json of the original model into it"
     )

@@ -14,7 +14,7 @@ from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation
 from mambactl.decode.prompts import BUILTIN, Prompt, encode
 from mambactl.decode.sampler import SamplingParams
-from mambactl.errors import UsageError
+from mambactl.errors import ModelError, UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig, PromptConfig
 from mambactl.ranks import placement
@@ -104,7 +104,16 @@ def assemble(
     draft: Draft,
     prompts: list[list[int]],
 ) -> Setup:
-    """Models that are loaded and prompts that are encoded, with the sampling of `config`."""
+    """Models that are loaded and prompts that are encoded, with the sampling of `config`.
+
+    Raises ModelError for a token that the target does not know.
+    """
+    largest = max((max(prompt, default=0) for prompt in prompts), default=0)
+    if largest >= target.config.vocab_size:
+        raise ModelError(
+            f"the tokenizer gives the token {largest}, the model has {target.config.vocab_size}",
+            "its tokenizer belongs to another model",
+        )
     params = SamplingParams(
         temperature=config.temperature,
         top_k=config.top_k,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.faults import dangling, device, folder, loop, pipe, refused
+from checkpoint.faults import dangling, device, folder, loop, pipe, refused, set_fields
 
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
@@ -137,3 +137,8 @@ def test_a_panic_in_a_library_is_damage_and_an_interrupt_is_not() -> None:
         raise panic("index out of bounds")
     with pytest.raises(KeyboardInterrupt), blamed("m"):
         raise KeyboardInterrupt
+
+
+def test_a_tokenizer_of_a_larger_model(llama: Path) -> None:
+    set_fields(llama, CONFIG, {"vocab_size": 9})
+    refused(load_tokenizer, llama, "its model has 9")

@@ -73,3 +73,10 @@ def test_a_number_is_finite(cli, llama, option, value) -> None:
     done = cli(command, llama, flag, value, "--dry-run")
     assert (done.code, done.out) == (2, "")
     assert f"{flag[2:]}: input should be a finite number (got {value})" in done.err
+
+
+def test_a_temperature_is_0_or_warm_enough(cli, llama) -> None:
+    for value in ("1e-39", "0.0001", "-1"):
+        done = cli("generate", llama, "-p", "the king", "--temperature", value, "--dry-run")
+        assert (done.code, done.out) == (2, "")
+        assert "temperature: value error, 0 is greedy" in done.err

@@ -38,8 +38,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which 
 def students(tmp_path_factory, save_student, make_hybrid, tiny_llama_dir) -> dict[str, str]:
     """A student whose head is its embedding, and one with a head of its own."""
     from mambactl.checkpoint.provenance import lineage
-    from mambactl.checkpoint.reader import read_side_files
     from mambactl.checkpoint.save import save_model
+    from mambactl.checkpoint.side_files import read_side_files
 
     folder = tmp_path_factory.mktemp("spread")
     untied = make_hybrid(["mamba2", "attention", "mamba1", "attention"], seed=3)

@@ -141,8 +141,8 @@ def test_mixers_are_taken_bit_for_bit_and_nothing_else(llama, aligned, ratio, tm
 
 
 def test_a_rest_that_differs_is_said_and_left(llama, aligned, tmp_path, capsys):
-    from mambactl.checkpoint.reader import read_side_files
     from mambactl.checkpoint.save import save_model
+    from mambactl.checkpoint.side_files import read_side_files
 
     model = load_model(aligned)
     with torch.no_grad():
@@ -234,8 +234,8 @@ def test_what_is_refused_before_anything_is_measured(
 
 
 def test_mixers_of_another_model_are_refused(llama, aligned, make_hybrid, tmp_path):
-    from mambactl.checkpoint.reader import read_side_files
     from mambactl.checkpoint.save import save_model
+    from mambactl.checkpoint.side_files import read_side_files
 
     wide = make_hybrid(["mamba2"] * 4, num_key_value_heads=4)
     save_model(wide, tmp_path / "wide", read_side_files(Path(llama)), None)
