@@ -1,5 +1,6 @@
 """What a checkpoint holds, from its headers: parts, sizes, cache and history; no weight is read."""
 
+import copy
 import math
 import re
 from collections import defaultdict
@@ -78,6 +79,9 @@ def cache_bytes(config: HybridConfig, dtype: Any) -> dict[str, int]:
     from mambactl.models.key_ring import KeyRing
 
     held = []
+    # a cache holds no angles, and some kinds of them look at the value of a position
+    config = copy.deepcopy(config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     with torch.device("meta"):
         model = HybridForCausalLM(config).to(dtype)
         for length in (1, 2):

@@ -162,6 +162,9 @@ def _require_rotary(path: Path, config: HybridConfig) -> None:
     """Raise ModelError where a config describes no rotary angles that can be computed."""
     with blamed(path, f"rope_parameters in {CONFIG}"):
         rotary = RotaryEmbedding(config)
+        # some kinds have other frequencies beyond the positions that were trained
+        for position in (0, config.max_position_embeddings):
+            rotary(torch.zeros(1), torch.tensor([[position]]))
         if not (rotary.inv_freq.isfinite().all() and math.isfinite(rotary.attention_scaling)):
             raise ModelError(
                 f"{path}: the rope_parameters in {CONFIG} give no finite angles", AGAIN

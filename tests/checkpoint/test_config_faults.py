@@ -90,6 +90,14 @@ def test_fields_of_a_hybrid(hybrid: Path, key: str, value: Any) -> None:
     refused(describe, hybrid, CONFIG)
 
 
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_every_kind_of_angle_is_described(llama: Path, kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    before = describe(str(llama))["cache"]
+    set_fields(llama, CONFIG, {"rope_parameters": rope})
+    assert describe(str(llama))["cache"] == before
+
+
 def test_what_the_library_would_obey_is_not_read(llama: Path) -> None:
     """Choice of code by name, tables of a billion labels, methods replaced by values."""
     orders = {
