@@ -23,7 +23,9 @@ Positions = Annotated[int, Field(ge=1, lt=2**31)]
 Number = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Small = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"] | torch.dtype
-RopeValue = str | bool | Number | list[Number] | None
+# libraries repeat such a name in their warnings as it is
+Word = Annotated[str, Field(pattern=r"^[\w.-]*$")]
+RopeValue = Word | bool | Number | list[Number] | None
 
 
 class Fields(BaseModel):
@@ -37,8 +39,8 @@ class Fields(BaseModel):
 class Identity(Fields):
     """Which model a config.json is of, whoever made it."""
 
-    model_type: str | None = None
-    architectures: list[str] | None = None
+    model_type: Word | None = None
+    architectures: list[Word] | None = None
     auto_map: dict[str, str | list[str | None]] | None = None
     quantization_config: dict[str, Any] | None = None
     ssm_cfg: dict[str, Any] | None = None
@@ -48,7 +50,7 @@ class Identity(Fields):
 class DecoderFields(Fields):
     """The keys of the transformers families and of our own format."""
 
-    architectures: list[str] | None = None
+    architectures: list[Word] | None = None
     vocab_size: Vocabulary | None = None
     hidden_size: Size | None = None
     intermediate_size: Size | None = None
@@ -56,28 +58,28 @@ class DecoderFields(Fields):
     num_attention_heads: Size | None = None
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
-    hidden_act: str | None = None
+    hidden_act: Word | None = None
     max_position_embeddings: Positions | None = None
     initializer_range: Small | None = None
     rms_norm_eps: Small | None = None
     rope_theta: Number | None = None
-    rope_scaling: dict[str, RopeValue] | None = None
-    rope_parameters: dict[str, RopeValue] | None = None
+    rope_scaling: dict[Word, RopeValue] | None = None
+    rope_parameters: dict[Word, RopeValue] | None = None
     partial_rotary_factor: Small | None = None
     tie_word_embeddings: bool | None = None
-    attention_bias: bool | list[str] | None = None
+    attention_bias: bool | list[Word] | None = None
     mlp_bias: bool | None = None
     sliding_window: Positions | None = None
     use_sliding_window: bool | None = None
     max_window_layers: int | None = None
-    layer_types: list[str] | None = None
+    layer_types: list[Word] | None = None
     bos_token_id: Token | list[Token] | None = None
     eos_token_id: Token | list[Token] | None = None
     pad_token_id: Token | None = None
     dtype: Dtype | None = None
     torch_dtype: Dtype | None = None
     # our own; sections of mixers are checked by their specs
-    mixers: list[str] | None = None
+    mixers: list[Word] | None = None
     qk_norm: bool | None = None
     has_mlp: bool | None = None
     # of Mamba

@@ -1,6 +1,7 @@
 """Load models, tokenizers and lineage from any checkpoint, strictly."""
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -250,7 +251,7 @@ def _tokenizer_files(source: Source) -> tuple[Mapping[str, str | bytes], Mapping
     """What a tokenizer is made of, and the config beside it."""
     if source.kind == "folder":
         files = read_side_files(source.path)
-        raw = read_config(source.path) if (source.path / CONFIG).exists() else {}
+        raw = read_config(source.path) if os.path.exists(source.path / CONFIG) else {}
     else:
         with open_checkpoint(source) as reader:
             files, raw = reader.files, reader.config
@@ -327,7 +328,7 @@ def open_checkpoint(source: Source | str) -> Reader:
 
 
 def _refuse_folder(folder: Path) -> Reader:
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         raise ModelError(
             f"{folder} is not a checkpoint: it has neither {CONFIG} nor weights",
             "give the folder that holds config.json and *.safetensors",

@@ -4,6 +4,7 @@ torch unpickles a short list of types only, but some of them can be asked for an
 the names in a pickle, and the size of its archive, are therefore checked before it is loaded.
 """
 
+import os
 import pickletools
 import re
 import zipfile
@@ -45,7 +46,7 @@ class PickleReader(MappedReader):
     def __init__(self, folder: Path):
         self.config = read_config(folder)
         index = folder / "pytorch_model.bin.index.json"
-        if index.exists():
+        if os.path.exists(index):
             where = read_index(index)
         else:
             single = folder / "pytorch_model.bin"
@@ -71,7 +72,7 @@ class PickleReader(MappedReader):
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file by name; whatever else it holds is left out."""
-    if not file.exists():
+    if not os.path.exists(file):
         raise ModelError(f"{file} is missing", "fetch the checkpoint again")
     size = regular_size(file)
     with blamed(file), file.open("rb") as content:

@@ -11,9 +11,9 @@ from typing import Any
 
 from mambactl.checkpoint.lineage_record import SCHEMA, checked_lineage
 from mambactl.commands import Command
-from mambactl.errors import OutputError
+from mambactl.errors import ModelError, OutputError
 from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
-from mambactl.foreign import read_bytes
+from mambactl.foreign import AGAIN, read_bytes, reason
 from mambactl.options import StageConfig
 from mambactl.version import __version__
 
@@ -68,19 +68,26 @@ def header_digest(path: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in _identifying_files(path):
-        total = file.stat().st_size
-        digest.update(f"{file.name} {total} ".encode())
-        with file.open("rb") as content:
-            size = _HEAD_BYTES
-            if file.suffix in SINGLE_FILE_SUFFIXES:
-                size = min(int.from_bytes(content.read(8), "little"), 100 * _HEAD_BYTES)
-            digest.update(content.read(size))
-            start, last = content.tell(), max(content.tell(), total - _SAMPLE_BYTES)
-            spread = min(_SAMPLES - 1, -(-(last - start) // _SAMPLE_BYTES))
-            for index in range(spread + 1):
-                content.seek(start + (last - start) * index // max(1, spread))
-                digest.update(content.read(_SAMPLE_BYTES))
+        try:
+            _digest_file(digest, file)
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read ({reason(error)})", AGAIN) from error
     return digest.hexdigest()
+
+
+def _digest_file(digest: "hashlib._Hash", file: Path) -> None:
+    total = file.stat().st_size
+    digest.update(f"{file.name} {total} ".encode())
+    with file.open("rb") as content:
+        size = _HEAD_BYTES
+        if file.suffix in SINGLE_FILE_SUFFIXES:
+            size = min(int.from_bytes(content.read(8), "little"), 100 * _HEAD_BYTES)
+        digest.update(content.read(size))
+        start, last = content.tell(), max(content.tell(), total - _SAMPLE_BYTES)
+        spread = min(_SAMPLES - 1, -(-(last - start) // _SAMPLE_BYTES))
+        for index in range(spread + 1):
+            content.seek(start + (last - start) * index // max(1, spread))
+            digest.update(content.read(_SAMPLE_BYTES))
 
 
 def _identifying_files(path: Path) -> list[Path]:
@@ -89,7 +96,7 @@ def _identifying_files(path: Path) -> list[Path]:
     weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]
     files = [*path.glob(CONFIG), *path.glob(LINEAGE), *weights]
     # a pipe or device of such a name would be read for ever
-    return sorted(file for file in files if file.is_file())
+    return sorted(file for file in files if os.path.isfile(file))
 
 
 def _digest_if_local(path: str | None) -> str | None:
@@ -148,4 +155,4 @@ def _beside(out: Path) -> dict[str, Any] | None:
     from mambactl.checkpoint.run_folder import side_file
 
     record = side_file(out, LINEAGE)
-    return checked_lineage(read_bytes(record), out) if record.exists() else None
+    return checked_lineage(read_bytes(record), out) if os.path.lexists(record) else None

@@ -1,6 +1,7 @@
 """Safetensors checkpoints: a folder with one file or an index, and a single `.st`."""
 
 import base64
+import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -60,9 +61,9 @@ class FolderReader(_SafetensorsReader):
         self.config = read_config(folder)
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
-        if index.exists():
+        if os.path.exists(index):
             where = read_index(index)
-        elif single.exists():
+        elif os.path.exists(single):
             where = {}
         else:
             raise ModelError(
@@ -95,7 +96,7 @@ class SingleFileReader(_SafetensorsReader):
             }
             self.lineage = _lineage(metadata, file)
             return
-        if not (file.parent / CONFIG).exists():
+        if not os.path.exists(file.parent / CONFIG):
             raise ModelError(
                 f"{file} carries no config and there is no {CONFIG} beside it",
                 "give a file that mambactl wrote, or the whole folder",
