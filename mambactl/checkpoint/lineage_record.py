@@ -14,7 +14,7 @@ _WITHOUT = "fetch it again; without its mambactl.json a folder is a checkpoint o
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, defer_build=True)
 
 
 class _Parent(_Record):

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mambactl.checkpoint.lineage_record import SCHEMA, checked_lineage
 from mambactl.commands import Command
 from mambactl.errors import ModelError, OutputError
 from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
@@ -37,6 +36,8 @@ def lineage(
     `source` is the model the chain started from, `ancestors` the stages since, oldest first.
     `content` is where the parent lies on this disk, for one that is known by a name.
     """
+    from mambactl.checkpoint.lineage_record import SCHEMA
+
     path = None if parent_path is None else str(parent_path)
     link = {"path": path, "sha256": header_digest(content) if content else _digest_if_local(path)}
     ancestors: list[dict[str, Any]] = []
@@ -152,6 +153,7 @@ def made_before(
 
 
 def _beside(out: Path) -> dict[str, Any] | None:
+    from mambactl.checkpoint.lineage_record import checked_lineage
     from mambactl.checkpoint.run_folder import side_file
 
     record = side_file(out, LINEAGE)
