@@ -21,7 +21,7 @@ from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.run_folder import RunFolder, side_file
 from mambactl.data.answers import Answer, Group, write_answers
 from mambactl.data.conversations import Conversation
-from mambactl.decode.prompts import encode
+from mambactl.decode.prompts import encode_all
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import LEDGER, LINEAGE, RUN_FILE, explained
 from mambactl.generation import decoding
@@ -159,10 +159,8 @@ def _answer(
     asked = [questions.conversations[task.prompt] for task in batch]
     for turn in range(max(each.n_answers for each in asked)):
         rows = [row for row, each in enumerate(asked) if turn < each.n_answers]
-        prompts = [
-            encode(as_prompt(asked[row], texts[row]), setup.tokenizer, questions.config.chat)
-            for row in rows
-        ]
+        given = (as_prompt(asked[row], texts[row]) for row in rows)
+        prompts = encode_all(given, setup.tokenizer, questions.config.chat)
         keys = [asked[row].key(batch[row].sample, turn) for row in rows]
         result = engine.generate(prompts, params, meter.heard, keys)
         for row, new, reason in zip(rows, result.tokens, result.finish, strict=True):

@@ -12,7 +12,7 @@ from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.sources import read_rows
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation
-from mambactl.decode.prompts import BUILTIN, Prompt, encode
+from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
@@ -88,7 +88,7 @@ def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Set
     """Load target, tokenizer and draft; raises ModelError before any weight of a misfit is read."""
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     require_draft(config, source)
-    encoded = [encode(prompt, tokenizer, config.chat) for prompt in prompts]
+    encoded = encode_all(prompts, tokenizer, config.chat)
     device, dtype = placement(config)
     target = load_model(source, device=device, dtype=dtype)
     draft = config.draft
@@ -167,7 +167,7 @@ def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[s
     require_draft(config, source)
     target = describe(source)
     draft = describe(config.draft) if config.draft not in (None, NGRAM) else None
-    tokens = [len(encode(prompt, tokenizer, config.chat)) for prompt in prompts]
+    tokens = [len(ids) for ids in encode_all(prompts, tokenizer, config.chat)]
     return {
         "source": target["checkpoint"],
         "parameters": target["parameters"],

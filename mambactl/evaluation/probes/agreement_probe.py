@@ -54,14 +54,14 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
     ) -> dict[str, Numbers]:
         """Decode greedily with both and compare, see `evaluation.agreement`."""
         from mambactl.decode.backend import make_engine
-        from mambactl.decode.prompts import encode
+        from mambactl.decode.prompts import encode_all
         from mambactl.decode.sampler import SamplingParams
         from mambactl.evaluation.agreement import Pair, forced_agreement, generation_agreement
         from mambactl.generation.completion import complete, rows_together
         from mambactl.generation.decoding import end_tokens
 
         tokenizer = subject.tokenizer
-        encoded = [encode(prompt, tokenizer) for prompt in inputs[self.name]]
+        encoded = encode_all(inputs[self.name], tokenizer)
         texts = []
         with console.progress("generated texts", 2 * len(encoded)) as task:
             for model in (subject.model, subject.teacher):
