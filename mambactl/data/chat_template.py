@@ -140,6 +140,9 @@ class ChatRenderer:
         return answer.found
 
     def _start(self) -> None:
+        # once here, not in every process anew
+        import transformers.utils.chat_template_utils  # noqa: F401
+
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
