@@ -26,7 +26,10 @@ TEMPLATE_BYTES = Bound(16 * MIB, "bytes", "what a chat template makes of one row
 HEADER_BYTES = Bound(64 * MIB, "bytes", "the header of a safetensors file")
 TENSORS = Bound(100_000, "tensors", "a checkpoint")
 LAYERS = Bound(1024, "layers", "a model")
-LINE_BYTES = Bound(64 * MIB, "bytes", "a line of a data file, after decompression")
+NESTING = Bound(100, "levels", "a JSON text")
+LINE_BYTES = Bound(64 * MIB, "bytes", "a line or .txt document of data, after decompression")
+EMPTY_LINES = Bound(1_000_000, "empty lines", "the gap between two rows")
+ROW_GROUP_BYTES = Bound(2048 * MIB, "bytes", "a row group of a Parquet file, after decompression")
 TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON, YAML or template file")
 NEEDLE_TOKENS = Bound(1_000_000, "tokens", "a needle test")
 
@@ -37,7 +40,10 @@ BOUNDS = (
     HEADER_BYTES,
     TENSORS,
     LAYERS,
+    NESTING,
     LINE_BYTES,
+    EMPTY_LINES,
+    ROW_GROUP_BYTES,
     TEXT_BYTES,
     NEEDLE_TOKENS,
 )

@@ -6,18 +6,24 @@ own code works on the checked values, outside of it, so that a bug still shows a
 
 import json
 import os
+import re
+import reprlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
-from mambactl.bounds import TEXT_BYTES, Bound
+from pydantic import BaseModel, ValidationError
+
+from mambactl.bounds import NESTING, TEXT_BYTES, Bound
 from mambactl.errors import MambactlError, ModelError
 
 AGAIN = "fetch it again"
-# characters of a reason that a library gives: some repeat the whole input
-_REASON = 200
+# characters that are repeated of a text, which may be the whole input
+_EXCERPT = 200
+# how JSON writes half of a character beyond 16 bits
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
@@ -42,15 +48,31 @@ def blamed(
 def reason(error: BaseException) -> str:
     """The first line of what an exception says, in a bounded number of characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    first = text.strip().split("\n")[0]
-    if len(first) > _REASON:
-        first = first[:_REASON] + "..."
+    first = excerpt(text.strip().split("\n")[0])
     name = type(error).__name__
     return first if isinstance(error, OSError) and first else f"{name}: {first}" if first else name
 
 
 def _location(where: Path | str, what: str) -> str:
     return f"{where}: {what}" if what else str(where)
+
+
+def excerpt(text: str) -> str:
+    """A text as a message repeats it: the start of one that is long."""
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."
+
+
+@contextmanager
+def open_regular(
+    path: Path, kind: type[MambactlError] = ModelError, hint: str = AGAIN
+) -> Iterator[BinaryIO]:
+    """A regular file to read from; raises `kind` for one that cannot be opened or is none."""
+    with blamed(path, kind=kind, hint=hint):
+        # without O_NONBLOCK opening a pipe waits for whoever writes it
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(fd, "rb") as file:
+        require_regular(path, os.fstat(fd), kind)
+        yield file
 
 
 def read_bytes(
@@ -60,15 +82,19 @@ def read_bytes(
     hint: str = AGAIN,
 ) -> bytes:
     """The content of a regular file of bounded size; raises `kind` for anything else."""
-    with blamed(path, kind=kind, hint=hint):
-        # without O_NONBLOCK opening a pipe waits for whoever writes it
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            require_regular(path, os.fstat(fd), kind)
-            content = file.read(most.most + 1)
+    with open_regular(path, kind, hint) as file, blamed(path, kind=kind, hint=hint):
+        content = file.read(most.most + 1)
     if len(content) > most.most:
         raise kind(f"{path} has more than {most}, the most for {most.of}", "give a smaller file")
     return content
+
+
+def regular_size(path: Path, kind: type[MambactlError] = ModelError, hint: str = AGAIN) -> int:
+    """The size of a regular file; raises `kind` for anything else."""
+    with blamed(path, kind=kind, hint=hint):
+        status = path.stat()
+        require_regular(path, status, kind)
+    return status.st_size
 
 
 def require_regular(
@@ -99,19 +125,49 @@ def parse_json(
     what: str = "",
     kind: type[MambactlError] = ModelError,
     hint: str = AGAIN,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Any:
     """The value of a JSON text that can be written again as UTF-8; raises `kind`.
 
-    Numbers of thousands of digits, nesting that no reader follows and halves of characters are
-    refused, as everything that is no JSON is.
+    Numbers of thousands of digits, nesting beyond the bound and halves of characters are refused,
+    as everything that is no JSON is. `object_hook` is that of `json.loads`.
     """
+    location = _location(where, what)
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        location = _location(where, what)
+        return json_value(text, object_hook)
+    except ValueError as error:
         raise kind(f"{location} is not valid JSON ({reason(error)})", hint) from error
+
+
+def json_value(
+    text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
+    """The value of a JSON text, as `parse_json` reads it; raises ValueError."""
+    text = (text.decode("utf-8") if isinstance(text, bytes) else text).removeprefix("\ufeff")
+    try:
+        value = json.loads(text, object_hook=object_hook)
+        if _ESCAPED_HALF.search(text):
+            json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except RecursionError:
+        raise ValueError(f"more than {NESTING}") from None
+    # no more levels than brackets, which is all that most texts need
+    if text.count("[") + text.count("{") > NESTING.most:
+        _require_shallow(value)
     return value
+
+
+def _require_shallow(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [inner for outer in level for inner in _members(outer)]:
+        depth += 1
+        if depth > NESTING.most:
+            raise ValueError(f"more than {NESTING}, the most for {NESTING.of}")
+
+
+def _members(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def json_object(
@@ -120,9 +176,43 @@ def json_object(
     what: str = "",
     kind: type[MambactlError] = ModelError,
     hint: str = AGAIN,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
     """The object of a JSON text, as `parse_json` reads it; raises `kind` for another value."""
-    value = parse_json(text, where, what, kind, hint)
+    value = parse_json(text, where, what, kind, hint, object_hook)
     if not isinstance(value, dict):
         raise kind(f"{_location(where, what)} is not a JSON object", hint)
     return value
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def fitted(
+    schema: type[Schema],
+    raw: Mapping[str, Any],
+    where: Path | str,
+    what: str = "",
+    kind: type[MambactlError] = ModelError,
+    hint: str = AGAIN,
+) -> Schema:
+    """The fields of `schema` in a JSON object; raises `kind` for the first that does not fit."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        path = ".".join(_path(raw, wrong["loc"]))
+        found = f"is {reprlib.repr(wrong['input'])}: {wrong['msg']}"
+        if wrong["type"] == "missing":
+            path, found = ".".join(map(str, wrong["loc"])), "is missing"
+        raise kind(f"{_location(where, what)}: {path} {found}", hint) from error
+
+
+def _path(raw: Any, location: Iterable[int | str]) -> Iterator[str]:
+    """Keys and indices of a value, without the types that were tried for it."""
+    for part in location:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        yield str(part)

@@ -16,15 +16,8 @@ from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, MALFORMED, REFUSED, SAM
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
 from mambactl.data.checks import begins_twice
 from mambactl.data.format import TOGETHER, Example
-from mambactl.data.sources import (
-    POOL,
-    BadRow,
-    is_on_hub,
-    preference_row,
-    read_rows,
-    round_robin,
-    set_names,
-)
+from mambactl.data.row_files import is_on_hub, read_rows
+from mambactl.data.sources import POOL, BadRow, preference_row, round_robin, set_names
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """What `generate` and `spec-decode` share: prompts, target, draft, and runs over many prompts."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from mambactl import console
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.vocabulary import require_same_tokens
-from mambactl.data.sources import read_rows
+from mambactl.data.row_files import read_rows
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation
 from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
@@ -65,8 +66,8 @@ def read(config: PromptConfig, builtin: bool = False) -> list[Prompt]:
 
 def read_prompts(path: str) -> list[Prompt]:
     """Read a .txt file (a prompt per line) or .jsonl[.gz]; raises UsageError naming the row."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = Path(os.path.expanduser(path))
+    if not os.path.isfile(file):
         raise UsageError(f"{path} is no file", hint="give a .txt or .jsonl file with prompts")
     if not file.name.endswith(PROMPT_FILES):
         known = ", ".join(PROMPT_FILES)
