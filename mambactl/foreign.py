@@ -11,12 +11,14 @@ import reprlib
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from gzip import GzipFile
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mambactl.bounds import NESTING, TEXT_BYTES, Bound
+from mambactl.bounds import LINE_BYTES, NESTING, TEXT_BYTES, Bound
 from mambactl.errors import MambactlError, ModelError
 
 AGAIN = "fetch it again"
@@ -73,6 +75,26 @@ def open_regular(
     with open(fd, "rb") as file:
         require_regular(path, os.fstat(fd), kind)
         yield file
+
+
+def numbered_lines(
+    file: BinaryIO | GzipFile,
+    name: Path | str,
+    kind: type[MambactlError] = ModelError,
+    hint: str = AGAIN,
+    word: str = "line",
+) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers (from 1) and their ends; raises `kind` for one of unbounded size."""
+    for number in count(1):
+        where = f"{name}, {word} {number}"
+        with blamed(where, kind=kind, hint=hint):
+            line = file.readline(LINE_BYTES.most + 1)
+        if not line:
+            return
+        if len(line) > LINE_BYTES.most:
+            problem = f"{where} has more than {LINE_BYTES}, the most for {LINE_BYTES.of}"
+            raise kind(problem, "split it")
+        yield number, line
 
 
 def read_bytes(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from mambactl.bounds import EMPTY_LINES, LINE_BYTES, ROW_GROUP_BYTES, Bound
 from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.errors import UsageError
-from mambactl.foreign import blamed, json_value, open_regular, reason
+from mambactl.foreign import blamed, json_value, numbered_lines, open_regular, reason
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -67,15 +67,8 @@ def _read_packed(spec: str, bad: BadRows | None) -> Iterator[tuple[int, Any]]:
 def _json_rows(
     spec: str, file: BinaryIO | gzip.GzipFile, bad: BadRows | None
 ) -> Iterator[tuple[int, Any]]:
-    number, last = 0, 0
-    while True:
-        where = f"{spec}, row {number + 1}"
-        with blamed(where, kind=UsageError, hint=_AGAIN):
-            line = file.readline(LINE_BYTES.most + 1)
-        if not line:
-            return
-        number += 1
-        _require_within(LINE_BYTES, len(line), where)
+    last = 0
+    for number, line in numbered_lines(file, spec, UsageError, _AGAIN, "row"):
         if line.isspace():
             _require_within(EMPTY_LINES, number - last, f"{spec}, row {last + 1}")
             continue
@@ -83,7 +76,7 @@ def _json_rows(
         try:
             row = json_value(line)
         except ValueError as error:
-            _note(where, error, bad)
+            _note(f"{spec}, row {number}", error, bad)
         else:
             yield number, row
 

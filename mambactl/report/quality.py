@@ -279,7 +279,7 @@ def recall(material: Material) -> Section:
     found = summarise(material.entries)
     forms: dict[str, list[tuple[int, Column]]] = {}
     for column in found.columns:
-        parts = re.fullmatch(r"(\w+)-(\d+)", column.heading)
+        parts = re.fullmatch(r"(\w+)-(\d{1,9})", column.heading)
         if column.group == "recall" and parts:
             forms.setdefault(parts[1], []).append((int(parts[2]), column))
     for form, lengths in forms.items():

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from mambactl import foreign
 from mambactl.bounds import LINE_BYTES, MIB, Bound
 from mambactl.data import row_files
 from mambactl.data.bad_rows import BadRows
@@ -144,7 +145,8 @@ def test_only_regular_files_are_read(tmp_path, suffix) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
 def test_a_long_line_is_refused_before_it_is_held(tmp_path, monkeypatch, name) -> None:
-    monkeypatch.setattr(row_files, "LINE_BYTES", Bound(MIB, "bytes", "a line"))
+    for module in (foreign, row_files):
+        monkeypatch.setattr(module, "LINE_BYTES", Bound(MIB, "bytes", "a line"))
     for letter in ("a", "ü"):
         text = (letter * (MIB + 1)).encode()
         (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
