@@ -123,6 +123,7 @@ class _Point(_Numbers):
     """A measured speed; what it was measured at is an axis of a chart."""
 
     model: str | None = None
+    decode_byte_limit: Number | None = None
 
     @model_validator(mode="after")
     def _has_its_axes(self) -> "_Point":
@@ -210,6 +211,11 @@ class _Against(_Metrics):
     tests: dict[str, _Tests] | None = None
 
 
+def _part(found: Any) -> Any:
+    """The name of a model stands where others have facts about it."""
+    return found if isinstance(found, Mapping) else {}
+
+
 class _Cache(_Kept):
     bytes_per_sequence: Number
     bytes_per_token: Number
@@ -226,7 +232,7 @@ class _About(_Kept):
     commands: dict[str, str | list[str]] | list[str] | None = None
     versions: dict[str, Any] | None = None
     device: str | None = None
-    model: _Model | Any = None
+    model: Annotated[_Model, BeforeValidator(_part)] = _Model()
 
 
 class _LedgerLine(_Kept):

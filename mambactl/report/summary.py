@@ -192,12 +192,13 @@ def share(value: float) -> str:
 
 def data_set(name: str, found: Mapping[str, Any]) -> str:
     """A data set is another one when other tokens of it were measured."""
-    return f"{name}, {found['tokens']:,} tokens" if "tokens" in found else name
+    tokens = found.get("tokens")
+    return name if tokens is None else f"{name}, {tokens:,} tokens"
 
 
 def main_metric(scores: Mapping[str, Any]) -> str | None:
     """The metric that a task is known by."""
-    named = [key for key in MAIN if key in scores]
+    named = [key for key in MAIN if scores.get(key) is not None]
     return next(iter(named + metrics_of(scores)), None)
 
 
