@@ -31,6 +31,8 @@ LINE_BYTES = Bound(64 * MIB, "bytes", "a line or .txt document of data, after de
 EMPTY_LINES = Bound(1_000_000, "empty lines", "the gap between two rows")
 ROW_GROUP_BYTES = Bound(2048 * MIB, "bytes", "a row group of a Parquet file, after decompression")
 TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON, YAML or template file")
+ROW_TOKENS = Bound(1 << 24, "tokens", "a row, a prompt or what is generated")
+BATCH_ROWS = Bound(1 << 16, "rows", "a batch")
 NEEDLE_TOKENS = Bound(1_000_000, "tokens", "a needle test")
 
 # in the order of README's table
@@ -45,5 +47,7 @@ BOUNDS = (
     EMPTY_LINES,
     ROW_GROUP_BYTES,
     TEXT_BYTES,
+    ROW_TOKENS,
+    BATCH_ROWS,
     NEEDLE_TOKENS,
 )

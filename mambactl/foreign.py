@@ -70,7 +70,8 @@ def open_regular(
 ) -> Iterator[BinaryIO]:
     """A regular file to read from; raises `kind` for one that cannot be opened or is none."""
     with blamed(path, kind=kind, hint=hint):
-        # without O_NONBLOCK opening a pipe waits for whoever writes it
+        require_regular(path, os.stat(path), kind)
+        # it may be another file by now: without O_NONBLOCK opening a pipe waits for its writer
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with open(fd, "rb") as file:
         require_regular(path, os.fstat(fd), kind)

@@ -158,11 +158,13 @@ def ledger_of(path: Path) -> Ledger:
     beside = path.name.removesuffix(f".{LEDGER}") if path.name != LEDGER else ""
     model = path.with_name(beside) if beside.endswith(SINGLE_FILE_SUFFIXES) else path
     model = path.parent if path.name == LEDGER else model
+    # first of all: what is no regular file must not be opened as a checkpoint
+    lines = read_ledger(path)
     lineage = lineage_of(model)
     about = {**lineage, "date": lineage.get("created"), "checkpoint": str(model), "model": {}}
     details = tuple(_details(about)) if lineage else (("command", _unknown(model)),)
     source = Source(str(path), "", command_of(lineage), details)
-    return Ledger(str(model), read_ledger(path), source)
+    return Ledger(str(model), lines, source)
 
 
 def _unknown(model: Path) -> str:

@@ -239,13 +239,13 @@ class _LedgerLine(_Kept):
     step: Count
     tokens: Count | None = None
     eval_tokens: Count | None = None
-    loss: Number | None = None
-    train_kl: Number | None = None
-    kl: Number | None = None
+    loss: Number = math.nan
+    train_kl: Number = math.nan
+    kl: Number = math.nan
 
     @model_validator(mode="after")
     def _has_its_tokens(self) -> "_LedgerLine":
-        if self.tokens is None and (self.loss is not None or self.kl is not None):
+        if self.tokens is None and {"loss", "kl"} & self.model_fields_set:
             raise ValueError("tokens are missing")
         return self
 

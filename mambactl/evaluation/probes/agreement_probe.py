@@ -7,6 +7,7 @@ from pydantic import Field
 from mambactl import console
 from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
 from mambactl.options.evaluation import EvalOptions
+from mambactl.options.fields import Tokens
 
 if TYPE_CHECKING:
     from mambactl.decode.prompts import Prompt
@@ -20,7 +21,7 @@ class AgreementOptions(EvalOptions):
     generation_agreement: str | None = Field(
         None, description="prompts (.txt, .jsonl): compare greedy texts with the teacher's"
     )
-    generation_tokens: int = Field(64, ge=1, description="tokens per such text")
+    generation_tokens: Tokens = Field(64, description="tokens per such text")
 
 
 class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
