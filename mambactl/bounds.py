@@ -15,10 +15,12 @@ class Bound:
     of: str
 
     def __str__(self) -> str:
-        size = f"{self.most >> 20} MiB" if self.unit == "bytes" else f"{self.most:,} {self.unit}"
-        return size
+        if self.unit != "bytes":
+            return f"{self.most:,} {self.unit}"
+        return f"{self.most // MIB} MiB" if self.most >= MIB else f"{self.most // KIB} KiB"
 
 
+KIB = 1 << 10
 MIB = 1 << 20
 
 TEMPLATE_SECONDS = Bound(5, "seconds of CPU time", "rendering one row with a chat template")
@@ -30,7 +32,9 @@ NESTING = Bound(100, "levels", "a JSON text")
 LINE_BYTES = Bound(64 * MIB, "bytes", "a line or .txt document of data, after decompression")
 EMPTY_LINES = Bound(1_000_000, "empty lines", "the gap between two rows")
 ROW_GROUP_BYTES = Bound(2048 * MIB, "bytes", "a row group of a Parquet file, after decompression")
-TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON, YAML or template file")
+TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON or template file")
+YAML_BYTES = Bound(256 * KIB, "bytes", "a recipe, or a YAML file of tasks")
+YAML_VALUES = Bound(100_000, "values", "a recipe, or a YAML file of tasks, aliases counted")
 ROW_TOKENS = Bound(1 << 24, "tokens", "a row, a prompt or what is generated")
 BATCH_ROWS = Bound(1 << 16, "rows", "a batch")
 NEEDLE_TOKENS = Bound(1_000_000, "tokens", "a needle test")
@@ -47,6 +51,8 @@ BOUNDS = (
     EMPTY_LINES,
     ROW_GROUP_BYTES,
     TEXT_BYTES,
+    YAML_BYTES,
+    YAML_VALUES,
     ROW_TOKENS,
     BATCH_ROWS,
     NEEDLE_TOKENS,

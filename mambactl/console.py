@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import stat
 import sys
 import time
 import traceback
@@ -36,6 +37,7 @@ _verbosity = {"level": 0}
 _UNPRINTABLE = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_CURSOR_UP = "\x1b[A"
 
 
 def printable(text: str) -> str:
@@ -68,8 +70,28 @@ class _Forgiving(io.TextIOWrapper):
             os.dup2(nowhere.fileno(), self.fileno())
 
 
+class _Harmless(_Forgiving):
+    """A stderr for all that libraries write: warnings and bars may hold names from files.
+
+    `terminal` is the same stderr for what this program draws itself.
+    """
+
+    def __init__(self, terminal: _Forgiving):
+        super().__init__(terminal.buffer, "utf-8", errors="backslashreplace", line_buffering=True)
+        self.terminal = terminal
+
+    def write(self, text: str) -> int:
+        # bars begin their line anew, and move up where there are several of them
+        lines = text.replace(_CURSOR_UP, "").split("\r")
+        super().write("\r".join(map(printable, lines)))
+        return len(text)
+
+
 def secure_streams() -> None:
-    """Make stdout and stderr exist, and stderr survive a reader that went away or a full disk."""
+    """Make stdout and stderr exist, and stderr survive a reader that went away or a full disk.
+
+    What a library writes there obeys no terminal.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -81,7 +103,9 @@ def secure_streams() -> None:
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     buffer = os.fdopen(2, "wb", closefd=False) if sys.stderr is None else sys.stderr.buffer
-    sys.stderr = _Forgiving(buffer, "utf-8", errors="backslashreplace", line_buffering=True)
+    sys.stderr = _Harmless(
+        _Forgiving(buffer, "utf-8", errors="backslashreplace", line_buffering=True)
+    )
 
 
 def set_verbosity(level: int) -> None:
@@ -118,7 +142,11 @@ def stderr() -> Any:
     # a stderr that is no terminal may still be seen in one: COLUMNS says how wide it is
     wide = sys.stderr.isatty() or os.environ.get("COLUMNS", "").isdigit()
     width = None if wide else LOG_WIDTH
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, width=width)
+    # names arrive here as `printable` leaves them; the colours are our own
+    file = sys.stderr.terminal if isinstance(sys.stderr, _Harmless) else None
+    return Console(
+        file=file, stderr=True, highlight=False, soft_wrap=True, emoji=False, width=width
+    )
 
 
 def log(message: str, level: int = 1) -> None:
@@ -243,7 +271,12 @@ def guarded_stdout() -> Iterator[None]:
 
 
 def write_out(text: str, descriptor: int = 1) -> None:
-    """Write text and one newline to stdout; a reader that went away is not an error."""
+    """Write text and one newline to stdout; a reader that went away is not an error.
+
+    A terminal sees escapes as text, whatever a model or a file said; a file gets them as they are.
+    """
+    if os.isatty(descriptor):
+        text = printable(text)
     data = (text.rstrip("\n") + "\n").encode()
     sys.stdout.flush()
     try:
@@ -299,8 +332,14 @@ def read_text(value: str | None) -> str | None:
 
 
 def stdin_is_pipe() -> bool:
-    """Whether something may arrive on stdin without a person typing it."""
-    return sys.stdin is not None and not sys.stdin.isatty()
+    """Whether something may arrive on stdin without a person typing it; /dev/null has nothing."""
+    if sys.stdin is None:
+        return False
+    try:
+        return not stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode)
+    except OSError:
+        # it is no file at all, but an object of Python
+        return not sys.stdin.isatty()
 
 
 def default_out(model: str, stage: str, ending: str = "") -> Path:

@@ -70,12 +70,14 @@ def open_regular(
 ) -> Iterator[BinaryIO]:
     """A regular file to read from; raises `kind` for one that cannot be opened or is none."""
     with blamed(path, kind=kind, hint=hint):
-        require_regular(path, os.stat(path), kind)
-        # it may be another file by now: without O_NONBLOCK opening a pipe waits for its writer
+        # without O_NONBLOCK opening a pipe waits for whoever writes it
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(fd, "rb") as file:
+    try:
         require_regular(path, os.fstat(fd), kind)
-        yield file
+        with open(fd, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(fd)
 
 
 def numbered_lines(

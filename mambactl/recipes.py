@@ -14,8 +14,11 @@ A recipe is a YAML file; its sections run in order and each key is a flag name w
 
 A section is a stage name, with `@label` to use a stage twice. Besides the stage's own keys it may
 hold `model` (`target` for spec-decode; default: the checkpoint written last; none for `bench` of
-shapes) and `out` (a name in the working folder). `${section}` stands for the checkpoint
-of an earlier section. Data paths are relative to the file.
+shapes) and `out` (a name in the working folder, in which pages and pictures lie as well).
+`${section}` stands for the checkpoint of an earlier section. Data paths are relative to the file.
+
+A recipe is a file that somebody else may have written: it writes in the working folder alone, and
+`trust_remote_code` counts only when it is on the command line too.
 
 `variants:` keeps relatives of a recipe in its file. Each changes single options of sections, drops
 a section with `null`, or adds one behind the section named before it; `like:` starts from another
@@ -26,6 +29,7 @@ variant. `NAME@VARIANT` is how one is chosen:
       "75-long": {like: "75", distill: {max_length: 4096}}
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -33,25 +37,34 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.commands import COMMANDS, Command, configure, stages
+from mambactl.containment import is_name, require_inner
 from mambactl.errors import UsageError
 from mambactl.files import recipe_folder
+from mambactl.foreign import excerpt
 from mambactl.options import StageConfig, split_weight
 from mambactl.options.fields import nearest, parse_settings
+from mambactl.plain_yaml import read_yaml
+from mambactl.recipe_variants import text_of, variants_of, varied
 
 REFERENCE = re.compile(r"\$\{([\w@.-]+)\}")
+LABEL = re.compile(r"[\w.-]+")
 TOP_KEYS = ("name", "description", "seed", "stages", "variants")
-VARIANT_KEYS = ("like", "description")
+TRUST = "trust_remote_code"
 
 
 @dataclass(frozen=True)
 class Section:
-    """One step of a recipe: `values` holds only what the file (or `--set`) says."""
+    """One step of a recipe: `values` holds only what the file (or `--set`) says.
+
+    `typed` are the keys that a person gave with `--set`.
+    """
 
     key: str
     stage: str
     model: str | None
     out: str
     values: dict[str, Any]
+    typed: frozenset[str] = frozenset()
 
     @property
     def command(self) -> Command:
@@ -77,6 +90,17 @@ class Section:
     def needs_model(self) -> bool:
         """Whether the step works on a checkpoint."""
         return self.config.needs_model
+
+    @property
+    def asks_for_trust(self) -> bool:
+        """Whether the file, and no person, allows the code that a checkpoint ships."""
+        return self.config.trust_remote_code and TRUST not in self.typed
+
+    def origin(self, key: str) -> str:
+        """Where the value of an option is from: `set`, `recipe` or `default`."""
+        if key in self.typed:
+            return "set"
+        return "recipe" if key in self.values else "default"
 
 
 @dataclass(frozen=True)
@@ -126,71 +150,28 @@ def load_recipe(spec: str | Path, settings: Iterable[str] = ()) -> Recipe:
     content = _read(path)
     for key in content:
         if key not in TOP_KEYS:
-            raise UsageError(f"{path}: unknown key {key}", nearest(str(key), TOP_KEYS))
+            raise UsageError(f"{path}: unknown key {excerpt(key)}", nearest(key, TOP_KEYS))
     stages = content.get("stages")
     if not isinstance(stages, dict) or not stages:
         raise UsageError(f"{path}: `stages` must list at least one section")
-    variants = _variants(content, path)
-    description = str(content.get("description", ""))
+    variants = variants_of(content, path)
+    description = text_of(content, "description", "", path)
     if variant is not None:
-        stages, special = _varied(stages, variants, variant, path)
+        stages, special = varied(stages, variants, variant, path)
         description = special or description
     seed = {"seed": content["seed"]} if "seed" in content else {}
-    sections = tuple(_section(str(key), body or {}, seed, path) for key, body in stages.items())
+    sections = tuple(_section(key, body, seed, path) for key, body in stages.items())
     sections = _override(sections, settings, path)
     _check_references(sections, path)
-    name = str(content.get("name", path.stem))
+    _check_outputs(sections, path)
+    name = text_of(content, "name", path.stem, path)
+    if not is_name(name) and "name" in content:
+        raise UsageError(
+            f"{path}: {excerpt(name)!r} is no plain name", "use letters, digits, - _ and ."
+        )
     if variant is not None:
         name = f"{name}@{variant}"
     return Recipe(name, description, path, sections, variant, tuple(variants))
-
-
-def _variants(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
-    variants = content.get("variants") or {}
-    if not isinstance(variants, dict):
-        raise UsageError(f"{path}: `variants` must map names to sections")
-    for name, body in variants.items():
-        if not isinstance(body, dict):
-            raise UsageError(f"{path}: variant {name} must be a mapping of sections")
-    return {str(name): body for name, body in variants.items()}
-
-
-def _varied(
-    stages: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], name: str, path: Path
-) -> tuple[dict[str, Any], str]:
-    """Sections and description of a variant; raises UsageError for one that is not there."""
-    chain: list[str] = []
-    while name is not None:
-        if name not in variants:
-            hint = nearest(name, variants) if variants else "it has no variants"
-            raise UsageError(f"{path} has no variant {name}", hint)
-        if name in chain:
-            raise UsageError(f"{path}: variant {name} is like itself", " -> ".join([*chain, name]))
-        chain.append(name)
-        like = variants[name].get("like")
-        name = None if like is None else str(like)
-    sections = dict(stages)
-    for link in reversed(chain):
-        changes = {k: v for k, v in variants[link].items() if k not in VARIANT_KEYS}
-        sections = _changed(sections, changes)
-    return sections, str(variants[chain[0]].get("description", ""))
-
-
-def _changed(sections: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections with single options replaced, null ones dropped, new ones behind the one before."""
-    order = list(sections)
-    merged = dict(sections)
-    index = len(order)
-    for key, body in changes.items():
-        if key in order:
-            index = order.index(key) + 1
-        else:
-            order.insert(index, key)
-            index += 1
-        both = isinstance(body, dict) and isinstance(merged.get(key), dict)
-        merged[key] = {**merged[key], **body} if both else body
-    dropped = {key for key, body in changes.items() if body is None}
-    return {key: merged[key] for key in order if key not in dropped}
 
 
 def substitute(value: Any, outputs: Mapping[str, str]) -> Any:
@@ -206,101 +187,98 @@ def resolved(recipe: Recipe) -> dict[str, dict[str, tuple[Any, str]]]:
     """Return for each section every key with its value and its origin, `recipe` or `default`."""
     whole = {}
     for section in recipe.sections:
-        head = {"model": (section.model, "recipe")} if section.model else {}
+        origin = "set" if set(section.command.model_keys) & section.typed else "recipe"
+        head = {"model": (section.model, origin)} if section.model else {}
         config = section.config.model_dump(mode="json")
-        body = {k: (v, "recipe" if k in section.values else "default") for k, v in config.items()}
-        whole[section.key] = head | body
+        whole[section.key] = head | {k: (v, section.origin(k)) for k, v in config.items()}
     return whole
-
-
-def schema() -> dict[str, Any]:
-    """Return the JSON schema of recipe files."""
-    text = {"type": "string"}
-    sections = {}
-    for name, command in stages().items():
-        body = command.options.model_json_schema()
-        body["properties"] |= dict.fromkeys(("model", "out", *command.model_keys), text)
-        sections[f"^{name}(@[\\w.-]+)?$"] = body
-    varied = {pattern: {"anyOf": [body, {"type": "null"}]} for pattern, body in sections.items()}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "mambactl recipe",
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["stages"],
-        "properties": {
-            "name": text,
-            "description": text,
-            "seed": {"type": "integer", "minimum": 0},
-            "stages": {
-                "type": "object",
-                "additionalProperties": False,
-                "minProperties": 1,
-                "patternProperties": sections,
-            },
-            "variants": {
-                "type": "object",
-                "additionalProperties": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "properties": dict.fromkeys(VARIANT_KEYS, text),
-                    "patternProperties": varied,
-                },
-            },
-        },
-    }
 
 
 def _find(spec: str) -> tuple[Path, str | None]:
     """The file and the variant that is asked for; a path may hold an @ of its own."""
     base, at, variant = spec.rpartition("@")
-    for name, chosen in ((spec, None), (base, variant)) if at else ((spec, None),):
-        path = Path(name).expanduser()
-        for file in (path, recipe_folder() / f"{name}.yaml"):
-            if name and file.is_file():
-                return file.resolve(), chosen
+    choices = ((spec, None), (base, variant)) if at else ((spec, None),)
+    # functions of os.path know no failure: what cannot be looked for is not there
+    for there in (os.path.isfile, os.path.exists):
+        for name, chosen in choices:
+            path = os.path.expanduser(name)
+            for file in (path, os.path.join(recipe_folder(), f"{name}.yaml")):
+                if name and there(file):
+                    return Path(file).resolve(), chosen
     names = [path.stem for path in recipe_folder().glob("*.yaml")]
-    raise UsageError(f"no recipe file or name {spec}", nearest(base or spec, names))
+    raise UsageError(f"no recipe file or name {excerpt(spec)}", nearest(base or spec, names))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from None
+    content = _named(read_yaml(path))
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a recipe: it must be a mapping with `stages`")
     return content
 
 
+def _named(value: Any) -> Any:
+    """The value with text for every key: `75:` and `"75":` are one name."""
+    if isinstance(value, list):
+        return [_named(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _named(item) for key, item in value.items()}
+    return value
+
+
 def _section(key: str, body: Any, seed: dict[str, Any], path: Path) -> Section:
-    stage = key.partition("@")[0]
+    stage, at, label = key.partition("@")
     if stage not in (known := stages()):
-        raise UsageError(f"{path}: {key} is not a stage", nearest(stage, known))
-    if not isinstance(body, dict):
+        raise UsageError(f"{path}: {excerpt(key)} is not a stage", nearest(stage, known))
+    if at and not LABEL.fullmatch(label):
+        raise UsageError(
+            f"{path}: {excerpt(key)} has the label {excerpt(label)!r}",
+            "a label is letters, digits, - _ and .",
+        )
+    if not isinstance(body, dict | None):
         raise UsageError(f"{path}: {key} must be a mapping of options")
-    return _take(Section(key, stage, None, key.replace("@", "-"), dict(seed)), body, path)
+    section = Section(key, stage, None, key.replace("@", "-"), dict(seed))
+    section = _take(section, body or {}, path)
+    require_inner(section.out, f"{path}: `out` of {key}")
+    for name in sorted(section.command.options.written & section.values.keys()):
+        require_inner(str(section.values[name]), f"{path}: `{name}` of {key}")
+    return section
 
 
 def _take(section: Section, body: Mapping[str, Any], path: Path) -> Section:
-    values = {str(key).replace("-", "_"): value for key, value in body.items()}
-    models = [str(values.pop(key)) for key in section.command.model_keys if key in values]
-    out = str(values.pop("out", section.out))
+    values = {key.replace("-", "_"): value for key, value in body.items()}
+    section = _placed(section, values, path)
     for field in section.command.options.files:
         if field in values:
             values[field] = _located(values[field], path.parent)
-    model = models[-1] if models else section.model
-    section = replace(section, model=model, out=out, values={**section.values, **values})
-    suffix = section.suffix or ""
-    return section if out.endswith(suffix) else replace(section, out=out + suffix)
+    section = replace(section, values={**section.values, **values})
+    try:
+        suffix = section.suffix or ""
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}", error.hint) from None
+    return section if section.out.endswith(suffix) else replace(section, out=section.out + suffix)
+
+
+def _placed(section: Section, values: dict[str, Any], path: Path) -> Section:
+    """The section with its model and output, which are taken out of `values`."""
+    for key in (*section.command.model_keys, "out"):
+        if key not in values:
+            continue
+        value, what = values.pop(key), f"{path}: `{key}` of {section.key}"
+        if not isinstance(value, str | int | float) or str(value) in ("", "-"):
+            raise UsageError(f"{what} must be a name or path")
+        if str(value).startswith("-"):
+            shown = excerpt(str(value))
+            raise UsageError(
+                f"{what} is {shown}: a hyphen begins an option", f"give it as ./{shown}"
+            )
+        section = replace(section, **{"out" if key == "out" else "model": str(value)})
+    return section
 
 
 def _located(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_located(item, folder) for item in value]
-    if isinstance(value, str) and (folder / split_weight(value)[0]).is_file():
+    if isinstance(value, str) and os.path.isfile(folder / split_weight(value)[0]):
         return str(folder / value)
     return value
 
@@ -315,7 +293,9 @@ def _override(
         if owner is None:
             keys = ", ".join(by_key)
             raise UsageError(f"--set {name}: give section.key=value", f"sections: {keys}")
-        by_key[owner] = _take(by_key[owner], {name[len(owner) + 1 :]: value}, path)
+        key = name[len(owner) + 1 :]
+        section = _take(by_key[owner], {key: value}, path)
+        by_key[owner] = replace(section, typed=section.typed | {key})
     return tuple(by_key.values())
 
 
@@ -324,7 +304,7 @@ def _check_references(sections: tuple[Section, ...], path: Path) -> None:
     for section in sections:
         for name in REFERENCE.findall(f"{section.model} {section.values}"):
             if name not in written:
-                hint = f"checkpoints before it: {', '.join(written) or 'none'}"
+                hint = f"checkpoints before it: {excerpt(', '.join(written)) or 'none'}"
                 raise UsageError(f"{path}: {section.key} refers to ${{{name}}}", hint)
         if section.model is not None and not section.needs_model:
             raise UsageError(f"{path}: {section.key} works without a model", "drop its `model:`")
@@ -332,3 +312,14 @@ def _check_references(sections: tuple[Section, ...], path: Path) -> None:
             raise UsageError(f"{path}: {section.key} has no model", "give the first stage `model:`")
         if section.writes:
             written.append(section.key)
+
+
+def _check_outputs(sections: tuple[Section, ...], path: Path) -> None:
+    """Raise UsageError for two sections whose results or records would be one file."""
+    writers: dict[str, str] = {}
+    for section in sections:
+        if (other := writers.setdefault(section.out, section.key)) != section.key:
+            raise UsageError(
+                f"{path}: {other} and {section.key} both write {section.out}",
+                "give one of them another `out:`",
+            )

@@ -31,9 +31,19 @@ VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
 # packages from the bottom up; a package may import those before it, and leaves are open to all
 TABLE = "COMMANDS"
 LEAVES = {
-    *("bounds", "console", "errors", "figures", "files", "foreign", "invocation", "metrics"),
-    *("options", "ranks"),
-    *("recipes", "registration", "stage_result", "version"),
+    *(
+        "bounds",
+        "console",
+        "containment",
+        "errors",
+        "figures",
+        "files",
+        "foreign",
+        "invocation",
+        "metrics",
+    ),
+    *("options", "plain_yaml", "ranks"),
+    *("recipes", "recipe_schema", "recipe_variants", "registration", "stage_result", "version"),
     # of the package of commands, the table alone: it names their modules and imports none
     TABLE,
 }

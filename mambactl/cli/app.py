@@ -195,15 +195,17 @@ def _call(
                 from mambactl.cli.processes import shards
 
                 split = {"sharded": shards(config, source)}
-            _show_plan(call(config, source) | split, out)
-            return
-        if out is not None:
+            planned = call(config, source) | split
+        elif out is not None:
             again = {"resume": shared.resume, "force": shared.force}
             result = call(config, source, out, **again)
         else:
             result = call(config, source)
         if launched():
             import_module("mambactl.ranks").leave()
+    if shared.dry_run:
+        _show_plan(command, shared, planned, out)
+        return
     path = result.path
     if path is not None and (file := Path(path).expanduser()).exists():
         path = str(file.absolute())
@@ -231,23 +233,32 @@ def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
     settings = parse_settings(shared.settings)
     if not shared.recipe:
         return configure(stage, settings, flags)
-    from mambactl.recipes import REFERENCE, load_recipe
+    from mambactl.recipes import REFERENCE, TRUST, load_recipe
 
-    section = load_recipe(shared.recipe).section(stage).values
-    config = configure(stage, section, settings, flags)
-    for name in REFERENCE.findall(str(section)):
+    section = load_recipe(shared.recipe).section(stage)
+    config = configure(stage, section.values, settings, flags)
+    if section.asks_for_trust and TRUST not in settings | flags:
+        raise UsageError(
+            f"{shared.recipe}: {section.key} asks to run code that a checkpoint ships ({TRUST})",
+            "if you trust it, add --trust-remote-code",
+        )
+    for name in REFERENCE.findall(str(section.values)):
         if f"${{{name}}}" in str(config):
             hint = f"mambactl recipe run {shared.recipe}, or set the option yourself"
             raise UsageError(f"${{{name}}} has a meaning only inside `recipe run`", hint)
     return config
 
 
-def _show_plan(plan: dict[str, Any], out: Path | None) -> None:
+def _show_plan(command: Command, shared: Shared, plan: dict[str, Any], out: Path | None) -> None:
     import json
 
     if out is not None:
         plan = {"out": str(out.absolute()), **plan}
-    console.log(json.dumps(plan, indent=2, ensure_ascii=False, default=str), level=0)
+    if shared.json and is_main():
+        # nothing is made, so there is no checkpoint to hand on
+        console.write_json({"stage": command.name, "checkpoint": None, **plan})
+    elif not shared.json:
+        console.log(json.dumps(plan, indent=2, ensure_ascii=False, default=str), level=0)
 
 
 def take_model(command: Command, given: dict[str, Any]) -> str | None:

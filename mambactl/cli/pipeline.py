@@ -12,23 +12,31 @@ import typer
 
 from mambactl import console
 from mambactl.cli.processes import signals_passed_to
+from mambactl.containment import require_inside
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import replacing
-from mambactl.options.fields import nearest
+from mambactl.foreign import json_object, read_bytes
+from mambactl.options.fields import as_yaml, nearest, parse_settings
 from mambactl.ranks import child_environment
-from mambactl.recipes import Recipe, Section, substitute
+from mambactl.recipes import TRUST, Recipe, Section, substitute
 
 # the record of a section that has to run again
 STALE = {"command": None, "result": None}
+_ALLOW = "--trust-remote-code"
+_ASKS = f"asks to run code that a checkpoint ships ({TRUST})"
 
 
 @dataclass(frozen=True)
 class Handling:
-    """How sections are run: `flags` for all stages, and `again`, the command to repeat the run."""
+    """How sections are run: `flags` for all stages, and `again`, the command to repeat the run.
+
+    `trusted`: a person allows the code that checkpoints ship, where the recipe asks for it.
+    """
 
     flags: tuple[str, ...]
     resume: bool
     force: bool
+    trusted: bool
     json: bool
     again: str
 
@@ -57,6 +65,7 @@ def make_plan(
     if start >= end:
         raise UsageError(f"--from {first} comes after --to {last}", f"order: {', '.join(keys)}")
     outputs = {s.key: str((folder / s.out).absolute()) for s in recipe.sections if s.writes}
+    _require_inside(recipe, folder)
     for section in recipe.sections[:start]:
         if section.writes and not Path(outputs[section.key]).exists():
             hint = f"{how.again} --to {section.key}"
@@ -65,32 +74,71 @@ def make_plan(
     return Plan(recipe, folder, chosen, outputs, how)
 
 
-def run_plan(plan: Plan, dry_run: bool) -> tuple[str | None, dict[str, Any]]:
-    """Run the sections in order; returns the last checkpoint (None where there was none at all)
-    and every section's result.
-    """
-    results: dict[str, Any] = {}
+def _require_inside(recipe: Recipe, folder: Path) -> None:
+    """Raise UsageError where links in the working folder lead what a recipe writes out of it."""
+    for section in recipe.sections:
+        if "out" not in section.typed:
+            require_inside(folder / section.out, folder)
+        for name in _placed(section):
+            require_inside(folder / str(section.values[name]), folder)
+
+
+def _placed(section: Section) -> list[str]:
+    """Options whose files lie in the working folder, as the recipe names them, not a person."""
+    return sorted((section.command.options.written & section.values.keys()) - section.typed)
+
+
+def commands(plan: Plan) -> tuple[dict[str, list[str]], str | None]:
+    """The command line of every section that runs, and the checkpoint that is left at the end."""
+    found: dict[str, list[str]] = {}
     checkpoint = source = None
-    renewed = False
     keys = [section.key for section in plan.sections]
     for section in plan.recipe.sections:
         if section.needs_model:
             source = substitute(section.model, plan.outputs) or checkpoint
         if section.command.writes == "model":
             checkpoint = plan.outputs[section.key]
-        if section.key not in keys:
-            continue
-        command = _command(plan, section, source if section.needs_model else None)
-        console.log(f"[{keys.index(section.key) + 1}/{len(keys)}] {shlex.join(command)}")
-        if dry_run:
-            continue
+        if section.key in keys:
+            found[section.key] = _command(plan, section, source if section.needs_model else None)
+    return found, checkpoint or source
+
+
+def show_plan(plan: Plan, lines: dict[str, list[str]]) -> None:
+    """Print the command lines of a plan, and what they would need to run."""
+    for number, (key, command) in enumerate(lines.items(), 1):
+        console.log(f"[{number}/{len(lines)}] {shlex.join(command)}")
+        if plan.recipe.section(key).asks_for_trust and not plan.how.trusted:
+            console.warn(f"{key} {_ASKS}, which takes {_ALLOW}")
+
+
+def run_plan(plan: Plan) -> tuple[str | None, dict[str, Any]]:
+    """Run the sections in order; returns the last checkpoint (None where there was none at all)
+    and every section's result.
+    """
+    _require_trust(plan)
+    results: dict[str, Any] = {}
+    renewed = False
+    lines, checkpoint = commands(plan)
+    for number, section in enumerate(plan.sections, 1):
+        command = lines[section.key]
+        console.log(f"[{number}/{len(lines)}] {shlex.join(command)}")
         done = None if renewed else _done(plan, section, command)
         if done is None:
             # what was measured on an older checkpoint says nothing about a new one
             renewed = renewed or section.writes
             done = _run_section(plan, section, command)
         results[section.key] = done
-    return checkpoint or source, results
+    return checkpoint, results
+
+
+def _require_trust(plan: Plan) -> None:
+    for section in plan.sections:
+        if section.asks_for_trust and not plan.how.trusted:
+            raise UsageError(
+                f"{plan.recipe.path}: {section.key} {_ASKS}",
+                f"read the recipe first (--dry-run); if you trust it, add {_ALLOW} "
+                f"or --set {section.key}.{TRUST}=true",
+            )
 
 
 def _command(plan: Plan, section: Section, source: str | None) -> list[str]:
@@ -99,21 +147,18 @@ def _command(plan: Plan, section: Section, source: str | None) -> list[str]:
         command.append(source)
     if section.writes:
         command += ["-o", plan.outputs[section.key]]
-    for key, raw in section.values.items():
+    values = dict(section.values)
+    for key in _placed(section):
+        values[key] = str((plan.folder / str(values[key])).absolute())
+    for key, raw in values.items():
         value = substitute(raw, plan.outputs)
-        # JSON is YAML, so a list or a null arrives as it left
-        text = value if isinstance(value, str) and _is_plain(value) else json.dumps(value)
+        text = value if isinstance(value, str) and _is_plain(value) else as_yaml(value)
         command += ["--set", f"{key}={text}"]
     return command
 
 
 def _is_plain(text: str) -> bool:
-    import yaml
-
-    try:
-        return yaml.safe_load(text) == text
-    except yaml.YAMLError:
-        return False
+    return parse_settings([f"key={text}"]) == {"key": text}
 
 
 def _run_section(plan: Plan, section: Section, command: list[str]) -> dict[str, Any]:
@@ -141,7 +186,7 @@ def _run_section(plan: Plan, section: Section, command: list[str]) -> dict[str, 
 def _stale(plan: Plan, section: Section, command: list[str]) -> bool:
     """Whether the section ran in this folder with other options, or on what is replaced since."""
     record = _record(plan, section)
-    return record.exists() and json.loads(record.read_text("utf-8"))["command"] != command
+    return record.exists() and _read(record).get("command") != command
 
 
 def _record(plan: Plan, section: Section) -> Path:
@@ -162,7 +207,16 @@ def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, Any] | 
     if missing or _stale(plan, section, command):
         return None
     console.log(f"{section.key}: done before, kept")
-    return json.loads(record.read_text(encoding="utf-8"))["result"]
+    return _read(record).get("result")
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """What a section left in the folder; raises OutputError for a file that is no such record."""
+    again = "--force runs everything again, --out works in another folder"
+    found = json_object(read_bytes(record, OutputError), record, kind=OutputError, hint=again)
+    if not isinstance(found.get("result"), dict | None):
+        raise OutputError(f"{record} is no record of a section", again)
+    return found
 
 
 def _save(record: Path, content: dict[str, Any]) -> None:

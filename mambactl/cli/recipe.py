@@ -40,13 +40,13 @@ def show(name: Name, settings: Settings = None) -> None:
         for option, (value, origin) in options.items():
             text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
             lines.append(f"    {option}: {text.removesuffix('...' + chr(10)).strip()}  # {origin}")
-    console.write_out("\n".join(lines))
+    console.write_out(console.drawn("\n".join(lines)))
 
 
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors."""
-    from mambactl.recipes import schema
+    from mambactl.recipe_schema import schema
 
     console.write_out(json.dumps(schema(), indent=2))
 
@@ -60,6 +60,13 @@ def run(
     first: Annotated[str | None, typer.Option("--from", help="first section to run")] = None,
     last: Annotated[str | None, typer.Option("--to", help="last section to run")] = None,
     settings: Settings = None,
+    trusted: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="allow code that checkpoints ship, where the recipe asks for it",
+        ),
+    ] = False,
     resume: Resume = False,
     force: Force = False,
     dry_run: DryRun = False,
@@ -74,7 +81,7 @@ def run(
       mambactl recipe run quickstart
       mambactl recipe run quickstart --set distill.max_steps=50 --resume
     """
-    from mambactl.cli.pipeline import Handling, make_plan, run_plan
+    from mambactl.cli.pipeline import Handling, commands, make_plan, run_plan, show_plan
     from mambactl.recipes import load_recipe
 
     if resume and force:
@@ -85,11 +92,16 @@ def run(
     flags = ["-q"] * quiet + ["-v"] * verbose
     again = ["mambactl", "recipe", "run", recipe.spec, "--out", str(folder)]
     again += [word for setting in settings or () for word in ("--set", setting)]
-    handling = Handling(tuple(flags), resume, force, as_json, shlex.join(again))
+    again += ["--trust-remote-code"] * trusted
+    handling = Handling(tuple(flags), resume, force, trusted, as_json, shlex.join(again))
     plan = make_plan(recipe, folder, first, last, handling)
-    checkpoint, results = run_plan(plan, dry_run)
     if dry_run:
+        lines, checkpoint = commands(plan)
+        show_plan(plan, lines)
+        if as_json:
+            console.write_json({"checkpoint": checkpoint, "commands": lines})
         return
+    checkpoint, results = run_plan(plan)
     if as_json:
         console.write_json({"checkpoint": checkpoint, "sections": results})
     else:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.teacher import teacher_of
 from mambactl.errors import CheckError, UsageError
 from mambactl.generation import decoding
@@ -121,10 +122,14 @@ def _prepare(config: BenchConfig, source: str | None) -> str | None:
         if config.training:
             require_hybrids(config)
         return None
+    baseline = config.baseline
+    if baseline == "teacher":
+        baseline = teacher_of(source, None, "--baseline", config.trust_remote_code)
+    # headers alone: a model that is not there shows before seconds of measuring the memory
+    for spec in filter(None, (source, baseline)):
+        open_checkpoint(spec).close()
     decoding.require_draft(config, source)
-    return (
-        teacher_of(source, None, "--baseline") if config.baseline == "teacher" else config.baseline
-    )
+    return baseline
 
 
 def _checkpoint(

@@ -64,6 +64,10 @@ def run(
         if choice is not None:
             target = work.target(choice.kept)
         replaced = _replaced(adapted.config, target)
+        if not replaced and aligned is None:
+            console.warn(
+                f"{source} has no attention left to replace at this ratio: {out} copies it"
+            )
         shapes = {
             name: (tuple(tensor.shape), work.dtype(name))
             for name, tensor in empty_model(target).state_dict().items()

@@ -112,7 +112,7 @@ def _configs(job: Job) -> tuple[HybridConfig, HybridConfig]:
         raise UsageError(
             f"{job.source} has no Mamba layer to distill", f"first: mambactl convert {job.source}"
         )
-    return ours, model_config(job.teacher_spec())
+    return ours, model_config(job.teacher_spec)
 
 
 def _ranking(source: str) -> list[int] | None:
@@ -159,7 +159,7 @@ def _models(
     if cached and not needs_teacher:
         teacher, name = None, read_record(Path(config.teacher_cache).expanduser())["teacher"]
     else:
-        teacher, name = job.teacher(), job.teacher_spec()
+        teacher, name = job.teacher(), job.teacher_spec
     trained = {
         key for plan in planned for members, _ in plan.parameters(student) for key in members
     }

@@ -60,7 +60,7 @@ def run(
             metrics["held_out"] = {
                 name: found | {"before": before[name]} for name, found in after.items()
             }
-        spec = job.teacher_spec() if config.reference == "teacher" else None
+        spec = job.teacher_spec if config.reference == "teacher" else None
         save_result(job, student, folder, spec, metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)

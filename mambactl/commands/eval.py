@@ -167,7 +167,7 @@ def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]
     known = config.teacher or load_lineage(source) is not None
     if not needed and not ("welcome" in asked and known):
         return None
-    teacher = teacher_of(source, config.teacher, "--teacher")
+    teacher = teacher_of(source, config.teacher, "--teacher", config.trust_remote_code)
     hint = "give a --teacher of the same family"
     require_same_tokens(
         source, teacher, "teacher", hint, trust_remote_code=config.trust_remote_code

@@ -131,7 +131,7 @@ def _teacher_name(job: Job, config: SftConfig, teacher: HybridForCausalLM | None
     if not config.kl_weight:
         return None
     if teacher is not None:
-        return job.teacher_spec()
+        return job.teacher_spec
     return read_record(Path(config.teacher_cache).expanduser())["teacher"]
 
 

@@ -20,6 +20,8 @@ from pydantic_core import core_schema
 
 from mambactl.bounds import BATCH_ROWS, NEEDLE_TOKENS, ROW_TOKENS
 from mambactl.errors import UsageError
+from mambactl.foreign import excerpt
+from mambactl.plain_yaml import parse_yaml
 
 WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 
@@ -141,16 +143,25 @@ class StageConfig(CommandConfig):
     files: ClassVar[frozenset[str]] = frozenset(
         {"data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks"}
     )
+    # fields that name what is written beside the result: in a recipe, inside its working folder
+    written: ClassVar[frozenset[str]] = frozenset(
+        {"report", "needle_plot", "output_path", "use_cache"}
+    )
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
 
-    seed: int = Field(default=0, ge=0, description="one integer for everything random")
+    # the largest that every library's generator takes
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="one integer for everything random"
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:1 or auto")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="weights in memory; auto is bfloat16 on capable GPUs, else float32",
     )
-    trust_remote_code: bool = Field(default=False, description="allow code that a checkpoint ships")
+    trust_remote_code: bool = Field(
+        default=False, description="allow code that checkpoints and task files ship"
+    )
 
     @property
     def ending(self) -> str:
@@ -178,23 +189,22 @@ def validated(command: str, options: type[Options], values: Mapping[str, Any]) -
         reason = first["msg"][0].lower() + first["msg"][1:]
         given = values.get(key)
         raise UsageError(
-            f"{command}: {key.replace('_', '-')}: {reason} (got {given!r})",
+            f"{command}: {key.replace('_', '-')}: {reason} (got {excerpt(repr(given))})",
             f"mambactl {command} --help",
         ) from None
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """Turn `key=value` strings into a dictionary; values are typed as in YAML."""
-    import yaml
-
     parsed = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator or not key:
-            raise UsageError(f"--set {setting!r} is not key=value", "--set max_steps=100")
+            raise UsageError(f"--set {excerpt(setting)!r} is not key=value", "--set max_steps=100")
         try:
-            parsed[key.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed[key.strip().replace("-", "_")] = parse_yaml(value, "--set")
+        except UsageError:
+            # most text is no YAML; an option that takes no text refuses it
             parsed[key.strip().replace("-", "_")] = value
     return parsed
 
@@ -202,7 +212,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 def settings(config: CommandConfig, exclude: Collection[str] = ()) -> list[str]:
     """Options of a command line that ask for a configuration, whatever recipe stands beside it."""
     given = config.model_dump(mode="json", exclude_defaults=True, exclude=set(exclude))
-    # JSON is YAML, so every value arrives as it left
-    return [
-        word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")
-    ]
+    return [word for key, value in given.items() for word in ("--set", f"{key}={as_yaml(value)}")]
+
+
+def as_yaml(value: Any) -> str:
+    """A value in the form in which `parse_settings` reads it: JSON, which is YAML."""
+    # YAML would read an escaped pair of surrogates as two characters
+    return json.dumps(value, ensure_ascii=False)

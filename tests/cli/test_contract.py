@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mambactl import console, errors
-from mambactl.cli.main import EXTRAS
+from mambactl.cli.main import EXTRAS, run
 from mambactl.errors import ExitCode
 
 EXIT_CODES = {
@@ -267,6 +267,27 @@ def test_existing_output_is_refused_without_a_word(cli, fake_stage, tmp_path) ->
     assert "--resume" in done.err and "--force" in done.err
     assert cli("convert", "m", "-o", "t.st", "--force").code == 0
     assert calls[0]["force"] is True and calls[0]["resume"] is False
+
+
+def test_nothing_on_stdin_is_no_stage_that_failed(monkeypatch, fake_stage, capfd) -> None:
+    calls = fake_stage("spec_decode")
+    with open("/dev/null") as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert run(["spec-decode", "--draft", "d.st"]) == 2
+    assert calls == [] and "no target" in capfd.readouterr().err
+
+
+def test_a_dry_run_with_json_is_one_object_on_stdout(cli, fake_stage, tmp_path) -> None:
+    fake_stage("convert")
+    done = cli("convert", "m", "--dry-run", "--json", "-o", "t.st")
+    found = json.loads(done.out)
+    assert found == {
+        "stage": "convert",
+        "checkpoint": None,
+        "out": str(tmp_path / "t.st"),
+        "parameters": 12345,
+    }
+    assert "12345" not in done.err
 
 
 def test_dry_run_plans_and_writes_nothing(cli, fake_stage, tmp_path) -> None:

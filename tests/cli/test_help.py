@@ -62,8 +62,8 @@ FLAGS = {
     "plot": "--out --help",
     "report": "--out --title --help",
     "doctor": "--json --help",
-    "recipe run": "--out --from --to --set --resume --force --dry-run --json --quiet --verbose "
-    "--help",
+    "recipe run": "--out --from --to --set --trust-remote-code --resume --force --dry-run --json "
+    "--quiet --verbose --help",
 }
 
 

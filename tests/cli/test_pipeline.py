@@ -157,7 +157,7 @@ def test_a_person_reads_sentences_and_a_program_json(cli, fake_stage, monkeypatc
 
 
 def test_no_code_of_the_current_folder_runs(python, tiny_llama_dir, tmp_path) -> None:
-    for module in ("yaml", "json", "torch", "colorsys"):
+    for module in ("yaml", "json", "torch", "colorsys", "sitecustomize", "usercustomize"):
         (tmp_path / f"{module}.py").write_text(f"open('{module} ran', 'w').close()\n")
     (tmp_path / "one.yaml").write_text(f"stages: {{convert: {{model: '{tiny_llama_dir}'}}}}")
     done = python("-P", "-m", "mambactl", "recipe", "run", "one.yaml", "--out", "made")
@@ -166,6 +166,18 @@ def test_no_code_of_the_current_folder_runs(python, tiny_llama_dir, tmp_path) ->
     # the same without -P is Python's own rule, and shows that these files would run
     assert python("-m", "mambactl", "recipe", "run", "one.yaml", "--out", "again").code != 0
     assert [path.name for path in tmp_path.glob("* ran")] != []
+
+
+def test_the_command_itself_runs_no_code_of_the_current_folder(python, tmp_path) -> None:
+    for module in ("yaml", "typer", "mambactl", "sitecustomize"):
+        (tmp_path / f"{module}.py").write_text(f"open('{module} ran', 'w').close()\n")
+    # what pip installs as `mambactl`: Python runs it by its path, whose folder it searches
+    script = tmp_path / "bin" / "mambactl"
+    script.parent.mkdir()
+    script.write_text("from mambactl.cli.main import main\nmain()\n")
+    done = python(str(script), "recipe", "show", "quickstart")
+    assert done.code == 0 and "smollm2-135m" in done.out, done.err
+    assert list(tmp_path.glob("* ran")) == []
 
 
 def test_json_errors_are_the_last_line_of_a_recipe(cli, children, recipe) -> None:

@@ -1,6 +1,7 @@
 """Streams that are closed, full or no longer read, and text that looks like markup."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -94,6 +95,34 @@ def test_names_of_a_file_command_no_terminal(cli, make_hybrid, tmp_path, name) -
     assert name in [tensor["name"] for tensor in json.loads(as_json.out)["tensors"]]
     told = "".join((table.out, table.err, as_json.out, as_json.err, refused.out, refused.err))
     assert [letter for letter in told if not letter.isprintable() and letter not in "\n\t"] == []
+
+
+def test_what_a_library_writes_commands_no_terminal(child) -> None:
+    script = """
+        import logging, sys, warnings
+        from mambactl import console
+        console.secure_streams()
+        warnings.warn("tensor \\x1b]0;title\\x07")
+        logging.basicConfig()
+        logging.getLogger().error("\\x9b31m")
+        sys.stderr.write("bar 1\\rbar 2\\x1b[A\\n")
+        console.stderr().print("[red]ours[/red]")
+    """
+    code = "\n".join(line.strip() for line in script.splitlines())
+    done = child(sys.executable, "-c", code, FORCE_COLOR="1")
+    assert "tensor \\u001b]0;title\\u0007" in done.err and "\\u009b31m" in done.err
+    assert done.err.endswith("\x1b[31mours\x1b[0m\n") and done.err.count("\x1b") == 2
+
+
+def test_a_terminal_shows_escapes_and_a_file_holds_them() -> None:
+    ours, theirs = os.openpty()
+    console.write_out("a\x1b[2Jb", theirs)
+    assert os.read(ours, 100) == b"a\\u001b[2Jb\r\n"
+    read, write = os.pipe()
+    console.write_out("a\x1b[2Jb", write)
+    assert os.read(read, 100) == b"a\x1b[2Jb\n"
+    for descriptor in (ours, theirs, read, write):
+        os.close(descriptor)
 
 
 def test_letters_of_every_language_stay(capsys) -> None:

@@ -113,6 +113,17 @@ def test_teacher_of_a_model_without_lineage(tiny_llama_dir):
     assert "--baseline MODEL" in raised.value.hint
 
 
+@pytest.mark.parametrize("missing", ["source", "baseline"])
+def test_a_model_that_is_not_there_shows_before_memory_is_measured(
+    missing, student, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bench, "conditions", lambda *_: pytest.fail("the memory was measured"))
+    gone = str(tmp_path / "gone.st")
+    config = cpu(baseline=gone if missing == "baseline" else None)
+    with pytest.raises(ModelError, match="gone.st does not exist"):
+        bench.run(config, gone if missing == "source" else str(student))
+
+
 @pytest.mark.parametrize("draft", ["ngram", "teacher"])
 def test_a_draft_adds_to_every_point(student, tiny_llama_dir, draft, capsys):
     draft = str(tiny_llama_dir) if draft == "teacher" else draft

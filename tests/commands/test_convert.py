@@ -342,6 +342,15 @@ def test_what_is_refused_leaves_nothing(llama, fields, message, out, tmp_path) -
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+def test_a_copy_is_said(llama, tmp_path, capsys) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    run(ConvertConfig(ratio=0.5), llama, once)
+    assert "warning" not in capsys.readouterr().err
+    run(ConvertConfig(ratio=0.5), str(once), twice)
+    said = f"warning: {once} has no attention left to replace at this ratio: {twice} copies it"
+    assert said in capsys.readouterr().err
+
+
 def test_a_model_without_attention_is_refused(llama, tmp_path) -> None:
     run(ConvertConfig(ratio=1), llama, tmp_path / "all.st")
     with pytest.raises(ModelError, match="no attention layer"):

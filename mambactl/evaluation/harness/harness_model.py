@@ -49,6 +49,8 @@ class HarnessModel(HFLM):
         self._bar: console.Task | None = None
         self._engine: Any = None
         self._renderer = ChatRenderer(tokenizer)
+        # whether an answer failed here, and not in a task
+        self.failed = False
         self._ours = isinstance(pretrained, HybridForCausalLM)
         rows = ROLLING_ROWS if self._ours and batch_size == "auto" else batch_size
         super().__init__(
@@ -203,9 +205,11 @@ class HarnessModel(HFLM):
     def _counting(self, label: str, total: int) -> Iterator[None]:
         # all chats are rendered: keep no copy of this process beside the model
         self._renderer.close()
+        self.failed = True
         with console.progress(label, total) as self._bar:
             yield
         self._bar = None
+        self.failed = False
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._advance(len(inps))

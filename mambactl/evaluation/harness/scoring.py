@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -22,10 +23,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mambactl import console
-from mambactl.errors import ResourceError, UsageError
+from mambactl.errors import MambactlError, ResourceError, UsageError
 from mambactl.evaluation.harness.harness_model import HarnessModel
 from mambactl.evaluation.harness.schemas import plain_name
+from mambactl.evaluation.harness.task_files import sandboxed_templates
 from mambactl.evaluation.harness.tasks import SUBJECT, HarnessOptions, LocalTask, Wanted
+from mambactl.foreign import reason
 
 # resamples behind the standard error of metrics that have no closed form
 BOOTSTRAP_ITERS = 1000
@@ -69,16 +72,15 @@ def score(
 ) -> TaskScores:
     """Run tasks; UsageError for one that nobody knows, ResourceError for one that is not there."""
     set_seed(options.seed)
-    with _quiet():
+    with _quiet(), sandboxed_templates():
         loaded = _load(wanted, options)
-        lm: Any = HarnessModel(model, tokenizer, options.batch_size, options.max_length)
-        if options.answers is not None:
-            lm = CachingLM(lm, str(options.answers))
+        ours = HarnessModel(model, tokenizer, options.batch_size, options.max_length)
+        kept = None if options.answers is None else CachingLM(ours, str(options.answers))
         as_turns = options.fewshot_as_multiturn
         # simple_evaluate is this plus seconds of collecting the versions of everything installed
-        with _requests_kept(wanted, tokenizer, options):
+        with _requests_kept(wanted, tokenizer, options), _tasks_blamed(wanted, ours, options):
             results = lm_eval.evaluate(
-                lm=lm,
+                lm=kept or ours,
                 task_dict=loaded,
                 limit=options.limit,
                 cache_requests=options.requests is not None,
@@ -107,22 +109,34 @@ def _scores(entry: dict[str, Any]) -> dict[str, float]:
     }
 
 
+@contextmanager
+def _tasks_blamed(
+    wanted: Sequence[Wanted], model: HarnessModel, options: HarnessOptions
+) -> Iterator[None]:
+    """Make what fails in a folder's tasks, and not in the model that answers, a UsageError."""
+    try:
+        yield
+    except MambactlError:
+        raise
+    except Exception as error:  # templates and scores fail in many ways
+        if model.failed or options.task_dir is None or all(task.local for task in wanted):
+            raise
+        names = ", ".join(task.name for task in wanted if task.local is None)
+        raise UsageError(
+            f"{names}: a template or a score fails ({reason(error)})",
+            f"mend the YAML files in {options.task_dir}, or use the tasks of the harness",
+        ) from error
+
+
 def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> dict[str, Any]:
     names = [task.name for task in wanted if task.local is None]
     manager = _manager(names, options.task_dir)
     whole: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for task in wanted:
-        try:
-            part = manager.load([LocalConfigurableTask(task.local) if task.local else task.name])
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if task.optional:
-                console.warn(f"{task.name} is left out: it cannot be loaded ({reason})")
-                continue
-            raise ResourceError(
-                f"the task {task.name} cannot be loaded: {reason}",
-                hint="its data is fetched from the network; local .jsonl files work without one",
-            ) from error
+        if task.local is not None:
+            part = manager.load([LocalConfigurableTask(task.local)])
+        elif (part := _load_named(manager, task, options)) is None:
+            continue
         for leaf in part["tasks"].values():
             _set_shots(leaf, task, options)
         for kind, found in part.items():
@@ -132,6 +146,37 @@ def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> dict[str, Any]:
             "none of the tasks can be loaded", "--task-dir FOLDER names one with local sets"
         )
     return whole
+
+
+def _load_named(
+    manager: TaskManager, task: Wanted, options: HarnessOptions
+) -> dict[str, dict[str, Any]] | None:
+    """The tasks behind a name, None where the others go on without it."""
+    try:
+        part = manager.load([task.name])
+    except Exception as error:  # the harness and its data sets fail in many ways
+        if task.optional:
+            console.warn(f"{task.name} is left out: it cannot be loaded ({reason(error)})")
+            return None
+        failed = f"the task {task.name} cannot be loaded: {reason(error)}"
+        entry = manager.task_index.get(task.name)
+        if options.task_dir is not None and entry is not None and _lies_in(entry, options.task_dir):
+            raise UsageError(f"{entry.yaml_path}: {failed}", "mend the file") from error
+        raise ResourceError(
+            failed, "its data is fetched from the network; local .jsonl files work without one"
+        ) from error
+    for name, leaf in part["tasks"].items():
+        if getattr(leaf, "UNSAFE_CODE", False):
+            raise UsageError(
+                f"the task {name} runs the code that the model writes, which is not done here",
+                "export the model, and use lm-eval with --confirm_run_unsafe_code",
+            )
+    return part
+
+
+def _lies_in(entry: Any, folder: str) -> bool:
+    path = entry.yaml_path
+    return path is not None and path.is_relative_to(Path(folder))
 
 
 def _set_shots(leaf: Any, task: Wanted, options: HarnessOptions) -> None:
@@ -146,6 +191,8 @@ def _set_shots(leaf: Any, task: Wanted, options: HarnessOptions) -> None:
 
 def _manager(names: Sequence[str], folder: str | None) -> Any:
     """What finds tasks by name: those of a folder alone where they are enough."""
+    if not names:
+        folder = None
     manager = TaskManager(include_path=folder, include_defaults=False)
     if all(manager.match_tasks([name]) for name in names):
         return manager

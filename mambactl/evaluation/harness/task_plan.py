@@ -13,6 +13,7 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.data.sources import set_name
 from mambactl.errors import UsageError
 from mambactl.evaluation.harness.presets import MAX_LENGTH, PRESETS, summary
+from mambactl.evaluation.harness.task_files import require_data
 from mambactl.evaluation.harness.task_options import TaskOptions
 from mambactl.evaluation.harness.tasks import (
     HarnessOptions,
@@ -65,6 +66,10 @@ def read(config: TaskOptions, source: str) -> TaskPlan:
     require_distinct([name for name, _, _ in wanted])
     found = [_find(config, *one) for one in wanted]
     require_distinct([task.name for task in found])
+    # what is no file of rows is looked for in YAML files
+    named = not all(task.local for task in found)
+    if named and config.task_dir is not None and not config.trust_remote_code:
+        require_data(Path(config.task_dir).expanduser())
     names = [set_name(task) for task in config.tasks]
     return TaskPlan(found, presets, names, _samples(config, source))
 
