@@ -11,15 +11,18 @@ import reprlib
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from gzip import GzipFile
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from mambactl.bounds import LINE_BYTES, NESTING, TEXT_BYTES, Bound
 from mambactl.errors import MambactlError, ModelError
+
+if TYPE_CHECKING:
+    # not needed by the help, which this module is part of
+    from gzip import GzipFile
 
 AGAIN = "fetch it again"
 # characters that are repeated of a text, which may be the whole input
@@ -81,7 +84,7 @@ def open_regular(
 
 
 def numbered_lines(
-    file: BinaryIO | GzipFile,
+    file: "BinaryIO | GzipFile",
     name: Path | str,
     kind: type[MambactlError] = ModelError,
     hint: str = AGAIN,
