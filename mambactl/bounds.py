@@ -33,10 +33,14 @@ VOCABULARY = Bound(1 << 22, "tokens", "a vocabulary")
 PICKLE_BYTES = Bound(16 * MIB, "bytes", "the names and shapes in a pickled checkpoint")
 GGUF_ITEMS = Bound(2_000_000, "values", "the metadata of a GGUF")
 NESTING = Bound(100, "levels", "a JSON text")
-LINE_BYTES = Bound(64 * MIB, "bytes", "a line of a data file, after decompression")
+LINE_BYTES = Bound(64 * MIB, "bytes", "a line or .txt document of data, after decompression")
+EMPTY_LINES = Bound(1_000_000, "empty lines", "the gap between two rows")
+ROW_GROUP_BYTES = Bound(2048 * MIB, "bytes", "a row group of a Parquet file, after decompression")
 TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON or template file")
 YAML_BYTES = Bound(256 * KIB, "bytes", "a recipe, or a YAML file of tasks")
 YAML_VALUES = Bound(100_000, "values", "a recipe, or a YAML file of tasks, aliases counted")
+ROW_TOKENS = Bound(1 << 24, "tokens", "a row, a prompt or what is generated")
+BATCH_ROWS = Bound(1 << 16, "rows", "a batch")
 NEEDLE_TOKENS = Bound(1_000_000, "tokens", "a needle test")
 
 # in the order of README's table
@@ -52,8 +56,12 @@ BOUNDS = (
     GGUF_ITEMS,
     NESTING,
     LINE_BYTES,
+    EMPTY_LINES,
+    ROW_GROUP_BYTES,
     TEXT_BYTES,
     YAML_BYTES,
     YAML_VALUES,
+    ROW_TOKENS,
+    BATCH_ROWS,
     NEEDLE_TOKENS,
 )

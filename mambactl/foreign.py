@@ -6,21 +6,29 @@ own code works on the checked values, outside of it, so that a bug still shows a
 
 import json
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mambactl.bounds import NESTING, TEXT_BYTES, Bound
+from mambactl.bounds import LINE_BYTES, NESTING, TEXT_BYTES, Bound
 from mambactl.errors import MambactlError, ModelError
+
+if TYPE_CHECKING:
+    # not needed by the help, which this module is part of
+    from gzip import GzipFile
 
 AGAIN = "fetch it again"
 # characters that are repeated of a text, which may be the whole input
 _EXCERPT = 200
+# how JSON writes half of a character beyond 16 bits
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
@@ -66,6 +74,42 @@ def excerpt(text: str) -> str:
     return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."
 
 
+@contextmanager
+def open_regular(
+    path: Path, kind: type[MambactlError] = ModelError, hint: str = AGAIN
+) -> Iterator[BinaryIO]:
+    """A regular file to read from; raises `kind` for one that cannot be opened or is none."""
+    with blamed(path, kind=kind, hint=hint):
+        # without O_NONBLOCK opening a pipe waits for whoever writes it
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        require_regular(path, os.fstat(fd), kind)
+        with open(fd, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(fd)
+
+
+def numbered_lines(
+    file: "BinaryIO | GzipFile",
+    name: Path | str,
+    kind: type[MambactlError] = ModelError,
+    hint: str = AGAIN,
+    word: str = "line",
+) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers (from 1) and their ends; raises `kind` for one of unbounded size."""
+    for number in count(1):
+        where = f"{name}, {word} {number}"
+        with blamed(where, kind=kind, hint=hint):
+            line = file.readline(LINE_BYTES.most + 1)
+        if not line:
+            return
+        if len(line) > LINE_BYTES.most:
+            problem = f"{where} has more than {LINE_BYTES}, the most for {LINE_BYTES.of}"
+            raise kind(problem, "split it")
+        yield number, line
+
+
 def read_bytes(
     path: Path,
     kind: type[MambactlError] = ModelError,
@@ -73,15 +117,8 @@ def read_bytes(
     hint: str = AGAIN,
 ) -> bytes:
     """The content of a regular file of bounded size; raises `kind` for anything else."""
-    with blamed(path, kind=kind, hint=hint):
-        # without O_NONBLOCK opening a pipe waits for whoever writes it
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            require_regular(path, os.fstat(fd), kind)
-            with open(fd, "rb", closefd=False) as file:
-                content = file.read(most.most + 1)
-        finally:
-            os.close(fd)
+    with open_regular(path, kind, hint) as file, blamed(path, kind=kind, hint=hint):
+        content = file.read(most.most + 1)
     if len(content) > most.most:
         raise kind(f"{path} has more than {most}, the most for {most.of}", "give a smaller file")
     return content
@@ -132,16 +169,37 @@ def parse_json(
     """
     location = _location(where, what)
     try:
-        value = json.loads(text, object_hook=object_hook)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, TypeError, RecursionError) as error:
+        return json_value(text, object_hook)
+    except ValueError as error:
         raise kind(f"{location} is not valid JSON ({reason(error)})", hint) from error
+
+
+def json_value(
+    text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
+    """The value of a JSON text, as `parse_json` reads it; raises ValueError."""
+    text = (text.decode("utf-8") if isinstance(text, bytes) else text).removeprefix("\ufeff")
+    try:
+        value = json.loads(text, object_hook=object_hook)
+        if _ESCAPED_HALF.search(text):
+            json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except RecursionError:
+        raise ValueError(f"more than {NESTING}") from None
+    except TypeError as error:
+        # of the hook, for a value that it does not expect
+        raise ValueError(str(error)) from error
+    # no more levels than brackets, which is all that most texts need
+    if text.count("[") + text.count("{") > NESTING.most:
+        _require_shallow(value)
+    return value
+
+
+def _require_shallow(value: Any) -> None:
     level, depth = [value], 0
     while level := [inner for outer in level for inner in _members(outer)]:
         depth += 1
         if depth > NESTING.most:
-            raise kind(f"{location} has more than {NESTING}, the most for {NESTING.of}", hint)
-    return value
+            raise ValueError(f"more than {NESTING}, the most for {NESTING.of}")
 
 
 def _members(value: Any) -> Iterable[Any]:

@@ -11,7 +11,7 @@ from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.commands import configure
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K
 from mambactl.decode.engine import Finish, Generation
-from mambactl.decode.prompts import Prompt, encode
+from mambactl.decode.prompts import Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import UsageError
@@ -207,7 +207,7 @@ def _prepared(
     handle = _loaded(model)
     if draft is not None:
         own = NGRAM if draft == NGRAM else _beside(draft, handle.model)
-    prompts = [encode(Prompt.of(text), handle.tokenizer, chat) for text in texts]
+    prompts = encode_all(map(Prompt.of, texts), handle.tokenizer, chat)
     setup = decoding.assemble(config, handle.model, handle.tokenizer, own, prompts)
     if params.eos_token_ids:
         setup = replace(setup, params=params)

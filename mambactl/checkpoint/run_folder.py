@@ -12,8 +12,16 @@ from typing import Any
 import torch
 
 from mambactl.console import failure_warned
-from mambactl.errors import OutputError, ResourceError
+from mambactl.errors import MambactlError, OutputError, ResourceError
 from mambactl.files import LEDGER, RUN_FILE, explained, hold, partial_of, replacing
+from mambactl.foreign import (
+    blamed,
+    json_object,
+    json_value,
+    numbered_lines,
+    open_regular,
+    read_bytes,
+)
 
 _FREE = "free some disk space, then use --resume"
 
@@ -134,7 +142,8 @@ class RunFolder:
         """The newest state, or None before the first save."""
         if not self._state.exists():
             return None
-        return torch.load(self._state, map_location="cpu", weights_only=True)
+        with blamed(self._state, kind=OutputError, hint="start again with --force"):
+            return torch.load(self._state, map_location="cpu", weights_only=True)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -144,11 +153,15 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, up to one that a kill tore."""
         found = []
-        for line in self.metrics.read_text("utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
+        with open_regular(self.metrics, OutputError, "start again with --force") as file:
+            for _, line in numbered_lines(file, self.metrics, OutputError):
+                try:
+                    value = json_value(line)
+                except ValueError:
+                    break
+                if not (isinstance(value, dict) and isinstance(value.get("step"), int)):
+                    break
+                found.append(value)
         return found
 
     def truncate_log(self, lines: int) -> None:
@@ -185,8 +198,8 @@ class RunFolder:
 
     def _read_identity(self) -> dict[str, Any]:
         try:
-            return json.loads(self._identity.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return json_object(read_bytes(self._identity, OutputError), self._identity)
+        except MambactlError:
             raise OutputError(
                 f"{self.path} is no run of this stage", "start again with --force"
             ) from None

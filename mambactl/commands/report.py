@@ -1,5 +1,6 @@
 """`mambactl report`: one HTML page from results that are kept, without measuring anything."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from mambactl.stage_result import StageResult
 
 def run(options: ReportConfig) -> StageResult:
     """Write the page; its absolute path is the text."""
-    path = Path(options.out).expanduser()
+    path = Path(os.path.expanduser(options.out))
     command = shlex.join(invocation.words())
-    sources = [Path(each).expanduser() for each in options.paths]
+    sources = [Path(os.path.expanduser(each)) for each in options.paths]
     write_report(sources, path, command, options.title or "", header_digest)
     return StageResult(None, text=str(path.absolute()))

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, Field
+
 from mambactl import console
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, open_checkpoint
@@ -24,7 +26,7 @@ from mambactl.data.pack import Row, collate
 from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.files import LINEAGE, explained, gib
-from mambactl.foreign import AGAIN
+from mambactl.foreign import fitted
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.stage_result import StageResult
@@ -132,7 +134,7 @@ def open_cache(
     folder = Path(config.teacher_cache).expanduser()
     kept = read_record(folder)
     _require_same(job, config, student, folder, kept, temperature)
-    cache = TeacherCache(folder)
+    cache = TeacherCache(folder, kept["vocab_size"])
     missing = sum(key not in cache for row in rows for key in digests(row))
     if missing:
         raise UsageError(
@@ -143,15 +145,32 @@ def open_cache(
     return cache
 
 
+class _Kept(BaseModel):
+    """What a run compares with its own."""
+
+    teacher: str
+    teacher_sha256: str | None
+    vocab_size: int = Field(gt=0)
+    tokenizer_sha256: str
+    temperature: float
+
+
+class _Record(BaseModel):
+    cache: _Kept
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """What a cache was made from; raises ModelError for a folder that is none."""
     record = read_lineage(folder) if folder.is_dir() else None
     if record is None or record.get("stage") != STAGE:
         hint = f"mambactl {STAGE} TEACHER --data DATA -o {folder}"
         raise ModelError(f"{folder} is no teacher cache", hint)
-    if not isinstance(cache := record.get("cache"), dict):
-        raise ModelError(f"{folder}: {LINEAGE} does not say what the cache was made from", AGAIN)
-    return cache
+    fitted(_Record, record, folder / LINEAGE, "", ModelError, "make the cache again")
+    return record["cache"]
+
+
+class _State(BaseModel):
+    shards: int = Field(default=0, ge=0)
 
 
 def _fill(
@@ -164,8 +183,11 @@ def _fill(
     """Write every shard that is not done yet."""
     per_shard = max(1, SHARD_TOKENS // config.max_length)
     drawing = Drawing(config.samples, config.temperature, config.power, config.seed)
-    state = folder.load_state()
-    first = state["shards"] if state else 0
+    state = fitted(
+        _State, folder.load_state() or {}, folder.path, "its state", OutputError,
+        "start again with --force",
+    )  # fmt: skip
+    first = state.shards
     with console.progress("rows", len(rows)) as bar:
         bar.advance(min(len(rows), first * per_shard))
         for number in range(first, -(-len(rows) // per_shard)):

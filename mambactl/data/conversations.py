@@ -9,8 +9,10 @@ from itertools import chain, islice, zip_longest
 from typing import Any
 
 from mambactl.data.bad_rows import MALFORMED, BadRows
-from mambactl.data.sources import Row, chat_turns, read_rows, tool_list
+from mambactl.data.row_files import read_rows
+from mambactl.data.sources import Row, chat_turns, tool_list
 from mambactl.errors import UsageError
+from mambactl.foreign import excerpt
 
 EXPECTED = "`prompt`, `messages`, `turns` (strings), `instruction` or `text` per row"
 # what a row says about itself and an answer keeps
@@ -152,7 +154,7 @@ def _turns(row: Row) -> tuple[list[Row], list[str]]:
         return [_user("\n\n".join(text for text in texts if isinstance(text, str) and text))], []
     if isinstance(row.get("text"), str):
         return [_user(row["text"])], []
-    columns = ", ".join(f"`{name}`" for name in row) or "none"
+    columns = excerpt(", ".join(f"`{name}`" for name in row)) or "none"
     raise UsageError(f"has no prompt in its columns {columns}")
 
 

@@ -1,19 +1,18 @@
 """From a row of text or chat turns to token ids and the mask of tokens worth learning."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mambactl.data.bad_rows import REFUSED, BadRows
+from mambactl.data.chat_template import ChatRenderer, TemplateStopped
 from mambactl.data.sources import Document
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GENERATION = re.compile(r"\{%-?\s*generation\b")
 # rows that are tokenised in one call
 TOGETHER = 256
 
@@ -40,7 +39,8 @@ def encode(
     text's cut says nothing about endings. A rendered chat holds its own begin token, so none is
     added. Raises UsageError for a chat that the template refuses, or without a template.
     """
-    return _encode_many([row], tokenizer, assistant_only)[0]
+    with ChatRenderer(tokenizer) as renderer:
+        return _encode_many([row], renderer, assistant_only)[0]
 
 
 def encode_rows(
@@ -63,63 +63,59 @@ def encode_rows(
     examples: list[Example] = []
     total = 0
     indices = list(order)
-    for start in range(0, len(indices), TOGETHER):
-        members = [rows[index] for index in indices[start : start + TOGETHER]]
-        for row, example in _encode_located(members, tokenizer, assistant_only, bad):
-            example = keep(row, example) if keep is not None else example
-            if example is None:
-                continue
-            examples.append(example)
-            total += len(example.input_ids)
-            if max_tokens is not None and total >= max_tokens:
-                return examples
+    with ChatRenderer(tokenizer) as renderer:
+        for start in range(0, len(indices), TOGETHER):
+            members = [rows[index] for index in indices[start : start + TOGETHER]]
+            for row, example in _encode_located(members, renderer, assistant_only, bad):
+                example = keep(row, example) if keep is not None else example
+                if example is None:
+                    continue
+                examples.append(example)
+                total += len(example.input_ids)
+                if max_tokens is not None and total >= max_tokens:
+                    return examples
     return examples
 
 
 def _encode_located(
-    rows: Sequence[Document],
-    tokenizer: "PreTrainedTokenizerBase",
-    assistant_only: bool,
-    bad: BadRows | None,
+    rows: Sequence[Document], renderer: ChatRenderer, assistant_only: bool, bad: BadRows | None
 ) -> Iterable[tuple[Document, Example]]:
     """Rows with their examples; the first that cannot be encoded is named, after those before."""
     try:
-        return zip(rows, _encode_many(rows, tokenizer, assistant_only), strict=True)
+        return zip(rows, _encode_many(rows, renderer, assistant_only), strict=True)
+    except TemplateStopped:
+        raise
     except UsageError:
-        return _one_by_one(rows, tokenizer, assistant_only, bad)
+        return _one_by_one(rows, renderer, assistant_only, bad)
 
 
 def _one_by_one(
-    rows: Sequence[Document],
-    tokenizer: "PreTrainedTokenizerBase",
-    assistant_only: bool,
-    bad: BadRows | None,
+    rows: Sequence[Document], renderer: ChatRenderer, assistant_only: bool, bad: BadRows | None
 ) -> Iterator[tuple[Document, Example]]:
     for row in rows:
         try:
-            yield row, encode(row, tokenizer, assistant_only)
+            yield row, _encode_many([row], renderer, assistant_only)[0]
+        except TemplateStopped:
+            raise
         except UsageError as error:
             # without a template no chat is better than another
-            if bad is None or not getattr(tokenizer, "chat_template", None):
+            if bad is None or not getattr(renderer.tokenizer, "chat_template", None):
                 raise UsageError(f"{row.where}: {error}", error.hint) from None
             bad.add(REFUSED, row.where, str(error), error.hint or "correct the data")
 
 
 def _encode_many(
-    rows: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", assistant_only: bool
+    rows: Sequence[dict[str, Any]], renderer: ChatRenderer, assistant_only: bool
 ) -> list[Example]:
     """A fast tokenizer spreads the texts of a call over all cores."""
     is_text = ["text" in row for row in rows]
-    texts = [
-        row["text"] if text else render_chat(tokenizer, row["messages"], row.get("tools"))
-        for row, text in zip(rows, is_text, strict=True)
-    ]
+    parts = [_rendered(row, renderer, assistant_only) for row in rows]
     found: dict[int, Example] = {}
     for kind in sorted(set(is_text)):
         indices = [index for index, text in enumerate(is_text) if text == kind]
         masked = assistant_only and not kind
-        batch = tokenizer(
-            [texts[index] for index in indices],
+        batch = renderer.tokenizer(
+            [parts[index].text for index in indices],
             add_special_tokens=kind,
             return_offsets_mapping=masked,
             verbose=False,
@@ -129,44 +125,48 @@ def _encode_many(
             mask = np.ones(len(ids), bool)
             if masked:
                 offsets = np.asarray(batch["offset_mapping"][number]).reshape(-1, 2)
-                mask = _assistant_mask(tokenizer, rows[index], texts[index], offsets)
+                mask = _inside(parts[index].spans, offsets)
             found[index] = Example(ids, mask)
     return [found[index] for index in range(len(rows))]
 
 
-def _assistant_mask(
-    tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], text: str, offsets: np.ndarray
-) -> np.ndarray:
-    """Which tokens, at character `offsets` [n, 2], the assistant writes.
+class _Rendered(NamedTuple):
+    """A row as text, and the character spans [start, end) that are learned of a masked chat."""
 
-    A template that marks them is trusted; in others they are found by rendering what comes before.
+    text: str
+    spans: Sequence[tuple[int, int]] = ()
+
+
+def _rendered(row: dict[str, Any], renderer: ChatRenderer, assistant_only: bool) -> _Rendered:
+    if "text" in row:
+        return _Rendered(row["text"])
+    try:
+        text = renderer.render(row["messages"], row.get("tools"))
+        return _Rendered(text, _spans(row, renderer, text) if assistant_only else ())
+    except TemplateStopped as error:
+        raise error.at(row.where) if isinstance(row, Document) else error from None
+
+
+def _spans(row: dict[str, Any], renderer: ChatRenderer, text: str) -> Sequence[tuple[int, int]]:
+    """What the assistant writes of a chat.
+
+    A template that marks it is trusted; in others it is found by rendering what comes before.
     """
-    marked = GENERATION.search(tokenizer.chat_template)
-    spans = _marked_spans(tokenizer, row) if marked else _assistant_spans(tokenizer, row, text)
+    if renderer.marks(row.get("tools")):
+        return renderer.spans(row["messages"], row.get("tools"))
+    return list(_assistant_spans(row, renderer, text))
+
+
+def _inside(spans: Sequence[tuple[int, int]], offsets: np.ndarray) -> np.ndarray:
+    """Which tokens, at character `offsets` [n, 2], lie in one of the spans."""
     mask = np.zeros(len(offsets), bool)
     for start, end in spans:
         mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
     return mask
 
 
-def _marked_spans(
-    tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]
-) -> Sequence[tuple[int, int]]:
-    """Character spans [start, end) between the generation markers of the template."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    _, (spans,) = render_jinja_template(
-        [row["messages"]],
-        row.get("tools"),
-        chat_template=tokenizer.chat_template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    return spans
-
-
 def _assistant_spans(
-    tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], text: str
+    row: dict[str, Any], renderer: ChatRenderer, text: str
 ) -> Iterator[tuple[int, int]]:
     """Character spans [start, end) that the assistant writes, its end token included.
 
@@ -178,36 +178,11 @@ def _assistant_spans(
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render_chat(tokenizer, messages[:position], tools, prompt=True) if position else ""
-        through = render_chat(tokenizer, messages[: position + 1], tools).rstrip()
+        before = renderer.render(messages[:position], tools, prompt=True) if position else ""
+        through = renderer.render(messages[: position + 1], tools).rstrip()
         if not (text.startswith(before) and text.startswith(through)):
             raise UsageError(
                 "the chat template rewrites earlier turns, so assistant turns cannot be located",
                 "use --no-assistant-only-loss",
             )
         yield len(before), len(through)
-
-
-def render_chat(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict],
-    tools: list | None = None,
-    prompt: bool = False,
-) -> str:
-    """Messages through the chat template; with `prompt`, up to where the assistant writes.
-
-    Raises UsageError without a template, or for messages that it refuses.
-    """
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError(
-            "the tokenizer has no chat template, so `messages` cannot be rendered",
-            "use rows with `text`, or a checkpoint whose tokenizer has a template",
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise UsageError(f"the chat template refuses the messages ({error})") from None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mambactl.data.chat_template import render_chat
 from mambactl.data.format import encode
 from mambactl.data.recall_documents import encode_words
 from mambactl.errors import UsageError
@@ -54,9 +55,7 @@ def make_frame(tokenizer: "PreTrainedTokenizerBase", chat: bool = True) -> Frame
     if not (chat and getattr(tokenizer, "chat_template", None)):
         start = list(tokenizer(BEFORE, verbose=False)["input_ids"])
         return Frame(start, encode_words(tokenizer, f"{AFTER}\nAnswer:"), needle)
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    rendered = render_chat(tokenizer, [{"role": "user", "content": text}], prompt=True)
     before, mark, after = rendered.partition(_MARK)
     if not mark:
         raise UsageError("the chat template drops parts of a message", "use another checkpoint")

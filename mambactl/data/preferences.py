@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, MALFORMED, REFUSED, SAME, BadRows
+from mambactl.data.chat_template import ChatRenderer, TemplateStopped
 from mambactl.data.checks import begins_twice
-from mambactl.data.format import TOGETHER, Example, render_chat
-from mambactl.data.sources import (
-    POOL,
-    BadRow,
-    is_on_hub,
-    preference_row,
-    read_rows,
-    round_robin,
-    set_names,
-)
+from mambactl.data.format import TOGETHER, Example
+from mambactl.data.row_files import is_on_hub, read_rows
+from mambactl.data.sources import POOL, BadRow, preference_row, round_robin, set_names
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,15 +100,18 @@ def load_pairs(
     found = {name: PairSet() for name in names}
     rendered: dict[str, list[_Rendered]] = {name: [] for name in names}
     sources = [_rows(n, spec, used, found[n].bad) for n, spec in zip(names, specs, strict=True)]
-    for name, where, row in islice(round_robin(sources), max_samples):
-        bad = found[name].bad
-        try:
-            rendered[name].append(_render(where, row, tokenizer, chat))
-        except BadRow as error:
-            cure = _expected() if error.kind == MALFORMED else "correct the data"
-            bad.add(error.kind, where, str(error), cure)
-        except UsageError as error:
-            bad.add(REFUSED, where, str(error), error.hint or "correct the data")
+    with ChatRenderer(tokenizer) as renderer:
+        for name, where, row in islice(round_robin(sources), max_samples):
+            bad = found[name].bad
+            try:
+                rendered[name].append(_render(where, row, renderer, chat))
+            except BadRow as error:
+                cure = _expected() if error.kind == MALFORMED else "correct the data"
+                bad.add(error.kind, where, str(error), cure)
+            except TemplateStopped as error:
+                raise error.at(where) from None
+            except UsageError as error:
+                bad.add(REFUSED, where, str(error), error.hint or "correct the data")
     for name, texts in rendered.items():
         _tokenise(texts, tokenizer, max_length, found[name])
     bad = BadRows(skip_bad_rows)
@@ -173,18 +170,19 @@ def _rows(name: str, spec: str, used: int | None, bad: BadRows) -> Iterator[tupl
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 
 
-def _render(where: str, row: Any, tokenizer: "PreTrainedTokenizerBase", chat: bool) -> _Rendered:
+def _render(where: str, row: Any, renderer: ChatRenderer, chat: bool) -> _Rendered:
     """Check a row and put it into text; raises BadRow or UsageError without saying where."""
+    tokenizer = renderer.tokenizer
     if _is_text(row) and (
         not chat or row.get("prompt") is None or not getattr(tokenizer, "chat_template", None)
     ):
         return _render_text(where, row, tokenizer)
     pair = preference_row(row)
     _check_turns(pair)
-    prompt = render_chat(tokenizer, pair["prompt"], prompt=True)
+    prompt = renderer.render(pair["prompt"], prompt=True)
     # a model never has to write what the template adds behind the end token
     chosen, rejected = (
-        render_chat(tokenizer, pair["prompt"] + pair[side]).rstrip() for side in COLUMNS[1:]
+        renderer.render(pair["prompt"] + pair[side]).rstrip() for side in COLUMNS[1:]
     )
     if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
         raise BadRow("the chat template rewrites the prompt, so the answer cannot be located")

@@ -1,29 +1,23 @@
-"""Rows of text or chat turns from .jsonl[.gz], .parquet, .txt and hub data sets."""
+"""Rows of text or chat turns from .jsonl[.gz], .parquet, .txt and hub data sets, checked."""
 
-import gzip
-import json
-import os
-import re
-import zlib
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mambactl.data.bad_rows import MALFORMED, BadRows
+from mambactl.data.row_files import hub_parts, is_on_hub, read_rows
 from mambactl.errors import UsageError
+from mambactl.foreign import excerpt, json_value, reason
 
 Row = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 EXPECTED = "`text` (a string) or `messages` (a list of role and content)"
 # how much more of a set on the hub is read than used, so that the shuffled order means something
 POOL = 4
 CHARACTERS_PER_TOKEN = 4
-# how JSON writes half of a character beyond 16 bits
-ESCAPED_HALF = "\\ud"
-_HUB_ID = re.compile(r"^(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@/]+))?(?:@(?P<split>.+))?$")
 
 
 class Document(dict[str, Any]):
@@ -64,7 +58,7 @@ def load_rows(
 def count_rows(specs: Sequence[str], max_samples: int | None = None) -> int | None:
     """Check files and count their rows; None where a set lies on the hub, which is not asked."""
     found = sum(1 for _ in _documents(specs, max_samples, used_rows=0))
-    streamed = [_hub_parts(spec) for spec in specs if is_on_hub(spec)]
+    streamed = [hub_parts(spec) for spec in specs if is_on_hub(spec)]
     return None if streamed else found
 
 
@@ -132,117 +126,6 @@ def _checked(spec: str, part: int, bad: BadRows | None) -> Iterator[Document]:
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 
 
-def is_on_hub(spec: str) -> bool:
-    """Whether a name means a data set on the hub: no known kind of file, and none that is there."""
-    return not (spec.endswith(SUFFIXES) or os.path.exists(spec))
-
-
-def read_rows(spec: str, bad: BadRows | None = None) -> Iterator[tuple[int, Any]]:
-    """Rows of one file or hub data set as they are, each with its number (from 1).
-
-    Lines that are no JSON are noted in `bad`, if there is one.
-    """
-    path = Path(spec)
-    if is_on_hub(spec):
-        return _read_hub(spec)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UsageError(
-            f"{spec} {what}", f"give a file ending in {', '.join(SUFFIXES)}, or a hub id"
-        )
-    if spec.endswith(".parquet"):
-        return _read_parquet(spec)
-    if spec.endswith(".txt"):
-        return _read_text(spec)
-    if spec.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(spec, bad)
-    raise UsageError(f"{spec}: unknown kind of file", f"known are {', '.join(SUFFIXES)}")
-
-
-def _read_jsonl(spec: str, bad: BadRows | None) -> Iterator[tuple[int, Any]]:
-    opener = gzip.open if spec.endswith(".gz") else open
-    number = 0
-    try:
-        with opener(spec, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        row = _parsed(line)
-                    except BadRow as error:
-                        _broken(f"{spec}, row {number}", error, bad)
-                    else:
-                        yield number, row
-    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-        raise UsageError(
-            f"{spec}, after row {number}: cannot be read ({error})",
-            "fetch or write the file again, as UTF-8",
-        ) from None
-
-
-def _parsed(line: str) -> Any:
-    try:
-        row = json.loads(line)
-        if ESCAPED_HALF in line.lower():
-            # half of a pair stands for no character, and no tokenizer takes it
-            json.dumps(row, ensure_ascii=False).encode()
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BadRow(f"not JSON ({error})") from None
-    except UnicodeEncodeError as error:
-        raise BadRow(f"holds what is no text ({error.reason})") from None
-    return row
-
-
-def _broken(where: str, error: BadRow, bad: BadRows | None) -> None:
-    cure = "one JSON object per line, in whole characters"
-    if bad is None:
-        raise UsageError(f"{where}: {error}", cure) from None
-    bad.add(MALFORMED, where, str(error), cure)
-
-
-def _read_text(spec: str) -> Iterator[tuple[int, Any]]:
-    try:
-        text = Path(spec).read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{spec} cannot be read ({error})", "save it as UTF-8") from None
-    if text.strip():
-        yield 1, {"text": text}
-
-
-def _read_parquet(spec: str) -> Iterator[tuple[int, Any]]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(spec) as file:
-            batches = file.iter_batches(batch_size=1024)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (ArrowException, OSError) as error:
-        raise UsageError(f"{spec} cannot be read as parquet ({error})") from None
-
-
-def _hub_parts(spec: str) -> re.Match[str]:
-    match = _HUB_ID.match(spec)
-    if match is None:
-        raise UsageError(f"{spec} is no file and no hub id", "use ID[:config][@split] or a file")
-    return match
-
-
-def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
-    from datasets import load_dataset
-
-    match = _hub_parts(spec)
-    split = match["split"] or "train"
-    try:
-        rows = load_dataset(match["id"], match["config"], split=split, streaming="[" not in split)
-        yield from enumerate(rows, start=1)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"data set {spec} cannot be loaded: {reason}",
-            "check the id, `:config`, `@split` and the network, or give a local file",
-        ) from None
-
-
 def chat_turns(value: Any, column: str) -> list[Row]:
     """The messages of a column, checked; raises UsageError that says what is wrong with them."""
     try:
@@ -301,24 +184,35 @@ def _messages(value: Any, column: str) -> list[Row]:
         where = f"`{column}[{position}]`"
         _require(isinstance(message, dict), f"{where} is not an object")
         role = message.get("role")
-        _require(role in ROLES, f"{where} has the role {role!r}; known are {', '.join(ROLES)}")
-        content_ok = isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
-        _require(content_ok, f"{where} has no `content`")
+        known = f"known are {', '.join(ROLES)}"
+        _require(role in ROLES, f"{where} has the role {reprlib.repr(role)}; {known}")
+        content, calls = message.get("content"), message.get("tool_calls")
+        _require(content is not None or bool(calls), f"{where} has no `content`")
+        _require(isinstance(content, str | None), f"{where} has a {_kind(content)} as `content`")
+        _require(calls is None or _are_objects(calls), f"{where}: `tool_calls` are no objects")
     # parquet fills absent struct fields with nulls, which chat templates would print
     return [{key: item for key, item in m.items() if item is not None} for m in value]
 
 
 def _tools(value: Any) -> list[Row]:
     try:
-        tools = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise BadRow(f"`tools` is not JSON ({error})") from None
-    _require(isinstance(tools, list), "`tools` is not a list")
+        tools = json_value(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise BadRow(f"`tools` is not JSON ({reason(error)})") from None
+    _require(_are_objects(tools), "`tools` is not a list of objects")
     return tools
 
 
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
 def _columns(row: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in row) or "none"
+    return excerpt(", ".join(f"`{name}`" for name in row)) or "none"
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -1,8 +1,10 @@
 """Prompts: a small built-in set, rows of prompt files, and their way to token ids."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mambactl.data.chat_template import ChatRenderer, TemplateStopped
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,23 +81,43 @@ BUILTIN = (
 
 def encode(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", chat: bool = True) -> list[int]:
     """Token ids of a prompt, inside the chat template if there is one and `chat` wants it."""
+    return encode_all([prompt], tokenizer, chat)[0]
+
+
+def encode_all(
+    prompts: Iterable[Prompt], tokenizer: "PreTrainedTokenizerBase", chat: bool = True
+) -> list[list[int]]:
+    """What `encode` makes of each, with one start of the chat template; errors say which one."""
+    found = []
+    with ChatRenderer(tokenizer) as renderer:
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                found.append(encode_with(renderer, prompt, chat))
+            except TemplateStopped as error:
+                raise error.at(f"prompt {number}") from None
+            except UsageError as error:
+                raise UsageError(f"prompt {number}: {error}", error.hint) from None
+    return found
+
+
+def encode_with(renderer: ChatRenderer, prompt: Prompt, chat: bool = True) -> list[int]:
+    """Token ids of one of many prompts, whose template the caller keeps running."""
     # the template writes the special tokens itself
-    templated = _templated(tokenizer, chat)
-    return tokenizer(render(prompt, tokenizer, chat), add_special_tokens=not templated)["input_ids"]
+    plain = not _templated(renderer.tokenizer, chat)
+    text = _render(prompt, renderer, chat)
+    return renderer.tokenizer(text, add_special_tokens=plain)["input_ids"]
 
 
 def render(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", chat: bool = True) -> str:
     """The text that `encode` turns into tokens; raises UsageError where the template refuses."""
-    if not _templated(tokenizer, chat):
-        return "\n\n".join(message.get("content") or "" for message in prompt.messages)
-    from jinja2 import TemplateError
+    with ChatRenderer(tokenizer) as renderer:
+        return _render(prompt, renderer, chat)
 
-    try:
-        return tokenizer.apply_chat_template(
-            list(prompt.messages), tools=prompt.tools, tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise UsageError(f"the chat template refuses a prompt ({error})") from None
+
+def _render(prompt: Prompt, renderer: ChatRenderer, chat: bool) -> str:
+    if not _templated(renderer.tokenizer, chat):
+        return "\n\n".join(message.get("content") or "" for message in prompt.messages)
+    return renderer.render(prompt.messages, prompt.tools, prompt=True)
 
 
 def _templated(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> bool:

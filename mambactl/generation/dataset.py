@@ -15,15 +15,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic import BaseModel, Field
+
 from mambactl import console
 from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.run_folder import RunFolder, side_file
 from mambactl.data.answers import Answer, Group, write_answers
 from mambactl.data.conversations import Conversation
-from mambactl.decode.prompts import encode
+from mambactl.decode.prompts import encode_all
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import LEDGER, LINEAGE, RUN_FILE, explained
+from mambactl.foreign import fitted, json_object
 from mambactl.generation import decoding
 from mambactl.generation.question_set import QuestionSet, Task, as_prompt
 from mambactl.options import ROW_SUFFIXES, GenerateConfig
@@ -36,6 +39,7 @@ FEW = 16
 # names in the working folder
 TAKEN = (LEDGER, "metrics.png", RUN_FILE)
 _FREE = "free some disk space, then use --resume"
+_AGAIN = "start again with --force"
 
 
 def run(
@@ -63,6 +67,25 @@ def run(
     return StageResult(str(out), metrics)
 
 
+class _State(BaseModel):
+    """Batches and bytes that are on disk, and what they took."""
+
+    batches: int = Field(default=0, ge=0)
+    bytes: int = Field(default=0, ge=0)
+    totals: dict[str, float] = {}
+
+
+class _Line(BaseModel):
+    """One answer as a line of the working file holds it."""
+
+    prompt: int
+    sample: int
+    texts: tuple[str, ...]
+    finish: str
+    tokens: int
+    time: float
+
+
 class _Written:
     """The answers that are on disk, in the order they were decoded, and what they took.
 
@@ -71,18 +94,19 @@ class _Written:
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
-        state = folder.load_state() or {"batches": 0, "bytes": 0, "totals": {}}
-        self.batches: int = state["batches"]
-        self.totals = Counter(state["totals"])
+        found = folder.load_state() or {}
+        state = fitted(_State, found, folder.path, "its state", OutputError, _AGAIN)
+        self.batches = state.batches
+        self.totals = Counter(state.totals)
         # no name that the result itself may have
         path = folder.path / "decoded.partial"
         with explained(path, _FREE):
             path.touch()
-            if path.stat().st_size < state["bytes"]:
-                raise OutputError(f"{path} lost what was written", "start again with --force")
+            if path.stat().st_size < state.bytes:
+                raise OutputError(f"{path} lost what was written", _AGAIN)
             self.file: BinaryIO = path.open("r+b")
-            self.file.truncate(state["bytes"])
-            self.file.seek(state["bytes"])
+            self.file.truncate(state.bytes)
+            self.file.seek(state.bytes)
 
     def add(self, answers: Sequence[tuple[int, Answer]], totals: Counter) -> None:
         """Append a whole batch; after this it is never decoded again."""
@@ -104,16 +128,19 @@ class _Written:
         self.file.seek(0)
         offset = 0
         for line in self.file:
-            offsets.setdefault(json.loads(line)["prompt"], []).append(offset)
+            offsets.setdefault(self._parsed(line).prompt, []).append(offset)
             offset += len(line)
         for prompt, conversation in enumerate(conversations):
             answers = []
             for begin in offsets.get(prompt, ()):
                 self.file.seek(begin)
-                content = json.loads(self.file.readline())
-                del content["prompt"]
-                answers.append(Answer(**content | {"texts": tuple(content["texts"])}))
+                found = self._parsed(self.file.readline())
+                answers.append(Answer(**found.model_dump(exclude={"prompt"})))
             yield conversation, sorted(answers, key=lambda answer: answer.sample)
+
+    def _parsed(self, line: bytes) -> _Line:
+        where = (self.file.name, "an answer", OutputError, _AGAIN)
+        return fitted(_Line, json_object(line, *where), *where)
 
 
 def _decode(questions: QuestionSet, written: _Written) -> None:
@@ -159,10 +186,8 @@ def _answer(
     asked = [questions.conversations[task.prompt] for task in batch]
     for turn in range(max(each.n_answers for each in asked)):
         rows = [row for row, each in enumerate(asked) if turn < each.n_answers]
-        prompts = [
-            encode(as_prompt(asked[row], texts[row]), setup.tokenizer, questions.config.chat)
-            for row in rows
-        ]
+        given = (as_prompt(asked[row], texts[row]) for row in rows)
+        prompts = encode_all(given, setup.tokenizer, questions.config.chat)
         keys = [asked[row].key(batch[row].sample, turn) for row in rows]
         result = engine.generate(prompts, params, meter.heard, keys)
         for row, new, reason in zip(rows, result.tokens, result.finish, strict=True):

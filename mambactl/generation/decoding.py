@@ -1,5 +1,6 @@
 """What `generate` and `spec-decode` share: prompts, target, draft, and runs over many prompts."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ from mambactl import console
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.vocabulary import require_same_tokens
-from mambactl.data.sources import read_rows
+from mambactl.data.row_files import read_rows
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation
-from mambactl.decode.prompts import BUILTIN, Prompt, encode
+from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.hybrid import HybridForCausalLM
@@ -65,8 +66,8 @@ def read(config: PromptConfig, builtin: bool = False) -> list[Prompt]:
 
 def read_prompts(path: str) -> list[Prompt]:
     """Read a .txt file (a prompt per line) or .jsonl[.gz]; raises UsageError naming the row."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = Path(os.path.expanduser(path))
+    if not os.path.isfile(file):
         raise UsageError(f"{path} is no file", hint="give a .txt or .jsonl file with prompts")
     if not file.name.endswith(PROMPT_FILES):
         known = ", ".join(PROMPT_FILES)
@@ -88,7 +89,7 @@ def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Set
     """Load target, tokenizer and draft; raises ModelError before any weight of a misfit is read."""
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     require_draft(config, source)
-    encoded = [encode(prompt, tokenizer, config.chat) for prompt in prompts]
+    encoded = encode_all(prompts, tokenizer, config.chat)
     device, dtype = placement(config)
     target = load_model(source, device=device, dtype=dtype)
     draft = config.draft
@@ -176,7 +177,7 @@ def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[s
     require_draft(config, source)
     target = describe(source)
     draft = describe(config.draft) if config.draft not in (None, NGRAM) else None
-    tokens = [len(encode(prompt, tokenizer, config.chat)) for prompt in prompts]
+    tokens = [len(ids) for ids in encode_all(prompts, tokenizer, config.chat)]
     return {
         "source": target["checkpoint"],
         "parameters": target["parameters"],

@@ -15,9 +15,10 @@ from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
 from mambactl.data.answers import CATEGORY_TEMPERATURES, OTHER_TEMPERATURE, require_fit
 from mambactl.data.bad_rows import LONG, UNFIT, BadRows
+from mambactl.data.chat_template import ChatRenderer, TemplateStopped
 from mambactl.data.conversations import Conversation, distinct, read_conversations, shard_of
 from mambactl.decode.backend import NGRAM, REFERENCE_K
-from mambactl.decode.prompts import Prompt, encode, render
+from mambactl.decode.prompts import Prompt, encode_with, render
 from mambactl.errors import UsageError
 from mambactl.files import SINGLE_FILE_SUFFIXES
 from mambactl.generation import decoding
@@ -208,17 +209,21 @@ def _measure(
     with open_checkpoint(source) as reader:
         model = adapt(reader).config
     limit = model.max_position_embeddings if model.attends else None
+    measured = []
+    with ChatRenderer(tokenizer) as renderer:
+        for each in conversations:
+            try:
+                require_fit(each, config.format)
+                # answers that are not there yet count as empty here, and in full below
+                whole = as_prompt(each, [""] * len(each.later))
+                measured.append((each, len(encode_with(renderer, whole, config.chat))))
+            except TemplateStopped as error:
+                raise error.at(each.where) from None
+            except UsageError as error:
+                bad.add(UNFIT, each.where, str(error), error.hint or "correct the data")
     fitting, lengths = [], []
-    for each in conversations:
-        try:
-            require_fit(each, config.format)
-            # answers that are not there yet count as empty here, and in full below
-            whole = as_prompt(each, [""] * len(each.later))
-            length = len(encode(whole, tokenizer, config.chat))
-            new = each.n_answers * config.max_new_tokens
-        except UsageError as error:
-            bad.add(UNFIT, each.where, str(error), error.hint or "correct the data")
-            continue
+    for each, length in measured:
+        new = each.n_answers * config.max_new_tokens
         if limit is not None and length + new > limit:
             problem = (
                 f"needs {length} tokens and up to {new} new ones, more than the {limit} this model "

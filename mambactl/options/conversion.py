@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mambactl.options.fields import DataSpecs, Integers, MixerName, StageConfig
+from mambactl.options.fields import DataSpecs, Integers, MixerName, StageConfig, Tokens
 
 
 class ConvertConfig(StageConfig):
@@ -22,7 +22,7 @@ class ConvertConfig(StageConfig):
     select_tokens: int = Field(
         default=1024, ge=64, description="tokens of text a choice is measured on"
     )
-    select_recall: int = Field(
+    select_recall: Tokens = Field(
         default=1024, ge=64, description="tokens per recall row (--select recall)"
     )
     kv_budget: int | None = Field(
@@ -49,7 +49,7 @@ class ConvertConfig(StageConfig):
         default=[], description="text for the closed-form fit (calibrated init)"
     )
     calibrate_tokens: int = Field(default=10240, ge=512, description="tokens the fit may use")
-    max_length: int = Field(default=512, ge=16, description="tokens per calibration row")
+    max_length: Tokens = Field(default=512, ge=16, description="tokens per calibration row")
     max_shard_gb: float = Field(
         default=5.0, gt=0, description="largest file of a folder, in 10^9 bytes"
     )

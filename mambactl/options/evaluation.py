@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mambactl.options.fields import BatchSize, Branches, DataSpecs, Names, StageConfig
+from mambactl.options.fields import BatchSize, Branches, DataSpecs, Names, StageConfig, Tokens
 
 
 class EvalBase(StageConfig):
@@ -36,7 +36,7 @@ class Sizes:
     limit: int | None = Field(
         default=None, ge=1, description="rows per task / documents per data set"
     )
-    max_length: int = Field(default=512, ge=16, description="tokens per row of --data")
+    max_length: Tokens = Field(default=512, ge=16, description="tokens per row of --data")
     batch_size: BatchSize = Field(
         default="auto", description="rows per forward pass; auto fills passes of tasks by tokens"
     )

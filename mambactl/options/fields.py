@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
+from mambactl.bounds import BATCH_ROWS, NEEDLE_TOKENS, ROW_TOKENS
 from mambactl.errors import UsageError
 from mambactl.foreign import excerpt
 from mambactl.plain_yaml import parse_yaml
@@ -77,12 +78,18 @@ MixerName = Annotated[Literal["mamba2", "mamba1"], OpenChoice()]
 Drafts = Annotated[
     Annotated[int, Field(ge=1, le=32)] | Literal["auto"], BeforeValidator(_as_number)
 ]
-BatchSize = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_as_number)]
+Rows = Annotated[int, Field(ge=1, le=BATCH_ROWS.most)]
+Tokens = Annotated[int, Field(ge=1, le=ROW_TOKENS.most)]
+BatchSize = Annotated[Rows | Literal["auto"], BeforeValidator(_as_number)]
 Compile = bool | Literal["auto"]
 DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]
-Counts = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas)]
+BatchSizes = Annotated[list[Rows], BeforeValidator(_split_commas)]
+Lengths = Annotated[list[Tokens], BeforeValidator(_split_commas)]
+NeedleLengths = Annotated[
+    list[Annotated[int, Field(ge=1, le=NEEDLE_TOKENS.most)]], BeforeValidator(_split_commas)
+]
 Branches = Annotated[
     list[Literal["recurrent", "attention", "window"]], BeforeValidator(_split_commas)
 ]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mambactl.options.fields import DataSpecs, Drafts, StageConfig, Temperature
+from mambactl.options.fields import DataSpecs, Drafts, Rows, StageConfig, Temperature, Tokens
 
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 
@@ -12,13 +12,13 @@ ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 class SamplingConfig(StageConfig):
     """How tokens are chosen."""
 
-    max_new_tokens: int = Field(default=128, ge=1, description="tokens after the prompt")
+    max_new_tokens: Tokens = Field(default=128, description="tokens after the prompt")
     temperature: Temperature = Field(default=0.0, description="0 is greedy")
     top_k: int = Field(default=0, ge=0, description="0 is off")
     top_p: float = Field(default=1.0, gt=0, le=1, description="1 is off")
     draft: str | None = Field(default=None, description="checkpoint, or ngram")
     k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
-    batch_size: int = Field(default=1, ge=1, description="prompts decoded together")
+    batch_size: Rows = Field(default=1, description="prompts decoded together")
     chat: bool = Field(
         default=True, description="wrap prompts in the chat template if there is one"
     )
@@ -40,7 +40,7 @@ class GenerateConfig(PromptConfig):
         "--out: ID[:config][@split], .jsonl[.gz], .parquet or .txt",
     )
     max_samples: int | None = Field(default=None, ge=1, description="use at most this many rows")
-    samples_per_prompt: int = Field(default=1, ge=1, description="answers drawn for each prompt")
+    samples_per_prompt: Rows = Field(default=1, description="answers drawn for each prompt")
     shard: str | None = Field(
         default=None, description="I/N: only the I-th of N parts, from 1/N to N/N"
     )

@@ -5,7 +5,15 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mambactl.options.fields import Compile, Counts, Drafts, Names, StageConfig
+from mambactl.options.fields import (
+    BatchSizes,
+    Compile,
+    Drafts,
+    Lengths,
+    Names,
+    StageConfig,
+    Tokens,
+)
 
 
 class BenchConfig(StageConfig):
@@ -13,9 +21,9 @@ class BenchConfig(StageConfig):
 
     without_model: ClassVar[Mapping[str, str]] = {"synthetic": "--synthetic NAME"}
 
-    input_len: Counts = Field(default=[128], min_length=1, description="context lengths")
-    output_len: int = Field(default=32, ge=1, description="tokens decoded per measurement")
-    batch_size: Counts = Field(default=[1], min_length=1, description="rows decoded together")
+    input_len: Lengths = Field(default=[128], min_length=1, description="context lengths")
+    output_len: Tokens = Field(default=32, description="tokens decoded per measurement")
+    batch_size: BatchSizes = Field(default=[1], min_length=1, description="rows decoded together")
     warmup: int = Field(default=1, ge=0, description="unmeasured rounds")
     iters: int = Field(default=3, ge=1, description="measured rounds")
     draft: str | None = Field(

@@ -10,9 +10,11 @@ from mambactl.options.fields import (
     DistillPhases,
     Integers,
     Losses,
+    Rows,
     Shares,
     Softness,
     StageConfig,
+    Tokens,
     Trackers,
     Weights,
 )
@@ -26,9 +28,9 @@ class RowsConfig(StageConfig):
         description="ID[:config][@split], .jsonl[.gz], .parquet or .txt; DATA=0.7 weighs it",
     )
     max_steps: int = Field(default=200, ge=1, description="optimiser steps")
-    batch_size: int = Field(default=8, ge=1, description="rows per step, of each process")
+    batch_size: Rows = Field(default=8, description="rows per step, of each process")
     grad_accum: int = Field(default=1, ge=1, description="batches per optimiser step")
-    max_length: int = Field(default=512, ge=16, description="tokens per row")
+    max_length: Tokens = Field(default=512, ge=16, description="tokens per row")
     max_samples: int | None = Field(
         default=None, ge=1, description="use at most this many documents"
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from mambactl import metrics
 from mambactl.errors import UsageError
+from mambactl.report.kept_results import require_measured
 
 Result = dict[str, Any]
 
@@ -21,7 +22,7 @@ def markdown(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
     about: dict[str, None] = {}
     for name, content in files:
         rows = 0
-        for result in _results(content):
+        for result in _results(name, content):
             about[_machine(result)] = None
             for row in _rows(result):
                 lines.append(metrics.markdown_row(row))
@@ -31,11 +32,12 @@ def markdown(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join([*lines, "", *about])
 
 
-def _results(content: dict[str, Any]) -> Iterator[Result]:
+def _results(name: str, content: dict[str, Any]) -> Iterator[Result]:
     sections = content.get("sections")
     for each in sections.values() if isinstance(sections, dict) else [content]:
         result = each.get("metrics") if isinstance(each, dict) else None
         if isinstance(result, dict) and result.get("points"):
+            require_measured(result, each, name)
             model = metrics.last_part(str(each.get("checkpoint") or ""))
             # files kept before points named their model
             points = [{"model": model, **point} for point in result["points"]]
@@ -44,9 +46,9 @@ def _results(content: dict[str, Any]) -> Iterator[Result]:
 
 def _rows(result: Result) -> Iterator[list[str]]:
     draft = (result.get("config") or {}).get("draft")
-    for point in [*result["points"], *result.get("baseline_points", [])]:
+    for point in [*result["points"], *(result.get("baseline_points") or [])]:
         own = draft if metrics.DRAFTED_GAIN.name in point else None
-        names = (metrics.last_part(name) for name in (point.get("model", ""), own or ""))
+        names = (metrics.last_part(name) for name in (point.get("model") or "", own or ""))
         yield [*names, *(each.written(point) for each in metrics.group("point"))]
 
 

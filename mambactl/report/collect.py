@@ -3,6 +3,7 @@
 Names of models are as short as tells them apart, and no two are alike.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = Non
     """
     entries: list[Entry] = []
     ledgers: list[Ledger] = []
-    read: set[Path] = set()
+    read: set[str] = set()
     for path in dict.fromkeys(paths):
         files = [path] if path.suffix in (".json", ".jsonl") else kept_beside(path)
         if not files:
@@ -42,9 +43,10 @@ def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = Non
             )
         for file in files:
             # a checkpoint and its folder of results, say
-            if file.resolve() in read:
+            real = os.path.realpath(file)
+            if real in read:
                 continue
-            read.add(file.resolve())
+            read.add(real)
             if file.suffix == ".jsonl":
                 ledgers.append(ledger_of(file))
                 continue
@@ -82,7 +84,7 @@ def _owned(entry: Entry, owner: Path | None, digest_of: Callable[[Path], str] | 
         return entry
     if entry.about.get("checkpoint"):
         entry = replace(entry, model=str(owner))
-    if digest_of is None or not owner.exists():
+    if digest_of is None or not os.path.exists(owner):
         return entry
     return _marked(entry, digest_of(owner))
 
@@ -107,7 +109,7 @@ def kept_beside(checkpoint: Path) -> list[Path]:
     results = [checkpoint / RESULTS, checkpoint.with_name(f"{checkpoint.name}.{RESULTS}")]
     ledgers = [checkpoint / LEDGER, checkpoint.with_name(f"{checkpoint.name}.{LEDGER}")]
     found = [file for folder in results for file in sorted(folder.glob("*.json"))]
-    return found + [file for file in ledgers if file.is_file()]
+    return found + [file for file in ledgers if os.path.isfile(file)]
 
 
 AGAINST, CONTROLS = "against", "controls"
@@ -158,7 +160,7 @@ def _renamed(metrics: Mapping[str, Any], called: Mapping[str, str]) -> dict[str,
 
 def _short_names(names: Iterable[str]) -> dict[str, str]:
     every = list(dict.fromkeys(names))
-    paths = {name: str(Path(name).expanduser().absolute()) for name in every}
+    paths = {name: str(Path(os.path.expanduser(name)).absolute()) for name in every}
     short = {name: name.rstrip("/").rpartition("/")[2] if _is_path(name) else name
              for name in every}  # fmt: skip
     owners: dict[str, set[str]] = {}

@@ -1,18 +1,16 @@
 """Measurements as they are kept: results of a stage, of a recipe, of several runs, and ledgers."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mambactl.errors import UsageError
 from mambactl.evaluation.probes import PROBES
 from mambactl.files import LEDGER, SINGLE_FILE_SUFFIXES
 from mambactl.metrics import KL
+from mambactl.report.kept_results import read_content, read_ledger, require_measured
 from mambactl.report.origin import command_of, lineage_of
-from mambactl.report.plots import read_ledger
 
 Json = dict[str, Any]
 
@@ -69,14 +67,8 @@ def against_of(entry: Entry) -> str:
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
-    """Every measurement of a JSON file; raises UsageError for what is no JSON."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UsageError(f"{path} is not JSON", "give what eval or bench wrote") from None
-    yield from _walk(content, {}, Source(str(path)))
+    """Every measurement of a JSON file; raises UsageError for what is none, or of another shape."""
+    yield from _walk(read_content(path), {}, Source(str(path)))
 
 
 def _walk(node: Any, above: Json, source: Source) -> Iterator[Entry]:
@@ -84,10 +76,12 @@ def _walk(node: Any, above: Json, source: Source) -> Iterator[Entry]:
         return
     about = above | {key: value for key, value in node.items() if not isinstance(value, Mapping)}
     about |= {key: node[key] for key in ("versions", "model") if isinstance(node.get(key), dict)}
-    kinds = [*(name for name, probe in PROBES.items() if not probe.within), *SPEEDS]
+    probes = [name for name, probe in PROBES.items() if not probe.within]
     for measured in (node.get("metrics"), node):
-        if isinstance(measured, Mapping) and any(
-            isinstance(measured.get(kind), Mapping | list) for kind in kinds
+        # options may be called like what they ask for, and are lists
+        if isinstance(measured, Mapping) and (
+            any(isinstance(measured.get(kind), Mapping) for kind in probes)
+            or any(isinstance(measured.get(kind), Mapping | list) for kind in SPEEDS)
         ):
             yield _entry(measured, about, source)
             return
@@ -112,9 +106,11 @@ def _parts(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _entry(metrics: Mapping[str, Any], about: Json, source: Source) -> Entry:
+    require_measured(metrics, about, " ".join(filter(None, (source.file, source.member))))
     merged = about | {key: metrics[key] for key in ABOUT if key in metrics}
     commands = about.get("commands")
-    command = about.get("command") or (commands[-1] if isinstance(commands, list) else "")
+    last = commands[-1:] if isinstance(commands, list) else []
+    command = about.get("command") or "".join(last)
     words = command if isinstance(command, list) else [command]
     text = shlex.join(words) if len(words) > 1 else str(words[0])
     found = replace(source, command=text, details=tuple(_details(merged)))
@@ -162,11 +158,13 @@ def ledger_of(path: Path) -> Ledger:
     beside = path.name.removesuffix(f".{LEDGER}") if path.name != LEDGER else ""
     model = path.with_name(beside) if beside.endswith(SINGLE_FILE_SUFFIXES) else path
     model = path.parent if path.name == LEDGER else model
+    # first of all: what is no regular file must not be opened as a checkpoint
+    lines = read_ledger(path)
     lineage = lineage_of(model)
     about = {**lineage, "date": lineage.get("created"), "checkpoint": str(model), "model": {}}
     details = tuple(_details(about)) if lineage else (("command", _unknown(model)),)
     source = Source(str(path), "", command_of(lineage), details)
-    return Ledger(str(model), read_ledger(path), source)
+    return Ledger(str(model), lines, source)
 
 
 def _unknown(model: Path) -> str:

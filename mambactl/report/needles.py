@@ -1,5 +1,6 @@
 """Heat maps inside the results of a needle probe, however they are nested."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ def needle_maps(
     """
     if not isinstance(node, Mapping):
         return
-    if all(isinstance(node.get(axis), list) and node[axis] for axis in AXES):
+    if all(isinstance(node.get(axis), list) and _are_ticks(node[axis]) for axis in AXES):
         axes = node
     for key, inner in node.items():
         own = name if key == "scores" else f"{name} {key}".strip()
@@ -35,6 +36,12 @@ def needle_maps(
             yield from needle_maps(inner, own, axes)
         elif axes is not None and key not in AXES and (grid := _grid(inner, axes)):
             yield NeedleMap(own, axes["lengths"], axes["depths"], grid)
+
+
+def _are_ticks(values: list[Any]) -> bool:
+    return bool(values) and all(
+        isinstance(value, int | float) and math.isfinite(value) for value in values
+    )
 
 
 def _grid(value: Any, axes: Mapping[str, Any]) -> list[list[float]] | None:

@@ -5,8 +5,25 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from mambactl.commands import COMMANDS
 from mambactl.errors import MambactlError
+from mambactl.files import LINEAGE
+from mambactl.foreign import fitted
+
+
+class _Parent(BaseModel):
+    path: str | None = None
+
+
+class _Lineage(BaseModel):
+    """What is read of a lineage here."""
+
+    stage: str | None = None
+    parent: _Parent | None = None
+    recipe: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
 
 
 def lineage_of(checkpoint: Path) -> dict[str, Any]:
@@ -14,7 +31,9 @@ def lineage_of(checkpoint: Path) -> dict[str, Any]:
     from mambactl.checkpoint.safetensors_reader import read_lineage
 
     try:
-        return read_lineage(checkpoint) or {}
+        lineage = read_lineage(checkpoint) or {}
+        fitted(_Lineage, lineage, checkpoint, LINEAGE)
+        return lineage
     except MambactlError:
         # a file of another kind, or none: what made it is then not known
         return {}

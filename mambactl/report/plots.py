@@ -1,6 +1,5 @@
 """Pictures of training ledgers: the KL to the teacher over the tokens trained on."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,23 +7,11 @@ from typing import Any
 from mambactl.errors import UsageError
 from mambactl.figures import DPI, literal, new_figure
 from mambactl.metrics import KL
+from mambactl.report.kept_results import read_ledger
 
 # phases whose loss is a divergence from the teacher's logits
 LOGITS = ("stepwise", "logits")
 INCHES = (7.0, 4.2)
-
-
-def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; raises UsageError for anything else."""
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UsageError(f"{path} is no ledger: it must be JSON lines") from None
-    if not all(isinstance(line, dict) and "step" in line for line in lines):
-        raise UsageError(f"{path} is no ledger", "give metrics.jsonl of a distillation")
-    return lines
 
 
 def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

@@ -111,7 +111,7 @@ def faithfulness(material: Material) -> Section:
             sets.setdefault(data_set(name, numbers), []).append((entry, numbers))
         for name, found in present(entry.metrics, "long_context").items():
             for who in (STUDENT, AGAINST):
-                if who in found:
+                if present(found, who):
                     title = data_set(f"{name} in rows of {found['max_length']:,}", found[who])
                     own = entry if who == STUDENT else replace(entry, model=against_of(entry))
                     sets.setdefault(title, []).append((own, found[who]))
@@ -199,9 +199,12 @@ def controls(material: Material) -> Section:
     for entry in material.entries:
         for name, found in present(entry.metrics, "controls").items():
             for data, numbers in present(found, "fidelity").items():
+                student = present(present(entry.metrics, "fidelity"), data).get(KL.name)
+                if student is None or numbers.get(KL.name) is None:
+                    continue
                 title = data_set(data, numbers)
                 own = sets.setdefault(title, {}).setdefault(entry.model, {})
-                own["student"] = (entry.metrics["fidelity"][data][KL.name], entry)
+                own["student"] = (student, entry)
                 own[name] = (numbers[KL.name], entry)
     for data, models in sets.items():
         variants = list(dict.fromkeys(name for own in models.values() for name in own))
@@ -279,7 +282,7 @@ def recall(material: Material) -> Section:
     found = summarise(material.entries)
     forms: dict[str, list[tuple[int, Column]]] = {}
     for column in found.columns:
-        parts = re.fullmatch(r"(\w+)-(\d+)", column.heading)
+        parts = re.fullmatch(r"(\w+)-(\d{1,9})", column.heading)
         if column.group == "recall" and parts:
             forms.setdefault(parts[1], []).append((int(parts[2]), column))
     for form, lengths in forms.items():

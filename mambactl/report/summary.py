@@ -143,7 +143,7 @@ def _column(
 
 def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[Column, Cell]]:
     for column, metric, found in _columns(metrics):
-        if metric.name in found:
+        if found.get(metric.name) is not None:
             yield column, Cell(found[metric.name], interval(found, metric.name))
     parts = parts_of_groups(metrics)
     for task, found in (metrics.get("tasks") or {}).items():
@@ -162,10 +162,10 @@ def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, 
     """The teacher, where it was measured by itself, and a guess."""
     teacher, chance = {}, {}
     for column, metric, found in _columns(metrics):
-        if "chance" in found:
+        if found.get("chance") is not None:
             chance[column] = Cell(found["chance"])
         theirs = found.get(TEACHER)
-        if isinstance(theirs, Mapping) and metric.name in theirs:
+        if isinstance(theirs, Mapping) and theirs.get(metric.name) is not None:
             teacher[column] = Cell(theirs[metric.name], interval(theirs, metric.name))
     if teacher:
         name = metrics.get(TEACHER)
@@ -192,12 +192,13 @@ def share(value: float) -> str:
 
 def data_set(name: str, found: Mapping[str, Any]) -> str:
     """A data set is another one when other tokens of it were measured."""
-    return f"{name}, {found['tokens']:,} tokens" if "tokens" in found else name
+    tokens = found.get("tokens")
+    return name if tokens is None else f"{name}, {tokens:,} tokens"
 
 
 def main_metric(scores: Mapping[str, Any]) -> str | None:
     """The metric that a task is known by."""
-    named = [key for key in MAIN if key in scores]
+    named = [key for key in MAIN if scores.get(key) is not None]
     return next(iter(named + metrics_of(scores)), None)
 
 

@@ -13,25 +13,27 @@ and, unless power is 1, `masses` [P, K]. A row is found by its digest, wherever 
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mambactl.data.pack import Batch, Row
 from mambactl.errors import ModelError
 from mambactl.files import replacing
+from mambactl.foreign import blamed, require_regular
 from mambactl.kernels.random import uniform
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.train.losses import SampledTeacher, distillation_loss, product
 from mambactl.train.optimization import autocast, last_hidden, next_tokens
 
 PATTERN = "samples-*.safetensors"
+_AGAIN = "make the cache again"
 # numbers of a stream of their own, next to those of `kernels.random.Stream`
 STREAM = 3
 # probabilities alive at once, fp64: 128 MiB on a CPU, 512 MiB on a GPU
@@ -148,22 +150,23 @@ def write_shard(
 class TeacherCache:
     """What lies in the files of a folder, found by digest."""
 
-    def __init__(self, folder: Path):
-        """Read where every row lies; raises ModelError for files that are damaged or missing."""
-        self.folder = folder
-        paths = sorted(folder.glob(PATTERN))
-        try:
-            self._files = [safe_open(path, framework="pt") for path in paths]
-            found = [self._rows(number) for number in range(len(paths))]
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{folder} is damaged: {error}", "make the cache again") from error
-        self._extents = {key: extent for found in found for key, extent in found}
+    def __init__(self, folder: Path, vocabulary: int):
+        """Read where every row lies; raises ModelError for files that are damaged or missing.
 
-    def _rows(self, number: int) -> Iterable[tuple[bytes, tuple[int, int, int]]]:
-        file = self._files[number]
-        keys, offset = file.get_tensor("digest").numpy(), file.get_tensor("offset").tolist()
-        for index, key in enumerate(keys):
-            yield key.tobytes(), (number, offset[index], offset[index + 1])
+        `vocabulary` is the number of tokens that ids are drawn from.
+        """
+        self.folder, self.vocabulary = folder, vocabulary
+        self._paths = sorted(folder.glob(PATTERN))
+        self._files = []
+        self._extents: dict[bytes, tuple[int, int, int]] = {}
+        for number, path in enumerate(self._paths):
+            with blamed(path, kind=ModelError, hint=_AGAIN):
+                require_regular(path, path.stat())
+                file = safe_open(path, framework="pt")
+                keys, offset = _rows(file)
+            self._files.append(file)
+            for key, begin, end in zip(keys, offset, offset[1:], strict=False):
+                self._extents[key.tobytes()] = number, begin, end
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._extents
@@ -181,12 +184,16 @@ class TeacherCache:
             )
         number, begin, end = self._extents[key]
         file = self._files[number]
-        ids = file.get_slice("ids")[begin:end]
-        if "masses" in file.keys():  # noqa: SIM118
-            masses = file.get_slice("masses")[begin:end]
-        else:
+        with blamed(self._paths[number], kind=ModelError, hint=_AGAIN):
+            # as the file has it: few operations know uint16
+            ids = file.get_slice("ids")[begin:end].to(torch.int32)
+            entropy = file.get_slice("entropy")[begin:end]
             masses = torch.full(ids.shape, 1 / ids.shape[1])
-        return Drawn(ids.to(torch.int32), masses, file.get_slice("entropy")[begin:end])
+            if "masses" in file.keys():  # noqa: SIM118
+                masses = file.get_slice("masses")[begin:end]
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
+                raise ValueError(f"ids beyond the {self.vocabulary} of the vocabulary")
+        return Drawn(ids, masses, entropy)
 
     def batch(self, batch: Batch) -> SampledTeacher:
         """Of every position of a batch on the CPU, without weight where nothing is learned."""
@@ -201,6 +208,27 @@ class TeacherCache:
                 for part in drawn
             )
         )
+
+
+def _rows(file: safe_open) -> tuple[np.ndarray, list[int]]:
+    """Digests [R, 32] and offsets [R + 1] of a file; raises ValueError where sizes do not fit."""
+    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    keys, offset = file.get_tensor("digest"), file.get_tensor("offset")
+    rows, positions, samples = len(keys), *shapes["ids"]
+    expected = {
+        "digest": [rows, 32],
+        "offset": [rows + 1],
+        "ids": [positions, samples],
+        "entropy": [positions],
+        "masses": [positions, samples],
+    }
+    wrong = [name for name, shape in shapes.items() if shape != expected.get(name)]
+    ends = offset.tolist()
+    if wrong or not samples or ends[0] != 0 or ends[-1] != positions or ends != sorted(ends):
+        raise ValueError(f"sizes do not fit: {', '.join(wrong) or 'offset'}")
+    if (keys.dtype, offset.dtype) != (torch.uint8, torch.int64):
+        raise ValueError(f"digest and offset are {keys.dtype} and {offset.dtype}")
+    return keys.numpy(), ends
 
 
 class CachedBatch(NamedTuple):

@@ -9,7 +9,8 @@ import numpy as np
 from mambactl import console
 from mambactl.data.mixture import shares
 from mambactl.data.preferences import Pair, PairSet, held_out, load_pairs, marked, without_prompts
-from mambactl.data.sources import is_on_hub, set_names
+from mambactl.data.row_files import is_on_hub
+from mambactl.data.sources import set_names
 from mambactl.errors import UsageError
 from mambactl.options import DpoConfig
 from mambactl.train.job import Job

@@ -11,7 +11,7 @@ from mambactl.data.bad_rows import BadRows
 from mambactl.data.format import Example
 from mambactl.data.mixture import names
 from mambactl.data.pack import pack
-from mambactl.data.sources import is_on_hub
+from mambactl.data.row_files import is_on_hub
 from mambactl.errors import UsageError
 from mambactl.train.job import Job
 from mambactl.train.rows import count_documents, encode_documents, read_documents

@@ -138,3 +138,27 @@ def test_the_kernel_refuses_in_the_middle_of_a_state(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "['run.json', 'state.pt']\n"
+
+
+def test_a_torn_state_names_its_file_and_what_to_do(tmp_path) -> None:
+    folder = RunFolder(tmp_path / "out", {"stage": "x"})
+    with folder.open(resume=False, force=False):
+        folder.save_state({"step": 3, "weights": torch.ones(100)})
+    state = folder.path / "state.pt"
+    whole = state.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"\x80" * 50, b"no archive at all"):
+        state.write_bytes(damaged)
+        with pytest.raises(OutputError, match="state.pt cannot be used") as caught:
+            folder.load_state()
+        assert "--force" in caught.value.hint
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "lo', b"\xff\xfe", b"[1]", b"{}", b"[" * 10**5])
+def test_the_log_ends_where_it_is_damaged(tmp_path, line) -> None:
+    folder = RunFolder(tmp_path / "out", {"stage": "x"})
+    with folder.open(resume=False, force=False):
+        folder.save_state({})
+        folder.log({"step": 1})
+        with folder.metrics.open("ab") as file:
+            file.write(line + b"\n" + b'{"step": 3}\n')
+        assert folder.read_log() == [{"step": 1}]

@@ -12,7 +12,7 @@ from mambactl import commands, recipes
 from mambactl.commands import COMMANDS, Command, ModelOption
 from mambactl.errors import UsageError
 from mambactl.options import StageConfig
-from mambactl.options.fields import CommandConfig, Counts, DataSpecs
+from mambactl.options.fields import CommandConfig, DataSpecs, Lengths
 
 STAGE = '''
 """`prune-heads`: a command that only this test knows."""
@@ -50,7 +50,7 @@ def run(options, source):
 class PruneConfig(StageConfig):
     """Heads that tell the least are taken out."""
 
-    heads: Counts = Field([1], description="how many, by layer")
+    heads: Lengths = Field([1], description="how many, by layer")
     data: DataSpecs = Field([], description="text that tells")
 
     @property

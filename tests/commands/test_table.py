@@ -42,10 +42,11 @@ def test_a_document_without_both_marks_is_left_alone(cli, measured, tmp_path, te
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "cannot read x.json"),
-        (b"{", "is not JSON"),
-        (b"[]", "no measured point"),
-        (b"\xff\xfe", "it is no text"),
+        (None, "x.json cannot be used (No such file"),
+        (b"{", "is not valid JSON"),
+        (b"[]", "is not a JSON object"),
+        (b"{}", "no measured point"),
+        (b"\xff\xfe", "is not valid JSON"),
     ],
 )
 def test_files_that_are_no_results(cli, tmp_path, content, sentence) -> None:

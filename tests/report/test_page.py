@@ -287,9 +287,9 @@ def test_long_rows_needles_of_teachers_and_paired_tests(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("a.json", "{", "not JSON"),
+        ("a.json", "{", "not valid JSON"),
         ("a.json", "{}", "holds no measurement"),
-        ("a.json", None, "cannot read"),
+        ("a.json", None, "cannot be used .No such file"),
         ("a.jsonl", "[]", "no ledger"),
         ("folder", None, "nothing measured is kept beside"),
         ("a.jsonl", '{"phase": "align", "step": 1, "loss": 1, "tokens": 1}', "nothing measured"),

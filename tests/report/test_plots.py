@@ -66,10 +66,10 @@ def test_nothing_to_plot_is_a_sentence(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("{", "no ledger"),
+        ("{\n", "no ledger"),
         ("[1]\n", "no ledger"),
         ('{"a": 1}\n', "no ledger"),
-        (None, "cannot read"),
+        (None, "cannot be used .No such file"),
     ],
 )
 def test_other_files_are_no_ledgers(tmp_path, text, sentence) -> None:

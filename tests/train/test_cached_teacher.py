@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mambactl.data.pack import batches, collate
 from mambactl.errors import ModelError
@@ -115,7 +116,7 @@ def save(folder, teacher, rows, drawing, per_shard=3):
         drawn = draw_batch(teacher, collate(some), keys, drawing, None)
         path = folder / f"samples-{number:05d}.safetensors"
         write_shard(path, keys, drawn, teacher.config.vocab_size, drawing.power != 1)
-    return TeacherCache(folder)
+    return TeacherCache(folder, 1 << 20)
 
 
 @pytest.mark.parametrize("power", [1.0, 0.8])
@@ -143,7 +144,9 @@ def test_large_vocabularies_need_wider_ids(tmp_path):
         drawn = Drawn(ids.clamp(max=largest), torch.ones(2, 2), torch.ones(2))
         write_shard(tmp_path / f"samples-{size}.safetensors", [bytes([size % 256] * 32)], [drawn],
                     size, False)  # fmt: skip
-        assert int(TeacherCache(tmp_path).row(bytes([size % 256] * 32)).ids.max()) == largest
+        assert (
+            int(TeacherCache(tmp_path, 1 << 20).row(bytes([size % 256] * 32)).ids.max()) == largest
+        )
 
 
 def test_a_digest_is_of_everything_that_decides_what_a_teacher_says(rows):
@@ -197,5 +200,42 @@ def test_what_is_not_there_is_a_sentence(pair, rows, tmp_path):
     with pytest.raises(ModelError, match="holds nothing for a row of this run"):
         cache.batch(collate(rows[3:4]))
     (tmp_path / "samples-00000.safetensors").write_bytes(b"\x10" * 40)
-    with pytest.raises(ModelError, match="is damaged"):
-        TeacherCache(tmp_path)
+    with pytest.raises(ModelError, match="samples-00000.safetensors cannot be used"):
+        TeacherCache(tmp_path, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offset": torch.tensor([0, 3, 4])},
+        {"offset": torch.tensor([0, 1 << 40])},
+        {"offset": torch.tensor([-1, 3])},
+        {"offset": torch.tensor([0.0, 3.0])},
+        {"ids": torch.zeros(3, dtype=torch.int32)},
+        {"ids": torch.zeros(3, 0, dtype=torch.int32)},
+        {"ids": torch.zeros(2, 2, dtype=torch.int32)},
+        {"entropy": torch.zeros(3, 2)},
+        {"masses": torch.zeros(1, 2)},
+        {"digest": torch.zeros(1, 3, dtype=torch.uint8)},
+        {"digest": torch.zeros(1, 32)},
+        {"digest": None},
+        {"entropy": None},
+        {"ids": torch.full((3, 2), 97, dtype=torch.int32)},
+        {"ids": torch.full((3, 2), -1, dtype=torch.int32)},
+    ],
+)
+def test_sizes_and_ids_that_do_not_fit_are_a_sentence(tmp_path, change):
+    key = bytes(range(32))
+    tensors = {
+        "digest": torch.frombuffer(bytearray(key), dtype=torch.uint8)[None],
+        "offset": torch.tensor([0, 3]),
+        "ids": torch.zeros(3, 2, dtype=torch.int32),
+        "entropy": torch.zeros(3),
+    }
+    path = tmp_path / "samples-00000.safetensors"
+    save_file(tensors, path)
+    assert TeacherCache(tmp_path, 97).row(key).ids.shape == (3, 2)
+    found = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+    save_file(found, path)
+    with pytest.raises(ModelError, match=f"^{path} cannot be used"):
+        TeacherCache(tmp_path, 97).row(key)

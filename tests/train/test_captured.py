@@ -85,7 +85,7 @@ def objective_of(kind, student, teacher, rows, folder):
     keys = [key for row in rows for key in digests(row)]
     drawn = draw_batch(teacher, collate(rows), keys, Drawing(3), None)
     write_shard(folder / "samples-00000.safetensors", keys, drawn, 97, False)
-    return CachedObjective(student, TeacherCache(folder))
+    return CachedObjective(student, TeacherCache(folder, 1 << 20))
 
 
 def one_document(batch):

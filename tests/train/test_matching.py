@@ -130,7 +130,7 @@ def test_a_cache_stands_for_the_teacher(make_trainer, pair, documents, tmp_path)
     drawn = draw_batch(pair[1], batch, keys, Drawing(4000), None)
     write_shard(tmp_path / "samples-00000.safetensors", keys, drawn, 97, weighted=False)
     (loss, grads), (wanted, expected) = (
-        step(make_trainer(rows, 0.5, 0.7, cache)) for cache in (TeacherCache(tmp_path), None)
+        step(make_trainer(rows, 0.5, 0.7, cache)) for cache in (TeacherCache(tmp_path, 97), None)
     )
     # the estimate is of 4000 draws per token
     assert loss == pytest.approx(wanted, rel=0.02)

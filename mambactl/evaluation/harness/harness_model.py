@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mambactl import console
+from mambactl.data.chat_template import ChatRenderer, TemplateStopped
 from mambactl.decode.backend import make_engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
@@ -47,6 +48,7 @@ class HarnessModel(HFLM):
         self._rows = batch_size
         self._bar: console.Task | None = None
         self._engine: Any = None
+        self._renderer = ChatRenderer(tokenizer)
         # whether an answer failed here, and not in a task
         self.failed = False
         self._ours = isinstance(pretrained, HybridForCausalLM)
@@ -54,6 +56,23 @@ class HarnessModel(HFLM):
         super().__init__(
             pretrained=pretrained, tokenizer=tokenizer, batch_size=rows, max_length=max_length
         )
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A chat as text; a template that refuses it gets it once more, without system turns."""
+        options = {
+            **self.chat_template_args,
+            "prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return self._renderer.render(chat_history, **options)
+        except TemplateStopped:
+            raise
+        except UsageError:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            return self._renderer.render(rest, **options)
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
         """Log-likelihood of each continuation, and whether it is the greedy one."""
@@ -184,6 +203,8 @@ class HarnessModel(HFLM):
 
     @contextmanager
     def _counting(self, label: str, total: int) -> Iterator[None]:
+        # all chats are rendered: keep no copy of this process beside the model
+        self._renderer.close()
         self.failed = True
         with console.progress(label, total) as self._bar:
             yield

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mambactl.data.sources import read_rows
+from mambactl.data.row_files import read_rows
 from mambactl.errors import ResourceError, UsageError
 from mambactl.evaluation.harness.schemas import (
     MC2_SCHEMA,

@@ -7,6 +7,7 @@ from pydantic import Field
 from mambactl import console
 from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
 from mambactl.options.evaluation import EvalOptions
+from mambactl.options.fields import Tokens
 
 if TYPE_CHECKING:
     from mambactl.decode.prompts import Prompt
@@ -20,7 +21,7 @@ class AgreementOptions(EvalOptions):
     generation_agreement: str | None = Field(
         None, description="prompts (.txt, .jsonl): compare greedy texts with the teacher's"
     )
-    generation_tokens: int = Field(64, ge=1, description="tokens per such text")
+    generation_tokens: Tokens = Field(64, description="tokens per such text")
 
 
 class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
@@ -54,14 +55,14 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
     ) -> dict[str, Numbers]:
         """Decode greedily with both and compare, see `evaluation.agreement`."""
         from mambactl.decode.backend import make_engine
-        from mambactl.decode.prompts import encode
+        from mambactl.decode.prompts import encode_all
         from mambactl.decode.sampler import SamplingParams
         from mambactl.evaluation.agreement import Pair, forced_agreement, generation_agreement
         from mambactl.generation.completion import complete, rows_together
         from mambactl.generation.decoding import end_tokens
 
         tokenizer = subject.tokenizer
-        encoded = [encode(prompt, tokenizer) for prompt in inputs[self.name]]
+        encoded = encode_all(inputs[self.name], tokenizer)
         texts = []
         with console.progress("generated texts", 2 * len(encoded)) as task:
             for model in (subject.model, subject.teacher):

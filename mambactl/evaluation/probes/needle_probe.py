@@ -13,7 +13,7 @@ from mambactl.figures import new_figure
 from mambactl.files import NAMED_FILE, explained, recipe_folder, replacing
 from mambactl.metrics import RETRIEVED
 from mambactl.options.evaluation import EvalOptions
-from mambactl.options.fields import Counts, DataSpecs
+from mambactl.options.fields import DataSpecs, NeedleLengths
 
 if TYPE_CHECKING:
     from mambactl.evaluation.needle import Grid
@@ -27,8 +27,10 @@ ABOUT = ("lengths", "depths", "scoring")
 class NeedleOptions(EvalOptions):
     """The grid, the text, and how an answer is read."""
 
-    needle: Counts = Field([], description="find a sentence in texts of so many tokens, 1024,8192")
-    needle_depths: int = Field(10, ge=1, description="places in the text that it stands at")
+    needle: NeedleLengths = Field(
+        [], description="find a sentence in texts of so many tokens, 1024,8192"
+    )
+    needle_depths: int = Field(10, ge=1, le=100, description="places in the text that it stands at")
     needle_text: DataSpecs = Field([], description="that text; default: --data, or the packaged")
     needle_scoring: Literal["generate", "argmax"] = Field(
         "generate", description="greedy answers, or whether the right answer is the likeliest"

@@ -18,7 +18,7 @@ from mambactl.metrics import (
     TOKENS,
 )
 from mambactl.options.evaluation import EvalOptions
-from mambactl.options.fields import DataSpecs
+from mambactl.options.fields import DataSpecs, Tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ class PositionOptions(EvalOptions):
     """Rows of long text."""
 
     long_context_data: DataSpecs = Field([], description="perplexity by position in long text")
-    position_length: int = Field(8192, ge=SHORTEST, description="tokens per row of it")
+    position_length: Tokens = Field(8192, ge=SHORTEST, description="tokens per row of it")
     position_rows: int = Field(8, ge=1, description="rows of it, from documents in turn")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from mambactl import console
+from mambactl.bounds import BATCH_ROWS
 from mambactl.evaluation.probes.probe import (
     TEACHER,
     Asked,
@@ -16,7 +17,7 @@ from mambactl.evaluation.probes.probe import (
 )
 from mambactl.metrics import exact
 from mambactl.options.evaluation import EvalOptions, rows_per_pass
-from mambactl.options.fields import Counts
+from mambactl.options.fields import Lengths
 
 if TYPE_CHECKING:
     from mambactl.evaluation.recall import RecallProbe as Rows
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 class RecallOptions(EvalOptions):
     """Rows that are made."""
 
-    recall: Counts = Field([], description="row lengths of generated recall probes, 1024,4096 say")
-    recall_rows: int = Field(8, ge=1, description="rows per recall probe")
+    recall: Lengths = Field([], description="row lengths of generated recall probes, 1024,4096 say")
+    recall_rows: int = Field(8, ge=1, le=BATCH_ROWS.most, description="rows per recall probe")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,275 @@
+"""Chats rendered by a template that a stranger wrote: in a process of its own, within bounds.
+
+A template is a program: it can loop for ever, or build gigabytes in one operation that no other
+thread can interrupt. So a forked process renders, and the system ends it at a bound.
+"""
+
+import gc
+import multiprocessing
+import os
+import re
+import resource
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mambactl.bounds import MIB, TEMPLATE_BYTES, TEMPLATE_SECONDS, Bound
+from mambactl.errors import ResourceError, UsageError
+from mambactl.foreign import blamed, reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+
+GENERATION = re.compile(r"\{%-?\s*generation\b")
+
+# memory of the rendering process beyond what it starts with: a text of TEMPLATE_BYTES is held as
+# pieces, as characters of up to 4 bytes and as UTF-8
+_MEMORY = 512 * MIB
+# a fork of a process with threads can hang; rendering itself never waits for anything
+_SECONDS_WITHOUT_ANSWER = 300
+_STATM = Path("/proc/self/statm")
+_HINT = "use another chat template, or a checkpoint that you trust"
+
+
+class TemplateStopped(UsageError):
+    """A template went beyond a bound: no row of the set is worth another try."""
+
+    def at(self, where: str) -> "TemplateStopped":
+        """The same about one row."""
+        return TemplateStopped(f"{where}: {self}", self.hint)
+
+
+class _Request(NamedTuple):
+    """A chat, with keywords of the tokenizer's `apply_chat_template`; or its generated spans."""
+
+    messages: Sequence[Message]
+    options: dict[str, Any]
+    spans: bool = False
+
+
+class _Answer(NamedTuple):
+    """What became of a chat: its text or spans, what refused it, or that memory ran out."""
+
+    found: str | list[tuple[int, int]] | None = None
+    refusal: str = ""
+    beyond: bool = False
+
+
+class ChatRenderer:
+    """The chat template of a tokenizer, at work in a process of its own.
+
+    The process starts with the first chat and ends with the `with` block around all of them.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.tokenizer = tokenizer
+        self._process: ForkProcess | None = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> "ChatRenderer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
+        prompt: bool = False,
+        **options: Any,
+    ) -> str:
+        """The text of a chat; with `prompt`, up to where the assistant writes.
+
+        `options` are those of `apply_chat_template`. Raises UsageError without a template and for
+        messages that it refuses, TemplateStopped beyond a bound.
+        """
+        given = {"tools": tools, "add_generation_prompt": prompt, **options}
+        return self._ask(_Request(messages, given))
+
+    def marks(self, tools: Sequence[Message] | None = None) -> bool:
+        """Whether the template marks what the assistant writes."""
+        with blamed("the chat template", kind=UsageError, hint=_HINT):
+            template = self.tokenizer.get_chat_template(None, tools)
+            return GENERATION.search(template) is not None
+
+    def spans(
+        self, messages: Sequence[Message], tools: Sequence[Message] | None = None
+    ) -> list[tuple[int, int]]:
+        """Character spans [start, end) between the generation markers of the template."""
+        return self._ask(_Request(messages, {"tools": tools}, spans=True))
+
+    def close(self) -> None:
+        """End the process; the next chat starts another."""
+        if self._process is None or self._connection is None:
+            return
+        self._connection.close()
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._process = self._connection = None
+
+    def _ask(self, request: _Request) -> Any:
+        require_template(self.tokenizer)
+        if self._connection is None:
+            self._start()
+        try:
+            self._connection.send(request)
+        except RecursionError:
+            raise UsageError("the chat template refuses the messages (nested too deeply)") from None
+        except OSError:
+            # it ended: what remains to be read says why
+            pass
+        answer = self._answer()
+        if answer.beyond:
+            raise _stopped(TEMPLATE_BYTES)
+        if answer.found is None:
+            raise UsageError(f"the chat template refuses the messages ({answer.refusal})")
+        return answer.found
+
+    def _start(self) -> None:
+        # once here, not in every process anew
+        import transformers.utils.chat_template_utils  # noqa: F401
+
+        context = multiprocessing.get_context("fork")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(self.tokenizer, theirs), name="chat template", daemon=True
+        )
+        try:
+            with _quiet_tokenizers():
+                self._process.start()
+        except OSError as error:
+            self._process = self._connection = None
+            raise ResourceError(
+                f"cannot start a process for the chat template ({error.strerror})",
+                "free some memory, or end other processes",
+            ) from error
+        finally:
+            theirs.close()
+
+    def _answer(self) -> _Answer:
+        try:
+            if self._connection.poll(_SECONDS_WITHOUT_ANSWER):
+                return self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode
+            self.close()
+            if code == -signal.SIGPROF:
+                raise _stopped(TEMPLATE_SECONDS) from None
+            raise TemplateStopped(f"the chat template ends its process ({code})", _HINT) from None
+        self.close()
+        raise ResourceError(f"no chat was rendered in {_SECONDS_WITHOUT_ANSWER} s", "try it again")
+
+
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    tools: Sequence[Message] | None = None,
+    prompt: bool = False,
+) -> str:
+    """One chat by itself, as `ChatRenderer.render` does; several are cheaper with one renderer."""
+    with ChatRenderer(tokenizer) as renderer:
+        return renderer.render(messages, tools, prompt)
+
+
+def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise UsageError for a tokenizer without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError(
+            "the tokenizer has no chat template, so `messages` cannot be rendered",
+            "use rows with `text`, or a checkpoint whose tokenizer has a template",
+        )
+
+
+def _stopped(bound: Bound) -> TemplateStopped:
+    return TemplateStopped(
+        f"the chat template takes more than {bound}, the most for {bound.of}", _HINT
+    )
+
+
+@contextmanager
+def _quiet_tokenizers() -> Iterator[None]:
+    """Without the variable the library warns of every fork; the new process tokenises nothing."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = before or "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def _serve(tokenizer: "PreTrainedTokenizerBase", connection: Connection) -> None:
+    """Answer until the other end is closed, or the system ends the process at a bound."""
+    _confine(connection)
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            # nothing of the parent process, whose copy this is, may run its finalizers
+            os._exit(0)
+        signal.setitimer(signal.ITIMER_PROF, TEMPLATE_SECONDS.most)
+        answer = _render(tokenizer, request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        connection.send(answer)
+
+
+def _confine(connection: Connection) -> None:
+    """Give back what was inherited, and set what ends this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in (signal.SIGTERM, signal.SIGPROF):
+        signal.signal(name, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    # locks and pipes of the parent must end with the parent
+    os.closerange(3, connection.fileno())
+    os.closerange(connection.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+    # what was there before stays: collecting it would copy its pages, or end what is not ours
+    gc.freeze()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if _STATM.exists():
+        size = int(_STATM.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY, size + _MEMORY))
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> _Answer:
+    try:
+        found = _spans(tokenizer, request) if request.spans else _text(tokenizer, request)
+        beyond = isinstance(found, str) and len(found.encode("utf-8")) > TEMPLATE_BYTES.most
+    except MemoryError:
+        return _Answer(beyond=True)
+    except Exception as error:  # templates raise what they like
+        return _Answer(refusal=reason(error))
+    return _Answer(beyond=True) if beyond else _Answer(found)
+
+
+def _text(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> str:
+    return tokenizer.apply_chat_template(list(request.messages), tokenize=False, **request.options)
+
+
+def _spans(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> list[tuple[int, int]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tools = request.options["tools"]
+    _, (spans,) = render_jinja_template(
+        [request.messages],
+        tools,
+        chat_template=tokenizer.get_chat_template(None, tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return spans

@@ -1,0 +1,300 @@
+"""Results and ledgers as files hold them: read once, in the shape that all of a report relies on.
+
+Checked is what somebody reads here; other members of a file are let through.
+"""
+
+import math
+import reprlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    create_model,
+    model_validator,
+)
+
+from mambactl.errors import UsageError
+from mambactl.foreign import (
+    excerpt,
+    fitted,
+    json_object,
+    json_value,
+    numbered_lines,
+    open_regular,
+    read_bytes,
+    reason,
+)
+from mambactl.metrics import (
+    CONTEXT,
+    DECODE_RATE,
+    KL,
+    MAIN,
+    METRICS,
+    ROWS,
+    Metric,
+    last_part,
+    yes_or_no,
+)
+
+Json = dict[str, Any]
+
+HINT = "give what eval, bench or spec-decode wrote"
+LEDGER_HINT = "give metrics.jsonl of a distillation"
+# beyond this a number is no measurement, and arithmetic with it overflows
+_LARGEST = 1e100
+
+Number = Annotated[float, Field(strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Digits = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Numbered = Annotated[str, Field(pattern=r"^\d{1,9}(\D|$)")]
+_INTERVAL = TypeAdapter(Interval | None)
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+def _fields(metrics: Iterable[Metric]) -> dict[str, Any]:
+    """What the format of each number can write."""
+    words = {last_part: str, str: Any, yes_or_no: Any}
+    return {each.name: (words.get(each.write, Number) | None, None) for each in metrics}
+
+
+def _read_intervals(found: Any) -> Any:
+    """Check the intervals that stand beside their numbers."""
+    for name, value in found.items() if isinstance(found, Mapping) else ():
+        if name.endswith("_ci"):
+            _INTERVAL.validate_python(value)
+    return found
+
+
+class _Measured(_Kept):
+    """Numbers of one data set, task or point, with their intervals."""
+
+    chance: Number | None = None
+    intervals: dict[str, Interval | None] | None = None
+
+    _read = model_validator(mode="before")(_read_intervals)
+
+
+_Numbers = create_model(
+    "_Numbers",
+    __base__=_Measured,
+    **dict.fromkeys(MAIN, (Number | None, None))
+    | _fields(metric for group in METRICS.values() for metric in group),
+)
+
+
+class _AtPosition(_Numbers):
+    kl: Number
+
+
+class _Fidelity(_Numbers):
+    by_position: dict[Numbered, _AtPosition] = {}
+
+
+class _LongContext(_Kept):
+    max_length: int | None = None
+    student: _Fidelity | None = None
+    against: _Fidelity | None = None
+
+    @model_validator(mode="after")
+    def _has_its_length(self) -> "_LongContext":
+        if (self.student or self.against) and self.max_length is None:
+            raise ValueError("max_length is missing")
+        return self
+
+
+class _Recalled(_Numbers):
+    """Of the student, with the teacher's beside them."""
+
+    teacher: _Numbers | None = None
+
+
+class _Point(_Numbers):
+    """A measured speed; what it was measured at is an axis of a chart."""
+
+    model: str | None = None
+    decode_byte_limit: Number | None = None
+
+    @model_validator(mode="after")
+    def _has_its_axes(self) -> "_Point":
+        if getattr(self, DECODE_RATE.name) is not None:
+            for axis in (ROWS, CONTEXT):
+                _POSITIVE.validate_python(getattr(self, axis.name))
+        return self
+
+
+_POSITIVE = TypeAdapter(Positive)
+
+
+class _Test(_Kept):
+    difference: Number
+    interval: Interval | None = None
+    p: Number | None = None
+    wins: int | None = None
+    losses: int | None = None
+
+    @model_validator(mode="after")
+    def _has_both_counts(self) -> "_Test":
+        if (self.wins is None) != (self.losses is None):
+            raise ValueError("wins without losses")
+        return self
+
+
+class _Tests(_Kept):
+    tests: dict[str, _Test] = {}
+
+
+class _Speculative(_Kept):
+    accepted_histogram: dict[Digits, Annotated[int, Field(ge=0)]] = {}
+
+
+class _Config(_Kept):
+    synthetic: list[str] | None = None
+    draft: str | None = None
+
+
+def _by_set(found: Any) -> Any:
+    """Fidelity by data set, also where a file has that of a single one without its name."""
+    return {"": found} if isinstance(found, Mapping) and KL.name in found else found
+
+
+def _parts(found: Any) -> Any:
+    """What is measured by name; words and numbers beside it are not read."""
+    if not isinstance(found, Mapping):
+        return found
+    return {name: part for name, part in found.items() if isinstance(part, Mapping)}
+
+
+Parts = Annotated[dict[str, _Numbers] | None, BeforeValidator(_parts)]
+Points = list[_Point] | None
+
+
+class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts"]))):
+    """Everything that one run of one stage measured."""
+
+    device: str | None = None
+    dtype: str | None = None
+    versions: dict[str, Any] | None = None
+    config: _Config | None = None
+    fidelity: Annotated[dict[str, _Fidelity] | None, BeforeValidator(_by_set)] = None
+    long_context: dict[str, _LongContext] | None = None
+    layers: dict[str, dict[Digits, Number]] | None = None
+    tasks: dict[str, _Numbers] | None = None
+    task_groups: dict[str, list[str]] | None = None
+    recall: Annotated[dict[str, _Recalled] | None, BeforeValidator(_parts)] = None
+    generation: Parts = None
+    preferences: Parts = None
+    training: Parts = None
+    controls: dict[str, "_Metrics"] | None = None
+    against: "_Against | None" = None
+    points: Points = None
+    baseline_points: Points = None
+    kernels: Points | dict[str, Any] = None
+    loss: _Numbers | list[Any] | None = None
+    speculative: _Speculative | list[Any] | None = None
+
+
+class _Against(_Metrics):
+    """Another student on the same documents."""
+
+    model: str | None = None
+    tests: dict[str, _Tests] | None = None
+
+
+def _part(found: Any) -> Any:
+    """The name of a model stands where others have facts about it."""
+    return found if isinstance(found, Mapping) else {}
+
+
+class _Cache(_Kept):
+    bytes_per_sequence: Number
+    bytes_per_token: Number
+
+
+class _Model(_Kept):
+    cache: _Cache | None = None
+
+
+class _About(_Kept):
+    """How a measurement was made, as far as a report says it."""
+
+    command: str | list[str] | None = None
+    commands: dict[str, str | list[str]] | list[str] | None = None
+    versions: dict[str, Any] | None = None
+    device: str | None = None
+    model: Annotated[_Model, BeforeValidator(_part)] = _Model()
+
+
+class _LedgerLine(_Kept):
+    step: Count
+    tokens: Count | None = None
+    eval_tokens: Count | None = None
+    loss: Number = math.nan
+    train_kl: Number = math.nan
+    kl: Number = math.nan
+
+    @model_validator(mode="after")
+    def _has_its_tokens(self) -> "_LedgerLine":
+        if self.tokens is None and {"loss", "kl"} & self.model_fields_set:
+            raise ValueError("tokens are missing")
+        return self
+
+
+def read_content(path: Path) -> Json:
+    """What a file of results holds; raises UsageError for one that is no JSON object."""
+    content = json_object(read_bytes(path, UsageError, hint=HINT), path, "", UsageError, HINT)
+    _require_writable(content, path)
+    return content
+
+
+def require_measured(metrics: Mapping[str, Any], about: Mapping[str, Any], where: str) -> None:
+    """Raise UsageError that names the member of a measurement which is not what a report reads."""
+    fitted(_Metrics, metrics, where, "metrics", UsageError, HINT)
+    fitted(_About, about, where, "", UsageError, HINT)
+
+
+def read_ledger(path: Path) -> list[Json]:
+    """The lines of a metrics.jsonl, up to a last one that a kill tore; raises UsageError."""
+    found = []
+    with open_regular(path, UsageError, LEDGER_HINT) as file:
+        for number, line in numbered_lines(file, path, UsageError, LEDGER_HINT):
+            where = f"{path} is no ledger: line {number}"
+            try:
+                value = json_value(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    break
+                raise UsageError(f"{where} is not JSON ({reason(error)})", LEDGER_HINT) from None
+            if not isinstance(value, dict):
+                raise UsageError(f"{where} is not a JSON object", LEDGER_HINT)
+            fitted(_LedgerLine, value, where, "", UsageError, LEDGER_HINT)
+            found.append(value)
+    return found
+
+
+def _require_writable(content: Json, path: Path) -> None:
+    """Raise UsageError that names a number which overflows where it is written or drawn.
+
+    NaN and infinity do not: pages write them, and charts leave them out.
+    """
+    level = [((), content)]
+    while level:
+        names, value = level.pop()
+        if isinstance(value, dict | list):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            level += [((*names, str(name)), inner) for name, inner in pairs]
+        elif isinstance(value, int | float) and _LARGEST < abs(value) < math.inf:
+            member = excerpt(".".join(names))
+            raise UsageError(
+                f"{path}: {member} is {reprlib.repr(value)}, which is no measurement", HINT
+            )
