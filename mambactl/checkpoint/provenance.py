@@ -1,7 +1,6 @@
 """Provenance of a checkpoint: its stage, ancestors, options and library versions."""
 
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -10,10 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mambactl.checkpoint.ownership import own_lineage
+from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.commands import Command
 from mambactl.errors import OutputError
-from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
+from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES, side_file
 from mambactl.options import StageConfig
+from mambactl.ranks import is_main
 from mambactl.version import __version__
 
 SCHEMA = 1
@@ -109,26 +111,40 @@ def made_before(
 ) -> dict[str, Any] | None:
     """The lineage of `out` if it is what this command would make; None where it is to be made.
 
-    Raises OutputError for an output that is there without `resume`, or that was made differently.
+    With `resume`, a result that is complete but was not published yet is published. Raises
+    OutputError for an output that is there without `resume`, or that was made differently.
     """
-    # unlike Path.exists this is no error for a name that is too long: resolving it says so
-    if force or not os.path.exists(out):
+    if force:
+        return None
+    work = WorkFolder(out, {})
+    complete = resume and work.complete
+    if not complete and (not os.path.lexists(work.out) or (resume and work.goes_on)):
         return None
     if not resume:
         hint = "--resume accepts it as done, --force replaces it, -o writes elsewhere"
         raise OutputError(f"{out} exists", hint)
-    from mambactl.checkpoint.load import load_lineage
-    from mambactl.checkpoint.provenance import header_digest
+    place = work.path if complete else out
+    found = _made(work, command) if complete else _lineage_of(out, command)
+    if changed := _changes(found or {}, command, config, source):
+        message = f"{place} was made differently: {'; '.join(changed)}"
+        raise OutputError(message, "--force replaces it, -o writes elsewhere")
+    if complete and is_main():
+        with work.held():
+            work.publish()
+    return found
+
+
+def _changes(
+    found: Mapping[str, Any], command: Command, config: StageConfig, source: str
+) -> list[str]:
+    """How what was made differs from what the command would make now."""
     from mambactl.checkpoint.resolve import resolve
     from mambactl.checkpoint.run_folder import differences
 
-    # a file of rows has its lineage beside it
-    found = _beside(out) if command.writes == "rows" else load_lineage(str(out))
-    lineage = found or {}
-    options = lineage.get("recipe", {})
+    options = found.get("recipe", {})
     made = {
-        "stage": lineage.get("stage"),
-        "parent": lineage.get("parent", {}).get("sha256"),
+        "stage": found.get("stage"),
+        "parent": found.get("parent", {}).get("sha256"),
         **{key: value for key, value in options.items() if key not in config.placement_options},
     }
     asked = {
@@ -136,17 +152,22 @@ def made_before(
         "parent": header_digest(resolve(source).path),
         **config.model_dump(mode="json", exclude=config.placement_options),
     }
-    if changed := differences(made, asked):
-        message = f"{out} was made differently: {'; '.join(changed)}"
-        raise OutputError(message, "--force replaces it, -o writes elsewhere")
-    return lineage
+    return differences(made, asked)
 
 
-def _beside(out: Path) -> dict[str, Any] | None:
-    from mambactl.checkpoint.run_folder import side_file
-    from mambactl.files import LINEAGE
+def _made(work: WorkFolder, command: Command) -> dict[str, Any] | None:
+    """The lineage of a result that is complete but not published."""
+    from mambactl.checkpoint.reader import read_lineage
 
-    try:
-        return json.loads(side_file(out, LINEAGE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
+    if command.writes == "rows":
+        return own_lineage(work.path / LINEAGE)
+    return read_lineage(work.result)
+
+
+def _lineage_of(out: Path, command: Command) -> dict[str, Any] | None:
+    from mambactl.checkpoint.load import load_lineage
+
+    # a file of rows has its lineage beside it
+    return (
+        own_lineage(side_file(out, LINEAGE)) if command.writes == "rows" else load_lineage(str(out))
+    )

@@ -134,6 +134,8 @@ class StageConfig(CommandConfig):
     files: ClassVar[frozenset[str]] = frozenset(
         {"data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks"}
     )
+    # fields that name what is read: it may not lie in what the stage replaces
+    inputs: ClassVar[frozenset[str]] = files | {"teacher", "teacher_cache", "mixers_from", "draft"}
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
 

@@ -15,7 +15,7 @@ from mambactl.checkpoint.load import adapt, open_checkpoint
 from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.run_folder import OtherFolder, RunFolder
-from mambactl.checkpoint.save import refuse_existing, save_model
+from mambactl.checkpoint.save import write_model
 from mambactl.data.mixture import names, shares
 from mambactl.errors import ResourceError, UsageError
 from mambactl.files import canonical, replacing
@@ -33,7 +33,6 @@ def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> Run
         raise UsageError(f"{job.stage} needs a place for its result", "give -o OUT")
     if not is_main():
         return OtherFolder(Path(out), {})
-    refuse_existing(Path(out), force)
     folder = RunFolder(Path(out), identity(job))
     folder.check(resume, force)
     return folder
@@ -86,7 +85,8 @@ def save_result(
         # trainers write special tokens and switches into the configuration of the model
         model.config = adapt(reader).config
         model.config.dtype = stored
-        save_model(model.to(stored), folder.staged, reader.files, record, force=True)
+        write_model(model.to(stored), folder.result, folder.single, reader.files, record)
+    folder.finish()
     folder.publish()
 
 
