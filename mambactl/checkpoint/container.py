@@ -69,7 +69,9 @@ class Container:
         total = sum(_nbytes(*described) for described in tensors.values())
         free = shutil.disk_usage(self.path.parent).free
         if total > free:
-            raise ResourceError(f"{gib(total)} are needed, {gib(free)} are free", OTHER_DISK)
+            raise ResourceError(
+                f"{self.path.parent} needs {gib(total)}, {gib(free)} are free", OTHER_DISK
+            )
         remove(self.path)
         if not self.single:
             self.path.mkdir()

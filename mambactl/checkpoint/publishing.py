@@ -323,7 +323,7 @@ class WorkFolder:
 
     def wipe(self) -> None:
         """Delete what commands keep in the folder."""
-        if not self.published:
+        if self.begun and not self.published:
             # a run that is half deleted must not be resumed, or taken for complete
             self._finished.unlink(missing_ok=True)
             self._write_mark(DISPOSABLE)

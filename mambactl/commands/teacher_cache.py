@@ -28,6 +28,7 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.stage_result import StageResult
 from mambactl.train.cached_teacher import (
+    PATTERN,
     CachedObjective,
     Drawing,
     TeacherCache,
@@ -73,7 +74,7 @@ def run(
             folder.result.mkdir(exist_ok=True)
             _fill(job, config, folder, teacher, rows)
             tokens = sum(int(row.loss_mask.sum()) for _, row in rows)
-            size = sum(file.stat().st_size for file in folder.result.iterdir())
+            size = sum(file.stat().st_size for file in folder.result.glob(PATTERN))
             metrics = {
                 "rows": len(rows),
                 "tokens": tokens,

@@ -217,10 +217,11 @@ def test_an_unfinished_run_is_never_taken_or_lost_silently(tmp_path):
 def test_publishing_replaces_in_one_rename(tmp_path):
     folder, _ = _folder(tmp_path)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "mambactl.json").write_text('{"stage": "sft"}')
     with folder.open(False, True):
         folder.log({"step": 1})
         folder.result.mkdir()
+        folder.finish()
         folder.publish()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
