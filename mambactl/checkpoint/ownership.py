@@ -74,12 +74,21 @@ def own_lineage(path: Path) -> dict[str, Any] | None:
     return found if "stage" in found else None
 
 
+def located(out: Path) -> Path:
+    """The absolute path that -o means; raises OutputError for one that cannot be a name."""
+    path = Path(os.path.abspath(out))
+    if not path.name or "\0" in path.name:
+        raise OutputError(f"{path} cannot be written", "give -o the name of a checkpoint")
+    return path
+
+
 def require_apart(out: Path, inputs: Iterable[tuple[str, str]]) -> None:
     """Raise OutputError where an input, given by option and text, lies in what is replaced.
 
     That is `out`, its working folder, and what is written beside it.
     """
-    taken = {path: status for path in _replaced(out) if (status := _target(path)) is not None}
+    replaced = _replaced(located(out))
+    taken = {path: status for path in replaced if (status := _target(path)) is not None}
     if not taken:
         return
     for option, text in inputs:

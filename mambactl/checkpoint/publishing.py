@@ -27,7 +27,7 @@ from typing import Any
 
 from mambactl import console
 from mambactl.checkpoint.exchange import exchange, rename_new
-from mambactl.checkpoint.ownership import require_replaceable
+from mambactl.checkpoint.ownership import located, require_replaceable
 from mambactl.errors import MambactlError, OutputError
 from mambactl.files import (
     LEDGER,
@@ -66,9 +66,7 @@ class WorkFolder:
     """
 
     def __init__(self, out: Path, mark: Mapping[str, Any]):
-        self.out = Path(os.path.abspath(out))
-        if not self.out.name:
-            raise OutputError(f"{self.out} cannot be written", "give -o the name of a checkpoint")
+        self.out = located(out)
         self.mark = dict(mark)
         self.single = self.out.suffix in SINGLE_FILE_SUFFIXES
         self.path = partial_of(self.out)

@@ -229,10 +229,22 @@ def check_stop(reference: Reference, number: int, stop: signal.Signals, work: Pa
     left = contents(work)
     assert left.keys() == new.keys(), what
     for name, value in left.items():
-        assert value == new[name], (what, name)
+        assert value == new[name], (what, name, _differences(value, new[name]))
     assert sorted(path.name for path in work.iterdir()) == sorted(
         {name.partition("/")[0] for name in new}
     ), what
+
+
+def _differences(found: Any, expected: Any, where: str = "") -> list[str]:
+    """What differs in nested values, in short."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = sorted(found.keys() | expected.keys())
+        pairs = [(key, found.get(key), expected.get(key)) for key in keys]
+    elif isinstance(found, list | tuple) and isinstance(expected, list | tuple):
+        pairs = [(n, *pair) for n, pair in enumerate(zip(found, expected, strict=False))]
+    else:
+        return [] if found == expected else [f"{where}: {str(found)[:99]} {str(expected)[:99]}"]
+    return [line for key, *pair in pairs for line in _differences(*pair, f"{where}/{key}")]
 
 
 # where the order of publishing is decided; the other operations are behind the marker
