@@ -123,10 +123,10 @@ def made_before(
     if not resume:
         hint = "--resume accepts it as done, --force replaces it, -o writes elsewhere"
         raise OutputError(f"{out} exists", hint)
-    place = work.path if complete else out
+    where = work.path if complete else out
     found = _made(work, command) if complete else _lineage_of(out, command)
     if changed := _changes(found or {}, command, config, source):
-        message = f"{place} was made differently: {'; '.join(changed)}"
+        message = f"{where} was made differently: {'; '.join(changed)}"
         raise OutputError(message, "--force replaces it, -o writes elsewhere")
     if complete and is_main():
         with work.held():

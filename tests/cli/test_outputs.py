@@ -19,6 +19,8 @@ def place(cli, tiny_llama_dir: Path, random_texts: Path, tmp_path: Path) -> Path
     (tmp_path / "s.partial").mkdir()
     shutil.copy(random_texts, tmp_path / "s.partial" / "text.jsonl")
     (tmp_path / "link").symlink_to("s")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").touch()
     recipe = {"stages": {"convert": {"model": "teacher"}}}
     (tmp_path / "s" / "recipe.yaml").write_text(json.dumps(recipe))
     return tmp_path
@@ -34,9 +36,9 @@ TRAINING = ("--data", "text.jsonl", "--max-steps", "1", "--device", "cpu")
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (("convert", "s", "-o", "s"), "MODEL s is s, which this command would replace"),
-        (("convert", "s", "-o", "link"), "MODEL s is link, which"),
-        (("convert", "s.st", "-o", "./s.st"), "MODEL s.st is s.st, which"),
+        (("convert", "s", "-o", "s"), "MODEL s is {}/s, which this command would replace"),
+        (("convert", "s", "-o", "link"), "MODEL s is {}/link, which"),
+        (("convert", "s.st", "-o", "./s.st"), "MODEL s.st is {}/s.st, which"),
         (("convert", "teacher", "-o", "teacher/../s", "--recipe", "s/recipe.yaml"), "--recipe"),
         (("convert", "teacher", "--calibrate", "s.partial/text.jsonl", "-o", "s"), "--calibrate"),
         (("convert", "teacher", "--mixers-from", "s", "-o", "s"), "--mixers-from s is"),
@@ -45,7 +47,8 @@ TRAINING = ("--data", "text.jsonl", "--max-steps", "1", "--device", "cpu")
         (("convert", "s", "-o", "teacher"), "has no mambactl.json of ours"),
         (("convert", "teacher", "-o", "link"), "is a symbolic link"),
         (("convert", "teacher", "-o", "s"), "s.partial holds what no command of ours left"),
-        (("convert", "teacher", "-o", "."), "is a folder with other content"),
+        (("convert", "teacher", "-o", "."), "MODEL teacher lies inside {}, which"),
+        (("convert", "teacher", "-o", "folder"), "folder is a folder with other content"),
         (("convert", "teacher", "-o", "/"), "cannot be written"),
         (("convert", "teacher", "-o", "text.jsonl"), "was not written by mambactl"),
         (("convert", "teacher", "-o", "text.jsonl/s"), "Not a directory"),
