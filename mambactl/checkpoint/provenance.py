@@ -130,7 +130,9 @@ def made_before(
         raise OutputError(message, "--force replaces it, -o writes elsewhere")
     if complete and is_main():
         with work.held():
-            work.publish()
+            # nobody else did so meanwhile
+            if work.complete:
+                work.publish()
     return found
 
 

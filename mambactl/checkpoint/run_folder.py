@@ -32,7 +32,7 @@ class RunFolder(WorkFolder):
         super().__init__(out, {"stage": None, **identity})
         self.metrics = self.path / LEDGER
         self.plot = self.path / PLOT
-        self.side = {LEDGER: self.metrics, PLOT: self.plot}
+        self.side = (LEDGER, PLOT)
         self.trainer = self.path / "trainer"
         # of trackers, which may be watched: where they stay
         self.logs = self.out.with_name(self.out.name + ".logs")

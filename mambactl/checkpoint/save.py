@@ -11,7 +11,8 @@ import torch
 
 from mambactl.checkpoint.container import DEFAULT_SHARD_BYTES, OTHER_DISK, Container, Shape
 from mambactl.checkpoint.ownership import require_replaceable
-from mambactl.checkpoint.publishing import DISPOSABLE, WorkFolder
+from mambactl.checkpoint.partial_folder import DISPOSABLE
+from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.errors import OutputError
 from mambactl.files import LEDGER, PLOT, explained
 from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
@@ -37,7 +38,7 @@ class CheckpointWriter:
         self._work = WorkFolder(out, DISPOSABLE)
         self.out, self.force = self._work.out, force
         # a checkpoint that was not trained has none, and those of one that it replaces go with it
-        self._work.side = {name: self._work.path / name for name in (LEDGER, PLOT)}
+        self._work.side = (LEDGER, PLOT)
         self._file = Container(
             self._work.result, self._work.single, config, side_files, lineage, max_shard_bytes
         )

@@ -50,7 +50,7 @@ def run(
     _require_name(config, out)
     questions = QuestionSet.of(config, source)
     folder = RunFolder(out, questions.identity)
-    folder.side = {LINEAGE: folder.path / LINEAGE}
+    folder.side = (LINEAGE,)
     folder.check(resume, force)
     with folder.open(resume, force):
         written = _Written(folder)
@@ -200,7 +200,7 @@ def _write_result(questions: QuestionSet, written: _Written, folder: RunFolder) 
         parent = reader.lineage
         record = lineage(STAGE, parent, reader.path, None, options, config.seed, metrics)
     record["questions"] = questions.identity
-    with replacing(folder.side[LINEAGE]) as new:
+    with replacing(folder.path / LINEAGE) as new:
         new.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return metrics
 

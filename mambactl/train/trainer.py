@@ -88,7 +88,8 @@ def reporting(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
     """
     asked = config.log_to if isinstance(config, TrackedConfig) else []
     if asked:
-        folder.logs.mkdir(parents=True, exist_ok=True)
+        with console.failure_warned(folder.logs):
+            folder.logs.mkdir(parents=True, exist_ok=True)
         for name, variable in FOLDERS.items():
             if name in asked:
                 os.environ.setdefault(variable, str(folder.logs.absolute()))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mambactl.checkpoint import publishing
+from mambactl.checkpoint import partial_folder, publishing
 from mambactl.checkpoint.exchange import exchange, rename_new
-from mambactl.checkpoint.publishing import DISPOSABLE, WorkFolder, settle, signals_deferred
+from mambactl.checkpoint.partial_folder import DISPOSABLE
+from mambactl.checkpoint.publishing import WorkFolder, settle, signals_deferred
 from mambactl.errors import OutputError
 from mambactl.files import LEDGER, PLOT
 
@@ -36,7 +37,7 @@ def read(path: Path) -> str:
 def finished(out: Path, force: bool = False) -> WorkFolder:
     """A run whose result is complete, with a state, a ledger and no plot."""
     work = WorkFolder(out, {"stage": "sft"})
-    work.side = {LEDGER: work.path / LEDGER, PLOT: work.path / PLOT}
+    work.side = (LEDGER, PLOT)
     with work.held():
         work.begin(force)
         (work.path / LEDGER).write_text('{"phase": "sft"}\n')
@@ -151,6 +152,23 @@ def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path: Path, monkeypatch
     check_published(out)
 
 
+def test_a_ledger_that_cannot_be_moved_stays_where_it_is(tmp_path: Path, capfd) -> None:
+    out = tmp_path / "t.jsonl"
+    work = finished(out)
+    (tmp_path / f"t.jsonl.{LEDGER}" / "full").mkdir(parents=True)
+    with work.held(), pytest.raises(OutputError, match="was not written by mambactl"):
+        work.publish()
+    work.side = ()
+    with work.held():
+        work.publish()
+    assert read(out) == "new" and (work.path / LEDGER).exists()
+    assert "is not written" in capfd.readouterr().err
+    (tmp_path / f"t.jsonl.{LEDGER}" / "full").rmdir()
+    (tmp_path / f"t.jsonl.{LEDGER}").rmdir()
+    settle(out)
+    check_published(out)
+
+
 def test_what_appeared_meanwhile_is_not_replaced(out: Path) -> None:
     work = finished(out)
     checkpoint(out, "theirs")
@@ -168,7 +186,7 @@ def test_a_run_that_is_half_discarded_is_neither_resumed_nor_published(
     work = finished(old, force=True)
     before = names(old.parent)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(publishing, "remove", lambda _: (_ for _ in ()).throw(Killed))
+        patch.setattr(partial_folder, "remove", lambda _: (_ for _ in ()).throw(Killed))
         work.discard()
     assert work.disposable and not work.complete and not work.published
     settle(old)
