@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mambactl import console, invocation
-from mambactl.checkpoint.ownership import inputs_of, require_apart
 from mambactl.checkpoint.provenance import made_before
-from mambactl.checkpoint.publishing import settle
 from mambactl.cli.processes import launch, of_this_run
 from mambactl.commands import COMMANDS, Command
 from mambactl.console import default_out
@@ -43,11 +41,9 @@ def make(
     again = {"resume": resume, "force": force}
     flags = ["-o", str(path), *(f"--{word}" for word, given in again.items() if given)]
     with invocation.standing_for([name, source, *flags, *settings(config)]):
-        require_apart(path, [("the model", source), *inputs_of(config)])
-        settle(path)
         made = made_before(path, command, config, source, **again)
         if made is not None:
-            return StageResult(str(path.absolute()), made["metrics"])
+            return StageResult(str(path.absolute()), made.get("metrics", {}))
         if isinstance(config, SpreadConfig) and config.nproc and not launched():
             return _spread(command, config, source, flags)
         result = import_module(command.module).run(config, source, path, **again)

@@ -3,16 +3,16 @@
 import hashlib
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mambactl.checkpoint.ownership import own_lineage
-from mambactl.checkpoint.publishing import WorkFolder
+from mambactl.checkpoint.ownership import inputs_of, own_lineage, require_apart
+from mambactl.checkpoint.publishing import WorkFolder, settle
 from mambactl.commands import Command
-from mambactl.errors import OutputError
+from mambactl.errors import ModelError, OutputError
 from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES, side_file
 from mambactl.options import StageConfig
 from mambactl.ranks import is_main
@@ -22,6 +22,7 @@ SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "safetensors")
 _HEAD_BYTES = 1 << 20
 _SAMPLE_BYTES, _SAMPLES = 1 << 16, 64
+_OTHERWISE = "--force replaces it, -o writes elsewhere"
 
 
 def lineage(
@@ -107,13 +108,27 @@ def _versions() -> dict[str, str]:
 
 
 def made_before(
-    out: Path, command: Command, config: StageConfig, source: str, *, resume: bool, force: bool
+    out: Path,
+    command: Command,
+    config: StageConfig,
+    source: str,
+    *,
+    resume: bool,
+    force: bool,
+    others: Iterable[tuple[str, str]] = (),
+    dry_run: bool = False,
 ) -> dict[str, Any] | None:
     """The lineage of `out` if it is what this command would make; None where it is to be made.
 
-    With `resume`, a result that is complete but was not published yet is published. Raises
-    OutputError for an output that is there without `resume`, or that was made differently.
+    First what a stopped command left is finished, and with `resume` a result that is complete but
+    was not published yet is published; a `dry_run` does neither. Raises OutputError for an output
+    that is there without `resume`, or was made differently, or that holds an input: MODEL, what
+    options name, or one of `others`, each given by its option and text.
     """
+    require_apart(out, [("MODEL", source), *inputs_of(config), *others])
+    writes = is_main() and not dry_run
+    if writes:
+        settle(out)
     if force:
         return None
     work = WorkFolder(out, {})
@@ -127,8 +142,8 @@ def made_before(
     found = _made(work, command) if complete else _lineage_of(out, command)
     if changed := _changes(found or {}, command, config, source):
         message = f"{where} was made differently: {'; '.join(changed)}"
-        raise OutputError(message, "--force replaces it, -o writes elsewhere")
-    if complete and is_main():
+        raise OutputError(message, _OTHERWISE)
+    if complete and writes:
         with work.held():
             # nobody else did so meanwhile
             if work.complete:
@@ -143,10 +158,14 @@ def _changes(
     from mambactl.checkpoint.resolve import resolve
     from mambactl.checkpoint.run_folder import differences
 
-    options = found.get("recipe", {})
+    # a lineage may have been written by anybody
+    options, parent = (
+        value if isinstance(value, dict) else {}
+        for value in (found.get("recipe"), found.get("parent"))
+    )
     made = {
         "stage": found.get("stage"),
-        "parent": found.get("parent", {}).get("sha256"),
+        "parent": parent.get("sha256"),
         **{key: value for key, value in options.items() if key not in config.placement_options},
     }
     asked = {
@@ -169,7 +188,10 @@ def _made(work: WorkFolder, command: Command) -> dict[str, Any] | None:
 def _lineage_of(out: Path, command: Command) -> dict[str, Any] | None:
     from mambactl.checkpoint.load import load_lineage
 
-    # a file of rows has its lineage beside it
-    return (
-        own_lineage(side_file(out, LINEAGE)) if command.writes == "rows" else load_lineage(str(out))
-    )
+    if command.writes == "rows":
+        # which have it beside them
+        return own_lineage(side_file(out, LINEAGE))
+    try:
+        return load_lineage(str(out))
+    except ModelError as error:
+        raise OutputError(f"{out} is not what this command makes: {error}", _OTHERWISE) from error

@@ -11,9 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mambactl import console
-from mambactl.checkpoint.ownership import inputs_of, require_apart
 from mambactl.checkpoint.provenance import made_before
-from mambactl.checkpoint.publishing import settle
 from mambactl.cli import recipe
 from mambactl.cli.parameters import Shared, parameters_of, with_parameters
 from mambactl.commands import COMMANDS, Command, configure
@@ -139,13 +137,12 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
     again = {"resume": shared.resume, "force": shared.force}
     with console.guarded_stdout():
         recipes = [("--recipe", shared.recipe)] if shared.recipe else []
-        require_apart(out, [("MODEL", source), *inputs_of(config), *recipes])
-        if is_main() and not shared.dry_run:
-            settle(out)
-        made = made_before(out, command, config, source, **again)
+        made = made_before(
+            out, command, config, source, **again, others=recipes, dry_run=shared.dry_run
+        )
     if made is not None:
         console.log(f"{out} is complete, nothing to do")
-        _say(command, shared, StageResult(str(out.absolute()), made["metrics"]))
+        _say(command, shared, StageResult(str(out.absolute()), made.get("metrics", {})))
         return
     _call(command, config, source, out, shared)
 
