@@ -1,8 +1,8 @@
-"""Files: their names, one writer at a time, failures of the disk as sentences."""
+"""Files: their names, how they are replaced, failures of the disk as sentences."""
 
 import errno
-import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ LINEAGE = "mambactl.json"
 CONFIG = "config.json"
 CARD = "README.md"
 LEDGER = "metrics.jsonl"
+PLOT = "metrics.png"
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,34 +59,14 @@ def cache_dir() -> Path:
     return Path(base) / "mambactl"
 
 
-def hold(path: Path, out: Path, folder: bool) -> int:
-    """Lock `path`, made as a folder or an empty file where nothing is; closing the result unlocks.
-
-    Raises OutputError when another process holds it, OSError when it cannot be made.
-    """
-    while True:
-        if folder:
-            path.mkdir(parents=True, exist_ok=True)
-        only_read = folder or path.is_dir()
-        fd = os.open(path, os.O_RDONLY if only_read else os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), path.stat()):
-                return fd
-        except FileNotFoundError:
-            pass
-        except BlockingIOError as error:
-            os.close(fd)
-            raise OutputError(
-                f"another process is writing {out}", "wait for it, or choose another -o"
-            ) from error
-        # between open and lock its owner renamed or removed it: this is no longer what is at `path`
-        os.close(fd)
-
-
 def partial_of(path: Path) -> Path:
     """The name under which `path` is written until it is complete."""
     return path.with_name(path.name + PARTIAL)
+
+
+def temporary_of(path: Path) -> Path:
+    """The name under which `replacing` writes a file; nothing else has a name that ends so."""
+    return path.with_name(f"{path.name}.mambactl{PARTIAL}")
 
 
 @contextmanager
@@ -93,9 +74,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """A new file to write in the block; it takes the place of `path` when the block succeeds.
 
     Readers see the old content or the new one, also after a power failure. A block that fails
-    leaves `path` as it was, and nothing beside it.
+    leaves `path` as it was, and nothing beside it. A link at `path` is replaced, not followed.
     """
-    new = partial_of(path)
+    new = temporary_of(path)
+    # left by a process that was killed
+    new.unlink(missing_ok=True)
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield new
         with new.open("rb") as written:
@@ -106,6 +90,30 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             new.unlink()
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were given, changed or removed in a folder outlast a power failure."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder; it is fine if nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def side_file(checkpoint: Path, name: str) -> Path:
+    """Where a checkpoint's metrics lie: inside a folder, else beside the file as FILE.name."""
+    if checkpoint.is_dir():
+        return checkpoint / name
+    return checkpoint.with_name(f"{checkpoint.name}.{name}")
 
 
 @contextmanager

@@ -5,18 +5,33 @@ from pathlib import Path
 import pytest
 
 from mambactl.errors import OutputError
-from mambactl.files import canonical, explained, partial_of, replacing
+from mambactl.files import canonical, explained, replacing
 
 
 def test_the_old_content_stays_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with replacing(path) as new:
-        assert new == partial_of(path) == tmp_path / "a.json.partial"
+        assert new.parent == tmp_path and new.name.startswith("a.json.")
         new.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_and_rests_of_a_killed_process_are_replaced_not_followed(tmp_path):
+    for name in ("a.json", "a.json.mambactl.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    (tmp_path / "a.json.partial").write_text("somebody's")
+    (tmp_path / "precious").write_text("mine")
+    with replacing(tmp_path / "a.json") as new:
+        new.write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a.json": "new",
+        "a.json.partial": "somebody's",
+        "precious": "mine",
+    }
+    assert not (tmp_path / "a.json").is_symlink()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

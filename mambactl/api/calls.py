@@ -47,7 +47,7 @@ def make(
     with invocation.standing_for([name, source, *flags, *settings(config)]):
         made = made_before(path, command, config, source, **again)
         if made is not None:
-            return StageResult(str(path.absolute()), made["metrics"])
+            return StageResult(str(path.absolute()), made.get("metrics", {}))
         if isinstance(config, SpreadConfig) and config.nproc and not launched():
             return _spread(command, config, source, flags)
         result = import_module(command.module).run(config, source, path, **again)

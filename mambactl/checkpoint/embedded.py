@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from mambactl.console import log
-from mambactl.errors import ModelError
+from mambactl.errors import ModelError, OutputError
 from mambactl.files import EMBEDDED_FOLDER, cache_dir
 from mambactl.ranks import child_environment
 
@@ -93,9 +93,13 @@ def _convert(gguf: Path, folder: Path) -> Path:
     log("unpacking SmolLM2-135M-Instruct to bf16 in the cache (once)")
     with GgufReader(gguf) as reader:
         shapes = {name: (reader.shape(name), reader.dtype(name)) for name in reader.names()}
-        # a run beside this one may have finished first; its result is the same
-        with CheckpointWriter(folder, reader.config, reader.files, None, force=True) as writer:
-            writer.plan(shapes)
-            for name in shapes:
-                writer.write(name, reader.get(name))
+        try:
+            with CheckpointWriter(folder, reader.config, reader.files, None) as writer:
+                writer.plan(shapes)
+                for name in shapes:
+                    writer.write(name, reader.get(name))
+        except OutputError:
+            # a process beside this one may have finished first; its result is the same
+            if not folder.is_dir():
+                raise
     return folder

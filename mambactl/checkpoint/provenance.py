@@ -3,22 +3,26 @@
 import hashlib
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mambactl.checkpoint.ownership import inputs_of, own_lineage, require_apart
+from mambactl.checkpoint.publishing import WorkFolder, settle
 from mambactl.commands import Command
 from mambactl.errors import ModelError, OutputError
-from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES
-from mambactl.foreign import AGAIN, read_bytes, reason
+from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES, side_file
+from mambactl.foreign import AGAIN, reason
 from mambactl.options import StageConfig
+from mambactl.ranks import is_main
 from mambactl.version import __version__
 
 _PACKAGES = ("torch", "transformers", "safetensors")
 _HEAD_BYTES = 1 << 20
 _SAMPLE_BYTES, _SAMPLES = 1 << 16, 64
+_OTHERWISE = "--force replaces it, -o writes elsewhere"
 
 
 def lineage(
@@ -115,30 +119,64 @@ def _versions() -> dict[str, str]:
 
 
 def made_before(
-    out: Path, command: Command, config: StageConfig, source: str, *, resume: bool, force: bool
+    out: Path,
+    command: Command,
+    config: StageConfig,
+    source: str,
+    *,
+    resume: bool,
+    force: bool,
+    others: Iterable[tuple[str, str]] = (),
+    dry_run: bool = False,
 ) -> dict[str, Any] | None:
     """The lineage of `out` if it is what this command would make; None where it is to be made.
 
-    Raises OutputError for an output that is there without `resume`, or that was made differently.
+    First what a stopped command left is finished, and with `resume` a result that is complete but
+    was not published yet is published; a `dry_run` does neither. Raises OutputError for an output
+    that is there without `resume`, or was made differently, or that holds an input: MODEL, what
+    options name, or one of `others`, each given by its option and text.
     """
-    # unlike Path.exists this is no error for a name that is too long: resolving it says so
-    if force or not os.path.exists(out):
+    require_apart(out, [("MODEL", source), *inputs_of(config), *others])
+    writes = is_main() and not dry_run
+    if writes:
+        settle(out)
+    if force:
+        return None
+    work = WorkFolder(out, {})
+    complete = resume and work.complete
+    if not complete and (not os.path.lexists(work.out) or (resume and work.goes_on)):
         return None
     if not resume:
         hint = "--resume accepts it as done, --force replaces it, -o writes elsewhere"
         raise OutputError(f"{out} exists", hint)
-    from mambactl.checkpoint.load import load_lineage
-    from mambactl.checkpoint.provenance import header_digest
+    where = work.path if complete else out
+    found = _made(work, command) if complete else _lineage_of(out, command)
+    if changed := _changes(found or {}, command, config, source):
+        message = f"{where} was made differently: {'; '.join(changed)}"
+        raise OutputError(message, _OTHERWISE)
+    if complete and writes:
+        with work.held():
+            # nobody else did so meanwhile
+            if work.complete:
+                work.publish()
+    return found
+
+
+def _changes(
+    found: Mapping[str, Any], command: Command, config: StageConfig, source: str
+) -> list[str]:
+    """How what was made differs from what the command would make now."""
     from mambactl.checkpoint.resolve import resolve
     from mambactl.checkpoint.run_folder import differences
 
-    # a file of rows has its lineage beside it
-    found = _beside(out) if command.writes == "rows" else load_lineage(str(out))
-    lineage = found or {}
-    options = lineage.get("recipe", {})
+    # a lineage may have been written by anybody
+    options, parent = (
+        value if isinstance(value, dict) else {}
+        for value in (found.get("recipe"), found.get("parent"))
+    )
     made = {
-        "stage": lineage.get("stage"),
-        "parent": lineage.get("parent", {}).get("sha256"),
+        "stage": found.get("stage"),
+        "parent": parent.get("sha256"),
         **{key: value for key, value in options.items() if key not in config.placement_options},
     }
     asked = {
@@ -146,15 +184,25 @@ def made_before(
         "parent": header_digest(resolve(source).path),
         **config.model_dump(mode="json", exclude=config.placement_options),
     }
-    if changed := differences(made, asked):
-        message = f"{out} was made differently: {'; '.join(changed)}"
-        raise OutputError(message, "--force replaces it, -o writes elsewhere")
-    return lineage
+    return differences(made, asked)
 
 
-def _beside(out: Path) -> dict[str, Any] | None:
-    from mambactl.checkpoint.lineage_record import checked_lineage
-    from mambactl.checkpoint.run_folder import side_file
+def _made(work: WorkFolder, command: Command) -> dict[str, Any] | None:
+    """The lineage of a result that is complete but not published."""
+    from mambactl.checkpoint.safetensors_reader import read_lineage
 
-    record = side_file(out, LINEAGE)
-    return checked_lineage(read_bytes(record), out) if os.path.lexists(record) else None
+    if command.writes == "rows":
+        return own_lineage(work.path / LINEAGE)
+    return read_lineage(work.result)
+
+
+def _lineage_of(out: Path, command: Command) -> dict[str, Any] | None:
+    from mambactl.checkpoint.load import load_lineage
+
+    if command.writes == "rows":
+        # which have it beside them
+        return own_lineage(side_file(out, LINEAGE))
+    try:
+        return load_lineage(str(out))
+    except ModelError as error:
+        raise OutputError(f"{out} is not what this command makes: {error}", _OTHERWISE) from error

@@ -1,82 +1,83 @@
-"""OUT.partial: where a run keeps its state and metrics until OUT appears with one rename."""
+"""The working folder of a run: its state, its metrics and its result until OUT appears."""
 
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mambactl.console import failure_warned
-from mambactl.errors import MambactlError, OutputError, ResourceError
-from mambactl.files import LEDGER, RUN_FILE, explained, hold, partial_of, replacing
-from mambactl.foreign import (
-    blamed,
-    json_object,
-    json_value,
-    numbered_lines,
-    open_regular,
-    read_bytes,
-)
+from mambactl.checkpoint.ownership import require_replaceable
+from mambactl.checkpoint.publishing import WorkFolder
+from mambactl.errors import OutputError, ResourceError
+from mambactl.files import LEDGER, PLOT, explained, replacing
+from mambactl.foreign import blamed, json_value, numbered_lines, open_regular
 
 _FREE = "free some disk space, then use --resume"
+_DAMAGED = "start again with --force"
+# of the mark: what it says beside what the run is
+_REPLACES = "replaces"
 
 
-class RunFolder:
+class RunFolder(WorkFolder):
     """The working folder beside `out`; existence of `out` means that it is complete.
 
-    Holds run.json (what the run is), state.pt or trainer/ (resumable state), metrics.jsonl, and
-    at the end the finished checkpoint under `out`'s own name. `identity` (JSON-able) says what
-    the run is.
+    Beside what every WorkFolder has, it holds state.pt or trainer/ (resumable state) and
+    metrics.jsonl. `identity` (JSON-able) says what the run is.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any]):
-        self.out, self.identity = out, identity
-        self.path = partial_of(out)
+    def __init__(self, out: Path, identity: Mapping[str, Any]):
+        super().__init__(out, {"stage": None, **identity})
         self.metrics = self.path / LEDGER
-        self.plot = self.path / "metrics.png"
-        self.staged = self.path / out.name
+        self.plot = self.path / PLOT
+        self.side = (LEDGER, PLOT)
         self.trainer = self.path / "trainer"
         # of trackers, which may be watched: where they stay
-        self.logs = out.with_name(out.name + ".logs")
-        self._identity = self.path / RUN_FILE
+        self.logs = self.out.with_name(self.out.name + ".logs")
         self._state = self.path / "state.pt"
+        self._entered = False
 
     def check(self, resume: bool, force: bool) -> None:
         """Raise OutputError where `open` would; what lies there stays as it is.
 
-        That is when another process is at work there, when nothing can be written there, when an
-        unfinished run lies there and neither `resume` nor `force` is set, or when that run has
-        another identity.
+        That is when something else lies there or at `out`, when another process is at work there,
+        when nothing can be written there, when an unfinished run lies there and neither `resume`
+        nor `force` is set, or when that run has another identity.
         """
         with _disk(self.path):
+            self.require_free()
+            require_replaceable(self.out, self._may_replace(resume, force), self.side)
             self._probe()
         self._refuse_other(resume, force)
 
+    def _may_replace(self, resume: bool, force: bool) -> bool:
+        """Whether `out` may be there: also where a run was begun with --force and goes on."""
+        return force or (resume and bool((self.read_mark() or {}).get(_REPLACES)))
+
     def _probe(self) -> None:
-        if self.path.exists():
-            os.close(hold(self.path, self.out, folder=self.path.is_dir()))
         folder = self.path
-        while not folder.is_dir():
+        while not os.path.lexists(folder):
             folder = folder.parent
         # permission bits say too little: of root, of a read-only or a virtual file system
         tempfile.TemporaryFile(dir=folder).close()
 
     def _refuse_other(self, resume: bool, force: bool) -> None:
-        # a kill right after the folder was made leaves it empty
-        empty = self.path.is_dir() and not any(self.path.iterdir())
-        if force or empty or not self.path.exists():
+        if force or self.disposable:
             return
         if not resume:
+            state = "a finished run that is not published" if self.complete else "an unfinished run"
             raise OutputError(
-                f"{self.path} holds an unfinished run",
+                f"{self.path} holds {state}",
                 "continue it with --resume, or start again with --force",
             )
-        changed = differences(self._read_identity(), self.identity)
+        before = self.read_mark()
+        if before is None:
+            raise OutputError(f"{self.path} is no run of this stage", "start again with --force")
+        before.pop(_REPLACES, None)
+        changed = differences(before, self.mark)
         if changed:
             raise OutputError(
                 f"{self.path} was started differently: {'; '.join(changed)}",
@@ -90,37 +91,41 @@ class RunFolder:
         A failure before the first state removes it. Raises OutputError like `check`.
         """
         self.check(resume, force)
-        with _disk(self.path):
-            if force:
-                self._discard()
-            lock = hold(self.path, self.out, folder=True)
-        try:
+        with ExitStack() as stack:
             with _disk(self.path):
+                stack.enter_context(self.held())
+                stack.push(self._leave)
                 self._enter(resume, force)
             yield
-        except BaseException:
-            if not self.resumable:
-                _remove(self.path)
-            raise
-        finally:
-            os.close(lock)
 
-    def _discard(self) -> None:
-        if self.path.exists():
-            lock = hold(self.path, self.out, folder=self.path.is_dir())
-            _remove(self.path)
-            os.close(lock)
+    def _leave(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After a failure, remove what nothing can be resumed from."""
+        if kind is None or not os.path.lexists(self.path) or self.resumable:
+            return
+        if self._entered or self.disposable:
+            self.discard()
 
     def _enter(self, resume: bool, force: bool) -> None:
-        if self.out.exists() and not force:
-            raise OutputError(f"{self.out} exists already", "add --force to replace it")
+        may_replace = self._may_replace(resume, force)
+        require_replaceable(self.out, may_replace, self.side)
         self._refuse_other(resume, force)
-        _write(self._identity, json.dumps(self.identity, indent=2).encode())
+        if force or self.disposable:
+            self.say_what_is_discarded()
+            self.wipe()
+        self._adopt_result()
+        self.begin(may_replace)
+        self._entered = True
+
+    def _adopt_result(self) -> None:
+        """Give what an earlier version kept of its result the name that it has now."""
+        earlier = self.path / self.out.name
+        if earlier.is_dir() and earlier != self.trainer and not self.result.exists():
+            earlier.rename(self.result)
 
     @property
     def resumable(self) -> bool:
-        """Whether a state was saved, or answers of a reference."""
-        saved = self._state.exists() or self.reference(0).exists()
+        """Whether a state was saved, answers of a reference, or all of the result."""
+        saved = self._state.exists() or self.reference(0).exists() or self.complete
         return saved or self.trainer_checkpoint() is not None
 
     def reference(self, piece: int) -> Path:
@@ -130,8 +135,12 @@ class RunFolder:
     def trainer_checkpoint(self) -> Path | None:
         """The newest complete checkpoint that a TRL trainer left under `trainer`."""
         # trainer_state.json is written last
-        found = [state.parent for state in self.trainer.glob("checkpoint-*/trainer_state.json")]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        found = {
+            int(number): state.parent
+            for state in self.trainer.glob("checkpoint-*/trainer_state.json")
+            if (number := state.parent.name.removeprefix("checkpoint-")).isdecimal()
+        }
+        return found[max(found)] if found else None
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the resumable state atomically; raises ResourceError when the disk is full."""
@@ -142,7 +151,7 @@ class RunFolder:
         """The newest state, or None before the first save."""
         if not self._state.exists():
             return None
-        with blamed(self._state, kind=OutputError, hint="start again with --force"):
+        with blamed(self._state, kind=OutputError, hint=_DAMAGED):
             return torch.load(self._state, map_location="cpu", weights_only=True)
 
     def log(self, entry: dict[str, Any]) -> None:
@@ -153,7 +162,7 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, up to one that a kill tore."""
         found = []
-        with open_regular(self.metrics, OutputError, "start again with --force") as file:
+        with open_regular(self.metrics, OutputError, _DAMAGED) as file:
             for _, line in numbered_lines(file, self.metrics, OutputError):
                 try:
                     value = json_value(line)
@@ -166,43 +175,14 @@ class RunFolder:
 
     def truncate_log(self, lines: int) -> None:
         """Forget metrics written after the state that a run resumes from."""
-        if self.metrics.exists():
-            kept = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
-            self.metrics.write_text("".join(kept), encoding="utf-8")
-
-    def publish(self) -> None:
-        """Move the staged checkpoint to `out` in one rename and drop everything else.
-
-        Metrics and their plot go into a folder, and beside a single file.
-        """
-        for file in (self.metrics, self.plot):
-            with failure_warned(side_file(self.out, file.name)):
-                self._keep(file)
-        replaced = self.path / "replaced"
-        if self.out.exists():
-            self.out.replace(replaced)
-        self.staged.replace(self.out)
-        _remove(self.path)
-
-    def _keep(self, file: Path) -> None:
-        if self.staged.is_dir():
-            if file.exists():
-                shutil.copyfile(file, self.staged / file.name)
+        if not self.metrics.exists():
             return
-        beside = side_file(self.out, file.name)
-        if file.exists():
-            file.replace(beside)
-        else:
-            # what lies there belongs to the result that is being replaced
-            beside.unlink(missing_ok=True)
-
-    def _read_identity(self) -> dict[str, Any]:
-        try:
-            return json_object(read_bytes(self._identity, OutputError), self._identity)
-        except MambactlError:
-            raise OutputError(
-                f"{self.path} is no run of this stage", "start again with --force"
-            ) from None
+        with open_regular(self.metrics, OutputError, _DAMAGED) as file:
+            before = file.read()
+        kept = b"".join(before.splitlines(keepends=True)[:lines])
+        if kept != before:
+            with _disk(self.path), replacing(self.metrics) as new:
+                new.write_bytes(kept)
 
 
 class OtherFolder(RunFolder):
@@ -226,13 +206,6 @@ class OtherFolder(RunFolder):
         """Nothing."""
 
 
-def side_file(checkpoint: Path, name: str) -> Path:
-    """Where a checkpoint's metrics lie: inside a folder, else beside the file as FILE.name."""
-    if checkpoint.is_dir():
-        return checkpoint / name
-    return checkpoint.with_name(f"{checkpoint.name}.{name}")
-
-
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
     """Turn failures to write below a folder into sentences."""
@@ -254,16 +227,3 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         elif old != new:
             found.append(f"{prefix}{key} {json.dumps(old)} -> {json.dumps(new)}")
     return found
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -136,10 +136,13 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
     out = Path(shared.out) if shared.out else console.default_out(source, command.name, ending)
     again = {"resume": shared.resume, "force": shared.force}
     with console.guarded_stdout():
-        made = made_before(out, command, config, source, **again)
+        recipes = [("--recipe", shared.recipe)] if shared.recipe else []
+        made = made_before(
+            out, command, config, source, **again, others=recipes, dry_run=shared.dry_run
+        )
     if made is not None:
         console.log(f"{out} is complete, nothing to do")
-        _say(command, shared, StageResult(str(out.absolute()), made["metrics"]))
+        _say(command, shared, StageResult(str(out.absolute()), made.get("metrics", {})))
         return
     _call(command, config, source, out, shared)
 

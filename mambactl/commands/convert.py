@@ -17,10 +17,11 @@ from torch import Tensor
 from mambactl import console
 from mambactl.checkpoint.contents import cache_bytes
 from mambactl.checkpoint.load import empty_model, open_strict
+from mambactl.checkpoint.ownership import require_replaceable
 from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.reader import Adapted, Reader, in_dtype
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.save import CheckpointWriter, refuse_existing, stored_dtype
+from mambactl.checkpoint.save import CheckpointWriter, stored_dtype
 from mambactl.conversion.fit import LayerFit, Streams
 from mambactl.conversion.replace import (
     Replacement,
@@ -57,7 +58,7 @@ def run(
         work = _Work(config, reader, adapted, Replacement(config, adapted.config, aligned))
         # wrong options and a taken place show before minutes of measuring
         target = work.target(work.by_rule())
-        refuse_existing(out, force)
+        require_replaceable(out, force)
         measures = config.calibrate or config.select != "uniform"
         texts = read_texts(config, source) if measures else Texts([], [])
         choice = work.choose(source, texts)

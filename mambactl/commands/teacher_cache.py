@@ -25,12 +25,13 @@ from mambactl.data.mixture import names
 from mambactl.data.pack import Row, collate
 from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError, OutputError, UsageError
-from mambactl.files import LINEAGE, explained, gib
+from mambactl.files import LINEAGE, explained, gib, replacing
 from mambactl.foreign import fitted
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.stage_result import StageResult
 from mambactl.train.cached_teacher import (
+    PATTERN,
     CachedObjective,
     Drawing,
     TeacherCache,
@@ -72,11 +73,11 @@ def run(
     teacher = load_model(source, job.device, job.dtype).requires_grad_(False)
     started = time.perf_counter()
     with folder.open(resume, force):
-        folder.staged.mkdir(exist_ok=True)
         with explained(folder.path, "free some disk space, then use --resume"):
+            folder.result.mkdir(exist_ok=True)
             _fill(job, config, folder, teacher, rows)
             tokens = sum(int(row.loss_mask.sum()) for _, row in rows)
-            size = sum(file.stat().st_size for file in folder.staged.iterdir())
+            size = sum(file.stat().st_size for file in folder.result.glob(PATTERN))
             metrics = {
                 "rows": len(rows),
                 "tokens": tokens,
@@ -84,7 +85,9 @@ def run(
                 "seconds": time.perf_counter() - started,
             }
             record = _record(job, config, metrics, teacher, tokenizer)
-            (folder.staged / LINEAGE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            with replacing(folder.result / LINEAGE) as new:
+                new.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            folder.finish()
         folder.publish()
     console.log(f"wrote {out}: {tokens:,} tokens, {gib(size)}")
     return StageResult(str(out), metrics)
@@ -199,7 +202,7 @@ def _fill(
                 drawn += draw_batch(teacher, batch, keys, drawing, job.amp)
                 bar.advance(len(some))
             keys = [key for key, _ in members]
-            path = folder.staged / f"samples-{number:05d}.safetensors"
+            path = folder.result / f"samples-{number:05d}.safetensors"
             write_shard(path, keys, drawn, teacher.config.vocab_size, config.power != 1)
             folder.save_state({"shards": number + 1})
 
@@ -212,18 +215,9 @@ def _distinct(rows: Sequence[Row]) -> list[tuple[bytes, Row]]:
 def _folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
     if out is None:
         raise UsageError(f"{STAGE} needs a place for its result", "give -o DIR")
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists already", "add --force to replace it, or another -o")
-    # replacing deletes: never a folder that is not a cache
-    if out.exists() and not (out / LINEAGE).is_file() and not (out.is_dir() and _empty(out)):
-        raise OutputError(f"{out} has other content", "choose another place with -o")
     folder = RunFolder(out, identity(job))
     folder.check(resume, force)
     return folder
-
-
-def _empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
 
 
 def _record(

@@ -20,12 +20,12 @@ from pydantic import BaseModel, Field
 from mambactl import console
 from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.provenance import lineage
-from mambactl.checkpoint.run_folder import RunFolder, side_file
+from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.data.answers import Answer, Group, write_answers
 from mambactl.data.conversations import Conversation
 from mambactl.decode.prompts import encode_all
 from mambactl.errors import OutputError, UsageError
-from mambactl.files import LEDGER, LINEAGE, RUN_FILE, explained
+from mambactl.files import LINEAGE, explained, replacing
 from mambactl.foreign import fitted, json_object
 from mambactl.generation import decoding
 from mambactl.generation.question_set import QuestionSet, Task, as_prompt
@@ -36,8 +36,6 @@ STAGE = "generate"
 STATUS_SECONDS = 0.5
 # answers worth a word about a batch size of 1
 FEW = 16
-# names in the working folder
-TAKEN = (LEDGER, "metrics.png", RUN_FILE)
 _FREE = "free some disk space, then use --resume"
 _AGAIN = "start again with --force"
 
@@ -53,16 +51,19 @@ def run(
     """Answer every prompt of `dataset` into the file `out`; see GenerateConfig for the options."""
     if out is None:
         raise UsageError(f"{STAGE} --dataset needs a place for its result", "give -o FILE.jsonl")
-    _require_free_path(config, out, force)
+    _require_name(config, out)
     questions = QuestionSet.of(config, source)
     folder = RunFolder(out, questions.identity)
+    folder.side = (LINEAGE,)
     folder.check(resume, force)
     with folder.open(resume, force):
         written = _Written(folder)
         with written.file:
             _decode(questions, written)
             with explained(folder.path, _FREE):
-                metrics = _publish(questions, written, folder, out)
+                metrics = _write_result(questions, written, folder)
+                folder.finish()
+        folder.publish()
     console.log(f"wrote {out}: {_summary(metrics)}")
     return StageResult(str(out), metrics)
 
@@ -204,13 +205,11 @@ def _answer(
     ], totals
 
 
-def _publish(
-    questions: QuestionSet, written: _Written, folder: RunFolder, out: Path
-) -> dict[str, Any]:
-    """Write the file and what it was made from, and let both appear; returns the counts."""
+def _write_result(questions: QuestionSet, written: _Written, folder: RunFolder) -> dict[str, Any]:
+    """Write the file and what it was made from; returns the counts."""
     config, counts = questions.config, Counter()
     groups = _chosen(written.groups(questions.conversations), questions, counts)
-    with folder.staged.open("w", encoding="utf-8", newline="\n") as file:
+    with folder.result.open("w", encoding="utf-8", newline="\n") as file:
         rows = write_answers(file, groups, config.format, questions.generator)
         file.flush()
         os.fsync(file.fileno())
@@ -226,11 +225,8 @@ def _publish(
         parent = reader.lineage
         record = lineage(STAGE, parent, reader.path, None, options, config.seed, metrics)
     record["questions"] = questions.identity
-    beside = side_file(out, LINEAGE)
-    partial = folder.path / LINEAGE
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    partial.replace(beside)
-    folder.publish()
+    with replacing(folder.path / LINEAGE) as new:
+        new.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return metrics
 
 
@@ -303,14 +299,10 @@ class _Meter:
         self.bar.advance(answers, f"{self.tokens:,} tokens, {rate:.1f} tokens/s")
 
 
-def _require_free_path(config: GenerateConfig, out: Path, force: bool) -> None:
-    """Refuse a place that is taken, and a name that no reader of the format would take."""
+def _require_name(config: GenerateConfig, out: Path) -> None:
+    """Refuse a name that no reader of the format would take."""
     suffix = ROW_SUFFIXES[config.format]
     if not out.name.endswith(suffix):
         raise UsageError(f"{out} does not end in {suffix}, as {config.format} does", "see -o")
-    if out.name in TAKEN:
-        raise UsageError(f"a run keeps its own {out.name}", "give another name with -o")
     if out.is_dir():
         raise OutputError(f"{out} is a folder", "give the name of a file with -o")
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists already", "add --force to replace it, or another -o")

@@ -169,6 +169,8 @@ class StageConfig(CommandConfig):
     written: ClassVar[frozenset[str]] = frozenset(
         {"report", "needle_plot", "output_path", "use_cache"}
     )
+    # fields that name what is read: it may not lie in what the stage replaces
+    inputs: ClassVar[frozenset[str]] = files | {"teacher", "teacher_cache", "mixers_from", "draft"}
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
 

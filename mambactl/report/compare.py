@@ -2,6 +2,7 @@
 
 import gc
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import CheckError, OutputError, UsageError
 from mambactl.evaluation.probes import EvalConfig
 from mambactl.figures import new_figure
-from mambactl.files import RESULTS, explained, partial_of
+from mambactl.files import RESULTS, explained
 from mambactl.options import BenchConfig
 from mambactl.report.collect import collect, kept_beside
 from mambactl.report.page import write_report
@@ -152,9 +153,7 @@ def _require_writable(report: Path) -> None:
         raise OutputError(f"{report} is a folder", "give --report a file, page.html say")
     with explained(report, "free some space", "give --report a place that can be written"):
         report.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_of(report)
-        partial.touch()
-        partial.unlink()
+        tempfile.TemporaryFile(dir=report.parent).close()
 
 
 def _require_different(sources: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Measurements kept beside the checkpoint they are about, with how they were made."""
 
+import errno
 import hashlib
 import json
 import re
@@ -52,6 +53,8 @@ def save_results(
         return None
     path = folder / file_name(stage, name)
     try:
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "its folder is a symbolic link")
         folder.mkdir(exist_ok=True)
         write_results(path, stage, source, config, metrics)
         if config.on_card:

@@ -11,11 +11,12 @@ import torch
 
 from mambactl import console
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.load import adapt, open_checkpoint
+from mambactl.checkpoint.load import adapt, load_lineage, open_checkpoint
+from mambactl.checkpoint.ownership import require_apart
 from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.run_folder import OtherFolder, RunFolder
-from mambactl.checkpoint.save import refuse_existing, save_model
+from mambactl.checkpoint.save import write_model
 from mambactl.data.mixture import names, shares
 from mambactl.errors import ResourceError, UsageError
 from mambactl.files import canonical, replacing
@@ -33,10 +34,17 @@ def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> Run
         raise UsageError(f"{job.stage} needs a place for its result", "give -o OUT")
     if not is_main():
         return OtherFolder(Path(out), {})
-    refuse_existing(Path(out), force)
+    require_apart(Path(out), _teacher_of_lineage(job))
     folder = RunFolder(Path(out), identity(job))
     folder.check(resume, force)
     return folder
+
+
+def _teacher_of_lineage(job: Job) -> list[tuple[str, str]]:
+    """The teacher that the run takes where no other is given; options name theirs."""
+    origin = load_lineage(job.source) or {}
+    found = origin.get("teacher") or origin.get("source")
+    return [("the teacher", found)] if isinstance(found, str) and not job.config.teacher else []
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -86,7 +94,8 @@ def save_result(
         # trainers write special tokens and switches into the configuration of the model
         model.config = adapt(reader).config
         model.config.dtype = stored
-        save_model(model.to(stored), folder.staged, reader.files, record, force=True)
+        write_model(model.to(stored), folder.result, folder.single, reader.files, record)
+    folder.finish()
     folder.publish()
 
 

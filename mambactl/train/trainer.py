@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -87,7 +88,8 @@ def reporting(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
     """
     asked = config.log_to if isinstance(config, TrackedConfig) else []
     if asked:
-        folder.logs.mkdir(parents=True, exist_ok=True)
+        with console.failure_warned(folder.logs):
+            folder.logs.mkdir(parents=True, exist_ok=True)
         for name, variable in FOLDERS.items():
             if name in asked:
                 os.environ.setdefault(variable, str(folder.logs.absolute()))
@@ -115,7 +117,8 @@ def follow(
             _tolerate(callback, folder)
     with StopRequest() as stop, console.progress(name, trainer.args.max_steps) as bar:
         trainer.add_callback(_Watch(name, folder, stop, bar, trainer, evaluation))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with suppress(_AllStepsTaken):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.deliver()
     lines = from_main(folder.read_log() if is_main() else None)
     lines = [line for line in lines if "loss" in line]
@@ -153,6 +156,10 @@ def _tolerate(tracker: TrainerCallback, folder: RunFolder) -> None:
             setattr(tracker, name, tolerant(getattr(tracker, name)))
 
 
+class _AllStepsTaken(Exception):
+    """What is resumed has been trained to its end: transformers would take another step."""
+
+
 class _Watch(TrainerCallback):
     """Progress, metrics.jsonl, held-out text and the answer to a stop request."""
 
@@ -172,6 +179,8 @@ class _Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.bar.advance(state.global_step)
+        if state.global_step >= state.max_steps:
+            raise _AllStepsTaken
         if state.global_step == 0 and self.evaluation is not None:
             self.folder.log({"phase": self.name, "step": 0, "tokens": 0} | self._measure())
 

@@ -42,11 +42,12 @@ def test_digest_tells_checkpoints_apart(make_hybrid, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.st", "a"])
 def test_digest_sees_weights(make_hybrid, name: str, tmp_path: Path) -> None:
     model = make_hybrid(["mamba2", "attention"])
-    one = save_model(model, tmp_path / name, {}, None)
+    record = chain(tmp_path)[0]
+    one = save_model(model, tmp_path / name, {}, record)
     before = header_digest(one)
     with torch.no_grad():
         model.model.layers[0].mamba.out_proj.weight[0, 0] += 1
-    assert header_digest(save_model(model, tmp_path / name, {}, None, force=True)) != before
+    assert header_digest(save_model(model, tmp_path / name, {}, record, force=True)) != before
 
 
 def test_digest_of_a_large_file_reads_little_of_it_from_end_to_end(tmp_path: Path) -> None:

@@ -63,7 +63,6 @@ def test_a_result_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
 
 def test_force_discards_what_lies_there(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "one.st", IDENTITY)
-    folder.path.touch()
     with folder.open(False, True):
         folder.save_state({"step": 1})
     with folder.open(False, True):
@@ -123,7 +122,7 @@ from pathlib import Path
 from mambactl.errors import ResourceError
 from mambactl.checkpoint.run_folder import RunFolder
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-folder = RunFolder(Path(sys.argv[1]), {})
+folder = RunFolder(Path(sys.argv[1]), {"stage": "sft"})
 try:
     with folder.open(False, False):
         folder.save_state({"step": 1})

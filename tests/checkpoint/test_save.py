@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mambactl.checkpoint import save
+from mambactl.checkpoint import container
 from mambactl.checkpoint.load import load_lineage, load_model, open_checkpoint
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.checkpoint.save import CheckpointWriter, save_model
@@ -168,7 +168,7 @@ def test_what_was_finished_while_another_waited_is_kept(
 ) -> None:
     """The second writer opens OUT.partial just before the first one renames it."""
     path = tmp_path / out
-    first = CheckpointWriter(path, {}, {}, None)
+    first = CheckpointWriter(path, {}, {}, LINEAGE)
     first.__enter__()
     first.plan(ONE)
     first.write("w", WEIGHT)
@@ -195,7 +195,7 @@ def test_what_was_finished_while_another_waited_is_kept(
 
 @pytest.mark.parametrize("out", ["folder", "one.st"])
 def test_a_training_run_at_work_is_not_discarded(out: str, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / out, {})
+    run = RunFolder(tmp_path / out, {"stage": "distill"})
     with run.open(False, False):
         run.save_state({"step": 3})
         with (
@@ -243,8 +243,8 @@ def test_kill_leaves_no_output_and_blocks_no_later_run(out: str, tmp_path: Path)
 
 
 def test_too_small_disk_is_noticed_before_writing(monkeypatch, tmp_path: Path) -> None:
-    usage = save.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(save.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    usage = container.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(container.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with (
         pytest.raises(ResourceError, match="60.0 MiB, 0.0 MiB are free"),
         CheckpointWriter(tmp_path / "m", {}, {}, None) as writer,

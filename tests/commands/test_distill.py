@@ -14,10 +14,10 @@ import torch
 
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer, open_checkpoint
 from mambactl.checkpoint.run_folder import RunFolder, differences
-from mambactl.commands import distill, dpo, sft
+from mambactl.commands import convert, distill, dpo, sft
 from mambactl.commands.distill import plan, run
 from mambactl.errors import ModelError, OutputError, UsageError
-from mambactl.options import DistillConfig, DpoConfig, SftConfig
+from mambactl.options import ConvertConfig, DistillConfig, DpoConfig, SftConfig
 from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
 from mambactl.train.phases import phase_steps
@@ -65,6 +65,16 @@ def test_both_phases_improve_and_are_recorded(student, data, tmp_path, name):
     assert [link["stage"] for link in lineage["ancestors"]] == ["convert"]
     assert load_model(str(out)).config.mixers == ["mamba2", "attention"] * 2
     assert load_tokenizer(str(out)).chat_template == load_tokenizer(student).chat_template
+
+
+def test_settings_that_transformers_would_not_save_are_kept(data, tiny_llama_dir, tmp_path):
+    given = shutil.copytree(tiny_llama_dir, tmp_path / "given")
+    text = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9}'
+    (given / "generation_config.json").write_text(text)
+    convert.run(ConvertConfig(), str(given), tmp_path / "student")
+    run(cpu(data, max_steps=2), str(tmp_path / "student"), tmp_path / "out")
+    for out in ("student", "out"):
+        assert (tmp_path / out / "generation_config.json").read_text() == text
 
 
 def test_the_result_has_the_sources_type(student, data, tmp_path, make_hybrid, tiny_llama_dir):

@@ -208,7 +208,7 @@ def test_an_unfinished_run_is_never_taken_or_lost_silently(tmp_path):
     with pytest.raises(OutputError, match="holds an unfinished run"):
         folder.check(False, False)
     folder.check(True, False)
-    other = RunFolder(tmp_path / "out", {"config": {**folder.identity["config"], "lr": 1.0}})
+    other = RunFolder(tmp_path / "out", {"config": {**folder.mark["config"], "lr": 1.0}})
     with pytest.raises(OutputError, match=r"config\.lr 0\.0003 -> 1\.0"):
         other.check(True, False)
     other.check(False, True)
@@ -217,10 +217,11 @@ def test_an_unfinished_run_is_never_taken_or_lost_silently(tmp_path):
 def test_publishing_replaces_in_one_rename(tmp_path):
     folder, _ = _folder(tmp_path)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "mambactl.json").write_text('{"stage": "sft"}')
     with folder.open(False, True):
         folder.log({"step": 1})
-        folder.staged.mkdir()
+        folder.result.mkdir()
+        folder.finish()
         folder.publish()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
