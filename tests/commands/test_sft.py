@@ -195,7 +195,7 @@ def test_what_is_beside_a_result_ends_no_training(student, data, tmp_path, monke
         on_log = fail
 
     monkeypatch.setattr("mambactl.train.publish.draw", fail)
-    monkeypatch.setattr("mambactl.checkpoint.save.model_card", fail)
+    monkeypatch.setattr("mambactl.checkpoint.container.model_card", fail)
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
     monkeypatch.setattr("mambactl.commands.sft.require_trackers", lambda config: None)
     out = tmp_path / "out$x^{$"
