@@ -11,10 +11,11 @@ from hostile.mutations import VALUES, damage_bytes, damage_entry, damage_json
 from hostile.runner import CommandLine
 from hostile.starting_points import MODELS
 from hostile.templates import TEMPLATES, TOUCH
+
 from mambactl.errors import ExitCode
 
 CPU = ("--device", "cpu")
-TRAIN = (*CPU, "--max-steps", "1", "--batch-size", "2", "--max-length", "32", "--warmup", "0")
+TRAIN = (*CPU, "--max-steps", "1", "--batch-size", "2", "--max-length", "64", "--warmup", "0")
 CODE = f"import os\nos.system({TOUCH!r})\n"
 # command lines by name, with how often each is drawn; MODEL stands for the checkpoint
 COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -26,7 +27,7 @@ COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "answers": (
         5,
         ("generate", "MODEL", "--dataset", "../inputs/data/text.jsonl", "--max-samples", "2",
-         "--max-new-tokens", "4", "-o", "out.jsonl", *CPU),
+         "--max-new-tokens", "4", "--keep-unfinished", "-o", "out.jsonl", *CPU),
     ),
     "eval": (9, ("eval", "MODEL", "--data", "../inputs/data/held-out.jsonl", "--max-length", "32",
                  *CPU)),
@@ -40,7 +41,13 @@ COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
 }  # fmt: skip
 # what has a lineage, and what commands need for the others
 STUDENTS = ("single file", "ours", "windows", "two mixers")
-TEACHER = {"eval": ("--teacher", "llama"), "dpo": ("--reference", "self")}
+TEACHER = {"eval": ("--teacher", "MODEL"), "dpo": ("--reference", "self")}
+# without attention there is nothing to convert, without a lineage nothing to distil
+INSTEAD = {
+    "distill": ({"llama", "sharded", "pickled", "gguf", "state-spaces"}, "convert"),
+    "convert": ({"state-spaces", "two mixers"}, "generate"),
+    "convert to a file": ({"state-spaces", "two mixers"}, "eval"),
+}
 # where results about a checkpoint are kept
 RESULTS = ("model/results", "model/README.md", "model.st.results", "model.gguf.results")
 
@@ -60,13 +67,19 @@ def make_case(draw: Random, inputs: Path, work: Path) -> tuple[CommandLine, str]
     what = change.make(model, draw)
     if change.codes and not command.startswith("inspect"):
         codes = change.codes
-    if command == "distill" and kind not in STUDENTS:
-        command = "convert"
-    words = tuple(model.name if word == "MODEL" else word for word in COMMANDS[command][1])
-    if kind not in STUDENTS:
-        words += TEACHER.get(command, ())
+    words = words_of(kind, command)
     line = CommandLine(words, writes=("out", *RESULTS), codes=codes)
     return line, f"{kind}: {what}"
+
+
+def words_of(kind: str, command: str) -> tuple[str, ...]:
+    """The words of a command, or of another one where it can do nothing with this kind of model."""
+    while command in INSTEAD and kind in INSTEAD[command][0]:
+        command = INSTEAD[command][1]
+    words = COMMANDS[command][1]
+    if kind not in STUDENTS:
+        words += TEACHER.get(command, ())
+    return tuple(MODELS[kind] if word == "MODEL" else word for word in words)
 
 
 class Change:
@@ -234,15 +247,15 @@ def _code(model: Path, draw: Random) -> str:
     for name in ("tokenization_evil.py", "__init__.py", "setup.py", "custom_generate/generate.py"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(CODE)
-    names = draw.choice((["config.json"], ["tokenizer_config.json"],
-                         ["config.json", "tokenizer_config.json", "generation_config.json"]))  # fmt: skip
+    both = ["config.json", "tokenizer_config.json"]
+    names = draw.choice((both[:1], both[1:], [*both, "generation_config.json"]))
     classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer")
     model_type = draw.choice(("evil", None))
     for name in names:
         if not (model / name).exists():
             continue
         config = json.loads((model / name).read_text())
-        config["auto_map"] = {each: "evil.Evil" for each in classes}
+        config["auto_map"] = dict.fromkeys(classes, "evil.Evil")
         if "tokenizer" in name:
             config["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
             config["tokenizer_class"] = "EvilTokenizer"

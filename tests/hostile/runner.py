@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hostile.warm import MAIN, Ended, Request
+
 from mambactl.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
@@ -68,14 +69,14 @@ Listing = dict[bytes, tuple[int, int, int]]
 class Sandbox:
     """A folder in which commands run: `work` is emptied between them, the rest must not change."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, libraries: bool = True):
         self.root = root
         self.work = root / "work"
         self.inputs = root / "inputs"
         self._streams = root / "streams"
         for folder in (self.inputs, self._streams, *(root / name for name in ("home", "tmp"))):
             folder.mkdir(parents=True)
-        self._server = _start_server(root)
+        self._server = _start_server(root, libraries)
 
     def close(self) -> None:
         """End the process that commands are forked from."""
@@ -120,7 +121,7 @@ class Sandbox:
         return dict(_listed(os.fsencode(self.root), os.fsencode(self._streams)))
 
 
-def _start_server(root: Path) -> subprocess.Popen[str]:
+def _start_server(root: Path, libraries: bool) -> subprocess.Popen[str]:
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     own = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -140,7 +141,7 @@ def _start_server(root: Path) -> subprocess.Popen[str]:
     names = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
     kept = {name: os.environ[name] for name in names if name in os.environ}
     server = subprocess.Popen(
-        [sys.executable, "-m", "hostile.warm"],
+        [sys.executable, "-m", "hostile.warm", *(["libraries"] if libraries else [])],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept | own, cwd=root,
     )  # fmt: skip
     if server.stdout.readline() != "ready\n":

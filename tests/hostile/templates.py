@@ -2,12 +2,13 @@
 
 # in the sandbox, seen from the folder where commands run
 TOUCH = "touch ../code-ran"
+LOOP, END = "{{% for a in {} %}}", "{% endfor %}"
 CLASSES = "''.__class__.__mro__[1].__subclasses__()"
 
 TEMPLATES = {
     "a long loop": "{% for i in range(1000000000) %}x{% endfor %}",
-    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "loops over text": "{% for a in 'x' * 99999 %}{% for b in 'x' * 99999 %}{% endfor %}{% endfor %}",
+    "nested loops": f"{LOOP.format('range(99999)')}{LOOP.format('range(99999)')}{END}{END}",
+    "loops over text": f"""{LOOP.format("'x' * 99999")}{LOOP.format("'x' * 99999")}{END}{END}""",
     "much text": "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
     "a long product": "{{ 'a' * 10000000000 }}",
     "a long list": "{{ ([0] * 10000000000)|length }}",
@@ -17,13 +18,15 @@ TEMPLATES = {
     "a justified text": "{{ 'a'.ljust(10000000000) }}",
     "a large power": "{{ 9 ** 9 ** 9 }}",
     "doubling": (
-        "{% set n = namespace(t='x') %}{% for i in range(40) %}{% set n.t = n.t + n.t %}{% endfor %}"
-        "{{ n.t }}"
+        "{% set n = namespace(t='x') %}{% for i in range(40) %}{% set n.t = n.t + n.t %}"
+        "{% endfor %}{{ n.t }}"
     ),
     "replacing": "{{ ('x' * 100000).replace('x', 'y' * 100000) }}",
     "endless macros": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "doubling macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}x{% endmacro %}"
-    "{{ m(40) }}",
+    "doubling macros": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}x{% endmacro %}"
+        "{{ m(40) }}"
+    ),
     "classes": "{{ " + CLASSES + " }}",
     "the shell by cycler": "{{ cycler.__init__.__globals__.os.system('" + TOUCH + "') }}",
     "the shell by lipsum": "{{ lipsum.__globals__['os'].popen('" + TOUCH + "').read() }}",

@@ -5,6 +5,7 @@ stdin, answers lines of JSON on stdout. No thread may run here: a fork has only 
 """
 
 import atexit
+import gc
 import json
 import os
 import resource
@@ -77,13 +78,17 @@ def import_everything() -> None:
             import_module(module.name)
     for name in LATE:
         import_module(name)
+    # a collection in a fork would copy every page that it marks
+    gc.collect()
+    gc.freeze()
 
 
-def serve() -> None:
-    """Answer requests until stdin ends."""
+def serve(libraries: bool) -> None:
+    """Answer requests until stdin ends, with or without libraries that are imported before."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import_everything()
+    if libraries:
+        import_everything()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = Request(**json.loads(line))
@@ -174,4 +179,4 @@ def _become(request: Request, size: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    serve()
+    serve("libraries" in sys.argv)
