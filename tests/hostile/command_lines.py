@@ -93,7 +93,8 @@ def make_case(draw: Random, inputs: Path, work: Path) -> tuple[CommandLine, str]
     words, stdin = ODDITIES[name](draw)
     named = [word for flag, word in zip(words, words[1:], strict=False) if flag == "-o"]
     new = [os.path.normpath(word) for word in named if _is_new(word, work)]
-    return CommandLine(words, stdin, (*PLACES, *new), fits=False), name
+    partial = [os.path.normpath(word) + ".partial" for word in named if word]
+    return CommandLine(words, stdin, (*PLACES, *new, *partial), fits=False), name
 
 
 def _is_new(word: str, work: Path) -> bool:

@@ -108,7 +108,10 @@ def _json(path: Path, draw: Random) -> str:
 
 def _row(path: Path, draw: Random, count: int = 1) -> str:
     """Values of some rows of a file of rows."""
-    rows = path.read_text("utf-8").splitlines()
+    try:
+        rows = path.read_text("utf-8").splitlines()
+    except ValueError:
+        return _bytes(path, draw)
     number = draw.randrange(len(rows))
     what = ""
     for index in range(number, min(len(rows), number + count)):

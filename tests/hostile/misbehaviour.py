@@ -94,6 +94,13 @@ def burns() -> None:
         pass
 
 
+def dawdles() -> None:
+    """Do a little from time to time."""
+    while True:
+        sum(range(1_000_000))
+        time.sleep(0.2)
+
+
 def waits() -> None:
     """Wait for ever."""
     time.sleep(1000)

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 CPU_SECONDS = 20
 # a machine that does other work as well takes longer
-WALL_SECONDS = 60
+WALL_SECONDS = 180
+# a process that could run gets some time in these
+IDLE_SECONDS = 15
 MEMORY = 2 * GIB
 # more than `MEMORY`: what takes too much shall be seen to do so, without harm to the machine
 ADDRESS_SPACE = 3 * GIB
@@ -103,7 +105,7 @@ class Sandbox:
         size = sum(length for _, length, _ in before.values())
         request = Request(
             list(command.words), str(self.work), (str(stdin), str(out), str(err)),
-            CPU_SECONDS, WALL_SECONDS, ADDRESS_SPACE + size, entry,
+            CPU_SECONDS, WALL_SECONDS, IDLE_SECONDS, ADDRESS_SPACE + size, entry,
         )  # fmt: skip
         self._server.stdin.write(json.dumps(asdict(request)) + "\n")
         self._server.stdin.flush()
@@ -187,8 +189,10 @@ def faults(command: CommandLine, outcome: Outcome, sandbox: Path) -> list[str]:
 def _ending(command: CommandLine, outcome: Outcome) -> Iterator[str]:
     ended = outcome.ended
     right = command.codes or CODES
-    if ended.timed_out:
+    if ended.late:
         yield f"no end after {WALL_SECONDS} s"
+    elif ended.idle:
+        yield "waits for ever"
     elif ended.signal == signal.SIGXCPU or ended.cpu_seconds >= CPU_SECONDS:
         yield f"{CPU_SECONDS} s of CPU time"
     elif ended.signal:
@@ -205,7 +209,7 @@ def _output(command: CommandLine, outcome: Outcome) -> Iterator[str]:
     for name, text in (("stdout", outcome.out), ("stderr", outcome.err)):
         if control := CONTROL.search(text):
             yield f"the control character {control[0]!r} on {name}"
-    if outcome.ended.signal or outcome.ended.timed_out:
+    if outcome.ended.signal:
         return
     if outcome.ended.code == ExitCode.DONE:
         if command.words[0] not in TEXT and outcome.out.count("\n") > 1:

@@ -48,6 +48,8 @@ class Request:
     streams: tuple[str, str, str]
     cpu_seconds: int
     wall_seconds: float
+    # after which a command that does nothing is taken to wait for ever
+    idle_seconds: float
     address_space: int
     # where the command line starts: `module:function`
     entry: str = MAIN
@@ -59,7 +61,9 @@ class Ended:
 
     code: int
     signal: int
-    timed_out: bool
+    # why it was ended from outside: it took too long, or did nothing for too long
+    late: bool
+    idle: bool
     cpu_seconds: float
     wall_seconds: float
     # bytes of memory at most, over those of this process
@@ -104,7 +108,7 @@ def answer(request: Request) -> Ended:
     child = os.fork()
     if child == 0:
         _become(request, size)
-    timed_out = not _ends(child, request.wall_seconds)
+    late, idle = _wait(child, request)
     # its own children are in its group
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
@@ -112,7 +116,8 @@ def answer(request: Request) -> Ended:
     return Ended(
         code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1,
         signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
-        timed_out=timed_out,
+        late=late,
+        idle=idle,
         cpu_seconds=used.ru_utime + used.ru_stime,
         wall_seconds=time.monotonic() - start,
         peak=max(0, (used.ru_maxrss << 10) - resident),
@@ -130,14 +135,37 @@ def _memory() -> tuple[int, int]:
     return pages[0] * resource.getpagesize(), pages[1] * resource.getpagesize()
 
 
-def _ends(child: int, seconds: float) -> bool:
+def _wait(child: int, request: Request) -> tuple[bool, bool]:
+    """Wait until a command ends; whether it is late instead, and whether it is idle."""
     descriptor = os.pidfd_open(child)
+    start = worked = time.monotonic()
+    before = 0
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
+        while not poll.poll(min(request.idle_seconds, 2) * 500):
+            now = time.monotonic()
+            if (ticks := _ticks(child)) != before:
+                before, worked = ticks, now
+            if now - start > request.wall_seconds:
+                return True, False
+            if now - worked > request.idle_seconds:
+                return False, True
     finally:
         os.close(descriptor)
+    return False, False
+
+
+def _ticks(group: int) -> int:
+    """Ticks of CPU time that the processes of a group took."""
+    total = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # behind the name, which may hold anything: state, parent, group, ...
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                total += int(fields[11]) + int(fields[12])
+    return total
 
 
 def _become(request: Request, size: int) -> NoReturn:
