@@ -10,13 +10,12 @@ from random import Random
 from hostile.mutations import VALUES, damage_bytes, damage_entry, damage_json
 from hostile.runner import CommandLine
 from hostile.starting_points import MODELS
-from hostile.templates import TEMPLATES, TOUCH
+from hostile.templates import CODE, TEMPLATES, TOUCH
 
 from mambactl.errors import ExitCode
 
 CPU = ("--device", "cpu")
 TRAIN = (*CPU, "--max-steps", "1", "--batch-size", "2", "--max-length", "64", "--warmup", "0")
-CODE = f"import os\nos.system({TOUCH!r})\n"
 # command lines by name, with how often each is drawn; MODEL stands for the checkpoint
 COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "inspect": (22, ("inspect", "MODEL")),

@@ -45,6 +45,8 @@ ON_BENCH = (("table", "FILE"), ("report", "FILE", "-o", "out.html"),
 ON_RECIPES = (("recipe", "show", "FILE"), ("recipe", "run", "FILE", "--dry-run", "-o", "out"),
               ("recipe", "run", "FILE", "--dry-run"), ("convert", "llama", "--recipe", "FILE",
                "--dry-run", "-o", "out"))  # fmt: skip
+# sections are processes of their own
+RUN = (("recipe", "run", "FILE", "-o", "out", "--to", "convert"),)
 ON_TASKS = (
     ("eval", "model", "--tasks", "own_task", "--task-dir", "tasks", "--limit", "2", *CPU),
     ("eval", "model", "--tasks", "tasks/choices.jsonl", "--limit", "2", *CPU),
@@ -228,7 +230,7 @@ KINDS = (
     Kind(8, "kept.st.metrics.jsonl", ROWS, ON_RESULTS),
     Kind(12, "bench.json", (_json, _json, _bytes, _entry), ON_BENCH),
     Kind(12, "recipe.yaml", (_yaml, _yaml, _bytes, _entry), ON_RECIPES),
-    Kind(12, "recipe.yaml", (partial(_text_of, RECIPES),), ON_RECIPES),
+    Kind(12, "recipe.yaml", (partial(_text_of, RECIPES),), (*ON_RECIPES, *RUN)),
     Kind(6, "tasks/own_task.yaml", (_yaml, _bytes, _entry), ON_TASKS),
     Kind(6, "tasks/choices.jsonl", ROWS, ON_TASKS),
     Kind(10, "tasks/own_task.yaml", (partial(_text_of, TASKS),), ON_TASKS),

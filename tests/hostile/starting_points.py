@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 from hostile.runner import CommandLine, Sandbox
+from hostile.templates import CODE
 
 FIXTURES = Path(__file__).parents[1] / "compatibility" / "fixtures"
 # options of rows that a cache and its readers share
@@ -28,6 +29,8 @@ EXPECTED = json.loads((FIXTURES / "expected.json").read_text("utf-8"))
 RESUMED = {
     name: (*run["command"], "-o", name, "--resume") for name, run in EXPECTED["runs"].items()
 }
+# modules in the current folder that must not run
+MODULES = ("yaml.py", "json.py", "torch.py", "sitecustomize.py", "usercustomize.py")
 DATA = ("text.jsonl", "held-out.jsonl", "chats.jsonl", "pairs.jsonl")
 
 
@@ -148,6 +151,8 @@ def make_records(folder: Path, work: Path) -> None:
     for name in ("text", "chats", "pairs"):
         _as_parquet(folder / f"{name}.jsonl")
     _write_tasks(folder / "tasks", TASK)
+    for name in MODULES:
+        (folder / name).write_text(CODE)
     (folder / "recipe.yaml").write_text(RECIPE)
 
 
@@ -189,8 +194,7 @@ def _write_tasks(folder: Path, task: str) -> None:
     write_rows(folder / "choices.jsonl", (question(draw) for _ in range(6)))
     (folder / "own_task.yaml").write_text(task)
     # what hostile task files name
-    code = "import os\nos.system('touch ../code-ran')\ndef run(*_, **__): return 'x'\n"
-    (folder / "evil.py").write_text(code)
+    (folder / "evil.py").write_text(f"{CODE}def run(*_, **__): return 'x'\n")
     (folder / "evil.yaml").write_text("doc_to_text: !function evil.run\n")
 
 

@@ -2,6 +2,8 @@
 
 # in the sandbox, seen from the folder where commands run
 TOUCH = "touch ../code-ran"
+# a module that runs it
+CODE = f"import os\nos.system({TOUCH!r})\n"
 LOOP, END = "{{% for a in {} %}}", "{% endfor %}"
 CLASSES = "''.__class__.__mro__[1].__subclasses__()"
 
