@@ -92,6 +92,7 @@ def make_case(draw: Random, inputs: Path, work: Path) -> tuple[CommandLine, str]
     name = draw.choice(list(ODDITIES))
     words, stdin = ODDITIES[name](draw)
     named = [word for flag, word in zip(words, words[1:], strict=False) if flag == "-o"]
+    named += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
     new = [os.path.normpath(word) for word in named if _is_new(word, work)]
     partial = [os.path.normpath(word) + ".partial" for word in named if word]
     return CommandLine(words, stdin, (*PLACES, *new, *partial), fits=False), name

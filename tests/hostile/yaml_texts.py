@@ -86,6 +86,8 @@ TASKS = ODD | {
     "a folder with a script as data": TASK.replace("dataset_path: json", "dataset_path: tasks"),
     "a device as data": TASK.replace("tasks/choices.jsonl", "/dev/zero"),
     "an address as data": TASK.replace("tasks/choices.jsonl", "http://127.0.0.1:9/x.jsonl"),
+    "a script as metric": TASK.replace("metric: acc", "metric: tasks/evil.py"),
+    "a folder as metric": TASK.replace("metric: acc", "metric: tasks"),
     "an unknown metric": TASK.replace("acc", "nonsense"),
     "an unknown output": TASK.replace("multiple_choice", "nonsense"),
     "no data": "task: own_task\n",
