@@ -27,6 +27,8 @@ MEMORY = 2 * GIB
 ADDRESS_SPACE = 3 * GIB
 # of output that is looked at
 SHOWN = 1 << 20
+# in the sandbox: what the library of data sets keeps of files that it read
+CACHES = ("home/hub/datasets",)
 # in the sandbox: what code of an input would write
 SENTINEL = "code-ran"
 CODES = {code for code in ExitCode if code not in (ExitCode.BUG, 130, 143)}
@@ -76,7 +78,8 @@ class Sandbox:
         self.work = root / "work"
         self.inputs = root / "inputs"
         self._streams = root / "streams"
-        for folder in (self.inputs, self._streams, *(root / name for name in ("home", "tmp"))):
+        self._kept = (self._streams, root / "home", root / "tmp")
+        for folder in (self.inputs, *self._kept, root / "home" / "hub"):
             folder.mkdir(parents=True)
         self._server = _start_server(root, libraries)
 
@@ -87,12 +90,12 @@ class Sandbox:
         self._server.stdout.close()
 
     def empty(self) -> None:
-        """Remove what the last command worked on."""
-        for folder, folders, _ in os.walk(self.work):
-            for name in folders:
-                if not os.path.islink(path := os.path.join(folder, name)):
-                    os.chmod(path, 0o700)
-        shutil.rmtree(self.work, ignore_errors=True)
+        """Remove what the last command worked on, and what it left elsewhere."""
+        for path in {*self.root.iterdir()} - {self.inputs, *self._kept}:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         self.work.mkdir()
 
     def run(self, command: CommandLine, entry: str = MAIN) -> Outcome:
@@ -177,7 +180,8 @@ def faults(command: CommandLine, outcome: Outcome, sandbox: Path) -> list[str]:
     found = [*_ending(command, outcome), *_output(command, outcome)]
     if ended.peak > MEMORY + outcome.size:
         found.append(f"{ended.peak / GIB:.1f} GiB of memory")
-    allowed = tuple(f"{sandbox}/work/{beginning}" for beginning in command.writes)
+    places = (*CACHES, *(f"work/{beginning}" for beginning in command.writes))
+    allowed = tuple(f"{sandbox}/{place}" for place in places)
     for path in outcome.changed:
         if path == f"{sandbox}/{SENTINEL}":
             found.append("code of an input ran")
