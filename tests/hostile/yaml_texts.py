@@ -71,7 +71,12 @@ doc_to_target: "{{gold}}"
 doc_to_choice: "{{choices}}"
 metric_list: [{metric: acc}]
 """
-TASKS = ODD | {
+# others name no task: the list of all tasks of the harness is read then, for 10 s
+ODD_TASKS = (
+    "nothing", "aliases that grow", "an anchor inside of itself", "a tag that runs",
+    "a tag that runs inside", "deep lists", "5,000 digits", "NUL",
+)  # fmt: skip
+TASKS = {name: ODD[name] for name in ODD_TASKS} | {
     "a function as text": TASK + "doc_to_text: !function evil.run\n",
     "a function as process": TASK + "process_docs: !function evil.run\n",
     "a function as metric": TASK + "metric_list: [{metric: !function evil.run}]\n",
