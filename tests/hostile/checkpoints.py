@@ -115,10 +115,10 @@ CHANGES = (
     Change(12, weights.damaged_header, _has_tensors),
     Change(8, weights.wrong_tensor, _has_tensors),
     Change(
-        7, weights.not_finite, _has_tensors,
+        7, weights.not_finite,
         codes=frozenset({ExitCode.MODEL, ExitCode.CHECK}),
     ),
-    Change(8, side.hostile_template, _has_side_files, CHATS),
+    Change(8, side.hostile_template, commands=CHATS),
     Change(5, weights.running_pickle, _folder),
     Change(5, side.own_code, _folder),
     Change(8, side.misleading_lineage, _has_lineage, FOLLOWS_A_TEACHER),

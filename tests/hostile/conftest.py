@@ -22,7 +22,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" not in metafunc.fixturenames:
         return
     module = metafunc.module
-    whole = "hostile" in metafunc.config.option.markexpr
+    asked = metafunc.config.option.markexpr
+    whole = "hostile" in asked and "not hostile" not in asked
     marks = [pytest.mark.hostile] if whole else []
     numbers = range(module.COUNT if whole else module.SAMPLE)
     metafunc.parametrize("number", [pytest.param(number, marks=marks) for number in numbers])

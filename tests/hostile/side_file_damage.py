@@ -10,6 +10,8 @@ from hostile.mutations import VALUES, damage_json
 from hostile.templates import CODE, TEMPLATES
 from hostile.weight_damage import write_running_pickle
 
+# what the maker of the GGUF writes into it
+GGUF_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
 # what a lineage may name as a model
 TARGETS = (
     "/etc/passwd", "/dev/zero", "/dev/stdin", "../..", "", ".", "model", "pickled", "a\0b",
@@ -31,6 +33,8 @@ def damaged_json(model: Path, draw: Random) -> str:
 
 def hostile_template(model: Path, draw: Random) -> str:
     """A chat template that loops, grows or breaks out."""
+    if model.suffix == ".gguf":
+        return _template_of_gguf(model, draw)
     name = draw.choice(list(TEMPLATES))
     if draw.random() < 0.3 and model.is_dir():
         (model / "chat_template.jinja").unlink(missing_ok=True)
@@ -39,6 +43,18 @@ def hostile_template(model: Path, draw: Random) -> str:
         write_side_file(model, "tokenizer_config.json", text)
     else:
         write_side_file(model, "chat_template.jinja", TEMPLATES[name])
+    return f"a chat template of {name}"
+
+
+def _template_of_gguf(model: Path, draw: Random) -> str:
+    """One of the same length, after which nothing in the file moves."""
+    old = GGUF_TEMPLATE.encode()
+    fitting = [name for name, text in TEMPLATES.items() if len(text.encode()) <= len(old)]
+    name = draw.choice(fitting)
+    content = model.read_bytes()
+    if content.count(old) != 1:
+        raise ValueError(f"{model} has another chat template")
+    model.write_bytes(content.replace(old, TEMPLATES[name].encode().ljust(len(old))))
     return f"a chat template of {name}"
 
 

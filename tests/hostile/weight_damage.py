@@ -62,17 +62,46 @@ def wrong_tensor(model: Path, draw: Random) -> str:
 
 def not_finite(model: Path, draw: Random) -> str:
     """NaN or infinity in a tensor of fp32."""
-    path = draw.choice(files(model, *SAFETENSORS))
+    path = draw.choice(files(model, *SAFETENSORS, ".bin", ".gguf"))
+    value = draw.choice((float("nan"), float("inf"), float("-inf")))
+    if path.suffix == ".bin":
+        name, count = _in_pickle(path, value, draw)
+    elif path.suffix == ".gguf":
+        name, count = _in_gguf(path, value, draw)
+    else:
+        name, count = _in_safetensors(path, value, draw)
+    return f"{path.name}: {name} has {value} {count} times"
+
+
+def _in_safetensors(path: Path, value: float, draw: Random) -> tuple[str, int]:
     header, data = read_header(path)
     tensors = {key: row for key, row in json.loads(header).items() if key != METADATA}
     name = draw.choice([key for key, row in tensors.items() if row["dtype"] == "F32"])
     start, end = tensors[name]["data_offsets"]
-    value = draw.choice((float("nan"), float("inf"), float("-inf")))
     at = start + 4 * draw.randrange((end - start) // 4)
     count = draw.choice((1, (end - at) // 4))
     content = data[:at] + struct.pack("<f", value) * count + data[at + 4 * count :]
     write_header(path, header, content)
-    return f"{path.name}: {name} has {value} {count} times"
+    return name, count
+
+
+def _in_pickle(path: Path, value: float, draw: Random) -> tuple[str, int]:
+    import torch
+
+    weights = torch.load(path, weights_only=True)
+    name = draw.choice(sorted(weights))
+    weights[name].view(-1)[draw.randrange(weights[name].numel())] = value
+    torch.save(weights, path)
+    return name, 1
+
+
+def _in_gguf(path: Path, value: float, draw: Random) -> tuple[str, int]:
+    """A number of the second half, which holds fp32 alone, at multiples of 32 bytes."""
+    content = bytearray(path.read_bytes())
+    at = 4 * draw.randrange(len(content) // 8, len(content) // 4)
+    content[at : at + 4] = struct.pack("<f", value)
+    path.write_bytes(content)
+    return f"byte {at}", 1
 
 
 class _Shell:
