@@ -36,7 +36,6 @@ CODES = {code for code in ExitCode if code not in (ExitCode.BUG, 130, 143)}
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # commands whose result is text of several lines, and not a path
 TEXT = {"generate", "inspect", "doctor", "table", "recipe", "spec-decode"}
-PROGRESS = re.compile(r"(?m)^(?:error: |hint: )")
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,9 @@ def _ending(command: CommandLine, outcome: Outcome) -> Iterator[str]:
 def _output(command: CommandLine, outcome: Outcome) -> Iterator[str]:
     if "Traceback (most recent call last)" in outcome.err:
         yield "a traceback"
-    for name, text in (("stdout", outcome.out), ("stderr", outcome.err)):
+    # what a model wrote goes into a pipe as it is
+    own = "" if command.words[0] == "generate" else outcome.out
+    for name, text in (("stdout", own), ("stderr", outcome.err)):
         if control := CONTROL.search(text):
             yield f"the control character {control[0]!r} on {name}"
     if outcome.ended.signal:
