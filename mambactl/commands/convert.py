@@ -110,7 +110,7 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "window": _window(target),
         "rotary": target.rotates,
         "cache": cache_bytes(target, dtype),
-        "documents": count_rows(config.calibrate) if config.calibrate else 0,
+        "documents": _count(config.calibrate),
     }
     if config.by == "head":
         found |= _heads(adapted.config, target)
@@ -122,9 +122,13 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         found["selection"] = {
             "select": config.select,
             "forwards": count_forwards(config, adapted.config, keep),
-            "documents": count_rows(config.select_data or config.calibrate),
+            "documents": _count(config.select_data or config.calibrate),
         }
     return found
+
+
+def _count(data: list[str]) -> int | None:
+    return count_rows(data) if data else 0
 
 
 @dataclass(frozen=True)
