@@ -8,6 +8,7 @@ Layers before a swap are not run again: the walk carries the hidden states that 
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
@@ -64,6 +65,18 @@ class Score:
         return self.kl - other.kl, recall
 
 
+def joined(short: Score, long: Score, share: float) -> Score:
+    """Score on two sets of probes; `share` of the text is that of the first."""
+    counts = len(short.losses), len(long.losses)
+
+    def mean(name: str) -> float:
+        pairs = zip(counts, (getattr(short, name), getattr(long, name)), strict=True)
+        return sum(count * value for count, value in pairs if count) / sum(counts)
+
+    kl = share * short.kl + (1 - share) * long.kl
+    return Score(kl, mean("recall"), mean("recall_loss"), short.losses + long.losses)
+
+
 def headings(scores: Iterable[Score]) -> list[str]:
     """Columns of a table of scores."""
     with_recall = any(score.recall is not None for score in scores)
@@ -116,17 +129,29 @@ class Instruments:
     ):
         self.model = teacher.model
         self.head = teacher.lm_head
-        self.probes = [recall] if isinstance(recall, RecallProbe) else list(recall or ())
+        probes = [recall] if isinstance(recall, RecallProbe) else recall or ()
+        self.probes = dict(enumerate(probes))
         device = teacher.lm_head.weight.device
         # everything that has to go through the layers
         self.rows = [self._read(batch.to(device)) for batch in batches]
-        for index, probe in enumerate(self.probes):
+        for index, probe in self.probes.items():
             parts = (
                 t.to(device).split(batch_size)
                 for t in (probe.input_ids, probe.picked, probe.spoken)
             )
             for ids, picked, spoken in zip(*parts, strict=True):
                 self.rows.append(self._rows(ids, picked | spoken, picked, probe=index))
+
+    def only(self, wanted: Callable[[RecallProbe], bool], text: bool) -> "Instruments":
+        """A part of the probes, with or without the text of its own."""
+        part = copy(self)
+        part.probes = {i: probe for i, probe in self.probes.items() if wanted(probe)}
+        part.rows = [
+            rows
+            for rows in self.rows
+            if (text if rows.probe is None else rows.probe in part.probes)
+        ]
+        return part
 
     @property
     def text_tokens(self) -> int:
@@ -180,7 +205,7 @@ class Instruments:
                 for i, student in enumerate(students):
                     log_q = self.head(student[piece]).float().log_softmax(-1)
                     totals[i] += (p * (log_p - log_q)).sum().double()
-        kl = (totals / self.text_tokens).tolist()
+        kl = (totals / max(1, self.text_tokens)).tolist()
         recalled = [self._recall(states) for states in found.values()]
         return {key: Score(kl[i], *recalled[i]) for i, key in enumerate(found)}
 
@@ -191,7 +216,7 @@ class Instruments:
         if not self.probes:
             return None, None, ()
         found = []
-        for index, probe in enumerate(self.probes):
+        for index, probe in self.probes.items():
             read = [
                 read_answers(each[rows.asked], self.head, rows.targets)
                 for each, rows in zip(states, self.rows, strict=True)

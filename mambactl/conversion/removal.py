@@ -1,8 +1,9 @@
 """Which KV heads are missed when they see a window alone.
 
 Every head is narrowed alone in the teacher, to the window that the student would give it; nothing
-is trained or fitted. Heads that are missed most stay. Then the weakest of them are exchanged with
-the best of the others as long as all that stay together do better.
+is trained or fitted. All are measured on short rows, and on the longest those alone that short rows
+miss. Heads that are missed most stay; then the weakest of them are exchanged with the best of the
+others where all that stay together do better for it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +15,23 @@ from torch import Tensor
 
 from mambactl import console
 from mambactl.conversion.choice import Unit
-from mambactl.conversion.ranking import Criterion, Instruments, Score, score_of, swap_scores
+from mambactl.conversion.ranking import (
+    Criterion,
+    Instruments,
+    Score,
+    joined,
+    score_of,
+    swap_scores,
+)
 from mambactl.evaluation.controls import Narrowed
 from mambactl.models.hybrid import HybridBlock
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.spec import StepContext
 
 # pairs of a weak head inside and a good one outside that are tried
-EXCHANGES = 8
+EXCHANGES = 6
+# rows are long from more than so many times the shortest on
+LONG_ROW = 2
 # of text against answers, where both are shares of what all heads together lose
 TEXT_WEIGHT = 0.5
 
@@ -67,10 +77,7 @@ class Removals:
         with console.progress("select", removal_forwards(len(self.units), keep)) as task:
             whole = self._score(self.units, task)
             nothing = self._score([], task)
-            scores = swap_scores(
-                list(self.instruments.model.layers), self._without, self.units, self.instruments,
-                task, attrgetter("layer"),
-            )  # fmt: skip
+            scores = self._alone(task)
             worth = self._worth(whole, scores)
             ranking = sorted(self.units, key=lambda unit: (-worth[unit], unit))
             cost = partial(self._cost, whole=whole, nothing=nothing)
@@ -79,6 +86,32 @@ class Removals:
             for size in _sizes(keep):
                 front[size] = self._score(ranking[:size], task)
         return Removal(ranking, sorted(kept), scores, dict(sorted(front.items())), exchanged)
+
+    def _alone(self, task: console.Task) -> dict[Unit, Score]:
+        """Score of the teacher with each unit narrowed alone.
+
+        On the longest rows the less missed half counts as not missed.
+        """
+        lengths = [probe.length for probe in self.instruments.probes.values()]
+        limit = LONG_ROW * min(lengths)
+        if max(lengths) <= limit:
+            return self._swapped(self.units, self.instruments, task)
+        short = self.instruments.only(lambda probe: probe.length <= limit, text=True)
+        long = self.instruments.only(lambda probe: probe.length > limit, text=False)
+        blocks = list(self.instruments.model.layers)
+        base, unmissed = score_of(blocks, short), score_of(blocks, long)
+        first = self._swapped(self.units, short, task)
+        worth = self._worth(base, first)
+        best = sorted(self.units, key=lambda unit: -worth[unit])[: -(-len(self.units) // 2)]
+        second = self._swapped(best, long, task)
+        share = short.text_tokens / self.instruments.text_tokens
+        return {u: joined(score, second.get(u, unmissed), share) for u, score in first.items()}
+
+    def _swapped(
+        self, units: Sequence[Unit], instruments: Instruments, task: console.Task
+    ) -> dict[Unit, Score]:
+        blocks = list(instruments.model.layers)
+        return swap_scores(blocks, self._without, units, instruments, task, attrgetter("layer"))
 
     def _narrowed(self, block: HybridBlock, heads: tuple[int, ...]) -> _NarrowedBlock:
         config = self.instruments.model.config
@@ -151,7 +184,9 @@ class Removals:
 
 def removal_forwards(candidates: int, keep: int) -> int:
     """Models that are run: those of single units from their layer on, the others whole."""
-    return candidates + 3 + min(EXCHANGES, keep, candidates - keep) + len(_sizes(keep))
+    alone = candidates + -(-candidates // 2)
+    exchanges = min(EXCHANGES, keep, candidates - keep)
+    return alone + 3 + exchanges + len(_sizes(keep))
 
 
 def _sizes(keep: int) -> list[int]:

@@ -153,7 +153,7 @@ def choose(
         },
     }
     if instruments.probes:
-        metrics["recall_probe"] = ",".join(probe.name for probe in instruments.probes)
+        metrics["recall_probe"] = ",".join(probe.name for probe in instruments.probes.values())
     if config.by == "head":
         heads, found = choose_heads(config, replacement, instruments, keep, unit_bytes)
         return Choice(heads, metrics | found)

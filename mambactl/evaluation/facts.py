@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# tokens of text in a row that count, at most about so many
+TEXT_TOKENS = 256
+
+
 @dataclass(frozen=True)
 class Fact:
     """A sentence, the question about it, and how the answer begins and ends."""
@@ -82,7 +86,8 @@ def fact_probe(
         ids.append([*prompt, *begins, *ends])
         position = torch.arange(length)
         answers.append(position >= length - len(ends))
-        text.append((position >= len(frame.before)) & (position < len(prompt) - len(frame.after)))
+        inside = (position >= len(frame.before)) & (position < len(prompt) - len(frame.after))
+        text.append(inside & (position % max(1, length // TEXT_TOKENS) == 0))
     return RecallProbe(
         f"needle-{length}", torch.tensor(ids), torch.stack(answers), 1, 1, torch.stack(text)
     )

@@ -73,6 +73,11 @@ class RecallProbe:
         return nn.functional.pad(self.answers[:, 1:], (0, 1))
 
     @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.input_ids.shape[1]
+
+    @property
     def spoken(self) -> Tensor:
         """Positions [R, T] whose next token is plain text."""
         if self.text is None:

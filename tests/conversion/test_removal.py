@@ -59,12 +59,12 @@ def test_scores_are_those_of_the_teacher_under_a_window(
     units = HEADS.of(teacher.config)
     assert [unit.name for unit in units] == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
     found = Removals(instruments, units, WINDOW, criterion).run(2)
-    whole = losses(teacher, instruments.probes, {})
+    whole = losses(teacher, instruments.probes.values(), {})
     missed = {}
     for unit, score in found.scores.items():
         lost = {unit.layer: unit.heads}
         assert score.kl == pytest.approx(text_kl(teacher, needle, lost), rel=1e-3)
-        after = losses(teacher, instruments.probes, lost)
+        after = losses(teacher, instruments.probes.values(), lost)
         assert score.losses == pytest.approx(after, rel=1e-4)
         missed[unit] = [score.kl / 2]
         if criterion == "recall":
@@ -76,6 +76,29 @@ def test_scores_are_those_of_the_teacher_under_a_window(
     assert found.front[0].kl > found.front[6].kl == pytest.approx(0, abs=1e-6)
     # the hooks are gone
     assert score_of(list(teacher.model.layers), instruments).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_long_rows_are_read_for_the_heads_that_short_ones_miss(
+    teacher, tiny_tokenizer, random_texts
+) -> None:
+    text = load_rows([str(random_texts)])
+    probes = [fact_probe(tiny_tokenizer, text, length, 1, seed=0) for length in (112, 240)]
+    units, read = HEADS.of(teacher.config), Instruments(teacher, [], probes, 1)
+    found = Removals(read, units, WINDOW, "recall").run(2)
+    whole = losses(teacher, probes, {})
+    measured = 0
+    for unit, score in found.scores.items():
+        after = losses(teacher, probes, {unit.layer: unit.heads})
+        assert score.losses[0] == pytest.approx(after[0], rel=1e-4)
+        if score.losses[1] == pytest.approx(after[1], rel=1e-4):
+            measured += 1
+            texts = [text_kl(teacher, probe, {unit.layer: unit.heads}) for probe in probes]
+            counts = [int(probe.spoken.sum()) for probe in probes]
+            mean = sum(a * b for a, b in zip(texts, counts, strict=True)) / sum(counts)
+            assert score.kl == pytest.approx(mean, rel=1e-3)
+        else:
+            assert score.losses[1] == pytest.approx(whole[1], rel=1e-4)
+    assert measured == 3
 
 
 def test_exchanges_only_help(teacher, instruments, monkeypatch) -> None:
