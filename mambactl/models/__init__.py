@@ -13,6 +13,7 @@ Words that have one meaning in the whole package:
 - step: one round of decoding (draft, verify, accept); in training, one update
 - slot: where a cache or ring keeps the keys, values or projections of one position
 - ring: a buffer whose slots positions share, the newest overwriting the oldest
+- kept head: a KV head that attends to all of the past in a layer whose other heads were replaced
 - state: what a recurrence remembers of all tokens so far
 - record: what a recurrence needs to process one token again, kept for a rollback
 - replay: processing kept tokens again, from a stored state
