@@ -1,1 +1,1 @@
-"""Attention into a recurrent layer: what is replaced, initial values, closed-form fit, replacement."""
+"""Attention into a recurrent layer: what is replaced, initial values, closed-form fit."""

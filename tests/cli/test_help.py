@@ -28,9 +28,9 @@ SAMPLING = (
     "--prompts"
 )
 FLAGS = {
-    "convert": "--ratio --keep-attention --select --select-data --select-tokens --select-recall "
-    "--kv-budget --mixers-from --mixer --window --sinks --rotary --init --calibrate "
-    f"--calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
+    "convert": "--ratio --by --keep-attention --keep-heads --select --select-data --select-tokens "
+    "--select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary --init "
+    f"--calibrate --calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "distill": f"{TRAINING} {MIXED} --compile --nproc --stages --align-steps --align-lr "
     "--stepwise-steps --stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr "
     "--schedule --kl-weight --ce-weight --temperature --divergence --jsd-beta --capture "
@@ -141,7 +141,7 @@ def test_completion_scripts_are_those_that_typer_generates(python, shell) -> Non
 
 @pytest.mark.parametrize(
     ("words", "offered"),
-    [("mambactl sp", "spec-decode"), ("mambactl convert x --ke", "--keep-attention")],
+    [("mambactl sp", "spec-decode"), ("mambactl convert x --keep-a", "--keep-attention")],
 )
 def test_completion_offers(python, words, offered) -> None:
     env = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}

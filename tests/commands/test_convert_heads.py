@@ -50,9 +50,14 @@ def tensors(path: str | Path) -> dict[str, torch.Tensor]:
         return {name: reader.get(name).clone() for name in reader.names()}
 
 
+def packed(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Two documents in every row."""
+    return {"seq_idx": (torch.arange(LENGTH) >= 19).long().expand(len(ids), -1)}
+
+
 @torch.no_grad()
 def logits(path: str | Path, ids: torch.Tensor) -> torch.Tensor:
-    return load_model(str(path), dtype=torch.float64)(ids, use_cache=False).logits
+    return load_model(str(path), dtype=torch.float64)(ids, use_cache=False, **packed(ids)).logits
 
 
 @pytest.mark.parametrize("out", ["t", "t.st"])
@@ -65,7 +70,7 @@ def test_the_student_is_its_control(llama, ids, out, tmp_path) -> None:
     found = logits(tmp_path / out, ids)
     teacher = load_model(llama, dtype=torch.float64)
     with torch.no_grad(), windowed_attention(teacher, WINDOWED, WINDOW, SINKS):
-        wanted = teacher(ids, use_cache=False).logits
+        wanted = teacher(ids, use_cache=False, **packed(ids)).logits
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     assert float((found - logits(llama, ids)).abs().max()) > 0.1
 

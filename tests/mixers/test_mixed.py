@@ -8,15 +8,20 @@ from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from mambactl.data.pack import Batch
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.attention import weights_of
-from mambactl.models.mixers.registry import ATTENTION, MIXERS
+from mambactl.models.mixers.registry import ATTENTION, MIXERS, is_new
 from mambactl.models.mixers.spec import MixerForm
+from mambactl.options import SftConfig
 from mambactl.speed.limits import bytes_per_step
+from mambactl.train.optimization import AlignmentObjective
+from mambactl.train.phases import PhasePlan, shapes_of
 
 MIXED = MIXERS["mamba2_mixed"]
+PARTS = ("attention", "window")
 LENGTH = 40
 TEACHERS = {
     "gqa": {"num_attention_heads": 6, "num_key_value_heads": 3},
@@ -95,6 +100,74 @@ def test_kept_heads_are_the_teachers_and_the_others_see_the_window(teacher, ids)
     torch.testing.assert_close(found[:, :7], wanted[:, :7], rtol=1e-9, atol=1e-9)
     far = (found - wanted)[:, 12:, others].abs().amax((0, 1, 3))
     assert bool((far > 1e-3).all())
+
+
+@pytest.mark.parametrize("rest", [0.0, 1e-4])
+def test_kept_heads_train_as_the_rest_does(rest) -> None:
+    """Both kinds of attention are the teacher's: aligning leaves them alone."""
+    model = shapes_of(tiny_config(["mamba2_mixed", "attention"]))
+    for plan in (
+        PhasePlan("align", "align", 1, (0,), 2e-3, 0.0),
+        PhasePlan("logits", "logits", 1, (0,), 3e-4, rest),
+    ):
+        rates = {name: rate for names, rate in plan.parameters(model) for name in names}
+        wanted = plan.rest_rate or None
+        for part in ("attention", "window"):
+            assert rates.get(f"model.layers.0.mamba.{part}.q_proj.weight") == wanted
+        assert rates["model.layers.0.mamba.in_proj.weight"] == plan.mixer_rate
+        parts = plan.describe(model, 1)["trained" if wanted else "frozen"]
+        assert {"kept heads of mamba mixers", "windows of mamba mixers"} <= {
+            part["part"] for part in parts
+        }
+
+
+def test_adapters_act_in_every_projection(make_hybrid, ids) -> None:
+    pytest.importorskip("peft", reason='pip install "mambactl[lora]"')
+    from mambactl.train.lora import adapted, merged, projections
+
+    model = make_hybrid(["mamba2_mixed"], seed=5)
+    names = {f"model.layers.0.mamba.{part}.{n}_proj" for part in PARTS for n in "qkvo"}
+    assert names | {"model.layers.0.mamba.in_proj"} <= set(projections(model))
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        student = adapted(model, SftConfig(lora=2))
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name and "mamba" in name:
+                parameter.fill_(0.05)
+        changed = student(ids, use_cache=False).logits
+        whole = merged(student)(ids, use_cache=False).logits
+    assert float((changed - before).abs().max()) > 0.1
+    torch.testing.assert_close(whole, changed, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixed_layer_is_aligned_with_the_attention_it_replaces(make_hybrid, ids) -> None:
+    teacher = make_hybrid(["attention"] * 3, seed=1).requires_grad_(False)
+    student = student_of(teacher, 5, sinks=2)
+    objective = AlignmentObjective(student, teacher)
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    batch = Batch(ids, None, torch.arange(LENGTH).expand_as(ids), everything, everything)
+    mixers = [p for n, p in student.named_parameters() if is_new(n)]
+    optimizer, losses = torch.optim.SGD(mixers, lr=0.05), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        losses.append(float(objective.backward(batch, objective.count(batch))))
+        optimizer.step()
+    assert 0 < losses[-1] < losses[0]
+
+
+@torch.no_grad()
+def test_rotary_states_of_replaced_heads_decode_as_they_read(make_hybrid, ids) -> None:
+    base = make_hybrid(["attention"] * 2, seed=4)
+    form = MixerForm("calibrated", 5, 1, rotary=True, kept=(1,))
+    config = base.config.with_layers({0: (MIXED, MIXED.from_attention(base.config, form, 0))})
+    assert config.rotates and config.layer(0).settings.mamba2.rotary
+    torch.manual_seed(0)
+    model = HybridForCausalLM(config).eval()
+    cache, pieces = HybridCache(model.config, 2), []
+    for piece in ids.split([9, 1, 1, 20, 9], 1):
+        pieces.append(model(piece, past_key_values=cache).logits)
+    wanted = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(pieces, 1), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_every_part_of_it_learns(make_hybrid, ids) -> None:
