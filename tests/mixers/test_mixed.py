@@ -211,7 +211,8 @@ def test_caches_of_chosen_rows_are_their_own(make_hybrid, ids) -> None:
     ("heads", "sizes", "message"),
     [
         ([], (2, 1), "kept_heads"), ([0, 1], (2, 1), "kept_heads"), ([2], (2, 1), "kept_heads"),
-        ([-1], (2, 1), "kept_heads"), ([0], (4, 2), "4 mamba2 heads beside 1 kept KV heads of 2"),
+        ([-1], (2, 1), "kept_heads"), ("0", (2, 1), "kept_heads"), ([[0]], (2, 1), "kept_heads"),
+        ([0], (4, 2), "4 mamba2 heads beside 1 kept KV heads of 2"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_the_model(heads, sizes, message) -> None:

@@ -52,6 +52,8 @@ class KeptHeads:
     heads: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.heads, list | tuple) or {type(h) for h in self.heads} - {int}:
+            raise ValueError(f"kept_heads {self.heads!r}: a list of KV heads")
         # JSON has lists only
         object.__setattr__(self, "heads", tuple(self.heads))
 
