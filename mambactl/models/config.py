@@ -89,7 +89,7 @@ class HybridConfig(LlamaConfig):
         heads, shared = self.num_attention_heads, self.num_key_value_heads
         if heads % shared:
             raise ValueError(f"{heads} attention heads are no multiple of {shared} key-value heads")
-        if self.attention_layers and self.head_dim % 2:
+        if self.sees_all and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown")

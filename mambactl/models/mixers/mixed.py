@@ -49,12 +49,12 @@ from mambactl.models.packed import Rotations
 class KeptHeads:
     """KV heads of a layer that keep full attention, in ascending order."""
 
-    heads: tuple[int, ...]
+    # of numbers, a tuple in the end: JSON has lists only
+    heads: tuple | list
 
     def __post_init__(self) -> None:
-        if not isinstance(self.heads, list | tuple) or {type(h) for h in self.heads} - {int}:
+        if {type(head) for head in self.heads} - {int}:
             raise ValueError(f"kept_heads {self.heads!r}: a list of KV heads")
-        # JSON has lists only
         object.__setattr__(self, "heads", tuple(self.heads))
 
 
