@@ -23,7 +23,7 @@ class _Parent(_Record):
 
 
 class _Selection(_Record):
-    ranking: list[int] | None = None
+    ranking: list[int | str] | None = None
 
 
 class _Metrics(_Record):
