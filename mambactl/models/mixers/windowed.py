@@ -36,11 +36,14 @@ from mambactl.models.mixers.spec import (
 )
 from mambactl.models.packed import (
     PassContext,
+    Projection,
     RecurrentState,
     Residual,
     Rotations,
     Segment,
     StateSize,
+    stack,
+    sum_of_biases,
 )
 
 RECURRENCE = Mamba2Spec()
@@ -106,10 +109,16 @@ class Mamba2WindowMixer(Mamba2Mixer):
 
 @dataclass(frozen=True)
 class PackedWindowed:
-    """A Mamba-2 recurrence and the attention beside it, in a decode pass."""
+    """A Mamba-2 recurrence and the attention beside it, in a decode pass.
 
+    Rows of `inner` are the recurrence's, then queries, keys and values; `bias` is that of both
+    output projections.
+    """
+
+    inner: Projection
     recurrence: PackedMamba2
     window: PackedAttention
+    bias: Tensor | None
 
     @property
     def attention(self) -> PackedAttention:
@@ -118,8 +127,8 @@ class PackedWindowed:
 
     @property
     def activations(self) -> int:
-        """Columns of the widest buffer that a row needs."""
-        return max(self.recurrence.activations, self.window.activations)
+        """Columns of the widest buffer that a row needs: both parts lie in it at once."""
+        return self.recurrence.activations + self.window.activations
 
     @property
     def stores_every_step(self) -> bool:
@@ -148,11 +157,18 @@ class PackedWindowed:
         gain: Tensor,
     ) -> None:
         """Add the outputs of both parts, which read the same stream, to it."""
-        mixed = self.recurrence.mix(context, state, s, segment)
-        heads = s.inner[: segment.rows * self.window.activations].view(segment.rows, -1)
-        self.window.attend(context, state.window, s, segment, heads)
-        self.window.add(context, s, heads, gain)
-        self.recurrence.add(context, s, mixed, gain)
+        rows, inner = segment.rows, self.recurrence.activations
+        z, mixed = (flat[: rows * inner].view(rows, -1) for flat in (s.wide, s.mixed))
+        beside = self.window.arguments(
+            context,
+            state.window,
+            *(flat[rows * inner :][: rows * self.window.activations] for flat in (s.wide, s.mixed)),
+        )
+        self.recurrence.mix(context, state, s, segment, z, mixed, self.inner, (beside,))
+        context.ops.add_residual(
+            mixed, self.recurrence.out.weight, self.bias, s.hidden, gain, s.scaled, s.squares,
+            beside=(beside.out, self.window.out.weight),
+        )  # fmt: skip
 
 
 class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
@@ -249,7 +265,14 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
     ) -> PackedWindowed:
         """Weights of both parts for the decode kernels."""
         span = settings.mamba2_window
+        near = mixer.window
+        # first: what else stacks a part of this then finds it stacked, and copies nothing
+        inner = stack([mixer.in_proj, near.q_proj, near.k_proj, near.v_proj])
+        recurrence = RECURRENCE.pack(mixer, config, settings.mamba2, rotations)
+        window = pack_attention(near, config, span.window, span.sinks)
         return PackedWindowed(
-            RECURRENCE.pack(mixer, config, settings.mamba2, rotations),
-            pack_attention(mixer.window, config, span.window, span.sinks),
+            inner=inner,
+            recurrence=recurrence,
+            window=window,
+            bias=sum_of_biases(recurrence.out, window.out),
         )
