@@ -75,9 +75,9 @@ class DecodeOps(Protocol):
 
     def add_residual(
         self, x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor,
-        scaled: Tensor, squares: Tensor, beside: tuple[Tensor, Tensor] | None = None,
+        scaled: Tensor, squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:  # fmt: skip
-        """Add an output projection, or the sum of two, to the residual stream."""
+        """Add an output projection, or the sum of up to three, to the residual stream."""
 
     def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor) -> None:
         """Compute the first half of an MLP."""

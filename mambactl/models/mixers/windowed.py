@@ -167,7 +167,7 @@ class PackedWindowed:
         self.recurrence.mix(context, state, s, segment, z, mixed, self.inner, (beside,))
         context.ops.add_residual(
             mixed, self.recurrence.out.weight, self.bias, s.hidden, gain, s.scaled, s.squares,
-            beside=(beside.out, self.window.out.weight),
+            beside=((beside.out, self.window.out.weight),),
         )  # fmt: skip
 
 

@@ -133,12 +133,11 @@ def project_qkv(
 
 def add_residual(
     x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
-    squares: Tensor, beside: tuple[Tensor, Tensor] | None = None,
+    squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:  # fmt: skip
-    """stream += x W^T + bias for x [M, K]; `beside` (x, w) is a second product in the sum."""
+    """stream += x W^T + bias for x [M, K]; `beside` holds (x, w) of more products in the sum."""
     y = wide(x) @ wide(w).T
-    if beside is not None:
-        other, weight = beside
+    for other, weight in beside:
         y = y + wide(other) @ wide(weight).T
     y = y if bias is None else y + wide(bias)
     put_stream(hidden + y.to(hidden.dtype), gain, hidden, scaled, squares)

@@ -187,17 +187,19 @@ def _project_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _residual_kernel(
-    x, w, other, other_w, bias, hidden, gain, scaled, squares, M, N,
-    K: tl.constexpr, OTHER_K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+    x, w, x1, w1, x2, w2, bias, hidden, gain, scaled, squares, M, N,
+    K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
     col_ok = cols < N
     weight = tl.load(gain + cols, mask=col_ok, other=0.0).to(tl.float32)
     first = first_tile(w, cols, col_ok, K, BN, DEPTH, SLICES, PDL)
-    if OTHER_K > 0:
-        second = first_tile(other_w, cols, col_ok, OTHER_K, BN, DEPTH, SLICES, False)
+    if K1 > 0:
+        first1 = first_tile(w1, cols, col_ok, K1, BN, DEPTH, SLICES, False)
+    if K2 > 0:
+        first2 = first_tile(w2, cols, col_ok, K2, BN, DEPTH, SLICES, False)
     if PDL:
         gdc_wait()
     ok = (rows < M)[:, None] & col_ok[None, :]
@@ -208,10 +210,10 @@ def _residual_kernel(
         x, K, x, 0, 0.0, w, first, bias, rows, M, cols, col_ok,
         K, 0, BIAS, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
-    if OTHER_K > 0:
-        y += product(
-            other, OTHER_K, other_w, second, rows, M, cols, col_ok, OTHER_K, BM, BN, DEPTH, SLICES
-        )
+    if K1 > 0:
+        y += product(x1, K1, w1, first1, rows, M, cols, col_ok, K1, BM, BN, DEPTH, SLICES)
+    if K2 > 0:
+        y += product(x2, K2, w2, first2, rows, M, cols, col_ok, K2, BM, BN, DEPTH, SLICES)
     # rounded where a separate layer would round
     stream = rounded(before + rounded(y, kind).to(tl.float32), kind)
     wide = tl.where(ok, stream.to(tl.float32), 0.0)
@@ -376,14 +378,16 @@ def project_qkv(
 
 def add_residual(
     x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
-    squares: Tensor, beside: tuple[Tensor, Tensor] | None = None, *, tiles: Tiles, pdl: bool,
+    squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (), *, tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.linear.add_residual`; a piece of `squares` for each program."""
     (M, K), N = x.shape, w.shape[0]
+    absent = 2 - len(beside)
+    depths = [other.shape[1] for other, _ in beside] + [0] * absent
+    operands = [tensor for pair in (*beside, *[(x, w)] * absent) for tensor in pair]
     _residual_kernel[(triton.cdiv(N, tiles.columns),)](
-        x, w, *(beside or (x, w)), w if bias is None else bias, hidden, gain, scaled, squares, M, N,
-        K=K, OTHER_K=beside[0].shape[1] if beside else 0, BIAS=bias is not None,
-        **_sizes(tiles, pdl),
+        x, w, *operands, w if bias is None else bias, hidden, gain, scaled, squares, M, N,
+        K=K, K1=depths[0], K2=depths[1], BIAS=bias is not None, **_sizes(tiles, pdl),
     )  # fmt: skip
 
 

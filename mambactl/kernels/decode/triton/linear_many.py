@@ -280,13 +280,13 @@ def _put_heads(
 
 def add_residual(
     x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
-    squares: Tensor, beside: tuple[Tensor, Tensor] | None = None, *, pdl: bool,
+    squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (), *, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.linear.add_residual`."""
     M, N = hidden.shape
     y = torch.mm(x, w.T)  # [M, N]
-    if beside is not None:
-        y = torch.addmm(y, beside[0], beside[1].T)
+    for other, weight in beside:
+        y = torch.addmm(y, other, weight.T)
     _stream_kernel[(M,)](
         y, y if bias is None else bias, hidden, gain, scaled, squares, squares.stride(0), N,
         BIAS=bias is not None, BLOCK=min(4096, triton.next_power_of_2(N)),

@@ -108,7 +108,7 @@ class TritonOps:
         self._product("project_qkv", rows, scaled, *args, **keywords)
 
     def add_residual(self, x: Tensor, *args: Any, **keywords: Any) -> None:
-        """Output projection into the stream, or the sum of two."""
+        """Output projection into the stream, or the sum of up to three."""
         self._product("add_residual", len(x), x, *args, **keywords)
 
     def swiglu(self, scaled: Tensor, *args: Any) -> None:
