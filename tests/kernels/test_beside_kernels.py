@@ -109,20 +109,22 @@ def test_project(device, M, kind, P, bias, shapes) -> None:
 @pytest.mark.parametrize(
     ("M", "kind"), [(1, BF16), (2, FP32), (5, BF16), (16, FP32), (32, BF16), (33, FP32)]
 )
-def test_add_residual_of_two_products(device, M, kind) -> None:
+def test_add_residual_of_several_products(device, M, kind) -> None:
     ops, N = TritonOps(), 136
     g = generator(M, 7)
     stream = draw_stream(g, M, N, kind, device)
-    (w, bias), (other_w, _) = (weights(g, N, K, kind, device) for K in (72, 40))
-    x, other = (torch.randn(M, K, generator=g).to(device, kind) for K in (72, 40))
+    depths = (72, 40, 24)[: 2 + M % 2]
+    (w, bias), *others = (weights(g, N, K, kind, device) for K in depths)
+    x, *xs = (torch.randn(M, K, generator=g).to(device, kind) for K in depths)
+    beside = [(other, weight) for other, (weight, _) in zip(xs, others, strict=True)]
     done = []
     for each in (ops, REFERENCE):
         hidden, scaled = stream.hidden.clone(), torch.full_like(stream.hidden, float("nan"))
         squares = poisoned(device, stream.squares.dtype, M, each.square_pieces(M, N))
-        each.add_residual(x, w, bias, hidden, stream.gain, scaled, squares, beside=(other, other_w))
+        each.add_residual(x, w, bias, hidden, stream.gain, scaled, squares, beside=beside)
         done.append([hidden, scaled, squares.sum(1)])
     all_close(*done, kind)
-    exact = x.double() @ w.double().T + other.double() @ other_w.double().T + bias.double()
+    exact = bias.double() + sum(a.double() @ b.double().T for a, b in ((x, w), *beside))
     close(done[0][0], stream.hidden.double() + exact, kind)
 
 
