@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mambactl import console
 from mambactl.checkpoint.load import empty_model, load_model, load_tokenizer
+from mambactl.conversion.choice import UNITS, Unit
 from mambactl.conversion.fit import Streams
 from mambactl.conversion.ranking import (
     Instruments,
@@ -27,7 +28,7 @@ from mambactl.conversion.ranking import (
     score_of,
     swap_scores,
 )
-from mambactl.conversion.replace import Replacement, block_of, generator
+from mambactl.conversion.replace import Replacement, block_of, generator, new_block
 from mambactl.data.format import encode_rows
 from mambactl.data.pack import Batch, Row, collate, pack
 from mambactl.data.sources import load_rows
@@ -60,9 +61,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers that stay attention, and what the lineage keeps about why."""
+    """What stays attention, and what the lineage keeps about why."""
 
-    kept: list[int]
+    kept: list[Unit]
     metrics: dict[str, Any]
 
 
@@ -145,7 +146,8 @@ def choose(
         kept, found = _by_addition(config, replacement, instruments, layers, keep, bytes_per_layer)
     else:
         kept, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
-    return Choice(kept, metrics | found)
+    units = UNITS[config.by].of(replacement.base)
+    return Choice([unit for unit in units if unit.layer in kept], metrics | found)
 
 
 def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instruments:
@@ -281,8 +283,7 @@ def _sibling(
 ) -> HybridBlock:
     """A block with the mixer of `state` that shares everything else with `block`."""
     weight = block.input_layernorm.weight
-    with torch.device("meta"):
-        other = HybridBlock(replacement.everywhere, block.index).eval().requires_grad_(False)
+    other = new_block(replacement.block_config(block.index), block.index)
     for name, module in block.named_children():
         if name != block.mixer_name:
             setattr(other, name, module)

@@ -57,8 +57,8 @@ class WindowedSettings:
 class WindowAttention(AttentionMixer):
     """Attention with sinks whose cache is a ring."""
 
-    def __init__(self, config: LlamaConfig, settings: WindowSettings):
-        super().__init__(config)
+    def __init__(self, config: LlamaConfig, settings: WindowSettings, kv_heads: int | None = None):
+        super().__init__(config, kv_heads)
         self.span = span_of(config, settings)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
@@ -95,13 +95,20 @@ class WindowAttention(AttentionMixer):
 class Mamba2WindowMixer(Mamba2Mixer):
     """A Mamba-2 mixer plus `window`, attention to what is near."""
 
-    def __init__(self, config: LlamaConfig, settings: WindowedSettings):
+    def __init__(
+        self, config: LlamaConfig, settings: WindowedSettings, kv_heads: int | None = None
+    ):
         super().__init__(config, settings.mamba2)
-        self.window = WindowAttention(config, settings.mamba2_window)
+        self.window = WindowAttention(config, settings.mamba2_window, kv_heads)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
         return super().forward(hidden, context, cache) + self.window(hidden, context, cache)
+
+
+def keys_in(span: WindowSettings, context: int) -> int:
+    """Tokens behind which a query of the window sees keys, of `context` before it."""
+    return min(context, span.window - 1 + span.sinks)
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,7 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
     sections = {"mamba2": Mamba2Settings, "mamba2_window": WindowSettings}
     inherited = {"window": "windows of mamba mixers"}
     branches = {"recurrent": "out_proj", "window": "window"}
+    with_kept_heads = "mamba2_mixed"
     can_rotate = True
     rescales_heads = True
 
@@ -235,10 +243,10 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
         """Numbers in the keys and values of one token."""
         return 2 * config.num_key_value_heads * config.head_dim
 
-    def keys_read(self, config: LlamaConfig, settings: WindowedSettings, context: int) -> int:
-        """Tokens whose keys a step behind `context` tokens reads."""
-        span = settings.mamba2_window
-        return min(context, span.window - 1 + span.sinks)
+    def kv_read(self, config: LlamaConfig, settings: WindowedSettings, context: int) -> int:
+        """Numbers of keys and values that a step behind `context` tokens reads."""
+        seen = keys_in(settings.mamba2_window, context)
+        return seen * self.kv_elements(config, settings)
 
     def pack(
         self,
