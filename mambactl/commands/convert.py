@@ -116,7 +116,9 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         found["selection"] = {
             "select": config.select,
             "forwards": count_forwards(config, adapted.config, keep),
-            "documents": count_rows(config.select_data or config.calibrate),
+            "documents": count_rows(data)
+            if (data := config.select_data or config.calibrate)
+            else 0,
         }
     return found
 
@@ -250,7 +252,8 @@ def _check(config: ConvertConfig) -> None:
         if getattr(config, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} leaves nothing to select", "drop it, or --select")
-    if not (config.select_data or config.calibrate):
+    # heads are ranked on generated rows around a text of the package
+    if config.by == "layer" and not (config.select_data or config.calibrate):
         raise UsageError(
             f"--select {config.select} measures on text and has none",
             "give --select-data DATA" + ("" if config.mixers_from else " or --calibrate DATA"),
