@@ -112,13 +112,12 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
     if config.select != "uniform":
         keep = len(work.by_rule())
         # only how many is known before the measurement
-        found |= {"layers": None, "replaced": len(found["replaced"]), "kept": keep}
+        found |= {name: None for name in ("layers", "kept_heads") if name in found}
+        found |= {"replaced": len(found["replaced"]), "kept": keep}
         found["selection"] = {
             "select": config.select,
             "forwards": count_forwards(config, adapted.config, keep),
-            "documents": count_rows(data)
-            if (data := config.select_data or config.calibrate)
-            else 0,
+            "documents": count_rows(config.select_data or config.calibrate),
         }
     return found
 

@@ -186,10 +186,10 @@ class Instruments:
 
     def _recall(
         self, states: Sequence[Tensor]
-    ) -> tuple[float, float, tuple[float, ...]] | tuple[()]:
+    ) -> tuple[float | None, float | None, tuple[float, ...]]:
         """Mean recall, mean loss and the loss of every probe."""
         if not self.probes:
-            return ()
+            return None, None, ()
         found = []
         for index, probe in enumerate(self.probes):
             read = [

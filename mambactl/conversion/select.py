@@ -1,9 +1,9 @@
-"""`convert --select kl|recall`: choose what keeps attention by measuring.
+"""`convert --select kl|recall`: choose what keeps attention by measuring; nothing is trained.
 
-KV heads are chosen by what the teacher loses without them (`mambactl.conversion.removal`). Of
-layers, without aligned mixers, each is converted alone inside the source model (fitted in closed form
-where there is calibration text). With `--mixers-from` attention is added back to the model of
-aligned mixers, best layer first. Nothing is trained.
+KV heads are chosen by what the teacher loses without them (`mambactl.conversion.select_heads`). Of
+layers, without aligned mixers each is converted alone inside the source model (fitted in closed
+form where there is calibration text). With `--mixers-from` attention is added back to the model of
+aligned mixers, best layer first.
 """
 
 import hashlib
