@@ -74,12 +74,18 @@ def _as_loud_as_ever() -> None:
     console.set_verbosity(1)
 
 
-def tiny_config(mixers: list[str], **overrides):
-    """A 4-head, 2-KV-head configuration with both Mamba settings filled in."""
+def tiny_config(
+    mixers: list[str], kept_heads: dict[int, tuple[int, ...]] | None = None, **overrides
+):
+    """A 4-head, 2-KV-head configuration with both Mamba settings filled in.
+
+    `kept_heads`: of the layers that keep some, by layer; the first and the last take turns.
+    """
     from mambactl.models.config import HybridConfig
     from mambactl.models.key_ring import WindowSettings
     from mambactl.models.mixers.mamba1 import mamba1_from_attention
     from mambactl.models.mixers.mamba2 import mamba2_from_attention
+    from mambactl.models.mixers.mixed import KeptHeads
     from mambactl.models.mixers.registry import MIXERS
 
     fields = {
@@ -92,9 +98,19 @@ def tiny_config(mixers: list[str], **overrides):
     settings = {k: overrides.pop(k) for k in list(MIXERS)[1:] if k in overrides}
     base = HybridConfig(**{**fields, **overrides})
     settings.setdefault("mamba2", mamba2_from_attention(base, proj_bias=True))
-    if "mamba2_window" in mixers:
+    if {"mamba2_window", "mamba2_mixed"} & set(mixers):
         settings.setdefault("mamba2_window", WindowSettings(window=7, sinks=3))
     settings.setdefault("mamba1", mamba1_from_attention(base, repeat_width=16, proj_bias=False))
+    mixed = [index for index, name in enumerate(mixers) if name == "mamba2_mixed"]
+    if mixed:
+        count, whole = base.num_key_value_heads, settings["mamba2"]
+        kept = kept_heads or {i: ((0,), (count - 1,))[n % 2] for n, i in enumerate(mixed)}
+        sizes, settings["kept_heads"] = [whole] * len(mixers), [None] * len(mixers)
+        for index in mixed:
+            heads = mamba2_from_attention(base, True, kv_heads=count - len(kept[index]))
+            sizes[index] = whole.with_heads_of(heads)
+            settings["kept_heads"][index] = KeptHeads(kept[index])
+        settings["mamba2"] = sizes
     return base.with_mixers(mixers, **settings)
 
 

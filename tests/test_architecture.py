@@ -178,7 +178,7 @@ def test_file_names_are_unique_but_for_twins() -> None:
         assert len(found) == 2 and {path.parts[0] for path in found} == {"kernels"}, (stem, found)
 
 
-MIXER_NAMES = {"attention", "mamba1", "mamba2", "mamba2_window"}
+MIXER_NAMES = {"attention", "mamba1", "mamba2", "mamba2_window", "mamba2_mixed"}
 
 
 def test_only_mixers_know_mixers_apart() -> None:
@@ -264,6 +264,7 @@ ATTENTION = {
     *("models/cache.py", "models/config.py", "models/hybrid.py", "models/key_ring.py"),
     *("models/packed.py", "models/mixers/attention.py", "models/mixers/registry.py"),
     *("models/mixers/spec.py", "models/mixers/windowed.py", "train/optimization.py"),
+    *("models/mixers/mixed.py", "models/mixers/mixed_decode.py"),
     *("checkpoint", "commands", "conversion", "evaluation", "options", "speed/synthetic.py"),
 }
 MEANINGS = {

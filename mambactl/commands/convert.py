@@ -1,11 +1,11 @@
-"""`convert`: attention layers of a checkpoint become Mamba mixers; the rest is copied through.
+"""`convert`: attention of a checkpoint becomes Mamba mixers, by layer or by KV head.
 
-Tensors stream from reader to writer, so memory holds one layer, not the model; only choosing the
-layers by measurement (`--select kl|recall`) loads the model as a whole.
+The rest is copied through. Tensors stream from reader to writer, so memory holds one layer, not the
+model; only choosing by measurement (`--select kl|recall`) loads the model as a whole.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +21,10 @@ from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.reader import Adapted, Reader, in_dtype
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import CheckpointWriter, refuse_existing, stored_dtype
+from mambactl.conversion.aligned import open_aligned
+from mambactl.conversion.choice import UNITS, Unit, Units, kept_by
 from mambactl.conversion.fit import LayerFit, Streams
-from mambactl.conversion.replace import (
-    Replacement,
-    attention_bytes,
-    attention_to_keep,
-    block_of,
-    kept_attention,
-    mixer_spec,
-    open_aligned,
-)
+from mambactl.conversion.replace import Replacement, block_of, mixer_spec
 from mambactl.conversion.select import Choice, Texts, choose, count_forwards, read_texts
 from mambactl.data.pack import Batch
 from mambactl.data.sources import count_rows
@@ -63,7 +57,6 @@ def run(
         choice = work.choose(source, texts)
         if choice is not None:
             target = work.target(choice.kept)
-        replaced = _replaced(adapted.config, target)
         shapes = {
             name: (tuple(tensor.shape), work.dtype(name))
             for name, tensor in empty_model(target).state_dict().items()
@@ -76,7 +69,7 @@ def run(
             with console.progress("convert", target.num_hidden_layers) as task:
                 for name, tensor in work.tensors(target, texts.fit, fits, task):
                     writer.write(name, in_dtype(name, tensor, shapes[name][1]))
-            metrics = _metrics(replaced, target, fits, choice)
+            metrics = _metrics(config, adapted.config, target, fits, choice)
             local = Path(source).expanduser().exists()
             writer.lineage = lineage(
                 "convert",
@@ -88,7 +81,8 @@ def run(
                 metrics,
                 origin.path,
             )
-    _report(metrics, fits)
+    _report(metrics)
+    _report_fits(fits)
     return StageResult(str(out), metrics)
 
 
@@ -113,10 +107,13 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "cache": cache_bytes(target, dtype),
         "documents": count_rows(config.calibrate) if config.calibrate else 0,
     }
+    if config.by == "head":
+        found |= _heads(adapted.config, target)
     if config.select != "uniform":
-        keep = len(target.attention_layers)
+        keep = len(work.by_rule())
         # only how many is known before the measurement
-        found |= {"layers": None, "replaced": len(found["replaced"]), "kept": keep}
+        found |= {name: None for name in ("layers", "kept_heads") if name in found}
+        found |= {"replaced": len(found["replaced"]), "kept": keep}
         found["selection"] = {
             "select": config.select,
             "forwards": count_forwards(config, adapted.config, keep),
@@ -134,32 +131,31 @@ class _Work:
     adapted: Adapted
     replacement: Replacement
 
-    def target(self, kept: list[int]) -> HybridConfig:
+    @property
+    def units(self) -> Units:
+        """What is replaced or stays as one."""
+        return UNITS[self.config.by]
+
+    def target(self, kept: Sequence[Unit]) -> HybridConfig:
         """The configuration with attention in `kept`; raises UsageError or ModelError."""
         if not self.adapted.config.attention_layers:
             raise ModelError(
                 "this model has no attention layer to replace", "give a Llama or a hybrid"
             )
         _check(self.config)
-        return self.replacement.target(kept)
+        return self.replacement.target(kept_by(kept))
 
-    def by_rule(self) -> list[int]:
-        """Layers that stay attention if nothing is measured, and how many if something is."""
-        config, base = self.config, self.adapted.config
-        if config.kv_budget is None or config.keep_attention is not None:
-            return kept_attention(base.num_hidden_layers, config.ratio, config.keep_attention)
-        attention = base.attention_layers
-        keep = attention_to_keep(base, config.ratio, config.kv_budget, self._kv_itemsize)
-        ratio = 1 - keep / max(1, len(attention))
-        return [attention[index] for index in kept_attention(len(attention), ratio)]
+    def by_rule(self) -> list[Unit]:
+        """What stays attention if nothing is measured, and how much if something is."""
+        return self.units.chosen(self.config, self.adapted.config, self._kv_itemsize)
 
     def choose(self, source: str, texts: Texts) -> Choice | None:
-        """The layers that a measurement chooses, or None where the rule decides."""
+        """What a measurement chooses, or None where the rule decides."""
         if self.config.select == "uniform":
             return None
         base = self.adapted.config
-        keep = attention_to_keep(base, self.config.ratio, self.config.kv_budget, self._kv_itemsize)
-        size = attention_bytes(base, self._kv_itemsize)
+        keep = self.units.count(self.config, base, self._kv_itemsize)
+        size = self.units.size(base, self._kv_itemsize)
         return choose(self.config, source, self.replacement, texts, self.layer, keep, size)
 
     @property
@@ -213,7 +209,8 @@ class _Work:
         for index in self.names:
             state = self.layer(index)
             if base.mixers[index] != target.mixers[index]:
-                state = self.replacement.layer(index, state, streams, fits)
+                kept = target.attention_heads[index]
+                state = self.replacement.layer(index, state, streams, fits, kept)
             elif streams is not None and index < last:
                 streams.keep(block_of(base, index, state).float())
             for name, tensor in state.items():
@@ -223,16 +220,20 @@ class _Work:
 
 def _check(config: ConvertConfig) -> None:
     """Raise UsageError for options that contradict each other."""
-    if config.sinks is not None and not config.window:
+    _check_choice(config)
+    if config.sinks is not None and not config.window_size:
         raise UsageError("--sinks belong to a window", "add --window 64")
     spec = mixer_spec(config.mixer)
-    if config.window and spec.with_window is None:
-        raise _not_with(config, "--window", lambda other: other.with_window is not None)
+    # heads that are replaced have a window too
+    windowed = "--by head" if config.by == "head" else "--window"
+    if config.window_size and spec.with_window is None:
+        raise _not_with(config, windowed, lambda other: other.with_window is not None)
     if config.rotary and not spec.can_rotate:
         raise _not_with(config, "--rotary", lambda other: other.can_rotate)
-    if config.window and config.init != "calibrated":
+    if config.window_size and config.init != "calibrated":
         raise UsageError(
-            "--window starts as the attention that it keeps, which --init reference would disturb",
+            f"{windowed} starts as the attention that it keeps, which --init reference would "
+            "disturb",
             "drop one of the two",
         )
     if config.calibrate and config.init != "calibrated":
@@ -246,12 +247,29 @@ def _check(config: ConvertConfig) -> None:
         if config.select_data:
             raise UsageError("--select-data is for --select kl or recall", "add --select kl")
         return
-    if config.keep_attention is not None:
-        raise UsageError("--keep-attention leaves nothing to select", "drop it, or --select")
-    if not (config.select_data or config.calibrate):
+    for name in ("keep_attention", "keep_heads"):
+        if getattr(config, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} leaves nothing to select", "drop it, or --select")
+    # heads are ranked on generated rows around a text of the package
+    if config.by == "layer" and not (config.select_data or config.calibrate):
         raise UsageError(
             f"--select {config.select} measures on text and has none",
             "give --select-data DATA" + ("" if config.mixers_from else " or --calibrate DATA"),
+        )
+
+
+def _check_choice(config: ConvertConfig) -> None:
+    """Raise UsageError for a choice of heads where layers are replaced, or of layers for heads."""
+    if config.keep_heads is not None and config.by != "head":
+        raise UsageError(
+            f"--keep-heads chooses KV heads, and --by {config.by} replaces whole layers",
+            "add --by head, or give --keep-attention",
+        )
+    if config.keep_attention is not None and config.by != "layer":
+        raise UsageError(
+            f"--keep-attention chooses layers, and --by {config.by} replaces KV heads",
+            "give --keep-heads LAYER.HEAD,..., or --by layer",
         )
 
 
@@ -275,11 +293,34 @@ def _replaced(base: HybridConfig, target: HybridConfig) -> list[int]:
     return [index for index, (old, new) in enumerate(pairs) if old != new]
 
 
+def _heads(base: HybridConfig, target: HybridConfig) -> dict[str, Any]:
+    """How many KV heads were replaced, of how many, and which keep attention."""
+    before, after = (
+        [f"{index}.{head}" for index, heads in each.attention_heads.items() for head in heads]
+        for each in (base, target)
+    )
+    every = base.num_hidden_layers * base.num_key_value_heads
+    return {
+        "kv_heads": every,
+        "replaced_heads": len(before) - len(after),
+        "kept_heads": ",".join(after),
+    }
+
+
 def _metrics(
-    replaced: list[int], target: HybridConfig, fits: dict[int, LayerFit], choice: Choice | None
+    config: ConvertConfig,
+    base: HybridConfig,
+    target: HybridConfig,
+    fits: dict[int, LayerFit],
+    choice: Choice | None,
 ) -> dict[str, Any]:
     kept = target.attention_layers
-    metrics: dict[str, Any] = {"replaced_layers": replaced, "attention_layers": kept}
+    metrics: dict[str, Any] = {
+        "replaced_layers": _replaced(base, target),
+        "attention_layers": kept,
+    }
+    if config.by == "head":
+        metrics |= _heads(base, target)
     if window := _window(target):
         metrics["window"] = window
     if target.rotates:
@@ -292,11 +333,20 @@ def _metrics(
     return metrics
 
 
-def _report(metrics: dict[str, Any], fits: dict[int, LayerFit]) -> None:
+def _report(metrics: dict[str, Any]) -> None:
+    if "kept_heads" in metrics:
+        console.log(
+            f"replaced {metrics['replaced_heads']} of {metrics['kv_heads']} KV heads, "
+            f"kept {metrics['kept_heads'] or 'none'}"
+        )
+        return
     console.log(
         f"replaced {len(metrics['replaced_layers'])} attention layers, "
         f"kept {metrics['attention_layers'] or 'none'}"
     )
+
+
+def _report_fits(fits: dict[int, LayerFit]) -> None:
     if not fits:
         return
     rows = [

@@ -32,14 +32,14 @@ STAGE = "eval"
 class Inputs:
     """Everything that is read and checked before a model is loaded.
 
-    `read` is what every probe that is asked for has read, by name. `replaced` are the layers in
-    which only the teacher has attention, where a control asks.
+    `read` is what every probe that is asked for has read, by name. `replaced` are the KV heads
+    by layer whose attention only the teacher has, where a control asks.
     """
 
     checks: list[Check]
     read: dict[str, Any]
     teacher: str | None
-    replaced: list[int]
+    replaced: dict[int, tuple[int, ...]]
 
     def probes(self) -> Iterator[tuple[Probe[Any, Any, Any], Any]]:
         """What is asked for in the order of the measurement, with what it has read."""
@@ -129,7 +129,7 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     asked.teacher = _teacher(config, source, probes)
     for branch in config.ablate:
         require_branch(model_config(source).mixers, branch)
-    replaced = _replaced(source, asked.teacher) if config.control and asked.teacher else []
+    replaced = _replaced(source, asked.teacher) if config.control and asked.teacher else {}
     if config.against:
         hint = "compare students that share a tokenizer"
         trusted = config.trust_remote_code
@@ -175,11 +175,18 @@ def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]
     return teacher
 
 
-def _replaced(source: str, teacher: str) -> list[int]:
-    """Layers that are attention in the teacher alone; raises UsageError if there are none."""
+def _replaced(source: str, teacher: str) -> dict[int, tuple[int, ...]]:
+    """KV heads that attend to all of the past in the teacher alone, by layer.
+
+    Raises UsageError if there are none.
+    """
     ours, theirs = (model_config(spec) for spec in (source, teacher))
-    found = sorted(set(ours.replaced_layers) & set(theirs.attention_layers))
-    if ours.num_hidden_layers != theirs.num_hidden_layers or not found:
+    found = {}
+    if ours.num_hidden_layers == theirs.num_hidden_layers:
+        kept, whole = ours.attention_heads, theirs.attention_heads
+        lost = {i: tuple(h for h in whole[i] if h not in kept[i]) for i in theirs.attention_layers}
+        found = {index: heads for index, heads in lost.items() if heads}
+    if not found:
         raise UsageError(
             f"{source} has no layer in which {teacher} has attention instead",
             "a window is the control of a converted model against the model it was made from",

@@ -103,7 +103,7 @@ def _beyond_window(
         near = spec.beside(mixer, problem.inputs[i], context)
         if near is None:
             return problem
-        heads.append(problem.heads[i] - near)
+        heads.append(spec.recurrent_heads(mixer, problem.heads[i] - near))
         projected = nn.functional.linear(near, *attention.linear("o"))
         targets.append(problem.targets[i] - projected)
     return replace(problem, heads=heads, targets=targets)

@@ -1,15 +1,15 @@
-"""Which layers can do without attention: swap the mixer of one layer at a time and measure.
+"""What can do without attention: change one layer, or some KV heads of it, at a time and measure.
 
-Two uses of one walk. Into a teacher, each layer's Mamba mixer is swapped alone: what costs little
-may go. Into a model of aligned Mamba mixers, the teacher's attention is restored layer by layer,
+Two uses of one walk. Into a teacher, each changed layer is swapped alone: what costs little may go.
+Into a model of aligned Mamba mixers, the teacher's attention is restored layer by layer,
 always where it helps most (greedy addition), which gives a whole front of quality against cache.
 Layers before a swap are not run again: the walk carries the hidden states that enter each layer.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +25,54 @@ Criterion = Literal["kl", "recall"]
 TOP = 8
 # logits of one model that may exist at a time, in elements
 CHUNK_ELEMENTS = 2**24
+# swapped models whose last hidden states are held at a time
+TOGETHER = 32
+
+K = TypeVar("K", bound=Hashable)
+
+
+class AnyBlock(Protocol):
+    """A block of a stack, or what stands for one."""
+
+    def __call__(self, hidden: Tensor, context: StepContext, cache: None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Score:
-    """KL(teacher || swapped) in nats per token of held-out text; recall where it was measured."""
+    """KL(teacher || swapped) in nats per token of held-out text; recall where it was measured.
+
+    Recall and its loss are means over the probes, `losses` those of each.
+    """
 
     kl: float
     recall: float | None = None
     recall_loss: float | None = None
+    losses: tuple[float, ...] = ()
+
+    def values(self) -> dict[str, float]:
+        """What was measured, by name."""
+        named = {"kl": self.kl, "recall": self.recall, "recall_loss": self.recall_loss}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def rounded(self) -> dict[str, float]:
+        """The same for a record."""
+        return {name: round(value, 6) for name, value in self.values().items()}
 
     def gain(self, other: "Score") -> tuple[float, float]:
         """By how much KL and recall loss are lower in `other`."""
         recall = (self.recall_loss or 0.0) - (other.recall_loss or 0.0)
         return self.kl - other.kl, recall
+
+
+def headings(scores: Iterable[Score]) -> list[str]:
+    """Columns of a table of scores."""
+    with_recall = any(score.recall is not None for score in scores)
+    return ["KL", *(["recall", "recall loss"] if with_recall else [])]
+
+
+def cells(score: Score) -> list[str]:
+    """A row of that table."""
+    return [f"{value:.4f}" for value in score.values().values()]
 
 
 @dataclass(frozen=True)
@@ -51,64 +85,77 @@ class Step:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows on their way through the layers; `guide` [n, D] is the teacher's last hidden state.
+    """Rows on their way through the layers.
 
-    `picked` [B, T] marks predictions that count and `targets` [n] what they should be.
+    `picked` [B, T] marks the n predictions that are read. Of those `asked` [n] are answers, which
+    should be `targets`; the others are text, on which the teacher's last states are `guide`.
     """
 
     hidden: Tensor
     context: StepContext
     picked: Tensor
+    asked: Tensor
     targets: Tensor
-    guide: Tensor | None
+    guide: Tensor
+    probe: int | None = None
 
 
 class Instruments:
     """What is measured: KL on held-out text and, if wanted, recall.
 
     `teacher` gives embedding, masks, norm and head, and the states that students are compared
-    with; its blocks may be used in stacks.
+    with; its blocks may be used in stacks. Text in the rows of a probe counts as held-out text.
     """
 
     def __init__(
         self,
         teacher: HybridForCausalLM,
         batches: Sequence[Batch],
-        recall: RecallProbe | None = None,
+        recall: RecallProbe | Sequence[RecallProbe] | None = None,
         batch_size: int = 4,
     ):
         self.model = teacher.model
         self.head = teacher.lm_head
-        self.recall = recall
+        self.probes = [recall] if isinstance(recall, RecallProbe) else list(recall or ())
         device = teacher.lm_head.weight.device
-        self.text = [self._read(batch.to(device)) for batch in batches]
-        self.asked = []
-        if recall is not None:
-            parts = (t.to(device).split(batch_size) for t in (recall.input_ids, recall.picked))
-            self.asked = [self._rows(ids, picked) for ids, picked in zip(*parts, strict=True)]
+        # everything that has to go through the layers
+        self.rows = [self._read(batch.to(device)) for batch in batches]
+        for index, probe in enumerate(self.probes):
+            parts = (
+                t.to(device).split(batch_size)
+                for t in (probe.input_ids, probe.picked, probe.spoken)
+            )
+            for ids, picked, spoken in zip(*parts, strict=True):
+                self.rows.append(self._rows(ids, picked | spoken, picked, probe=index))
 
     @property
-    def rows(self) -> list[_Rows]:
-        """Everything that has to go through the layers."""
-        return [*self.text, *self.asked]
+    def text_tokens(self) -> int:
+        """Tokens that the KL is a mean over."""
+        return sum(len(rows.guide) for rows in self.rows)
 
     def _read(self, batch: Batch) -> _Rows:
         picked = nn.functional.pad(batch.loss_mask[:, 1:], (0, 1))
-        rows = self._rows(batch.input_ids, picked, batch.position_ids, batch.seq_idx)
-        guide = self.finish(rows, _through(self.model.layers, rows.hidden, rows.context))
-        return _Rows(rows.hidden, rows.context, rows.picked, rows.targets, guide)
+        nothing = torch.zeros_like(picked)
+        return self._rows(batch.input_ids, picked, nothing, batch.position_ids, batch.seq_idx)
 
     @torch.no_grad()
     def _rows(
         self,
         ids: Tensor,
         picked: Tensor,
+        answers: Tensor,
         position_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        probe: int | None = None,
     ) -> _Rows:
         hidden = self.model.embed_tokens(ids)
         context = self.model.context(hidden, position_ids, seq_idx=seq_idx)
-        return _Rows(hidden, context, picked, ids.roll(-1, 1)[picked], None)
+        asked, targets = answers[picked], ids.roll(-1, 1)[answers]
+        rows = _Rows(hidden, context, picked, asked, targets, hidden.new_zeros(0), probe)
+        if bool(asked.all()):
+            return rows
+        last = self.finish(rows, _through(self.model.layers, hidden, context))
+        return replace(rows, guide=last[~asked])
 
     @torch.no_grad()
     def finish(self, rows: _Rows, hidden: Tensor) -> Tensor:
@@ -116,7 +163,7 @@ class Instruments:
         return self.model.norm(hidden[rows.picked])
 
     @torch.no_grad()
-    def scores(self, found: Mapping[int, Sequence[Tensor]]) -> dict[int, Score]:
+    def scores(self, found: Mapping[K, Sequence[Tensor]]) -> dict[K, Score]:
         """Read out swapped models by key; each has a tensor of `finish` per entry of `rows`.
 
         All are read together, so that the teacher's logits are made once.
@@ -124,66 +171,81 @@ class Instruments:
         weight = self.head.weight
         totals = torch.zeros(len(found), dtype=torch.float64, device=weight.device)
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for index, rows in enumerate(self.text):
-            for start in range(0, len(rows.targets), size):
+        for index, rows in enumerate(self.rows):
+            students = [states[index][~rows.asked] for states in found.values()]
+            for start in range(0, len(rows.guide), size):
                 piece = slice(start, start + size)
                 log_p = self.head(rows.guide[piece]).float().log_softmax(-1)  # [n, V]
                 p = log_p.exp()
-                for i, states in enumerate(found.values()):
-                    log_q = self.head(states[index][piece]).float().log_softmax(-1)
+                for i, student in enumerate(students):
+                    log_q = self.head(student[piece]).float().log_softmax(-1)
                     totals[i] += (p * (log_p - log_q)).sum().double()
-        tokens = sum(len(rows.targets) for rows in self.text)
-        kl = (totals / tokens).tolist()
-        recalled = [self._recall(states[len(self.text) :]) for states in found.values()]
+        kl = (totals / self.text_tokens).tolist()
+        recalled = [self._recall(states) for states in found.values()]
         return {key: Score(kl[i], *recalled[i]) for i, key in enumerate(found)}
 
-    def _recall(self, states: Sequence[Tensor]) -> tuple[float, ...]:
-        if self.recall is None:
-            return ()
-        read = [
-            read_answers(each, self.head, rows.targets)
-            for each, rows in zip(states, self.asked, strict=True)
-        ]
-        found = summarise_answers(torch.cat(read), self.recall.width)
-        return found["recall"], found["recall_loss"]
+    def _recall(
+        self, states: Sequence[Tensor]
+    ) -> tuple[float | None, float | None, tuple[float, ...]]:
+        """Mean recall, mean loss and the loss of every probe."""
+        if not self.probes:
+            return None, None, ()
+        found = []
+        for index, probe in enumerate(self.probes):
+            read = [
+                read_answers(each[rows.asked], self.head, rows.targets)
+                for each, rows in zip(states, self.rows, strict=True)
+                if rows.probe == index
+            ]
+            found.append(summarise_answers(torch.cat(read), probe.width))
+        recall, losses = ([each[name] for each in found] for name in ("recall", "recall_loss"))
+        return sum(recall) / len(found), sum(losses) / len(found), tuple(losses)
 
 
 @torch.no_grad()
-def _through(blocks: Sequence[HybridBlock], hidden: Tensor, context: StepContext) -> Tensor:
+def _through(blocks: Sequence[AnyBlock], hidden: Tensor, context: StepContext) -> Tensor:
     for block in blocks:
         hidden = block(hidden, context, None)
     return hidden
 
 
 def swap_scores(
-    blocks: Sequence[HybridBlock],
-    swap: Callable[[int], HybridBlock],
-    candidates: Sequence[int],
+    blocks: Sequence[AnyBlock],
+    swap: Callable[[K], AnyBlock],
+    candidates: Sequence[K],
     instruments: Instruments,
     task: console.Task,
-) -> dict[int, Score]:
-    """Score of the stack `blocks` with `swap(i)` in place of block i, for each candidate alone.
+    layer_of: Callable[[K], int] = int,
+) -> dict[K, Score]:
+    """Score of the stack `blocks` with `swap(c)` in place of one block, for each candidate alone.
 
-    `swap` is asked in ascending order and its block is dropped when it has been run.
+    `layer_of(c)` says which. `swap` is asked layer by layer and its block is dropped when it has
+    been run.
     """
-    found: dict[int, list[Tensor]] = {}
+    scores: dict[K, Score] = {}
+    found: dict[K, list[Tensor]] = {}
     states = [rows.hidden for rows in instruments.rows]
-    for index in range(max(candidates) + 1):
-        if index in candidates:
-            other = [swap(index), *blocks[index + 1 :]]
-            found[index] = [
+    for index in range(max(map(layer_of, candidates)) + 1):
+        for candidate in candidates:
+            if layer_of(candidate) != index:
+                continue
+            other = [swap(candidate), *blocks[index + 1 :]]
+            found[candidate] = [
                 instruments.finish(rows, _through(other, hidden, rows.context))
                 for rows, hidden in zip(instruments.rows, states, strict=True)
             ]
             task.advance()
+        if len(found) >= TOGETHER:
+            scores |= instruments.scores(found)
+            found = {}
         states = [
             _through([blocks[index]], hidden, rows.context)
             for rows, hidden in zip(instruments.rows, states, strict=True)
         ]
-    return instruments.scores(found)
+    return scores | instruments.scores(found) if found else scores
 
 
-def score_of(blocks: Sequence[HybridBlock], instruments: Instruments) -> Score:
+def score_of(blocks: Sequence[AnyBlock], instruments: Instruments) -> Score:
     """Score of a stack as it is."""
     states = [
         instruments.finish(rows, _through(blocks, rows.hidden, rows.context))

@@ -1,4 +1,5 @@
-"""How one attention layer becomes a Mamba layer: initialised, fitted, or taken ready-made.
+"""How the attention of one layer, or some KV heads of it, becomes a mixer: initialised, fitted, or
+taken ready-made.
 
 A ready-made mixer comes from a checkpoint of the same model whose mixers have been aligned
 (`--mixers-from`), so that one alignment serves every choice of layers.
@@ -6,29 +7,31 @@ A ready-made mixer comes from a checkpoint of the same model whose mixers have b
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambactl import console
-from mambactl.checkpoint.load import open_strict
-from mambactl.checkpoint.reader import Adapted, Reader, finite
-from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.reader import finite
+from mambactl.conversion.aligned import Aligned
 from mambactl.conversion.fit import LayerFit, Streams
 from mambactl.errors import CheckError, UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridBlock
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.attention import weights_of
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.mixers.mixed import KeptHeads
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.spec import MixerForm, MixerSpec
 from mambactl.options import ConvertConfig
+
+# layer -> KV heads that keep attention to all of the past
+Kept = Mapping[int, tuple[int, ...]]
 
 
 def kept_attention(layers: int, ratio: float, keep: list[int] | None = None) -> list[int]:
@@ -77,44 +80,6 @@ def attention_bytes(config: HybridConfig, itemsize: int) -> int:
     return 2 * config.num_key_value_heads * config.head_dim * itemsize
 
 
-# what must be equal for the mixers of one checkpoint to work in another
-SHAPE = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "has_mlp",
-)
-
-
-@dataclass(frozen=True)
-class Aligned:
-    """An open checkpoint whose mixers are taken."""
-
-    spec: str
-    reader: Reader
-    adapted: Adapted
-
-    def mixer(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one mixer by their names in it."""
-        spec = self.adapted.config.layer(index).spec
-        prefix = f"model.layers.{index}.{spec.attribute}."
-        names = [name for name in self.adapted.names if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self.adapted.get(self.reader, name) for name in names}
-
-
-@contextmanager
-def open_aligned(spec: str | None) -> Iterator[Aligned | None]:
-    """The checkpoint of `--mixers-from`, or None where there is none."""
-    if spec is None:
-        yield None
-        return
-    reader, adapted = open_strict(resolve(spec))
-    with reader:
-        yield Aligned(spec, reader, adapted)
-
-
 @dataclass(frozen=True)
 class Replacement:
     """Makes the replaced layers of one conversion of a model with the configuration `base`."""
@@ -123,42 +88,45 @@ class Replacement:
     base: HybridConfig
     aligned: Aligned | None = None
 
-    @cached_property
-    def everywhere(self) -> HybridConfig:
-        """The configuration with every attention layer replaced; raises UsageError, ModelError."""
-        return self.target([])
-
-    @property
-    def spec(self) -> MixerSpec[Any]:
-        """The mixer that replaces attention; raises UsageError where the options name none."""
+    def spec(self, kept: tuple[int, ...] = ()) -> MixerSpec[Any]:
+        """The mixer beside the KV heads `kept`; raises UsageError where the options name none."""
         spec = mixer_spec(self.config.mixer)
-        return MIXERS[spec.with_window] if self.config.window else spec
+        spec = MIXERS[spec.with_window] if self.config.window_size else spec
+        return MIXERS[spec.with_kept_heads] if kept else spec
 
-    @property
-    def form(self) -> MixerForm:
-        """The form of new mixers."""
+    def form(self, kept: tuple[int, ...] = ()) -> MixerForm:
+        """The form of a new mixer."""
         config = self.config
-        return MixerForm(config.init, config.window or 0, config.sinks, config.rotary)
+        return MixerForm(config.init, config.window_size, config.sinks, config.rotary, kept)
 
-    def target(self, kept: list[int]) -> HybridConfig:
-        """The configuration when attention stays in `kept`; raises UsageError, ModelError."""
-        base, spec = self.base, self.spec
-        new = [index for index in base.attention_layers if index not in kept]
+    def target(self, kept: Kept) -> HybridConfig:
+        """The configuration when `kept` stays attention; raises UsageError, ModelError."""
+        base, present = self.base, self.base.attention_heads
+        new = {
+            index: heads
+            for index in base.attention_layers
+            if (heads := kept.get(index, ())) != present[index]
+        }
         if new and self.aligned is not None:
-            _require_same_model(self.aligned, base, spec, new)
+            self.aligned.require(
+                base, {index: (self.spec(new[index]), new[index]) for index in new}
+            )
             self._require_same_window()
-        target = base.with_layers({index: (spec, self._settings(spec, index)) for index in new})
+        target = base.with_layers({index: self.mixer(index, heads) for index, heads in new.items()})
         if self.config.dtype != "auto":
             target.dtype = self.config.dtype
         return target
 
-    def _settings(self, spec: MixerSpec[Any], index: int) -> Any:
-        """Settings of a new mixer; UsageError where those present have another form."""
+    def mixer(self, index: int, kept: tuple[int, ...]) -> tuple[MixerSpec[Any], Any]:
+        """Spec and settings of a new mixer; UsageError where those present have another form."""
+        spec = self.spec(kept)
         if self.aligned is None:
-            wanted = spec.parts(spec.from_attention(self.base, self.form, index))
+            settings = spec.from_attention(self.base, self.form(kept), index)
         else:
-            wanted = spec.parts(self.aligned.adapted.config.layer(index).settings)
-        return spec.joined(
+            theirs = self.aligned.adapted.config.layer(index).settings
+            settings = spec.narrowed(self.base, theirs, kept)
+        wanted = spec.parts(settings)
+        return spec, spec.joined(
             {name: self._agreed(name, settings) for name, settings in wanted.items()}
         )
 
@@ -168,8 +136,10 @@ class Replacement:
         if self.aligned is not None and self.config.rotary and not getattr(wanted, "rotary", True):
             raise UsageError(f"the mixers of {origin} are not rotary", "drop --rotary")
         present = _present(self.base, section)
-        if present is None:
+        if present is None or isinstance(wanted, KeptHeads):
             return wanted
+        if isinstance(wanted, Mamba2Settings):
+            present = present.with_heads_of(wanted)
         if isinstance(present, WindowSettings):
             if wanted != present:
                 raise UsageError(
@@ -190,9 +160,10 @@ class Replacement:
         return present
 
     def _require_same_window(self) -> None:
-        if not self.config.window:
+        if not self.config.window_size:
             return
-        asked = self.spec.window(self.spec.from_attention(self.base, self.form, 0))
+        spec = self.spec()
+        asked = spec.window(spec.from_attention(self.base, self.form(), 0))
         for theirs in self.aligned.adapted.config.windows:
             if asked != theirs:
                 raise UsageError(
@@ -207,37 +178,46 @@ class Replacement:
         state: Mapping[str, Tensor],
         streams: Streams | None = None,
         fits: dict[int, LayerFit] | None = None,
+        kept: tuple[int, ...] = (),
     ) -> dict[str, Tensor]:
-        """The state of a replaced layer; MLP and norms are the tensors of `state`.
+        """The state of a layer that keeps attention in the KV heads `kept` alone.
 
-        With `streams` the mixer is fitted and both streams advance; `fits` takes the report.
+        MLP and norms are the tensors of `state`. With `streams` the mixer is fitted and both
+        streams advance; `fits` takes the report.
         """
-        if self.aligned is not None:
-            kept = _without_attention(state)
-            self._warn_of_other_rest(index, kept)
-            name = self.spec.attribute
-            return kept | {f"{name}.{k}": v for k, v in self.aligned.mixer(index).items()}
+        spec, settings = self.mixer(index, kept)
         teacher = block_of(self.base, index, state)
+        weights = weights_of(teacher.mixer, teacher.input_layernorm.weight)
+        if self.aligned is not None:
+            rest = _without_attention(state)
+            self._warn_of_other_rest(index, rest)
+            theirs = self.aligned.adapted.config.layer(index)
+            source = theirs.spec, theirs.settings
+            found = spec.taken(self.aligned.mixer(index), source, settings, self.base, weights)
+            return rest | {f"{spec.attribute}.{name}": found[name] for name in found}
         if streams is not None:
             teacher = teacher.float()
-        with torch.device("meta"):
-            student = HybridBlock(self.everywhere, index).eval().requires_grad_(False)
+            weights = weights_of(teacher.mixer, teacher.input_layernorm.weight)
+        student = new_block(self.block_config(index, kept), index)
         student.mixer.to_empty(device="cpu")
-        kept = _without_attention(teacher.state_dict())
-        student.load_state_dict(kept, strict=False, assign=True)
+        rest = _without_attention(teacher.state_dict())
+        student.load_state_dict(rest, strict=False, assign=True)
         drawn = generator(self.config.seed, index)
         with torch.no_grad():
-            weights = weights_of(teacher.mixer, teacher.input_layernorm.weight)
-            self.spec.initialise(student.mixer, weights, self.config.init, drawn)
+            spec.initialise(student.mixer, weights, self.config.init, drawn)
         if streams is not None:
             try:
-                fit = streams.replace(teacher, student, self.spec)
+                fit = streams.replace(teacher, student, spec)
             except torch.linalg.LinAlgError as error:
                 raise _diverged(f"a matrix of layer {index}") from error
             _require_finite(index, fit, student)
             if fits is not None:
                 fits[index] = fit
         return {name: state.get(name, tensor) for name, tensor in student.state_dict().items()}
+
+    def block_config(self, index: int, kept: tuple[int, ...] = ()) -> HybridConfig:
+        """A configuration in which layer `index` alone is replaced."""
+        return self.base.with_layers({index: self.mixer(index, kept)})
 
     def _warn_of_other_rest(self, index: int, kept: Mapping[str, Tensor]) -> None:
         name = "input_layernorm.weight"
@@ -273,6 +253,12 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def new_block(config: HybridConfig, index: int) -> HybridBlock:
+    """A block without storage."""
+    with torch.device("meta"):
+        return HybridBlock(config, index).eval().requires_grad_(False)
+
+
 def block_of(config: HybridConfig, index: int, state: Mapping[str, Tensor]) -> HybridBlock:
     """A block around the tensors of `state`, which it does not copy."""
     with torch.device("meta"):
@@ -283,7 +269,10 @@ def block_of(config: HybridConfig, index: int, state: Mapping[str, Tensor]) -> H
 
 def mixer_spec(name: str) -> MixerSpec[Any]:
     """The spec of a mixer that can replace attention, by its name; raises UsageError."""
-    able = [spec.name for spec in MIXERS.values() if not spec.is_attention]
+    forms = {name for spec in MIXERS.values() for name in (spec.with_window, spec.with_kept_heads)}
+    able = [
+        spec.name for spec in MIXERS.values() if not spec.is_attention and spec.name not in forms
+    ]
     if name not in able:
         near = difflib.get_close_matches(name, able, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(able)}"
@@ -313,29 +302,4 @@ def _require_same_rotation(section: str, wanted: Any, present: Any) -> None:
         raise UsageError(
             f"the {section} layers of this model are {'' if present.rotary else 'not '}rotary",
             f"{'add' if present.rotary else 'drop'} --rotary, or take --mixers-from of their form",
-        )
-
-
-def _ready_made(theirs: HybridConfig, spec: MixerSpec[Any]) -> str:
-    """Where mixers of that kind come from."""
-    if spec.with_window in theirs.mixers:
-        window = theirs.windows[0]
-        return f"its mixers have windows: add --window {window.window} --sinks {window.sinks}"
-    return "align all layers once: convert --ratio 1, then distill --stages align"
-
-
-def _require_same_model(
-    aligned: Aligned, base: HybridConfig, spec: MixerSpec[Any], needed: list[int]
-) -> None:
-    theirs = aligned.adapted.config
-    different = [name for name in SHAPE if getattr(theirs, name) != getattr(base, name)]
-    if different:
-        raise UsageError(
-            f"{aligned.spec} is another model: it differs in {', '.join(different)}",
-            "--mixers-from takes a converted checkpoint of the model that is converted here",
-        )
-    if missing := [index for index in needed if theirs.mixers[index] != spec.name]:
-        raise UsageError(
-            f"{aligned.spec} has no {spec.name} mixer in the layers {missing}",
-            _ready_made(theirs, spec),
         )

@@ -1,14 +1,15 @@
-"""`convert --select kl|recall`: choose the layers that keep attention by measuring.
+"""`convert --select kl|recall`: choose what keeps attention by measuring; nothing is trained.
 
-Without aligned mixers each layer is converted alone inside the source model (fitted in closed form
-where there is calibration text). With `--mixers-from` attention is added back to the model of
-aligned mixers, best layer first. Nothing is trained.
+KV heads are chosen by what the teacher loses without them (`mambactl.conversion.select_heads`). Of
+layers, without aligned mixers each is converted alone inside the source model (fitted in closed
+form where there is calibration text). With `--mixers-from` attention is added back to the model of
+aligned mixers, best layer first.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,18 +17,23 @@ from torch import Tensor
 
 from mambactl import console
 from mambactl.checkpoint.load import empty_model, load_model, load_tokenizer
+from mambactl.conversion.choice import UNITS, Unit
 from mambactl.conversion.fit import Streams
 from mambactl.conversion.ranking import (
     Instruments,
     Score,
     Step,
     addition_forwards,
+    cells,
     greedy_addition,
+    headings,
     merit,
     score_of,
     swap_scores,
 )
-from mambactl.conversion.replace import Replacement, block_of, generator
+from mambactl.conversion.removal import removal_forwards
+from mambactl.conversion.replace import Replacement, block_of, generator, new_block
+from mambactl.conversion.select_heads import choose_heads, head_probes
 from mambactl.data.format import encode_rows
 from mambactl.data.pack import Batch, Row, collate, pack
 from mambactl.data.sources import load_rows
@@ -60,9 +66,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers that stay attention, and what the lineage keeps about why."""
+    """What stays attention, and what the lineage keeps about why."""
 
-    kept: list[int]
+    kept: list[Unit]
     metrics: dict[str, Any]
 
 
@@ -70,6 +76,11 @@ def read_texts(config: ConvertConfig, source: str) -> Texts:
     """Read `calibrate` and `select_data`; raises UsageError where a selection lacks text."""
     measured = config.select != "uniform"
     held_out = config.select_tokens if measured else 0
+    if config.by == "head" and measured and not config.select_data:
+        # single heads are measured on text of their own: nothing of the fit's is held out
+        held_out = 0
+        if not config.calibrate:
+            return Texts([], [])
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     if config.select_data and measured:
         fit = _rows(config, tokenizer, config.calibrate, config.calibrate_tokens)
@@ -112,7 +123,9 @@ def _batches(rows: Sequence[Row]) -> list[Batch]:
 
 def count_forwards(config: ConvertConfig, base: HybridConfig, keep: int) -> int:
     """Swapped models that the selection runs, each from its layer on (about half of the model)."""
-    candidates = len(base.attention_layers)
+    candidates = len(UNITS[config.by].of(base))
+    if config.by == "head":
+        return removal_forwards(candidates, keep)
     return addition_forwards(candidates, keep) if config.mixers_from else candidates
 
 
@@ -123,40 +136,46 @@ def choose(
     texts: Texts,
     layers: Layers,
     keep: int,
-    bytes_per_layer: int,
+    unit_bytes: int,
 ) -> Choice:
-    """Measure and choose `keep` layers; prints the table and returns what the lineage keeps.
+    """Measure and choose `keep` units; prints the table and returns what the lineage keeps.
 
-    `bytes_per_layer` is what one attention layer caches of a token.
+    `unit_bytes` is what one layer or KV head caches of a token.
     """
     instruments = _instruments(config, source, texts)
     metrics = {
         "select": config.select,
-        "tokens": sum(int(batch.loss_mask[:, 1:].sum()) for batch in texts.held_out),
+        "tokens": instruments.text_tokens,
         "data_sha256": {
             name: _digest(batches)
             for name, batches in (("fit", texts.fit), ("held_out", texts.held_out))
             if batches
         },
     }
-    if instruments.recall is not None:
-        metrics["recall_probe"] = instruments.recall.name
+    if instruments.probes:
+        metrics["recall_probe"] = ",".join(probe.name for probe in instruments.probes)
+    if config.by == "head":
+        heads, found = choose_heads(config, replacement, instruments, keep, unit_bytes)
+        return Choice(heads, metrics | found)
     if config.mixers_from:
-        kept, found = _by_addition(config, replacement, instruments, layers, keep, bytes_per_layer)
+        kept, found = _by_addition(config, replacement, instruments, layers, keep, unit_bytes)
     else:
         kept, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
-    return Choice(kept, metrics | found)
+    units = UNITS[config.by].of(replacement.base)
+    return Choice([unit for unit in units if unit.layer in kept], metrics | found)
 
 
 def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instruments:
     # the type on disk does not decide what is computed in
     device, dtype = placement(config.model_copy(update={"dtype": "auto"}))
-    probe = None
-    if config.select == "recall":
-        tokenizer = load_tokenizer(source, config.trust_remote_code)
-        probe = kv_probe(tokenizer, config.select_recall, RECALL_ROWS, config.seed)
+    probes = []
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    if config.by == "head":
+        probes = head_probes(config, tokenizer, device)
+    elif config.select == "recall":
+        probes = [kv_probe(tokenizer, config.select_recall, RECALL_ROWS, config.seed)]
     model = load_model(source, device, dtype).requires_grad_(False)
-    return Instruments(model, texts.held_out, probe, BATCH)
+    return Instruments(model, texts.held_out, probes, BATCH)
 
 
 def _by_swaps(
@@ -173,7 +192,7 @@ def _by_swaps(
     with console.progress("select", len(candidates)) as task:
         scores = swap_scores(list(teacher.layers), swap, candidates, instruments, task)
     base = 0.0
-    if instruments.recall is not None:
+    if instruments.probes:
         base = score_of(list(teacher.layers), instruments).recall_loss
     # what is lost without a layer's attention: everything, where the model diverges
     lost = {
@@ -184,9 +203,9 @@ def _by_swaps(
     kept = sorted(ranking[len(ranking) - keep :])
     console.table(
         "each layer's attention replaced alone, the most missed first",
-        ("layer", *_headings(scores), "stays"),
+        ("layer", *headings(scores.values()), "stays"),
         [
-            (index, *_cells(scores[index]), "yes" if index in kept else "")
+            (index, *cells(scores[index]), "yes" if index in kept else "")
             for index in reversed(ranking)
         ],
     )
@@ -200,7 +219,7 @@ def _by_addition(
     instruments: Instruments,
     layers: Layers,
     keep: int,
-    bytes_per_layer: int,
+    unit_bytes: int,
 ) -> tuple[list[int], dict[str, Any]]:
     blocks = list(instruments.model.layers)
     attention = {index: blocks[index] for index in replacement.base.attention_layers}
@@ -217,16 +236,16 @@ def _by_addition(
     rest = [index for index in _easiest_first(merit(gains, config.select)) if index not in added]
     # with nothing to add nothing is known about the rest
     rest = rest or [index for index in attention if index not in added]
-    front = [_point(step, count * bytes_per_layer) for count, step in enumerate(path)]
+    front = [_point(step, count * unit_bytes) for count, step in enumerate(path)]
     console.table(
         "attention restored layer by layer in the aligned model",
-        ("attention layers", "restored", *_headings(alone), "KV bytes/token"),
+        ("attention layers", "restored", *headings(alone.values()), "KV bytes/token"),
         [
             (
                 count,
                 "-" if step.layer is None else step.layer,
-                *_cells(step.score),
-                f"{count * bytes_per_layer:,}",
+                *cells(step.score),
+                f"{count * unit_bytes:,}",
             )
             for count, step in enumerate(path)
         ],
@@ -281,8 +300,7 @@ def _sibling(
 ) -> HybridBlock:
     """A block with the mixer of `state` that shares everything else with `block`."""
     weight = block.input_layernorm.weight
-    with torch.device("meta"):
-        other = HybridBlock(replacement.everywhere, block.index).eval().requires_grad_(False)
+    other = new_block(replacement.block_config(block.index), block.index)
     for name, module in block.named_children():
         if name != block.mixer_name:
             setattr(other, name, module)
@@ -308,29 +326,12 @@ def _easiest_first(worth: Mapping[int, float]) -> list[int]:
     return sorted(worth, key=lambda index: (worth[index], -index))
 
 
-def _headings(scores: Mapping[int, Score]) -> list[str]:
-    with_recall = any(score.recall is not None for score in scores.values())
-    return ["KL", *(["recall", "recall loss"] if with_recall else [])]
-
-
-def _cells(score: Score) -> list[str]:
-    return [f"{value:.4f}" for value in _values(score).values()]
-
-
-def _values(score: Score) -> dict[str, float]:
-    return {name: value for name, value in asdict(score).items() if value is not None}
-
-
 def _listed(scores: Mapping[int, Score]) -> list[dict[str, Any]]:
-    return [{"layer": index, **_rounded(score)} for index, score in scores.items()]
+    return [{"layer": index, **score.rounded()} for index, score in scores.items()]
 
 
 def _point(step: Step, kv_bytes: int) -> dict[str, Any]:
-    return {"layer": step.layer, **_rounded(step.score), "kv_bytes_per_token": kv_bytes}
-
-
-def _rounded(score: Score) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in _values(score).items()}
+    return {"layer": step.layer, **step.score.rounded(), "kv_bytes_per_token": kv_bytes}
 
 
 def _digest(batches: Sequence[Batch]) -> str:

@@ -26,7 +26,7 @@ QUESTION = "What is the best thing to do in San Francisco?"
 ANSWER_START = "The best thing to do in San Francisco is eat a"
 ANSWER = " sandwich and sit in Dolores Park"
 BEFORE = "Here is a long text. A question about it follows.\n\n"
-AFTER = f"\n\nAnswer in one sentence, with what the text says. {QUESTION}"
+AFTER = "\n\nAnswer in one sentence, with what the text says."
 # stands for the text while a chat template is rendered
 _MARK = "\u2982"
 _SENTENCE_ENDS = (".", "!", "?", "\n", "Ċ")
@@ -47,13 +47,19 @@ class Frame:
         return len(self.before) + len(self.after) + len(self.needle)
 
 
-def make_frame(tokenizer: "PreTrainedTokenizerBase", chat: bool = True) -> Frame:
+def make_frame(
+    tokenizer: "PreTrainedTokenizerBase",
+    chat: bool = True,
+    sentence: str = NEEDLE,
+    question: str = QUESTION,
+) -> Frame:
     """Needle and question as this tokenizer writes them, in its chat template if it has one."""
-    text = f"{BEFORE}{_MARK}{AFTER}"
-    needle = encode_words(tokenizer, f" {NEEDLE}")
+    after = f"{AFTER} {question}"
+    text = f"{BEFORE}{_MARK}{after}"
+    needle = encode_words(tokenizer, f" {sentence}")
     if not (chat and getattr(tokenizer, "chat_template", None)):
         start = list(tokenizer(BEFORE, verbose=False)["input_ids"])
-        return Frame(start, encode_words(tokenizer, f"{AFTER}\nAnswer:"), needle)
+        return Frame(start, encode_words(tokenizer, f"{after}\nAnswer:"), needle)
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )

@@ -3,7 +3,7 @@
 Both change what some mixers compute while a `with` block lasts, and copy no weight.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mambactl.errors import UsageError
 from mambactl.kernels.local_attention import local_mask
+from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.spec import StepContext
@@ -20,21 +21,33 @@ from mambactl.models.mixers.spec import StepContext
 
 @contextmanager
 def windowed_attention(
-    model: HybridForCausalLM, layers: Sequence[int], window: int, sinks: int
+    model: HybridForCausalLM,
+    layers: Sequence[int] | Mapping[int, Sequence[int]],
+    window: int,
+    sinks: int,
 ) -> Iterator[None]:
     """The attention of `layers` sees the last `window` tokens and the first `sinks` of a document.
 
-    The untrained control of a converted model (attention sinks: arXiv 2309.17453). Only without a
-    cache. Raises UsageError for layers that have no attention.
+    With a mapping only those KV heads of each layer. The untrained control of a converted model
+    (attention sinks: arXiv 2309.17453). Only without a cache. Raises UsageError for layers that
+    have no attention.
     """
-    blocks = [model.model.layers[index] for index in layers]
+    every = tuple(range(model.config.num_key_value_heads))
+    heads = layers if isinstance(layers, Mapping) else dict.fromkeys(layers, every)
+    blocks = [model.model.layers[index] for index in heads]
     if missing := [block.index for block in blocks if block.mixer_name != ATTENTION.attribute]:
         raise UsageError(
             f"the teacher has no attention in the layers {missing} to put a window on",
             "compare with the model that was converted",
         )
-    narrow = _Narrowed(window, sinks)
-    handles = [block.mixer.register_forward_pre_hook(narrow) for block in blocks]
+    # layers with the same heads share a hook, and so its mask
+    narrow = {
+        chosen: Narrowed(window, sinks, chosen, model.config)
+        for chosen in {tuple(chosen) for chosen in heads.values()}
+    }
+    handles = [
+        block.mixer.register_forward_pre_hook(narrow[tuple(heads[block.index])]) for block in blocks
+    ]
     try:
         yield
     finally:
@@ -42,11 +55,19 @@ def windowed_attention(
             handle.remove()
 
 
-class _Narrowed:
-    """A hook that narrows the context's mask, made once per forward call."""
+class Narrowed:
+    """A hook on attention whose KV heads `chosen` then see a window alone.
 
-    def __init__(self, window: int, sinks: int):
+    The mask is made once per forward call.
+    """
+
+    def __init__(self, window: int, sinks: int, chosen: Sequence[int], config: HybridConfig):
         self.window, self.sinks = window, sinks
+        count = config.num_key_value_heads
+        shared = config.num_attention_heads // count
+        narrow = torch.tensor([head in chosen for head in range(count)])
+        # query heads that see the window, None where all do
+        self.narrow = None if bool(narrow.all()) else narrow.repeat_interleave(shared)
         self.last: tuple[StepContext, StepContext] | None = None
 
     def __call__(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -56,15 +77,28 @@ class _Narrowed:
         if self.last is None or self.last[0] is not context:
             length, device = hidden.shape[1], hidden.device
             mask = local_mask(length, self.window, self.sinks, context.seq_idx, device)
+            if self.narrow is not None:
+                heads = self.narrow.to(device)[:, None, None]  # [H, 1, 1]
+                mask = torch.where(heads, mask, _seen(context, length, device))
             self.last = (context, replace(context, mask=mask, spans=None))
         return hidden, self.last[1], cache
 
 
+def _seen(context: StepContext, length: int, device: torch.device) -> Tensor:
+    """Keys that whole rows see as they are, [B or 1, 1, T, T]."""
+    if context.mask is not None:
+        return context.mask
+    if context.spans is not None:
+        return context.spans.mask()
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+
+
 @contextmanager
 def ablated(model: HybridForCausalLM, branch: str) -> Iterator[None]:
-    """Every recurrence, `attention` layer or `window` puts out zero; UsageError if there is none.
+    """Every recurrence, `attention` or `window` puts out zero; UsageError if there is none.
 
-    A window beside a recurrence stays when the recurrence is silenced, and the other way round.
+    `attention` is that of whole layers and of kept heads. A window beside a recurrence stays when
+    the recurrence is silenced, and the other way round.
     """
     require_branch(model.config.mixers, branch)
     parts = [

@@ -47,6 +47,7 @@ class RecallProbe:
     """Rows of one form and length: ids [R, T], and which of them are asked-for values [R, T].
 
     Every value has `width` tokens. `chance` is the recall of guessing among the pairs of the row.
+    Rows may hold plain `text` [R, T] beside what is asked for.
     """
 
     name: str
@@ -54,6 +55,7 @@ class RecallProbe:
     answers: Tensor
     width: int
     pairs: int
+    text: Tensor | None = None
 
     @property
     def chance(self) -> float:
@@ -69,6 +71,13 @@ class RecallProbe:
     def picked(self) -> Tensor:
         """Positions [R, T] whose next token is part of an asked-for value."""
         return nn.functional.pad(self.answers[:, 1:], (0, 1))
+
+    @property
+    def spoken(self) -> Tensor:
+        """Positions [R, T] whose next token is plain text."""
+        if self.text is None:
+            return torch.zeros_like(self.answers)
+        return nn.functional.pad(self.text[:, 1:], (0, 1))
 
 
 def recall_probes(

@@ -199,6 +199,25 @@ class WindowedCache(KeyRing, RecurrentCache):
         KeyRing.__init__(self, settings)
 
 
+class MixedCache(WindowedCache):
+    """Cache of a layer some of whose heads keep every key (`kept`), the others as above."""
+
+    def __init__(self, settings: WindowSettings) -> None:
+        super().__init__(settings)
+        self.kept = AttentionCache()
+
+    def tensors(self) -> list[Tensor]:
+        """The distinct tensors held."""
+        return [*super().tensors(), *self.kept.tensors()]
+
+    def replace_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of every tensor in its place; tensors that are one stay one."""
+        super().replace_tensors(change)
+        # the cache that this one is a copy of keeps its own
+        self.kept = copy(self.kept)
+        self.kept.replace_tensors(change)
+
+
 def _rows_from(store: Tensor, start: Tensor, count: int) -> Tensor:
     index = start[:, None] + torch.arange(count, device=start.device)  # [B, count]
     return store.gather(1, index[..., None].expand(-1, -1, store.shape[2]))

@@ -17,6 +17,10 @@ from mambactl.models.mixers.spec import MixerSpec, section_values
 Section = dict | list[dict | None] | None
 
 
+# fields that an earlier version does not know
+NEWER = frozenset({"qk_norm", "kept_heads"})
+
+
 @dataclass(frozen=True)
 class Layer:
     """The mixer of one layer: its spec and the settings of this layer."""
@@ -31,9 +35,9 @@ class HybridConfig(LlamaConfig):
     """A decoder whose layer i mixes tokens with `mixers[i]`, a name in `MIXERS`.
 
     Settings of mixers are sections of the configuration named after them (`mamba2`, `mamba1`,
-    `mamba2_window`, or what a mixer's spec names): one dict for all layers, or a list with one for
-    each. All other fields are Llama's. With only attention it is a Llama (or, with a sliding
-    window, a Mistral); with only mamba mixers and `has_mlp=False` it is a native Mamba.
+    `mamba2_window`, `kept_heads`, or what a mixer's spec names): one dict for all layers, or a list
+    with one for each. All other fields are Llama's. With only attention it is a Llama (or, with a
+    sliding window, a Mistral); with only mamba mixers and `has_mlp=False` it is a native Mamba.
     """
 
     model_type = "mambactl_hybrid"
@@ -42,6 +46,7 @@ class HybridConfig(LlamaConfig):
     mamba2: Section = None
     mamba1: Section = None
     mamba2_window: Section = None
+    kept_heads: Section = None
     # of all four projections, or the letters of those that have one: q, k, v, o
     attention_bias: bool | list[str] = False
     # norms on the heads of queries and keys
@@ -57,9 +62,8 @@ class HybridConfig(LlamaConfig):
         self.layer_types = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; `qk_norm` only where it says something, for a version that has none."""
-        fields = super().to_dict()
-        return fields if self.qk_norm else {k: v for k, v in fields.items() if k != "qk_norm"}
+        """All fields; those of `NEWER` only where they say something, for a version without."""
+        return {k: v for k, v in super().to_dict().items() if v or k not in NEWER}
 
     def validate_architecture(self) -> None:
         """Check mixers and settings against each other; raises ValueError."""
@@ -131,8 +135,18 @@ class HybridConfig(LlamaConfig):
         return [layer.index for layer in self.layers if layer.spec.is_attention]
 
     @property
+    def sees_all(self) -> bool:
+        """Whether heads of any layer attend to all of the past."""
+        return any(layer.spec.sees_all for layer in self.layers)
+
+    @property
+    def attention_heads(self) -> dict[int, tuple[int, ...]]:
+        """KV heads that attend to all of the past, by layer."""
+        return {layer.index: layer.spec.kept_heads(self, layer.settings) for layer in self.layers}
+
+    @property
     def replaced_layers(self) -> list[int]:
-        """Indices of the layers that do not."""
+        """Indices of the layers with another mixer than attention alone."""
         return [layer.index for layer in self.layers if not layer.spec.is_attention]
 
     def misfit(self, teacher: "HybridConfig") -> str | None:

@@ -93,10 +93,10 @@ class HybridPreTrainedModel(PreTrainedModel):
 
 @dataclass(frozen=True)
 class _Sight:
-    """Whether any of `mixers` is attention, and what the windows of the others see."""
+    """Whether heads of any of `mixers` see all of the past, and what their windows see."""
 
     mixers: list[str]
-    attention: bool
+    all: bool
     spans: list[LocalSpan]
 
 
@@ -241,7 +241,7 @@ class HybridModel(HybridPreTrainedModel):
         """What the layers see now; stepwise training exchanges the mixers of a running model."""
         if self._sight is None or self._sight.mixers is not self.config.mixers:
             config = self.config
-            self._sight = _Sight(config.mixers, bool(config.attention_layers), config.local_spans)
+            self._sight = _Sight(config.mixers, config.sees_all, config.local_spans)
         return self._sight
 
     def with_windows(self, context: StepContext) -> StepContext:
@@ -253,7 +253,7 @@ class HybridModel(HybridPreTrainedModel):
     def _spans(self, positions: Tensor, seq_idx: Tensor | None) -> Spans | None:
         """What tokens [B, T] see without a cache, None where that is all of the past."""
         window = self.config.sliding_window
-        if not self._seeing.attention:
+        if not self._seeing.all:
             return None
         if seq_idx is None and not (window and window < positions.shape[1]):
             return None
@@ -262,7 +262,7 @@ class HybridModel(HybridPreTrainedModel):
     def _cached_mask(self, positions: Tensor, slots: int, first: bool) -> Tensor | None:
         """Allowed keys [B, 1, T, S], or None where plain causal attention is the same."""
         window = self.config.sliding_window
-        if not self._seeing.attention or (first and not (window and window < slots)):
+        if not self._seeing.all or (first and not (window and window < slots)):
             return None
         query, key = positions[..., None], torch.arange(slots, device=positions.device)
         allowed = key <= query  # [B, T, S]

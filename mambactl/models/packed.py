@@ -130,11 +130,13 @@ class RecurrentState:
     mixed: Tensor | None = None  # [B, R, Ch]
     low: Tensor | None = None  # [B, R, dt_rank + 2 N]
     window: AttentionState | None = None  # of the attention beside the recurrence
+    kept: AttentionState | None = None  # of heads that keep full attention
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that outlives a pass."""
         own = [t for t in (self.ring, self.state, self.mixed, self.low) if t is not None]
-        return own + (self.window.tensors() if self.window is not None else [])
+        attended = [part for part in (self.window, self.kept) if part is not None]
+        return own + [tensor for part in attended for tensor in part.tensors()]
 
 
 class LayerState(Protocol):

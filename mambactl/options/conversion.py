@@ -4,14 +4,27 @@ from typing import Literal
 
 from pydantic import Field
 
-from mambactl.options.fields import DataSpecs, Integers, MixerName, StageConfig
+from mambactl.options.fields import DataSpecs, HeadNames, Integers, MixerName, StageConfig
+
+# the window of replaced heads beside kept ones, where none is asked for
+HEAD_WINDOW = 64
 
 
 class ConvertConfig(StageConfig):
     """Attention layers become Mamba mixers; nothing else changes."""
 
-    ratio: float = Field(default=0.5, ge=0, le=1, description="share of attention layers replaced")
+    ratio: float = Field(
+        default=0.5, ge=0, le=1, description="share of attention replaced: of layers or KV heads"
+    )
+    by: Literal["layer", "head"] = Field(
+        default="layer",
+        description="replace whole layers, or KV heads (by Mamba-2 and a window of 64 tokens)",
+    )
     keep_attention: Integers | None = Field(default=None, description="layers that stay attention")
+    keep_heads: HeadNames | None = Field(
+        default=None,
+        description="KV heads that stay attention, as LAYER.HEAD: 18.2,8.0 (--by head)",
+    )
     select: Literal["uniform", "kl", "recall"] = Field(
         default="uniform",
         description="how they are chosen: by rule, or measured on text and recall",
@@ -53,3 +66,8 @@ class ConvertConfig(StageConfig):
     max_shard_gb: float = Field(
         default=5.0, gt=0, description="largest file of a folder, in 10^9 bytes"
     )
+
+    @property
+    def window_size(self) -> int:
+        """Tokens of the window beside each new mixer, 0 without one."""
+        return self.window or (HEAD_WINDOW if self.by == "head" else 0)

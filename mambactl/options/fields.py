@@ -16,11 +16,12 @@ from pydantic import (
     GetCoreSchemaHandler,
     ValidationError,
 )
-from pydantic_core import core_schema
+from pydantic_core import PydanticCustomError, core_schema
 
 from mambactl.errors import UsageError
 
 WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
+HEAD = re.compile(r"(\d{1,9})\.(\d{1,9})")
 
 
 def _as_list(value: Any) -> Any:
@@ -37,6 +38,31 @@ def _split_commas(value: Any) -> Any:
 
 def _as_number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def head_numbers(heads: str) -> list[tuple[int, int]]:
+    """Layer and KV head of each part of `18.2,8.0`; raises ValueError for a part without both."""
+    parts = [part.strip() for part in heads.split(",")] if heads.strip() else []
+    found = [HEAD.fullmatch(part) for part in parts]
+    if None in found:
+        raise ValueError(f"{parts[found.index(None)]!r} is not LAYER.HEAD")
+    return [(int(match[1]), int(match[2])) for match in found]
+
+
+def _head_names(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ",".join(value)
+    if value is None:
+        return value
+    if not isinstance(value, str):
+        reason = "write KV heads as one quoted string, '18.2,8.0': YAML reads 3.10 as 3.1"
+        raise PydanticCustomError("heads", reason)
+    try:
+        head_numbers(value)
+    except ValueError as error:
+        reason = "{part}: write KV heads as 18.2,8.0"
+        raise PydanticCustomError("heads", reason, {"part": str(error)}) from None
+    return value
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,7 @@ Compile = bool | Literal["auto"]
 DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]
+HeadNames = Annotated[str, BeforeValidator(_head_names)]
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas)]
 Branches = Annotated[
     list[Literal["recurrent", "attention", "window"]], BeforeValidator(_split_commas)

@@ -51,8 +51,8 @@ def bytes_per_step(
     """
     new = batch * tokens_per_pass
     kv = sum(
-        (batch * layer.spec.keys_read(config, layer.settings, context) + new)
-        * layer.spec.kv_elements(config, layer.settings)
+        batch * layer.spec.kv_read(config, layer.settings, context)
+        + new * layer.spec.kv_elements(config, layer.settings)
         for layer in config.layers
     )
     return StepBytes(

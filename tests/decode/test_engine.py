@@ -14,6 +14,7 @@ TARGETS = {
     "mamba1": ["mamba1"] * 2,
     "mixed": ["mamba2", "attention", "mamba1"],
     "windowed": ["mamba2_window", "attention"],
+    "kept heads": ["mamba2_mixed", "mamba2_window"],
 }
 LENGTHS = {1: [23], 4: [1, 300, 17, 64]}
 GREEDY = SamplingParams(max_new_tokens=24)

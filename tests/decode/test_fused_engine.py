@@ -42,6 +42,7 @@ TARGETS = {
     "native1": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE1, "has_mlp": False},
     "native2": {"mixers": ["mamba2"] * 2, "mamba2": NATIVE2, "has_mlp": False},
     "windowed": {"mixers": ["mamba2_window", "attention"], "mamba2_window": SPAN},
+    "kept heads": {"mixers": ["mamba2_mixed", "attention"], "mamba2_window": SPAN},
     "rotary": {"mixers": ["mamba2"] * 2, "mamba2": ROTARY},
 }
 COUNTS = ("steps", "row_steps", "drafted", "accepted", "rejections", "histogram", "lengths")

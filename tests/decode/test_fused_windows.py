@@ -21,6 +21,11 @@ WINDOWED = {
         "mixers": ["mamba1", "mamba2_window"], "mamba2_window": WindowSettings(300), "head_dim": 24,
         "mamba1": NATIVE1, "has_mlp": False,
     },
+    "kept heads": {
+        "mixers": ["mamba2_mixed", "mamba2_window", "mamba2_mixed"], "mamba2_window": SPAN,
+        "attention_bias": True, "num_attention_heads": 6, "num_key_value_heads": 3,
+        "kept_heads": {0: (0, 2), 2: (1,)}, "sliding_window": 24,
+    },
     "rotary": {
         "mixers": ["mamba2_window", "mamba2"], "mamba2": ROTARY, "mamba2_window": SPAN,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,

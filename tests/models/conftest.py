@@ -23,6 +23,7 @@ LAYOUTS = {
     "mixed": {"mixers": ["mamba2", "attention", "mamba1"]},
     "rotary": {"mixers": ["mamba2", "attention", "mamba2"], "mamba2": ROTARY_MAMBA2},
     "windowed": {"mixers": ["mamba2_window", "attention", "mamba2_window"]},
+    "kept heads": {"mixers": ["mamba2_mixed", "attention", "mamba2_mixed"]},
     "native2": {"mixers": ["mamba2"] * 2, "mamba2": NATIVE_MAMBA2, "has_mlp": False},
     "native1": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE_MAMBA1, "has_mlp": False},
 }

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambactl.models.cache import MAX_SEQUENTIAL, HybridCache, RecurrentCache
+from mambactl.models.cache import (
+    MAX_SEQUENTIAL,
+    AttentionCache,
+    HybridCache,
+    MixedCache,
+    RecurrentCache,
+)
 
 PROMPTS = torch.tensor([5, 1, 9])
 SINGLES, BLOCK = 3, 5
@@ -43,15 +49,21 @@ def go_further(model, cache: HybridCache, ids: Tensor, read, targets: Tensor | N
             read(model, cache, ids.gather(1, index), n_new)
 
 
+def assert_same_keys(left: AttentionCache, right: AttentionCache, lengths: Tensor) -> None:
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(left.keys[row, :, :length], right.keys[row, :, :length])
+        assert torch.equal(left.values[row, :, :length], right.values[row, :, :length])
+
+
 def assert_same_content(a: HybridCache, b: HybridCache) -> None:
     """Equal lengths, states, conv windows, keys and values, bit for bit."""
     assert a.lengths.tolist() == b.lengths.tolist()
     for left, right in zip(a.layers, b.layers, strict=True):
         if not isinstance(left, RecurrentCache):
-            for row, length in enumerate(a.lengths.tolist()):
-                assert torch.equal(left.keys[row, :, :length], right.keys[row, :, :length])
-                assert torch.equal(left.values[row, :, :length], right.values[row, :, :length])
+            assert_same_keys(left, right, a.lengths)
             continue
+        if isinstance(left, MixedCache):
+            assert_same_keys(left.kept, right.kept, a.lengths)
         assert torch.equal(left.live, right.live)
         windows = (
             layer.conv_inputs(cache.cursor(None), 3) for layer, cache in ((left, a), (right, b))

@@ -46,15 +46,21 @@ RING_STEP = 16
 
 
 class AttentionMixer(nn.Module):
-    """softmax(q k^T / sqrt(P)) v over the keys the context's mask allows."""
+    """softmax(q k^T / sqrt(P)) v over the keys the context's mask allows.
 
-    def __init__(self, config: LlamaConfig):
+    All heads of the model, or `kv_heads` of its KV heads with the query heads that share them;
+    where other heads stand beside these, `output_bias` says who has the bias of their sum.
+    """
+
+    def __init__(self, config: LlamaConfig, kv_heads: int | None = None, output_bias: bool = True):
         super().__init__()
         self.head_dim = config.head_dim
         width, biased = config.hidden_size, config.attention_bias
         bias = {n: biased if isinstance(biased, bool) else n in biased for n in "qkvo"}
-        inner = config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
+        bias["o"] = bias["o"] and output_bias
+        kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
+        shared = kv_heads * config.head_dim
+        inner = shared * (config.num_attention_heads // config.num_key_value_heads)
         self.q_proj = nn.Linear(width, inner, bias=bias["q"])
         self.k_proj = nn.Linear(width, shared, bias=bias["k"])
         self.v_proj = nn.Linear(width, shared, bias=bias["v"])
@@ -64,11 +70,17 @@ class AttentionMixer(nn.Module):
 
     def forward(self, hidden: Tensor, context: StepContext, cache: AttentionCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
+        return self.o_proj(self.features(hidden, context, cache))
+
+    def features(
+        self, hidden: Tensor, context: StepContext, cache: AttentionCache | None = None
+    ) -> Tensor:
+        """The input of o_proj [B, T, H P]."""
         q, k, v = self._heads(hidden, context, whole=cache is None)
         if cache is not None:
             k, v = cache.update(k, v, context.positions, context.slots)  # [B, Hk, S, P]
         y = dispatch.attention(q, k, v, context.mask, context.spans)  # [B, T, H, P]
-        return self.o_proj(y.flatten(2))
+        return y.flatten(2)
 
     def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
         """Queries and keys, rotated, and values [B, H or Hk, T, P]."""
@@ -213,8 +225,8 @@ def pack_attention(
     return PackedAttention(
         qkv=stack([mixer.q_proj, mixer.k_proj, mixer.v_proj]),
         out=Projection(mixer.o_proj.weight, mixer.o_proj.bias),
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        heads=mixer.q_proj.out_features // config.head_dim,
+        kv_heads=mixer.k_proj.out_features // config.head_dim,
         width=config.head_dim,
         window=window,
         sinks=sinks,
@@ -241,10 +253,11 @@ def copy_attention(mixer: AttentionMixer, attention: AttentionWeights) -> None:
         getattr(mixer, f"{name}_norm").weight.copy_(weight)
 
 
-def attention_cost(config: LlamaConfig, seen: float) -> MixerCost:
-    """Operations of an attention whose queries see `seen` keys."""
-    width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
-    shared = config.num_key_value_heads * config.head_dim
+def attention_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None) -> MixerCost:
+    """Operations of an attention, or of `kv_heads` of it, whose queries see `seen` keys."""
+    kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
+    width, shared = config.hidden_size, kv_heads * config.head_dim
+    inner = shared * (config.num_attention_heads // config.num_key_value_heads)
     return MixerCost(2 * width * (inner + 2 * shared), 2 * inner * width, 4 * inner * seen)
 
 
@@ -257,6 +270,7 @@ class AttentionSpec(MixerSpec[None]):
     attribute = "self_attn"
     label = "attention"
     is_attention = True
+    sees_all = True
     branches = {"attention": ""}
 
     def settings(self, sections: object) -> None:
@@ -279,9 +293,14 @@ class AttentionSpec(MixerSpec[None]):
         """Numbers in the keys and values of one token."""
         return 2 * config.num_key_value_heads * config.head_dim
 
-    def keys_read(self, config: LlamaConfig, settings: None, context: int) -> int:
-        """Tokens whose keys a step behind `context` tokens reads."""
-        return min(context, config.sliding_window or context)
+    def kv_read(self, config: LlamaConfig, settings: None, context: int) -> int:
+        """Numbers of keys and values that a step behind `context` tokens reads."""
+        seen = min(context, config.sliding_window or context)
+        return seen * self.kv_elements(config, settings)
+
+    def kept_heads(self, config: LlamaConfig, settings: None) -> tuple[int, ...]:
+        """All KV heads."""
+        return tuple(range(config.num_key_value_heads))
 
     def pack(
         self,

@@ -188,10 +188,14 @@ class Mamba2Mixer(KeepsFloat32):
 
 
 def mamba2_from_attention(
-    config: LlamaConfig, proj_bias: bool, rotary: bool = False
+    config: LlamaConfig, proj_bias: bool, rotary: bool = False, kv_heads: int | None = None
 ) -> Mamba2Settings:
-    """One SSM head per query head with a square state, x and B from KV heads (2408.15237, 2.2)."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    """One SSM head per query head with a square state, x and B from KV heads (2408.15237, 2.2).
+
+    For all KV heads of the model, or `kv_heads` of them with their query heads.
+    """
+    kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
+    heads = kv_heads * (config.num_attention_heads // config.num_key_value_heads)
     return Mamba2Settings(
         n_heads=heads,
         head_dim=config.head_dim,

@@ -1,7 +1,7 @@
 """Sizes of a Mamba-2 mixer, and the mixer in a decode pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -49,6 +49,11 @@ class Mamba2Settings:
     def d_inner(self) -> int:
         """Width of the mixer's output before out_proj."""
         return self.n_heads * self.head_dim
+
+    def with_heads_of(self, other: "Mamba2Settings") -> "Mamba2Settings":
+        """The same form with the heads of another mixer."""
+        names = ("n_heads", "x_heads", "b_groups", "c_groups", "norm_groups")
+        return replace(self, **{name: getattr(other, name) for name in names})
 
     @property
     def conv_dim(self) -> int:

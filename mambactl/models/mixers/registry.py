@@ -7,12 +7,14 @@ from torch import nn
 from mambactl.models.mixers.attention import AttentionSpec
 from mambactl.models.mixers.mamba1 import Mamba1Spec
 from mambactl.models.mixers.mamba2 import Mamba2Spec
+from mambactl.models.mixers.mixed import MixedSpec
 from mambactl.models.mixers.spec import MixerSpec
 from mambactl.models.mixers.windowed import Mamba2WindowSpec
 
 ATTENTION = AttentionSpec()
 MIXERS: dict[str, MixerSpec[Any]] = {
-    spec.name: spec for spec in (ATTENTION, Mamba2Spec(), Mamba1Spec(), Mamba2WindowSpec())
+    spec.name: spec
+    for spec in (ATTENTION, Mamba2Spec(), Mamba1Spec(), Mamba2WindowSpec(), MixedSpec())
 }
 
 

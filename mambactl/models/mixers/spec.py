@@ -6,8 +6,8 @@ know no mixer by name. `mambactl.models.mixers.registry.MIXERS` holds one spec p
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -85,13 +85,15 @@ Sections = dict[str, dict[str, Any]]
 class MixerForm:
     """Options of `convert` that decide the form of new mixers.
 
-    init is `calibrated` or `reference`, `window` 0 without attention beside the recurrence.
+    init is `calibrated` or `reference`, `window` 0 without attention beside the recurrence; `kept`
+    are the KV heads that keep full attention.
     """
 
     init: str = "reference"
     window: int = 0
     sinks: int | None = None
     rotary: bool = False
+    kept: tuple[int, ...] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -129,6 +131,18 @@ class AttentionWeights:
             return weight, bias
         scale = (gain / self._rms(weight, len(gain))[:, None]).flatten()  # [rows]
         return weight * scale[:, None], None if bias is None else bias * scale
+
+    def of_heads(self, chosen: Sequence[int], kv_heads: int) -> "AttentionWeights":
+        """The part of some of the `kv_heads` KV heads and of the query heads that share them."""
+
+        def rows(tensor: Tensor, dim: int = 0) -> Tensor:
+            parts = tensor.unflatten(dim, (kv_heads, -1))
+            index = torch.tensor(chosen, dtype=torch.long, device=tensor.device)
+            return parts.index_select(dim, index).flatten(dim, dim + 1)
+
+        biases = {n: b if n == "o" else rows(b) for n, b in (self.biases or {}).items()}
+        cut = {name: rows(getattr(self, name)) for name in "qkv"}
+        return replace(self, **cut, o=rows(self.o, 1), biases=biases)
 
     def heads(self, name: str, hidden: Tensor, width: int) -> Tensor:
         """That map of hidden [B, T, D], by heads [B, T, heads, width]."""
@@ -221,12 +235,16 @@ class MixerSpec(ABC, Generic[S]):
     # as listings of parameters call it
     label: ClassVar[str] = "mamba mixers"
     is_attention: ClassVar[bool] = False
+    # whether any of its heads sees all of the past
+    sees_all: ClassVar[bool] = False
     # submodules made of the teacher's own weights (train like the rest of the model) -> label
     inherited: ClassVar[Mapping[str, str]] = {}
     # branch that can be silenced -> the submodule whose output it is; "" is the whole mixer
     branches: ClassVar[Mapping[str, str]] = {"recurrent": "out_proj"}
     # name of the mixer that has a window of attention beside this one
     with_window: ClassVar[str | None] = None
+    # name of the mixer that does the same for some KV heads, and keeps full attention for others
+    with_kept_heads: ClassVar[str | None] = None
     # whether its states can rotate with the position (`convert --rotary`)
     can_rotate: ClassVar[bool] = False
     # whether every head is fitted (`basis`, `apply_fit`) before the output projection is
@@ -262,6 +280,10 @@ class MixerSpec(ABC, Generic[S]):
         """Keys that the window sees, in a model of these heads."""
         window = self.window(settings)
         return None if window is None else span_of(config, window)
+
+    def kept_heads(self, config: LlamaConfig, settings: S) -> tuple[int, ...]:
+        """KV heads that attend to all of the past."""
+        return ()
 
     def rotates(self, settings: S) -> bool:
         """Whether the state rotates with the position."""
@@ -314,6 +336,28 @@ class MixerSpec(ABC, Generic[S]):
         """Heads [B, T, H P] of the attention beside the recurrence, which it need not learn."""
         return None
 
+    def recurrent_heads(self, mixer: Mixer, heads: Tensor) -> Tensor:
+        """Of the attention's heads [B, T, H P] those that the recurrence stands for."""
+        return heads
+
+    def narrowed(self, config: LlamaConfig, settings: Any, kept: tuple[int, ...]) -> S:
+        """Settings in place of a mixer with `settings` of its own, of which KV heads are `kept`."""
+        return settings
+
+    def taken(
+        self,
+        tensors: Mapping[str, Tensor],
+        theirs: tuple["MixerSpec[Any]", Any],
+        ours: S,
+        config: LlamaConfig,
+        attention: AttentionWeights,
+    ) -> dict[str, Tensor]:
+        """Tensors of a mixer made of those of another in its place (spec and settings `theirs`).
+
+        The other may stand for more heads than this one; `attention` is what both replace.
+        """
+        return dict(tensors)
+
     def start_fit(self, mixer: Mixer, attention: AttentionWeights) -> None:
         """Prepare a mixer for the closed-form fit of its output projection."""
 
@@ -331,8 +375,8 @@ class MixerSpec(ABC, Generic[S]):
         """Numbers in the keys and values of one token."""
         return 0
 
-    def keys_read(self, config: LlamaConfig, settings: S, context: int) -> int:
-        """Tokens whose keys a step behind `context` tokens reads."""
+    def kv_read(self, config: LlamaConfig, settings: S, context: int) -> int:
+        """Numbers of keys and values that a step behind `context` tokens reads."""
         return 0
 
     # decoding

@@ -35,6 +35,7 @@ from mambactl.models.mixers.spec import (
     span_of,
 )
 from mambactl.models.packed import (
+    AttentionState,
     PassContext,
     Projection,
     RecurrentState,
@@ -60,8 +61,8 @@ class WindowedSettings:
 class WindowAttention(AttentionMixer):
     """Attention with sinks whose cache is a ring."""
 
-    def __init__(self, config: LlamaConfig, settings: WindowSettings):
-        super().__init__(config)
+    def __init__(self, config: LlamaConfig, settings: WindowSettings, kv_heads: int | None = None):
+        super().__init__(config, kv_heads)
         self.span = span_of(config, settings)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
@@ -98,13 +99,20 @@ class WindowAttention(AttentionMixer):
 class Mamba2WindowMixer(Mamba2Mixer):
     """A Mamba-2 mixer plus `window`, attention to what is near."""
 
-    def __init__(self, config: LlamaConfig, settings: WindowedSettings):
+    def __init__(
+        self, config: LlamaConfig, settings: WindowedSettings, kv_heads: int | None = None
+    ):
         super().__init__(config, settings.mamba2)
-        self.window = WindowAttention(config, settings.mamba2_window)
+        self.window = WindowAttention(config, settings.mamba2_window, kv_heads)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
         return super().forward(hidden, context, cache) + self.window(hidden, context, cache)
+
+
+def keys_in(span: WindowSettings, context: int) -> int:
+    """Tokens behind which a query of the window sees keys, of `context` before it."""
+    return min(context, span.window - 1 + span.sinks)
 
 
 @dataclass(frozen=True)
@@ -121,14 +129,23 @@ class PackedWindowed:
     bias: Tensor | None
 
     @property
+    def attentions(self) -> tuple[PackedAttention, ...]:
+        """Attentions beside the recurrence, in the order of their rows in `inner`."""
+        return (self.window,)
+
+    def states(self, state: RecurrentState) -> tuple[AttentionState, ...]:
+        """What each attention keeps."""
+        return (state.window,)
+
+    @property
     def attention(self) -> PackedAttention:
-        """The attention, which needs scratch."""
-        return self.window
+        """The attention that needs the most scratch."""
+        return max(self.attentions, key=lambda part: part.kv_heads)
 
     @property
     def activations(self) -> int:
-        """Columns of the widest buffer that a row needs: both parts lie in it at once."""
-        return self.recurrence.activations + self.window.activations
+        """Columns of the widest buffer that a row needs: all parts lie in it at once."""
+        return self.recurrence.activations + sum(part.activations for part in self.attentions)
 
     @property
     def stores_every_step(self) -> bool:
@@ -156,19 +173,50 @@ class PackedWindowed:
         segment: Segment,
         gain: Tensor,
     ) -> None:
-        """Add the outputs of both parts, which read the same stream, to it."""
-        rows, inner = segment.rows, self.recurrence.activations
-        z, mixed = (flat[: rows * inner].view(rows, -1) for flat in (s.wide, s.mixed))
-        beside = self.window.arguments(
-            context,
-            state.window,
-            *(flat[rows * inner :][: rows * self.window.activations] for flat in (s.wide, s.mixed)),
+        """Add the outputs of all parts, which read the same stream, to it."""
+        rows = segment.rows
+        widths = [rows * part.activations for part in (self.recurrence, *self.attentions)]
+        # gates and queries in one buffer, inputs of the output projections in another
+        (z, *queries), (mixed, *heads) = (
+            flat[: sum(widths)].split(widths) for flat in (s.wide, s.mixed)
         )
-        self.recurrence.mix(context, state, s, segment, z, mixed, self.inner, (beside,))
+        beside = [
+            part.arguments(context, own, q, out)
+            for part, own, q, out in zip(
+                self.attentions, self.states(state), queries, heads, strict=True
+            )
+        ]
+        z, mixed = (flat.view(rows, -1) for flat in (z, mixed))
+        self.recurrence.mix(context, state, s, segment, z, mixed, self.inner, beside)
         context.ops.add_residual(
             mixed, self.recurrence.out.weight, self.bias, s.hidden, gain, s.scaled, s.squares,
-            beside=((beside.out, self.window.out.weight),),
+            beside=[
+                (args.out, part.out.weight)
+                for args, part in zip(beside, self.attentions, strict=True)
+            ],
         )  # fmt: skip
+
+
+def stack_inputs(mixer: "Mamba2WindowMixer", *attentions: AttentionMixer) -> Projection:
+    """The input projections of a mixer and of the attentions in it as one.
+
+    To be called first: what else stacks a part of it then finds it stacked, and copies nothing.
+    """
+    heads = [part for each in attentions for part in (each.q_proj, each.k_proj, each.v_proj)]
+    return stack([mixer.in_proj, *heads])
+
+
+def pack_parts(
+    mixer: "Mamba2WindowMixer",
+    config: LlamaConfig,
+    settings: WindowedSettings,
+    rotations: Rotations | None,
+) -> tuple[PackedMamba2, PackedAttention, Tensor | None]:
+    """The recurrence and the window for the decode kernels, and the sum of their output biases."""
+    span = settings.mamba2_window
+    recurrence = RECURRENCE.pack(mixer, config, settings.mamba2, rotations)
+    window = pack_attention(mixer.window, config, span.window, span.sinks)
+    return recurrence, window, sum_of_biases(recurrence.out, window.out)
 
 
 class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
@@ -180,6 +228,7 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
     sections = {"mamba2": Mamba2Settings, "mamba2_window": WindowSettings}
     inherited = {"window": "windows of mamba mixers"}
     branches = {"recurrent": "out_proj", "window": "window"}
+    with_kept_heads = "mamba2_mixed"
     can_rotate = True
     rescales_heads = True
 
@@ -251,10 +300,10 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
         """Numbers in the keys and values of one token."""
         return 2 * config.num_key_value_heads * config.head_dim
 
-    def keys_read(self, config: LlamaConfig, settings: WindowedSettings, context: int) -> int:
-        """Tokens whose keys a step behind `context` tokens reads."""
-        span = settings.mamba2_window
-        return min(context, span.window - 1 + span.sinks)
+    def kv_read(self, config: LlamaConfig, settings: WindowedSettings, context: int) -> int:
+        """Numbers of keys and values that a step behind `context` tokens reads."""
+        seen = keys_in(settings.mamba2_window, context)
+        return seen * self.kv_elements(config, settings)
 
     def pack(
         self,
@@ -264,15 +313,5 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
         rotations: Rotations | None,
     ) -> PackedWindowed:
         """Weights of both parts for the decode kernels."""
-        span = settings.mamba2_window
-        near = mixer.window
-        # first: what else stacks a part of this then finds it stacked, and copies nothing
-        inner = stack([mixer.in_proj, near.q_proj, near.k_proj, near.v_proj])
-        recurrence = RECURRENCE.pack(mixer, config, settings.mamba2, rotations)
-        window = pack_attention(near, config, span.window, span.sinks)
-        return PackedWindowed(
-            inner=inner,
-            recurrence=recurrence,
-            window=window,
-            bias=sum_of_biases(recurrence.out, window.out),
-        )
+        inner = stack_inputs(mixer, mixer.window)
+        return PackedWindowed(inner, *pack_parts(mixer, config, settings, rotations))

@@ -1,0 +1,39 @@
+"""A layer of kept heads and of heads with a window beside Mamba-2, in a decode pass."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mambactl.models.cache import MixedCache
+from mambactl.models.mixers.attention import PackedAttention
+from mambactl.models.mixers.windowed import PackedWindowed
+from mambactl.models.packed import AttentionState, RecurrentState, StateSize
+
+
+@dataclass(frozen=True)
+class PackedMixed(PackedWindowed):
+    """The parts of a mixed layer in a decode pass."""
+
+    kept: PackedAttention
+
+    @property
+    def attentions(self) -> tuple[PackedAttention, ...]:
+        """Attentions beside the recurrence: the one that reads the most keys starts first."""
+        return self.kept, self.window
+
+    def states(self, state: RecurrentState) -> tuple[AttentionState, ...]:
+        """What each attention keeps."""
+        return state.kept, state.window
+
+    def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:
+        """Empty keys and values of kept heads, rings and state of the others."""
+        state = super().new_state(like, size)
+        state.kept = self.kept.new_state(like, size)
+        return state
+
+    def load(
+        self, state: RecurrentState, cache: MixedCache, lengths: Tensor, capacity: int
+    ) -> None:
+        """Take over everything that reading the prompts left."""
+        super().load(state, cache, lengths, capacity)
+        self.kept.load(state.kept, cache.kept, lengths, capacity)

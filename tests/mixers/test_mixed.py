@@ -1,0 +1,158 @@
+"""A layer that keeps some KV heads, beside the attention that it was made from."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from mambactl.models.cache import HybridCache
+from mambactl.models.config import HybridConfig
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.attention import weights_of
+from mambactl.models.mixers.registry import ATTENTION, MIXERS
+from mambactl.models.mixers.spec import MixerForm
+from mambactl.speed.limits import bytes_per_step
+
+MIXED = MIXERS["mamba2_mixed"]
+LENGTH = 40
+TEACHERS = {
+    "gqa": {"num_attention_heads": 6, "num_key_value_heads": 3},
+    "no gqa": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "all biases": {"attention_bias": True},
+    "biases of q, k, v": {"attention_bias": ["q", "k", "v"]},
+    "norms on heads": {"qk_norm": True},
+    "sliding window": {"sliding_window": 9},
+}
+
+
+def student_of(teacher: HybridForCausalLM, window: int, sinks: int = 0) -> HybridForCausalLM:
+    """Its copy whose layers 0 and 2 keep the last KV head, with a silent recurrence."""
+    base = teacher.config
+    kept = (base.num_key_value_heads - 1,)
+    form = MixerForm("calibrated", window, sinks, kept=kept)
+    config = base.with_layers(
+        {index: (MIXED, MIXED.from_attention(base, form, index)) for index in (0, 2)}
+    )
+    student = HybridForCausalLM(config).to(teacher.dtype).eval()
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    for index in (0, 2):
+        block = teacher.model.layers[index]
+        weights = weights_of(block.mixer, block.input_layernorm.weight)
+        with torch.no_grad():
+            MIXED.initialise(student.model.layers[index].mixer, weights, "calibrated", None)
+    return student
+
+
+@pytest.fixture(params=TEACHERS)
+def teacher(request, make_hybrid) -> HybridForCausalLM:
+    return make_hybrid(["attention"] * 3, seed=1, **TEACHERS[request.param]).double()
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def rows_of(weight: Tensor, heads: list[int], count: int) -> Tensor:
+    return weight.unflatten(0, (count, -1))[heads].flatten(0, 1)
+
+
+@torch.no_grad()
+def test_with_a_window_that_sees_everything_it_is_the_teacher(teacher, ids) -> None:
+    """Where the teacher has a window of its own, that is everything."""
+    student = student_of(teacher, teacher.config.sliding_window or LENGTH)
+    packed = {"seq_idx": (torch.arange(LENGTH) >= 17).long().expand(2, -1)}
+    for keywords in ({}, packed):
+        wanted = teacher(ids, use_cache=False, **keywords).logits
+        found = student(ids, use_cache=False, **keywords).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_kept_heads_are_the_teachers_and_the_others_see_the_window(teacher, ids) -> None:
+    student = student_of(teacher, 5, sinks=2)
+    count = teacher.config.num_key_value_heads
+    ours, theirs = (model.model.layers[0].mixer for model in (student, teacher))
+    kept, others = [count - 1], list(range(count - 1))
+    for name in "qkv":
+        whole = getattr(theirs, f"{name}_proj")
+        for part, heads in ((ours.attention, kept), (ours.window, others)):
+            own = getattr(part, f"{name}_proj")
+            assert torch.equal(own.weight, rows_of(whole.weight, heads, count))
+            if whole.bias is not None:
+                assert torch.equal(own.bias, rows_of(whole.bias, heads, count))
+    for part, heads in ((ours.attention, kept), (ours.window, others)):
+        columns = rows_of(theirs.o_proj.weight.T, heads, count).T
+        assert torch.equal(part.o_proj.weight, columns)
+    hidden, context = teacher.model.enter(ids)
+    wanted = theirs.features(hidden, context).unflatten(-1, (count, -1))
+    found = ours.attended(hidden, student.model.with_windows(context)).unflatten(-1, (count, -1))
+    torch.testing.assert_close(found[..., kept, :], wanted[..., kept, :], rtol=1e-9, atol=1e-9)
+    # the first queries see all of the past in the window and its sinks
+    torch.testing.assert_close(found[:, :7], wanted[:, :7], rtol=1e-9, atol=1e-9)
+    far = (found - wanted)[:, 12:, others].abs().amax((0, 1, 3))
+    assert bool((far > 1e-3).all())
+
+
+def test_every_part_of_it_learns(make_hybrid, ids) -> None:
+    model = make_hybrid(["mamba2_mixed", "attention"], seed=2)
+    model(ids, use_cache=False).logits.pow(2).mean().backward()
+    still = [name for name, p in model.named_parameters() if not p.grad.abs().max() > 0]
+    assert still == []
+
+
+@torch.no_grad()
+def test_bytes_of_the_cache_by_part(make_hybrid, ids) -> None:
+    """Keys of kept heads grow, rings and states do not; a step reads what the limit counts."""
+    model = make_hybrid(["mamba2_mixed"] * 2, seed=3)
+    cache, sizes = HybridCache(model.config, 2), []
+    for length in (30, 1):
+        model(ids[:, :length], past_key_values=cache)
+        layer = cache.layers[0]
+        kept = layer.kept.keys[:, :, : int(cache.lengths.max())]
+        sizes.append((2 * kept.nbytes, 2 * layer.keys.nbytes, layer.live.nbytes))
+    kv, ring, state = zip(*sizes, strict=True)
+    # rows, keys and values, one head of 16, fp32; two query heads with states of 16 x 16
+    assert kv == (30 * 2 * 2 * 16 * 4, 31 * 2 * 2 * 16 * 4)
+    assert set(ring) == {2 * 2 * (7 + 3) * 16 * 4} and set(state) == {2 * 2 * 16 * 16 * 4}
+    read = bytes_per_step(model.config, batch=1, context=100, kv_bytes=1).kv
+    assert read == 2 * 2 * 16 * (100 + 1 + (7 - 1 + 3) + 1)
+
+
+def test_caches_of_chosen_rows_are_their_own(make_hybrid, ids) -> None:
+    model = make_hybrid(["mamba2_mixed"], seed=3)
+    cache = HybridCache(model.config, 2)
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+        before = [tensor.clone() for tensor in cache.layers[0].tensors()]
+        other = cache.select(torch.tensor([1]))
+        model(ids[1:, 9:12], past_key_values=other)
+    assert all(map(torch.equal, before, cache.layers[0].tensors()))
+    assert other.layers[0].kept.keys.shape[0] == 1 and len(before) == 6
+
+
+@pytest.mark.parametrize(
+    ("heads", "sizes", "message"),
+    [
+        ([], (2, 1), "kept_heads"), ([0, 1], (2, 1), "kept_heads"), ([2], (2, 1), "kept_heads"),
+        ([-1], (2, 1), "kept_heads"), ([0], (4, 2), "4 mamba2 heads beside 1 kept KV heads of 2"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_the_model(heads, sizes, message) -> None:
+    fields = json.loads(tiny_config(["mamba2_mixed"]).to_json_string())
+    fields["mamba2"] |= {"n_heads": sizes[0], "x_heads": sizes[1]}
+    fields["kept_heads"] = {"heads": heads}
+    with pytest.raises(StrictDataclassError, match=message):
+        HybridConfig(**fields)
+
+
+def test_a_configuration_without_kept_heads_says_nothing_of_them() -> None:
+    assert "kept_heads" not in tiny_config(["mamba2", "attention"]).to_dict()
+    config = tiny_config(["mamba2_mixed", "attention", "mamba2_mixed"])
+    again = HybridConfig(**json.loads(config.to_json_string()))
+    assert again.layers == config.layers
+    assert again.attention_heads == {0: (0,), 1: (0, 1), 2: (1,)}
+    assert again.layer(1).spec is ATTENTION
