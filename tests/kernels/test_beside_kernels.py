@@ -145,7 +145,7 @@ def recurrence(g, batch: int, T: int, kind, device) -> tuple[list[Tensor], dict[
 @pytest.mark.parametrize(
     ("batch", "T", "kind", "shapes"),
     [(1, 1, BF16, (NEAR,)), (2, 3, FP32, (FAR,)), (1, 9, BF16, (FAR, NEAR)),
-     (2, 2, FP32, (NEAR, FAR))],
+     (2, 2, FP32, (NEAR, FAR)), (8, 2, BF16, (FAR, NEAR))],
 )  # fmt: skip
 def test_mamba2_and_attentions_are_those_of_their_own_launches(
     device, batch, T, kind, shapes

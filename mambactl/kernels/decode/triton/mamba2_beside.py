@@ -1,6 +1,6 @@
 """Mamba-2 and the attentions beside it in one launch, because a launch costs more than the work.
 
-The programs are those of `mamba2_step` and `decode_attention`, bit for bit.
+The programs are those of `mamba2_step` or `mamba2_closed`, and `decode_attention`.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import attend_program, attention_sizes
+from mambactl.kernels.decode.triton.mamba2_closed import closed_program, closed_sizes
 from mambactl.kernels.decode.triton.mamba2_step import grouped_norm, mamba2_program, mamba2_sizes
 from mambactl.kernels.launch import gdc_launch_dependents, launch_options
 
@@ -47,6 +48,7 @@ def _beside_kernel(
     BLOCK_K: tl.constexpr,
     HK0: tl.constexpr, G0: tl.constexpr, WINDOW0: tl.constexpr, SINKS0: tl.constexpr,
     RING0: tl.constexpr, SPLITS0: tl.constexpr, BLOCK_R0: tl.constexpr, COMBINE_R0: tl.constexpr,
+    CLOSED: tl.constexpr, LEN: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     HK1: tl.constexpr, G1: tl.constexpr, WINDOW1: tl.constexpr, SINKS1: tl.constexpr,
     RING1: tl.constexpr, SPLITS1: tl.constexpr, BLOCK_R1: tl.constexpr, COMBINE_R1: tl.constexpr,
     PDL: tl.constexpr,
@@ -70,6 +72,12 @@ def _beside_kernel(
                 scale, T, offset, slots1, HK1, G1, HEAD_P, LOG2_SCALE, WINDOW1, SINKS1, RING1,
                 SPLITS1, BLOCK_R1, BLOCK_K, BLOCK_P, COMBINE_R1, PDL,
             )  # fmt: skip
+    elif CLOSED:
+        closed_program(
+            behind1 // pieces % H, behind1 // pieces // H, behind1 % pieces, ring, mixed, z, state,
+            A, D, dt_bias, gain, eps, out, start, count, base, base_next, T, offset, scale, width,
+            H, P, N, XH, BG, CG, SLOTS, NORM, LEN, ROWS, BP, BN, STAGES, PDL,
+        )  # fmt: skip
     else:
         mamba2_program(
             behind1 // pieces % H, behind1 // pieces // H, behind1 % pieces, ring, mixed, z, state,
@@ -82,11 +90,19 @@ def mamba2_beside(
     ring: Tensor, mixed: Tensor, z: Tensor, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     gain: Tensor | None, eps: float, out: Tensor, start: Tensor, count: Tensor, base: Tensor,
     base_next: Tensor, scale: int, *, T: int, offset: int, x_heads: int, b_groups: int,
-    c_groups: int, beside: Sequence[AttentionArguments], pdl: bool,
+    c_groups: int, beside: Sequence[AttentionArguments], closed: bool, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.recurrent.mamba2_segment`; one or two attentions `beside`."""
+    """See `kernels.decode.reference.recurrent.mamba2_segment`; one or two attentions `beside`.
+
+    `closed` chooses the closed form of the recurrence.
+    """
     batch, heads, _, _ = state.shape
-    pieces, sizes = mamba2_sizes(ring, state, gain, x_heads, b_groups, c_groups)
+    form = (ring, state, gain, x_heads, b_groups, c_groups)
+    if closed:
+        pieces, warps, sizes = closed_sizes(*form)
+    else:
+        (pieces, sizes), warps = mamba2_sizes(*form), 4
+        sizes |= {"LEN": 0, "ROWS": 0, "STAGES": 0}
     inside = sizes["NORM"]
     programs, pointers = heads * batch * pieces, []
     for number, args in enumerate(_two(beside)):
@@ -102,8 +118,8 @@ def mamba2_beside(
     stages = 3 if ring.element_size() == 2 else 2
     _beside_kernel[(programs,)](
         ring, mixed, z, state, A, D, dt_bias, gain if inside else A, eps, out, start, count, base,
-        base_next, T, offset, scale, ring.shape[2], batch, pieces, *pointers, PDL=pdl, **sizes,
-        **launch_options(pdl, num_warps=4, num_stages=stages),
+        base_next, T, offset, scale, ring.shape[2], batch, pieces, *pointers, CLOSED=closed,
+        PDL=pdl, **sizes, **launch_options(pdl, num_warps=warps, num_stages=stages),
     )  # fmt: skip
     if gain is not None and not inside:
         grouped_norm(out, gain, eps, heads, pdl=pdl)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
 
 # columns of a head's state [N, P] that a program keeps in registers
-HEAD_BLOCK = 32
+HEAD_BLOCK = 64
 
 
 @triton.jit

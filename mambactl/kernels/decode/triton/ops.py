@@ -161,17 +161,13 @@ class TritonOps:
             and ring.dtype == torch.bfloat16
             and T <= mamba2_closed.MOST_TOKENS
         )
-        if beside and not closed:
-            mamba2_beside.mamba2_beside(ring, *args, beside=beside, **keywords, **where)
+        if beside:
+            mamba2_beside.mamba2_beside(
+                ring, *args, beside=beside, closed=closed, **keywords, **where
+            )
             return
         segment = mamba2_closed.mamba2_closed if closed else mamba2_step.mamba2_segment
         segment(ring, *args, **keywords, **where)
-        start, count, scale = args[9], args[10], args[13]
-        for each in beside:
-            decode_attention.decode_attention(
-                each.q, each.keys, each.values, start, count, scale, *each[3:6],
-                splits=each.splits, window=each.window, sinks=each.sinks, ring=each.ring, **where,
-            )  # fmt: skip
 
     def grouped_norm(self, *args: Any) -> None:
         """RMSNorm within groups, in place."""
