@@ -269,6 +269,8 @@ EXPERIMENTS = {
 ATTENTION = {
     *("kernels/local_attention.py", "kernels/reference.py", "kernels/decode/operations.py"),
     *("kernels/decode/reference/decode_attention.py", "kernels/decode/triton/decode_attention.py"),
+    *("kernels/decode/reference/recurrent.py", "kernels/decode/triton/mamba2_beside.py"),
+    *("kernels/decode/triton/ops.py",),
     *("models/cache.py", "models/config.py", "models/hybrid.py", "models/key_ring.py"),
     *("models/packed.py", "models/mixers/attention.py", "models/mixers/registry.py"),
     *("models/mixers/spec.py", "models/mixers/windowed.py", "train/optimization.py"),

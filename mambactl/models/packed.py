@@ -237,6 +237,12 @@ def _adjoin(parts: list[Tensor]) -> bool:
     return True
 
 
+def sum_of_biases(*projections: Projection) -> Tensor | None:
+    """The bias of a sum of projections."""
+    biases = [projection.bias for projection in projections if projection.bias is not None]
+    return sum(biases[1:], start=biases[0]) if biases else None
+
+
 def packed_conv(conv: nn.Conv1d) -> Projection:
     """A depthwise convolution as weight [Ch, TAPS] and bias [Ch]; NotSupported with more taps."""
     channels, _, taps = conv.weight.shape

@@ -51,16 +51,20 @@ def _hybrid(
     mixer: str = "mamba2",
     window: int = 0,
     rotary: bool = False,
+    heads: tuple[int, ...] = (),
 ) -> HybridConfig:
     """`base` with a share `ratio` of its attention replaced, in the shapes of arXiv 2408.15237.
 
-    With `window` attention to so many tokens stays beside each Mamba-2 mixer.
+    With `window` attention to so many tokens stays beside each Mamba-2 mixer, and with `heads`
+    these KV heads of its layer keep full attention.
     """
     config = base()
     spec = MIXERS[mixer]
     if window:
         spec = MIXERS[spec.with_window]
-    form = MixerForm(window=window, rotary=rotary)
+    if heads:
+        spec = MIXERS[spec.with_kept_heads]
+    form = MixerForm(window=window, rotary=rotary, kept=heads)
     kept = kept_attention(config.num_hidden_layers, ratio)
     return config.with_layers(
         {
@@ -111,6 +115,9 @@ SHAPES: dict[str, Callable[[], HybridConfig]] = {
     "llama3-8b-hybrid-50": partial(_hybrid, _LLAMA3_8B, 0.5),
     "llama3-8b-hybrid-87.5": partial(_hybrid, _LLAMA3_8B, 0.875),
     "llama3-8b-hybrid-50-window": partial(_hybrid, _LLAMA3_8B, 0.5, window=64),
+    "llama3-8b-hybrid-75-window": partial(_hybrid, _LLAMA3_8B, 0.75, window=64),
+    # a quarter of the KV heads of every layer
+    "llama3-8b-heads-75": partial(_hybrid, _LLAMA3_8B, 1.0, window=64, heads=(2, 5)),
     "llama3-8b-hybrid-50-mamba1": partial(_hybrid, _LLAMA3_8B, 0.5, "mamba1"),
     "llama3-8b-hybrid-87.5-mamba1": partial(_hybrid, _LLAMA3_8B, 0.875, "mamba1"),
     # drafts for llama3-8b: few wide layers, at most 1 GB of bf16 read per token, head included
@@ -123,6 +130,7 @@ SHAPES: dict[str, Callable[[], HybridConfig]] = {
     "tiny-mamba2": partial(_mamba2, 64, 2, 512),
     "tiny-hybrid": partial(_hybrid, _TINY, 0.5),
     "tiny-window": partial(_hybrid, _TINY, 0.5, window=24),
+    "tiny-heads": partial(_hybrid, _TINY, 1.0, window=24, heads=(1,)),
     "tiny-rotary": partial(_hybrid, _TINY, 1.0, window=24, rotary=True),
     "tiny-draft": partial(_hybrid, partial(_llama, 64, 2, (4, 2), 128, 512), 1.0),
 }

@@ -76,7 +76,7 @@ def assert_follows(prompts, done, successor, budget: int) -> None:
 
 @pytest.mark.parametrize("k", [0, 3])
 @pytest.mark.parametrize(
-    "name", ["tiny-hybrid", "tiny-mamba", "tiny-mamba2", "tiny-window", "tiny-rotary"]
+    "name", ["tiny-hybrid", "tiny-mamba", "tiny-mamba2", "tiny-window", "tiny-heads", "tiny-rotary"]
 )
 def test_every_token_of_a_long_run_is_right(ops, successor, draft, name, k) -> None:
     target = build(name, "cuda", torch.bfloat16, successor=successor)
@@ -122,7 +122,7 @@ def test_eos_ends_rows_while_steps_are_under_way(ops, successor, draft) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("other", ["mamba1", "mamba2_window"])
+@pytest.mark.parametrize("other", ["mamba1", "mamba2_window", "mamba2_mixed"])
 def test_exact_speculation_equals_plain_decoding(ops, make_hybrid, kind, other) -> None:
     """Models without a script, whose logits may lie as close as they like."""
     mixers = ["mamba2", "attention", other]

@@ -144,10 +144,11 @@ def draw_conv(g, where: Where, width: int, kind, device) -> Conv:
     return Conv(*(x.to(device, kind) for x in (weight, bias, ring)))
 
 
-def run_project(ops, stream, where, w, bias, width, ring_lo, conv=None) -> list[Tensor]:
+def run_project(ops, stream, where, w, bias, width, ring_lo, conv=None, **others) -> list[Tensor]:
     """plain, its padding rows NaN, the ring of 16 slots, and the convolved rows if asked for."""
     kind, device = w.dtype, w.device
-    plain = poisoned(device, kind, len(stream.scaled), len(w) - width)
+    columns = len(w) - sum(each.rows for each in others.get("beside", ()))
+    plain = poisoned(device, kind, len(stream.scaled), columns - width)
     channels = 0 if conv is None else len(conv.weight)
     mixed = poisoned(device, kind, len(where.start), 16, channels)
     ring = (
@@ -156,7 +157,7 @@ def run_project(ops, stream, where, w, bias, width, ring_lo, conv=None) -> list[
     ops.project(
         stream.scaled, stream.squares, EPS, w, bias, plain, ring, where.start, where.count,
         where.scale, ring_lo=ring_lo, conv=None if conv is None else (*conv[:2], mixed),
-        **where.keywords,
+        **where.keywords, **others,
     )  # fmt: skip
     plain[~where.real.to(device)] = NAN
     if conv is None:
@@ -179,14 +180,16 @@ def draw_rotations(g, P, device) -> tuple[Tensor, Tensor]:
     return angle.cos().to(*to), angle.sin().to(*to)
 
 
-def run_qkv(ops, stream, where, w, bias, rotations, H, HK, P, **slots) -> list[Tensor]:
+def run_qkv(
+    ops, stream, where, w, bias, rotations, H, HK, P, slots=64, **ring
+) -> list[Tensor]:  # fmt: skip
     """q and both caches, NaN where not written."""
     kind, device = w.dtype, w.device
     q = poisoned(device, kind, len(stream.scaled), H * P)
-    keys, values = (poisoned(device, kind, len(where.start), HK, 64, P) for _ in range(2))
+    keys, values = (poisoned(device, kind, len(where.start), HK, slots, P) for _ in range(2))
     ops.project_qkv(
         stream.scaled, stream.squares, EPS, w, bias, *rotations, q, keys, values, where.start,
-        where.count, where.scale, **where.keywords, **slots,
+        where.count, where.scale, **where.keywords, **ring,
     )  # fmt: skip
     return [q, keys, values]
 

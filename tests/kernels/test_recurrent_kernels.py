@@ -38,7 +38,7 @@ KINDS = [torch.float32, torch.bfloat16]
 FORMS = {
     "mamba2": Mamba2Settings(2, 24, 12, x_heads=1, b_groups=1, c_groups=2, norm_groups=2),
     # a head wider than a program, normed by a kernel of its own
-    "mamba2-wide": Mamba2Settings(2, 40, 12, x_heads=2, b_groups=1, c_groups=2, norm_groups=2),
+    "mamba2-wide": Mamba2Settings(2, 72, 12, x_heads=2, b_groups=1, c_groups=2, norm_groups=2),
     "mamba2-grouped": Mamba2Settings(2, 16, 40, 2, b_groups=2, c_groups=1, norm_groups=1),
     "native": Mamba1Settings(40, dt_rank=3, d_state=5, native=True),
     "attention": Mamba1Settings(48, dt_rank=20, d_state=6, x_dim=24, repeat_width=12),

@@ -3,9 +3,39 @@
 `kernels.decode.reference` says what each one computes and the shapes of its arguments.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class AttentionArguments(NamedTuple):
+    """Arguments of an attention that runs beside a recurrence, on the same stream.
+
+    q [M, H P] and out [M, H P]; keys and values [B, Hk, S, P]; the others are those of
+    `DecodeOps.attention`.
+    """
+
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    out: Tensor
+    partial: Tensor
+    counter: Tensor
+    splits: int
+    window: int = 0
+    sinks: int = 0
+    ring: int = 0
+
+    @property
+    def heads(self) -> int:
+        """Query heads H."""
+        return self.q.shape[1] // self.keys.shape[3]
+
+    @property
+    def rows(self) -> int:
+        """Rows (H + 2 Hk) P of its queries, keys and values in a projection."""
+        return (self.heads + 2 * self.keys.shape[1]) * self.keys.shape[3]
 
 
 class DecodeOps(Protocol):
@@ -32,8 +62,9 @@ class DecodeOps(Protocol):
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
         plain: Tensor, ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
         offset: int, ring_lo: int, conv: tuple[Tensor, Tensor, Tensor] | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
     ) -> None:  # fmt: skip
-        """Run the input projection of a recurrent mixer."""
+        """Run the input projection of a recurrent mixer, and of attentions beside it."""
 
     def project_qkv(
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
@@ -44,9 +75,9 @@ class DecodeOps(Protocol):
 
     def add_residual(
         self, x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor,
-        scaled: Tensor, squares: Tensor,
+        scaled: Tensor, squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:  # fmt: skip
-        """Add an output projection to the residual stream."""
+        """Add an output projection, or the sum of up to three, to the residual stream."""
 
     def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor) -> None:
         """Compute the first half of an MLP."""
@@ -68,9 +99,9 @@ class DecodeOps(Protocol):
         self, ring: Tensor, mixed: Tensor, z: Tensor, state: Tensor, A: Tensor, D: Tensor,
         dt_bias: Tensor, gain: Tensor | None, eps: float, out: Tensor, start: Tensor,
         count: Tensor, base: Tensor, base_next: Tensor, scale: int, *, T: int, offset: int,
-        x_heads: int, b_groups: int, c_groups: int,
+        x_heads: int, b_groups: int, c_groups: int, beside: Sequence[AttentionArguments] = (),
     ) -> None:  # fmt: skip
-        """Run the recurrence of Mamba-2."""
+        """Run the recurrence of Mamba-2, and attentions beside it."""
 
     def grouped_norm(self, y: Tensor, gain: Tensor, eps: float, groups: int) -> None:
         """RMS-normalise within groups, in place."""

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mambactl.kernels import dispatch
+from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 from mambactl.kernels.reference import rotated
 from mambactl.models.cache import AttentionCache, WindowedCache
@@ -190,35 +191,29 @@ class PackedAttention:
         gain: Tensor,
     ) -> None:
         """Add the attention's output to the stream."""
-        mixed = s.mixed[: segment.rows * self.activations].view(segment.rows, -1)
-        self.attend(context, state, s, segment, mixed)
-        self.add(context, s, mixed, gain)
-
-    def attend(
-        self,
-        context: PassContext,
-        state: AttentionState,
-        s: Residual,
-        segment: Segment,
-        mixed: Tensor,
-    ) -> None:
-        """Heads [M, H P] of the segment's tokens into `mixed`."""
-        ops, at, rotations = context.ops, segment, context.rotations
-        q = s.wide[: at.rows * self.heads * self.width].view(at.rows, -1)
-        where = {"T": at.T, "offset": at.offset, "sinks": self.sinks, "ring": state.ring}
+        ops, at, rotations, out = context.ops, segment, context.rotations, self.out
+        columns = at.rows * self.activations
+        args = self.arguments(context, state, s.wide[:columns], s.mixed[:columns])
+        where = {"T": at.T, "offset": at.offset, "sinks": args.sinks, "ring": args.ring}
         ops.project_qkv(
             s.scaled, s.squares, context.eps, self.qkv.weight, self.qkv.bias, rotations.cos,
-            rotations.sin, q, state.keys, state.values, at.start, at.active, at.T, **where,
+            rotations.sin, args.q, args.keys, args.values, at.start, at.active, at.T, **where,
         )  # fmt: skip
         ops.attention(
-            q, state.keys, state.values, at.start, at.active, at.T, mixed, context.partial,
-            context.counter, splits=state.splits, window=self.window, **where,
+            args.q, args.keys, args.values, at.start, at.active, at.T, args.out, args.partial,
+            args.counter, splits=args.splits, window=args.window, **where,
         )  # fmt: skip
+        ops.add_residual(args.out, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)
 
-    def add(self, context: PassContext, s: Residual, mixed: Tensor, gain: Tensor) -> None:
-        """Project heads [M, H P] into the stream."""
-        out = self.out
-        context.ops.add_residual(mixed, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)
+    def arguments(
+        self, context: PassContext, state: AttentionState, q: Tensor, out: Tensor
+    ) -> AttentionArguments:
+        """Arguments of its operations; q and out are flat, for M rows."""
+        columns = self.activations
+        return AttentionArguments(
+            q.view(-1, columns), state.keys, state.values, out.view(-1, columns), context.partial,
+            context.counter, state.splits, self.window, self.sinks, state.ring,
+        )  # fmt: skip
 
 
 def pack_attention(

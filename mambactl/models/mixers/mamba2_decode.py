@@ -1,9 +1,11 @@
 """Sizes of a Mamba-2 mixer, and the mixer in a decode pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.packed import (
     PackedRecurrence,
@@ -119,26 +121,40 @@ class PackedMamba2(PackedRecurrence):
         gain: Tensor,
     ) -> None:
         """Add the mixer's output to the stream."""
-        mixed = self.mix(context, state, s, segment)
-        self.add(context, s, mixed, gain)
+        rows, out = segment.rows, self.out
+        z, mixed = (flat[: rows * self.activations].view(rows, -1) for flat in (s.wide, s.mixed))
+        self.mix(context, state, s, segment, z, mixed, self.inner)
+        context.ops.add_residual(mixed, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)
 
     def mix(
-        self, context: PassContext, state: RecurrentState, s: Residual, segment: Segment
-    ) -> Tensor:
-        """Input of the output projection [M, H P]."""
+        self,
+        context: PassContext,
+        state: RecurrentState,
+        s: Residual,
+        segment: Segment,
+        z: Tensor,
+        mixed: Tensor,
+        inner: Projection,
+        beside: Sequence[AttentionArguments] = (),
+    ) -> None:
+        """Input of the output projection into `mixed`, by the gate `z`, both [M, H P].
+
+        Rows of `inner` behind the recurrence's are those of the attentions `beside`, which write
+        their own outputs.
+        """
         ops, at, sizes = context.ops, segment, self.sizes
-        where = {"T": at.T, "offset": at.offset}
-        mixed = s.mixed[: at.rows * self.activations].view(at.rows, -1)
-        z = s.wide[: at.rows * sizes.d_inner].view(at.rows, -1)
+        where = {"T": at.T, "offset": at.offset, "beside": beside}
+        rotations = context.rotations
         ops.project(
-            s.scaled, s.squares, context.eps, self.inner.weight, self.inner.bias, z, state.ring,
+            s.scaled, s.squares, context.eps, inner.weight, inner.bias, z, state.ring,
             at.start, at.active, at.T, ring_lo=sizes.d_inner,
-            conv=(self.conv.weight, self.conv.bias, state.mixed), **where,
+            conv=(self.conv.weight, self.conv.bias, state.mixed),
+            rotation=(rotations.cos, rotations.sin) if beside else None, **where,
         )  # fmt: skip
         if self.rotation is not None:
             ops.rotate(
-                state.mixed, *self.rotation, at.start, at.active, at.T,
-                groups=sizes.b_groups + sizes.c_groups, **where,
+                state.mixed, *self.rotation, at.start, at.active, at.T, T=at.T, offset=at.offset,
+                groups=sizes.b_groups + sizes.c_groups,
             )  # fmt: skip
         ops.mamba2(
             state.ring, state.mixed, z, state.state, self.A, self.D, self.dt_bias,
@@ -148,9 +164,3 @@ class PackedMamba2(PackedRecurrence):
         )  # fmt: skip
         if not self.norm_by_head:
             ops.grouped_norm(mixed, self.gain, sizes.norm_eps, sizes.norm_groups)
-        return mixed
-
-    def add(self, context: PassContext, s: Residual, mixed: Tensor, gain: Tensor) -> None:
-        """Project [M, H P] into the stream."""
-        out = self.out
-        context.ops.add_residual(mixed, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)

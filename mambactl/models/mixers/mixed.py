@@ -41,6 +41,8 @@ from mambactl.models.mixers.windowed import (
     Mamba2WindowSpec,
     WindowedSettings,
     keys_in,
+    pack_parts,
+    stack_inputs,
 )
 from mambactl.models.packed import Rotations
 
@@ -273,6 +275,7 @@ class MixedSpec(Mamba2WindowSpec):
         rotations: Rotations | None,
     ) -> PackedMixed:
         """Weights of all parts for the decode kernels."""
-        beside = super().pack(mixer, config, settings, rotations)
+        inner = stack_inputs(mixer, mixer.attention, mixer.window)
+        parts = pack_parts(mixer, config, settings, rotations)
         kept = pack_attention(mixer.attention, config, config.sliding_window or 0)
-        return PackedMixed(beside.recurrence, beside.window, kept)
+        return PackedMixed(inner, *parts, kept)

@@ -7,13 +7,7 @@ from torch import Tensor
 from mambactl.models.cache import MixedCache
 from mambactl.models.mixers.attention import PackedAttention
 from mambactl.models.mixers.windowed import PackedWindowed
-from mambactl.models.packed import (
-    PassContext,
-    RecurrentState,
-    Residual,
-    Segment,
-    StateSize,
-)
+from mambactl.models.packed import AttentionState, RecurrentState, StateSize
 
 
 @dataclass(frozen=True)
@@ -23,15 +17,13 @@ class PackedMixed(PackedWindowed):
     kept: PackedAttention
 
     @property
-    def attention(self) -> PackedAttention:
-        """The attention that needs the most scratch."""
-        return max(self.window, self.kept, key=lambda part: part.kv_heads)
+    def attentions(self) -> tuple[PackedAttention, ...]:
+        """Attentions beside the recurrence: the one that reads the most keys starts first."""
+        return self.kept, self.window
 
-    @property
-    def activations(self) -> int:
-        """Columns of the widest buffer that a row needs."""
-        attended = self.window.activations + self.kept.activations
-        return max(self.recurrence.activations, attended)
+    def states(self, state: RecurrentState) -> tuple[AttentionState, ...]:
+        """What each attention keeps."""
+        return state.kept, state.window
 
     def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:
         """Empty keys and values of kept heads, rings and state of the others."""
@@ -45,21 +37,3 @@ class PackedMixed(PackedWindowed):
         """Take over everything that reading the prompts left."""
         super().load(state, cache, lengths, capacity)
         self.kept.load(state.kept, cache.kept, lengths, capacity)
-
-    def run(
-        self,
-        context: PassContext,
-        state: RecurrentState,
-        s: Residual,
-        segment: Segment,
-        gain: Tensor,
-    ) -> None:
-        """Add the outputs of all parts, which read the same stream, to it."""
-        mixed = self.recurrence.mix(context, state, s, segment)
-        widths = [segment.rows * part.activations for part in (self.window, self.kept)]
-        near, kept = (part.view(segment.rows, -1) for part in s.inner[: sum(widths)].split(widths))
-        self.window.attend(context, state.window, s, segment, near)
-        self.kept.attend(context, state.kept, s, segment, kept)
-        self.window.add(context, s, near, gain)
-        self.kept.add(context, s, kept, gain)
-        self.recurrence.add(context, s, mixed, gain)

@@ -36,12 +36,16 @@ from mambactl.models.mixers.spec import (
     span_of,
 )
 from mambactl.models.packed import (
+    AttentionState,
     PassContext,
+    Projection,
     RecurrentState,
     Residual,
     Rotations,
     Segment,
     StateSize,
+    stack,
+    sum_of_biases,
 )
 
 RECURRENCE = Mamba2Spec()
@@ -114,20 +118,35 @@ def keys_in(span: WindowSettings, context: int) -> int:
 
 @dataclass(frozen=True)
 class PackedWindowed:
-    """A Mamba-2 recurrence and the attention beside it, in a decode pass."""
+    """A Mamba-2 recurrence and the attention beside it, in a decode pass.
 
+    Rows of `inner` are the recurrence's, then queries, keys and values; `bias` is that of both
+    output projections.
+    """
+
+    inner: Projection
     recurrence: PackedMamba2
     window: PackedAttention
+    bias: Tensor | None
+
+    @property
+    def attentions(self) -> tuple[PackedAttention, ...]:
+        """Attentions beside the recurrence, in the order of their rows in `inner`."""
+        return (self.window,)
+
+    def states(self, state: RecurrentState) -> tuple[AttentionState, ...]:
+        """What each attention keeps."""
+        return (state.window,)
 
     @property
     def attention(self) -> PackedAttention:
-        """The attention, which needs scratch."""
-        return self.window
+        """The attention that needs the most scratch."""
+        return max(self.attentions, key=lambda part: part.kv_heads)
 
     @property
     def activations(self) -> int:
-        """Columns of the widest buffer that a row needs."""
-        return max(self.recurrence.activations, self.window.activations)
+        """Columns of the widest buffer that a row needs: all parts lie in it at once."""
+        return self.recurrence.activations + sum(part.activations for part in self.attentions)
 
     @property
     def stores_every_step(self) -> bool:
@@ -155,12 +174,50 @@ class PackedWindowed:
         segment: Segment,
         gain: Tensor,
     ) -> None:
-        """Add the outputs of both parts, which read the same stream, to it."""
-        mixed = self.recurrence.mix(context, state, s, segment)
-        heads = s.inner[: segment.rows * self.window.activations].view(segment.rows, -1)
-        self.window.attend(context, state.window, s, segment, heads)
-        self.window.add(context, s, heads, gain)
-        self.recurrence.add(context, s, mixed, gain)
+        """Add the outputs of all parts, which read the same stream, to it."""
+        rows = segment.rows
+        widths = [rows * part.activations for part in (self.recurrence, *self.attentions)]
+        # gates and queries in one buffer, inputs of the output projections in another
+        (z, *queries), (mixed, *heads) = (
+            flat[: sum(widths)].split(widths) for flat in (s.wide, s.mixed)
+        )
+        beside = [
+            part.arguments(context, own, q, out)
+            for part, own, q, out in zip(
+                self.attentions, self.states(state), queries, heads, strict=True
+            )
+        ]
+        z, mixed = (flat.view(rows, -1) for flat in (z, mixed))
+        self.recurrence.mix(context, state, s, segment, z, mixed, self.inner, beside)
+        context.ops.add_residual(
+            mixed, self.recurrence.out.weight, self.bias, s.hidden, gain, s.scaled, s.squares,
+            beside=[
+                (args.out, part.out.weight)
+                for args, part in zip(beside, self.attentions, strict=True)
+            ],
+        )  # fmt: skip
+
+
+def stack_inputs(mixer: "Mamba2WindowMixer", *attentions: AttentionMixer) -> Projection:
+    """The input projections of a mixer and of the attentions in it as one.
+
+    To be called first: what else stacks a part of it then finds it stacked, and copies nothing.
+    """
+    heads = [part for each in attentions for part in (each.q_proj, each.k_proj, each.v_proj)]
+    return stack([mixer.in_proj, *heads])
+
+
+def pack_parts(
+    mixer: "Mamba2WindowMixer",
+    config: LlamaConfig,
+    settings: WindowedSettings,
+    rotations: Rotations | None,
+) -> tuple[PackedMamba2, PackedAttention, Tensor | None]:
+    """The recurrence and the window for the decode kernels, and the sum of their output biases."""
+    span = settings.mamba2_window
+    recurrence = RECURRENCE.pack(mixer, config, settings.mamba2, rotations)
+    window = pack_attention(mixer.window, config, span.window, span.sinks)
+    return recurrence, window, sum_of_biases(recurrence.out, window.out)
 
 
 class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
@@ -258,8 +315,5 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
         rotations: Rotations | None,
     ) -> PackedWindowed:
         """Weights of both parts for the decode kernels."""
-        span = settings.mamba2_window
-        return PackedWindowed(
-            RECURRENCE.pack(mixer, config, settings.mamba2, rotations),
-            pack_attention(mixer.window, config, span.window, span.sinks),
-        )
+        inner = stack_inputs(mixer, mixer.window)
+        return PackedWindowed(inner, *pack_parts(mixer, config, settings, rotations))

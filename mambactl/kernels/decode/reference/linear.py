@@ -7,11 +7,14 @@ are `start[b] + offset + t`; row t is real where t < count[b] * scale and its po
 negative, and only real rows are written to rings and caches.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambactl.kernels import reference
+from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.slots import slot_of
 
 TAPS = 4
@@ -60,13 +63,25 @@ def project(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
     ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
     conv: tuple[Tensor, Tensor, Tensor] | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
 ) -> None:  # fmt: skip
     """norm(stream) W^T: columns from `ring_lo` on to ring [B, R, C] at slot position % R, as many
     as it has; the other columns to plain [M, N - C].
 
     `conv` (weight [Ch, 4], bias [Ch], mixed [B, R, Ch]) asks for SiLU(conv(ring)) of the ring's
-    first Ch columns at the real rows too, in the same slots of another ring.
+    first Ch columns at the real rows too, in the same slots of another ring. The last rows of w
+    are those of the attentions `beside`, one after the other, each as `project_qkv` takes them,
+    with `rotation` (cos, sin).
     """
+    for args in reversed(beside):
+        w, own = w[: -args.rows], w[-args.rows :]
+        shift = None
+        if bias is not None:
+            bias, shift = bias[: -args.rows], bias[-args.rows :]
+        project_qkv(
+            scaled, squares, eps, own, shift, *rotation, args.q, args.keys, args.values, start,
+            count, scale, T=T, offset=offset, sinks=args.sinks, ring=args.ring,
+        )  # fmt: skip
     y = normed(scaled, squares, eps, w, bias).to(plain.dtype)  # [M, N]
     width, slots = ring.shape[2], ring.shape[1]
     plain.copy_(torch.cat([y[:, :ring_lo], y[:, ring_lo + width :]], 1))
@@ -118,10 +133,12 @@ def project_qkv(
 
 def add_residual(
     x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
-    squares: Tensor,
+    squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:  # fmt: skip
-    """stream += x W^T + bias for x [M, K]."""
+    """stream += x W^T + bias for x [M, K]; `beside` holds (x, w) of more products in the sum."""
     y = wide(x) @ wide(w).T
+    for other, weight in beside:
+        y = y + wide(other) @ wide(weight).T
     y = y if bias is None else y + wide(bias)
     put_stream(hidden + y.to(hidden.dtype), gain, hidden, scaled, squares)
 

@@ -9,11 +9,15 @@ needs; `mixed` is a second ring, of convolved columns.
 Replay and new tokens are one loop, so how tokens are cut into segments cannot change a bit.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambactl.kernels import reference
+from mambactl.kernels.decode.operations import AttentionArguments
+from mambactl.kernels.decode.reference.decode_attention import decode_attention
 from mambactl.kernels.decode.reference.linear import (
     TAPS,
     convolved,
@@ -38,13 +42,20 @@ def mamba2_segment(
     ring: Tensor, mixed: Tensor, z: Tensor, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     gain: Tensor | None, eps: float, out: Tensor, start: Tensor, count: Tensor, base: Tensor,
     base_next: Tensor, scale: int, *, T: int, offset: int, x_heads: int, b_groups: int,
-    c_groups: int,
+    c_groups: int, beside: Sequence[AttentionArguments] = (),
 ) -> None:  # fmt: skip
     """Mamba-2 (arXiv 2405.21060). `mixed` [B, R, Ch] holds convolved x, B, C, and the last H
     columns of the ring dt; state [B, H, N, P] fp32; z and out [M, H P]; A [H] negative.
 
     out = y SiLU(z) for y = S C + D x; with `gain` [H P] it is also RMS-normed within each head.
+    The attentions `beside` are independent of it, and each writes its own `out`.
     """
+    for args in beside:
+        decode_attention(
+            args.q, args.keys, args.values, start, count, scale, args.out, args.partial,
+            args.counter, T=T, offset=offset, splits=args.splits, window=args.window,
+            sinks=args.sinks, ring=args.ring,
+        )  # fmt: skip
     batch, heads, size, width = state.shape
     n_x, n_b = x_heads * width, b_groups * size
     step = reference.bind(reference.ssd_step, wide(A))

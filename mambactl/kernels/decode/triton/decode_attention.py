@@ -147,18 +147,16 @@ def _blocks_ahead(split, lo, SPLITS: tl.constexpr):
     return (split + SPLITS - lo % SPLITS) % SPLITS
 
 
-@triton.jit(do_not_specialize=["scale", "T", "offset"])
-def _decode_attention(
-    q, keys, values, start, count, out, partial, counter, scale, T, offset, S,
+@triton.jit
+def attend_program(
+    split, tile, head, b, batch, tickets, q, keys, values, start, count, out, partial, counter,
+    scale, T, offset, S,
     HK: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LOG2_SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, COMBINE_R: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
-    split, tile, b = tl.program_id(0), tl.program_id(1) // HK, tl.program_id(2)
-    head = tl.program_id(1) % HK
+    """One split of one KV head's rows in one of `batch` sequences, which have `tickets` each."""
     # where sequences stand does not change within a step
     begin = tl.load(start + b) + offset
     n_new = tl.load(count + b) * scale
@@ -193,9 +191,9 @@ def _decode_attention(
         else:
             stride = T * G
             lane = (b * HK + head) * SPLITS * stride
-            floats = tl.num_programs(2) * HK * SPLITS * stride
+            floats = batch * HK * SPLITS * stride
             _save(partial, floats, lane + split * stride + row, live, highest, total, acc, P)
-            ticket = counter + b * tl.num_programs(1) + tl.program_id(1)
+            ticket = counter + b * tickets + tile * HK + head
             tl.debug_barrier()
             arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
             if arrived == tl.minimum(blocks, SPLITS) - 1:
@@ -207,6 +205,45 @@ def _decode_attention(
                     partial, floats, lane + few, stride, few_live, lo, blocks, P, SPLITS, BLOCK_P
                 )
                 _write(out + corner, few, few // G, few_live, sums, G, ROW, P)
+
+
+@triton.jit(do_not_specialize=["scale", "T", "offset"])
+def _decode_attention(
+    q, keys, values, start, count, out, partial, counter, scale, T, offset, S,
+    HK: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, COMBINE_R: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    attend_program(
+        tl.program_id(0), tl.program_id(1) // HK, tl.program_id(1) % HK, tl.program_id(2),
+        tl.num_programs(2), tl.num_programs(1), q, keys, values, start, count, out, partial,
+        counter, scale, T, offset, S, HK, G, P, LOG2_SCALE, WINDOW, SINKS, RING, SPLITS,
+        BLOCK_R, BLOCK_K, BLOCK_P, COMBINE_R, PDL,
+    )  # fmt: skip
+
+
+def attention_sizes(
+    keys: Tensor, row: int, T: int, splits: int, window: int, sinks: int, ring: int, block_k: int
+) -> tuple[int, dict[str, int | float]]:
+    """Tiles of rows for each KV head, and sizes of `attend_program`; queries have `row` columns.
+
+    Raises ValueError for sinks without a window or with several splits.
+    """
+    if sinks and (splits > 1 or not window):
+        raise ValueError("sinks take one split and a window")
+    _, kv_heads, _, width = keys.shape
+    group = row // (kv_heads * width)
+    block_r = triton.next_power_of_2(max(16, 8 * group))  # 8 tokens in a tile; never by T
+    sizes = {
+        "HK": kv_heads, "G": group, "P": width, "LOG2_SCALE": math.log2(math.e) / math.sqrt(width),
+        "WINDOW": window, "SINKS": sinks, "RING": ring, "SPLITS": splits, "BLOCK_R": block_r,
+        "BLOCK_K": block_k, "BLOCK_P": triton.next_power_of_2(width),
+        "COMBINE_R": min(block_r, triton.next_power_of_2(T * group)),
+    }  # fmt: skip
+    return triton.cdiv(T * group, block_r), sizes
 
 
 def decode_attention(
@@ -234,18 +271,10 @@ def decode_attention(
     partial fp32 and counter int32 (zero) as `partial_shape` and `counter_shape` say; with one
     split neither is used. `splits` and `block_k` change the rounding, T and the grouping do not.
     """
-    B, Hk, S, P = keys.shape
-    if sinks and (splits > 1 or not window):
-        raise ValueError("sinks take one split and a window")
-    group = q.shape[1] // (Hk * P)
-    block_r = triton.next_power_of_2(max(16, 8 * group))  # 8 tokens in a tile; never by T
-    tiles = triton.cdiv(T * group, block_r)
+    B, Hk, S, _ = keys.shape
+    tiles, sizes = attention_sizes(keys, q.shape[1], T, splits, window, sinks, ring, block_k)
     _decode_attention[(splits, Hk * tiles, B)](
-        q, keys, values, start, count, out, partial, counter, scale,
-        T, offset, S, HK=Hk, G=group, P=P, LOG2_SCALE=math.log2(math.e) / math.sqrt(P),
-        WINDOW=window, SINKS=sinks, RING=ring,
-        SPLITS=splits, BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_P=triton.next_power_of_2(P),
-        COMBINE_R=min(block_r, triton.next_power_of_2(T * group)),
-        PDL=pdl,
+        q, keys, values, start, count, out, partial, counter, scale, T, offset, S, PDL=pdl,
+        **sizes,
         **launch_options(pdl, num_warps=4, num_stages=3 if keys.element_size() == 2 else 2),
     )  # fmt: skip

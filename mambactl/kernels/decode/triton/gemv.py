@@ -7,6 +7,7 @@ Two ways, both in one fixed order per element of y, so that a row depends on no 
   because one chain of dependent products over all of K takes longer than reading W.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import triton
@@ -50,6 +51,12 @@ class Tiles:
             else:
                 tiles = replace(tiles, depth=tiles.depth // 2)
         return tiles
+
+    def within(self, *widths: int) -> "Tiles | None":
+        """The same with no more columns than divide `widths`; None where those are too few."""
+        columns = math.gcd(self.columns, *widths)
+        # the narrowest product of a tensor core
+        return None if self.slices and columns < 16 else replace(self, columns=columns)
 
 
 # (columns, depth, slices, warps, stages, early) by operation, measured on an H200

@@ -5,13 +5,16 @@ partial sums of the stream's squares, so RMSNorm needs no kernel: a product mult
 by rsqrt(mean + eps). Signatures and meaning are those of `kernels.decode.reference.linear`.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import slot_of
 from mambactl.kernels.decode.triton.gemv import Tiles, first_tile, norm_rate, product, square_parts
-from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
+from mambactl.kernels.launch import gdc_wait, launch_options, rounded
 
 
 @triton.jit
@@ -55,31 +58,89 @@ def _behind(ring, width, b, at, ch, ok, back: tl.constexpr, SLOTS: tl.constexpr)
     ).to(tl.float32)
 
 
+@triton.jit
+def _angles(cos, sin, at, j, ok, P: tl.constexpr):
+    """Cosines and sines [BM, pairs] of rows at positions `at`; those of no rotation elsewhere."""
+    angle = at[:, None] * (P // 2) + j[None, :]
+    c = tl.load(cos + angle, mask=ok[:, None], other=1.0)
+    s = tl.load(sin + angle, mask=ok[:, None], other=0.0)
+    return c, s
+
+
+@triton.jit
+def _head_columns(piece, BN: tl.constexpr, P: tl.constexpr):
+    """Head of a program, its first pair and its columns: pairs (j, j + P/2), which rotations mix.
+
+    `piece` numbers the programs of queries, keys and values.
+    """
+    head = piece * BN // P
+    corner = (piece * BN % P) // 2
+    pairs = tl.arange(0, BN)
+    return head, corner, head * P + corner + pairs // 2 + pairs % 2 * (P // 2)
+
+
+@triton.jit
+def _put_heads(
+    y, c, s, head, j, rows, b, at, ok, q, keys, values, slots,
+    H: tl.constexpr, HK: tl.constexpr, P: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Rotate pairs y [BM, BN] of one head and store them to q or a cache."""
+    kind = q.dtype.element_ty
+    low, high = tl.split(tl.reshape(rounded(y, kind).to(tl.float32), [BM, BN // 2, 2]))
+    low, high = low * c - high * s, high * c + low * s
+    slot = slot_of(at, SINKS, RING)
+    if head < H:
+        base = q + (rows * H + head).to(tl.int64) * P
+    elif head < H + HK:
+        base = keys + ((b * HK + head - H).to(tl.int64) * slots + slot) * P
+    else:
+        base = values + ((b * HK + head - H - HK).to(tl.int64) * slots + slot) * P
+    pointers = base[:, None] + j[None, :]
+    tl.store(pointers, rounded(low, kind), mask=ok[:, None])
+    tl.store(pointers + P // 2, rounded(high, kind), mask=ok[:, None])
+
+
 @triton.jit(do_not_specialize=["M", "T", "offset", "scale"])
 def _project_kernel(
     x, x_stride, squares, s_stride, eps, w, bias, plain, ring, conv_weight, conv_bias, mixed,
     start, count, M, N, T, offset, scale, ring_lo, ring_hi, conv_width,
+    cos, sin, q0, keys0, values0, slots0, q1, keys1, values1, slots1,
     K: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr,
-    CONV: tl.constexpr, SINGLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CONV: tl.constexpr, SINGLE: tl.constexpr, P: tl.constexpr, H0: tl.constexpr, HK0: tl.constexpr,
+    SINKS0: tl.constexpr, RING0: tl.constexpr, H1: tl.constexpr, HK1: tl.constexpr,
+    SINKS1: tl.constexpr, RING1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    # programs of the recurrence, then those of the heads of up to two attentions (H0 = 0: none)
+    pid, pieces = tl.program_id(0), tl.cdiv(N, BN)
+    ours = pid < pieces
+    cols = pid * BN + tl.arange(0, BN)
+    col_ok = cols < N
     rows = tl.arange(0, BM)
-    first = first_tile(w, cols, cols < N, K, BN, DEPTH, SLICES, PDL)
+    if H0 > 0:
+        head, corner, columns = _head_columns(tl.maximum(pid - pieces, 0), BN, P)
+        cols = tl.where(ours, cols, N + columns)
+        col_ok = col_ok | (pid >= pieces)
+    first = first_tile(w, cols, col_ok, K, BN, DEPTH, SLICES, PDL)
     # where sequences stand does not change within a step
     b, t = rows // T, rows % T
     at = tl.load(start + b, mask=rows < M, other=0) + offset + t
-    kept = (t < tl.load(count + b, mask=rows < M, other=0) * scale) & (at >= 0)
-    ok = (rows < M)[:, None] & (cols < N)[None, :]
+    kept = (t < tl.load(count + b, mask=rows < M, other=0) * scale) & (at >= 0) & (rows < M)
     width = ring_hi - ring_lo
     ch = cols - ring_lo
     inside = (ch >= 0) & (ch < width)
-    ringed = ok & inside[None, :] & kept[:, None]
+    ringed = col_ok[None, :] & inside[None, :] & kept[:, None]
     if CONV:
         convolved = (ch >= 0) & (ch < conv_width)
         w0, w1 = _tap(conv_weight, ch, convolved, 0), _tap(conv_weight, ch, convolved, 1)
         w2, w3 = _tap(conv_weight, ch, convolved, 2), _tap(conv_weight, ch, convolved, 3)
         shift = tl.load(conv_bias + ch, mask=convolved, other=0.0).to(tl.float32)
+    if H0 > 0:
+        j = corner + tl.arange(0, BN // 2)
+        local = tl.where(head < H0 + 2 * HK0, head, head - H0 - 2 * HK0)
+        rotates = local < tl.where(head < H0 + 2 * HK0, H0 + HK0, H1 + HK1)
+        c, s = _angles(cos, sin, at, j, kept & rotates & (pid >= pieces), P)
     if PDL:
         gdc_wait()
     if CONV and SINGLE:
@@ -88,15 +149,28 @@ def _project_kernel(
         x1 = _behind(ring, width, b, at, ch, ringed, 2, SLOTS)
         x2 = _behind(ring, width, b, at, ch, ringed, 1, SLOTS)
     y = _normed_product(
-        x, x_stride, squares, s_stride, eps, w, first, bias, rows, M, cols, cols < N,
+        x, x_stride, squares, s_stride, eps, w, first, bias, rows, M, cols, col_ok,
         K, TILES, BIAS, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
+    if H0 > 0:  # noqa: SIM102  the compiler knows the one condition, the GPU the other
+        if pid >= pieces:
+            if head < H0 + 2 * HK0:
+                _put_heads(
+                    y, c, s, local, j, rows, b, at, kept, q0, keys0, values0, slots0,
+                    H0, HK0, P, SINKS0, RING0, BM, BN,
+                )  # fmt: skip
+            elif H1 > 0:
+                _put_heads(
+                    y, c, s, local, j, rows, b, at, kept, q1, keys1, values1, slots1,
+                    H1, HK1, P, SINKS1, RING1, BM, BN,
+                )  # fmt: skip
     y = rounded(y, plain.dtype.element_ty)
     slots = (b * SLOTS + at % SLOTS).to(tl.int64) * width
     tl.store(ring + slots[:, None] + ch[None, :], y, mask=ringed)
     rest = tl.where(cols >= ring_hi, cols - width, cols)
     elements = rows[:, None].to(tl.int64) * (N - width) + rest[None, :]
-    tl.store(plain + elements, y, mask=ok & (inside[None, :] == 0))
+    outside = (cols < N) & (inside == 0)
+    tl.store(plain + elements, y, mask=(rows < M)[:, None] & outside[None, :])
     if CONV:
         if not SINGLE:
             tl.debug_barrier()
@@ -113,15 +187,19 @@ def _project_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _residual_kernel(
-    x, w, bias, hidden, gain, scaled, squares, M, N,
-    K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+    x, w, x1, w1, x2, w2, bias, hidden, gain, scaled, squares, M, N,
+    K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
     col_ok = cols < N
     weight = tl.load(gain + cols, mask=col_ok, other=0.0).to(tl.float32)
     first = first_tile(w, cols, col_ok, K, BN, DEPTH, SLICES, PDL)
+    if K1 > 0:
+        first1 = first_tile(w1, cols, col_ok, K1, BN, DEPTH, SLICES, False)
+    if K2 > 0:
+        first2 = first_tile(w2, cols, col_ok, K2, BN, DEPTH, SLICES, False)
     if PDL:
         gdc_wait()
     ok = (rows < M)[:, None] & col_ok[None, :]
@@ -132,6 +210,10 @@ def _residual_kernel(
         x, K, x, 0, 0.0, w, first, bias, rows, M, cols, col_ok,
         K, 0, BIAS, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
+    if K1 > 0:
+        y += product(x1, K1, w1, first1, rows, M, cols, col_ok, K1, BM, BN, DEPTH, SLICES)
+    if K2 > 0:
+        y += product(x2, K2, w2, first2, rows, M, cols, col_ok, K2, BM, BN, DEPTH, SLICES)
     # rounded where a separate layer would round
     stream = rounded(before + rounded(y, kind).to(tl.float32), kind)
     wide = tl.where(ok, stream.to(tl.float32), 0.0)
@@ -175,42 +257,24 @@ def _qkv_kernel(
     P: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # a program holds pairs (j, j + P/2) of one head, which a rotation mixes
-    pid = tl.program_id(0)
-    head = pid * BN // P
-    pairs = tl.arange(0, BN)
-    corner = (pid * BN % P) // 2
-    cols = head * P + corner + pairs // 2 + pairs % 2 * (P // 2)
+    head, corner, cols = _head_columns(tl.program_id(0), BN, P)
     rows = tl.arange(0, BM)
-    first = first_tile(w, cols, pairs < BN, K, BN, DEPTH, SLICES, PDL)
+    first = first_tile(w, cols, cols >= 0, K, BN, DEPTH, SLICES, PDL)
     # where sequences stand does not change within a step
     b, t = rows // T, rows % T
     at = tl.load(start + b, mask=rows < M, other=0) + offset + t
     ok = (rows < M) & (at >= 0) & (t < tl.load(count + b, mask=rows < M, other=0) * scale)
     j = corner + tl.arange(0, BN // 2)
-    angle = at[:, None] * (P // 2) + j[None, :]
-    rotated = (head < H + HK) & ok[:, None]
-    c = tl.load(cos + angle, mask=rotated, other=1.0)
-    s = tl.load(sin + angle, mask=rotated, other=0.0)
+    c, s = _angles(cos, sin, at, j, ok & (head < H + HK), P)
     if PDL:
         gdc_wait()
     y = _normed_product(
-        x, K, squares, TILES, eps, w, first, bias, rows, M, cols, pairs < BN,
+        x, K, squares, TILES, eps, w, first, bias, rows, M, cols, cols >= 0,
         K, TILES, BIAS, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
-    kind = q.dtype.element_ty
-    low, high = tl.split(tl.reshape(rounded(y, kind).to(tl.float32), [BM, BN // 2, 2]))
-    low, high = low * c - high * s, high * c + low * s
-    slot = slot_of(at, SINKS, RING)
-    if head < H:
-        base = q + (rows * H + head).to(tl.int64) * P
-    elif head < H + HK:
-        base = keys + ((b * HK + head - H).to(tl.int64) * slots + slot) * P
-    else:
-        base = values + ((b * HK + head - H - HK).to(tl.int64) * slots + slot) * P
-    pointers = base[:, None] + j[None, :]
-    tl.store(pointers, rounded(low, kind), mask=ok[:, None])
-    tl.store(pointers + P // 2, rounded(high, kind), mask=ok[:, None])
+    _put_heads(
+        y, c, s, head, j, rows, b, at, ok, q, keys, values, slots, H, HK, P, SINKS, RING, BM, BN
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -252,17 +316,47 @@ def _sizes(tiles: Tiles, pdl: bool) -> dict:
 def project(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
     ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
-    conv: tuple[Tensor, Tensor, Tensor] | None = None, tiles: Tiles, pdl: bool,
+    conv: tuple[Tensor, Tensor, Tensor] | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
+    tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.linear.project`."""
-    (M, K), N, (_, slots, width) = scaled.shape, w.shape[0], ring.shape
-    _project_kernel[(triton.cdiv(N, tiles.columns),)](
+    """See `kernels.decode.reference.linear.project`; up to two attentions `beside`.
+
+    Their head width must be a multiple of tiles.columns.
+    """
+    (M, K), (_, slots, width) = scaled.shape, ring.shape
+    head_rows = sum(args.rows for args in beside)
+    N = w.shape[0] - head_rows
+    programs = triton.cdiv(N, tiles.columns) + head_rows // tiles.columns
+    pointers, sizes = _head_arguments(beside, w)
+    _project_kernel[(programs,)](
         scaled, scaled.stride(0), squares, squares.stride(0), eps, w, w if bias is None else bias,
         plain, ring, *(conv or (w, w, w)), start, count, M, N, T, offset, scale, ring_lo,
-        ring_lo + width, conv[2].shape[2] if conv else 0, K=K, TILES=squares.shape[1],
-        SLOTS=slots, BIAS=bias is not None, CONV=conv is not None, SINGLE=T == 1,
-        **_sizes(tiles, pdl),
+        ring_lo + width, conv[2].shape[2] if conv else 0, *(rotation or (w, w)), *pointers,
+        K=K, TILES=squares.shape[1], SLOTS=slots, BIAS=bias is not None, CONV=conv is not None,
+        SINGLE=T == 1, **sizes, **_sizes(tiles, pdl),
     )  # fmt: skip
+
+
+def _head_arguments(
+    beside: Sequence[AttentionArguments], unused: Tensor
+) -> tuple[list[Tensor | int], dict[str, int]]:
+    """Arguments of `_project_kernel` about two attentions, and the sizes of those that are there.
+
+    `unused` stands for the tensors of one that is not.
+    """
+    pointers: list[Tensor | int] = []
+    sizes = {"P": beside[0].keys.shape[3] if beside else 2}
+    for number in range(2):
+        args = beside[number] if number < len(beside) else None
+        if args is None:
+            pointers += [unused, unused, unused, 0]
+        else:
+            pointers += [args.q, args.keys, args.values, args.keys.shape[2]]
+        own = (args.heads, args.keys.shape[1], args.sinks, args.ring) if args else (0, 0, 0, 0)
+        names = ("H", "HK", "SINKS", "RING")
+        sizes |= {f"{name}{number}": size for name, size in zip(names, own, strict=True)}
+    return pointers, sizes
 
 
 def project_qkv(
@@ -284,13 +378,16 @@ def project_qkv(
 
 def add_residual(
     x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
-    squares: Tensor, *, tiles: Tiles, pdl: bool,
+    squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (), *, tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.linear.add_residual`; a piece of `squares` for each program."""
     (M, K), N = x.shape, w.shape[0]
+    absent = 2 - len(beside)
+    depths = [other.shape[1] for other, _ in beside] + [0] * absent
+    operands = [tensor for pair in (*beside, *[(x, w)] * absent) for tensor in pair]
     _residual_kernel[(triton.cdiv(N, tiles.columns),)](
-        x, w, w if bias is None else bias, hidden, gain, scaled, squares, M, N,
-        K=K, BIAS=bias is not None, **_sizes(tiles, pdl),
+        x, w, *operands, w if bias is None else bias, hidden, gain, scaled, squares, M, N,
+        K=K, K1=depths[0], K2=depths[1], BIAS=bias is not None, **_sizes(tiles, pdl),
     )  # fmt: skip
 
 
@@ -319,72 +416,4 @@ def head(
         scaled if best is None else best, scaled if best_index is None else best_index,
         scaled if logits is None else logits, M, N, V,
         K=K, TILES=squares.shape[1], LOGITS=logits is not None, **_sizes(tiles, pdl),
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T"])
-def _embed_kernel(
-    tokens, row_stride, table, gain, hidden, scaled, squares, T, N, V, TILES: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    token = tl.load(tokens + m // T * row_stride + m % T)
-    token = tl.minimum(tl.maximum(token, 0), V - 1).to(tl.int64)
-    total = 0.0
-    for at in range(0, N, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        ok = cols < N
-        stream = tl.load(table + token * N + cols, mask=ok, other=0.0)
-        value = stream.to(tl.float32)
-        weight = tl.load(gain + cols, mask=ok, other=0.0).to(tl.float32)
-        element = m.to(tl.int64) * N + cols
-        tl.store(hidden + element, stream, mask=ok)
-        tl.store(scaled + element, rounded(value * weight, stream.dtype), mask=ok)
-        total += tl.sum(value * value)
-    tiles = tl.arange(0, triton.next_power_of_2(TILES))
-    tl.store(squares + m * TILES + tiles, tl.where(tiles == 0, total, 0.0), mask=tiles < TILES)
-
-
-@triton.jit
-def _pick_kernel(best, best_index, tokens, stride, pieces, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    m = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    which = tl.full([BLOCK], 2147483647, tl.int32)
-    for at in range(0, pieces, BLOCK):
-        piece = at + tl.arange(0, BLOCK)
-        value = tl.load(best + m * pieces + piece, mask=piece < pieces, other=float("-inf"))
-        index = tl.load(best_index + m * pieces + piece, mask=piece < pieces, other=2147483647)
-        # pieces come in the order of their tokens, so an equal one is a higher token
-        better = value > top
-        top, which = tl.where(better, value, top), tl.where(better, index, which)
-    highest = tl.max(top)
-    tl.store(tokens + m * stride, tl.min(tl.where(top == highest, which, 2147483647)))
-
-
-def embed(
-    tokens: Tensor, table: Tensor, gain: Tensor, hidden: Tensor, scaled: Tensor, squares: Tensor,
-    *, pdl: bool,
-) -> None:  # fmt: skip
-    """See `kernels.decode.reference.linear.embed`; tokens [B, T] may be a piece of wider rows."""
-    M, N = hidden.shape
-    _embed_kernel[(M,)](
-        tokens, tokens.stride(0), table, gain, hidden, scaled, squares, tokens.shape[1], N,
-        table.shape[0], TILES=squares.shape[1], BLOCK=min(4096, triton.next_power_of_2(N)),
-        PDL=pdl, **launch_options(pdl, num_warps=8),
-    )  # fmt: skip
-
-
-def pick(best: Tensor, best_index: Tensor, tokens: Tensor, *, pdl: bool) -> None:
-    """See `kernels.decode.reference.linear.pick`."""
-    M, pieces = best.shape
-    _pick_kernel[(M,)](
-        best, best_index, tokens, tokens.stride(0), pieces,
-        BLOCK=min(1024, triton.next_power_of_2(pieces)), PDL=pdl,
-        **launch_options(pdl, num_warps=8),
     )  # fmt: skip

@@ -4,21 +4,24 @@ Elementwise counterparts of `kernels.decode.triton.linear`, for products that ar
 multiplied.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import slot_of
 from mambactl.kernels.decode.triton.gemv import norm_rate, square_parts
 from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
 
 
 @triton.jit
-def _tile(y, N, m, cols, ok, squares, s_stride, eps, bias, D: tl.constexpr, TILES: tl.constexpr,
-          BIAS: tl.constexpr):  # fmt: skip
+def _tile(y, stride, m, cols, ok, squares, s_stride, eps, bias, D: tl.constexpr,
+          TILES: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """Row m of the normed product at `cols`, in fp32; TILES = 0 leaves the norm out."""
-    value = tl.load(y + m.to(tl.int64) * N + cols, mask=ok, other=0.0).to(tl.float32)
+    value = tl.load(y + m.to(tl.int64) * stride + cols, mask=ok, other=0.0).to(tl.float32)
     if TILES > 0:
         one = m + tl.arange(0, 1)
         parts = square_parts(squares, s_stride, one, one >= 0, TILES)
@@ -30,8 +33,8 @@ def _tile(y, N, m, cols, ok, squares, s_stride, eps, bias, D: tl.constexpr, TILE
 
 @triton.jit(do_not_specialize=["T", "offset", "scale"])
 def _ring_kernel(
-    y, squares, s_stride, eps, bias, plain, ring, start, count, N, T, offset, scale, ring_lo,
-    ring_hi, D: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr,
+    y, stride, squares, s_stride, eps, bias, plain, ring, start, count, N, T, offset, scale,
+    ring_lo, ring_hi, D: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1)
@@ -39,7 +42,7 @@ def _ring_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    value = _tile(y, N, m, cols, cols < N, squares, s_stride, eps, bias, D, TILES, BIAS)
+    value = _tile(y, stride, m, cols, cols < N, squares, s_stride, eps, bias, D, TILES, BIAS)
     value = rounded(value, plain.dtype.element_ty)
     b, t = m // T, m % T
     at = tl.load(start + b) + offset + t
@@ -77,8 +80,8 @@ def _conv_kernel(
 
 @triton.jit(do_not_specialize=["T", "offset", "scale"])
 def _rope_kernel(
-    y, squares, s_stride, eps, bias, cos, sin, q, keys, values, start, count, N, T, offset, scale,
-    slots, D: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr,
+    y, stride, squares, s_stride, eps, bias, cos, sin, q, keys, values, start, count, T, offset,
+    scale, slots, D: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr,
     HK: tl.constexpr, P: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
     HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -89,8 +92,8 @@ def _rope_kernel(
         gdc_launch_dependents()
         gdc_wait()
     col = head * P + j
-    low = _tile(y, N, m, col, inside, squares, s_stride, eps, bias, D, TILES, BIAS)
-    high = _tile(y, N, m, col + P // 2, inside, squares, s_stride, eps, bias, D, TILES, BIAS)
+    low = _tile(y, stride, m, col, inside, squares, s_stride, eps, bias, D, TILES, BIAS)
+    high = _tile(y, stride, m, col + P // 2, inside, squares, s_stride, eps, bias, D, TILES, BIAS)
     kind = q.dtype.element_ty
     low, high = rounded(low, kind).to(tl.float32), rounded(high, kind).to(tl.float32)
     b, t = m // T, m % T
@@ -203,15 +206,18 @@ def _common(squares: Tensor, width: int, pdl: bool) -> dict:
 def project(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
     ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
-    conv: tuple[Tensor, Tensor, Tensor] | None = None, pdl: bool,
+    conv: tuple[Tensor, Tensor, Tensor] | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
+    pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.linear.project`."""
-    (M, D), N, (_, slots, width) = scaled.shape, w.shape[0], ring.shape
-    y = torch.mm(scaled, w.T)  # [M, N]
+    (M, D), (_, slots, width) = scaled.shape, ring.shape
+    N = w.shape[0] - sum(args.rows for args in beside)
+    y = torch.mm(scaled, w.T)  # [M, N + rows of the attentions]
     _ring_kernel[(triton.cdiv(N, BLOCK), M)](
-        y, squares, squares.stride(0), eps, y if bias is None else bias, plain, ring, start, count,
-        N, T, offset, scale, ring_lo, ring_lo + width, SLOTS=slots, BIAS=bias is not None,
-        BLOCK=BLOCK, **_common(squares, D, pdl),
+        y, y.stride(0), squares, squares.stride(0), eps, y if bias is None else bias, plain, ring,
+        start, count, N, T, offset, scale, ring_lo, ring_lo + width, SLOTS=slots,
+        BIAS=bias is not None, BLOCK=BLOCK, **_common(squares, D, pdl),
     )  # fmt: skip
     if conv is not None:
         channels = conv[2].shape[2]
@@ -219,6 +225,13 @@ def project(
             ring, *conv, start, count, width, channels, T, offset, scale, SLOTS=slots, BLOCK=BLOCK,
             PDL=pdl, **launch_options(pdl, num_warps=4),
         )  # fmt: skip
+    for args in beside:
+        _put_heads(
+            y[:, N : N + args.rows], squares, eps, None if bias is None else bias[N:], *rotation,
+            args.q, args.keys, args.values, start, count, scale, T=T, offset=offset,
+            sinks=args.sinks, ring=args.ring, depth=D, pdl=pdl,
+        )  # fmt: skip
+        N += args.rows
 
 
 def mamba1_low(
@@ -232,7 +245,7 @@ def mamba1_low(
     y = torch.mm(mixed.view(-1, channels).index_select(0, rows.view(-1)), w.T)  # [M, J]
     M, J = y.shape
     _ring_kernel[(triton.cdiv(J, BLOCK), M)](
-        y, y, 0, 0.0, y, y, low, start, count, J, T, offset, scale, 0, J, D=1, TILES=0,
+        y, J, y, 0, 0.0, y, y, low, start, count, J, T, offset, scale, 0, J, D=1, TILES=0,
         SLOTS=slots, BIAS=False, BLOCK=BLOCK, PDL=pdl, **launch_options(pdl, num_warps=4),
     )  # fmt: skip
 
@@ -243,23 +256,37 @@ def project_qkv(
     *, T: int, offset: int, sinks: int = 0, ring: int = 0, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.linear.project_qkv`."""
-    (M, D), N, (_, kv_heads, slots, width) = scaled.shape, w.shape[0], keys.shape
-    y = torch.mm(scaled, w.T)  # [M, N]
+    _put_heads(
+        torch.mm(scaled, w.T), squares, eps, bias, cos, sin, q, keys, values, start, count, scale,
+        T=T, offset=offset, sinks=sinks, ring=ring, depth=scaled.shape[1], pdl=pdl,
+    )  # fmt: skip
+
+
+def _put_heads(
+    y: Tensor, squares: Tensor, eps: float, bias: Tensor | None, cos: Tensor, sin: Tensor,
+    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
+    offset: int, sinks: int, ring: int, depth: int, pdl: bool,
+) -> None:  # fmt: skip
+    """Norm, rotate and store products y [M, (H + 2 Hk) P] of `depth` terms each."""
+    (M, N), (_, kv_heads, slots, width) = y.shape, keys.shape
     _rope_kernel[(N // width, M)](
-        y, squares, squares.stride(0), eps, y if bias is None else bias, cos, sin, q, keys, values,
-        start, count, N, T, offset, scale, slots, BIAS=bias is not None, H=q.shape[1] // width,
-        HK=kv_heads, P=width, SINKS=sinks, RING=ring, HALF=triton.next_power_of_2(width // 2),
-        **_common(squares, D, pdl) | launch_options(pdl, num_warps=1),
+        y, y.stride(0), squares, squares.stride(0), eps, y if bias is None else bias, cos, sin, q,
+        keys, values, start, count, T, offset, scale, slots, BIAS=bias is not None,
+        H=q.shape[1] // width, HK=kv_heads, P=width, SINKS=sinks, RING=ring,
+        HALF=triton.next_power_of_2(width // 2),
+        **_common(squares, depth, pdl) | launch_options(pdl, num_warps=1),
     )  # fmt: skip
 
 
 def add_residual(
     x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
-    squares: Tensor, *, pdl: bool,
+    squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (), *, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.linear.add_residual`."""
     M, N = hidden.shape
     y = torch.mm(x, w.T)  # [M, N]
+    for other, weight in beside:
+        y = torch.addmm(y, other, weight.T)
     _stream_kernel[(M,)](
         y, y if bias is None else bias, hidden, gain, scaled, squares, squares.stride(0), N,
         BIAS=bias is not None, BLOCK=min(4096, triton.next_power_of_2(N)),

@@ -46,21 +46,19 @@ def _rows(ring, at, width, cols, ok, SLOTS: tl.constexpr):
     return tl.load(ring + element[:, None] + cols[None, :], mask=ok, other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "offset", "scale"])
-def _closed_kernel(
-    ring, mixed, z, state, A, D, dt_bias, gain, eps, out, start, count, base, base_next, T, offset,
-    scale, width,
+@triton.jit
+def closed_program(
+    h, b, piece, ring, mixed, z, state, A, D, dt_bias, gain, eps, out, start, count, base,
+    base_next, T, offset, scale, width,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, XH: tl.constexpr, BG: tl.constexpr,
     CG: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr, LEN: tl.constexpr,
     ROWS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    h, b = tl.program_id(0), tl.program_id(1)
-    p, n = tl.program_id(2) * BP + tl.arange(0, BP), tl.arange(0, BN)
+    """Columns `piece` of head h of sequence b."""
+    p, n = piece * BP + tl.arange(0, BP), tl.arange(0, BN)
     p_ok = p < P
     CC: tl.constexpr = XH * P + (BG + CG) * N
-    if PDL:
-        gdc_launch_dependents()
     decay, skip, shift = tl.load(A + h), tl.load(D + h), tl.load(dt_bias + h)
     # where sequences stand does not change within a step
     n_new = tl.load(count + b) * scale
@@ -68,15 +66,15 @@ def _closed_kernel(
     store_at = tl.load(base_next + b)
     if PDL:
         gdc_wait()
-    if n_new <= 0:
-        return
     state += (b * H + h).to(tl.int64) * N * P
     ring += b.to(tl.int64) * SLOTS * width
     mixed += b.to(tl.int64) * SLOTS * CC
     keys = mixed + XH * P + h // (H // BG) * N
     queries = mixed + XH * P + BG * N + h // (H // CG) * N
     j, r = tl.arange(0, LEN), tl.arange(0, ROWS)
-    real = (first + j < begin + n_new) & (first + j >= 0)
+    # of a sequence that has ended nothing is real
+    live = n_new > 0
+    real = (first + j < begin + n_new) & (first + j >= 0) & live
     back = begin - first + r  # index of each row among the tokens since the stored state
     row_ok = (r < n_new) & (back >= 0)
     dt = tl.load(ring + (first + j + SLOTS) % SLOTS * width + CC + h, mask=real, other=0.0)
@@ -118,7 +116,7 @@ def _closed_kernel(
         y = y * tl.rsqrt(tl.sum(y * y, axis=1) / P + eps)[:, None] * weight[None, :]
     tl.store(out + line, rounded(y, out.dtype.element_ty), mask=ok)
 
-    if (store_at != first) & (store_at <= begin + n_new):
+    if live & (store_at != first) & (store_at <= begin + n_new):
         kept = first + j < store_at
         total = tl.sum(tl.where(kept, logs, 0.0), axis=0)
         share = tl.exp(tl.minimum((total - upto).to(tl.float32), 0.0)) * dt
@@ -134,6 +132,43 @@ def _closed_kernel(
             tl.store(pointer, S, mask=inside)
 
 
+@triton.jit(do_not_specialize=["T", "offset", "scale"])
+def _closed_kernel(
+    ring, mixed, z, state, A, D, dt_bias, gain, eps, out, start, count, base, base_next, T, offset,
+    scale, width,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, XH: tl.constexpr, BG: tl.constexpr,
+    CG: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr, LEN: tl.constexpr,
+    ROWS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    closed_program(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), ring, mixed, z, state, A, D, dt_bias,
+        gain, eps, out, start, count, base, base_next, T, offset, scale, width, H, P, N, XH, BG,
+        CG, SLOTS, NORM, LEN, ROWS, BP, BN, STAGES, PDL,
+    )  # fmt: skip
+
+
+def closed_sizes(
+    ring: Tensor, state: Tensor, gain: Tensor | None, x_heads: int, b_groups: int, c_groups: int
+) -> tuple[int, int, dict[str, int]]:
+    """Programs for each head, warps of each, and sizes of `closed_program`.
+
+    NORM says whether it norms heads itself: those wider than a program need a kernel of their own.
+    """
+    batch, heads, size, width = state.shape
+    block = max(16, min(HEAD_BLOCK, triton.next_power_of_2(width)))
+    warps = 8 if heads * batch <= FEW_PROGRAMS and block > 64 else 4
+    sizes = {
+        "H": heads, "P": width, "N": size, "XH": x_heads, "BG": b_groups, "CG": c_groups,
+        "SLOTS": ring.shape[1], "NORM": gain is not None and width <= block,
+        "LEN": max(16, ring.shape[1]), "ROWS": MOST_TOKENS, "BP": block,
+        "BN": max(16, min(STATE_BLOCK, triton.next_power_of_2(size))), "STAGES": STAGES,
+    }  # fmt: skip
+    return triton.cdiv(width, block), warps, sizes
+
+
 def mamba2_closed(
     ring: Tensor, mixed: Tensor, z: Tensor, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     gain: Tensor | None, eps: float, out: Tensor, start: Tensor, count: Tensor, base: Tensor,
@@ -141,16 +176,13 @@ def mamba2_closed(
     c_groups: int, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.recurrent.mamba2_segment`: bf16, at most MOST_TOKENS tokens."""
-    batch, heads, size, width = state.shape
-    block = max(16, min(HEAD_BLOCK, triton.next_power_of_2(width)))
-    inside = gain is not None and width <= block
-    warps = 8 if heads * batch <= FEW_PROGRAMS and block > 64 else 4
-    _closed_kernel[(heads, batch, triton.cdiv(width, block))](
+    batch, heads, _, _ = state.shape
+    pieces, warps, sizes = closed_sizes(ring, state, gain, x_heads, b_groups, c_groups)
+    inside = sizes["NORM"]
+    _closed_kernel[(heads, batch, pieces)](
         ring, mixed, z, state, A, D, dt_bias, gain if inside else A, eps, out, start, count, base,
-        base_next, T, offset, scale, ring.shape[2], H=heads, P=width, N=size, XH=x_heads,
-        BG=b_groups, CG=c_groups, SLOTS=ring.shape[1], NORM=inside, LEN=max(16, ring.shape[1]),
-        ROWS=MOST_TOKENS, BP=block, BN=max(16, min(STATE_BLOCK, triton.next_power_of_2(size))),
-        STAGES=STAGES, PDL=pdl, **launch_options(pdl, num_warps=warps),
+        base_next, T, offset, scale, ring.shape[2], PDL=pdl, **sizes,
+        **launch_options(pdl, num_warps=warps),
     )  # fmt: skip
     if gain is not None and not inside:
         grouped_norm(out, gain, eps, heads, pdl=pdl)

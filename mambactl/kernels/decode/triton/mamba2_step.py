@@ -11,7 +11,7 @@ from torch import Tensor
 from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
 
 # columns of a head's state [N, P] that a program keeps in registers
-HEAD_BLOCK = 32
+HEAD_BLOCK = 64
 
 
 @triton.jit
@@ -42,23 +42,21 @@ def tap(weight, cols, ok, i: tl.constexpr):
     return tl.load(weight + cols * 4 + i, mask=ok, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["T", "offset", "scale"])
-def _mamba2_kernel(
-    ring, mixed, z, state, A, D, dt_bias, gain, eps, out, start, count, base, base_next, T, offset,
-    scale, width,
+@triton.jit
+def mamba2_program(
+    h, b, piece, ring, mixed, z, state, A, D, dt_bias, gain, eps, out, start, count, base,
+    base_next, T, offset, scale, width,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, XH: tl.constexpr, BG: tl.constexpr,
     CG: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    h, b = tl.program_id(0), tl.program_id(1)
-    p, n = tl.program_id(2) * BP + tl.arange(0, BP), tl.arange(0, BN)
+    """Columns `piece` of head h of sequence b."""
+    p, n = piece * BP + tl.arange(0, BP), tl.arange(0, BN)
     p_ok, n_ok = p < P, n < N
     CC: tl.constexpr = XH * P + (BG + CG) * N
     x_col = h // (H // XH) * P + p
     b_col = XH * P + h // (H // BG) * N + n
     c_col = XH * P + BG * N + h // (H // CG) * N + n
-    if PDL:
-        gdc_launch_dependents()
     decay, skip, shift = tl.load(A + h), tl.load(D + h), tl.load(dt_bias + h)
     weight = tl.zeros([BP], tl.float32)
     if NORM:
@@ -66,12 +64,12 @@ def _mamba2_kernel(
     # where sequences stand does not change within a step
     n_new = tl.load(count + b) * scale
     first, begin = tl.load(base + b), tl.load(start + b) + offset
-    end = begin + n_new
+    # a sequence that has ended walks nowhere
+    live = n_new > 0
+    end = tl.where(live, begin + n_new, first)
     store_at = tl.load(base_next + b)
     if PDL:
         gdc_wait()
-    if n_new <= 0:
-        return
     ring += b.to(tl.int64) * SLOTS * width
     mixed += b.to(tl.int64) * SLOTS * CC
     pointer = state + ((b * H + h).to(tl.int64) * N + n[:, None]) * P + p[None, :]
@@ -104,8 +102,42 @@ def _mamba2_kernel(
             row = ((b * T + at - begin).to(tl.int64) * H + h) * P + p
             tl.store(out + row, rounded(y, out.dtype.element_ty), mask=p_ok)
         x, key, query, step, gate = x_next, key_next, query_next, step_next, gate_next
-    if store_at == end:
+    if live & (store_at == end):
         tl.store(pointer, S, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "offset", "scale"])
+def _mamba2_kernel(
+    ring, mixed, z, state, A, D, dt_bias, gain, eps, out, start, count, base, base_next, T, offset,
+    scale, width,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, XH: tl.constexpr, BG: tl.constexpr,
+    CG: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr, BP: tl.constexpr,
+    BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    mamba2_program(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), ring, mixed, z, state, A, D, dt_bias,
+        gain, eps, out, start, count, base, base_next, T, offset, scale, width, H, P, N, XH, BG,
+        CG, SLOTS, NORM, BP, BN, PDL,
+    )  # fmt: skip
+
+
+def mamba2_sizes(
+    ring: Tensor, state: Tensor, gain: Tensor | None, x_heads: int, b_groups: int, c_groups: int
+) -> tuple[int, dict[str, int]]:
+    """Programs for each head, and sizes of `mamba2_program`.
+
+    NORM says whether it norms heads itself: those wider than a program need a kernel of their own.
+    """
+    _, heads, size, width = state.shape
+    block = min(HEAD_BLOCK, triton.next_power_of_2(width))
+    sizes = {
+        "H": heads, "P": width, "N": size, "XH": x_heads, "BG": b_groups, "CG": c_groups,
+        "SLOTS": ring.shape[1], "NORM": gain is not None and width <= block, "BP": block,
+        "BN": triton.next_power_of_2(size),
+    }  # fmt: skip
+    return triton.cdiv(width, block), sizes
 
 
 def mamba2_segment(
@@ -118,14 +150,13 @@ def mamba2_segment(
 
     Heads wider than a program are normed by a kernel of their own.
     """
-    batch, heads, size, width = state.shape
-    block = min(HEAD_BLOCK, triton.next_power_of_2(width))
-    inside = gain is not None and width <= block
-    _mamba2_kernel[(heads, batch, triton.cdiv(width, block))](
+    batch, heads, _, _ = state.shape
+    pieces, sizes = mamba2_sizes(ring, state, gain, x_heads, b_groups, c_groups)
+    inside = sizes["NORM"]
+    _mamba2_kernel[(heads, batch, pieces)](
         ring, mixed, z, state, A, D, dt_bias, gain if inside else A, eps, out, start, count, base,
-        base_next, T, offset, scale, ring.shape[2], H=heads, P=width, N=size, XH=x_heads,
-        BG=b_groups, CG=c_groups, SLOTS=ring.shape[1], NORM=inside, BP=block,
-        BN=triton.next_power_of_2(size), PDL=pdl, **launch_options(pdl, num_warps=4),
+        base_next, T, offset, scale, ring.shape[2], PDL=pdl, **sizes,
+        **launch_options(pdl, num_warps=4),
     )  # fmt: skip
     if gain is not None and not inside:
         grouped_norm(out, gain, eps, heads, pdl=pdl)

@@ -1,20 +1,24 @@
 """The operations of a decode pass on a GPU: picks the kernel by the number of rows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor, nn
 
+from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton import (
     decode_attention,
     linear,
     linear_many,
     mamba1_step,
+    mamba2_beside,
     mamba2_closed,
     mamba2_step,
     ngram,
     rotate,
+    tokens,
     verdict,
 )
 from mambactl.kernels.decode.triton.gemv import SOME_ROWS, Tiles, tiles_for
@@ -78,15 +82,24 @@ class TritonOps:
 
     def embed(self, *args: Tensor) -> None:
         """Tokens into the stream."""
-        linear.embed(*args, pdl=self.pdl)
+        tokens.embed(*args, pdl=self.pdl)
 
     def pick(self, *args: Tensor) -> None:
         """The best token of every row."""
-        linear.pick(*args, pdl=self.pdl)
+        tokens.pick(*args, pdl=self.pdl)
 
-    def project(self, scaled: Tensor, *args: Any, **keywords: Any) -> None:
-        """Input projection of a recurrent mixer."""
-        self._product("project", len(scaled), scaled, *args, **keywords)
+    def project(
+        self,
+        scaled: Tensor,
+        *args: Any,
+        beside: Sequence[AttentionArguments] = (),
+        **keywords: Any,
+    ) -> None:
+        """Input projection of a recurrent mixer, and of attentions beside it."""
+        tiles = self._tiles("project", len(scaled))
+        widths = [each.keys.shape[3] for each in beside]
+        tiles = tiles and tiles.within(*widths)
+        self._run("project", tiles, scaled, *args, beside=beside, **keywords)
 
     def project_qkv(self, scaled: Tensor, *args: Any, **keywords: Any) -> None:
         """Queries, and keys and values into the cache."""
@@ -94,9 +107,9 @@ class TritonOps:
         rows = len(scaled) if width % 16 == 0 else SOME_ROWS + 1
         self._product("project_qkv", rows, scaled, *args, **keywords)
 
-    def add_residual(self, x: Tensor, *args: Any) -> None:
-        """Output projection into the stream."""
-        self._product("add_residual", len(x), x, *args)
+    def add_residual(self, x: Tensor, *args: Any, **keywords: Any) -> None:
+        """Output projection into the stream, or the sum of up to three."""
+        self._product("add_residual", len(x), x, *args, **keywords)
 
     def swiglu(self, scaled: Tensor, *args: Any) -> None:
         """The first half of an MLP."""
@@ -115,7 +128,9 @@ class TritonOps:
         self._product("head", len(scaled), scaled, squares, eps, w, None, None, logits)
 
     def _product(self, name: str, rows: int, *args: Any, **keywords: Any) -> None:
-        tiles = self._tiles(name, rows)
+        self._run(name, self._tiles(name, rows), *args, **keywords)
+
+    def _run(self, name: str, tiles: Tiles | None, *args: Any, **keywords: Any) -> None:
         if tiles is None:
             getattr(linear_many, name)(*args, **keywords, pdl=self.pdl)
         else:
@@ -129,16 +144,30 @@ class TritonOps:
         """Rotation of B and C."""
         rotate.rotate(*args, **keywords, pdl=self.pdl)
 
-    def mamba2(self, ring: Tensor, *args: Any, T: int, **keywords: Any) -> None:
-        """Mamba-2 of a segment."""
+    def mamba2(
+        self,
+        ring: Tensor,
+        *args: Any,
+        T: int,
+        offset: int,
+        beside: Sequence[AttentionArguments] = (),
+        **keywords: Any,
+    ) -> None:
+        """Mamba-2 of a segment, and attentions beside it."""
+        where = {"T": T, "offset": offset, "pdl": self.pdl}
         closed = (
             not self.exact
             and len(ring) >= CLOSED_FORM_FROM
             and ring.dtype == torch.bfloat16
             and T <= mamba2_closed.MOST_TOKENS
         )
+        if beside:
+            mamba2_beside.mamba2_beside(
+                ring, *args, beside=beside, closed=closed, **keywords, **where
+            )
+            return
         segment = mamba2_closed.mamba2_closed if closed else mamba2_step.mamba2_segment
-        segment(ring, *args, T=T, **keywords, pdl=self.pdl)
+        segment(ring, *args, **keywords, **where)
 
     def grouped_norm(self, *args: Any) -> None:
         """RMSNorm within groups, in place."""
