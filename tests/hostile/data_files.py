@@ -28,8 +28,8 @@ SPECULATE = ("spec-decode", "--draft", "ngram", "--target", "model", "--prompts"
              "--max-new-tokens", "2", *CPU)  # fmt: skip
 # rows of text are read by every stage; a dry run reads them as well
 ON_TEXT = (SFT, (*SFT, "--dry-run"), (*SFT, "--skip-bad-rows"), DISTILL, KEEP, ANSWER, CONVERT,
-           (*EVAL, "--data", "FILE"), (*EVAL, "--long-context-data", "FILE", "--position-length",
-            "32"))  # fmt: skip
+           (*EVAL, "--data", "FILE"))  # fmt: skip
+ON_LONG_TEXT = ((*EVAL, "--long-context-data", "FILE", "--position-length", "128"),)
 ON_CHATS = (SFT, (*SFT, "--dry-run"), (*SFT, "--skip-bad-rows"), ANSWER, PROMPTS)
 ON_PAIRS = (DPO, (*DPO, "--dry-run"), (*DPO, "--skip-bad-rows"), (*EVAL, "--preferences", "FILE"))
 ON_PROMPTS = (PROMPTS, SPECULATE, (*EVAL, "--generation-agreement", "FILE"))
@@ -223,8 +223,9 @@ KINDS = (
     Kind(18, "pairs.jsonl", ROWS, ON_PAIRS),
     Kind(10, "packed.jsonl.gz", (_packed_row, _bytes, _bytes_at_the_end, _bomb, _entry), ON_TEXT),
     Kind(10, "text.parquet", (_column, _column, _bytes, _bytes_at_the_end, _entry), ON_TEXT),
-    Kind(8, "chats.parquet", (_column, _column, _bytes, _bytes_at_the_end), ON_CHATS),
+    Kind(8, "chats.parquet", (_column, _column, _bytes, _bytes_at_the_end), ON_CHATS[:-1]),
     Kind(8, "pairs.parquet", (_column, _column, _bytes, _bytes_at_the_end), ON_PAIRS),
+    Kind(4, "long.jsonl", ROWS, ON_LONG_TEXT),
     Kind(6, "text.txt", (_bytes, _entry, _lines), ON_TEXT),
     Kind(10, "prompts.jsonl", ROWS, ON_PROMPTS),
     Kind(4, "prompts.txt", (_bytes, _entry, _lines), ON_PROMPTS),

@@ -1,6 +1,7 @@
 """Commands that break one promise each: what the runner has to notice."""
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -128,6 +129,12 @@ def out_of_memory() -> None:
     """Blame the machine for what a small input asks for."""
     _complain("error: out of memory\nhint: smaller")
     sys.exit(6)
+
+
+def waits_for_a_child() -> None:
+    """Wait for a process of another group that works, and for one that does not."""
+    code = "sum(range(30_000_000))\nimport time\ntime.sleep(1000)"
+    subprocess.run([sys.executable, "-c", code], process_group=0, check=False)
 
 
 def crashes() -> None:

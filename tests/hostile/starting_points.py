@@ -9,9 +9,11 @@ from random import Random
 from hostile.runner import CommandLine, Sandbox
 from hostile.templates import CODE
 
+from mambactl.options.reading import BEGIN, END
+
 FIXTURES = Path(__file__).parents[1] / "compatibility" / "fixtures"
 # options of rows that a cache and its readers share
-CACHED = ("--device", "cpu", "--max-steps", "1", "--batch-size", "2", "--max-length", "32")
+CACHED = ("--device", "cpu", "--max-steps", "1", "--batch-size", "2", "--max-length", "64")
 # by what they are: the name in the folder where commands run
 MODELS = {
     "llama": "model",
@@ -130,6 +132,7 @@ def _state_spaces(path: Path) -> None:
 
 def make_records(folder: Path, work: Path) -> None:
     """A student, its teacher, and every kind of file that commands read beside checkpoints."""
+    from compatibility.tiny_inputs import sentence, write_rows
     from hostile.yaml_texts import TASK
 
     shutil.copytree(FIXTURES / "llama", folder / "llama")
@@ -148,6 +151,10 @@ def make_records(folder: Path, work: Path) -> None:
     prompts = [json.dumps({"prompt": row["text"][:20]}) for row in rows[:3]]
     (folder / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
     (folder / "prompts.txt").write_text("the river\na stone house\n")
+    write_rows(
+        folder / "long.jsonl", ({"text": sentence(draw, 150)} for draw in (Random(0), Random(1)))
+    )
+    (folder / "out.md").write_text(f"{BEGIN}\n{END}\n")
     for name in ("text", "chats", "pairs"):
         _as_parquet(folder / f"{name}.jsonl")
     _write_tasks(folder / "tasks", TASK)
@@ -194,8 +201,12 @@ def _write_tasks(folder: Path, task: str) -> None:
     write_rows(folder / "choices.jsonl", (question(draw) for _ in range(6)))
     (folder / "own_task.yaml").write_text(task)
     # what hostile task files name
-    (folder / "evil.py").write_text(f"{CODE}def run(*_, **__): return 'x'\n")
-    (folder / "evil.yaml").write_text("doc_to_text: !function evil.run\n")
+    code = f"{CODE}def run(*_, **__): return 'x'\n"
+    included = folder.parent / "included"
+    included.mkdir()
+    for place in (folder, included):
+        (place / "evil.py").write_text(code)
+    (included / "evil.yaml").write_text("doc_to_text: !function evil.run\n")
 
 
 def keep_answers(sandbox: Sandbox) -> None:

@@ -63,6 +63,7 @@ def test_what_keeps_its_promises_passes(found, name) -> None:
         ("burns", "1 s of CPU time"),
         ("waits", "waits for ever"),
         ("waits_in_a_thread", "waits for ever"),
+        ("waits_for_a_child", "waits for ever"),
         ("grows", "GiB of memory"),
         ("exhausts", "a traceback"),
         ("out_of_memory", "out of memory on a small input"),

@@ -109,9 +109,10 @@ def answer(request: Request) -> Ended:
     if child == 0:
         _become(request, size)
     late, idle = _wait(child, request)
-    # its own children are in its group
-    with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+    # what it started is in its session, in groups of its own perhaps
+    for process in _ticks(child):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     _, status, used = os.wait4(child, 0)
     return Ended(
         code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1,
@@ -139,7 +140,7 @@ def _wait(child: int, request: Request) -> tuple[bool, bool]:
     """Wait until a command ends; whether it is late instead, and whether it is idle."""
     descriptor = os.pidfd_open(child)
     start = worked = time.monotonic()
-    before = 0
+    before: dict[int, int] = {}
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
@@ -156,23 +157,23 @@ def _wait(child: int, request: Request) -> tuple[bool, bool]:
     return False, False
 
 
-def _ticks(group: int) -> int:
-    """Ticks of CPU time that the processes of a group took."""
-    total = 0
+def _ticks(session: int) -> dict[int, int]:
+    """Ticks of CPU time that each process of a session took."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            # behind the name, which may hold anything: state, parent, group, ...
+            # behind the name, which may hold anything: state, parent, group, session, ...
             fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                total += int(fields[11]) + int(fields[12])
-    return total
+            if int(fields[3]) == session:
+                found[int(path.parent.name)] = int(fields[11]) + int(fields[12])
+    return found
 
 
 def _become(request: Request, size: int) -> NoReturn:
     """Turn this fork into the process of a command; never returns."""
     code = 1
     try:
-        os.setpgid(0, 0)
+        os.setsid()
         os.chdir(request.folder)
         modes = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT)
         for descriptor, (path, mode) in enumerate(zip(request.streams, modes, strict=True)):

@@ -84,7 +84,7 @@ TASKS = {name: ODD[name] for name in ODD_TASKS} | {
     + "filter_list: [{name: x, filter: [!function evil.run]}]\n",
     "a function of a module": TASK + "process_results: !function os.system\n",
     "a class": "task: own_task\nclass: !function evil.run\n",
-    "an included function": "include: evil.yaml\ntask: own_task\n",
+    "an included function": "include: ../included/evil.yaml\ntask: own_task\n",
     "an included file of the machine": "include: /etc/passwd\ntask: own_task\n",
     "an include of itself": "include: own_task.yaml\ntask: own_task\n",
     "a script as data": TASK.replace("dataset_path: json", "dataset_path: tasks/evil.py"),
