@@ -344,7 +344,7 @@ def test_a_window_of_the_reference_kernels_is_that_of_attention() -> None:
         ("turns = row['turns']", "data/conversations.py", set()),
         ("run(control=x)", "kernels/decode/reference/verdict.py", {"control"}),
         ("if config.control: run()", "commands/eval.py", set()),
-        ("def mamba2_segment(window): pass", "kernels/decode/reference/recurrent.py", {"window"}),
+        ("def mamba2_segment(window): pass", "kernels/decode/reference/verdict.py", {"window"}),
         ("conv_window = previous", "models/mixers/mamba1.py", {"conv_window"}),
         ("WINDOW: int = 4", "kernels/sequence/conv.py", {"WINDOW"}),
         ("window = 'mamba2_window'", "kernels/local_attention.py", set()),
