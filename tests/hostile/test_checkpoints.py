@@ -3,7 +3,7 @@
 from hostile.checkpoints import make_case
 
 # all, and those of a plain run
-COUNT, SAMPLE = 1000, 24
+COUNT, SAMPLE = 1000, 18
 
 
 def test_a_damaged_checkpoint(number: int, withstands) -> None:

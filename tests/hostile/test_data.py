@@ -3,7 +3,7 @@
 from hostile.data_files import make_case
 
 # all, and those of a plain run
-COUNT, SAMPLE = 300, 18
+COUNT, SAMPLE = 300, 12
 
 
 def test_a_damaged_file(number: int, withstands) -> None:
