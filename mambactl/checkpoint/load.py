@@ -54,7 +54,7 @@ FORMATS = {
 
 def adapt(reader: Reader) -> Adapted:
     """Our config and names for an open checkpoint; raises ModelError for other architectures."""
-    identity = _identity(reader)
+    identity = read_fields(Identity, reader.config, reader.path)
     kind = _kind(identity)
     known = FORMATS.get(kind)
     named = (identity.architectures or [known and known.architecture])[0]
@@ -71,14 +71,10 @@ def adapt(reader: Reader) -> Adapted:
     return adapted
 
 
-def needs_remote_code(reader: Reader) -> bool:
-    """Whether loading the checkpoint takes Python code that it ships itself."""
-    identity = _identity(reader)
+def needs_remote_code(config: Mapping[str, Any], path: Path) -> bool:
+    """Whether loading the checkpoint at `path` takes Python code that it ships itself."""
+    identity = read_fields(Identity, config, path)
     return bool(identity.auto_map) and _kind(identity) not in FORMATS
-
-
-def _identity(reader: Reader) -> Identity:
-    return read_fields(Identity, reader.config, reader.path)
 
 
 def _kind(identity: Identity) -> str | None:
@@ -91,7 +87,7 @@ def _unsupported(reader: Reader, what: str) -> ModelError:
     named = [known.architecture for known in FORMATS.values() if known.architecture]
     supported = ", ".join([*named, "state-spaces/mamba*"])
     message = f"{reader.path} has the architecture {what}, which is not supported"
-    if needs_remote_code(reader):
+    if needs_remote_code(reader.config, reader.path):
         code = ", ".join(sorted({str(name) for name in reader.config["auto_map"].values()}))
         message += f" and needs code from the checkpoint ({code})"
     return ModelError(message, f"supported: {supported}")
@@ -118,7 +114,7 @@ def load_model(
     """
     source = resolve(spec)
     with open_checkpoint(source) as reader:
-        if trust_remote_code and needs_remote_code(reader):
+        if trust_remote_code and needs_remote_code(reader.config, reader.path):
             return _load_foreign(source, device, dtype)
         adapted = adapt(reader)
         model = empty_model(adapted.config)

@@ -152,6 +152,8 @@ def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 # keys that are no field of a family, and what its class makes fields of
 _OLDER_KEYS = {"torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor"}
+# read by the attention of every family, also of those that do not declare it
+_UNDECLARED = {"head_dim"}
 # of every family in transformers, the fields that decide something for ours
 _SHARED_FIELDS = {"architectures", "dtype", "transformers_version"}
 
@@ -164,7 +166,7 @@ def build_config(reader: Reader, family: type[Config], values: Mapping[str, Any]
     read_fields(DecoderFields, values, reader.path)
     unused = {field.name for field in fields(PretrainedConfig)} - _SHARED_FIELDS
     sections = {name for spec in MIXERS.values() for name in spec.sections}
-    known = {field.name for field in fields(family)} - unused | _OLDER_KEYS | sections
+    known = {field.name for field in fields(family)} - unused | _OLDER_KEYS | _UNDECLARED | sections
     # the library fills in what nested values leave out
     own = copy.deepcopy({key: value for key, value in values.items() if key in known})
     with blamed(reader.path, CONFIG, hint=f"fetch it again, or correct {CONFIG}"):

@@ -87,7 +87,7 @@ def _beyond_weights(source: Source, trusted: bool) -> str | None:
 def _ships_code(source: Source) -> bool:
     config, tokenizer = (_content(source, name) for name in (CONFIG, _TOKENIZER[1]))
     own_tokenizer = bool(tokenizer.get("auto_map")) and not (source.path / _TOKENIZER[0]).exists()
-    return own_tokenizer or needs_remote_code(config)
+    return own_tokenizer or needs_remote_code(config, source.path)
 
 
 def _content(source: Source, name: str) -> dict[str, Any]:

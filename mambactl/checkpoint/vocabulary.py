@@ -14,7 +14,7 @@ def model_config(spec: str) -> HybridConfig:
 def vocabulary_size(spec: str, trust_remote_code: bool = False) -> int | None:
     """How many logits a checkpoint gives, from its header; None where its own code decides."""
     with open_checkpoint(spec) as reader:
-        if trust_remote_code and needs_remote_code(reader):
+        if trust_remote_code and needs_remote_code(reader.config, reader.path):
             return reader.config.get("vocab_size")
         return adapt(reader).config.vocab_size
 

@@ -13,6 +13,7 @@ from mambactl.errors import ModelError, UsageError
 from mambactl.evaluation.probes import EvalConfig
 
 OPTION = "--teacher"
+RECORD = {"schema": 1, "stage": "convert"}
 
 
 def folder(path: Path, **files: str) -> Path:
@@ -26,8 +27,7 @@ def folder(path: Path, **files: str) -> Path:
 
 def student(path: Path, **lineage: object) -> str:
     """A folder that is nothing but a lineage."""
-    record = {"schema": 1, "stage": "convert", **lineage}
-    return str(folder(path, mambactl_json=json.dumps(record)))
+    return str(folder(path, mambactl_json=json.dumps(RECORD | lineage)))
 
 
 @pytest.fixture
@@ -95,7 +95,9 @@ def test_a_checkpoint_of_the_hub_names_no_path_of_this_machine(
     fetched = tmp_path / "hub" / "models--o--n" / "snapshots" / "1"
     made = student(fetched, teacher=str(weights))
     for name in (str(weights), "./weights", "weights", "~"):
-        (fetched / "mambactl.json").write_text(json.dumps({"schema": 1, "teacher": name}))
+        (fetched / "mambactl.json").write_text(
+            json.dumps({"schema": 1, "stage": "convert", "teacher": name})
+        )
         with pytest.raises(ModelError, match="a path of this machine") as caught:
             teacher_of(made, None, OPTION)
         assert OPTION in caught.value.hint
@@ -109,7 +111,9 @@ def test_a_checkpoint_of_the_hub_names_no_path_of_this_machine(
 
     monkeypatch.setattr(teacher, "resolve", resolve)
     for name in ("llama3-8b", "o/n"):
-        (fetched / "mambactl.json").write_text(json.dumps({"schema": 1, "teacher": name}))
+        (fetched / "mambactl.json").write_text(
+            json.dumps({"schema": 1, "stage": "convert", "teacher": name})
+        )
         assert teacher_of(made, None, OPTION) == name
     assert asked[-1] == "o/n"
 

@@ -228,7 +228,8 @@ def test_commands_of_sections_and_of_runs_are_found() -> None:
 
 def test_a_ledger_says_how_its_model_was_trained(tmp_path) -> None:
     lineage = {
-        "stage": "distill", "created": "2026-11-24T09:00:00+00:00", "parent": {"path": "runs/p"},
+        "schema": 1, "stage": "distill", "created": "2026-11-24T09:00:00+00:00",
+        "parent": {"path": "runs/p"},
         "recipe": {"seed": 0, "max_steps": 10, "data": ["a b.jsonl"], "lr": 3e-4},
         "versions": {"torch": "2.13"},
     }  # fmt: skip
