@@ -53,7 +53,9 @@ class WorkFolder(PartialFolder):
             self.require_own()
             if os.path.lexists(self.path) and (fd := self._lock()) is not None:
                 try:
-                    if not self._settle() and os.path.lexists(self.out) and not self.begun:
+                    # a run that has only its mark goes on where it may replace OUT
+                    idle = not (self.begun or self.goes_on)
+                    if not self._settle() and idle and os.path.lexists(self.out):
                         self.discard()
                 finally:
                     os.close(fd)

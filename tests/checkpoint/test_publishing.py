@@ -196,6 +196,17 @@ def test_a_run_that_is_half_discarded_is_neither_resumed_nor_published(
     assert names(old.parent) == before - {work.path.name}
 
 
+def test_a_run_that_has_only_its_mark_goes_on_where_it_may_replace_out(old: Path) -> None:
+    for force in (True, False):
+        work = WorkFolder(old, {"stage": "sft"})
+        with work.held():
+            work.begin(force)
+        settle(old)
+        assert work.goes_on == work.path.exists() == force
+        if force:
+            work.discard()
+
+
 def test_rests_of_nothing_go_where_out_is(old: Path) -> None:
     path = old.with_name(f"{old.name}.partial")
     path.mkdir()

@@ -45,10 +45,13 @@ class Operations:
         if event == "open":
             path, mode, flags = arguments
             return self._is_below(path) and bool((flags or 0) & WRITING)
+        if event not in CHANGES:
+            return False
+        path, folder = arguments[0], arguments[-1]
         # inside of shutil.rmtree names are relative to an open folder
-        return event in CHANGES and (
-            self._is_below(arguments[0]) or arguments[-1] not in (-1, None)
-        )
+        if folder not in (-1, None) and Path("/proc/self/fd").is_dir():
+            path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
+        return self._is_below(path)
 
     def _is_below(self, path: object) -> bool:
         if isinstance(path, bytes):

@@ -113,7 +113,7 @@ def stages(inputs: dict[str, str]) -> dict[str, Stage]:
         "teacher-cache": Stage(cache, "t"),
         "teacher-cache-old": Stage(cache, "t", old=[*cache, "--samples", "3"]),
         "generate": Stage(answers, "t.jsonl"),
-        "generate-old": Stage(answers, "t.jsonl", old=[*answers, "--seed", "1"]),
+        "generate-old": Stage(answers, "t.jsonl", old=[*answers, "--max-new-tokens", "3"]),
     }
 
 
