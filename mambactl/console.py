@@ -37,6 +37,8 @@ _verbosity = {"level": 0}
 _UNPRINTABLE = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+# characters of what a stage says on stdout, with all its metrics
+_LONGEST_LINE = 1 << 24
 _CURSOR_UP = "\x1b[A"
 
 
@@ -306,17 +308,25 @@ def read_model(model: str) -> str:
         return model
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("MODEL is - but stdin is a terminal", "pipe a stage in, or give a path")
-    line = sys.stdin.readline().strip()
+    try:
+        line = sys.stdin.readline(_LONGEST_LINE).strip()
+        line.encode()
+    except UnicodeError:
+        raise UsageError("stdin holds no UTF-8 text", "pipe a path or a stage's result") from None
     if not line:
         raise UpstreamError("nothing arrived on stdin", "the stage before failed: see its message")
     return _checkpoint(line) if line.startswith("{") else line
 
 
 def _checkpoint(line: str) -> str:
+    from mambactl.foreign import json_value, reason
+
     try:
-        checkpoint = json.loads(line).get("checkpoint")
-    except json.JSONDecodeError as error:
-        raise UsageError(f"stdin starts with {{ but is not one line of JSON: {error}") from None
+        checkpoint = json_value(line).get("checkpoint")
+    except ValueError as error:
+        raise UsageError(
+            f"stdin starts with {{ but is not one line of JSON ({reason(error)})"
+        ) from None
     if not isinstance(checkpoint, str) or not checkpoint:
         raise UsageError("the JSON line on stdin has no `checkpoint`")
     return checkpoint
@@ -328,7 +338,10 @@ def read_text(value: str | None) -> str | None:
         return value
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("the prompt is - but stdin is a terminal", "pipe the text in")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.read()
+    except UnicodeError:
+        raise UsageError("the prompt on stdin is not UTF-8 text", "convert it first") from None
 
 
 def stdin_is_pipe() -> bool:

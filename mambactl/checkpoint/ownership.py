@@ -77,7 +77,8 @@ def own_lineage(path: Path) -> dict[str, Any] | None:
 def located(out: Path) -> Path:
     """The absolute path that -o means; raises OutputError for one that cannot be a name."""
     path = Path(os.path.abspath(out))
-    if not path.name or "\0" in path.name:
+    # stdout is one line, which the next stage reads
+    if not path.name or any(end in str(path) for end in "\0\r\n"):
         raise OutputError(f"{path} cannot be written", "give -o the name of a checkpoint")
     return path
 

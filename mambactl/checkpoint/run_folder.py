@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 
@@ -14,7 +15,15 @@ from mambactl.checkpoint.ownership import require_replaceable
 from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.errors import OutputError, ResourceError
 from mambactl.files import LEDGER, PLOT, explained, replacing
-from mambactl.foreign import blamed, json_value, numbered_lines, open_regular
+from mambactl.foreign import (
+    blamed,
+    json_object,
+    json_value,
+    numbered_lines,
+    open_regular,
+    read_bytes,
+    regular_size,
+)
 
 _FREE = "free some disk space, then use --resume"
 _DAMAGED = "start again with --force"
@@ -142,6 +151,17 @@ class RunFolder(WorkFolder):
         }
         return found[max(found)] if found else None
 
+    def require_intact(self, checkpoint: Path) -> None:
+        """Raise OutputError for a damaged file in a trainer's checkpoint, which it would read."""
+        for file in sorted(checkpoint.iterdir()):
+            if file.suffix in (".pt", ".pth", ".bin"):
+                regular_size(file, OutputError, _DAMAGED)
+                with blamed(file, kind=OutputError, hint=_DAMAGED), ZipFile(file) as archive:
+                    if torn := archive.testzip():
+                        raise OutputError(f"{file}: {torn} is damaged", _DAMAGED)
+            elif file.suffix == ".json":
+                json_object(read_bytes(file, OutputError), file, "", OutputError, _DAMAGED)
+
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the resumable state atomically; raises ResourceError when the disk is full."""
         with _disk(self.path), replacing(self._state) as new, new.open("wb") as file:
@@ -149,10 +169,7 @@ class RunFolder(WorkFolder):
 
     def load_state(self) -> dict[str, Any] | None:
         """The newest state, or None before the first save."""
-        if not self._state.exists():
-            return None
-        with blamed(self._state, kind=OutputError, hint=_DAMAGED):
-            return torch.load(self._state, map_location="cpu", weights_only=True)
+        return load_kept(self._state) if self._state.exists() else None
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -183,6 +200,13 @@ class RunFolder(WorkFolder):
         if kept != before:
             with _disk(self.path), replacing(self.metrics) as new:
                 new.write_bytes(kept)
+
+
+def load_kept(path: Path) -> dict[str, Any]:
+    """What a run kept with `torch.save`; raises OutputError for a file that is damaged."""
+    regular_size(path, OutputError, _DAMAGED)
+    with blamed(path, kind=OutputError, hint=_DAMAGED):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class OtherFolder(RunFolder):

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from mambactl.console import PLAIN_ERRORS, printable, secure_streams, set_verbosity
-from mambactl.errors import ExitCode, MambactlError
+from mambactl.errors import ExitCode, MambactlError, UsageError
 from mambactl.ranks import REPORTS, child_environment, is_main, launched, rank
 
 EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
@@ -96,10 +96,20 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
     return ExitCode.BUG, f"{type(error).__name__}: {error}", "this is a bug: please report it"
 
 
+def _require_text(arguments: list[str]) -> None:
+    """Raise UsageError for an argument of bytes that are no text: no result could repeat it."""
+    for word in arguments:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{ascii(word)} is not UTF-8 text", "rename the file") from None
+
+
 def _invoke(arguments: list[str]) -> int:
     from mambactl.cli.app import make_app
     from mambactl.console import guarded_stdout
 
+    _require_text(arguments)
     words = arguments
     if os.environ.get("_MAMBACTL_COMPLETE"):
         # the line that a shell completes; the last word of it is not yet whole

@@ -104,6 +104,9 @@ def _marked(entry: Entry, digest: str) -> Entry:
 
 def kept_beside(checkpoint: Path) -> list[Path]:
     """Results and ledger of a folder or a single file, or what a folder of results holds."""
+    if not checkpoint.name:
+        # the root of all folders lies beside nothing
+        return []
     if _holds_results(checkpoint):
         return sorted(checkpoint.glob("*.json"))
     results = [checkpoint / RESULTS, checkpoint.with_name(f"{checkpoint.name}.{RESULTS}")]

@@ -20,6 +20,7 @@ from mambactl.checkpoint.save import write_model
 from mambactl.data.mixture import names, shares
 from mambactl.errors import ResourceError, UsageError
 from mambactl.files import canonical, replacing
+from mambactl.foreign import open_regular
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw
@@ -161,7 +162,7 @@ def _held_out_identity(job: Job) -> dict[str, Any]:
 def _file_digest(spec: str) -> str | None:
     """sha256 of a file; None for a set on the hub and for what reading the data will refuse."""
     try:
-        with open(spec, "rb") as content:
+        with open_regular(Path(spec), UsageError) as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError:
+    except UsageError:
         return None

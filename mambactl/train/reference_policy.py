@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from mambactl import console
-from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.checkpoint.run_folder import RunFolder, load_kept
 from mambactl.data.preferences import Pair
+from mambactl.errors import OutputError
 from mambactl.evaluation.rewards import (
     HEADINGS,
     SCALARS,
@@ -22,6 +23,7 @@ from mambactl.evaluation.rewards import (
     token_logps,
 )
 from mambactl.files import replacing
+from mambactl.foreign import blamed
 from mambactl.ranks import is_main
 
 # pairs that are asked about before their answers are kept
@@ -46,10 +48,11 @@ def precomputed(
 def _kept(path: Path, pairs: Sequence[Pair]) -> list[np.ndarray] | None:
     if not path.exists():
         return None
-    kept = torch.load(path, map_location="cpu", weights_only=True)
-    if kept["digest"] != _digest(pairs):
-        return None
-    return np.split(kept["logps"].numpy(), np.cumsum(kept["lengths"].numpy())[:-1])
+    kept = load_kept(path)
+    with blamed(path, kind=OutputError, hint="start again with --force"):
+        if kept["digest"] != _digest(pairs):
+            return None
+        return np.split(kept["logps"].numpy(), np.cumsum(kept["lengths"].numpy())[:-1])
 
 
 def _asked(path: Path, model: Any, pairs: Sequence[Pair], layout: Layout) -> list[np.ndarray]:

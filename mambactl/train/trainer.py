@@ -108,6 +108,8 @@ def follow(
     """
     started = time.perf_counter()
     checkpoint = from_main(folder.trainer_checkpoint() if is_main() else None)
+    if checkpoint and is_main():
+        folder.require_intact(checkpoint)
     kept = _lines_until(folder, _steps_of(checkpoint)) if checkpoint and is_main() else 0
     folder.truncate_log(kept)
     trainer.remove_callback(PrinterCallback)
