@@ -4,6 +4,7 @@ An old OUT is there, bit for bit, until its complete successor is.
 """
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -278,3 +279,35 @@ def test_a_stop_before_any_operation_loses_nothing(reference_of, name, tmp_path)
         for stop in stops:
             check_stop(reference, number, stop, tmp_path / f"{number}-{stop.name}")
             shutil.rmtree(tmp_path / f"{number}-{stop.name}")
+
+
+@pytest.mark.hostile
+def test_a_stop_while_measurements_are_kept_leaves_the_checkpoint_and_no_rest(
+    inputs, tmp_path
+) -> None:
+    command = ["eval", "s", "--data", inputs["text"], "--max-length", "32", "--device", "cpu"]
+    before, whole = tmp_path / "before", tmp_path / "whole"
+    shutil.copytree(inputs["student"], before / "s")
+    shutil.copytree(before, whole)
+    operations = operations_of(command, whole)
+    assert len(operations) > 5
+    for number in range(1, len(operations) + 1):
+        work = tmp_path / str(number)
+        shutil.copytree(before, work)
+        ended = run_stopped(command, work, number)
+        assert ended.code == -signal.SIGKILL, ended
+        kept = contents(before)
+        assert {name: contents(work)[name] for name in kept if "README" not in name} == {
+            name: value for name, value in kept.items() if "README" not in name
+        }
+        again = run_stopped(command, work, None)
+        assert again.code == 0, again.said
+        assert contents(work).keys() == contents(whole).keys(), operations[number - 1]
+        assert measured(work) == measured(whole)
+
+
+def measured(work: Path) -> tuple[str, Any]:
+    """The card of a checkpoint but for the time of measuring, and what was measured of it."""
+    (kept,) = (work / "s" / "results").iterdir()
+    card = re.sub(r"on cpu, .*", "", (work / "s" / "README.md").read_text())
+    return card, json.loads(kept.read_text())["metrics"]
