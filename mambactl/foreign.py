@@ -47,12 +47,12 @@ def blamed(
     except (MambactlError, MemoryError):
         raise
     except BaseException as error:  # libraries raise many types on damaged content
-        if not isinstance(error, Exception) and not _is_panic(error):
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise kind(f"{_location(where, what)} cannot be used ({reason(error)})", hint) from error
 
 
-def _is_panic(error: BaseException) -> bool:
+def is_panic(error: BaseException) -> bool:
     """Whether a library in Rust met what it did not foresee; such exceptions are no Exception."""
     return type(error).__module__ == "pyo3_runtime"
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from mambactl.console import PLAIN_ERRORS, printable, secure_streams, set_verbosity
 from mambactl.errors import ExitCode, MambactlError, UsageError
+from mambactl.foreign import is_panic, reason
 from mambactl.ranks import REPORTS, child_environment, is_main, launched, rank
 
 EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
@@ -32,6 +33,7 @@ PATIENCE = 10.0
 STOPPED = 128
 # seconds in which such a command undoes what it was at, and in which its process ends after that
 UNDOING, ENDING = 10.0, 5.0
+_PANIC_HINT = "the tokenizer.json of the checkpoint may be damaged: fetch it again"
 DISK_SIGNS = ("No space left on device", "Disk quota exceeded")
 
 
@@ -88,6 +90,9 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
         extra = EXTRAS[(error.name or "").split(".")[0]]
         return ExitCode.RESOURCE, f"{error.name} is missing", f'pip install "mambactl[{extra}]"'
+    if panic := next((link for link in chain if is_panic(link)), None):
+        # of the tokenizer, whose file holds expressions that it may fail on at any text
+        return ExitCode.MODEL, f"a library failed on its input ({reason(panic)})", _PANIC_HINT
     if hasattr(error, "format_message"):
         # a command line that Typer could not parse
         context = getattr(error, "ctx", None)
