@@ -151,7 +151,7 @@ class WorkFolder(PartialFolder):
             number += 1
             kept = self.out.with_name(f"{self.out.name}.{RESULTS}-replaced-{number}")
         results.rename(kept)
-        console.log(f"measurements of the checkpoint that was replaced are in {kept}")
+        console.log(f"measurements of the checkpoint that was replaced are in {kept}", level=0)
 
 
 def settle(out: Path) -> None:
