@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from mambactl import console
-from mambactl.checkpoint.provenance import made_before
 from mambactl.cli import recipe
 from mambactl.cli.parameters import Shared, parameters_of, with_parameters
 from mambactl.commands import COMMANDS, Command, configure
@@ -135,6 +134,9 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
         return
     out = Path(shared.out) if shared.out else console.default_out(source, command.name, ending)
     again = {"resume": shared.resume, "force": shared.force}
+    # the help needs nothing of checkpoints
+    from mambactl.checkpoint.provenance import made_before
+
     with console.guarded_stdout():
         recipes = [("--recipe", shared.recipe)] if shared.recipe else []
         made = made_before(

@@ -69,8 +69,14 @@ def test_any_window_decodes_as_it_reads(
     assert_close(torch.cat(logits, 1), expected)
 
 
+SIZES = {
+    **{"n_heads": 4, "head_dim": 16, "d_state": 16, "x_heads": 2, "b_groups": 2},
+    **{"c_groups": 4, "norm_groups": 4},
+}
+
+
 def test_settings_are_needed_and_kept() -> None:
     with pytest.raises(StrictDataclassError, match="no `mamba2_window` settings"):
-        HybridConfig(num_hidden_layers=1, mixers=["mamba2_window"], mamba2={"n_heads": 1})
+        HybridConfig(num_hidden_layers=1, mixers=["mamba2_window"], mamba2=SIZES)
     with pytest.raises(StrictDataclassError, match="no `mamba2` settings"):
         HybridConfig(num_hidden_layers=1, mixers=["mamba2_window"], mamba2_window={"window": 3})
