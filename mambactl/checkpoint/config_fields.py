@@ -1,4 +1,4 @@
-"""What config.json may say: types and ranges of every key that is computed with.
+"""The keys of config.json that are read, with their types and ranges.
 
 A key that is missing or null takes its family's default; keys that are not listed are not read.
 """
@@ -37,7 +37,7 @@ class Fields(BaseModel):
 
 
 class Identity(Fields):
-    """Which model a config.json is of, whoever made it."""
+    """The keys of config.json that identify the architecture."""
 
     model_type: Word | None = None
     architectures: list[Word] | None = None

@@ -72,7 +72,7 @@ def adapt(reader: Reader) -> Adapted:
 
 
 def needs_remote_code(config: Mapping[str, Any], path: Path) -> bool:
-    """Whether loading the checkpoint at `path` takes Python code that it ships itself."""
+    """Return whether loading the checkpoint at `path` requires Python code that it ships."""
     identity = read_fields(Identity, config, path)
     return bool(identity.auto_map) and _kind(identity) not in FORMATS
 
@@ -244,7 +244,7 @@ def load_lineage(spec: str) -> dict[str, Any] | None:
 
 
 def _tokenizer_files(source: Source) -> tuple[Mapping[str, str | bytes], Mapping[str, Any]]:
-    """What a tokenizer is made of, and the config beside it."""
+    """Return the tokenizer files of a checkpoint and its config.json."""
     if source.kind == "folder":
         files = read_side_files(source.path)
         raw = read_config(source.path) if os.path.exists(source.path / CONFIG) else {}

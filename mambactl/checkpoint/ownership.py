@@ -1,4 +1,4 @@
-"""What a command may replace: only what carries our mark, and nothing that it reads.
+"""Checks before an output is replaced: mambactl wrote it, and the command does not read it.
 
 Links are never followed. A folder is ours when its mambactl.json is, a single file when its header
 says so, a file of rows when its lineage lies beside it.
@@ -123,7 +123,7 @@ def _replaced(out: Path) -> Iterator[Path]:
 
 
 def _target(path: Path) -> os.stat_result | None:
-    """What a path leads to; None where that is nothing that can be looked at."""
+    """Return the status of what a path resolves to, or None if that cannot be read."""
     try:
         return os.stat(path)
     except (OSError, ValueError):
@@ -203,7 +203,7 @@ def _is_own_side(out: Path, path: Path, name: str) -> bool:
 
 
 def _is_ledger(path: Path) -> bool:
-    """Whether the first line is one that a run wrote."""
+    """Return whether the file is a ledger, judged by its first line."""
     try:
         first = read_text(path).partition("\n")[0]
         return "phase" in json_object(first, path)

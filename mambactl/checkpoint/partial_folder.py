@@ -63,7 +63,7 @@ class PartialFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether the result is complete and only needs to be published."""
+        """Return whether the result is complete but not published yet."""
         finished = json_of(self.record)
         return finished is not None and os.path.lexists(self.result) and not self._is_out(finished)
 
