@@ -154,30 +154,14 @@ def read_text(
         return content.decode("utf-8")
 
 
-def parse_json(
-    text: str | bytes,
-    where: Path | str,
-    what: str = "",
-    kind: type[MambactlError] = ModelError,
-    hint: str = AGAIN,
-    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+def json_value(
+    text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None
 ) -> Any:
-    """The value of a JSON text that can be written again as UTF-8; raises `kind`.
+    """The value of a JSON text that can be written again as UTF-8; raises ValueError.
 
     Numbers of thousands of digits, nesting beyond the bound and halves of characters are refused,
     as everything that is no JSON is. `object_hook` is that of `json.loads`.
     """
-    location = _location(where, what)
-    try:
-        return json_value(text, object_hook)
-    except ValueError as error:
-        raise kind(f"{location} is not valid JSON ({reason(error)})", hint) from error
-
-
-def json_value(
-    text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None
-) -> Any:
-    """The value of a JSON text, as `parse_json` reads it; raises ValueError."""
     text = (text.decode("utf-8") if isinstance(text, bytes) else text).removeprefix("\ufeff")
     try:
         value = json.loads(text, object_hook=object_hook)
@@ -216,11 +200,22 @@ def json_object(
     hint: str = AGAIN,
     object_hook: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
-    """The object of a JSON text, as `parse_json` reads it; raises `kind` for another value."""
-    value = parse_json(text, where, what, kind, hint, object_hook)
+    """The object of a JSON text, as `json_value` reads it; raises `kind` for anything else."""
+    location = _location(where, what)
+    try:
+        value = json_value(text, object_hook)
+    except ValueError as error:
+        raise kind(f"{location} is not valid JSON ({reason(error)})", hint) from error
     if not isinstance(value, dict):
-        raise kind(f"{_location(where, what)} is not a JSON object", hint)
+        raise kind(f"{location} is not a JSON object", hint)
     return value
+
+
+def read_object(
+    path: Path, kind: type[MambactlError] = ModelError, hint: str = AGAIN
+) -> dict[str, Any]:
+    """The JSON object in a regular file of bounded size; raises `kind` for anything else."""
+    return json_object(read_bytes(path, kind, hint=hint), path, "", kind, hint)
 
 
 Schema = TypeVar("Schema", bound=BaseModel)

@@ -24,7 +24,7 @@ from mambactl.files import (
     explained,
     partial_of,
 )
-from mambactl.foreign import blamed, json_object, read_text
+from mambactl.foreign import blamed, json_object, read_object, read_text
 from mambactl.options import StageConfig
 from mambactl.options.fields import split_weight
 
@@ -68,7 +68,7 @@ def own_lineage(path: Path) -> dict[str, Any] | None:
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        found = json_object(read_text(path), path)
+        found = read_object(path)
     except ModelError:
         return None
     return found if "stage" in found else None

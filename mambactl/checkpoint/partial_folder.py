@@ -26,7 +26,7 @@ from mambactl.files import (
     sync_folder,
     temporary_of,
 )
-from mambactl.foreign import json_object, read_text
+from mambactl.foreign import read_object
 
 FINISHED = "finished.json"
 # the mark of a writer that has nothing to resume
@@ -223,6 +223,6 @@ class PartialFolder:
 def json_of(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file of the folder; None where there is none."""
     try:
-        return json_object(read_text(path), path)
+        return read_object(path)
     except MambactlError:
         return None

@@ -17,11 +17,10 @@ from mambactl.errors import OutputError, ResourceError
 from mambactl.files import LEDGER, PLOT, explained, replacing
 from mambactl.foreign import (
     blamed,
-    json_object,
     json_value,
     numbered_lines,
     open_regular,
-    read_bytes,
+    read_object,
     regular_size,
 )
 
@@ -160,7 +159,7 @@ class RunFolder(WorkFolder):
                     if torn := archive.testzip():
                         raise OutputError(f"{file}: {torn} is damaged", _DAMAGED)
             elif file.suffix == ".json":
-                json_object(read_bytes(file, OutputError), file, "", OutputError, _DAMAGED)
+                read_object(file, OutputError, _DAMAGED)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the resumable state atomically; raises ResourceError when the disk is full."""

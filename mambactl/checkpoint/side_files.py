@@ -9,7 +9,7 @@ from mambactl.bounds import TENSORS
 from mambactl.checkpoint.lineage_record import checked_lineage
 from mambactl.errors import ModelError
 from mambactl.files import CONFIG, LINEAGE, SIDE_FILES
-from mambactl.foreign import AGAIN, json_object, read_bytes, read_text
+from mambactl.foreign import AGAIN, json_object, read_bytes, read_object, read_text
 
 
 def parse_config(text: str | bytes, where: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def read_folder_lineage(folder: Path) -> dict[str, Any] | None:
 
 def read_index(index: Path) -> dict[str, Path]:
     """The weight file of every tensor, as an index names them; raises ModelError."""
-    names = json_object(read_bytes(index), index).get("weight_map")
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError(f"{index} has no weight_map", AGAIN)
     require_few(index, names)

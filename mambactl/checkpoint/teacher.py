@@ -12,7 +12,7 @@ from mambactl.checkpoint.load import load_lineage, needs_remote_code
 from mambactl.checkpoint.resolve import ALIASES, resolve
 from mambactl.errors import ModelError, UsageError
 from mambactl.files import CONFIG, Source
-from mambactl.foreign import json_object, read_bytes
+from mambactl.foreign import read_object
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -92,4 +92,4 @@ def _ships_code(source: Source) -> bool:
 
 def _content(source: Source, name: str) -> dict[str, Any]:
     path = source.path / name
-    return json_object(read_bytes(path), path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}

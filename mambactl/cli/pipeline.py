@@ -15,7 +15,7 @@ from mambactl.cli.processes import signals_passed_to
 from mambactl.containment import require_inside
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import replacing
-from mambactl.foreign import json_object, read_bytes
+from mambactl.foreign import read_object
 from mambactl.options.fields import as_yaml, nearest, parse_settings
 from mambactl.ranks import child_environment
 from mambactl.recipes import TRUST, Recipe, Section, substitute
@@ -213,7 +213,7 @@ def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, Any] | 
 def _read(record: Path) -> dict[str, Any]:
     """What a section left in the folder; raises OutputError for a file that is no such record."""
     again = "--force runs everything again, --out works in another folder"
-    found = json_object(read_bytes(record, OutputError), record, kind=OutputError, hint=again)
+    found = read_object(record, OutputError, again)
     if not isinstance(found.get("result"), dict | None):
         raise OutputError(f"{record} is no record of a section", again)
     return found

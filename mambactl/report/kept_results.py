@@ -23,11 +23,10 @@ from mambactl.errors import UsageError
 from mambactl.foreign import (
     excerpt,
     fitted,
-    json_object,
     json_value,
     numbered_lines,
     open_regular,
-    read_bytes,
+    read_object,
     reason,
 )
 from mambactl.metrics import (
@@ -252,7 +251,7 @@ class _LedgerLine(_Kept):
 
 def read_content(path: Path) -> Json:
     """What a file of results holds; raises UsageError for one that is no JSON object."""
-    content = json_object(read_bytes(path, UsageError, hint=HINT), path, "", UsageError, HINT)
+    content = read_object(path, UsageError, HINT)
     _require_writable(content, path)
     return content
 
