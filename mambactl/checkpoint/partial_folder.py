@@ -29,10 +29,12 @@ from mambactl.files import (
 from mambactl.foreign import read_object
 
 FINISHED = "finished.json"
+# in every mark: whether the command was begun with leave to replace OUT
+REPLACES = "replaces"
 # the mark of a writer that has nothing to resume
-DISPOSABLE = {"stage": "checkpoint", "replaces": False}
+DISPOSABLE = {"stage": "checkpoint", REPLACES: False}
 # one of these is in every mark of ours: the second in those of earlier versions
-_OURS = {"replaces", "source_sha256"}
+_OURS = {REPLACES, "source_sha256"}
 # of what a command keeps in the folder: everything that may be deleted with it
 KEPT = (
     *("result", "replaced", "state.pt", "trainer", "before.json", "reference-*.pt"),
@@ -104,7 +106,7 @@ class PartialFolder:
         """Whether an unfinished run lies there that was begun with leave to replace OUT."""
         found = self.read_mark()
         resumes = found is not None and found["stage"] != DISPOSABLE["stage"]
-        return resumes and bool(found.get("replaces"))
+        return resumes and bool(found.get(REPLACES))
 
     def say_what_is_discarded(self) -> None:
         """Name the run whose work `wipe` would delete, if there is one."""
@@ -187,7 +189,7 @@ class PartialFolder:
         """Write the mark; what was complete before is not any more. The caller holds the folder."""
         self.may_replace = may_replace
         self.record.unlink(missing_ok=True)
-        self._write_mark(self.mark | {"replaces": may_replace})
+        self._write_mark(self.mark | {REPLACES: may_replace})
 
     def _write_mark(self, content: Mapping[str, Any]) -> None:
         with replacing(self._mark) as new:

@@ -25,7 +25,7 @@ from typing import Any
 from mambactl import console
 from mambactl.checkpoint.exchange import exchange, rename_new
 from mambactl.checkpoint.ownership import require_replaceable
-from mambactl.checkpoint.partial_folder import PartialFolder, json_of
+from mambactl.checkpoint.partial_folder import REPLACES, PartialFolder, json_of
 from mambactl.errors import OutputError
 from mambactl.files import (
     LEDGER,
@@ -100,7 +100,7 @@ class WorkFolder(PartialFolder):
         """
         with explained(self.out, _SPACE), signals_deferred():
             mark = self.read_mark() or {}
-            force = self.may_replace or bool(mark.get("replaces"))
+            force = self.may_replace or bool(mark.get(REPLACES))
             require_replaceable(self.out, force, self.side)
             self._appear()
             sync_folder(self.out.parent)
