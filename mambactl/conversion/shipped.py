@@ -1,0 +1,129 @@
+"""Rankings of KV heads that come with the package, each measured once on the teacher it is for.
+
+A teacher is known by its shape and by the Frobenius norms of its keys' and values' projections, so
+that a copy in another type, or quantised, is the same teacher.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from mambactl.checkpoint.reader import Adapted, Reader
+from mambactl.conversion.choice import Unit
+from mambactl.files import recipe_folder
+from mambactl.foreign import fitted, read_object
+from mambactl.models.config import HybridConfig
+
+FOLDER = "rankings"
+# relative difference of two norms that are the same: bfloat16 and 4 bits a weight stay below
+TOLERANCE = 0.01
+PROJECTIONS = ("k_proj", "v_proj")
+# fields of a configuration that are compared as they are
+SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_DIGITS = 6
+
+# name of a projection -> norm of each KV head's rows, by layer
+Norms = dict[str, list[list[float]]]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class RankedForm(_Record):
+    """The window that heads outside had when they were ranked."""
+
+    window: int
+    sinks: int
+
+
+class Ranking(_Record):
+    """The KV heads of a teacher as LAYER.HEAD, those that are needed most first.
+
+    `made` says how: the command, its version and what it measured on.
+    """
+
+    model: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    form: RankedForm
+    made: dict[str, Any]
+    ranking: list[str]
+    norms: Norms
+
+    def fits(self, config: HybridConfig) -> bool:
+        """Whether a model has the shape of the teacher."""
+        return all(getattr(self, name) == getattr(config, name) for name in SHAPE)
+
+    def is_of(self, reader: Reader, adapted: Adapted) -> bool:
+        """Whether a checkpoint has the teacher's weights in the layers that are attention."""
+        layers = adapted.config.attention_layers
+        return bool(layers) and all(
+            abs(found - self.norms[name][layer][head]) <= TOLERANCE * self.norms[name][layer][head]
+            for name, layer, row in _norms(reader, adapted, layers)
+            for head, found in enumerate(row)
+        )
+
+    def measured(self) -> dict[str, Any]:
+        """What a lineage keeps of it."""
+        return {"form": self.form.model_dump(), "made": self.made}
+
+    def best(self, units: Sequence[Unit], keep: int) -> list[Unit]:
+        """The `keep` heads of some that are needed most."""
+        place = {name: number for number, name in enumerate(self.ranking)}
+        return sorted(sorted(units, key=lambda unit: place[unit.name])[:keep])
+
+
+def shipped_rankings() -> list[Ranking]:
+    """Every ranking that comes with the package."""
+    files = sorted((recipe_folder() / FOLDER).glob("*.json"))
+    return [fitted(Ranking, read_object(file), file) for file in files]
+
+
+def ranking_of(reader: Reader, adapted: Adapted) -> Ranking | None:
+    """The ranking that was measured on this model, or None; reads keys' and values' projections
+    where a teacher of that shape is known.
+    """
+    for ranking in shipped_rankings():
+        if ranking.fits(adapted.config) and ranking.is_of(reader, adapted):
+            return ranking
+    return None
+
+
+def record(
+    model: str, reader: Reader, adapted: Adapted, selection: Mapping[str, Any], made: dict[str, Any]
+) -> Ranking:
+    """The ranking to ship, of what `convert --select` kept in the lineage as its selection."""
+    config = adapted.config
+    norms: Norms = {name: [] for name in PROJECTIONS}
+    for name, _, row in _norms(reader, adapted, range(config.num_hidden_layers)):
+        norms[name].append([float(f"{value:.{_DIGITS}g}") for value in row])
+    return Ranking(
+        model=model,
+        **{name: getattr(config, name) for name in SHAPE},
+        form=RankedForm(**selection["form"]),
+        made=made,
+        ranking=selection["ranking"],
+        norms=norms,
+    )
+
+
+def written(ranking: Ranking) -> str:
+    """A record as JSON in which lists of numbers stand on one line."""
+    text = ranking.model_dump_json(indent=1)
+    return re.sub(r"\[[^\[\]]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
+
+
+def _norms(
+    reader: Reader, adapted: Adapted, layers: Sequence[int]
+) -> Iterator[tuple[str, int, list[float]]]:
+    """Projection, layer and the norm of every KV head's rows, read one after the other."""
+    heads = adapted.config.num_key_value_heads
+    for name in PROJECTIONS:
+        for layer in layers:
+            weight = adapted.get(reader, f"model.layers.{layer}.self_attn.{name}.weight")
+            yield name, layer, weight.float().unflatten(0, (heads, -1)).norm(dim=(1, 2)).tolist()
