@@ -80,8 +80,8 @@ def _not_with(
 def _windowed_by(asked: ConvertConfig) -> str:
     """The option that asks for windows, as it was typed."""
     for given, option in (
-        (asked.window, "--window"),
         (asked.by_head, "--by head" if asked.by else "--keep-heads"),
+        (asked.window, "--window"),
         (asked.form == "faithful", "--form faithful"),
         (asked.mixers_from, "--mixers-from (of mixers with windows)"),
     ):

@@ -5,16 +5,21 @@ that a copy in another type, or quantised, is the same teacher.
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from mambactl.checkpoint.load import load_lineage, open_strict
 from mambactl.checkpoint.reader import Adapted, Reader
 from mambactl.conversion.choice import Unit
+from mambactl.errors import UsageError
 from mambactl.files import recipe_folder
 from mambactl.foreign import fitted, read_object
 from mambactl.models.config import HybridConfig
+from mambactl.options import ConvertConfig
+from mambactl.options.fields import flags
 
 FOLDER = "rankings"
 # relative difference of two norms that are the same: bfloat16 and 4 bits a weight stay below
@@ -23,6 +28,8 @@ PROJECTIONS = ("k_proj", "v_proj")
 # fields of a configuration that are compared as they are
 SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 _DIGITS = 6
+# of a selection, what says how good it is
+MEASURED = ("select", "recall_probe", "tokens", "front", "exchanged")
 
 # name of a projection -> norm of each KV head's rows, by layer
 Norms = dict[str, list[list[float]]]
@@ -94,10 +101,36 @@ def ranking_of(reader: Reader, adapted: Adapted) -> Ranking | None:
     return None
 
 
+def ranking_from(student: str, model: str | None = None) -> Ranking:
+    """The ranking to ship, of a student whose lineage holds one that `convert --select` measured.
+
+    `model` is what the teacher is called, by default as the lineage names it. Raises UsageError
+    where that conversion ranked no KV heads, ModelError where the teacher is not there.
+    """
+    lineage = load_lineage(student) or {}
+    metrics, teacher = lineage.get("metrics", {}), lineage.get("parent", {}).get("path")
+    selection = metrics.get("selection", {})
+    if lineage.get("stage") != "convert" or selection.get("measure") != "removal" or not teacher:
+        raise UsageError(
+            f"{student} does not come from a conversion that ranked KV heads",
+            "make it with convert --by head --select recall",
+        )
+    words = flags(ConvertConfig(**lineage["recipe"]))
+    made = {
+        "command": shlex.join(["mambactl", "convert", teacher, *words]),
+        "created": lineage["created"],
+        "versions": lineage["versions"],
+        **{key: selection[key] for key in MEASURED if key in selection},
+    }
+    reader, adapted = open_strict(teacher)
+    with reader:
+        return record(model or teacher, reader, adapted, selection, made)
+
+
 def record(
     model: str, reader: Reader, adapted: Adapted, selection: Mapping[str, Any], made: dict[str, Any]
 ) -> Ranking:
-    """The ranking to ship, of what `convert --select` kept in the lineage as its selection."""
+    """The ranking in a `selection` of form and ranking, with the norms of the teacher's weights."""
     config = adapted.config
     norms: Norms = {name: [] for name in PROJECTIONS}
     for name, _, row in _norms(reader, adapted, range(config.num_hidden_layers)):
@@ -113,9 +146,12 @@ def record(
 
 
 def written(ranking: Ranking) -> str:
-    """A record as JSON in which lists of numbers stand on one line."""
-    text = ranking.model_dump_json(indent=1)
-    return re.sub(r"\[[^\[\]]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
+    """A record as JSON, each of its lists on one line."""
+
+    def on_one_line(match: re.Match[str]) -> str:
+        return f"[{' '.join(match[1].split())}]"
+
+    return re.sub(r"\[([^\[\]]*)\]", on_one_line, ranking.model_dump_json(indent=1)) + "\n"
 
 
 def _norms(

@@ -175,10 +175,10 @@ class ConvertConfig(StageConfig):
 
     def _require_form_of(self, aligned: Mixers) -> None:
         """Raise UsageError where --form asks for another form than that of --mixers-from."""
-        theirs = "windows" if aligned.windows else "angles" if aligned.rotates else None
-        if self.form == "portable" and theirs:
+        beyond = "have windows" if aligned.windows else "turn with the position"
+        if self.form == "portable" and (aligned.windows or aligned.rotates):
             raise UsageError(
-                f"the mixers of {self.mixers_from} have {theirs}: their form is not portable",
+                f"the mixers of {self.mixers_from} {beyond}: their form is not portable",
                 "drop --form portable, or align mixers of convert --form portable --ratio 1",
             )
         if self.form == "faithful" and not aligned.windows:
