@@ -141,9 +141,8 @@ def test_a_mixer_starts_from_its_attention(teacher, mixer, text, tmp_path) -> No
 
 def test_a_window_starts_as_its_attention(teacher, tmp_path) -> None:
     """Under a window over the whole text the student is the teacher."""
-    made = convert.run(
-        ConvertConfig(by="layer", window=LENGTH, ratio=1), teacher, tmp_path / "t.st"
-    )
+    options = ConvertConfig(by="layer", window=LENGTH, ratio=1)
+    made = convert.run(options, teacher, tmp_path / "t.st")
     torch.testing.assert_close(
         logits(load_model(made.path)), logits(load_model(teacher)), rtol=0, atol=2e-5
     )
