@@ -212,7 +212,10 @@ def test_resume_knows_what_other_defaults_made(cli, tiny_llama_dir, tmp_path) ->
     for spelling in (("--form", "portable"), ("--by", "layer")):
         same = cli(*given, *spelling, "--resume")
         assert (same.code, "nothing to do" in same.err) == (0, True), same.err
-    assert "ratio 0.5 -> 0.25;" in cli(*given, "--by", "layer", "--ratio", "0.25", "--resume").err
+    assert (
+        "differently: ratio 0.5 -> 0.25\n"
+        in cli(*given, "--by", "layer", "--ratio", "0.25", "--resume").err
+    )
 
 
 def test_resume_accepts_another_spelling(cli, tiny_llama_dir, tmp_path) -> None:
