@@ -80,7 +80,7 @@ def test_it_counts_for_its_form_and_where_heads_are_open(
         return
     assert metrics["kept_heads"] == "1.0,1.1,2.0,2.1"
     assert said in err
-    words = f"--window {fields['window']} --sinks {fields['sinks']} --device cpu --select recall"
+    words = f"--device cpu --window {fields['window']} --sinks {fields['sinks']} --select recall"
     assert f"mambactl convert {llama} {words}" in err
 
 
@@ -88,7 +88,7 @@ def test_an_unknown_teacher_is_told_what_would_do_better(shelf, llama, tmp_path,
     convert(llama, tmp_path / "t.st", ratio=0.75)
     err = capsys.readouterr().err
     assert "heads around 60% of the depth stay" in err
-    assert f"mambactl convert {llama} --ratio 0.75 --device cpu --select recall" in err
+    assert f"mambactl convert {llama} --device cpu --ratio 0.75 --select recall" in err
     # nothing is open
     for ratio in (0, 1):
         convert(llama, tmp_path / f"{ratio}.st", ratio=ratio)
@@ -162,7 +162,7 @@ def test_a_selection_becomes_a_ranking(shelf, llama, tmp_path, capsys) -> None:
     found = ranking_from(str(tmp_path / "s.st"), "tiny")
     assert (found.model, found.ranking) == ("tiny", measured["ranking"])
     assert found.form.model_dump() == FORM
-    options = "--form faithful --by head --select kl --window 6 --sinks 2 --device cpu"
+    options = "--device cpu --form faithful --by head --select kl --window 6 --sinks 2"
     assert found.made["command"] == f"mambactl convert {llama} {options}"
     assert found.made["front"] == measured["front"] and "mambactl" in found.made["versions"]
     given = script.PARSER.parse_args([str(tmp_path / "s.st"), "--model", "tiny"])
