@@ -81,8 +81,7 @@ class Ranking(_Record):
 
     def best(self, units: Sequence[Unit], keep: int) -> list[Unit]:
         """The `keep` heads of some that are needed most."""
-        place = {name: number for number, name in enumerate(self.ranking)}
-        return sorted(sorted(units, key=lambda unit: place[unit.name])[:keep])
+        return sorted(sorted(units, key=lambda unit: self.ranking.index(unit.name))[:keep])
 
 
 def shipped_rankings() -> list[Ranking]:
