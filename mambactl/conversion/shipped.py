@@ -29,7 +29,7 @@ PROJECTIONS = ("k_proj", "v_proj")
 SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 _DIGITS = 6
 # of a selection, what says how good it is
-MEASURED = ("select", "recall_probe", "tokens", "front", "exchanged")
+MEASURED = ("select", "text", "recall_probe", "tokens", "front", "exchanged")
 
 # name of a projection -> norm of each KV head's rows, by layer
 Norms = dict[str, list[list[float]]]
