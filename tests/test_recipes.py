@@ -10,7 +10,7 @@ from mambactl import recipe_schema, recipes
 from mambactl.commands import COMMANDS, configure, stages
 from mambactl.errors import UsageError
 from mambactl.files import recipe_folder
-from mambactl.options.fields import parse_settings
+from mambactl.options.fields import flags, parse_settings
 
 SHIPPED = sorted(recipe_folder().glob("*.yaml"))
 
@@ -118,6 +118,12 @@ def test_settings_are_typed_like_yaml() -> None:
     assert configure("distill", {"lr": "2e-3"}).lr == 2e-3
 
 
+def test_options_are_typed_again_as_flags() -> None:
+    convert = configure("convert", {"keep_attention": [1, 2], "rotary": True, "ratio": 0.5})
+    assert flags(convert) == ["--keep-attention", "1", "--keep-attention", "2", "--rotary"]
+    assert flags(configure("distill", {"packing": False})) == ["--no-packing"]
+
+
 def test_every_option_says_what_it_is() -> None:
     for command in COMMANDS.values():
         for name, field in command.options.model_fields.items():
@@ -153,6 +159,9 @@ def test_shipped_variants_are_valid_and_described(spec) -> None:
     assert {section.values.get("window") for section in conversions} == {
         64 if kind == "window" else None
     }
+    # of whole layers, as when they were made
+    for options in (section.config for section in conversions):
+        assert options.by == "layer" or options.form == "portable" or options.init == "reference"
 
 
 def test_every_model_has_every_share_and_the_papers_way() -> None:

@@ -229,6 +229,7 @@ class Instruments:
 
 @torch.no_grad()
 def through(blocks: Sequence[AnyBlock], hidden: Tensor, context: StepContext) -> Tensor:
+    """The states [B, T, D] behind a stack of blocks."""
     for block in blocks:
         hidden = block(hidden, context, None)
     return hidden
