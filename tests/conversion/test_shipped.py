@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint.test_gguf_reader import tiny_llama, write_gguf
 
 from mambactl.checkpoint.load import load_lineage, load_model, open_strict
 from mambactl.checkpoint.save import save_model
@@ -132,6 +133,19 @@ def test_a_teacher_is_known_by_its_weights(known, llama, change, is_known, tmp_p
     reader, adapted = open_strict(copy_of(llama, tmp_path / "copy", change))
     with reader:
         assert (ranking_of(reader, adapted) is not None) == is_known
+
+
+def test_a_quantised_file_is_the_same_teacher(shelf, tmp_path) -> None:
+    original = tiny_llama()
+    original.save_pretrained(tmp_path / "llama")
+    reader, adapted = open_strict(str(tmp_path / "llama"))
+    order = {"form": FORM, "ranking": ["0.0", "0.1", "1.0", "1.1"]}
+    with reader:
+        (shelf / "tiny.json").write_text(written(record("tiny", reader, adapted, order, {})))
+    packed = write_gguf(tmp_path / "q8.gguf", original, quantised=True)
+    reader, adapted = open_strict(str(packed))
+    with reader:
+        assert ranking_of(reader, adapted).model == "tiny"
 
 
 def test_other_shapes_are_not_read(known, save_llama, monkeypatch) -> None:
