@@ -153,10 +153,14 @@ def test_a_window_starts_as_its_attention(teacher, tmp_path) -> None:
             assert torch.equal(source.get(name), student.get(same)), name
 
 
-def test_a_fitted_window_decodes(teacher, text, tmp_path) -> None:
-    options = ConvertConfig(by="layer", window=5, sinks=2, calibrate=[text], max_length=LENGTH)
+@pytest.mark.parametrize("by", ["layer", "head"])
+def test_a_fitted_window_decodes(teacher, by, text, tmp_path) -> None:
+    fit = {"calibrate": [text], "max_length": LENGTH}
+    # an odd number of heads is replaced: one layer keeps a part of them
+    options = ConvertConfig(by=by, ratio=0.6, window=5, sinks=2, **fit)
     made = convert.run(options, teacher, tmp_path / "t.st")
     assert made.metrics["calibration_error"] < 1
+    assert ("mamba2_mixed" in load_model(made.path).config.mixers) == (by == "head")
     assert_decodes(made.path)
 
 
