@@ -156,7 +156,8 @@ def _check_name(config: ExportConfig, out: Path) -> None:
 
 
 def _said(found: dict[str, Any]) -> str:
-    return (
-        f"the same model: on {found['tokens']} tokens of {found['prompts']} prompts logits differ "
-        f"by {found['logits']:.2g} at most (of {found['scale']:.3g}), {found['kl']:.2g} nats a token"
+    apart = (
+        f"{found['logits']:.2g} at most (of {found['scale']:.3g}), {found['kl']:.2g} nats a token"
     )
+    where = f"{found['tokens']} tokens of {found['prompts']} prompts"
+    return f"the same model: on {where} logits differ by {apart}"

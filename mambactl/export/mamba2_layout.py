@@ -16,29 +16,54 @@ from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 
 @dataclass(frozen=True)
 class Mamba2Layout:
-    """Sizes of the mixers of a model, and how their tensors are spread over heads and groups."""
+    """Sizes of the mixers of a model, and how their tensors are spread over heads and groups.
+
+    `copies` of all channels of a head make it wider: they change no mean of squares, so none of a
+    norm, and the output projection reads the first of them.
+    """
 
     sizes: Mamba2Settings
+    copies: int = 1
 
     @property
     def groups(self) -> int:
         """Groups of B and C, and of the norm."""
         return self.sizes.norm_groups
 
+    @property
+    def d_inner(self) -> int:
+        """Width of the mixer with all copies."""
+        return self.copies * self.sizes.d_inner
+
     def in_rows(self, tensor: Tensor) -> Tensor:
         """Weight or bias of in_proj: rows [z, x, B, C, dt] with x, B and C repeated."""
         s = self.sizes
         z, x, B, C, dt = tensor.split(list(s.in_rows))
-        return torch.cat([z, *self._spread(x, B, C), dt])
+        return torch.cat([self.channels(z), *self._spread(x, B, C), dt])
 
     def conv(self, tensor: Tensor) -> Tensor:
         """Weight [Ch, 1, W] or bias [Ch] of the convolution: channels [x, B, C], repeated."""
         return torch.cat(self._spread(*tensor.split(list(self.sizes.in_rows[1:4]))))
 
+    def channels(self, rows: Tensor) -> Tensor:
+        """Rows [H P, ...] with the copies of each head behind it."""
+        if self.copies == 1:
+            return rows
+        heads = rows.unflatten(0, (self.sizes.n_heads, 1, -1))
+        return heads.repeat_interleave(self.copies, 1).flatten(0, 2)
+
+    def out_columns(self, weight: Tensor) -> Tensor:
+        """Weight of out_proj [D, H P], with zeros for all copies but the first."""
+        if self.copies == 1:
+            return weight
+        heads = weight.unflatten(1, (self.sizes.n_heads, 1, -1))
+        zeros = torch.zeros_like(heads).repeat_interleave(self.copies - 1, 2)
+        return torch.cat([heads, zeros], 2).flatten(1)
+
     def _spread(self, x: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
         s = self.sizes
         return [
-            _repeated(x, s.x_heads, s.n_heads),
+            self.channels(_repeated(x, s.x_heads, s.n_heads)),
             _repeated(B, s.b_groups, self.groups),
             _repeated(C, s.c_groups, self.groups),
         ]
@@ -88,7 +113,6 @@ def _shared(origin: Origin, form: str) -> Mamba2Settings:
         raise cannot_hold(origin, "has layers of different sizes", form) from None
 
 
-# name of a tensor in a mixer -> what spreads it
 def spreads(layout: Mamba2Layout) -> dict[str, Callable[[Tensor], Tensor]]:
     """Functions for the tensors of a mixer that are stored in another shape, by name."""
     return {
@@ -96,4 +120,6 @@ def spreads(layout: Mamba2Layout) -> dict[str, Callable[[Tensor], Tensor]]:
         "in_proj.bias": layout.in_rows,
         "conv1d.weight": layout.conv,
         "conv1d.bias": layout.conv,
+        "norm.weight": layout.channels,
+        "out_proj.weight": layout.out_columns,
     }

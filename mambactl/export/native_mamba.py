@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mambactl.export.exported_form import Form, Origin, cannot_hold, changed, renamed
-from mambactl.export.mamba2_layout import mamba2_layout, spreads
+from mambactl.export.mamba2_layout import Mamba2Layout, mamba2_layout, spreads
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.mamba1 import Mamba1Settings
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
@@ -17,11 +17,16 @@ Changes = dict[str, Callable[[Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class NativeModel:
-    """What the mixers of a native model are; `changes` store a mixer's tensors in another way."""
+    """What the mixers of a native model are; `layout` is that of Mamba-2."""
 
     family: str
     sizes: Any
-    changes: Changes
+    layout: Mamba2Layout | None = None
+
+    @property
+    def changes(self) -> Changes:
+        """What stores tensors of a mixer in another way, by their names in it."""
+        return {} if self.layout is None else spreads(self.layout)
 
     def expand(self, origin: Origin) -> int:
         """Width of the mixers in units of the model's; ModelError for a fraction."""
@@ -101,12 +106,12 @@ def _mamba1(origin: Origin) -> NativeModel:
     sizes = config.section("mamba1")
     if not sizes.native:
         raise cannot_hold(origin, "has Mamba-1 mixers in the form of attention", "Mamba", None)
-    return NativeModel("Mamba", sizes, {})
+    return NativeModel("Mamba", sizes)
 
 
 def _mamba2(origin: Origin) -> NativeModel:
     layout = mamba2_layout(origin, "Mamba2")
-    return NativeModel("Mamba2", layout.sizes, spreads(layout))
+    return NativeModel("Mamba2", layout.sizes, layout)
 
 
 # settings of mixers -> what a model of them is

@@ -83,10 +83,17 @@ def compare(
 def load_by_transformers(path: Path) -> CausalModel:
     """What transformers' own classes make of a folder, in fp32."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    finally:
+        if shows:
+            logging.enable_progress_bar()
     return model.eval()
 
 
@@ -145,7 +152,9 @@ def _difference(answers: _Answers, model: CausalModel, exact: bool) -> Differenc
         tokens += len(row)
         if exact:
             differing += _differs(_continued(model, row[:length]), row, expected)
-    return Difference(len(answers.rows), tokens, largest, scale, kl / max(tokens, 1), differing)
+    # rounding may make it negative
+    kl = max(kl / max(tokens, 1), 0.0)
+    return Difference(len(answers.rows), tokens, largest, scale, kl, differing)
 
 
 def _differs(found: Tensor, row: Tensor, logits: Tensor) -> bool:

@@ -6,6 +6,7 @@ for; a mamba layer there has no biases on its projections.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from mambactl.checkpoint.gguf_writer import Value
 from mambactl.export.exported_form import Form, Origin, Step, cannot_hold, changed, renamed
 from mambactl.export.gguf_rotary import rotary_metadata, rotary_steps
 from mambactl.export.gguf_vocabulary import vocabulary_metadata
-from mambactl.export.mamba2_layout import mamba2_layout, spreads
+from mambactl.export.mamba2_layout import Mamba2Layout, mamba2_layout, spreads
 from mambactl.export.native_mamba import is_native, native_model
 from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, require_foldable
 from mambactl.export.to_transformers import require_granite
@@ -129,7 +130,7 @@ def _llama(origin: Origin) -> tuple[str, dict[str, Value], Changes]:
 def _granite(origin: Origin) -> tuple[str, dict[str, Value], Changes]:
     config, form = origin.config, "granitehybrid"
     require_granite(origin, form)
-    layout = mamba2_layout(origin, form)
+    layout = _twice_as_wide(origin, mamba2_layout(origin, form))
     fields, changes = _attention(origin, form)
     # a layer without KV heads is recurrent
     heads = [
@@ -139,31 +140,36 @@ def _granite(origin: Origin) -> tuple[str, dict[str, Value], Changes]:
         "attention.head_count_kv": heads,
         # whether attention rotates at all
         "rope.scaling.finetuned": True,
-        **_mamba2_fields(layout.sizes),
+        **_mamba2_fields(layout),
     }
-    return form, fields, changes | _mamba2_changes(origin, spreads(layout), layout.groups)
+    return form, fields, changes | _mamba2_changes(layout)
+
+
+def _twice_as_wide(origin: Origin, layout: Mamba2Layout) -> Mamba2Layout:
+    """Copies of channels until mixers have twice the model's width, as the loader asks."""
+    wanted, found = 2 * origin.config.hidden_size, layout.sizes.d_inner
+    if wanted % found:
+        what = f"has mixers of width {found} in a model of width {origin.config.hidden_size}"
+        raise cannot_hold(origin, what, "granitehybrid", None)
+    return replace(layout, copies=wanted // found)
 
 
 def _native(origin: Origin) -> tuple[str, dict[str, Value], Changes]:
     model = native_model(origin)
     name = model.family.lower()
     fields: dict[str, Value] = {"attention.head_count": 0}
-    if name == "mamba2":
-        groups = model.sizes.norm_groups
-        return (
-            name,
-            fields | _mamba2_fields(model.sizes),
-            _mamba2_changes(origin, model.changes, groups),
-        )
+    if model.layout is not None:
+        return name, fields | _mamba2_fields(model.layout), _mamba2_changes(model.layout)
     if model.expand(origin) != 2:
         raise cannot_hold(origin, "has mixers that are not twice as wide as it", name, None)
     fields |= _ssm_fields(model.sizes, model.sizes.dt_rank) | {"ssm.dt_b_c_rms": False}
     return name, fields, {"mamba.A_log": _decay, "mamba.conv1d.weight": _taps}
 
 
-def _mamba2_fields(sizes: Any) -> dict[str, Value]:
+def _mamba2_fields(layout: Mamba2Layout) -> dict[str, Value]:
     # the number of heads goes by the name of what Mamba-1 has there
-    return _ssm_fields(sizes, sizes.n_heads) | {"ssm.group_count": sizes.norm_groups}
+    fields = _ssm_fields(layout.sizes, layout.sizes.n_heads)
+    return fields | {"ssm.inner_size": layout.d_inner, "ssm.group_count": layout.groups}
 
 
 def _ssm_fields(sizes: Any, rank: int) -> dict[str, Value]:
@@ -183,14 +189,15 @@ def _taps(weight: Tensor) -> Tensor:
     return weight.squeeze(1)
 
 
-def _mamba2_changes(origin: Origin, spread: Changes, groups: int) -> Changes:
-    return {
-        "mamba.in_proj.weight": spread["in_proj.weight"],
-        "mamba.conv1d.weight": lambda weight: _taps(spread["conv1d.weight"](weight)),
-        "mamba.conv1d.bias": spread["conv1d.bias"],
+def _mamba2_changes(layout: Mamba2Layout) -> Changes:
+    found = {f"mamba.{name}": change for name, change in spreads(layout).items()}
+    return found | {
+        "mamba.conv1d.weight": lambda weight: _taps(layout.conv(weight)),
         "mamba.A_log": lambda A_log: _decay(A_log)[:, None],
         "mamba.D": lambda D: D[:, None],
-        "mamba.norm.weight": lambda weight: weight.unflatten(0, (groups, -1)),
+        "mamba.norm.weight": lambda weight: layout.channels(weight).unflatten(
+            0, (layout.groups, -1)
+        ),
     }
 
 
