@@ -112,7 +112,10 @@ class _Work:
         if self.config.check:
             console.log("comparing logits and text with the original")
             self.difference = compare(
-                self.origin, self.source, lambda: self.target.load(result), self.rounded_to
+                self.origin,
+                self.source,
+                lambda: self.target.load(result, self.origin.config),
+                self.rounded_to,
             )
 
     def lineage(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # kinds of tokens in llama.cpp
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_NORMAL, _UNKNOWN, _SPECIAL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _BEGIN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # how a tokenizer cuts text before it merges bytes -> what llama.cpp calls that
@@ -75,7 +75,7 @@ def _token_types(
             )
         found[index] = token, _NORMAL
     for index, token in tokenizer.added_tokens_decoder.items():
-        found[index] = token.content, _CONTROL if token.special else _USER_DEFINED
+        found[index] = token.content, _SPECIAL if token.special else _USER_DEFINED
     return found
 
 

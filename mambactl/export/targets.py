@@ -12,12 +12,14 @@ from mambactl.checkpoint.load import load_model
 from mambactl.checkpoint.pickle_writer import PickleFolder
 from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.export.exported_form import Form, Origin
+from mambactl.export.mambainllama_reader import load_released
 from mambactl.export.round_trip import CausalModel, load_by_transformers
 from mambactl.export.to_gguf import gguf_form
 from mambactl.export.to_mamba_ssm import mamba_ssm_form
 from mambactl.export.to_mambainllama import mambainllama_form
 from mambactl.export.to_transformers import transformers_form
 from mambactl.files import LINEAGE, Source
+from mambactl.models.config import HybridConfig
 from mambactl.options.exporting import ExportConfig
 
 Texts = Mapping[str, str | bytes]
@@ -34,7 +36,7 @@ class Target:
 
     make: Callable[[Origin, ExportConfig], Form]
     open_file: Callable[[WorkFolder, Form, ExportConfig, str, Texts], TensorFile]
-    load: Callable[[Path], CausalModel]
+    load: Callable[[Path, HybridConfig], CausalModel]
     side: tuple[str, ...] = ()
     converts: bool = False
 
@@ -65,12 +67,14 @@ def _released(
 
 
 def _load_ours(kind: str) -> Callable[[Path], CausalModel]:
-    return lambda path: load_model(Source(str(path), path, kind), dtype=torch.float32)
+    return lambda path, _: load_model(Source(str(path), path, kind), dtype=torch.float32)
 
 
 TARGETS = {
     "transformers": Target(
-        lambda origin, _: transformers_form(origin), _safetensors, load_by_transformers
+        lambda origin, _: transformers_form(origin),
+        _safetensors,
+        lambda path, _: load_by_transformers(path),
     ),
     "gguf": Target(
         lambda origin, _: gguf_form(origin), _gguf, _load_ours("gguf"), (LINEAGE,), converts=True
@@ -79,6 +83,6 @@ TARGETS = {
     "mambainllama": Target(
         lambda origin, config: mambainllama_form(origin, config.layout == "fused"),
         _released,
-        _load_ours("folder"),
+        load_released,
     ),
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 from mambactl.checkpoint.container import json_text
 from mambactl.export.exported_form import Form, Origin, Step, cannot_hold, changed, renamed
 from mambactl.export.mamba2_layout import mamba2_layout
+from mambactl.export.mambainllama_reader import GROUP, PARTS
 from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, require_foldable
 from mambactl.export.to_transformers import require_granite, shared_fields
 from mambactl.models.config import HybridConfig
@@ -27,10 +28,7 @@ from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 MAMBA_CONFIG = "mamba_config.json"
 _FORM = "MambaInLlama"
 _EPSILON = 1e-5
-# channels that share x and B, and states, of its Mamba-1
-_GROUP = 16
 _HEADS = "`mambactl convert TEACHER --mixer mamba1 --init reference` makes one that can"
-_PARTS = ("in_proj_z", "in_proj_x", "B_proj", "C_proj", "dt_proj_down")
 
 Changes = dict[str, Callable[[Tensor], Tensor]]
 
@@ -93,7 +91,7 @@ def _mamba2(origin: Origin) -> tuple[dict[str, Any], Changes]:
 
 def _mamba1(origin: Origin) -> tuple[dict[str, Any], Changes]:
     s = origin.config.section("mamba1")
-    if s.native or s.d_state != _GROUP or s.repeat_width % _GROUP:
+    if s.native or s.d_state != GROUP or s.repeat_width % GROUP:
         found = f"has Mamba-1 mixers of {s.d_state} states"
         raise cannot_hold(origin, found, _FORM, _HEADS)
     order = _channels(s)
@@ -120,11 +118,11 @@ _KINDS: dict[type, Callable[[Origin], tuple[dict[str, Any], Changes]]] = {
 
 def _channels(s: Mamba1Settings) -> Tensor:
     """The order of our channels [d_inner] in which groups of 16 that share x follow each other."""
-    group = torch.arange(s.d_inner // _GROUP)
-    width, shared = s.repeat_width // _GROUP, s.d_inner // s.x_dim
+    group = torch.arange(s.d_inner // GROUP)
+    width, shared = s.repeat_width // GROUP, s.d_inner // s.x_dim
     source = group // width // shared * width + group % width
     order = source.argsort(stable=True)
-    return (order[:, None] * _GROUP + torch.arange(_GROUP)).flatten()
+    return (order[:, None] * GROUP + torch.arange(GROUP)).flatten()
 
 
 def _in_rows(s: Mamba1Settings, order: Tensor, weight: Tensor) -> Tensor:
@@ -155,7 +153,7 @@ def _split(
     config: HybridConfig, name: str, change: Callable[[Tensor], Tensor], weight: Tensor
 ) -> dict[str, Tensor]:
     stem, rows = name.removesuffix("in_proj.weight"), config.section("mamba1").in_rows
-    parts = zip(_PARTS, change(weight).split(list(rows)), strict=True)
+    parts = zip(PARTS, change(weight).split(list(rows)), strict=True)
     return {f"{stem}{part}.weight": tensor for part, tensor in parts}
 
 
