@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from mambactl import console
+from mambactl.checkpoint.container import Shape, TensorFile
 from mambactl.checkpoint.load import open_strict
 from mambactl.checkpoint.ownership import require_replaceable
 from mambactl.checkpoint.provenance import lineage
+from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import TensorWriter
 from mambactl.errors import UsageError
@@ -84,7 +86,7 @@ class _Work:
         return str(stored).removeprefix("torch.")
 
     @property
-    def shapes(self) -> dict[str, Any]:
+    def shapes(self) -> dict[str, tuple[Shape, torch.dtype]]:
         """Shape and type of every tensor that is handed to the file."""
         asked = None
         if self.config.dtype != "auto" and not self.target.converts:
@@ -101,7 +103,7 @@ class _Work:
         }
         return None if self.dtype == "float32" or kinds == {self.dtype} else self.dtype
 
-    def open_file(self, work: Any) -> Any:
+    def open_file(self, work: WorkFolder) -> TensorFile:
         """What is written in the working folder."""
         texts = dict(self.origin.reader.files) | self.form.files
         texts[CARD] = export_card(self.config.to, self.form, self.origin)

@@ -111,6 +111,10 @@ def _granite(origin: Origin) -> Form:
         found = f"has mixers of width {s.d_inner} in a model of width {config.hidden_size}"
         raise cannot_hold(origin, found, GRANITE)
     attention = config.attention_layers
+    if not attention:
+        # transformers asks its cache for a length, which only attention layers know
+        hint = "keep one (`convert --keep-attention 0`), or use `--to gguf`"
+        raise cannot_hold(origin, "has no attention layer", GRANITE, hint)
     fields = {
         "architectures": [f"{GRANITE}ForCausalLM"],
         "model_type": GRANITE.lower(),
