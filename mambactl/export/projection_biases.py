@@ -8,7 +8,7 @@ from torch import Tensor
 from mambactl.export.exported_form import Origin, Step, cannot_hold, renamed
 
 _IN, _OUT = ".mamba.in_proj.bias", ".mamba.out_proj.bias"
-_HINT = "`mambactl convert TEACHER --init reference` makes layers without biases"
+_HINT = "`mambactl convert TEACHER --form portable --init reference` makes layers without them"
 
 
 def is_projection_bias(name: str) -> bool:

@@ -28,7 +28,7 @@ from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 MAMBA_CONFIG = "mamba_config.json"
 _FORM = "MambaInLlama"
 _EPSILON = 1e-5
-_HEADS = "`mambactl convert TEACHER --mixer mamba1 --init reference` makes one that can"
+_PLAIN = "`mambactl convert TEACHER --mixer mamba1 --init reference` makes one that can"
 
 Changes = dict[str, Callable[[Tensor], Tensor]]
 
@@ -93,7 +93,7 @@ def _mamba1(origin: Origin) -> tuple[dict[str, Any], Changes]:
     s = origin.config.section("mamba1")
     if s.native or s.d_state != GROUP or s.repeat_width % GROUP:
         found = f"has Mamba-1 mixers of {s.d_state} states"
-        raise cannot_hold(origin, found, _FORM, _HEADS)
+        raise cannot_hold(origin, found, _FORM, _PLAIN)
     order = _channels(s)
 
     def ordered(rows: Tensor) -> Tensor:
