@@ -19,7 +19,7 @@ from mambactl.export.gguf_vocabulary import vocabulary_metadata
 from mambactl.export.mamba2_layout import Mamba2Layout, mamba2_layout, spreads
 from mambactl.export.native_mamba import is_native, native_model
 from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, require_foldable
-from mambactl.export.to_transformers import require_granite
+from mambactl.export.to_transformers import require_attention, require_granite
 from mambactl.models.config import HybridConfig
 
 # llama.cpp asks for a context, which a model without positions has not
@@ -130,6 +130,7 @@ def _llama(origin: Origin) -> tuple[str, dict[str, Value], Changes]:
 def _granite(origin: Origin) -> tuple[str, dict[str, Value], Changes]:
     config, form = origin.config, "granitehybrid"
     require_granite(origin, form)
+    require_attention(origin, form)
     layout = _twice_as_wide(origin, mamba2_layout(origin, form))
     fields, changes = _attention(origin, form)
     # a layer without KV heads is recurrent

@@ -111,10 +111,7 @@ def _granite(origin: Origin) -> Form:
         found = f"has mixers of width {s.d_inner} in a model of width {config.hidden_size}"
         raise cannot_hold(origin, found, GRANITE)
     attention = config.attention_layers
-    if not attention:
-        # transformers asks its cache for a length, which only attention layers know
-        hint = "keep one (`convert --keep-attention 0`), or use `--to gguf`"
-        raise cannot_hold(origin, "has no attention layer", GRANITE, hint)
+    require_attention(origin, GRANITE)
     fields = {
         "architectures": [f"{GRANITE}ForCausalLM"],
         "model_type": GRANITE.lower(),
@@ -159,6 +156,17 @@ def require_granite(origin: Origin, form: str) -> None:
     for what, found in refused.items():
         if found:
             raise cannot_hold(origin, what, form, "nothing in `convert` changes that")
+
+
+def require_attention(origin: Origin, form: str) -> None:
+    """Raise ModelError for a model of recurrent layers alone.
+
+    transformers and llama.cpp both fail on one: they ask for the length of, or the memory for, keys
+    and values that no layer has.
+    """
+    if not origin.config.attention_layers:
+        hint = "keep one (`convert --keep-attention 0`), or use `--to mambainllama`"
+        raise cannot_hold(origin, "has no attention layer", form, hint)
 
 
 def _granite_steps(origin: Origin, spread: dict[str, Callable[[Tensor], Tensor]]) -> list[Step]:

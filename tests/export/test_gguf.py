@@ -13,7 +13,6 @@ from mambactl.options import ExportConfig
 
 ARCHITECTURES = {
     "hybrid": "granitehybrid",
-    "recurrent": "granitehybrid",
     "native2": "mamba2",
     "native1": "mamba",
     "llama": "llama",
@@ -75,7 +74,6 @@ HEAD = {"output.weight": (64, 300)}
 GRANITE = mamba2_shapes(64, 128, 16, 4, 4) | MLP
 LAYERS = {
     "hybrid": [GRANITE, ATTENTION | MLP] * 2,
-    "recurrent": [GRANITE] * 2,
     "native2": [mamba2_shapes(64, 128, 8, 2, 8)] * 2,
     "native1": [
         {
@@ -89,7 +87,6 @@ LAYERS = {
 }  # fmt: skip
 WHOLE = {
     "hybrid": OUTER | {"rope_freqs.weight": (8,)},
-    "recurrent": OUTER | HEAD,
     "native2": OUTER | HEAD,
     "native1": OUTER,
     "llama": OUTER | HEAD,

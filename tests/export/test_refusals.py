@@ -17,6 +17,7 @@ PORTABLE = "convert TEACHER --form portable"
         ("rotary", "transformers", "states that rotate with the position", PORTABLE),
         ("mamba1", "transformers", "has a Mamba-1 mixer in layer 0", PORTABLE),
         ("recurrent", "transformers", "has no attention layer", "--keep-attention"),
+        ("recurrent", "gguf", "has no attention layer", "--keep-attention"),
         ("kept", "gguf", "keeps heads, which granitehybrid cannot hold", PORTABLE),
         ("mamba1", "gguf", "has a Mamba-1 mixer", PORTABLE),
         ("biased", "gguf", "has biases in model.layers.1.mamba", "--init reference"),
