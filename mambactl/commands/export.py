@@ -21,7 +21,7 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import TensorWriter
 from mambactl.errors import UsageError
 from mambactl.export.exported_form import Form, Origin
-from mambactl.export.folder_card import export_card
+from mambactl.export.folder_texts import export_card, portable_tokenizer
 from mambactl.export.round_trip import compare
 from mambactl.export.targets import TARGETS, Target
 from mambactl.files import CARD, SINGLE_FILE_SUFFIXES, Source
@@ -48,6 +48,8 @@ def run(
                     writer.write(name, tensor)
                     task.advance()
             writer.lineage = work.lineage()
+    if work.form.note:
+        console.log(work.form.note)
     if work.difference is not None:
         metrics |= {"difference": work.difference}
         console.log(_said(work.difference))
@@ -105,7 +107,7 @@ class _Work:
 
     def open_file(self, work: WorkFolder) -> TensorFile:
         """What is written in the working folder."""
-        texts = dict(self.origin.reader.files) | self.form.files
+        texts = portable_tokenizer(self.origin.reader.files) | self.form.files
         texts[CARD] = export_card(self.config.to, self.form, self.origin)
         return self.target.open_file(work, self.form, self.config, self.dtype, texts)
 

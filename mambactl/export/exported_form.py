@@ -63,7 +63,7 @@ class Form:
     """A model as another program stores it.
 
     `config` is its config.json, or the metadata of a GGUF; `files` are texts beside it; `aliases`
-    are further names of tensors.
+    are further names of tensors; `note` is what a reader has to know.
     """
 
     architecture: str
@@ -71,6 +71,7 @@ class Form:
     steps: list[Step]
     files: dict[str, str | bytes] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    note: str | None = None
 
     def shapes(
         self, origin: Origin, dtype: torch.dtype | None

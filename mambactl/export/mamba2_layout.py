@@ -13,6 +13,9 @@ from torch import Tensor
 from mambactl.export.exported_form import Origin, cannot_hold
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 
+# the first version of transformers whose Mamba-2 norms each group by itself
+GROUPED_SINCE = "5.23"
+
 
 @dataclass(frozen=True)
 class Mamba2Layout:
@@ -29,6 +32,16 @@ class Mamba2Layout:
     def groups(self) -> int:
         """Groups of B and C, and of the norm."""
         return self.sizes.norm_groups
+
+    @property
+    def note(self) -> str | None:
+        """What a reader of the form of transformers has to know."""
+        if self.groups == 1:
+            return None
+        return (
+            f"It needs transformers {GROUPED_SINCE} or newer: earlier versions load it without an "
+            "error and compute something else, as they norm all groups of a Mamba-2 layer together."
+        )
 
     @property
     def d_inner(self) -> int:

@@ -139,7 +139,8 @@ def _granite(origin: Origin) -> Form:
         "mamba_conv_bias": s.conv_bias,
         "mamba_proj_bias": s.proj_bias,
     }
-    return Form(f"{GRANITE}ForCausalLM", fields, _granite_steps(origin, spreads(layout)))
+    steps = _granite_steps(origin, spreads(layout))
+    return Form(f"{GRANITE}ForCausalLM", fields, steps, note=layout.note)
 
 
 def require_granite(origin: Origin, form: str) -> None:

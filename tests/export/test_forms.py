@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambactl.checkpoint.load import load_model
+from mambactl.checkpoint.load import load_model, load_tokenizer
 
 FORMS = {
     "hybrid": "GraniteMoeHybridForCausalLM",
@@ -25,10 +25,10 @@ CHILD = """
 import sys
 sys.modules["mambactl"] = None
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 ids, new = torch.load(sys.argv[1]), int(sys.argv[2])
 found = {}
-for folder in sys.argv[4:]:
+for folder in sys.argv[5:]:
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -39,10 +39,11 @@ for folder in sys.argv[4:]:
         ids[:1], max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     keys = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    found[folder] = (type(model).__name__, logits, text, sorted(map(str, keys)))
+    words = AutoTokenizer.from_pretrained(folder)(sys.argv[4])["input_ids"]
+    found[folder] = (type(model).__name__, logits, text, sorted(map(str, keys)), words)
 torch.save(found, sys.argv[3])
 """
-NEW = 12
+NEW, TEXT = 12, "the 12 trees<|im_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def answers(tmp_path_factory, exported, ids) -> dict[str, tuple]:
     torch.save(ids, folder / "ids.pt")
     folders = {name: str(exported(name)) for name in FORMS}
     command = [sys.executable, "-c", CHILD, str(folder / "ids.pt"), str(NEW)]
-    command += [str(folder / "found.pt"), *folders.values()]
+    command += [str(folder / "found.pt"), TEXT, *folders.values()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     found = torch.load(folder / "found.pt")
@@ -68,8 +69,9 @@ def answers(tmp_path_factory, exported, ids) -> dict[str, tuple]:
 @pytest.mark.parametrize("name", FORMS)
 @torch.no_grad()
 def test_transformers_alone_computes_the_same(name: str, answers, source, ids) -> None:
-    kind, logits, text, keys = answers[name]
+    kind, logits, text, keys, words = answers[name]
     assert (kind, keys) == (FORMS[name], [])
+    assert words == load_tokenizer(source(name))(TEXT)["input_ids"]
     model = load_model(source(name), dtype=torch.float32)
     expected = model(ids).logits
     # far from all zeros, and from what rounding makes of one
@@ -87,7 +89,12 @@ def test_a_folder_is_that_of_any_model(exported) -> None:
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
     config = json.loads((folder / "config.json").read_text())
     assert not any("mambactl" in str(value) for value in config.values())
-    assert "AutoModelForCausalLM" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "AutoModelForCausalLM" in card and "transformers 5.23 or newer" in card
+    # any version finds this class
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "or newer" not in (exported("llama") / "README.md").read_text()
     assert json.loads((folder / "mambactl.json").read_text())["stage"] == "export"
 
 

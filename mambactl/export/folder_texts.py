@@ -1,7 +1,13 @@
-"""The README.md of an exported folder."""
+"""The texts of an exported folder: its README.md, and a tokenizer that every version opens."""
+
+import json
+from collections.abc import Mapping
 
 from mambactl.export.exported_form import Form, Origin
 
+_TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# reads tokenizer.json as it is; others rebuild it, or are unknown to versions before 5
+_CLASS = "PreTrainedTokenizerFast"
 _LOADING = {
     "transformers": (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -28,7 +34,19 @@ def export_card(target: str, form: Form, origin: Origin) -> str:
         *(f"# {name}: {form.architecture}", ""),
         f"Written by `mambactl export --to {target}`.",
     ]
+    if form.note:
+        lines += ["", form.note]
     if target in _LOADING:
         lines += ["", "```python", _LOADING[target], "```"]
     lines += ["", "The history of the weights is in `mambactl.json`."]
     return "\n".join(lines) + "\n"
+
+
+def portable_tokenizer(files: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
+    """Side files in which the class of the tokenizer is the one that every transformers has."""
+    found = dict(files)
+    if _TOKENIZER in found and isinstance(settings := found.get(_SETTINGS), str):
+        found[_SETTINGS] = json.dumps(
+            json.loads(settings) | {"tokenizer_class": _CLASS}, indent=2, ensure_ascii=False
+        )
+    return found
