@@ -107,7 +107,7 @@ class _Work:
 
     def open_file(self, work: WorkFolder) -> TensorFile:
         """What is written in the working folder."""
-        texts = portable_tokenizer(self.origin.reader.files) | self.form.files
+        texts = portable_tokenizer(self.origin.reader) | self.form.files
         texts[CARD] = export_card(self.config.to, self.form, self.origin)
         return self.target.open_file(work, self.form, self.config, self.dtype, texts)
 

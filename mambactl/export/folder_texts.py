@@ -1,9 +1,9 @@
 """The texts of an exported folder: its README.md, and a tokenizer that every version opens."""
 
-import json
-from collections.abc import Mapping
-
+from mambactl.checkpoint.container import json_text
+from mambactl.checkpoint.reader import Reader
 from mambactl.export.exported_form import Form, Origin
+from mambactl.foreign import json_object
 
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # reads tokenizer.json as it is; others rebuild it, or are unknown to versions before 5
@@ -42,11 +42,10 @@ def export_card(target: str, form: Form, origin: Origin) -> str:
     return "\n".join(lines) + "\n"
 
 
-def portable_tokenizer(files: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
+def portable_tokenizer(reader: Reader) -> dict[str, str | bytes]:
     """Side files in which the class of the tokenizer is the one that every transformers has."""
-    found = dict(files)
-    if _TOKENIZER in found and isinstance(settings := found.get(_SETTINGS), str):
-        found[_SETTINGS] = json.dumps(
-            json.loads(settings) | {"tokenizer_class": _CLASS}, indent=2, ensure_ascii=False
-        )
+    found = dict(reader.files)
+    if _TOKENIZER in found and _SETTINGS in found:
+        settings = json_object(found[_SETTINGS], reader.path, _SETTINGS)
+        found[_SETTINGS] = json_text(settings | {"tokenizer_class": _CLASS})
     return found

@@ -56,8 +56,8 @@ def vocabulary_metadata(origin: Origin) -> dict[str, Value]:
     for role, name in _ROLES.items():
         if (index := getattr(tokenizer, f"{role}_token_id")) is not None:
             found[f"tokenizer.ggml.{name}_token_id"] = index
-    first = tokenizer("a")["input_ids"][0]
-    found["tokenizer.ggml.add_bos_token"] = first == tokenizer.bos_token_id
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    found["tokenizer.ggml.add_bos_token"] = begins
     if template := _template(tokenizer):
         found["tokenizer.chat_template"] = template
     return found
@@ -96,9 +96,10 @@ def _byte_level(origin: Origin, described: Mapping[str, Any]) -> dict[str, Value
     }
 
 
-def _decisive(part: Mapping[str, Any]) -> object:
+def _decisive(part: Mapping[str, Any]) -> str | bool | None:
     value = part.get(_DECISIVE.get(part.get("type"), ""))
-    return value.get("Regex") if isinstance(value, Mapping) else value
+    value = value.get("Regex") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str | bool) else None
 
 
 def _sentencepiece(

@@ -4,8 +4,10 @@ Logits are compared on prompts and their greedy continuations, and the continuat
 which also run what a model keeps between tokens.
 """
 
-import os
+import gc
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +23,7 @@ from mambactl.errors import CheckError, ModelError
 from mambactl.export.exported_form import Origin
 from mambactl.files import Source, gib
 
+MEMORY = Path("/proc/meminfo")
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 48, 16
 # of the largest logit
 CLOSE = 1e-4
@@ -75,6 +78,8 @@ def compare(
         return None
     prompts = _prompts(origin)
     answers = _answers(load_model(source, dtype=torch.float32), prompts)
+    # one model at a time
+    gc.collect()
     difference = _difference(answers, load(), rounded_to is None)
     _judge(difference, rounded_to)
     return asdict(difference)
@@ -98,11 +103,21 @@ def load_by_transformers(path: Path) -> CausalModel:
 
 
 def _fits(origin: Origin) -> bool:
+    """Whether memory holds the model in fp32; where nobody says how much there is, yes."""
     size = 4 * sum(origin.described(name).numel() for name in origin.names)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > free:
+    free = _available()
+    if free is not None and size > free:
         console.warn(f"not checked: the model takes {gib(size)} in fp32, {gib(free)} are free")
-    return size <= free
+        return False
+    return True
+
+
+def _available() -> int | None:
+    """Bytes of memory that a process may still take, on Linux."""
+    with suppress(OSError):
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMORY.read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+    return None
 
 
 def _prompts(origin: Origin) -> list[Tensor]:
@@ -112,7 +127,8 @@ def _prompts(origin: Origin) -> list[Tensor]:
         tokenizer = load_tokenizer(origin.spec)
     except ModelError:
         draw = torch.Generator().manual_seed(0)
-        return list(torch.randint(size, (_PROMPTS, _PROMPT_TOKENS), generator=draw))
+        return list(torch.randint(size, (MEMORY = Path("/proc/meminfo")
+_PROMPTS, _PROMPT_TOKENS), generator=draw))
     texts = [prompt.messages[0]["content"] for prompt in BUILTIN[:_PROMPTS]]
     rows = (torch.tensor(tokenizer(text)["input_ids"][:_PROMPT_TOKENS]) for text in texts)
     return [row for row in rows if len(row) and int(row.max()) < size]

@@ -204,3 +204,15 @@ def test_its_lineage_lies_beside_it_and_is_known_as_ours(tmp_path, source) -> No
     (tmp_path / "t.gguf.mambactl.json").unlink()
     with pytest.raises(OutputError, match="was not written by mambactl"):
         require_replaceable(out, force=True)
+
+
+def test_a_comparison_that_memory_does_not_hold_is_left_out(
+    tmp_path, source, monkeypatch, capfd
+) -> None:
+    from mambactl.export import round_trip
+
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 100 kB\n")
+    monkeypatch.setattr(round_trip, "MEMORY", tmp_path / "meminfo")
+    result = run(ExportConfig(to="gguf"), source("native1"), tmp_path / "x.gguf")
+    assert "difference" not in result.metrics
+    assert "not checked: the model takes" in capfd.readouterr().err
