@@ -127,8 +127,7 @@ def _prompts(origin: Origin) -> list[Tensor]:
         tokenizer = load_tokenizer(origin.spec)
     except ModelError:
         draw = torch.Generator().manual_seed(0)
-        return list(torch.randint(size, (MEMORY = Path("/proc/meminfo")
-_PROMPTS, _PROMPT_TOKENS), generator=draw))
+        return list(torch.randint(size, (_PROMPTS, _PROMPT_TOKENS), generator=draw))
     texts = [prompt.messages[0]["content"] for prompt in BUILTIN[:_PROMPTS]]
     rows = (torch.tensor(tokenizer(text)["input_ids"][:_PROMPT_TOKENS]) for text in texts)
     return [row for row in rows if len(row) and int(row.max()) < size]
