@@ -25,7 +25,10 @@ pytestmark = [
     pytest.mark.skipif(not LIBRARY.is_file(), reason="MAMBACTL_LLAMA_CPP names no node_modules"),
 ]
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
-HELD_OUT = Path(__file__).parents[2] / "recipes/data/quickstart-heldout.jsonl"
+DATA = [
+    Path(__file__).parents[2] / "recipes/data" / name
+    for name in ("quickstart-heldout.jsonl", "quickstart.jsonl")
+]
 PROMPTS, NEW, TOKENS, ROW = 8, 64, 4096, 512
 # nats per token that a rounding may cost
 LIMITS = {"bfloat16": 1e-3, "float16": 1e-3, "q8_0": 2e-2}
@@ -96,11 +99,11 @@ def test_the_same_text_in_float32(student: str, tmp_path: Path) -> None:
 @pytest.mark.weights
 @pytest.mark.parametrize("dtype", LIMITS)
 @torch.no_grad()
-def test_what_rounding_costs(dtype: str, student: str, tmp_path: Path) -> None:
+def test_what_rounding_costs(dtype: str, student: str, tmp_path: Path, record_property) -> None:
     out = tmp_path / "t.gguf"
     export.run(ExportConfig(to="gguf", dtype=dtype, check=False), student, out)
     tokenizer = load_tokenizer(student)
-    rows = map(json.loads, HELD_OUT.read_text("utf-8").splitlines())
+    rows = [json.loads(line) for file in DATA for line in file.read_text("utf-8").splitlines()]
     texts = [turn["content"] for row in rows for turn in row.get("messages", [])]
     ids = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"][:TOKENS]).view(-1, ROW)
     _, logits = llama_cpp(out, ids.tolist(), 0)
@@ -108,4 +111,5 @@ def test_what_rounding_costs(dtype: str, student: str, tmp_path: Path) -> None:
     for row, theirs in zip(ids, logits.split(ROW), strict=True):
         ours = model(row[None]).logits[0].log_softmax(-1)
         kl += float((ours.exp() * (ours - theirs.log_softmax(-1))).sum())
+    record_property("kl", kl / TOKENS)
     assert kl / TOKENS < LIMITS[dtype]
