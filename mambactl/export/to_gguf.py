@@ -19,7 +19,7 @@ from mambactl.export.gguf_vocabulary import vocabulary_metadata
 from mambactl.export.mamba2_layout import Mamba2Layout, mamba2_layout, spreads
 from mambactl.export.native_mamba import is_native, native_model
 from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, require_foldable
-from mambactl.export.to_transformers import require_attention, require_granite
+from mambactl.export.to_transformers import require_attention, require_plain_blocks
 from mambactl.models.config import HybridConfig
 
 # llama.cpp asks for a context, which a model without positions has not
@@ -122,14 +122,16 @@ def _interleaved(heads: int, rows: Tensor) -> Tensor:
 
 def _llama(origin: Origin) -> tuple[str, dict[str, Value], Changes]:
     config, form = origin.config, "llama"
-    require_granite(origin, form)
+    require_plain_blocks(origin, form)
+    if not isinstance(config.attention_bias, bool):
+        raise cannot_hold(origin, f"has biases on {config.attention_bias}", form, None)
     fields, changes = _attention(origin, form)
     return form, fields | {"attention.head_count_kv": config.num_key_value_heads}, changes
 
 
 def _granite(origin: Origin) -> tuple[str, dict[str, Value], Changes]:
     config, form = origin.config, "granitehybrid"
-    require_granite(origin, form)
+    require_plain_blocks(origin, form)
     require_attention(origin, form)
     layout = _twice_as_wide(origin, mamba2_layout(origin, form))
     fields, changes = _attention(origin, form)

@@ -20,7 +20,7 @@ from mambactl.export.exported_form import Form, Origin, Step, cannot_hold, chang
 from mambactl.export.mamba2_layout import mamba2_layout
 from mambactl.export.mambainllama_reader import GROUP, PARTS
 from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, require_foldable
-from mambactl.export.to_transformers import require_granite, shared_fields
+from mambactl.export.to_transformers import require_plain_blocks, shared_fields
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.mamba1 import Mamba1Settings
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
@@ -36,7 +36,7 @@ Changes = dict[str, Callable[[Tensor], Tensor]]
 def mambainllama_form(origin: Origin, fused: bool) -> Form:
     """The model in one of the layouts; ModelError where none holds it."""
     config = origin.config
-    require_granite(origin, _FORM)
+    require_plain_blocks(origin, _FORM)
     if not config.replaced_layers:
         raise cannot_hold(origin, "has no recurrent layer", _FORM, "use `--to transformers`")
     if config.attention_bias:

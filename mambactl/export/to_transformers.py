@@ -104,7 +104,7 @@ def _dense_family(origin: Origin) -> tuple[str, dict[str, Any]]:
 
 def _granite(origin: Origin) -> Form:
     config = origin.config
-    require_granite(origin, GRANITE)
+    require_plain_blocks(origin, GRANITE)
     layout = mamba2_layout(origin, GRANITE)
     s = layout.sizes
     if s.d_inner % config.hidden_size:
@@ -143,7 +143,7 @@ def _granite(origin: Origin) -> Form:
     return Form(f"{GRANITE}ForCausalLM", fields, steps, note=layout.note)
 
 
-def require_granite(origin: Origin, form: str) -> None:
+def require_plain_blocks(origin: Origin, form: str) -> None:
     """Raise ModelError for what no model around the mixers may have."""
     config = origin.config
     window = config.sliding_window

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+import mambactl
 from mambactl.checkpoint.load import load_model, load_tokenizer
-from mambactl.commands import convert, export
+from mambactl.commands import export
 from mambactl.decode.prompts import BUILTIN
-from mambactl.options import ConvertConfig, ExportConfig
+from mambactl.options import ExportConfig
 
 LIBRARY = Path(os.environ.get("MAMBACTL_LLAMA_CPP", "")) / "node-llama-cpp/dist/index.js"
 pytestmark = [
@@ -67,8 +68,7 @@ def student(tmp_path_factory) -> str:
     if given := os.environ.get("MAMBACTL_STUDENT"):
         return given
     out = tmp_path_factory.mktemp("student") / "t.st"
-    convert.run(ConvertConfig(init="reference"), "smollm2-135m", out)
-    return str(out)
+    return mambactl.convert("smollm2-135m", out, init="reference").path
 
 
 @pytest.mark.weights

@@ -22,6 +22,8 @@ PORTABLE = "convert TEACHER --form portable"
         ("mamba1", "gguf", "has a Mamba-1 mixer", PORTABLE),
         ("biased", "gguf", "has biases in model.layers.1.mamba", "--init reference"),
         ("mistral", "gguf", "has a sliding window of 8", None),
+        ("qwen2", "gguf", "has biases on", None),
+        ("qwen3", "gguf", "has norms on heads", None),
         ("hybrid", "mamba-ssm", "has attention or MLPs", "--to transformers"),
         ("native1", "mambainllama", "has layers without MLP", None),
         ("llama", "mambainllama", "has no recurrent layer", "--to transformers"),
