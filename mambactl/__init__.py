@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mambactl.api.making import convert as convert
     from mambactl.api.making import distill as distill
     from mambactl.api.making import dpo as dpo
+    from mambactl.api.making import export_model as export_model
     from mambactl.api.making import generate_dataset as generate_dataset
     from mambactl.api.making import run_recipe as run_recipe
     from mambactl.api.making import sft as sft
@@ -57,6 +58,7 @@ _HOMES = {
     "doctor": "api.showing",
     "dpo": "api.making",
     "evaluate": "api.measuring",
+    "export_model": "api.making",
     "generate": "api.text",
     "generate_dataset": "api.making",
     "inspect": "api.showing",

@@ -14,6 +14,8 @@ from mambactl.errors import OutputError, ResourceError
 RUN_FILE = "run.json"
 # of a checkpoint: suffixes of one that is a single file, and names inside of a folder
 SINGLE_FILE_SUFFIXES = (".st", ".safetensors")
+# of a file that others read, whose lineage lies beside it
+GGUF_SUFFIX = ".gguf"
 LINEAGE = "mambactl.json"
 CONFIG = "config.json"
 CARD = "README.md"

@@ -54,6 +54,7 @@ ORDER = (
     "data",
     "decode",
     "generation",
+    "export",
     "evaluation",
     "report",
     "conversion",
@@ -275,7 +276,8 @@ ATTENTION = {
     *("models/packed.py", "models/mixers/attention.py", "models/mixers/registry.py"),
     *("models/mixers/spec.py", "models/mixers/windowed.py", "train/optimization.py"),
     *("models/mixers/mixed.py", "models/mixers/mixed_decode.py"),
-    *("checkpoint", "commands", "conversion", "evaluation", "options", "speed/synthetic.py"),
+    *("checkpoint", "commands", "conversion", "evaluation", "export", "options"),
+    "speed/synthetic.py",
 }
 MEANINGS = {
     "place": set(),

@@ -11,6 +11,7 @@ FUNCTIONS = {
     "spec-decode": "spec_decode",
     "bench": "bench",
     "generate": "generate",
+    "export": "export_model",
     "inspect": "inspect",
     "table": "table",
     "plot": "plot",

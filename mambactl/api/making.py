@@ -14,6 +14,7 @@ from mambactl.options import (
     ConvertConfig,
     DistillConfig,
     DpoConfig,
+    ExportConfig,
     GenerateConfig,
     SftConfig,
     TeacherCacheConfig,
@@ -183,6 +184,35 @@ def generate_dataset(
     if not config.dataset:
         raise UsageError("no dataset", "mambactl.generate answers single prompts")
     return make("generate", config, model, out, resume, force)
+
+
+@with_options("export", ExportConfig)
+def export_model(
+    config: ExportConfig,
+    model: Spec,
+    out: Spec | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> StageResult:
+    """Write a checkpoint in the form of another program.
+
+    `out` is a folder, or a file that ends in .gguf for that form, by default
+    `runs/<model>-export`; `resume` and `force` are those of `convert`.
+
+    Returns what was written as `path`; `metrics` name the architecture and, if it was compared with
+    the original, the difference.
+
+    Raises UsageError for options of another form, ModelError for a model that the form cannot hold,
+    OutputError for a place that is taken, ResourceError for a full disk, and CheckError where the
+    result computes something else.
+
+    >>> llama = mambactl.export_model("llama", "exported", to="transformers")
+    >>> llama.metrics["architecture"]
+    'LlamaForCausalLM'
+    >>> llama.metrics["difference"]["texts"]
+    0
+    """
+    return make("export", config, model, out, resume, force)
 
 
 def run_recipe(

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +29,25 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 OTHER_DISK = "free some space or choose another disk with -o"
 
 Shape = tuple[int, ...]
+
+
+class TensorFile(Protocol):
+    """A file or folder of tensors, which are planned and then written in any order."""
+
+    # may be set until `close`
+    lineage: Mapping[str, Any] | None
+
+    def plan(self, tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> None:
+        """Declare every tensor; must come before the first write."""
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Store one planned tensor; raises ValueError when it is not as planned."""
+
+    def close(self) -> None:
+        """Flush everything to the disk; raises ValueError where a planned tensor is missing."""
+
+    def release(self) -> None:
+        """Close open files."""
 
 
 @dataclass
@@ -66,12 +85,7 @@ class Container:
 
     def plan(self, tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> None:
         """Declare every tensor; must come before the first write."""
-        total = sum(_nbytes(*described) for described in tensors.values())
-        free = shutil.disk_usage(self.path.parent).free
-        if total > free:
-            raise ResourceError(
-                f"{self.path.parent} needs {gib(total)}, {gib(free)} are free", OTHER_DISK
-            )
+        require_room(self.path.parent, sum(nbytes(*each) for each in tensors.values()))
         remove(self.path)
         if not self.single:
             self.path.mkdir()
@@ -83,11 +97,8 @@ class Container:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Store one planned tensor; raises ValueError when it is not as planned."""
         shard = self._home[name]
-        described = (tuple(tensor.shape), tensor.dtype)
-        if described != shard.layout[name]:
-            raise ValueError(f"{name} was planned as {shard.layout[name]}, got {described}")
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_at(shard.fd, memoryview(raw), shard.start[name])
+        require_planned(name, tensor, shard.layout[name])
+        write_at(shard.fd, memory_of(tensor), shard.start[name])
         self._pending.discard(name)
 
     def close(self) -> None:
@@ -113,7 +124,7 @@ class Container:
         groups: list[dict] = [{}]
         filled = 0
         for name, described in tensors.items():
-            size = _nbytes(*described)
+            size = nbytes(*described)
             if groups[-1] and filled + size > self.max_shard_bytes:
                 groups.append({})
                 filled = 0
@@ -134,7 +145,7 @@ class Container:
         shard = _Shard(path, fd, start, layout, len(head))
         self._shards.append(shard)
         self._home.update(dict.fromkeys(layout, shard))
-        _write_at(fd, memoryview(head), 0)
+        write_at(fd, memoryview(head), 0)
 
     def _rewrite_header(self, shard: _Shard) -> None:
         """Put the final lineage into the room that was left for it."""
@@ -143,7 +154,7 @@ class Container:
         if room < 0:
             raise ValueError(f"the lineage is {-room} bytes longer than the header has room for")
         head, _ = _header(shard.layout, self._metadata(), room)
-        _write_at(shard.fd, memoryview(head), 0)
+        write_at(shard.fd, memoryview(head), 0)
 
     def _metadata(self) -> dict[str, str]:
         metadata = {"format": "pt"}
@@ -158,40 +169,70 @@ class Container:
                 content = BINARY_PREFIX + base64.b64encode(content).decode("ascii")
             metadata[name] = content
         if self.lineage is not None:
-            metadata[LINEAGE] = _json(self.lineage)
+            metadata[LINEAGE] = json_text(self.lineage)
         return metadata
 
     def _write_side_files(self) -> None:
         texts: dict[str, str | bytes] = {CONFIG: _config_text(self.config), **self.side_files}
         if len(self._shards) > 1:
             texts["model.safetensors.index.json"] = self._index()
-        if self.lineage is not None:
-            with failure_warned(self.path / CARD):
-                texts[CARD] = model_card(self.lineage, json.loads(texts[CONFIG]))
-            # last: its presence says that the rest is there
-            texts[LINEAGE] = _json(self.lineage)
-        for name, content in texts.items():
-            data = content.encode("utf-8") if isinstance(content, str) else content
-            with (self.path / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        write_side_files(self.path, texts, self.lineage)
 
     def _index(self) -> str:
-        sizes = [_nbytes(*d) for shard in self._shards for d in shard.layout.values()]
+        sizes = [nbytes(*d) for shard in self._shards for d in shard.layout.values()]
         where = {name: shard.path.name for name, shard in self._home.items()}
-        return _json({"metadata": {"total_size": sum(sizes)}, "weight_map": where})
+        return json_text({"metadata": {"total_size": sum(sizes)}, "weight_map": where})
+
+
+def write_side_files(
+    folder: Path, texts: Mapping[str, str | bytes], lineage: Mapping[str, Any] | None
+) -> None:
+    """Write the texts beside the tensors of a folder, a card unless it is there, and lineage."""
+    texts = dict(texts)
+    if lineage is not None:
+        if CARD not in texts:
+            with failure_warned(folder / CARD):
+                texts[CARD] = model_card(lineage, json.loads(texts[CONFIG]))
+        # last: its presence says that the rest is there
+        texts[LINEAGE] = json_text(lineage)
+    for name, content in texts.items():
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        with (folder / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raise ResourceError where a disk has less than `size` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ResourceError(f"{folder} needs {gib(size)}, {gib(free)} are free", OTHER_DISK)
+
+
+def require_planned(name: str, tensor: torch.Tensor, planned: tuple[Shape, torch.dtype]) -> None:
+    """Raise ValueError where a tensor has another shape or type than was planned."""
+    described = (tuple(tensor.shape), tensor.dtype)
+    if described != planned:
+        raise ValueError(f"{name} was planned as {planned}, got {described}")
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in the order of its elements."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _config_text(config: Any) -> str:
-    return _json(config) if isinstance(config, Mapping) else config.to_json_string()
+    return json_text(config) if isinstance(config, Mapping) else config.to_json_string()
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """A value as the files of a checkpoint spell it."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
+def nbytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Size of a tensor in bytes."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
@@ -204,7 +245,7 @@ def _header(
     offset = 0
     # widest types first keeps every tensor aligned to its element size
     for name, (shape, dtype) in sorted(layout.items(), key=lambda item: -item[1][1].itemsize):
-        end = offset + _nbytes(shape, dtype)
+        end = offset + nbytes(shape, dtype)
         entries[name] = {
             "dtype": _CODES[dtype],
             "shape": list(shape),
@@ -217,7 +258,8 @@ def _header(
     return head, {name: len(head) + at for name, at in begin.items()}
 
 
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` from a byte of an open file on."""
     while data:
         done = os.pwrite(fd, data, offset)
         data, offset = data[done:], offset + done

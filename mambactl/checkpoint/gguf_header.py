@@ -25,10 +25,18 @@ _MOST_DIMENSIONS = 8
 _WEIGHTS_PER_BYTE = 8
 
 
+class FileFields(Fields):
+    """What a file says whatever its architecture is."""
+
+    file_type: int | None = Field(None, alias="general.file_type")
+    bos: Token | None = Field(None, alias="tokenizer.ggml.bos_token_id")
+    eos: Token | None = Field(None, alias="tokenizer.ggml.eos_token_id")
+    pad: Token | None = Field(None, alias="tokenizer.ggml.padding_token_id")
+
+
 class LlamaFields(Fields):
     """Sizes of a Llama."""
 
-    file_type: int | None = Field(None, alias="general.file_type")
     width: Size = Field(alias="llama.embedding_length")
     inner: Size = Field(alias="llama.feed_forward_length")
     layers: Layers = Field(alias="llama.block_count")
@@ -41,9 +49,6 @@ class LlamaFields(Fields):
     expert_count: int | None = Field(None, alias="llama.expert_count")
     scaling: str = Field("none", alias="llama.rope.scaling.type")
     factor: Number | None = Field(None, alias="llama.rope.scaling.factor")
-    bos: Token | None = Field(None, alias="tokenizer.ggml.bos_token_id")
-    eos: Token | None = Field(None, alias="tokenizer.ggml.eos_token_id")
-    pad: Token | None = Field(None, alias="tokenizer.ggml.padding_token_id")
 
 
 class TokenizerFields(Fields):

@@ -1,6 +1,10 @@
-"""Read a GGUF of a Llama: tensors dequantised one at a time, config and tokenizer rebuilt."""
+"""Read a GGUF: tensors dequantised one at a time, config and tokenizer rebuilt.
+
+Of a Llama, or of a model with recurrent layers in the forms that `export` writes.
+"""
 
 import json
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,10 +13,18 @@ import numpy as np
 import torch
 
 from mambactl.checkpoint.config_fields import Fields
-from mambactl.checkpoint.gguf_header import LlamaFields, TokenizerFields, check_header
+from mambactl.checkpoint.gguf_header import FileFields, LlamaFields, TokenizerFields, check_header
+from mambactl.checkpoint.gguf_recurrent import (
+    ARCHITECTURES,
+    RECURRENT_NAMES,
+    RecurrentFields,
+    layer_changes,
+    recurrent_config,
+)
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError, ResourceError
 from mambactl.foreign import AGAIN, blamed, fitted, regular_size
+from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
 
 Read = TypeVar("Read", bound=Fields)
 
@@ -26,6 +38,7 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    **RECURRENT_NAMES,
 }
 _OUTER_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -54,16 +67,22 @@ class GgufReader(Reader):
             file = gguf.GGUFReader(path)
         self._dequantize = gguf.dequantize
         self._fields = file.fields
-        if (architecture := self._value("general.architecture")) != "llama":
+        architecture = self._value("general.architecture")
+        if architecture not in ("llama", *ARCHITECTURES):
             raise ModelError(
                 f"{path} holds the architecture {architecture!r}",
-                "GGUF input is supported for llama (which includes Mistral 7B)",
+                "GGUF input is supported for llama (which includes Mistral 7B), "
+                f"{', '.join(ARCHITECTURES)}",
             )
-        self._about = self._read(LlamaFields)
+        self._file = self._read(FileFields)
+        self._about: LlamaFields | RecurrentFields = (
+            self._read(LlamaFields)
+            if architecture == "llama"
+            else self._read(RecurrentFields, f"{architecture}.")
+        )
         self._tensors = {tensor.name: tensor for tensor in file.tensors}
-        self._names = {
-            _our_name(name, path): name for name in self._tensors if name != _ROPE_FACTORS
-        }
+        names = (name for name in self._tensors if name != _ROPE_FACTORS)
+        self._names = {self._renamed(_our_name(name, path)): name for name in names}
         if _EMBEDDING not in self._names or len(self.shape(_EMBEDDING)) != 2:
             raise ModelError(f"{path} has no token_embd.weight of rows", AGAIN)
 
@@ -71,20 +90,31 @@ class GgufReader(Reader):
         with blamed(self.path, key):
             return self._fields[key].contents() if key in self._fields else None
 
-    def _read(self, kind: type[Read]) -> Read:
-        """Metadata of the keys that are the aliases of `kind`."""
+    def _read(self, kind: type[Read], prefix: str = "") -> Read:
+        """Metadata of the keys that are `prefix` and the aliases of `kind`."""
         keys = [field.alias for field in kind.model_fields.values() if field.alias]
-        found = {key: self._value(key) for key in keys if key in self._fields}
+        found = {key: self._value(prefix + key) for key in keys if prefix + key in self._fields}
         return fitted(kind, found, self.path, "its metadata")
+
+    def _renamed(self, name: str) -> str:
+        # of Mamba-2 the bias alone is left of the projection of dt
+        grouped = getattr(self._about, "groups", None) is not None
+        return name.replace("mamba.dt_proj.bias", "mamba.dt_bias") if grouped else name
 
     def names(self) -> list[str]:
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        described = torch.empty(self._stored_shape(name), device="meta")
+        return tuple(self._ours(name, described).shape)
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self._tensors[self._names[name]].shape))
 
     def dtype(self, name: str) -> torch.dtype:
-        return _PLAIN_DTYPES.get(self._about.file_type, torch.bfloat16)
+        if name.rpartition(".")[2] in FLOAT32_PARAMETERS:
+            return torch.float32
+        return _PLAIN_DTYPES.get(self._file.file_type, torch.bfloat16)
 
     def get(self, name: str) -> torch.Tensor:
         return self.dequantize(name, self.dtype(name))
@@ -92,27 +122,61 @@ class GgufReader(Reader):
     def dequantize(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One tensor in `dtype`, a block of rows at a time so that fp32 never exists whole."""
         tensor = self._tensors[self._names[name]]
-        shape = self.shape(name)
+        shape = self._stored_shape(name)
         out = torch.empty(shape, dtype=dtype)
         with blamed(self.path, name):
             for start in range(0, shape[0], _ROWS):
                 rows = self._dequantize(tensor.data[start : start + _ROWS], tensor.tensor_type)
                 out[start : start + _ROWS] = torch.from_numpy(np.require(rows, requirements="CW"))
-        if name.endswith("q_proj.weight"):
+        if name.endswith(("q_proj.weight", "q_proj.bias")):
             return _unpermute(out, self.config["num_attention_heads"])
-        if name.endswith("k_proj.weight"):
+        if name.endswith(("k_proj.weight", "k_proj.bias")):
             return _unpermute(out, self.config["num_key_value_heads"])
-        return out
+        return self._ours(name, out)
+
+    def _ours(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """A tensor as our mixers have it; a value that they cannot have becomes NaN."""
+        change = self._changes.get(name.partition(".mamba.")[2])
+        return stored if change is None else change(stored)
+
+    @cached_property
+    def _changes(self) -> Mapping[str, Callable[[torch.Tensor], torch.Tensor]]:
+        about = self._about
+        return layer_changes(about) if isinstance(about, RecurrentFields) else {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         about = self._about
+        if isinstance(about, RecurrentFields):
+            biased = (name.partition(".self_attn.")[2] for name in self._names)
+            letters = {name[0] for name in biased if name.endswith("_proj.bias")}
+            return self._whole(recurrent_config(about, sorted(letters)))
+        return self._whole(self._llama(about))
+
+    def _whole(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Fields of an architecture with those of any model."""
+        found = {
+            **own,
+            "vocab_size": self.shape(_EMBEDDING)[0],
+            "rms_norm_eps": _short(self._about.epsilon),
+            "rope_theta": self._about.rope_base,
+            "tie_word_embeddings": "lm_head.weight" not in self._names,
+            "hidden_act": "silu",
+            "dtype": str(self.dtype("")).removeprefix("torch."),
+            "bos_token_id": self._file.bos,
+            "eos_token_id": self._file.eos,
+            "pad_token_id": self._file.pad,
+        }
+        if scaling := self._rope_scaling(found):
+            found["rope_scaling"] = scaling
+        return found
+
+    def _llama(self, about: LlamaFields) -> dict[str, Any]:
         if about.expert_count:
             raise ModelError(f"{self.path} is a mixture of experts", "give a dense Llama")
-        config = {
+        return {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
-            "vocab_size": self.shape(_EMBEDDING)[0],
             "hidden_size": about.width,
             "intermediate_size": about.inner,
             "num_hidden_layers": about.layers,
@@ -120,18 +184,8 @@ class GgufReader(Reader):
             "num_key_value_heads": about.shared_heads or about.heads,
             "head_dim": about.head_dim or about.width // about.heads,
             "max_position_embeddings": about.context,
-            "rms_norm_eps": _short(about.epsilon),
-            "rope_theta": about.rope_base,
-            "tie_word_embeddings": "lm_head.weight" not in self._names,
-            "hidden_act": "silu",
-            "dtype": str(self.dtype("")).removeprefix("torch."),
-            "bos_token_id": about.bos,
-            "eos_token_id": about.eos,
-            "pad_token_id": about.pad,
+            "attention_bias": any(name.endswith("q_proj.bias") for name in self._names),
         }
-        if scaling := self._rope_scaling(config):
-            config["rope_scaling"] = scaling
-        return config
 
     def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
         if _ROPE_FACTORS in self._tensors:
@@ -202,8 +256,12 @@ def _our_name(name: str, path: Path) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in _OUTER_NAMES:
         return f"{_OUTER_NAMES[stem]}.{kind}"
-    match stem.split("."):
-        case ["blk", index, part] if part in _LAYER_NAMES:
+    match name.split("."):
+        case ["blk", index, "ssm_a"]:
+            return f"model.layers.{index}.mamba.A_log"
+        case ["blk", index, "ssm_d"]:
+            return f"model.layers.{index}.mamba.D"
+        case ["blk", index, part, kind] if part in _LAYER_NAMES:
             return f"model.layers.{index}.{_LAYER_NAMES[part]}.{kind}"
     raise ModelError(f"{path} holds the tensor {name!r}, which no Llama has", None)
 

@@ -101,7 +101,7 @@ _PROBE = "The first of 2 lines.\n"
 
 
 def load_model(
-    spec: str,
+    spec: str | Source,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
@@ -112,7 +112,7 @@ def load_model(
     checkpoint runs only with `trust_remote_code`, for architectures that are not ours; the result
     is then that code's own model, good as a teacher or a baseline.
     """
-    source = resolve(spec)
+    source = resolve(spec) if isinstance(spec, str) else spec
     with open_checkpoint(source) as reader:
         if trust_remote_code and needs_remote_code(reader.config, reader.path):
             return _load_foreign(source, device, dtype)

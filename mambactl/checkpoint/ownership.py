@@ -33,6 +33,8 @@ WRITTEN = (
     *(CONFIG, LINEAGE, CARD, LEDGER, PLOT, *SIDE_FILES),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     "samples-*.safetensors",
+    # of other programs' forms
+    *("pytorch_model.bin", "mamba_config.json"),
 )
 _ELSEWHERE = "choose another place with -o"
 _SHOWN = 3

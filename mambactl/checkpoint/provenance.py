@@ -13,7 +13,7 @@ from mambactl.checkpoint.ownership import inputs_of, own_lineage, require_apart
 from mambactl.checkpoint.publishing import WorkFolder, settle
 from mambactl.commands import Command
 from mambactl.errors import ModelError, OutputError
-from mambactl.files import CONFIG, LINEAGE, SINGLE_FILE_SUFFIXES, side_file
+from mambactl.files import CONFIG, GGUF_SUFFIX, LINEAGE, SINGLE_FILE_SUFFIXES, side_file
 from mambactl.foreign import AGAIN, reason
 from mambactl.options import StageConfig
 from mambactl.ranks import is_main
@@ -191,11 +191,16 @@ def _changes(
     return differences(made, asked, defaults=defaults)
 
 
+def _is_beside(command: Command, out: Path) -> bool:
+    """Whether the lineage of what a command writes lies beside it."""
+    return command.writes == "rows" or out.suffix == GGUF_SUFFIX
+
+
 def _made(work: WorkFolder, command: Command) -> dict[str, Any] | None:
     """The lineage of a result that is complete but not published."""
     from mambactl.checkpoint.safetensors_reader import read_lineage
 
-    if command.writes == "rows":
+    if _is_beside(command, work.out):
         return own_lineage(work.path / LINEAGE)
     return read_lineage(work.result)
 
@@ -203,8 +208,7 @@ def _made(work: WorkFolder, command: Command) -> dict[str, Any] | None:
 def _lineage_of(out: Path, command: Command) -> dict[str, Any] | None:
     from mambactl.checkpoint.load import load_lineage
 
-    if command.writes == "rows":
-        # which have it beside them
+    if _is_beside(command, out):
         return own_lineage(side_file(out, LINEAGE))
     try:
         return load_lineage(str(out))

@@ -1,7 +1,7 @@
 """Write checkpoints so that OUT either does not exist or is complete."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +9,13 @@ from typing import Any, Self
 
 import torch
 
-from mambactl.checkpoint.container import DEFAULT_SHARD_BYTES, OTHER_DISK, Container, Shape
+from mambactl.checkpoint.container import (
+    DEFAULT_SHARD_BYTES,
+    OTHER_DISK,
+    Container,
+    Shape,
+    TensorFile,
+)
 from mambactl.checkpoint.ownership import require_replaceable
 from mambactl.checkpoint.partial_folder import DISPOSABLE
 from mambactl.checkpoint.publishing import WorkFolder
@@ -18,31 +24,29 @@ from mambactl.files import LEDGER, PLOT, explained
 from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
 
 
-class CheckpointWriter:
+class TensorWriter:
     """Stream tensors into OUT.partial, and let OUT appear when all of them are there.
 
-    `out` ending in .st or .safetensors becomes one file that carries everything. Raises
-    OutputError if OUT may not be replaced or is being written, ResourceError on a full disk.
-    `lineage` may be set on the writer until the end.
+    `open_file` makes the file or folder that is written, at a path in the working folder; `side`
+    names what may lie beside OUT. Raises OutputError if OUT may not be replaced or is being
+    written, ResourceError on a full disk. `lineage` may be set on the writer until the end.
+    `verify` is called with the path of the complete result before OUT appears; OUT does not if it
+    raises.
     """
 
     def __init__(
         self,
         out: Path,
-        config: Any,
-        side_files: Mapping[str, str | bytes],
-        lineage: Mapping[str, Any] | None,
-        force: bool = False,
-        max_shard_bytes: float = DEFAULT_SHARD_BYTES,
+        force: bool,
+        open_file: Callable[[WorkFolder], TensorFile],
+        side: tuple[str, ...],
     ):
         self._work = WorkFolder(out, DISPOSABLE)
         self.out, self.force = self._work.out, force
-        # a checkpoint that was not trained has none, and those of one that it replaces go with it
-        self._work.side = (LEDGER, PLOT)
-        self._file = Container(
-            self._work.result, self._work.single, config, side_files, lineage, max_shard_bytes
-        )
+        self._work.side = side
+        self._file = open_file(self._work)
         self._holding = ExitStack()
+        self.verify: Callable[[Path], None] | None = None
 
     @property
     def lineage(self) -> Mapping[str, Any] | None:
@@ -78,6 +82,9 @@ class CheckpointWriter:
             if kind is None:
                 with self._explained():
                     self._file.close()
+                if self.verify is not None:
+                    self.verify(self._work.result)
+                with self._explained():
                     self._work.finish()
                 self._work.publish()
 
@@ -108,6 +115,28 @@ class CheckpointWriter:
 
     def _explained(self) -> AbstractContextManager[None]:
         return explained(self.out, OTHER_DISK)
+
+
+class CheckpointWriter(TensorWriter):
+    """Write a checkpoint of safetensors.
+
+    `out` ending in .st or .safetensors becomes one file that carries everything.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: Any,
+        side_files: Mapping[str, str | bytes],
+        lineage: Mapping[str, Any] | None,
+        force: bool = False,
+        max_shard_bytes: float = DEFAULT_SHARD_BYTES,
+    ):
+        def open_file(work: WorkFolder) -> Container:
+            return Container(work.result, work.single, config, side_files, lineage, max_shard_bytes)
+
+        # a checkpoint that was not trained has none, and those of one that it replaces go with it
+        super().__init__(out, force, open_file, side=(LEDGER, PLOT))
 
 
 def save_model(
@@ -145,7 +174,7 @@ def write_model(
             file.release()
 
 
-def _write_tensors(target: CheckpointWriter | Container, model: Any) -> None:
+def _write_tensors(target: TensorWriter | TensorFile, model: Any) -> None:
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)

@@ -181,6 +181,16 @@ _ROWS = (
         resumable=True,
     ),
     Command(
+        "export",
+        "mambactl.options.exporting:ExportConfig",
+        (
+            "mambactl export t.st -o hf",
+            "mambactl export t.st --to gguf --dtype q8_0 -o t.gguf",
+            "mambactl convert smollm2-135m | mambactl export - --to transformers",
+        ),
+        writes="data",
+    ),
+    Command(
         "inspect",
         "mambactl.options.reading:InspectConfig",
         (

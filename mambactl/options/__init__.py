@@ -5,6 +5,7 @@ which class belongs to which command; here are those that several modules import
 """
 
 from mambactl.options.conversion import ConvertConfig
+from mambactl.options.exporting import ExportConfig
 from mambactl.options.fields import CommandConfig, StageConfig, split_weight
 from mambactl.options.generation import (
     ROW_SUFFIXES,
@@ -37,6 +38,7 @@ __all__ = [
     "ConvertConfig",
     "DistillConfig",
     "DpoConfig",
+    "ExportConfig",
     "GenerateConfig",
     "HeldOutConfig",
     "MixedRowsConfig",

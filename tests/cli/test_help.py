@@ -57,6 +57,7 @@ FLAGS = {
     "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
     "--min-speedup --synthetic --acceptance --training --train-rest --compile --capture --report "
     f"{EVERY_STAGE}",
+    "export": f"--to --layout --check --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "inspect": "--tensors --lineage --json --help",
     "table": "--into --help",
     "plot": "--out --help",

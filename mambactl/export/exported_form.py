@@ -1,0 +1,108 @@
+"""A model in the form of another program, made tensor by tensor."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambactl.checkpoint.container import Shape
+from mambactl.checkpoint.reader import Adapted, Reader, in_dtype
+from mambactl.checkpoint.save import stored_dtype
+from mambactl.errors import ModelError
+from mambactl.models.config import HybridConfig
+
+PORTABLE = "`mambactl convert TEACHER --form portable` makes one that can be exported"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that is exported: its name in messages, and its open reader."""
+
+    spec: str
+    reader: Reader
+    adapted: Adapted
+
+    @property
+    def config(self) -> HybridConfig:
+        """The configuration of the model."""
+        return self.adapted.config
+
+    @property
+    def names(self) -> list[str]:
+        """Our names of its tensors, in the order of its files."""
+        return list(self.adapted.names)
+
+    def described(self, name: str) -> Tensor:
+        """A tensor's shape and type, without its values."""
+        theirs = self.adapted.names[name]
+        dtype = stored_dtype(name, self.reader.dtype(theirs))
+        return torch.empty(self.reader.shape(theirs), dtype=dtype, device="meta")
+
+    def get(self, name: str) -> Tensor:
+        """One tensor; A_log, D and dt_bias are fp32. ModelError where it is not finite."""
+        tensor = self.adapted.get(self.reader, name)
+        return tensor.to(stored_dtype(name, tensor.dtype))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tensors of a checkpoint that are read together, and `make`, which returns what they become.
+
+    `make` takes them in the order of `sources` and returns tensors by their new names; it also runs
+    on tensors without values, to say what will be written.
+    """
+
+    sources: tuple[str, ...]
+    make: Callable[..., dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model as another program stores it.
+
+    `config` is its config.json, or the metadata of a GGUF; `files` are texts beside it; `aliases`
+    are further names of tensors; `note` is what a reader has to know.
+    """
+
+    architecture: str
+    config: dict[str, Any]
+    steps: list[Step]
+    files: dict[str, str | bytes] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    note: str | None = None
+
+    def shapes(
+        self, origin: Origin, dtype: torch.dtype | None
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Shape and type of everything that `tensors` yields."""
+        found = {}
+        for step in self.steps:
+            for name, tensor in step.make(*map(origin.described, step.sources)).items():
+                kind = tensor.dtype if dtype is None else stored_dtype(name, dtype)
+                found[name] = (tuple(tensor.shape), kind)
+        return found
+
+    def tensors(
+        self, origin: Origin, shapes: Mapping[str, tuple[Shape, torch.dtype]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the form; memory holds those of one step."""
+        for step in self.steps:
+            for name, tensor in step.make(*map(origin.get, step.sources)).items():
+                yield name, in_dtype(name, tensor, shapes[name][1])
+
+
+def renamed(source: str, name: str) -> Step:
+    """A tensor that has only another name."""
+    return Step((source,), lambda tensor: {name: tensor})
+
+
+def changed(source: str, name: str, change: Callable[[Tensor], Tensor]) -> Step:
+    """A tensor that has another name and is stored in another way."""
+    return Step((source,), lambda tensor: {name: change(tensor)})
+
+
+def cannot_hold(origin: Origin, what: str, form: str, hint: str | None = PORTABLE) -> ModelError:
+    """The refusal of a model that a form has no room for."""
+    return ModelError(f"{origin.spec} {what}, which {form} cannot hold", hint)
