@@ -4,6 +4,9 @@ transformers knows a model type by the name of its configuration class, in a tab
 `transformers.models.<type>` that holds the class. A finder on `sys.meta_path` adds the name when
 the table is imported and answers for the module when it is asked for, by then with mambactl's own.
 Nothing is imported before a checkpoint of the type is opened.
+
+Where this package was not imported, `trust_remote_code=True` does the same by a file beside the
+weights, whose text is here too.
 """
 
 import sys
@@ -12,6 +15,20 @@ TYPE, CONFIG = "mambactl_hybrid", "HybridConfig"
 OURS = "mambactl.models.hybrid"
 TABLE = "transformers.models.auto.configuration_auto"
 MODULE = f"transformers.models.{TYPE}"
+
+STUB = "modeling_mambactl"
+STUB_TEXT = f'''"""Load this checkpoint by the classes of mambactl: pip install mambactl."""
+
+from {OURS} import HybridConfig, HybridForCausalLM, HybridModel
+
+__all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
+'''
+# the classes of that file, as a configuration names them
+AUTO_MAP = {
+    "AutoConfig": f"{STUB}.{CONFIG}",
+    "AutoModel": f"{STUB}.HybridModel",
+    "AutoModelForCausalLM": f"{STUB}.HybridForCausalLM",
+}
 
 
 class _Completing:
@@ -42,7 +59,8 @@ class _Renaming:
     def exec_module(self, module) -> None:
         __import__(OURS)
         ours = sys.modules[OURS]
-        module.HybridConfig, module.HybridForCausalLM = ours.HybridConfig, ours.HybridForCausalLM
+        for name in ours.__all__:
+            setattr(module, name, getattr(ours, name))
 
 
 class _Finder:

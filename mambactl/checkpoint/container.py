@@ -19,7 +19,8 @@ from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.reader import DTYPES
 from mambactl.console import failure_warned
 from mambactl.errors import ResourceError
-from mambactl.files import BINARY_PREFIX, CARD, CONFIG, LINEAGE, gib, remove, sync_folder
+from mambactl.files import BINARY_PREFIX, CARD, CONFIG, LINEAGE, STUB, gib, remove, sync_folder
+from mambactl.registration import STUB_TEXT
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # a single file's header comes first, but its lineage may hold what writing the tensors found out
@@ -163,6 +164,7 @@ class Container:
 
     def _write_side_files(self) -> None:
         texts: dict[str, str | bytes] = {CONFIG: _config_text(self.config), **self.side_files}
+        texts[STUB] = STUB_TEXT
         if len(self._shards) > 1:
             texts["model.safetensors.index.json"] = self._index()
         if self.lineage is not None:

@@ -21,6 +21,7 @@ from mambactl.files import (
     RESULTS,
     SIDE_FILES,
     SINGLE_FILE_SUFFIXES,
+    STUB,
     explained,
     partial_of,
 )
@@ -30,7 +31,7 @@ from mambactl.options.fields import split_weight
 
 # what a checkpoint folder or a teacher cache is made of
 WRITTEN = (
-    *(CONFIG, LINEAGE, CARD, LEDGER, PLOT, *SIDE_FILES),
+    *(CONFIG, LINEAGE, CARD, LEDGER, PLOT, STUB, *SIDE_FILES),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     "samples-*.safetensors",
 )
