@@ -19,8 +19,6 @@ CONFIG = "config.json"
 CARD = "README.md"
 LEDGER = "metrics.jsonl"
 PLOT = "metrics.png"
-# the code by which transformers loads a checkpoint; mambactl writes it and never runs it
-STUB = "modeling_mambactl.py"
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

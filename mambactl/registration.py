@@ -16,7 +16,7 @@ OURS = "mambactl.models.hybrid"
 TABLE = "transformers.models.auto.configuration_auto"
 MODULE = f"transformers.models.{TYPE}"
 
-STUB = "modeling_mambactl"
+STUB = "modeling_mambactl.py"
 STUB_TEXT = f'''"""Load this checkpoint by the classes of mambactl: pip install mambactl."""
 
 from {OURS} import HybridConfig, HybridForCausalLM, HybridModel
@@ -25,9 +25,12 @@ __all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 '''
 # the classes of that file, as a configuration names them
 AUTO_MAP = {
-    "AutoConfig": f"{STUB}.{CONFIG}",
-    "AutoModel": f"{STUB}.HybridModel",
-    "AutoModelForCausalLM": f"{STUB}.HybridForCausalLM",
+    auto: f"{STUB.removesuffix('.py')}.{name}"
+    for auto, name in (
+        ("AutoConfig", CONFIG),
+        ("AutoModel", "HybridModel"),
+        ("AutoModelForCausalLM", "HybridForCausalLM"),
+    )
 }
 
 

@@ -19,8 +19,8 @@ from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.reader import DTYPES
 from mambactl.console import failure_warned
 from mambactl.errors import ResourceError
-from mambactl.files import BINARY_PREFIX, CARD, CONFIG, LINEAGE, STUB, gib, remove, sync_folder
-from mambactl.registration import STUB_TEXT
+from mambactl.files import BINARY_PREFIX, CARD, CONFIG, LINEAGE, gib, remove, sync_folder
+from mambactl.registration import STUB, STUB_TEXT
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # a single file's header comes first, but its lineage may hold what writing the tensors found out

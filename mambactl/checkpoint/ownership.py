@@ -21,13 +21,13 @@ from mambactl.files import (
     RESULTS,
     SIDE_FILES,
     SINGLE_FILE_SUFFIXES,
-    STUB,
     explained,
     partial_of,
 )
 from mambactl.foreign import blamed, json_object, read_object, read_text
 from mambactl.options import StageConfig
 from mambactl.options.fields import split_weight
+from mambactl.registration import STUB
 
 # what a checkpoint folder or a teacher cache is made of
 WRITTEN = (

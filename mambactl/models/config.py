@@ -10,13 +10,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
-from mambactl.files import STUB
 from mambactl.kernels.local_attention import LocalSpan
 from mambactl.models.cache import LayerCache
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.spec import MixerSpec, check_section, section_values
-from mambactl.registration import AUTO_MAP, STUB_TEXT, TYPE
+from mambactl.registration import AUTO_MAP, STUB, STUB_TEXT, TYPE
 
 # settings of one section of all layers, or of each layer (None where its mixer reads none)
 Section = dict | list[dict | None] | None
@@ -96,15 +95,13 @@ class HybridConfig(LlamaConfig):
     @property
     def layer_types(self) -> list[str]:
         """What each layer keeps of the past, in the words of transformers."""
-        whole = "sliding_attention" if self.sliding_window else "full_attention"
-        return [
-            whole
-            if layer.spec.is_attention
-            else "hybrid"
-            if layer.spec.has_positions(layer.settings) and not layer.spec.rotates(layer.settings)
-            else "linear_attention"
-            for layer in self.layers
-        ]
+        return [self._layer_type(layer) for layer in self.layers]
+
+    def _layer_type(self, layer: Layer) -> str:
+        if layer.spec.is_attention:
+            return "sliding_attention" if self.sliding_window else "full_attention"
+        beside = layer.spec.sees_all or layer.spec.window(layer.settings) is not None
+        return "hybrid" if beside else "linear_attention"
 
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:

@@ -6,7 +6,7 @@ a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
 )
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
@@ -28,11 +25,14 @@ from mambactl.kernels.local_attention import LocalKeys, LocalSpan, local_keys
 from mambactl.kernels.reference import Spans, spans
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
+from mambactl.models.generating import HybridGenerationMixin, require_own
 from mambactl.models.mixers.attention import RMSNorm
 from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import StepContext, goes_sequentially
 from mambactl.models.pretrained import HybridPreTrainedModel
 from mambactl.models.ragged import documents, maps_by_column, without_padding
+
+__all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 
 # arguments that repeat what position_ids or the cache say already
 REPEATED = {"cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
@@ -158,12 +158,10 @@ class HybridModel(HybridPreTrainedModel):
         columns = length + (0 if cache is None else cache.seen)
         context = self.context(hidden, position_ids, cache, seq_idx, n_new)
         maps = self._maps() if output_attentions else None
+        mapped = context if maps is None else replace(context, maps=maps)
         every = [hidden]
         for layer in self.layers:
-            seen = (
-                replace(context, maps=maps) if maps is not None and layer.is_attention else context
-            )
-            hidden = layer(hidden, seen, cache)
+            hidden = layer(hidden, mapped if layer.is_attention else context, cache)
             every.append(hidden)
         if cache is not None:
             cache.advance(
@@ -303,15 +301,6 @@ class HybridModel(HybridPreTrainedModel):
         return allowed[:, None]
 
 
-def require_own(cache: object) -> None:
-    """Raise ValueError for a cache that mixers cannot fill."""
-    if not isinstance(cache, HybridCache):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}: a hybrid model keeps a HybridCache, "
-            "which generate() and forward(use_cache=True) make themselves"
-        )
-
-
 def _chosen(
     every: Sequence[Tensor], which: bool | int | Sequence[int] | None, restore: Callable
 ) -> tuple[Tensor | None, ...] | None:
@@ -338,7 +327,7 @@ def _stream(hidden: Tensor) -> Tensor:
     return hidden.float() if mixed else hidden
 
 
-class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+class HybridForCausalLM(HybridPreTrainedModel, HybridGenerationMixin):
     """The decoder with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -391,48 +380,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # no other cache holds a state
-        return False
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Put an empty cache in `model_kwargs`, which rolls back where tokens are drafted."""
-        asked = generation_config.cache_implementation
-        if asked not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={asked!r}: a hybrid model has one kind of cache, HybridCache"
-            )
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            require_own(given)
-            given._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            copies = max(
-                generation_config.num_beams or 1, generation_config.num_return_sequences or 1
-            )
-            drafts = generation_mode == GenerationMode.ASSISTED_GENERATION
-            model_kwargs["past_key_values"] = HybridCache(
-                self.config,
-                batch_size * copies,
-                self.device,
-                recording=drafts or bool(generation_config.is_assistant),
-            )
-
-    def init_continuous_batching(self, *args: object, **kwargs: object) -> NoReturn:
-        """Raise NotImplementedError: there are no pages of a state."""
-        raise NotImplementedError(
-            "continuous batching cuts caches into pages, which a recurrent state has not: "
-            "use generate(), which takes a batch"
         )
 
 

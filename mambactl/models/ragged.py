@@ -75,9 +75,9 @@ def maps_by_column(
 
     Slots count the real tokens of a row. ValueError where the mask does not cover all columns.
     """
-    if attention_mask is None or (rows.order is None and bool(attention_mask.all())):
-        if all(weights.shape[3] == columns for weights in maps):
-            return tuple(maps)
+    whole = attention_mask is None or (rows.order is None and bool(attention_mask.all()))
+    if whole and all(weights.shape[3] == columns for weights in maps):
+        return tuple(maps)
     if attention_mask is None or attention_mask.shape[1] != columns:
         raise ValueError(
             f"output_attentions needs an attention_mask of all {columns} columns, those in the "

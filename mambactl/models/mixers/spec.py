@@ -49,7 +49,7 @@ class StepContext:
     maps: list[Tensor] | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "StepContext":
-        """The same on another device, for a layer there: accelerate moves what it calls one with."""
+        """The same on another device; accelerate moves what it calls a layer with."""
         return _moved(self, torch.device(device), non_blocking)
 
     @property
