@@ -252,8 +252,11 @@ def _write_rows(store: Tensor | None, new: Tensor, start: Tensor) -> Tensor:
 class HybridCache(Cache):
     """One cache object per layer, plus how many tokens each row holds.
 
-    `recording=True` keeps what a rollback needs. `lengths` [B] counts tokens per row.
+    `recording=True` keeps what a rollback needs. `lengths` [B] counts tokens per row. Of the first
+    tokens that come, the prompt, the newest `revocable` can be taken back.
     """
+
+    revocable = 0
 
     def __init__(
         self,
@@ -359,8 +362,9 @@ class HybridCache(Cache):
         self._begin(self.max_batch_size, self.lengths.device)
 
     def activate_past_recording(self) -> None:
-        """Keep from now on what a rollback needs."""
+        """Keep from now on what a rollback needs, into the end of the prompt too."""
         self.recording = True
+        self.revocable = MAX_SEQUENTIAL
 
     @property
     def is_croppable(self) -> bool:

@@ -21,7 +21,8 @@ from mambactl.registration import AUTO_MAP, STUB, STUB_TEXT, TYPE
 Section = dict | list[dict | None] | None
 
 
-ARCHITECTURE = "HybridForCausalLM"
+# classes that a config.json may name, the usual one first
+ARCHITECTURES = ("HybridForCausalLM", "HybridModel")
 # properties that a config.json may name as well
 DERIVED = ("layer_types", "auto_map", "base_model_tp_plan")
 MLP_PARALLEL = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
@@ -72,15 +73,14 @@ class HybridConfig(LlamaConfig):
         # what follows from the mixers, or from the class, is not believed of a file
         for name in DERIVED:
             kwargs.pop(name, None)
+        own = [name for name in self.architectures or () if name in ARCHITECTURES]
+        self.architectures = own or [ARCHITECTURES[0]]
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; those of `NEWER` only where they say something, for a version without."""
         fields = {k: v for k, v in super().to_dict().items() if v or k not in NEWER}
-        return fields | {
-            "architectures": fields.get("architectures") or [ARCHITECTURE],
-            "auto_map": dict(AUTO_MAP),
-        }
+        return fields | {"auto_map": dict(AUTO_MAP)}
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write config.json, and beside it the code by which transformers loads the classes."""
@@ -95,21 +95,22 @@ class HybridConfig(LlamaConfig):
     @property
     def layer_types(self) -> list[str]:
         """What each layer keeps of the past, in the words of transformers."""
-        return [self._layer_type(layer) for layer in self.layers]
+        return [self._layer_type(name) for name in self.mixers]
 
-    def _layer_type(self, layer: Layer) -> str:
-        if layer.spec.is_attention:
+    def _layer_type(self, mixer: str) -> str:
+        # asked before the mixers are checked
+        spec = MIXERS.get(mixer)
+        if spec is not None and spec.is_attention:
             return "sliding_attention" if self.sliding_window else "full_attention"
-        beside = layer.spec.sees_all or layer.spec.window(layer.settings) is not None
-        return "hybrid" if beside else "linear_attention"
+        return "hybrid" if spec is not None and len(spec.branches) > 1 else "linear_attention"
 
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:
         """How modules may be cut for tensor parallelism; those of mamba mixers stay whole."""
         plan = {
-            f"layers.*.{layer.spec.attribute}.{name}": how
-            for layer in self.layers
-            for name, how in layer.spec.tensor_parallel.items()
+            f"layers.*.{MIXERS[mixer].attribute}.{name}": how
+            for mixer in self.mixers
+            for name, how in MIXERS[mixer].tensor_parallel.items()
         }
         if self.has_mlp:
             plan |= {f"layers.*.mlp.{name}": how for name, how in MLP_PARALLEL.items()}

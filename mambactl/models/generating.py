@@ -2,8 +2,11 @@
 
 from typing import Any, NoReturn
 
+import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mambactl.models.cache import HybridCache
 
@@ -17,8 +20,30 @@ def require_own(cache: object) -> None:
         )
 
 
+def joined(
+    first: BaseModelOutputWithPast, second: BaseModelOutputWithPast
+) -> BaseModelOutputWithPast:
+    """What one pass over two runs of tokens, next to each other, would have returned."""
+    hidden_states, attentions = second.hidden_states, second.attentions
+    if hidden_states is not None:
+        pairs = zip(first.hidden_states, hidden_states, strict=True)
+        hidden_states = tuple(b if b is None else torch.cat([a, b], 1) for a, b in pairs)
+    if attentions is not None:
+        # no query sees the tokens behind it
+        pairs = zip(first.attentions, attentions, strict=True)
+        attentions = tuple(
+            torch.cat([F.pad(a, (0, b.shape[3] - a.shape[3])), b], 2) for a, b in pairs
+        )
+    return BaseModelOutputWithPast(
+        last_hidden_state=torch.cat([first.last_hidden_state, second.last_hidden_state], 1),
+        past_key_values=second.past_key_values,
+        hidden_states=hidden_states,
+        attentions=attentions,
+    )
+
+
 class HybridGenerationMixin(GenerationMixin):
-    """Generation with a `HybridCache`, which rolls back where tokens are drafted."""
+    """Generation with a `HybridCache`, by a target or by the model that drafts for one."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -45,13 +70,10 @@ class HybridGenerationMixin(GenerationMixin):
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
             copies = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
-            drafted = generation_mode == GenerationMode.ASSISTED_GENERATION
-            model_kwargs["past_key_values"] = HybridCache(
-                self.config,
-                batch_size * max(copies),
-                self.device,
-                recording=drafted or bool(generation_config.is_assistant),
-            )
+            cache = HybridCache(self.config, batch_size * max(copies), self.device)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
 
     def init_continuous_batching(self, *args: object, **kwargs: object) -> NoReturn:
         """Raise NotImplementedError: there are no pages of a state."""

@@ -25,7 +25,7 @@ from mambactl.kernels.local_attention import LocalKeys, LocalSpan, local_keys
 from mambactl.kernels.reference import Spans, spans
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
-from mambactl.models.generating import HybridGenerationMixin, require_own
+from mambactl.models.generating import HybridGenerationMixin, joined, require_own
 from mambactl.models.mixers.attention import RMSNorm
 from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import StepContext, goes_sequentially
@@ -145,6 +145,37 @@ class HybridModel(HybridPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         hidden = _stream(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        length, newest = hidden.shape[1], getattr(past_key_values, "revocable", 0)
+        outputs = output_hidden_states, output_attentions
+        if not newest or length == 1 or past_key_values.seen:
+            masks = attention_mask, position_ids, seq_idx, n_new
+            return self._read(hidden, *masks, past_key_values, use_cache, *outputs)
+        # tokens that may be taken back go one by one
+        start = max(length - newest, 1)
+        parts = (
+            self._read(
+                hidden[:, a:b],
+                None if attention_mask is None else attention_mask[:, :b],
+                None if position_ids is None else position_ids[:, a:b],
+                None, None, past_key_values, use_cache, *outputs,
+            )
+            for a, b in ((0, start), (start, length))
+        )  # fmt: skip
+        return joined(*parts)
+
+    def _read(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        n_new: Tensor | None,
+        past_key_values: HybridCache | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | int | Sequence[int] | None,
+        output_attentions: bool | None,
+    ) -> BaseModelOutputWithPast:
+        """One pass of the layers over hidden [B, T, D]."""
         batch, length = hidden.shape[:2]
         rows = without_padding(attention_mask, n_new, length)
         hidden, n_new = rows.sort(hidden), rows.n_new
@@ -157,7 +188,10 @@ class HybridModel(HybridPreTrainedModel):
         cache = self._cache(past_key_values, use_cache, hidden, seq_idx is not None)
         columns = length + (0 if cache is None else cache.seen)
         context = self.context(hidden, position_ids, cache, seq_idx, n_new)
-        maps = self._maps() if output_attentions else None
+        maps, padded = None, False
+        if output_attentions:
+            maps = self._maps()
+            padded = cache is not None and bool((cache.lengths != cache.seen).any())
         mapped = context if maps is None else replace(context, maps=maps)
         every = [hidden]
         for layer in self.layers:
@@ -174,7 +208,7 @@ class HybridModel(HybridPreTrainedModel):
             last_hidden_state=rows.restore(hidden),
             past_key_values=cache,
             hidden_states=_chosen(every, output_hidden_states, rows.restore),
-            attentions=maps and maps_by_column(maps, rows, attention_mask, columns),
+            attentions=maps and maps_by_column(maps, rows, attention_mask, columns, padded),
         )
 
     def _refuse(self, given: Mapping[str, Any], packed: bool) -> None:

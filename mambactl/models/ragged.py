@@ -69,14 +69,14 @@ def documents(position_ids: Tensor, n_new: Tensor | None) -> Tensor | None:
 
 
 def maps_by_column(
-    maps: list[Tensor], rows: Ragged, attention_mask: Tensor | None, columns: int
+    maps: list[Tensor], rows: Ragged, attention_mask: Tensor | None, columns: int, padded: bool
 ) -> tuple[Tensor, ...]:
     """Attention weights [B, H, T, S] by key slot as weights [B, H, T, columns] by column.
 
-    Slots count the real tokens of a row. ValueError where the mask does not cover all columns.
+    Slots count the real tokens of a row, and `padded` says that some columns in the cache hold
+    none. ValueError where the mask does not cover all columns.
     """
-    whole = attention_mask is None or (rows.order is None and bool(attention_mask.all()))
-    if whole and all(weights.shape[3] == columns for weights in maps):
+    if not padded and (attention_mask is None or bool(attention_mask.all())):
         return tuple(maps)
     if attention_mask is None or attention_mask.shape[1] != columns:
         raise ValueError(
