@@ -21,8 +21,7 @@ from mambactl.registration import AUTO_MAP, STUB, STUB_TEXT, TYPE
 Section = dict | list[dict | None] | None
 
 
-# classes that a config.json may name, the usual one first
-ARCHITECTURES = ("HybridForCausalLM", "HybridModel")
+ARCHITECTURE = "HybridForCausalLM"
 # properties that a config.json may name as well
 DERIVED = ("layer_types", "auto_map", "base_model_tp_plan")
 MLP_PARALLEL = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
@@ -73,8 +72,8 @@ class HybridConfig(LlamaConfig):
         # what follows from the mixers, or from the class, is not believed of a file
         for name in DERIVED:
             kwargs.pop(name, None)
-        own = [name for name in self.architectures or () if name in ARCHITECTURES]
-        self.architectures = own or [ARCHITECTURES[0]]
+        if self.architectures is None:
+            self.architectures = [ARCHITECTURE]
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Tensor names of attention layers, MLPs, norms and embeddings are Llama's, so a L
 a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) at the entrance.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
@@ -30,7 +31,7 @@ from mambactl.models.mixers.attention import RMSNorm
 from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import StepContext, goes_sequentially
 from mambactl.models.pretrained import HybridPreTrainedModel
-from mambactl.models.ragged import documents, maps_by_column, without_padding
+from mambactl.models.ragged import AttentionMaps, Ragged, documents, without_padding
 
 __all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 
@@ -178,6 +179,7 @@ class HybridModel(HybridPreTrainedModel):
         """One pass of the layers over hidden [B, T, D]."""
         batch, length = hidden.shape[:2]
         rows = without_padding(attention_mask, n_new, length)
+        every = [hidden]
         hidden, n_new = rows.sort(hidden), rows.n_new
         position_ids, seq_idx = (
             None if t is None else rows.sort(t.expand(batch, length))
@@ -186,29 +188,27 @@ class HybridModel(HybridPreTrainedModel):
         if seq_idx is None and position_ids is not None:
             seq_idx = documents(position_ids, n_new)
         cache = self._cache(past_key_values, use_cache, hidden, seq_idx is not None)
-        columns = length + (0 if cache is None else cache.seen)
         context = self.context(hidden, position_ids, cache, seq_idx, n_new)
-        maps, padded = None, False
-        if output_attentions:
-            maps = self._maps()
-            padded = cache is not None and bool((cache.lengths != cache.seen).any())
+        maps = self._maps(rows, attention_mask, length, cache) if output_attentions else None
         mapped = context if maps is None else replace(context, maps=maps)
-        every = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, mapped if layer.is_attention else context, cache)
-            every.append(hidden)
+            if output_hidden_states not in (None, False):
+                # gradients of what is returned pass through it
+                every.append(rows.restore(hidden))
+                hidden = rows.sort(every[-1])
         if cache is not None:
             cache.advance(
                 length if n_new is None else n_new,
                 length,
                 permanent=not (cache.recording and context.sequential),
             )
-        every[-1] = hidden = self.norm(hidden)
+        every[-1] = hidden = rows.restore(self.norm(hidden))
         return BaseModelOutputWithPast(
-            last_hidden_state=rows.restore(hidden),
+            last_hidden_state=hidden,
             past_key_values=cache,
-            hidden_states=_chosen(every, output_hidden_states, rows.restore),
-            attentions=maps and maps_by_column(maps, rows, attention_mask, columns, padded),
+            hidden_states=_chosen(every, output_hidden_states),
+            attentions=None if maps is None else tuple(maps.found),
         )
 
     def _refuse(self, given: Mapping[str, Any], packed: bool) -> None:
@@ -222,11 +222,19 @@ class HybridModel(HybridPreTrainedModel):
                 continue
             raise TypeError(f"{type(self).__name__}.forward() takes no {name}")
 
-    def _maps(self) -> list[Tensor]:
+    def _maps(
+        self,
+        rows: Ragged,
+        attention_mask: Tensor | None,
+        length: int,
+        cache: HybridCache | None,
+    ) -> AttentionMaps:
         """Where layers put attention weights; ValueError in a model without such layers."""
         if not self.config.attention_layers:
             raise ValueError(f"output_attentions: no layer of {self.config.mixers} is attention")
-        return []
+        before = 0 if cache is None else cache.seen
+        padded = cache is not None and bool((cache.lengths != before).any())
+        return AttentionMaps(rows, attention_mask, before + length, padded)
 
     def enter(
         self, input_ids: Tensor, position_ids: Tensor | None = None, seq_idx: Tensor | None = None
@@ -336,7 +344,7 @@ class HybridModel(HybridPreTrainedModel):
 
 
 def _chosen(
-    every: Sequence[Tensor], which: bool | int | Sequence[int] | None, restore: Callable
+    every: Sequence[Tensor], which: bool | int | Sequence[int] | None
 ) -> tuple[Tensor | None, ...] | None:
     """All hidden states, or those of some indices with None in place of the others."""
     if which is None or which is False:
@@ -344,7 +352,7 @@ def _chosen(
     count = len(every)
     asked = range(count) if which is True else [which] if isinstance(which, int) else which
     found = {index % count for index in asked if -count <= index < count}
-    return tuple(restore(t) if index in found else None for index, t in enumerate(every))
+    return tuple(t if index in found else None for index, t in enumerate(every))
 
 
 def _stream(hidden: Tensor) -> Tensor:
@@ -420,3 +428,9 @@ class HybridForCausalLM(HybridPreTrainedModel, HybridGenerationMixin):
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
 AutoModel.register(HybridConfig, HybridModel, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+# where pipelines and evaluations look up what a class can do
+for names, kind in (
+    (modeling_auto.MODEL_MAPPING_NAMES, HybridModel),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, HybridForCausalLM),
+):
+    names.setdefault(HybridConfig.model_type, kind.__name__)

@@ -15,19 +15,23 @@ from torch import Tensor
 class Ragged:
     """How many tokens of each row are real, n_new [B], and their columns before padding [B, T].
 
-    Both are None where all are real.
+    `real` [B, T] says which columns those are; all are None where every column is.
     """
 
     n_new: Tensor | None = None
     order: Tensor | None = None
+    real: Tensor | None = None
 
     def sort(self, t: Tensor) -> Tensor:
         """Columns of t [B, T] or [B, T, D], real ones first."""
         return t if self.order is None else take(t, self.order)
 
     def restore(self, t: Tensor) -> Tensor:
-        """Columns of t [B, T, D] where they were before `sort`."""
-        return t if self.order is None else take(t, self.order.argsort(1).to(t.device))
+        """Columns of t [B, T, ...] where they were before `sort`, those of padding 0."""
+        if self.order is None:
+            return t
+        padding = ~self.real.view(*self.real.shape, *[1] * (t.ndim - 2)).to(t.device)
+        return take(t, self.order.argsort(1).to(t.device)).masked_fill(padding, 0)
 
 
 def take(t: Tensor, columns: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ def without_padding(attention_mask: Tensor | None, n_new: Tensor | None, length:
     if not torch.compiler.is_exporting() and bool(mask.all()):
         return Ragged()
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # [B, T]
-    return Ragged(mask.sum(1), order)
+    return Ragged(mask.sum(1), order, mask)
 
 
 def documents(position_ids: Tensor, n_new: Tensor | None) -> Tensor | None:
@@ -68,28 +72,48 @@ def documents(position_ids: Tensor, n_new: Tensor | None) -> Tensor | None:
     return F.pad(restarts.cumsum(1), (1, 0))
 
 
-def maps_by_column(
-    maps: list[Tensor], rows: Ragged, attention_mask: Tensor | None, columns: int, padded: bool
-) -> tuple[Tensor, ...]:
-    """Attention weights [B, H, T, S] by key slot as weights [B, H, T, columns] by column.
+class AttentionMaps:
+    """Weights of attention layers [B, H, T, columns] by column, as a caller knows them.
 
-    Slots count the real tokens of a row, and `padded` says that some columns in the cache hold
-    none. ValueError where the mask does not cover all columns.
+    Layers have them by key slot, and slots count the real tokens of a row; `columns` counts those
+    of the cache too, some of which hold no token where `padded`. ValueError where padding is not
+    known from a mask of all columns.
     """
-    if not padded and (attention_mask is None or bool(attention_mask.all())):
-        return tuple(maps)
-    if attention_mask is None or attention_mask.shape[1] != columns:
-        raise ValueError(
-            f"output_attentions needs an attention_mask of all {columns} columns, those in the "
-            "cache among them"
-        )
-    real = attention_mask.bool()
-    slot = (real.cumsum(1) - 1).clamp(min=0)[:, None, None]  # [B, 1, 1, columns]
-    found = []
-    for weights in maps:
-        weights = rows.restore(weights.transpose(1, 2)).transpose(1, 2)
-        index = slot.to(weights.device).clamp(max=weights.shape[3] - 1)
-        index = index.expand(*weights.shape[:3], -1)
-        seen = real[:, None, None].to(weights.device)
-        found.append(weights.gather(3, index).masked_fill(~seen, 0))
-    return tuple(found)
+
+    def __init__(
+        self, rows: Ragged, attention_mask: Tensor | None, columns: int, padded: bool
+    ) -> None:
+        self.rows, self.found = rows, []
+        self._real: Tensor | None = None
+        if not padded and (attention_mask is None or bool(attention_mask.all())):
+            return
+        if attention_mask is None or attention_mask.shape[1] != columns:
+            raise ValueError(
+                f"output_attentions needs an attention_mask of all {columns} columns, those in "
+                "the cache among them"
+            )
+        self._real = attention_mask.bool()
+        self._slot = (self._real.cumsum(1) - 1).clamp(min=0)  # [B, columns]
+        self._column = (~self._real).to(torch.uint8).argsort(dim=1, stable=True)  # [B, slots]
+
+    def keep(self, weights: Tensor) -> Tensor:
+        """Add one layer's weights [B, H, T, S] and return them.
+
+        What is returned is made from what is kept, so that gradients pass through it.
+        """
+        slots = weights.shape[3]
+        if self._real is None:
+            self.found.append(weights)
+            return weights
+        real, slot, column = (t.to(weights.device) for t in (self._real, self._slot, self._column))
+        by_query = self.rows.restore(weights.transpose(1, 2)).transpose(1, 2)
+        by_column = _keys(by_query, slot.clamp(max=slots - 1))
+        by_column = by_column.masked_fill(~real[:, None, None], 0)
+        self.found.append(by_column)
+        by_slot = _keys(by_column, column[:, :slots])
+        return self.rows.sort(by_slot.transpose(1, 2)).transpose(1, 2)
+
+
+def _keys(weights: Tensor, index: Tensor) -> Tensor:
+    """Keys [B, S'] of weights [B, H, T, S]."""
+    return weights.gather(3, index[:, None, None].expand(*weights.shape[:3], -1))

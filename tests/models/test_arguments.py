@@ -97,7 +97,7 @@ def test_attention_weights_are_those_of_llama(as_llama, draw_ids) -> None:
         ]  # fmt: skip
         for found, wanted in zip(step[0].attentions, step[1].attentions, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="attention_mask of all 10 columns"):
+    with pytest.raises(ValueError, match="attention_mask of all 11 columns"):
         hybrid(ids[:, :1], attention_mask=mask[:, -1:], past_key_values=one.past_key_values,
                output_attentions=True)  # fmt: skip
 

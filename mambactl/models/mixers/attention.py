@@ -82,7 +82,10 @@ class AttentionMixer(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, context.positions, context.slots)  # [B, Hk, S, P]
         if context.maps is not None:
-            context.maps.append(attention_weights(q, k, context.mask, context.spans))
+            weights = context.maps.keep(attention_weights(q, k, context.mask, context.spans))
+            weights = F.dropout(weights, self.dropped)
+            y = weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+            return y.transpose(1, 2).flatten(2)
         y = dispatch.attention(q, k, v, context.mask, context.spans, self.dropped)
         return y.flatten(2)  # of [B, T, H, P]
 

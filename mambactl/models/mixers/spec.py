@@ -20,6 +20,7 @@ from mambactl.kernels.reference import Spans
 from mambactl.models.cache import MAX_SEQUENTIAL, Cursor, LayerCache
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.packed import NotSupported, PackedMixer, Rotations
+from mambactl.models.ragged import AttentionMaps
 
 S = TypeVar("S")
 V = TypeVar("V")
@@ -32,8 +33,8 @@ class StepContext:
     Those are in `mask` [B, 1, T, S] or in `spans`; where both are None, all of the past. A window
     beside a recurrence sees `local`. All is made once per call of the model, for every layer.
     `seq_idx` [B, T] separates packed documents, `n_new` [B] makes rows ragged, `slots` is the
-    number of key slots attention may read, `cursor` is None without a cache. Attention adds its
-    weights [B, H, T, S] to `maps` where that is a list.
+    number of key slots attention may read, `cursor` is None without a cache. Attention keeps its
+    weights [B, H, T, S] in `maps` if there are any.
     """
 
     positions: Tensor
@@ -46,7 +47,7 @@ class StepContext:
     first: bool = False
     spans: Spans | None = None
     local: Mapping[LocalSpan, LocalKeys] | None = None
-    maps: list[Tensor] | None = None
+    maps: AttentionMaps | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "StepContext":
         """The same on another device; accelerate moves what it calls a layer with."""
