@@ -64,6 +64,7 @@ def test_an_offloaded_model_computes_the_same(any_model, draw_ids, place, tmp_pa
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cached", [False, True], ids=["whole", "cached"])
 def test_layers_of_the_gpu_s_model_may_lie_in_memory(any_model, draw_ids, cached) -> None:
     ids = draw_ids(2, LENGTH).cuda()
@@ -79,10 +80,9 @@ def test_layers_of_the_gpu_s_model_may_lie_in_memory(any_model, draw_ids, cached
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("cached", [False, True], ids=["whole", "cached"])
 def test_layers_may_lie_on_two_devices(any_model, draw_ids, cached) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     ids = draw_ids(2, LENGTH).cuda()
     expected = logits_of(copy.deepcopy(any_model).cuda(), ids, cached)
     parts = [name for name, _ in any_model.model.named_children() if name != "layers"]
