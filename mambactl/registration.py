@@ -28,14 +28,12 @@ from {OURS} import HybridConfig, HybridForCausalLM, HybridModel
 __all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 '''
 # the classes of that file, as a configuration names them
-AUTO_MAP = {
-    auto: f"{STUB.removesuffix('.py')}.{name}"
-    for auto, name in (
-        ("AutoConfig", CONFIG),
-        ("AutoModel", "HybridModel"),
-        ("AutoModelForCausalLM", "HybridForCausalLM"),
-    )
+CLASSES = {
+    "AutoConfig": CONFIG,
+    "AutoModel": "HybridModel",
+    "AutoModelForCausalLM": "HybridForCausalLM",
 }
+AUTO_MAP = {auto: f"{STUB.removesuffix('.py')}.{name}" for auto, name in CLASSES.items()}
 
 
 class _Completing:
@@ -66,7 +64,7 @@ class _Renaming:
     def exec_module(self, module) -> None:
         __import__(OURS)
         ours = sys.modules[OURS]
-        for name in ours.__all__:
+        for name in CLASSES.values():
             setattr(module, name, getattr(ours, name))
 
 
@@ -104,6 +102,20 @@ def register() -> None:
             # another thread may still be importing it: this waits for it
             __import__(name)
             add(sys.modules[name])
+
+
+def add_names() -> None:
+    """Let `transformers` have the classes as attributes, where `transformers serve` finds a class.
+
+    The package may have run twice, and modules that are older hold the first one.
+    """
+    held = [
+        getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values())
+    ]
+    for package in {id(one): one for one in (sys.modules.get("transformers"), *held)}.values():
+        homes = getattr(package, "_class_to_module", None)
+        if isinstance(homes, dict):
+            homes.update(dict.fromkeys(CLASSES.values(), f"models.{TYPE}"))
 
 
 def _add_class(table) -> None:

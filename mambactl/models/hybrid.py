@@ -32,11 +32,13 @@ from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import StepContext, goes_sequentially
 from mambactl.models.pretrained import HybridPreTrainedModel
 from mambactl.models.ragged import AttentionMaps, Ragged, documents, without_padding
+from mambactl.registration import add_names
 
 __all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 
-# arguments that repeat what position_ids or the cache say already
-REPEATED = {"cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+# ends of documents in a packed row, and inputs that repeat what others say already
+ENDS = {"cu_seq_lens_q", "cu_seq_lens_k"}
+REPEATED = ENDS | {"cache_position", "max_length_q", "max_length_k"}
 # arguments of the loss alone
 LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 
@@ -135,8 +137,7 @@ class HybridModel(HybridPreTrainedModel):
 
         attention_mask [B, T] or [B, past + T] marks padding with 0; `n_new` and `seq_idx` are
         explained in `mambactl.kernels.reference`. Attention weights [B, H, T, past + T] are those
-        of layers that are attention alone. TypeError for arguments that mean nothing here,
-        ValueError for a cache of another model.
+        of layers that are attention alone. TypeError for inputs that mean nothing here, ValueError for a cache of another model.
         """
         self._refuse(others, packed=position_ids is not None or seq_idx is not None)
         if (input_ids is None) == (inputs_embeds is None):
@@ -212,15 +213,16 @@ class HybridModel(HybridPreTrainedModel):
         )
 
     def _refuse(self, given: Mapping[str, Any], packed: bool) -> None:
-        """Raise TypeError for arguments that would change nothing."""
+        """Raise TypeError for inputs that would change nothing.
+
+        generate() hands on what is no input, too: a tokenizer, say.
+        """
         for name, value in given.items():
-            if value is None or (name in REPEATED and (packed or name == "cache_position")):
-                continue
-            if name in REPEATED:
+            if name in ENDS and value is not None and not packed:
                 raise TypeError(f"{name} tells documents apart only beside their position_ids")
-            if name == "is_causal" and value:
-                continue
-            raise TypeError(f"{type(self).__name__}.forward() takes no {name}")
+            unknown = isinstance(value, Tensor) and name not in REPEATED
+            if unknown or (name == "is_causal" and value is False):
+                raise TypeError(f"{type(self).__name__}.forward() takes no {name}")
 
     def _maps(
         self,
@@ -428,6 +430,7 @@ class HybridForCausalLM(HybridPreTrainedModel, HybridGenerationMixin):
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
 AutoModel.register(HybridConfig, HybridModel, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+add_names()
 # where pipelines and evaluations look up what a class can do
 for names, kind in (
     (modeling_auto.MODEL_MAPPING_NAMES, HybridModel),
