@@ -137,7 +137,8 @@ class HybridModel(HybridPreTrainedModel):
 
         attention_mask [B, T] or [B, past + T] marks padding with 0; `n_new` and `seq_idx` are
         explained in `mambactl.kernels.reference`. Attention weights [B, H, T, past + T] are those
-        of layers that are attention alone. TypeError for inputs that mean nothing here, ValueError for a cache of another model.
+        of layers that are attention alone. TypeError for inputs that mean nothing here,
+        ValueError for a cache of another model.
         """
         self._refuse(others, packed=position_ids is not None or seq_idx is not None)
         if (input_ids is None) == (inputs_embeds is None):
