@@ -44,6 +44,21 @@ for _ in range(2):
     losses.append(float(loss))
 print(losses[1] < losses[0])
 """
+SHARDED = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+plain = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+sharded = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, tp_plan="auto")
+ids = torch.arange(4, 24)[None]
+cut = [name for name, p in sharded.named_parameters() if type(p).__name__ == "DTensor"]
+assert any("q_proj" in name for name in cut) and not any("mamba" in name for name in cut)
+for options in ({"use_cache": True}, {"use_cache": False}):
+    for training in (False, True):
+        wanted, found = (m.train(training)(ids, **options).logits for m in (plain, sharded))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+print("equal")
+"""
 PORT = 8719
 
 
@@ -91,6 +106,13 @@ def test_accelerate_launch(student, environment, tmp_path) -> None:
     script.write_text(LAUNCHED)
     line = [program("accelerate"), "launch", "--cpu", "--num_processes", "1", str(script)]
     assert run([*line, str(student)], environment).splitlines()[-1] == "True"
+
+
+def test_tensor_parallelism(student, environment, tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SHARDED)
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    assert run([*line, str(script), str(student)], environment).split() == ["equal", "equal"]
 
 
 @pytest.mark.skipif(find_spec("fastapi") is None, reason='needs "transformers[serving]"')
