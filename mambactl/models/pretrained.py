@@ -1,17 +1,35 @@
 """What transformers needs to know about the family of hybrid models."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils.hub import cached_file
 
+from mambactl.files import CARD, LINEAGE
 from mambactl.lineage import Origin, origin_of
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
+
+# arguments of from_pretrained that say where on a hub or in its cache a file is
+PLACE = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+# a checkpoint without such files is as good as any
+LENIENT = {
+    f"_raise_exceptions_for_{what}": False
+    for what in ("gated_repo", "missing_entries", "connection_errors")
+}
+
+
+def _origin(name: str | os.PathLike, given: Mapping[str, Any]) -> Origin | None:
+    """What the checkpoint of that name, in a folder or on the hub, says of itself."""
+    place = {key: given[key] for key in PLACE if given.get(key) is not None}
+    lineage, _ = (cached_file(name, file, **place, **LENIENT) for file in (LINEAGE, CARD))
+    return None if lineage is None else origin_of(Path(lineage).parent)
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -49,7 +67,7 @@ class HybridPreTrainedModel(PreTrainedModel):
         # with a report of what was loaded where that is asked for
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
-            model.origin = origin_of(Path(pretrained_model_name_or_path))
+            model.origin = _origin(pretrained_model_name_or_path, kwargs)
         return loaded
 
     def save_pretrained(

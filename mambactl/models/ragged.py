@@ -50,8 +50,8 @@ def without_padding(attention_mask: Tensor | None, n_new: Tensor | None, length:
     if attention_mask.ndim != 2:
         raise ValueError("HybridModel takes a 2-D attention mask [B, T] of ones and zeros")
     mask = attention_mask[:, -length:].bool()
-    # a program that is exported cannot ask
-    if not torch.compiler.is_exporting() and bool(mask.all()):
+    # a program that is compiled as a whole cannot ask
+    if not torch.compiler.is_compiling() and bool(mask.all()):
         return Ragged()
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # [B, T]
     return Ragged(mask.sum(1), order, mask)

@@ -146,3 +146,16 @@ def test_a_model_that_came_from_nowhere_has_no_lineage(make_hybrid, tmp_path) ->
     (tmp_path / "mambactl.json").write_text('{"schema": "odd"}')
     HybridForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "mambactl.json").exists()
+
+
+def test_lineage_comes_from_the_cache_of_a_hub(save_student, tmp_path) -> None:
+    commit = "0" * 40
+    cached = tmp_path / "hub" / "models--org--student"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots").mkdir()
+    source = save_student(cached / "snapshots" / commit)
+    model = AutoModelForCausalLM.from_pretrained("org/student", cache_dir=tmp_path / "hub")
+    model.save_pretrained(tmp_path / "again")
+    assert load_lineage(str(tmp_path / "again"))["ancestors"][-1]["stage"] == "convert"
+    assert (tmp_path / "again" / "README.md").read_text() == (source / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""torch.export takes the model whole, with padding and positions that are known later."""
+"""torch.export and torch.compile take the model whole, with padding that is known later."""
 
 import pytest
 import torch
@@ -32,3 +32,11 @@ def test_documents_are_told_apart_in_an_exported_model(mixed_model, draw_ids) ->
             found = program.module()(ids, position_ids=positions, use_cache=False).logits
             wanted = mixed_model(ids, position_ids=positions, use_cache=False).logits
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_padded_model_compiles_whole(mixed_model, draw_ids, uncached) -> None:
+    ids, mask = draw_ids(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :4] = 0
+    compiled = torch.compile(mixed_model, backend="eager", fullgraph=True)
+    wanted = uncached(mixed_model, ids, attention_mask=mask)
+    torch.testing.assert_close(uncached(compiled, ids, attention_mask=mask), wanted)
