@@ -341,7 +341,7 @@ mambactl.convert("llama", "heard.st", device="cpu")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr.count("replaced 2 attention layers") == 1
+    assert done.stderr.count("replaced 4 of 8 KV heads") == 1
 
 
 def test_the_callers_verbosity_stays(here: Path, capfd) -> None:

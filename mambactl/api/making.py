@@ -30,19 +30,21 @@ def convert(
     resume: bool = False,
     force: bool = False,
 ) -> StageResult:
-    """Write a copy of a checkpoint in which Mamba mixers replace attention layers.
+    """Write a copy of a checkpoint in which Mamba mixers replace attention, by KV head or layer.
 
     `model` is a folder, .st file, GGUF, hub id or alias. `out` is a folder or a name that ends in
     .st, by default `runs/<model>-convert`. An output that is there is an error, unless `force`
     replaces it, or `resume` accepts one that was made from the same model with the same options.
 
-    Returns the new checkpoint as `path`, and `metrics` that say which layers were replaced.
+    Returns the new checkpoint as `path`, and `metrics` that say what was replaced.
 
     Raises UsageError for a wrong option, ModelError for a model that cannot be converted,
     OutputError for a place that is taken or cannot be written, and ResourceError for a full disk.
 
     >>> half = mambactl.convert("llama", "half.st", ratio=0.5)
-    >>> half.metrics["replaced_layers"]
+    >>> half.metrics["kept_heads"]
+    '1.0,1.1,2.0,2.1'
+    >>> mambactl.convert("llama", "layers.st", form="portable").metrics["replaced_layers"]
     [0, 2]
     >>> mambactl.convert("llama", "half.st", ratio=0.5, resume=True).path == half.path
     True

@@ -79,8 +79,8 @@ def plan(command: str, model: Spec | None = None, **options: object) -> dict[str
 
     Raises what the command itself would raise before it starts.
 
-    >>> mambactl.plan("convert", "llama", ratio=0.75)["replaced"]
-    [0, 1, 2]
+    >>> mambactl.plan("convert", "llama", ratio=0.75)["kept_heads"]
+    '2.0,2.1'
     """
     if command not in (known := stages()):
         raise UsageError(f"{command} is no command with a plan", nearest(command, known))

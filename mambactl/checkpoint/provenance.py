@@ -135,23 +135,27 @@ def _changes(
     """How what was made differs from what the command would make now."""
     from mambactl.checkpoint.resolve import resolve
     from mambactl.checkpoint.run_folder import differences
+    from mambactl.checkpoint.vocabulary import model_config
 
     # a lineage may have been written by anybody
     options, parent = (
         value if isinstance(value, dict) else {}
         for value in (found.get("recipe"), found.get("parent"))
     )
+    recorded = config.recorded(options)
     made = {
         "stage": found.get("stage"),
         "parent": parent.get("sha256"),
-        **{key: value for key, value in options.items() if key not in config.placement_options},
+        **{key: value for key, value in recorded.items() if key not in config.placement_options},
     }
+    completed = config.completed(source, model_config)
     asked = {
         "stage": command.name,
         "parent": header_digest(resolve(source).path),
-        **config.model_dump(mode="json", exclude=config.placement_options),
+        **completed.model_dump(mode="json", exclude=config.placement_options),
     }
-    return differences(made, asked)
+    defaults = type(config).model_fields.keys() - config.model_fields_set
+    return differences(made, asked, defaults=defaults)
 
 
 def _made(work: WorkFolder, command: Command) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -254,13 +254,22 @@ def _disk(path: Path) -> Iterator[None]:
         raise ResourceError(f"cannot write {path}: {error}", _FREE) from error
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every key whose value differs, as `key was -> is`; both must be JSON-able."""
+def differences(
+    before: dict[str, Any],
+    now: dict[str, Any],
+    prefix: str = "",
+    defaults: Collection[str] = (),
+) -> list[str]:
+    """Every key whose value differs, as `key was -> is`; both must be JSON-able.
+
+    Nobody asked for the values of `defaults`, which may be those of another version.
+    """
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key} {json.dumps(old)} -> {json.dumps(new)}")
+            why = " (the default)" if key in defaults else ""
+            found.append(f"{prefix}{key} {json.dumps(old)} -> {json.dumps(new)}{why}")
     return found

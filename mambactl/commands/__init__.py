@@ -86,7 +86,7 @@ _ROWS = (
         (
             "mambactl convert llama3-8b --ratio 0.5",
             "mambactl convert smollm2-135m -o t.st",
-            "mambactl convert smollm2-135m --window 64 -o w.st",
+            "mambactl convert smollm2-135m --form portable -o p.st",
         ),
         writes="model",
     ),

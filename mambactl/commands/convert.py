@@ -5,7 +5,8 @@ model; only choosing by measurement (`--select kl|recall`) loads the model as a 
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,18 +23,19 @@ from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.reader import Adapted, Reader, in_dtype
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import CheckpointWriter, stored_dtype
-from mambactl.conversion.aligned import open_aligned
-from mambactl.conversion.choice import UNITS, Unit, Units, kept_by
+from mambactl.conversion.aligned import Aligned, open_aligned
+from mambactl.conversion.choice import RETRIEVAL_DEPTH, UNITS, Unit, Units, kept_by
 from mambactl.conversion.fit import LayerFit, Streams
-from mambactl.conversion.replace import Replacement, block_of, mixer_spec
+from mambactl.conversion.form import check, describe_form
+from mambactl.conversion.replace import Replacement, block_of
 from mambactl.conversion.select import Choice, Texts, choose, count_forwards, read_texts
+from mambactl.conversion.shipped import Ranking, ranking_of
 from mambactl.data.pack import Batch
 from mambactl.data.sources import count_rows
-from mambactl.errors import ModelError, UsageError
+from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.registry import MIXERS
-from mambactl.models.mixers.spec import MixerSpec
 from mambactl.options import ConvertConfig
+from mambactl.options.fields import flags
 from mambactl.ranks import placement
 from mambactl.stage_result import StageResult
 
@@ -49,7 +51,8 @@ def run(
     origin = resolve(source)
     reader, adapted = open_strict(origin)
     with reader, open_aligned(config.mixers_from) as aligned:
-        work = _Work(config, reader, adapted, Replacement(config, adapted.config, aligned))
+        work = _work(config, reader, adapted, aligned)
+        config = work.config
         # wrong options and a taken place show before minutes of measuring
         target = work.target(work.by_rule())
         require_replaceable(out, force)
@@ -87,6 +90,8 @@ def run(
                 origin.path,
             )
     _report(metrics)
+    if metrics["replaced_layers"]:
+        console.log(describe_form(config, target))
     _report_fits(fits)
     return StageResult(str(out), metrics)
 
@@ -96,7 +101,8 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
     placement(config)
     reader, adapted = open_strict(resolve(source))
     with reader, open_aligned(config.mixers_from) as aligned:
-        work = _Work(config, reader, adapted, Replacement(config, adapted.config, aligned))
+        work = _work(config, reader, adapted, aligned)
+        config = work.config
         target = work.target(work.by_rule())
         model = empty_model(target)
         dtype = work.dtype("model.embed_tokens.weight")
@@ -106,6 +112,7 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "replaced": _replaced(adapted.config, target),
         "parameters": parameters,
         "bytes": parameters * dtype.itemsize,
+        "form": config.form,
         "init": config.init,
         "window": _window(target),
         "rotary": target.rotates,
@@ -131,10 +138,22 @@ def _count(data: list[str]) -> int | None:
     return count_rows(data) if data else 0
 
 
+def _work(
+    asked: ConvertConfig, reader: Reader, adapted: Adapted, aligned: Aligned | None
+) -> "_Work":
+    """The work that options ask for; raises UsageError where they contradict each other."""
+    config = asked.of_form(adapted.config, aligned and aligned.adapted.config)
+    if adapted.config.attention_layers:
+        check(asked, config)
+    replacement = Replacement(config, adapted.config, aligned)
+    return _Work(asked, config, reader, adapted, replacement)
+
+
 @dataclass(frozen=True)
 class _Work:
-    """One open source and how its layers are replaced."""
+    """One open source and how its layers are replaced; `config` is what was asked, completed."""
 
+    asked: ConvertConfig
     config: ConvertConfig
     reader: Reader
     adapted: Adapted
@@ -151,21 +170,62 @@ class _Work:
             raise ModelError(
                 "this model has no attention layer to replace", "give a Llama or a hybrid"
             )
-        _check(self.config)
         return self.replacement.target(kept_by(kept))
 
     def by_rule(self) -> list[Unit]:
         """What stays attention if nothing is measured, and how much if something is."""
-        return self.units.chosen(self.config, self.adapted.config, self._kv_itemsize)
+        base = self.adapted.config
+        if self._ranking_holds:
+            keep = self.units.count(self.config, base, self._kv_itemsize)
+            return self.ranking.best(self.units.of(base), keep)
+        return self.units.chosen(self.config, base, self._kv_itemsize)
+
+    @cached_property
+    def ranking(self) -> Ranking | None:
+        """What the package knows of this model's heads, where they are chosen and not named."""
+        config = self.config
+        if config.by != "head" or config.keep_heads is not None or config.select != "uniform":
+            return None
+        return ranking_of(self.reader, self.adapted)
+
+    @property
+    def _ranking_holds(self) -> bool:
+        """Whether it was measured with the window that is asked for."""
+        if self.ranking is None:
+            return False
+        form = self.ranking.form
+        return (form.window, form.sinks) == (self.config.window, self.config.sinks)
 
     def choose(self, source: str, texts: Texts) -> Choice | None:
-        """What a measurement chooses, or None where the rule decides."""
-        if self.config.select == "uniform":
-            return None
+        """What a measurement chooses, one made earlier or now; None where the rule decides."""
         base = self.adapted.config
+        if self.config.select == "uniform":
+            return self._chosen_before(source)
         keep = self.units.count(self.config, base, self._kv_itemsize)
         size = self.units.size(base, self._kv_itemsize)
         return choose(self.config, source, self.replacement, texts, self.layer, keep, size)
+
+    def _chosen_before(self, source: str) -> Choice | None:
+        """What a ranking in the package chooses; says what would do better where there is none."""
+        kept, known = self.by_rule(), self.ranking
+        is_open = self.config.by == "head" and self.config.keep_heads is None
+        if not is_open or not 0 < len(kept) < len(self.units.of(self.adapted.config)):
+            return None
+        if self._ranking_holds:
+            console.log(f"KV heads are chosen by the ranking of {known.model} in the package")
+            return Choice(kept, {"select": "shipped", "model": known.model, **known.measured()})
+        why = "no ranking of this model's KV heads comes with the package"
+        if known is not None:
+            why = (
+                f"the ranking of {known.model} holds for a window of {known.form.window} tokens "
+                f"and {known.form.sinks} sinks"
+            )
+        words = ["mambactl", "convert", source, *flags(self.asked), "--select", "recall"]
+        console.log(
+            f"{why}: heads around {RETRIEVAL_DEPTH:.0%} of the depth stay; better, by measuring: "
+            f"{shlex.join(words)}"
+        )
+        return None
 
     @property
     def _kv_itemsize(self) -> int:
@@ -225,70 +285,6 @@ class _Work:
             for name, tensor in state.items():
                 yield f"model.layers.{index}.{name}", tensor
             task.advance()
-
-
-def _check(config: ConvertConfig) -> None:
-    """Raise UsageError for options that contradict each other."""
-    _check_choice(config)
-    if config.sinks is not None and not config.window_size:
-        raise UsageError("--sinks belong to a window", "add --window 64")
-    spec = mixer_spec(config.mixer)
-    # heads that are replaced have a window too
-    windowed = "--by head" if config.by == "head" else "--window"
-    if config.window_size and spec.with_window is None:
-        raise _not_with(config, windowed, lambda other: other.with_window is not None)
-    if config.rotary and not spec.can_rotate:
-        raise _not_with(config, "--rotary", lambda other: other.can_rotate)
-    if config.window_size and config.init != "calibrated":
-        raise UsageError(
-            f"{windowed} starts as the attention that it keeps, which --init reference would "
-            "disturb",
-            "drop one of the two",
-        )
-    if config.calibrate and config.init != "calibrated":
-        raise UsageError("--calibrate needs --init calibrated", "drop one of the two")
-    if config.calibrate and config.mixers_from:
-        raise UsageError(
-            "--calibrate fits new mixers, --mixers-from brings its own",
-            "drop one of the two; text to choose layers on is --select-data",
-        )
-    if config.select == "uniform":
-        if config.select_data:
-            raise UsageError("--select-data is for --select kl or recall", "add --select kl")
-        return
-    for name in ("keep_attention", "keep_heads"):
-        if getattr(config, name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{option} leaves nothing to select", "drop it, or --select")
-    # heads are ranked on generated rows around a text of the package
-    if config.by == "layer" and not (config.select_data or config.calibrate):
-        raise UsageError(
-            f"--select {config.select} measures on text and has none",
-            "give --select-data DATA" + ("" if config.mixers_from else " or --calibrate DATA"),
-        )
-
-
-def _check_choice(config: ConvertConfig) -> None:
-    """Raise UsageError for a choice of heads where layers are replaced, or of layers for heads."""
-    if config.keep_heads is not None and config.by != "head":
-        raise UsageError(
-            f"--keep-heads chooses KV heads, and --by {config.by} replaces whole layers",
-            "add --by head, or give --keep-attention",
-        )
-    if config.keep_attention is not None and config.by != "layer":
-        raise UsageError(
-            f"--keep-attention chooses layers, and --by {config.by} replaces KV heads",
-            "give --keep-heads LAYER.HEAD,..., or --by layer",
-        )
-
-
-def _not_with(
-    config: ConvertConfig, option: str, able: Callable[[MixerSpec[Any]], bool]
-) -> UsageError:
-    known = [spec.name for spec in MIXERS.values() if able(spec)]
-    return UsageError(
-        f"{option} does not go with --mixer {config.mixer}", f"use --mixer {known[0]}"
-    )
 
 
 def _window(config: HybridConfig) -> dict[str, int] | None:

@@ -97,7 +97,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class PickedRows:
     """Rows on their way through the layers.
 
     `picked` [B, T] marks the n predictions that are read. Of those `asked` [n] are answers, which
@@ -158,7 +158,7 @@ class Instruments:
         """Tokens that the KL is a mean over."""
         return sum(len(rows.guide) for rows in self.rows)
 
-    def _read(self, batch: Batch) -> _Rows:
+    def _read(self, batch: Batch) -> PickedRows:
         picked = nn.functional.pad(batch.loss_mask[:, 1:], (0, 1))
         nothing = torch.zeros_like(picked)
         return self._rows(batch.input_ids, picked, nothing, batch.position_ids, batch.seq_idx)
@@ -172,18 +172,18 @@ class Instruments:
         position_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         probe: int | None = None,
-    ) -> _Rows:
+    ) -> PickedRows:
         hidden = self.model.embed_tokens(ids)
         context = self.model.context(hidden, position_ids, seq_idx=seq_idx)
         asked, targets = answers[picked], ids.roll(-1, 1)[answers]
-        rows = _Rows(hidden, context, picked, asked, targets, hidden.new_zeros(0), probe)
+        rows = PickedRows(hidden, context, picked, asked, targets, hidden.new_zeros(0), probe)
         if bool(asked.all()):
             return rows
-        last = self.finish(rows, _through(self.model.layers, hidden, context))
+        last = self.finish(rows, through(self.model.layers, hidden, context))
         return replace(rows, guide=last[~asked])
 
     @torch.no_grad()
-    def finish(self, rows: _Rows, hidden: Tensor) -> Tensor:
+    def finish(self, rows: PickedRows, hidden: Tensor) -> Tensor:
         """What the head reads [n, D] of the states behind the last layer [B, T, D]."""
         return self.model.norm(hidden[rows.picked])
 
@@ -228,7 +228,7 @@ class Instruments:
 
 
 @torch.no_grad()
-def _through(blocks: Sequence[AnyBlock], hidden: Tensor, context: StepContext) -> Tensor:
+def through(blocks: Sequence[AnyBlock], hidden: Tensor, context: StepContext) -> Tensor:
     for block in blocks:
         hidden = block(hidden, context, None)
     return hidden
@@ -256,7 +256,7 @@ def swap_scores(
                 continue
             other = [swap(candidate), *blocks[index + 1 :]]
             found[candidate] = [
-                instruments.finish(rows, _through(other, hidden, rows.context))
+                instruments.finish(rows, through(other, hidden, rows.context))
                 for rows, hidden in zip(instruments.rows, states, strict=True)
             ]
             task.advance()
@@ -264,7 +264,7 @@ def swap_scores(
             scores |= instruments.scores(found)
             found = {}
         states = [
-            _through([blocks[index]], hidden, rows.context)
+            through([blocks[index]], hidden, rows.context)
             for rows, hidden in zip(instruments.rows, states, strict=True)
         ]
     return scores | instruments.scores(found) if found else scores
@@ -273,7 +273,7 @@ def swap_scores(
 def score_of(blocks: Sequence[AnyBlock], instruments: Instruments) -> Score:
     """Score of a stack as it is."""
     states = [
-        instruments.finish(rows, _through(blocks, rows.hidden, rows.context))
+        instruments.finish(rows, through(blocks, rows.hidden, rows.context))
         for rows in instruments.rows
     ]
     return instruments.scores({0: states})[0]

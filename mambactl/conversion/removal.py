@@ -4,6 +4,9 @@ Every head is narrowed alone in the teacher, to the window that the student woul
 is trained or fitted. All are measured on short rows, and on the longest those alone that short rows
 miss. Heads that are missed most stay; then the weakest of them are exchanged with the best of the
 others where all that stay together do better for it.
+
+Answers come from a few heads that singles find. Text is shared work that other heads take over, so
+where gates were trained (`mambactl.conversion.gates`) they say what a head is worth for it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +31,15 @@ from mambactl.models.hybrid import HybridBlock
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.spec import StepContext
 
-# pairs of a weak head inside and a good one outside that are tried
-EXCHANGES = 6
-# rows are long from more than so many times the shortest on
+# pairs of a weak head inside and a good one outside that are tried, without other word
+EXCHANGES = 3
+# rows are long from more than so many times the shortest on, and read for one head in so many
 LONG_ROW = 2
-# of text against answers, where both are shares of what all heads together lose
-TEXT_WEIGHT = 0.5
+LONG_SHARE = 3
+# of text against answers: in the worth of single heads, both shares of what all of them lose, and
+# in the cost of a choice, both shares of what is lost when no head stays
+TEXT_WORTH = 0.5
+TEXT_COST = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,15 @@ class Removals:
     units: Sequence[Unit]
     window: WindowSettings
     criterion: Criterion
+    # what each unit is worth for text, in place of the KL without it alone
+    text_worth: Mapping[Unit, float] | None = None
+    exchanges: int = EXCHANGES
 
     def run(self, keep: int) -> Removal:
         """Rank all units and choose `keep` of them."""
-        with console.progress("select", removal_forwards(len(self.units), keep)) as task:
+        with console.progress(
+            "select", removal_forwards(len(self.units), keep, self.exchanges)
+        ) as task:
             whole = self._score(self.units, task)
             nothing = self._score([], task)
             scores = self._alone(task)
@@ -90,7 +101,7 @@ class Removals:
     def _alone(self, task: console.Task) -> dict[Unit, Score]:
         """Score of the teacher with each unit narrowed alone.
 
-        On the longest rows the less missed half counts as not missed.
+        On the longest rows all but the most missed third count as not missed.
         """
         lengths = [probe.length for probe in self.instruments.probes.values()]
         limit = LONG_ROW * min(lengths)
@@ -102,7 +113,7 @@ class Removals:
         base, unmissed = score_of(blocks, short), score_of(blocks, long)
         first = self._swapped(self.units, short, task)
         worth = self._worth(base, first)
-        best = sorted(self.units, key=lambda unit: -worth[unit])[: -(-len(self.units) // 2)]
+        best = sorted(self.units, key=lambda unit: -worth[unit])[: long_rows(len(self.units))]
         second = self._swapped(best, long, task)
         share = short.text_tokens / self.instruments.text_tokens
         return {u: joined(score, second.get(u, unmissed), share) for u, score in first.items()}
@@ -113,13 +124,13 @@ class Removals:
         blocks = list(instruments.model.layers)
         return swap_scores(blocks, self._without, units, instruments, task, attrgetter("layer"))
 
-    def _narrowed(self, block: HybridBlock, heads: tuple[int, ...]) -> _NarrowedBlock:
-        config = self.instruments.model.config
+    def _window_of(self, heads: tuple[int, ...]) -> Narrowed:
         span = self.window
-        return _NarrowedBlock(block, Narrowed(span.window, span.sinks, heads, config))
+        return Narrowed(span.window, span.sinks, heads, self.instruments.model.config)
 
     def _without(self, unit: Unit) -> _NarrowedBlock:
-        return self._narrowed(self.instruments.model.layers[unit.layer], unit.heads)
+        block = self.instruments.model.layers[unit.layer]
+        return _NarrowedBlock(block, self._window_of(unit.heads))
 
     def _score(self, kept: Sequence[Unit], task: console.Task) -> Score:
         """Of the teacher in which all units but these see a window."""
@@ -127,8 +138,10 @@ class Removals:
         for unit in self.units:
             if unit not in kept:
                 lost[unit.layer] = (*lost.get(unit.layer, ()), *unit.heads)
+        # layers that lose the same heads share a mask
+        narrowed = {heads: self._window_of(heads) for heads in set(lost.values())}
         stack = [
-            self._narrowed(block, lost[block.index]) if block.index in lost else block
+            _NarrowedBlock(block, narrowed[lost[block.index]]) if block.index in lost else block
             for block in self.instruments.model.layers
         ]
         score = score_of(stack, self.instruments)
@@ -140,29 +153,31 @@ class Removals:
         return (score.kl,) if self.criterion == "kl" else (score.kl, *score.losses)
 
     def _worth(self, whole: Score, scores: Mapping[Unit, Score]) -> dict[Unit, float]:
-        """The largest share that a unit has in what is lost without single units.
+        """What each unit loses alone, as shares of the sum over all units.
 
-        The largest, not the sum: a head that one probe needs must not go because others do not.
+        The mean over the probes plus, weighted, the share of text.
         """
-        columns = zip(*(self._losses(score) for score in scores.values()), strict=True)
+        base, count = self._losses(whole), len(self._losses(whole)) - 1
         worth = dict.fromkeys(scores, 0.0)
-        for number, (column, base) in enumerate(zip(columns, self._losses(whole), strict=True)):
-            lost = [max(0.0, value - base) for value in column]
-            weight = TEXT_WEIGHT if number == 0 else 1.0
-            total = sum(lost) or 1.0
-            for unit, value in zip(scores, lost, strict=True):
-                worth[unit] = max(worth[unit], weight * value / total)
+        for number, best in enumerate(base):
+            lost = {u: max(0.0, self._losses(score)[number] - best) for u, score in scores.items()}
+            if number == 0 and self.text_worth is not None:
+                lost = {unit: self.text_worth[unit] for unit in scores}
+            weight = TEXT_WORTH if number == 0 else 1 / count
+            total = sum(lost.values()) or 1.0
+            for unit, value in lost.items():
+                worth[unit] += weight * value / total
         return worth
 
     def _cost(self, score: Score, whole: Score, nothing: Score) -> float:
         """What is lost of what all units together are worth, mean over the probes, plus text."""
         text, *answers = (
-            (value - best) / (worst - best) if worst > best else 0.0
+            max(0.0, value - best) / (worst - best) if worst > best else 0.0
             for value, best, worst in zip(
                 *(self._losses(each) for each in (score, whole, nothing)), strict=True
             )
         )
-        return TEXT_WEIGHT * text + (sum(answers) / len(answers) if answers else 0.0)
+        return TEXT_COST * text + (sum(answers) / len(answers) if answers else 0.0)
 
     def _exchanged(
         self,
@@ -174,7 +189,7 @@ class Removals:
         """The first `keep` of the ranking after exchanges that helped, their score and number."""
         kept, others = list(ranking[:keep]), list(ranking[keep:])
         best, exchanged = self._score(kept, task), 0
-        for weak, good in list(zip(kept[::-1], others, strict=False))[:EXCHANGES]:
+        for weak, good in list(zip(kept[::-1], others, strict=False))[: self.exchanges]:
             tried = [good if unit == weak else unit for unit in kept]
             score = self._score(tried, task)
             if cost(score) < cost(best):
@@ -182,11 +197,16 @@ class Removals:
         return kept, best, exchanged
 
 
-def removal_forwards(candidates: int, keep: int) -> int:
+def removal_forwards(candidates: int, keep: int, exchanges: int = EXCHANGES) -> int:
     """Models that are run: those of single units from their layer on, the others whole."""
-    alone = candidates + -(-candidates // 2)
-    exchanges = min(EXCHANGES, keep, candidates - keep)
-    return alone + 3 + exchanges + len(_sizes(keep))
+    alone = candidates + long_rows(candidates)
+    tried = min(exchanges, keep, candidates - keep)
+    return alone + 3 + tried + len(_sizes(keep))
+
+
+def long_rows(candidates: int) -> int:
+    """Units that are measured on the longest rows too."""
+    return -(-candidates // LONG_SHARE)
 
 
 def _sizes(keep: int) -> list[int]:

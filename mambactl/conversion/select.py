@@ -33,7 +33,7 @@ from mambactl.conversion.ranking import (
 )
 from mambactl.conversion.removal import removal_forwards
 from mambactl.conversion.replace import Replacement, block_of, generator, new_block
-from mambactl.conversion.select_heads import choose_heads, head_probes
+from mambactl.conversion.select_heads import choose_heads, head_probes, package_text
 from mambactl.data.format import encode_rows
 from mambactl.data.pack import Batch, Row, collate, pack
 from mambactl.data.sources import load_rows
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 4
+# a GPU reads more rows at once, and of single heads no fewer tokens of text
+FAST_BATCH = 8
+FAST_TOKENS = 8192
 # enough to rank layers; those that are replaced in the end are fitted on all of the text
 FIT_TOKENS = 2048
 RECALL_ROWS = 4
@@ -75,12 +78,9 @@ class Choice:
 def read_texts(config: ConvertConfig, source: str) -> Texts:
     """Read `calibrate` and `select_data`; raises UsageError where a selection lacks text."""
     measured = config.select != "uniform"
+    if config.by == "head" and measured:
+        return _texts_of_heads(config, source)
     held_out = config.select_tokens if measured else 0
-    if config.by == "head" and measured and not config.select_data:
-        # single heads are measured on text of their own: nothing of the fit's is held out
-        held_out = 0
-        if not config.calibrate:
-            return Texts([], [])
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     if config.select_data and measured:
         fit = _rows(config, tokenizer, config.calibrate, config.calibrate_tokens)
@@ -97,6 +97,22 @@ def read_texts(config: ConvertConfig, source: str) -> Texts:
             "give more text, a smaller --max-length, or --select-data",
         )
     return Texts(_batches(rows[count:]), _batches(rows[:count]))
+
+
+def _texts_of_heads(config: ConvertConfig, source: str) -> Texts:
+    """Nothing of the fit's is held out: single heads are measured on text of the package.
+
+    A CPU measures on what stands around the needles alone, unless text is given.
+    """
+    fast = _placement(config)[0].type == "cuda"
+    data = config.select_data or (package_text() if fast else [])
+    if not (data or config.calibrate):
+        return Texts([], [])
+    tokens = max(config.select_tokens, FAST_TOKENS) if fast else config.select_tokens
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    fit = _rows(config, tokenizer, config.calibrate, config.calibrate_tokens)
+    held_out = _rows(config, tokenizer, data, tokens)
+    return Texts(_batches(fit), _batches(held_out, FAST_BATCH if fast else BATCH))
 
 
 def _rows(
@@ -117,8 +133,8 @@ def _rows(
     return [rows[index] for index in order]
 
 
-def _batches(rows: Sequence[Row]) -> list[Batch]:
-    return [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+def _batches(rows: Sequence[Row], size: int = BATCH) -> list[Batch]:
+    return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 def count_forwards(config: ConvertConfig, base: HybridConfig, keep: int) -> int:
@@ -166,8 +182,7 @@ def choose(
 
 
 def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instruments:
-    # the type on disk does not decide what is computed in
-    device, dtype = placement(config.model_copy(update={"dtype": "auto"}))
+    device, dtype = _placement(config)
     probes = []
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     if config.by == "head":
@@ -176,6 +191,11 @@ def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instrument
         probes = [kv_probe(tokenizer, config.select_recall, RECALL_ROWS, config.seed)]
     model = load_model(source, device, dtype).requires_grad_(False)
     return Instruments(model, texts.held_out, probes, BATCH)
+
+
+def _placement(config: ConvertConfig) -> tuple[torch.device, torch.dtype]:
+    # the type on disk does not decide what is computed in
+    return placement(config.model_copy(update={"dtype": "auto"}))
 
 
 def _by_swaps(

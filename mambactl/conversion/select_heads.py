@@ -10,8 +10,9 @@ import torch
 
 from mambactl import console
 from mambactl.conversion.choice import UNITS, Unit
+from mambactl.conversion.gates import STEPS, gate_worth
 from mambactl.conversion.ranking import Instruments, cells, headings
-from mambactl.conversion.removal import Removals
+from mambactl.conversion.removal import EXCHANGES, Removals
 from mambactl.conversion.replace import Replacement
 from mambactl.data.sources import load_rows
 from mambactl.evaluation.facts import fact_probe
@@ -24,10 +25,16 @@ if TYPE_CHECKING:
 
 # tokens of the short rows, beside those of --select-recall
 SHORT_ROW = 256
-# rows of each kind and length, where there is a GPU
+# rows of each kind and length, and pairs of heads that are exchanged, where there is a GPU
 FAST_ROWS = 4
-# text around the needles, where none is given
-HAYSTACK = "quickstart-heldout.jsonl"
+FAST_EXCHANGES = 24
+# text of the package, where none is given
+TEXT = "quickstart.jsonl"
+
+
+def package_text() -> list[str]:
+    """Where text is read where none is given."""
+    return [str(recipe_folder() / "data" / TEXT)]
 
 
 def head_probes(
@@ -36,7 +43,7 @@ def head_probes(
     """Pairs and needles at two lengths; the text around the needles is what KL is measured on."""
     slow = device.type == "cpu"
     rows = 1 if slow else FAST_ROWS
-    text = load_rows(config.select_data or [str(recipe_folder() / "data" / HAYSTACK)])
+    text = load_rows(config.select_data or package_text())
     lengths = sorted({SHORT_ROW, config.select_recall})
     needles = [fact_probe(tokenizer, text, length, rows, config.seed) for length in lengths]
     if config.select == "kl":
@@ -59,7 +66,15 @@ def choose_heads(
     base, spec = replacement.base, replacement.spec()
     window = spec.window(spec.from_attention(base, replacement.form(), base.attention_layers[0]))
     units = UNITS[config.by].of(base)
-    found = Removals(instruments, units, window, config.select).run(keep)
+    texts = instruments.only(lambda probe: False, text=True)
+    text_worth, exchanges = None, EXCHANGES
+    # a CPU would train gates for an hour
+    if instruments.head.weight.device.type == "cuda":
+        exchanges = FAST_EXCHANGES
+        with console.progress("gates", STEPS) as task:
+            text_worth = gate_worth(texts, units, window, config.seed, task)
+    removals = Removals(instruments, units, window, config.select, text_worth, exchanges)
+    found = removals.run(keep)
     front = [
         {"kept": count, "kv_bytes_per_token": count * unit_bytes, **score.rounded()}
         for count, score in found.front.items()
@@ -81,6 +96,8 @@ def choose_heads(
     )
     return found.kept, {
         "measure": "removal",
+        # what says how much text needs a head
+        "text": "kl" if text_worth is None else "gates",
         "form": asdict(window),
         "ranking": [unit.name for unit in found.ranking],
         "scores": [{"head": u.name, **score.rounded()} for u, score in found.scores.items()],

@@ -219,6 +219,15 @@ class StageConfig(CommandConfig):
         """The end of the default name of what the stage writes."""
         return ""
 
+    def completed(self, source: str, describe: Callable[[str], Any]) -> "StageConfig":
+        """The options with what the models decide that they name, `describe` of each its config."""
+        return self
+
+    @classmethod
+    def recorded(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a lineage as this version would have recorded them."""
+        return dict(options)
+
 
 Options = TypeVar("Options", bound=CommandConfig)
 
@@ -264,6 +273,19 @@ def settings(config: CommandConfig, exclude: Collection[str] = ()) -> list[str]:
     """Options of a command line that ask for a configuration, whatever recipe stands beside it."""
     given = config.model_dump(mode="json", exclude_defaults=True, exclude=set(exclude))
     return [word for key, value in given.items() for word in ("--set", f"{key}={as_yaml(value)}")]
+
+
+def flags(config: CommandConfig) -> list[str]:
+    """The options of a command line as a person would type them, but for those at their default."""
+    words = []
+    for key, value in config.model_dump(mode="json", exclude_defaults=True).items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            words += [f"--{name}", str(each)]
+    return words
 
 
 def as_yaml(value: Any) -> str:

@@ -77,7 +77,7 @@ def test_resume_accepts_what_is_done_and_nothing_else(cli, tiny_llama_dir, tmp_p
 
 
 def test_inspect_reads_headers(cli, tiny_llama_dir, tmp_path) -> None:
-    assert cli("convert", str(tiny_llama_dir), "--ratio", "0.5", "-o", "t.st").code == 0
+    assert cli("convert", str(tiny_llama_dir), "--form", "portable", "-o", "t.st").code == 0
     shown = cli("inspect", "t.st", "--tensors").out
     for part in ("mamba2 layers", "attention layers", "per token", "convert", "A_log"):
         assert part in shown

@@ -342,5 +342,5 @@ def test_inspect_and_recipe_content_goes_to_stdout(cli) -> None:
     listed = cli("recipe", "list")
     assert listed.code == 0 and "quickstart" in listed.out
     shown = cli("recipe", "show", "quickstart").out
-    assert re.search(r"keep_attention: \[0, .*\]  # recipe", shown)
+    assert re.search(r"fail_under: \[agreement.*\]  # recipe", shown)
     assert json.loads(cli("recipe", "schema").out)["title"] == "mambactl recipe"

@@ -28,9 +28,9 @@ SAMPLING = (
     "--prompts"
 )
 FLAGS = {
-    "convert": "--ratio --by --keep-attention --keep-heads --select --select-data --select-tokens "
-    "--select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary --init "
-    f"--calibrate --calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
+    "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data "
+    "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "
+    f"--init --calibrate --calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "distill": f"{TRAINING} {MIXED} --compile --nproc --stages --align-steps --align-lr "
     "--stepwise-steps --stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr "
     "--schedule --kl-weight --ce-weight --temperature --divergence --jsd-beta --capture "

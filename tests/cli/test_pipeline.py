@@ -136,7 +136,7 @@ def test_resume_with_the_real_convert(python, tiny_llama_dir, tmp_path) -> None:
     done = python(*given, "--resume", "--set", "convert.ratio=1")
     assert (done.code, done.out) == (0, f"{tmp_path / 'w' / 'convert'}\n"), done.err
     config = json.loads((tmp_path / "w" / "convert" / "config.json").read_text())
-    assert config["mixers"] == ["mamba2"] * 4
+    assert config["mixers"] == ["mamba2_window"] * 4
 
 
 def test_hints_repeat_folder_and_settings(cli, children, recipe) -> None:

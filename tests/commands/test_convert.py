@@ -32,8 +32,13 @@ def text(tmp_path_factory) -> str:
     return write_sentences(tmp_path_factory.mktemp("text") / "fit.jsonl", 0, 80)
 
 
+def portable(**fields) -> ConvertConfig:
+    """A state alone in whole layers, which most of these tests are about."""
+    return ConvertConfig(form="portable", **fields)
+
+
 def calibrated(text: str, **fields) -> ConvertConfig:
-    return ConvertConfig(calibrate=[text], max_length=LENGTH, **fields)
+    return portable(calibrate=[text], max_length=LENGTH, **fields)
 
 
 def tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -65,7 +70,7 @@ def assert_copied(source: dict, made: dict, replaced: list[int]) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("out", ["hybrid", "hybrid.st"])
 def test_copied_tensors_are_bit_equal(llama, out, mixer, init, ratio, tmp_path) -> None:
-    result = run(ConvertConfig(ratio=ratio, mixer=mixer, init=init), llama, tmp_path / out)
+    result = run(portable(ratio=ratio, mixer=mixer, init=init), llama, tmp_path / out)
     assert result.path == str(tmp_path / out)
     assert [path.name for path in tmp_path.iterdir()] == [out]
     replaced = {0: [], 0.5: [0, 2], 1: [0, 1, 2, 3]}[ratio]
@@ -86,14 +91,14 @@ def test_copied_tensors_are_bit_equal(llama, out, mixer, init, ratio, tmp_path) 
 
 
 def test_ratio_zero_computes_what_the_source_does(llama, tmp_path) -> None:
-    run(ConvertConfig(ratio=0), llama, tmp_path / "same.st")
+    run(portable(ratio=0), llama, tmp_path / "same.st")
     ids = torch.arange(3, 40)[None]
     made, source = (load_model(path)(ids).logits for path in (str(tmp_path / "same.st"), llama))
     assert torch.equal(made, source)
 
 
 def test_layers_to_keep_are_kept(llama, tmp_path) -> None:
-    config = ConvertConfig(keep_attention="3,1")
+    config = portable(keep_attention="3,1")
     result = run(config, llama, tmp_path / "t.st")
     assert result.metrics == {"replaced_layers": [0, 2], "attention_layers": [1, 3]}
     assert_copied(tensors(llama), tensors(tmp_path / "t.st"), [0, 2])
@@ -104,8 +109,8 @@ def test_layers_to_keep_are_kept(llama, tmp_path) -> None:
 @pytest.mark.parametrize("second", MIXERS)
 def test_a_hybrid_can_lose_more_attention(llama, init, first, second, tmp_path) -> None:
     half, most = tmp_path / "half.st", tmp_path / "most"
-    run(ConvertConfig(init=init, mixer=first), llama, half)
-    run(ConvertConfig(init=init, mixer=second, keep_attention=[3], seed=5), str(half), most)
+    run(portable(init=init, mixer=first), llama, half)
+    run(portable(init=init, mixer=second, keep_attention=[3], seed=5), str(half), most)
     made = tensors(most)
     assert_copied(tensors(half), made, [1])
     assert load_model(str(most)).config.mixers == [first, second, first, "attention"]
@@ -117,22 +122,20 @@ def test_a_hybrid_can_lose_more_attention(llama, init, first, second, tmp_path) 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_layers_of_a_kind_share_one_form(llama, mixer, tmp_path) -> None:
-    run(ConvertConfig(init="reference", mixer=mixer), llama, tmp_path / "half.st")
-    config = ConvertConfig(ratio=1, mixer=mixer)
+    run(portable(init="reference", mixer=mixer), llama, tmp_path / "half.st")
+    config = portable(ratio=1, mixer=mixer)
     with pytest.raises(UsageError, match=f"the {mixer} layers .* another form") as raised:
         run(config, str(tmp_path / "half.st"), tmp_path / "all.st")
     assert "--init" in raised.value.hint
     # nothing to replace, nothing to refuse
-    run(
-        ConvertConfig(keep_attention=[1, 3], mixer=mixer), str(tmp_path / "half.st"), tmp_path / "s"
-    )
+    run(portable(keep_attention=[1, 3], mixer=mixer), str(tmp_path / "half.st"), tmp_path / "s")
 
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_attention_biases_are_copied(save_llama, mixer, init, tmp_path) -> None:
     source = save_llama(attention_bias=True, mlp_bias=True)
-    run(ConvertConfig(ratio=1, mixer=mixer, init=init), source, tmp_path / "t")
+    run(portable(ratio=1, mixer=mixer, init=init), source, tmp_path / "t")
     given, made = tensors(source), tensors(tmp_path / "t")
     assert_copied(given, made, [0, 1, 2, 3])
     for layer in range(4):
@@ -147,7 +150,7 @@ def test_attention_biases_are_copied(save_llama, mixer, init, tmp_path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_another_type_on_disk(llama, dtype, tmp_path) -> None:
-    run(ConvertConfig(dtype=dtype), llama, tmp_path / "t")
+    run(portable(dtype=dtype), llama, tmp_path / "t")
     kinds = {
         name.rsplit(".", 1)[-1]: tensor.dtype for name, tensor in tensors(tmp_path / "t").items()
     }
@@ -158,11 +161,11 @@ def test_another_type_on_disk(llama, dtype, tmp_path) -> None:
 
 @pytest.mark.parametrize("out", ["t", "t.st"])
 def test_lineage_says_how_it_was_made(llama, out, tmp_path) -> None:
-    config = ConvertConfig(seed=7, ratio=0.25, mixer="mamba1")
+    config = portable(seed=7, ratio=0.25, mixer="mamba1")
     result = run(config, llama, tmp_path / out)
     lineage = load_lineage(result.path)
     assert (lineage["stage"], lineage["source"], lineage["seed"]) == ("convert", llama, 7)
-    assert lineage["recipe"] == config.model_dump(mode="json")
+    assert lineage["recipe"] == config.model_dump(mode="json") | {"by": "layer"}
     assert lineage["metrics"] == result.metrics
     assert result.metrics == {"replaced_layers": [0], "attention_layers": [1, 2, 3]}
     assert lineage["ancestors"] == [] and lineage["teacher"] is None
@@ -170,7 +173,7 @@ def test_lineage_says_how_it_was_made(llama, out, tmp_path) -> None:
 
 def test_a_relative_source_is_recorded_in_full(llama, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(Path(llama).parent)
-    run(ConvertConfig(), "llama", tmp_path / "t.st")
+    run(portable(), "llama", tmp_path / "t.st")
     assert load_lineage(str(tmp_path / "t.st"))["source"] == llama
 
 
@@ -179,7 +182,7 @@ def test_a_relative_source_is_recorded_in_full(llama, tmp_path, monkeypatch) -> 
 def test_a_seed_decides_every_bit(llama, text, mixer, init, tmp_path) -> None:
     def weights(name: str, seed: int) -> bytes:
         data = [text] if init == "calibrated" else []
-        config = ConvertConfig(
+        config = portable(
             init=init, mixer=mixer, seed=seed, calibrate=data, max_length=LENGTH,
             calibrate_tokens=512,
         )  # fmt: skip
@@ -193,7 +196,7 @@ def test_a_seed_decides_every_bit(llama, text, mixer, init, tmp_path) -> None:
 
 
 def test_reference_layers_do_not_share_their_random_numbers(llama, tmp_path) -> None:
-    run(ConvertConfig(ratio=1, init="reference"), llama, tmp_path / "t.st")
+    run(portable(ratio=1, init="reference"), llama, tmp_path / "t.st")
     made = tensors(tmp_path / "t.st")
     taps = [made[f"model.layers.{layer}.mamba.conv1d.weight"] for layer in range(4)]
     assert not any(torch.equal(taps[0], other) for other in taps[1:])
@@ -219,8 +222,8 @@ def test_calibration_brings_the_student_closer(llama, text, mixer, tmp_path) -> 
     unseen = write_sentences(tmp_path / "unseen.jsonl", 1, 12)
     configs = {
         "fit": calibrated(text, mixer=mixer),
-        "prior": ConvertConfig(mixer=mixer),
-        "reference": ConvertConfig(mixer=mixer, init="reference"),
+        "prior": portable(mixer=mixer),
+        "reference": portable(mixer=mixer, init="reference"),
     }
     found = {}
     for name, config in configs.items():
@@ -292,19 +295,19 @@ def test_the_plan_writes_nothing(llama, text, tmp_path) -> None:
     found = json.loads(json.dumps(plan(calibrated(text), llama)))
     assert found["layers"] == ["mamba2", "attention"] * 2
     assert (found["replaced"], found["init"], found["documents"]) == ([0, 2], "calibrated", 80)
-    run(ConvertConfig(), llama, tmp_path / "t.st")
+    run(portable(), llama, tmp_path / "t.st")
     model = load_model(str(tmp_path / "t.st"))
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["bytes"] == 2 * found["parameters"]
     with pytest.raises(UsageError, match="does not exist"):
-        plan(ConvertConfig(calibrate=["missing.jsonl"]), llama)
+        plan(portable(calibrate=["missing.jsonl"]), llama)
 
 
 @pytest.mark.parametrize("ratio", [1.5, -1, float("nan")])
 def test_a_ratio_outside_zero_to_one(llama, ratio, tmp_path) -> None:
     with pytest.raises(ValidationError, match="ratio"):
-        ConvertConfig(ratio=ratio)
-    unchecked = ConvertConfig().model_copy(update={"ratio": ratio})
+        portable(ratio=ratio)
+    unchecked = portable().model_copy(update={"ratio": ratio})
     with pytest.raises(UsageError, match="is not between 0 and 1"):
         run(unchecked, llama, tmp_path / "t.st")
 
@@ -338,33 +341,33 @@ def test_what_is_refused_leaves_nothing(llama, fields, message, out, tmp_path) -
         files = [str(data / f"{n}.jsonl") if n in contents else n for n in fields["calibrate"]]
         fields = {**fields, "calibrate": files}
     with pytest.raises(UsageError, match=message):
-        run(ConvertConfig(**fields), llama, tmp_path / out)
+        run(portable(**fields), llama, tmp_path / out)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_a_copy_is_said(llama, tmp_path, capsys) -> None:
     once, twice = tmp_path / "once", tmp_path / "twice"
-    run(ConvertConfig(ratio=0.5), llama, once)
+    run(portable(ratio=0.5), llama, once)
     assert "warning" not in capsys.readouterr().err
-    run(ConvertConfig(ratio=0.5), str(once), twice)
+    run(portable(ratio=0.5), str(once), twice)
     said = f"warning: {once} has no attention left to replace at this ratio: {twice} copies it"
     assert said in capsys.readouterr().err
 
 
 def test_a_model_without_attention_is_refused(llama, tmp_path) -> None:
-    run(ConvertConfig(ratio=1), llama, tmp_path / "all.st")
+    run(portable(ratio=1), llama, tmp_path / "all.st")
     with pytest.raises(ModelError, match="no attention layer"):
-        run(ConvertConfig(), str(tmp_path / "all.st"), tmp_path / "t.st")
+        run(portable(), str(tmp_path / "all.st"), tmp_path / "t.st")
     assert not (tmp_path / "t.st").exists()
 
 
 def test_mamba1_needs_heads_of_sixteen_channels(save_llama, tmp_path) -> None:
     source = save_llama(head_dim=12)
     with pytest.raises(ModelError, match="divisible by 16, this model has 12") as raised:
-        run(ConvertConfig(mixer="mamba1"), source, tmp_path / "t.st")
+        run(portable(mixer="mamba1"), source, tmp_path / "t.st")
     assert "mamba2" in raised.value.hint
     assert list(tmp_path.iterdir()) == []
-    run(ConvertConfig(mixer="mamba2"), source, tmp_path / "t.st")
+    run(portable(mixer="mamba2"), source, tmp_path / "t.st")
     assert bool(load_model(str(tmp_path / "t.st"))(torch.arange(9)[None]).logits.isfinite().all())
 
 
@@ -382,15 +385,15 @@ def test_a_number_that_is_not_finite_is_named(llama, name, tmp_path) -> None:
     """In a layer that stays and outside of them: nothing but streaming reads these."""
     bad = with_changed(llama, tmp_path / "bad", lambda s: s[name].view(-1)[3:4].fill_(torch.nan))
     with pytest.raises(ModelError, match=f"{name} holds NaN or infinite numbers"):
-        run(ConvertConfig(ratio=0.5), bad, tmp_path / "out")
+        run(portable(ratio=0.5), bad, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_too_large_for_the_type_on_disk_are_named(llama, tmp_path) -> None:
     large = with_changed(llama, tmp_path / "large", lambda s: s["model.norm.weight"].fill_(1e6))
     with pytest.raises(ModelError, match=r"model.norm.weight holds numbers too large for float16"):
-        run(ConvertConfig(ratio=0.5, dtype="float16"), large, tmp_path / "out")
-    run(ConvertConfig(ratio=0.5), large, tmp_path / "out")
+        run(portable(ratio=0.5, dtype="float16"), large, tmp_path / "out")
+    run(portable(ratio=0.5), large, tmp_path / "out")
 
 
 @pytest.mark.parametrize("size", [1e15, 1e30])
@@ -409,16 +412,16 @@ def test_a_fit_that_overflows_is_a_failed_check(llama, text, size, tmp_path) -> 
 
 @pytest.mark.parametrize("out", ["t", "t.st"])
 def test_output_that_exists_is_kept(llama, out, tmp_path, monkeypatch) -> None:
-    run(ConvertConfig(), llama, tmp_path / out)
+    run(portable(), llama, tmp_path / out)
     before = tensors(tmp_path / out)
     with monkeypatch.context() as patched:
         patched.setattr(Mamba2Spec, "initialise", lambda *_: pytest.fail("worked before it looked"))
         with pytest.raises(OutputError, match="exists") as raised:
-            run(ConvertConfig(ratio=1), llama, tmp_path / out)
+            run(portable(ratio=1), llama, tmp_path / out)
     assert "--force" in raised.value.hint
     after = tensors(tmp_path / out)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    run(ConvertConfig(ratio=1), llama, tmp_path / out, force=True)
+    run(portable(ratio=1), llama, tmp_path / out, force=True)
     assert load_model(str(tmp_path / out)).config.mixers == ["mamba2"] * 4
 
 
@@ -426,7 +429,7 @@ def test_output_that_exists_is_kept(llama, out, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("force", [False, True])
 def test_an_interrupt_leaves_what_was_there(llama, out, force, tmp_path, monkeypatch) -> None:
     if force:
-        run(ConvertConfig(ratio=0.25), llama, tmp_path / out)
+        run(portable(ratio=0.25), llama, tmp_path / out)
     initialise, layers = Mamba2Spec.initialise, []
 
     def interrupted(*arguments):
@@ -438,7 +441,7 @@ def test_an_interrupt_leaves_what_was_there(llama, out, force, tmp_path, monkeyp
 
     monkeypatch.setattr(Mamba2Spec, "initialise", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(ConvertConfig(ratio=1), llama, tmp_path / out, force=force)
+        run(portable(ratio=1), llama, tmp_path / out, force=force)
     assert [path.name for path in tmp_path.iterdir()] == ([out] if force else [])
     if force:
         assert load_model(str(tmp_path / out)).config.mixers.count("attention") == 3

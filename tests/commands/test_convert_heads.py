@@ -97,7 +97,7 @@ def test_weights_of_both_groups_are_copied_bit_for_bit(llama, tmp_path) -> None:
 def test_all_heads_or_none_are_layers_of_today(llama, tmp_path) -> None:
     """No head kept: the windowed layers of `--window`; all kept: the teacher's attention."""
     run(by_head(ratio=1), llama, tmp_path / "heads.st")
-    layerwise = ConvertConfig(ratio=1, window=WINDOW, sinks=SINKS)
+    layerwise = ConvertConfig(by="layer", ratio=1, window=WINDOW, sinks=SINKS)
     run(layerwise, llama, tmp_path / "layers.st")
     one, other = (tensors(tmp_path / f"{name}.st") for name in ("heads", "layers"))
     assert one.keys() == other.keys()
@@ -110,7 +110,7 @@ def test_all_heads_or_none_are_layers_of_today(llama, tmp_path) -> None:
 
 
 def test_the_window_has_a_default(llama, tmp_path) -> None:
-    metrics = run(ConvertConfig(by="head"), llama, tmp_path / "t.st").metrics
+    metrics = run(ConvertConfig(), llama, tmp_path / "t.st").metrics
     assert metrics["window"] == {"window": 64, "sinks": 4}
 
 

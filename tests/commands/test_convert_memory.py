@@ -63,7 +63,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path) -> None:
         assert 8 * WIDTH * WIDTH < grown < SHARD_BYTES + (1 << 30), f"{grown >> 20} MiB"
         assert grown < 0.4 * size, f"{grown >> 20} MiB of {size >> 20}"
         with open_checkpoint(str(out)) as made, open_checkpoint(str(source)) as given:
-            assert made.config["mixers"] == ["mamba2", "attention"] * (LAYERS // 2)
+            mixers = made.config["mixers"]
+            assert mixers.count("mamba2_window") == mixers.count("attention") == LAYERS // 2
             last = f"model.layers.{LAYERS - 1}.mlp.up_proj.weight"
             assert torch.equal(made.get(last), given.get(last))
     for file in [outs[1], *source.iterdir(), *outs[0].iterdir()]:

@@ -43,7 +43,7 @@ def test_the_fit_knows_that_states_turn(llama, tmp_path) -> None:
 
 def test_it_chains_and_is_told(llama, tmp_path) -> None:
     aligned = str(tmp_path / "all.st")
-    run(ConvertConfig(rotary=True, ratio=1), llama, tmp_path / "all.st")
+    run(ConvertConfig(by="layer", rotary=True, ratio=1), llama, tmp_path / "all.st")
     assert describe(aligned)["rotary"] and not describe(llama)["rotary"]
     # ready-made mixers bring their form
     run(ConvertConfig(mixers_from=aligned), llama, tmp_path / "half.st")
@@ -51,13 +51,14 @@ def test_it_chains_and_is_told(llama, tmp_path) -> None:
     assert half.config.rotates and half.config.mixers.count("attention") == 2
     more = run(ConvertConfig(rotary=True, ratio=1), str(tmp_path / "half.st"), tmp_path / "more.st")
     assert more.metrics["replaced_layers"] == [1, 3]
-    assert plan(ConvertConfig(rotary=True), llama)["rotary"]
+    for by in ("layer", "head"):
+        assert plan(ConvertConfig(by=by, rotary=True), llama)["rotary"]
 
 
 def test_one_model_has_one_form(llama, tmp_path) -> None:
     run(ConvertConfig(keep_attention=[1, 2, 3]), llama, tmp_path / "plain.st")
     run(ConvertConfig(keep_attention=[1, 2, 3], rotary=True), llama, tmp_path / "turned.st")
-    run(ConvertConfig(ratio=1), llama, tmp_path / "aligned.st")
+    run(ConvertConfig(form="portable", ratio=1), llama, tmp_path / "aligned.st")
     for source, fields, message, hint in (
         ("plain.st", {"rotary": True}, "of this model are not rotary", "drop --rotary"),
         ("turned.st", {}, "of this model are rotary", "add --rotary"),

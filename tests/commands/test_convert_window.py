@@ -34,7 +34,7 @@ def ids() -> torch.Tensor:
 
 
 def windowed(**fields) -> ConvertConfig:
-    return ConvertConfig(window=WINDOW, sinks=SINKS, **fields)
+    return ConvertConfig(**{"by": "layer", "window": WINDOW, "sinks": SINKS} | fields)
 
 
 @torch.no_grad()
@@ -138,14 +138,13 @@ def test_mixers_can_be_taken_with_their_window(llama, ids, tmp_path) -> None:
     torch.testing.assert_close(
         logits(taken, ids), logits(llama, ids, control=True), rtol=1e-5, atol=1e-5
     )
-    for fields, hint in (
-        ({"window": 6, "sinks": SINKS}, f"--window {WINDOW} --sinks {SINKS}"),
-        ({}, f"--window {WINDOW} --sinks {SINKS}"),
-    ):
-        with pytest.raises(UsageError) as raised:
-            run(ConvertConfig(mixers_from=aligned, **fields), llama, tmp_path / "no.st")
-        assert hint in raised.value.hint
-    run(ConvertConfig(ratio=1), llama, tmp_path / "plain.st")
+    # its form need not be given
+    run(ConvertConfig(by="layer", mixers_from=aligned), llama, tmp_path / "again.st")
+    assert torch.equal(logits(tmp_path / "again.st", ids), logits(taken, ids))
+    with pytest.raises(UsageError) as raised:
+        run(windowed(window=6, mixers_from=aligned), llama, tmp_path / "no.st")
+    assert f"--window {WINDOW} --sinks {SINKS}" in raised.value.hint
+    run(ConvertConfig(form="portable", ratio=1), llama, tmp_path / "plain.st")
     with pytest.raises(UsageError, match="no mamba2_window mixer"):
         run(windowed(mixers_from=str(tmp_path / "plain.st")), llama, tmp_path / "no.st")
     assert not (tmp_path / "no.st").exists()
@@ -154,7 +153,7 @@ def test_mixers_can_be_taken_with_their_window(llama, ids, tmp_path) -> None:
 def test_layers_of_a_hybrid_share_one_window(llama, tmp_path) -> None:
     run(windowed(keep_attention=[1, 2, 3]), llama, tmp_path / "one.st")
     with pytest.raises(UsageError, match=f"windows of {WINDOW} tokens and {SINKS} sinks"):
-        run(ConvertConfig(window=6), str(tmp_path / "one.st"), tmp_path / "no.st")
+        run(windowed(window=6), str(tmp_path / "one.st"), tmp_path / "no.st")
     result = run(windowed(ratio=1), str(tmp_path / "one.st"), tmp_path / "all.st")
     assert result.metrics["replaced_layers"] == [1, 2, 3]
 
@@ -189,7 +188,7 @@ def test_a_window_trains_as_the_rest_does(rest) -> None:
 )
 def test_what_a_window_does_not_go_with(llama, fields, message, tmp_path) -> None:
     with pytest.raises(UsageError, match="--sinks belong to a window"):
-        run(ConvertConfig(sinks=2), llama, tmp_path / "t.st")
+        run(ConvertConfig(by="layer", sinks=2), llama, tmp_path / "t.st")
     with pytest.raises(UsageError, match=message):
         run(windowed(**fields), llama, tmp_path / "t.st")
     assert not any(tmp_path.iterdir())

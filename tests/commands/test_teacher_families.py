@@ -125,7 +125,7 @@ def test_the_teacher_decodes(teacher) -> None:
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
 def test_a_mixer_starts_from_its_attention(teacher, mixer, text, tmp_path) -> None:
     """The fit explains a part of what the attention puts out, and one distilled step runs."""
-    options = ConvertConfig(mixer=mixer, calibrate=[text], max_length=LENGTH)
+    options = ConvertConfig(form="portable", mixer=mixer, calibrate=[text], max_length=LENGTH)
     made = convert.run(options, teacher, tmp_path / "student")
     assert made.metrics["calibration_error"] < 0.9
     assert_decodes(made.path)
@@ -141,7 +141,8 @@ def test_a_mixer_starts_from_its_attention(teacher, mixer, text, tmp_path) -> No
 
 def test_a_window_starts_as_its_attention(teacher, tmp_path) -> None:
     """Under a window over the whole text the student is the teacher."""
-    made = convert.run(ConvertConfig(window=LENGTH, ratio=1), teacher, tmp_path / "t.st")
+    options = ConvertConfig(by="layer", window=LENGTH, ratio=1)
+    made = convert.run(options, teacher, tmp_path / "t.st")
     torch.testing.assert_close(
         logits(load_model(made.path)), logits(load_model(teacher)), rtol=0, atol=2e-5
     )
@@ -153,7 +154,7 @@ def test_a_window_starts_as_its_attention(teacher, tmp_path) -> None:
 
 
 def test_a_fitted_window_decodes(teacher, text, tmp_path) -> None:
-    options = ConvertConfig(window=5, sinks=2, calibrate=[text], max_length=LENGTH)
+    options = ConvertConfig(by="layer", window=5, sinks=2, calibrate=[text], max_length=LENGTH)
     made = convert.run(options, teacher, tmp_path / "t.st")
     assert made.metrics["calibration_error"] < 1
     assert_decodes(made.path)
@@ -194,7 +195,9 @@ def test_a_student_without_attention_needs_no_norm(tmp_path, tiny_tokenizer) -> 
     """It decodes in whole steps; its configuration still says what it was made from."""
     build("Qwen3", tmp_path / "q")
     tiny_tokenizer.save_pretrained(tmp_path / "q")
-    made = convert.run(ConvertConfig(ratio=1), str(tmp_path / "q"), tmp_path / "t.st")
+    made = convert.run(
+        ConvertConfig(form="portable", ratio=1), str(tmp_path / "q"), tmp_path / "t.st"
+    )
     assert load_model(made.path).config.qk_norm
     assert_decodes(made.path)
 

@@ -5,7 +5,6 @@ import torch
 
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.commands.convert import plan, run
-from mambactl.conversion import removal
 from mambactl.conversion.choice import UNITS
 from mambactl.conversion.ranking import Instruments, score_of
 from mambactl.conversion.removal import Removals, removal_forwards
@@ -66,12 +65,12 @@ def test_scores_are_those_of_the_teacher_under_a_window(
         assert score.kl == pytest.approx(text_kl(teacher, needle, lost), rel=1e-3)
         after = losses(teacher, instruments.probes.values(), lost)
         assert score.losses == pytest.approx(after, rel=1e-4)
-        missed[unit] = [score.kl / 2]
+        missed[unit] = [score.kl]
         if criterion == "recall":
             missed[unit] += [max(0, b - a) for a, b in zip(whole, after, strict=True)]
     totals = [sum(column) for column in zip(*missed.values(), strict=True)]
-    totals[0] *= 2
-    worth = {u: max(m / t for m, t in zip(missed[u], totals, strict=True)) for u in units}
+    shares = {u: [m / t for m, t in zip(missed[u], totals, strict=True)] for u in units}
+    worth = {u: text / 2 + sum(answers) / 2 for u, (text, *answers) in shares.items()}
     assert found.ranking == sorted(units, key=lambda unit: -worth[unit])
     assert found.front[0].kl > found.front[6].kl == pytest.approx(0, abs=1e-6)
     # the hooks are gone
@@ -98,14 +97,13 @@ def test_long_rows_are_read_for_the_heads_that_short_ones_miss(
             assert score.kl == pytest.approx(mean, rel=1e-3)
         else:
             assert score.losses[1] == pytest.approx(whole[1], rel=1e-4)
-    assert measured == 3
+    assert measured == 2
 
 
-def test_exchanges_only_help(teacher, instruments, monkeypatch) -> None:
+def test_exchanges_only_help(teacher, instruments) -> None:
     units = HEADS.of(teacher.config)
     after = Removals(instruments, units, WINDOW, "recall").run(3)
-    monkeypatch.setattr(removal, "EXCHANGES", 0)
-    before = Removals(instruments, units, WINDOW, "recall").run(3)
+    before = Removals(instruments, units, WINDOW, "recall", exchanges=0).run(3)
     assert before.exchanged == 0 and set(before.kept) == set(before.ranking[:3])
     removals = Removals(instruments, units, WINDOW, "recall")
     costs = [
@@ -114,6 +112,14 @@ def test_exchanges_only_help(teacher, instruments, monkeypatch) -> None:
     assert costs[1] <= costs[0]
     assert (after.exchanged > 0) == (set(after.kept) != set(before.kept))
     assert removals._cost(after.front[6], after.front[6], after.front[0]) == 0
+
+
+def test_what_gates_say_of_text_takes_the_place_of_its_kl(teacher, instruments) -> None:
+    units = HEADS.of(teacher.config)
+    # against the order of the layers, and above all that answers say
+    said = {unit: 100.0**unit.layer + unit.heads[0] for unit in units}
+    found = Removals(instruments, units, WINDOW, "kl", said, exchanges=0).run(2)
+    assert found.ranking == sorted(units, key=said.__getitem__, reverse=True)
 
 
 def test_a_needle_stands_before_the_window_and_its_answer_at_the_end(
@@ -149,7 +155,7 @@ def test_from_the_shell_without_data(tiny_llama_dir, tmp_path, capsys) -> None:
     # keys and values of a head of 16 in fp32
     assert [p["kv_bytes_per_token"] for p in found["front"]] == [0, 128, 3 * 128, 8 * 128]
     # what is written is what was measured
-    text = load_rows(["recipes/data/quickstart-heldout.jsonl"])
+    text = load_rows(["recipes/data/quickstart.jsonl"])
     tokenizer = load_tokenizer(str(tiny_llama_dir))
     models = [load_model(path, dtype=torch.float32) for path in (str(tiny_llama_dir), result.path)]
     total = count = 0

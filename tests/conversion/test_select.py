@@ -52,7 +52,8 @@ def aligned_windows(llama, text, tmp_path_factory) -> str:
 
 
 def config(**fields) -> ConvertConfig:
-    return ConvertConfig(device="cpu", max_length=LENGTH, **{"select_tokens": 256, **fields})
+    usual = {"by": "layer", "select_tokens": 256}
+    return ConvertConfig(device="cpu", max_length=LENGTH, **usual | fields)
 
 
 def tensors(path: str | Path) -> dict[str, torch.Tensor]:

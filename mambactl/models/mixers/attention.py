@@ -276,6 +276,7 @@ class AttentionSpec(MixerSpec[None]):
     """Attention over all of the past, or the sliding window of the model."""
 
     name = "attention"
+    in_granite = True
     title = "attention"
     module_type = AttentionMixer
     attribute = "self_attn"

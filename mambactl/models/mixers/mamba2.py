@@ -281,6 +281,7 @@ class Mamba2Spec(MixerSpec[Mamba2Settings]):
     sections = {"mamba2": Mamba2Settings}
     with_window = "mamba2_window"
     can_rotate = True
+    in_granite = True
     rescales_heads = True
 
     def check(self, config: LlamaConfig, settings: Mamba2Settings) -> None:

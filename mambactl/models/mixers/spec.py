@@ -255,6 +255,8 @@ class MixerSpec(ABC, Generic[S]):
     with_window: ClassVar[str | None] = None
     # name of the mixer that does the same for some KV heads, and keeps full attention for others
     with_kept_heads: ClassVar[str | None] = None
+    # whether GraniteMoeHybrid, which other engines know, has such layers
+    in_granite: ClassVar[bool] = False
     # whether its states can rotate with the position (`convert --rotary`)
     can_rotate: ClassVar[bool] = False
     # whether every head is fitted (`basis`, `apply_fit`) before the output projection is

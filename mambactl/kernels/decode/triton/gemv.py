@@ -125,11 +125,9 @@ def first_tile(
 
 @triton.jit
 def _multiply_add(
-    x, stride, w_rows, ahead, col_ok, M, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr,
+    one, two, x, stride, w_rows, ahead, col_ok, M, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    one = tl.zeros([BN, DEPTH // 8], tl.float32)
-    two = tl.zeros([BN, DEPTH // 8], tl.float32)
     for k in range(0, K, DEPTH):
         at = k + tl.arange(0, DEPTH)
         ok = _inside(at, K, DEPTH)
@@ -143,23 +141,15 @@ def _multiply_add(
         one = _add_row(one, x, at, ok, w_tile, BN, DEPTH)
         if BM == 2:
             two = _add_row(two, x + stride, at, ok & (M > 1), w_tile, BN, DEPTH)
-    y = tl.sum(one, axis=1)[None, :]
-    if BM == 2:
-        y = tl.permute(tl.join(tl.sum(one, axis=1), tl.sum(two, axis=1)), (1, 0))
-    return y
+    return one, two
 
 
 @triton.jit
 def _tensor_cores(
-    x_rows, w_rows, row_ok, col_ok, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPTH: tl.constexpr, SLICES: tl.constexpr,
+    acc, x_rows, w_rows, row_ok, col_ok, K: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
     slices = tl.arange(0, SLICES)[:, None, None] * DEPTH
-    # up to eight rows of x are the narrow side of a tensor core's product, sixteen the other one
-    if BM == 8:
-        acc = tl.zeros([SLICES, BN, BM], tl.float32)
-    else:
-        acc = tl.zeros([SLICES, BM, BN], tl.float32)
     for k in range(0, K, DEPTH * SLICES):
         at = k + slices + tl.arange(0, DEPTH)[None, None, :]  # [S, 1, DEPTH]
         ok = _inside(at, K, DEPTH * SLICES)
@@ -173,9 +163,55 @@ def _tensor_cores(
             acc = dot(w_tile, tl.permute(x_tile, (0, 2, 1)), acc)
         else:
             acc = dot(x_tile, tl.permute(w_tile, (0, 2, 1)), acc)
-    y = tl.sum(acc, axis=0)
-    if BM == 8:
-        y = tl.permute(y, (1, 0))
+    return acc
+
+
+@triton.jit
+def no_sums(BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr):
+    """Partial sums of no product yet, one tensor for each of up to two rows without tensor cores.
+
+    Several products share them, and with them the sum over threads that `whole_sums` takes.
+    """
+    # up to eight rows of x are the narrow side of a tensor core's product, sixteen the other one
+    if SLICES == 0:
+        one = tl.zeros([BN, DEPTH // 8], tl.float32)
+    elif BM == 8:
+        one = tl.zeros([SLICES, BN, BM], tl.float32)
+    else:
+        one = tl.zeros([SLICES, BM, BN], tl.float32)
+    return one, one
+
+
+@triton.jit
+def add_product(
+    one, two, x, stride, w, first, rows, M, w_index, col_ok, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Partial sums plus those of x[rows] w[w_index]^T; `first` comes from `first_tile`.
+
+    `rows` and `w_index` number the rows of x (`stride` apart) and w; beyond M and where `col_ok`
+    is false nothing is read.
+    """
+    w_rows = w + w_index.to(tl.int64) * K
+    if SLICES == 0:
+        one, two = _multiply_add(one, two, x, stride, w_rows, first, col_ok, M, K, BM, BN, DEPTH)
+    else:
+        x_rows = x + rows.to(tl.int64) * stride
+        one = _tensor_cores(one, x_rows, w_rows, rows < M, col_ok, K, BM, DEPTH, SLICES)
+    return one, two
+
+
+@triton.jit
+def whole_sums(one, two, BM: tl.constexpr, SLICES: tl.constexpr):
+    """The products [BM, BN] in fp32 of partial sums."""
+    if SLICES == 0:
+        y = tl.sum(one, axis=1)[None, :]
+        if BM == 2:
+            y = tl.permute(tl.join(tl.sum(one, axis=1), tl.sum(two, axis=1)), (1, 0))
+    else:
+        y = tl.sum(one, axis=0)
+        if BM == 8:
+            y = tl.permute(y, (1, 0))
     return y
 
 
@@ -184,18 +220,12 @@ def product(
     x, stride, w, first, rows, M, w_index, col_ok, K: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """x[rows] w[w_index]^T in fp32 [BM, BN], once x is there; `first` comes from `first_tile`.
-
-    `rows` and `w_index` number the rows of x (`stride` apart) and w; beyond M and where `col_ok`
-    is false nothing is read.
-    """
-    w_rows = w + w_index.to(tl.int64) * K
-    if SLICES == 0:
-        y = _multiply_add(x, stride, w_rows, first, col_ok, M, K, BM, BN, DEPTH)
-    else:
-        x_rows = x + rows.to(tl.int64) * stride
-        y = _tensor_cores(x_rows, w_rows, rows < M, col_ok, K, BM, BN, DEPTH, SLICES)
-    return y
+    """x[rows] w[w_index]^T in fp32 [BM, BN], once x is there; see `add_product`."""
+    one, two = no_sums(BM, BN, DEPTH, SLICES)
+    one, two = add_product(
+        one, two, x, stride, w, first, rows, M, w_index, col_ok, K, BM, BN, DEPTH, SLICES
+    )
+    return whole_sums(one, two, BM, SLICES)
 
 
 @triton.jit

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import slot_of
-from mambactl.kernels.decode.triton.gemv import Tiles, first_tile, norm_rate, product, square_parts
+from mambactl.kernels.decode.triton.gemv import (
+    Tiles,
+    add_product,
+    first_tile,
+    no_sums,
+    norm_rate,
+    product,
+    square_parts,
+    whole_sums,
+)
 from mambactl.kernels.launch import gdc_wait, launch_options, rounded
 
 
@@ -206,14 +215,21 @@ def _residual_kernel(
     elements = rows[:, None].to(tl.int64) * N + cols[None, :]
     kind = hidden.dtype.element_ty
     before = tl.load(hidden + elements, mask=ok, other=0.0).to(tl.float32)
-    y = _normed_product(
-        x, K, x, 0, 0.0, w, first, bias, rows, M, cols, col_ok,
-        K, 0, BIAS, BM, BN, DEPTH, SLICES,
-    )  # fmt: skip
+    one, two = no_sums(BM, BN, DEPTH, SLICES)
+    one, two = add_product(
+        one, two, x, K, w, first, rows, M, cols, col_ok, K, BM, BN, DEPTH, SLICES
+    )
     if K1 > 0:
-        y += product(x1, K1, w1, first1, rows, M, cols, col_ok, K1, BM, BN, DEPTH, SLICES)
+        one, two = add_product(
+            one, two, x1, K1, w1, first1, rows, M, cols, col_ok, K1, BM, BN, DEPTH, SLICES
+        )
     if K2 > 0:
-        y += product(x2, K2, w2, first2, rows, M, cols, col_ok, K2, BM, BN, DEPTH, SLICES)
+        one, two = add_product(
+            one, two, x2, K2, w2, first2, rows, M, cols, col_ok, K2, BM, BN, DEPTH, SLICES
+        )
+    y = whole_sums(one, two, BM, SLICES)
+    if BIAS:
+        y += tl.load(bias + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     # rounded where a separate layer would round
     stream = rounded(before + rounded(y, kind).to(tl.float32), kind)
     wide = tl.where(ok, stream.to(tl.float32), 0.0)
