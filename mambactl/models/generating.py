@@ -2,11 +2,8 @@
 
 from typing import Any, NoReturn
 
-import torch
-import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mambactl.models.cache import HybridCache
 
@@ -18,28 +15,6 @@ def require_own(cache: object) -> None:
             f"past_key_values is a {type(cache).__name__}: a hybrid model keeps a HybridCache, "
             "which generate() and forward(use_cache=True) make themselves"
         )
-
-
-def joined(
-    first: BaseModelOutputWithPast, second: BaseModelOutputWithPast
-) -> BaseModelOutputWithPast:
-    """What one pass over two runs of tokens, next to each other, would have returned."""
-    hidden_states, attentions = second.hidden_states, second.attentions
-    if hidden_states is not None:
-        pairs = zip(first.hidden_states, hidden_states, strict=True)
-        hidden_states = tuple(b if b is None else torch.cat([a, b], 1) for a, b in pairs)
-    if attentions is not None:
-        # no query sees the tokens behind it
-        pairs = zip(first.attentions, attentions, strict=True)
-        attentions = tuple(
-            torch.cat([F.pad(a, (0, b.shape[3] - a.shape[3])), b], 2) for a, b in pairs
-        )
-    return BaseModelOutputWithPast(
-        last_hidden_state=torch.cat([first.last_hidden_state, second.last_hidden_state], 1),
-        past_key_values=second.past_key_values,
-        hidden_states=hidden_states,
-        attentions=attentions,
-    )
 
 
 class HybridGenerationMixin(GenerationMixin):

@@ -4,7 +4,7 @@ Tensor names of attention layers, MLPs, norms and embeddings are Llama's, so a L
 a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) at the entrance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,19 +26,17 @@ from mambactl.kernels.local_attention import LocalKeys, LocalSpan, local_keys
 from mambactl.kernels.reference import Spans, spans
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
-from mambactl.models.generating import HybridGenerationMixin, joined, require_own
+from mambactl.models.generating import HybridGenerationMixin, require_own
 from mambactl.models.mixers.attention import RMSNorm
 from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import StepContext, goes_sequentially
+from mambactl.models.outputs import chosen, joined, refuse_unknown
 from mambactl.models.pretrained import HybridPreTrainedModel
 from mambactl.models.ragged import AttentionMaps, Ragged, documents, without_padding
 from mambactl.registration import add_names
 
 __all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 
-# ends of documents in a packed row, and inputs that repeat what others say already
-ENDS = {"cu_seq_lens_q", "cu_seq_lens_k"}
-REPEATED = ENDS | {"cache_position", "max_length_q", "max_length_k"}
 # arguments of the loss alone
 LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 
@@ -140,7 +138,7 @@ class HybridModel(HybridPreTrainedModel):
         of layers that are attention alone. TypeError for inputs that mean nothing here,
         ValueError for a cache of another model.
         """
-        self._refuse(others, packed=position_ids is not None or seq_idx is not None)
+        refuse_unknown(others, packed=position_ids is not None or seq_idx is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("HybridModel takes input_ids or inputs_embeds, one of them")
         if output_hidden_states is None:
@@ -209,21 +207,9 @@ class HybridModel(HybridPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
-            hidden_states=_chosen(every, output_hidden_states),
+            hidden_states=chosen(every, output_hidden_states),
             attentions=None if maps is None else tuple(maps.found),
         )
-
-    def _refuse(self, given: Mapping[str, Any], packed: bool) -> None:
-        """Raise TypeError for inputs that would change nothing.
-
-        generate() hands on what is no input, too: a tokenizer, say.
-        """
-        for name, value in given.items():
-            if name in ENDS and value is not None and not packed:
-                raise TypeError(f"{name} tells documents apart only beside their position_ids")
-            unknown = isinstance(value, Tensor) and name not in REPEATED
-            if unknown or (name == "is_causal" and value is False):
-                raise TypeError(f"{type(self).__name__}.forward() takes no {name}")
 
     def _maps(
         self,
@@ -344,18 +330,6 @@ class HybridModel(HybridPreTrainedModel):
         if window:
             allowed = allowed & (key > query - window)
         return allowed[:, None]
-
-
-def _chosen(
-    every: Sequence[Tensor], which: bool | int | Sequence[int] | None
-) -> tuple[Tensor | None, ...] | None:
-    """All hidden states, or those of some indices with None in place of the others."""
-    if which is None or which is False:
-        return None
-    count = len(every)
-    asked = range(count) if which is True else [which] if isinstance(which, int) else which
-    found = {index % count for index in asked if -count <= index < count}
-    return tuple(t if index in found else None for index, t in enumerate(every))
 
 
 def _stream(hidden: Tensor) -> Tensor:
