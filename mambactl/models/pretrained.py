@@ -17,7 +17,7 @@ from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
 
 # arguments of from_pretrained that say where on a hub or in its cache a file is
-PLACE = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
 # a checkpoint without such files is as good as any
 LENIENT = {
     f"_raise_exceptions_for_{what}": False
@@ -27,8 +27,8 @@ LENIENT = {
 
 def _origin(name: str | os.PathLike, given: Mapping[str, Any]) -> Origin | None:
     """What the checkpoint of that name, in a folder or on the hub, says of itself."""
-    place = {key: given[key] for key in PLACE if given.get(key) is not None}
-    lineage, _ = (cached_file(name, file, **place, **LENIENT) for file in (LINEAGE, CARD))
+    given = {key: given[key] for key in HUB_ARGUMENTS if given.get(key) is not None}
+    lineage, _ = (cached_file(name, file, **given, **LENIENT) for file in (LINEAGE, CARD))
     return None if lineage is None else origin_of(Path(lineage).parent)
 
 
