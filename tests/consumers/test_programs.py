@@ -112,7 +112,7 @@ def test_tensor_parallelism(student, environment, tmp_path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SHARDED)
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    assert run([*line, str(script), str(student)], environment).split() == ["equal", "equal"]
+    assert run([*line, str(script), str(student)], environment).count("equal") == 2
 
 
 @pytest.mark.skipif(find_spec("fastapi") is None, reason='needs "transformers[serving]"')
