@@ -40,6 +40,7 @@ LEAVES = {
         "files",
         "foreign",
         "invocation",
+        "lineage",
         "metrics",
     ),
     *("options", "plain_yaml", "ranks"),

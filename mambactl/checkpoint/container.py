@@ -20,6 +20,7 @@ from mambactl.checkpoint.reader import DTYPES
 from mambactl.console import failure_warned
 from mambactl.errors import ResourceError
 from mambactl.files import BINARY_PREFIX, CARD, CONFIG, LINEAGE, gib, remove, sync_folder
+from mambactl.registration import STUB, STUB_TEXT
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # a single file's header comes first, but its lineage may hold what writing the tensors found out
@@ -174,6 +175,7 @@ class Container:
 
     def _write_side_files(self) -> None:
         texts: dict[str, str | bytes] = {CONFIG: _config_text(self.config), **self.side_files}
+        texts[STUB] = STUB_TEXT
         if len(self._shards) > 1:
             texts["model.safetensors.index.json"] = self._index()
         write_side_files(self.path, texts, self.lineage)

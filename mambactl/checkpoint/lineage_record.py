@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from mambactl.errors import ModelError
 from mambactl.files import LINEAGE
 from mambactl.foreign import fitted, json_object
+from mambactl.lineage import SCHEMA
 
-SCHEMA = 1
 _WITHOUT = "fetch it again; without its mambactl.json a folder is a checkpoint of unknown origin"
 
 

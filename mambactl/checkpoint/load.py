@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mambactl.checkpoint.adapters import llama, mamba, own, qwen
+from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.config_fields import GenerationFields, Identity, read_fields
 from mambactl.checkpoint.gguf_reader import GgufReader
 from mambactl.checkpoint.pickle_reader import PickleReader
@@ -22,6 +23,7 @@ from mambactl.checkpoint.side_files import read_config, read_side_files
 from mambactl.errors import ModelError
 from mambactl.files import CONFIG, Source
 from mambactl.foreign import AGAIN, blamed, json_object
+from mambactl.lineage import Origin, origin_of
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
 
@@ -124,13 +126,14 @@ def load_model(
             tensor = adapted.get(reader, name)
             tensor = tensor.to(device)
             state[name] = in_dtype(name, tensor, stored_dtype(name, dtype or tensor.dtype))
-        files = reader.files
+        files, origin = reader.files, _origin(reader, adapted.config)
     if adapted.config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     model.config.dtype = state[EMBEDDING].dtype
     model.generation_config = _generation_config(source.path, files, model)
+    model.origin = origin
     return model.to(device).eval()
 
 
@@ -290,6 +293,15 @@ def _generation_config(
     read_fields(GenerationFields, values, path, GENERATION)
     with blamed(path, GENERATION):
         return GenerationConfig.from_dict(values)
+
+
+def _origin(reader: Reader, config: HybridConfig) -> Origin | None:
+    """What the checkpoint says of how it was made; a single file has no card of its own."""
+    if reader.path.is_dir():
+        return origin_of(reader.path)
+    if reader.lineage is None:
+        return None
+    return Origin(reader.path, reader.lineage, model_card(reader.lineage, config))
 
 
 def _load_foreign(

@@ -27,10 +27,11 @@ from mambactl.files import (
 from mambactl.foreign import blamed, json_object, read_object, read_text
 from mambactl.options import StageConfig
 from mambactl.options.fields import split_weight
+from mambactl.registration import STUB
 
 # what a checkpoint folder or a teacher cache is made of
 WRITTEN = (
-    *(CONFIG, LINEAGE, CARD, LEDGER, PLOT, *SIDE_FILES),
+    *(CONFIG, LINEAGE, CARD, LEDGER, PLOT, STUB, *SIDE_FILES),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     "samples-*.safetensors",
     # of other programs' forms

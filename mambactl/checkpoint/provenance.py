@@ -2,10 +2,7 @@
 
 import hashlib
 import os
-import platform
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,10 @@ from mambactl.commands import Command
 from mambactl.errors import ModelError, OutputError
 from mambactl.files import CONFIG, GGUF_SUFFIX, LINEAGE, SINGLE_FILE_SUFFIXES, side_file
 from mambactl.foreign import AGAIN, reason
+from mambactl.lineage import stage_record
 from mambactl.options import StageConfig
 from mambactl.ranks import is_main
-from mambactl.version import __version__
 
-_PACKAGES = ("torch", "transformers", "safetensors")
 _HEAD_BYTES = 1 << 20
 _SAMPLE_BYTES, _SAMPLES = 1 << 16, 64
 _OTHERWISE = "--force replaces it, -o writes elsewhere"
@@ -40,28 +36,9 @@ def lineage(
     `source` is the model the chain started from, `ancestors` the stages since, oldest first.
     `content` is where the parent lies on this disk, for one that is known by a name.
     """
-    from mambactl.checkpoint.lineage_record import SCHEMA
-
     path = None if parent_path is None else str(parent_path)
     link = {"path": path, "sha256": header_digest(content) if content else _digest_if_local(path)}
-    ancestors: list[dict[str, Any]] = []
-    if parent is not None:
-        kept = {key: value for key, value in parent.items() if key not in ("ancestors", "versions")}
-        ancestors = [*parent.get("ancestors", []), kept]
-    return {
-        "schema": SCHEMA,
-        "stage": stage,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "source": (parent or {}).get("source", path),
-        "teacher": teacher or (parent or {}).get("teacher"),
-        "parent": link,
-        # the key that checkpoints have always had
-        "recipe": dict(options),
-        "seed": seed,
-        "metrics": dict(metrics),
-        "versions": _versions(),
-        "ancestors": ancestors,
-    }
+    return stage_record(stage, parent, link, teacher, options, seed, metrics)
 
 
 def header_digest(path: Path) -> str:
@@ -106,16 +83,6 @@ def _identifying_files(path: Path) -> list[Path]:
 
 def _digest_if_local(path: str | None) -> str | None:
     return header_digest(Path(path)) if path and Path(path).exists() else None
-
-
-def _versions() -> dict[str, str]:
-    found = {"mambactl": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def made_before(

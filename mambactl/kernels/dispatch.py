@@ -108,18 +108,24 @@ def causal_conv1d_silu(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans: Spans | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    spans: Spans | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T / sqrt(P)) v -> [B, T, H, P] for q [B, H, T, P], k and v [B, Hk, S, P].
 
-    Keys are those of `mask` [B or 1, 1, T, S], else those of `spans`, else the past.
+    Keys are those of `mask` [B or 1, 1, T, S], else those of `spans`, else the past; `dropout` is
+    the share of weights that are set to 0, in training.
     """
     if mask is None and spans is not None:
-        if _fits_triton(q, k, v):
+        if _fits_triton(q, k, v) and not dropout:
             return operators.attend(q, k, v, *spans)[0]
         mask = spans.mask()
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=True
     )
     return y.transpose(1, 2)
 

@@ -74,11 +74,13 @@ def local_keys(
     return LocalKeys(mask.flatten(0, 1)[:, None].repeat(1, 1, shared, 1), positions, size, span)
 
 
-def attend_locally(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:
-    """`local_attention` with what its rows see made already."""
+def attend_locally(
+    q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys, dropout: float = 0.0
+) -> Tensor:
+    """`local_attention` with what its rows see made already; `dropout` as in `attention`."""
     if keys.positions is None:
-        return attention(q, k, v, keys.mask)
-    return _banded(q, k, v, keys)
+        return attention(q, k, v, keys.mask, dropout=dropout)
+    return _banded(q, k, v, keys, dropout)
 
 
 def local_mask(
@@ -120,7 +122,7 @@ def _blocks(starts: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, in
     return torch.cat([far, direct], -1), positions, size
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:
+def _banded(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys, dropout: float) -> Tensor:
     """Blocks of queries, each against its own keys.
 
     Heads that share keys become rows of one head: with a mask and fewer heads of keys than of
@@ -134,7 +136,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys) -> Tensor:
     k, v = _bands(torch.cat([k, v], 1), size, positions).flatten(0, 1).split(heads, 1)
     q = q.unflatten(2, (blocks, size)).transpose(1, 2)  # [B, c, H, L, P]
     q = q.flatten(0, 1).unflatten(1, (heads, -1)).flatten(2, 3)  # [B c, Hk, g L, P]
-    y = attention(q, k, v, keys.mask)  # [B c, g L, Hk, P]
+    y = attention(q, k, v, keys.mask, dropout=dropout)  # [B c, g L, Hk, P]
     y = y.unflatten(1, (-1, size)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B c, L, H, P]
     return y.unflatten(0, (-1, blocks)).flatten(1, 2)[:, :length]
 

@@ -318,6 +318,22 @@ def spans(seq_idx: Tensor | None, like: Tensor, window: int | None) -> Spans:
     return Spans(starts.int(), ends.int())
 
 
+def attention_weights(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, spans: Spans | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(P)) [B, H, T, S] for q [B, H, T, P] and k [B, Hk, S, P], Hk dividing H.
+
+    Keys are those of `mask` [B or 1, 1, T, S], else those of `spans`, else the past.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q @ k.mT).to(state_dtype(q)) / q.shape[-1] ** 0.5
+    if mask is None and spans is not None:
+        mask = spans.mask()
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype)
+
+
 def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs of channels i and N / 2 + i of states [..., N] rotated (RoFormer), laid out as Llama's.
 

@@ -32,6 +32,9 @@ class LayerCache(Protocol):
     def replace_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put `change` of every tensor in its place; tensors that are one stay one."""
 
+    def clear(self) -> None:
+        """Hold nothing."""
+
 
 class CacheLayout(Protocol):
     """A configuration, for as much as a cache asks of it."""
@@ -64,6 +67,11 @@ class HeldTensors:
                 setattr(self, name, tuple(changed[id(tensor)] for tensor in value))
             elif value is not None:
                 setattr(self, name, changed[id(value)])
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        for name in self.held:
+            setattr(self, name, None)
 
 
 class AttentionCache(HeldTensors):
@@ -217,6 +225,11 @@ class MixedCache(WindowedCache):
         self.kept = copy(self.kept)
         self.kept.replace_tensors(change)
 
+    def clear(self) -> None:
+        """Hold nothing."""
+        super().clear()
+        self.kept = AttentionCache()
+
 
 def _rows_from(store: Tensor, start: Tensor, count: int) -> Tensor:
     index = start[:, None] + torch.arange(count, device=start.device)  # [B, count]
@@ -239,8 +252,11 @@ def _write_rows(store: Tensor | None, new: Tensor, start: Tensor) -> Tensor:
 class HybridCache(Cache):
     """One cache object per layer, plus how many tokens each row holds.
 
-    `recording=True` keeps what a rollback needs. `lengths` [B] counts tokens per row.
+    `recording=True` keeps what a rollback needs. `lengths` [B] counts tokens per row. Of the first
+    tokens that come, the prompt, the newest `revocable` can be taken back.
     """
+
+    revocable = 0
 
     def __init__(
         self,
@@ -251,6 +267,9 @@ class HybridCache(Cache):
     ):
         super().__init__(layers=config.layer_caches())
         self.recording = recording
+        self._begin(batch_size, device)
+
+    def _begin(self, batch_size: int, device: torch.device | str) -> None:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.base = self.lengths
         self.seen = 0
@@ -295,7 +314,9 @@ class HybridCache(Cache):
     def reorder(self, rows: Tensor) -> None:
         """Keep the given rows [B'] in the given order (repeats allowed)."""
         for layer in self.layers:
-            layer.replace_tensors(lambda tensor: tensor.index_select(0, rows))
+            # layers may lie on several devices
+            layer.replace_tensors(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        rows = rows.to(self.lengths.device)
         self.lengths, self.base = self.lengths[rows], self.base[rows]
 
     def select(self, rows: Tensor) -> "HybridCache":
@@ -311,30 +332,65 @@ class HybridCache(Cache):
         distinct = {id(tensor): tensor for tensor in held}.values()
         return sum(tensor.numel() * tensor.element_size() for tensor in distinct)
 
-    # what transformers' generate() asks of a cache
+    # what transformers asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns processed so far, padding included."""
         return self.seen
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """No upper limit."""
         return -1
+
+    # the name that earlier versions ask for
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a mask covers when `query_length` are added, and the first of them."""
+        return self.seen + query_length, 0
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        """Whether any token was processed."""
+        return self.seen > 0
+
+    def reset(self) -> None:
+        """Forget every token."""
+        for layer in self.layers:
+            layer.clear()
+        self._begin(self.max_batch_size, self.lengths.device)
+
+    def activate_past_recording(self) -> None:
+        """Keep from now on what a rollback needs, into the end of the prompt too."""
+        self.recording = True
+        self.revocable = MAX_SEQUENTIAL
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens from now on can be taken back."""
+        return self.recording
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search's name for `reorder`."""
         self.reorder(beam_idx)
 
-    batch_repeat_interleave = None
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, copies next to each other."""
+        rows = torch.arange(self.max_batch_size, device=self.lengths.device)
+        self.reorder(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Contrastive search's name for `reorder`."""
         self.reorder(indices)
 
     def crop(self, max_length: int) -> None:
-        """Shorten every row to max_length tokens (negative: by that many)."""
+        """Shorten every row to max_length tokens; 0 or less: by that many, which become permanent.
+
+        Raises ValueError like `rollback`.
+        """
         longest = int(self.lengths.max())
-        target = min(max_length if max_length >= 0 else longest + max_length, longest)
+        target = min(max_length if max_length > 0 else longest + max_length, longest)
         self.rollback(self.lengths.clamp(max=target))
         self.seen -= longest - target
 

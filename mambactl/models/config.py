@@ -1,7 +1,9 @@
 """Configuration of a hybrid decoder: a Llama configuration plus one mixer per layer."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -13,11 +15,16 @@ from mambactl.models.cache import LayerCache
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.spec import MixerSpec, check_section, section_values
+from mambactl.registration import AUTO_MAP, STUB, STUB_TEXT, TYPE
 
 # settings of one section of all layers, or of each layer (None where its mixer reads none)
 Section = dict | list[dict | None] | None
 
 
+ARCHITECTURE = "HybridForCausalLM"
+# properties that a config.json may name as well
+DERIVED = ("layer_types", "auto_map", "base_model_tp_plan")
+MLP_PARALLEL = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 # fields that an earlier version does not know
 NEWER = frozenset({"qk_norm", "kept_heads"})
 
@@ -41,7 +48,11 @@ class HybridConfig(LlamaConfig):
     sliding window, a Mistral); with only mamba mixers and `has_mlp=False` it is a native Mamba.
     """
 
-    model_type = "mambactl_hybrid"
+    model_type = TYPE
+    # Llama's would hand a stage of a pipeline what no layer here takes
+    base_model_pp_plan = None
+    # of checkpoints that do not name it, too: some programs read it of every class not their own
+    auto_map = AUTO_MAP
 
     mixers: list[str] | None = None
     mamba2: Section = None
@@ -58,13 +69,51 @@ class HybridConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any):
         if self.mixers is None:
             self.mixers = [ATTENTION.name] * self.num_hidden_layers
+        # what follows from the mixers, or from the class, is not believed of a file
+        for name in DERIVED:
+            kwargs.pop(name, None)
+        if self.architectures is None:
+            self.architectures = [ARCHITECTURE]
         super().__post_init__(**kwargs)
-        # the model keeps its own per-layer list; the library's must not contradict it
-        self.layer_types = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; those of `NEWER` only where they say something, for a version without."""
-        return {k: v for k, v in super().to_dict().items() if v or k not in NEWER}
+        fields = {k: v for k, v in super().to_dict().items() if v or k not in NEWER}
+        return fields | {"auto_map": dict(AUTO_MAP)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write config.json, and beside it the code by which transformers loads the classes."""
+        os.makedirs(save_directory, exist_ok=True)
+        Path(save_directory, STUB).write_text(STUB_TEXT, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: object = "AutoConfig") -> None:
+        """Nothing: a checkpoint carries a file that imports this package, not a copy of it."""
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer keeps of the past, in the words of transformers."""
+        return [self._layer_type(name) for name in self.mixers]
+
+    def _layer_type(self, mixer: str) -> str:
+        # asked before the mixers are checked
+        spec = MIXERS.get(mixer)
+        if spec is not None and spec.is_attention:
+            return "sliding_attention" if self.sliding_window else "full_attention"
+        return "hybrid" if spec is not None and len(spec.branches) > 1 else "linear_attention"
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """How modules may be cut for tensor parallelism; those of mamba mixers stay whole."""
+        plan = {
+            f"layers.*.{MIXERS[mixer].attribute}.{name}": how
+            for mixer in self.mixers
+            for name, how in MIXERS[mixer].tensor_parallel.items()
+        }
+        if self.has_mlp:
+            plan |= {f"layers.*.mlp.{name}": how for name, how in MLP_PARALLEL.items()}
+        return plan or None
 
     def validate_architecture(self) -> None:
         """Check mixers and settings against each other; raises ValueError."""

@@ -4,28 +4,41 @@ Tensor names of attention layers, MLPs, norms and embeddings are Llama's, so a L
 a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) at the entrance.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+from transformers.utils.generic import can_return_tuple
 
 from mambactl.kernels import dispatch
 from mambactl.kernels.local_attention import LocalKeys, LocalSpan, local_keys
 from mambactl.kernels.reference import Spans, spans
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
+from mambactl.models.generating import HybridGenerationMixin, require_own
 from mambactl.models.mixers.attention import RMSNorm
-from mambactl.models.mixers.spec import (
-    FLOAT32_PARAMETERS,
-    KeepsFloat32,
-    StepContext,
-    goes_sequentially,
-)
+from mambactl.models.mixers.modules import KeepsFloat32
+from mambactl.models.mixers.spec import StepContext, goes_sequentially
+from mambactl.models.outputs import chosen, joined, refuse_unknown
+from mambactl.models.pretrained import HybridPreTrainedModel
+from mambactl.models.ragged import AttentionMaps, Ragged, documents, without_padding
+from mambactl.registration import add_names
+
+__all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
+
+# arguments of the loss alone
+LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 
 
 class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
@@ -42,6 +55,7 @@ class HybridBlock(GradientCheckpointingLayer):
         self.index = index
         layer = config.layer(index)
         self.mixer_name = layer.spec.attribute
+        self.is_attention = layer.spec.is_attention
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         setattr(self, self.mixer_name, layer.spec.module(config, layer.settings))
         self.has_mlp = config.has_mlp
@@ -78,19 +92,6 @@ class HybridBlock(GradientCheckpointingLayer):
         return hidden, normed, mixed
 
 
-class HybridPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about the family."""
-
-    config_class = HybridConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["HybridBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _is_stateful = True
-    _keep_in_fp32_modules_strict = list(FLOAT32_PARAMETERS)
-
-
 @dataclass(frozen=True)
 class _Sight:
     """Whether heads of any of `mixers` see all of the past, and what their windows see."""
@@ -115,6 +116,7 @@ class HybridModel(HybridPreTrainedModel):
         self._sight: _Sight | None = None
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -125,45 +127,103 @@ class HybridModel(HybridPreTrainedModel):
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
         n_new: Tensor | None = None,
-        output_hidden_states: bool = False,
-        **_: Any,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
+        **others: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T] -> hidden states [B, T, D] after the final norm.
 
         attention_mask [B, T] or [B, past + T] marks padding with 0; `n_new` and `seq_idx` are
-        explained in `mambactl.kernels.reference`.
+        explained in `mambactl.kernels.reference`. Attention weights [B, H, T, past + T] are those
+        of layers that are attention alone. TypeError for inputs that mean nothing here,
+        ValueError for a cache of another model.
         """
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden, n_new, order = _make_ragged(_stream(hidden), attention_mask, n_new)
+        refuse_unknown(others, packed=position_ids is not None or seq_idx is not None)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("HybridModel takes input_ids or inputs_embeds, one of them")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        hidden = _stream(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        length, newest = hidden.shape[1], getattr(past_key_values, "revocable", 0)
+        outputs = output_hidden_states, output_attentions
+        if not newest or length == 1 or past_key_values.seen:
+            masks = attention_mask, position_ids, seq_idx, n_new
+            return self._read(hidden, *masks, past_key_values, use_cache, *outputs)
+        # tokens that may be taken back go one by one
+        start = max(length - newest, 1)
+        parts = (
+            self._read(
+                hidden[:, a:b],
+                None if attention_mask is None else attention_mask[:, :b],
+                None if position_ids is None else position_ids[:, a:b],
+                None, None, past_key_values, use_cache, *outputs,
+            )
+            for a, b in ((0, start), (start, length))
+        )  # fmt: skip
+        return joined(*parts)
+
+    def _read(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        n_new: Tensor | None,
+        past_key_values: HybridCache | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | int | Sequence[int] | None,
+        output_attentions: bool | None,
+    ) -> BaseModelOutputWithPast:
+        """One pass of the layers over hidden [B, T, D]."""
+        batch, length = hidden.shape[:2]
+        rows = without_padding(attention_mask, n_new, length)
+        every = [hidden]
+        hidden, n_new = rows.sort(hidden), rows.n_new
         position_ids, seq_idx = (
-            t if t is None or order is None else t.expand_as(order).gather(1, order)
+            None if t is None else rows.sort(t.expand(batch, length))
             for t in (position_ids, seq_idx)
         )
         if seq_idx is None and position_ids is not None:
-            seq_idx = _documents(position_ids, n_new)
+            seq_idx = documents(position_ids, n_new)
         cache = self._cache(past_key_values, use_cache, hidden, seq_idx is not None)
         context = self.context(hidden, position_ids, cache, seq_idx, n_new)
-        every = [hidden]
+        maps = self._maps(rows, attention_mask, length, cache) if output_attentions else None
+        mapped = context if maps is None else replace(context, maps=maps)
         for layer in self.layers:
-            hidden = layer(hidden, context, cache)
-            every.append(hidden)
+            hidden = layer(hidden, mapped if layer.is_attention else context, cache)
+            if output_hidden_states not in (None, False):
+                # gradients of what is returned pass through it
+                every.append(rows.restore(hidden))
+                hidden = rows.sort(every[-1])
         if cache is not None:
-            length = hidden.shape[1]
             cache.advance(
                 length if n_new is None else n_new,
                 length,
                 permanent=not (cache.recording and context.sequential),
             )
-        every[-1] = hidden = self.norm(hidden)
-        if order is not None:
-            back = order.argsort(1)
-            hidden = _take(hidden, back)
-            every = [_take(state, back) for state in every] if output_hidden_states else every
+        every[-1] = hidden = rows.restore(self.norm(hidden))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
-            hidden_states=tuple(every) if output_hidden_states else None,
+            hidden_states=chosen(every, output_hidden_states),
+            attentions=None if maps is None else tuple(maps.found),
         )
+
+    def _maps(
+        self,
+        rows: Ragged,
+        attention_mask: Tensor | None,
+        length: int,
+        cache: HybridCache | None,
+    ) -> AttentionMaps:
+        """Where layers put attention weights; ValueError in a model without such layers."""
+        if not self.config.attention_layers:
+            raise ValueError(f"output_attentions: no layer of {self.config.mixers} is attention")
+        before = 0 if cache is None else cache.seen
+        padded = cache is not None and bool((cache.lengths != before).any())
+        return AttentionMaps(rows, attention_mask, before + length, padded)
 
     def enter(
         self, input_ids: Tensor, position_ids: Tensor | None = None, seq_idx: Tensor | None = None
@@ -176,7 +236,8 @@ class HybridModel(HybridPreTrainedModel):
         self, given: HybridCache | None, use_cache: bool | None, hidden: Tensor, packed: bool
     ) -> HybridCache | None:
         """The cache this call fills; packed rows have none, as they have no one continuation."""
-        if isinstance(given, HybridCache):
+        if given is not None:
+            require_own(given)
             if packed:
                 raise ValueError("packed rows (seq_idx, restarting position_ids) take no cache")
             return given
@@ -285,41 +346,12 @@ def _stream(hidden: Tensor) -> Tensor:
     return hidden.float() if mixed else hidden
 
 
-def _take(t: Tensor, order: Tensor) -> Tensor:
-    return t.gather(1, order[..., None].expand(-1, -1, t.shape[2]))
-
-
-def _documents(position_ids: Tensor, n_new: Tensor | None) -> Tensor | None:
-    """Packed rows restart positions at 0: number their documents, None if there is only one."""
-    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1  # [B, T-1]
-    if n_new is not None:
-        later = torch.arange(1, position_ids.shape[1], device=n_new.device)
-        restarts = restarts & (later < n_new[:, None])
-    if not bool(restarts.any()):
-        return None
-    return nn.functional.pad(restarts.cumsum(1), (1, 0))
-
-
-def _make_ragged(
-    hidden: Tensor, attention_mask: Tensor | None, n_new: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Turn a padding mask into right-padded rows: (hidden, n_new [B], order [B, T] or None)."""
-    if n_new is not None or attention_mask is None:
-        return hidden, n_new, None
-    if attention_mask.ndim != 2:
-        raise ValueError("HybridModel takes a 2-D attention mask [B, T] of ones and zeros")
-    mask = attention_mask[:, -hidden.shape[1] :].bool()
-    if bool(mask.all()):
-        return hidden, None, None
-    n_new = mask.sum(1)
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # [B, T]
-    return _take(hidden, order), n_new, order
-
-
-class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+class HybridForCausalLM(HybridPreTrainedModel, HybridGenerationMixin):
     """The decoder with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HybridConfig):
         super().__init__(config)
@@ -328,6 +360,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -340,9 +373,11 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids [B, T] -> logits [B, T, V] (last `logits_to_keep` tokens if not 0)."""
-        kwargs.pop("return_dict", None)
-        loss_kwargs = {k: kwargs[k] for k in ("num_items_in_batch",) if k in kwargs}
+        """input_ids [B, T] -> logits [B, T, V] (last `logits_to_keep` tokens if not 0).
+
+        `shift_labels` [B, T] are the next tokens themselves, of rows that are parts of longer ones.
+        """
+        loss_kwargs = {k: kwargs.pop(k) for k in LOSS_ARGUMENTS & kwargs.keys()}
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -350,25 +385,30 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
-        if labels is not None:
+        if labels is not None or loss_kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **loss_kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # forward makes a HybridCache itself when it is asked to use one
-        return False
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+AutoModel.register(HybridConfig, HybridModel, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+add_names()
+# where pipelines and evaluations look up what a class can do
+for names, kind in (
+    (modeling_auto.MODEL_MAPPING_NAMES, HybridModel),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, HybridForCausalLM),
+):
+    names.setdefault(HybridConfig.model_type, kind.__name__)

@@ -143,6 +143,7 @@ class PairCollator:
 
 def _read_packed(model: HybridForCausalLM) -> None:
     """Let the model's body take TRL's rectangle, read its packed rows, and answer as asked."""
+    asked: dict[str, Tensor | None] = {}
 
     def before(
         body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -152,14 +153,15 @@ def _read_packed(model: HybridForCausalLM) -> None:
         rows = kwargs.pop("packed_ids", None)
         positions = kwargs.pop("packed_positions", None)
         documents = kwargs.pop("packed_documents", None)
+        asked["indices"] = kwargs.pop("packed_indices", None)
         if rows is not None:
             kwargs["input_ids"] = rows
         if documents is not None:
             kwargs |= {"seq_idx": documents, "position_ids": positions}
         return args, kwargs
 
-    def after(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        indices = kwargs.get("packed_indices")
+    def after(body: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        indices = asked.pop("indices", None)
         if indices is not None:
             states = output.last_hidden_state.flatten(0, 1)
             taken = states.index_select(0, indices.flatten())
@@ -167,4 +169,4 @@ def _read_packed(model: HybridForCausalLM) -> None:
         return output
 
     model.model.register_forward_pre_hook(before, with_kwargs=True)
-    model.model.register_forward_hook(after, with_kwargs=True)
+    model.model.register_forward_hook(after)

@@ -42,7 +42,7 @@ def test_it_makes_what_it_made(name, options, tmp_path) -> None:
     assert run([*command, "-o", str(out)]) == 0
     config, weights = ((out / file).read_bytes() for file in FILES)
     kept_config, kept_weights = ((KEPT / name / file).read_bytes() for file in FILES)
-    assert config == kept_config
+    assert _settings(config) == _settings(kept_config)
     if _as_then() and name != "fitted":
         assert weights == kept_weights
         return
@@ -54,6 +54,12 @@ def test_it_makes_what_it_made(name, options, tmp_path) -> None:
     for key, tensor in kept.items():
         bound = 1e-4 if name == "fitted" else 1e-6
         torch.testing.assert_close(made[key], tensor, rtol=bound, atol=bound)
+
+
+def _settings(config: bytes) -> dict:
+    """A configuration without what names classes, which was not written then."""
+    named = ("architectures", "auto_map", "layer_types")
+    return {key: value for key, value in json.loads(config).items() if key not in named}
 
 
 def _as_then() -> bool:

@@ -1,6 +1,7 @@
 """Settings that contradict each other are refused; derived sizes are those of the tensors."""
 
 import pytest
+from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassError
 
 from mambactl.models.config import HybridConfig
@@ -35,9 +36,14 @@ def test_a_plain_llama_is_all_attention() -> None:
     assert HybridConfig(num_hidden_layers=3).mixers == ["attention"] * 3
 
 
-def test_the_librarys_own_layer_list_is_dropped() -> None:
-    config = HybridConfig(num_hidden_layers=2, layer_types=["full_attention"] * 2)
-    assert config.layer_types is None
+def test_layer_types_follow_from_the_mixers() -> None:
+    config = HybridConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2)
+    assert config.layer_types == ["full_attention"] * 2
+    assert HybridConfig(num_hidden_layers=1, sliding_window=8).layer_types == ["sliding_attention"]
+    mixers = ["mamba2", "mamba1", "mamba2_window", "mamba2_mixed", "attention"]
+    named = ["linear_attention"] * 2 + ["hybrid"] * 2 + ["full_attention"]
+    assert tiny_config(mixers).layer_types == named
+    assert "layer_types" not in tiny_config(mixers).to_dict()
 
 
 def test_other_mixers_leave_the_rest_alone() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mambactl.models.cache import HybridCache
 
@@ -100,3 +101,48 @@ def test_a_conversation_continues_from_its_cache(endless, draw_ids, uncached) ->
         attention_mask=torch.ones_like(more),
     )  # fmt: skip
     assert torch.equal(second, naive(endless, more, uncached))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """A Llama of the same vocabulary with other weights, whose text does not end."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5,
+        bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def greedy(model, ids: Tensor, **options) -> Tensor:
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, **options
+    )
+
+
+def test_it_drafts_for_a_llama(endless, llama, draw_ids) -> None:
+    ids = draw_ids(1, 9)
+    endless.generation_config.num_assistant_tokens_schedule = "constant"
+    assert torch.equal(greedy(llama, ids, assistant_model=endless), greedy(llama, ids))
+    # nothing is taken back where the draft is the target
+    assert torch.equal(greedy(endless, ids, assistant_model=endless), greedy(endless, ids))
+
+
+def test_drafts_for_it_change_nothing(endless, llama, draw_ids) -> None:
+    ids = draw_ids(1, 9).repeat(1, 2)
+    expected = greedy(endless, ids)
+    assert torch.equal(greedy(endless, ids, assistant_model=llama), expected)
+    assert torch.equal(greedy(endless, ids, prompt_lookup_num_tokens=3), expected)
+
+
+def test_prompts_are_read_in_chunks(endless, draw_ids) -> None:
+    ids = draw_ids(2, 11)
+    assert torch.equal(greedy(endless, ids, prefill_chunk_size=4), greedy(endless, ids))
+
+
+def test_several_answers_to_each_prompt(endless, draw_ids) -> None:
+    found = endless.generate(
+        draw_ids(2, 6), do_sample=True, num_return_sequences=3, max_new_tokens=4
+    )
+    assert found.shape == (6, 10)

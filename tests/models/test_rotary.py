@@ -67,7 +67,9 @@ def test_a_mixer_scores_as_turned_linear_attention(make_hybrid, draw_ids) -> Non
         mixer.features(hidden, context)
         _, raw, dt = mixer._project(hidden, whole=False)
         taps = torch.nn.functional.pad(raw.mT, (3, 0))
-        mixed = torch.nn.functional.silu(mixer.conv1d(taps)).mT
+        conv = mixer.conv1d
+        taps = torch.nn.functional.conv1d(taps, conv.weight, conv.bias, groups=conv.groups)
+        mixed = torch.nn.functional.silu(taps).mT
         x, B, C = mixer._split(mixed)
         x, B = (t.repeat_interleave(2, 2) for t in (x, rotate_states(B, context.rotary)))
         dt = torch.nn.functional.softplus(dt + mixer.dt_bias)

@@ -11,8 +11,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mambactl.kernels import dispatch
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
-from mambactl.kernels.reference import rotated
+from mambactl.kernels.reference import attention_weights, rotated
 from mambactl.models.cache import AttentionCache, WindowedCache
+from mambactl.models.mixers.modules import is_its_weight
 from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
 from mambactl.models.packed import (
     AttentionState,
@@ -55,6 +56,7 @@ class AttentionMixer(nn.Module):
     def __init__(self, config: LlamaConfig, kv_heads: int | None = None, output_bias: bool = True):
         super().__init__()
         self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout or 0.0
         width, biased = config.hidden_size, config.attention_bias
         bias = {n: biased if isinstance(biased, bool) else n in biased for n in "qkvo"}
         bias["o"] = bias["o"] and output_bias
@@ -79,8 +81,18 @@ class AttentionMixer(nn.Module):
         q, k, v = self._heads(hidden, context, whole=cache is None)
         if cache is not None:
             k, v = cache.update(k, v, context.positions, context.slots)  # [B, Hk, S, P]
-        y = dispatch.attention(q, k, v, context.mask, context.spans)  # [B, T, H, P]
-        return y.flatten(2)
+        if context.maps is not None:
+            weights = context.maps.keep(attention_weights(q, k, context.mask, context.spans))
+            weights = F.dropout(weights, self.dropped)
+            y = weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+            return y.transpose(1, 2).flatten(2)
+        y = dispatch.attention(q, k, v, context.mask, context.spans, self.dropped)
+        return y.flatten(2)  # of [B, T, H, P]
+
+    @property
+    def dropped(self) -> float:
+        """The share of its weights that are dropped now."""
+        return self.dropout if self.training else 0.0
 
     def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
         """Queries and keys, rotated, and values [B, H or Hk, T, P]."""
@@ -105,8 +117,7 @@ class AttentionMixer(nn.Module):
         All are one product then, which a whole row fills better.
         """
         parts = self.q_proj, self.k_proj, self.v_proj
-        # an adapter around a projection acts when it is called, not in its weight
-        plain = self.q_norm is None and all(type(part) is nn.Linear for part in parts)
+        plain = self.q_norm is None and all(is_its_weight(part) for part in parts)
         if not whole or not plain or len({part.bias is None for part in parts}) > 1:
             return tuple(part(hidden) for part in parts)
         weight = torch.cat([part.weight for part in parts])
@@ -273,6 +284,10 @@ class AttentionSpec(MixerSpec[None]):
     is_attention = True
     sees_all = True
     branches = {"attention": ""}
+    tensor_parallel = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise"),
+        "o_proj": "rowwise",
+    }
 
     def settings(self, sections: object) -> None:
         """Its sizes are the model's own."""

@@ -20,11 +20,11 @@ from mambactl.kernels import reference as kernels
 from mambactl.kernels.decode.reference.recurrent import spread
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.mixers import from_attention as start
+from mambactl.models.mixers.modules import CausalConv, KeepsFloat32
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
     HeadFit,
-    KeepsFloat32,
     MixerCost,
     MixerForm,
     MixerSpec,
@@ -88,14 +88,20 @@ class Mamba1Mixer(KeepsFloat32):
         super().__init__()
         self.sizes = s = settings
         self.in_proj = nn.Linear(config.hidden_size, sum(s.in_rows), bias=s.proj_bias)
-        self.conv1d = nn.Conv1d(s.d_inner, s.d_inner, s.d_conv, groups=s.d_inner, bias=s.conv_bias)
+        self.conv1d = CausalConv(s.d_inner, s.d_conv, s.conv_bias)
         if s.native:
             self.x_proj = nn.Linear(s.d_inner, s.dt_rank + 2 * s.d_state, bias=False)
         self.dt_proj = nn.Linear(s.dt_rank, s.d_inner)
-        steps = torch.arange(1, s.d_state + 1, dtype=torch.float32)
-        self.A_log = nn.Parameter(steps.log().expand(s.d_inner, -1).contiguous())  # [Ch, N]
-        self.D = nn.Parameter(torch.ones(s.d_inner, dtype=torch.float32))
+        for name, value in self.initial_values().items():
+            self.register_parameter(name, nn.Parameter(value))
         self.out_proj = nn.Linear(s.d_inner, config.hidden_size, bias=s.proj_bias)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """What its own parameters hold before training, A_log [Ch, N] and D [Ch], both fp32."""
+        s = self.sizes
+        steps = torch.arange(1, s.d_state + 1, dtype=torch.float32)
+        decay = steps.log().expand(s.d_inner, -1).contiguous()
+        return {"A_log": decay, "D": torch.ones(s.d_inner, dtype=torch.float32)}
 
     def forward(self, hidden: Tensor, context: StepContext, cache: RecurrentCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
@@ -114,12 +120,7 @@ class Mamba1Mixer(KeepsFloat32):
         previous = None
         if cache is not None:
             previous = cache.conv_inputs(context.cursor, self.sizes.d_conv - 1)
-        taps = raw, self.conv1d.weight[:, 0], self.conv1d.bias, previous, context.seq_idx
-        # token by token must round like the replay after a rollback, so it stays on the reference
-        if context.sequential:
-            x = F.silu(kernels.causal_conv1d(*taps))  # [B, T, Ch]
-        else:
-            x = dispatch.causal_conv1d_silu(*taps)
+        x = self.conv1d(raw, previous, context.seq_idx, context.sequential)  # [B, T, Ch]
         dt, B, C = self._selection(x, projected)
         y = self._recur(raw, previous, x, dt, B, C, context, cache)
         y = y + self.D.to(kind) * x.to(kind)

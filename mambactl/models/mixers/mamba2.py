@@ -20,11 +20,11 @@ from mambactl.kernels.reference import rotate_states
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.mixers import from_attention as start
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
+from mambactl.models.mixers.modules import CausalConv, KeepsFloat32, is_its_weight
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
     HeadFit,
-    KeepsFloat32,
     MixerCost,
     MixerForm,
     MixerSpec,
@@ -62,14 +62,17 @@ class Mamba2Mixer(KeepsFloat32):
         super().__init__()
         self.sizes = s = settings
         self.in_proj = nn.Linear(config.hidden_size, sum(s.in_rows), bias=s.proj_bias)
-        self.conv1d = nn.Conv1d(
-            s.conv_dim, s.conv_dim, s.d_conv, groups=s.conv_dim, bias=s.conv_bias
-        )
-        self.dt_bias = nn.Parameter(torch.zeros(s.n_heads, dtype=torch.float32))
-        self.A_log = nn.Parameter(torch.zeros(s.n_heads, dtype=torch.float32))
-        self.D = nn.Parameter(torch.ones(s.n_heads, dtype=torch.float32))
+        self.conv1d = CausalConv(s.conv_dim, s.d_conv, s.conv_bias)
+        for name, value in self.initial_values().items():
+            self.register_parameter(name, nn.Parameter(value))
         self.norm = GatedRMSNorm(s.d_inner, s.norm_groups, s.norm_eps)
         self.out_proj = nn.Linear(s.d_inner, config.hidden_size, bias=s.proj_bias)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """What its own parameters hold before training, all [H] and fp32."""
+        heads = self.sizes.n_heads
+        zeros, ones = (make(heads, dtype=torch.float32) for make in (torch.zeros, torch.ones))
+        return {"dt_bias": zeros, "A_log": zeros.clone(), "D": ones}
 
     def forward(self, hidden: Tensor, context: StepContext, cache: RecurrentCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
@@ -88,12 +91,8 @@ class Mamba2Mixer(KeepsFloat32):
         previous = None
         if cache is not None:
             previous = cache.conv_inputs(context.cursor, s.d_conv - 1)
-        taps = raw, self.conv1d.weight[:, 0], self.conv1d.bias, previous, context.seq_idx
-        # token by token must round like the replay after a rollback, so it stays on the reference
-        if context.sequential:
-            mixed = F.silu(kernels.causal_conv1d(*taps))  # [B, T, conv_dim]
-        else:
-            mixed = dispatch.causal_conv1d_silu(*taps)
+        # [B, T, conv_dim]
+        mixed = self.conv1d(raw, previous, context.seq_idx, context.sequential)
         x, B, C = self._split(mixed)
         if s.rotary:
             B, C = rotate_states(B, context.rotary), rotate_states(C, context.rotary)
@@ -109,11 +108,11 @@ class Mamba2Mixer(KeepsFloat32):
         """
         s = self.sizes
         widths = [s.d_inner, s.conv_dim, s.n_heads]
-        # an adapter around the projection acts when it is called, not in its weight
-        whole = whole and type(self.in_proj) is nn.Linear
-        missing = -sum(widths) % ALIGNED if whole else 0
+        if not whole or not is_its_weight(self.in_proj):
+            return self.in_proj(hidden).split(widths, -1)
+        missing = -sum(widths) % ALIGNED
         weight, bias = self.in_proj.weight, self.in_proj.bias
-        if whole and self.training:
+        if self.training:
             biases = [None] * 3 if bias is None else bias.split(widths)
             parts = zip(weight.split(widths), biases, widths, strict=True)
             return tuple(self._aligned(hidden, w, b)[..., :width] for w, b, width in parts)

@@ -20,6 +20,10 @@ from mambactl.kernels.reference import Spans
 from mambactl.models.cache import MAX_SEQUENTIAL, Cursor, LayerCache
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.packed import NotSupported, PackedMixer, Rotations
+from mambactl.models.ragged import AttentionMaps
+
+S = TypeVar("S")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class StepContext:
     Those are in `mask` [B, 1, T, S] or in `spans`; where both are None, all of the past. A window
     beside a recurrence sees `local`. All is made once per call of the model, for every layer.
     `seq_idx` [B, T] separates packed documents, `n_new` [B] makes rows ragged, `slots` is the
-    number of key slots attention may read, `cursor` is None without a cache.
+    number of key slots attention may read, `cursor` is None without a cache. Attention keeps its
+    weights [B, H, T, S] in `maps` if there are any.
     """
 
     positions: Tensor
@@ -42,11 +47,31 @@ class StepContext:
     first: bool = False
     spans: Spans | None = None
     local: Mapping[LocalSpan, LocalKeys] | None = None
+    maps: AttentionMaps | None = None
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "StepContext":
+        """The same on another device; accelerate moves what it calls a layer with."""
+        return _moved(self, torch.device(device), non_blocking)
 
     @property
     def sequential(self) -> bool:
         """Whether recurrent layers go token by token, on the route that rolls back exactly."""
         return goes_sequentially(self.positions.shape[1], self.cursor, self.first)
+
+
+def _moved(value: V, device: torch.device, non_blocking: bool) -> V:
+    """A context or a part of one with its tensors on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=non_blocking)
+    if isinstance(value, Mapping):
+        return {key: _moved(part, device, non_blocking) for key, part in value.items()}
+    if isinstance(value, tuple):
+        parts = [_moved(part, device, non_blocking) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, StepContext | Cursor):
+        parts = {part.name: getattr(value, part.name) for part in fields(value)}
+        return replace(value, **_moved(parts, device, non_blocking))
+    return value
 
 
 def goes_sequentially(length: int, cursor: Cursor | None, first: bool) -> bool:
@@ -58,24 +83,6 @@ def goes_sequentially(length: int, cursor: Cursor | None, first: bool) -> bool:
 
 FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
 
-
-class KeepsFloat32(nn.Module):
-    """A module whose `float32_names` survive `.to(bfloat16)` and `.half()` as fp32."""
-
-    float32_names = FLOAT32_PARAMETERS
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        kept = {name: getattr(self, name, None) for name in self.float32_names}
-        before = {name: t.data for name, t in kept.items() if t is not None}
-        super()._apply(fn, recurse)
-        for name, data in before.items():
-            tensor = getattr(self, name)
-            if tensor.dtype in (torch.bfloat16, torch.float16):
-                tensor.data = data.to(tensor.device, torch.float32)
-        return self
-
-
-S = TypeVar("S")
 # half-life in tokens -> what a head can mix, R tensors [B, T, H, P]
 Basis = Callable[[float], list[Tensor]]
 # name of a section of the configuration -> its fields
@@ -238,6 +245,8 @@ class MixerSpec(ABC, Generic[S]):
     is_attention: ClassVar[bool] = False
     # whether any of its heads sees all of the past
     sees_all: ClassVar[bool] = False
+    # its submodules that tensor parallelism cuts, and how
+    tensor_parallel: ClassVar[Mapping[str, str]] = {}
     # submodules made of the teacher's own weights (train like the rest of the model) -> label
     inherited: ClassVar[Mapping[str, str]] = {}
     # branch that can be silenced -> the submodule whose output it is; "" is the whole mixer

@@ -76,7 +76,7 @@ class WindowAttention(AttentionMixer):
         """The input of o_proj [B, T, H P]."""
         q, k, v = self._heads(hidden, context, whole=cache is None)
         if cache is None:
-            return attend_locally(q, k, v, self._keys(context)).flatten(2)
+            return attend_locally(q, k, v, self._keys(context), self.dropped).flatten(2)
         start, cursor = context.positions[:, 0], context.cursor
         if context.first and not context.sequential:
             y = attend_locally(q, k, v, self._keys(context))

@@ -1,0 +1,58 @@
+"""What generate() of transformers asks of a hybrid model."""
+
+from typing import Any, NoReturn
+
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+
+from mambactl.models.cache import HybridCache
+
+
+def require_own(cache: object) -> None:
+    """Raise ValueError for a cache that mixers cannot fill."""
+    if not isinstance(cache, HybridCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}: a hybrid model keeps a HybridCache, "
+            "which generate() and forward(use_cache=True) make themselves"
+        )
+
+
+class HybridGenerationMixin(GenerationMixin):
+    """Generation with a `HybridCache`, by a target or by the model that drafts for one."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # no other cache holds a state
+        return False
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Put an empty cache in `model_kwargs` where it has none; ValueError for other kinds."""
+        asked = generation_config.cache_implementation
+        if asked not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={asked!r}: a hybrid model has one kind of cache, HybridCache"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            require_own(given)
+            given._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            copies = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+            cache = HybridCache(self.config, batch_size * max(copies), self.device)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+
+    def init_continuous_batching(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise NotImplementedError: there are no pages of a state."""
+        raise NotImplementedError(
+            "continuous batching cuts caches into pages, which a recurrent state has not: "
+            "use generate(), which takes a batch"
+        )
