@@ -42,6 +42,7 @@ config = transformers.AutoConfig.from_pretrained(path)
 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
 model = transformers.AutoModelForCausalLM.from_pretrained(path)
 print(type(config).__name__, type(model).__name__, type(model).__module__)
+assert transformers.HybridForCausalLM is type(model)
 print(tokenizer.decode(tokenizer("the old house").input_ids))
 """
 

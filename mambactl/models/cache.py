@@ -389,10 +389,13 @@ class HybridCache(Cache):
 
         Raises ValueError like `rollback`.
         """
-        longest = int(self.lengths.max())
-        target = min(max_length if max_length > 0 else longest + max_length, longest)
-        self.rollback(self.lengths.clamp(max=target))
-        self.seen -= longest - target
+        if max_length > 0:
+            removed = max(int(self.lengths.max()) - max_length, 0)
+            self.rollback(self.lengths.clamp(max=max_length))
+        else:
+            removed = -max_length
+            self.rollback(self.lengths - removed)
+        self.seen -= removed
 
     @property
     def is_compileable(self) -> bool:

@@ -207,3 +207,22 @@ def test_a_cache_s_rows_repeat(any_model, draw_ids, read, assert_close) -> None:
     wanted = read(any_model, single, ids[:, 8:])
     assert_close(found[::2], wanted)
     assert_close(found[1::2], wanted)
+
+
+def test_a_prompt_that_can_be_taken_back_is_read_as_one(
+    mixed_model, draw_ids, assert_close
+) -> None:
+    ids, mask = draw_ids(2, 70), torch.ones(2, 70, dtype=torch.long)
+    mask[1, :3] = 0
+    asked = {"attention_mask": mask, "output_hidden_states": True, "output_attentions": True}
+    cache = HybridCache(mixed_model.config, 2)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        whole = mixed_model(ids, use_cache=False, **asked)
+        parts = mixed_model(ids, past_key_values=cache, **asked)
+    assert_close(parts.logits, whole.logits)
+    for found, wanted in zip(parts.hidden_states, whole.hidden_states, strict=True):
+        assert_close(found, wanted)
+    assert_close(parts.attentions[0], whole.attentions[0])
+    cache.crop(-64)
+    assert cache.lengths.tolist() == [6, 3]
