@@ -154,10 +154,12 @@ def test_weights_are_rounded_and_small_tensors_are_not(
 ) -> None:
     path = exported("hybrid", to="gguf", dtype=dtype)
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
-    small = {"ssm_a", "ssm_d", "ssm_conv1d", "ssm_dt", "ssm_norm", "norm", "rope_freqs"}
+    whole = {"ssm_a", "ssm_d", "ssm_conv1d", "ssm_dt", "ssm_norm", "norm", "rope_freqs"}
     for name, found in kinds.items():
-        plain = any(part in name for part in small)
-        assert found == ("F32" if plain else kind), name
+        plain = any(part in name for part in whole)
+        # what rounds the state more than once has 16 bits that are fine
+        recurrent = any(part in name for part in ("ssm_in", "ssm_out"))
+        assert found == ("F32" if plain else "F16" if recurrent else kind), name
     ids = torch.randint(3, 260, (1, 32), generator=torch.Generator().manual_seed(5))
     expected = load_model(source("hybrid"))(ids).logits.log_softmax(-1)
     found = load_model(str(path), dtype=torch.float32)(ids).logits.log_softmax(-1)

@@ -100,7 +100,10 @@ def stages(inputs: dict[str, str]) -> dict[str, Stage]:
     cache += ["--batch-size", "2", "--max-length", "32", "--device", "cpu"]
     answers = ["generate", inputs["teacher"], "--dataset", inputs["prompts"], "--device", "cpu"]
     answers += ["--max-new-tokens", "4", "--batch-size", "2", "--keep-unfinished"]
+    exported = ["export", inputs["teacher"], "--no-check"]
     return {
+        "export-folder": Stage(exported, "t"),
+        "export-folder-old": Stage(exported, "t", "--force", [*exported, "--dtype", "bfloat16"]),
         "convert-file": Stage(convert, "t.st"),
         "convert-folder": Stage(convert, "t"),
         "convert-file-old": Stage(convert, "t.st", "--force", older),
