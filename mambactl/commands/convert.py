@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mambactl import console
-from mambactl.checkpoint.contents import cache_bytes
 from mambactl.checkpoint.load import empty_model, open_strict
 from mambactl.checkpoint.ownership import require_replaceable
 from mambactl.checkpoint.provenance import lineage
@@ -30,6 +29,7 @@ from mambactl.conversion.select import Choice, Texts, choose, count_forwards, re
 from mambactl.data.pack import Batch
 from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError, UsageError
+from mambactl.models.cache_bytes import cache_bytes
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.registry import MIXERS
 from mambactl.models.mixers.spec import MixerSpec
@@ -109,7 +109,7 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "init": config.init,
         "window": _window(target),
         "rotary": target.rotates,
-        "cache": cache_bytes(target, dtype),
+        "cache": cache_bytes(target, dtype.itemsize),
         "documents": _count(config.calibrate),
     }
     if config.by == "head":

@@ -57,7 +57,7 @@ FLAGS = {
     "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
     "--min-speedup --synthetic --acceptance --training --train-rest --compile --capture --report "
     f"{EVERY_STAGE}",
-    "inspect": "--tensors --lineage --json --help",
+    "inspect": "--input-len --batch-size --k --tensors --lineage --json --help",
     "table": "--into --help",
     "plot": "--out --help",
     "report": "--out --title --help",
