@@ -275,6 +275,7 @@ ATTENTION = {
     *("models/packed.py", "models/mixers/attention.py", "models/mixers/registry.py"),
     *("models/mixers/spec.py", "models/mixers/windowed.py", "train/optimization.py"),
     *("models/mixers/mixed.py", "models/mixers/mixed_decode.py"),
+    *("models/cache_bytes.py", "models/session_size.py"),
     *("checkpoint", "commands", "conversion", "evaluation", "options", "speed/synthetic.py"),
 }
 MEANINGS = {

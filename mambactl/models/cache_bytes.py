@@ -7,7 +7,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.session_size import SessionSize
 
-# fp32 always, but for weights in fp64
+# of a number of a recurrent state: fp32 always, but for weights in fp64
 STATE_BYTES = 4
 
 
@@ -76,7 +76,10 @@ def _windows(spans: list[WindowSettings], size: int) -> dict[str, Any]:
     return {"window_bytes": size} | alone
 
 
+def state_elements(config: HybridConfig) -> int:
+    """Numbers in the recurrent states of one sequence, all layers."""
+    return sum(layer.spec.state_elements(layer.settings) for layer in config.layers)
+
+
 def _state_bytes(config: HybridConfig, itemsize: int) -> int:
-    """Bytes of the recurrent states of one sequence."""
-    numbers = sum(layer.spec.state_elements(layer.settings) for layer in config.layers)
-    return numbers * max(STATE_BYTES, itemsize)
+    return state_elements(config) * max(STATE_BYTES, itemsize)
