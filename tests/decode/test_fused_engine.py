@@ -330,40 +330,6 @@ def test_a_sampled_row_does_not_depend_on_its_batch(models, draft) -> None:
     assert swapped == [together[3], together[2]]
 
 
-def rows_one_by_one(monkeypatch) -> None:
-    """Let no number of the reference kernels depend on how many rows there are: sums of products,
-    and functions of which vector units compute another last bit than scalar ones.
-    """
-
-    def by_row(function):
-        def run(x):
-            rows = x.reshape(-1, x.shape[-1])
-            return torch.stack([function(row) for row in rows]).view(x.shape)
-
-        return run
-
-    def normed(scaled, squares, eps, w, bias):
-        rate = torch.rsqrt(squares.sum(1, keepdim=True) / scaled.shape[1] + eps)
-        y = torch.stack([row @ w.T for row in scaled]) * rate
-        return y if bias is None else y + bias
-
-    def add_residual(x, w, bias, hidden, gain, scaled, squares):
-        y = torch.stack([row @ w.T for row in x])
-        y = y if bias is None else y + bias
-        linear.put_stream(hidden + y, gain, hidden, scaled, squares)
-
-    def convolved(raw, weight, bias):
-        taps = [raw[:, i : raw.shape[1] - 3 + i] * weight[:, i] for i in range(4)]
-        return functions.silu(sum(taps) + bias)
-
-    functions = SimpleNamespace(silu=by_row(F.silu), softplus=by_row(F.softplus))
-
-    monkeypatch.setattr(linear, "normed", normed)
-    monkeypatch.setattr(recurrent, "convolved", convolved)
-    monkeypatch.setattr(recurrent, "F", functions)
-    monkeypatch.setattr(ReferenceOps, "add_residual", staticmethod(add_residual))
-
-
 def assert_same_states(engine: FusedEngine, other: FusedEngine, prompt, done) -> None:
     """The stored states are those of `other`, without drafts, after as many tokens."""
     session = engine.sessions[1]
