@@ -9,7 +9,8 @@ REPLAY_FROM = 8
 # ring slots of that many sequences, where their windows leave room to replay a few tokens
 MANY_SLOTS, REPLAY_TOKENS = 32, 8
 LEAST_SLOTS = 8
-# slots of a window come in such pieces: other numbers of drafts then seldom need other kernels
+# slots of a window come in such pieces, and so do those for drafts: with up to that many, rings
+# are as large as without drafts, so that sums over their slots round alike
 WINDOW_STEP = 16
 
 
@@ -33,7 +34,7 @@ class StateSize:
 
     def window_slots(self, window: int) -> int:
         """Slots of the ring that keeps the keys of a window of so many tokens, sinks aside."""
-        return _rounded_up(window + self.ahead, WINDOW_STEP)
+        return _rounded_up(window + _rounded_up(max(self.ahead, 1), WINDOW_STEP), WINDOW_STEP)
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class SessionSize:
     def state_size(self, stores_every_step: bool) -> StateSize:
         """Sizes of the state of a model whose layers do or do not store it at every step."""
         slots = max(LEAST_SLOTS, 1 << (self.ring_limit(stores_every_step) - 1).bit_length())
-        # k would do; with two more a ring behind usual windows is as large without drafts
-        return StateSize(self.batch, self.capacity, slots, ahead=self.k + 2)
+        return StateSize(self.batch, self.capacity, slots, ahead=self.k)
 
 
 def _rounded_up(number: int, step: int) -> int:

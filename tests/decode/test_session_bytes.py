@@ -67,7 +67,13 @@ def test_sizes(asked, room, slots, eager) -> None:
     for stores_every_step, expected in ((False, slots), (True, eager)):
         found = size.ring_limit(stores_every_step), size.state_size(stores_every_step).slots
         assert found == expected
-    assert size.state_size(False).window_slots(62) == (64 if size.k == 0 else 80)
+
+
+@pytest.mark.parametrize("window", [1, 7, 13, 62, 64])
+def test_rings_of_windows_are_as_large_with_16_drafts_as_with_none(window) -> None:
+    slots = [SessionSize(1, 256, k).state_size(False).window_slots(window) for k in (0, 1, 16, 17)]
+    assert len(set(slots[:3])) == 1 and slots[3] == slots[0] + 16
+    assert slots[0] % 16 == 0 and slots[0] >= window + 16
 
 
 def held_bytes(state: ModelState) -> dict[str, int]:
