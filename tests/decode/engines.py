@@ -32,6 +32,15 @@ def plain(target, draft=None, k=0) -> Engine:
     return Engine(target, draft and ModelDrafter(draft, target.config.vocab_size), k)
 
 
+def noisy(model, noise: float):
+    """The model itself, with noise added to its parameters: a draft that is right now and then."""
+    g = torch.Generator().manual_seed(32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((noise * torch.randn(parameter.shape, generator=g)).to(parameter))
+    return model
+
+
 def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
     """Random prompts that repeat themselves, so that n-grams find something to copy."""
     g = torch.Generator().manual_seed(seed)

@@ -1,8 +1,7 @@
 """Layers of kept heads, windows and states: speculation against plain decoding, bit for bit."""
 
 import pytest
-import torch
-from decode.engines import fused, plain, prompts_of, rows_one_by_one
+from decode.engines import fused, noisy, plain, prompts_of, rows_one_by_one
 from decode.memory import assert_exact, poisoned
 
 from mambactl.decode.equality import first_differences
@@ -23,17 +22,7 @@ def target(make_hybrid):
 @pytest.fixture(scope="module")
 def similar(make_hybrid):
     """A small hybrid that agrees with the target some of the time."""
-    return near(make_hybrid(MIXERS, seed=31, mamba2_window=SPAN), 0.02)
-
-
-def near(model, noise: float):
-    """The model with noise added to its parameters."""
-    g = torch.Generator().manual_seed(32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            added = noise * torch.randn(parameter.shape, generator=g)
-            parameter.add_(added.to(parameter))
-    return model
+    return noisy(make_hybrid(MIXERS, seed=31, mamba2_window=SPAN), 0.02)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 32])
