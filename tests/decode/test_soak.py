@@ -1,4 +1,4 @@
-"""A long run of a model with mixed layers on a GPU, plain and with drafts: `-m soak` asks for it."""
+"""A long run of a model with mixed layers on a GPU, with and without drafts: `-m soak` only."""
 
 from collections.abc import Callable
 
