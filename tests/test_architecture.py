@@ -278,7 +278,7 @@ ATTENTION = {
     *("models/mixers/spec.py", "models/mixers/windowed.py", "train/optimization.py"),
     *("models/mixers/mixed.py", "models/mixers/mixed_decode.py"),
     *("checkpoint", "commands", "conversion", "evaluation", "export", "options"),
-    "speed/synthetic.py",
+    *("models/cache_bytes.py", "models/session_size.py", "speed/synthetic.py"),
 }
 MEANINGS = {
     "place": set(),

@@ -16,12 +16,15 @@ from mambactl.stage_result import StageResult
 def inspect(config: InspectConfig, model: Spec) -> StageResult:
     """Describe a checkpoint from its headers: layers, sizes, cache and lineage.
 
-    Returns the description as `metrics`; no weight is read. Raises ModelError for a checkpoint
-    that is missing, incomplete or not supported.
+    Returns the description as `metrics`; no weight is read. `session` in it is the cache that a
+    GPU allocates to decode `batch_size` sequences of `input_len` tokens with `k` drafts a step, in
+    bytes by part. Raises ModelError for a checkpoint that is missing, incomplete or not supported.
 
     >>> found = mambactl.inspect("student.st").metrics
     >>> found["mixers"], found["dtype"]
     (['mamba2', 'attention', 'mamba2', 'attention'], 'float32')
+    >>> mambactl.inspect("student.st", batch_size=8, k=4).metrics["session"]["bytes"]["kv"]
+    5242880
     """
     return show("inspect", config, model)
 

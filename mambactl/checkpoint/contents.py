@@ -1,6 +1,5 @@
 """What a checkpoint holds, from its headers: parts, sizes, cache and history; no weight is read."""
 
-import copy
 import math
 import re
 from collections import defaultdict
@@ -11,13 +10,20 @@ from typing import Any
 from mambactl.checkpoint.load import adapt, open_checkpoint
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
+from mambactl.models.cache_bytes import cache_bytes, session_bytes
 from mambactl.models.config import HybridConfig
+from mambactl.models.session_size import SessionSize
 
 LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def describe(spec: str, tensors: bool = False) -> dict[str, Any]:
-    """Describe a checkpoint as JSON-able data; with `tensors` also every tensor of it."""
+def describe(
+    spec: str, tensors: bool = False, session: SessionSize | None = None
+) -> dict[str, Any]:
+    """Describe a checkpoint as JSON-able data.
+
+    With `tensors` also every tensor of it, with `session` the memory that decoding one takes.
+    """
     with open_checkpoint(spec) as reader:
         config = adapt(reader).config
         parts = _parts(reader, config)
@@ -31,10 +37,12 @@ def describe(spec: str, tensors: bool = False) -> dict[str, Any]:
             "parameters": sum(part["parameters"] for part in parts),
             "bytes": sum(part["bytes"] for part in parts),
             "dtype": _name(dtype),
-            "cache": cache_bytes(config, dtype),
+            "cache": cache_bytes(config, dtype.itemsize),
             "stages": _stages(reader.lineage),
             "lineage": reader.lineage,
         }
+        if session is not None:
+            found["session"] = _session(config, dtype.itemsize, session)
         if tensors:
             found["tensors"] = [
                 {"name": n, "dtype": _name(reader.dtype(n)), "shape": list(reader.shape(n))}
@@ -67,37 +75,14 @@ def _parts(reader: Reader, config: HybridConfig) -> list[dict[str, Any]]:
     ]
 
 
-def cache_bytes(config: HybridConfig, dtype: Any) -> dict[str, int]:
-    """Bytes a decoded sequence holds, measured on a model without storage.
-
-    `window_bytes` of a sequence's are keys and values of windows beside Mamba layers.
-    """
-    import torch
-
-    from mambactl.models.cache import HybridCache
-    from mambactl.models.hybrid import HybridForCausalLM
-    from mambactl.models.key_ring import KeyRing
-
-    held = []
-    # a cache holds no angles, and some kinds of them look at the value of a position
-    config = copy.deepcopy(config)
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-    with torch.device("meta"):
-        model = HybridForCausalLM(config).to(dtype)
-        for length in (1, 2):
-            cache = HybridCache(config, 1, device="meta")
-            model(torch.zeros(1, length, dtype=torch.long), past_key_values=cache)
-            held.append(cache.nbytes())
-    per_token = held[1] - held[0]
-    found = {"bytes_per_token": per_token, "bytes_per_sequence": held[0] - per_token}
-    if config.windows:
-        rings = [layer for layer in cache.layers if isinstance(layer, KeyRing)]
-        found["window_bytes"] = sum(ring.keys.nbytes + ring.values.nbytes for ring in rings)
-    if len(config.windows) == 1:
-        found |= asdict(config.windows[0])
-    elif config.windows:
-        found["windows"] = [asdict(window) for window in config.windows]
-    return found
+def _session(config: HybridConfig, itemsize: int, size: SessionSize) -> dict[str, Any]:
+    found = session_bytes(config, itemsize, size)
+    return {
+        "rows": size.batch,
+        "capacity": size.capacity,
+        "k": size.k,
+        "bytes": asdict(found) | {"total": found.total},
+    }
 
 
 def _stages(lineage: dict[str, Any] | None) -> list[str]:

@@ -196,6 +196,7 @@ _ROWS = (
         (
             "mambactl inspect t.st",
             "mambactl inspect runs/llama3-8b-convert --tensors",
+            "mambactl inspect t.st --batch-size 8 --input-len 4096 -k 4",
         ),
         json="metrics",
     ),

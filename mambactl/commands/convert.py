@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mambactl import console
-from mambactl.checkpoint.contents import cache_bytes
 from mambactl.checkpoint.load import empty_model, open_strict
 from mambactl.checkpoint.ownership import require_replaceable
 from mambactl.checkpoint.provenance import lineage
@@ -33,6 +32,7 @@ from mambactl.conversion.shipped import Ranking, ranking_of
 from mambactl.data.pack import Batch
 from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError
+from mambactl.models.cache_bytes import cache_bytes
 from mambactl.models.config import HybridConfig
 from mambactl.options import ConvertConfig
 from mambactl.options.fields import flags
@@ -116,7 +116,7 @@ def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
         "init": config.init,
         "window": _window(target),
         "rotary": target.rotates,
-        "cache": cache_bytes(target, dtype),
+        "cache": cache_bytes(target, dtype.itemsize),
         "documents": _count(config.calibrate),
     }
     if config.by == "head":

@@ -6,13 +6,15 @@ from typing import Any
 import yaml
 
 from mambactl.checkpoint.contents import describe
+from mambactl.models.session_size import SessionSize
 from mambactl.options.reading import InspectConfig
 from mambactl.stage_result import StageResult, Table
 
 
 def run(options: InspectConfig, source: str) -> StageResult:
     """Describe the checkpoint at `source`; the description is the metrics."""
-    found = describe(source, tensors=options.tensors)
+    session = SessionSize.holding(options.batch_size, options.input_len, options.k)
+    found = describe(source, tensors=options.tensors, session=session)
     return StageResult(source, found, blocks=tuple(_blocks(found, options)))
 
 
@@ -36,6 +38,7 @@ def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Tab
             f"window: {cache['window_bytes']:,} B of it, {' or '.join(spans)} in every "
             f"{_windowed(found['mixers'])} layer, however long the text"
         )
+    yield from _session(found, options)
     if found["rotary"]:
         yield "rotary: B and C of the mamba2 layers turn with the position"
     if found["lineage"]:
@@ -46,6 +49,32 @@ def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Tab
     if options.tensors:
         listed = [(t["name"], t["dtype"], "x".join(map(str, t["shape"]))) for t in found["tensors"]]
         yield Table("", ("tensor", "dtype", "shape"), listed)
+
+
+# part of a session's bytes -> its name in a table
+SESSION_PARTS = {
+    "kv": "keys and values of all tokens",
+    "windows": "keys and values of windows",
+    "rings": "rings of projections",
+    "states": "recurrent states",
+    "total": "total",
+}
+
+
+def _session(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Table]:
+    """The cache that a GPU allocates to decode the sequences that were asked for."""
+    session = found["session"]
+    sizes = session["bytes"]
+    yield (
+        f"decoding on a GPU in {found['dtype']}, {options.batch_size:,} x {options.input_len:,} "
+        f"tokens, k = {options.k}: memory for {session['rows']:,} x {session['capacity']:,} tokens"
+    )
+    rows = [
+        (name, f"{sizes[part]:,}", _size(sizes[part]))
+        for part, name in SESSION_PARTS.items()
+        if sizes[part]
+    ]
+    yield Table("", ("part", "bytes", "size"), rows, numbers=True)
 
 
 def _windowed(mixers: list[str]) -> str:

@@ -18,6 +18,7 @@ Words that have one meaning in the whole package:
 - record: what a recurrence needs to process one token again, kept for a rollback
 - replay: processing kept tokens again, from a stored state
 - cache: everything that the layers keep of earlier tokens
+- session: the memory in which a batch is decoded on a device, and the graphs of its steps
 - cursor: where in a cache a forward call starts
 - rollback: returning a cache to an earlier length
 - acceptance: the choice of how many drafted tokens stay

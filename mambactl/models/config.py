@@ -266,6 +266,11 @@ class HybridConfig(LlamaConfig):
         """Whether positions bound any layer, because training has bounded them."""
         return any(layer.spec.has_positions(layer.settings) for layer in self.layers)
 
+    @property
+    def stores_every_step(self) -> bool:
+        """Whether replaying tokens would cost a layer as much as storing its state."""
+        return any(layer.spec.stores_every_step for layer in self.layers)
+
     def layer_caches(self) -> list[LayerCache]:
         """An empty cache for every layer."""
         return [layer.spec.cache(layer.settings) for layer in self.layers]

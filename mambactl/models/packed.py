@@ -16,6 +16,7 @@ from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.linear import TAPS
 from mambactl.kernels.reference import still
 from mambactl.models.cache import LayerCache
+from mambactl.models.session_size import StateSize
 
 
 @dataclass(frozen=True)
@@ -87,21 +88,6 @@ class PassContext:
     counter: Tensor  # flat int32, zero between launches
 
 
-@dataclass(frozen=True)
-class StateSize:
-    """Sizes of the state of a batch.
-
-    `capacity` tokens a sequence, `slots` of a ring of projections, `splits` programs that share a
-    sequence's keys, and `ahead`: tokens behind the first one of a step that its passes may write.
-    """
-
-    batch: int
-    capacity: int
-    slots: int
-    splits: int
-    ahead: int
-
-
 @dataclass
 class AttentionState:
     """Keys and values of every position, or of those that sinks and a window see
@@ -156,10 +142,6 @@ class PackedMixer(Protocol):
     @property
     def attention(self) -> "KeyReader | None":
         """The attention in it, which needs scratch."""
-
-    @property
-    def stores_every_step(self) -> bool:
-        """Whether replaying tokens would cost as much as storing the state after each."""
 
     def new_state(self, like: Tensor, size: StateSize) -> LayerState:
         """Empty state in the dtype and on the device of `like`."""

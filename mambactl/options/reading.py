@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mambactl.options.fields import CommandConfig, Shown
+from mambactl.options.fields import CommandConfig, Rows, Shown, Tokens
 
 # the marks between which `table` writes into a document
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
@@ -15,6 +15,11 @@ File = Shown("FILE")
 class InspectConfig(CommandConfig):
     """Layers, sizes, cache and lineage of a checkpoint, read from its headers."""
 
+    input_len: Tokens = Field(
+        default=1024, description="tokens of a sequence whose cache is counted"
+    )
+    batch_size: Rows = Field(default=1, description="sequences decoded together")
+    k: Annotated[int, Field(ge=0, le=32)] = Field(default=0, description="draft tokens per step")
     tensors: bool = Field(default=False, description="list every tensor")
     lineage: bool = Field(default=False, description="print how it was made")
 

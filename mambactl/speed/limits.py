@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from mambactl.models.cache_bytes import STATE_BYTES, state_elements
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
-
-STATE_BYTES = 4  # fp32 always
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,6 @@ def _sizes(config: HybridConfig) -> tuple[int, int]:
         for name, parameter in module.named_parameters():
             sizes[name.rpartition(".")[2] in FLOAT32_PARAMETERS] += parameter.numel()
     return sizes[0], sizes[1]
-
-
-def state_elements(config: HybridConfig) -> int:
-    """Numbers in the recurrent states of one sequence, all layers."""
-    return sum(layer.spec.state_elements(layer.settings) for layer in config.layers)
 
 
 def limit(

@@ -28,3 +28,12 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
 @pytest.fixture(name="p_value")
 def _p_value() -> Callable[[Tensor, Tensor], float]:
     return p_value
+
+
+@pytest.fixture
+def ops() -> Callable:
+    """ops(exact=False) -> the kernels of a GPU."""
+    pytest.importorskip("triton")
+    from mambactl.kernels.decode.triton.ops import TritonOps
+
+    return lambda exact=False: TritonOps(exact)

@@ -6,11 +6,8 @@ a border between two tokens. The last sampled token may differ: the plain engine
 the end of the budget, this one does, and the same token then is drawn by another random number.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-import torch.nn.functional as F
 from decode.engines import (
     GREEDY,
     NATIVE1,
@@ -20,19 +17,18 @@ from decode.engines import (
     fused,
     plain,
     prompts_of,
+    rows_one_by_one,
 )
+from decode.memory import assert_same_memory
 
 from mambactl.decode.gpu.fused_engine import FusedEngine
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
-from mambactl.kernels.decode.reference import linear, recurrent
-from mambactl.kernels.decode.reference.ops import ReferenceOps
 from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.mamba1 import Mamba1Settings
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
-from mambactl.models.packed import RecurrentState
 
 TARGETS = {
     "attention": {"mixers": ["attention"] * 2},
@@ -330,42 +326,10 @@ def test_a_sampled_row_does_not_depend_on_its_batch(models, draft) -> None:
     assert swapped == [together[3], together[2]]
 
 
-def rows_one_by_one(monkeypatch) -> None:
-    """Let no number of the reference kernels depend on how many rows there are: sums of products,
-    and functions of which vector units compute another last bit than scalar ones.
-    """
-
-    def by_row(function):
-        def run(x):
-            rows = x.reshape(-1, x.shape[-1])
-            return torch.stack([function(row) for row in rows]).view(x.shape)
-
-        return run
-
-    def normed(scaled, squares, eps, w, bias):
-        rate = torch.rsqrt(squares.sum(1, keepdim=True) / scaled.shape[1] + eps)
-        y = torch.stack([row @ w.T for row in scaled]) * rate
-        return y if bias is None else y + bias
-
-    def add_residual(x, w, bias, hidden, gain, scaled, squares):
-        y = torch.stack([row @ w.T for row in x])
-        y = y if bias is None else y + bias
-        linear.put_stream(hidden + y, gain, hidden, scaled, squares)
-
-    def convolved(raw, weight, bias):
-        taps = [raw[:, i : raw.shape[1] - 3 + i] * weight[:, i] for i in range(4)]
-        return functions.silu(sum(taps) + bias)
-
-    functions = SimpleNamespace(silu=by_row(F.silu), softplus=by_row(F.softplus))
-
-    monkeypatch.setattr(linear, "normed", normed)
-    monkeypatch.setattr(recurrent, "convolved", convolved)
-    monkeypatch.setattr(recurrent, "F", functions)
-    monkeypatch.setattr(ReferenceOps, "add_residual", staticmethod(add_residual))
-
-
 def assert_same_states(engine: FusedEngine, other: FusedEngine, prompt, done) -> None:
-    """The stored states are those of `other`, without drafts, after as many tokens."""
+    """The stored states, and what else is held, are those of `other`, without drafts, after as
+    many tokens.
+    """
     session = engine.sessions[1]
     base = int(session.batch.field(Field.BASE)[0])
     written = base - (len(prompt) - 1)
@@ -373,9 +337,7 @@ def assert_same_states(engine: FusedEngine, other: FusedEngine, prompt, done) ->
     again = other.generate([prompt], SamplingParams(max_new_tokens=written))
     assert again.tokens[0] == done.tokens[0][:written]
     assert int(other.sessions[1].batch.field(Field.BASE)[0]) == base
-    pairs = zip(session.target.layers, other.sessions[1].target.layers, strict=True)
-    states = [(a.state, b.state) for a, b in pairs if isinstance(a, RecurrentState)]
-    assert states and all(torch.equal(*pair) for pair in states)
+    assert assert_same_memory(session, other.sessions[1], 0, len(prompt) - 1)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -390,19 +352,17 @@ def test_states_never_hear_of_rejected_drafts(models, monkeypatch, name, k) -> N
     assert_same_states(engine, fused(target), prompt, done)
 
 
-@pytest.mark.parametrize(
-    "mixers", [["mamba2", "attention", "mamba1"], ["mamba2_window", "attention"]]
-)
+@pytest.mark.parametrize("mixers", [["mamba2", "attention", "mamba1"], ["mamba2_mixed"]])
 def test_device_kernels_in_the_interpreter(make_hybrid, mixers) -> None:
-    """The only test here of the real kernels: slow, so tiny. Tokens, and states bit for bit."""
+    """The only test here of the real kernels: slow, so tiny. Tokens, and memory bit for bit."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here: see test_fused_gpu.py")
     from mambactl.kernels.decode.triton.ops import TritonOps
 
-    rotary = "mamba2_window" in mixers
+    rotary = "mamba2_mixed" in mixers
     sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 40, "mamba1": NATIVE1,
-             "num_attention_heads": 2, "num_key_value_heads": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1 + rotary,
              "mamba2": Mamba2Settings(2, 8, 16, 1, 1, 2, norm_groups=2, rotary=rotary),
              "mamba2_window": WindowSettings(3, sinks=1)}  # fmt: skip
     target = make_hybrid(mixers, seed=4, **sizes)

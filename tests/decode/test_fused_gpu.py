@@ -24,15 +24,6 @@ V, ACCEPTANCE = 512, 0.7
 BATCHES = [1, 4, 32]
 
 
-@pytest.fixture
-def ops():
-    """ops(exact=False) -> the kernels of a GPU."""
-    pytest.importorskip("triton")
-    from mambactl.kernels.decode.triton.ops import TritonOps
-
-    return lambda exact=False: TritonOps(exact)
-
-
 @pytest.fixture(scope="module")
 def successor() -> torch.Tensor:
     return successors(V, seed=1)

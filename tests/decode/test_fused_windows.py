@@ -5,8 +5,8 @@ import torch
 from decode.engines import GREEDY, NATIVE1, NATIVE2, ROTARY, SPAN, fused, plain, prompts_of
 
 from mambactl.decode import prefill
+from mambactl.models import session_size
 from mambactl.models.key_ring import WindowSettings
-from mambactl.models.mixers import attention
 
 WINDOWED = {
     "native": {"mixers": ["mamba2_window"] * 2, "mamba2": NATIVE2, "has_mlp": False},
@@ -37,7 +37,7 @@ WINDOWED = {
 @pytest.mark.parametrize("name", WINDOWED)
 def test_windows_in_rings_that_are_not_rounded_up(make_hybrid, monkeypatch, name) -> None:
     """Prompts read in pieces, kept in rings in which an earlier call left something."""
-    monkeypatch.setattr(attention, "RING_STEP", 1)
+    monkeypatch.setattr(session_size, "WINDOW_STEP", 1)
     target, similar = (make_hybrid(**WINDOWED[name], seed=21) for _ in range(2))
     with torch.no_grad():
         similar.lm_head.weight[::7] = similar.lm_head.weight[1::7]

@@ -93,7 +93,9 @@ def test_spec_decode_with_a_prompt_gives_the_completion(tiny_llama_dir):
     assert result.text == continuation(tiny_llama_dir, "the old house", 12)
 
 
-def test_check_names_the_first_wrong_token_and_the_gap(tiny_llama_dir, monkeypatch):
+@pytest.fixture
+def second_best(monkeypatch):
+    """Steps with drafts accept none of them and write the second best token."""
     real = engine_module.accept_greedy
 
     def wrong(logits, proposal):
@@ -103,6 +105,26 @@ def test_check_names_the_first_wrong_token_and_the_gap(tiny_llama_dir, monkeypat
         return type(verdict)(proposal.lengths.clamp(max=0), logits.argsort(-1)[:, 0, -2])
 
     monkeypatch.setattr(engine_module, "accept_greedy", wrong)
+
+
+def test_check_counts_ties(tiny_llama_dir, draft_dir, tmp_path, second_best, capsys):
+    """Of a model whose logits are all equal, so that every token is as good as another."""
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path / "equal"
+    shutil.copytree(tiny_llama_dir, folder)
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+    torch.nn.init.zeros_(model.model.norm.weight)
+    model.save_pretrained(folder)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("the old house\na day\n", "utf-8")
+    config = SpecDecodeConfig(draft=str(draft_dir), prompts=str(prompts), check=True, **COMMON)
+    metrics = spec_decode.run(config, str(folder)).metrics
+    assert (metrics["ties"], metrics["exact"], metrics["identical"]) == (2, True, False)
+    assert "but for 2 that part at a tie of two logits" in " ".join(capsys.readouterr().err.split())
+
+
+def test_check_names_the_first_wrong_token_and_the_gap(tiny_llama_dir, second_best):
     config = SpecDecodeConfig(draft=str(tiny_llama_dir), prompt="the house", check=True, **COMMON)
     with pytest.raises(CheckError) as caught:
         spec_decode.run(config, str(tiny_llama_dir))

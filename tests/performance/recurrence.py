@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mambactl.decode.gpu.session import ring_limit
 from mambactl.decode.gpu.state import PackedModel
 from mambactl.errors import CheckError
 from mambactl.kernels.decode.reference.verdict import next_store
 from mambactl.kernels.decode.triton.ops import TritonOps
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.mamba2_decode import PackedMamba2
+from mambactl.models.session_size import SessionSize
 from mambactl.speed.subject import Numbers
 from mambactl.speed.synthetic import SHAPES, materialise
 from tests.performance.graphs import Timer, capture
@@ -90,7 +90,7 @@ class Contest:
     ):
         self.mixer: PackedMamba2 = weights.layers[0].mixer
         self.batch, self.T, self.ops = batch, T, TritonOps()
-        self.limit = ring_limit(weights, batch, T - 1)
+        self.limit = SessionSize(batch, 0, T - 1).ring_limit(weights.stores_every_step)
         like = self.mixer.conv.weight
         self.generator = torch.Generator(like.device).manual_seed(seed)
         s = self.mixer.sizes

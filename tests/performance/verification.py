@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from mambactl.decode.backend import REFERENCE_K, K, why_not
-from mambactl.decode.gpu.fused_engine import CAPACITY_STEP
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
 from mambactl.errors import ModelError, ResourceError
 from mambactl.kernels.decode.reference.verdict import Field, plan_stores
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.packed import NotSupported, Segment
+from mambactl.models.session_size import SessionSize
 from mambactl.speed.subject import Grid, Numbers, Subject, sweep
 from tests.performance.graphs import capture, median_seconds
 
@@ -56,7 +56,7 @@ def _measure(subject: Subject, context: int, rows: int, k: int, seed: int) -> Nu
     from mambactl.kernels.decode.triton.ops import TritonOps
 
     ops = TritonOps.for_model(subject.model)
-    capacity = -(-(context + k + 2) // CAPACITY_STEP) * CAPACITY_STEP
+    capacity = SessionSize.holding(rows, context, k).capacity
     weights = supported(subject.model, capacity)
     # kept here: a graph does not keep the memory it works on
     sessions = [
@@ -78,7 +78,7 @@ def stand(
     seed: int = 0,
 ) -> Session:
     """A session whose rows hold `context` random tokens, the last `replayed` not in the states."""
-    session = Session(weights, None, ops, size=rows, capacity=capacity, k=k)
+    session = Session(weights, None, ops, SessionSize(rows, capacity, k))
     generator = torch.Generator(session.device).manual_seed(seed)
     for held in session.target.tensors():
         held.normal_(0, 0.5, generator=generator)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mambactl.models.cache import HybridCache
+from mambactl.models.cache_bytes import state_elements
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.speed.bandwidth import read_bandwidth
 from mambactl.speed.limits import (
@@ -13,7 +14,6 @@ from mambactl.speed.limits import (
     limit,
     parameters_read,
     speculative_limit,
-    state_elements,
     tokens_per_step,
 )
 from mambactl.speed.synthetic import SHAPES

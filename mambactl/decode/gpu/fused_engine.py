@@ -19,13 +19,13 @@ from mambactl.errors import UsageError
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Finish, Letter
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.session_size import SessionSize
 
 # steps in flight before the host looks at the oldest one's tokens
 LAG = 3
 # numbers of drafts an automatic choice is made from
 CHOICES = (0, 1, 2, 3, 4, 6)
 POLL_SECONDS = 50e-6
-CAPACITY_STEP = 256
 
 K = int | Literal["auto"]
 
@@ -148,22 +148,19 @@ class FusedEngine:
 
     def _session(self, rows: int, longest: int) -> Session:
         """Memory and graphs for at least so many rows and tokens, kept between calls."""
-        size = 1 << (rows - 1).bit_length()
-        need = longest + self.most + 2
-        if size in self.sessions and self.sessions[size].capacity >= need:
-            return self.sessions[size]
+        size = SessionSize.holding(rows, longest, self.most)
+        known = self.sessions.get(size.batch)
+        if known is not None and known.capacity >= size.capacity:
+            return known
         # two batches' caches need not fit at the same time
         self.sessions.clear()
-        capacity = -(-need // CAPACITY_STEP) * CAPACITY_STEP
-        if capacity > self.positions:
+        if size.capacity > self.positions:
             draft = self.draft
             if isinstance(draft, HybridForCausalLM):
-                draft = pack(draft, capacity)
-            self.packed, self.positions = (pack(self.target, capacity), draft), capacity
-        self.sessions[size] = Session(
-            *self.packed, self.ops, size=size, capacity=capacity, k=self.most
-        )
-        return self.sessions[size]
+                draft = pack(draft, size.capacity)
+            self.packed, self.positions = (pack(self.target, size.capacity), draft), size.capacity
+        session = self.sessions[size.batch] = Session(*self.packed, self.ops, size)
+        return session
 
     def _load(
         self,

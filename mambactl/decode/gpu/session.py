@@ -11,11 +11,8 @@ from mambactl.decode.gpu.step import Batch, Pass, Step
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.models.cache import HybridCache
+from mambactl.models.session_size import SessionSize
 
-# sequences from which on storing a state costs more than replaying many tokens
-REPLAY_FROM = 8
-# ring slots of that many sequences, where their windows leave room to replay a few tokens
-MANY_SLOTS, REPLAY_TOKENS = 32, 8
 # steps of a timing
 TIMED_STEPS = 3
 
@@ -29,43 +26,28 @@ class Capture:
     capture_seconds: float = 0.0
 
 
-def ring_limit(weights: PackedModel, batch: int, k: int) -> int:
-    """Ring slots in use: three before the stored state, two steps of k + 1 tokens, and a replay.
-
-    A layer whose ring is nearly as large as its state has its state stored at every step.
-    0 for plain decoding of few sequences: the state is stored after each token.
-    """
-    lazy = batch >= REPLAY_FROM and not weights.stores_every_step
-    if k == 0 and not lazy:
-        return 0
-    least = 2 * (k + 1) + 3
-    return max(MANY_SLOTS, least + REPLAY_TOKENS) if lazy else least
-
-
 class Session:
-    """Runs steps for up to `size` sequences of up to `capacity` tokens and `k` drafts a step."""
+    """Runs steps of a batch of a given size: weights, memory and captured graphs."""
 
     def __init__(
         self,
         target: PackedModel,
         draft: PackedModel | str | None,
         ops: DecodeOps,
-        *,
-        size: int,
-        capacity: int,
-        k: int,
+        size: SessionSize,
     ):
-        device = target.table.device
-        self.size, self.capacity, self.k, self.device = size, capacity, k, device
-        self.batch = Batch(size, capacity, k, device)
-        self.limits = {"span": k + 1, "limit": ring_limit(target, size, k), "draft_limit": 0}
+        self.size, self.capacity, self.k = size.batch, size.capacity, size.k
+        self.device = device = target.table.device
+        self.batch = Batch(self.size, self.capacity, self.k, device)
+        limit = size.ring_limit(target.stores_every_step)
+        self.limits = {"span": self.k + 1, "limit": limit, "draft_limit": 0}
         self.target_weights, self.draft_weights = target, draft
-        self.target = self._state(target, ops, self.limits["limit"], k + 1)
+        self.target = _state(target, ops, size, self.k + 1)
         self.draft: ModelState | None = None
         drafter: Pass | str | None = draft
         if isinstance(draft, PackedModel):
-            self.limits["draft_limit"] = ring_limit(draft, size, k)
-            self.draft = self._state(draft, ops, self.limits["draft_limit"], 2)
+            self.limits["draft_limit"] = size.ring_limit(draft.stores_every_step)
+            self.draft = _state(draft, ops, size, 2)
             drafter = Pass(draft, self.draft, ops)
         self.step = Step(
             self.batch,
@@ -79,11 +61,6 @@ class Session:
         self.capture = Capture()
         self.seconds: dict[tuple[int, bool], float] = {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-
-    def _state(self, weights: PackedModel, ops: DecodeOps, limit: int, longest: int) -> ModelState:
-        slots = max(8, 1 << (limit - 1).bit_length())
-        # k would do; with two more a ring behind usual windows is as large without drafts
-        return make_state(weights, ops, self.size, self.capacity, slots, longest, ahead=self.k + 2)
 
     def load_target(self, cache: HybridCache) -> None:
         """Take over what the target read of the prompts: all but the last token."""
@@ -170,3 +147,7 @@ class Session:
         marks[1].record()
         marks[1].synchronize()
         return marks[0].elapsed_time(marks[1]) / 1e3
+
+
+def _state(weights: PackedModel, ops: DecodeOps, size: SessionSize, longest: int) -> ModelState:
+    return make_state(weights, ops, size.state_size(weights.stores_every_step), longest)

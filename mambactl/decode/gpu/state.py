@@ -13,10 +13,10 @@ from mambactl.models.packed import (
     NotSupported,
     PackedMixer,
     Rotations,
-    StateSize,
     stack,
     state_dtype,
 )
+from mambactl.models.session_size import StateSize
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,8 @@ class PackedModel:
     head: Tensor  # [V, D]
     eps: float
     rotations: Rotations | None
-
-    @property
-    def stores_every_step(self) -> bool:
-        """Whether replaying tokens would cost a layer as much as storing its state."""
-        return any(layer.mixer.stores_every_step for layer in self.layers)
+    # whether replaying tokens would cost a layer as much as storing its state
+    stores_every_step: bool
 
 
 @torch.no_grad()
@@ -70,6 +67,7 @@ def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
         head=model.lm_head.weight,
         eps=config.rms_norm_eps,
         rotations=rotations,
+        stores_every_step=config.stores_every_step,
     )
 
 
@@ -128,29 +126,14 @@ class ModelState:
             layer.mixer.load(state, held, cache.lengths, self.capacity)
 
 
-def make_state(
-    weights: PackedModel,
-    ops: DecodeOps,
-    batch: int,
-    capacity: int,
-    slots: int,
-    longest: int,
-    ahead: int,
-) -> ModelState:
-    """Empty state for passes of up to `longest` tokens per sequence.
-
-    `ahead`: how many tokens behind the first one of a step its passes may write.
-    """
-    splits = 16 if batch <= 4 else max(1, 64 // batch)
-    size = StateSize(batch, capacity, slots, splits, ahead)
+def make_state(weights: PackedModel, ops: DecodeOps, size: StateSize, longest: int) -> ModelState:
+    """Empty state for passes of up to `longest` tokens per sequence."""
     layers = [layer.mixer.new_state(weights.table, size) for layer in weights.layers]
-    return ModelState(layers, _scratch(weights, ops, batch, longest, splits), capacity)
+    return ModelState(layers, _scratch(weights, ops, size, longest), size.capacity)
 
 
-def _scratch(
-    weights: PackedModel, ops: DecodeOps, batch: int, longest: int, splits: int
-) -> Scratch:
-    like, rows = weights.table, batch * longest
+def _scratch(weights: PackedModel, ops: DecodeOps, size: StateSize, longest: int) -> Scratch:
+    like, batch, rows = weights.table, size.batch, size.batch * longest
     width = like.shape[1]
     mixers = [layer.mixer for layer in weights.layers]
     inner = max(
@@ -161,7 +144,7 @@ def _scratch(
     for m in (mixer.attention for mixer in mixers):
         if m is None:
             continue
-        need = ops.scratch(rows, batch, m.kv_heads, m.heads // m.kv_heads, m.width, splits)
+        need = ops.scratch(rows, batch, m.kv_heads, m.heads // m.kv_heads, m.width, size.splits)
         partial, counter = max(partial, need[0]), max(counter, need[1])
     counts = [batch * tokens for tokens in range(1, longest + 1)]
     pieces = max(ops.square_pieces(m, width) * m for m in counts)

@@ -23,9 +23,9 @@ from mambactl.models.packed import (
     Residual,
     Rotations,
     Segment,
-    StateSize,
     stack,
 )
+from mambactl.models.session_size import StateSize
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -40,10 +40,6 @@ class RMSNorm(LlamaRMSNorm):
             return F.rms_norm(hidden_states, width, self.weight, eps)
         # a half is rounded before the weight multiplies it
         return self.weight * F.rms_norm(hidden_states.float(), width, None, eps).to(kind)
-
-
-# slots of a ring come in such pieces: other numbers of drafts then seldom need other kernels
-RING_STEP = 16
 
 
 class AttentionMixer(nn.Module):
@@ -151,18 +147,13 @@ class PackedAttention:
         """Columns of the widest buffer that a row needs."""
         return self.out.weight.shape[1]
 
-    @property
-    def stores_every_step(self) -> bool:
-        """Always False: there is no state to replay."""
-        return False
-
     def new_state(self, like: Tensor, size: StateSize) -> AttentionState:
         """Empty keys and values with a slot for every position."""
         return self._keys(like, size.batch, size.capacity, size.splits)
 
     def new_ring(self, like: Tensor, size: StateSize) -> AttentionState:
         """Empty keys and values of the window alone, in a ring behind the sinks."""
-        room = -(-(self.window + size.ahead) // RING_STEP) * RING_STEP
+        room = size.window_slots(self.window)
         # few slots: a second program would wait for the first
         return self._keys(like, size.batch, self.sinks + room, 1, room)
 

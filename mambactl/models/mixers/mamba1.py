@@ -39,11 +39,11 @@ from mambactl.models.packed import (
     Residual,
     Rotations,
     Segment,
-    StateSize,
     load_ring,
     packed_conv,
     state_dtype,
 )
+from mambactl.models.session_size import StateSize
 
 # operations per state element: those of Mamba-2, and every channel's own exponential
 STATE_OPERATIONS = 7
@@ -79,6 +79,15 @@ class Mamba1Settings:
         if self.native:
             return self.d_inner, self.d_inner
         return self.d_inner, self.x_dim, self.x_dim, self.d_inner, self.dt_rank
+
+    @property
+    def ring_widths(self) -> tuple[int, ...]:
+        """Numbers of one token in a decode pass: projections without the gate; in the native form
+        x, x after the convolution, and what x_proj makes of it.
+        """
+        if self.native:
+            return self.d_inner, self.d_inner, self.dt_rank + 2 * self.d_state
+        return (sum(self.in_rows) - self.d_inner,)
 
 
 class Mamba1Mixer(KeepsFloat32):
@@ -187,14 +196,8 @@ class PackedMamba1(PackedRecurrence):
     out: Projection
     sizes: Mamba1Settings
     ring_lo: int
-    ring_width: int
     piece: int
     repeat: int
-
-    @property
-    def stores_every_step(self) -> bool:
-        """Always True: the ring is nearly as large as the state."""
-        return True
 
     def ring_source(self) -> Tensor:
         """The convolution channel that holds each x column of the ring, [ring x columns]."""
@@ -207,15 +210,10 @@ class PackedMamba1(PackedRecurrence):
 
     def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:
         """Empty rings and state."""
-
-        def ring(width: int) -> Tensor:
-            return like.new_zeros(size.batch, size.slots, width)
-
-        s, raw = self.sizes, ring(self.ring_width)
+        s = self.sizes
+        raw, *rest = (like.new_zeros(size.batch, size.slots, width) for width in s.ring_widths)
         state = like.new_zeros(size.batch, s.d_inner, s.d_state, dtype=state_dtype(like))
-        if self.low is None:
-            return RecurrentState(raw, state)
-        return RecurrentState(raw, state, ring(s.d_inner), ring(len(self.low)))
+        return RecurrentState(raw, state, *rest)
 
     def load(
         self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor, capacity: int
@@ -316,6 +314,8 @@ class Mamba1Spec(MixerSpec[Mamba1Settings]):
     title = "Mamba-1 mixer"
     module_type = Mamba1Mixer
     sections = {"mamba1": Mamba1Settings}
+    # its ring is nearly as large as its state
+    stores_every_step = True
 
     def check(self, config: LlamaConfig, settings: Mamba1Settings) -> None:
         """Raise ValueError for sizes that do not fit each other."""
@@ -393,6 +393,14 @@ class Mamba1Spec(MixerSpec[Mamba1Settings]):
         """Numbers in the recurrent state of one sequence."""
         return settings.d_inner * settings.d_state
 
+    def ring_elements(self, settings: Mamba1Settings) -> int:
+        """Numbers in the projections of one token, from which a state is replayed."""
+        return sum(settings.ring_widths)
+
+    def conv_elements(self, settings: Mamba1Settings) -> int:
+        """Numbers in the previous inputs of the convolution of one sequence."""
+        return (settings.d_conv - 1) * settings.d_inner
+
     def pack(
         self,
         mixer: Mamba1Mixer,
@@ -412,7 +420,6 @@ class Mamba1Spec(MixerSpec[Mamba1Settings]):
             out=Projection(mixer.out_proj.weight, mixer.out_proj.bias),
             sizes=s,
             ring_lo=0 if s.native else s.d_inner,
-            ring_width=s.d_inner if s.native else sum(s.in_rows) - s.d_inner,
             piece=s.d_inner if s.native else s.repeat_width,
             repeat=1 if s.native else s.d_inner // s.x_dim,
         )

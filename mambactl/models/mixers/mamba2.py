@@ -363,6 +363,14 @@ class Mamba2Spec(MixerSpec[Mamba2Settings]):
         """Numbers in the recurrent state of one sequence."""
         return settings.d_inner * settings.d_state
 
+    def ring_elements(self, settings: Mamba2Settings) -> int:
+        """Numbers in the projections of one token, from which a state is replayed."""
+        return sum(settings.ring_widths)
+
+    def conv_elements(self, settings: Mamba2Settings) -> int:
+        """Numbers in the previous inputs of the convolution of one sequence."""
+        return (settings.d_conv - 1) * settings.conv_dim
+
     def pack(
         self,
         mixer: Mamba2Mixer,

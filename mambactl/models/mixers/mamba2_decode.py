@@ -14,10 +14,10 @@ from mambactl.models.packed import (
     RecurrentState,
     Residual,
     Segment,
-    StateSize,
     load_ring,
     state_dtype,
 )
+from mambactl.models.session_size import StateSize
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Mamba2Settings:
         return self.x_heads * self.head_dim + (self.b_groups + self.c_groups) * self.d_state
 
     @property
+    def ring_widths(self) -> tuple[int, int]:
+        """Numbers of one token in a decode pass: projections, and x, B, C after the convolution."""
+        return self.conv_dim + self.n_heads, self.conv_dim
+
+    @property
     def in_rows(self) -> tuple[int, int, int, int, int]:
         """Rows of z, x, B, C and dt in in_proj."""
         x, b, c = (
@@ -89,11 +94,6 @@ class PackedMamba2(PackedRecurrence):
     rotation: tuple[Tensor, Tensor] | None = None
 
     @property
-    def stores_every_step(self) -> bool:
-        """Always False: replaying tokens is cheaper than storing a state."""
-        return False
-
-    @property
     def norm_by_head(self) -> bool:
         """Whether the gated norm stays within heads, so that the scan can do it."""
         return self.sizes.norm_groups == self.sizes.n_heads
@@ -101,10 +101,10 @@ class PackedMamba2(PackedRecurrence):
     def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:
         """Empty rings and state."""
         s = self.sizes
-        raw = like.new_zeros(size.batch, size.slots, s.conv_dim + s.n_heads)
+        raw, mixed = (like.new_zeros(size.batch, size.slots, width) for width in s.ring_widths)
         shape = (size.batch, s.n_heads, s.d_state, s.head_dim)
         state = like.new_zeros(shape, dtype=state_dtype(like))
-        return RecurrentState(raw, state, like.new_zeros(size.batch, size.slots, s.conv_dim))
+        return RecurrentState(raw, state, mixed)
 
     def load(
         self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor, capacity: int

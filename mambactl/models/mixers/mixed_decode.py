@@ -7,7 +7,8 @@ from torch import Tensor
 from mambactl.models.cache import MixedCache
 from mambactl.models.mixers.attention import PackedAttention
 from mambactl.models.mixers.windowed import PackedWindowed
-from mambactl.models.packed import AttentionState, RecurrentState, StateSize
+from mambactl.models.packed import AttentionState, RecurrentState
+from mambactl.models.session_size import StateSize
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,8 @@ class MixerSpec(ABC, Generic[S]):
     fits_heads: ClassVar[bool] = True
     # whether a weight of its own scales every head's output (`rescale`)
     rescales_heads: ClassVar[bool] = False
+    # whether replaying tokens in decoding would cost as much as storing the state after each
+    stores_every_step: ClassVar[bool] = False
 
     # settings
 
@@ -387,8 +389,25 @@ class MixerSpec(ABC, Generic[S]):
         """Numbers in the keys and values of one token."""
         return 0
 
+    def full_kv_elements(self, config: LlamaConfig, settings: S) -> int:
+        """Numbers in the keys and values of one token that every later token sees."""
+        return 2 * config.head_dim * len(self.kept_heads(config, settings))
+
+    def window_kv_elements(self, config: LlamaConfig, settings: S) -> int:
+        """Numbers in the keys and values of one token that a window beside a recurrence sees."""
+        whole = self.kv_elements(config, settings)
+        return whole - self.full_kv_elements(config, settings)
+
     def kv_read(self, config: LlamaConfig, settings: S, context: int) -> int:
         """Numbers of keys and values that a step behind `context` tokens reads."""
+        return 0
+
+    def ring_elements(self, settings: S) -> int:
+        """Numbers in the projections of one token, from which a state is replayed."""
+        return 0
+
+    def conv_elements(self, settings: S) -> int:
+        """Numbers in the previous inputs of the convolution of one sequence."""
         return 0
 
     # decoding

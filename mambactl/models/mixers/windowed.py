@@ -43,10 +43,10 @@ from mambactl.models.packed import (
     Residual,
     Rotations,
     Segment,
-    StateSize,
     stack,
     sum_of_biases,
 )
+from mambactl.models.session_size import StateSize
 
 RECURRENCE = Mamba2Spec()
 
@@ -147,11 +147,6 @@ class PackedWindowed:
     def activations(self) -> int:
         """Columns of the widest buffer that a row needs: all parts lie in it at once."""
         return self.recurrence.activations + sum(part.activations for part in self.attentions)
-
-    @property
-    def stores_every_step(self) -> bool:
-        """Always False: replaying tokens is cheaper than storing a state."""
-        return self.recurrence.stores_every_step
 
     def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:
         """Empty rings and state of both parts."""
@@ -297,6 +292,14 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
     def state_elements(self, settings: WindowedSettings) -> int:
         """Numbers in the recurrent state of one sequence."""
         return RECURRENCE.state_elements(settings.mamba2)
+
+    def ring_elements(self, settings: WindowedSettings) -> int:
+        """Numbers in the projections of one token, from which a state is replayed."""
+        return RECURRENCE.ring_elements(settings.mamba2)
+
+    def conv_elements(self, settings: WindowedSettings) -> int:
+        """Numbers in the previous inputs of the convolution of one sequence."""
+        return RECURRENCE.conv_elements(settings.mamba2)
 
     def kv_elements(self, config: LlamaConfig, settings: WindowedSettings) -> int:
         """Numbers in the keys and values of one token."""

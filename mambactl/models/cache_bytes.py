@@ -1,0 +1,85 @@
+"""Bytes that a cache takes, from a configuration alone: no model is built."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mambactl.models.config import HybridConfig
+from mambactl.models.key_ring import WindowSettings
+from mambactl.models.session_size import SessionSize
+
+# of a number of a recurrent state: fp32 always, but for weights in fp64
+STATE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class SessionBytes:
+    """Bytes of the cache of a decoding session, part by part.
+
+    kv: keys and values with a slot for every token; windows: those in rings, beside recurrences;
+    rings: projections that states are replayed from; states: recurrent states.
+    """
+
+    kv: int
+    windows: int
+    rings: int
+    states: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.kv + self.windows + self.rings + self.states
+
+
+def session_bytes(config: HybridConfig, itemsize: int, session: SessionSize) -> SessionBytes:
+    """Bytes that the device engine (`decode.gpu`) allocates for the cache of a model.
+
+    Its weights take `itemsize` bytes a number; scratch, which no step leaves behind, is not cache.
+    """
+    size = session.state_size(config.stores_every_step)
+    numbers = {"kv": 0, "windows": 0, "rings": 0}
+    for layer in config.layers:
+        spec, settings = layer.spec, layer.settings
+        numbers["kv"] += size.capacity * spec.full_kv_elements(config, settings)
+        numbers["rings"] += size.slots * spec.ring_elements(settings)
+        window = spec.window(settings)
+        if window is not None:
+            slots = window.sinks + size.window_slots(window.window)
+            numbers["windows"] += slots * spec.window_kv_elements(config, settings)
+    sizes = {name: size.batch * count * itemsize for name, count in numbers.items()}
+    return SessionBytes(**sizes, states=size.batch * _state_bytes(config, itemsize))
+
+
+def cache_bytes(config: HybridConfig, itemsize: int) -> dict[str, Any]:
+    """Bytes that a sequence takes once it is read (`models.cache.HybridCache`).
+
+    Keys and values take bytes per token; states, inputs of convolutions and keys and values of
+    windows (`window_bytes` of it) bytes per sequence. Windows are described with it.
+    """
+    per_token = inputs = windows = 0
+    for layer in config.layers:
+        spec, settings = layer.spec, layer.settings
+        per_token += spec.full_kv_elements(config, settings)
+        inputs += spec.conv_elements(settings)
+        window = spec.window(settings)
+        if window is not None:
+            slots = window.sinks + window.window
+            windows += slots * spec.window_kv_elements(config, settings)
+    per_sequence = _state_bytes(config, itemsize) + (inputs + windows) * itemsize
+    found = {"bytes_per_token": per_token * itemsize, "bytes_per_sequence": per_sequence}
+    return found | _windows(config.windows, windows * itemsize)
+
+
+def _windows(spans: list[WindowSettings], size: int) -> dict[str, Any]:
+    if not spans:
+        return {}
+    alone = asdict(spans[0]) if len(spans) == 1 else {"windows": [asdict(span) for span in spans]}
+    return {"window_bytes": size} | alone
+
+
+def state_elements(config: HybridConfig) -> int:
+    """Numbers in the recurrent states of one sequence, all layers."""
+    return sum(layer.spec.state_elements(layer.settings) for layer in config.layers)
+
+
+def _state_bytes(config: HybridConfig, itemsize: int) -> int:
+    return state_elements(config) * max(STATE_BYTES, itemsize)
