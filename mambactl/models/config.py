@@ -14,7 +14,8 @@ from mambactl.kernels.local_attention import LocalSpan
 from mambactl.models.cache import LayerCache
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
-from mambactl.models.mixers.spec import MixerSpec, check_section, section_values
+from mambactl.models.mixers.sections import check_section, section_values
+from mambactl.models.mixers.spec import MixerSpec
 from mambactl.registration import AUTO_MAP, STUB, STUB_TEXT, TYPE
 
 # settings of one section of all layers, or of each layer (None where its mixer reads none)

@@ -21,6 +21,7 @@ from mambactl.models.cache import RecurrentCache
 from mambactl.models.mixers import from_attention as start
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
 from mambactl.models.mixers.modules import CausalConv, KeepsFloat32, is_its_weight
+from mambactl.models.mixers.sections import check_sizes
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
@@ -29,7 +30,6 @@ from mambactl.models.mixers.spec import (
     MixerForm,
     MixerSpec,
     StepContext,
-    check_sizes,
 )
 from mambactl.models.packed import Projection, Rotations, packed_conv
 

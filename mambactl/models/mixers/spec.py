@@ -7,14 +7,13 @@ know no mixer by name. `mambactl.models.mixers.registry.MIXERS` holds one spec p
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from mambactl.bounds import WIDTH
 from mambactl.kernels.local_attention import LocalKeys, LocalSpan
 from mambactl.kernels.reference import Spans
 from mambactl.models.cache import MAX_SEQUENTIAL, Cursor, LayerCache
@@ -417,40 +416,3 @@ class MixerSpec(ABC, Generic[S]):
     ) -> PackedMixer:
         """Weights for the decode kernels; NotSupported where they cannot run this mixer."""
         raise NotSupported(f"{self.name} layers")
-
-
-def section_values(settings: Any) -> dict[str, Any]:
-    """A section of the configuration as JSON-able values."""
-    return asdict(settings) if is_dataclass(settings) else dict(settings)
-
-
-def check_section(kind: type, values: object) -> None:
-    """Raise ValueError unless `values` are those of the dataclass `kind`, each in its range."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"is {type(values).__name__}, not an object")
-    hints = get_type_hints(kind)
-    if unknown := sorted(values.keys() - hints.keys()):
-        raise ValueError(f"has the unknown key {unknown[0]!r}")
-    for each in fields(kind):
-        if each.name in values:
-            _check_value(each.name, values[each.name], hints[each.name])
-        elif each.default is MISSING:
-            raise ValueError(f"has no {each.name}")
-
-
-def _check_value(name: str, value: object, hint: Any) -> None:
-    kinds = get_args(hint) or (hint,)
-    number = float in kinds and type(value) is int
-    if not number and type(value) not in kinds:
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"has {name} of type {type(value).__name__}, not {expected}")
-    if isinstance(value, int | float) and not 0 <= value <= WIDTH.most:
-        raise ValueError(f"has {name} {value}, not one from 0 to {WIDTH.most}")
-
-
-def check_sizes(settings: Any, *ratios: tuple[str, str]) -> None:
-    """Raise ValueError unless both of each pair are positive and the second divides the first."""
-    for whole, part in ratios:
-        one, other = getattr(settings, whole), getattr(settings, part)
-        if not (one and other) or one % other:
-            raise ValueError(f"{whole} {one} is no multiple of {part} {other}")

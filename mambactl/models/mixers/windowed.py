@@ -26,13 +26,13 @@ from mambactl.models.mixers.attention import (
 )
 from mambactl.models.mixers.mamba2 import Mamba2Mixer, Mamba2Spec
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
+from mambactl.models.mixers.sections import check_sizes
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     MixerCost,
     MixerForm,
     MixerSpec,
     StepContext,
-    check_sizes,
     span_of,
 )
 from mambactl.models.packed import (
