@@ -95,7 +95,9 @@ def choose_heads(
         [(count, *cells(score), f"{count * unit_bytes:,}") for count, score in found.front.items()],
     )
     return found.kept, {
-        "measure": "removal" if text_worth is None else "removal, gates for text",
+        "measure": "removal",
+        # what says how much text needs a head
+        "text": "kl" if text_worth is None else "gates",
         "form": asdict(window),
         "ranking": [unit.name for unit in found.ranking],
         "scores": [{"head": u.name, **score.rounded()} for u, score in found.scores.items()],

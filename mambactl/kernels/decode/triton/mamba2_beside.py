@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import attend_program, attention_sizes
-from mambactl.kernels.decode.triton import mamba2_step as step
 from mambactl.kernels.decode.triton.mamba2_closed import closed_program, closed_sizes
 from mambactl.kernels.decode.triton.mamba2_step import grouped_norm, mamba2_program, mamba2_sizes
 from mambactl.kernels.launch import gdc_launch_dependents, launch_options
@@ -102,7 +101,7 @@ def mamba2_beside(
     if closed:
         pieces, warps, sizes = closed_sizes(*form)
     else:
-        (pieces, sizes), warps = mamba2_sizes(*form), step.WARPS
+        (pieces, sizes), warps = mamba2_sizes(*form), 4
         sizes |= {"LEN": 0, "ROWS": 0, "STAGES": 0}
     inside = sizes["NORM"]
     programs, pointers = heads * batch * pieces, []

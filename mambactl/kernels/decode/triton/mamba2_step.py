@@ -12,7 +12,6 @@ from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_opti
 
 # columns of a head's state [N, P] that a program keeps in registers
 HEAD_BLOCK = 64
-WARPS = 4
 
 
 @triton.jit
@@ -157,7 +156,7 @@ def mamba2_segment(
     _mamba2_kernel[(heads, batch, pieces)](
         ring, mixed, z, state, A, D, dt_bias, gain if inside else A, eps, out, start, count, base,
         base_next, T, offset, scale, ring.shape[2], PDL=pdl, **sizes,
-        **launch_options(pdl, num_warps=WARPS),
+        **launch_options(pdl, num_warps=4),
     )  # fmt: skip
     if gain is not None and not inside:
         grouped_norm(out, gain, eps, heads, pdl=pdl)
