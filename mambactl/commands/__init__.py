@@ -186,7 +186,7 @@ _ROWS = (
         (
             "mambactl export t.st -o hf",
             "mambactl export t.st --to gguf --dtype q8_0 -o t.gguf",
-            "mambactl convert smollm2-135m | mambactl export - --to transformers",
+            "mambactl convert smollm2-135m --init reference | mambactl export - --to gguf",
         ),
         writes="data",
     ),
