@@ -111,6 +111,7 @@ def test_plain_decoding_gives_the_plain_tokens(models, expected, name) -> None:
         assert done.stats.histogram == other.stats.histogram == {0: 14 * batch}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("draft", ["itself", "noisy", "unrelated", "ngram"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_speculation_gives_the_plain_tokens(models, expected, name, draft) -> None:
@@ -299,6 +300,7 @@ def test_auto_keeps_a_good_draft(models, monkeypatch, launched) -> None:
     assert launched[-1] == 6
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("setting", SAMPLED)
 @pytest.mark.parametrize("draft", [None, "itself", "noisy", "ngram"])
 @pytest.mark.parametrize("name", ["mixed", "native1", "native2", "windowed"])
@@ -352,6 +354,7 @@ def test_states_never_hear_of_rejected_drafts(models, monkeypatch, name, k) -> N
     assert_same_states(engine, fused(target), prompt, done)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mixers", [["mamba2", "attention", "mamba1"], ["mamba2_mixed"]])
 def test_device_kernels_in_the_interpreter(make_hybrid, monkeypatch, mixers) -> None:
     """The only test here of the real kernels: slow, so tiny. Tokens, and memory bit for bit, in

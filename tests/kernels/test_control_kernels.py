@@ -15,6 +15,8 @@ from mambactl.kernels.decode.reference import verdict as reference  # noqa: E402
 from mambactl.kernels.decode.reference.verdict import Field, Finish, Letter, next_store
 from mambactl.kernels.decode.triton import verdict as kernels  # noqa: E402
 
+pytestmark = pytest.mark.one_in(3)
+
 # span, and the ring limits that a session would give target and draft
 LIMITS = {0: (1, 0, 0), 1: (2, 7, 7), 3: (4, 19, 11), 8: (9, 29, 21)}
 

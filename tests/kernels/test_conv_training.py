@@ -11,6 +11,8 @@ triton = pytest.importorskip("triton")
 
 from mambactl.kernels import operators, reference  # noqa: E402
 
+pytestmark = pytest.mark.one_in(3)
+
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory():

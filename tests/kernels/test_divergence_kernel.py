@@ -13,6 +13,8 @@ from torch.nn import functional
 from mambactl.kernels import divergence as reference
 from mambactl.kernels.divergence import Samples, Terms
 
+pytestmark = pytest.mark.one_in(3)
+
 pytest.importorskip("triton")
 kernel = pytest.importorskip("mambactl.kernels.sequence.divergence")
 

@@ -43,6 +43,8 @@ triton = pytest.importorskip("triton")
 from mambactl.kernels.decode.triton.gemv import Tiles, tiles_for  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 
+pytestmark = pytest.mark.one_in(3)
+
 
 class Steps(TritonOps):
     """The tables' ways with K in several steps, as models have it."""

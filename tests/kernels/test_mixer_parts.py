@@ -15,6 +15,8 @@ triton = pytest.importorskip("triton")
 from mambactl.kernels.decode.reference.linear import segment_positions  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 
+pytestmark = pytest.mark.one_in(3)
+
 SLOTS = 16
 
 

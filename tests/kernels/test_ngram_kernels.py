@@ -7,6 +7,8 @@ from mambactl.decode.drafters import NgramDrafter
 from mambactl.decode.sampler import Sampler, SamplingParams
 from mambactl.kernels.decode.reference import ngram as reference
 
+pytestmark = pytest.mark.one_in(3)
+
 pytest.importorskip("triton")
 kernels = pytest.importorskip("mambactl.kernels.decode.triton.ngram")
 

@@ -5,6 +5,8 @@ import torch
 
 from mambactl.kernels import reference as kernels
 
+pytestmark = pytest.mark.one_in(3)
+
 PREFIX, LONGEST = 37, 8
 
 

@@ -35,6 +35,8 @@ from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 from mambactl.kernels.decode.triton.rotate import rotate as rotate_kernel  # noqa: E402
 from mambactl.kernels.reference import rotate_states  # noqa: E402
 
+pytestmark = pytest.mark.one_in(3)
+
 FUNCTIONS = [reference.decode_attention, kernel.decode_attention]
 
 

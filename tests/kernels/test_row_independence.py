@@ -26,6 +26,8 @@ triton = pytest.importorskip("triton")
 from mambactl.kernels.decode.triton.gemv import tiles_for  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 
+pytestmark = pytest.mark.one_in(3)
+
 
 def all_products(ops, stream, weights, x, m: slice) -> list[Tensor]:
     """Results [rows, ...] of every product for some of the rows, each in a window of its own."""

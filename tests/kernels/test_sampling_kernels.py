@@ -14,6 +14,8 @@ from mambactl.decode.sampler import draw, filtered_probs, uniform
 from mambactl.kernels.decode.reference import verdict as reference
 from mambactl.kernels.random import Stream
 
+pytestmark = pytest.mark.one_in(3)
+
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("mambactl.kernels.decode.triton.verdict")

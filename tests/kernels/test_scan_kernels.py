@@ -17,6 +17,8 @@ from mambactl.kernels import reference  # noqa: E402
 from mambactl.kernels.launch import INTERPRETED  # noqa: E402
 from mambactl.kernels.sequence import conv, selective, ssd  # noqa: E402
 
+pytestmark = pytest.mark.one_in(3)
+
 FP32 = 2e-5
 ROUNDING = 2**-7 if INTERPRETED else 2**-8
 LENGTHS = [1, 63, 64, 65, 130]

@@ -71,6 +71,7 @@ def assert_same_content(a: HybridCache, b: HybridCache) -> None:
         assert torch.equal(*windows)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("shift", range(AFTER + 1))
 def test_every_length_in_every_row(any_model, ids, read, shift, batch) -> None:
