@@ -45,8 +45,8 @@ def run(
             shapes = work.shapes
             writer.plan(shapes)
             with console.progress("export", len(shapes)) as task:
-                for name, tensor in made_ahead(work.form.tensors(work.origin, shapes)):
-                    writer.write(name, tensor)
+                for name, parts in made_ahead(work.form.tensors(work.origin, shapes)):
+                    writer.write(name, *parts)
                     task.advance()
             writer.lineage = work.lineage()
     if work.form.note:
