@@ -8,7 +8,7 @@ import base64
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,8 +41,11 @@ class TensorFile(Protocol):
     def plan(self, tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> None:
         """Declare every tensor; must come before the first write."""
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Store one planned tensor; raises ValueError when it is not as planned."""
+    def write(self, name: str, *parts: torch.Tensor) -> None:
+        """Store one planned tensor, whole or in parts that lie one behind the other.
+
+        Raises ValueError when it is not as planned.
+        """
 
     def close(self) -> None:
         """Flush everything to the disk; raises ValueError where a planned tensor is missing."""
@@ -95,11 +98,14 @@ class Container:
             self._open_shard(self._shard_path(number, len(groups)), group)
         self._pending = set(tensors)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Store one planned tensor; raises ValueError when it is not as planned."""
+    def write(self, name: str, *parts: torch.Tensor) -> None:
+        """Store one planned tensor or its parts; raises ValueError when it is not as planned."""
         shard = self._home[name]
-        require_planned(name, tensor, shard.layout[name])
-        write_at(shard.fd, memory_of(tensor), shard.start[name])
+        require_planned(name, parts, shard.layout[name])
+        start = shard.start[name]
+        for part in parts:
+            write_at(shard.fd, memory_of(part), start)
+            start += part.nbytes
         self._pending.discard(name)
 
     def close(self) -> None:
@@ -212,11 +218,23 @@ def require_room(folder: Path, size: int) -> None:
         raise ResourceError(f"{folder} needs {gib(size)}, {gib(free)} are free", OTHER_DISK)
 
 
-def require_planned(name: str, tensor: torch.Tensor, planned: tuple[Shape, torch.dtype]) -> None:
-    """Raise ValueError where a tensor has another shape or type than was planned."""
-    described = (tuple(tensor.shape), tensor.dtype)
-    if described != planned:
+def require_planned(
+    name: str, parts: Sequence[torch.Tensor], planned: tuple[Shape, torch.dtype]
+) -> None:
+    """Raise ValueError where the parts of a tensor are not the shape and type that was planned."""
+    described = {(joined_shape(parts), part.dtype) for part in parts}
+    if described != {planned}:
         raise ValueError(f"{name} was planned as {planned}, got {described}")
+
+
+def joined_shape(parts: Sequence[torch.Tensor]) -> Shape:
+    """Shape of tensors that lie one behind the other; ValueError for rows of different sizes."""
+    if len(parts) == 1:
+        return tuple(parts[0].shape)
+    rows = {part.shape[1:] for part in parts}
+    if len(rows) != 1:
+        raise ValueError(f"rows of {len(rows)} shapes make no tensor")
+    return (sum(len(part) for part in parts), *rows.pop())
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

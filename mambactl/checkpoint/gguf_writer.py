@@ -110,14 +110,15 @@ class GgufFile:
         os.ftruncate(self._fd, start)
         self._pending = set(tensors)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Store one planned tensor; raises ValueError when it is not as planned."""
+    def write(self, name: str, *parts: Tensor) -> None:
+        """Store one planned tensor or its parts; raises ValueError when it is not as planned."""
         planned = self._planned[name]
-        require_planned(name, tensor, (planned.shape, planned.dtype))
+        require_planned(name, parts, (planned.shape, planned.dtype))
         start = planned.start
-        for content in _encoded(name, tensor, planned.kind):
-            write_at(self._fd, content, start)
-            start += len(content)
+        for part in parts:
+            for content in _encoded(name, part, planned.kind):
+                write_at(self._fd, content, start)
+                start += len(content)
         self._pending.discard(name)
 
     def close(self) -> None:

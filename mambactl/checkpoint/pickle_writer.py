@@ -115,11 +115,11 @@ class PickleFolder:
         self._add("byteorder", memoryview(b"little"))
         self._add("version", memoryview(_VERSION.encode()))
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Store one planned tensor; raises ValueError when it is not as planned."""
+    def write(self, name: str, *parts: torch.Tensor) -> None:
+        """Store one planned tensor or its parts; raises ValueError when it is not as planned."""
         planned = self._planned[name]
-        require_planned(name, tensor, (planned.shape, planned.dtype))
-        self._add(f"data/{planned.key}", memory_of(tensor))
+        require_planned(name, parts, (planned.shape, planned.dtype))
+        self._add(f"data/{planned.key}", *map(memory_of, parts))
         self._pending.discard(name)
 
     def close(self) -> None:
@@ -139,10 +139,11 @@ class PickleFolder:
             self._archive.close()
         self._archive = None
 
-    def _add(self, name: str, content: memoryview) -> None:
+    def _add(self, name: str, *contents: memoryview) -> None:
         member = zipfile.ZipInfo(f"{_ROOT}/{name}")
         begins = self._archive.fp.tell() + _HEADER_BYTES + len(member.filename) + _SIZES_BYTES
         missing = -(begins + _EXTRA_BYTES) % _ALIGNMENT
         member.extra = b"FB" + struct.pack("<H", missing) + b"Z" * missing
         with self._archive.open(member, "w", force_zip64=True) as file:
-            file.write(content)
+            for content in contents:
+                file.write(content)

@@ -93,10 +93,10 @@ class TensorWriter:
         with self._explained():
             self._file.plan(tensors)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Store one planned tensor; raises ValueError when it is not as planned."""
+    def write(self, name: str, *parts: torch.Tensor) -> None:
+        """Store one planned tensor or its parts; raises ValueError when it is not as planned."""
         with self._explained():
-            self._file.write(name, tensor)
+            self._file.write(name, *parts)
 
     def _refuse_run_state(self) -> None:
         # a checkpoint that was not finished costs minutes; training keeps hours of work there

@@ -20,6 +20,7 @@ from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import TensorWriter
 from mambactl.errors import UsageError
+from mambactl.export.ahead import made_ahead
 from mambactl.export.exported_form import Form, Origin
 from mambactl.export.folder_texts import export_card, portable_tokenizer
 from mambactl.export.round_trip import compare
@@ -44,8 +45,8 @@ def run(
             shapes = work.shapes
             writer.plan(shapes)
             with console.progress("export", len(shapes)) as task:
-                for name, tensor in work.form.tensors(work.origin, shapes):
-                    writer.write(name, tensor)
+                for name, parts in made_ahead(work.form.tensors(work.origin, shapes)):
+                    writer.write(name, *parts)
                     task.advance()
             writer.lineage = work.lineage()
     if work.form.note:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambactl.checkpoint.container import Shape
+from mambactl.checkpoint.container import Shape, joined_shape
 from mambactl.checkpoint.reader import Adapted, Reader, in_dtype
 from mambactl.checkpoint.save import stored_dtype
 from mambactl.errors import ModelError
@@ -46,6 +46,12 @@ class Origin:
         return tensor.to(stored_dtype(name, tensor.dtype))
 
 
+# a tensor, or parts of one that lie one behind the other: joining them would copy most weights
+Written = Tensor | tuple[Tensor, ...]
+# how a tensor of ours is stored
+Change = Callable[[Tensor], Written]
+
+
 @dataclass(frozen=True)
 class Step:
     """Tensors of a checkpoint that are read together, and `make`, which returns what they become.
@@ -55,7 +61,7 @@ class Step:
     """
 
     sources: tuple[str, ...]
-    make: Callable[..., dict[str, Tensor]]
+    make: Callable[..., Mapping[str, Written]]
 
 
 @dataclass(frozen=True)
@@ -79,18 +85,24 @@ class Form:
         """Shape and type of everything that `tensors` yields."""
         found = {}
         for step in self.steps:
-            for name, tensor in step.make(*map(origin.described, step.sources)).items():
-                kind = tensor.dtype if dtype is None else stored_dtype(name, dtype)
-                found[name] = (tuple(tensor.shape), kind)
+            for name, written in step.make(*map(origin.described, step.sources)).items():
+                parts = _parts(written)
+                kind = parts[0].dtype if dtype is None else stored_dtype(name, dtype)
+                found[name] = (joined_shape(parts), kind)
         return found
 
     def tensors(
         self, origin: Origin, shapes: Mapping[str, tuple[Shape, torch.dtype]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the form; memory holds those of one step."""
+    ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """Every tensor of the form, in parts; memory holds those of one step."""
         for step in self.steps:
-            for name, tensor in step.make(*map(origin.get, step.sources)).items():
-                yield name, in_dtype(name, tensor, shapes[name][1])
+            for name, written in step.make(*map(origin.get, step.sources)).items():
+                kind = shapes[name][1]
+                yield name, tuple(in_dtype(name, part, kind) for part in _parts(written))
+
+
+def _parts(written: Written) -> tuple[Tensor, ...]:
+    return written if isinstance(written, tuple) else (written,)
 
 
 def renamed(source: str, name: str) -> Step:
@@ -98,7 +110,7 @@ def renamed(source: str, name: str) -> Step:
     return Step((source,), lambda tensor: {name: tensor})
 
 
-def changed(source: str, name: str, change: Callable[[Tensor], Tensor]) -> Step:
+def changed(source: str, name: str, change: Change) -> Step:
     """A tensor that has another name and is stored in another way."""
     return Step((source,), lambda tensor: {name: change(tensor)})
 

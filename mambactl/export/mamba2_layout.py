@@ -4,13 +4,12 @@ Ours keep x once for all query heads of a KV head, and B once for all groups tha
 convolution is depthwise, so repeating its channels with the rows of the projection changes nothing.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mambactl.export.exported_form import Origin, cannot_hold
+from mambactl.export.exported_form import Change, Origin, cannot_hold
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 
 # the first version of transformers whose Mamba-2 norms each group by itself
@@ -48,11 +47,11 @@ class Mamba2Layout:
         """Width of the mixer with all copies."""
         return self.copies * self.sizes.d_inner
 
-    def in_rows(self, tensor: Tensor) -> Tensor:
-        """Weight or bias of in_proj: rows [z, x, B, C, dt] with x, B and C repeated."""
+    def in_rows(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Weight or bias of in_proj: rows [z, x, B, C, dt] with x, B and C repeated, in parts."""
         s = self.sizes
         z, x, B, C, dt = tensor.split(list(s.in_rows))
-        return torch.cat([self.channels(z), *self._spread(x, B, C), dt])
+        return self.channels(z), *self._spread(x, B, C), dt
 
     def conv(self, tensor: Tensor) -> Tensor:
         """Weight [Ch, 1, W] or bias [Ch] of the convolution: channels [x, B, C], repeated."""
@@ -126,7 +125,7 @@ def _shared(origin: Origin, form: str) -> Mamba2Settings:
         raise cannot_hold(origin, "has layers of different sizes", form) from None
 
 
-def spreads(layout: Mamba2Layout) -> dict[str, Callable[[Tensor], Tensor]]:
+def spreads(layout: Mamba2Layout) -> dict[str, Change]:
     """Functions for the tensors of a mixer that are stored in another shape, by name."""
     return {
         "in_proj.weight": layout.in_rows,

@@ -4,15 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from mambactl.export.exported_form import Form, Origin, cannot_hold, changed, renamed
+from mambactl.export.exported_form import Change, Form, Origin, cannot_hold, changed, renamed
 from mambactl.export.mamba2_layout import Mamba2Layout, mamba2_layout, spreads
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.mamba1 import Mamba1Settings
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 
-Changes = dict[str, Callable[[Tensor], Tensor]]
+Changes = dict[str, Change]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mambactl.checkpoint.gguf_writer import Value
-from mambactl.export.exported_form import Form, Origin, Step, cannot_hold, changed, renamed
+from mambactl.export.exported_form import Change, Form, Origin, Step, cannot_hold, changed, renamed
 from mambactl.export.gguf_rotary import rotary_metadata, rotary_steps
 from mambactl.export.gguf_vocabulary import vocabulary_metadata
 from mambactl.export.mamba2_layout import Mamba2Layout, mamba2_layout, spreads
@@ -49,7 +49,7 @@ _LAYER = {
 # tensors whose names there have no ending of their own
 _WHOLE = {"mamba.A_log": "ssm_a", "mamba.D": "ssm_d", "mamba.dt_bias": "ssm_dt.bias"}
 
-Changes = dict[str, Callable[[Tensor], Tensor]]
+Changes = dict[str, Change]
 
 
 def gguf_form(origin: Origin) -> Form:

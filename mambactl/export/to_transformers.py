@@ -5,14 +5,21 @@ the native models; a model without recurrent layers is a Llama, Mistral, Qwen2 o
 vLLM and SGLang read the same folders.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mambactl.export.exported_form import Form, Origin, Step, cannot_hold, changed, renamed
+from mambactl.export.exported_form import (
+    Change,
+    Form,
+    Origin,
+    Step,
+    Written,
+    cannot_hold,
+    changed,
+    renamed,
+)
 from mambactl.export.mamba2_layout import mamba2_layout, spreads
 from mambactl.export.native_mamba import is_native, native_form, token_fields
 from mambactl.models.config import HybridConfig
@@ -170,7 +177,7 @@ def require_attention(origin: Origin, form: str) -> None:
         raise cannot_hold(origin, "has no attention layer", form, hint)
 
 
-def _granite_steps(origin: Origin, spread: dict[str, Callable[[Tensor], Tensor]]) -> list[Step]:
+def _granite_steps(origin: Origin, spread: dict[str, Change]) -> list[Step]:
     steps = []
     for name in origin.names:
         stem, _, part = name.rpartition("mlp.")
@@ -187,8 +194,8 @@ def _granite_steps(origin: Origin, spread: dict[str, Callable[[Tensor], Tensor]]
     return steps
 
 
-def _joined(name: str, *tensors: Tensor) -> dict[str, Tensor]:
-    return {name: torch.cat(tensors)}
+def _joined(name: str, *tensors: Tensor) -> dict[str, Written]:
+    return {name: tensors}
 
 
 def _with_bias(name: str, config: HybridConfig, tensor: Tensor) -> dict[str, Tensor]:

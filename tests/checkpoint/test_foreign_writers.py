@@ -106,3 +106,31 @@ def test_a_gguf_that_lacks_a_tensor_is_not_closed(tmp_path: Path) -> None:
         file.close()
     file.release()
     assert not (tmp_path / "beside.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["pickle", "gguf", "safetensors"])
+def test_a_tensor_may_come_in_parts(kind: str, tmp_path: Path) -> None:
+    from mambactl.checkpoint.container import Container
+
+    whole = torch.randn(96, 32, generator=torch.Generator().manual_seed(1))
+    file = {
+        "pickle": lambda: PickleFolder(tmp_path / "x", {}, {}, None, {}),
+        "gguf": lambda: gguf_file(tmp_path / "x", "float32"),
+        "safetensors": lambda: Container(tmp_path / "x", False, {}, {}, None),
+    }[kind]()
+    file.plan({"w": ((96, 32), torch.float32)})
+    with pytest.raises(ValueError, match="w was planned as"):
+        file.write("w", whole[:40], whole[:40])
+    with pytest.raises(ValueError, match="rows of 2 shapes"):
+        file.write("w", whole[:40], whole[40:, :5])
+    file.write("w", whole[:40], whole[40:41], whole[41:])
+    file.close()
+    if kind == "gguf":
+        found = torch.tensor(gguf.GGUFReader(tmp_path / "x").tensors[0].data)
+    elif kind == "pickle":
+        found = torch.load(tmp_path / "x/pytorch_model.bin", weights_only=True)["w"]
+    else:
+        from safetensors.torch import load_file
+
+        found = load_file(tmp_path / "x/model.safetensors")["w"]
+    assert torch.equal(found, whole)
