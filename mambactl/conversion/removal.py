@@ -32,10 +32,10 @@ from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.spec import StepContext
 
 # pairs of a weak head inside and a good one outside that are tried, without other word
-EXCHANGES = 3
+EXCHANGES = 2
 # rows are long from more than so many times the shortest on, and read for one head in so many
 LONG_ROW = 2
-LONG_SHARE = 3
+LONG_SHARE = 4
 # of text against answers: in the worth of single heads, both shares of what all of them lose, and
 # in the cost of a choice, both shares of what is lost when no head stays
 TEXT_WORTH = 0.5
@@ -101,7 +101,7 @@ class Removals:
     def _alone(self, task: console.Task) -> dict[Unit, Score]:
         """Score of the teacher with each unit narrowed alone.
 
-        On the longest rows all but the most missed third count as not missed.
+        On the longest rows all but the most missed quarter count as not missed.
         """
         lengths = [probe.length for probe in self.instruments.probes.values()]
         limit = LONG_ROW * min(lengths)
