@@ -36,6 +36,7 @@ NESTING = Bound(100, "levels", "a JSON text")
 LINE_BYTES = Bound(64 * MIB, "bytes", "a line or .txt document of data, after decompression")
 EMPTY_LINES = Bound(1_000_000, "empty lines", "the gap between two rows")
 ROW_GROUP_BYTES = Bound(2048 * MIB, "bytes", "a row group of a Parquet file, after decompression")
+TEXT_GROWTH = Bound(100_000, "times its length", "what a tokenizer.json makes of a text")
 TEXT_BYTES = Bound(64 * MIB, "bytes", "a JSON or template file")
 YAML_BYTES = Bound(256 * KIB, "bytes", "a recipe, or a YAML file of tasks")
 YAML_VALUES = Bound(100_000, "values", "a recipe, or a YAML file of tasks, aliases counted")
@@ -59,6 +60,7 @@ BOUNDS = (
     EMPTY_LINES,
     ROW_GROUP_BYTES,
     TEXT_BYTES,
+    TEXT_GROWTH,
     YAML_BYTES,
     YAML_VALUES,
     ROW_TOKENS,

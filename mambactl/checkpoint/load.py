@@ -20,6 +20,7 @@ from mambactl.checkpoint.resolve import resolve, tokenizer_folder
 from mambactl.checkpoint.safetensors_reader import FolderReader, SingleFileReader, read_lineage
 from mambactl.checkpoint.save import stored_dtype
 from mambactl.checkpoint.side_files import read_config, read_side_files
+from mambactl.checkpoint.text_growth import TOKENIZER, require_bounded_growth
 from mambactl.errors import ModelError
 from mambactl.files import CONFIG, Source
 from mambactl.foreign import AGAIN, blamed, json_object
@@ -203,12 +204,14 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
 
     source = resolve(spec)
     files, config = _tokenizer_files(source)
+    if TOKENIZER in files:
+        require_bounded_growth(files[TOKENIZER], source.path)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             data = content.encode("utf-8") if isinstance(content, str) else content
             (Path(folder) / name).write_bytes(data)
         with blamed(source.path, ", ".join(name for name in files if name != GENERATION)):
-            if "tokenizer.json" in files:
+            if TOKENIZER in files:
                 # not Auto: classes like GPT2Tokenizer rebuild the pipeline, lose digit splitting
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             else:

@@ -141,6 +141,8 @@ class HybridConfig(LlamaConfig):
             raise ValueError(f"{heads} attention heads are no multiple of {shared} key-value heads")
         if self.sees_all and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
+        if not 0 <= (self.attention_dropout or 0) < 1:
+            raise ValueError(f"attention_dropout {self.attention_dropout}: a share from 0 to 1")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown")
         if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
