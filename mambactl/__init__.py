@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mambactl.api.showing import doctor as doctor
     from mambactl.api.showing import inspect as inspect
     from mambactl.api.showing import plot as plot
+    from mambactl.api.showing import push as push
     from mambactl.api.showing import table as table
     from mambactl.api.showing import write_report as write_report
     from mambactl.api.text import Completion as Completion
@@ -65,6 +66,7 @@ _HOMES = {
     "load": "api.text",
     "plan": "api.measuring",
     "plot": "api.showing",
+    "push": "api.showing",
     "run_recipe": "api.making",
     "set_verbosity": "console",
     "sft": "api.making",

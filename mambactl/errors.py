@@ -56,7 +56,7 @@ class OutputError(MambactlError):
 
 
 class ResourceError(MambactlError):
-    """The machine cannot do it: memory, disk, GPU, or a missing optional package."""
+    """The machine or its network cannot do it: memory, disk, GPU, a missing package, the hub."""
 
     code = ExitCode.RESOURCE
 

@@ -17,6 +17,7 @@ import pytest
 
 pytest_plugins = (
     "fixtures.command_line",
+    "fixtures.hub_server",
     "fixtures.packed_rows",
     "fixtures.students",
     "fixtures.subjects",

@@ -12,6 +12,7 @@ FUNCTIONS = {
     "bench": "bench",
     "generate": "generate",
     "export": "export_model",
+    "push": "push",
     "inspect": "inspect",
     "table": "table",
     "plot": "plot",

@@ -15,7 +15,7 @@ from mambactl.commands import COMMANDS, Command
 from mambactl.console import default_out
 from mambactl.errors import ModelError, UsageError
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
-from mambactl.options.fields import settings
+from mambactl.options.fields import Shown, settings
 from mambactl.ranks import launched
 from mambactl.stage_result import StageResult
 
@@ -88,10 +88,11 @@ def show_plan(name: str, config: StageConfig, model: Spec | None) -> dict[str, o
 
 
 def _words(config: CommandConfig) -> Iterator[str]:
-    """The options as they are typed; lists are positional."""
+    """The options as they are typed."""
+    fields = type(config).model_fields
     for name, value in config.model_dump(exclude_defaults=True).items():
-        if isinstance(value, list):
-            yield from value
+        if any(isinstance(mark, Shown) and mark.positional for mark in fields[name].metadata):
+            yield from value if isinstance(value, list) else [value]
         else:
             yield from [f"--{name}"] if value is True else [f"--{name}", str(value)]
 

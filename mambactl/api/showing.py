@@ -1,7 +1,8 @@
-"""Functions of the commands that show what is there: checkpoints, results and the machine."""
+"""Functions of the commands that change no file: what is there is shown, or sent to the hub."""
 
 from mambactl.api.calls import Spec, show
 from mambactl.api.signatures import with_options
+from mambactl.options.pushing import PushConfig
 from mambactl.options.reading import (
     DoctorConfig,
     InspectConfig,
@@ -10,6 +11,27 @@ from mambactl.options.reading import (
     TableConfig,
 )
 from mambactl.stage_result import StageResult
+
+
+@with_options("push", PushConfig)
+def push(config: PushConfig, model: Spec) -> StageResult:
+    """Upload a checkpoint to the hub, with a card, and without paths and names of this machine.
+
+    A file that ends in .st is sent as a folder. A repository that holds everything already gets
+    nothing. Nothing on this disk changes.
+
+    Returns the address of the page as `text`; `metrics` name the files with their bytes, and what
+    was sent and removed.
+
+    Raises UsageError for a name that the hub does not allow and for a public repository without
+    `public`, ModelError for a checkpoint that mambactl did not make, and ResourceError without a
+    token or a connection, and for what the hub refuses.
+
+    >>> found = mambactl.push("student.st", repo="org/name", dry_run=True)
+    >>> found.text.rpartition("/")[2], "README.md" in found.metrics["files"]
+    ('name', True)
+    """
+    return show("push", config, model)
 
 
 @with_options("inspect", InspectConfig)

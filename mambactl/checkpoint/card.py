@@ -1,9 +1,13 @@
 """The README.md that a checkpoint folder carries."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mambactl.checkpoint.hub_names import hub_name
+from mambactl.metrics import markdown_row
+
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+ABOUT, ABOUT_END = "<!-- about -->", "<!-- /about -->"
 
 
 def between(text: str, begin: str, end: str, inside: str) -> str | None:
@@ -15,8 +19,17 @@ def between(text: str, begin: str, end: str, inside: str) -> str | None:
 
 def with_results(card: str, block: str) -> str:
     """A card with `block` in place of the results it had, or at its end."""
-    replaced = between(card, BEGIN, END, block)
-    return replaced or f"{card.rstrip()}\n\n{BEGIN}\n{block}\n{END}\n"
+    return _with_block(card, BEGIN, END, block)
+
+
+def with_about(card: str, block: str) -> str:
+    """A card with `block` in place of what it said of use, training and limits, or at its end."""
+    return _with_block(card, ABOUT, ABOUT_END, block)
+
+
+def _with_block(card: str, begin: str, end: str, block: str) -> str:
+    replaced = between(card, begin, end, block)
+    return replaced or f"{card.rstrip()}\n\n{begin}\n{block}\n{end}\n"
 
 
 def model_card(lineage: Mapping[str, Any], config: Any) -> str:
@@ -30,7 +43,7 @@ def model_card(lineage: Mapping[str, Any], config: Any) -> str:
         library_name="mambactl",
         pipeline_tag="text-generation",
         tags=["mambactl", "mamba", "hybrid"],
-        base_model=source if source and source.count("/") == 1 else None,
+        base_model=hub_name(source),
     )
     stages = [entry["stage"] for entry in (*lineage.get("ancestors", []), lineage)]
     lines = [
@@ -46,13 +59,78 @@ def model_card(lineage: Mapping[str, Any], config: Any) -> str:
         *_window_lines(config),
         *_metric_lines(lineage.get("metrics", {})),
         "",
-        "```",
-        'mambactl generate . -p "What is the capital of France?"',
-        "```",
+        ABOUT,
+        about(lineage, config, "."),
+        ABOUT_END,
         "",
         "The full history, recipe and versions are in `mambactl.json`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def about(lineage: Mapping[str, Any], config: Any, name: str) -> str:
+    """How the checkpoint called `name` is used, how it was trained, and what it cannot do."""
+    return "\n".join(["## Use", "", *_use(name), *_training(lineage), "", *_limits(config)])
+
+
+def _use(name: str) -> list[str]:
+    return [
+        "```python",
+        "import mambactl",
+        "",
+        f'model = mambactl.load("{name}")',
+        'print(mambactl.generate(model, "What is the capital of France?")[0].text)',
+        "```",
+        "",
+        f"`pip install mambactl` first; `mambactl generate {name} -p TEXT` does the same in a "
+        "shell, and transformers loads it with `trust_remote_code=True`.",
+    ]
+
+
+def _training(lineage: Mapping[str, Any]) -> list[str]:
+    rows = [row for entry in (*lineage.get("ancestors", []), lineage) for row in _phases(entry)]
+    if not rows:
+        return ["", "## Training", "", "No step of training: the weights are those of its source."]
+    return [
+        *("", "## Training", ""),
+        *("| stage | steps | tokens | seconds | data |", "|---|--:|--:|--:|---|"),
+        *rows,
+    ]
+
+
+def _phases(entry: Mapping[str, Any]) -> Iterator[str]:
+    """A row for every phase of a stage that trained."""
+    stage, data = entry["stage"], (entry.get("recipe") or {}).get("data") or []
+    named = ", ".join(f"`{each}`" for each in (data if isinstance(data, list) else [data]))
+    for phase, found in (entry.get("metrics") or {}).items():
+        if not isinstance(found, Mapping):
+            continue
+        counts = [found.get(key) for key in ("steps", "tokens", "seconds")]
+        if all(isinstance(count, int | float) for count in counts):
+            name = stage if phase == stage else f"{stage}, {phase}"
+            yield markdown_row([name, *(f"{count:,.0f}" for count in counts), named])
+
+
+def _limits(config: Any) -> list[str]:
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    mixers = set(fields.get("mixers") or [])
+    lines = ["## Limits", ""]
+    if mixers - {"attention"}:
+        lines += [
+            "- A recurrent layer keeps a state of fixed size: what was read long ago is recalled "
+            "less exactly than by the attention that it replaces. Measure recall at your own "
+            "lengths: `mambactl eval MODEL --recall 256,1024,4096`.",
+        ]
+    if mixers - {"attention", "mamba2"}:
+        lines += ["- Programs other than mambactl do not know all of its kinds of layers."]
+    positions = fields.get("max_position_embeddings")
+    if positions:
+        lines += [f"- Its source was made for at most {positions:,} tokens of context."]
+    return [
+        *lines,
+        "- It knows and gets wrong what its source does: facts in its text need checking, and "
+        "nothing was added for safety.",
+    ]
 
 
 def _title(source: str | None) -> str:

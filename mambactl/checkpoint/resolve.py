@@ -3,11 +3,11 @@
 import difflib
 import functools
 import os
-import re
 import threading
 from pathlib import Path
 from typing import Any
 
+from mambactl.checkpoint.hub_names import ALIASES, EMBEDDED, HUB_ID
 from mambactl.console import log
 from mambactl.errors import ModelError, ResourceError
 from mambactl.files import (
@@ -20,23 +20,6 @@ from mambactl.files import (
     partial_of,
 )
 
-ALIASES = {
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "zephyr-7b": "HuggingFaceH4/zephyr-7b-beta",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-    "mamba-130m": "state-spaces/mamba-130m",
-    "mamba-2.8b": "state-spaces/mamba-2.8b",
-    "mamba2-130m": "state-spaces/mamba2-130m",
-    "mamba2-2.7b": "state-spaces/mamba2-2.7b",
-}
-EMBEDDED = "smollm2-135m"
-
-_HUB_ID = re.compile(r"^([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
 _TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _PROBE_SECONDS = 2.0
@@ -58,7 +41,7 @@ def resolve(spec: str, revision: str | None = None) -> Source:
         return _local(spec, path)
     if spec in ALIASES:
         return Source(spec, _alias(spec, revision), "folder")
-    if match := _HUB_ID.match(spec):
+    if match := HUB_ID.match(spec):
         if not _looks_like_path(spec):
             folder = _hub(match.group(1), revision or match.group(2))
             return Source(spec, folder, "folder")
@@ -119,9 +102,14 @@ def kept_embedded() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def hub_forbidden() -> bool:
+    """Whether HF_HUB_OFFLINE says to ask no hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
 def hub_reachable() -> bool:
     """Whether the hub answers at all within two seconds (a proxy counts), name lookup included."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if hub_forbidden():
         return False
     from huggingface_hub import constants, get_session
 

@@ -88,7 +88,7 @@ class SingleFileReader(_SafetensorsReader):
         super().__init__(file, {})
         self._describe([file])
         self._where = dict.fromkeys(self._described, file)
-        metadata = _metadata(file)
+        metadata = header_metadata(file)
         if CONFIG in metadata:
             self.config = parse_config(metadata[CONFIG], file)
             self.files = {
@@ -110,7 +110,7 @@ def read_lineage(checkpoint: Path) -> dict[str, Any] | None:
     """The mambactl.json of a folder, or in the header of a single file, if it has one."""
     if checkpoint.is_dir():
         return read_folder_lineage(checkpoint)
-    return _lineage(_metadata(checkpoint), checkpoint)
+    return _lineage(header_metadata(checkpoint), checkpoint)
 
 
 def open_safetensors(file: Path) -> Any:
@@ -137,7 +137,8 @@ def open_safetensors(file: Path) -> Any:
             raise ModelError(message, AGAIN) from error
 
 
-def _metadata(file: Path) -> dict[str, str]:
+def header_metadata(file: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file; raises ModelError."""
     with open_safetensors(file) as handle:
         return handle.metadata() or {}
 

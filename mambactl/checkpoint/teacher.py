@@ -8,8 +8,9 @@ import os
 from typing import Any
 
 from mambactl import console
+from mambactl.checkpoint.hub_names import ALIASES
 from mambactl.checkpoint.load import load_lineage, needs_remote_code
-from mambactl.checkpoint.resolve import ALIASES, resolve
+from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import ModelError, UsageError
 from mambactl.files import CONFIG, Source
 from mambactl.foreign import read_object

@@ -191,6 +191,16 @@ _ROWS = (
         writes="data",
     ),
     Command(
+        "push",
+        "mambactl.options.pushing:PushConfig",
+        (
+            "mambactl push t.st org/name",
+            "mambactl push runs/smollm2-135m-distill org/name --public",
+            "mambactl distill s.st --data chat.jsonl | mambactl push - org/name",
+        ),
+        json="metrics",
+    ),
+    Command(
         "inspect",
         "mambactl.options.reading:InspectConfig",
         (

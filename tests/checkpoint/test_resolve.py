@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from mambactl.checkpoint import embedded
-from mambactl.checkpoint.resolve import ALIASES, hub_reachable, resolve
+from mambactl.checkpoint.hub_names import ALIASES
+from mambactl.checkpoint.resolve import hub_reachable, resolve
 from mambactl.errors import ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -58,6 +58,7 @@ FLAGS = {
     "--min-speedup --synthetic --acceptance --training --train-rest --compile --capture --report "
     f"{EVERY_STAGE}",
     "export": f"--to --layout --check --max-shard-gb {OUTPUT} {EVERY_STAGE}",
+    "push": "--public --dry-run --json --help",
     "inspect": "--input-len --batch-size --k --tensors --lineage --json --help",
     "table": "--into --help",
     "plot": "--out --help",

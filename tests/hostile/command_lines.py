@@ -71,6 +71,7 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "bench": ("model", "--input-len", "4", "--output-len", "2", "--iters", "1", "--device", "cpu"),
     "generate": ("model", "-p", "the river", "--max-new-tokens", "2", "--device", "cpu"),
     "export": ("model", "--no-check", "--device", "cpu"),
+    "push": ("model", "org/name", "--dry-run"),
     "inspect": ("model",),
     "table": ("bench.json",),
     "plot": ("kept",),

@@ -35,7 +35,7 @@ CODES = {code for code in ExitCode if code not in (ExitCode.BUG, 130, 143)}
 # all but tab and line feed
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # commands whose result is text of several lines, and not a path
-TEXT = {"generate", "inspect", "doctor", "table", "recipe", "spec-decode"}
+TEXT = {"generate", "push", "inspect", "doctor", "table", "recipe", "spec-decode"}
 
 
 @dataclass(frozen=True)
