@@ -69,7 +69,7 @@ def model_card(lineage: Mapping[str, Any], config: Any) -> str:
 
 
 def about(lineage: Mapping[str, Any], config: Any, name: str) -> str:
-    """How the checkpoint called `name` is used, how it was trained, and what it cannot do."""
+    """Sections Use, Training and Limits of the model card of checkpoint `name`, as Markdown."""
     return "\n".join(["## Use", "", *_use(name), *_training(lineage), "", *_limits(config)])
 
 

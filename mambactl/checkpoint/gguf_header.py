@@ -26,7 +26,7 @@ _WEIGHTS_PER_BYTE = 8
 
 
 class FileFields(Fields):
-    """What a file says whatever its architecture is."""
+    """Metadata of a GGUF that every architecture has."""
 
     file_type: int | None = Field(None, alias="general.file_type")
     bos: Token | None = Field(None, alias="tokenizer.ggml.bos_token_id")

@@ -92,7 +92,7 @@ def _mamba2(about: RecurrentFields) -> dict[str, Any]:
 
 
 def layer_changes(about: RecurrentFields) -> Mapping[str, Callable[[Tensor], Tensor]]:
-    """What makes tensors of a mixer in a file ours, by our names of them."""
+    """Functions from a mixer's tensors as GGUF stores them to ours, by our names."""
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "conv1d.weight": lambda taps: taps.unsqueeze(1),
         "A_log": lambda decay: (-decay).log(),

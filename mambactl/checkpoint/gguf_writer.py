@@ -30,7 +30,7 @@ Value = bool | int | float | str | list[int] | list[float] | list[str]
 
 @dataclass(frozen=True)
 class FileType:
-    """What most tensors of a file are stored as, and its number in llama.cpp."""
+    """The storage type of most tensors of a GGUF, and its `llama_ftype` number."""
 
     kind: Kind
     number: int

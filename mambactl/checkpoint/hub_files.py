@@ -32,7 +32,7 @@ _OTHER_DISK = "free some space, or set TMPDIR to a folder on another disk"
 
 @dataclass(frozen=True)
 class PublicFiles:
-    """What can be uploaded of a checkpoint.
+    """Files of a checkpoint for upload, without local paths and names.
 
     `weights` are files on this disk, `texts` the content of the others but for the card; `lineage`
     names no path, and `known` are the paths that it named, which `card` may name still. `base` is

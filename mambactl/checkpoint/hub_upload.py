@@ -27,7 +27,7 @@ INHERITED = ("license", "license_name", "license_link", "language")
 
 @dataclass(frozen=True)
 class Sent:
-    """What an upload changed: names of files that were sent and removed, and bytes sent."""
+    """Result of an upload: names of the files sent and removed, and the number of bytes sent."""
 
     files: tuple[str, ...]
     removed: tuple[str, ...]
@@ -161,7 +161,7 @@ def _changed(
 
 
 def _same(local: "CommitOperationAdd", remote: "RepoFile | None") -> bool:
-    """Whether the hub holds this content; a file is only read where it has the same size."""
+    """True if the remote file has the same content; hashes the local one only if sizes match."""
     from huggingface_hub.utils.sha import git_hash
 
     if remote is None or remote.size != local.upload_info.size:
@@ -193,7 +193,7 @@ def _explained(repo: str) -> Iterator[None]:
 
 
 def _raised_by_hub(error: Exception) -> bool:
-    """Whether an error came out of the library of the hub, or of one that it uses."""
+    """True if huggingface_hub, or a library below it, raised the error."""
     files = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
     return any("huggingface_hub" in file for file in files)
 

@@ -22,7 +22,8 @@ _URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@\"'`]+@")
 _ROOT = r"(?:[\w.-]+@[\w.-]+:|file://)?(?:~[\w.-]*[/\\]|/|[A-Za-z]:[/\\]|\\\\)"
 _ABSOLUTE = re.compile(rf"{_ROOT}\S")
-_HOME = re.compile(r"(?:/home|/Users|[A-Za-z]:[/\\]Users)[/\\][^/\\]+[/\\]?|/root/?")
+_SUPERUSER = "root"
+_HOME = re.compile(rf"(?:/(?:home|Users)|[A-Za-z]:[/\\]Users)[/\\][^/\\]+[/\\]?|/{_SUPERUSER}/?")
 # ends of a path inside of a text
 _END = r"\s\"'`,;<>|()\[\]{}"
 # two parts at least: </think>, <!-- /results --> and tokens/s are none

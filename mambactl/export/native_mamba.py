@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mambactl.checkpoint.adapters.mamba import native_name
 from mambactl.export.exported_form import Change, Form, Origin, cannot_hold, changed, renamed
 from mambactl.export.mamba2_layout import Mamba2Layout, mamba2_layout, spreads
 from mambactl.models.config import HybridConfig
@@ -84,20 +85,6 @@ def token_fields(config: HybridConfig) -> dict[str, Any]:
     """Special tokens, and whether the head is the embedding."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
     return {name: getattr(config, name) for name in names}
-
-
-def native_name(name: str) -> str:
-    """Our name of a tensor of a native model, as transformers spells it."""
-    match name.split("."):
-        case ["model", "embed_tokens", "weight"]:
-            return "backbone.embeddings.weight"
-        case ["model", "norm", "weight"]:
-            return "backbone.norm_f.weight"
-        case ["model", "layers", index, "input_layernorm", "weight"]:
-            return f"backbone.layers.{index}.norm.weight"
-        case ["model", "layers", index, "mamba", *rest]:
-            return f"backbone.layers.{index}.mixer.{'.'.join(rest)}"
-    return name
 
 
 def _mamba1(origin: Origin) -> NativeModel:

@@ -6,8 +6,9 @@ Its loader takes exactly the fields of its MambaConfig, pads no vocabulary that 
 
 from typing import Any
 
+from mambactl.checkpoint.adapters.mamba import native_name
 from mambactl.export.exported_form import Form, Origin, cannot_hold, changed, renamed
-from mambactl.export.native_mamba import NativeModel, is_native, native_model, native_name
+from mambactl.export.native_mamba import NativeModel, is_native, native_model
 
 _FORM = "mamba_ssm"
 _EPSILON = 1e-5

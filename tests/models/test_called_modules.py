@@ -63,17 +63,22 @@ def test_an_offloaded_model_computes_the_same(any_model, draw_ids, place, tmp_pa
             torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
+def places_of(model, head: int, odd: int | str) -> dict[str, int | str]:
+    """A device map: every second layer on `odd`, the head on `head`, all else on the first GPU."""
+    parts = [name for name, _ in model.model.named_children() if name != "layers"]
+    places: dict[str, int | str] = {f"model.{name}": 0 for name in parts} | {"lm_head": head}
+    for index in range(model.config.num_hidden_layers):
+        places[f"model.layers.{index}"] = odd if index % 2 else 0
+    return places
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cached", [False, True], ids=["whole", "cached"])
 def test_layers_of_the_gpu_s_model_may_lie_in_memory(any_model, draw_ids, cached) -> None:
     ids = draw_ids(2, LENGTH).cuda()
     expected = logits_of(copy.deepcopy(any_model).cuda(), ids, cached)
-    parts = [name for name, _ in any_model.model.named_children() if name != "layers"]
-    places = {f"model.{name}": 0 for name in parts} | {"lm_head": 0}
-    for index in range(any_model.config.num_hidden_layers):
-        places[f"model.layers.{index}"] = "cpu" if index % 2 else 0
-    offloaded = dispatch_model(any_model, places)
+    offloaded = dispatch_model(any_model, places_of(any_model, head=0, odd="cpu"))
     assert {p.device.type for p in offloaded.parameters()} == {"meta", "cuda"}
     found = logits_of(offloaded, ids, cached)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
@@ -85,11 +90,7 @@ def test_layers_of_the_gpu_s_model_may_lie_in_memory(any_model, draw_ids, cached
 def test_layers_may_lie_on_two_devices(any_model, draw_ids, cached) -> None:
     ids = draw_ids(2, LENGTH).cuda()
     expected = logits_of(copy.deepcopy(any_model).cuda(), ids, cached)
-    parts = [name for name, _ in any_model.model.named_children() if name != "layers"]
-    places = {f"model.{name}": 0 for name in parts} | {"lm_head": 1}
-    for index in range(any_model.config.num_hidden_layers):
-        places[f"model.layers.{index}"] = index % 2
-    spread = dispatch_model(any_model, places)
+    spread = dispatch_model(any_model, places_of(any_model, head=1, odd=1))
     assert {p.device.index for p in spread.parameters()} == {0, 1}
     found = logits_of(spread, ids, cached)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))

@@ -48,21 +48,45 @@ def _names(reader: Reader, tied: bool) -> dict[str, str]:
     for name in reader.names():
         if tied and name == "lm_head.weight":
             continue
-        ours[_rename(name)] = name
+        ours[_our_name(name)] = name
     return ours
 
 
-def _rename(name: str) -> str:
-    match name.split("."):
-        case ["backbone", "embeddings" | "embedding", "weight"]:
-            return "model.embed_tokens.weight"
-        case ["backbone", "norm_f", "weight"]:
-            return "model.norm.weight"
-        case ["backbone", "layers", index, "norm", "weight"]:
-            return f"model.layers.{index}.input_layernorm.weight"
-        case ["backbone", "layers", index, "mixer", *rest]:
-            return f"model.layers.{index}.mamba.{'.'.join(rest)}"
-    # left alone, so that strict loading names what it does not know
+# tensors as we call them, and as transformers does; of a layer what follows its number
+_MODEL = (
+    ("embed_tokens.weight", "embeddings.weight"),
+    ("norm.weight", "norm_f.weight"),
+)
+_LAYER = (("input_layernorm.weight", "norm.weight"), ("mamba.", "mixer."))
+_OURS, _THEIRS = "model.", "backbone."
+
+
+def native_name(name: str) -> str:
+    """The name in transformers of a tensor that we call `name`."""
+    return _translated(name, _OURS, _THEIRS, dict(_MODEL), dict(_LAYER))
+
+
+def _our_name(name: str) -> str:
+    model, layer = ({theirs: ours for ours, theirs in table} for table in (_MODEL, _LAYER))
+    # as state-spaces spells it
+    name = name.replace(f"{_THEIRS}embedding.", f"{_THEIRS}embeddings.")
+    return _translated(name, _THEIRS, _OURS, model, layer)
+
+
+def _translated(
+    name: str, root: str, other: str, model: dict[str, str], layer: dict[str, str]
+) -> str:
+    """A name with other words; one that is unknown stays, so that strict loading names it."""
+    rest = name.removeprefix(root)
+    if rest == name:
+        return name
+    if rest in model:
+        return other + model[rest]
+    match rest.split(".", 2):
+        case ["layers", index, part]:
+            for word, wanted in layer.items():
+                if part == word or (word.endswith(".") and part.startswith(word)):
+                    return f"{other}layers.{index}.{wanted}{part.removeprefix(word)}"
     return name
 
 
