@@ -6,26 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.large_checkpoint import PEAK, write_random
 
-from mambactl.checkpoint.load import empty_model, open_checkpoint
-from mambactl.checkpoint.save import CheckpointWriter
+from mambactl.checkpoint.load import open_checkpoint
 from mambactl.models.config import HybridConfig
 
-CHILD = """
-import sys
-from pathlib import Path
+CHILD = (
+    PEAK
+    + """
 from mambactl.options import ConvertConfig
 from mambactl.commands.convert import run
-def peak():
-    # not ru_maxrss, which a child inherits from the process that started it
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 base = peak()
 source, shard, *outs = sys.argv[1:]
 for out in outs:
     run(ConvertConfig(max_shard_gb=int(shard) / 1e9), source, Path(out))
     print(peak() - base)
 """
+)
 LAYERS, WIDTH, SHARD_BYTES = 36, 1024, 200 << 20
 
 
@@ -35,19 +32,7 @@ def write_large_llama(folder: Path) -> int:
         vocab_size=4096, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
         num_attention_heads=16, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
     )  # fmt: skip
-    shapes = {
-        name: (tuple(tensor.shape), torch.bfloat16)
-        for name, tensor in empty_model(config).state_dict().items()
-        if name != "lm_head.weight"
-    }
-    # bit patterns of bf16 numbers in [2^-5, 2^-4), so that making them costs little
-    noise = torch.randint(0x3D00, 0x3D80, (4 * WIDTH * WIDTH,), dtype=torch.int16)
-    with CheckpointWriter(folder, config, {}, None, max_shard_bytes=SHARD_BYTES) as writer:
-        writer.plan(shapes)
-        for name, (shape, _) in shapes.items():
-            values = noise[: torch.Size(shape).numel()]
-            writer.write(name, values.view(torch.bfloat16).view(shape))
-    return sum(2 * torch.Size(shape).numel() for shape, _ in shapes.values())
+    return write_random(folder, config, SHARD_BYTES)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
