@@ -16,6 +16,7 @@ from mambactl.foreign import reason
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
+    from huggingface_hub.errors import HfHubHTTPError
 
 Content = Path | bytes
 
@@ -198,7 +199,7 @@ def _raised_by_hub(error: Exception) -> bool:
     return any("huggingface_hub" in file for file in files)
 
 
-def _refused(repo: str, error: Any) -> ResourceError:
+def _refused(repo: str, error: "HfHubHTTPError") -> ResourceError:
     status = getattr(error.response, "status_code", None)
     owner = repo.partition("/")[0]
     said = reason(error)

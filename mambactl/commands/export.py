@@ -5,7 +5,7 @@ Memory holds a layer's tensors at most; only the comparison afterwards loads mod
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mambactl.errors import UsageError
 from mambactl.export.ahead import made_ahead
 from mambactl.export.exported_form import Form, Origin
 from mambactl.export.folder_texts import export_card, portable_tokenizer
-from mambactl.export.round_trip import compare
+from mambactl.export.round_trip import Difference, compare
 from mambactl.export.targets import TARGETS, Target
 from mambactl.files import CARD, SINGLE_FILE_SUFFIXES, Source
 from mambactl.options.exporting import ExportConfig
@@ -52,7 +52,7 @@ def run(
     if work.form.note:
         console.log(work.form.note)
     if work.difference is not None:
-        metrics |= {"difference": work.difference}
+        metrics |= {"difference": asdict(work.difference)}
         console.log(_said(work.difference))
     return StageResult(str(out), metrics)
 
@@ -73,7 +73,7 @@ class _Work:
     origin: Origin
     target: Target
     form: Form
-    difference: dict[str, Any] | None = None
+    difference: Difference | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -163,9 +163,7 @@ def _check_name(config: ExportConfig, out: Path) -> None:
         raise UsageError(f"--to {config.to} writes a folder", f"drop {out.suffix} of -o {out.name}")
 
 
-def _said(found: dict[str, Any]) -> str:
-    apart = (
-        f"{found['logits']:.2g} at most (of {found['scale']:.3g}), {found['kl']:.2g} nats a token"
-    )
-    where = f"{found['tokens']} tokens of {found['prompts']} prompts"
+def _said(found: Difference) -> str:
+    apart = f"{found.logits:.2g} at most (of {found.scale:.3g}), {found.kl:.2g} nats a token"
+    where = f"{found.tokens} tokens of {found.prompts} prompts"
     return f"the same model: on {where} logits differ by {apart}"

@@ -8,7 +8,7 @@ import gc
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,7 +68,7 @@ class _Answers:
 
 def compare(
     origin: Origin, source: Source, load: Callable[[], CausalModel], rounded_to: str | None
-) -> dict[str, Any] | None:
+) -> Difference | None:
     """The difference between a checkpoint and what `load` reads; None where memory is too small.
 
     Raises CheckError where it is larger than rounding allows: `rounded_to` names the type of the
@@ -86,7 +86,7 @@ def compare(
     with console.progress("exported", len(prompts)) as task:
         difference = _difference(answers, load(), rounded_to is None, task)
     _judge(difference, rounded_to)
-    return asdict(difference)
+    return difference
 
 
 def load_by_transformers(path: Path) -> CausalModel:

@@ -8,7 +8,6 @@ for; a mamba layer there has no biases on its projections.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +20,8 @@ from mambactl.export.native_mamba import is_native, native_model
 from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, require_foldable
 from mambactl.export.to_transformers import require_attention, require_plain_blocks
 from mambactl.models.config import HybridConfig
+from mambactl.models.mixers.mamba1 import Mamba1Settings
+from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 
 # llama.cpp asks for a context, which a model without positions has not
 _ANY_CONTEXT = 1 << 20
@@ -175,7 +176,7 @@ def _mamba2_fields(layout: Mamba2Layout) -> dict[str, Value]:
     return fields | {"ssm.inner_size": layout.d_inner, "ssm.group_count": layout.groups}
 
 
-def _ssm_fields(sizes: Any, rank: int) -> dict[str, Value]:
+def _ssm_fields(sizes: Mamba1Settings | Mamba2Settings, rank: int) -> dict[str, Value]:
     return {
         "ssm.conv_kernel": sizes.d_conv,
         "ssm.inner_size": sizes.d_inner,

@@ -7,10 +7,10 @@ from mambactl.checkpoint.load import load_model, open_strict
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import CheckError
 from mambactl.export.exported_form import Origin
-from mambactl.export.round_trip import compare
+from mambactl.export.round_trip import Difference, compare
 
 
-def compared(spec: str, change, rounded_to: str | None = None) -> dict:
+def compared(spec: str, change, rounded_to: str | None = None) -> Difference | None:
     """The comparison of a model with itself after `change(model)`."""
 
     def load():
@@ -30,8 +30,8 @@ def scaled(model, by: float) -> None:
 
 def test_the_same_model_is_the_same(source) -> None:
     found = compared(source("native2"), lambda model: None)
-    assert (found["prompts"], found["logits"], found["texts"]) == (4, 0, 0)
-    assert found["tokens"] > 100 and found["scale"] > 1 and found["kl"] < 1e-6
+    assert (found.prompts, found.logits, found.texts) == (4, 0, 0)
+    assert found.tokens > 100 and found.scale > 1 and found.kl < 1e-6
 
 
 @pytest.mark.parametrize("rounded_to", [None, "q8_0"])
@@ -45,7 +45,7 @@ def test_a_rounding_has_a_limit_of_its_own(source) -> None:
     with pytest.raises(CheckError, match="has logits that differ by"):
         compared(source("native2"), lambda model: scaled(model, near))
     found = compared(source("native2"), lambda model: scaled(model, near), "bfloat16")
-    assert 0 < found["kl"] < 1e-3
+    assert 0 < found.kl < 1e-3
     with pytest.raises(CheckError, match="nats per token from it, not 0.02"):
         compared(source("native2"), lambda model: scaled(model, 1.5), "q8_0")
 
