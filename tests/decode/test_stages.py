@@ -9,7 +9,13 @@ import torch
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.commands import generate, spec_decode
 from mambactl.decode import engine as engine_module
-from mambactl.decode.equality import first_differences, next_logits, require_equal
+from mambactl.decode.equality import (
+    first_differences,
+    float32_logits,
+    measured_logits,
+    next_logits,
+    require_equal,
+)
 from mambactl.decode.prompts import Prompt, encode
 from mambactl.errors import CheckError, ModelError, UsageError
 from mambactl.options import GenerateConfig, SpecDecodeConfig
@@ -165,6 +171,29 @@ def test_only_a_tie_of_the_two_best_logits_is_forgiven(make_hybrid):
         with pytest.raises(CheckError):
             require_equal(model, [prompt], [[best, 4]], [wrong])
     assert require_equal(model, [prompt], [[best]], [[best]]) == 0
+
+
+def test_ties_of_bfloat16_are_what_rounding_of_all_layers_explains(make_hybrid):
+    mixers = ["attention", "mamba2", "mamba2_window"]
+    model = make_hybrid(mixers, seed=3)
+    upcast = model.to(torch.bfloat16).float()
+    prompt = list(range(5, 45))
+    wanted = next_logits(upcast, prompt)
+    model = make_hybrid(mixers, seed=3).to(torch.bfloat16)
+    torch.testing.assert_close(float32_logits(model, prompt), wanted)
+    logits, error = measured_logits(model, prompt)
+    assert error == pytest.approx((next_logits(model, prompt).float() - wanted).abs().max().item())
+    assert error > torch.finfo(torch.bfloat16).eps * logits.max()
+    order = logits.argsort(descending=True).tolist()
+    near = [token for token in order[1:] if logits[order[0]] - logits[token] <= 2 * error]
+    for token in order[1:]:
+        rows = [prompt], [[order[0]]], [[token]]
+        if token in near:
+            assert require_equal(model, *rows) == 1
+        else:
+            with pytest.raises(CheckError, match="rounding moves logits there by"):
+                require_equal(model, *rows)
+    assert len(near) < len(order) / 4
 
 
 def test_a_draft_with_other_tokens_is_refused(tiny_llama_dir, draft_dir, tmp_path):
