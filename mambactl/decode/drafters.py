@@ -50,10 +50,7 @@ class ModelDrafter:
 
     def start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> None:
         """Read all but the last token of each prompt."""
-        self.sampler = sampler
-        self.cache: HybridCache = prefill(
-            self.model, [self._fit(prompt[:-1]) for prompt in prompts], recording=True
-        )
+        self.sampler, self.cache = sampler, self._read([prompt[:-1] for prompt in prompts])
         self.backlog = pad([[prompt[-1]] for prompt in prompts], self.model.device)  # [B, 1]
         self.behind = torch.ones_like(self.backlog[:, 0])  # [B], unread tokens in backlog
 
@@ -110,8 +107,9 @@ class ModelDrafter:
             return logits[:, : self.vocab_size]
         return F.pad(logits, (0, self.vocab_size - self.own_size), value=float("-inf"))
 
-    def _fit(self, tokens: Sequence[int]) -> list[int]:
-        return [min(token, self.own_size - 1) for token in tokens]
+    def _read(self, prompts: Sequence[Sequence[int]]) -> HybridCache:
+        known = [[min(token, self.own_size - 1) for token in prompt] for prompt in prompts]
+        return prefill(self.model, known, recording=True)[0]
 
 
 class NgramDrafter:

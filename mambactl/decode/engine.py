@@ -1,6 +1,7 @@
 """Draft, verify, accept, roll back: the reference decoding loop in plain PyTorch.
 
-The target holds every token of a row except the last, which is pending. A step runs
+Reading the prompts gives each row its first token. From then on the target holds every token of a
+row except the last, which is pending. A step runs
 [pending, d_1 .. d_n] through the target, keeps the accepted prefix and makes the corrected or
 bonus token the next pending one. Plain decoding is the same loop with n = 0.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mambactl.decode.accept import Proposal, Verdict, accept_greedy, accept_sampled
 from mambactl.decode.drafters import Drafter
-from mambactl.decode.prefill import pad, prefill
+from mambactl.decode.prefill import prefill
 from mambactl.decode.sampler import Sampler, SamplingParams, Stream
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import ModelError, UsageError
@@ -101,23 +102,42 @@ class Engine:
         output = Generation([[] for _ in prompts], ["length" for _ in prompts])
         stats = output.stats
         stats.rows, stats.prompt_tokens = len(prompts), sum(map(len, prompts))
+        sampler = Sampler(params, keys or range(len(prompts)), self.target.device)
         with stats.timed("prefill", self.target.device):
-            batch = self._start(prompts, params, keys or range(len(prompts)))
+            batch = self._start(prompts, sampler)
+        stats.at_once = len(prompts)
+        self._hand_over(batch, prompts, output, on_tokens)
         while batch.rows:
             self._step(batch, output, on_tokens)
         stats.tokens = sum(map(len, output.tokens))
         return output
 
-    def _start(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, keys: Sequence[int]
-    ) -> _Batch:
-        device = self.target.device
-        sampler = Sampler(params, keys, device)
-        cache = prefill(self.target, [prompt[:-1] for prompt in prompts], recording=self.k > 0)
-        if self.drafter is not None:
-            self.drafter.start(prompts, sampler)
-        pending = pad([[prompt[-1]] for prompt in prompts], device)[:, 0]  # [B]
-        return _Batch(list(range(len(prompts))), cache, pending, sampler)
+    def _start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> _Batch:
+        """Read the prompts and choose the first token of each, which is pending then."""
+        cache, hidden = prefill(self.target, prompts, recording=self.k > 0)
+        logits = self.target.lm_head(hidden)[:, None]  # [B, 1, V]
+        nothing = logits.new_zeros(len(prompts), 0, dtype=torch.long)  # [B, 0]
+        proposal = Proposal(nothing, nothing.sum(1))
+        rows = list(range(len(prompts)))
+        verdict = self._judge(sampler, logits, proposal, [0] * len(rows))
+        return _Batch(rows, cache, verdict.following, sampler)
+
+    def _hand_over(
+        self,
+        batch: _Batch,
+        prompts: Sequence[Sequence[int]],
+        output: Generation,
+        on_tokens: OnTokens | None,
+    ) -> None:
+        """Emit the first tokens, drop the rows that end with them, start the drafter."""
+        first = [[token] for token in batch.pending.tolist()]
+        params = batch.sampler.params
+        survivors = [row for row in batch.rows if _emit(row, first[row], params, output, on_tokens)]
+        if len(survivors) < len(batch.rows):
+            batch.keep(survivors)
+        if self.drafter is not None and survivors:
+            with output.stats.timed("prefill", self.target.device):
+                self.drafter.start([[*prompts[r], *first[r]] for r in survivors], batch.sampler)
 
     def _step(self, batch: _Batch, output: Generation, on_tokens: OnTokens | None) -> None:
         """Advance every unfinished row by at least one token and drop the finished ones."""
@@ -173,19 +193,17 @@ class Engine:
             n_new=1 + proposal.lengths,
             use_cache=True,
         ).logits  # [B, K + 1, V]
-        if batch.sampler.params.greedy:
-            verdict = accept_greedy(logits, proposal)
-        else:
-            verdict = self._accept_sampled(batch.sampler, logits, proposal, written)
+        verdict = self._judge(batch.sampler, logits, proposal, written)
         if self.k > 0:
             batch.cache.rollback(held + 1 + verdict.accepted)
         batch.pending = verdict.following
         return verdict
 
-    def _accept_sampled(
-        self, sampler: Sampler, logits: Tensor, proposal: Proposal, written: list[int]
-    ) -> Verdict:
-        """Give every tested and every emitted position its own uniform number."""
+    @staticmethod
+    def _judge(sampler: Sampler, logits: Tensor, proposal: Proposal, written: list[int]) -> Verdict:
+        """What logits [B, K + 1, V] keep; sampled, every position has its own uniform numbers."""
+        if sampler.params.greedy:
+            return accept_greedy(logits, proposal)
         first = torch.tensor(written, device=logits.device)  # [B]
         at = first[:, None] + torch.arange(logits.shape[1], device=logits.device)  # [B, K + 1]
         emit = sampler.uniform(at, Stream.EMIT)  # [B, K + 1]

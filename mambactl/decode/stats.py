@@ -14,12 +14,14 @@ import torch
 class DecodeStats:
     """Counts and seconds; a row step is one target pass seen by one sequence.
 
-    `histogram` and `lengths` count row steps by tokens accepted and by tokens drafted.
+    `histogram` and `lengths` count row steps by tokens accepted and by tokens drafted. Of
+    `tokens`, reading the prompts wrote `at_once`.
     """
 
     rows: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
+    at_once: int = 0
     steps: int = 0
     row_steps: int = 0
     drafted: int = 0
@@ -71,7 +73,7 @@ class DecodeStats:
     @property
     def tokens_per_step(self) -> float:
         """Tokens one sequence gains from one target pass; 1 for plain decoding."""
-        return self.tokens / self.row_steps if self.row_steps else 0.0
+        return (self.tokens - self.at_once) / self.row_steps if self.row_steps else 0.0
 
     @property
     def decode_seconds(self) -> float:
@@ -80,8 +82,9 @@ class DecodeStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second of decoding, all rows together, without prefill."""
-        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
+        """New tokens per second of decoding, all rows together, prompts apart."""
+        taken = self.decode_seconds
+        return (self.tokens - self.at_once) / taken if taken else 0.0
 
     @property
     def tokens_per_second_with_prefill(self) -> float:

@@ -21,6 +21,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from mambactl.kernels import operators, reference
 from mambactl.kernels.reference import Spans
@@ -117,13 +118,16 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(P)) v -> [B, T, H, P] for q [B, H, T, P], k and v [B, Hk, S, P].
 
-    Keys are those of `mask` [B or 1, 1, T, S], else those of `spans`, else the past; `dropout` is
-    the share of weights that are set to 0, in training.
+    Keys are those of `mask` [B or 1, 1, T, S], else those of `spans`, else the past: the queries
+    are the last T of S tokens then. `dropout` is the share of weights that are set to 0, in
+    training.
     """
     if mask is None and spans is not None:
         if _fits_triton(q, k, v) and not dropout:
             return operators.attend(q, k, v, *spans)[0]
         mask = spans.mask()
+    if mask is None and q.shape[2] != k.shape[2]:
+        mask = causal_lower_right(q.shape[2], k.shape[2])
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=True
     )

@@ -24,6 +24,11 @@ class LocalSpan(NamedTuple):
     sinks: int
     shared: int
 
+    @property
+    def before(self) -> int:
+        """Most keys that a query sees beside its own."""
+        return self.window - 1 + self.sinks
+
 
 class LocalKeys(NamedTuple):
     """What the queries of whole rows see, for every layer of one shape alike.

@@ -253,10 +253,13 @@ class HybridCache(Cache):
     """One cache object per layer, plus how many tokens each row holds.
 
     `recording=True` keeps what a rollback needs. `lengths` [B] counts tokens per row. Of the first
-    tokens that come, the prompt, the newest `revocable` can be taken back.
+    tokens that come, the prompt, the newest `revocable` can be taken back. A caller whose rows
+    stand level, those that have new tokens at least, says so by `level`: nothing asks the device
+    for lengths then, and attention needs no mask.
     """
 
     revocable = 0
+    level = False
 
     def __init__(
         self,

@@ -198,11 +198,7 @@ class HybridModel(HybridPreTrainedModel):
                 every.append(rows.restore(hidden))
                 hidden = rows.sort(every[-1])
         if cache is not None:
-            cache.advance(
-                length if n_new is None else n_new,
-                length,
-                permanent=not (cache.recording and context.sequential),
-            )
+            _advance(cache, context)
         every[-1] = hidden = rows.restore(self.norm(hidden))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -231,6 +227,18 @@ class HybridModel(HybridPreTrainedModel):
         """What the first block gets for rows [B, T] without padding or a cache."""
         hidden = _stream(self.embed_tokens(input_ids))
         return hidden, self.context(hidden, position_ids, seq_idx=seq_idx)
+
+    def read(self, input_ids: Tensor, cache: HybridCache, n_new: Tensor) -> Tensor:
+        """The stream [B, T, D] behind the last block for the first n_new [B] of tokens [B, T].
+
+        Asks the device for nothing where `cache.level`, so that a CUDA graph can hold it.
+        """
+        hidden = _stream(self.embed_tokens(input_ids))
+        context = self.context(hidden, cache=cache, n_new=n_new)
+        for layer in self.layers:
+            hidden = layer(hidden, context, cache)
+        _advance(cache, context)
+        return hidden
 
     def _cache(
         self, given: HybridCache | None, use_cache: bool | None, hidden: Tensor, packed: bool
@@ -266,15 +274,16 @@ class HybridModel(HybridPreTrainedModel):
         if position_ids is not None and cache is None:
             positions = position_ids.expand(batch, length)
         slots = length
-        if cache is not None:
-            slots = length + (int(cache.lengths.max()) if cache.seen else 0)
+        level = cache is not None and cache.level
+        if cache is not None and cache.seen:
+            slots += cache.seen if level else int(cache.lengths.max())
         first = cache is not None and cache.seen == 0
         seen = None if cache is not None else self._spans(positions, seq_idx)
         fused = dispatch.triton_missing(hidden.device) is None
-        mask = self._cached_mask(positions, slots, first) if cache is not None else None
+        mask = self._cached_mask(positions, slots, first or level) if cache is not None else None
         cursor = None if cache is None else cache.cursor(n_new)
         whole = cache is None or (first and not goes_sequentially(length, cursor, first))
-        return StepContext(
+        made = StepContext(
             positions=positions,
             rotary=self.rotary_emb(hidden, positions),
             # a mask is made once, not once per layer
@@ -285,17 +294,21 @@ class HybridModel(HybridPreTrainedModel):
             slots=slots,
             cursor=cursor,
             first=first,
-            local=self._local(batch, length, seq_idx, hidden.device) if whole else None,
+            level=level,
         )
+        return replace(made, local=self._local(made, whole))
 
-    def _local(
-        self, batch: int, length: int, seq_idx: Tensor | None, device: torch.device
-    ) -> dict[LocalSpan, LocalKeys] | None:
-        """What windows of attention beside recurrences see of whole rows [B, T]."""
-        spans = self._seeing.spans
-        if not spans:
-            return None
-        return {span: local_keys(batch, length, *span, seq_idx, device) for span in spans}
+    def _local(self, context: StepContext, whole: bool) -> dict[LocalSpan, LocalKeys]:
+        """What windows of attention beside recurrences see: of whole rows [B, T], or of rows that
+        go on, behind the keys before them.
+        """
+        batch, length = context.positions.shape
+        device, found = context.positions.device, {}
+        for span in self._seeing.spans:
+            if whole or context.continues(span):
+                columns = length if whole else span.before + length
+                found[span] = local_keys(batch, columns, *span, context.seq_idx, device)
+        return found
 
     @property
     def _seeing(self) -> "_Sight":
@@ -307,9 +320,7 @@ class HybridModel(HybridPreTrainedModel):
 
     def with_windows(self, context: StepContext) -> StepContext:
         """A context of whole rows, made by another model, with what this one's windows see."""
-        batch, length = context.positions.shape
-        local = self._local(batch, length, context.seq_idx, context.positions.device)
-        return replace(context, local=local)
+        return replace(context, local=self._local(context, whole=True))
 
     def _spans(self, positions: Tensor, seq_idx: Tensor | None) -> Spans | None:
         """What tokens [B, T] see without a cache, None where that is all of the past."""
@@ -320,16 +331,23 @@ class HybridModel(HybridPreTrainedModel):
             return None
         return spans(seq_idx, positions, window)
 
-    def _cached_mask(self, positions: Tensor, slots: int, first: bool) -> Tensor | None:
+    def _cached_mask(self, positions: Tensor, slots: int, level: bool) -> Tensor | None:
         """Allowed keys [B, 1, T, S], or None where plain causal attention is the same."""
         window = self.config.sliding_window
-        if not self._seeing.all or (first and not (window and window < slots)):
+        if not self._seeing.all or (level and not (window and window < slots)):
             return None
         query, key = positions[..., None], torch.arange(slots, device=positions.device)
         allowed = key <= query  # [B, T, S]
         if window:
             allowed = allowed & (key > query - window)
         return allowed[:, None]
+
+
+def _advance(cache: HybridCache, context: StepContext) -> None:
+    """Tell the cache that every layer has read what the context is of."""
+    columns = context.positions.shape[1]
+    permanent = not (cache.recording and context.sequential)
+    cache.advance(columns if context.n_new is None else context.n_new, columns, permanent)
 
 
 def _stream(hidden: Tensor) -> Tensor:

@@ -52,6 +52,18 @@ class KeyRing:
         keys, values = (torch.cat(pair, 2) for pair in zip(held, (keys, values), strict=True))
         return keys, values, mask[:, None]
 
+    def before(self, keys: Tensor, values: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hk, S + W - 1 + T, P]: sinks, the window before `start`, the tokens.
+
+        keys, values [B, Hk, T, P] are those of tokens from `start` [B] on, which is S + W - 1 or
+        more.
+        """
+        self._begin(keys, values)
+        sunk = torch.arange(self.span.sinks, device=start.device).expand(len(start), -1)  # [B, S]
+        near = start[:, None] + torch.arange(1 - self.span.window, 0, device=start.device)
+        held = self._read(torch.cat([sunk, near], 1))
+        return tuple(torch.cat(pair, 2) for pair in zip(held, (keys, values), strict=True))
+
     def write(
         self, keys: Tensor, values: Tensor, start: Tensor, n_new: Tensor | None, revocable: int
     ) -> None:

@@ -146,8 +146,11 @@ class PackedMixer(Protocol):
     def new_state(self, like: Tensor, size: StateSize) -> LayerState:
         """Empty state in the dtype and on the device of `like`."""
 
-    def load(self, state: LayerState, cache: LayerCache, lengths: Tensor, capacity: int) -> None:
-        """Take over what reading the prompts left in a layer's cache; `lengths` [B]."""
+    def lend(self, state: LayerState, cache: LayerCache) -> None:
+        """Let an empty cache write keys and values of all tokens where decoding reads them."""
+
+    def load(self, state: LayerState, cache: LayerCache, lengths: Tensor) -> None:
+        """Take over the rest of what reading prompts of `lengths` [B] left in a layer's cache."""
 
     def run(
         self, context: PassContext, state: LayerState, s: Residual, segment: Segment, gain: Tensor
@@ -159,6 +162,9 @@ class PackedRecurrence:
     """Base of packed mixers without keys."""
 
     out: Projection
+
+    def lend(self, state: "RecurrentState", cache: LayerCache) -> None:
+        """Nothing: no keys."""
 
     @property
     def attention(self) -> None:
@@ -237,7 +243,10 @@ def packed_conv(conv: nn.Conv1d) -> Projection:
 
 
 def load_ring(state: RecurrentState, live: Tensor, inputs: Tensor, lengths: Tensor) -> None:
-    """Put a live state and the newest inputs of the convolution [B, W-1, Ch] where a pass reads."""
+    """Put a live state and the newest inputs of the convolution [B, W-1, Ch] where a pass reads.
+
+    Asks the device for nothing.
+    """
     rows, before = len(lengths), inputs.shape[1]
     state.state[:rows] = live
     at = lengths[:, None] - before + torch.arange(before, device=lengths.device)  # [B, W-1]

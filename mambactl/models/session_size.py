@@ -29,8 +29,8 @@ class StateSize:
 
     @property
     def splits(self) -> int:
-        """Programs that share the keys of a sequence."""
-        return 16 if self.batch <= 4 else max(1, 64 // self.batch)
+        """Programs that share the keys of a sequence: a power of two, of which few are compiled."""
+        return 16 if self.batch <= 4 else max(1, 64 >> (self.batch - 1).bit_length())
 
     def window_slots(self, window: int) -> int:
         """Slots of the ring that keeps the keys of a window of so many tokens, sinks aside."""
@@ -49,7 +49,7 @@ class SessionSize:
     def holding(cls, rows: int, tokens: int, k: int) -> "SessionSize":
         """The memory for `rows` sequences that end with `tokens` tokens, prompt and new ones."""
         need = tokens + k + 2
-        return cls(1 << (rows - 1).bit_length(), _rounded_up(need, CAPACITY_STEP), k)
+        return cls(rows, _rounded_up(need, CAPACITY_STEP), k)
 
     def ring_limit(self, stores_every_step: bool) -> int:
         """Slots in use of the ring of projections that states are replayed from.

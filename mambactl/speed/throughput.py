@@ -56,7 +56,7 @@ def _measure(
     read = rows * (length - 1)
     seconds = statistics.median(run.seconds["prefill"] for run in runs)
     with torch.no_grad():
-        cache_bytes = prefill(model, prompts, recording=False).nbytes()
+        cache_bytes = prefill(model, prompts, recording=False)[0].nbytes()
     rate = statistics.median(run.tokens_per_second for run in runs)
     size = model.dtype.itemsize
     context = grid.mean_context(length)

@@ -67,13 +67,13 @@ def assert_exact(
     (session,) = engine.sessions.values()
     (other,) = plain.sessions.values()
     for row, prompt in enumerate(prompts):
-        assert_same_memory(session, other, row, len(prompt) - 1)
+        assert_same_memory(session, other, row, len(prompt))
     for row, prompt in enumerate(prompts):
         # plain decoding of few rows stores a state at every token, so also where this one is
         written = position(session, Field.BASE, row) - (len(prompt) - 1)
         assert params.max_new_tokens // 2 < written
         plain.generate(prompts, SamplingParams(max_new_tokens=written))
-        assert assert_same_memory(session, other, row, len(prompt) - 1)
+        assert assert_same_memory(session, other, row, len(prompt))
     return done
 
 

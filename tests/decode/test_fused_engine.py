@@ -106,9 +106,19 @@ def test_plain_decoding_gives_the_plain_tokens(models, expected, name) -> None:
         assert done.tokens == other.tokens == tokens
         assert done.finish == other.finish == ["length"] * batch
         assert calls == others_calls
-        for field in ("rows", "prompt_tokens", "tokens", "steps", "row_steps", "drafted"):
+        for field in (
+            "rows",
+            "prompt_tokens",
+            "tokens",
+            "at_once",
+            "steps",
+            "row_steps",
+            "drafted",
+        ):
             assert getattr(done.stats, field) == getattr(other.stats, field), field
-        assert done.stats.histogram == other.stats.histogram == {0: 14 * batch}
+        # the first token is the prompt's
+        assert done.stats.histogram == other.stats.histogram == {0: 13 * batch}
+        assert done.stats.tokens_per_step == 1
 
 
 @pytest.mark.one_in(3)
@@ -146,7 +156,7 @@ def test_steps_and_streams_are_those_of_the_plain_engine(models, expected, draft
     assert sum(n * times for n, times in stats.histogram.items()) == stats.accepted
     assert sum(n * times for n, times in stats.lengths.items()) == stats.drafted
     assert 0 <= stats.accepted - others.accepted <= 4 * k
-    assert stats.tokens == 4 * 14 <= stats.accepted + stats.row_steps
+    assert stats.tokens == 4 * 14 <= stats.accepted + stats.row_steps + stats.at_once
     if draft != "ngram":
         assert stats.drafted == k * stats.row_steps
     assert {"prefill", "verify"} <= stats.seconds.keys()
@@ -188,12 +198,14 @@ def test_the_budget_is_met_exactly(models, expected, k, budget) -> None:
 def test_several_calls_and_a_capacity_that_grows(models) -> None:
     target, drafts = models["mixed"]
     engine = fused(target, drafts["noisy"], 3)
-    for lengths in ([17], [5, 300], [17], [2, 9, 4, 1, 30], [17], [290, 3, 6]):
+    # one row uses the memory of two, but not that of five
+    batches = (([17], 1), ([5, 300], 2), ([17], 2), ([2, 9, 4, 1, 30], 5), ([17], 1), ([290, 3], 2))
+    for lengths, size in batches:
         prompts = prompts_of(lengths, seed=len(lengths))
         done = engine.generate(prompts, GREEDY)
         assert done.tokens == plain(target).generate(prompts, GREEDY).tokens, lengths
         (session,) = engine.sessions.values()
-        assert session.size == {1: 1, 2: 2, 3: 4, 5: 8}[len(lengths)]
+        assert session.size == size
         assert session.capacity >= max(lengths) + 14 + 5
 
 
@@ -339,7 +351,7 @@ def assert_same_states(engine: FusedEngine, other: FusedEngine, prompt, done) ->
     again = other.generate([prompt], SamplingParams(max_new_tokens=written))
     assert again.tokens[0] == done.tokens[0][:written]
     assert int(other.sessions[1].batch.field(Field.BASE)[0]) == base
-    assert assert_same_memory(session, other.sessions[1], 0, len(prompt) - 1)
+    assert assert_same_memory(session, other.sessions[1], 0, len(prompt))
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -350,7 +362,7 @@ def test_states_never_hear_of_rejected_drafts(models, monkeypatch, name, k) -> N
     engine = fused(target, drafts["noisy"], k)
     prompt = prompts_of([19], seed=8)[0]
     done = engine.generate([prompt], LONG)
-    assert done.stats.rejections > 3 and done.stats.accepted > 3
+    assert done.stats.rejections > 2 and done.stats.accepted > 2
     assert_same_states(engine, fused(target), prompt, done)
 
 

@@ -54,10 +54,10 @@ def built(make_hybrid):
     [
         ((1, 1022, 0), (1, 1024), (0, 8), (0, 8)),
         ((1, 1023, 0), (1, 1280), (0, 8), (0, 8)),
-        ((3, 300, 4), (4, 512), (13, 16), (13, 16)),
+        ((3, 300, 4), (3, 512), (13, 16), (13, 16)),
         ((8, 300, 0), (8, 512), (32, 32), (0, 8)),
-        ((5, 300, 4), (8, 512), (32, 32), (13, 16)),
-        ((9, 300, 12), (16, 512), (37, 64), (29, 32)),
+        ((5, 300, 4), (5, 512), (13, 16), (13, 16)),
+        ((9, 300, 12), (9, 512), (37, 64), (29, 32)),
     ],
 )
 def test_sizes(asked, room, slots, eager) -> None:
@@ -114,8 +114,8 @@ def test_the_engine_takes_the_size_that_its_rows_ask_for(built) -> None:
     engine = fused(target, draft, 4)
     engine.generate(prompts, SamplingParams(max_new_tokens=new))
     size = SessionSize.holding(len(prompts), 260 + new, 4)
-    assert (size.batch, size.capacity) == (8, 512)
-    for model, state in ((target, engine.sessions[8].target), (draft, engine.sessions[8].draft)):
+    assert (size.batch, size.capacity) == (5, 512)
+    for model, state in ((target, engine.sessions[5].target), (draft, engine.sessions[5].draft)):
         assert asdict(session_bytes(model.config, 4, size)) == held_bytes(state)
 
 

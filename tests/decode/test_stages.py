@@ -137,11 +137,13 @@ def test_check_names_the_first_wrong_token_and_the_gap(tiny_llama_dir, second_be
     model = load_model(str(tiny_llama_dir), dtype=torch.float32)
     tokenizer = load_tokenizer(str(tiny_llama_dir))
     tokens = encode(Prompt.of("the house"), tokenizer)
+    # the first token is the prompt's
+    tokens.append(int(next_logits(model, tokens).argmax()))
     logits = model(input_ids=torch.tensor([tokens])).logits[0, -1]
     best, second = logits.topk(2).indices.tolist()
     gap = (logits[best] - logits[second]).item()
     message = str(caught.value)
-    assert f"prompt 0 at new token 0: {second} instead of {best}" in message
+    assert f"prompt 0 at new token 1: {second} instead of {best}" in message
     assert f"their logits are {gap:.3g} and 0 below the best" in message
     assert caught.value.code == 7
     again = next_logits(model, tokens)

@@ -202,9 +202,9 @@ def test_a_model_reads_prompts_through_the_kernels(
     model = make_hybrid(["mamba2", "mamba1"]).to(device)
     prompts = [[*range(5, 27)], [7, 8, 9]]
     with torch.no_grad():
-        actual = prefill(model, prompts, recording=False)
+        actual = prefill(model, prompts, recording=False)[0]
         monkeypatch.setenv(dispatch.SWITCH, "reference")
-        expected = prefill(model, prompts, recording=False)
+        expected = prefill(model, prompts, recording=False)[0]
     for got, wanted in zip(actual.layers, expected.layers, strict=True):
         assert not torch.equal(got.state, wanted.state)
         torch.testing.assert_close(got.state, wanted.state, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,6 @@ from mambactl.decode.engine import Generation, OnTokens, check_prompts
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
 from mambactl.decode.gpu.step import DEPTH, MOST_EOS
-from mambactl.decode.prefill import prefill
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.kernels.decode.operations import DecodeOps
@@ -138,9 +137,11 @@ class FusedEngine:
         ks = [k for k in CHOICES if k <= self.most] if self.k == "auto" else [self.k]
         session.prepare(ks, sampled)
         with stats.timed("prefill", self.target.device):
-            self._load(session, prompts, params, keys or range(len(prompts)))
+            event = session.start(prompts, keys or range(len(prompts)), params)
+        stats.at_once = len(prompts)
         choice = Choice(session.time_steps(ks, sampled) if len(ks) > 1 else {ks[0]: 1.0})
         run = _Run(session, choice, sampled, params.max_new_tokens, output, on_tokens)
+        run.waiting.append(_Launched(0, 0, event))
         with stats.timed("verify", self.target.device):
             run.finish()
         stats.tokens = sum(map(len, output.tokens))
@@ -149,9 +150,10 @@ class FusedEngine:
     def _session(self, rows: int, longest: int) -> Session:
         """Memory and graphs for at least so many rows and tokens, kept between calls."""
         size = SessionSize.holding(rows, longest, self.most)
-        known = self.sessions.get(size.batch)
-        if known is not None and known.capacity >= size.capacity:
-            return known
+        # idle rows cost less than new memory and graphs, up to as many as there are others
+        for known in self.sessions.values():
+            if rows <= known.size <= 2 * rows and known.capacity >= size.capacity:
+                return known
         # two batches' caches need not fit at the same time
         self.sessions.clear()
         if size.capacity > self.positions:
@@ -161,21 +163,6 @@ class FusedEngine:
             self.packed, self.positions = (pack(self.target, size.capacity), draft), size.capacity
         session = self.sessions[size.batch] = Session(*self.packed, self.ops, size)
         return session
-
-    def _load(
-        self,
-        session: Session,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        keys: Sequence[int],
-    ) -> None:
-        # one prompt cache at a time: it is as large as what it is copied to
-        session.load_target(prefill(self.target, [p[:-1] for p in prompts], recording=False))
-        if isinstance(self.draft, HybridForCausalLM):
-            last = self.draft.config.vocab_size - 1
-            known = [[min(token, last) for token in prompt[:-2]] for prompt in prompts]
-            session.load_draft(prefill(self.draft, known, recording=False))
-        session.start(prompts, keys, params)
 
 
 class _Run:
@@ -197,8 +184,8 @@ class _Run:
         self.waiting: deque[_Launched] = deque()
 
     def finish(self) -> None:
-        """Run until every row is done."""
-        number = 0
+        """Run until every row is done; the first tokens are on their way."""
+        number = 1
         lag = LAG if self.session.device.type == "cuda" else 0
         while self.running:
             if self._more_needed():
@@ -238,7 +225,8 @@ class _Run:
                 # on the device the row goes on, unheard
                 self.output.finish[row] = "stop"
                 self.running.discard(row)
-        if drafted:
+        # the first tokens are the prompts', not a step's
+        if drafted and step.number:
             self.output.stats.count_step(drafted, accepted)
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from mambactl.decode.gpu.reader import Reader
 from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
 from mambactl.decode.gpu.step import Batch, Pass, Step
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
-from mambactl.models.cache import HybridCache
 from mambactl.models.session_size import SessionSize
 
 # steps of a timing
@@ -61,20 +61,25 @@ class Session:
         self.capture = Capture()
         self.seconds: dict[tuple[int, bool], float] = {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-
-    def load_target(self, cache: HybridCache) -> None:
-        """Take over what the target read of the prompts: all but the last token."""
-        self.target.load(cache, self.target_weights)
-
-    def load_draft(self, cache: HybridCache) -> None:
-        """Take over what the draft read of the prompts: all but the last two tokens."""
-        self.draft.load(cache, self.draft_weights)
+        self.reader = Reader(target, self.target, self.size, self.pool)
+        self.draft_reader: Reader | None = None
+        if self.draft is not None:
+            self.draft_reader = Reader(draft, self.draft, self.size, self.pool)
 
     def start(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[int], params: SamplingParams
-    ) -> None:
-        """Begin a batch whose caches are loaded."""
-        self.batch.start(prompts, keys, params, **self.limits)
+    ) -> torch.cuda.Event | None:
+        """Read prompts of a token or more and write the first new token of each.
+
+        The event is that of a step.
+        """
+        self.batch.start(prompts, keys, params)
+        if self.draft_reader is not None:
+            last = len(self.draft_weights.table) - 1
+            # the newest token of the target's it reads in its first pass
+            self.draft_reader.read([[min(t, last) for t in prompt[:-1]] for prompt in prompts])
+        self.step.begin(self.reader.read(prompts), sampled=not params.greedy)
+        return self._sent()
 
     def prepare(self, ks: Sequence[int], sampled: bool) -> None:
         """Compile and capture the steps with these numbers of drafts, before a batch is loaded."""
@@ -91,6 +96,7 @@ class Session:
         with torch.cuda.stream(side):
             for k in missing:
                 self.step.run(k, sampled)
+            self.step.begin(self.target.scratch.hidden[: self.size], sampled)
         torch.cuda.synchronize()
         compiled = time.perf_counter()
         for k in missing:
@@ -109,17 +115,24 @@ class Session:
             self.step.run(k, sampled)
             return None
         self.graphs[k, sampled].replay()
+        return self._sent()
+
+    def _sent(self) -> torch.cuda.Event | None:
+        """An event that tells when the mailbox of the step just started has arrived."""
+        if self.device.type != "cuda":
+            return None
         event = torch.cuda.Event()
         event.record()
         return event
 
     def time_steps(self, ks: Sequence[int], sampled: bool) -> dict[int, float]:
-        """Seconds of a step for each k, measured on the batch just loaded, which it leaves as is.
+        """Seconds of a step for each k, measured on the batch just started, which it leaves as is.
 
-        Just after loading no pass stores a state, so repeating a step only writes ring slots and
+        Just after the start no pass stores a state, so repeating a step only writes ring slots and
         cache slots that hold nothing a real step sees before it has written them itself.
         """
-        saved = [(t, t.clone()) for t in (self.batch.progress, self.batch.feed, self.batch.history)]
+        b = self.batch
+        saved = [(t, t.clone()) for t in (b.progress, b.feed, b.history, b.mailbox)]
 
         def again(k: int) -> None:
             for tensor, copy in saved:
@@ -133,7 +146,6 @@ class Session:
                 self.seconds[k, sampled] = sorted(times)[len(times) // 2]
         for tensor, copy in saved:
             tensor.copy_(copy)
-        self.batch.mailbox.zero_()
         return {k: self.seconds[k, sampled] for k in ks}
 
     def _seconds(self, step: Callable[[int], None], k: int) -> float:

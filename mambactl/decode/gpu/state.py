@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.models.cache import HybridCache
-from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 from mambactl.models.packed import (
     LayerState,
     NotSupported,
@@ -32,8 +32,9 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class PackedModel:
-    """Everything that a decode pass reads."""
+    """Everything that a decode pass reads, and the modules of the same weights, for prompts."""
 
+    source: HybridModel
     table: Tensor  # [V, D]
     layers: tuple[LayerWeights, ...]
     gain: Tensor  # [D]
@@ -61,6 +62,7 @@ def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
         mixer = layer.spec.pack(block.mixer, config, layer.settings, rotations)
         layers.append(_layer(block, mixer))
     return PackedModel(
+        source=inner,
         table=inner.embed_tokens.weight,
         layers=tuple(layers),
         gain=inner.norm.weight,
@@ -120,10 +122,15 @@ class ModelState:
         """Every tensor that outlives a pass."""
         return [tensor for layer in self.layers for tensor in layer.tensors()]
 
-    def load(self, cache: HybridCache, weights: PackedModel) -> None:
-        """Take over what reading the prompts left; rows beyond the cache's stay empty."""
+    def lend(self, cache: HybridCache, weights: PackedModel) -> None:
+        """Let an empty cache of as many rows write keys and values of all tokens here."""
         for state, held, layer in zip(self.layers, cache.layers, weights.layers, strict=True):
-            layer.mixer.load(state, held, cache.lengths, self.capacity)
+            layer.mixer.lend(state, held)
+
+    def load(self, cache: HybridCache, weights: PackedModel) -> None:
+        """Take over the rest of what reading the prompts left."""
+        for state, held, layer in zip(self.layers, cache.layers, weights.layers, strict=True):
+            layer.mixer.load(state, held, cache.lengths)
 
 
 def make_state(weights: PackedModel, ops: DecodeOps, size: StateSize, longest: int) -> ModelState:

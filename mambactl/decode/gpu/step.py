@@ -9,7 +9,7 @@ from torch import Tensor
 from mambactl.decode.gpu.state import LayerWeights, ModelState, PackedModel
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
-from mambactl.kernels.decode.reference.verdict import Field, Letter, plan_stores
+from mambactl.kernels.decode.reference.verdict import Field, Letter
 from mambactl.kernels.random import Stream, as_int64
 from mambactl.models.packed import LayerState, PassContext, Residual, Segment
 
@@ -50,28 +50,24 @@ class Batch:
         return self.progress[field]
 
     def start(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys: Sequence[int],
-        params: SamplingParams,
-        *,
-        span: int,
-        limit: int,
-        draft_limit: int,
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[int], params: SamplingParams
     ) -> None:
-        """Begin with whole prompts, of which the models hold all but the last one (two) tokens."""
+        """Begin before the first new tokens, where a commit of one token each follows.
+
+        States are then those behind whole prompts, and a draft's those before their last token.
+        """
         rows = len(prompts)
         progress = torch.zeros(len(Field), self.size, dtype=torch.int32)
         history = torch.zeros(self.size, self.capacity, dtype=torch.int32)
         feed = torch.zeros(self.size, self.feed.shape[1], dtype=torch.int32)
         for row, prompt in enumerate(prompts):
             history[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
-            feed[row, 0], feed[row, 1] = prompt[max(len(prompt) - 2, 0)], prompt[-1]
-            progress[Field.LENGTH, row] = progress[Field.BASE, row] = len(prompt) - 1
-            progress[Field.DRAFT_BASE, row] = max(len(prompt) - 2, 0)
+            feed[row, 1] = prompt[-1]
+            progress[Field.LENGTH, row] = len(prompt) - 1
+            progress[Field.BASE, row] = progress[Field.NEXT, row] = len(prompt)
+            progress[Field.DRAFT_BASE, row] = progress[Field.DRAFT_NEXT, row] = len(prompt) - 1
         progress[Field.ACTIVE, :rows] = 1
         progress[Field.BUDGET, :rows] = params.max_new_tokens
-        plan_stores(progress, span=span, limit=limit, draft_limit=draft_limit)
         self.progress.copy_(progress)
         self.history.copy_(history)
         self.feed.copy_(feed)
@@ -103,6 +99,13 @@ class Pass:
         gains = [layer.gain for layer in w.layers[1:]] + [w.gain]
         for layer, held, gain in zip(w.layers, self.state.layers, gains, strict=True):
             self._layer(layer, held, gain, s, segment)
+        return s
+
+    def enter(self, hidden: Tensor) -> Residual:
+        """The stream of hidden [B, D], scaled by the final norm."""
+        s = self._stream(len(hidden))
+        rows = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)[:, None]
+        self.ops.embed(rows, hidden, self.weights.gain, s.hidden, s.scaled, s.squares)
         return s
 
     def _stream(self, rows: int) -> Residual:
@@ -213,12 +216,19 @@ class Step:
             b.field(Field.LENGTH), b.field(Field.ACTIVE), b.field(Field.BASE), b.field(Field.NEXT),
             T=k + 1,
         )  # fmt: skip
-        stream = self.target.run(b.feed[:, 1 : 2 + k], segment)
-        drafts = b.feed[:, 2:]
+        self._conclude(self.target.run(b.feed[:, 1 : 2 + k], segment), k, sampled, drafted)
+
+    def begin(self, hidden: Tensor, sampled: bool) -> None:
+        """The first token of every sequence, from the stream [B, D] behind its prompt."""
+        self._conclude(self.target.enter(hidden), 0, sampled, None)
+
+    def _conclude(self, stream: Residual, k: int, sampled: bool, drafted: Tensor | None) -> None:
+        """Judge k drafts per sequence by the target's stream, and commit."""
+        b, drafts = self.batch, self.batch.feed[:, 2:]
         if sampled:
             self._judge(stream, k, drafts, drafted)
         else:
-            best = b.best[: segment.rows]
+            best = b.best[: b.size * (k + 1)]
             self.target.best(stream, k + 1, False, best, self.target_head)
             self.ops.verdict_greedy(best, drafts, drafted, b.accepted, b.following)
         self.ops.commit(

@@ -163,14 +163,14 @@ class PackedAttention:
         shape = (batch, self.kv_heads, slots, self.width)
         return AttentionState(like.new_zeros(shape), like.new_zeros(shape), splits, ring)
 
-    def load(
-        self, state: AttentionState, cache: AttentionCache, lengths: Tensor, capacity: int
-    ) -> None:
-        """Copy the keys and values of the prompts."""
-        rows, _, slots, _ = cache.keys.shape
-        slots = min(slots, capacity)
-        state.keys[:rows, :, :slots] = cache.keys[:, :, :slots]
-        state.values[:rows, :, :slots] = cache.values[:, :, :slots]
+    def lend(self, state: AttentionState, cache: AttentionCache) -> None:
+        """Let an empty cache write its keys and values here."""
+        cache.keys, cache.values = state.keys, state.values
+
+    def load(self, state: AttentionState, cache: AttentionCache, lengths: Tensor) -> None:
+        """Nothing: all was lent. RuntimeError where the cache outgrew that."""
+        if cache.keys is not state.keys:
+            raise RuntimeError("the keys of a prompt do not fit the session that reads it")
 
     def load_ring(self, state: AttentionState, cache: WindowedCache, lengths: Tensor) -> None:
         """Copy the sinks and the last positions of the prompts; rings may differ in size."""

@@ -8,6 +8,7 @@ y_d = sum_n C_n S[d, n] + D_d x_d;  out = out_proj(y SiLU(z))
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -199,14 +200,16 @@ class PackedMamba1(PackedRecurrence):
     piece: int
     repeat: int
 
+    @cached_property
     def ring_source(self) -> Tensor:
         """The convolution channel that holds each x column of the ring, [ring x columns]."""
-        if self.sizes.native:
-            return torch.arange(self.sizes.d_inner)
-        source = spread(self.sizes.d_inner, self.piece, self.repeat)
-        first = torch.zeros(self.sizes.x_dim, dtype=torch.long)
-        # written from the end, so that the first channel with a source wins
-        return first.scatter(0, source.flip(0), torch.arange(self.sizes.d_inner).flip(0))
+        found = torch.arange(self.sizes.d_inner)
+        if not self.sizes.native:
+            source = spread(self.sizes.d_inner, self.piece, self.repeat)
+            first = torch.zeros(self.sizes.x_dim, dtype=torch.long)
+            # written from the end, so that the first channel with a source wins
+            found = first.scatter(0, source.flip(0), found.flip(0))
+        return found.to(self.D.device)
 
     def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:
         """Empty rings and state."""
@@ -215,12 +218,9 @@ class PackedMamba1(PackedRecurrence):
         state = like.new_zeros(size.batch, s.d_inner, s.d_state, dtype=state_dtype(like))
         return RecurrentState(raw, state, *rest)
 
-    def load(
-        self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor, capacity: int
-    ) -> None:
+    def load(self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor) -> None:
         """Take over the state and the newest inputs of the convolution."""
-        source = self.ring_source().to(cache.inputs.device)
-        load_ring(state, cache.live, cache.inputs[..., source], lengths)
+        load_ring(state, cache.live, cache.inputs[..., self.ring_source], lengths)
 
     def run(
         self,

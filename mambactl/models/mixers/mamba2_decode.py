@@ -106,9 +106,7 @@ class PackedMamba2(PackedRecurrence):
         state = like.new_zeros(shape, dtype=state_dtype(like))
         return RecurrentState(raw, state, mixed)
 
-    def load(
-        self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor, capacity: int
-    ) -> None:
+    def load(self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor) -> None:
         """Take over the state and the newest inputs of the convolution."""
         load_ring(state, cache.live.mT, cache.inputs, lengths)
 

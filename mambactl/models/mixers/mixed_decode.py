@@ -32,9 +32,11 @@ class PackedMixed(PackedWindowed):
         state.kept = self.kept.new_state(like, size)
         return state
 
-    def load(
-        self, state: RecurrentState, cache: MixedCache, lengths: Tensor, capacity: int
-    ) -> None:
-        """Take over everything that reading the prompts left."""
-        super().load(state, cache, lengths, capacity)
-        self.kept.load(state.kept, cache.kept, lengths, capacity)
+    def lend(self, state: RecurrentState, cache: MixedCache) -> None:
+        """Let an empty cache write the keys and values of kept heads here."""
+        self.kept.lend(state.kept, cache.kept)
+
+    def load(self, state: RecurrentState, cache: MixedCache, lengths: Tensor) -> None:
+        """Take over everything else that reading the prompts left."""
+        super().load(state, cache, lengths)
+        self.kept.load(state.kept, cache.kept, lengths)

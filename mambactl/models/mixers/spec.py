@@ -32,8 +32,9 @@ class StepContext:
     Those are in `mask` [B, 1, T, S] or in `spans`; where both are None, all of the past. A window
     beside a recurrence sees `local`. All is made once per call of the model, for every layer.
     `seq_idx` [B, T] separates packed documents, `n_new` [B] makes rows ragged, `slots` is the
-    number of key slots attention may read, `cursor` is None without a cache. Attention keeps its
-    weights [B, H, T, S] in `maps` if there are any.
+    number of key slots attention may read, `cursor` is None without a cache, and `level` says that
+    all rows with new tokens hold equally many before them. Attention keeps its weights
+    [B, H, T, S] in `maps` if there are any.
     """
 
     positions: Tensor
@@ -44,6 +45,7 @@ class StepContext:
     slots: int = 0
     cursor: Cursor | None = None
     first: bool = False
+    level: bool = False
     spans: Spans | None = None
     local: Mapping[LocalSpan, LocalKeys] | None = None
     maps: AttentionMaps | None = None
@@ -51,6 +53,11 @@ class StepContext:
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "StepContext":
         """The same on another device; accelerate moves what it calls a layer with."""
         return _moved(self, torch.device(device), non_blocking)
+
+    def continues(self, span: LocalSpan) -> bool:
+        """Whether the tokens, with the sinks and the window before them, are like a whole row."""
+        length = self.positions.shape[1]
+        return self.level and length > span.before and self.slots - length >= span.before
 
     @property
     def sequential(self) -> bool:

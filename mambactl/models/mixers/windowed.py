@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -80,6 +81,8 @@ class WindowAttention(AttentionMixer):
         start, cursor = context.positions[:, 0], context.cursor
         if context.first and not context.sequential:
             y = attend_locally(q, k, v, self._keys(context))
+        elif context.continues(self.span):
+            y = self._attend_on(q, *cache.before(k, v, start), context)
         else:
             y = attention(q, *cache.seen(k, v, start))  # [B, T, H, P]
         revocable = 0
@@ -87,6 +90,12 @@ class WindowAttention(AttentionMixer):
             revocable = k.shape[2] + (0 if cursor.settle else int(cursor.held.max()))
         cache.write(k, v, start, context.n_new, revocable)
         return y.flatten(2)
+
+    def _attend_on(self, q: Tensor, keys: Tensor, values: Tensor, context: StepContext) -> Tensor:
+        """Outputs [B, T, H, P] of the last T tokens of rows, in time linear in T."""
+        before = self.span.before
+        q = F.pad(q, (0, 0, before, 0))
+        return attend_locally(q, keys, values, self._keys(context))[:, before:]
 
     def _keys(self, context: StepContext) -> LocalKeys:
         """Keys from the context, which has them for all layers of its own model."""
@@ -154,11 +163,12 @@ class PackedWindowed:
         state.window = self.window.new_ring(like, size)
         return state
 
-    def load(
-        self, state: RecurrentState, cache: WindowedCache, lengths: Tensor, capacity: int
-    ) -> None:
+    def lend(self, state: RecurrentState, cache: WindowedCache) -> None:
+        """Nothing: keys of windows move on."""
+
+    def load(self, state: RecurrentState, cache: WindowedCache, lengths: Tensor) -> None:
         """Take over the state, the inputs of the convolution and the window's keys."""
-        self.recurrence.load(state, cache, lengths, capacity)
+        self.recurrence.load(state, cache, lengths)
         self.window.load_ring(state.window, cache, lengths)
 
     def run(
