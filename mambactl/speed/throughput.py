@@ -52,8 +52,7 @@ def _measure(
     reset_peak(model.device)
     runs = decode(engine, subject, prompts, grid, advance)
     peak = peak_bytes(model.device)
-    # the engine keeps the last prompt token for the first decoding step
-    read = rows * (length - 1)
+    read = rows * length
     seconds = statistics.median(run.seconds["prefill"] for run in runs)
     with torch.no_grad():
         cache_bytes = prefill(model, prompts, recording=False)[0].nbytes()
@@ -61,7 +60,7 @@ def _measure(
     size = model.dtype.itemsize
     context = grid.mean_context(length)
     allowed = limit(model.config, subject.bandwidth, size, rows, context, size)
-    values = (read / seconds if read else None, rate, allowed, rate / allowed, cache_bytes, peak)
+    values = (read / seconds, rate, allowed, rate / allowed, cache_bytes, peak)
     return dict(zip(NUMBERS, values, strict=True)) | graph_numbers(engine)
 
 

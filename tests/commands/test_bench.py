@@ -146,7 +146,7 @@ def test_a_draft_of_other_tokens_is_refused(student, permuted):
 
 def test_synthetic_models_one_after_the_other(capsys):
     config = cpu(
-        synthetic="tiny,tiny-mamba2", draft="tiny-draft", k=3, acceptance=1.0, output_len=8
+        synthetic="tiny,tiny-mamba2", draft="tiny-draft", k=3, acceptance=1.0, output_len=9
     )
     result = bench.run(config, None)
     assert (result.path, result.text) == (None, "tiny,tiny-mamba2")

@@ -20,7 +20,7 @@ PLAIN = {"input_len": 8, "batch_size": 2, "decode_tokens_per_second": 10.0}
 @pytest.mark.parametrize("name", ["tiny", "tiny-mamba", "tiny-mamba2", "tiny-hybrid"])
 def test_a_perfect_draft_is_always_accepted(scripted, name):
     subject, draft = scripted(name, acceptance=1.0)
-    (point,) = speculation(subject, draft, 3, Grid([8], [2], 16, 0, 1), [PLAIN])
+    (point,) = speculation(subject, draft, 3, Grid([8], [2], 17, 0, 1), [PLAIN])
     assert point["acceptance"] == 1 and point["k"] == 3
     assert point["tokens_per_step"] == 4
     assert point["speculative_speedup"] == point["speculative_tokens_per_second"] / 10
@@ -59,7 +59,8 @@ def test_rates_are_medians_and_limits_those_of_both_models(scripted, monkeypatch
 
     monkeypatch.setattr(backend, "Engine", Timed)
     subject, draft = scripted("tiny", acceptance=1.0)
-    (point,) = speculation(subject, draft, 3, Grid([8], [2], 16, 1, 3), [PLAIN])
+    (point,) = speculation(subject, draft, 3, Grid([8], [2], 17, 1, 3), [PLAIN])
+    # the first of 17 tokens comes with the prompt
     assert point["speculative_tokens_per_second"] == 2 * 16 / 4
     allowed = speculative_limit(
         subject.model.config, draft.config, 3, 1.0, 1e9, 4, batch=2, context=16, kv_bytes=4
@@ -84,7 +85,7 @@ def test_a_draft_of_a_trimmed_vocabulary():
     draft = materialise(HybridConfig(**shape), "cpu", torch.float32, 1)
     script(draft, successor, 1)
     subject = Subject(build("tiny", "cpu", torch.float32, 0, successor), "tiny", 1e9, successor)
-    (point,) = speculation(subject, draft, 2, Grid([8], [2], 30, 0, 1), [PLAIN])
+    (point,) = speculation(subject, draft, 2, Grid([8], [2], 31, 0, 1), [PLAIN])
     assert point["tokens_per_step"] == 3
 
 

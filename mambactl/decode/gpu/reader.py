@@ -38,7 +38,7 @@ class Reader:
     """Reads the prompts of a batch through one model, into `state`.
 
     Keys and values that are kept for every token are written where decoding reads them. A length
-    is read eagerly when it comes for the first time and captured when it comes again.
+    is captured when it comes for the second time.
     """
 
     def __init__(self, weights: PackedModel, state: ModelState, batch: int, pool: object):
@@ -58,15 +58,16 @@ class Reader:
             length = graph_length(max(map(len, rows)), self.batch, self.state.capacity)
         if length is None:
             return self._in_chunks(rows)
+        tokens, n_new = pad(rows, "cpu", least=length), torch.tensor([len(row) for row in rows])
+        if length not in self.met:
+            self.met.add(length)
+            # padded too, so that a graph changes no bit
+            return self._at_once(tokens.to(self.device), n_new.to(self.device))
         if length not in self.graphs:
-            if length not in self.met:
-                self.met.add(length)
-                return self._in_chunks(rows)
             self.graphs[length] = self._capture(length)
         graph = self.graphs[length]
-        counts = torch.tensor([len(row) for row in rows])
-        graph.tokens.copy_(pad(rows, "cpu", least=length))
-        graph.n_new.copy_(counts)
+        graph.tokens.copy_(tokens)
+        graph.n_new.copy_(n_new)
         graph.graph.replay()
         return graph.last
 
@@ -74,7 +75,7 @@ class Reader:
         cache = self._cache()
         tokens = pad(rows, self.device, least=1)  # [B, T]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)  # [B]
-        last = self.weights.table.new_zeros(self.batch, self.weights.table.shape[1])
+        last = self._nothing()
         size = max(CHUNK_TOKENS // self.batch, LENGTHS[0])
         for start in range(0, tokens.shape[1], size):
             chunk = tokens[:, start : start + size]
@@ -94,24 +95,21 @@ class Reader:
         self.state.lend(cache, self.weights)
         return cache
 
+    def _at_once(self, tokens: Tensor, n_new: Tensor) -> Tensor:
+        """Read the first n_new [B] of tokens [B, L]."""
+        cache = self._cache()
+        last = self._chunk(cache, tokens, n_new, self._nothing())
+        self.state.load(cache, self.weights)
+        return last
+
+    def _nothing(self) -> Tensor:
+        return self.weights.table.new_zeros(self.batch, self.weights.table.shape[1])
+
     def _capture(self, length: int) -> _Graph:
         tokens = torch.zeros(self.batch, length, dtype=torch.long, device=self.device)
         n_new = torch.zeros(self.batch, dtype=torch.long, device=self.device)
-        last = self.weights.table.new_zeros(self.batch, self.weights.table.shape[1])
-
-        def read() -> Tensor:
-            cache = self._cache()
-            found = self._chunk(cache, tokens, n_new, last)
-            self.state.load(cache, self.weights)
-            return found
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            # compiles what this length needs; nobody's memory is in use before a batch is loaded
-            read()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        # what it launches was compiled when the length came for the first time
         with torch.cuda.graph(graph, pool=self.pool):
-            found = read()
-        return _Graph(graph, tokens, n_new, found)
+            last = self._at_once(tokens, n_new)
+        return _Graph(graph, tokens, n_new, last)
