@@ -23,8 +23,8 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
     _validate(config)
     prompts = decoding.read(config, builtin=True)
     setup = decoding.prepare(config, source, prompts)
-    plain_engine = setup.engine(plain=True, exact=config.check)
-    engine = setup.engine(exact=config.check)
+    plain_engine = setup.engine(plain=True, exact=config.check, share=False)
+    engine = setup.engine(exact=config.check, share=False)
     _warm_up(setup, plain_engine, engine)
     total = 2 * len(prompts) * config.max_new_tokens
     with console.progress(STAGE, total) as task:

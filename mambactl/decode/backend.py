@@ -39,12 +39,15 @@ def why_not(device: torch.device) -> str | None:
     return triton_missing(device)
 
 
-def make_engine(target: HybridForCausalLM, draft: Draft, k: K, exact: bool = False) -> AnyEngine:
+def make_engine(
+    target: HybridForCausalLM, draft: Draft, k: K, exact: bool = False, share: bool = True
+) -> AnyEngine:
     """An engine for `target` with `draft` (a model, "ngram" or None, which needs k = 0).
 
     `exact`: passes of few rows compute every row the same way however many rows there are, so that
-    speculative and plain decoding agree bit for bit. Whether both models mean the same tokens is
-    the caller's to check: their vocabularies may differ by padding.
+    speculative and plain decoding agree bit for bit. `share`: what prompts, also of several calls,
+    begin with together is read once; without it every call does the same work. Whether both
+    models mean the same tokens is the caller's to check: their vocabularies may differ by padding.
     """
     reason = why_not(target.device)
     if reason is None:
@@ -53,12 +56,12 @@ def make_engine(target: HybridForCausalLM, draft: Draft, k: K, exact: bool = Fal
         from mambactl.models.packed import NotSupported
 
         try:
-            return FusedEngine(target, draft, k, TritonOps.for_model(target, exact))
+            return FusedEngine(target, draft, k, TritonOps.for_model(target, exact), share)
         except NotSupported as error:
             reason = f"they do not support {error}"
     if target.device.type == "cuda":
         _say_once(f"GPU decode kernels are off ({reason}); the PyTorch reference decodes")
-    return Engine(target, _drafter(draft, target), REFERENCE_K if k == "auto" else k)
+    return Engine(target, _drafter(draft, target), REFERENCE_K if k == "auto" else k, share)
 
 
 @cache

@@ -17,6 +17,7 @@ from mambactl.decode.accept import Proposal, Verdict, accept_greedy, accept_samp
 from mambactl.decode.drafters import Drafter
 from mambactl.decode.prefill import prefill
 from mambactl.decode.sampler import Sampler, SamplingParams, Stream
+from mambactl.decode.sharing import Prefixes
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.cache import HybridCache
@@ -73,7 +74,13 @@ class _Batch:
 class Engine:
     """Decodes with `target`, helped by `drafter` with up to k tokens per step (k = 0: plain)."""
 
-    def __init__(self, target: HybridForCausalLM, drafter: Drafter | None = None, k: int = 0):
+    def __init__(
+        self,
+        target: HybridForCausalLM,
+        drafter: Drafter | None = None,
+        k: int = 0,
+        share: bool = True,
+    ):
         if (drafter is None) != (k == 0):
             raise ValueError("a drafter needs k >= 1, and k >= 1 needs a drafter")
         vocabulary = target.config.vocab_size
@@ -84,6 +91,7 @@ class Engine:
                 hint="take a draft of the target's family, or `--draft ngram`",
             )
         self.target, self.drafter, self.k = target, drafter, k
+        self.prefixes = Prefixes(target.model, share)
 
     @torch.no_grad()
     def generate(
@@ -103,9 +111,10 @@ class Engine:
         stats = output.stats
         stats.rows, stats.prompt_tokens = len(prompts), sum(map(len, prompts))
         sampler = Sampler(params, keys or range(len(prompts)), self.target.device)
+        saved = self.prefixes.saved
         with stats.timed("prefill", self.target.device):
             batch = self._start(prompts, sampler)
-        stats.at_once = len(prompts)
+        stats.at_once, stats.prompt_shared = len(prompts), self.prefixes.saved - saved
         self._hand_over(batch, prompts, output, on_tokens)
         while batch.rows:
             self._step(batch, output, on_tokens)
@@ -114,7 +123,8 @@ class Engine:
 
     def _start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> _Batch:
         """Read the prompts and choose the first token of each, which is pending then."""
-        cache, hidden = prefill(self.target, prompts, recording=self.k > 0)
+        prefix = self.prefixes.of(prompts)
+        cache, hidden = prefill(self.target, prompts, recording=self.k > 0, prefix=prefix)
         logits = self.target.lm_head(hidden)[:, None]  # [B, 1, V]
         nothing = logits.new_zeros(len(prompts), 0, dtype=torch.long)  # [B, 0]
         proposal = Proposal(nothing, nothing.sum(1))

@@ -1,4 +1,4 @@
-"""Reading prompts of different lengths into a cache."""
+"""Reading prompts of different lengths into a cache, in pieces."""
 
 from collections.abc import Sequence
 
@@ -6,41 +6,68 @@ import torch
 from torch import Tensor
 
 from mambactl.models.cache import HybridCache
-from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 
-# bounds the memory of a long prompt; a chunk continues from the cache of the one before
-PREFILL_CHUNK = 2048
+# tokens of all rows that are read at once: they bound the memory of activations
+CHUNK_TOKENS = 8192
+# a piece is no shorter, however many rows there are
+LEAST_CHUNK = 16
 
 
 def prefill(
-    model: HybridForCausalLM, prompts: Sequence[Sequence[int]], recording: bool
+    model: HybridForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    recording: bool,
+    prefix: HybridCache | None = None,
 ) -> tuple[HybridCache, Tensor]:
     """Run every prompt (possibly empty) through the model.
 
     Returns the cache, which may be rolled back to any later point than the prompts' ends when
-    `recording`, and the hidden states [B, D] of the last tokens, 0 for empty prompts.
+    `recording`, and the hidden states [B, D] of the last tokens, those of an empty stream for
+    empty prompts. Of a `prefix` of one row, with which all prompts begin, nothing is read again;
+    each goes on for a token or more.
     """
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [B]
-    cache = HybridCache(model.config, len(prompts), model.device)
-    # one column even for empty prompts, so that the cache leaves its initial state
-    tokens = pad(prompts, model.device, least=1)  # [B, T]
-    last = model.lm_head.weight.new_zeros(len(prompts), model.config.hidden_size)
-    for start in range(0, tokens.shape[1], PREFILL_CHUNK):
-        chunk = tokens[:, start : start + PREFILL_CHUNK]  # [B, <= PREFILL_CHUNK]
-        n_new = (lengths - start).clamp(0, PREFILL_CHUNK)
-        hidden = model.model(
-            input_ids=chunk, past_key_values=cache, n_new=n_new, use_cache=True
-        ).last_hidden_state  # [B, <= PREFILL_CHUNK, D]
-        last = newest(hidden, n_new, last)
+    rows = len(prompts)
+    if prefix is None:
+        cache = HybridCache(model.config, rows, model.device)
+    else:
+        cache = prefix.select(torch.zeros(rows, dtype=torch.long, device=prefix.lengths.device))
+        prompts = [prompt[prefix.seen :] for prompt in prompts]
+    last = read_in_pieces(model.model, cache, prompts)
     # what was read without recording is permanent
     cache.recording = recording
-    return cache, last
+    return cache, model.model.norm(last)
 
 
-def newest(hidden: Tensor, n_new: Tensor, last: Tensor) -> Tensor:
-    """The last of the first n_new [B] rows of hidden [B, T, D], and `last` [B, D] without any."""
+def read_in_pieces(
+    model: HybridModel, cache: HybridCache, prompts: Sequence[Sequence[int]]
+) -> Tensor:
+    """Read prompts, possibly empty, behind what all rows of a cache hold alike.
+
+    Returns the stream [B, D] behind the last tokens, 0 for empty prompts.
+    """
+    device = cache.lengths.device
+    # one column even for empty prompts, so that the cache leaves its initial state
+    tokens = pad(prompts, device, least=1)  # [B, T]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
+    last: Tensor | None = None
+    size = max(CHUNK_TOKENS // len(prompts), LEAST_CHUNK)
+    cache.level = True
+    for start in range(0, tokens.shape[1], size):
+        piece = tokens[:, start : start + size]
+        n_new = (lengths - start).clamp(0, piece.shape[1])
+        last = newest(model.read(piece, cache, n_new), n_new, last)
+    # decoding takes rows to different lengths
+    cache.level = False
+    return last
+
+
+def newest(hidden: Tensor, n_new: Tensor, last: Tensor | None = None) -> Tensor:
+    """The last of the first n_new [B] rows of hidden [B, T, D]; `last` [B, D] or 0 without any."""
     index = (n_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
-    return torch.where(n_new[:, None] > 0, hidden.gather(1, index)[:, 0], last)
+    found = hidden.gather(1, index)[:, 0]
+    last = torch.zeros_like(found) if last is None else last
+    return torch.where(n_new[:, None] > 0, found, last)
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device | str, least: int = 0) -> Tensor:

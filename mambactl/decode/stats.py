@@ -15,11 +15,13 @@ class DecodeStats:
     """Counts and seconds; a row step is one target pass seen by one sequence.
 
     `histogram` and `lengths` count row steps by tokens accepted and by tokens drafted. Of
-    `tokens`, reading the prompts wrote `at_once`.
+    `tokens`, reading the prompts wrote `at_once`; of `prompt_tokens`, `prompt_shared` were not
+    read, as other prompts begin with them.
     """
 
     rows: int = 0
     prompt_tokens: int = 0
+    prompt_shared: int = 0
     tokens: int = 0
     at_once: int = 0
     steps: int = 0
@@ -97,6 +99,7 @@ class DecodeStats:
         return {
             "rows": self.rows,
             "prompt_tokens": self.prompt_tokens,
+            "prompt_shared": self.prompt_shared,
             "tokens": self.tokens,
             "steps": self.steps,
             "drafted": self.drafted,

@@ -38,11 +38,11 @@ class Setup:
     prompts: list[list[int]]
     params: SamplingParams
 
-    def engine(self, plain: bool = False, exact: bool = False) -> AnyEngine:
+    def engine(self, plain: bool = False, exact: bool = False, share: bool = True) -> AnyEngine:
         """The engine that was asked for, or one for plain decoding."""
         if plain or self.draft is None:
-            return make_engine(self.target, None, 0, exact)
-        return make_engine(self.target, self.draft, self.k, exact)
+            return make_engine(self.target, None, 0, exact, share)
+        return make_engine(self.target, self.draft, self.k, exact, share)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Readable text of new tokens, without special ones."""

@@ -147,7 +147,9 @@ class PackedMixer(Protocol):
         """Empty state in the dtype and on the device of `like`."""
 
     def lend(self, state: LayerState, cache: LayerCache) -> None:
-        """Let an empty cache write keys and values of all tokens where decoding reads them."""
+        """Let a cache write keys and values of all tokens where decoding reads them; those that
+        it holds are copied.
+        """
 
     def load(self, state: LayerState, cache: LayerCache, lengths: Tensor) -> None:
         """Take over the rest of what reading prompts of `lengths` [B] left in a layer's cache."""

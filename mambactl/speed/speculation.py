@@ -37,7 +37,7 @@ def speculation(
 
     def measure(length: int, rows: int, advance: Callable[[], None]) -> Numbers:
         prompts = subject.prompts(length, rows, grid.seed)
-        engine = make_engine(subject.model, draft, k)
+        engine = make_engine(subject.model, draft, k, share=False)
         runs = decode(engine, subject, prompts, grid, advance)
         numbers = _numbers(subject, draft, k, runs, rows, grid.mean_context(length))
         return numbers | graph_numbers(engine, "speculative_")

@@ -48,7 +48,7 @@ def _measure(
 ) -> Numbers:
     model = subject.model
     prompts = subject.prompts(length, rows, grid.seed)
-    engine = make_engine(model, None, 0)
+    engine = make_engine(model, None, 0, share=False)
     reset_peak(model.device)
     runs = decode(engine, subject, prompts, grid, advance)
     peak = peak_bytes(model.device)

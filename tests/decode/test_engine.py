@@ -167,7 +167,7 @@ def test_long_prompts_are_read_in_chunks(targets, monkeypatch):
 
     model, plain = targets["mixed"]
     prompts, expected = plain[4]
-    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 70)
+    monkeypatch.setattr(prefill, "CHUNK_TOKENS", 70 * len(prompts))
     assert Engine(model).generate(prompts, GREEDY).tokens == expected
     assert Engine(model, ModelDrafter(model), 3).generate(prompts, GREEDY).tokens == expected
 

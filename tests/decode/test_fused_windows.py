@@ -45,7 +45,7 @@ def test_windows_in_rings_that_are_not_rounded_up(make_hybrid, monkeypatch, name
     engines = [fused(target, draft, k) for k, draft in drafts.items()]
     batches = [prompts_of(lengths, seed=9) for lengths in ([1], [90], [2], [3, 1, 40])]
     expected = [plain(target).generate(prompts, GREEDY).tokens for prompts in batches]
-    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(prefill, "CHUNK_TOKENS", 16)
     for engine in engines:
         for prompts, tokens in zip(batches, expected, strict=True):
             done = engine.generate(prompts, GREEDY)

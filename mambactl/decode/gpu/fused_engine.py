@@ -14,6 +14,7 @@ from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
 from mambactl.decode.gpu.step import DEPTH, MOST_EOS
 from mambactl.decode.sampler import SamplingParams
+from mambactl.decode.sharing import Prefixes
 from mambactl.errors import UsageError
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Finish, Letter
@@ -91,6 +92,7 @@ class FusedEngine:
         draft: HybridForCausalLM | str | None,
         k: K,
         ops: DecodeOps,
+        share: bool = True,
     ):
         if (draft is None) != (k == 0):
             raise ValueError("a draft needs k >= 1 or auto, and k >= 1 needs a draft")
@@ -99,9 +101,11 @@ class FusedEngine:
         self.packed: tuple[PackedModel, PackedModel | str | None] | None = None
         self.positions = 0
         self.sessions: dict[int, Session] = {}
+        self.prefixes: tuple[Prefixes, Prefixes | None] = Prefixes(target.model, share), None
         pack(target, 1)
         if isinstance(draft, HybridForCausalLM):
             pack(draft, 1)
+            self.prefixes = self.prefixes[0], Prefixes(draft.model, share)
 
     @torch.no_grad()
     def generate(
@@ -136,9 +140,10 @@ class FusedEngine:
         session = self._session(len(prompts), longest)
         ks = [k for k in CHOICES if k <= self.most] if self.k == "auto" else [self.k]
         session.prepare(ks, sampled)
+        saved = self.prefixes[0].saved
         with stats.timed("prefill", self.target.device):
             event = session.start(prompts, keys or range(len(prompts)), params)
-        stats.at_once = len(prompts)
+        stats.at_once, stats.prompt_shared = len(prompts), self.prefixes[0].saved - saved
         choice = Choice(session.time_steps(ks, sampled) if len(ks) > 1 else {ks[0]: 1.0})
         run = _Run(session, choice, sampled, params.max_new_tokens, output, on_tokens)
         run.waiting.append(_Launched(0, 0, event))
@@ -161,7 +166,8 @@ class FusedEngine:
             if isinstance(draft, HybridForCausalLM):
                 draft = pack(draft, size.capacity)
             self.packed, self.positions = (pack(self.target, size.capacity), draft), size.capacity
-        session = self.sessions[size.batch] = Session(*self.packed, self.ops, size)
+        session = Session(*self.packed, self.ops, size, self.prefixes)
+        self.sessions[size.batch] = session
         return session
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mambactl.decode.gpu.reader import Reader
+from mambactl.decode.gpu.prompt_reader import Reader
 from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
 from mambactl.decode.gpu.step import Batch, Pass, Step
 from mambactl.decode.sampler import SamplingParams
+from mambactl.decode.sharing import Prefixes
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.models.session_size import SessionSize
 
@@ -35,6 +36,7 @@ class Session:
         draft: PackedModel | str | None,
         ops: DecodeOps,
         size: SessionSize,
+        prefixes: tuple[Prefixes | None, Prefixes | None] = (None, None),
     ):
         self.size, self.capacity, self.k = size.batch, size.capacity, size.k
         self.device = device = target.table.device
@@ -61,10 +63,10 @@ class Session:
         self.capture = Capture()
         self.seconds: dict[tuple[int, bool], float] = {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.reader = Reader(target, self.target, self.size, self.pool)
+        self.reader = Reader(target, self.target, self.size, prefixes[0], self.pool)
         self.draft_reader: Reader | None = None
         if self.draft is not None:
-            self.draft_reader = Reader(draft, self.draft, self.size, self.pool)
+            self.draft_reader = Reader(draft, self.draft, self.size, prefixes[1], self.pool)
 
     def start(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[int], params: SamplingParams

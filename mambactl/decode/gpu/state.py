@@ -123,7 +123,7 @@ class ModelState:
         return [tensor for layer in self.layers for tensor in layer.tensors()]
 
     def lend(self, cache: HybridCache, weights: PackedModel) -> None:
-        """Let an empty cache of as many rows write keys and values of all tokens here."""
+        """Let a cache of as many rows write keys and values of all tokens here."""
         for state, held, layer in zip(self.layers, cache.layers, weights.layers, strict=True):
             layer.mixer.lend(state, held)
 

@@ -164,7 +164,11 @@ class PackedAttention:
         return AttentionState(like.new_zeros(shape), like.new_zeros(shape), splits, ring)
 
     def lend(self, state: AttentionState, cache: AttentionCache) -> None:
-        """Let an empty cache write its keys and values here."""
+        """Let a cache write its keys and values here, behind those that it holds."""
+        if cache.keys is not None:
+            slots = min(cache.keys.shape[2], state.keys.shape[2])
+            state.keys[:, :, :slots] = cache.keys[:, :, :slots]
+            state.values[:, :, :slots] = cache.values[:, :, :slots]
         cache.keys, cache.values = state.keys, state.values
 
     def load(self, state: AttentionState, cache: AttentionCache, lengths: Tensor) -> None:

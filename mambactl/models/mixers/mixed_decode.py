@@ -33,7 +33,7 @@ class PackedMixed(PackedWindowed):
         return state
 
     def lend(self, state: RecurrentState, cache: MixedCache) -> None:
-        """Let an empty cache write the keys and values of kept heads here."""
+        """Let a cache write the keys and values of kept heads here, behind those that it holds."""
         self.kept.lend(state.kept, cache.kept)
 
     def load(self, state: RecurrentState, cache: MixedCache, lengths: Tensor) -> None:

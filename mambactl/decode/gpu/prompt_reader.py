@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from mambactl.decode.gpu.state import ModelState, PackedModel
-from mambactl.decode.prefill import newest, pad
+from mambactl.decode.prefill import newest, pad, read_in_pieces
+from mambactl.decode.sharing import Prefixes
 from mambactl.models.cache import HybridCache
 
-# tokens of all rows that are read at once: they bound the memory of activations
-CHUNK_TOKENS = 8192
 # lengths that graphs are made for; a shorter prompt is padded, below twice its tokens
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 # tokens of all rows up to which launching kernels takes longer than running them
@@ -41,8 +40,16 @@ class Reader:
     is captured when it comes for the second time.
     """
 
-    def __init__(self, weights: PackedModel, state: ModelState, batch: int, pool: object):
-        self.weights, self.state, self.batch, self.pool = weights, state, batch, pool
+    def __init__(
+        self,
+        weights: PackedModel,
+        state: ModelState,
+        batch: int,
+        prefixes: Prefixes | None = None,
+        pool: object = None,
+    ):
+        self.weights, self.state, self.batch = weights, state, batch
+        self.prefixes, self.pool = prefixes, pool
         self.device = weights.table.device
         self.graphs: dict[int, _Graph] = {}
         self.met: set[int] = set()
@@ -57,7 +64,9 @@ class Reader:
         if self.device.type == "cuda":
             length = graph_length(max(map(len, rows)), self.batch, self.state.capacity)
         if length is None:
-            return self._in_chunks(rows)
+            # a graph is faster than two passes
+            prefix = None if self.prefixes is None else self.prefixes.of(prompts)
+            return self._in_pieces(rows, prefix)
         tokens, n_new = pad(rows, "cpu", least=length), torch.tensor([len(row) for row in rows])
         if length not in self.met:
             self.met.add(length)
@@ -71,39 +80,34 @@ class Reader:
         graph.graph.replay()
         return graph.last
 
-    def _in_chunks(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        cache = self._cache()
-        tokens = pad(rows, self.device, least=1)  # [B, T]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)  # [B]
-        last = self._nothing()
-        size = max(CHUNK_TOKENS // self.batch, LENGTHS[0])
-        for start in range(0, tokens.shape[1], size):
-            chunk = tokens[:, start : start + size]
-            n_new = (lengths - start).clamp(0, chunk.shape[1])
-            last = self._chunk(cache, chunk, n_new, last)
+    def _in_pieces(self, rows: Sequence[Sequence[int]], prefix: HybridCache | None) -> Tensor:
+        cache = self._cache(prefix)
+        known = 0 if prefix is None else prefix.seen
+        last = read_in_pieces(self.weights.source, cache, [row[known:] for row in rows])
         self.state.load(cache, self.weights)
         return last
 
-    def _chunk(self, cache: HybridCache, tokens: Tensor, n_new: Tensor, last: Tensor) -> Tensor:
-        """Read the first n_new [B] of tokens [B, T]; `last` [B, D] is that of rows without any."""
-        return newest(self.weights.source.read(tokens, cache, n_new), n_new, last)
+    def _cache(self, prefix: HybridCache | None = None) -> HybridCache:
+        """A cache that shares the memory of `state` where the two hold the same.
 
-    def _cache(self) -> HybridCache:
-        """An empty cache that shares the memory of `state` where the two hold the same."""
-        cache = HybridCache(self.weights.source.config, self.batch, self.device)
-        cache.level = True
+        It is empty, or holds what `prefix` does, once for every row.
+        """
+        if prefix is None:
+            cache = HybridCache(self.weights.source.config, self.batch, self.device)
+        else:
+            cache = prefix.copies(self.batch)
         self.state.lend(cache, self.weights)
+        for layer in cache.layers:
+            layer.replace_tensors(Tensor.contiguous)
         return cache
 
     def _at_once(self, tokens: Tensor, n_new: Tensor) -> Tensor:
         """Read the first n_new [B] of tokens [B, L]."""
         cache = self._cache()
-        last = self._chunk(cache, tokens, n_new, self._nothing())
+        cache.level = True
+        last = newest(self.weights.source.read(tokens, cache, n_new), n_new)
         self.state.load(cache, self.weights)
         return last
-
-    def _nothing(self) -> Tensor:
-        return self.weights.table.new_zeros(self.batch, self.weights.table.shape[1])
 
     def _capture(self, length: int) -> _Graph:
         tokens = torch.zeros(self.batch, length, dtype=torch.long, device=self.device)

@@ -5,8 +5,8 @@ import torch
 from decode.engines import NATIVE1, NATIVE2, ROTARY, fused, plain, prompts_of
 from decode.memory import poisoned
 
-from mambactl.decode.gpu import reader as reader_module
-from mambactl.decode.gpu.reader import GRAPH_TOKENS, LENGTHS, Reader, graph_length
+from mambactl.decode import prefill as prefill_module
+from mambactl.decode.gpu.prompt_reader import GRAPH_TOKENS, LENGTHS, Reader, graph_length
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import pack
 from mambactl.decode.prefill import prefill
@@ -38,7 +38,7 @@ def model(request, make_hybrid):
 
 @pytest.fixture
 def pieces_of_20(monkeypatch) -> None:
-    monkeypatch.setattr(reader_module, "CHUNK_TOKENS", 20 * len(RAGGED))
+    monkeypatch.setattr(prefill_module, "CHUNK_TOKENS", 20 * len(RAGGED))
 
 
 def stand(model, batch: int, capacity: int = 256) -> tuple[Session, Reader]:
@@ -75,7 +75,7 @@ def test_pieces_leave_what_whole_prompts_leave(model, monkeypatch, pieces_of_20)
     with poisoned(monkeypatch):
         session, reader = stand(model, len(prompts))
         last, state = reader.read(prompts), held(session, RAGGED)
-        monkeypatch.setattr(reader_module, "CHUNK_TOKENS", 10_000)
+        monkeypatch.setattr(prefill_module, "CHUNK_TOKENS", 10_000)
         other, whole = stand(model, len(prompts))
         assert_alike([last, *state], [whole.read(prompts), *held(other, RAGGED)], 1e-5)
         # and the memory of another batch is no obstacle
@@ -137,14 +137,14 @@ def test_graphs_leave_what_eager_reading_leaves(model, ops, monkeypatch) -> None
             for length in around:
                 rows = [length, max(length // 3, 1)][: max(batch - 1, 1)]
                 prompts = prompts_of(rows, seed=length)
-                wanted = []
-                for read in (other.reader._in_chunks, *[session.reader.read] * 3):
-                    owner = other if not wanted else session
-                    whole = [*prompts, *[[]] * (batch - len(prompts))]
-                    last = read(whole)[: len(rows)].clone()
-                    wanted.append([last, *held(owner, rows)])
-                    assert_alike(wanted[-1], wanted[0], 1e-4)
-                    assert_alike(wanted[-1], wanted[min(len(wanted) - 1, 1)], 0)
+                whole = [*prompts, *[[]] * (batch - len(prompts))]
+                last = other.reader._in_pieces(whole, None)
+                found = [[last[: len(rows)].clone(), *held(other, rows)]]
+                for _ in range(3):
+                    last = session.reader.read(prompts)[: len(rows)].clone()
+                    found.append([last, *held(session, rows)])
+                    assert_alike(found[-1], found[0], 1e-4)
+                    assert_alike(found[-1], found[1], 0)
             captured = {graph_length(n, batch, 2304) for n in around} - {None}
             assert set(session.reader.graphs) == captured
 
