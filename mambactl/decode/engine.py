@@ -17,7 +17,7 @@ from mambactl.decode.accept import Proposal, Verdict, accept_greedy, accept_samp
 from mambactl.decode.drafters import Drafter
 from mambactl.decode.prefill import prefill
 from mambactl.decode.sampler import Sampler, SamplingParams, Stream
-from mambactl.decode.sharing import Prefixes
+from mambactl.decode.shared_prefix import Prefixes
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.cache import HybridCache

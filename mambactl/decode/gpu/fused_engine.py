@@ -14,7 +14,7 @@ from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
 from mambactl.decode.gpu.step import DEPTH, MOST_EOS
 from mambactl.decode.sampler import SamplingParams
-from mambactl.decode.sharing import Prefixes
+from mambactl.decode.shared_prefix import Prefixes
 from mambactl.errors import UsageError
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Finish, Letter

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambactl.decode.gpu.state import ModelState, PackedModel
 from mambactl.decode.prefill import newest, pad, read_in_pieces
-from mambactl.decode.sharing import Prefixes
+from mambactl.decode.shared_prefix import Prefixes
 from mambactl.models.cache import HybridCache
 
 # lengths that graphs are made for; a shorter prompt is padded, below twice its tokens

@@ -10,7 +10,7 @@ from mambactl.decode.gpu.prompt_reader import Reader
 from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
 from mambactl.decode.gpu.step import Batch, Pass, Step
 from mambactl.decode.sampler import SamplingParams
-from mambactl.decode.sharing import Prefixes
+from mambactl.decode.shared_prefix import Prefixes
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.models.session_size import SessionSize
 

@@ -5,7 +5,7 @@ import torch
 from decode.engines import NATIVE1, fused, plain
 
 from mambactl.decode.sampler import SamplingParams
-from mambactl.decode.sharing import LEAST_SHARED, Prefixes, common
+from mambactl.decode.shared_prefix import LEAST_SHARED, Prefixes, common
 from mambactl.models.key_ring import WindowSettings
 
 SPAN = WindowSettings(window=9, sinks=3)
