@@ -8,6 +8,7 @@ On CUDA, bf16 or fp32:
   flow back from the state it returns);
 - everything else, and everything on a CPU: the reference, to which the others are equal up to
   rounding. bf16 products round their operands, the reference multiplies in fp32.
+Norms, SwiGLU and rotations run as one kernel each in inference, fp16 too, and else as PyTorch's.
 `MAMBACTL_KERNELS=reference` in the environment turns all but the reference off.
 """
 
@@ -28,6 +29,9 @@ from mambactl.kernels.reference import Spans
 
 SWITCH = "MAMBACTL_KERNELS"
 LEAST_CAPABILITY = (8, 0)
+# of tensors that a fused kernel reads: no subclass with operations of its own, sharded ones say
+PLAIN = (Tensor, torch.nn.Parameter)
+FUSED = (torch.bfloat16, torch.float16, torch.float32)
 # the state of every chunk passes through memory four times, so Triton's are long
 TRITON_CHUNK = 128
 # functions of mamba-ssm, each with its module
@@ -134,6 +138,56 @@ def attention(
     return y.transpose(1, 2)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm`."""
+    if _fuses(x, weight) and weight.dtype == x.dtype and weight.shape == x.shape[-1:]:
+        from mambactl.kernels.sequence import norm as kernel
+
+        with torch.cuda.device_of(x):
+            return kernel.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`reference.swiglu`."""
+    if _fuses(gate, up) and up.dtype == gate.dtype and up.shape == gate.shape:
+        from mambactl.kernels.sequence import pointwise as kernel
+
+        with torch.cuda.device_of(gate):
+            return kernel.swiglu(gate, up)
+    return reference.swiglu(gate, up)
+
+
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`reference.rotated`."""
+    same = cos.dtype == sin.dtype == states.dtype
+    if _fuses(states, cos, sin) and same and states.ndim == 4 and states.shape[3] % 2 == 0:
+        from mambactl.kernels.sequence import pointwise as kernel
+
+        with torch.cuda.device_of(states):
+            return kernel.rotated(states, cos, sin)
+    return reference.rotated(states, cos, sin)
+
+
+def gated_norm(
+    y: Tensor,
+    z: Tensor,
+    x: Tensor,
+    D: Tensor,
+    weight: Tensor,
+    groups: int,
+    eps: float,
+    kind: torch.dtype,
+) -> Tensor:
+    """`reference.gated_norm`."""
+    if _fuses(y, z, x, D, weight) and kind in FUSED:
+        from mambactl.kernels.sequence import norm as kernel
+
+        with torch.cuda.device_of(y):
+            return kernel.gated_norm(y, z, x, D, weight, groups, eps, kind)
+    return reference.gated_norm(y, z, x, D, weight, groups, eps, kind)
+
+
 def backends(device: torch.device | str = "cuda") -> dict[str, str | None]:
     """Implementations besides the reference, each with why it is off (None when it is live)."""
     return {"triton": triton_missing(device), "mamba-ssm": mamba_ssm_missing(device)}
@@ -218,6 +272,17 @@ def _takes_operators(*inputs: Tensor | None) -> bool:
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _fuses(*inputs: Tensor) -> bool:
+    """Whether one kernel without gradients may stand for several operations on these tensors."""
+    x = inputs[0]
+    return (
+        not _takes_operators(*inputs)
+        and all(type(t) in PLAIN and t.dtype in FUSED and t.device == x.device for t in inputs)
+        and x.numel() > 0
+        and triton_missing(x.device) is None
+    )
 
 
 def _fits_triton(x: Tensor, *others: Tensor) -> bool:

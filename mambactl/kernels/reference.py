@@ -8,8 +8,9 @@ Mamba-1 (selective scan, arXiv 2312.00752), per channel d and state index n:
     y_t[d] = sum_n C_t[n] S_t[d, n]
 Rotary positions (RoFormer, arXiv 2104.09864) rotate queries and keys, and B and C of rotary states:
 what a state returns for C_t of B_s then depends on t - s as the teacher's scores do.
-The skip D x, the gate and the norms belong to the mixers. All arithmetic is fp32 or, for fp64
-input, fp64; states never have less than fp32.
+What stands around them is here as well: `rms_norm`, `swiglu`, and the skip D x, gate and norm of a
+Mamba-2 mixer in `gated_norm`. Arithmetic of states is fp32 or, for fp64 input, fp64; states never
+have less than fp32.
 
 Letters: B batch, T tokens, H heads, P head dim, N state, G groups, Ch channels, W conv width.
 `seq_idx` [B, T] numbers the documents of a packed row: states and convolutions reset where it
@@ -28,6 +29,7 @@ from torch import Tensor
 Records = tuple[Tensor, ...]
 # (state, *records of one token, query or None) -> (output or None, next state)
 Step = Callable[..., tuple[Tensor | None, Tensor]]
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -360,3 +362,43 @@ def still(rotation: Tensor, value: float, half: int | None = None) -> Tensor:
     """
     channel = torch.arange(rotation.shape[-1], device=rotation.device)
     return rotation.masked_fill(channel % (half or rotation.shape[-1]) == 0, value)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] / sqrt(mean(x^2) + eps) times weight [D], rounded where Llama's is."""
+    if weight.dtype == x.dtype and x.dtype not in HALVES:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # a half is rounded before the weight multiplies it
+    return weight * F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) up, the SiLU rounded to its dtype (arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+def skip(x: Tensor, D: Tensor) -> Tensor:
+    """D x [B, T, H, P] for x [B, T, Hx, P] and D [H], with no copies of heads that H / Hx share."""
+    x = x.to(state_dtype(x))
+    scale = D.to(x.dtype).unflatten(0, (x.shape[-2], -1, 1))  # [Hx, H / Hx, 1]
+    return (scale * x.unsqueeze(-2)).flatten(-3, -2)
+
+
+def gated_norm(
+    y: Tensor,
+    z: Tensor,
+    x: Tensor,
+    D: Tensor,
+    weight: Tensor,
+    groups: int,
+    eps: float,
+    kind: torch.dtype,
+) -> Tensor:
+    """RMSNorm of (y + D x) SiLU(z) within each of `groups` equal slices, times weight, as `kind`.
+
+    y [B, T, H, P], z [B, T, H P], x [B, T, Hx, P], D [H], weight [H P] -> [B, T, H P].
+    """
+    y = (y + skip(x, D)).flatten(-2)  # [B, T, H P]
+    grouped = (y * F.silu(z.to(y.dtype))).unflatten(-1, (groups, -1))  # [B, T, G, H P / G]
+    normed = F.rms_norm(grouped, grouped.shape[-1:], None, eps)
+    return (normed.flatten(-2) * weight.to(y.dtype)).to(kind)

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from mambactl.kernels import dispatch
@@ -30,6 +30,7 @@ from mambactl.models.generating import HybridGenerationMixin, require_own
 from mambactl.models.mixers.attention import RMSNorm
 from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import StepContext, goes_sequentially
+from mambactl.models.mlp import GatedMLP
 from mambactl.models.outputs import chosen, joined, refuse_unknown
 from mambactl.models.pretrained import HybridPreTrainedModel
 from mambactl.models.ragged import AttentionMaps, Ragged, documents, without_padding
@@ -61,7 +62,7 @@ class HybridBlock(GradientCheckpointingLayer):
         self.has_mlp = config.has_mlp
         if self.has_mlp:
             self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mlp = LlamaMLP(config)
+            self.mlp = GatedMLP(config)
 
     @property
     def mixer(self) -> nn.Module:

@@ -211,6 +211,107 @@ def test_a_model_reads_prompts_through_the_kernels(
         torch.testing.assert_close(got.inputs, wanted.inputs, rtol=1e-4, atol=1e-5)
 
 
+# operations that one kernel does in inference, each with its inputs as widths of random numbers
+FUSIONS = {
+    "rms_norm": lambda draw: (draw(2, 5, 24), draw(24), 1e-5),
+    "swiglu": lambda draw: (draw(2, 5, 24), draw(2, 5, 24)),
+    "rotated": lambda draw: (draw(2, 3, 5, 8), draw(2, 1, 5, 8), draw(2, 1, 5, 8)),
+    "gated_norm": lambda draw: (
+        draw(2, 5, 4, 6), draw(2, 5, 24), draw(2, 5, 2, 6), draw(4), draw(24), 4, 1e-5,
+        torch.float32,
+    ),
+}  # fmt: skip
+
+
+def arguments_of(name: str, device: str = "cpu") -> tuple:
+    draw = torch.Generator().manual_seed(len(name))
+    return FUSIONS[name](lambda *shape: torch.randn(shape, generator=draw).to(device))
+
+
+@pytest.fixture
+def no_fusion(monkeypatch) -> None:
+    from mambactl.kernels.sequence import norm, pointwise
+
+    def refuse(*args):
+        raise AssertionError("a kernel was called")
+
+    for name in FUSIONS:
+        monkeypatch.setattr(norm if hasattr(norm, name) else pointwise, name, refuse)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_one_kernel_serves_inference(monkeypatch, everywhere, device, assert_near, name) -> None:
+    arguments = arguments_of(name, device)
+    expected = getattr(reference, name)(*arguments)
+    forbid(monkeypatch, name)
+    with torch.no_grad():
+        found = getattr(dispatch, name)(*arguments)
+    assert_near(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("why", ["cpu", "fp64", "gradient", "compiler", "subclass", "switch"])
+@pytest.mark.parametrize("name", FUSIONS)
+def test_pytorch_s_operations_serve_all_else(
+    monkeypatch, request, everywhere, no_fusion, name, why
+) -> None:
+    """The last tensor alone is enough."""
+    arguments = list(arguments_of(name))
+    last = max(i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor))
+    if why == "fp64":
+        arguments[last] = arguments[last].double()
+    elif why == "gradient":
+        arguments[last].requires_grad_()
+    elif why == "subclass":
+        arguments[last] = arguments[last].as_subclass(type("Sharded", (torch.Tensor,), {}))
+    elif why == "compiler":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    elif why == "switch":
+        monkeypatch.setenv(dispatch.SWITCH, "reference")
+    else:
+        monkeypatch.setattr(dispatch, "_no_cuda", lambda device: "needs a CUDA device")
+    expected = getattr(reference, name)(*arguments)
+    found = getattr(dispatch, name)(*arguments)
+    assert torch.equal(found, expected) and found.requires_grad == (why == "gradient")
+
+
+def test_a_model_s_blocks_are_those_of_pytorch(
+    monkeypatch, everywhere, device, make_hybrid
+) -> None:
+    """Of a prompt and of a token behind it, in bf16: as near to fp32."""
+    model = make_hybrid(["mamba2", "attention"]).bfloat16().to(device)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, 9), generator=draw).to(device)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            start = model(ids[:, :8], use_cache=True)
+            after = model(ids[:, 8:], past_key_values=start.past_key_values)
+        return torch.cat([start.logits, after.logits], 1).float()
+
+    found = logits()
+    monkeypatch.setenv(dispatch.SWITCH, "reference")
+    eager = logits()
+    model.float()
+    exact = logits()
+    assert not torch.equal(found, eager)
+    ours, theirs = ((t - exact).norm() / exact.norm() for t in (found, eager))
+    assert ours <= 1.2 * theirs
+
+
+def test_another_activation_is_called(everywhere, no_fusion) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    from mambactl.models.mlp import GatedMLP
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=12, hidden_act="gelu")
+    ours, theirs = GatedMLP(config), LlamaMLP(config)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_mamba_ssm_trains_mamba2(monkeypatch, only_mamba_ssm, draw_ssd, packed) -> None:
     x, dt, A, B, C, state = as_bf16(draw_ssd(1, 70, groups=2, heads=4))

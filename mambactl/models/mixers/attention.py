@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mambactl.kernels import dispatch
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
-from mambactl.kernels.reference import attention_weights, rotated
+from mambactl.kernels.reference import attention_weights
 from mambactl.models.cache import AttentionCache, WindowedCache
 from mambactl.models.mixers.modules import is_its_weight
 from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
@@ -27,19 +27,13 @@ from mambactl.models.packed import (
 )
 from mambactl.models.session_size import StateSize
 
-HALVES = (torch.bfloat16, torch.float16)
-
 
 class RMSNorm(LlamaRMSNorm):
     """x / sqrt(mean(x^2) + eps) times a weight, rounded where Llama's is."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        width, eps, kind = self.weight.shape, self.variance_epsilon, hidden_states.dtype
-        if self.weight.dtype == kind and kind not in HALVES:
-            return F.rms_norm(hidden_states, width, self.weight, eps)
-        # a half is rounded before the weight multiplies it
-        return self.weight * F.rms_norm(hidden_states.float(), width, None, eps).to(kind)
+        return dispatch.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class AttentionMixer(nn.Module):
@@ -101,7 +95,7 @@ class AttentionMixer(nn.Module):
             unrotated = [norm(t) for norm, t in zip(norms, unrotated, strict=True)]
         cos, sin = (t.unsqueeze(1) for t in context.rotary)  # [B, 1, T, P]
         # under autocast the rotation is fp32
-        parts = [rotated(t, cos, sin).to(v.dtype) for t in unrotated]
+        parts = [dispatch.rotated(t, cos, sin).to(v.dtype) for t in unrotated]
         if len(parts) == 1:
             heads = v.shape[1]
             parts = parts[0].split([parts[0].shape[1] - heads, heads], 1)

@@ -40,19 +40,16 @@ STATE_OPERATIONS = 5
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm of y SiLU(z) within each of `groups` equal slices, times a weight."""
+    """RMSNorm of (y + D x) SiLU(z) within each of `groups` equal slices, times a weight."""
 
     def __init__(self, width: int, groups: int, eps: float):
         super().__init__()
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y and z [B, T, D] -> [B, T, D], computed in y's precision."""
-        y = y * F.silu(z.to(y.dtype))
-        grouped = y.unflatten(-1, (self.groups, -1))  # [B, T, G, D / G]
-        normed = F.rms_norm(grouped, grouped.shape[-1:], None, self.eps)
-        return normed.flatten(-2) * self.weight.to(y.dtype)
+    def forward(self, y: Tensor, z: Tensor, x: Tensor, D: Tensor, kind: torch.dtype) -> Tensor:
+        """y [B, T, H, P], z [B, T, H P], x [B, T, Hx, P], D [H] -> [B, T, H P] of dtype `kind`."""
+        return dispatch.gated_norm(y, z, x, D, self.weight, self.groups, self.eps, kind)
 
 
 class Mamba2Mixer(KeepsFloat32):
@@ -76,12 +73,25 @@ class Mamba2Mixer(KeepsFloat32):
 
     def forward(self, hidden: Tensor, context: StepContext, cache: RecurrentCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
-        return self.out_proj(self.features(hidden, context, cache).to(hidden.dtype))
+        return self.out_proj(self._mix(hidden, context, cache, hidden.dtype))
 
     def features(
         self, hidden: Tensor, context: StepContext, cache: RecurrentCache | None = None
     ) -> Tensor:
-        """The input of out_proj [B, T, d_inner], on which the least-squares refit regresses."""
+        """The input of out_proj [B, T, d_inner] before it is rounded to the dtype of `hidden`.
+
+        On it the least-squares refit regresses.
+        """
+        return self._mix(hidden, context, cache, kernels.state_dtype(hidden))
+
+    def _mix(
+        self,
+        hidden: Tensor,
+        context: StepContext,
+        cache: RecurrentCache | None,
+        rounded: torch.dtype,
+    ) -> Tensor:
+        """The input of out_proj [B, T, d_inner] in the dtype `rounded`."""
         s = self.sizes
         z, raw, dt = self._project(hidden, whole=cache is None)
         kind = kernels.state_dtype(hidden)
@@ -97,7 +107,7 @@ class Mamba2Mixer(KeepsFloat32):
         if s.rotary:
             B, C = rotate_states(B, context.rotary), rotate_states(C, context.rotary)
         y = self._recur(raw, previous, x, dt, B, C, context, cache)
-        return self.norm((y + self._skip(x.to(kind))).flatten(-2), z)
+        return self.norm(y, z, x, self.D, rounded)
 
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
         """Gate z, inputs of the convolution, dt; `whole` fills the rows up to what a GPU aligns.
@@ -143,11 +153,6 @@ class Mamba2Mixer(KeepsFloat32):
         """Every x head once for each head that shares it."""
         shared = self.sizes.n_heads // self.sizes.x_heads
         return x.unsqueeze(-2).expand(*x.shape[:-1], shared, x.shape[-1]).flatten(-3, -2)
-
-    def _skip(self, x: Tensor) -> Tensor:
-        """D x [B, T, H, P] for x [B, T, Hx, P], whose heads are not copied for those that share."""
-        D = self.D.to(x.dtype).unflatten(0, (self.sizes.x_heads, -1, 1))  # [Hx, H / Hx, 1]
-        return (D * x.unsqueeze(-2)).flatten(-3, -2)
 
     def _start(self, cache: RecurrentCache, hidden: Tensor, raw: Tensor) -> None:
         s, batch = self.sizes, hidden.shape[0]
