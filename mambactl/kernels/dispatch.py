@@ -169,6 +169,11 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return reference.rotated(states, cos, sin)
 
 
+def rotate_states(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """`reference.rotate_states`."""
+    return rotated(states, *reference.state_angles(states, rotary)).contiguous()
+
+
 def gated_norm(
     y: Tensor,
     z: Tensor,

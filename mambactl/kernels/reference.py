@@ -69,13 +69,21 @@ def document_numbers(seq_idx: Tensor) -> Tensor:
 
 
 def latest_inputs(x: Tensor, previous: Tensor, n_new: Tensor | None) -> Tensor:
-    """The W-1 inputs [B, W-1, Ch] that precede the next token, after n_new tokens of x."""
-    padded = torch.cat([previous.to(x.dtype), x], dim=1)  # [B, W-1+T, Ch]
-    width = previous.shape[1]
-    if n_new is None:
-        return padded[:, padded.shape[1] - width :]
-    index = n_new[:, None] + torch.arange(width, device=x.device)  # [B, W-1]
-    return padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    """The W-1 inputs [B, W-1, Ch] that precede the next token, after n_new tokens of x.
+
+    Of a long x only those are read.
+    """
+    width, length = previous.shape[1], x.shape[1]
+    previous = previous.to(x.dtype)
+    if n_new is None or length == 0:
+        newest = x[:, max(length - width, 0) :]
+        return torch.cat([previous[:, newest.shape[1] :], newest], dim=1)
+    at = n_new[:, None] + torch.arange(-width, 0, device=x.device)  # [B, W-1], in x
+    own, earlier = (
+        t.gather(1, index.clamp(0, t.shape[1] - 1)[..., None].expand(-1, -1, t.shape[2]))
+        for t, index in ((x, at), (previous, at + width))
+    )
+    return torch.where((at >= 0)[..., None], own, earlier)
 
 
 def mask_records(records: Records, n_new: Tensor | None) -> Records:
@@ -347,11 +355,14 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate_states(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """B or C [B, T, G, N] rotated by its position, `rotary` being (cos, sin) [B, T, N]."""
+    return rotated(states, *state_angles(states, rotary)).contiguous()
+
+
+def state_angles(states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, N] of states [B, T, G, N], as `still` leaves them."""
     half = states.shape[-1] // 2
-    cos, sin = rotary
-    cos = still(cos, 1.0, half).to(states.dtype).unsqueeze(-2)  # [B, T, 1, N]
-    sin = still(sin, 0.0, half).to(states.dtype).unsqueeze(-2)
-    return rotated(states, cos, sin).contiguous()
+    cos, sin = (still(t, value, half) for t, value in zip(rotary, (1.0, 0.0), strict=True))
+    return cos.to(states.dtype).unsqueeze(-2), sin.to(states.dtype).unsqueeze(-2)
 
 
 def still(rotation: Tensor, value: float, half: int | None = None) -> Tensor:

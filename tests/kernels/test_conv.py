@@ -68,5 +68,23 @@ def test_window_after_a_ragged_call(drawn) -> None:
         for row, count in enumerate(counts):
             inputs = torch.cat([previous[row], x[row, :count]])
             assert torch.equal(ragged[row], inputs[-(WIDTH - 1) :])
+    for length in (0, 1, 2, 3, 4):
+        for counts in ([0, 0], [0, length], [length, max(length - 1, 0)]):
+            part = x[:, :length].clone()
+            wanted = torch.stack([
+                torch.cat([previous[row], part[row, :count]])[-(WIDTH - 1) :]
+                for row, count in enumerate(counts)
+            ])  # fmt: skip
+            for row, count in enumerate(counts):
+                part[row, count:] = float("nan")
+            found = kernels.latest_inputs(part, previous, torch.tensor(counts))
+            assert torch.equal(found, wanted)
     full = kernels.latest_inputs(x, previous, torch.tensor([41, 41]))
     assert torch.equal(full, kernels.latest_inputs(x, previous, None))
+
+
+def test_a_window_holds_no_memory_of_the_row_it_comes_from(drawn) -> None:
+    x, _, _, previous = drawn
+    for count in (None, torch.tensor([41, 17])):
+        kept = kernels.latest_inputs(x, previous, count)
+        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()

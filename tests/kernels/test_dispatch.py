@@ -304,7 +304,9 @@ def test_another_activation_is_called(everywhere, no_fusion) -> None:
 
     from mambactl.models.mlp import GatedMLP
 
-    config = LlamaConfig(hidden_size=8, intermediate_size=12, hidden_act="gelu")
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=12, num_attention_heads=2, hidden_act="gelu"
+    )
     ours, theirs = GatedMLP(config), LlamaMLP(config)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 8)

@@ -105,7 +105,7 @@ class Mamba2Mixer(KeepsFloat32):
         mixed = self.conv1d(raw, previous, context.seq_idx, context.sequential)
         x, B, C = self._split(mixed)
         if s.rotary:
-            B, C = rotate_states(B, context.rotary), rotate_states(C, context.rotary)
+            B, C = (dispatch.rotate_states(t, context.rotary) for t in (B, C))
         y = self._recur(raw, previous, x, dt, B, C, context, cache)
         return self.norm(y, z, x, self.D, rounded)
 
