@@ -269,7 +269,8 @@ EXPERIMENTS = {
     *("train/trainer.py", "train/preference.py"),
 }
 ATTENTION = {
-    *("kernels/local_attention.py", "kernels/reference.py", "kernels/decode/operations.py"),
+    *("kernels/local_attention.py", "kernels/sequence/local_attention.py"),
+    *("kernels/reference.py", "kernels/decode/operations.py"),
     *("kernels/decode/reference/decode_attention.py", "kernels/decode/triton/decode_attention.py"),
     *("kernels/decode/reference/recurrent.py", "kernels/decode/triton/mamba2_beside.py"),
     *("kernels/decode/triton/ops.py",),

@@ -140,7 +140,7 @@ def attention(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
-    if _fuses(x, weight) and weight.dtype == x.dtype and weight.shape == x.shape[-1:]:
+    if fuses(x, weight) and weight.dtype == x.dtype and weight.shape == x.shape[-1:]:
         from mambactl.kernels.sequence import norm as kernel
 
         with torch.cuda.device_of(x):
@@ -150,7 +150,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`reference.swiglu`."""
-    if _fuses(gate, up) and up.dtype == gate.dtype and up.shape == gate.shape:
+    if fuses(gate, up) and up.dtype == gate.dtype and up.shape == gate.shape:
         from mambactl.kernels.sequence import pointwise as kernel
 
         with torch.cuda.device_of(gate):
@@ -161,7 +161,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rotated`."""
     same = cos.dtype == sin.dtype == states.dtype
-    if _fuses(states, cos, sin) and same and states.ndim == 4 and states.shape[3] % 2 == 0:
+    if fuses(states, cos, sin) and same and states.ndim == 4 and states.shape[3] % 2 == 0:
         from mambactl.kernels.sequence import pointwise as kernel
 
         with torch.cuda.device_of(states):
@@ -185,12 +185,23 @@ def gated_norm(
     kind: torch.dtype,
 ) -> Tensor:
     """`reference.gated_norm`."""
-    if _fuses(y, z, x, D, weight) and kind in FUSED:
+    if fuses(y, z, x, D, weight) and kind in FUSED:
         from mambactl.kernels.sequence import norm as kernel
 
         with torch.cuda.device_of(y):
             return kernel.gated_norm(y, z, x, D, weight, groups, eps, kind)
     return reference.gated_norm(y, z, x, D, weight, groups, eps, kind)
+
+
+def fuses(*inputs: Tensor) -> bool:
+    """Whether one kernel without gradients may stand for several operations on these tensors."""
+    x = inputs[0]
+    return (
+        not _takes_operators(*inputs)
+        and all(type(t) in PLAIN and t.dtype in FUSED and t.device == x.device for t in inputs)
+        and x.numel() > 0
+        and triton_missing(x.device) is None
+    )
 
 
 def backends(device: torch.device | str = "cuda") -> dict[str, str | None]:
@@ -277,17 +288,6 @@ def _takes_operators(*inputs: Tensor | None) -> bool:
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _fuses(*inputs: Tensor) -> bool:
-    """Whether one kernel without gradients may stand for several operations on these tensors."""
-    x = inputs[0]
-    return (
-        not _takes_operators(*inputs)
-        and all(type(t) in PLAIN and t.dtype in FUSED and t.device == x.device for t in inputs)
-        and x.numel() > 0
-        and triton_missing(x.device) is None
-    )
 
 
 def _fits_triton(x: Tensor, *others: Tensor) -> bool:

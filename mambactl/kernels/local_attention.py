@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambactl.kernels.dispatch import attention
+from mambactl.kernels.dispatch import attention, fuses
 from mambactl.kernels.reference import document_starts
 
 # smaller blocks of queries would be mostly overhead
 LEAST_BLOCK = 16
+# sinks and channels of a head that one program of the fused kernel has room for
+MOST_SINKS, MOST_CHANNELS = 16, 128
 
 
 class LocalSpan(NamedTuple):
@@ -36,13 +38,14 @@ class LocalKeys(NamedTuple):
     Long rows go in blocks of L queries, and each sees its own block of keys, the one before, and
     the keys at `positions` [B, c, S]: `mask` is [B c, 1, g L, S + 2 L] then, the g query heads that
     share a key head behind each other. Other rows have no `positions`, and their `mask` is that of
-    `local_mask`, or None where all of the past is seen.
+    `local_mask`, or None where all of the past is seen. `packed` says that rows hold documents.
     """
 
     mask: Tensor | None
     positions: Tensor | None
     size: int
     span: LocalSpan
+    packed: bool
 
 
 def local_attention(
@@ -67,25 +70,72 @@ def local_keys(
     device: torch.device,
 ) -> LocalKeys:
     """What rows [B, T] see where `shared` query heads have one key head."""
-    span = LocalSpan(window, sinks, shared)
+    span, packed = LocalSpan(window, sinks, shared), seq_idx is not None
     if seq_idx is None and length <= window + sinks:
-        return LocalKeys(None, None, length, span)
+        return LocalKeys(None, None, length, span, packed)
     if length <= 2 * max(window, LEAST_BLOCK):
-        return LocalKeys(local_mask(length, window, sinks, seq_idx, device), None, length, span)
+        mask = local_mask(length, window, sinks, seq_idx, device)
+        return LocalKeys(mask, None, length, span, packed)
     starts = torch.zeros(1, length, dtype=torch.long, device=device)
     if seq_idx is not None:
         starts = document_starts(seq_idx)
     mask, positions, size = _blocks(starts.expand(batch, -1), window, sinks)
-    return LocalKeys(mask.flatten(0, 1)[:, None].repeat(1, 1, shared, 1), positions, size, span)
+    mask = mask.flatten(0, 1)[:, None].repeat(1, 1, shared, 1)
+    return LocalKeys(mask, positions, size, span, packed)
 
 
 def attend_locally(
     q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys, dropout: float = 0.0
 ) -> Tensor:
     """`local_attention` with what its rows see made already; `dropout` as in `attention`."""
+    if keys.mask is not None and not keys.packed and not dropout and _fits(q, k, v, keys.span):
+        from mambactl.kernels.sequence import local_attention as kernel
+
+        with torch.cuda.device_of(q):
+            return kernel.attend(q, k, v, keys.span.window, keys.span.sinks)
     if keys.positions is None:
         return attention(q, k, v, keys.mask, dropout=dropout)
     return _banded(q, k, v, keys, dropout)
+
+
+def attend_behind(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, span: LocalSpan, sequential: bool
+) -> Tensor:
+    """Attention of queries [B, H, T, P] from position `start` [B] on -> [B, T, H, P].
+
+    k and v [B, Hk, S + W - 1 + T, P]: positions 0 to S - 1, start - W + 1 to start - 1, and those
+    of the queries; rows that stand for a position below 0, or for one twice, count once or never.
+    `sequential` tokens must round like the same tokens one by one.
+    """
+    if not sequential and _fits(q, k, v, span):
+        from mambactl.kernels.sequence import local_attention as kernel
+
+        with torch.cuda.device_of(q):
+            return kernel.attend(q, k, v, span.window, span.sinks, start)
+    return attention(q, k, v, _mask_behind(start, q.shape[2], span))
+
+
+def _mask_behind(start: Tensor, length: int, span: LocalSpan) -> Tensor:
+    """Seen keys [B, 1, T, S + W - 1 + T] of `attend_behind`."""
+    window, sinks = span.window, span.sinks
+    sunk = torch.arange(sinks, device=start.device).expand(len(start), -1)  # [B, S]
+    near = start[:, None] + torch.arange(1 - window, 0, device=start.device)  # [B, W - 1]
+    new = start[:, None] + torch.arange(length, device=start.device)  # [B, T]
+    position = torch.cat([sunk, near, new], 1)[:, None]  # [B, 1, S + W - 1 + T]
+    real = torch.cat([sunk < start[:, None], near >= sinks, new >= 0], 1)[:, None]
+    query = new[..., None]
+    mask = real & (position <= query) & ((position > query - window) | (position < sinks))
+    return mask[:, None]
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor, span: LocalSpan) -> bool:
+    """Whether the kernel without gradients takes the call."""
+    return (
+        fuses(q, k, v)
+        and q.dtype == k.dtype == v.dtype
+        and span.sinks <= MOST_SINKS
+        and q.shape[3] <= MOST_CHANNELS
+    )
 
 
 def local_mask(

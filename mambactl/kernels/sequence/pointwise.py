@@ -55,12 +55,12 @@ def _rotate_kernel(
     one = tl.load(x, mask=ok, other=0.0).to(tl.float32)
     other = tl.load(x + HALF, mask=ok, other=0.0).to(tl.float32)
     low = rounded(one * tl.load(cos, mask=ok, other=0.0).to(tl.float32), kind).to(tl.float32)
-    turned = rounded(-other * tl.load(sin, mask=ok, other=0.0).to(tl.float32), kind)
-    tl.store(y, rounded(low + turned.to(tl.float32), kind), mask=ok)
+    crossed = rounded(-other * tl.load(sin, mask=ok, other=0.0).to(tl.float32), kind)
+    tl.store(y, rounded(low + crossed.to(tl.float32), kind), mask=ok)
     high = tl.load(cos + HALF, mask=ok, other=0.0).to(tl.float32)
     high = rounded(other * high, kind).to(tl.float32)
-    turned = rounded(one * tl.load(sin + HALF, mask=ok, other=0.0).to(tl.float32), kind)
-    tl.store(y + HALF, rounded(high + turned.to(tl.float32), kind), mask=ok)
+    crossed = rounded(one * tl.load(sin + HALF, mask=ok, other=0.0).to(tl.float32), kind)
+    tl.store(y + HALF, rounded(high + crossed.to(tl.float32), kind), mask=ok)
 
 
 def in_rows(t: Tensor) -> Tensor:

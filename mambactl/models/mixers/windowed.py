@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 
-from mambactl.kernels.dispatch import attention
-from mambactl.kernels.local_attention import LocalKeys, attend_locally, local_keys
+from mambactl.kernels.local_attention import (
+    LocalKeys,
+    attend_behind,
+    attend_locally,
+    local_keys,
+)
 from mambactl.models.cache import WindowedCache
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.attention import (
@@ -84,7 +88,8 @@ class WindowAttention(AttentionMixer):
         elif context.continues(self.span):
             y = self._attend_on(q, *cache.before(k, v, start), context)
         else:
-            y = attention(q, *cache.seen(k, v, start))  # [B, T, H, P]
+            seen = cache.seen(k, v, start)
+            y = attend_behind(q, *seen, start, self.span, context.sequential)  # [B, T, H, P]
         revocable = 0
         if cursor.recording and context.sequential:
             revocable = k.shape[2] + (0 if cursor.settle else int(cursor.held.max()))
