@@ -1,1 +1,1 @@
-"""Triton kernels over whole sequences: convolution, scans, attention, divergences."""
+"""Triton kernels over whole sequences: convolution, scans, attention, norms, gates, divergences."""
