@@ -99,19 +99,29 @@ def attend_locally(
 
 
 def attend_behind(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor, span: LocalSpan, sequential: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    span: LocalSpan,
+    keys: LocalKeys | None,
+    sequential: bool,
 ) -> Tensor:
     """Attention of queries [B, H, T, P] from position `start` [B] on -> [B, T, H, P].
 
-    k and v [B, Hk, S + W - 1 + T, P]: positions 0 to S - 1, start - W + 1 to start - 1, and those
-    of the queries; rows that stand for a position below 0, or for one twice, count once or never.
-    `sequential` tokens must round like the same tokens one by one.
+    k and v [B, Hk, S + W - 1 + T, P]: of positions 0 to S - 1, of start - W + 1 to start - 1, and
+    of the queries. A position below 0 is not seen, and one that stands there twice counts once.
+    `keys` are those of a whole row of S + W - 1 + T tokens, where all rows have S + W - 1 before
+    `start`. `sequential` tokens must round like the same tokens one by one.
     """
     if not sequential and _fits(q, k, v, span):
         from mambactl.kernels.sequence import local_attention as kernel
 
         with torch.cuda.device_of(q):
             return kernel.attend(q, k, v, span.window, span.sinks, start)
+    if keys is not None:
+        q = F.pad(q, (0, 0, span.before, 0))
+        return attend_locally(q, k, v, keys)[:, span.before :]
     return attention(q, k, v, _mask_behind(start, q.shape[2], span))
 
 

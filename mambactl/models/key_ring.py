@@ -32,25 +32,11 @@ class KeyRing:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def seen(self, keys: Tensor, values: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens from `start` [B] on see: keys and values [B, Hk, S + W - 1 + T, P].
-
-        keys, values [B, Hk, T, P] are those of the tokens themselves. Sinks come first, then the
-        window by position, whatever the size of the ring, so that sums round alike.
-        """
-        window, sinks = self.span.window, self.span.sinks
-        self._begin(keys, values)
-        sunk = torch.arange(sinks, device=start.device).expand(len(start), -1)  # [B, S]
-        near = start[:, None] + torch.arange(1 - window, 0, device=start.device)  # [B, W - 1]
-        held = self._read(torch.cat([sunk, near], 1))
-        keys, values = (torch.cat(pair, 2) for pair in zip(held, (keys, values), strict=True))
-        return keys, values
-
     def before(self, keys: Tensor, values: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, Hk, S + W - 1 + T, P]: sinks, the window before `start`, the tokens.
 
-        keys, values [B, Hk, T, P] are those of tokens from `start` [B] on, which is S + W - 1 or
-        more.
+        keys, values [B, Hk, T, P] are those of tokens from `start` [B] on. The order is that of
+        positions, whatever the size of the ring, so that sums round alike.
         """
         self._begin(keys, values)
         sunk = torch.arange(self.span.sinks, device=start.device).expand(len(start), -1)  # [B, S]

@@ -99,7 +99,7 @@ def test_the_mask_behind_others_is_that_of_whole_rows(draw, window, sinks) -> No
     new = torch.stack([q[b, :, s : s + 40] for b, s in enumerate(start.tolist())])
     parts = [held(t, start.tolist(), 40, window, sinks) for t in (k, v)]
     span = local.LocalSpan(window, sinks, 2)
-    found = local.attend_behind(new, *parts, start, span, sequential=True)
+    found = local.attend_behind(new, *parts, start, span, None, sequential=True)
     whole = dispatch.attention(q, k, v, local.local_mask(90, window, sinks, None, q.device))
     for b, s in enumerate(start.tolist()):
         torch.testing.assert_close(found[b], whole[b, s : s + 40], rtol=1e-5, atol=1e-5)

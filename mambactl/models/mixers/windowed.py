@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -85,22 +84,15 @@ class WindowAttention(AttentionMixer):
         start, cursor = context.positions[:, 0], context.cursor
         if context.first and not context.sequential:
             y = attend_locally(q, k, v, self._keys(context))
-        elif context.continues(self.span):
-            y = self._attend_on(q, *cache.before(k, v, start), context)
         else:
-            seen = cache.seen(k, v, start)
-            y = attend_behind(q, *seen, start, self.span, context.sequential)  # [B, T, H, P]
+            keys = self._keys(context) if context.continues(self.span) else None
+            held = cache.before(k, v, start)
+            y = attend_behind(q, *held, start, self.span, keys, context.sequential)
         revocable = 0
         if cursor.recording and context.sequential:
             revocable = k.shape[2] + (0 if cursor.settle else int(cursor.held.max()))
         cache.write(k, v, start, context.n_new, revocable)
         return y.flatten(2)
-
-    def _attend_on(self, q: Tensor, keys: Tensor, values: Tensor, context: StepContext) -> Tensor:
-        """Outputs [B, T, H, P] of the last T tokens of rows, in time linear in T."""
-        before = self.span.before
-        q = F.pad(q, (0, 0, before, 0))
-        return attend_locally(q, keys, values, self._keys(context))[:, before:]
 
     def _keys(self, context: StepContext) -> LocalKeys:
         """Keys from the context, which has them for all layers of its own model."""
