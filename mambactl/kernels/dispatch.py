@@ -8,7 +8,8 @@ On CUDA, bf16 or fp32:
   flow back from the state it returns);
 - everything else, and everything on a CPU: the reference, to which the others are equal up to
   rounding. bf16 products round their operands, the reference multiplies in fp32.
-Norms, SwiGLU and rotations run as one kernel each in inference, fp16 too, and else as PyTorch's.
+Norms, SwiGLU, rotations and windows of attention run as one kernel each in inference, fp16 too, and
+else as operations of PyTorch.
 `MAMBACTL_KERNELS=reference` in the environment turns all but the reference off.
 """
 
