@@ -49,21 +49,26 @@ def read_in_pieces(
     device = cache.lengths.device
     # one column even for empty prompts, so that the cache leaves its initial state
     tokens = pad(prompts, device, least=1)  # [B, T]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
+    counts = [len(prompt) for prompt in prompts]
+    lengths = torch.tensor(counts, device=device)  # [B]
     last: Tensor | None = None
     size = max(CHUNK_TOKENS // len(prompts), LEAST_CHUNK)
     cache.level = True
     for start in range(0, tokens.shape[1], size):
         piece = tokens[:, start : start + size]
-        n_new = (lengths - start).clamp(0, piece.shape[1])
+        # rows without padding need no masks
+        ragged = min(counts) < start + piece.shape[1]
+        n_new = (lengths - start).clamp(0, piece.shape[1]) if ragged else None
         last = newest(model.read(piece, cache, n_new), n_new, last)
     # decoding takes rows to different lengths
     cache.level = False
     return last
 
 
-def newest(hidden: Tensor, n_new: Tensor, last: Tensor | None = None) -> Tensor:
+def newest(hidden: Tensor, n_new: Tensor | None, last: Tensor | None = None) -> Tensor:
     """The last of the first n_new [B] rows of hidden [B, T, D]; `last` [B, D] or 0 without any."""
+    if n_new is None:
+        return hidden[:, -1]
     index = (n_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
     found = hidden.gather(1, index)[:, 0]
     last = torch.zeros_like(found) if last is None else last

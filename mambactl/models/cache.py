@@ -83,14 +83,17 @@ class AttentionCache(HeldTensors):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def update(self, keys: Tensor, values: Tensor, positions: Tensor, slots: int) -> tuple:
-        """Write [B, Hk, T, P] at positions [B, T] and return the first `slots` slots."""
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor | None, slots: int) -> tuple:
+        """Write [B, Hk, T, P] at positions [B, T] and return the first `slots` slots.
+
+        Without positions they are the last of the slots.
+        """
         self.keys = self._write(self.keys, keys, positions, slots)
         self.values = self._write(self.values, values, positions, slots)
         return self.keys[:, :, :slots], self.values[:, :, :slots]
 
     @staticmethod
-    def _write(store: Tensor | None, new: Tensor, positions: Tensor, slots: int) -> Tensor:
+    def _write(store: Tensor | None, new: Tensor, positions: Tensor | None, slots: int) -> Tensor:
         held = 0 if store is None else store.shape[2]
         if slots > held:
             # zeros, not empty memory: a masked NaN would still poison the softmax average
@@ -98,6 +101,9 @@ class AttentionCache(HeldTensors):
             if store is not None:
                 grown[:, :, :held] = store
             store = grown
+        if positions is None:
+            store[:, :, slots - new.shape[2] : slots] = new
+            return store
         index = positions[:, None, :, None].expand_as(new)  # [B, Hk, T, P]
         store.scatter_(2, index, new)
         return store

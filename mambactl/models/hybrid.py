@@ -229,8 +229,8 @@ class HybridModel(HybridPreTrainedModel):
         hidden = _stream(self.embed_tokens(input_ids))
         return hidden, self.context(hidden, position_ids, seq_idx=seq_idx)
 
-    def read(self, input_ids: Tensor, cache: HybridCache, n_new: Tensor) -> Tensor:
-        """The stream [B, T, D] behind the last block for the first n_new [B] of tokens [B, T].
+    def read(self, input_ids: Tensor, cache: HybridCache, n_new: Tensor | None) -> Tensor:
+        """The stream [B, T, D] behind the last block for all or the first n_new [B] of T tokens.
 
         Asks the device for nothing where `cache.level`, so that a CUDA graph can hold it.
         """

@@ -70,7 +70,8 @@ class AttentionMixer(nn.Module):
         """The input of o_proj [B, T, H P]."""
         q, k, v = self._heads(hidden, context, whole=cache is None)
         if cache is not None:
-            k, v = cache.update(k, v, context.positions, context.slots)  # [B, Hk, S, P]
+            positions = None if context.level else context.positions
+            k, v = cache.update(k, v, positions, context.slots)  # [B, Hk, S, P]
         if context.maps is not None:
             weights = context.maps.keep(attention_weights(q, k, context.mask, context.spans))
             weights = F.dropout(weights, self.dropped)
