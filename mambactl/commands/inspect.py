@@ -79,8 +79,8 @@ def _session(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Ta
 
 def _windowed(mixers: list[str]) -> str:
     """Names of the mixers that have a window of attention beside a recurrence."""
-    from mambactl.models.key_ring import WindowSettings
     from mambactl.models.mixers.registry import MIXERS
+    from mambactl.models.mixers.settings import WindowSettings
 
     used = [MIXERS[name] for name in dict.fromkeys(mixers)]
     return " or ".join(spec.name for spec in used if WindowSettings in spec.sections.values())

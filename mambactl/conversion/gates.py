@@ -22,7 +22,7 @@ from mambactl import console
 from mambactl.conversion.choice import Unit
 from mambactl.conversion.ranking import Instruments, PickedRows
 from mambactl.evaluation.controls import Narrowed
-from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.settings import WindowSettings
 
 STEPS = 200
 LEARNING_RATE = 0.03

@@ -28,7 +28,7 @@ from mambactl.conversion.ranking import (
 )
 from mambactl.evaluation.controls import Narrowed
 from mambactl.models.hybrid import HybridBlock
-from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.settings import WindowSettings
 from mambactl.models.mixers.spec import StepContext
 
 # pairs of a weak head inside and a good one outside that are tried, without other word

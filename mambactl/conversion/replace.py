@@ -22,11 +22,9 @@ from mambactl.conversion.fit import LayerFit, Streams
 from mambactl.errors import CheckError, UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridBlock
-from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.attention import weights_of
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings
-from mambactl.models.mixers.mixed import KeptHeads
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
+from mambactl.models.mixers.settings import KeptHeads, Mamba2Settings, WindowSettings
 from mambactl.models.mixers.spec import MixerForm, MixerSpec
 from mambactl.options import ConvertConfig
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambactl.export.exported_form import Change, Origin, cannot_hold
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.mixers.settings import Mamba2Settings
 
 # the first version of transformers whose Mamba-2 norms each group by itself
 GROUPED_SINCE = "5.23"

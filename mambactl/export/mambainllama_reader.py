@@ -14,8 +14,7 @@ from mambactl.checkpoint.load import EMBEDDING, HEAD, empty_model, open_checkpoi
 from mambactl.files import Source
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.mamba1 import Mamba1Settings
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 
 GROUP = 16
 # the projections that a Mamba-1 mixer has tensors for, in the order of their rows when joined

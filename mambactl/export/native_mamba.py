@@ -8,8 +8,7 @@ from mambactl.checkpoint.adapters.mamba import native_name
 from mambactl.export.exported_form import Change, Form, Origin, cannot_hold, changed, renamed
 from mambactl.export.mamba2_layout import Mamba2Layout, mamba2_layout, spreads
 from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.mamba1 import Mamba1Settings
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 
 Changes = dict[str, Change]
 

@@ -20,8 +20,7 @@ from mambactl.export.native_mamba import is_native, native_model
 from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, require_foldable
 from mambactl.export.to_transformers import require_attention, require_plain_blocks
 from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.mamba1 import Mamba1Settings
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 
 # llama.cpp asks for a context, which a model without positions has not
 _ANY_CONTEXT = 1 << 20

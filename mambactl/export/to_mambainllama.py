@@ -22,8 +22,7 @@ from mambactl.export.mambainllama_reader import GROUP, PARTS
 from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, require_foldable
 from mambactl.export.to_transformers import require_plain_blocks, shared_fields
 from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.mamba1 import Mamba1Settings
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings
+from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 
 MAMBA_CONFIG = "mamba_config.json"
 _FORM = "MambaInLlama"

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from mambactl.kernels.reference import Records, Step, latest_inputs, multi_step, recur
-from mambactl.models.key_ring import KeyRing, WindowSettings
+from mambactl.models.key_ring import KeyRing
+from mambactl.models.mixers.settings import WindowSettings
 
 # longest run of tokens processed one by one after the prompt; longer ones go through chunks
 MAX_SEQUENTIAL = 64

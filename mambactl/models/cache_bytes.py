@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mambactl.models.config import HybridConfig
-from mambactl.models.key_ring import WindowSettings
+from mambactl.models.layout import MixerLayout
+from mambactl.models.mixers.settings import WindowSettings
 from mambactl.models.session_size import SessionSize
 
 # of a number of a recurrent state: fp32 always, but for weights in fp64
@@ -30,7 +30,7 @@ class SessionBytes:
         return self.kv + self.windows + self.rings + self.states
 
 
-def session_bytes(config: HybridConfig, itemsize: int, session: SessionSize) -> SessionBytes:
+def session_bytes(config: MixerLayout[Any], itemsize: int, session: SessionSize) -> SessionBytes:
     """Bytes that the device engine (`decode.gpu`) allocates for the cache of a model.
 
     Its weights take `itemsize` bytes a number; scratch, which no step leaves behind, is not cache.
@@ -49,7 +49,7 @@ def session_bytes(config: HybridConfig, itemsize: int, session: SessionSize) -> 
     return SessionBytes(**sizes, states=size.batch * _state_bytes(config, itemsize))
 
 
-def cache_bytes(config: HybridConfig, itemsize: int) -> dict[str, Any]:
+def cache_bytes(config: MixerLayout[Any], itemsize: int) -> dict[str, Any]:
     """Bytes that a sequence takes once it is read (`models.cache.HybridCache`).
 
     Keys and values take bytes per token; states, inputs of convolutions and keys and values of
@@ -76,10 +76,10 @@ def _windows(spans: list[WindowSettings], size: int) -> dict[str, Any]:
     return {"window_bytes": size} | alone
 
 
-def state_elements(config: HybridConfig) -> int:
+def state_elements(config: MixerLayout[Any]) -> int:
     """Numbers in the recurrent states of one sequence, all layers."""
     return sum(layer.spec.state_elements(layer.settings) for layer in config.layers)
 
 
-def _state_bytes(config: HybridConfig, itemsize: int) -> int:
+def _state_bytes(config: MixerLayout[Any], itemsize: int) -> int:
     return state_elements(config) * max(STATE_BYTES, itemsize)

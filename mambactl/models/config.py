@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,11 @@ from transformers.activations import ACT2FN
 
 from mambactl.kernels.local_attention import LocalSpan
 from mambactl.models.cache import LayerCache
-from mambactl.models.key_ring import WindowSettings
+from mambactl.models.layout import MixerLayout, Section
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
-from mambactl.models.mixers.sections import check_section, section_values
+from mambactl.models.mixers.sections import section_values
 from mambactl.models.mixers.spec import MixerSpec
 from mambactl.registration import AUTO_MAP, STUB, STUB_TEXT, TYPE
-
-# settings of one section of all layers, or of each layer (None where its mixer reads none)
-Section = dict | list[dict | None] | None
-
 
 ARCHITECTURE = "HybridForCausalLM"
 # properties that a config.json may name as well
@@ -30,17 +25,8 @@ MLP_PARALLEL = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "roww
 NEWER = frozenset({"qk_norm", "kept_heads"})
 
 
-@dataclass(frozen=True)
-class Layer:
-    """The mixer of one layer: its spec and the settings of this layer."""
-
-    index: int
-    spec: MixerSpec[Any]
-    settings: Any
-
-
 @strict
-class HybridConfig(LlamaConfig):
+class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
     """A decoder whose layer i mixes tokens with `mixers[i]`, a name in `MIXERS`.
 
     Settings of mixers are sections of the configuration named after them (`mamba2`, `mamba1`,
@@ -49,6 +35,7 @@ class HybridConfig(LlamaConfig):
     sliding window, a Mistral); with only mamba mixers and `has_mlp=False` it is a native Mamba.
     """
 
+    mixer_table = MIXERS
     model_type = TYPE
     # Llama's would hand a stage of a pipeline what no layer here takes
     base_model_pp_plan = None
@@ -120,73 +107,20 @@ class HybridConfig(LlamaConfig):
         """Check mixers and settings against each other; raises ValueError."""
         if self.mixers is None:
             return
-        if len(self.mixers) != self.num_hidden_layers:
-            raise ValueError(
-                f"{len(self.mixers)} mixers for {self.num_hidden_layers} layers in the config"
-            )
-        for name in dict.fromkeys(self.mixers):
-            if name not in MIXERS:
-                raise ValueError(f"unknown mixer {name!r}; known: {', '.join(MIXERS)}")
-            for section in MIXERS[name].sections:
-                self._check_section(name, section)
+        self.check_mixers()
         if not isinstance(self.attention_bias, bool) and set(self.attention_bias) - set("qkvo"):
             raise ValueError(f"attention_bias {self.attention_bias}: projections are q, k, v, o")
         self._check_sizes()
-        for layer in self.layers:
-            layer.spec.check(self, layer.settings)
+        self.check_settings()
 
     def _check_sizes(self) -> None:
-        heads, shared = self.num_attention_heads, self.num_key_value_heads
-        if heads % shared:
-            raise ValueError(f"{heads} attention heads are no multiple of {shared} key-value heads")
-        if self.sees_all and self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
+        self.check_heads()
         if not 0 <= (self.attention_dropout or 0) < 1:
             raise ValueError(f"attention_dropout {self.attention_dropout}: a share from 0 to 1")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown")
         if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not in the vocabulary")
-
-    def _check_section(self, name: str, section: str) -> None:
-        values = getattr(self, section, None)
-        if values is None:
-            raise ValueError(f"the config uses {name} layers but has no `{section}` settings")
-        kind = MIXERS[name].sections[section]
-        if not isinstance(values, list):
-            return self._check_values(section, kind, values)
-        if len(values) != self.num_hidden_layers:
-            raise ValueError(
-                f"`{section}` has settings of {len(values)} layers, the config "
-                f"{self.num_hidden_layers}"
-            )
-        for index, mixer in enumerate(self.mixers):
-            if mixer == name and values[index] is None:
-                raise ValueError(f"layer {index} is {name} but has no `{section}` settings")
-            if mixer == name:
-                self._check_values(section, kind, values[index])
-        return None
-
-    def _check_values(self, section: str, kind: type, values: object) -> None:
-        try:
-            check_section(kind, values)
-        except ValueError as error:
-            raise ValueError(f"`{section}` {error}") from error
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Spec and settings of every layer."""
-        return [self.layer(index) for index in range(len(self.mixers))]
-
-    def layer(self, index: int) -> Layer:
-        """Spec and settings of one layer; KeyError for a mixer that is not in `MIXERS`."""
-        spec = MIXERS[self.mixers[index]]
-        sections = {name: self._values(name, index) for name in spec.sections}
-        return Layer(index, spec, spec.settings(sections))
-
-    def _values(self, section: str, index: int) -> dict | None:
-        values = getattr(self, section)
-        return values[index] if isinstance(values, list) else values
 
     def section(self, name: str) -> Any:
         """Settings of a section that all layers with it share.
@@ -210,19 +144,9 @@ class HybridConfig(LlamaConfig):
         return [layer.index for layer in self.layers if layer.spec.is_attention]
 
     @property
-    def sees_all(self) -> bool:
-        """Whether heads of any layer attend to all of the past."""
-        return any(layer.spec.sees_all for layer in self.layers)
-
-    @property
     def attention_heads(self) -> dict[int, tuple[int, ...]]:
         """KV heads that attend to all of the past, by layer."""
         return {layer.index: layer.spec.kept_heads(self, layer.settings) for layer in self.layers}
-
-    @property
-    def replaced_layers(self) -> list[int]:
-        """Indices of the layers with another mixer than attention alone."""
-        return [layer.index for layer in self.layers if not layer.spec.is_attention]
 
     def misfit(self, teacher: "HybridConfig") -> str | None:
         """Why this model cannot be aligned with the attention of `teacher`, or None."""
@@ -233,12 +157,6 @@ class HybridConfig(LlamaConfig):
                 return f"the teacher has {theirs} {what}, the student {ours}"
         missing = sorted(set(self.replaced_layers) - set(teacher.attention_layers))
         return f"the teacher has no attention in the layers {missing}" if missing else None
-
-    @property
-    def windows(self) -> list[WindowSettings]:
-        """Distinct windows of attention beside recurrences, in the order of the layers."""
-        found = (layer.spec.window(layer.settings) for layer in self.layers)
-        return list(dict.fromkeys(window for window in found if window is not None))
 
     @property
     def local_spans(self) -> list[LocalSpan]:
@@ -260,19 +178,9 @@ class HybridConfig(LlamaConfig):
         return labels
 
     @property
-    def rotates(self) -> bool:
-        """Whether recurrent states of any layer rotate with the position."""
-        return any(layer.spec.rotates(layer.settings) for layer in self.layers)
-
-    @property
     def attends(self) -> bool:
         """Whether positions bound any layer, because training has bounded them."""
         return any(layer.spec.has_positions(layer.settings) for layer in self.layers)
-
-    @property
-    def stores_every_step(self) -> bool:
-        """Whether replaying tokens would cost a layer as much as storing its state."""
-        return any(layer.spec.stores_every_step for layer in self.layers)
 
     def layer_caches(self) -> list[LayerCache]:
         """An empty cache for every layer."""

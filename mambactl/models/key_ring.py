@@ -6,22 +6,11 @@ and as many tokens as may still be taken back: after a rollback whatever a query
 ring, and what lies beyond the cursor is masked until it is overwritten.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
-
-
-@dataclass(frozen=True)
-class WindowSettings:
-    """Sizes of the attention beside a recurrence: it sees the last `window` tokens of a document,
-    the token itself among them, and its first `sinks` (StreamingLLM, arXiv 2309.17453).
-    """
-
-    window: int
-    sinks: int = 4
+from mambactl.models.mixers.settings import WindowSettings
 
 
 class KeyRing:

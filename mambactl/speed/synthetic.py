@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from mambactl.conversion.replace import kept_attention
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
-from mambactl.models.mixers.mamba1 import Mamba1Settings
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 from mambactl.models.mixers.registry import MIXERS
+from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 from mambactl.models.mixers.spec import MixerForm
 
 # of every projection, as in Llama and GPT-2

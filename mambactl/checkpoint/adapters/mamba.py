@@ -10,9 +10,8 @@ from mambactl.checkpoint.config_fields import SsmFields, StateSpacesFields, read
 from mambactl.checkpoint.reader import Adapted, Reader, build_config
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.mamba1 import Mamba1Settings
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 from mambactl.models.mixers.registry import with_settings
+from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 
 STATE_SPACES = "state-spaces"
 # the recurrence has no positions; this only bounds what generate() allows

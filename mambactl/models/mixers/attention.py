@@ -14,6 +14,7 @@ from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 from mambactl.kernels.reference import attention_weights
 from mambactl.models.cache import AttentionCache, WindowedCache
 from mambactl.models.mixers.modules import is_its_weight
+from mambactl.models.mixers.sizes import AttentionSizes
 from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
 from mambactl.models.packed import (
     AttentionState,
@@ -262,26 +263,19 @@ def attention_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None
     return MixerCost(2 * width * (inner + 2 * shared), 2 * inner * width, 4 * inner * seen)
 
 
-class AttentionSpec(MixerSpec[None]):
+class AttentionSpec(AttentionSizes, MixerSpec[None]):
     """Attention over all of the past, or the sliding window of the model."""
 
-    name = "attention"
     in_granite = True
     title = "attention"
     module_type = AttentionMixer
     attribute = "self_attn"
     label = "attention"
-    is_attention = True
-    sees_all = True
     branches = {"attention": ""}
     tensor_parallel = {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise"),
         "o_proj": "rowwise",
     }
-
-    def settings(self, sections: object) -> None:
-        """Its sizes are the model's own."""
-        return None
 
     def module(self, config: LlamaConfig, settings: None) -> AttentionMixer:
         """The module of one layer."""
@@ -295,18 +289,10 @@ class AttentionSpec(MixerSpec[None]):
         """Operations per token; attention counts the causal half of its scores."""
         return attention_cost(config, min(length / 2, config.sliding_window or length))
 
-    def kv_elements(self, config: LlamaConfig, settings: None) -> int:
-        """Numbers in the keys and values of one token."""
-        return 2 * config.num_key_value_heads * config.head_dim
-
     def kv_read(self, config: LlamaConfig, settings: None, context: int) -> int:
         """Numbers of keys and values that a step behind `context` tokens reads."""
         seen = min(context, config.sliding_window or context)
         return seen * self.kv_elements(config, settings)
-
-    def kept_heads(self, config: LlamaConfig, settings: None) -> tuple[int, ...]:
-        """All KV heads."""
-        return tuple(range(config.num_key_value_heads))
 
     def pack(
         self,

@@ -22,7 +22,8 @@ from mambactl.kernels.decode.reference.recurrent import spread
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.mixers import from_attention as start
 from mambactl.models.mixers.modules import CausalConv, KeepsFloat32
-from mambactl.models.mixers.sections import check_sizes
+from mambactl.models.mixers.settings import Mamba1Settings
+from mambactl.models.mixers.sizes import Mamba1Sizes
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
@@ -52,43 +53,6 @@ STATE_OPERATIONS = 7
 PAIRED = 16
 # a score that dt can express whatever the scale of v
 SMALL_SCORE = 0.01
-
-
-@dataclass(frozen=True)
-class Mamba1Settings:
-    """Sizes of a Mamba-1 mixer, in one of two forms.
-
-    attention form: rows of in_proj are [z, x (x_dim), B (x_dim), C (d_inner), dt (dt_rank)]; x and
-    B are cut in pieces of `repeat_width` channels, each repeated to reach d_inner, and B and C are
-    read as groups of d_state channels. native form (state-spaces): rows are [x, z]; dt, B and C
-    come from x_proj of the convolved x, with one group.
-    """
-
-    d_inner: int
-    dt_rank: int
-    d_state: int = 16
-    x_dim: int | None = None
-    repeat_width: int = 16
-    native: bool = False
-    d_conv: int = 4
-    conv_bias: bool = True
-    proj_bias: bool = False
-
-    @property
-    def in_rows(self) -> tuple[int, ...]:
-        """Rows of in_proj in order."""
-        if self.native:
-            return self.d_inner, self.d_inner
-        return self.d_inner, self.x_dim, self.x_dim, self.d_inner, self.dt_rank
-
-    @property
-    def ring_widths(self) -> tuple[int, ...]:
-        """Numbers of one token in a decode pass: projections without the gate; in the native form
-        x, x after the convolution, and what x_proj makes of it.
-        """
-        if self.native:
-            return self.d_inner, self.d_inner, self.dt_rank + 2 * self.d_state
-        return (sum(self.in_rows) - self.d_inner,)
 
 
 class Mamba1Mixer(KeepsFloat32):
@@ -307,23 +271,11 @@ def head_basis(
     return mix
 
 
-class Mamba1Spec(MixerSpec[Mamba1Settings]):
+class Mamba1Spec(Mamba1Sizes, MixerSpec[Mamba1Settings]):
     """Mamba-1, in the form of attention or native."""
 
-    name = "mamba1"
     title = "Mamba-1 mixer"
     module_type = Mamba1Mixer
-    sections = {"mamba1": Mamba1Settings}
-    # its ring is nearly as large as its state
-    stores_every_step = True
-
-    def check(self, config: LlamaConfig, settings: Mamba1Settings) -> None:
-        """Raise ValueError for sizes that do not fit each other."""
-        alone = ("d_inner", "dt_rank", "d_state", "d_conv")
-        check_sizes(settings, *((name, name) for name in alone))
-        if not settings.native:
-            pairs = (("d_inner", "x_dim"), ("x_dim", "repeat_width"), ("d_inner", "d_state"))
-            check_sizes(settings, *pairs)
 
     def cache(self, settings: Mamba1Settings) -> RecurrentCache:
         """An empty cache of one layer."""
@@ -388,18 +340,6 @@ class Mamba1Spec(MixerSpec[Mamba1Settings]):
         weights = 2 * (selected + s.dt_rank * s.d_inner + s.d_inner * width)
         mixing = STATE_OPERATIONS * s.d_inner * s.d_state + 2 * s.d_conv * s.d_inner
         return MixerCost(2 * width * sum(s.in_rows), weights, mixing)
-
-    def state_elements(self, settings: Mamba1Settings) -> int:
-        """Numbers in the recurrent state of one sequence."""
-        return settings.d_inner * settings.d_state
-
-    def ring_elements(self, settings: Mamba1Settings) -> int:
-        """Numbers in the projections of one token, from which a state is replayed."""
-        return sum(settings.ring_widths)
-
-    def conv_elements(self, settings: Mamba1Settings) -> int:
-        """Numbers in the previous inputs of the convolution of one sequence."""
-        return (settings.d_conv - 1) * settings.d_inner
 
     def pack(
         self,

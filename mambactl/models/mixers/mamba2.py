@@ -19,9 +19,10 @@ from mambactl.kernels import reference as kernels
 from mambactl.kernels.reference import rotate_states
 from mambactl.models.cache import RecurrentCache
 from mambactl.models.mixers import from_attention as start
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
+from mambactl.models.mixers.mamba2_decode import PackedMamba2
 from mambactl.models.mixers.modules import CausalConv, KeepsFloat32, is_its_weight
-from mambactl.models.mixers.sections import check_sizes
+from mambactl.models.mixers.settings import Mamba2Settings
+from mambactl.models.mixers.sizes import Mamba2Sizes
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
@@ -277,36 +278,15 @@ def head_basis(
     return mix
 
 
-class Mamba2Spec(MixerSpec[Mamba2Settings]):
+class Mamba2Spec(Mamba2Sizes, MixerSpec[Mamba2Settings]):
     """Mamba-2 alone, in the form of attention or native."""
 
-    name = "mamba2"
     title = "Mamba-2 mixer"
     module_type = Mamba2Mixer
-    sections = {"mamba2": Mamba2Settings}
     with_window = "mamba2_window"
     can_rotate = True
     in_granite = True
     rescales_heads = True
-
-    def check(self, config: LlamaConfig, settings: Mamba2Settings) -> None:
-        """Raise ValueError for sizes that do not fit each other, or the model's angles."""
-        heads, groups = "n_heads", ("x_heads", "b_groups", "c_groups")
-        check_sizes(
-            settings,
-            *((heads, part) for part in groups),
-            ("d_inner", "norm_groups"),
-            *((name, name) for name in ("d_state", "d_conv", "chunk_size")),
-        )
-        if settings.rotary and settings.d_state != config.head_dim:
-            raise ValueError(
-                f"rotary mamba2 states have {settings.d_state} channels, the angles of this model "
-                f"{config.head_dim}"
-            )
-
-    def rotates(self, settings: Mamba2Settings) -> bool:
-        """Whether B and C rotate with the position."""
-        return settings.rotary
 
     def cache(self, settings: Mamba2Settings) -> RecurrentCache:
         """An empty cache of one layer."""
@@ -363,18 +343,6 @@ class Mamba2Spec(MixerSpec[Mamba2Settings]):
         s, width = settings, config.hidden_size
         mixing = STATE_OPERATIONS * s.d_inner * s.d_state + 2 * s.d_conv * s.conv_dim
         return MixerCost(2 * width * sum(s.in_rows), 2 * s.d_inner * width, mixing)
-
-    def state_elements(self, settings: Mamba2Settings) -> int:
-        """Numbers in the recurrent state of one sequence."""
-        return settings.d_inner * settings.d_state
-
-    def ring_elements(self, settings: Mamba2Settings) -> int:
-        """Numbers in the projections of one token, from which a state is replayed."""
-        return sum(settings.ring_widths)
-
-    def conv_elements(self, settings: Mamba2Settings) -> int:
-        """Numbers in the previous inputs of the convolution of one sequence."""
-        return (settings.d_conv - 1) * settings.conv_dim
 
     def pack(
         self,

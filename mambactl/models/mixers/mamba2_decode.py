@@ -1,12 +1,13 @@
-"""Sizes of a Mamba-2 mixer, and the mixer in a decode pass."""
+"""The Mamba-2 mixer in a decode pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.models.cache import RecurrentCache
+from mambactl.models.mixers.settings import Mamba2Settings
 from mambactl.models.packed import (
     PackedRecurrence,
     PassContext,
@@ -18,62 +19,6 @@ from mambactl.models.packed import (
     state_dtype,
 )
 from mambactl.models.session_size import StateSize
-
-
-@dataclass(frozen=True)
-class Mamba2Settings:
-    """Sizes of a Mamba-2 mixer.
-
-    Rows of in_proj are [z (H P), x (x_heads P), B (b_groups N), C (c_groups N), dt (H)]; x heads
-    and B groups are repeated consecutively to H heads after the convolution, which is how
-    grouped-query attention maps on it (arXiv 2408.15237). The native form has x_heads = H.
-    With `rotary` B and C rotate with the position, by the angles of the model's attention, which
-    have as many channels as a state (N = P).
-    """
-
-    n_heads: int
-    head_dim: int
-    d_state: int
-    x_heads: int
-    b_groups: int
-    c_groups: int
-    norm_groups: int
-    norm_eps: float = 1e-5
-    d_conv: int = 4
-    conv_bias: bool = True
-    proj_bias: bool = False
-    chunk_size: int = 64
-    rotary: bool = False
-
-    @property
-    def d_inner(self) -> int:
-        """Width of the mixer's output before out_proj."""
-        return self.n_heads * self.head_dim
-
-    def with_heads_of(self, other: "Mamba2Settings") -> "Mamba2Settings":
-        """The same form with the heads of another mixer."""
-        names = ("n_heads", "x_heads", "b_groups", "c_groups", "norm_groups")
-        return replace(self, **{name: getattr(other, name) for name in names})
-
-    @property
-    def conv_dim(self) -> int:
-        """Channels under the convolution: x, B and C."""
-        return self.x_heads * self.head_dim + (self.b_groups + self.c_groups) * self.d_state
-
-    @property
-    def ring_widths(self) -> tuple[int, int]:
-        """Numbers of one token in a decode pass: projections, and x, B, C after the convolution."""
-        return self.conv_dim + self.n_heads, self.conv_dim
-
-    @property
-    def in_rows(self) -> tuple[int, int, int, int, int]:
-        """Rows of z, x, B, C and dt in in_proj."""
-        x, b, c = (
-            self.x_heads * self.head_dim,
-            self.b_groups * self.d_state,
-            self.c_groups * self.d_state,
-        )
-        return self.d_inner, x, b, c, self.n_heads
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from mambactl.models.cache import MixedCache
-from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.attention import (
     AttentionMixer,
     attention_cost,
@@ -24,8 +23,14 @@ from mambactl.models.mixers.attention import (
     pack_attention,
 )
 from mambactl.models.mixers.mamba2 import mamba2_from_attention
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 from mambactl.models.mixers.mixed_decode import PackedMixed
+from mambactl.models.mixers.settings import (
+    KeptHeads,
+    Mamba2Settings,
+    MixedSettings,
+    WindowedSettings,
+)
+from mambactl.models.mixers.sizes import MixedSizes
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
@@ -39,32 +44,11 @@ from mambactl.models.mixers.windowed import (
     RECURRENCE,
     Mamba2WindowMixer,
     Mamba2WindowSpec,
-    WindowedSettings,
     keys_in,
     pack_parts,
     stack_inputs,
 )
 from mambactl.models.packed import Rotations
-
-
-@dataclass(frozen=True)
-class KeptHeads:
-    """KV heads of a layer that keep full attention, in ascending order."""
-
-    # of numbers, a tuple in the end: JSON has lists only
-    heads: tuple | list
-
-    def __post_init__(self) -> None:
-        if {type(head) for head in self.heads} - {int}:
-            raise ValueError(f"kept_heads {self.heads!r}: a list of KV heads")
-        object.__setattr__(self, "heads", tuple(self.heads))
-
-
-@dataclass(frozen=True)
-class MixedSettings(WindowedSettings):
-    """Sizes of all parts, by the names of their sections in a configuration."""
-
-    kept_heads: KeptHeads
 
 
 def others(kept: Sequence[int], kv_heads: int) -> tuple[int, ...]:
@@ -133,39 +117,14 @@ class _HeadCut:
         return parts.index_select(dim, index).flatten(dim, dim + 1)
 
 
-class MixedSpec(Mamba2WindowSpec):
+class MixedSpec(MixedSizes, Mamba2WindowSpec):
     """Full attention of some KV heads, Mamba-2 beside a window in place of the others."""
 
-    name = "mamba2_mixed"
     title = "mixture of KV heads with full attention and Mamba-2 heads plus attention"
     module_type = MixedMixer
-    sections = {"mamba2": Mamba2Settings, "mamba2_window": WindowSettings, "kept_heads": KeptHeads}
-    sees_all = True
     inherited = {"window": "windows of mamba mixers", "attention": "kept heads of mamba mixers"}
     branches = {"recurrent": "out_proj", "window": "window", "attention": "attention"}
     with_kept_heads = None
-
-    def joined(self, parts: Mapping[str, Any]) -> MixedSettings:
-        """Settings from the dataclasses of all sections."""
-        return MixedSettings(**parts)
-
-    def check(self, config: LlamaConfig, settings: MixedSettings) -> None:
-        """Raise ValueError for heads that the model has not, or a recurrence of other heads."""
-        super().check(config, settings)
-        count, kept = config.num_key_value_heads, settings.kept_heads.heads
-        if list(kept) != sorted(set(kept) & set(range(count))) or not 0 < len(kept) < count:
-            raise ValueError(f"kept_heads {list(kept)} of {count} KV heads: some, in order, from 0")
-        shared = config.num_attention_heads // count
-        wanted = (count - len(kept)) * shared
-        if settings.mamba2.n_heads != wanted:
-            raise ValueError(
-                f"{settings.mamba2.n_heads} mamba2 heads beside {len(kept)} kept KV heads of "
-                f"{count}: {wanted} are needed"
-            )
-
-    def kept_heads(self, config: LlamaConfig, settings: MixedSettings) -> tuple[int, ...]:
-        """KV heads that attend to all of the past."""
-        return settings.kept_heads.heads
 
     def cache(self, settings: MixedSettings) -> MixedCache:
         """An empty cache of one layer."""

@@ -8,7 +8,7 @@ know no mixer by name. `mambactl.models.mixers.registry.MIXERS` holds one spec p
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from transformers import LlamaConfig
 from mambactl.kernels.local_attention import LocalKeys, LocalSpan
 from mambactl.kernels.reference import Spans
 from mambactl.models.cache import MAX_SEQUENTIAL, Cursor, LayerCache
-from mambactl.models.key_ring import WindowSettings
+from mambactl.models.mixers.settings import WindowSettings
+from mambactl.models.mixers.sizes import MixerSizes
 from mambactl.models.packed import NotSupported, PackedMixer, Rotations
 from mambactl.models.ragged import AttentionMaps
 
@@ -229,17 +230,9 @@ def span_of(config: LlamaConfig, window: WindowSettings) -> LocalSpan:
     return LocalSpan(window.window, window.sinks, shared)
 
 
-class MixerSpec(ABC, Generic[S]):
-    """One mixer; `S` is the dataclass of its settings, of one layer.
+class MixerSpec(MixerSizes[S], ABC):
+    """One mixer; `S` is the dataclass of its settings, of one layer."""
 
-    `sections` are the sections of the configuration that hold them: settings of one section are
-    that section's dataclass, settings of several a dataclass with a field for each. Layers may
-    have settings of their own.
-    """
-
-    # in a configuration's list of mixers
-    name: ClassVar[str]
-    sections: ClassVar[Mapping[str, type]] = {}
     # built from (config, settings), unless `module` is overridden
     module_type: ClassVar[type[nn.Module]]
     # attribute of the block that holds the module, and so a part of its tensors' names
@@ -248,9 +241,6 @@ class MixerSpec(ABC, Generic[S]):
     title: ClassVar[str] = "mixer"
     # as listings of parameters call it
     label: ClassVar[str] = "mamba mixers"
-    is_attention: ClassVar[bool] = False
-    # whether any of its heads sees all of the past
-    sees_all: ClassVar[bool] = False
     # its submodules that tensor parallelism cuts, and how
     tensor_parallel: ClassVar[Mapping[str, str]] = {}
     # submodules made of the teacher's own weights (train like the rest of the model) -> label
@@ -269,45 +259,13 @@ class MixerSpec(ABC, Generic[S]):
     fits_heads: ClassVar[bool] = True
     # whether a weight of its own scales every head's output (`rescale`)
     rescales_heads: ClassVar[bool] = False
-    # whether replaying tokens in decoding would cost as much as storing the state after each
-    stores_every_step: ClassVar[bool] = False
 
     # settings
-
-    def settings(self, sections: Mapping[str, Any]) -> S | None:
-        """Settings of a layer from the values of its sections."""
-        parts = {name: kind(**sections[name]) for name, kind in self.sections.items()}
-        return self.joined(parts)
-
-    def joined(self, parts: Mapping[str, Any]) -> S | None:
-        """Settings from the dataclasses of all sections."""
-        return next(iter(parts.values()), None)
-
-    def parts(self, settings: S | None) -> dict[str, Any]:
-        """The dataclass of every section."""
-        if len(self.sections) == 1:
-            return {next(iter(self.sections)): settings}
-        return {name: getattr(settings, name) for name in self.sections}
-
-    def check(self, config: LlamaConfig, settings: S) -> None:
-        """Raise ValueError for settings that contradict the model around them."""
-
-    def window(self, settings: S) -> WindowSettings | None:
-        """The window of attention beside the recurrence."""
-        return None
 
     def local_span(self, config: LlamaConfig, settings: S) -> LocalSpan | None:
         """Keys that the window sees, in a model of these heads."""
         window = self.window(settings)
         return None if window is None else span_of(config, window)
-
-    def kept_heads(self, config: LlamaConfig, settings: S) -> tuple[int, ...]:
-        """KV heads that attend to all of the past."""
-        return ()
-
-    def rotates(self, settings: S) -> bool:
-        """Whether the state rotates with the position."""
-        return False
 
     def has_positions(self, settings: S) -> bool:
         """Whether positions bound the text that the mixer can read."""
@@ -387,33 +345,8 @@ class MixerSpec(ABC, Generic[S]):
     def cost(self, config: LlamaConfig, settings: S, length: int) -> MixerCost:
         """Operations per token on rows of `length` tokens."""
 
-    def state_elements(self, settings: S) -> int:
-        """Numbers in the recurrent state of one sequence."""
-        return 0
-
-    def kv_elements(self, config: LlamaConfig, settings: S) -> int:
-        """Numbers in the keys and values of one token."""
-        return 0
-
-    def full_kv_elements(self, config: LlamaConfig, settings: S) -> int:
-        """Numbers in the keys and values of one token that every later token sees."""
-        return 2 * config.head_dim * len(self.kept_heads(config, settings))
-
-    def window_kv_elements(self, config: LlamaConfig, settings: S) -> int:
-        """Numbers in the keys and values of one token that a window beside a recurrence sees."""
-        whole = self.kv_elements(config, settings)
-        return whole - self.full_kv_elements(config, settings)
-
     def kv_read(self, config: LlamaConfig, settings: S, context: int) -> int:
         """Numbers of keys and values that a step behind `context` tokens reads."""
-        return 0
-
-    def ring_elements(self, settings: S) -> int:
-        """Numbers in the projections of one token, from which a state is replayed."""
-        return 0
-
-    def conv_elements(self, settings: S) -> int:
-        """Numbers in the previous inputs of the convolution of one sequence."""
         return 0
 
     # decoding

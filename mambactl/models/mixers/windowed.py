@@ -5,9 +5,7 @@ The window is made of the teacher's projections, so the layer may start as the t
 window, and its state learns what lies beyond.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +18,6 @@ from mambactl.kernels.local_attention import (
     local_keys,
 )
 from mambactl.models.cache import WindowedCache
-from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.attention import (
     AttentionMixer,
     PackedAttention,
@@ -29,8 +26,9 @@ from mambactl.models.mixers.attention import (
     pack_attention,
 )
 from mambactl.models.mixers.mamba2 import Mamba2Mixer, Mamba2Spec
-from mambactl.models.mixers.mamba2_decode import Mamba2Settings, PackedMamba2
-from mambactl.models.mixers.sections import check_sizes
+from mambactl.models.mixers.mamba2_decode import PackedMamba2
+from mambactl.models.mixers.settings import WindowedSettings, WindowSettings
+from mambactl.models.mixers.sizes import WindowedSizes
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     MixerCost,
@@ -53,14 +51,6 @@ from mambactl.models.packed import (
 from mambactl.models.session_size import StateSize
 
 RECURRENCE = Mamba2Spec()
-
-
-@dataclass(frozen=True)
-class WindowedSettings:
-    """Sizes of both parts, by the names of their sections in a configuration."""
-
-    mamba2: Mamba2Settings
-    mamba2_window: WindowSettings
 
 
 class WindowAttention(AttentionMixer):
@@ -222,35 +212,16 @@ def pack_parts(
     return recurrence, window, sum_of_biases(recurrence.out, window.out)
 
 
-class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
+class Mamba2WindowSpec(WindowedSizes, MixerSpec[WindowedSettings]):
     """Mamba-2 beside attention to a window."""
 
-    name = "mamba2_window"
     title = "Mamba-2 mixer plus attention"
     module_type = Mamba2WindowMixer
-    sections = {"mamba2": Mamba2Settings, "mamba2_window": WindowSettings}
     inherited = {"window": "windows of mamba mixers"}
     branches = {"recurrent": "out_proj", "window": "window"}
     with_kept_heads = "mamba2_mixed"
     can_rotate = True
     rescales_heads = True
-
-    def joined(self, parts: Mapping[str, Any]) -> WindowedSettings:
-        """Settings from the dataclasses of both sections."""
-        return WindowedSettings(**parts)
-
-    def check(self, config: LlamaConfig, settings: WindowedSettings) -> None:
-        """Raise ValueError for sizes that do not fit each other, or the model's angles."""
-        RECURRENCE.check(config, settings.mamba2)
-        check_sizes(settings.mamba2_window, ("window", "window"))
-
-    def window(self, settings: WindowedSettings) -> WindowSettings:
-        """The window of attention beside the recurrence."""
-        return settings.mamba2_window
-
-    def rotates(self, settings: WindowedSettings) -> bool:
-        """Whether B and C rotate with the position."""
-        return RECURRENCE.rotates(settings.mamba2)
 
     def cache(self, settings: WindowedSettings) -> WindowedCache:
         """An empty cache of one layer."""
@@ -295,22 +266,6 @@ class Mamba2WindowSpec(MixerSpec[WindowedSettings]):
         span = settings.mamba2_window
         near = attention_cost(config, min(length / 2, span.window + span.sinks))
         return RECURRENCE.cost(config, settings.mamba2, length).plus(near)
-
-    def state_elements(self, settings: WindowedSettings) -> int:
-        """Numbers in the recurrent state of one sequence."""
-        return RECURRENCE.state_elements(settings.mamba2)
-
-    def ring_elements(self, settings: WindowedSettings) -> int:
-        """Numbers in the projections of one token, from which a state is replayed."""
-        return RECURRENCE.ring_elements(settings.mamba2)
-
-    def conv_elements(self, settings: WindowedSettings) -> int:
-        """Numbers in the previous inputs of the convolution of one sequence."""
-        return RECURRENCE.conv_elements(settings.mamba2)
-
-    def kv_elements(self, config: LlamaConfig, settings: WindowedSettings) -> int:
-        """Numbers in the keys and values of one token."""
-        return 2 * config.num_key_value_heads * config.head_dim
 
     def kv_read(self, config: LlamaConfig, settings: WindowedSettings, context: int) -> int:
         """Numbers of keys and values that a step behind `context` tokens reads."""
