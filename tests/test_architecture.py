@@ -277,7 +277,8 @@ ATTENTION = {
     *("models/cache.py", "models/config.py", "models/hybrid.py", "models/key_ring.py"),
     *("models/packed.py", "models/mixers/attention.py", "models/mixers/registry.py"),
     *("models/mixers/spec.py", "models/mixers/windowed.py", "train/optimization.py"),
-    *("models/mixers/mixed.py", "models/mixers/mixed_decode.py"),
+    *("models/mixers/mixed.py", "models/mixers/mixed_decode.py", "models/layout.py"),
+    *("models/mixers/settings.py", "models/mixers/sizes.py"),
     *("checkpoint", "commands", "conversion", "evaluation", "export", "options"),
     *("models/cache_bytes.py", "models/session_size.py", "speed/synthetic.py"),
 }

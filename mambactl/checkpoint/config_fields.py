@@ -7,12 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from mambactl.bounds import LAYERS, VOCABULARY, WIDTH
 from mambactl.files import CONFIG
 from mambactl.foreign import fitted
+
+
+def _is_dtype(value: object) -> object:
+    # torch's own class, which must not be imported here
+    known = value in FLOATS if isinstance(value, str) else type(value).__module__ == "torch"
+    if not known:
+        raise ValueError(f"is none of {', '.join(FLOATS)}")
+    return value
+
 
 Size = Annotated[int, Field(ge=1, le=WIDTH.most)]
 Layers = Annotated[int, Field(ge=1, le=LAYERS.most)]
@@ -22,7 +30,8 @@ Token = Annotated[int, Field(ge=-1, lt=VOCABULARY.most)]
 Positions = Annotated[int, Field(ge=1, lt=2**31)]
 Number = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Small = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Dtype = Literal["float64", "float32", "float16", "bfloat16"] | torch.dtype
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+Dtype = Annotated[Any, AfterValidator(_is_dtype)]
 # libraries repeat such a name in their warnings as it is
 Word = Annotated[str, Field(pattern=r"^[\w.-]*$")]
 RopeValue = Word | bool | Number | list[Number] | None

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from mambactl.checkpoint.card import model_card
-from mambactl.checkpoint.reader import DTYPES
+from mambactl.checkpoint.reader import NUMBER_TYPES
 from mambactl.console import failure_warned
 from mambactl.errors import ResourceError
 from mambactl.files import BINARY_PREFIX, CARD, CONFIG, LINEAGE, gib, remove, sync_folder
@@ -26,7 +26,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 # a single file's header comes first, but its lineage may hold what writing the tensors found out
 LATE_LINEAGE_BYTES = 1 << 17
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {getattr(torch, kind.name): code for code, kind in NUMBER_TYPES.items()}
 OTHER_DISK = "free some space or choose another disk with -o"
 
 Shape = tuple[int, ...]

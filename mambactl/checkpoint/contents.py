@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from mambactl.checkpoint.load import adapt, open_checkpoint
-from mambactl.checkpoint.reader import Reader
+from mambactl.checkpoint.opening import open_checkpoint
+from mambactl.checkpoint.plain_config import plain_layout
+from mambactl.checkpoint.reader import NumberType, Reader
 from mambactl.errors import ModelError
 from mambactl.models.cache_bytes import cache_bytes, session_bytes
-from mambactl.models.config import HybridConfig
+from mambactl.models.layout import MixerLayout
 from mambactl.models.session_size import SessionSize
 
 LAYER = re.compile(r"layers\.(\d+)\.")
@@ -25,9 +26,9 @@ def describe(
     With `tensors` also every tensor of it, with `session` the memory that decoding one takes.
     """
     with open_checkpoint(spec) as reader:
-        config = adapt(reader).config
+        config = layout_of(reader)
         parts = _parts(reader, config)
-        dtype = _main_dtype(reader)
+        dtype = _main_type(reader)
         found = {
             "checkpoint": str(reader.path.absolute()),
             "architecture": reader.config.get("model_type", "unknown"),
@@ -36,7 +37,7 @@ def describe(
             "parts": parts,
             "parameters": sum(part["parameters"] for part in parts),
             "bytes": sum(part["bytes"] for part in parts),
-            "dtype": _name(dtype),
+            "dtype": dtype.name,
             "cache": cache_bytes(config, dtype.itemsize),
             "stages": _stages(reader.lineage),
             "lineage": reader.lineage,
@@ -45,13 +46,26 @@ def describe(
             found["session"] = _session(config, dtype.itemsize, session)
         if tensors:
             found["tensors"] = [
-                {"name": n, "dtype": _name(reader.dtype(n)), "shape": list(reader.shape(n))}
+                {"name": n, "dtype": reader.number_type(n).name, "shape": list(reader.shape(n))}
                 for n in reader.names()
             ]
     return found
 
 
-def _parts(reader: Reader, config: HybridConfig) -> list[dict[str, Any]]:
+def layout_of(reader: Reader) -> MixerLayout[Any]:
+    """The layers of an open checkpoint; ModelError for a configuration that cannot be used.
+
+    torch is loaded where config.json alone does not answer that.
+    """
+    found = plain_layout(reader)
+    if found is None:
+        from mambactl.checkpoint.load import adapt
+
+        return adapt(reader).config
+    return found
+
+
+def _parts(reader: Reader, config: MixerLayout[Any]) -> list[dict[str, Any]]:
     sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     layers: dict[str, set[int]] = defaultdict(set)
     for name in reader.names():
@@ -68,14 +82,14 @@ def _parts(reader: Reader, config: HybridConfig) -> list[dict[str, Any]]:
             layers[part].add(index)
         count = math.prod(reader.shape(name))
         sizes[part][0] += count
-        sizes[part][1] += count * reader.dtype(name).itemsize
+        sizes[part][1] += count * reader.number_type(name).itemsize
     return [
         {"part": part, "layers": ranges(layers[part]), "parameters": count, "bytes": size}
         for part, (count, size) in sizes.items()
     ]
 
 
-def _session(config: HybridConfig, itemsize: int, size: SessionSize) -> dict[str, Any]:
+def _session(config: MixerLayout[Any], itemsize: int, size: SessionSize) -> dict[str, Any]:
     found = session_bytes(config, itemsize, size)
     return {
         "rows": size.batch,
@@ -92,15 +106,11 @@ def _stages(lineage: dict[str, Any] | None) -> list[str]:
     return [str(link.get("stage")) for link in (*lineage.get("ancestors", ()), lineage)]
 
 
-def _main_dtype(reader: Reader) -> Any:
-    sizes: dict[Any, int] = defaultdict(int)
+def _main_type(reader: Reader) -> NumberType:
+    sizes: dict[NumberType, int] = defaultdict(int)
     for name in reader.names():
-        sizes[reader.dtype(name)] += math.prod(reader.shape(name))
+        sizes[reader.number_type(name)] += math.prod(reader.shape(name))
     return max(sizes, key=sizes.__getitem__)
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def ranges(indices: Iterable[int]) -> str:

@@ -7,10 +7,9 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 
 from mambactl.checkpoint.config_fields import Fields
 from mambactl.checkpoint.gguf_header import FileFields, LlamaFields, TokenizerFields, check_header
@@ -21,10 +20,13 @@ from mambactl.checkpoint.gguf_recurrent import (
     layer_changes,
     recurrent_config,
 )
-from mambactl.checkpoint.reader import Reader
+from mambactl.checkpoint.reader import NUMBER_TYPES, NumberType, Reader
 from mambactl.errors import ModelError, ResourceError
 from mambactl.foreign import AGAIN, blamed, fitted, regular_size
-from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
+from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
+
+if TYPE_CHECKING:
+    import torch
 
 Read = TypeVar("Read", bound=Fields)
 
@@ -48,7 +50,7 @@ _OUTER_NAMES = {
 _EMBEDDING = "model.embed_tokens.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 # llama.cpp's file types without quantisation; every other type was a 16 bit model before
-_PLAIN_DTYPES = {0: torch.float32, 1: torch.float16}
+_PLAIN_TYPES = {0: NUMBER_TYPES["F32"], 1: NUMBER_TYPES["F16"]}
 _ROWS = 8192
 
 
@@ -105,22 +107,28 @@ class GgufReader(Reader):
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        described = torch.empty(self._stored_shape(name), device="meta")
-        return tuple(self._ours(name, described).shape)
+        stored = self._stored_shape(name)
+        if not self._changed(name):
+            return stored
+        import torch
+
+        return tuple(self._ours(name, torch.empty(stored, device="meta")).shape)
 
     def _stored_shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self._tensors[self._names[name]].shape))
 
-    def dtype(self, name: str) -> torch.dtype:
+    def number_type(self, name: str) -> NumberType:
         if name.rpartition(".")[2] in FLOAT32_PARAMETERS:
-            return torch.float32
-        return _PLAIN_DTYPES.get(self._file.file_type, torch.bfloat16)
+            return NUMBER_TYPES["F32"]
+        return _PLAIN_TYPES.get(self._file.file_type, NUMBER_TYPES["BF16"])
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str) -> "torch.Tensor":
         return self.dequantize(name, self.dtype(name))
 
-    def dequantize(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, name: str, dtype: "torch.dtype") -> "torch.Tensor":
         """One tensor in `dtype`, a block of rows at a time so that fp32 never exists whole."""
+        import torch
+
         tensor = self._tensors[self._names[name]]
         shape = self._stored_shape(name)
         out = torch.empty(shape, dtype=dtype)
@@ -134,13 +142,16 @@ class GgufReader(Reader):
             return _unpermute(out, self.config["num_key_value_heads"])
         return self._ours(name, out)
 
-    def _ours(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+    def _ours(self, name: str, stored: "torch.Tensor") -> "torch.Tensor":
         """A tensor as our mixers have it; a value that they cannot have becomes NaN."""
-        change = self._changes.get(name.partition(".mamba.")[2])
+        change = self._changed(name)
         return stored if change is None else change(stored)
 
+    def _changed(self, name: str) -> "Callable[[torch.Tensor], torch.Tensor] | None":
+        return self._changes.get(name.partition(".mamba.")[2])
+
     @cached_property
-    def _changes(self) -> Mapping[str, Callable[[torch.Tensor], torch.Tensor]]:
+    def _changes(self) -> "Mapping[str, Callable[[torch.Tensor], torch.Tensor]]":
         about = self._about
         return layer_changes(about) if isinstance(about, RecurrentFields) else {}
 
@@ -162,7 +173,7 @@ class GgufReader(Reader):
             "rope_theta": self._about.rope_base,
             "tie_word_embeddings": "lm_head.weight" not in self._names,
             "hidden_act": "silu",
-            "dtype": str(self.dtype("")).removeprefix("torch."),
+            "dtype": self.number_type("").name,
             "bos_token_id": self._file.bos,
             "eos_token_id": self._file.eos,
             "pad_token_id": self._file.pad,
@@ -266,7 +277,7 @@ def _our_name(name: str, path: Path) -> str:
     raise ModelError(f"{path} holds the tensor {name!r}, which no Llama has", None)
 
 
-def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def _unpermute(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
     """Undo llama.cpp's interleaving of rotary pairs in the rows of q and k."""
     rows = weight.shape[0] // heads
     paired = weight.view(heads, rows // 2, 2, *weight.shape[1:])  # [H, P/2, 2, D]

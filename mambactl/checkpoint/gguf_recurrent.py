@@ -4,12 +4,14 @@ A Mamba-2 layer there has a row for every head and group, which ours can have as
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from torch import Tensor
 
 from mambactl.checkpoint.config_fields import Fields, Layers, Number, Positions, Size, Small
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ARCHITECTURES = ("granitehybrid", "mamba", "mamba2")
 # of tensors in a layer, without their endings
@@ -91,7 +93,7 @@ def _mamba2(about: RecurrentFields) -> dict[str, Any]:
     }
 
 
-def layer_changes(about: RecurrentFields) -> Mapping[str, Callable[[Tensor], Tensor]]:
+def layer_changes(about: RecurrentFields) -> "Mapping[str, Callable[[Tensor], Tensor]]":
     """Functions from a mixer's tensors as GGUF stores them to ours, by our names."""
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "conv1d.weight": lambda taps: taps.unsqueeze(1),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambactl.checkpoint.adapted import in_dtype
 from mambactl.checkpoint.container import (
     Shape,
     json_text,
@@ -20,7 +21,6 @@ from mambactl.checkpoint.container import (
     require_room,
     write_at,
 )
-from mambactl.checkpoint.reader import in_dtype
 from mambactl.errors import ModelError
 from mambactl.files import remove
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mambactl.checkpoint.adapted import Adapted, in_dtype, require_finite
 from mambactl.checkpoint.adapters import llama, mamba, own, qwen
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.config_fields import GenerationFields, Identity, read_fields
-from mambactl.checkpoint.gguf_reader import GgufReader
-from mambactl.checkpoint.pickle_reader import PickleReader
-from mambactl.checkpoint.reader import Adapted, Reader, in_dtype, require_finite
+from mambactl.checkpoint.opening import open_checkpoint
+from mambactl.checkpoint.plain_config import PLAIN
+from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.resolve import resolve, tokenizer_folder
-from mambactl.checkpoint.safetensors_reader import FolderReader, SingleFileReader, read_lineage
+from mambactl.checkpoint.safetensors_reader import read_lineage
 from mambactl.checkpoint.save import stored_dtype
 from mambactl.checkpoint.side_files import read_config, read_side_files
 from mambactl.checkpoint.text_growth import TOKENIZER, require_bounded_growth
@@ -44,11 +45,11 @@ class Format:
 
 # `model_type` in config.json -> how such a checkpoint is read
 FORMATS = {
-    "mambactl_hybrid": Format("HybridForCausalLM", own.adapt),
-    "llama": Format("LlamaForCausalLM", llama.adapt),
-    "mistral": Format("MistralForCausalLM", llama.adapt),
-    "qwen2": Format("Qwen2ForCausalLM", qwen.adapt_qwen2),
-    "qwen3": Format("Qwen3ForCausalLM", qwen.adapt_qwen3),
+    "mambactl_hybrid": Format(PLAIN["mambactl_hybrid"], own.adapt),
+    "llama": Format(PLAIN["llama"], llama.adapt),
+    "mistral": Format(PLAIN["mistral"], llama.adapt),
+    "qwen2": Format(PLAIN["qwen2"], qwen.adapt_qwen2),
+    "qwen3": Format(PLAIN["qwen3"], qwen.adapt_qwen3),
     "mamba": Format("MambaForCausalLM", mamba.adapt),
     "mamba2": Format("Mamba2ForCausalLM", mamba.adapt),
     mamba.STATE_SPACES: Format(None, mamba.adapt),
@@ -321,27 +322,3 @@ def _load_foreign(
     for name, tensor in model.state_dict().items():
         require_finite(source.path, name, tensor)
     return model.to(device).eval()
-
-
-def open_checkpoint(source: Source | str) -> Reader:
-    """Open any supported container; raises ModelError with what is wrong with it."""
-    if isinstance(source, str):
-        source = resolve(source)
-    if source.kind == "gguf":
-        return GgufReader(source.path)
-    if source.kind == "file":
-        return SingleFileReader(source.path)
-    if any(source.path.glob("*.safetensors*")):
-        return FolderReader(source.path)
-    if any(source.path.glob("pytorch_model*.bin*")):
-        return PickleReader(source.path)
-    return _refuse_folder(source.path)
-
-
-def _refuse_folder(folder: Path) -> Reader:
-    if not os.path.isfile(folder / CONFIG):
-        raise ModelError(
-            f"{folder} is not a checkpoint: it has neither {CONFIG} nor weights",
-            "give the folder that holds config.json and *.safetensors",
-        )
-    raise ModelError(f"{folder} has no weights (*.safetensors, pytorch_model*.bin)", "copy them in")

@@ -16,7 +16,7 @@ from typing import IO
 import torch
 
 from mambactl.bounds import PICKLE_BYTES, TENSORS
-from mambactl.checkpoint.reader import MappedReader
+from mambactl.checkpoint.reader import MappedReader, NumberType
 from mambactl.checkpoint.side_files import (
     read_config,
     read_folder_lineage,
@@ -55,7 +55,7 @@ class PickleReader(MappedReader):
         for file in sorted(set(where.values())):
             for name, tensor in _load(file).items():
                 if where.get(name) == file:
-                    self._described[name] = (tuple(tensor.shape), tensor.dtype)
+                    self._described[name] = (tuple(tensor.shape), _number_type(tensor))
         if lost := where.keys() - self._described.keys():
             raise ModelError(f"{folder} lacks {min(lost)}, which its index names", "fetch it again")
         if not where:
@@ -68,6 +68,10 @@ class PickleReader(MappedReader):
     @cached_property
     def files(self) -> Mapping[str, str | bytes]:
         return read_side_files(self.path)
+
+
+def _number_type(tensor: torch.Tensor) -> NumberType:
+    return NumberType(str(tensor.dtype).removeprefix("torch."), tensor.dtype.itemsize)
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:

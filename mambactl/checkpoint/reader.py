@@ -1,35 +1,37 @@
-"""Read checkpoints lazily, one tensor at a time, whatever container holds them."""
+"""Read checkpoints lazily, one tensor at a time, whatever container holds them.
 
-import copy
-import math
+torch is loaded by what reads numbers: names, shapes and types need none.
+"""
+
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
-from torch import Tensor
-from transformers import PretrainedConfig
-
-from mambactl.checkpoint.config_fields import DecoderFields, read_fields
-from mambactl.errors import ModelError
-from mambactl.files import CONFIG
 from mambactl.foreign import blamed
-from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.registry import MIXERS
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    import torch
+
+
+class NumberType(NamedTuple):
+    """How a number is stored: the name of its type in torch, and its bytes."""
+
+    name: str
+    itemsize: int
+
+
+# as headers of safetensors name them
+NUMBER_TYPES = {
+    "F64": NumberType("float64", 8),
+    "F32": NumberType("float32", 4),
+    "F16": NumberType("float16", 2),
+    "BF16": NumberType("bfloat16", 2),
+    "I64": NumberType("int64", 8),
+    "I32": NumberType("int32", 4),
+    "I16": NumberType("int16", 2),
+    "I8": NumberType("int8", 1),
+    "U8": NumberType("uint8", 1),
+    "BOOL": NumberType("bool", 1),
 }
 # pages of a mapped file count as resident until it is closed, so close it now and then
 _REMAP_BYTES = 256 << 20
@@ -53,11 +55,17 @@ class Reader:
         """Shape of one tensor, without reading it."""
         raise NotImplementedError
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of one tensor, without reading it."""
+    def number_type(self, name: str) -> NumberType:
+        """How the numbers of one tensor are stored, without reading them."""
         raise NotImplementedError
 
-    def get(self, name: str) -> torch.Tensor:
+    def dtype(self, name: str) -> "torch.dtype":
+        """The same as torch names it."""
+        import torch
+
+        return getattr(torch, self.number_type(name).name)
+
+    def get(self, name: str) -> "torch.Tensor":
         """Read one tensor to host memory."""
         raise NotImplementedError
 
@@ -77,11 +85,11 @@ class MappedReader(Reader):
     def __init__(self, path: Path, where: dict[str, Path]):
         super().__init__(path)
         self._where = where
-        self._described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._described: dict[str, tuple[tuple[int, ...], NumberType]] = {}
         self._open: tuple[Path, Callable[[str], torch.Tensor]] | None = None
         self._mapped = 0
 
-    def _map(self, file: Path) -> Callable[[str], torch.Tensor]:
+    def _map(self, file: Path) -> "Callable[[str], torch.Tensor]":
         raise NotImplementedError
 
     def names(self) -> list[str]:
@@ -90,10 +98,10 @@ class MappedReader(Reader):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._described[name][0]
 
-    def dtype(self, name: str) -> torch.dtype:
+    def number_type(self, name: str) -> NumberType:
         return self._described[name][1]
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str) -> "torch.Tensor":
         file = self._where[name]
         if self._open is None or self._open[0] != file or self._mapped > _REMAP_BYTES:
             self.close()
@@ -105,83 +113,3 @@ class MappedReader(Reader):
 
     def close(self) -> None:
         self._open, self._mapped = None, 0
-
-
-Config = TypeVar("Config", bound=PretrainedConfig)
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """`names` maps our tensor names to those in the source."""
-
-    config: HybridConfig
-    names: dict[str, str]
-
-    def get(self, reader: Reader, name: str) -> Tensor:
-        """Read one tensor by our name; raises ModelError where a number in it is not finite."""
-        tensor = reader.get(self.names[name])
-        require_finite(reader.path, self.names[name], tensor)
-        return tensor
-
-
-def require_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise ModelError where a number in a tensor of a checkpoint is not finite."""
-    if not finite(tensor):
-        raise ModelError(
-            f"{path}: {name} holds NaN or infinite numbers",
-            "the checkpoint is damaged, or its training diverged: give another one",
-        )
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, in one pass that copies nothing if they are."""
-    # a sum of finite numbers may overflow, but a sum with others is never finite
-    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
-
-
-def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another type; raises ModelError where a weight is too large for that."""
-    result = tensor.to(dtype)
-    # bfloat16 ends where float32 does, but for rounding
-    narrower = 2 * torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    if narrower and not finite(result):
-        kind = str(dtype).removeprefix("torch.")
-        raise ModelError(f"{name} holds numbers too large for {kind}", "use --dtype bfloat16")
-    return result
-
-
-# keys that are no field of a family, and what its class makes fields of
-_OLDER_KEYS = {"torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor"}
-# read by the attention of every family, also of those that do not declare it
-_UNDECLARED = {"head_dim"}
-# of every family in transformers, the fields that decide something for ours
-_SHARED_FIELDS = {"architectures", "dtype", "transformers_version"}
-
-
-def build_config(reader: Reader, family: type[Config], values: Mapping[str, Any]) -> Config:
-    """Build a configuration from checked values; ModelError where they contradict each other.
-
-    Other keys stay behind: the library would make attributes of them, or choose code by them.
-    """
-    read_fields(DecoderFields, values, reader.path)
-    unused = {field.name for field in fields(PretrainedConfig)} - _SHARED_FIELDS
-    sections = {name for spec in MIXERS.values() for name in spec.sections}
-    known = {field.name for field in fields(family)} - unused | _OLDER_KEYS | _UNDECLARED | sections
-    # the library fills in what nested values leave out
-    own = copy.deepcopy({key: value for key, value in values.items() if key in known})
-    with blamed(reader.path, CONFIG, hint=f"fetch it again, or correct {CONFIG}"):
-        try:
-            return family.from_dict(own)
-        except StrictDataclassClassValidationError as error:
-            # what it wraps says what is wrong
-            raise error.__cause__ or error from error
-
-
-def same_names(reader: Reader, config: HybridConfig) -> dict[str, str]:
-    """Identity, without what a checkpoint may repeat: rotary tables and a tied head."""
-    tied = config.tie_word_embeddings
-    return {
-        name: name
-        for name in reader.names()
-        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
-    }

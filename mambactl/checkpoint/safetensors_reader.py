@@ -5,14 +5,13 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from mambactl.bounds import HEADER_BYTES
 from mambactl.checkpoint.lineage_record import checked_lineage
-from mambactl.checkpoint.reader import DTYPES, MappedReader
+from mambactl.checkpoint.reader import NUMBER_TYPES, MappedReader, NumberType
 from mambactl.checkpoint.side_files import (
     parse_config,
     read_config,
@@ -25,14 +24,17 @@ from mambactl.errors import ModelError
 from mambactl.files import BINARY_PREFIX, CONFIG, LINEAGE, SIDE_FILES
 from mambactl.foreign import AGAIN, blamed, reason, regular_size
 
+if TYPE_CHECKING:
+    import torch
+
 _LENGTH_BYTES = 8
 
 
 class _SafetensorsReader(MappedReader):
     """Tensors in safetensors files, described by their headers."""
 
-    def _map(self, file: Path) -> Callable[[str], torch.Tensor]:
-        return open_safetensors(file).get_tensor
+    def _map(self, file: Path) -> "Callable[[str], torch.Tensor]":
+        return open_safetensors(file, "pt").get_tensor
 
     def _describe(self, files: list[Path]) -> None:
         for file in files:
@@ -43,7 +45,10 @@ class _SafetensorsReader(MappedReader):
                     if name in self._where and self._where[name] != file:
                         continue
                     part = handle.get_slice(name)
-                    self._described[name] = (tuple(part.get_shape()), _dtype(part, name, file))
+                    self._described[name] = (
+                        tuple(part.get_shape()),
+                        _number_type(part, name, file),
+                    )
         if lost := [name for name in self._where if name not in self._described]:
             raise ModelError(
                 f"{self._where[lost[0]]} lacks {len(lost)} tensors that the index names, "
@@ -113,8 +118,11 @@ def read_lineage(checkpoint: Path) -> dict[str, Any] | None:
     return _lineage(header_metadata(checkpoint), checkpoint)
 
 
-def open_safetensors(file: Path) -> Any:
-    """An open file of safetensors with a bounded header; raises ModelError."""
+def open_safetensors(file: Path, framework: Literal["np", "pt"] = "np") -> Any:
+    """An open file of safetensors with a bounded header; raises ModelError.
+
+    Its tensors come as those of `framework`; names, shapes and types are the same in both.
+    """
     try:
         size = regular_size(file)
     except ModelError as error:
@@ -131,7 +139,7 @@ def open_safetensors(file: Path) -> Any:
                 f"{file} has a header of {header:,} bytes, {HEADER_BYTES} are the most", AGAIN
             )
         try:
-            return safe_open(file, framework="pt")
+            return safe_open(file, framework=framework)
         except SafetensorError as error:
             message = f"{file} is truncated or not a safetensors file ({reason(error)})"
             raise ModelError(message, AGAIN) from error
@@ -147,11 +155,11 @@ def _lineage(metadata: Mapping[str, str], file: Path) -> dict[str, Any] | None:
     return checked_lineage(metadata[LINEAGE], file) if LINEAGE in metadata else None
 
 
-def _dtype(part: Any, name: str, file: Path) -> torch.dtype:
+def _number_type(part: Any, name: str, file: Path) -> NumberType:
     stored = part.get_dtype()
-    if stored not in DTYPES:
+    if stored not in NUMBER_TYPES:
         raise ModelError(f"{file}: {name} is stored as {stored}", "give an unquantised checkpoint")
-    return DTYPES[stored]
+    return NUMBER_TYPES[stored]
 
 
 def _unpack(text: str, file: Path, name: str) -> str | bytes:

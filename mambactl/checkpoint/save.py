@@ -21,7 +21,7 @@ from mambactl.checkpoint.partial_folder import DISPOSABLE
 from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.errors import OutputError
 from mambactl.files import LEDGER, PLOT, explained
-from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
+from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
 
 class TensorWriter:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mambactl import console
+from mambactl.checkpoint.adapted import Adapted, in_dtype
 from mambactl.checkpoint.load import empty_model, open_strict
 from mambactl.checkpoint.ownership import require_replaceable
 from mambactl.checkpoint.provenance import lineage
-from mambactl.checkpoint.reader import Adapted, Reader, in_dtype
+from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.save import CheckpointWriter, stored_dtype
 from mambactl.conversion.aligned import Aligned, open_aligned

@@ -1,11 +1,13 @@
 """`mambactl inspect`: what a checkpoint is, from its headers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
 from mambactl.checkpoint.contents import describe
+from mambactl.models.mixers.settings import WindowSettings
+from mambactl.models.mixers.sizes import SIZES, MixerSizes
 from mambactl.models.session_size import SessionSize
 from mambactl.options.reading import InspectConfig
 from mambactl.stage_result import StageResult, Table
@@ -79,11 +81,13 @@ def _session(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Ta
 
 def _windowed(mixers: list[str]) -> str:
     """Names of the mixers that have a window of attention beside a recurrence."""
-    from mambactl.models.mixers.registry import MIXERS
-    from mambactl.models.mixers.settings import WindowSettings
+    used = dict.fromkeys(mixers)
+    known: Mapping[str, MixerSizes[Any]] = SIZES
+    if not known.keys() >= used.keys():
+        from mambactl.models.mixers.registry import MIXERS
 
-    used = [MIXERS[name] for name in dict.fromkeys(mixers)]
-    return " or ".join(spec.name for spec in used if WindowSettings in spec.sections.values())
+        known = MIXERS
+    return " or ".join(name for name in used if WindowSettings in known[name].sections.values())
 
 
 def _size(count: int) -> str:

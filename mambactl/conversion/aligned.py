@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mambactl.checkpoint.adapted import Adapted
 from mambactl.checkpoint.load import open_strict
-from mambactl.checkpoint.reader import Adapted, Reader
+from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mambactl import console
-from mambactl.checkpoint.reader import finite
+from mambactl.checkpoint.adapted import finite
 from mambactl.conversion.aligned import Aligned
 from mambactl.conversion.fit import LayerFit, Streams
 from mambactl.errors import CheckError, UsageError

@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from mambactl.checkpoint.adapted import Adapted
 from mambactl.checkpoint.load import load_lineage, open_strict
-from mambactl.checkpoint.reader import Adapted, Reader
+from mambactl.checkpoint.reader import Reader
 from mambactl.conversion.choice import Unit
 from mambactl.errors import UsageError
 from mambactl.files import recipe_folder

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambactl.checkpoint.adapted import Adapted, in_dtype
 from mambactl.checkpoint.container import Shape, joined_shape
-from mambactl.checkpoint.reader import Adapted, Reader, in_dtype
+from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.save import stored_dtype
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig

@@ -14,7 +14,7 @@ from mambactl.files import CARD, LINEAGE
 from mambactl.lineage import Origin, origin_of
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.modules import KeepsFloat32
-from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
+from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
 # arguments of from_pretrained that say where on a hub or in its cache a file is
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "subfolder")

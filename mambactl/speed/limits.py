@@ -13,7 +13,7 @@ import torch
 from mambactl.models.cache_bytes import STATE_BYTES, state_elements
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
+from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from mambactl.data.pack import Batch
 from mambactl.kernels.divergence import relative_error
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import is_new
-from mambactl.models.mixers.spec import FLOAT32_PARAMETERS, StepContext
+from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
+from mambactl.models.mixers.spec import StepContext
 from mambactl.train.compiled import compiled
 from mambactl.train.losses import Teacher, distillation_loss
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from checkpoint.faults import refused, rows, set_fields
 
+from mambactl.checkpoint.adapted import build_config
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import adapt, load_lineage, load_model, open_strict
 from mambactl.checkpoint.provenance import lineage
-from mambactl.checkpoint.reader import build_config
 from mambactl.checkpoint.save import save_model
 from mambactl.errors import ModelError
 
@@ -119,7 +119,7 @@ def test_a_bug_of_ours_is_no_damage(llama: Path, monkeypatch) -> None:
 
     monkeypatch.setattr("mambactl.checkpoint.adapters.llama.same_names", broken)
     with pytest.raises(AttributeError, match="ours"):
-        describe(str(llama))
+        open_strict(str(llama))
     monkeypatch.setattr("mambactl.checkpoint.load.check", broken)
     with pytest.raises(AttributeError, match="ours"):
         open_strict(str(llama))

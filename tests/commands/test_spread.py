@@ -23,7 +23,7 @@ from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.cli.processes import sharding
 from mambactl.commands import distill, dpo, sft
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
-from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
+from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 from mambactl.options import DistillConfig, DpoConfig, SftConfig
 from mambactl.train import publish
 from mambactl.train.loop import _PhaseRun

@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
-from mambactl.checkpoint.reader import Adapted, Reader, build_config, same_names
+from mambactl.checkpoint.adapted import Adapted, build_config, same_names
+from mambactl.checkpoint.reader import Reader
 from mambactl.models.config import HybridConfig
 
 # what decides the computation or the text around it; bookkeeping of the source stays behind

@@ -6,8 +6,9 @@ Both keep the tensors of a mixer in the layout our native mixers use, so only na
 from dataclasses import asdict
 from typing import Any
 
+from mambactl.checkpoint.adapted import Adapted, build_config
 from mambactl.checkpoint.config_fields import SsmFields, StateSpacesFields, read_fields
-from mambactl.checkpoint.reader import Adapted, Reader, build_config
+from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.registry import with_settings

@@ -1,6 +1,7 @@
 """Our own format: nothing to translate."""
 
-from mambactl.checkpoint.reader import Adapted, Reader, build_config, same_names
+from mambactl.checkpoint.adapted import Adapted, build_config, same_names
+from mambactl.checkpoint.reader import Reader
 from mambactl.models.config import HybridConfig
 
 

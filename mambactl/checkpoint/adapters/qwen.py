@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
+from mambactl.checkpoint.adapted import Adapted, build_config
 from mambactl.checkpoint.adapters.llama import all_attention
-from mambactl.checkpoint.reader import Adapted, Reader, build_config
+from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
-from mambactl.models.mixers.spec import FLOAT32_PARAMETERS
+from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
 
 class KeepsFloat32(nn.Module):

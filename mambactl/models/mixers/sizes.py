@@ -18,6 +18,8 @@ from mambactl.models.mixers.settings import (
 )
 
 S = TypeVar("S")
+# parameters that are fp32 whatever the type of the model is
+FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
 
 
 class HeadSizes(Protocol):

@@ -88,8 +88,6 @@ def goes_sequentially(length: int, cursor: Cursor | None, first: bool) -> bool:
     return length == 1 or (cursor.recording and not first and length <= MAX_SEQUENTIAL)
 
 
-FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
-
 # half-life in tokens -> what a head can mix, R tensors [B, T, H, P]
 Basis = Callable[[float], list[Tensor]]
 # name of a section of the configuration -> its fields
