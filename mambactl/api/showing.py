@@ -100,11 +100,13 @@ def write_report(config: ReportConfig) -> StageResult:
 
 @with_options("doctor", DoctorConfig)
 def doctor(config: DoctorConfig) -> StageResult:
-    """Look at versions, devices, and which kernels are live and why others are not.
+    """Look at versions and devices; with `deep` also at kernels, and why some are not live.
 
-    Returns what was found as `metrics`.
+    Returns what was found as `metrics`. Without `deep` neither torch nor a kernel is loaded.
 
     >>> sorted(mambactl.doctor().metrics)
-    ['devices', 'kernels', 'optional', 'packages']
+    ['devices', 'optional', 'packages']
+    >>> mambactl.doctor(deep=True).metrics["kernels"][0]
+    ('reference (PyTorch)', None)
     """
     return show("doctor", config)

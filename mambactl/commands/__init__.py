@@ -240,7 +240,13 @@ _ROWS = (
         model="none",
         json="none",
     ),
-    Command("doctor", "mambactl.options.reading:DoctorConfig", model="none", json="metrics"),
+    Command(
+        "doctor",
+        "mambactl.options.reading:DoctorConfig",
+        ("mambactl doctor", "mambactl doctor --deep"),
+        model="none",
+        json="metrics",
+    ),
 )
 
 COMMANDS: dict[str, Command] = {row.name: row for row in _ROWS}

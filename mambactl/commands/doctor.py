@@ -1,48 +1,64 @@
-"""`mambactl doctor`: versions, devices, live kernels, and the line that adds the missing ones."""
+"""`mambactl doctor`: versions and devices at once; with `--deep` what torch and kernels say.
 
+Without it nothing heavy is loaded: packages describe themselves, and the driver names its GPUs.
+"""
+
+import os
 import platform
+import shutil
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
-import torch
-
-from mambactl.decode.backend import why_not
-from mambactl.kernels.dispatch import backends
 from mambactl.options.reading import DoctorConfig
 from mambactl.stage_result import StageResult, Table
 from mambactl.version import __version__
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "typer")
+
+
+class Extra(NamedTuple):
+    """What a package is for, and the line that adds it."""
+
+    purpose: str
+    line: str
+
+
 OPTIONAL = {
-    "peft": ("sft --lora", 'pip install "mambactl[lora]"'),
-    "lm-eval": ("eval --tasks with harness names", 'pip install "mambactl[eval]"'),
-    "matplotlib": (
-        "plot, and the picture beside a distilled model",
-        'pip install "mambactl[plots]"',
+    "peft": Extra("sft --lora", 'pip install "mambactl[lora]"'),
+    "lm-eval": Extra("eval --tasks with harness names", 'pip install "mambactl[eval]"'),
+    "matplotlib": Extra(
+        "plot, and the picture beside a distilled model", 'pip install "mambactl[plots]"'
     ),
+    "triton": Extra("kernels on a GPU", "pip install triton"),
 }
+# seconds in which the driver has to answer
+PATIENCE = 0.7
+QUERY = ("index", "name", "memory.total", "compute_cap", "driver_version")
+_MIB_PER_GIB = 1024
 
 
 def run(options: DoctorConfig) -> StageResult:
-    """Look at the machine, the kernels and the packages."""
-    devices, kernels = _devices(), _kernels()
+    """Look at the machine and the packages, and with `deep` at the kernels."""
     packages = {"mambactl": __version__}
     packages |= {name: _version(name) or "missing" for name in PACKAGES}
     optional = {name: _version(name) for name in OPTIONAL}
+    devices = _devices_of_torch() if options.deep else _devices_of_driver()
+    found = {"packages": packages, "optional": optional, "devices": devices}
     about = [("python", sys.version.split()[0]), ("platform", platform.platform())]
     about += [*packages.items(), *devices.items()]
     extras = [(name, *_state(name, found)) for name, found in optional.items()]
-    live = [(name, "live" if reason is None else f"off: {reason}") for name, reason in kernels]
-    found = {"packages": packages, "optional": optional, "devices": devices, "kernels": kernels}
-    return StageResult(
-        None,
-        found,
-        blocks=(
-            Table("machine", ("what", "value"), about),
-            Table("kernels", ("backend", "state"), live),
-            Table("optional packages", ("package", "version", "for"), extras),
-        ),
-    )
+    blocks = [Table("machine", ("what", "value"), about)]
+    if options.deep:
+        found["kernels"] = kernels = _kernels()
+        live = [(name, "live" if reason is None else f"off: {reason}") for name, reason in kernels]
+        blocks.append(Table("kernels", ("backend", "state"), live))
+    blocks.append(Table("optional packages", ("package", "version", "for"), extras))
+    if not options.deep:
+        blocks.append("mambactl doctor --deep loads torch and says which kernels are live")
+    return StageResult(None, found, blocks=tuple(blocks))
 
 
 def _version(package: str) -> str | None:
@@ -53,11 +69,48 @@ def _version(package: str) -> str | None:
 
 
 def _state(name: str, found: str | None) -> tuple[str, str]:
-    purpose, line = OPTIONAL[name]
-    return (found, purpose) if found else ("missing", f"{purpose}: {line}")
+    about = OPTIONAL[name]
+    return (found, about.purpose) if found else ("missing", f"{about.purpose}: {about.line}")
 
 
-def _devices() -> dict[str, str]:
+def _devices_of_driver() -> dict[str, str]:
+    """Cores of this process, and the GPUs that nvidia-smi names within `PATIENCE`."""
+    # only some systems bind a process to cores
+    bound = getattr(os, "sched_getaffinity", None)
+    cores = len(bound(0)) if bound else os.cpu_count()
+    return {"cpu cores": str(cores), **driver_devices()}
+
+
+def driver_devices(command: Sequence[str] = ("nvidia-smi",)) -> Mapping[str, str]:
+    """What nvidia-smi says of GPUs, or why it says nothing."""
+    if shutil.which(command[0]) is None:
+        return {"gpu": "no nvidia-smi here"}
+    asked = [*command, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            asked, capture_output=True, timeout=PATIENCE, check=False, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return {"gpu": f"nvidia-smi did not answer in {PATIENCE} s"}
+    except OSError as error:
+        return {"gpu": f"nvidia-smi does not start ({error.strerror})"}
+    lines = done.stdout.decode("utf-8", "replace").strip().splitlines()
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
+    if done.returncode or any(len(row) != len(QUERY) for row in rows):
+        return {"gpu": f"nvidia-smi: {lines[0] if lines else f'exit code {done.returncode}'}"}
+    return {
+        f"gpu:{index}": f"{name}, {_gib(memory)}, compute capability {capability}, driver {driver}"
+        for index, name, memory, capability, driver in rows
+    } or {"gpu": "none"}
+
+
+def _gib(mib: str) -> str:
+    return f"{int(mib) / _MIB_PER_GIB:.0f} GiB" if mib.isdecimal() else f"{mib} MiB"
+
+
+def _devices_of_torch() -> dict[str, str]:
+    import torch
+
     found = {"cpu threads": str(torch.get_num_threads())}
     if not torch.cuda.is_available():
         return {**found, "cuda": f"not available (torch built for {torch.version.cuda or 'cpu'})"}
@@ -71,6 +124,11 @@ def _devices() -> dict[str, str]:
 
 def _kernels() -> list[tuple[str, str | None]]:
     """Implementations with the reason why each is off (None when it is live)."""
+    import torch
+
+    from mambactl.decode.backend import why_not
+    from mambactl.kernels.dispatch import backends
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = [("reference (PyTorch)", None)]
     found += [(f"prefill, training: {name}", why) for name, why in backends(device).items()]

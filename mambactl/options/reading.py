@@ -55,4 +55,6 @@ class ReportConfig(CommandConfig):
 
 
 class DoctorConfig(CommandConfig):
-    """Versions, devices, and which kernels are live and why not."""
+    """Versions and devices; with --deep which kernels are live, and why others are not."""
+
+    deep: bool = Field(default=False, description="load torch and kernels, and say which are live")

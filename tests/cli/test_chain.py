@@ -107,7 +107,7 @@ def test_dry_run_of_the_real_convert_writes_nothing(cli, tiny_llama_dir, tmp_pat
 
 
 def test_doctor_names_what_is_live(cli) -> None:
-    found = json.loads(cli("doctor", "--json").out)
+    found = json.loads(cli("doctor", "--deep", "--json").out)
     assert found["kernels"][0] == ["reference (PyTorch)", None]
     assert found["packages"]["torch"] != "missing"
     kernels = dict(found["kernels"])

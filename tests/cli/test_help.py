@@ -63,7 +63,7 @@ FLAGS = {
     "table": "--into --help",
     "plot": "--out --help",
     "report": "--out --title --help",
-    "doctor": "--json --help",
+    "doctor": "--deep --json --help",
     "recipe run": "--out --from --to --set --trust-remote-code --resume --force --dry-run --json "
     "--quiet --verbose --help",
 }

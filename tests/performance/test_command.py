@@ -114,7 +114,7 @@ def test_what_needs_a_gpu_says_so(module, arguments, capfd):
     assert raised.value.code == 6
     assert command.run(module.measure, given) == 6
     shown = capfd.readouterr()
-    assert shown.out == "" and "\nhint: mambactl doctor\n" in shown.err
+    assert shown.out == "" and "\nhint: mambactl doctor --deep\n" in shown.err
     assert "Traceback" not in shown.err
 
 

@@ -24,7 +24,7 @@ def require_kernels(device: torch.device) -> None:
     if reason := why_not(device):
         raise ResourceError(
             f"this measurement needs the GPU's decode kernels, which are off: {reason}",
-            "mambactl doctor",
+            "mambactl doctor --deep",
         )
 
 
