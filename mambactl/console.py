@@ -11,9 +11,9 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from mambactl.errors import ModelError, ResourceError, UpstreamError, UsageError
 from mambactl.stage_result import Table
 
-PLAIN_INTERVAL = 30.0
+PLAIN_INTERVAL = 8.0
 # columns of a table in a log, where there is no terminal that has a width
 LOG_WIDTH = 140
 # set for the stages of a recipe: their result is JSON, their errors are read by a person
@@ -30,6 +30,10 @@ PLAIN_ERRORS = "_MAMBACTL_PLAIN_ERRORS"
 SILENT = -1
 # as a library; the command line asks for more
 _verbosity = {"level": 0}
+# what is being done, outermost first, and when stderr last said something (monotonic seconds)
+_activities: list[Callable[[], str]] = []
+_heard = {"at": time.monotonic()}
+_bars = {"open": 0}
 
 
 # control characters but tab and line feed, those that turn the direction of text, separators that
@@ -154,6 +158,7 @@ def stderr() -> Any:
 def log(message: str, level: int = 1) -> None:
     """Print one plain line to stderr."""
     if _verbosity["level"] >= level:
+        _heard["at"] = time.monotonic()
         stderr().print(printable(message), markup=False)
 
 
@@ -203,7 +208,29 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 def show(content: Any) -> None:
     """Print something that rich can render to stderr."""
     if _verbosity["level"] >= 1:
+        _heard["at"] = time.monotonic()
         stderr().print(content)
+
+
+@contextmanager
+def doing(what: str | Callable[[], str]) -> Iterator[None]:
+    """Name a piece of work: where it takes long, `heartbeat` says that it still goes on."""
+    activity = what if callable(what) else partial(str, what)
+    _activities.append(activity)
+    try:
+        yield
+    finally:
+        _activities.remove(activity)
+
+
+def activity() -> str:
+    """The innermost piece of work that is going on."""
+    return next((each() for each in reversed(_activities[:])), "")
+
+
+def silent_since() -> float:
+    """Seconds since something was last said; 0 while a bar on a terminal moves by itself."""
+    return 0.0 if _bars["open"] else time.monotonic() - _heard["at"]
 
 
 class Task(Protocol):
@@ -221,7 +248,11 @@ class _PlainTask:
         now = time.monotonic()
         if now - self.last >= PLAIN_INTERVAL:
             self.last = now
-            log(f"{self.label}: {self.done:g}/{self.total:g} {status}".rstrip())
+            log(f"{self.state()} {status}".rstrip())
+
+    def state(self) -> str:
+        """How far it is."""
+        return f"{self.label}: {self.done:g}/{self.total:g}"
 
 
 class _BarTask:
@@ -237,7 +268,9 @@ class _BarTask:
 def progress(label: str, total: float) -> Iterator[Task]:
     """Show how far a long piece of work is; `total` is in the unit passed to `advance`."""
     if _verbosity["level"] < 1 or not stderr().is_terminal:
-        yield _PlainTask(label, total)
+        task = _PlainTask(label, total)
+        with doing(task.state):
+            yield task
         return
     from rich.progress import (
         BarColumn,
@@ -255,7 +288,12 @@ def progress(label: str, total: float) -> Iterator[Task]:
         TextColumn("{task.fields[status]}", markup=False),
     )
     with Progress(*columns, console=stderr(), transient=True) as bar:
-        yield _BarTask(bar, label, total)
+        _bars["open"] += 1
+        try:
+            yield _BarTask(bar, label, total)
+        finally:
+            _bars["open"] -= 1
+            _heard["at"] = time.monotonic()
 
 
 @contextmanager

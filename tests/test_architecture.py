@@ -39,6 +39,7 @@ LEAVES = {
         "figures",
         "files",
         "foreign",
+        "heartbeat",
         "invocation",
         "lineage",
         "metrics",

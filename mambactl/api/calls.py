@@ -10,10 +10,12 @@ from typing import TypeAlias
 
 from mambactl import console, invocation
 from mambactl.checkpoint.provenance import made_before
+from mambactl.cli.ahead import require_found
 from mambactl.cli.processes import launch, of_this_run
 from mambactl.commands import COMMANDS, Command
 from mambactl.console import default_out
 from mambactl.errors import ModelError, UsageError
+from mambactl.heartbeat import heartbeat
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import Shown, settings
 from mambactl.ranks import launched
@@ -48,9 +50,11 @@ def make(
         made = made_before(path, command, config, source, **again)
         if made is not None:
             return StageResult(str(path.absolute()), made.get("metrics", {}))
+        require_found(config, [source])
         if isinstance(config, SpreadConfig) and config.nproc and not launched():
             return _spread(command, config, source, flags)
-        result = import_module(command.module).run(config, source, path, **again)
+        with heartbeat(name):
+            result = import_module(command.module).run(config, source, path, **again)
     return _located(result)
 
 
@@ -66,12 +70,14 @@ def measure(name: str, config: StageConfig, models: Sequence[Spec | None]) -> St
     named = [source for source in sources if source is not None]
     several = ["--compare"] if len(named) > 1 else []
     with invocation.standing_for([name, *named, *several, *settings(config)]):
-        module = import_module(command.module)
-        if several or getattr(config, "report", None):
-            from mambactl.report import compare
+        require_found(config, sources)
+        with heartbeat(name):
+            module = import_module(command.module)
+            if several or getattr(config, "report", None):
+                from mambactl.report import compare
 
-            return _located(compare.run(config, sources, command=module))
-        return _located(module.run(config, sources[0]))
+                return _located(compare.run(config, sources, command=module))
+            return _located(module.run(config, sources[0]))
 
 
 def show(name: str, config: CommandConfig, *models: Spec) -> StageResult:
@@ -84,6 +90,7 @@ def show(name: str, config: CommandConfig, *models: Spec) -> StageResult:
 def show_plan(name: str, config: StageConfig, model: Spec | None) -> dict[str, object]:
     """The plan of a command, which writes nothing."""
     source = None if model is None else spec_of(model)
+    require_found(config, [source])
     return import_module(COMMANDS[name].module).plan(config, source)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mambactl import console
 from mambactl.checkpoint.adapted import Adapted, in_dtype, require_finite
 from mambactl.checkpoint.adapters import llama, mamba, own, qwen
 from mambactl.checkpoint.card import model_card
@@ -104,6 +105,7 @@ _NAMES_SHOWN = 5
 _PROBE = "The first of 2 lines.\n"
 
 
+@console.doing("loading weights")
 def load_model(
     spec: str | Source,
     device: str | torch.device = "cpu",
@@ -199,6 +201,7 @@ def check(reader: Reader, adapted: Adapted, model: HybridForCausalLM) -> None:
         )
 
 
+@console.doing("loading a tokenizer")
 def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerFast":
     """The tokenizer a checkpoint carries; a missing pad token becomes the end token."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -9,6 +9,17 @@ from mambactl.checkpoint.safetensors_reader import FolderReader, SingleFileReade
 from mambactl.errors import ModelError
 from mambactl.files import CONFIG, Source
 
+# of a folder, the files that hold weights
+SAFETENSORS, PICKLES = "*.safetensors*", "pytorch_model*.bin*"
+
+
+def require_container(source: Source) -> None:
+    """Raise ModelError for a folder that holds no weights of a known kind; nothing is opened."""
+    if source.kind == "folder" and not any(
+        any(source.path.glob(pattern)) for pattern in (SAFETENSORS, PICKLES)
+    ):
+        _refuse_folder(source.path)
+
 
 def open_checkpoint(source: Source | str) -> Reader:
     """Open any supported container; raises ModelError with what is wrong with it."""
@@ -20,9 +31,9 @@ def open_checkpoint(source: Source | str) -> Reader:
         return GgufReader(source.path)
     if source.kind == "file":
         return SingleFileReader(source.path)
-    if any(source.path.glob("*.safetensors*")):
+    if any(source.path.glob(SAFETENSORS)):
         return FolderReader(source.path)
-    if any(source.path.glob("pytorch_model*.bin*")):
+    if any(source.path.glob(PICKLES)):
         from mambactl.checkpoint.pickle_reader import PickleReader
 
         return PickleReader(source.path)

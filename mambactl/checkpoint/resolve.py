@@ -4,6 +4,8 @@ import difflib
 import functools
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,45 @@ _PATH_HINT = "give a folder, a .st/.safetensors or .gguf file, a hub id (owner/n
 
 def resolve(spec: str, revision: str | None = None) -> Source:
     """Find `spec` on disk, fetching it when it names a hub repository; raises ModelError."""
+    found = _on_disk(spec)
+    if found is not None:
+        return found
+    if spec in ALIASES:
+        return Source(spec, _alias(spec, revision), "folder")
+    match = HUB_ID.match(spec)
+    return Source(spec, _hub(match.group(1), revision or match.group(2)), "folder")
+
+
+def require_named(spec: str) -> None:
+    """Raise ModelError for a text that is no checkpoint here, no alias and no hub id either.
+
+    No hub is asked.
+    """
+    _on_disk(spec)
+
+
+def require_teacher(spec: str, hint: str | None = None) -> None:
+    """The same of a teacher; `hint` says what to do where the error itself does not."""
+    with _called_teacher(hint):
+        require_named(spec)
+
+
+def resolve_teacher(spec: str, hint: str | None = None) -> Source:
+    """Find a teacher as `resolve` does."""
+    with _called_teacher(hint):
+        return resolve(spec)
+
+
+@contextmanager
+def _called_teacher(hint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"the teacher cannot be found: {error}", hint or error.hint) from error
+
+
+def _on_disk(spec: str) -> Source | None:
+    """What lies on this disk; None for a name that a hub may know, ModelError for other texts."""
     if not spec.strip():
         raise ModelError("the model path is empty", _PATH_HINT)
     try:
@@ -40,11 +81,10 @@ def resolve(spec: str, revision: str | None = None) -> Source:
     if found:
         return _local(spec, path)
     if spec in ALIASES:
-        return Source(spec, _alias(spec, revision), "folder")
-    if match := HUB_ID.match(spec):
+        return None
+    if HUB_ID.match(spec):
         if not _looks_like_path(spec):
-            folder = _hub(match.group(1), revision or match.group(2))
-            return Source(spec, folder, "folder")
+            return None
     elif not _looks_like_path(spec):
         near = difflib.get_close_matches(spec, ALIASES, n=1)
         hint = f"did you mean {near[0]}?" if near else _PATH_HINT

@@ -10,7 +10,7 @@ from typing import Any
 from mambactl import console
 from mambactl.checkpoint.hub_names import ALIASES
 from mambactl.checkpoint.load import load_lineage, needs_remote_code
-from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.resolve import resolve, resolve_teacher
 from mambactl.errors import ModelError, UsageError
 from mambactl.files import CONFIG, Source
 from mambactl.foreign import read_object
@@ -26,7 +26,7 @@ def teacher_of(source: str, given: str | None, option: str, trusted: bool = Fals
     there, and for one that a lineage must not choose.
     """
     if given:
-        _found(given, None)
+        resolve_teacher(given)
         return given
     spec = _named(source)
     if not spec:
@@ -40,7 +40,7 @@ def teacher_of(source: str, given: str | None, option: str, trusted: bool = Fals
             f"{source} is from the hub and names {spec} as its teacher, a path of this machine",
             f"{option} {spec} reads it",
         )
-    found = _found(spec, f"{source} was made from it; if it moved: {option} MODEL")
+    found = resolve_teacher(spec, f"{source} was made from it; if it moved: {option} MODEL")
     if reason := _beyond_weights(found, trusted):
         raise ModelError(
             f"{spec}, the teacher that {source} names, {reason}", f"give {option} to read it"
@@ -57,13 +57,6 @@ def _named(source: str) -> str | None:
             f"the lineage of {source} names a teacher that is no path", "fetch it again"
         )
     return spec
-
-
-def _found(spec: str, hint: str | None) -> Source:
-    try:
-        return resolve(spec)
-    except ModelError as error:
-        raise ModelError(f"the teacher cannot be found: {error}", hint or error.hint) from error
 
 
 def _from_hub(source: str) -> bool:

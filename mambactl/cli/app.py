@@ -15,6 +15,7 @@ from mambactl.cli import recipe
 from mambactl.cli.parameters import Shared, parameters_of, with_parameters
 from mambactl.commands import COMMANDS, Command, configure
 from mambactl.errors import UsageError
+from mambactl.heartbeat import heartbeat
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import parse_settings, validated
 from mambactl.ranks import is_main, launched
@@ -158,7 +159,12 @@ def _run_plain(command: Command, given: dict[str, Any]) -> None:
     models = (
         [] if command.model == "none" else [source, *(console.read_model(each) for each in others)]
     )
-    with console.guarded_stdout():
+    with console.guarded_stdout(), heartbeat(command.name):
+        if command.needs_torch:
+            from mambactl.cli.ahead import announce, require_models
+
+            require_models(models)
+            announce()
         result = import_module(command.module).run(options, *models)
     _write(command, as_json, result)
 
@@ -177,6 +183,11 @@ def _call(
     shared: Shared,
     others: Sequence[str] = (),
 ) -> None:
+    # the help needs nothing of checkpoints
+    from mambactl.cli.ahead import LOADING, announce, require_found
+
+    with console.guarded_stdout():
+        require_found(config, [source, *others])
     spreads = isinstance(config, SpreadConfig) and config.nproc and not launched()
     if spreads and not shared.dry_run:
         from mambactl.cli.processes import launch
@@ -187,8 +198,10 @@ def _call(
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with console.guarded_stdout():
-        module = import_module(command.module)
+    with console.guarded_stdout(), heartbeat(command.name):
+        announce()
+        with console.doing(LOADING):
+            module = import_module(command.module)
         call = module.plan if shared.dry_run else module.run
         if others or getattr(config, "report", None):
             compare = import_module("mambactl.report.compare")

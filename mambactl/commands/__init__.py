@@ -32,7 +32,7 @@ class Command:
     commands take, `data` for a folder of another kind, `rows` for a file of rows; `writes_with` is
     the option without which nothing is written. `resumable` commands continue with `--resume` what
     a signal stopped. `json` is what `--json` prints: the result with its checkpoint, or the
-    metrics alone.
+    metrics alone. `needs_torch` is for commands that are no stages, which all do.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Command:
     writes_with: str | None = None
     resumable: bool = False
     json: Literal["result", "metrics", "none"] = "result"
+    needs_torch: bool = False
 
     @cached_property
     def options(self) -> type[CommandConfig]:
@@ -199,6 +200,7 @@ _ROWS = (
             "mambactl distill s.st --data chat.jsonl | mambactl push - org/name",
         ),
         json="metrics",
+        needs_torch=True,
     ),
     Command(
         "inspect",

@@ -7,7 +7,7 @@ import torch
 
 from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.teacher import teacher_of
-from mambactl.errors import CheckError, UsageError
+from mambactl.errors import CheckError
 from mambactl.generation import decoding
 from mambactl.metrics import CACHE, DECODE_GAIN, DECODE_RATE, PREFILL_RATE, Metric
 from mambactl.options import BenchConfig
@@ -99,25 +99,8 @@ def _gain(point: dict[str, Any], other: dict[str, Any], metric: Metric) -> float
 
 def _prepare(config: BenchConfig, source: str | None) -> str | None:
     """Refuse what contradicts itself; returns the baseline."""
-    if config.training and config.draft:
-        raise UsageError("--training goes without --draft", "drop it")
-    if config.training and config.baseline not in (None, "teacher"):
-        raise UsageError(
-            f"a hybrid is trained beside its own teacher, not {config.baseline}",
-            "give --baseline teacher",
-        )
-    if config.training and config.baseline and not config.train_rest:
-        raise UsageError("a teacher has no mixers to train alone", "drop --no-train-rest")
-    if config.min_speedup is not None and config.baseline is None:
-        raise UsageError(
-            "--min-speedup needs something to be faster than",
-            hint="pass --baseline teacher, or --baseline MODEL",
-        )
+    config.require_coherent()
     if source is None:
-        if config.baseline is not None:
-            raise UsageError(
-                "--baseline compares checkpoints", "compare shapes with --synthetic NAME,NAME"
-            )
         candidates.require_shapes(config)
         if config.training:
             require_hybrids(config)

@@ -95,12 +95,7 @@ def plan(config: DistillConfig, source: str) -> dict[str, Any]:
 
 def _check_capture(job: Job, config: DistillConfig) -> None:
     """Raise UsageError for steps that no CUDA graph can hold; say so where there are no graphs."""
-    if config.capture and config.grad_checkpointing:
-        raise UsageError(
-            "--grad-checkpointing reads the states of random number generators, which steps in a "
-            "CUDA graph cannot",
-            "drop --capture or --grad-checkpointing",
-        )
+    config.require_coherent()
     if config.capture and job.device.type != "cuda":
         console.log(f"--capture changes nothing on {job.device}: it has no CUDA graphs")
 

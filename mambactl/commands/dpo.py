@@ -8,7 +8,6 @@ from typing import Any
 from mambactl import console
 from mambactl.checkpoint.load import load_model
 from mambactl.checkpoint.run_folder import RunFolder
-from mambactl.errors import UsageError
 from mambactl.evaluation.rewards import Layout
 from mambactl.files import replacing
 from mambactl.models.hybrid import HybridForCausalLM
@@ -23,9 +22,6 @@ from mambactl.train.reference_policy import HeldOutPreferences, precomputed, sho
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
 STAGE = "dpo"
-SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
-# losses of the difference of rewards, in which what a divergence leaves open cancels
-DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
 
 def run(
@@ -77,7 +73,7 @@ def plan(config: DpoConfig, source: str) -> dict[str, Any]:
 
 def _require(config: DpoConfig) -> None:
     """Raise for what cannot be trained, before anything is loaded."""
-    _require_losses(config)
+    config.require_coherent()
     require_trackers(config)
     require_whole_weights(bool(config.eval_data or config.eval_share))
 
@@ -87,31 +83,6 @@ def _losses(config: DpoConfig) -> list[tuple[str, float]]:
     weights = config.loss_weights or [1.0] * len(config.loss_type)
     losses = list(zip(config.loss_type, weights, strict=True))
     return losses + ([("sft", config.sft_weight)] if config.sft_weight else [])
-
-
-def _require_losses(config: DpoConfig) -> None:
-    """Raise UsageError for settings that TRL would refuse, or take and ignore."""
-    chosen = set(config.loss_type)
-    if len(chosen) < len(config.loss_type):
-        raise UsageError("a loss type is given twice", "give it once, with a weight")
-    if config.loss_weights and len(config.loss_weights) != len(config.loss_type):
-        message = f"{len(config.loss_weights)} loss weights for {len(config.loss_type)} loss types"
-        raise UsageError(message, "give one --loss-weights value per --loss-type")
-    if config.sft_weight and "sft" in chosen:
-        raise UsageError("sft is a loss type and has --sft-weight", "give one of them")
-    if chosen == {"sft"}:
-        raise UsageError("sft alone learns no preference", "use `mambactl sft`, or add sigmoid")
-    if config.label_smoothing and not chosen & SMOOTHED:
-        hint = f"use it with --loss-type {', '.join(sorted(SMOOTHED))}; robust is sigmoid's"
-        raise UsageError(f"--label-smoothing does nothing for {', '.join(chosen)}", hint)
-    if "exo_pair" in chosen and not config.label_smoothing:
-        raise UsageError("exo_pair needs label smoothing", "add --label-smoothing 0.001")
-    if config.max_kl is not None and not (config.eval_data or config.eval_share):
-        hint = "add --eval-share 0.1, or --eval-data FILE"
-        raise UsageError("--max-kl needs held-out preferences to be measured on", hint)
-    if config.f_divergence != "reverse_kl" and not chosen <= DIFFERENCES:
-        others = ", ".join(sorted(chosen - DIFFERENCES))
-        raise UsageError(f"{others} has no --f-divergence", f"use {', '.join(sorted(DIFFERENCES))}")
 
 
 def _reference(job: Job, config: DpoConfig) -> Any:

@@ -112,16 +112,7 @@ def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
 
 def _read(config: EvalConfig, source: str) -> Inputs:
     probes = [probe for probe in PROBES.values() if probe.asked(config)]
-    changed = config.control or config.ablate
-    if changed and not any(probe.controlled for probe in probes):
-        raise UsageError("--control and --ablate measure nothing by themselves", "add --data FILE")
-    for probe in PROBES.values():
-        probe.validate(config)
-    if not probes:
-        *ways, last = (probe.example for probe in PROBES.values() if probe.example)
-        raise UsageError(
-            "nothing to measure", f"pass {', '.join(ways)}, {last}, or several of them"
-        )
+    config.require_coherent()
     checks = parse_checks(config.fail_under)
     asked = Asked(source, config)
     read = {probe.name: probe.read(config, asked) for probe in probes}

@@ -5,10 +5,9 @@ from typing import Any
 
 from mambactl import console
 from mambactl.decode.stats import DecodeStats
-from mambactl.errors import UsageError
 from mambactl.generation import dataset, decoding
 from mambactl.generation.question_set import QuestionSet
-from mambactl.options import GenerateConfig, PromptConfig
+from mambactl.options import GenerateConfig
 from mambactl.stage_result import StageResult
 
 
@@ -26,7 +25,7 @@ def run(
     """
     if config.dataset:
         return dataset.run(config, source, out, resume=resume, force=force)
-    _require_plain(config)
+    config.require_coherent()
     prompts = decoding.read(config)
     setup = decoding.prepare(config, source, prompts)
     engine = setup.engine()
@@ -44,16 +43,8 @@ def plan(config: GenerateConfig, source: str) -> dict[str, Any]:
     """What would be decoded; writes nothing."""
     if config.dataset:
         return QuestionSet.of(config, source).plan()
-    _require_plain(config)
+    config.require_coherent()
     return decoding.plan(config, source, decoding.read(config))
-
-
-def _require_plain(config: GenerateConfig) -> None:
-    """Raise UsageError for options that only a data set gives a meaning."""
-    for name in GenerateConfig.model_fields.keys() - PromptConfig.model_fields.keys():
-        if getattr(config, name) != GenerateConfig.model_fields[name].default:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} goes with --dataset", f"drop {flag}, or name a data set")
 
 
 def _summary(stats: DecodeStats) -> str:

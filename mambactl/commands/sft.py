@@ -98,16 +98,11 @@ def _adapter_plan(job: Job, config: SftConfig, estimated: int, parameters: int) 
 
 def _require(config: SftConfig) -> None:
     """Raise for what cannot be trained, before anything is loaded."""
-    if not config.ce_weight and not config.kl_weight:
-        raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
-    if config.teacher_cache and not config.kl_weight:
-        raise UsageError("--teacher-cache is of no use without a KL", "add --kl-weight 1")
-    if config.compile and (not config.packing or config.lora or sharded()):
+    config.require_coherent()
+    if config.compile and sharded():
         raise UsageError(
             "--compile takes whole packed rows, without --lora and --shard", "drop --compile"
         )
-    if config.lora_alpha is not None and config.lora is None:
-        raise UsageError("--lora-alpha scales adapters, and there are none", "add --lora RANK")
     require_peft(config)
     require_trackers(config)
     require_whole_weights(bool(config.eval_data or config.lora))

@@ -7,7 +7,6 @@ from mambactl.decode.engine import Generation
 from mambactl.decode.equality import require_equal
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
-from mambactl.errors import UsageError
 from mambactl.generation import decoding
 from mambactl.metrics import hundredths, tenths, tight_percent, times
 from mambactl.options import SpecDecodeConfig
@@ -20,8 +19,8 @@ WARMUP_TOKENS = 4
 
 def run(config: SpecDecodeConfig, source: str) -> StageResult:
     """Decode twice and compare; CheckError when `check` finds another greedy token."""
-    _validate(config)
-    prompts = decoding.read(config, builtin=True)
+    config.require_coherent()
+    prompts = decoding.read(config)
     setup = decoding.prepare(config, source, prompts)
     plain_engine = setup.engine(plain=True, exact=config.check, share=False)
     engine = setup.engine(exact=config.check, share=False)
@@ -49,19 +48,9 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
 
 def plan(config: SpecDecodeConfig, source: str) -> dict[str, Any]:
     """What would be decoded; writes nothing."""
-    _validate(config)
-    prompts = decoding.read(config, builtin=True)
+    config.require_coherent()
+    prompts = decoding.read(config)
     return decoding.plan(config, source, prompts) | {"check": config.check}
-
-
-def _validate(config: SpecDecodeConfig) -> None:
-    if config.draft is None:
-        raise UsageError("no draft", hint="give --draft MODEL, or --draft ngram")
-    if config.check and config.temperature > 0:
-        raise UsageError(
-            "--check compares greedy tokens, but the temperature is above 0",
-            hint="drop --check or --temperature",
-        )
 
 
 def _warm_up(setup: decoding.Setup, *engines: Any) -> None:

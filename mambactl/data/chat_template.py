@@ -121,10 +121,14 @@ class ChatRenderer:
         self._process.close()
         self._process = self._connection = None
 
-    def _ask(self, request: _Request) -> Any:
+    def start(self) -> None:
+        """Start the process, if it is not there; UsageError without a template."""
         require_template(self.tokenizer)
         if self._connection is None:
             self._start()
+
+    def _ask(self, request: _Request) -> Any:
+        self.start()
         try:
             self._connection.send(request)
         except RecursionError:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, UNANSWERED, BadRows
-from mambactl.data.format import Example
+from mambactl.data.encoding import Example
 from mambactl.data.sources import Document
 
 if TYPE_CHECKING:

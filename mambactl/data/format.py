@@ -5,9 +5,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mambactl import console
 from mambactl.data.bad_rows import REFUSED, BadRows
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
+from mambactl.data.encoding import Example
+from mambactl.data.renderers import ChatRenderers
 from mambactl.data.sources import Document
+from mambactl.data.token_cache import TokenCache
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,16 +19,6 @@ if TYPE_CHECKING:
 
 # rows that are tokenised in one call
 TOGETHER = 256
-
-
-class Example(NamedTuple):
-    """One document; `loss_mask[t]` says that token t is a target.
-
-    input_ids: int32 [n]; loss_mask: bool [n].
-    """
-
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
 
 
 Keep = Callable[[Document, Example], Example | None]
@@ -39,8 +33,8 @@ def encode(
     text's cut says nothing about endings. A rendered chat holds its own begin token, so none is
     added. Raises UsageError for a chat that the template refuses, or without a template.
     """
-    with ChatRenderer(tokenizer) as renderer:
-        return _encode_many([row], renderer, assistant_only)[0]
+    with ChatRenderers(tokenizer, [row]) as renderers:
+        return _encode_many([row], renderers, assistant_only)[0]
 
 
 def encode_rows(
@@ -63,58 +57,90 @@ def encode_rows(
     examples: list[Example] = []
     total = 0
     indices = list(order)
-    with ChatRenderer(tokenizer) as renderer:
+    cache = TokenCache(tokenizer, assistant_only)
+    state = {"rows": 0}
+    with (
+        ChatRenderers(tokenizer, rows) as renderers,
+        console.doing(lambda: f"tokenising: {state['rows']:,} of {len(rows):,} rows"),
+    ):
         for start in range(0, len(indices), TOGETHER):
             members = [rows[index] for index in indices[start : start + TOGETHER]]
-            for row, example in _encode_located(members, renderer, assistant_only, bad):
+            state["rows"] = start
+            for row, example in _kept_or_encoded(members, cache, renderers, assistant_only, bad):
                 example = keep(row, example) if keep is not None else example
                 if example is None:
                     continue
                 examples.append(example)
                 total += len(example.input_ids)
                 if max_tokens is not None and total >= max_tokens:
+                    cache.publish()
                     return examples
+    cache.publish()
     return examples
 
 
+def _kept_or_encoded(
+    rows: Sequence[Document],
+    cache: TokenCache,
+    renderers: ChatRenderers,
+    assistant_only: bool,
+    bad: BadRows | None,
+) -> Iterator[tuple[Document, Example]]:
+    """Rows with their examples, in order; only those that no run before has kept are tokenised."""
+    kept = [cache.find(row) for row in rows]
+    missing = [row for row, example in zip(rows, kept, strict=True) if example is None]
+    fresh = iter(_encode_located(missing, renderers, assistant_only, bad))
+    ahead: tuple[Document, Example] | None = None
+    for row, example in zip(rows, kept, strict=True):
+        if example is not None:
+            yield row, example
+            continue
+        # one that is refused is left out
+        ahead = next(fresh, None) if ahead is None else ahead
+        if ahead is not None and ahead[0] is row:
+            cache.add(*ahead)
+            yield ahead
+            ahead = None
+
+
 def _encode_located(
-    rows: Sequence[Document], renderer: ChatRenderer, assistant_only: bool, bad: BadRows | None
+    rows: Sequence[Document], renderers: ChatRenderers, assistant_only: bool, bad: BadRows | None
 ) -> Iterable[tuple[Document, Example]]:
     """Rows with their examples; the first that cannot be encoded is named, after those before."""
     try:
-        return zip(rows, _encode_many(rows, renderer, assistant_only), strict=True)
+        return zip(rows, _encode_many(rows, renderers, assistant_only), strict=True)
     except TemplateStopped:
         raise
     except UsageError:
-        return _one_by_one(rows, renderer, assistant_only, bad)
+        return _one_by_one(rows, renderers, assistant_only, bad)
 
 
 def _one_by_one(
-    rows: Sequence[Document], renderer: ChatRenderer, assistant_only: bool, bad: BadRows | None
+    rows: Sequence[Document], renderers: ChatRenderers, assistant_only: bool, bad: BadRows | None
 ) -> Iterator[tuple[Document, Example]]:
     for row in rows:
         try:
-            yield row, _encode_many([row], renderer, assistant_only)[0]
+            yield row, _encode_many([row], renderers, assistant_only)[0]
         except TemplateStopped:
             raise
         except UsageError as error:
             # without a template no chat is better than another
-            if bad is None or not getattr(renderer.tokenizer, "chat_template", None):
+            if bad is None or not getattr(renderers.tokenizer, "chat_template", None):
                 raise UsageError(f"{row.where}: {error}", error.hint) from None
             bad.add(REFUSED, row.where, str(error), error.hint or "correct the data")
 
 
 def _encode_many(
-    rows: Sequence[dict[str, Any]], renderer: ChatRenderer, assistant_only: bool
+    rows: Sequence[dict[str, Any]], renderers: ChatRenderers, assistant_only: bool
 ) -> list[Example]:
     """A fast tokenizer spreads the texts of a call over all cores."""
     is_text = ["text" in row for row in rows]
-    parts = [_rendered(row, renderer, assistant_only) for row in rows]
+    parts = renderers.map(lambda row, renderer: _rendered(row, renderer, assistant_only), rows)
     found: dict[int, Example] = {}
     for kind in sorted(set(is_text)):
         indices = [index for index, text in enumerate(is_text) if text == kind]
         masked = assistant_only and not kind
-        batch = renderer.tokenizer(
+        batch = renderers.tokenizer(
             [parts[index].text for index in indices],
             add_special_tokens=kind,
             return_offsets_mapping=masked,

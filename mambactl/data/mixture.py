@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mambactl.data.format import Example
+from mambactl.data.encoding import Example
 from mambactl.data.sources import Document
 from mambactl.errors import UsageError
 from mambactl.options import split_weight

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mambactl.data.format import Example
+from mambactl import console
+from mambactl.data.encoding import Example
 from mambactl.errors import UsageError
 
 # rows shorter than this share too little context to be worth a trimmed shape of their own
@@ -51,6 +52,7 @@ class Batch(NamedTuple):
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
 
 
+@console.doing("packing rows")
 def pack(examples: Sequence[Example], max_length: int, packing: bool = True) -> list[Row]:
     """Fill rows of `max_length` tokens, deterministically.
 

@@ -15,7 +15,8 @@ import numpy as np
 from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, MALFORMED, REFUSED, SAME, BadRows
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
 from mambactl.data.checks import begins_twice
-from mambactl.data.format import TOGETHER, Example
+from mambactl.data.encoding import Example
+from mambactl.data.format import TOGETHER
 from mambactl.data.row_files import is_on_hub, read_rows
 from mambactl.data.sources import POOL, BadRow, preference_row, round_robin, set_names
 from mambactl.errors import UsageError

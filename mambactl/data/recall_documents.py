@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from mambactl.data.format import Example
+from mambactl.data.encoding import Example
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
 _AGAIN = "fetch or write the file again"
 # rows of a Parquet file that are converted together
 _TOGETHER = 256
@@ -33,17 +34,34 @@ def read_rows(spec: str, bad: BadRows | None = None) -> Iterator[tuple[int, Any]
 
     Lines that are no JSON are noted in `bad`, if there is one.
     """
+    require_there(spec)
     if is_on_hub(spec):
         return _read_hub(spec)
+    return next(read(spec, bad) for suffix, read in _READERS.items() if spec.endswith(suffix))
+
+
+def require_there(spec: str) -> None:
+    """Raise UsageError for a file that is missing or of no known kind; no hub is asked."""
+    if is_on_hub(spec):
+        return
     if os.path.isdir(spec):
         raise UsageError(f"{spec} is a folder", _KNOWN)
     with blamed(spec, kind=UsageError, hint=_KNOWN):
         if not _is_there(spec):
             raise UsageError(f"{spec} does not exist", f"{_KNOWN}, or a hub id")
-    for suffix, read in _READERS.items():
-        if spec.endswith(suffix):
-            return read(spec, bad)
-    raise UsageError(f"{spec}: unknown kind of file", f"known are {', '.join(SUFFIXES)}")
+    if not spec.endswith(SUFFIXES):
+        raise UsageError(f"{spec}: unknown kind of file", f"known are {', '.join(SUFFIXES)}")
+
+
+def prompt_file(path: str) -> Path:
+    """The file of prompts that an option names; UsageError where there is none, or of no kind."""
+    file = Path(os.path.expanduser(path))
+    if not os.path.isfile(file):
+        raise UsageError(f"{path} is no file", hint="give a .txt or .jsonl file with prompts")
+    if not file.name.endswith(PROMPT_FILES):
+        known = ", ".join(PROMPT_FILES)
+        raise UsageError(f"{path}: unknown kind of file", hint=f"known are {known}")
+    return file
 
 
 def _is_there(path: str) -> bool:

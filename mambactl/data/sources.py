@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mambactl import console
 from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.data.row_files import hub_parts, is_on_hub, read_rows
 from mambactl.errors import UsageError
@@ -21,11 +22,14 @@ CHARACTERS_PER_TOKEN = 4
 
 
 class Document(dict[str, Any]):
-    """A checked row; `where` names its file and row, `part` numbers the data set it came from."""
+    """A checked row; `where` names its file and row, `part` numbers the data set it came from.
 
-    def __init__(self, where: str, row: Mapping[str, Any], part: int = 0):
+    `spec` is that data set, for a row that was read from one.
+    """
+
+    def __init__(self, where: str, row: Mapping[str, Any], part: int = 0, spec: str | None = None):
         super().__init__(row)
-        self.where, self.part = where, part
+        self.where, self.part, self.spec = where, part, spec
 
 
 class BadRow(Exception):
@@ -36,6 +40,7 @@ class BadRow(Exception):
         self.kind = kind
 
 
+@console.doing("reading rows of data")
 def load_rows(
     specs: Sequence[str],
     max_samples: int | None = None,
@@ -55,6 +60,7 @@ def load_rows(
     return list(_documents(specs, max_samples, used_rows, used_tokens, bad))
 
 
+@console.doing("counting rows of data")
 def count_rows(specs: Sequence[str], max_samples: int | None = None) -> int | None:
     """Check files and count their rows; None where a set lies on the hub, which is not asked."""
     found = sum(1 for _ in _documents(specs, max_samples, used_rows=0))
@@ -116,7 +122,7 @@ def _checked(spec: str, part: int, bad: BadRows | None) -> Iterator[Document]:
         found = True
         where = f"{spec}, row {number}"
         try:
-            yield Document(where, _document(row), part)
+            yield Document(where, _document(row), part, spec)
         except BadRow as error:
             if bad is not None:
                 bad.add(MALFORMED, where, str(error), f"expected {EXPECTED}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mambactl import console, metrics
-from mambactl.data.format import Example
+from mambactl.data.encoding import Example
 from mambactl.data.pack import Batch, collate, pack_whole
 from mambactl.data.preferences import Pair
 from mambactl.evaluation.fidelity import MEANS, Head, compare_logits

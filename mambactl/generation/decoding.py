@@ -1,16 +1,14 @@
 """What `generate` and `spec-decode` share: prompts, target, draft, and runs over many prompts."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambactl import console
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.vocabulary import require_same_tokens
-from mambactl.data.row_files import read_rows
+from mambactl.data.row_files import prompt_file, read_rows
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation
 from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
@@ -23,7 +21,6 @@ from mambactl.ranks import placement
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPT_FILES = (".txt", ".jsonl", ".jsonl.gz")
 EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"
 
 
@@ -49,29 +46,18 @@ class Setup:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def read(config: PromptConfig, builtin: bool = False) -> list[Prompt]:
-    """The prompts that a configuration asks for; with `builtin` the own set when it names none."""
-    if config.prompt is not None and config.prompts is not None:
-        raise UsageError("a prompt and a file of prompts exclude each other", "give one of them")
+def read(config: PromptConfig) -> list[Prompt]:
+    """The prompts that a configuration asks for, or the built-in set where it names none."""
     if config.prompts is not None:
         return read_prompts(config.prompts)
     if config.prompt is not None:
-        if not config.prompt.strip():
-            raise UsageError("the prompt is empty", "give some text with -p")
         return [Prompt.of(config.prompt)]
-    if builtin:
-        return list(BUILTIN)
-    raise UsageError("no prompt", 'give -p "some text", -p - to read stdin, or --prompts FILE')
+    return list(BUILTIN)
 
 
 def read_prompts(path: str) -> list[Prompt]:
     """Read a .txt file (a prompt per line) or .jsonl[.gz]; raises UsageError naming the row."""
-    file = Path(os.path.expanduser(path))
-    if not os.path.isfile(file):
-        raise UsageError(f"{path} is no file", hint="give a .txt or .jsonl file with prompts")
-    if not file.name.endswith(PROMPT_FILES):
-        known = ", ".join(PROMPT_FILES)
-        raise UsageError(f"{path}: unknown kind of file", hint=f"known are {known}")
+    file = prompt_file(path)
     found = []
     for number, row in read_rows(str(file)):
         if file.suffix == ".txt":

@@ -1,7 +1,6 @@
 """The prompts that `generate --dataset` answers: read, checked, each once, dealt and batched."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 # what only says what is made of finished answers may change until they are written
 AFTERWARDS = {"keep_unfinished", "generator"}
-SHARD = re.compile(r"(\d+)/(\d+)")
 
 
 class Task(NamedTuple):
@@ -54,14 +52,14 @@ class QuestionSet:
     @classmethod
     def of(cls, config: GenerateConfig, source: str) -> "QuestionSet":
         """Read and check everything; raises UsageError that names the rows which are no prompts."""
-        _validate(config)
+        config.require_coherent()
         decoding.require_draft(config, source)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
         bad = BadRows(config.skip_bad_rows)
         found = read_conversations(config.dataset, config.max_samples, bad)
         rows = len(found) + len(bad.found)
         chosen = distinct(found) if config.format == "jsonl" else found
-        index, count = _shard(config)
+        index, count = config.part
         mine = [each for each in chosen if shard_of(each, count) == index]
         fitting, lengths = _measure(config, source, tokenizer, mine, bad)
         bad.settle()
@@ -171,31 +169,6 @@ class QuestionSet:
 def as_prompt(conversation: Conversation, answers: Sequence[str] = ()) -> Prompt:
     """What the model reads before its next answer."""
     return Prompt(tuple(conversation.messages(answers)), tools=conversation.tools)
-
-
-def _validate(config: GenerateConfig) -> None:
-    if config.prompt is not None or config.prompts is not None:
-        raise UsageError("--dataset and a prompt exclude each other", "give one of them")
-    if config.category_temperature and config.temperature > 0:
-        raise UsageError("--temperature and --category-temperature exclude each other", "drop one")
-    if (
-        config.samples_per_prompt > 1
-        and config.temperature == 0
-        and not config.category_temperature
-    ):
-        raise UsageError(
-            f"{config.samples_per_prompt} greedy answers to a prompt are all the same",
-            "give --temperature 0.7, say",
-        )
-    _shard(config)
-
-
-def _shard(config: GenerateConfig) -> tuple[int, int]:
-    given = config.shard or "1/1"
-    match = SHARD.fullmatch(given)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise UsageError(f"--shard {given} is no part", "three parts are 1/3, 2/3 and 3/3")
-    return int(match[1]), int(match[2])
 
 
 def _measure(

@@ -126,7 +126,7 @@ class ConvertConfig(StageConfig):
         leave possible, then what has replaced attention in the source. `form` stays None for a
         state alone that rotates, which is of neither form. Raises UsageError for contradictions.
         """
-        self._require_coherent()
+        self.require_coherent()
         if aligned is not None:
             self._require_form_of(aligned)
         form = self.form or self._form_of(source, aligned)
@@ -152,7 +152,7 @@ class ConvertConfig(StageConfig):
             return "faithful"
         return "portable" if self.by_layer or source.replaced_layers else "faithful"
 
-    def _require_coherent(self) -> None:
+    def require_coherent(self) -> None:
         """Raise UsageError for options that exclude each other whatever the models are."""
         if self.keep_heads is not None and self.keep_attention is not None:
             raise UsageError(

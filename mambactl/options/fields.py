@@ -180,6 +180,9 @@ class CommandConfig(BaseModel):
         """Whether the command works on a checkpoint."""
         return not any(getattr(self, name) for name in self.without_model)
 
+    def require_coherent(self) -> None:
+        """Raise UsageError for options that exclude each other, whatever files and models hold."""
+
 
 class StageConfig(CommandConfig):
     """Options of every stage: a command that can be a section of a recipe."""
@@ -198,6 +201,16 @@ class StageConfig(CommandConfig):
     )
     # fields that name what is read: it may not lie in what the stage replaces
     inputs: ClassVar[frozenset[str]] = files | {"teacher", "teacher_cache", "mixers_from", "draft"}
+    # fields that name another model, and words there that mean none on this disk
+    models: ClassVar[frozenset[str]] = frozenset(
+        {"teacher", "mixers_from", "draft", "against", "baseline"}
+    )
+    no_models: ClassVar[frozenset[str]] = frozenset({"ngram"})
+    # fields that name data sets, of files or of the hub
+    data_sets: ClassVar[frozenset[str]] = frozenset(
+        {"data", "dataset", "eval_data", "calibrate", "select_data", "preferences"}
+        | {"long_context_data"}
+    )
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
 
@@ -218,6 +231,18 @@ class StageConfig(CommandConfig):
     def ending(self) -> str:
         """The end of the default name of what the stage writes."""
         return ""
+
+    @property
+    def other_models(self) -> list[tuple[str, str]]:
+        """Options that name a model beside MODEL, each with its name."""
+        named = [(option, getattr(self, option, None)) for option in sorted(self.models)]
+        return [(option, spec) for option, spec in named if spec and spec not in self.no_models]
+
+    @property
+    def named_data(self) -> list[str]:
+        """The data sets that options name, without their weights in a mixture."""
+        named = (getattr(self, name, None) or () for name in sorted(self.data_sets))
+        return [split_weight(spec)[0] for specs in named for spec in specs]
 
     def completed(self, source: str, describe: Callable[[str], Any]) -> "StageConfig":
         """The options with what the models decide that they name, `describe` of each its config."""

@@ -1,11 +1,14 @@
 """Options of the commands that write text."""
 
+import re
 from typing import Literal
 
 from pydantic import Field
 
+from mambactl.errors import UsageError
 from mambactl.options.fields import DataSpecs, Drafts, Rows, StageConfig, Temperature, Tokens
 
+SHARD = re.compile(r"(\d{1,9})/(\d{1,9})")
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 
 
@@ -29,6 +32,15 @@ class PromptConfig(SamplingConfig):
 
     prompt: str | None = Field(default=None, description="text, or - to read it from stdin")
     prompts: str | None = Field(default=None, description="file: .txt lines, or .jsonl")
+
+    def require_coherent(self) -> None:
+        """Raise UsageError for two sources of prompts, and for an empty prompt."""
+        if self.prompt is not None and self.prompts is not None:
+            raise UsageError(
+                "a prompt and a file of prompts exclude each other", "give one of them"
+            )
+        if self.prompt is not None and not self.prompt.strip():
+            raise UsageError("the prompt is empty", "give some text with -p")
 
 
 class GenerateConfig(PromptConfig):
@@ -67,6 +79,43 @@ class GenerateConfig(PromptConfig):
         """The suffix that readers of the format expect."""
         return ROW_SUFFIXES[self.format]
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of the data set is answered, and of how many; UsageError for no such part."""
+        given = self.shard or "1/1"
+        match = SHARD.fullmatch(given)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--shard {given} is no part", "three parts are 1/3, 2/3 and 3/3")
+        return int(match[1]), int(match[2])
+
+    def require_coherent(self) -> None:
+        """Raise UsageError for options of another way of asking, and for answers all the same."""
+        if not self.dataset:
+            self._require_plain()
+            super().require_coherent()
+            if self.prompt is None and self.prompts is None:
+                way = 'give -p "some text", -p - to read stdin, or --prompts FILE'
+                raise UsageError("no prompt", way)
+            return
+        if self.prompt is not None or self.prompts is not None:
+            raise UsageError("--dataset and a prompt exclude each other", "give one of them")
+        if self.category_temperature and self.temperature > 0:
+            raise UsageError(
+                "--temperature and --category-temperature exclude each other", "drop one"
+            )
+        if self.samples_per_prompt > 1 and not (self.temperature or self.category_temperature):
+            raise UsageError(
+                f"{self.samples_per_prompt} greedy answers to a prompt are all the same",
+                "give --temperature 0.7, say",
+            )
+        _ = self.part
+
+    def _require_plain(self) -> None:
+        for name in GenerateConfig.model_fields.keys() - PromptConfig.model_fields.keys():
+            if getattr(self, name) != GenerateConfig.model_fields[name].default:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} goes with --dataset", f"drop {flag}, or name a data set")
+
 
 class SpecDecodeConfig(PromptConfig):
     """Speculative decoding measured against plain decoding."""
@@ -74,3 +123,14 @@ class SpecDecodeConfig(PromptConfig):
     check: bool = Field(
         default=False, description="fail unless greedy output equals plain decoding"
     )
+
+    def require_coherent(self) -> None:
+        """Raise UsageError without a draft, and for a comparison of drawn tokens."""
+        super().require_coherent()
+        if self.draft is None:
+            raise UsageError("no draft", hint="give --draft MODEL, or --draft ngram")
+        if self.check and self.temperature > 0:
+            raise UsageError(
+                "--check compares greedy tokens, but the temperature is above 0",
+                hint="drop --check or --temperature",
+            )

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from mambactl.errors import UsageError
 from mambactl.options.fields import (
     BatchSizes,
     Compile,
@@ -20,6 +21,7 @@ class BenchConfig(StageConfig):
     """Prefill and decode speed."""
 
     without_model: ClassVar[Mapping[str, str]] = {"synthetic": "--synthetic NAME"}
+    no_models: ClassVar[frozenset[str]] = StageConfig.no_models | {"teacher"}
 
     input_len: Lengths = Field(default=[128], min_length=1, description="context lengths")
     output_len: Tokens = Field(default=32, description="tokens decoded per measurement")
@@ -57,3 +59,30 @@ class BenchConfig(StageConfig):
     capture: bool = Field(
         default=False, description="--training: replay each step as one CUDA graph"
     )
+
+    @property
+    def other_models(self) -> list[tuple[str, str]]:
+        """Options that name a model beside MODEL; a synthetic draft is none."""
+        named = super().other_models
+        return [each for each in named if self.needs_model or each[0] != "draft"]
+
+    def require_coherent(self) -> None:
+        """Raise UsageError for a training that is measured against something else than itself."""
+        if self.training and self.draft:
+            raise UsageError("--training goes without --draft", "drop it")
+        if self.training and self.baseline not in (None, "teacher"):
+            raise UsageError(
+                f"a hybrid is trained beside its own teacher, not {self.baseline}",
+                "give --baseline teacher",
+            )
+        if self.training and self.baseline and not self.train_rest:
+            raise UsageError("a teacher has no mixers to train alone", "drop --no-train-rest")
+        if self.min_speedup is not None and self.baseline is None:
+            raise UsageError(
+                "--min-speedup needs something to be faster than",
+                hint="pass --baseline teacher, or --baseline MODEL",
+            )
+        if not self.needs_model and self.baseline is not None:
+            raise UsageError(
+                "--baseline compares checkpoints", "compare shapes with --synthetic NAME,NAME"
+            )

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from mambactl.errors import UsageError
 from mambactl.options.fields import (
     Compile,
     DataSpecs,
@@ -18,6 +19,11 @@ from mambactl.options.fields import (
     Trackers,
     Weights,
 )
+
+# losses of dpo that label smoothing means something for
+SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+# losses of the difference of rewards, in which what a divergence leaves open cancels
+DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
 
 class RowsConfig(StageConfig):
@@ -180,6 +186,15 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     )
     capture: bool = Field(default=False, description="replay each training step as one CUDA graph")
 
+    def require_coherent(self) -> None:
+        """Raise UsageError for steps that no CUDA graph can hold."""
+        if self.capture and self.grad_checkpointing:
+            raise UsageError(
+                "--grad-checkpointing reads the states of random number generators, which steps in "
+                "a CUDA graph cannot",
+                "drop --capture or --grad-checkpointing",
+            )
+
 
 class TeacherCacheConfig(MixedRowsConfig):
     """Keep ids that MODEL draws for every token, from which distill learns without it."""
@@ -213,6 +228,19 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
         default=0.0, ge=0, description="weight of the KL to the teacher's logits"
     )
     assistant_only_loss: bool = Field(default=True, description="train on assistant turns only")
+
+    def require_coherent(self) -> None:
+        """Raise UsageError for a loss of nothing, and for options without what they apply to."""
+        if not self.ce_weight and not self.kl_weight:
+            raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
+        if self.teacher_cache and not self.kl_weight:
+            raise UsageError("--teacher-cache is of no use without a KL", "add --kl-weight 1")
+        if self.compile and (not self.packing or self.lora or self.shard):
+            raise UsageError(
+                "--compile takes whole packed rows, without --lora and --shard", "drop --compile"
+            )
+        if self.lora_alpha is not None and self.lora is None:
+            raise UsageError("--lora-alpha scales adapters, and there are none", "add --lora RANK")
 
 
 class DpoConfig(TrackedConfig, ShardConfig):
@@ -256,3 +284,29 @@ class DpoConfig(TrackedConfig, ShardConfig):
         gt=0,
         description="stop at this KL of a held-out set to the reference, per token",
     )
+
+    def require_coherent(self) -> None:
+        """Raise UsageError for settings that TRL would refuse, or take and ignore."""
+        chosen = set(self.loss_type)
+        if len(chosen) < len(self.loss_type):
+            raise UsageError("a loss type is given twice", "give it once, with a weight")
+        if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
+            message = f"{len(self.loss_weights)} loss weights for {len(self.loss_type)} loss types"
+            raise UsageError(message, "give one --loss-weights value per --loss-type")
+        if self.sft_weight and "sft" in chosen:
+            raise UsageError("sft is a loss type and has --sft-weight", "give one of them")
+        if chosen == {"sft"}:
+            raise UsageError("sft alone learns no preference", "use `mambactl sft`, or add sigmoid")
+        if self.label_smoothing and not chosen & SMOOTHED:
+            hint = f"use it with --loss-type {', '.join(sorted(SMOOTHED))}; robust is sigmoid's"
+            raise UsageError(f"--label-smoothing does nothing for {', '.join(chosen)}", hint)
+        if "exo_pair" in chosen and not self.label_smoothing:
+            raise UsageError("exo_pair needs label smoothing", "add --label-smoothing 0.001")
+        if self.max_kl is not None and not (self.eval_data or self.eval_share):
+            hint = "add --eval-share 0.1, or --eval-data FILE"
+            raise UsageError("--max-kl needs held-out preferences to be measured on", hint)
+        if self.f_divergence != "reverse_kl" and not chosen <= DIFFERENCES:
+            others = ", ".join(sorted(chosen - DIFFERENCES))
+            raise UsageError(
+                f"{others} has no --f-divergence", f"use {', '.join(sorted(DIFFERENCES))}"
+            )

@@ -8,7 +8,7 @@ from rich.text import Text
 from mambactl import console
 from mambactl.checkpoint.contents import describe
 from mambactl.data.bad_rows import BadRows
-from mambactl.data.format import Example
+from mambactl.data.encoding import Example
 from mambactl.data.mixture import names
 from mambactl.data.pack import pack
 from mambactl.data.row_files import is_on_hub

@@ -8,7 +8,8 @@ import numpy as np
 from mambactl import console
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.checks import screened
-from mambactl.data.format import Example, encode_rows
+from mambactl.data.encoding import Example
+from mambactl.data.format import encode_rows
 from mambactl.data.mixture import mixed, names, shares
 from mambactl.data.pack import Row, pack
 from mambactl.data.recall_documents import recall_documents, recall_tokens

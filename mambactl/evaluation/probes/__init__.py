@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import create_model
 
+from mambactl.errors import UsageError
 from mambactl.evaluation.harness.task_options import TaskNames, TaskPrompts
 from mambactl.evaluation.probes.agreement_probe import AgreementOptions, AgreementProbe
 from mambactl.evaluation.probes.fidelity_probe import FidelityProbe
@@ -52,6 +53,24 @@ HELP = (
 )
 
 
+class _Measured(EvalBase):
+    """Options of which some ask a probe to measure."""
+
+    def require_coherent(self) -> None:
+        """Raise UsageError where nothing is asked for, or options of probes contradict others."""
+        asked = [probe for probe in PROBES.values() if probe.asked(self)]
+        if (self.control or self.ablate) and not any(probe.controlled for probe in asked):
+            what = "--control and --ablate measure nothing by themselves"
+            raise UsageError(what, "add --data FILE")
+        for probe in PROBES.values():
+            probe.validate(self)
+        if not asked:
+            *ways, last = (probe.example for probe in PROBES.values() if probe.example)
+            raise UsageError(
+                "nothing to measure", f"pass {', '.join(ways)}, {last}, or several of them"
+            )
+
+
 def eval_options(probes: Iterable[Probe[Any, Any, Any]]) -> type[EvalBase]:
     """The options of an `eval` with these probes."""
     owned = [part for probe in probes for part in probe.options]
@@ -65,7 +84,7 @@ def eval_options(probes: Iterable[Probe[Any, Any, Any]]) -> type[EvalBase]:
     }
     return create_model(
         "EvalConfig",
-        __base__=EvalBase,
+        __base__=_Measured,
         __doc__="Fidelity to a teacher, recall, and task accuracy.",
         __module__=__name__,
         **fields,

@@ -1,0 +1,50 @@
+"""What is refused before anything heavy is loaded: options, names and files that are wrong."""
+
+import sys
+from collections.abc import Sequence
+
+from mambactl import console
+from mambactl.checkpoint.opening import require_container
+from mambactl.checkpoint.resolve import require_named, require_teacher, resolve
+from mambactl.data.row_files import prompt_file, require_there
+from mambactl.errors import ModelError
+from mambactl.options import StageConfig
+
+# of what every stage imports, the part that takes seconds
+HEAVY = "torch"
+LOADING = "loading torch and transformers"
+
+
+def require_found(config: StageConfig, sources: Sequence[str | None]) -> None:
+    """Raise for what is wrong with a command line whatever its files hold; torch is not needed.
+
+    UsageError for options that exclude each other and for data that is not there, ModelError for a
+    model that cannot be found: MODEL, which is fetched where need be, and those of other options,
+    of which only what lies on this disk is looked for.
+    """
+    config.require_coherent()
+    require_models(sources)
+    for option, spec in config.other_models:
+        if option == "teacher":
+            require_teacher(spec)
+            continue
+        try:
+            require_named(spec)
+        except ModelError as error:
+            raise ModelError(f"--{option.replace('_', '-')}: {error}", error.hint) from error
+    for spec in config.named_data:
+        require_there(spec)
+    if prompts := getattr(config, "prompts", None):
+        prompt_file(prompts)
+
+
+def require_models(sources: Sequence[str | None]) -> None:
+    """Find every model, fetching it where need be; raises ModelError for one that is not there."""
+    for source in filter(None, sources):
+        require_container(resolve(source))
+
+
+def announce() -> None:
+    """Say that seconds of imports follow, unless a command before did them."""
+    if HEAVY not in sys.modules:
+        console.log(LOADING)

@@ -1,0 +1,45 @@
+"""A log that does not fall silent: what takes long is named again while nothing else is said."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mambactl import console
+
+# seconds of silence after which a line follows, and seconds between two looks at the clock
+SILENCE, LOOK = 8.0, 0.5
+_beating = threading.Lock()
+
+
+@contextmanager
+def heartbeat(what: str) -> Iterator[None]:
+    """Say every `SILENCE` seconds, where nothing else is said, that `what` goes on.
+
+    The innermost `console.doing` inside the block takes the place of `what`. Blocks may lie in each
+    other: the outermost one speaks.
+    """
+    with console.doing(what):
+        if not _beating.acquire(blocking=False):
+            yield
+            return
+        ended = threading.Event()
+        thread = threading.Thread(target=_beat, args=(ended,), name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            _beating.release()
+
+
+def _beat(ended: threading.Event) -> None:
+    known, since = "", time.monotonic()
+    while not ended.wait(LOOK):
+        # numbers of a task change while it stays the same
+        work = console.activity()
+        if work.partition(":")[0] != known:
+            known, since = work.partition(":")[0], time.monotonic()
+        if console.silent_since() >= SILENCE:
+            console.log(f"still {work} ({time.monotonic() - since:.0f} s)")
