@@ -20,21 +20,7 @@ from mambactl.data.sources import load_rows
 from mambactl.data.token_cache import Rows, TokenCache, drop_oldest, read_rows_of
 from mambactl.errors import ModelError
 
-WORDS = "the old king saw a river and two small trees by the house".split()  # noqa: SIM905
-    "the",
-    "old",
-    "king",
-    "saw",
-    "a",
-    "river",
-    "and",
-    "two",
-    "small",
-    "trees",
-    "by",
-    "the",
-    "house",
-]
+WORDS = ["the", "old", "king", "saw", "a", "river", "and", "two", "small", "trees", "by", "house"]
 ROWS = 40
 REFUSES = "{% if messages[0]['content'] == 'tree' %}{{ raise_exception('no trees') }}{% endif %}"
 
