@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from mambactl import console, invocation
 from mambactl.checkpoint.provenance import made_before
-from mambactl.cli.ahead import require_found
+from mambactl.cli.preflight import require_found
 from mambactl.cli.processes import launch, of_this_run
 from mambactl.commands import COMMANDS, Command
 from mambactl.console import default_out

@@ -161,7 +161,7 @@ def _run_plain(command: Command, given: dict[str, Any]) -> None:
     )
     with console.guarded_stdout(), heartbeat(command.name):
         if command.needs_torch:
-            from mambactl.cli.ahead import announce, require_models
+            from mambactl.cli.preflight import announce, require_models
 
             require_models(models)
             announce()
@@ -184,7 +184,7 @@ def _call(
     others: Sequence[str] = (),
 ) -> None:
     # the help needs nothing of checkpoints
-    from mambactl.cli.ahead import LOADING, announce, require_found
+    from mambactl.cli.preflight import LOADING, announce, require_found
 
     with console.guarded_stdout():
         require_found(config, [source, *others])

@@ -22,6 +22,8 @@ from mambactl.options.fields import (
 
 # losses of dpo that label smoothing means something for
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+# the one loss that has no rejected answer
+TEXT_LOSS = "sft"
 # losses of the difference of rewards, in which what a divergence leaves open cancels
 DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
@@ -293,9 +295,9 @@ class DpoConfig(TrackedConfig, ShardConfig):
         if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
             message = f"{len(self.loss_weights)} loss weights for {len(self.loss_type)} loss types"
             raise UsageError(message, "give one --loss-weights value per --loss-type")
-        if self.sft_weight and "sft" in chosen:
+        if self.sft_weight and TEXT_LOSS in chosen:
             raise UsageError("sft is a loss type and has --sft-weight", "give one of them")
-        if chosen == {"sft"}:
+        if chosen == {TEXT_LOSS}:
             raise UsageError("sft alone learns no preference", "use `mambactl sft`, or add sigmoid")
         if self.label_smoothing and not chosen & SMOOTHED:
             hint = f"use it with --loss-type {', '.join(sorted(SMOOTHED))}; robust is sigmoid's"

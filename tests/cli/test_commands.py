@@ -91,7 +91,7 @@ def new_commands(tmp_path_factory, monkeypatch) -> None:
         monkeypatch.setattr(commands, name, None, raising=False)
     importlib.invalidate_caches()
     # nor are there models
-    monkeypatch.setattr("mambactl.cli.ahead.require_found", lambda config, sources: None)
+    monkeypatch.setattr("mambactl.cli.preflight.require_found", lambda config, sources: None)
 
 
 def flags(shown: str) -> str:

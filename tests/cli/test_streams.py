@@ -16,7 +16,7 @@ from mambactl.checkpoint.save import save_model
 TALKATIVE = """
 import sys, types, warnings
 from mambactl import console
-from mambactl.cli import ahead, main as program
+from mambactl.cli import main as program, preflight
 from mambactl.stage_result import StageResult
 
 def run(config, source, out, **how):
@@ -34,7 +34,7 @@ stage = types.ModuleType("mambactl.commands.convert")
 stage.run = run
 sys.modules[stage.__name__] = stage
 # there is no model either
-ahead.require_found = lambda config, sources: None
+preflight.require_found = lambda config, sources: None
 sys.argv = ["mambactl", "convert", "m", "-o", "t.st"]
 program.main()
 """
