@@ -47,20 +47,9 @@ def require_named(spec: str) -> None:
     _on_disk(spec)
 
 
-def require_teacher(spec: str, hint: str | None = None) -> None:
-    """The same of a teacher; `hint` says what to do where the error itself does not."""
-    with _called_teacher(hint):
-        require_named(spec)
-
-
-def resolve_teacher(spec: str, hint: str | None = None) -> Source:
-    """Find a teacher as `resolve` does."""
-    with _called_teacher(hint):
-        return resolve(spec)
-
-
 @contextmanager
-def _called_teacher(hint: str | None) -> Iterator[None]:
+def called_teacher(hint: str | None = None) -> Iterator[None]:
+    """Say of a model that is not found that it is the teacher; `hint` says what to do."""
     try:
         yield
     except ModelError as error:

@@ -10,7 +10,7 @@ from typing import Any
 from mambactl import console
 from mambactl.checkpoint.hub_names import ALIASES
 from mambactl.checkpoint.load import load_lineage, needs_remote_code
-from mambactl.checkpoint.resolve import resolve, resolve_teacher
+from mambactl.checkpoint.resolve import called_teacher, resolve
 from mambactl.errors import ModelError, UsageError
 from mambactl.files import CONFIG, Source
 from mambactl.foreign import read_object
@@ -26,7 +26,7 @@ def teacher_of(source: str, given: str | None, option: str, trusted: bool = Fals
     there, and for one that a lineage must not choose.
     """
     if given:
-        resolve_teacher(given)
+        _found(given, None)
         return given
     spec = _named(source)
     if not spec:
@@ -40,7 +40,7 @@ def teacher_of(source: str, given: str | None, option: str, trusted: bool = Fals
             f"{source} is from the hub and names {spec} as its teacher, a path of this machine",
             f"{option} {spec} reads it",
         )
-    found = resolve_teacher(spec, f"{source} was made from it; if it moved: {option} MODEL")
+    found = _found(spec, f"{source} was made from it; if it moved: {option} MODEL")
     if reason := _beyond_weights(found, trusted):
         raise ModelError(
             f"{spec}, the teacher that {source} names, {reason}", f"give {option} to read it"
@@ -57,6 +57,11 @@ def _named(source: str) -> str | None:
             f"the lineage of {source} names a teacher that is no path", "fetch it again"
         )
     return spec
+
+
+def _found(spec: str, hint: str | None) -> Source:
+    with called_teacher(hint):
+        return resolve(spec)
 
 
 def _from_hub(source: str) -> bool:

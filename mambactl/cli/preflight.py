@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mambactl import console
 from mambactl.checkpoint.opening import require_container
-from mambactl.checkpoint.resolve import require_named, require_teacher, resolve
+from mambactl.checkpoint.resolve import called_teacher, require_named, resolve
 from mambactl.data.row_files import prompt_file, require_there
 from mambactl.errors import ModelError
 from mambactl.options import StageConfig
@@ -26,7 +26,8 @@ def require_found(config: StageConfig, sources: Sequence[str | None]) -> None:
     require_models(sources)
     for option, spec in config.other_models:
         if option == "teacher":
-            require_teacher(spec)
+            with called_teacher():
+                require_named(spec)
             continue
         try:
             require_named(spec)
