@@ -28,6 +28,7 @@ from mambactl.data.row_files import is_on_hub
 from mambactl.data.sources import Document
 from mambactl.errors import ModelError
 from mambactl.files import cache_dir, replacing
+from mambactl.foreign import blamed
 from mambactl.ranks import is_main
 
 if TYPE_CHECKING:
@@ -131,11 +132,14 @@ class Entry:
 
 def read_rows_of(path: Path, vocabulary: int) -> Rows:
     """The rows of an entry; ModelError for a file that is not ours, damaged, or no such entry."""
-    status = os.lstat(path)
+    with blamed(path):
+        status = os.lstat(path)
     mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
     if not mine or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ModelError(f"{path} is no file that this user alone may write")
-    with open_safetensors(path) as handle:
+    if status.st_size > MOST_BYTES:
+        raise ModelError(f"{path} is larger than all entries together may be")
+    with open_safetensors(path) as handle, blamed(path):
         said = handle.metadata() or {}
         if set(handle.keys()) != set(Rows._fields):
             raise ModelError(f"{path} is no entry of tokens")

@@ -238,7 +238,17 @@ def link(entry: Path) -> None:
     entry.symlink_to("elsewhere")
 
 
+def gone(entry: Path) -> None:
+    entry.unlink()
+    entry.symlink_to("nowhere")
+
+
+def endless(entry: Path) -> None:
+    os.truncate(entry, token_cache.MOST_BYTES + 1)
+
+
 FAULTS = (
+    *(gone, endless),
     *(truncate, flip, empty, unknown_tokens, negative_tokens, wide_tokens, crossed, beyond),
     *(short_mask, short_digests, other_parts, writable, link),
 )
