@@ -1,4 +1,4 @@
-"""What a row becomes."""
+"""A row of data as tokens."""
 
 from typing import NamedTuple
 

@@ -237,7 +237,8 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
             raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
         if self.teacher_cache and not self.kl_weight:
             raise UsageError("--teacher-cache is of no use without a KL", "add --kl-weight 1")
-        if self.compile and (not self.packing or self.lora or self.shard):
+        shares = self.shard and self.processes > 1
+        if self.compile and (not self.packing or self.lora or shares):
             raise UsageError(
                 "--compile takes whole packed rows, without --lora and --shard", "drop --compile"
             )

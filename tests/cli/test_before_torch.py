@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from checkpoint.test_gguf_reader import write_gguf
+from transformers import LlamaForCausalLM
 
 from mambactl.checkpoint.save import save_model
 
@@ -124,10 +126,12 @@ def test_what_is_there_is_shown_without_torch(
 ) -> None:
     mixers = ["mamba2", "attention", "mamba1", "mamba2_window"]
     save_model(make_hybrid(mixers), tmp_path / "t.st", {}, None)
+    write_gguf(tmp_path / "m.gguf", LlamaForCausalLM.from_pretrained(tiny_llama_dir))
     lines = [
         ["inspect", str(tiny_llama_dir)],
         ["inspect", "t.st", "--tensors", "--lineage", "--batch-size", "8", "-k", "4"],
         ["inspect", "t.st", "--json"],
+        ["inspect", "m.gguf"],
         ["doctor"],
         ["doctor", "--json"],
     ]
