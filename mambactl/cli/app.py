@@ -137,8 +137,12 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
     again = {"resume": shared.resume, "force": shared.force}
     # the help needs nothing of checkpoints
     from mambactl.checkpoint.provenance import made_before
+    from mambactl.cli.preflight import announce
 
-    with console.guarded_stdout():
+    with console.guarded_stdout(), heartbeat(command.name):
+        if shared.resume:
+            # what lies there may have to be compared with the options
+            announce()
         recipes = [("--recipe", shared.recipe)] if shared.recipe else []
         made = made_before(
             out, command, config, source, **again, others=recipes, dry_run=shared.dry_run
@@ -186,7 +190,7 @@ def _call(
     # the help needs nothing of checkpoints
     from mambactl.cli.preflight import LOADING, announce, require_found
 
-    with console.guarded_stdout():
+    with console.guarded_stdout(), heartbeat(command.name):
         require_found(config, [source, *others])
     spreads = isinstance(config, SpreadConfig) and config.nproc and not launched()
     if spreads and not shared.dry_run:

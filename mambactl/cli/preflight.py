@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 
 from mambactl import console
 from mambactl.checkpoint.opening import require_container
@@ -45,7 +46,8 @@ def require_models(sources: Sequence[str | None]) -> None:
         require_container(resolve(source))
 
 
+@cache
 def announce() -> None:
-    """Say that seconds of imports follow, unless a command before did them."""
+    """Say once that seconds of imports follow, unless a command before did them."""
     if HEAVY not in sys.modules:
         console.log(LOADING)
