@@ -89,12 +89,12 @@ def test_inspect_reads_headers(cli, tiny_llama_dir, tmp_path) -> None:
     assert 2 * student["cache"]["bytes_per_token"] == teacher["cache"]["bytes_per_token"] == 1024
     assert student["cache"]["bytes_per_sequence"] > teacher["cache"]["bytes_per_sequence"] == 0
     session, parts = student["session"], student["session"]["bytes"]
-    assert (session["rows"], session["capacity"], session["k"]) == (4, 512, 4)
-    assert parts["kv"] == 4 * 512 * student["cache"]["bytes_per_token"]
+    assert (session["rows"], session["capacity"], session["k"]) == (3, 512, 4)
+    assert parts["kv"] == 3 * 512 * student["cache"]["bytes_per_token"]
     assert parts.pop("total") == sum(parts.values())
     assert parts["rings"] > 0 and parts["states"] > 0 == parts["windows"]
     shown = cli("inspect", "t.st", *size).out
-    assert "3 x 300 tokens, k = 4: memory for 4 x 512" in shown
+    assert "3 x 300 tokens, k = 4: memory for 3 x 512" in shown
     assert f"{parts['states']:,}" in shown and "rings of projections" in shown
     assert cli("inspect", "t.st", "-k", "33").code == 2
 
