@@ -5,7 +5,9 @@ import torch
 
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.commands.convert import plan, run
+from mambactl.conversion import select_heads
 from mambactl.conversion.choice import UNITS
+from mambactl.conversion.gates import gate_worth
 from mambactl.conversion.ranking import Instruments, score_of
 from mambactl.conversion.removal import Removals, removal_forwards
 from mambactl.data.sources import load_rows
@@ -168,3 +170,23 @@ def test_from_the_shell_without_data(tiny_llama_dir, tmp_path, capsys) -> None:
     assert found["tokens"] == count
     (chosen,) = [point for point in found["front"] if point["kept"] == 3]
     assert chosen["kl"] == pytest.approx(total / count, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_gates_and_asks_more(tiny_llama_dir, tmp_path, monkeypatch) -> None:
+    """Gates say what text needs there, and pairs are asked at the long rows too."""
+    worth = []
+
+    def trained(*arguments):
+        worth.append(gate_worth(*arguments))
+        return worth[-1]
+
+    monkeypatch.setattr(select_heads, "gate_worth", trained)
+    config = ConvertConfig(by="head", select="recall", window=6, sinks=2, ratio=0.6, device="cuda")
+    found = run(config, str(tiny_llama_dir), tmp_path / "t.st").metrics["selection"]
+    assert found["text"] == "gates"
+    assert found["recall_probe"] == "kv-256,mqar-256,kv-1024,mqar-1024,needle-256,needle-1024"
+    assert {unit.name for unit in worth[0]} == set(found["ranking"]) and len(found["ranking"]) == 8
+    # trained: neither all open nor all shut, and not all alike
+    assert 0 < min(worth[0].values()) < max(worth[0].values()) < 1
