@@ -206,6 +206,10 @@ DECODE_RATE = Metric(
     "decode_tokens_per_second", "plain tok/s", rate, "higher", SPEED, "decode tok/s",
     grouped_tenths, gain="decode_speedup",
 )  # fmt: skip
+FIRST_TOKEN = Metric(
+    "first_token_ms", "first token, ms", tenths, "lower", "ms", "first ms", grouped_tenths,
+    gain="first_token_speedup",
+)  # fmt: skip
 DECODE_LIMIT = Metric("decode_byte_limit", unit=SPEED)
 DECODE_SHARE = Metric(
     "decode_share", "of the byte limit", whole_percent, "higher", short="of limit",
@@ -216,9 +220,14 @@ CACHE = Metric(
     gain="cache_reduction",
 )  # fmt: skip
 PEAK = Metric("peak_bytes", "peak MiB", mebibytes, "lower", "bytes", brief=mebibytes)
-PREFILL_GAIN, DECODE_GAIN, CACHE_GAIN = (
+PREFILL_GAIN, FIRST_GAIN, DECODE_GAIN, CACHE_GAIN = (
     Metric(metric.gain, f"{what} gain", times, "higher", brief=times)
-    for metric, what in ((PREFILL_RATE, "prefill"), (DECODE_RATE, "decode"), (CACHE, "cache"))
+    for metric, what in (
+        (PREFILL_RATE, "prefill"),
+        (FIRST_TOKEN, "first token"),
+        (DECODE_RATE, "decode"),
+        (CACHE, "cache"),
+    )
 )
 DRAFTED_RATE = Metric(
     "speculative_tokens_per_second", "speculative tok/s", rate, "higher", SPEED, "spec tok/s",
@@ -242,6 +251,7 @@ POINT = (
     DRAFTED_TOKENS,
     counted(ROWS.name, "batch", str),
     CONTEXT,
+    FIRST_TOKEN,
     DECODE_RATE,
     DECODE_SHARE,
     DRAFTED_RATE,
@@ -313,7 +323,14 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         AGREEMENT,
         PEAK,
     ),
-    "decoding": (PREFILL_RATE, DECODE_RATE, DECODE_SHARE, CACHE, PEAK),
+    "decoding": (
+        PREFILL_RATE,
+        FIRST_TOKEN,
+        DECODE_RATE,
+        DECODE_SHARE,
+        CACHE,
+        PEAK,
+    ),
     "drafting": (
         DRAFTED_TOKENS,
         DRAFTED_RATE,

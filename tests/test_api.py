@@ -157,6 +157,8 @@ def test_own_end_tokens_replace_the_models(here: Path) -> None:
     (found,) = mambactl.generate(student, "the old house", params)
     assert found.tokens == whole.tokens[: whole.tokens.index(end) + 1]
     assert found.finish == "eos"
+    (ignored,) = mambactl.generate(student, "the old house", params, ignore_eos=True)
+    assert (ignored.tokens, ignored.finish) == (whole.tokens, "length")
 
 
 def test_two_streams_of_one_model_take_turns(here: Path) -> None:

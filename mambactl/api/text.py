@@ -54,14 +54,15 @@ class Model:
     """A checkpoint in memory, as `load` returns it.
 
     `source` is what was loaded, `model` a transformers model in evaluation mode, `lineage` how
-    mambactl made it (None for a checkpoint of others). On a GPU `generate` packs the weights at
-    its first call: what is changed in `model` later is not seen.
+    mambactl made it (None for a checkpoint of others). `generate` packs the weights at its first
+    call: what is changed in `model` later is not seen. `rounded`: a CPU may read them in bfloat16.
     """
 
     source: str
     model: HybridForCausalLM
     tokenizer: "PreTrainedTokenizerFast"
     lineage: dict[str, object] | None
+    rounded: bool = False
     _engines: _Engines = field(default_factory=_Engines, init=False, repr=False)
 
     @contextmanager
@@ -97,8 +98,8 @@ def load(
     """Load a checkpoint for use in Python: a folder, .st file, GGUF, hub id or alias.
 
     `device` is cpu, cuda, cuda:1 or auto; `dtype` is that of the weights in memory, where auto is
-    bfloat16 on capable GPUs and else float32. Code that a checkpoint ships runs only with
-    `trust_remote_code`.
+    bfloat16 on capable GPUs and else float32, of which decoding may read bfloat16 copies. Code that
+    a checkpoint ships runs only with `trust_remote_code`.
 
     Raises ModelError for a model that is missing, incomplete or not supported, UsageError for an
     unknown device and ResourceError for one that this machine has not.
@@ -115,7 +116,7 @@ def load(
     where, kind = placement(configure("generate", {"device": device, "dtype": dtype}))
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     loaded = load_model(source, where, kind, trust_remote_code)
-    return Model(source, loaded, tokenizer, load_lineage(source))
+    return Model(source, loaded, tokenizer, load_lineage(source), dtype == "auto")
 
 
 def generate(
@@ -127,14 +128,15 @@ def generate(
     k: K = "auto",
     batch_size: int = 1,
     chat: bool = True,
+    ignore_eos: bool = False,
 ) -> list[Completion]:
     """Continue prompts, plainly or with a draft; the text is that of `mambactl generate`.
 
     `model` and `draft` are loaded models, or what `load` takes; a draft may also be `"ngram"`,
     which repeats the text's own turns of phrase. `params` say how tokens are chosen; the model's
-    own tokens end a text unless `params` names others. `k` tokens are drafted in a step, auto is
-    what is fastest. `batch_size` prompts are decoded together. With `chat` a prompt is a message
-    inside the model's chat template, if it has one.
+    own tokens end a text unless `params` names others; with `ignore_eos` none does. `k` tokens are
+    drafted in a step, auto is what is fastest. `batch_size` prompts are decoded together. With
+    `chat` a prompt is a message inside the model's chat template, if it has one.
 
     Raises UsageError for an empty prompt or an option out of bounds, ModelError for a model that
     cannot be used or a draft of another vocabulary.
@@ -151,7 +153,7 @@ def generate(
     if not isinstance(prompts, Sequence):
         raise UsageError(f"prompts are {prompts!r}", "give a text, or a list of texts")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    handle, setup = _prepared(model, texts, params, draft, k, batch_size, chat)
+    handle, setup = _prepared(model, texts, params, draft, k, batch_size, chat, ignore_eos)
     with handle.engine(setup) as engine:
         result = decoding.decode(engine, setup.prompts, setup.params, batch_size)
     return [
@@ -168,6 +170,7 @@ def stream(
     draft: Model | Spec | None = None,
     k: K = "auto",
     chat: bool = True,
+    ignore_eos: bool = False,
 ) -> Generator[str, None, None]:
     """Yield pieces of text as tokens arrive; joined they are the text of `generate`.
 
@@ -181,7 +184,7 @@ def stream(
     >>> text == mambactl.generate("student.st", "the old house", params)[0].text
     True
     """
-    return _pieces(*_prepared(model, [prompt], params, draft, k, 1, chat))
+    return _pieces(*_prepared(model, [prompt], params, draft, k, 1, chat, ignore_eos))
 
 
 def _prepared(
@@ -192,12 +195,14 @@ def _prepared(
     k: K,
     batch_size: int,
     chat: bool,
+    ignore_eos: bool,
 ) -> tuple[Model, decoding.Setup]:
     """The model, and the prompts with the sampling; what is wrong shows before weights are read."""
     if not isinstance(params, SamplingParams):
         raise UsageError(f"params are {params!r}", "give mambactl.SamplingParams(...)")
     given = {name: getattr(params, name) for name in SAMPLING}
-    config = configure("generate", {**given, "k": k, "batch_size": batch_size, "chat": chat})
+    given |= {"k": k, "batch_size": batch_size, "chat": chat, "ignore_eos": ignore_eos}
+    config = configure("generate", given)
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise UsageError(f"prompt {number} is empty", "give some text")
@@ -209,9 +214,9 @@ def _prepared(
         own = NGRAM if draft == NGRAM else _beside(draft, handle.model)
     prompts = encode_all(map(Prompt.of, texts), handle.tokenizer, chat)
     setup = decoding.assemble(config, handle.model, handle.tokenizer, own, prompts)
-    if params.eos_token_ids:
+    if params.eos_token_ids and not ignore_eos:
         setup = replace(setup, params=params)
-    return handle, setup
+    return handle, replace(setup, rounded=handle.rounded)
 
 
 def _beside(draft: Model | Spec, target: HybridForCausalLM) -> HybridForCausalLM:

@@ -9,24 +9,28 @@ from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.teacher import teacher_of
 from mambactl.errors import CheckError
 from mambactl.generation import decoding
-from mambactl.metrics import CACHE, DECODE_GAIN, DECODE_RATE, PREFILL_RATE, Metric
+from mambactl.metrics import CACHE, DECODE_GAIN, DECODE_RATE, FIRST_TOKEN, PREFILL_RATE, Metric
+from mambactl.models.config import HybridConfig
 from mambactl.options import BenchConfig
+from mambactl.options.measurement import TRANSFORMERS
 from mambactl.ranks import placement
 from mambactl.report.results import save_results
 from mambactl.speed import bench_tables, candidates
 from mambactl.speed.candidates import Source
-from mambactl.speed.conditions import conditions
+from mambactl.speed.conditions import conditions, measured_again
 from mambactl.speed.memory import release
 from mambactl.speed.speculation import speculation
 from mambactl.speed.subject import Grid, Subject
+from mambactl.speed.synthetic import SHAPES
 from mambactl.speed.throughput import throughput
 from mambactl.speed.training_bench import TEACHER_TEXT, TEXT, require_hybrids, training_points
+from mambactl.speed.transformers_baseline import llama_shape, transformers_points
 from mambactl.stage_result import StageResult
 
 STAGE = "bench"
 
 # numbers with a gain over the baseline's, larger is better for the model
-COMPARED = (PREFILL_RATE, DECODE_RATE, CACHE)
+COMPARED = (PREFILL_RATE, FIRST_TOKEN, DECODE_RATE, CACHE)
 
 Points = list[dict[str, Any]]
 
@@ -69,12 +73,13 @@ def plan(config: BenchConfig, source: str | None) -> dict[str, Any]:
     if source is None:
         return candidates.about_shapes(config) | sizes | where
     found = candidates.about_checkpoint(source)
-    other = candidates.about_checkpoint(baseline) if baseline else None
+    named = baseline not in (None, TRANSFORMERS)
+    other = candidates.about_checkpoint(baseline) if named else None
     return {
         "source": found["checkpoint"],
         "parameters": found["parameters"],
         "mixers": found["mixers"],
-        "baseline": other and other["checkpoint"],
+        "baseline": other["checkpoint"] if other else baseline,
         "baseline_parameters": other and other["parameters"],
         **sizes,
         "cache_bytes_at_most": _cache_bytes(config, found["cache"]),
@@ -91,7 +96,7 @@ def compare(points: Points, baseline: Points) -> Points:
 
 
 def _gain(point: dict[str, Any], other: dict[str, Any], metric: Metric) -> float | None:
-    mine, theirs = point[metric.name], other[metric.name]
+    mine, theirs = point.get(metric.name), other.get(metric.name)
     if not mine or not theirs:
         return None
     return theirs / mine if metric.better == "lower" else mine / theirs
@@ -102,14 +107,19 @@ def _prepare(config: BenchConfig, source: str | None) -> str | None:
     config.require_coherent()
     if source is None:
         candidates.require_shapes(config)
+        if config.baseline is not None:
+            for name in config.synthetic:
+                llama_shape(SHAPES[name](), name)
         if config.training:
             require_hybrids(config)
-        return None
+        return config.baseline
     baseline = config.baseline
     if baseline == "teacher":
         baseline = teacher_of(source, None, "--baseline", config.trust_remote_code)
     # headers alone: a model that is not there shows before seconds of measuring the memory
-    for spec in filter(None, (source, baseline)):
+    for spec in (source, baseline):
+        if spec in (None, TRANSFORMERS):
+            continue
         open_checkpoint(spec).close()
     decoding.require_draft(config, source)
     return baseline
@@ -124,12 +134,17 @@ def _checkpoint(
     dtype: torch.dtype,
 ) -> StageResult:
     own = candidates.checkpoint(config, source, device, dtype, config.draft)
-    metrics["points"] = _measure(config, own, metrics, device)
-    if baseline is not None:
+    metrics["points"], shape = _measure(config, own, metrics, device)
+    others: Points = []
+    if baseline == TRANSFORMERS:
+        others = _of_transformers(config, source, shape, device, dtype)
+    elif baseline is not None:
         plain = candidates.checkpoint(config, baseline, device, dtype, None)
-        other = _measure(config, plain, metrics, device)
-        metrics |= {"baseline": baseline, "baseline_points": other}
-        metrics["points"] = compare(metrics["points"], other)
+        others, _ = _measure(config, plain, metrics, device)
+    if baseline is not None:
+        metrics |= {"baseline": baseline, "baseline_points": others}
+        metrics["points"] = compare(metrics["points"], others)
+    measured_again(metrics, device, [*metrics["points"], *others])
     bench_tables.show(source, metrics)
     kept = save_results(STAGE, source, device.type, config, metrics)
     return StageResult(path=source, metrics=metrics, kept=kept)
@@ -138,12 +153,26 @@ def _checkpoint(
 def _synthetic(
     config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> StageResult:
-    metrics["points"] = []
+    found: dict[str, tuple[Points, Points]] = {}
+    # hybrids of one Llama share its points
+    llamas: dict[str, Points] = {}
     for name in config.synthetic:
         source = candidates.synthetic(config, name, device, dtype)
-        points = _measure(config, source, metrics, device)
-        bench_tables.show(name, metrics | {"points": points})
-        metrics["points"] += points
+        points, shape = _measure(config, source, metrics, device)
+        others: Points = []
+        if config.baseline == TRANSFORMERS:
+            key = llama_shape(shape, name).to_json_string()
+            llamas[key] = llamas.get(key) or _of_transformers(config, name, shape, device, dtype)
+            others = llamas[key]
+            points = compare(points, others)
+        found[name] = points, others
+    metrics["points"] = [point for points, _ in found.values() for point in points]
+    measured_again(metrics, device, metrics["points"])
+    if config.baseline is not None:
+        every = [point for others in llamas.values() for point in others]
+        metrics |= {"baseline": config.baseline, "baseline_points": every}
+    for name, (points, others) in found.items():
+        bench_tables.show(name, metrics | {"points": points, "baseline_points": others})
     return StageResult(None, metrics, ",".join(config.synthetic))
 
 
@@ -180,12 +209,24 @@ def measure_points(config: BenchConfig, source: Source, subject: Subject, grid: 
 
 def _measure(
     config: BenchConfig, source: Source, metrics: dict[str, Any], device: torch.device
-) -> Points:
-    subject = source.subject(metrics["bandwidth_bytes_per_second"])
-    points = measure_points(config, source, subject, Grid.of(config))
+) -> tuple[Points, HybridConfig]:
+    """The points of a model, whose memory is free again, and its configuration."""
+    bandwidth, grid = metrics["bandwidth_bytes_per_second"], Grid.of(config)
+    subject = source.subject(bandwidth, rounded=config.dtype == "auto")
+    shape = subject.model.config
+    decoding.warn_beyond_positions(shape, max(grid.input_len) + grid.output_len, source.name)
+    points = measure_points(config, source, subject, grid)
     del subject
     release(device)
-    return points
+    return points, shape
+
+
+def _of_transformers(
+    config: BenchConfig, name: str, shape: HybridConfig, device: torch.device, dtype: torch.dtype
+) -> Points:
+    """The points of transformers' own Llama of a model's shape."""
+    grid = Grid.of(config)
+    return transformers_points(llama_shape(shape, name), name, grid, device, dtype)
 
 
 def _cache_bytes(config: BenchConfig, cache: dict[str, int]) -> int:

@@ -38,7 +38,7 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
         metrics |= {"ties": ties, "exact": True}
         same = f"every token of {len(prompts)} prompts equals plain decoding"
         console.log(f"{same}, but for {ties} that part at a tie of two logits" if ties else same)
-        if setup.target.device.type == "cuda":
+        if setup.target.device.type == "cuda" or setup.rounded:
             console.log("times are of exact passes: without --check plain decoding is faster")
     if config.prompt is not None:
         return StageResult(source, metrics, setup.text(result.tokens[0]))

@@ -1,8 +1,10 @@
 """Chooses the engine: the GPU's kernels where they run, the PyTorch reference everywhere else."""
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -10,8 +12,11 @@ from mambactl import console
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine, Generation, OnTokens
 from mambactl.decode.sampler import SamplingParams
-from mambactl.kernels.dispatch import triton_missing
+from mambactl.kernels.dispatch import SWITCH, triton_missing
 from mambactl.models.hybrid import HybridForCausalLM
+
+if TYPE_CHECKING:
+    from mambactl.decode.gpu.fused_engine import FusedEngine
 
 NGRAM = "ngram"
 # what "auto" means where nothing is measured
@@ -40,15 +45,25 @@ def why_not(device: torch.device) -> str | None:
 
 
 def make_engine(
-    target: HybridForCausalLM, draft: Draft, k: K, exact: bool = False, share: bool = True
+    target: HybridForCausalLM,
+    draft: Draft,
+    k: K,
+    exact: bool = False,
+    share: bool = True,
+    rounded: bool = False,
 ) -> AnyEngine:
     """An engine for `target` with `draft` (a model, "ngram" or None, which needs k = 0).
 
     `exact`: passes of few rows compute every row the same way however many rows there are, so that
     speculative and plain decoding agree bit for bit. `share`: what prompts, also of several calls,
-    begin with together is read once; without it every call does the same work. Whether both
-    models mean the same tokens is the caller's to check: their vocabularies may differ by padding.
+    begin with together is read once; without it every call does the same work. `rounded`: a CPU
+    that multiplies bfloat16 may read copies of fp32 weights in that type. Whether both models mean
+    the same tokens is the caller's to check: their vocabularies may differ by padding.
     """
+    if target.device.type == "cpu":
+        engine = _on_cpu(target, draft, k, share, rounded and not exact)
+        if engine is not None:
+            return engine
     reason = why_not(target.device)
     if reason is None:
         from mambactl.decode.gpu.fused_engine import FusedEngine
@@ -62,6 +77,29 @@ def make_engine(
     if target.device.type == "cuda":
         _say_once(f"GPU decode kernels are off ({reason}); the PyTorch reference decodes")
     return Engine(target, _drafter(draft, target), REFERENCE_K if k == "auto" else k, share)
+
+
+def _on_cpu(
+    target: HybridForCausalLM, draft: Draft, k: K, share: bool, rounded: bool
+) -> "FusedEngine | None":
+    """The engine of whole steps with operations for a CPU, where they can run the models."""
+    models = [model for model in (target, draft) if isinstance(model, HybridForCausalLM)]
+    fits = all(model.dtype == torch.float32 for model in models)
+    if os.environ.get(SWITCH) == "reference" or not fits:
+        return None
+    from mambactl.decode.gpu.fused_engine import FusedEngine
+    from mambactl.kernels.decode.cpu.cpu_ops import CpuOps
+    from mambactl.kernels.decode.cpu.products import computes_bfloat16
+    from mambactl.models.packed import NotSupported
+
+    with suppress(NotSupported):
+        return FusedEngine(target, draft, k, CpuOps(rounded and computes_bfloat16()), share)
+
+
+def weight_bytes(engine: AnyEngine, model: HybridForCausalLM) -> int:
+    """Bytes of a weight of `model` as an engine's decode passes read it."""
+    products = getattr(getattr(engine, "ops", None), "products", None)
+    return 2 if products is not None and products.bfloat16 else model.dtype.itemsize
 
 
 @cache

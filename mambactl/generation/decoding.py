@@ -14,6 +14,7 @@ from mambactl.decode.engine import Generation
 from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import ModelError, UsageError
+from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig, PromptConfig
 from mambactl.ranks import placement
@@ -34,12 +35,14 @@ class Setup:
     k: K
     prompts: list[list[int]]
     params: SamplingParams
+    # whether a CPU may read the weights in bfloat16 copies
+    rounded: bool = False
 
     def engine(self, plain: bool = False, exact: bool = False, share: bool = True) -> AnyEngine:
         """The engine that was asked for, or one for plain decoding."""
         if plain or self.draft is None:
-            return make_engine(self.target, None, 0, exact, share)
-        return make_engine(self.target, self.draft, self.k, exact, share)
+            return make_engine(self.target, None, 0, exact, share, self.rounded)
+        return make_engine(self.target, self.draft, self.k, exact, share, self.rounded)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Readable text of new tokens, without special ones."""
@@ -106,11 +109,13 @@ def assemble(
         top_k=config.top_k,
         top_p=config.top_p,
         max_new_tokens=config.max_new_tokens,
-        eos_token_ids=end_tokens(target, tokenizer),
+        eos_token_ids=() if config.ignore_eos else end_tokens(target, tokenizer),
         seed=config.seed,
     )
-    _warn_beyond_positions(target, prompts, config.max_new_tokens)
-    return Setup(target, tokenizer, draft, config.k, prompts, params)
+    longest = max(map(len, prompts), default=0) + config.max_new_tokens
+    warn_beyond_positions(target.config, longest)
+    rounded = config.dtype == "auto"
+    return Setup(target, tokenizer, draft, config.k, prompts, params, rounded)
 
 
 def require_draft(config: PromptConfig | BenchConfig, source: str) -> None:
@@ -179,10 +184,8 @@ def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[s
     }
 
 
-def _warn_beyond_positions(
-    target: HybridForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int
-) -> None:
-    limit = target.config.max_position_embeddings
-    longest = max(map(len, prompts), default=0) + new_tokens
-    if target.config.attends and longest > limit:
-        console.warn(f"{longest} tokens are more than the {limit} this model was made for")
+def warn_beyond_positions(config: HybridConfig, longest: int, name: str = "this model") -> None:
+    """Warn where rows of up to `longest` tokens have positions that a model was not made for."""
+    limit = config.max_position_embeddings
+    if config.attends and longest > limit:
+        console.warn(f"{longest} tokens are more than the {limit} {name} was made for")

@@ -16,6 +16,7 @@ class SamplingConfig(StageConfig):
     """How tokens are chosen."""
 
     max_new_tokens: Tokens = Field(default=128, description="tokens after the prompt")
+    ignore_eos: bool = Field(default=False, description="go on behind tokens that end a text")
     temperature: Temperature = Field(default=0.0, description="0 is greedy")
     top_k: int = Field(default=0, ge=0, description="0 is off")
     top_p: float = Field(default=1.0, gt=0, le=1, description="1 is off")

@@ -16,24 +16,32 @@ from mambactl.options.fields import (
     Tokens,
 )
 
+# the baseline that is no checkpoint: a Llama of the model's shape in transformers' own generate
+TRANSFORMERS = "transformers"
+
 
 class BenchConfig(StageConfig):
     """Prefill and decode speed."""
 
     without_model: ClassVar[Mapping[str, str]] = {"synthetic": "--synthetic NAME"}
-    no_models: ClassVar[frozenset[str]] = StageConfig.no_models | {"teacher"}
+    no_models: ClassVar[frozenset[str]] = StageConfig.no_models | {"teacher", TRANSFORMERS}
 
     input_len: Lengths = Field(default=[128], min_length=1, description="context lengths")
     output_len: Tokens = Field(default=32, description="tokens decoded per measurement")
     batch_size: BatchSizes = Field(default=[1], min_length=1, description="rows decoded together")
     warmup: int = Field(default=1, ge=0, description="unmeasured rounds")
     iters: int = Field(default=3, ge=1, description="measured rounds")
+    repeats: int = Field(
+        default=1, ge=1, description="measure every point so often, with a new engine each time"
+    )
     draft: str | None = Field(
         default=None, description="decode with it too: checkpoint, ngram or shape"
     )
     k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
     baseline: str | None = Field(
-        default=None, description="second model; `teacher` is the lineage's"
+        default=None,
+        description="second model; `teacher` is the lineage's, `transformers` a Llama of this "
+        "shape in transformers' own generate",
     )
     min_speedup: float | None = Field(
         default=None, description="exit 7 when decode speed-up is below"
@@ -82,7 +90,8 @@ class BenchConfig(StageConfig):
                 "--min-speedup needs something to be faster than",
                 hint="pass --baseline teacher, or --baseline MODEL",
             )
-        if not self.needs_model and self.baseline is not None:
+        if not self.needs_model and self.baseline not in (None, TRANSFORMERS):
             raise UsageError(
-                "--baseline compares checkpoints", "compare shapes with --synthetic NAME,NAME"
+                "--baseline compares checkpoints",
+                f"compare shapes with --synthetic NAME,NAME, or with --baseline {TRANSFORMERS}",
             )

@@ -5,6 +5,7 @@ from typing import Any
 
 from mambactl import metrics
 from mambactl.errors import UsageError
+from mambactl.metrics import Metric
 from mambactl.report.kept_results import require_measured
 
 Result = dict[str, Any]
@@ -16,7 +17,7 @@ def markdown(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
     A file holds one `bench` result, or a recipe's with any number of them. Raises UsageError for a
     file without any point.
     """
-    numbers = metrics.group("point")
+    numbers = _numbers(files)
     headings = ("model", "draft", *(each.heading for each in numbers))
     lines = [metrics.markdown_row(headings), "|---|---|" + "--:|" * len(numbers)]
     about: dict[str, None] = {}
@@ -24,7 +25,7 @@ def markdown(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
         rows = 0
         for result in _results(name, content):
             about[_machine(result)] = None
-            for row in _rows(result):
+            for row in _rows(result, numbers):
                 lines.append(metrics.markdown_row(row))
                 rows += 1
         if not rows:
@@ -44,12 +45,22 @@ def _results(name: str, content: dict[str, Any]) -> Iterator[Result]:
             yield {**result, "points": points}
 
 
-def _rows(result: Result) -> Iterator[list[str]]:
+def _numbers(files: Sequence[tuple[str, dict[str, Any]]]) -> list[Metric]:
+    """The columns: all of a point, but for the first token's where no result has it."""
+    points = [
+        point for name, content in files for result in _results(name, content)
+        for point in result["points"] if isinstance(point, dict)
+    ]  # fmt: skip
+    timed = any(metrics.FIRST_TOKEN.name in point for point in points)
+    return [each for each in metrics.group("point") if timed or each is not metrics.FIRST_TOKEN]
+
+
+def _rows(result: Result, numbers: Sequence[Metric]) -> Iterator[list[str]]:
     draft = (result.get("config") or {}).get("draft")
     for point in [*result["points"], *(result.get("baseline_points") or [])]:
         own = draft if metrics.DRAFTED_GAIN.name in point else None
         names = (metrics.last_part(name) for name in (point.get("model") or "", own or ""))
-        yield [*names, *(each.written(point) for each in metrics.group("point"))]
+        yield [*names, *(each.written(point) for each in numbers)]
 
 
 def _machine(result: Result) -> str:

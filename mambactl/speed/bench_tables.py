@@ -44,7 +44,16 @@ def _table(title: str, headings: Sequence[str], lines: list[tuple[str, ...]]) ->
 
 
 def _cells(point: Point, columns: Sequence[Metric]) -> list[str]:
-    return [each.shown(point) for each in columns]
+    intervals = point.get("intervals") or {}
+    return [_cell(each, point, intervals.get(each.name)) for each in columns]
+
+
+def _cell(metric: Metric, point: Point, interval: Sequence[float] | None) -> str:
+    """A number with the smallest and the largest of the rounds, where they differ."""
+    shown = metric.shown(point)
+    if not interval or interval[0] == interval[1]:
+        return shown
+    return f"{shown} ({metrics.span(interval, metric.brief)})"
 
 
 def _gain(point: Point, metric: Metric) -> str:

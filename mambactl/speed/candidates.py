@@ -21,6 +21,8 @@ from mambactl.speed.limits import parameters_read
 from mambactl.speed.subject import Subject
 from mambactl.speed.synthetic import SHAPES, build, disagreeing, successors
 
+LEAST_PERIOD = 64
+
 
 @dataclass(frozen=True)
 class Source:
@@ -30,10 +32,14 @@ class Source:
     target: Callable[[], HybridForCausalLM]
     draft: Callable[[], HybridForCausalLM | str] | None = None
     successor: Tensor | None = None
+    period: int = 1
 
-    def subject(self, bandwidth: float) -> Subject:
-        """Make the model, to be measured on a device that reads `bandwidth` bytes/s."""
-        return Subject(self.target(), self.name, bandwidth, self.successor)
+    def subject(self, bandwidth: float, rounded: bool = False) -> Subject:
+        """Make the model, to be measured on a device that reads `bandwidth` bytes/s.
+
+        `rounded`: its weights may be read in bfloat16 copies.
+        """
+        return Subject(self.target(), self.name, bandwidth, self.successor, self.period, rounded)
 
 
 def checkpoint(
@@ -77,11 +83,13 @@ def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch
     # only tokens that a draft of a trimmed vocabulary has
     successor = successors(max(sizes), config.seed, limit=min(sizes))
     helper = partial(str, NGRAM) if config.draft == NGRAM else None
+    # an answer takes a whole period, and a very short one still the drafts' share of many tokens
+    period = min(max(config.output_len, LEAST_PERIOD), len(successor) // 2)
     if len(sizes) > 1:
-        other = disagreeing(successor, 1 - config.acceptance, config.seed)
+        other = disagreeing(successor, 1 - config.acceptance, config.seed, period)
         helper = partial(build, config.draft, device, dtype, config.seed + 1, other)
     target = partial(build, name, device, dtype, config.seed, successor)
-    return Source(name, target, helper, successor)
+    return Source(name, target, helper, successor, period)
 
 
 def about_checkpoint(spec: str) -> dict[str, Any]:

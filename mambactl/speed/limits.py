@@ -7,6 +7,7 @@ many rows, by what those writes are of all bytes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,22 @@ from mambactl.models.cache_bytes import STATE_BYTES, state_elements
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
+
+Numbers = dict[str, Any]
+
+# each limit with the rate that it is for, and the share of it that was reached
+LIMITS = (
+    ("decode_byte_limit", "decode_tokens_per_second", "decode_share"),
+    ("speculative_byte_limit", "speculative_tokens_per_second", "speculative_share"),
+)
+
+
+def at_bandwidth(point: Numbers, factor: float) -> None:
+    """Judge a point by `factor` times the bandwidth that it was judged by, in place."""
+    for allowed, rate, share in LIMITS:
+        if point.get(allowed) and point.get(rate):
+            point[allowed] *= factor
+            point[share] = point[rate] / point[allowed]
 
 
 @dataclass(frozen=True)

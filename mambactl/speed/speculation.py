@@ -1,14 +1,13 @@
 """Speculative decoding at the points where plain decoding was measured."""
 
-import statistics
 from collections.abc import Callable, Sequence
 
-from mambactl.decode.backend import K, make_engine
+from mambactl.decode.backend import K, make_engine, weight_bytes
 from mambactl.decode.stats import DecodeStats
 from mambactl.metrics import DECODE_RATE, DRAFTED_RATE
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.speed.limits import speculative_limit
-from mambactl.speed.subject import Grid, Numbers, Subject, decode, sweep
+from mambactl.speed.limits import Numbers, speculative_limit
+from mambactl.speed.subject import Grid, Subject, decode, spread, sweep
 from mambactl.speed.throughput import graph_numbers
 
 NUMBERS = (
@@ -37,14 +36,20 @@ def speculation(
 
     def measure(length: int, rows: int, advance: Callable[[], None]) -> Numbers:
         prompts = subject.prompts(length, rows, grid.seed)
-        engine = make_engine(subject.model, draft, k, share=False)
-        runs = decode(engine, subject, prompts, grid, advance)
-        numbers = _numbers(subject, draft, k, runs, rows, grid.mean_context(length))
+        rounds = []
+        for _ in range(grid.repeats):
+            engine = make_engine(subject.model, draft, k, share=False, rounded=subject.rounded)
+            rounds += decode(engine, subject, prompts, grid, advance)
+        runs = [each.stats for each in rounds]
+        size = weight_bytes(engine, subject.model)
+        numbers = _numbers(subject, draft, k, runs, rows, grid.mean_context(length), size)
         return numbers | graph_numbers(engine, "speculative_")
 
-    found = sweep(subject, grid, NUMBERS, measure)
+    found = sweep(subject.label, grid, NUMBERS, measure)
     return [
-        plain | numbers | {"speculative_speedup": _ratio(plain, numbers)}
+        plain
+        | numbers
+        | {"speculative_speedup": _ratio(plain, numbers), "intervals": _both(plain, numbers)}
         for plain, numbers in zip(points, found, strict=True)
     ]
 
@@ -56,26 +61,32 @@ def _numbers(
     runs: Sequence[DecodeStats],
     rows: int,
     context: int,
+    weight_size: int,
 ) -> Numbers:
     total = DecodeStats()
     for run in runs:
         total.add(run)
     used = total.lengths.most_common(1)[0][0] if k == "auto" else k
-    rate = statistics.median(run.tokens_per_second for run in runs)
+    found = spread(speculative_tokens_per_second=[run.tokens_per_second for run in runs])
     model = subject.model
     other = draft.config if isinstance(draft, HybridForCausalLM) else None
     allowed = speculative_limit(
         model.config, other, used, total.acceptance_per_token, subject.bandwidth,
-        model.dtype.itemsize, rows, context, model.dtype.itemsize,
+        weight_size, rows, context, model.dtype.itemsize,
     )  # fmt: skip
     return {
         "k": used,
-        "speculative_tokens_per_second": rate,
+        **found,
         "tokens_per_step": total.tokens_per_step,
         "acceptance": total.acceptance_per_token,
         "speculative_byte_limit": allowed,
-        "speculative_share": rate / allowed,
+        "speculative_share": found["speculative_tokens_per_second"] / allowed,
     }
+
+
+def _both(plain: Numbers, numbers: Numbers) -> Numbers | None:
+    found = {**(plain.get("intervals") or {}), **(numbers.get("intervals") or {})}
+    return found or None
 
 
 def _ratio(plain: Numbers, numbers: Numbers) -> float | None:

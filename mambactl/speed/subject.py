@@ -1,28 +1,31 @@
 """What is measured and over which points: a model, its prompts, and what its answers have to be."""
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambactl import console
-from mambactl.decode.engine import Generation
+from mambactl.decode.backend import AnyEngine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import CheckError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
-from mambactl.speed.synthetic import first_wrong
+from mambactl.speed.limits import Numbers
+from mambactl.speed.synthetic import cycle_of, first_wrong
 
 Prompts = list[list[int]]
-Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every pair of context length and batch size, and how often each is measured."""
+    """Every pair of context length and batch size, and how often each is measured: with a new
+    engine for each of `repeats`, then `iters` times.
+    """
 
     input_len: Sequence[int]
     batch_size: Sequence[int]
@@ -30,6 +33,7 @@ class Grid:
     warmup: int = 1
     iters: int = 3
     seed: int = 0
+    repeats: int = 1
 
     @classmethod
     def of(cls, config: BenchConfig) -> "Grid":
@@ -41,12 +45,18 @@ class Grid:
             config.warmup,
             config.iters,
             config.seed,
+            config.repeats,
         )
 
     @property
     def points(self) -> list[tuple[int, int]]:
         """Pairs (context length, rows)."""
         return [(length, rows) for length in self.input_len for rows in self.batch_size]
+
+    @property
+    def rounds(self) -> int:
+        """Rounds at every point, unmeasured ones among them."""
+        return self.repeats * (self.warmup + self.iters)
 
     def mean_context(self, length: int) -> int:
         """Tokens that a decoding step finds behind a prompt of `length`, on average."""
@@ -57,18 +67,21 @@ class Grid:
 class Subject:
     """A model on its device, which reads `bandwidth` bytes/s.
 
-    With `successor` [V] the model is scripted: prompts follow that map and answers have to.
+    With `successor` [V] the model is scripted: prompts follow that map and answers have to. They
+    begin after whole periods of the cycle. `rounded`: weights may be read in bfloat16 copies.
     """
 
     model: HybridForCausalLM
     label: str
     bandwidth: float
     successor: Tensor | None = None
+    period: int = 1
+    rounded: bool = False
 
     def prompts(self, length: int, rows: int, seed: int) -> Prompts:
         """Token ids [rows][length]."""
         if self.successor is not None:
-            return scripted_prompts(self.successor, rows, length, seed)
+            return scripted_prompts(self.successor, rows, length, seed, self.period)
         return random_prompts(self.model.config.vocab_size, rows, length, seed)
 
     def check(self, prompts: Prompts, answers: Sequence[Sequence[int]]) -> None:
@@ -91,22 +104,23 @@ def random_prompts(vocab_size: int, rows: int, length: int, seed: int) -> Prompt
     return torch.randint(vocab_size, (rows, length), generator=generator).tolist()
 
 
-def scripted_prompts(successor: Tensor, rows: int, length: int, seed: int) -> Prompts:
-    """Pieces [rows][length] of the map's cycle, each from another offset of it."""
+def scripted_prompts(
+    successor: Tensor, rows: int, length: int, seed: int, period: int = 1
+) -> Prompts:
+    """Pieces [rows][length] of the map's cycle, each from another offset of it.
+
+    They end with the first token of a period.
+    """
     generator = torch.Generator().manual_seed(seed)
-    following = successor.tolist()
-    prompts = []
-    for start in torch.randint(len(following), (rows,), generator=generator).tolist():
-        # any token may lead into the cycle, but none of the cycle out of it
-        prompt = [following[start]]
-        while len(prompt) < length:
-            prompt.append(following[prompt[-1]])
-        prompts.append(prompt)
-    return prompts
+    cycle = cycle_of(successor)  # [n]
+    periods = max(len(cycle) // period, 1)
+    ends = torch.randint(periods, (rows, 1), generator=generator) * period  # [B, 1]
+    at = ends + torch.arange(1 - length, 1)  # [B, T]
+    return cycle[at % len(cycle)].tolist()
 
 
 def sweep(
-    subject: Subject,
+    label: str,
     grid: Grid,
     columns: Sequence[str],
     measure: Callable[[int, int, Callable[[], None]], Numbers],
@@ -116,27 +130,57 @@ def sweep(
     A point that does not fit a GPU has None in all `columns`.
     """
     found = []
-    total = len(grid.points) * (grid.warmup + grid.iters)
-    with console.progress(subject.label, total) as progress:
+    total = len(grid.points) * grid.rounds
+    with console.progress(label, total) as progress:
         for length, rows in grid.points:
             status = f"{length} tokens x {rows} rows"
             try:
                 found.append(measure(length, rows, lambda s=status: progress.advance(status=s)))
             except torch.OutOfMemoryError:
-                console.warn(f"{subject.label}: {status} do not fit in memory")
+                console.warn(f"{label}: {status} do not fit in memory")
                 found.append(dict.fromkeys(columns))
     return found
 
 
+@dataclass(frozen=True)
+class Round:
+    """What one call came to, and its seconds from the prompts to the first token."""
+
+    stats: DecodeStats
+    first_token: float
+
+
+class _FirstToken:
+    """Listens for the first token after its own making."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds = 0.0
+
+    def __call__(self, row: int, tokens: list[int]) -> None:
+        self.seconds = self.seconds or time.perf_counter() - self.start
+
+
 def decode(
-    engine: Any, subject: Subject, prompts: Prompts, grid: Grid, advance: Callable[[], None]
-) -> list[DecodeStats]:
+    engine: AnyEngine, subject: Subject, prompts: Prompts, grid: Grid, advance: Callable[[], None]
+) -> list[Round]:
     """Decode the same prompts again and again; the measured rounds, every one of them checked."""
     params = SamplingParams(max_new_tokens=grid.output_len)
-    runs = []
+    rounds = []
     for _ in range(grid.warmup + grid.iters):
-        output: Generation = engine.generate(prompts, params)
+        clock = _FirstToken()
+        output = engine.generate(prompts, params, on_tokens=clock)
         subject.check(prompts, output.tokens)
-        runs.append(output.stats)
+        rounds.append(Round(output.stats, clock.seconds))
         advance()
-    return runs[grid.warmup :]
+    return rounds[grid.warmup :]
+
+
+def spread(**rounds: Sequence[float]) -> Numbers:
+    """The medians of named numbers over the rounds, and beside them the smallest and the largest
+    as their `intervals`.
+    """
+    medians = {name: statistics.median(values) for name, values in rounds.items()}
+    return medians | {
+        "intervals": {name: [min(values), max(values)] for name, values in rounds.items()}
+    }

@@ -23,6 +23,9 @@ from mambactl.models.mixers.spec import MixerForm
 # of every projection, as in Llama and GPT-2
 STD = 0.02
 DISAGREEMENT = 0x5EED
+GOLDEN = (5**0.5 - 1) / 2
+# tokens of the cycle after which a draft has disagreed as often as asked
+PERIOD = 512
 # no tokens with a meaning, and a head of its own, which a script needs
 _COMMON = {
     "rms_norm_eps": 1e-5,
@@ -98,6 +101,7 @@ def _mamba2(hidden: int, layers: int, vocabulary: int = 50_288) -> HybridConfig:
 
 
 _LLAMA3_8B = partial(_llama, 4096, 32, (32, 8), 14336)
+_SMOLLM2 = partial(_llama, 576, 30, (9, 3), 1536, 49_152)
 _TINY = partial(_llama, 64, 3, (4, 2), 128, 512)
 
 # name -> the configuration of that shape
@@ -115,10 +119,17 @@ SHAPES: dict[str, Callable[[], HybridConfig]] = {
     "llama3-8b-hybrid-87.5": partial(_hybrid, _LLAMA3_8B, 0.875),
     "llama3-8b-hybrid-50-window": partial(_hybrid, _LLAMA3_8B, 0.5, window=64),
     "llama3-8b-hybrid-75-window": partial(_hybrid, _LLAMA3_8B, 0.75, window=64),
+    "llama3-8b-hybrid-87.5-window": partial(_hybrid, _LLAMA3_8B, 0.875, window=64),
     # a quarter of the KV heads of every layer
     "llama3-8b-heads-75": partial(_hybrid, _LLAMA3_8B, 1.0, window=64, heads=(2, 5)),
     "llama3-8b-hybrid-50-mamba1": partial(_hybrid, _LLAMA3_8B, 0.5, "mamba1"),
     "llama3-8b-hybrid-87.5-mamba1": partial(_hybrid, _LLAMA3_8B, 0.875, "mamba1"),
+    "smollm2-135m": _SMOLLM2,
+    "smollm2-135m-hybrid-50": partial(_hybrid, _SMOLLM2, 0.5),
+    "smollm2-135m-hybrid-50-window": partial(_hybrid, _SMOLLM2, 0.5, window=64),
+    "smollm2-135m-hybrid-87.5-window": partial(_hybrid, _SMOLLM2, 0.875, window=64),
+    # one of the three KV heads of every layer
+    "smollm2-135m-heads-67": partial(_hybrid, _SMOLLM2, 1.0, window=64, heads=(1,)),
     # drafts for llama3-8b: few wide layers, at most 1 GB of bf16 read per token, head included
     "draft-llama3-2l": partial(_hybrid, partial(_llama, 2048, 2, (16, 8), 16384), 1.0),
     "draft-llama3-3l": partial(_hybrid, partial(_llama, 2048, 3, (16, 8), 9728), 1.0),
@@ -218,21 +229,71 @@ def successors(vocabulary: int, seed: int = 0, limit: int | None = None) -> Tens
     return successor
 
 
-def disagreeing(successor: Tensor, share: float, seed: int = 0) -> Tensor:
+def disagreeing(successor: Tensor, share: float, seed: int = 0, period: int = PERIOD) -> Tensor:
     """Another map [V] that differs on exactly round(share * n) of the n tokens of the cycle.
 
-    They exchange their successors among themselves, so on the cycle it stays a permutation.
+    They exchange their successors among themselves, so on the cycle it stays a permutation. Every
+    `period` tokens of `cycle_of` hold as many of them; `spread_apart` says where.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"a share of {share} is not between 0 and 1")
-    cycle = successor.unique()  # [n]
-    # with the order that `successors` draws these would be a stretch of the cycle, not a sample
+    cycle = cycle_of(successor)  # [n]
     generator = torch.Generator().manual_seed(seed ^ DISAGREEMENT)
-    chosen = cycle[torch.randperm(len(cycle), generator=generator)[: round(share * len(cycle))]]
+    chosen = cycle[spread_apart(len(cycle), share, generator, period)]
+    # exchanged at random: neighbours that exchanged would be right about each other's next token
+    chosen = chosen[torch.randperm(len(chosen), generator=generator)]
     other = successor.clone()
     # one token has nobody to exchange with: it then follows itself, which no cycle contains
     other[chosen] = successor[chosen.roll(1)] if len(chosen) > 1 else chosen
     return other
+
+
+def spread_apart(
+    length: int, share: float, generator: torch.Generator, period: int = PERIOD
+) -> Tensor:
+    """round(share * length) of the numbers 0 .. length - 1, sorted.
+
+    Each `period` of numbers ends with one of them and holds its part of all. How many lie between
+    two are quantiles of the geometric distribution, which independent draws would have, in
+    an order of its own for each period. A decoder starts anew behind each rejected draft, so any
+    number of drafts is accepted as often as asked in every period, not only on average.
+    """
+    total, found = round(share * length), []
+    for start in range(0, length, period):
+        end = min(start + period, length)
+        count = _part(total, end, length) - _part(total, start, length)
+        steps = _steps(count, end - start)
+        # a stretch of multiples of the golden ratio is evenly spread wherever it is cut
+        order = (torch.rand(1, generator=generator) + torch.arange(count) * GOLDEN) % 1
+        found.append(start - 1 + steps[order.argsort().argsort()].cumsum(0))
+    return torch.cat(found)
+
+
+def _part(total: int, end: int, length: int) -> int:
+    return total * end // length
+
+
+def _steps(count: int, length: int) -> Tensor:
+    """`count` distances of at least 1 with the sum `length`, geometric and sorted."""
+    if count == 0 or count == length:
+        return torch.ones(count, dtype=torch.long)
+    u = (torch.arange(count, dtype=torch.double) + 0.5) / count  # [count]
+    steps = 1 + (torch.log1p(-u) / math.log1p(-count / length)).floor().long()
+    missing = length - int(steps.sum())
+    # quantiles leave out the end of the tail: the longest distances make up for it
+    for index in range(abs(missing)):
+        at = count - 1 - index % max(1, count // 4) if missing > 0 else int(steps.argmax())
+        steps[at] += 1 if missing > 0 else -1
+    return steps
+
+
+def cycle_of(successor: Tensor) -> Tensor:
+    """The tokens of a map's cycle [n] in its order, from the lowest one on."""
+    following = successor.tolist()
+    found = [min(following)]
+    while (token := following[found[-1]]) != found[0]:
+        found.append(token)
+    return torch.tensor(found)
 
 
 @torch.no_grad()

@@ -6,20 +6,22 @@ from typing import Any
 
 import torch
 
-from mambactl.decode.backend import make_engine
+from mambactl.decode.backend import make_engine, weight_bytes
 from mambactl.decode.engine import Engine
 from mambactl.decode.prefill import prefill
-from mambactl.speed.limits import limit
+from mambactl.speed.limits import Numbers, limit
 from mambactl.speed.memory import peak_bytes, reset_peak
-from mambactl.speed.subject import Grid, Numbers, Subject, decode, sweep
+from mambactl.speed.subject import Grid, Subject, decode, spread, sweep
 
 NUMBERS = (
     "prefill_tokens_per_second",
+    "first_token_ms",
     "decode_tokens_per_second",
     "decode_byte_limit",
     "decode_share",
     "cache_bytes",
     "peak_bytes",
+    "intervals",
 )
 
 
@@ -27,16 +29,18 @@ def throughput(subject: Subject, grid: Grid) -> list[Numbers]:
     """Measure every point with greedy decoding.
 
     Rates are tokens per second of all rows together, medians over the rounds; reading the prompt is
-    timed apart from decoding. `decode_byte_limit` is the rate that bandwidth allows and
-    `decode_share` what is reached of it. `cache_bytes` is the cache after the prompt, `peak_bytes`
-    the most memory in use at a time, weights included: of the device on CUDA, of the process
-    elsewhere. A pair that does not fit a GPU has None in every column.
+    timed apart from decoding. `first_token_ms` are milliseconds from the call to its first token,
+    of all rows; `intervals` are the smallest and the largest of the rounds. `decode_byte_limit` is
+    the rate that bandwidth allows and `decode_share` what is reached of it. `cache_bytes` is the
+    cache after the prompt, `peak_bytes` the most memory in use at a time, weights included: of the
+    device on CUDA, of the process elsewhere. A pair that does not fit a GPU has None in every
+    column.
     """
 
     def measure(length: int, rows: int, advance: Callable[[], None]) -> Numbers:
         return _measure(subject, grid, length, rows, advance)
 
-    numbers = sweep(subject, grid, NUMBERS, measure)
+    numbers = sweep(subject.label, grid, NUMBERS, measure)
     return [
         {"input_len": length, "batch_size": rows, "output_len": grid.output_len} | found
         for (length, rows), found in zip(grid.points, numbers, strict=True)
@@ -48,28 +52,42 @@ def _measure(
 ) -> Numbers:
     model = subject.model
     prompts = subject.prompts(length, rows, grid.seed)
-    engine = make_engine(model, None, 0, share=False)
     reset_peak(model.device)
-    runs = decode(engine, subject, prompts, grid, advance)
+    rounds = []
+    for _ in range(grid.repeats):
+        engine = make_engine(model, None, 0, share=False, rounded=subject.rounded)
+        rounds += decode(engine, subject, prompts, grid, advance)
+    runs = [each.stats for each in rounds]
     peak = peak_bytes(model.device)
     read = rows * length
     seconds = statistics.median(run.seconds["prefill"] for run in runs)
     with torch.no_grad():
         cache_bytes = prefill(model, prompts, recording=False)[0].nbytes()
-    rate = statistics.median(run.tokens_per_second for run in runs)
-    size = model.dtype.itemsize
-    context = grid.mean_context(length)
-    allowed = limit(model.config, subject.bandwidth, size, rows, context, size)
-    values = (read / seconds, rate, allowed, rate / allowed, cache_bytes, peak)
-    return dict(zip(NUMBERS, values, strict=True)) | graph_numbers(engine)
+    found = spread(
+        first_token_ms=[1000 * each.first_token for each in rounds],
+        decode_tokens_per_second=[run.tokens_per_second for run in runs],
+    )
+    context, kv_bytes = grid.mean_context(length), model.dtype.itemsize
+    size = weight_bytes(engine, model)
+    allowed = limit(model.config, subject.bandwidth, size, rows, context, kv_bytes)
+    found |= {
+        "prefill_tokens_per_second": read / seconds,
+        "decode_byte_limit": allowed,
+        "decode_share": found["decode_tokens_per_second"] / allowed,
+        "cache_bytes": cache_bytes,
+        "peak_bytes": peak,
+    }
+    return {name: found[name] for name in NUMBERS} | graph_numbers(engine)
 
 
 def graph_numbers(engine: Any, prefix: str = "") -> Numbers:
-    """What starting and capturing steps took; nothing for the reference engine, which does not."""
+    """What starting and capturing steps took; nothing for one that captures none."""
     if isinstance(engine, Engine):
         return {}
     (session,) = engine.sessions.values()
     captured = session.capture
+    if not captured.graphs:
+        return {}
     return {
         # a step is one graph by construction: drafts, verdict and mailbox are inside
         f"{prefix}launches_per_step": 1,

@@ -24,8 +24,8 @@ MIXED = "--recall-share"
 SPREAD = "--nproc --shard"
 TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every"
 SAMPLING = (
-    "--max-new-tokens --temperature --top-k --top-p --draft --k --batch-size --chat --prompt "
-    "--prompts"
+    "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --batch-size --chat "
+    "--prompt --prompts"
 )
 FLAGS = {
     "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data "
@@ -54,9 +54,9 @@ FLAGS = {
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --format "
     f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
-    "bench": "--input-len --output-len --batch-size --warmup --iters --draft --k --baseline "
-    "--min-speedup --synthetic --acceptance --training --train-rest --compile --capture --report "
-    f"{EVERY_STAGE}",
+    "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --draft --k "
+    "--baseline --min-speedup --synthetic --acceptance --training --train-rest --compile --capture "
+    f"--report {EVERY_STAGE}",
     "export": f"--to --layout --check --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "push": "--public --dry-run --json --help",
     "inspect": "--input-len --batch-size --k --tensors --lineage --json --help",

@@ -42,6 +42,41 @@ def test_against_the_teacher_of_the_lineage(student, tiny_llama_dir, capsys):
     assert metrics["versions"]["torch"] and metrics["bandwidth_bytes_per_second"] > 1e8
 
 
+def test_against_transformers_own_generate(student, capsys):
+    """Of a checkpoint and of shapes: a Llama for all hybrids of one, warnings of long prompts."""
+    settings = {"baseline": "transformers", "input_len": [8], "output_len": 3}
+    result = bench.run(cpu(**settings), str(student)).metrics
+    (point,), (other,) = result["points"], result["baseline_points"]
+    assert (result["baseline"], other["model"]) == ("transformers", "transformers")
+    assert point["first_token_speedup"] == other["first_token_ms"] / point["first_token_ms"]
+    ours, theirs = point["decode_tokens_per_second"], other["decode_tokens_per_second"]
+    assert point["decode_speedup"] == ours / theirs
+    assert point["cache_reduction"] is None
+    assert len(result["bandwidths_bytes_per_second"]) == 2
+    assert "first ms" in capsys.readouterr().err
+    names = ["tiny", "tiny-hybrid"]
+    settings |= {"synthetic": names, "output_len": 8190}
+    plan = bench.plan(cpu(**settings), None)
+    assert plan["synthetic"] == names
+    result = bench.run(cpu(**settings | {"output_len": 3}), None).metrics
+    assert [point["model"] for point in result["points"]] == names
+    assert len(result["baseline_points"]) == 1
+    assert all(point["decode_speedup"] for point in result["points"])
+
+
+def test_lengths_beyond_the_positions_warn(tiny_llama_dir, capsys):
+    bench.run(cpu(input_len=[4], output_len=2), str(tiny_llama_dir))
+    assert "was made for" not in capsys.readouterr().err
+    config = cpu(synthetic=["tiny"], input_len=[8191], output_len=2)
+    bench.run(config, None)
+    assert "8193 tokens are more than the 8192 tiny was made for" in capsys.readouterr().err
+
+
+def test_a_native_mamba_has_no_llama():
+    with pytest.raises(UsageError, match="tiny-mamba has no attention"):
+        bench.run(cpu(synthetic=["tiny-mamba"], baseline="transformers"), None)
+
+
 def test_training_beside_the_teacher(student, capsys):
     """Both learn the text alone, with everything that trains as fp32 masters."""
     small = {"training": True, "input_len": [16], "batch_size": [2], "compile": False}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mambactl.decode.gpu.fused_engine import PRIOR_ACCEPTANCE, Choice
+from mambactl.decode.draft_count import PRIOR_ACCEPTANCE, Choice
 
 CHOICES = (0, 1, 2, 3, 4, 6)
 

@@ -13,6 +13,7 @@ from mambactl.commands import generate, sft
 from mambactl.data.format import encode_rows
 from mambactl.data.sources import load_rows
 from mambactl.decode.engine import Engine, Generation
+from mambactl.decode.gpu.fused_engine import FusedEngine
 from mambactl.errors import OutputError, ResourceError, UsageError
 from mambactl.generation import dataset
 from mambactl.generation.question_set import QuestionSet
@@ -132,13 +133,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(
             other = config(prompts, samples_per_prompt=2, temperature=0.5)
             generate.run(other, model, out, resume=True)
     batches = Counter()
-    real = Engine.generate
+    real = FusedEngine.generate
 
     def counted(self, *given):
         batches["n"] += 1
         return real(self, *given)
 
-    monkeypatch.setattr(Engine, "generate", counted)
+    monkeypatch.setattr(FusedEngine, "generate", counted)
     result = generate.run(config(prompts, samples_per_prompt=2), model, out, resume=True)
     assert out.read_bytes() == whole[0].read_bytes()
     # what was written is not decoded again; the longest conversation has a second turn
@@ -338,6 +339,7 @@ def test_a_cut_answer_does_not_hide_the_same_one_with_an_end(
         # the first sample stops before the end that the second one has
         return Generation([[5]] * len(prompts), ["length", "eos"] * (len(prompts) // 2))
 
+    monkeypatch.setenv("MAMBACTL_KERNELS", "reference")
     monkeypatch.setattr(Engine, "generate", scripted)
     out = tmp_path / "a.jsonl"
     options = config(prompts, samples_per_prompt=2, keep_unfinished=False)

@@ -8,7 +8,6 @@ import torch
 from mambactl.models.cache import HybridCache
 from mambactl.models.cache_bytes import state_elements
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.speed.bandwidth import read_bandwidth
 from mambactl.speed.limits import (
     bytes_per_step,
     limit,
@@ -116,8 +115,3 @@ def test_rows_share_the_weights() -> None:
     one, many = (limit(config, BANDWIDTH, batch=batch, context=1024) for batch in (1, 8))
     assert 7 < many / one < 8
     assert speculative_limit(config, None, 0, 0.5, BANDWIDTH, batch=8, context=1024) == many
-
-
-def test_the_bandwidth_of_this_machine() -> None:
-    rate = read_bandwidth("cpu", gigabytes=0.05, repeats=3)
-    assert 1e8 < rate < 1e13

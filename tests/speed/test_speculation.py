@@ -57,6 +57,7 @@ def test_rates_are_medians_and_limits_those_of_both_models(scripted, monkeypatch
             output.stats.seconds = Counter(prefill=1.0, draft=next(seconds))
             return output
 
+    monkeypatch.setenv("MAMBACTL_KERNELS", "reference")
     monkeypatch.setattr(backend, "Engine", Timed)
     subject, draft = scripted("tiny", acceptance=1.0)
     (point,) = speculation(subject, draft, 3, Grid([8], [2], 17, 1, 3), [PLAIN])
@@ -69,7 +70,8 @@ def test_rates_are_medians_and_limits_those_of_both_models(scripted, monkeypatch
     assert point["speculative_share"] == pytest.approx(8 / allowed)
 
 
-def test_automatic_k_reports_what_was_drafted_most(scripted):
+def test_automatic_k_reports_what_was_drafted_most(scripted, monkeypatch):
+    monkeypatch.setenv("MAMBACTL_KERNELS", "reference")
     subject, draft = scripted("tiny", acceptance=1.0)
     (point,) = speculation(subject, draft, "auto", Grid([8], [1], 60, 0, 1), [PLAIN])
     assert point["k"] == backend.REFERENCE_K
@@ -94,6 +96,7 @@ def test_what_does_not_fit_is_left_empty(scripted, monkeypatch):
         def generate(self, prompts, params, **kwargs):
             raise torch.OutOfMemoryError("no")
 
+    monkeypatch.setenv("MAMBACTL_KERNELS", "reference")
     monkeypatch.setattr(backend, "Engine", Small)
     subject, draft = scripted("tiny")
     (point,) = speculation(subject, draft, 2, Grid([8], [2], 4, 0, 1), [PLAIN])

@@ -12,11 +12,13 @@ from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 from mambactl.speed.synthetic import (
     SHAPES,
     build,
+    cycle_of,
     disagreeing,
     first_wrong,
     follows,
     materialise,
     script,
+    spread_apart,
     successors,
 )
 
@@ -206,8 +208,37 @@ def test_drafts_are_accepted_as_often_as_scripted(target: str, dtype: torch.dtyp
     assert histogram == walk(successor, wrong, int(successor[12]), 399)
     rejected = sum(count for kept, count in histogram.items() if kept < K)
     tested = output.stats.accepted + rejected
-    # three standard errors of a binomial share over `tested` tokens
-    assert abs(output.stats.accepted / tested - (1 - SHARE)) < 3 * (0.3 * 0.7 / tested) ** 0.5
+    # the prompt ends inside of a period
+    assert output.stats.accepted / tested == pytest.approx(1 - SHARE, abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("period", [256, 512])
+def test_every_period_accepts_as_often_as_asked(share: float, period: int) -> None:
+    """With any number of drafts, where independent draws are off by 0.06 now and then."""
+    successor = successors(8192, seed=3)
+    wrong = disagreeing(successor, share, seed=4, period=period)
+    cycle, good, follow = cycle_of(successor).tolist(), (wrong == successor).tolist(), successor
+    following = follow.tolist()
+    for drafts in (1, 3, 4, 6):
+        for start in cycle[:: 5 * period]:
+            token, written, judged, kept = start, 0, 0, 0
+            while written < period:
+                n = 0
+                while n < drafts and good[token]:
+                    token, n = following[token], n + 1
+                judged, kept = judged + min(n + 1, drafts), kept + n
+                token, written = following[token], written + n + 1
+            assert kept / judged == pytest.approx(1 - share, abs=0.015)
+
+
+def test_drafts_disagree_as_often_in_every_period() -> None:
+    chosen = spread_apart(1000, 0.3, torch.Generator().manual_seed(0), period=100)
+    assert torch.bincount(chosen // 100).tolist() == [30] * 10
+    assert chosen.unique().numel() == 300 and int(chosen.max()) < 1000
+    # not one after the other: gaps are those of a draw by chance
+    gaps = chosen.diff() - 1
+    assert 0.25 < float((gaps == 0).float().mean()) < 0.35 and int(gaps.max()) > 6
 
 
 def test_a_draft_of_a_trimmed_vocabulary() -> None:

@@ -32,6 +32,7 @@ def test_every_pair_is_measured(make_hybrid, monkeypatch):
             calls.append((len(prompts[0]), len(prompts), params.max_new_tokens))
             return super().generate(prompts, params, **kwargs)
 
+    monkeypatch.setenv("MAMBACTL_KERNELS", "reference")
     monkeypatch.setattr(backend, "Engine", Counting)
     points = measure(model, [3, 40], [1, 2], output_len=5, warmup=1, iters=2)
     pairs = [(3, 1), (3, 2), (40, 1), (40, 2)]
@@ -65,6 +66,7 @@ def test_rates_are_tokens_of_all_rows_per_second(make_hybrid, monkeypatch):
             output.stats.seconds = Counter(prefill=taken, verify=taken / 2)
             return output
 
+    monkeypatch.setenv("MAMBACTL_KERNELS", "reference")
     monkeypatch.setattr(backend, "Engine", Timed)
     model = make_hybrid(MIXERS)
     (point,) = measure(model, [11], [3], output_len=4, warmup=1, iters=3)
@@ -101,6 +103,7 @@ def test_a_pair_that_does_not_fit_is_left_empty(make_hybrid, monkeypatch):
                 raise torch.OutOfMemoryError("no")
             return super().generate(prompts, params, **kwargs)
 
+    monkeypatch.setenv("MAMBACTL_KERNELS", "reference")
     monkeypatch.setattr(backend, "Engine", Small)
     one, two = measure(make_hybrid(MIXERS), [4], [1, 2])
     assert one["decode_tokens_per_second"] > 0

@@ -2,13 +2,15 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from mambactl import console
+from mambactl.decode.draft_count import CHOICES, Choice, ExpectedTimes, LearnedChoice, StepTimes
 from mambactl.decode.engine import Generation, OnTokens, check_prompts
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
@@ -23,8 +25,6 @@ from mambactl.models.session_size import SessionSize
 
 # steps in flight before the host looks at the oldest one's tokens
 LAG = 3
-# numbers of drafts an automatic choice is made from
-CHOICES = (0, 1, 2, 3, 4, 6)
 POLL_SECONDS = 50e-6
 
 K = int | Literal["auto"]
@@ -37,46 +37,7 @@ class _Launched:
     number: int
     k: int
     event: torch.cuda.Event | None
-
-
-class Choice:
-    """Chooses K from the measured seconds of a step with K drafts and the drafts' fortune so far.
-
-    Tokens per step follow from the chance that one draft is accepted (arXiv 2211.17192, eq. 1).
-    Once K is 0 it stays so: the draft no longer follows the text.
-    """
-
-    def __init__(self, seconds: Mapping[int, float]):
-        self.seconds = dict(seconds)
-        self.passed, self.tested = PRIOR_ACCEPTANCE * PRIOR_TESTS, PRIOR_TESTS
-        self.k = max(self.seconds, key=self.promise)
-
-    @property
-    def acceptance(self) -> float:
-        """Estimated chance that a tested draft is accepted."""
-        return self.passed / self.tested
-
-    def promise(self, k: int) -> float:
-        """Expected tokens per second of one sequence with k drafts a step."""
-        a = min(self.acceptance, 0.999)
-        return (1 - a ** (k + 1)) / (1 - a) / self.seconds[k]
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """One sequence's step: `accepted` of `drafted`; a rejected one was tested too."""
-        tested = min(accepted + 1, drafted)
-        if not tested:
-            return
-        fade = 0.5 ** (tested / HALF_LIFE)
-        self.passed = self.passed * fade + accepted
-        self.tested = self.tested * fade + tested
-
-    def update(self) -> int:
-        """K for the next step."""
-        if self.k:
-            best = max(self.seconds, key=self.promise)
-            if self.promise(best) > MARGIN * self.promise(self.k):
-                self.k = best
-        return self.k
+    started: float
 
 
 class FusedEngine:
@@ -102,6 +63,8 @@ class FusedEngine:
         self.positions = 0
         self.sessions: dict[int, Session] = {}
         self.prefixes: tuple[Prefixes, Prefixes | None] = Prefixes(target.model, share), None
+        self.times: dict[int, StepTimes] = {}
+        self.said = ""
         pack(target, 1)
         if isinstance(draft, HybridForCausalLM):
             pack(draft, 1)
@@ -144,13 +107,35 @@ class FusedEngine:
         with stats.timed("prefill", self.target.device):
             event = session.start(prompts, keys or range(len(prompts)), params)
         stats.at_once, stats.prompt_shared = len(prompts), self.prefixes[0].saved - saved
-        choice = Choice(session.time_steps(ks, sampled) if len(ks) > 1 else {ks[0]: 1.0})
-        run = _Run(session, choice, sampled, params.max_new_tokens, output, on_tokens)
-        run.waiting.append(_Launched(0, 0, event))
         with stats.timed("verify", self.target.device):
+            choice = self._choice(session, ks, sampled)
+            run = _Run(session, choice, sampled, params.max_new_tokens, output, on_tokens)
+            run.waiting.append(_Launched(0, 0, event, 0.0))
             run.finish()
+        self._say(choice)
         stats.tokens = sum(map(len, output.tokens))
         return output
+
+    def _choice(self, session: Session, ks: list[int], sampled: bool) -> Choice:
+        if len(ks) == 1:
+            return Choice({ks[0]: 1.0})
+        if not self.ops.on_host:
+            return Choice(session.time_steps(ks, sampled))
+        model = isinstance(self.draft, HybridForCausalLM)
+        if sampled:
+            share = _weights_read(self.draft) / _weights_read(self.target) if model else 0.0
+            return LearnedChoice(ks, ExpectedTimes(share), model)
+        times = self.times.setdefault(session.size, StepTimes())
+        if model and not times.count(0):
+            times.add(0, session.time_plain(sampled))
+        return LearnedChoice(ks, times, model)
+
+    def _say(self, choice: Choice) -> None:
+        """Say why so much is drafted, when that changed."""
+        outcome = choice.reason.partition(":")[0]
+        if outcome != self.said:
+            self.said = outcome
+            console.log(choice.reason)
 
     def _session(self, rows: int, longest: int) -> Session:
         """Memory and graphs for at least so many rows and tokens, kept between calls."""
@@ -169,6 +154,13 @@ class FusedEngine:
         session = Session(*self.packed, self.ops, size, self.prefixes)
         self.sessions[size.batch] = session
         return session
+
+
+def _weights_read(model: HybridForCausalLM) -> int:
+    """Parameters that a step reads: all but the embedding table, where it is not the head too."""
+    table, head = model.model.embed_tokens.weight, model.lm_head.weight
+    every = sum(parameter.numel() for parameter in model.parameters())
+    return every if head is table else every - table.numel()
 
 
 class _Run:
@@ -193,13 +185,18 @@ class _Run:
         """Run until every row is done; the first tokens are on their way."""
         number = 1
         lag = LAG if self.session.device.type == "cuda" else 0
+        if not lag:
+            # nothing runs meanwhile
+            self._read(self.waiting.popleft())
         while self.running:
             if self._more_needed():
                 k = self.choice.update()
+                started = time.perf_counter()
                 event = self.session.launch(k, self.sampled)
-                self.waiting.append(_Launched(number, k, event))
+                self.waiting.append(_Launched(number, k, event, started))
                 number += 1
-                if len(self.waiting) <= lag:
+                # the first token is handed on while the first step runs
+                if number > 2 and len(self.waiting) <= lag:
                     continue
             self._read(self.waiting.popleft())
 
@@ -211,6 +208,7 @@ class _Run:
     def _read(self, step: _Launched) -> None:
         while step.event is not None and not step.event.query():
             time.sleep(POLL_SECONDS)
+        seconds = time.perf_counter() - step.started
         letters = self.session.batch.pinned[step.number % DEPTH].tolist()
         drafted, accepted = [], []
         for row in sorted(self.running):
@@ -219,8 +217,9 @@ class _Run:
                 continue
             drafted.append(letter[Letter.DRAFTED])
             accepted.append(letter[Letter.ACCEPTED])
-            # a draft that could not be made helps no more than a rejected one
-            self.choice.observe(step.k, accepted[-1])
+            # in a graph a draft that could not be made helps no more than a rejected one
+            made = letter[Letter.DRAFTED] if self.session.on_host else step.k
+            self.choice.observe(made, accepted[-1])
             new = letter[len(Letter) : len(Letter) + letter[Letter.EMITTED]]
             self.output.tokens[row].extend(new)
             stop = self.on_tokens is not None and self.on_tokens(row, new) is True
@@ -234,12 +233,5 @@ class _Run:
         # the first tokens are the prompts', not a step's
         if drafted and step.number:
             self.output.stats.count_step(drafted, accepted)
-
-
-# what is believed of a draft before it is seen: that share of its tokens accepted, as if tested
-# that often
-PRIOR_ACCEPTANCE, PRIOR_TESTS = 0.7, 12.0
-# older steps count less: half as much after this many tests
-HALF_LIFE = 256.0
-# a number of drafts has to promise this much more than the present one
-MARGIN = 1.02
+            if isinstance(self.choice, LearnedChoice):
+                self.choice.timed(max(drafted), seconds, 1 + sum(accepted) / len(accepted))

@@ -12,6 +12,7 @@ from mambactl.decode.gpu.step import Batch, Pass, Step
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.shared_prefix import Prefixes
 from mambactl.kernels.decode.operations import DecodeOps
+from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.models.session_size import SessionSize
 
 # steps of a timing
@@ -41,14 +42,16 @@ class Session:
         self.size, self.capacity, self.k = size.batch, size.capacity, size.k
         self.device = device = target.table.device
         self.batch = Batch(self.size, self.capacity, self.k, device)
-        limit = size.ring_limit(target.stores_every_step)
+        self.on_host = ops.on_host
+        limit = 0 if ops.on_host else size.ring_limit(target.stores_every_step)
         self.limits = {"span": self.k + 1, "limit": limit, "draft_limit": 0}
         self.target_weights, self.draft_weights = target, draft
         self.target = _state(target, ops, size, self.k + 1)
         self.draft: ModelState | None = None
         drafter: Pass | str | None = draft
         if isinstance(draft, PackedModel):
-            self.limits["draft_limit"] = size.ring_limit(draft.stores_every_step)
+            if not ops.on_host:
+                self.limits["draft_limit"] = size.ring_limit(draft.stores_every_step)
             self.draft = _state(draft, ops, size, 2)
             drafter = Pass(draft, self.draft, ops)
         self.step = Step(
@@ -62,6 +65,7 @@ class Session:
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self.capture = Capture()
         self.seconds: dict[tuple[int, bool], float] = {}
+        self.warm = False
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.reader = Reader(target, self.target, self.size, prefixes[0], self.pool)
         self.draft_reader: Reader | None = None
@@ -86,6 +90,7 @@ class Session:
     def prepare(self, ks: Sequence[int], sampled: bool) -> None:
         """Compile and capture the steps with these numbers of drafts, before a batch is loaded."""
         if self.device.type != "cuda":
+            self._warm(max(ks))
             return
         missing = [k for k in ks if (k, sampled) not in self.graphs]
         if not missing:
@@ -110,6 +115,25 @@ class Session:
         self.capture.graphs += len(missing)
         self.capture.compile_seconds += compiled - started
         self.capture.capture_seconds += time.perf_counter() - compiled
+
+    def _warm(self, k: int) -> None:
+        """Let operations on the host make what they keep of the weights."""
+        if self.on_host and not self.warm:
+            # nobody is active, so a run changes nothing but scratch
+            self.batch.progress.zero_()
+            self.step.run(k, False)
+            self.warm = True
+
+    def time_plain(self, sampled: bool) -> float:
+        """Seconds of a step without drafts on the batch just started, which it leaves as it is."""
+        b = self.batch
+        saved = [(t, t.clone()) for t in (b.progress, b.feed, b.history, b.mailbox)]
+        # no state is stored where the next one is the present one
+        b.progress[Field.NEXT] = b.field(Field.BASE)
+        seconds = self._seconds(lambda k: self.launch(k, sampled), 0)
+        for tensor, copy in saved:
+            tensor.copy_(copy)
+        return seconds
 
     def launch(self, k: int, sampled: bool) -> torch.cuda.Event | None:
         """Start one step; the event tells when its mailbox has arrived."""

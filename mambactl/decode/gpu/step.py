@@ -212,6 +212,9 @@ class Step:
             drafted = b.drafted
             torch.add(b.field(Field.LENGTH), 1, out=b.present)
             self.ops.draft_ngram(b.history, b.present, b.feed[:, 2:], k, drafted)
+            if self.ops.on_host:
+                # a pass is as wide as what was found
+                k = int(drafted.mul_(b.field(Field.ACTIVE)).max())
         segment = Segment(
             b.field(Field.LENGTH), b.field(Field.ACTIVE), b.field(Field.BASE), b.field(Field.NEXT),
             T=k + 1,

@@ -39,7 +39,12 @@ class AttentionArguments(NamedTuple):
 
 
 class DecodeOps(Protocol):
-    """One method per operation; every result is written into an argument."""
+    """One method per operation; every result is written into an argument.
+
+    `on_host`: an operation is done when its method returns, so that a step may ask for a result.
+    """
+
+    on_host: bool
 
     def square_pieces(self, rows: int, width: int) -> int:
         """Columns of `squares` for a pass of that many rows."""

@@ -6,6 +6,8 @@ from mambactl.kernels.decode.reference import decode_attention, linear, ngram, r
 class ReferenceOps:
     """Methods of `kernels.decode.triton.ops.TritonOps`, on any device and without scratch."""
 
+    on_host = False
+
     embed = staticmethod(linear.embed)
     pick = staticmethod(linear.pick)
     project = staticmethod(linear.project)

@@ -38,6 +38,8 @@ class TritonOps:
     another order.
     """
 
+    on_host = False
+
     def __init__(
         self, exact: bool = False, device: torch.device | str = "cuda", element_size: int = 2
     ):

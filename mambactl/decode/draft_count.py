@@ -1,0 +1,177 @@
+"""How many tokens to draft: from the seconds of a step and what became of the drafts so far.
+
+Tokens per step follow from the chance that one draft is accepted (arXiv 2211.17192, equation 1).
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+# numbers of drafts an automatic choice is made from
+CHOICES = (0, 1, 2, 3, 4, 6)
+# what is believed of a draft before it is seen: that share of its tokens accepted, as if tested
+# that often
+PRIOR_ACCEPTANCE, PRIOR_TESTS = 0.7, 12.0
+# the same where steps are timed while they decode: few wasted ones are many of a short answer
+EARLY_TESTS = 4.0
+# older steps count less: half as much after this many tests
+HALF_LIFE = 256.0
+# a number of drafts has to promise this much more than the present one
+MARGIN = 1.02
+# steps that a time is the shortest of: what else the machine does makes steps longer
+REMEMBERED = 9
+# steps without a draft, and with few, before the first choice; n-grams copied in the latter
+PROBES, NGRAM_PROBE = 2, 3
+# plain steps that drafts may have cost more than they gave before they are given up
+LOST_STEPS = 2.0
+# what a token more in a pass takes of a plain step: measured with 1 to 8 rows on two cores
+VERIFIED_TOKEN = 0.06
+
+
+class Choice:
+    """Chooses K from the measured seconds of a step with K drafts and the drafts' fortune so far.
+
+    Once K is 0 it stays so: the draft no longer follows the text.
+    """
+
+    def __init__(self, seconds: Mapping[int, float], tests: float = PRIOR_TESTS):
+        self.seconds = dict(seconds)
+        self.passed, self.tested = PRIOR_ACCEPTANCE * tests, tests
+        self.k = max(self.seconds, key=self.promise)
+
+    @property
+    def acceptance(self) -> float:
+        """Estimated chance that a tested draft is accepted."""
+        return self.passed / self.tested
+
+    def promise(self, k: int) -> float:
+        """Expected tokens per second of one sequence with k drafts a step."""
+        a = min(self.acceptance, 0.999)
+        return (1 - a ** (k + 1)) / (1 - a) / self.seconds[k]
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """One sequence's step: `accepted` of `drafted`; a rejected one was tested too."""
+        tested = min(accepted + 1, drafted)
+        if not tested:
+            return
+        fade = 0.5 ** (tested / HALF_LIFE)
+        self.passed = self.passed * fade + accepted
+        self.tested = self.tested * fade + tested
+
+    def update(self) -> int:
+        """K for the next step."""
+        if self.k:
+            best = max(self.seconds, key=self.promise)
+            if self.promise(best) > MARGIN * self.promise(self.k):
+                self.k = best
+        return self.k
+
+    @property
+    def reason(self) -> str:
+        """Why so many tokens are drafted, in a sentence; empty where nothing was to choose."""
+        others = [k for k in self.seconds if k]
+        if len(self.seconds) < 2 or not others or 0 not in self.seconds:
+            return ""
+        best = self.k or max(others, key=self.promise)
+        gain = self.promise(best) / self.promise(0)
+        step = self.seconds[best] / self.seconds[0]
+        facts = (
+            f"{self.acceptance:.0%} of drafted tokens are accepted, and a step with {best} takes "
+            f"{step:.2f} times a plain one: {gain:.2f}x plain decoding"
+        )
+        return f"drafts {best} tokens a step: {facts}" if self.k else f"drafts nothing: {facts}"
+
+
+@dataclass
+class StepTimes:
+    """Seconds of the latest steps by what they drafted, kept between the calls of an engine."""
+
+    latest: dict[int, deque[float]] = field(default_factory=dict)
+
+    def add(self, k: int, seconds: float) -> None:
+        """Take note of a step with k drafts."""
+        self.latest.setdefault(k, deque(maxlen=REMEMBERED)).append(seconds)
+
+    def count(self, k: int) -> int:
+        """Steps with k drafts that are remembered."""
+        return len(self.latest.get(k, ()))
+
+    def of(self, ks: Sequence[int]) -> dict[int, float]:
+        """Seconds of a step for each k: those measured, and a line through them for the others.
+
+        Needs a step without drafts and one with. A step costs no less than one with fewer drafts.
+        """
+        known = {k: min(times) for k, times in self.latest.items()}
+        most = max(known)
+        slope = max((known[most] - known[0]) / most, 0.0)
+        found, least = {}, 0.0
+        for k in sorted(ks):
+            found[k] = least = max(known.get(k, known[0] + k * slope), least)
+        return found
+
+
+class ExpectedTimes(StepTimes):
+    """Steps in units of a plain one, by the weights that they read, whatever the clock says.
+
+    Sampled text depends on what was drafted, so that with times that were measured the same seed
+    would not give the same text twice. `draft` is a draft token's share of the target's weights.
+    """
+
+    def __init__(self, draft: float):
+        super().__init__()
+        self.draft = draft
+        for _ in range(PROBES):
+            self.add(0, 1.0)
+
+    def of(self, ks: Sequence[int]) -> dict[int, float]:
+        """A token more in the target's pass takes little, as its weights are read once."""
+        return {k: 1.0 + k * (self.draft + VERIFIED_TOKEN) for k in ks}
+
+
+class LearnedChoice(Choice):
+    """Learns the seconds of a step from the steps that decode, where repeating some would cost.
+
+    A draft `model` (unlike n-grams) does not follow a text of which it drafts nothing, so it drafts
+    from the start, and the seconds of a plain step have to be in `times` already. Without a model
+    the first steps are plain, and where nothing is found to draft a step is plain as well. Drafts
+    that lose more than LOST_STEPS plain steps in a row are given up, whatever they promise.
+    """
+
+    def __init__(self, ks: Sequence[int], times: StepTimes, model: bool):
+        self.ks, self.times, self.model = tuple(ks), times, model
+        super().__init__({0: 1.0}, EARLY_TESTS)
+        self.least = min(k for k in ks if k)
+        self.stopped = False
+        self.lost = 0.0
+        self._decide()
+
+    def timed(self, drafted: int, seconds: float, gained: float) -> None:
+        """Take note of the step just observed, which gave `gained` tokens a sequence."""
+        self.times.add(drafted, seconds)
+        if drafted and self.times.count(0):
+            found = self.times.of((0, drafted))
+            self.lost = max(self.lost + found[drafted] / found[0] - gained, 0.0)
+
+    def update(self) -> int:
+        """K for the next step."""
+        if not self.stopped:
+            self._decide()
+        return self.k
+
+    def _decide(self) -> None:
+        if not self.model and self.times.count(0) < PROBES:
+            self.k = 0
+        elif sum(self.times.count(k) for k in self.times.latest if k) < PROBES:
+            # n-grams are rare: the first ones tell about many
+            self.k = self.least if self.model else NGRAM_PROBE
+        else:
+            self.seconds = self.times.of(self.ks)
+            best = max(self.seconds, key=self.promise)
+            if self.lost > LOST_STEPS:
+                best = 0
+            self.k = best if best == 0 or self.k == 0 else self._steady(best)
+            self.stopped = best == 0
+
+    def _steady(self, best: int) -> int:
+        better = self.promise(best) > MARGIN * self.promise(self.k)
+        return best if better or self.k not in self.seconds else self.k
