@@ -24,7 +24,6 @@ def conditions(
     found = machine(device) | {
         "dtype": str(dtype).removeprefix("torch."),
         "bandwidth_bytes_per_second": bandwidth,
-        "bandwidths_bytes_per_second": [bandwidth],
         "config": config.model_dump(mode="json") | more,
     }
     console.log(f"{found['device']} reads {bandwidth / 1e9:,.0f} GB/s")
