@@ -68,7 +68,7 @@ def read_in_pieces(
 def newest(hidden: Tensor, n_new: Tensor | None, last: Tensor | None = None) -> Tensor:
     """The last of the first n_new [B] rows of hidden [B, T, D]; `last` [B, D] or 0 without any."""
     if n_new is None:
-        return hidden[:, -1]
+        return hidden[:, -1].contiguous()
     index = (n_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
     found = hidden.gather(1, index)[:, 0]
     last = torch.zeros_like(found) if last is None else last

@@ -1,11 +1,14 @@
 """Prompts read into the memory that a session decodes in: in pieces, and as graphs on a GPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from decode.engines import NATIVE1, NATIVE2, ROTARY, fused, plain, prompts_of
 from decode.memory import poisoned
 
 from mambactl.decode import prefill as prefill_module
+from mambactl.decode.gpu.fused_engine import FusedEngine
 from mambactl.decode.gpu.prompt_reader import GRAPH_TOKENS, LENGTHS, Reader, graph_length
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import pack
@@ -82,6 +85,9 @@ def test_pieces_leave_what_whole_prompts_leave(model, monkeypatch, pieces_of_20)
         assert_alike([reader.read(prompts)], [last], 1e-5)
     hidden = prefill(model, prompts, recording=False)[1]
     assert_alike([model.model.norm(last)], [hidden], 1e-5)
+    # kernels read it as rows one behind the other
+    full = reader.read(prompts_of([45] * len(prompts)))
+    assert last.is_contiguous() and full.is_contiguous()
 
 
 def test_tokens_behind_pieces_are_those_of_the_plain_engine(model, pieces_of_20) -> None:
@@ -147,6 +153,23 @@ def test_graphs_leave_what_eager_reading_leaves(model, ops, monkeypatch) -> None
                     assert_alike(found[-1], found[1], 0)
             captured = {graph_length(n, batch, 2304) for n in around} - {None}
             assert set(session.reader.graphs) == captured
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("length", [300, 700])
+def test_full_rows_have_the_tokens_of_rows_alone(model, ops, monkeypatch, length) -> None:
+    """As a graph, twice in pieces without padding, and after a graph that was made elsewhere."""
+    monkeypatch.setattr(prefill_module, "CHUNK_TOKENS", 1024)
+    model = model.to("cuda")
+    prompts, params = prompts_of([length] * 8, seed=6), SamplingParams(max_new_tokens=4)
+    alone = FusedEngine(model, None, 0, ops(exact=True), share=False)
+    wanted = [alone.generate([prompt], params).tokens[0] for prompt in prompts]
+    engine = FusedEngine(model, None, 0, ops(exact=True), share=False)
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as other:
+            # another thread each time, with handles of its own
+            assert other.submit(engine.generate, prompts, params).result().tokens == wanted
 
 
 @pytest.mark.gpu

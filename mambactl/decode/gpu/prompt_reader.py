@@ -113,7 +113,9 @@ class Reader:
         tokens = torch.zeros(self.batch, length, dtype=torch.long, device=self.device)
         n_new = torch.zeros(self.batch, dtype=torch.long, device=self.device)
         graph = torch.cuda.CUDAGraph()
-        # what it launches was compiled when the length came for the first time
+        # a thread's first product makes a handle, which a capture does not allow
+        torch.cuda.current_blas_handle()
+        # what is launched was compiled when the length came for the first time
         with torch.cuda.graph(graph, pool=self.pool):
             last = self._at_once(tokens, n_new)
         return _Graph(graph, tokens, n_new, last)
