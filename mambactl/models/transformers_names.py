@@ -1,7 +1,7 @@
 """Names that transformers changed within the range of versions that pyproject.toml allows."""
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -17,6 +17,9 @@ CHECKPOINTING = next(
     if hasattr(PreTrainedModel, f"{name}_enable")
 )
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 
 def one_cache(old: Cache | None, new: Cache | None) -> Cache | None:
     """The cache that a caller gave by either name; ValueError for both."""
@@ -28,3 +31,13 @@ def one_cache(old: Cache | None, new: Cache | None) -> Cache | None:
 def recompute_activations(model: PreTrainedModel, options: dict[str, Any] | None = None) -> None:
     """Keep a block's input alone until the backward pass; `options` are those of torch."""
     getattr(model, f"{CHECKPOINTING}_enable")(options)
+
+
+def gguf_tokenizer(architecture: str, described: dict[str, Any]) -> "Tokenizer":
+    """The tokenizer that the metadata of a GGUF describe."""
+    try:
+        from transformers.integrations.gguf import convert_gguf_tokenizer
+    except ModuleNotFoundError:
+        # before 5.18
+        from transformers.integrations.ggml import convert_gguf_tokenizer
+    return convert_gguf_tokenizer(architecture, described)[0]

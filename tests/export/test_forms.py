@@ -66,7 +66,16 @@ def answers(tmp_path_factory, exported, ids) -> dict[str, tuple]:
     return {name: found[path] for name, path in folders.items()}
 
 
-@pytest.mark.parametrize("name", FORMS)
+GROUPED = ("hybrid", "biased", "native2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.grouped_norms if name in GROUPED else ())
+        for name in FORMS
+    ],
+)
 @torch.no_grad()
 def test_transformers_alone_computes_the_same(name: str, answers, source, ids) -> None:
     kind, logits, text, keys, words = answers[name]
