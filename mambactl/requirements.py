@@ -3,7 +3,6 @@ install them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
 
 PACKAGE = "mambactl"
 
@@ -29,7 +28,7 @@ class Extra:
 _WITH_TORCH = "--no-build-isolation"
 EXTRAS = (
     Extra("eval", "lm-eval", "lm_eval", "eval --tasks"),
-    Extra("plots", "matplotlib", "matplotlib", "plot, and the picture beside a distilled model"),
+    Extra("plots", "matplotlib", "matplotlib", "plot and the picture beside a distilled model"),
     Extra("lora", "peft", "peft", "sft --lora"),
     Extra("cuda", "mamba-ssm", "mamba_ssm", "further GPU kernels", _WITH_TORCH),
     Extra("cuda", "causal-conv1d", "causal_conv1d", "further GPU kernels", _WITH_TORCH),
@@ -51,6 +50,11 @@ class Outside:
         return f'pip install "{self.package}{self.needed}"'
 
 
+def purposes() -> dict[str, str]:
+    """Every extra by name, and what it is for."""
+    return {extra.name: extra.purpose for extra in EXTRAS}
+
+
 def extra_of(module: str | None) -> Extra | None:
     """The extra that brings a module, or the package it lies in."""
     return _BY_MODULE.get((module or "").partition(".")[0])
@@ -63,6 +67,9 @@ def install_line(module: str) -> str:
 
 def installed(package: str) -> str | None:
     """The version of a package, None where it is missing."""
+    # not needed by the help, which takes the extras from here
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -71,6 +78,8 @@ def installed(package: str) -> str | None:
 
 def outside() -> Iterator[Outside]:
     """Packages whose version is none that mambactl needs; where it is not installed, none."""
+    from importlib.metadata import PackageNotFoundError, requires
+
     from packaging.requirements import Requirement
 
     try:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from mambactl import requirements
 from mambactl.cli.main import explain
 from mambactl.requirements import EXTRAS, Outside, outside
 
@@ -19,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def demanding(monkeypatch) -> Outside:
     """A mambactl that needs another transformers than the one that is there."""
     lines = ["torch>=2", "transformers<99,>=98", 'lm-eval==1; extra == "eval"', "no-such-thing>1"]
-    monkeypatch.setattr(requirements, "requires", lambda package: lines)
+    monkeypatch.setattr("importlib.metadata.requires", lambda package: lines)
     return Outside("transformers", version("transformers"), "<99,>=98")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mambactl.options.reading import DoctorConfig
+from mambactl.ranks import NO_MPS
 from mambactl.requirements import EXTRAS, installed, outside
 from mambactl.stage_result import StageResult, Table
 from mambactl.version import __version__
@@ -108,6 +109,8 @@ def _devices_of_torch() -> dict[str, str]:
     import torch
 
     found = {"cpu threads": str(torch.get_num_threads())}
+    if torch.backends.mps.is_available():
+        found["mps"] = f"not used: {NO_MPS}"
     if not torch.cuda.is_available():
         return {**found, "cuda": f"not available (torch built for {torch.version.cuda or 'cpu'})"}
     for index in range(torch.cuda.device_count()):
