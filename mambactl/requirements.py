@@ -1,4 +1,4 @@
-"""What this package needs of others: ranges of versions, extras, and the lines that install them."""
+"""What this package needs of others: ranges of versions, extras, and lines that install them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -33,13 +33,12 @@ WORDS = TEXT.split()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what the installed transformers computes in another way."""
-    if item.get_closest_marker("grouped_norms"):
-        from mambactl.export.mamba2_layout import GROUPED_SINCE
-
+    """Skip what the installed transformers cannot do."""
+    if marker := item.get_closest_marker("since_transformers"):
+        needed, why = marker.args
         found = version("transformers")
-        if Version(found) < Version(GROUPED_SINCE):
-            pytest.skip(f"transformers {found} norms all groups together")
+        if Version(found) < Version(needed):
+            pytest.skip(f"transformers {found} {why}")
 
 
 @pytest.hookimpl(tryfirst=True)
