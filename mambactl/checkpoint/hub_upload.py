@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Content = Path | bytes
 
 _AGAIN = f"{AGAIN}: what has arrived is not sent twice"
+# seconds between looks whether an upload has ended
+_WAIT = 0.2
 # another commit came first
 _CONFLICTS = (409, 412)
 # of front matter, what a model inherits from the one it was made from
@@ -129,7 +131,11 @@ def _interruptible(work: Callable[[], object]) -> None:
         else:
             done.set_result(None)
 
-    threading.Thread(target=run, name="upload", daemon=True).start()
+    thread = threading.Thread(target=run, name="upload", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        # a signal that comes just before a wait begins does not end it
+        thread.join(_WAIT)
     done.result()
 
 
