@@ -14,6 +14,16 @@ stdout, and on stderr only warnings until `set_verbosity` asks for more. Once ma
 transformers' Auto classes load its checkpoints.
 """
 
+import sys
+
+# pip refuses an older one by itself, PYTHONPATH does not
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise ImportError(
+        "mambactl needs Python 3.11 or newer, and this is "
+        + ".".join(map(str, sys.version_info[:3]))
+        + ": make an environment with `python3.11 -m venv .venv`"
+    )
+
 from mambactl.registration import register
 from mambactl.version import __version__ as __version__
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mambactl.errors import ResourceError
+from mambactl.requirements import install_line
 
 # dots per inch of a picture
 DPI = 150
@@ -21,7 +22,7 @@ def new_figure(inches: tuple[float, float]) -> Any:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ResourceError(
-            "plots need matplotlib, which is missing", 'pip install "mambactl[plots]"'
+            "plots need matplotlib, which is missing", install_line("matplotlib")
         ) from None
     figure = Figure(figsize=inches)
     FigureCanvasAgg(figure)

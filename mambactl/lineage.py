@@ -5,13 +5,13 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mambactl.errors import ModelError
 from mambactl.files import CARD, LINEAGE
 from mambactl.foreign import read_object, read_text
+from mambactl.requirements import installed
 from mambactl.version import __version__
 
 SCHEMA = 1
@@ -53,12 +53,8 @@ def stage_record(
 
 def _versions() -> dict[str, str]:
     found = {"mambactl": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    held = {package: installed(package) for package in _PACKAGES}
+    return found | {package: number for package, number in held.items() if number}
 
 
 @dataclass(frozen=True)

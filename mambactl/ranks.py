@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 # a folder where the processes that `--nproc` started leave word of how they failed
 REPORTS = "_MAMBACTL_REPORTS"
+# chunks of a scan, and chances of tokens, are added up in it
+NO_MPS = "MPS computes no float64, which the kernels sum in"
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
@@ -136,6 +138,8 @@ def placement(config: "StageConfig") -> "tuple[torch.device, torch.dtype]":
         device = None
     if processes() > 1 and device is not None:
         device = _of_this_process(device)
+    if device is not None and device.type == "mps":
+        raise UsageError(f"--device {name}: {NO_MPS}", "use --device cpu")
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {name!r}", "use cpu, cuda, cuda:1 or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

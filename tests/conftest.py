@@ -11,9 +11,11 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 pytest_plugins = (
     "fixtures.command_line",
@@ -28,6 +30,15 @@ TEXT = (
     "old new red blue small large one two three four five day night king queen tree bird"
 )
 WORDS = TEXT.split()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what the installed transformers cannot do."""
+    if marker := item.get_closest_marker("since_transformers"):
+        needed, why = marker.args
+        found = version("transformers")
+        if Version(found) < Version(needed):
+            pytest.skip(f"transformers {found} {why}")
 
 
 @pytest.hookimpl(tryfirst=True)

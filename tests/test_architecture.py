@@ -45,7 +45,8 @@ LEAVES = {
         "metrics",
     ),
     *("options", "plain_yaml", "ranks"),
-    *("recipes", "recipe_schema", "recipe_variants", "registration", "stage_result", "version"),
+    *("recipes", "recipe_schema", "recipe_variants", "registration", "requirements"),
+    *("stage_result", "version"),
     # of the package of commands, the table alone: it names their modules and imports none
     TABLE,
 }

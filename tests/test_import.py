@@ -140,7 +140,8 @@ for name in mambactl.__all__:
 
 def test_type_checkers_see_the_names_that_are_there() -> None:
     tree = ast.parse(Path(mambactl.__file__).read_text())
-    block = next(node for node in tree.body if isinstance(node, ast.If))
+    blocks = [node for node in tree.body if isinstance(node, ast.If)]
+    block = next(each for each in blocks if ast.unparse(each.test) == "TYPE_CHECKING")
     seen = {
         alias.asname: node.module.removeprefix("mambactl.")
         for node in block.body
@@ -155,3 +156,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = mambactl.konvert
     with pytest.raises(ImportError):
         importlib.import_module("mambactl.konvert")
+
+
+def test_an_older_python_is_refused_in_a_sentence(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13, "final", 0))
+    code = Path(mambactl.__file__).read_text()
+    with pytest.raises(ImportError, match=r"needs Python 3\.11 or newer, and this is 3\.10\.13:"):
+        exec(compile(code, mambactl.__file__, "exec"), {"__name__": "mambactl"})

@@ -105,7 +105,7 @@ def doctor(config: DoctorConfig) -> StageResult:
     Returns what was found as `metrics`. Without `deep` neither torch nor a kernel is loaded.
 
     >>> sorted(mambactl.doctor().metrics)
-    ['devices', 'optional', 'packages']
+    ['devices', 'optional', 'outside', 'packages']
     >>> mambactl.doctor(deep=True).metrics["kernels"][0]
     ('reference (PyTorch)', None)
     """

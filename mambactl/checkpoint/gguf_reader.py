@@ -229,14 +229,15 @@ class GgufReader(Reader):
 
     def _tokenizer(self, words: TokenizerFields) -> tuple[dict[str, Any], Any]:
         from tokenizers import pre_tokenizers, processors
-        from transformers.integrations.gguf import convert_gguf_tokenizer
+
+        from mambactl.models.transformers_names import gguf_tokenizer
 
         described = {"tokenizer_type": words.model, "pre_tokenizer_type": words.pre}
         for name in ("tokens", "scores", "token_type", "merges"):
             if (value := getattr(words, name)) is not None:
                 described[name] = value
         with blamed(self.path, "its tokenizer"):
-            backend, _ = convert_gguf_tokenizer("llama", described)
+            backend = gguf_tokenizer("llama", described)
         if words.pre == "smollm":
             # the library's mapping has no entry for it; SmolLM's merges never join digits
             digits = pre_tokenizers.Digits(individual_digits=True)

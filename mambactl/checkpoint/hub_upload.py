@@ -1,6 +1,8 @@
 """Upload to the hub: one commit of what differs, and sentences for what can fail."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mambactl import console
 from mambactl.checkpoint.hub_files import WEIGHTS
+from mambactl.checkpoint.hub_refusals import AGAIN, log_in, refusal, status_of
 from mambactl.checkpoint.resolve import hub_forbidden
 from mambactl.errors import MambactlError, ResourceError, UsageError
 from mambactl.foreign import reason
@@ -20,8 +23,11 @@ if TYPE_CHECKING:
 
 Content = Path | bytes
 
-LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token that may write"
-_AGAIN = "run the same command again: what has arrived is not sent twice"
+_AGAIN = f"{AGAIN}: what has arrived is not sent twice"
+# seconds between looks whether an upload has ended
+_WAIT = 0.2
+# another commit came first
+_CONFLICTS = (409, 412)
 # of front matter, what a model inherits from the one it was made from
 INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -58,14 +64,7 @@ def require_hub() -> None:
     with _explained("the hub"):
         token = get_token()
     if not token:
-        raise ResourceError("push needs a token of the hub, and there is none", LOG_IN)
-
-
-def url_of(repo: str) -> str:
-    """The page of a repository."""
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repo}"
+        raise ResourceError("push needs a token of the hub, and there is none", log_in("write"))
 
 
 def inherited_from(base: str | None) -> dict[str, Any]:
@@ -108,10 +107,36 @@ def upload(repo: str, files: Mapping[str, Content], public: bool, message: str) 
         if changed or stale:
             removing = [CommitOperationDelete(name) for name in stale]
             _said(names, stale, size)
-            api.create_commit(
-                repo, [*changed, *removing], commit_message=message, parent_commit=head
+            operations = [*changed, *removing]
+            _interruptible(
+                lambda: api.create_commit(
+                    repo, operations, commit_message=message, parent_commit=head
+                )
             )
     return Sent(names, tuple(stale), size)
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Run `work` in a thread of its own, which a signal does not wait for.
+
+    huggingface_hub waits for every upload that it began, which may take hours.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    thread = threading.Thread(target=run, name="upload", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        # a signal that comes just before a wait begins does not end it
+        thread.join(_WAIT)
+    done.result()
 
 
 def _said(names: Sequence[str], stale: Sequence[str], size: int) -> None:
@@ -200,19 +225,9 @@ def _raised_by_hub(error: Exception) -> bool:
 
 
 def _refused(repo: str, error: "HfHubHTTPError") -> ResourceError:
-    status = getattr(error.response, "status_code", None)
-    owner = repo.partition("/")[0]
-    said = reason(error)
-    known = {
-        401: ("the hub does not know the token", LOG_IN),
-        403: (
-            f"the token may not write to {repo}",
-            f"log in with a token that may write for {owner}: `hf auth login`, or HF_TOKEN",
-        ),
-        404: (f"the hub has no {repo} that the token may see", LOG_IN),
-        409: (f"{repo} was changed by somebody else at the same time", _AGAIN),
-        412: (f"{repo} was changed by somebody else at the same time", _AGAIN),
-        429: ("the hub asks to wait: too many requests", "run the same command in some minutes"),
-    }
-    message, hint = known.get(status, (f"the hub failed on {repo}", _AGAIN))
-    return ResourceError(f"{message} (HTTP {status}: {said})", hint)
+    status = status_of(error)
+    if status in _CONFLICTS:
+        message, hint = f"{repo} was changed by somebody else at the same time", _AGAIN
+    else:
+        message, hint = refusal(status, repo, "write")
+    return ResourceError(f"{message} (HTTP {status}: {reason(error)})", hint)

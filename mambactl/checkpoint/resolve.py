@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.checkpoint.hub_names import ALIASES, EMBEDDED, HUB_ID
+from mambactl.checkpoint.hub_refusals import (
+    AGAIN,
+    accept_terms,
+    log_in,
+    refusal,
+    status_of,
+    url_of,
+)
 from mambactl.console import log
 from mambactl.errors import ModelError, ResourceError
 from mambactl.files import (
@@ -21,6 +29,7 @@ from mambactl.files import (
     cache_dir,
     partial_of,
 )
+from mambactl.foreign import reason
 
 _TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -171,21 +180,29 @@ def _hub(repo: str, revision: str | None, weights: bool = True) -> Path:
         try:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError as error:
+            why, what = _unreachable()
             raise ModelError(
-                f"{repo} is not in the local hub cache and the hub cannot be reached",
-                "connect to the network, or give a local folder, .st or .gguf file",
+                f"{repo} is not in the local hub cache and {why}",
+                f"{what}, or give a local folder, .st or .gguf file",
             ) from error
         if weights and not any(path.suffix in _WEIGHT_SUFFIXES for path in folder.iterdir()):
-            raise ModelError(f"the cached copy of {repo} holds no weights", "connect and retry")
+            why, what = _unreachable()
+            raise ModelError(f"the cached copy of {repo} holds no weights, and {why}", what)
         return folder
     return _download(repo, revision, weights)
+
+
+def _unreachable() -> tuple[str, str]:
+    """Why the hub is not asked, and what changes that."""
+    if hub_forbidden():
+        return "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+    return "the hub cannot be reached", "connect to the network"
 
 
 def _download(repo: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub import errors as hub
 
-    token_hint = "accept the licence on its page and run `hf auth login`"
     try:
         info = HfApi().model_info(repo, revision=revision)
         wanted = _wanted_files([sibling.rfilename for sibling in info.siblings or ()], weights)
@@ -193,20 +210,27 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
         # by name, not by commit: only then does the cache answer for that name offline
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except hub.GatedRepoError as error:
-        raise ModelError(f"{repo} is gated on the hub", token_hint) from error
+        known = "the account of the token has no access"
+        who = known if status_of(error) == 403 else "nobody is logged in"
+        message = f"{repo} is gated on the hub, and {who}"
+        raise ModelError(message, accept_terms(url_of(repo))) from error
     except hub.RevisionNotFoundError as error:
-        raise ModelError(f"{repo} has no revision {revision!r}", "check its page") from error
+        message = f"{repo} has no revision {revision!r}"
+        raise ModelError(message, f"see {url_of(repo)}/tree/main") from error
     except hub.RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private one run `hf auth login`"
-        raise ModelError(f"the hub has no repository {repo}", hint) from error
-    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError) as error:
-        raise ModelError(f"the hub failed on {repo}: {_first_line(error)}", "try again") from error
+        hint = f"check the spelling; for a private one {log_in('read')}"
+        raise ModelError(f"the hub has no repository {repo}, or it is private", hint) from error
+    except hub.LocalEntryNotFoundError as error:
+        raise ModelError(f"the hub failed on {repo}: {_first_line(error)}", AGAIN) from error
+    except hub.HfHubHTTPError as error:
+        message, hint = refusal(status_of(error), repo, "read")
+        raise ModelError(f"{message} (HTTP {status_of(error)}: {reason(error)})", hint) from error
     except OSError as error:
         if error.errno in DISK_FULL:
             raise ResourceError(
                 f"the disk is full while fetching {repo}", "free space or set HF_HOME"
             ) from error
-        raise ModelError(f"cannot fetch {repo}: {_first_line(error)}", "try again") from error
+        raise ModelError(f"cannot fetch {repo}: {_first_line(error)}", AGAIN) from error
 
 
 def _wanted_files(names: list[str], weights: bool) -> list[str]:

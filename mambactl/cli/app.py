@@ -19,6 +19,7 @@ from mambactl.heartbeat import heartbeat
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import parse_settings, validated
 from mambactl.ranks import is_main, launched
+from mambactl.requirements import purposes
 from mambactl.stage_result import StageResult
 from mambactl.version import __version__
 
@@ -29,6 +30,11 @@ Examples:
   mambactl convert llama3-8b | mambactl distill - --data chat.jsonl
   mambactl recipe run quickstart
 """
+_EXTRAS = ", ".join(f"{name} ({purpose})" for name, purpose in purposes().items())
+EPILOG = f"""Results go to stdout (one line), all else to stderr. More: README.md
+
+Extras, by `pip install "mambactl[NAME]"`: {_EXTRAS}.
+`mambactl doctor` shows what is missing, and the whole line."""
 # commands with commands of their own
 GROUPS = {"recipe": recipe.app}
 
@@ -45,7 +51,7 @@ def make_app(asked: str | None = None) -> typer.Typer:
         # plain help: rich would double the time it takes to appear
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
-        epilog="Results go to stdout (one line), all else to stderr. More: README.md",
+        epilog=EPILOG,
     )
     app.callback()(root)
     rows = [COMMANDS[asked]] if asked in COMMANDS else COMMANDS.values()

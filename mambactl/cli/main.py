@@ -16,8 +16,8 @@ from mambactl.console import PLAIN_ERRORS, printable, secure_streams, set_verbos
 from mambactl.errors import ExitCode, MambactlError, UsageError
 from mambactl.foreign import is_panic, reason
 from mambactl.ranks import REPORTS, child_environment, is_main, launched, rank
+from mambactl.requirements import extra_of, outside
 
-EXTRAS = {"lm_eval": "eval", "mamba_ssm": "cuda", "matplotlib": "plots", "peft": "lora"}
 MEMORY_SIGNS = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")
 # what a process meets when another one of its run ends without a word
 ECHO_SIGNS = (
@@ -87,9 +87,8 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
     full = any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain)
     if full or any(sign in text for sign in DISK_SIGNS):
         return ExitCode.RESOURCE, f"the disk is full: {error}", "free space, or use another -o"
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
-        extra = EXTRAS[(error.name or "").split(".")[0]]
-        return ExitCode.RESOURCE, f"{error.name} is missing", f'pip install "mambactl[{extra}]"'
+    if isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name)):
+        return ExitCode.RESOURCE, f"{error.name} is missing", extra.line
     if panic := next((link for link in chain if is_panic(link)), None):
         # of the tokenizer, whose file holds expressions that it may fail on at any text
         return ExitCode.MODEL, f"a library failed on its input ({reason(panic)})", _PANIC_HINT
@@ -98,7 +97,12 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "mambactl"
         return ExitCode.USAGE, error.format_message(), f"{command} --help"
-    return ExitCode.BUG, f"{type(error).__name__}: {error}", "this is a bug: please report it"
+    said = f"{type(error).__name__}: {error}"
+    if wrong := next(outside(), None):
+        # what another version lacks, or has by another name, is no bug
+        said = f"{said} (mambactl needs {wrong.package}{wrong.needed}, not {wrong.installed})"
+        return ExitCode.RESOURCE, said, wrong.line
+    return ExitCode.BUG, said, "this is a bug: please report it"
 
 
 def _require_text(arguments: list[str]) -> None:

@@ -9,17 +9,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from mambactl.options.reading import DoctorConfig
+from mambactl.ranks import NO_MPS
+from mambactl.requirements import EXTRAS, installed, outside
 from mambactl.stage_result import StageResult, Table
 from mambactl.version import __version__
 
+# of the base install, those whose versions matter most
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "typer")
 
 
-class Extra(NamedTuple):
+class Optional(NamedTuple):
     """What a package is for, and the line that adds it."""
 
     purpose: str
@@ -27,12 +29,9 @@ class Extra(NamedTuple):
 
 
 OPTIONAL = {
-    "peft": Extra("sft --lora", 'pip install "mambactl[lora]"'),
-    "lm-eval": Extra("eval --tasks with harness names", 'pip install "mambactl[eval]"'),
-    "matplotlib": Extra(
-        "plot, and the picture beside a distilled model", 'pip install "mambactl[plots]"'
-    ),
-    "triton": Extra("kernels on a GPU", "pip install triton"),
+    **{extra.package: Optional(extra.purpose, extra.line) for extra in EXTRAS},
+    # comes with a torch that is built for CUDA
+    "triton": Optional("kernels on a GPU", "pip install triton"),
 }
 # seconds in which the driver has to answer
 PATIENCE = 0.7
@@ -42,13 +41,18 @@ _MIB_PER_GIB = 1024
 
 def run(options: DoctorConfig) -> StageResult:
     """Look at the machine and the packages, and with `deep` at the kernels."""
+    wrong = {each.package: f"needs {each.needed}: {each.line}" for each in outside()}
     packages = {"mambactl": __version__}
-    packages |= {name: _version(name) or "missing" for name in PACKAGES}
-    optional = {name: _version(name) for name in OPTIONAL}
+    packages |= {name: installed(name) or "missing" for name in (*PACKAGES, *wrong)}
+    optional = {name: installed(name) for name in OPTIONAL}
     devices = _devices_of_torch() if options.deep else _devices_of_driver()
-    found = {"packages": packages, "optional": optional, "devices": devices}
+    found = {"packages": packages, "outside": wrong, "optional": optional, "devices": devices}
     about = [("python", sys.version.split()[0]), ("platform", platform.platform())]
-    about += [*packages.items(), *devices.items()]
+    about += [
+        (name, f"{number}, {wrong[name]}" if name in wrong else number)
+        for name, number in packages.items()
+    ]
+    about += devices.items()
     extras = [(name, *_state(name, found)) for name, found in optional.items()]
     blocks = [Table("machine", ("what", "value"), about)]
     if options.deep:
@@ -59,13 +63,6 @@ def run(options: DoctorConfig) -> StageResult:
     if not options.deep:
         blocks.append("mambactl doctor --deep loads torch and says which kernels are live")
     return StageResult(None, found, blocks=tuple(blocks))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _state(name: str, found: str | None) -> tuple[str, str]:
@@ -112,6 +109,8 @@ def _devices_of_torch() -> dict[str, str]:
     import torch
 
     found = {"cpu threads": str(torch.get_num_threads())}
+    if torch.backends.mps.is_available():
+        found["mps"] = f"not used: {NO_MPS}"
     if not torch.cuda.is_available():
         return {**found, "cuda": f"not available (torch built for {torch.version.cuda or 'cpu'})"}
     for index in range(torch.cuda.device_count()):

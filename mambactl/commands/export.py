@@ -23,7 +23,7 @@ from mambactl.errors import UsageError
 from mambactl.export.ahead import made_ahead
 from mambactl.export.exported_form import Form, Origin
 from mambactl.export.folder_texts import export_card, portable_tokenizer
-from mambactl.export.round_trip import Difference, compare
+from mambactl.export.round_trip import Difference, compare, require_loader
 from mambactl.export.targets import TARGETS, Target
 from mambactl.files import CARD, SINGLE_FILE_SUFFIXES, Source
 from mambactl.options.exporting import ExportConfig
@@ -145,7 +145,10 @@ def _open(config: ExportConfig, spec: str, source: Source) -> Iterator[_Work]:
     reader, adapted = open_strict(source)
     with reader:
         origin = Origin(spec, reader, adapted)
-        yield _Work(config, source, origin, target, target.make(origin, config))
+        form = target.make(origin, config)
+        if config.check and form.since:
+            require_loader(form.since)
+        yield _Work(config, source, origin, target, form)
 
 
 def _check_options(config: ExportConfig) -> None:

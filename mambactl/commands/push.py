@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mambactl import console
 from mambactl.checkpoint.hub_files import PublicFiles, public_files
+from mambactl.checkpoint.hub_refusals import url_of
 from mambactl.checkpoint.hub_upload import (
     Content,
     inherited_from,
     require_hub,
     require_name,
     upload,
-    url_of,
 )
 from mambactl.checkpoint.resolve import resolve
 from mambactl.files import CARD

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mambactl.bounds import EMPTY_LINES, LINE_BYTES, ROW_GROUP_BYTES, Bound
+from mambactl.checkpoint.hub_refusals import accept_terms, log_in, url_of
+from mambactl.checkpoint.resolve import hub_forbidden
 from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.errors import UsageError
 from mambactl.foreign import blamed, json_value, numbered_lines, open_regular, reason
@@ -174,11 +176,22 @@ def hub_parts(spec: str) -> re.Match[str]:
 def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
     match = hub_parts(spec)
     split = match["split"] or "train"
-    hint = "check the id, `:config`, `@split` and the network, or give a local file"
     try:
         from datasets import load_dataset
 
         rows = load_dataset(match["id"], match["config"], split=split, streaming="[" not in split)
         yield from enumerate(rows, start=1)
     except Exception as error:  # whatever the network, the library and the files bring
-        raise UsageError(f"data set {spec} cannot be loaded: {reason(error)}", hint) from None
+        message = f"data set {spec} cannot be loaded: {reason(error)}"
+        raise UsageError(message, _hub_hint(match["id"], error)) from None
+
+
+def _hub_hint(name: str, error: Exception) -> str:
+    """What to do where a data set of the hub cannot be loaded."""
+    if hub_forbidden():
+        return "unset HF_HUB_OFFLINE, or give a local file"
+    if "gated" in str(error):
+        return accept_terms(url_of(f"datasets/{name}"))
+    if type(error).__name__ == "DatasetNotFoundError":
+        return f"check the id; for a private one {log_in('read')}"
+    return "check the id, `:config`, `@split` and the network, or give a local file"

@@ -70,7 +70,8 @@ class Form:
     """A model as another program stores it.
 
     `config` is its config.json, or the metadata of a GGUF; `files` are texts beside it; `aliases`
-    are further names of tensors; `note` is what a reader has to know.
+    are further names of tensors; `since` is the first version of transformers that computes it,
+    where earlier ones load it as well.
     """
 
     architecture: str
@@ -78,7 +79,15 @@ class Form:
     steps: list[Step]
     files: dict[str, str | bytes] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    note: str | None = None
+    since: str | None = None
+
+    @property
+    def note(self) -> str | None:
+        """What a reader has to know."""
+        return self.since and (
+            f"It needs transformers {self.since} or newer: earlier versions load it without an "
+            "error and compute something else, as they norm all groups of a Mamba-2 layer together."
+        )
 
     def shapes(
         self, origin: Origin, dtype: torch.dtype | None

@@ -33,14 +33,9 @@ class Mamba2Layout:
         return self.sizes.norm_groups
 
     @property
-    def note(self) -> str | None:
-        """What a reader of the form of transformers has to know."""
-        if self.groups == 1:
-            return None
-        return (
-            f"It needs transformers {GROUPED_SINCE} or newer: earlier versions load it without an "
-            "error and compute something else, as they norm all groups of a Mamba-2 layer together."
-        )
+    def since(self) -> str | None:
+        """The first version of transformers that computes it, None where all do."""
+        return None if self.groups == 1 else GROUPED_SINCE
 
     @property
     def d_inner(self) -> int:

@@ -76,8 +76,8 @@ def native_form(origin: Origin) -> Form:
         change = model.changes.get(name.partition(".mamba.")[2])
         theirs = native_name(name)
         steps.append(changed(name, theirs, change) if change else renamed(name, theirs))
-    note = model.layout and model.layout.note
-    return Form(f"{model.family}ForCausalLM", fields, steps, note=note)
+    since = model.layout and model.layout.since
+    return Form(f"{model.family}ForCausalLM", fields, steps, since=since)
 
 
 def token_fields(config: HybridConfig) -> dict[str, Any]:

@@ -9,17 +9,19 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 
 from mambactl import console
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.decode.prompts import BUILTIN
-from mambactl.errors import CheckError, ModelError
+from mambactl.errors import CheckError, ModelError, ResourceError
 from mambactl.export.exported_form import Origin
 from mambactl.files import Source, gib
 
@@ -104,6 +106,17 @@ def load_by_transformers(path: Path) -> CausalModel:
         if shows:
             logging.enable_progress_bar()
     return model.eval()
+
+
+def require_loader(since: str) -> None:
+    """Raise ResourceError where transformers is older than `since`, and cannot compute a form."""
+    found = version("transformers")
+    if Version(found) < Version(since):
+        raise ResourceError(
+            f"transformers {found} loads this form and computes something else, so that it cannot "
+            "be checked here",
+            f'pip install "transformers>={since}", or add --no-check',
+        )
 
 
 def _fits(origin: Origin) -> bool:

@@ -147,7 +147,7 @@ def _granite(origin: Origin) -> Form:
         "mamba_proj_bias": s.proj_bias,
     }
     steps = _granite_steps(origin, spreads(layout))
-    return Form(f"{GRANITE}ForCausalLM", fields, steps, note=layout.note)
+    return Form(f"{GRANITE}ForCausalLM", fields, steps, since=layout.since)
 
 
 def require_plain_blocks(origin: Origin, form: str) -> None:

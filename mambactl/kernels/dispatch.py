@@ -27,6 +27,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from mambactl.kernels import operators, reference
 from mambactl.kernels.reference import Spans
+from mambactl.requirements import install_line
 
 SWITCH = "MAMBACTL_KERNELS"
 LEAST_CAPABILITY = (8, 0)
@@ -266,7 +267,7 @@ def _no_triton() -> str | None:
 def _mamba_ssm() -> tuple[dict[str, Callable], str | None]:
     """The functions of mamba-ssm that load, and why the first of the others does not."""
     if importlib.util.find_spec("mamba_ssm") is None:
-        return {}, 'not installed: pip install --no-build-isolation "mambactl[cuda]"'
+        return {}, f"not installed: {install_line('mamba_ssm')}"
     found, why = {}, None
     for name, module in MAMBA_SSM.items():
         try:

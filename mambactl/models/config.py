@@ -103,6 +103,10 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
             plan |= {f"layers.*.mlp.{name}": how for name, how in MLP_PARALLEL.items()}
         return plan or None
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: object) -> None:
+        """Nothing: transformers 5.15 to 5.20 adds tied embeddings, which stay whole here."""
+
     def validate_architecture(self) -> None:
         """Check mixers and settings against each other; raises ValueError."""
         if self.mixers is None:

@@ -6,13 +6,14 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from mambactl.models.cache import HybridCache
+from mambactl.models.transformers_names import CACHE
 
 
 def require_own(cache: object) -> None:
     """Raise ValueError for a cache that mixers cannot fill."""
     if not isinstance(cache, HybridCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}: a hybrid model keeps a HybridCache, "
+            f"the cache is a {type(cache).__name__}: a hybrid model keeps a HybridCache, "
             "which generate() and forward(use_cache=True) make themselves"
         )
 
@@ -39,7 +40,7 @@ class HybridGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"cache_implementation={asked!r}: a hybrid model has one kind of cache, HybridCache"
             )
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None:
             require_own(given)
             given._is_user_defined = True
@@ -48,7 +49,7 @@ class HybridGenerationMixin(GenerationMixin):
             cache = HybridCache(self.config, batch_size * max(copies), self.device)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE] = cache
 
     def init_continuous_batching(self, *args: object, **kwargs: object) -> NoReturn:
         """Raise NotImplementedError: there are no pages of a state."""

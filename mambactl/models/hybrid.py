@@ -34,6 +34,7 @@ from mambactl.models.mlp import GatedMLP
 from mambactl.models.outputs import chosen, joined, refuse_unknown
 from mambactl.models.pretrained import HybridPreTrainedModel
 from mambactl.models.ragged import AttentionMaps, Ragged, documents, without_padding
+from mambactl.models.transformers_names import CACHE, one_cache
 from mambactl.registration import add_names
 
 __all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
@@ -130,15 +131,18 @@ class HybridModel(HybridPreTrainedModel):
         n_new: Tensor | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
+        cache: HybridCache | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T] -> hidden states [B, T, D] after the final norm.
 
         attention_mask [B, T] or [B, past + T] marks padding with 0; `n_new` and `seq_idx` are
         explained in `mambactl.kernels.reference`. Attention weights [B, H, T, past + T] are those
-        of layers that are attention alone. TypeError for inputs that mean nothing here,
-        ValueError for a cache of another model.
+        of layers that are attention alone. `cache` is the name that `past_key_values` has from
+        transformers 5.24 on. TypeError for inputs that mean nothing here, ValueError for a cache of
+        another model.
         """
+        cache = one_cache(past_key_values, cache)
         refuse_unknown(others, packed=position_ids is not None or seq_idx is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("HybridModel takes input_ids or inputs_embeds, one of them")
@@ -147,11 +151,11 @@ class HybridModel(HybridPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         hidden = _stream(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
-        length, newest = hidden.shape[1], getattr(past_key_values, "revocable", 0)
+        length, newest = hidden.shape[1], getattr(cache, "revocable", 0)
         outputs = output_hidden_states, output_attentions
-        if not newest or length == 1 or past_key_values.seen:
+        if not newest or length == 1 or cache.seen:
             masks = attention_mask, position_ids, seq_idx, n_new
-            return self._read(hidden, *masks, past_key_values, use_cache, *outputs)
+            return self._read(hidden, *masks, cache, use_cache, *outputs)
         # tokens that may be taken back go one by one
         start = max(length - newest, 1)
         parts = (
@@ -159,7 +163,7 @@ class HybridModel(HybridPreTrainedModel):
                 hidden[:, a:b],
                 None if attention_mask is None else attention_mask[:, :b],
                 None if position_ids is None else position_ids[:, a:b],
-                None, None, past_key_values, use_cache, *outputs,
+                None, None, cache, use_cache, *outputs,
             )
             for a, b in ((0, start), (start, length))
         )  # fmt: skip
@@ -172,7 +176,7 @@ class HybridModel(HybridPreTrainedModel):
         position_ids: Tensor | None,
         seq_idx: Tensor | None,
         n_new: Tensor | None,
-        past_key_values: HybridCache | None,
+        given: HybridCache | None,
         use_cache: bool | None,
         output_hidden_states: bool | int | Sequence[int] | None,
         output_attentions: bool | None,
@@ -188,7 +192,7 @@ class HybridModel(HybridPreTrainedModel):
         )
         if seq_idx is None and position_ids is not None:
             seq_idx = documents(position_ids, n_new)
-        cache = self._cache(past_key_values, use_cache, hidden, seq_idx is not None)
+        cache = self._cache(given, use_cache, hidden, seq_idx is not None)
         context = self.context(hidden, position_ids, cache, seq_idx, n_new)
         maps = self._maps(rows, attention_mask, length, cache) if output_attentions else None
         mapped = context if maps is None else replace(context, maps=maps)
@@ -203,9 +207,9 @@ class HybridModel(HybridPreTrainedModel):
         every[-1] = hidden = rows.restore(self.norm(hidden))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache,
             hidden_states=chosen(every, output_hidden_states),
             attentions=None if maps is None else tuple(maps.found),
+            **{CACHE: cache},
         )
 
     def _maps(
@@ -390,6 +394,7 @@ class HybridForCausalLM(HybridPreTrainedModel, HybridGenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: HybridCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """input_ids [B, T] -> logits [B, T, V] (last `logits_to_keep` tokens if not 0).
@@ -401,7 +406,7 @@ class HybridForCausalLM(HybridPreTrainedModel, HybridGenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -415,9 +420,9 @@ class HybridForCausalLM(HybridPreTrainedModel, HybridGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from mambactl.models.transformers_names import CACHE
+
 # ends of documents in a packed row, and inputs that repeat what others say already
 ENDS = {"cu_seq_lens_q", "cu_seq_lens_k"}
 REPEATED = ENDS | {"cache_position", "max_length_q", "max_length_k"}
@@ -54,7 +56,7 @@ def joined(
         )
     return BaseModelOutputWithPast(
         last_hidden_state=torch.cat([first.last_hidden_state, second.last_hidden_state], 1),
-        past_key_values=second.past_key_values,
         hidden_states=hidden_states,
         attentions=attentions,
+        **{CACHE: getattr(second, CACHE)},
     )

@@ -15,6 +15,7 @@ from mambactl.lineage import Origin, origin_of
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
+from mambactl.models.transformers_names import NEW_CACHE, OLD_CACHE
 
 # arguments of from_pretrained that say where on a hub or in its cache a file is
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
@@ -39,7 +40,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [OLD_CACHE, NEW_CACHE]
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = list(FLOAT32_PARAMETERS)
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mambactl.files import CARD, RESULTS, SINGLE_FILE_SUFFIXES, cache_dir, repla
 from mambactl.options import StageConfig
 from mambactl.ranks import placement
 from mambactl.report.card_results import update_card
+from mambactl.requirements import installed
 from mambactl.version import __version__
 
 LONGEST_NAME = 120
@@ -27,14 +27,14 @@ LONGEST_NAME = 120
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a speed was measured on, with what, and when."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else str(device),
-        "versions": {"torch": torch.__version__, "triton": triton, "mambactl": __version__},
+        "versions": {
+            "torch": torch.__version__,
+            "triton": installed("triton"),
+            "mambactl": __version__,
+        },
         "date": datetime.now(UTC).date().isoformat(),
     }
 

@@ -13,6 +13,7 @@ from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.recall_documents import require_recall_length
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.transformers_names import recompute_activations
 from mambactl.options import MixedRowsConfig, SpreadConfig, TrainConfig
 from mambactl.ranks import placement, sharded
 
@@ -56,7 +57,7 @@ class Job:
         ids = {name: getattr(model.generation_config, name) for name in TOKEN_IDS}
         model.generation_config = GenerationConfig(**ids)
         if self.config.grad_checkpointing:
-            model.activation_checkpointing_enable()
+            recompute_activations(model)
         return model
 
     def teacher(self, foreign: bool = False) -> HybridForCausalLM:

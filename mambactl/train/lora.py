@@ -8,6 +8,7 @@ from torch import nn
 from mambactl.errors import ResourceError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import AdaptedConfig
+from mambactl.requirements import install_line
 
 
 def require_peft(config: AdaptedConfig) -> None:
@@ -17,9 +18,7 @@ def require_peft(config: AdaptedConfig) -> None:
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError:
-        raise ResourceError(
-            "--lora needs peft, which is missing", 'pip install "mambactl[lora]"'
-        ) from None
+        raise ResourceError("--lora needs peft, which is missing", install_line("peft")) from None
 
 
 def adapted(model: HybridForCausalLM, config: AdaptedConfig) -> Any:

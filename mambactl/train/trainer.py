@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.errors import CheckError, ResourceError
+from mambactl.models.transformers_names import CHECKPOINTING
 from mambactl.options import TrackedConfig, TrainConfig
 from mambactl.ranks import from_main, is_main, largest
 from mambactl.train.interrupt import StopRequest
@@ -55,7 +56,7 @@ def trainer_arguments(
         # every parameter has a gradient: nothing to look for
         "ddp_find_unused_parameters": False,
         "max_grad_norm": config.grad_clip,
-        "activation_checkpointing": config.grad_checkpointing,
+        CHECKPOINTING: config.grad_checkpointing,
         "bf16": amp == torch.bfloat16,
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",

@@ -13,11 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from mambactl.checkpoint import embedded
 from mambactl.checkpoint.hub_names import ALIASES
-from mambactl.checkpoint.resolve import hub_reachable, resolve
-from mambactl.errors import ModelError
+from mambactl.checkpoint.resolve import _hub, hub_reachable, resolve
+from mambactl.errors import ExitCode, ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -31,6 +32,13 @@ FILES = {
 }
 PICKLED = {name: FILES[name] for name in ("config.json", "pytorch_model.bin")}
 REPOS = {"owner/safe": FILES, "owner/pickled": PICKLED}
+# of repositories that not everybody reads, the token that does
+TOKEN = "hf_of_this_test"
+CLOSED = {"owner/gated", "owner/private"}
+REPOS |= dict.fromkeys(CLOSED, FILES)
+# the hub says much of a gated repository to everybody, and refuses its files
+NO_ACCESS = {"X-Error-Code": "GatedRepo"}
+WRONG_TOKEN = {"X-Error-Message": "Invalid credentials in Authorization header"}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -49,7 +57,9 @@ class Hub(BaseHTTPRequestHandler):
         parts = self.path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             return self.describe("/".join(parts[2:4]))
-        files = REPOS.get("/".join(parts[:2]), {})
+        if (repo := "/".join(parts[:2])) in CLOSED and (refused := self.refused(repo)):
+            return self.send(refused[0], b"", body, refused[1])
+        files = REPOS.get(repo, {})
         name = "/".join(parts[4:])
         if name not in files:
             return self.send(404 if self.path != "/" else 200, b"", body)
@@ -58,8 +68,11 @@ class Hub(BaseHTTPRequestHandler):
         return self.send(200, files[name], body, headers)
 
     def describe(self, repo: str) -> None:
-        if repo == "owner/gated":
-            return self.send(403, b"", True, {"X-Error-Code": "GatedRepo"})
+        status = {"owner/forbidden": 403, "owner/busy": 429, "owner/broken": 500}.get(repo)
+        if status is not None:
+            return self.send(status, b"", True)
+        if repo == "owner/private" and (refused := self.refused(repo)):
+            return self.send(refused[0], b"", True, refused[1])
         if repo not in REPOS:
             return self.send(404, b"", True, {"X-Error-Code": "RepoNotFound"})
         if "/revision/" in self.path and not self.path.endswith(("/main", "/v1", COMMIT)):
@@ -73,6 +86,17 @@ class Hub(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in REPOS[repo]]
         info = {"id": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
         return self.send(200, json.dumps(info).encode(), True, {"Content-Type": "application/json"})
+
+    def refused(self, repo: str) -> tuple[int, dict[str, str]] | None:
+        """Status and headers where the token does not open a repository, as the hub gives them."""
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if given == TOKEN:
+            return None
+        if given not in ("", "hf_of_another_account"):
+            return 401, WRONG_TOKEN
+        if repo == "owner/gated":
+            return 403 if given else 401, NO_ACCESS
+        return 404 if given else 401, {"X-Error-Code": "RepoNotFound"}
 
     def send(self, code: int, data: bytes, body: bool, headers: dict | None = None) -> None:
         self.send_response(code)
@@ -142,16 +166,73 @@ def test_pickled_weights_come_only_without_safetensors(hub: str, tmp_path: Path)
     assert ask("owner/pickled", hub, tmp_path, HF_HUB_OFFLINE="1") == str(folder)
 
 
+@pytest.fixture
+def reading(hub: str, tmp_path: Path, monkeypatch) -> Iterator[pytest.MonkeyPatch]:
+    """This process asks that hub, with an empty cache and nobody logged in."""
+    from huggingface_hub import close_session
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    # read when the library is imported
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": hub,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_TOKEN_PATH": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    _hub.cache_clear()
+    close_session()
+    yield monkeypatch
+    _hub.cache_clear()
+    close_session()
+
+
+def refusal(cli, spec: str) -> str:
+    """What a command prints of a model that it may not read."""
+    done = cli("inspect", spec)
+    assert (done.code, done.out) == (ExitCode.MODEL, "")
+    assert "Traceback" not in done.err
+    return done.err
+
+
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "token", "said", "hint"),
     [
-        ("owner/gated", "owner/gated is gated on the hub | accept the licence"),
-        ("owner/nothing", "the hub has no repository owner/nothing"),
-        ("owner/safe@v9", "owner/safe has no revision 'v9'"),
+        ("owner/gated", None, "gated on the hub, and nobody is logged in", "accept its terms on"),
+        ("owner/gated", "hf_of_another_account", "the token has no access", "accept its terms on"),
+        ("owner/private", None, "no repository owner/private, or it is private", "hf auth login"),
+        ("owner/private", "hf_of_another_account", "or it is private", "set HF_TOKEN to"),
+        ("owner/private", "hf_wrong", "does not know the token (HTTP 401", "set HF_TOKEN to"),
+        ("owner/nothing", None, "the hub has no repository owner/nothing", "check the spelling"),
+        ("owner/safe@v9", None, "owner/safe has no revision 'v9'", "owner/safe/tree/main"),
+        ("owner/forbidden", TOKEN, "may not read owner/forbidden (HTTP 403", "hf auth login"),
+        ("owner/busy", None, "too many requests (HTTP 429", "in some minutes"),
+        ("owner/broken", None, "the hub failed on owner/broken (HTTP 500", "command again"),
     ],
 )
-def test_refusals_of_the_hub_are_sentences(spec: str, said: str, hub: str, tmp_path: Path) -> None:
-    assert ask(spec, hub, tmp_path).startswith(said)
+def test_refusals_of_the_hub_are_sentences(reading, cli, spec, token, said, hint) -> None:
+    if token is not None:
+        reading.setenv("HF_TOKEN", token)
+    sentence, _, rest = refusal(cli, spec).partition("hint: ")
+    assert said in sentence and hint in rest
+    if spec == "owner/gated":
+        assert f"{constants.ENDPOINT}/owner/gated" in rest and "hf auth login" in rest
+
+
+@pytest.mark.parametrize("spec", sorted(CLOSED))
+def test_a_token_opens_what_is_closed(reading, spec: str) -> None:
+    reading.setenv("HF_TOKEN", TOKEN)
+    assert (resolve(spec).path / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_offline_says_so_with_what_to_type(reading, cli) -> None:
+    reading.setenv("HF_HUB_OFFLINE", "1")
+    said = refusal(cli, "owner/safe")
+    assert "not in the local hub cache and HF_HUB_OFFLINE is set" in said
+    assert "hint: unset HF_HUB_OFFLINE" in said
 
 
 def test_no_network_and_no_cache_is_a_sentence(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from mambactl import console, errors
-from mambactl.cli.main import EXTRAS, run
+from mambactl.cli.main import run
 from mambactl.errors import ExitCode
+from mambactl.requirements import EXTRAS
 
 EXIT_CODES = {
     "DONE": 0,
@@ -203,7 +204,7 @@ def test_failures_have_their_code_and_no_traceback(cli, fake_stage, kind, code, 
 
 def test_every_extra_is_one_that_a_message_can_ask_for() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {*EXTRAS.values(), "dev"}
+    assert set(project["optional-dependencies"]) == {*(extra.name for extra in EXTRAS), "dev"}
 
 
 def test_a_bug_shows_its_traceback(cli, fake_stage, monkeypatch) -> None:

@@ -15,7 +15,7 @@ def llama(tiny_llama_dir: Path, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("command", [("convert",), ("bench",), ("generate", "-p", "the king")])
-@pytest.mark.parametrize("device", ["nonsense", "mps", "meta"])
+@pytest.mark.parametrize("device", ["nonsense", "meta"])
 def test_unknown_devices(cli, llama, command, device) -> None:
     name, *rest = command
     for more in ([], ["--dry-run"]):
@@ -23,6 +23,17 @@ def test_unknown_devices(cli, llama, command, device) -> None:
         assert (done.code, done.out) == (2, ""), done.err
         assert f"unknown device {device!r}" in done.err
         assert "Traceback" not in done.err
+
+
+def test_mps_is_refused_with_the_reason(cli, llama, monkeypatch) -> None:
+    for available in (False, True):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda found=available: found)
+        done = cli("convert", llama, "--device", "mps")
+        assert (done.code, done.out) == (2, "")
+        assert "MPS computes no float64, which the kernels sum in" in done.err
+        assert "hint: use --device cpu" in done.err
+        # and nobody gets it without asking
+        assert ("not used: MPS computes" in cli("doctor", "--deep").out) is available
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

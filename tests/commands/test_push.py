@@ -1,7 +1,13 @@
 """`push` against a small hub on this machine: what is sent, what is not, and refusals."""
 
 import json
+import os
 import shutil
+import signal
+import tempfile
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +16,7 @@ from fixtures.hub_server import Hub, Repository
 from huggingface_hub import constants
 
 import mambactl
+from mambactl.checkpoint import hub_files
 from mambactl.checkpoint.container import Container
 from mambactl.checkpoint.load import load_model
 from mambactl.errors import ExitCode
@@ -219,6 +226,40 @@ def test_refusals_are_sentences(
     arrived = bool(hub.stored)
     assert cli("push", str(folder), REPO).code == 0
     assert ("/large/" in hub.writes()) != arrived
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_nothing_half_done(
+    cli, hub: Hub, student: Path, tmp_path: Path, monkeypatch, number: signal.Signals, shards: int
+) -> None:
+    place, ended, first = tmp_path / "unpacked", threading.Event(), threading.Lock()
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    # the library uploads several files in threads, which it waits for
+    size = student.stat().st_size / shards + 1e4
+    monkeypatch.setattr(hub_files, "Container", partial(Container, max_shard_bytes=size))
+    found = []
+
+    def stop() -> None:
+        if first.acquire(blocking=False):
+            found.extend(place.rglob("*.safetensors"))
+            os.kill(os.getpid(), number)
+        # a large file takes longer than anybody waits
+        ended.wait(8)
+
+    hub.events["/large/"] = stop
+    started = time.monotonic()
+    done = cli("push", str(student), REPO)
+    took = time.monotonic() - started
+    ended.set()
+    assert (done.code, done.out) == (128 + number, "")
+    assert f"error: stopped by {number.name}\nhint: run it again" in done.err
+    assert "Traceback" not in done.err and took < 6
+    assert len(found) == shards and list(place.iterdir()) == []
+    assert hub.repositories[REPO].commits == 0
+    hub.events.clear()
+    assert cli("push", str(student), REPO).code == 0
 
 
 def test_a_wrong_token(cli, hub: Hub, student: Path, monkeypatch) -> None:

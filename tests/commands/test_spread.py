@@ -221,7 +221,13 @@ def test_mixed_precision_rounds_the_same_sharded_or_not(students, data, tmp_path
     assert_same(tmp_path / "whole", tmp_path / "sharded")
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+# on GPUs every version does
+LOADS = pytest.mark.since_transformers("5.18", "loads no optimizer of several processes on a CPU")
+
+
+@pytest.mark.parametrize(
+    "shard", [pytest.param(False, id="whole", marks=LOADS), pytest.param(True, id="sharded")]
+)
 def test_a_signal_to_one_process_stops_all_and_resumes(
     students, data, alone, tmp_path, monkeypatch, shard
 ):

@@ -90,7 +90,7 @@ def test_a_prefix_that_would_be_ignored_is_refused(student, draw_words) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(student)
     adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
+    with pytest.raises(ValueError, match="the cache is a DynamicCache"):
         adapted(input_ids=draw_words)
 
 

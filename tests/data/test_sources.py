@@ -96,6 +96,27 @@ def test_a_set_on_the_hub_is_read_as_far_as_it_is_used(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("offline", "said", "hint"),
+    [
+        ("", "Dataset 'some/set' is a gated dataset on the Hub.", "/datasets/some/set, and with"),
+        ("", "Dataset 'some/set' doesn't exist on the Hub or cannot be accessed.", "hf auth login"),
+        ("1", "Couldn't reach 'some/set' on the Hub", "unset HF_HUB_OFFLINE"),
+    ],
+)
+def test_a_set_that_the_hub_refuses_says_what_to_type(offline, said, hint, monkeypatch):
+    import datasets
+
+    def refuse(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError(said)
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    with pytest.raises(UsageError) as caught:
+        load_rows(["some/set"])
+    assert said in str(caught.value) and hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"words": "x", "n": 1}, "row 2: has the columns `words`, `n`"),

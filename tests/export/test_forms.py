@@ -66,7 +66,14 @@ def answers(tmp_path_factory, exported, ids) -> dict[str, tuple]:
     return {name: found[path] for name, path in folders.items()}
 
 
-@pytest.mark.parametrize("name", FORMS)
+GROUPED = pytest.mark.since_transformers("5.23", "norms all groups together")
+SEVERAL_GROUPS = ("hybrid", "biased", "native2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=GROUPED if name in SEVERAL_GROUPS else ()) for name in FORMS],
+)
 @torch.no_grad()
 def test_transformers_alone_computes_the_same(name: str, answers, source, ids) -> None:
     kind, logits, text, keys, words = answers[name]

@@ -3,7 +3,8 @@
 import pytest
 
 from mambactl.commands.export import plan, run
-from mambactl.errors import ModelError, UsageError
+from mambactl.errors import ModelError, ResourceError, UsageError
+from mambactl.export import round_trip
 from mambactl.options import ExportConfig
 
 PORTABLE = "convert TEACHER --form portable"
@@ -65,3 +66,18 @@ def test_options_of_another_form(options, out, what, source, tmp_path) -> None:
 def test_a_tokenizer_without_a_name_is_refused(tiny_llama_dir, tmp_path) -> None:
     with pytest.raises(ModelError, match="has a tokenizer of the kind WordLevel"):
         run(ExportConfig(to="gguf"), str(tiny_llama_dir), tmp_path / "x.gguf")
+
+
+def test_a_version_that_computes_something_else_checks_nothing(
+    source, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(round_trip, "version", lambda package: "5.22.2")
+    with pytest.raises(ResourceError, match="5.22.2 loads this form and computes") as caught:
+        run(ExportConfig(), source("hybrid"), tmp_path / "out")
+    assert 'pip install "transformers>=5.23"' in caught.value.hint
+    assert "--no-check" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+    run(ExportConfig(check=False), source("hybrid"), tmp_path / "out")
+    assert "transformers 5.23 or newer" in (tmp_path / "out" / "README.md").read_text()
+    # what every version computes is checked in any
+    assert run(ExportConfig(), source("native1"), tmp_path / "native").metrics["difference"]

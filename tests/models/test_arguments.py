@@ -128,9 +128,9 @@ def test_what_means_nothing_here_is_refused(mixed_model, draw_ids) -> None:
 
 def test_a_cache_of_another_model_is_refused(mixed_model, draw_ids) -> None:
     ids = draw_ids(1, 6)
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
+    with pytest.raises(ValueError, match="the cache is a DynamicCache"):
         mixed_model(ids, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
+    with pytest.raises(ValueError, match="the cache is a DynamicCache"):
         mixed_model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=2)
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mambactl.models.transformers_names import recompute_activations
+
 
 def gradients(model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
@@ -19,7 +21,7 @@ def test_checkpointing_changes_no_gradient(any_model, draw_ids, reentrant) -> No
     any_model.train()
     inputs = {"input_ids": ids, "labels": ids, "seq_idx": seq_idx}
     loss, plain = gradients(any_model, **inputs)
-    any_model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute_activations(any_model, {"use_reentrant": reentrant})
     any_model.enable_input_require_grads()
     calls = []
     any_model.model.layers[0].mixer.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -156,6 +156,7 @@ def to_granite(hybrid: HybridForCausalLM) -> GraniteMoeHybridForCausalLM:
     return granite
 
 
+@pytest.mark.since_transformers("5.23", "norms all groups together")
 @pytest.mark.parametrize("proj_bias", [True, False])
 @pytest.mark.parametrize("mixers", [["mamba2"] * 2, ["mamba2", "attention", "mamba2"]],
                          ids=["mamba2", "mixed"])  # fmt: skip

@@ -12,6 +12,7 @@ from mambactl.data.pack import collate
 from mambactl.kernels import dispatch
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.mamba2 import mamba2_from_attention
+from mambactl.models.transformers_names import recompute_activations
 from mambactl.train.compiled import compile_blocks, compiled, compiles, release_blocks
 from mambactl.train.optimization import AlignmentObjective, LogitsObjective
 
@@ -89,7 +90,7 @@ def test_checkpoints_of_activations_stay_around_compiled_blocks(make_hybrid, row
     student, teacher = models(make_hybrid, 1, None)
     objective, batch = LogitsObjective(student, teacher), collate(rows[:1])
     expected = gradients(objective, student, batch)
-    student.activation_checkpointing_enable()
+    recompute_activations(student)
     compile_blocks(student, backend="aot_eager")
     for ours, theirs in zip(gradients(objective, student, batch), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

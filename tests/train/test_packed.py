@@ -8,6 +8,7 @@ import torch
 
 from mambactl.data.format import Example
 from mambactl.data.pack import collate, pack
+from mambactl.models.transformers_names import recompute_activations
 from mambactl.train.optimization import LogitsObjective, last_hidden
 
 LAYOUTS = [["mamba2", "attention"], ["mamba1", "attention"], ["mamba2", "mamba1", "attention"]]
@@ -70,7 +71,7 @@ def test_recomputed_activations_give_the_same_gradients(make_hybrid):
     for checkpointing in (False, True):
         student = make_hybrid(LAYOUTS[2], seed=1).train()
         if checkpointing:
-            student.activation_checkpointing_enable()
+            recompute_activations(student)
         passes: list[int] = []
         student.model.layers[0].mixer.register_forward_hook(partial(_count, passes))
         objective = LogitsObjective(student, teacher)

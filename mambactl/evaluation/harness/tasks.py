@@ -18,6 +18,7 @@ from mambactl.evaluation.harness.schemas import (
     check_row,
     schema_of,
 )
+from mambactl.requirements import install_line
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
 POOLS = "fewshot"
@@ -176,7 +177,7 @@ def require_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ResourceError(
             "tasks need lm-evaluation-harness, which is not installed",
-            hint='pip install "mambactl[eval]"',
+            hint=install_line("lm_eval"),
         )
 
 
