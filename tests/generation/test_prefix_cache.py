@@ -67,20 +67,21 @@ def test_answers_to_a_data_set(cli, tiny_llama_dir, tmp_path) -> None:
         (("--prefix-cache", ""), 2, "prefix-cache: string should have at least 1 character"),
         (("--prefix-cache-gb", "2"), 2, "--prefix-cache-gb goes with --prefix-cache"),
         (
-            ("--prefix-cache", "kept", "--prefix-cache-gb", "nan"),
+            ("--prefix-cache", "x", "--prefix-cache-gb", "nan"),
             2,
             "prefix-cache-gb: input should",
         ),
-        (("--prefix-cache", "kept", "--prefix-cache-gb", "0"), 2, "prefix-cache-gb: input should"),
+        (("--prefix-cache", "x", "--prefix-cache-gb", "0"), 2, "prefix-cache-gb: input should"),
     ],
 )
 def test_what_is_refused(cli, tiny_llama_dir, tmp_path, options, code, sentence) -> None:
     (tmp_path / "file").touch()
-    for more in (("-p", WORDS), ("--dataset", "file", "-o", "out.jsonl")):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": WORDS}))
+    for more in (("-p", WORDS), ("--dataset", "p.jsonl", "-o", "out.jsonl")):
         done = cli("generate", str(tiny_llama_dir), *more, *NEW, *options)
         assert (done.code, done.out) == (code, "")
         assert sentence in done.err and "hint: " in done.err and "Traceback" not in done.err
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "p.jsonl"]
 
 
 def test_from_python(tiny_llama_dir, tmp_path) -> None:
