@@ -65,6 +65,7 @@ def test_answers_to_a_data_set(cli, tiny_llama_dir, tmp_path) -> None:
         (("--prefix-cache", "file"), 5, "cannot write file: File exists"),
         (("--prefix-cache", "/proc/kept"), 5, "cannot write /proc/kept: "),
         (("--prefix-cache", ""), 2, "prefix-cache: string should have at least 1 character"),
+        (("--prefix-cache-gb", "2", "--dry-run"), 2, "--prefix-cache-gb goes with --prefix-cache"),
         (("--prefix-cache-gb", "2"), 2, "--prefix-cache-gb goes with --prefix-cache"),
         (
             ("--prefix-cache", "x", "--prefix-cache-gb", "nan"),
