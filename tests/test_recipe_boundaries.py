@@ -143,6 +143,7 @@ def test_settings_that_are_no_yaml_are_text(value) -> None:
         ("stages: {eval: {model: m, data: x, needle-plot: /tmp/n.png}}", "`needle_plot` of eval"),
         ("stages: {eval: {model: m, tasks: x, output_path: /tmp/n}}", "`output_path` of eval"),
         ("stages: {eval: {model: m, tasks: x, use_cache: ../c}}", "`use_cache` of eval"),
+        ("stages: {generate: {model: m, prefix_cache: ../p}}", "`prefix_cache` of generate"),
         ("stages: {bench: {model: m, report: /tmp/b.html}}", "`report` of bench"),
         ("name: ../../x\nstages: {convert: {model: m}}", "no plain name"),
         ("name: /tmp/x\nstages: {convert: {model: m}}", "no plain name"),

@@ -1,7 +1,8 @@
 """Models in memory, and the text they write."""
 
+import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ from mambactl.generation import decoding
 from mambactl.generation.detokenizer import Detokenizer
 from mambactl.generation.on_demand import on_demand
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.options import PREFIX_CACHE_GB
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
@@ -35,18 +37,21 @@ class _Engines:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: tuple[Draft, K, AnyEngine] | None = None
+        self._kept: tuple[decoding.Setup, AnyEngine] | None = None
 
-    def take(self, draft: Draft, k: K) -> AnyEngine | None:
-        """The engine for `draft`, which is then nobody else's; None where there is none."""
+    def take(self, setup: decoding.Setup) -> AnyEngine | None:
+        """An engine for the same as `setup`, which is then nobody else's; None without one."""
         with self._lock:
             kept, self._kept = self._kept, None
-        return kept[2] if kept is not None and kept[0] is draft and kept[1] == k else None
+        if kept is None or kept[0].draft is not setup.draft:
+            return None
+        return kept[1] if (kept[0].k, kept[0].folder) == (setup.k, setup.folder) else None
 
-    def put(self, draft: Draft, k: K, engine: AnyEngine) -> None:
+    def put(self, setup: decoding.Setup, engine: AnyEngine) -> None:
         """Keep an engine that nobody uses any more."""
         with self._lock:
-            self._kept = (draft, k, engine)
+            # prompts may be long
+            self._kept = (replace(setup, prompts=[]), engine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +73,14 @@ class Model:
     @contextmanager
     def engine(self, setup: decoding.Setup) -> Iterator[AnyEngine]:
         """An engine that nobody else uses meanwhile, kept for the next call."""
-        engine = self._engines.take(setup.draft, setup.k) or setup.engine()
+        engine = self._engines.take(setup) or setup.engine()
         try:
             yield engine
         except GeneratorExit:
             # a stream that was closed: its engine came to an end before
-            self._engines.put(setup.draft, setup.k, engine)
+            self._engines.put(setup, engine)
             raise
-        self._engines.put(setup.draft, setup.k, engine)
+        self._engines.put(setup, engine)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ def generate(
     batch_size: int = 1,
     chat: bool = True,
     ignore_eos: bool = False,
+    prefix_cache: Spec | None = None,
+    prefix_cache_gb: float = PREFIX_CACHE_GB,
 ) -> list[Completion]:
     """Continue prompts, plainly or with a draft; the text is that of `mambactl generate`.
 
@@ -136,10 +143,13 @@ def generate(
     which repeats the text's own turns of phrase. `params` say how tokens are chosen; the model's
     own tokens end a text unless `params` names others; with `ignore_eos` none does. `k` tokens are
     drafted in a step, auto is what is fastest. `batch_size` prompts are decoded together. With
-    `chat` a prompt is a message inside the model's chat template, if it has one.
+    `chat` a prompt is a message inside the model's chat template, if it has one. `prefix_cache` is
+    a folder of up to `prefix_cache_gb` GB that keeps what the model holds after beginnings of
+    prompts, for later processes.
 
     Raises UsageError for an empty prompt or an option out of bounds, ModelError for a model that
-    cannot be used or a draft of another vocabulary.
+    cannot be used or a draft of another vocabulary, OutputError for a folder that cannot be
+    written.
 
     >>> student = mambactl.load("student.st", device="cpu")
     >>> params = mambactl.SamplingParams(max_new_tokens=4)
@@ -153,7 +163,11 @@ def generate(
     if not isinstance(prompts, Sequence):
         raise UsageError(f"prompts are {prompts!r}", "give a text, or a list of texts")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    handle, setup = _prepared(model, texts, params, draft, k, batch_size, chat, ignore_eos)
+    options = {
+        "k": k, "batch_size": batch_size, "chat": chat, "ignore_eos": ignore_eos,
+        "prefix_cache": prefix_cache, "prefix_cache_gb": prefix_cache_gb,
+    }  # fmt: skip
+    handle, setup = _prepared(model, texts, params, draft, options)
     with handle.engine(setup) as engine:
         result = decoding.decode(engine, setup.prompts, setup.params, batch_size)
     return [
@@ -171,6 +185,8 @@ def stream(
     k: K = "auto",
     chat: bool = True,
     ignore_eos: bool = False,
+    prefix_cache: Spec | None = None,
+    prefix_cache_gb: float = PREFIX_CACHE_GB,
 ) -> Generator[str, None, None]:
     """Yield pieces of text as tokens arrive; joined they are the text of `generate`.
 
@@ -184,7 +200,11 @@ def stream(
     >>> text == mambactl.generate("student.st", "the old house", params)[0].text
     True
     """
-    return _pieces(*_prepared(model, [prompt], params, draft, k, 1, chat, ignore_eos))
+    options = {
+        "k": k, "chat": chat, "ignore_eos": ignore_eos, "prefix_cache": prefix_cache,
+        "prefix_cache_gb": prefix_cache_gb,
+    }  # fmt: skip
+    return _pieces(*_prepared(model, [prompt], params, draft, options))
 
 
 def _prepared(
@@ -192,31 +212,29 @@ def _prepared(
     texts: Sequence[str],
     params: SamplingParams,
     draft: Model | Spec | None,
-    k: K,
-    batch_size: int,
-    chat: bool,
-    ignore_eos: bool,
+    options: Mapping[str, object],
 ) -> tuple[Model, decoding.Setup]:
     """The model, and the prompts with the sampling; what is wrong shows before weights are read."""
     if not isinstance(params, SamplingParams):
         raise UsageError(f"params are {params!r}", "give mambactl.SamplingParams(...)")
     given = {name: getattr(params, name) for name in SAMPLING}
-    given |= {"k": k, "batch_size": batch_size, "chat": chat, "ignore_eos": ignore_eos}
-    config = configure("generate", given)
+    typed = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    config = configure("generate", {**given, **typed})
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise UsageError(f"prompt {number} is empty", "give some text")
+    folder = decoding.prefix_folder(config)
     own: Draft = None
     if draft is not None and draft != NGRAM:
         decoding.require_draft_tokens(_source(model), _source(draft))
     handle = _loaded(model)
     if draft is not None:
         own = NGRAM if draft == NGRAM else _beside(draft, handle.model)
-    prompts = encode_all(map(Prompt.of, texts), handle.tokenizer, chat)
+    prompts = encode_all(map(Prompt.of, texts), handle.tokenizer, config.chat)
     setup = decoding.assemble(config, handle.model, handle.tokenizer, own, prompts)
-    if params.eos_token_ids and not ignore_eos:
+    if params.eos_token_ids and not config.ignore_eos:
         setup = replace(setup, params=params)
-    return handle, replace(setup, rounded=handle.rounded)
+    return handle, replace(setup, rounded=handle.rounded, folder=folder)
 
 
 def _beside(draft: Model | Spec, target: HybridForCausalLM) -> HybridForCausalLM:

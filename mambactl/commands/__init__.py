@@ -175,6 +175,7 @@ _ROWS = (
         (
             'mambactl generate t.st -p "Why is the sky blue?"',
             "mambactl generate t.st --prompts questions.txt --draft ngram",
+            'mambactl generate t.st -p "$INSTRUCTIONS Why?" --prefix-cache ~/.cache/prefixes',
             "mambactl generate llama3-8b --dataset prompts.jsonl -o labels.jsonl",
         ),
         writes="rows",

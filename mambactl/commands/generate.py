@@ -1,5 +1,6 @@
 """`generate`: continue prompts, plainly or with a draft, and print the text, or write answers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ def run(
         return dataset.run(config, source, out, resume=resume, force=force)
     config.require_coherent()
     prompts = decoding.read(config)
-    setup = decoding.prepare(config, source, prompts)
+    folder = decoding.prefix_folder(config)
+    setup = replace(decoding.prepare(config, source, prompts), folder=folder)
     engine = setup.engine()
     with console.progress("generate", len(prompts) * config.max_new_tokens) as task:
         result = decoding.decode(
             engine, setup.prompts, setup.params, config.batch_size, task.advance
         )
-    console.log(_summary(result.stats))
+    console.log(_summary(result.stats, config.prefix_cache))
     texts = [setup.text(tokens) for tokens in result.tokens]
     metrics = result.stats.as_dict() | {"finish": result.finish, "texts": texts}
     return StageResult(source, metrics, "\n".join(texts))
@@ -47,11 +49,13 @@ def plan(config: GenerateConfig, source: str) -> dict[str, Any]:
     return decoding.plan(config, source, decoding.read(config))
 
 
-def _summary(stats: DecodeStats) -> str:
+def _summary(stats: DecodeStats, prefix_cache: str | None) -> str:
     parts = [
         f"{stats.prompt_tokens} prompt tokens in {stats.seconds['prefill']:.2f} s",
         f"{stats.tokens} tokens at {stats.tokens_per_second:.1f} tokens/s",
     ]
+    if prefix_cache is not None:
+        parts[1:1] = [decoding.from_files(stats.as_dict(), prefix_cache)]
     if stats.drafted:
         parts.append(f"{stats.tokens_per_step:.2f} tokens per step")
         parts.append(f"{stats.acceptance:.0%} of {stats.drafted} drafted tokens accepted")

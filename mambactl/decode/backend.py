@@ -11,6 +11,7 @@ import torch
 from mambactl import console
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine, Generation, OnTokens
+from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.dispatch import SWITCH, triton_missing
 from mambactl.models.hybrid import HybridForCausalLM
@@ -51,17 +52,19 @@ def make_engine(
     exact: bool = False,
     share: bool = True,
     rounded: bool = False,
+    folder: PrefixFolder | None = None,
 ) -> AnyEngine:
     """An engine for `target` with `draft` (a model, "ngram" or None, which needs k = 0).
 
     `exact`: passes of few rows compute every row the same way however many rows there are, so that
     speculative and plain decoding agree bit for bit. `share`: what prompts, also of several calls,
     begin with together is read once; without it every call does the same work. `rounded`: a CPU
-    that multiplies bfloat16 may read copies of fp32 weights in that type. Whether both models mean
-    the same tokens is the caller's to check: their vocabularies may differ by padding.
+    that multiplies bfloat16 may read copies of fp32 weights in that type. `folder`: files in it
+    give beginnings that earlier processes read, and new ones are kept there. Whether both models
+    mean the same tokens is the caller's to check: their vocabularies may differ by padding.
     """
     if target.device.type == "cpu":
-        engine = _on_cpu(target, draft, k, share, rounded and not exact)
+        engine = _on_cpu(target, draft, k, share, rounded and not exact, folder)
         if engine is not None:
             return engine
     reason = why_not(target.device)
@@ -71,16 +74,22 @@ def make_engine(
         from mambactl.models.packed import NotSupported
 
         try:
-            return FusedEngine(target, draft, k, TritonOps.for_model(target, exact), share)
+            return FusedEngine(target, draft, k, TritonOps.for_model(target, exact), share, folder)
         except NotSupported as error:
             reason = f"they do not support {error}"
     if target.device.type == "cuda":
         _say_once(f"GPU decode kernels are off ({reason}); the PyTorch reference decodes")
-    return Engine(target, _drafter(draft, target), REFERENCE_K if k == "auto" else k, share)
+    k = REFERENCE_K if k == "auto" else k
+    return Engine(target, _drafter(draft, target), k, share, folder)
 
 
 def _on_cpu(
-    target: HybridForCausalLM, draft: Draft, k: K, share: bool, rounded: bool
+    target: HybridForCausalLM,
+    draft: Draft,
+    k: K,
+    share: bool,
+    rounded: bool,
+    folder: PrefixFolder | None,
 ) -> "FusedEngine | None":
     """The engine of whole steps with operations for a CPU, where they can run the models."""
     models = [model for model in (target, draft) if isinstance(model, HybridForCausalLM)]
@@ -93,7 +102,8 @@ def _on_cpu(
     from mambactl.models.packed import NotSupported
 
     with suppress(NotSupported):
-        return FusedEngine(target, draft, k, CpuOps(rounded and computes_bfloat16()), share)
+        ops = CpuOps(rounded and computes_bfloat16())
+        return FusedEngine(target, draft, k, ops, share, folder)
 
 
 def weight_bytes(engine: AnyEngine, model: HybridForCausalLM) -> int:

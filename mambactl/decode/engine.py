@@ -16,6 +16,7 @@ from torch import Tensor
 from mambactl.decode.accept import Proposal, Verdict, accept_greedy, accept_sampled
 from mambactl.decode.drafters import Drafter
 from mambactl.decode.prefill import prefill
+from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.sampler import Sampler, SamplingParams, Stream
 from mambactl.decode.shared_prefix import Prefixes
 from mambactl.decode.stats import DecodeStats
@@ -80,6 +81,7 @@ class Engine:
         drafter: Drafter | None = None,
         k: int = 0,
         share: bool = True,
+        folder: PrefixFolder | None = None,
     ):
         if (drafter is None) != (k == 0):
             raise ValueError("a drafter needs k >= 1, and k >= 1 needs a drafter")
@@ -91,7 +93,7 @@ class Engine:
                 hint="take a draft of the target's family, or `--draft ngram`",
             )
         self.target, self.drafter, self.k = target, drafter, k
-        self.prefixes = Prefixes(target.model, share)
+        self.prefixes = Prefixes(target.model, share, folder)
 
     @torch.no_grad()
     def generate(
@@ -111,10 +113,9 @@ class Engine:
         stats = output.stats
         stats.rows, stats.prompt_tokens = len(prompts), sum(map(len, prompts))
         sampler = Sampler(params, keys or range(len(prompts)), self.target.device)
-        saved = self.prefixes.saved
-        with stats.timed("prefill", self.target.device):
+        with stats.timed("prefill", self.target.device), self.prefixes.counted(stats):
             batch = self._start(prompts, sampler)
-        stats.at_once, stats.prompt_shared = len(prompts), self.prefixes.saved - saved
+        stats.at_once = len(prompts)
         self._hand_over(batch, prompts, output, on_tokens)
         while batch.rows:
             self._step(batch, output, on_tokens)

@@ -16,12 +16,14 @@ class DecodeStats:
 
     `histogram` and `lengths` count row steps by tokens accepted and by tokens drafted. Of
     `tokens`, reading the prompts wrote `at_once`; of `prompt_tokens`, `prompt_shared` were not
-    read, as other prompts begin with them.
+    read, as other prompts begin with them or a file of `--prefix-cache` had them: of those,
+    `prompt_from_files`.
     """
 
     rows: int = 0
     prompt_tokens: int = 0
     prompt_shared: int = 0
+    prompt_from_files: int = 0
     tokens: int = 0
     at_once: int = 0
     steps: int = 0
@@ -100,6 +102,7 @@ class DecodeStats:
             "rows": self.rows,
             "prompt_tokens": self.prompt_tokens,
             "prompt_shared": self.prompt_shared,
+            "prompt_from_files": self.prompt_from_files,
             "tokens": self.tokens,
             "steps": self.steps,
             "drafted": self.drafted,

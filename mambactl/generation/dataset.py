@@ -23,6 +23,7 @@ from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.data.answers import Answer, Group, write_answers
 from mambactl.data.conversations import Conversation
+from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.prompts import encode_all
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import LINEAGE, explained, replacing
@@ -34,6 +35,8 @@ from mambactl.stage_result import StageResult
 
 STAGE = "generate"
 STATUS_SECONDS = 0.5
+# of every batch
+COUNTED = ("prompt_tokens", "prompt_from_files", "tokens", "drafted", "accepted")
 # answers worth a word about a batch size of 1
 FEW = 16
 _FREE = "free some disk space, then use --resume"
@@ -52,6 +55,7 @@ def run(
     if out is None:
         raise UsageError(f"{STAGE} --dataset needs a place for its result", "give -o FILE.jsonl")
     _require_name(config, out)
+    prefix_folder = decoding.prefix_folder(config)
     questions = QuestionSet.of(config, source)
     folder = RunFolder(out, questions.identity)
     folder.side = (LINEAGE,)
@@ -59,12 +63,12 @@ def run(
     with folder.open(resume, force):
         written = _Written(folder)
         with written.file:
-            _decode(questions, written)
+            _decode(questions, written, prefix_folder)
             with explained(folder.path, _FREE):
                 metrics = _write_result(questions, written, folder)
                 folder.finish()
         folder.publish()
-    console.log(f"wrote {out}: {_summary(metrics)}")
+    console.log(f"wrote {out}: {_summary(metrics, config.prefix_cache)}")
     return StageResult(str(out), metrics)
 
 
@@ -144,7 +148,7 @@ class _Written:
         return fitted(_Line, json_object(line, *where), *where)
 
 
-def _decode(questions: QuestionSet, written: _Written) -> None:
+def _decode(questions: QuestionSet, written: _Written, folder: PrefixFolder | None) -> None:
     """Answer every batch that is not done yet."""
     batches = questions.batches()
     total, done = sum(map(len, batches)), sum(map(len, batches[: written.batches]))
@@ -158,7 +162,8 @@ def _decode(questions: QuestionSet, written: _Written) -> None:
         )
     if len(batches) == total > FEW:
         console.log("one answer at a time: a --batch-size of 16, say, is faster")
-    setup = replace(decoding.prepare(questions.config, questions.source, []), k=questions.k)
+    setup = decoding.prepare(questions.config, questions.source, [])
+    setup = replace(setup, k=questions.k, folder=folder)
     engine = setup.engine()
     with console.progress("answers", total) as bar:
         meter = _Meter(bar)
@@ -196,7 +201,7 @@ def _answer(
             tokens[row] += len(new)
             if reason == "length":
                 finish[row] = reason
-        for name in ("prompt_tokens", "tokens", "drafted", "accepted"):
+        for name in COUNTED:
             totals[name] += getattr(result.stats, name)
     now = time.time()
     return [
@@ -257,6 +262,7 @@ def _speed(totals: Counter) -> dict[str, Any]:
     seconds, drafted = totals["seconds"], totals["drafted"]
     return {
         "prompt_tokens": totals["prompt_tokens"],
+        "prompt_from_files": totals["prompt_from_files"],
         "tokens": totals["tokens"],
         "seconds": round(seconds, 3),
         "tokens_per_second": round(totals["tokens"] / seconds, 3) if seconds else 0.0,
@@ -264,7 +270,7 @@ def _speed(totals: Counter) -> dict[str, Any]:
     }
 
 
-def _summary(metrics: dict[str, Any]) -> str:
+def _summary(metrics: dict[str, Any], prefix_cache: str | None) -> str:
     parts = [
         f"{metrics['rows_written']} rows of {metrics['answers']} answers to {metrics['prompts']} "
         f"prompts, {metrics['tokens']:,} tokens at {metrics['tokens_per_second']:.1f} tokens/s"
@@ -274,6 +280,8 @@ def _summary(metrics: dict[str, Any]) -> str:
             parts.append(f"{name.replace('_', ' ')}: {metrics[name]}")
     if metrics["acceptance"] is not None:
         parts.append(f"{metrics['acceptance']:.0%} of drafted tokens accepted")
+    if prefix_cache is not None:
+        parts.append(decoding.from_files(metrics, prefix_cache))
     return "; ".join(parts)
 
 

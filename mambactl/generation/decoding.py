@@ -1,7 +1,8 @@
 """What `generate` and `spec-decode` share: prompts, target, draft, and runs over many prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambactl import console
@@ -11,12 +12,13 @@ from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.row_files import prompt_file, read_rows
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation
+from mambactl.decode.prefix_files import GB, PrefixFolder
 from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import BenchConfig, PromptConfig
+from mambactl.options import BenchConfig, PromptConfig, SharedPromptConfig
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
@@ -37,12 +39,13 @@ class Setup:
     params: SamplingParams
     # whether a CPU may read the weights in bfloat16 copies
     rounded: bool = False
+    folder: PrefixFolder | None = None
 
     def engine(self, plain: bool = False, exact: bool = False, share: bool = True) -> AnyEngine:
         """The engine that was asked for, or one for plain decoding."""
         if plain or self.draft is None:
-            return make_engine(self.target, None, 0, exact, share, self.rounded)
-        return make_engine(self.target, self.draft, self.k, exact, share, self.rounded)
+            return make_engine(self.target, None, 0, exact, share, self.rounded, self.folder)
+        return make_engine(self.target, self.draft, self.k, exact, share, self.rounded, self.folder)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Readable text of new tokens, without special ones."""
@@ -72,6 +75,17 @@ def read_prompts(path: str) -> list[Prompt]:
     if not found:
         raise UsageError(f"{path} is empty", hint="give a file with at least one prompt")
     return found
+
+
+def prefix_folder(config: SharedPromptConfig) -> PrefixFolder | None:
+    """The folder of `--prefix-cache`; raises OutputError where nothing can be written into it."""
+    config.require_folder_for_size()
+    if config.prefix_cache is None:
+        return None
+    path = Path(config.prefix_cache).expanduser()
+    folder = PrefixFolder(path, int(config.prefix_cache_gb * GB))
+    folder.prepare()
+    return folder
 
 
 def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Setup:
@@ -159,6 +173,12 @@ def decode(
         whole.finish.extend(part.finish)
         whole.stats.add(part.stats)
     return whole
+
+
+def from_files(counts: Mapping[str, float], prefix_cache: str) -> str:
+    """How many of the prompts' tokens the files of `--prefix-cache` gave."""
+    given, tokens = (int(counts[name]) for name in ("prompt_from_files", "prompt_tokens"))
+    return f"{given:,} of {tokens:,} prompt tokens from {prefix_cache}"
 
 
 def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:

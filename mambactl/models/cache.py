@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from mambactl.kernels.reference import Records, Step, latest_inputs, multi_step, recur
-from mambactl.models.key_ring import KeyRing
+from mambactl.models.key_ring import KeyRing, with_slots
 from mambactl.models.mixers.settings import WindowSettings
 
 # longest run of tokens processed one by one after the prompt; longer ones go through chunks
@@ -32,6 +32,9 @@ class LayerCache(Protocol):
 
     def replace_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put `change` of every tensor in its place; tensors that are one stay one."""
+
+    def resize(self, slots: int) -> None:
+        """Cut or lengthen with zeros what has a slot for every token, as a new tensor or view."""
 
     def clear(self) -> None:
         """Hold nothing."""
@@ -61,13 +64,17 @@ class HeldTensors:
 
     def replace_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put `change` of every tensor in its place; tensors that are one stay one."""
-        changed = {id(tensor): change(tensor) for tensor in self.tensors()}
+        # a subclass answers for more than these
+        changed = {id(tensor): change(tensor) for tensor in HeldTensors.tensors(self)}
         for name in self.held:
             value = getattr(self, name)
             if isinstance(value, tuple):
                 setattr(self, name, tuple(changed[id(tensor)] for tensor in value))
             elif value is not None:
                 setattr(self, name, changed[id(value)])
+
+    def resize(self, slots: int) -> None:
+        """Nothing: the same memory for any number of tokens."""
 
     def clear(self) -> None:
         """Hold nothing."""
@@ -93,15 +100,16 @@ class AttentionCache(HeldTensors):
         self.values = self._write(self.values, values, positions, slots)
         return self.keys[:, :, :slots], self.values[:, :, :slots]
 
+    def resize(self, slots: int) -> None:
+        """Cut to the first `slots` slots, or add empty ones."""
+        if self.keys is not None:
+            self.keys, self.values = (with_slots(t, slots) for t in (self.keys, self.values))
+
     @staticmethod
     def _write(store: Tensor | None, new: Tensor, positions: Tensor | None, slots: int) -> Tensor:
-        held = 0 if store is None else store.shape[2]
-        if slots > held:
-            # zeros, not empty memory: a masked NaN would still poison the softmax average
-            grown = new.new_zeros(*new.shape[:2], max(slots, 2 * held), new.shape[3])
-            if store is not None:
-                grown[:, :, :held] = store
-            store = grown
+        store = new[:, :, :0] if store is None else store
+        if slots > (held := store.shape[2]):
+            store = with_slots(store, max(slots, 2 * held))
         if positions is None:
             store[:, :, slots - new.shape[2] : slots] = new
             return store
@@ -231,6 +239,11 @@ class MixedCache(WindowedCache):
         # the cache that this one is a copy of keeps its own
         self.kept = copy(self.kept)
         self.kept.replace_tensors(change)
+
+    def resize(self, slots: int) -> None:
+        """Cut the keys that are all kept to the first `slots` slots, or add empty ones."""
+        self.kept = copy(self.kept)
+        self.kept.resize(slots)
 
     def clear(self) -> None:
         """Hold nothing."""

@@ -77,6 +77,18 @@ class KeyRing:
         return [_take(t, slots) for t in (self.keys, self.values)]
 
 
+def with_slots(store: Tensor, slots: int) -> Tensor:
+    """The first `slots` slots of store [B, Hk, S, P], zeros where it has fewer."""
+    held = store.shape[2]
+    if slots <= held:
+        return store[:, :, :slots]
+    # zeros, not empty memory: a masked NaN would still poison the softmax average
+    grown = store.new_zeros(*store.shape[:2], slots, store.shape[3])
+    if held:
+        grown[:, :, :held] = store
+    return grown
+
+
 def _take(t: Tensor, slots: Tensor) -> Tensor:
     """Slots [B, n] of t [B, Hk, S, P]."""
     return t.gather(2, slots[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))

@@ -8,10 +8,12 @@ from mambactl.options.conversion import ConvertConfig
 from mambactl.options.exporting import ExportConfig
 from mambactl.options.fields import CommandConfig, StageConfig, split_weight
 from mambactl.options.generation import (
+    PREFIX_CACHE_GB,
     ROW_SUFFIXES,
     GenerateConfig,
     PromptConfig,
     SamplingConfig,
+    SharedPromptConfig,
     SpecDecodeConfig,
 )
 from mambactl.options.measurement import BenchConfig
@@ -31,6 +33,7 @@ from mambactl.options.training import (
 )
 
 __all__ = [
+    "PREFIX_CACHE_GB",
     "ROW_SUFFIXES",
     "AdaptedConfig",
     "BenchConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "SamplingConfig",
     "SftConfig",
     "ShardConfig",
+    "SharedPromptConfig",
     "SpecDecodeConfig",
     "SpreadConfig",
     "StageConfig",

@@ -1,7 +1,7 @@
 """Options of the commands that write text."""
 
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from mambactl.options.fields import DataSpecs, Drafts, Rows, StageConfig, Temper
 
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})")
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
+PREFIX_CACHE_GB = 10.0
 
 
 class SamplingConfig(StageConfig):
@@ -44,7 +45,36 @@ class PromptConfig(SamplingConfig):
             raise UsageError("the prompt is empty", "give some text with -p")
 
 
-class GenerateConfig(PromptConfig):
+class SharedPromptConfig(PromptConfig):
+    """What is continued, with beginnings that later processes need not read."""
+
+    placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {
+        "prefix_cache",
+        "prefix_cache_gb",
+    }
+    written: ClassVar[frozenset[str]] = StageConfig.written | {"prefix_cache"}
+
+    prefix_cache: str | None = Field(
+        default=None,
+        min_length=1,
+        pattern="^[^\\x00]*$",
+        description="folder that keeps what the model holds after the beginnings of prompts, for "
+        "later processes",
+    )
+    prefix_cache_gb: float = Field(
+        default=PREFIX_CACHE_GB,
+        gt=0,
+        description="GB that --prefix-cache may take; what was used longest ago goes first",
+    )
+
+    def require_folder_for_size(self) -> None:
+        """Raise UsageError for the size of a folder without the folder."""
+        if self.prefix_cache is None and self.prefix_cache_gb != PREFIX_CACHE_GB:
+            hint = "drop it, or name a folder"
+            raise UsageError("--prefix-cache-gb goes with --prefix-cache", hint)
+
+
+class GenerateConfig(SharedPromptConfig):
     """Text from a prompt; with --dataset a file of answers that sft learns from."""
 
     dataset: DataSpecs = Field(
@@ -91,6 +121,7 @@ class GenerateConfig(PromptConfig):
 
     def require_coherent(self) -> None:
         """Raise UsageError for options of another way of asking, and for answers all the same."""
+        self.require_folder_for_size()
         if not self.dataset:
             self._require_plain()
             super().require_coherent()
@@ -112,7 +143,7 @@ class GenerateConfig(PromptConfig):
         _ = self.part
 
     def _require_plain(self) -> None:
-        for name in GenerateConfig.model_fields.keys() - PromptConfig.model_fields.keys():
+        for name in GenerateConfig.model_fields.keys() - SharedPromptConfig.model_fields.keys():
             if getattr(self, name) != GenerateConfig.model_fields[name].default:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} goes with --dataset", f"drop {flag}, or name a data set")

@@ -53,6 +53,7 @@ FLAGS = {
     f"{EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
     "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --format "
+    "--prefix-cache --prefix-cache-gb "
     f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --draft --k "
     "--baseline --min-speedup --synthetic --acceptance --training --train-rest --compile --capture "

@@ -22,14 +22,15 @@ SPAN = WindowSettings(window=6, sinks=2)
 GREEDY = SamplingParams(max_new_tokens=14)
 
 
-def fused(target, draft=None, k=0) -> FusedEngine:
-    return FusedEngine(target, draft, k, ReferenceOps())
+def fused(target, draft=None, k=0, folder=None) -> FusedEngine:
+    return FusedEngine(target, draft, k, ReferenceOps(), folder=folder)
 
 
-def plain(target, draft=None, k=0) -> Engine:
+def plain(target, draft=None, k=0, folder=None) -> Engine:
     if draft == "ngram":
-        return Engine(target, NgramDrafter(), k)
-    return Engine(target, draft and ModelDrafter(draft, target.config.vocab_size), k)
+        return Engine(target, NgramDrafter(), k, folder=folder)
+    drafter = draft and ModelDrafter(draft, target.config.vocab_size)
+    return Engine(target, drafter, k, folder=folder)
 
 
 def noisy(model, noise: float):

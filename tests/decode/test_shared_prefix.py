@@ -1,33 +1,13 @@
 """Beginnings that prompts share are read once, and nothing of what is written changes."""
 
 import pytest
-import torch
-from decode.engines import NATIVE1, fused, plain
+from decode.beginnings import MODELS, SHARED, asked, tokens
+from decode.engines import fused, plain
 
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.shared_prefix import LEAST_SHARED, Prefixes, common
-from mambactl.models.key_ring import WindowSettings
 
-SPAN = WindowSettings(window=9, sinks=3)
-MODELS = {
-    "attention": {"mixers": ["attention", "mamba2"], "sliding_window": 40},
-    "recurrent": {"mixers": ["mamba1", "mamba2"]},
-    "native": {"mixers": ["mamba1"] * 2, "mamba1": NATIVE1, "has_mlp": False},
-    "windowed": {"mixers": ["mamba2_window", "attention"], "mamba2_window": SPAN},
-    "kept heads": {"mixers": ["mamba2_mixed"] * 2, "mamba2_window": SPAN},
-}
-SHARED = 80
 PARAMS = SamplingParams(max_new_tokens=6)
-
-
-def tokens(count: int, seed: int) -> list[int]:
-    return torch.randint(3, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def asked(ends: list[int], seed: int = 0) -> list[list[int]]:
-    """Prompts with one beginning of 80 tokens, which part in the next token."""
-    start = tokens(SHARED, seed)
-    return [[*start, 3 + n, *tokens(end, n)] for n, end in enumerate(ends)]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -68,6 +48,14 @@ def test_a_beginning_is_read_again_where_prompts_share_less_or_much_more(make_hy
     for seen in (95, 290):
         assert prefixes.of([[*start[:290], 5], [*start[:290], 6]]).seen == seen
     assert prefixes.of([start[:40], start[:30]]) is None
+
+
+def test_single_prompts_share_what_is_short_beside_them(make_hybrid) -> None:
+    engine = plain(make_hybrid(["mamba2"]))
+    shared = [engine.generate([prompt], PARAMS).stats.prompt_shared for prompt in asked([200] * 4)]
+    assert shared == [0, 0, SHARED, SHARED]
+    assert engine.prefixes.of([tokens(90, 5)]) is None
+    assert engine.prefixes.of([tokens(100, 6)]) is None
 
 
 def test_a_prompt_keeps_its_last_token(make_hybrid) -> None:

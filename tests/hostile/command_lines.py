@@ -80,6 +80,8 @@ WHOLE: dict[str, tuple[str, ...]] = {
 }
 # numbers of these are work to do, which is not too much for being much; `nproc` starts processes
 LONG = {"max_steps", "epochs", "iters", "warmup", "max_new_tokens", "nproc"}
+# a folder that is made wherever it is asked for
+ANYWHERE = {"prefix_cache"}
 PLACES = ("runs", "out", "metrics.png", "report.html", "model/results", "model/README.md",
           "kept/results", "kept/README.md")  # fmt: skip
 Line = tuple[tuple[str, ...], bytes]
@@ -147,7 +149,7 @@ def _option(draw: Random) -> Line:
     number = any(kind in str(fields[name].annotation) for kind in ("int", "float"))
     value = draw.choice(NUMBERS if number or draw.random() < 0.2 else WORDS)
     words = (command.name, *WHOLE[command.name], f"--{name.replace('_', '-')}={value}")
-    return (*words, *(["--dry-run"] if command.is_stage and name in LONG else [])), b""
+    return (*words, *(["--dry-run"] if command.is_stage and name in LONG | ANYWHERE else [])), b""
 
 
 def _setting(draw: Random) -> Line:

@@ -15,6 +15,7 @@ from mambactl.decode.engine import Generation, OnTokens, check_prompts
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
 from mambactl.decode.gpu.step import DEPTH, MOST_EOS
+from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.shared_prefix import Prefixes
 from mambactl.errors import UsageError
@@ -54,6 +55,7 @@ class FusedEngine:
         k: K,
         ops: DecodeOps,
         share: bool = True,
+        folder: PrefixFolder | None = None,
     ):
         if (draft is None) != (k == 0):
             raise ValueError("a draft needs k >= 1 or auto, and k >= 1 needs a draft")
@@ -62,13 +64,14 @@ class FusedEngine:
         self.packed: tuple[PackedModel, PackedModel | str | None] | None = None
         self.positions = 0
         self.sessions: dict[int, Session] = {}
-        self.prefixes: tuple[Prefixes, Prefixes | None] = Prefixes(target.model, share), None
+        prefixes = Prefixes(target.model, share, folder)
+        self.prefixes: tuple[Prefixes, Prefixes | None] = prefixes, None
         self.times: dict[int, StepTimes] = {}
         self.said = ""
         pack(target, 1)
         if isinstance(draft, HybridForCausalLM):
             pack(draft, 1)
-            self.prefixes = self.prefixes[0], Prefixes(draft.model, share)
+            self.prefixes = prefixes, Prefixes(draft.model, share, folder)
 
     @torch.no_grad()
     def generate(
@@ -103,10 +106,9 @@ class FusedEngine:
         session = self._session(len(prompts), longest)
         ks = [k for k in CHOICES if k <= self.most] if self.k == "auto" else [self.k]
         session.prepare(ks, sampled)
-        saved = self.prefixes[0].saved
-        with stats.timed("prefill", self.target.device):
+        with stats.timed("prefill", self.target.device), self.prefixes[0].counted(stats):
             event = session.start(prompts, keys or range(len(prompts)), params)
-        stats.at_once, stats.prompt_shared = len(prompts), self.prefixes[0].saved - saved
+        stats.at_once = len(prompts)
         with stats.timed("verify", self.target.device):
             choice = self._choice(session, ks, sampled)
             run = _Run(session, choice, sampled, params.max_new_tokens, output, on_tokens)
