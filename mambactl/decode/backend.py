@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 
 from mambactl import console
+from mambactl.decode.conversation import Conversation
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine, Generation, OnTokens
 from mambactl.decode.prefix_files import PrefixFolder
@@ -38,6 +39,9 @@ class AnyEngine(Protocol):
         keys: Sequence[int] | None = None,
     ) -> Generation:
         """Continue every prompt; see `decode.engine.Engine.generate`."""
+
+    def converse(self) -> Conversation:
+        """From now on read the prompts of one conversation, one by one, each from the last on."""
 
 
 def why_not(device: torch.device) -> str | None:

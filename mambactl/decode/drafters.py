@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambactl.decode.accept import Proposal, Verdict
+from mambactl.decode.conversation import Conversation
 from mambactl.decode.prefill import pad, prefill
 from mambactl.decode.sampler import Sampler, Stream, draw
 from mambactl.models.cache import HybridCache
@@ -34,6 +35,9 @@ class Drafter(Protocol):
     def keep(self, rows: Tensor) -> None:
         """Drop every row but `rows` [R], in that order."""
 
+    def converse(self) -> None:
+        """From now on batches are the prompts of one conversation, one by one."""
+
 
 class ModelDrafter:
     """Drafts with a second model and its own cache, rolled back like the target's.
@@ -47,6 +51,11 @@ class ModelDrafter:
         self.model = model
         self.own_size = model.config.vocab_size
         self.vocab_size = vocab_size or self.own_size
+        self.conversation: Conversation | None = None
+
+    def converse(self) -> None:
+        """Read every prompt from the one before on."""
+        self.conversation = Conversation(self.model.model)
 
     def start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> None:
         """Read all but the last token of each prompt."""
@@ -109,7 +118,8 @@ class ModelDrafter:
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> HybridCache:
         known = [[min(token, self.own_size - 1) for token in prompt] for prompt in prompts]
-        return prefill(self.model, known, recording=True)[0]
+        prefix = None if self.conversation is None else self.conversation.of(known)
+        return prefill(self.model, known, recording=True, prefix=prefix)[0]
 
 
 class NgramDrafter:
@@ -123,6 +133,9 @@ class NgramDrafter:
 
     def __init__(self, longest: int = 3):
         self.longest = longest
+
+    def converse(self) -> None:
+        """Nothing: a text is indexed faster than it is compared."""
 
     def start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> None:
         """Index every prompt."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mambactl.decode.accept import Proposal, Verdict, accept_greedy, accept_sampled
+from mambactl.decode.conversation import Conversation
 from mambactl.decode.drafters import Drafter
 from mambactl.decode.prefill import prefill
 from mambactl.decode.prefix_files import PrefixFolder
@@ -120,7 +121,15 @@ class Engine:
         while batch.rows:
             self._step(batch, output, on_tokens)
         stats.tokens = sum(map(len, output.tokens))
+        self.prefixes.ended(prompts, output.tokens, batch.cache)
         return output
+
+    def converse(self) -> Conversation:
+        """From now on read the prompts of one conversation, one by one, each from the last on."""
+        self.prefixes = conversation = Conversation(self.target.model)
+        if self.drafter is not None:
+            self.drafter.converse()
+        return conversation
 
     def _start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> _Batch:
         """Read the prompts and choose the first token of each, which is pending then."""

@@ -24,6 +24,9 @@ class Prefixes:
     unless `share`.
     """
 
+    # whether it is asked about prompts that a captured graph reads whole faster than two passes
+    before_graphs = False
+
     def __init__(self, model: HybridModel, share: bool = True, folder: PrefixFolder | None = None):
         self.model, self.share = model, share
         self.files = None if folder is None else PrefixFiles(folder, model)
@@ -97,6 +100,11 @@ class Prefixes:
     def _branch(self, start: Sequence[int]) -> int:
         """With how many of its tokens another kept beginning begins."""
         return max((common([start, ids]) for ids in self.files.recent()), default=0)
+
+    def ended(
+        self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], cache: HybridCache
+    ) -> None:
+        """Told what was written behind prompts, with the cache that read it: of no use here."""
 
 
 def common(rows: Sequence[Sequence[int]]) -> int:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from mambactl import console
+from mambactl.decode.conversation import Conversation
 from mambactl.decode.draft_count import CHOICES, Choice, ExpectedTimes, LearnedChoice, StepTimes
 from mambactl.decode.engine import Generation, OnTokens, check_prompts
 from mambactl.decode.gpu.session import Session
@@ -85,6 +86,21 @@ class FusedEngine:
         device = self.target.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return self._generate(prompts, params, on_tokens, keys)
+
+    def converse(self) -> Conversation:
+        """From now on read the prompts of one conversation, one by one, each from the last on.
+
+        What was read while an answer was written stays in the session: the next prompt reads the
+        answer again, in one pass.
+        """
+        drafter = None
+        if isinstance(self.draft, HybridForCausalLM):
+            drafter = Conversation(self.draft.model)
+        conversation = Conversation(self.target.model)
+        self.prefixes = conversation, drafter
+        # they hold what prefixes there were
+        self.sessions.clear()
+        return conversation
 
     def _generate(
         self,

@@ -61,7 +61,8 @@ class Reader:
         """
         rows = [*prompts, *[[]] * (self.batch - len(prompts))]
         length = None
-        if self.device.type == "cuda":
+        before = self.prefixes is not None and self.prefixes.before_graphs
+        if self.device.type == "cuda" and not before:
             length = graph_length(max(map(len, rows)), self.batch, self.state.capacity)
         if length is None:
             # a graph is faster than two passes
