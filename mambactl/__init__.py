@@ -50,20 +50,26 @@ if TYPE_CHECKING:
     from mambactl.api.showing import write_report as write_report
     from mambactl.api.text import Completion as Completion
     from mambactl.api.text import Model as Model
+    from mambactl.api.text import chat as chat
     from mambactl.api.text import generate as generate
     from mambactl.api.text import load as load
     from mambactl.api.text import stream as stream
     from mambactl.console import set_verbosity as set_verbosity
     from mambactl.decode.sampler import SamplingParams as SamplingParams
+    from mambactl.generation.dialogue import Answer as Answer
+    from mambactl.generation.dialogue import Chat as Chat
     from mambactl.stage_result import StageResult as StageResult
 
 # the module of every public name, imported when the name is first asked for
 _HOMES = {
+    "Answer": "generation.dialogue",
+    "Chat": "generation.dialogue",
     "Completion": "api.text",
     "Model": "api.text",
     "SamplingParams": "decode.sampler",
     "StageResult": "stage_result",
     "bench": "api.measuring",
+    "chat": "api.text",
     "convert": "api.making",
     "distill": "api.making",
     "doctor": "api.showing",

@@ -34,6 +34,8 @@ _verbosity = {"level": 0}
 _activities: list[Callable[[], str]] = []
 _heard = {"at": time.monotonic()}
 _bars = {"open": 0}
+# what guarded_stdout keeps of the real one, for commands that write text piece by piece
+_stdout: dict[str, int | None] = {"text": None}
 
 
 # control characters but tab and line feed, those that turn the direction of text, separators that
@@ -223,6 +225,17 @@ def doing(what: str | Callable[[], str]) -> Iterator[None]:
         _activities.remove(activity)
 
 
+@contextmanager
+def attended() -> Iterator[None]:
+    """Say nothing of long work meanwhile: a person types, or sees it go on."""
+    _bars["open"] += 1
+    try:
+        yield
+    finally:
+        _bars["open"] -= 1
+        _heard["at"] = time.monotonic()
+
+
 def activity() -> str:
     """The innermost piece of work that is going on."""
     return next((each() for each in reversed(_activities[:])), "")
@@ -287,27 +300,32 @@ def progress(label: str, total: float) -> Iterator[Task]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}", markup=False),
     )
-    with Progress(*columns, console=stderr(), transient=True) as bar:
-        _bars["open"] += 1
-        try:
-            yield _BarTask(bar, label, total)
-        finally:
-            _bars["open"] -= 1
-            _heard["at"] = time.monotonic()
+    with Progress(*columns, console=stderr(), transient=True) as bar, attended():
+        yield _BarTask(bar, label, total)
 
 
 @contextmanager
-def guarded_stdout() -> Iterator[None]:
-    """Point descriptor 1 at stderr, so that no library (Python or C) can write to the pipe."""
+def guarded_stdout(texts: bool = False) -> Iterator[None]:
+    """Point descriptor 1 at stderr, so that no library (Python or C) can write to the pipe.
+
+    With `texts` the command inside may write text there piece by piece: `text_descriptor`.
+    """
     sys.stdout.flush()
-    saved = os.dup(1)
+    saved, before = os.dup(1), _stdout["text"]
     os.dup2(2, 1)
+    _stdout["text"] = saved if texts else None
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        _stdout["text"] = before
         os.dup2(saved, 1)
         os.close(saved)
+
+
+def text_descriptor() -> int | None:
+    """Where a command may write its text as it comes; None where all of it is a result."""
+    return _stdout["text"]
 
 
 def write_out(text: str, descriptor: int = 1) -> None:
@@ -315,9 +333,15 @@ def write_out(text: str, descriptor: int = 1) -> None:
 
     A terminal sees escapes as text, whatever a model or a file said; a file gets them as they are.
     """
+    write_piece(text.rstrip("\n") + "\n", descriptor)
+
+
+def write_piece(text: str, descriptor: int = 1) -> None:
+    """Write text to stdout as `write_out` does, without an end of the line."""
     if os.isatty(descriptor):
         text = printable(text)
-    data = (text.rstrip("\n") + "\n").encode()
+    data = text.encode()
+    _heard["at"] = time.monotonic()
     sys.stdout.flush()
     try:
         while data:

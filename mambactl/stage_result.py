@@ -23,7 +23,8 @@ class StageResult:
 
     `path` is the checkpoint for the next stage (None where there is none), `metrics` is JSON-able,
     `text` replaces the path on stdout for commands that print text, `kept` is the file that holds
-    the measurement, if one was written. `blocks` are texts and tables in place of `text`.
+    the measurement, if one was written. `blocks` are texts and tables in place of `text`. What is
+    `written` is on stdout already, piece by piece.
     """
 
     path: str | None
@@ -31,3 +32,4 @@ class StageResult:
     text: str | None = None
     kept: Path | None = None
     blocks: tuple[str | Table, ...] = ()
+    written: bool = False

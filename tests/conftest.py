@@ -23,6 +23,7 @@ pytest_plugins = (
     "fixtures.packed_rows",
     "fixtures.students",
     "fixtures.subjects",
+    "fixtures.terminal",
 )
 
 TEXT = (

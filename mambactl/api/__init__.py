@@ -11,6 +11,7 @@ FUNCTIONS = {
     "spec-decode": "spec_decode",
     "bench": "bench",
     "generate": "generate",
+    "chat": "chat",
     "export": "export_model",
     "push": "push",
     "inspect": "inspect",
@@ -22,6 +23,8 @@ FUNCTIONS = {
 }
 # what has no command of its own
 OTHERS = (
+    "Answer",
+    "Chat",
     "Completion",
     "Model",
     "SamplingParams",

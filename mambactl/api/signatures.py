@@ -12,7 +12,17 @@ from functools import reduce, wraps
 from inspect import Parameter, Signature, getdoc, signature
 from operator import or_
 from types import UnionType
-from typing import Annotated, Any, Generic, ParamSpec, Protocol, TypeVar, Union, overload
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Generic,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    Union,
+    overload,
+)
 from typing import get_args as arguments
 from typing import get_origin as origin
 
@@ -20,6 +30,9 @@ from mambactl.api.calls import Spec
 from mambactl.commands import configure
 from mambactl.options import CommandConfig, StageConfig
 from mambactl.stage_result import StageResult
+
+if TYPE_CHECKING:
+    from mambactl.generation.dialogue import Chat
 
 Options = ParamSpec("Options")
 Config = TypeVar("Config", bound=CommandConfig)
@@ -70,6 +83,13 @@ class Meter(Protocol[Options]):
         """Run the command."""
 
 
+class Opening(Protocol[Options]):
+    """A function that opens a conversation with a model."""
+
+    def __call__(self, model: Spec, *args: Options.args, **options: Options.kwargs) -> "Chat":
+        """Load the model."""
+
+
 class Showing(Protocol[Options]):
     """A function that shows what its options name."""
 
@@ -107,19 +127,24 @@ class _WithOptions(Generic[Options, Config]):
     def __call__(self, function: Callable[[Config, Spec], StageResult]) -> Meter[Options]: ...
 
     @overload
+    def __call__(self, function: Callable[[Config, Spec], "Chat"]) -> Opening[Options]: ...
+
+    @overload
     def __call__(self, function: Callable[[Config], StageResult]) -> Showing[Options]: ...
 
-    def __call__(self, function: Callable[..., StageResult]) -> Callable[..., StageResult]:
+    def __call__(self, function: Callable[..., object]) -> Callable[..., object]:
         own = list(signature(function).parameters.values())[1:]
         names = {parameter.name for parameter in own}
 
         @wraps(function)
-        def call(*args: object, **given: object) -> StageResult:
+        def call(*args: object, **given: object) -> object:
             shared = {name: given.pop(name) for name in names & given.keys()}
             return function(keywords(self.command, given), *args, **shared)
 
         options = _parameters(self.options)
-        call.__signature__ = Signature([*own, *options], return_annotation=StageResult)
+        call.__signature__ = Signature(
+            [*own, *options], return_annotation=signature(function).return_annotation
+        )
         call.__doc__ = f"{getdoc(function)}\n\n{_described(self.options, options)}\n"
         return call
 

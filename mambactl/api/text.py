@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from mambactl.api.calls import Spec, spec_of
+from mambactl.api.signatures import with_options
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.commands import configure
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K
@@ -18,9 +19,10 @@ from mambactl.decode.stats import DecodeStats
 from mambactl.errors import UsageError
 from mambactl.generation import decoding
 from mambactl.generation.detokenizer import Detokenizer
+from mambactl.generation.dialogue import Chat
 from mambactl.generation.on_demand import on_demand
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import PREFIX_CACHE_GB
+from mambactl.options import PREFIX_CACHE_GB, ChatConfig
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
@@ -205,6 +207,29 @@ def stream(
         "prefix_cache_gb": prefix_cache_gb,
     }  # fmt: skip
     return _pieces(*_prepared(model, [prompt], params, draft, options))
+
+
+@with_options("chat", ChatConfig)
+def chat(config: ChatConfig, model: Spec) -> Chat:
+    """Open a conversation, in which a message is read behind the state that the others left.
+
+    `say` sends a message and returns the answer, whose text is that of `generate` for the same
+    messages; `messages`, `system`, `reset` and `describe` are what their names say. `close` it, or
+    leave a `with` block, to end the process that renders the chat template.
+
+    Raises UsageError for messages that the chat template refuses, ModelError for a model that
+    cannot be used or a draft of another vocabulary.
+
+    >>> with mambactl.chat("student.st", device="cpu", max_new_tokens=4) as chat:
+    ...     first = chat.say("the old house")
+    ...     second = chat.say("the red door")
+    >>> [message["role"] for message in chat.messages]
+    ['user', 'assistant', 'user', 'assistant']
+    >>> second.stats.prompt_shared >= first.stats.prompt_tokens
+    True
+    """
+    config.require_coherent()
+    return Chat.open(config, spec_of(model))
 
 
 def _prepared(

@@ -12,7 +12,7 @@ import typer
 
 from mambactl import console
 from mambactl.cli import recipe
-from mambactl.cli.parameters import Shared, parameters_of, with_parameters
+from mambactl.cli.parameters import Shared, parameters_of, typed_name, with_parameters
 from mambactl.commands import COMMANDS, Command, configure
 from mambactl.errors import UsageError
 from mambactl.heartbeat import heartbeat
@@ -121,6 +121,7 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
         raise UsageError("--resume and --force exclude each other", "give one of them")
     others = take_others(command, given)
     model = take_model(command, given)
+    take_argument(command, given)
     flags = {key: value for key, value in given.items() if value not in (None, [])}
     if flags.get("prompt") == "-":
         if model == "-":
@@ -208,7 +209,7 @@ def _call(
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with console.guarded_stdout(), heartbeat(command.name):
+    with console.guarded_stdout(texts=not shared.json), heartbeat(command.name):
         announce()
         with console.doing(LOADING):
             module = import_module(command.module)
@@ -248,6 +249,8 @@ def _say(command: Command, shared: Shared, result: StageResult) -> None:
 
 def _write(command: Command, as_json: bool, result: StageResult) -> None:
     text = "\n".join(map(console.drawn, result.blocks)) if result.blocks else result.text
+    if result.written:
+        return
     if not as_json:
         console.write_out(result.path if text is None else text)
     elif command.json == "metrics":
@@ -302,6 +305,16 @@ def take_model(command: Command, given: dict[str, Any]) -> str | None:
     if console.stdin_is_pipe():
         return "-"
     raise UsageError(f"no {option.name}", option.usage)
+
+
+def take_argument(command: Command, given: dict[str, Any]) -> None:
+    """Put what was typed behind MODEL into `given`, under the name of the option that it is."""
+    name, typed = command.argument, given.pop(typed_name(command), None)
+    if name is None or typed is None:
+        return
+    if given[name] is not None:
+        raise UsageError(f"{name.upper()} and --{name} are the same thing", "give one of them")
+    given[name] = typed
 
 
 def take_others(command: Command, given: dict[str, Any]) -> list[str]:

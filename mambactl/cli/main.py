@@ -96,6 +96,11 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
         # a command line that Typer could not parse
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "mambactl"
+        if (typed := getattr(error, "option_name", None)) and context is not None:
+            from mambactl.cli.spellings import meant
+
+            if known := meant(typed, context.command.params):
+                return ExitCode.USAGE, f"{command} has no {typed}", f"did you mean {known}?"
         return ExitCode.USAGE, error.format_message(), f"{command} --help"
     said = f"{type(error).__name__}: {error}"
     if wrong := next(outside(), None):

@@ -87,7 +87,8 @@ def parameters_of(command: Command) -> Parameters:
     if not command.is_stage:
         common = {} if command.json == "none" else {"json": (Json, False)}
         return {**_model(command), **_plain(command.options), **common}
-    return {**_model(command), **_layered(command.options), **_output(command), **COMMON}
+    own = {**_model(command), **_argument(command), **_layered(command.options)}
+    return {**own, **_output(command), **COMMON}
 
 
 def with_parameters(function: Callable[..., None], parameters: Parameters) -> None:
@@ -120,6 +121,19 @@ def _model(command: Command) -> Parameters:
         "model": (Annotated[str | None, one], None),
         other.name: (Annotated[str | None, option], None),
     }
+
+
+def _argument(command: Command) -> Parameters:
+    if command.argument is None:
+        return {}
+    name = command.argument
+    typed = typer.Argument(help=f"another way to give --{name}", metavar=f"[{name.upper()}]")
+    return {typed_name(command): (Annotated[str | None, typed], None)}
+
+
+def typed_name(command: Command) -> str:
+    """The parameter for what is typed behind MODEL without a flag."""
+    return f"typed_{command.argument}"
 
 
 def _output(command: Command) -> Parameters:

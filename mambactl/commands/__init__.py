@@ -32,7 +32,8 @@ class Command:
     commands take, `data` for a folder of another kind, `rows` for a file of rows; `writes_with` is
     the option without which nothing is written. `resumable` commands continue with `--resume` what
     a signal stopped. `json` is what `--json` prints: the result with its checkpoint, or the
-    metrics alone. `needs_torch` is for commands that are no stages, which all do.
+    metrics alone. `argument` is an option that may also be typed behind MODEL, without its flag.
+    `needs_torch` is for commands that are no stages, which all do.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Command:
     writes_with: str | None = None
     resumable: bool = False
     json: Literal["result", "metrics", "none"] = "result"
+    argument: str | None = None
     needs_torch: bool = False
 
     @cached_property
@@ -173,7 +175,7 @@ _ROWS = (
         "generate",
         "mambactl.options.generation:GenerateConfig",
         (
-            'mambactl generate t.st -p "Why is the sky blue?"',
+            'mambactl generate t.st "Why is the sky blue?"',
             "mambactl generate t.st --prompts questions.txt --draft ngram",
             'mambactl generate t.st -p "$INSTRUCTIONS Why?" --prefix-cache ~/.cache/prefixes',
             "mambactl generate llama3-8b --dataset prompts.jsonl -o labels.jsonl",
@@ -181,6 +183,16 @@ _ROWS = (
         writes="rows",
         writes_with="dataset",
         resumable=True,
+        argument="prompt",
+    ),
+    Command(
+        "chat",
+        "mambactl.options.generation:ChatConfig",
+        (
+            "mambactl chat t.st",
+            'mambactl chat t.st --draft d.st --system "Answer in one sentence."',
+            "printf 'hi\\nwhy?\\n' | mambactl chat t.st",
+        ),
     ),
     Command(
         "export",

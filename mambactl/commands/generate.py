@@ -1,12 +1,15 @@
 """`generate`: continue prompts, plainly or with a draft, and print the text, or write answers."""
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mambactl import console
-from mambactl.decode.stats import DecodeStats
+from mambactl.decode.engine import Generation, OnTokens
 from mambactl.generation import dataset, decoding
+from mambactl.generation.detokenizer import Detokenizer
 from mambactl.generation.question_set import QuestionSet
 from mambactl.options import GenerateConfig
 from mambactl.stage_result import StageResult
@@ -31,14 +34,20 @@ def run(
     folder = decoding.prefix_folder(config)
     setup = replace(decoding.prepare(config, source, prompts), folder=folder)
     engine = setup.engine()
-    with console.progress("generate", len(prompts) * config.max_new_tokens) as task:
-        result = decoding.decode(
-            engine, setup.prompts, setup.params, config.batch_size, task.advance
-        )
-    console.log(_summary(result.stats, config.prefix_cache))
+    terminal = _terminal(config)
+
+    def decode(on_tokens: OnTokens) -> Generation:
+        return decoding.decode(engine, setup.prompts, setup.params, config.batch_size, on_tokens)
+
+    if terminal is not None:
+        result = _streamed(decode, setup, terminal)
+    else:
+        with console.progress("generate", len(prompts) * config.max_new_tokens) as task:
+            result = decode(lambda _, new: task.advance(len(new)))
+    console.log(decoding.summary(result.stats, config.prefix_cache))
     texts = [setup.text(tokens) for tokens in result.tokens]
     metrics = result.stats.as_dict() | {"finish": result.finish, "texts": texts}
-    return StageResult(source, metrics, "\n".join(texts))
+    return StageResult(source, metrics, "\n".join(texts), written=terminal is not None)
 
 
 def plan(config: GenerateConfig, source: str) -> dict[str, Any]:
@@ -49,14 +58,27 @@ def plan(config: GenerateConfig, source: str) -> dict[str, Any]:
     return decoding.plan(config, source, decoding.read(config))
 
 
-def _summary(stats: DecodeStats, prefix_cache: str | None) -> str:
-    parts = [
-        f"{stats.prompt_tokens} prompt tokens in {stats.seconds['prefill']:.2f} s",
-        f"{stats.tokens} tokens at {stats.tokens_per_second:.1f} tokens/s",
-    ]
-    if prefix_cache is not None:
-        parts[1:1] = [decoding.from_files(stats.as_dict(), prefix_cache)]
-    if stats.drafted:
-        parts.append(f"{stats.tokens_per_step:.2f} tokens per step")
-        parts.append(f"{stats.acceptance:.0%} of {stats.drafted} drafted tokens accepted")
-    return ", ".join(parts)
+def _terminal(config: GenerateConfig) -> int | None:
+    """The terminal that sees every token as it comes; None for pipes, and where rows alternate."""
+    descriptor = console.text_descriptor()
+    seen = descriptor is not None and config.batch_size == 1 and os.isatty(descriptor)
+    return descriptor if seen else None
+
+
+def _streamed(
+    decode: Callable[[OnTokens], Generation], setup: decoding.Setup, terminal: int
+) -> Generation:
+    """What `decode` gives, which is on the terminal before it is complete, a line for each text."""
+    texts = [Detokenizer(setup.tokenizer) for _ in setup.prompts]
+    written = 0
+
+    def show(number: int, new: list[int]) -> None:
+        nonlocal written
+        for done in texts[written:number]:
+            console.write_piece(done.finish() + "\n", terminal)
+        written = number
+        console.write_piece(texts[number].add(new), terminal)
+
+    result = decode(show)
+    console.write_piece(texts[-1].finish() + "\n", terminal)
+    return result

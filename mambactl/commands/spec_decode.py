@@ -27,8 +27,12 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
     _warm_up(setup, plain_engine, engine)
     total = 2 * len(prompts) * config.max_new_tokens
     with console.progress(STAGE, total) as task:
+
+        def advance(number: int, new: list[int]) -> None:
+            task.advance(len(new))
+
         plain, result = (
-            decoding.decode(each, setup.prompts, setup.params, config.batch_size, task.advance)
+            decoding.decode(each, setup.prompts, setup.params, config.batch_size, advance)
             for each in (plain_engine, engine)
         )
     metrics = _metrics(config, plain, result)

@@ -1,6 +1,6 @@
 """What `generate` and `spec-decode` share: prompts, target, draft, and runs over many prompts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,15 @@ from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.row_files import prompt_file, read_rows
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
-from mambactl.decode.engine import Generation
+from mambactl.decode.engine import Generation, OnTokens
 from mambactl.decode.prefix_files import GB, PrefixFolder
 from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
+from mambactl.decode.stats import DecodeStats
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import BenchConfig, PromptConfig, SharedPromptConfig
+from mambactl.options import BenchConfig, PromptConfig, SharedPromptConfig, TokenConfig
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
@@ -93,16 +94,23 @@ def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Set
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     require_draft(config, source)
     encoded = encode_all(prompts, tokenizer, config.chat)
+    return assemble(config, *load_both(config, source, tokenizer), encoded)
+
+
+def load_both(
+    config: TokenConfig, source: str, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[HybridForCausalLM, "PreTrainedTokenizerBase", Draft]:
+    """Target, its tokenizer and draft, on the device and in the type that are asked for."""
     device, dtype = placement(config)
     target = load_model(source, device=device, dtype=dtype)
     draft = config.draft
     if draft not in (None, NGRAM):
         draft = load_model(draft, device=device, dtype=dtype)
-    return assemble(config, target, tokenizer, draft, encoded)
+    return target, tokenizer, draft
 
 
 def assemble(
-    config: PromptConfig,
+    config: TokenConfig,
     target: HybridForCausalLM,
     tokenizer: "PreTrainedTokenizerBase",
     draft: Draft,
@@ -132,7 +140,7 @@ def assemble(
     return Setup(target, tokenizer, draft, config.k, prompts, params, rounded)
 
 
-def require_draft(config: PromptConfig | BenchConfig, source: str) -> None:
+def require_draft(config: TokenConfig | BenchConfig, source: str) -> None:
     """Raise ModelError when the draft means other tokens than the target."""
     if config.draft not in (None, NGRAM):
         require_draft_tokens(source, config.draft, config.trust_remote_code)
@@ -158,17 +166,17 @@ def decode(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     batch_size: int,
-    on_tokens: Callable[[int], None] = lambda count: None,
+    on_tokens: OnTokens = lambda number, new: None,
 ) -> Generation:
     """Continue every prompt, `batch_size` at a time; randomness follows a prompt's own number.
 
-    `on_tokens` hears how many tokens each step added.
+    `on_tokens` hears the number of a prompt and the tokens that a step added to it.
     """
     whole = Generation([], [])
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         keys = range(start, start + len(batch))
-        part = engine.generate(batch, params, lambda _, new: on_tokens(len(new)), keys)
+        part = engine.generate(batch, params, _from(start, on_tokens), keys)
         whole.tokens.extend(part.tokens)
         whole.finish.extend(part.finish)
         whole.stats.add(part.stats)
@@ -181,14 +189,28 @@ def from_files(counts: Mapping[str, float], prefix_cache: str) -> str:
     return f"{given:,} of {tokens:,} prompt tokens from {prefix_cache}"
 
 
+def _from(start: int, on_tokens: OnTokens) -> OnTokens:
+    return lambda row, new: on_tokens(start + row, new)
+
+
 def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What would be decoded; reads headers and tokenizers only."""
-    device, dtype = placement(config)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    models = plan_models(config, source)
+    tokens = [len(ids) for ids in encode_all(prompts, tokenizer, config.chat)]
+    return models | {
+        "prompts": len(prompts),
+        "prompt_tokens": sum(tokens),
+        "new_tokens_at_most": len(prompts) * config.max_new_tokens,
+    }
+
+
+def plan_models(config: TokenConfig, source: str) -> dict[str, Any]:
+    """Which models would decode, and where; reads headers only."""
+    device, dtype = placement(config)
     require_draft(config, source)
     target = describe(source)
     draft = describe(config.draft) if config.draft not in (None, NGRAM) else None
-    tokens = [len(ids) for ids in encode_all(prompts, tokenizer, config.chat)]
     return {
         "source": target["checkpoint"],
         "parameters": target["parameters"],
@@ -196,12 +218,21 @@ def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[s
         "draft": draft["checkpoint"] if draft else config.draft,
         "draft_parameters": draft and draft["parameters"],
         "k": config.k if config.draft else 0,
-        "prompts": len(prompts),
-        "prompt_tokens": sum(tokens),
-        "new_tokens_at_most": len(prompts) * config.max_new_tokens,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def summary(stats: DecodeStats, prefix_cache: str | None = None) -> str:
+    """Tokens read and written, and how fast, in one line; with what files of a folder gave."""
+    parts = [f"{stats.prompt_tokens} prompt tokens in {stats.seconds['prefill']:.2f} s"]
+    if prefix_cache is not None:
+        parts.append(from_files(stats.as_dict(), prefix_cache))
+    parts.append(f"{stats.tokens} tokens at {stats.tokens_per_second:.1f} tokens/s")
+    if stats.drafted:
+        parts.append(f"{stats.tokens_per_step:.2f} tokens per step")
+        parts.append(f"{stats.acceptance:.0%} of {stats.drafted} drafted tokens accepted")
+    return ", ".join(parts)
 
 
 def warn_beyond_positions(config: HybridConfig, longest: int, name: str = "this model") -> None:

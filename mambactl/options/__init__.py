@@ -10,11 +10,13 @@ from mambactl.options.fields import CommandConfig, StageConfig, split_weight
 from mambactl.options.generation import (
     PREFIX_CACHE_GB,
     ROW_SUFFIXES,
+    ChatConfig,
     GenerateConfig,
     PromptConfig,
     SamplingConfig,
     SharedPromptConfig,
     SpecDecodeConfig,
+    TokenConfig,
 )
 from mambactl.options.measurement import BenchConfig
 from mambactl.options.training import (
@@ -37,6 +39,7 @@ __all__ = [
     "ROW_SUFFIXES",
     "AdaptedConfig",
     "BenchConfig",
+    "ChatConfig",
     "CommandConfig",
     "ConvertConfig",
     "DistillConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "SpreadConfig",
     "StageConfig",
     "TeacherCacheConfig",
+    "TokenConfig",
     "TrackedConfig",
     "TrainConfig",
     "split_weight",

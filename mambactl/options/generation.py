@@ -13,7 +13,7 @@ ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 PREFIX_CACHE_GB = 10.0
 
 
-class SamplingConfig(StageConfig):
+class TokenConfig(StageConfig):
     """How tokens are chosen."""
 
     max_new_tokens: Tokens = Field(default=128, description="tokens after the prompt")
@@ -23,6 +23,11 @@ class SamplingConfig(StageConfig):
     top_p: float = Field(default=1.0, gt=0, le=1, description="1 is off")
     draft: str | None = Field(default=None, description="checkpoint, or ngram")
     k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
+
+
+class SamplingConfig(TokenConfig):
+    """How prompts are decoded."""
+
     batch_size: Rows = Field(default=1, description="prompts decoded together")
     chat: bool = Field(
         default=True, description="wrap prompts in the chat template if there is one"
@@ -43,6 +48,18 @@ class PromptConfig(SamplingConfig):
             )
         if self.prompt is not None and not self.prompt.strip():
             raise UsageError("the prompt is empty", "give some text with -p")
+
+
+class ChatConfig(TokenConfig):
+    """Talk to a model; every message is read behind what was read before, not with it."""
+
+    max_new_tokens: Tokens = Field(default=1024, description="tokens of an answer")
+    system: str | None = Field(default=None, description="text of the system message")
+
+    def require_coherent(self) -> None:
+        """Raise UsageError for a system message without text."""
+        if self.system is not None and not self.system.strip():
+            raise UsageError("the system message is empty", "give some text with --system")
 
 
 class SharedPromptConfig(PromptConfig):

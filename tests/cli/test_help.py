@@ -27,6 +27,7 @@ SAMPLING = (
     "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --batch-size --chat "
     "--prompt --prompts"
 )
+TOKENS = "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k"
 FLAGS = {
     "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data "
     "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "
@@ -55,6 +56,7 @@ FLAGS = {
     "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --format "
     "--prefix-cache --prefix-cache-gb "
     f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
+    "chat": f"{TOKENS} --system {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --draft --k "
     "--baseline --min-speedup --synthetic --acceptance --training --train-rest --compile --capture "
     f"--report {EVERY_STAGE}",

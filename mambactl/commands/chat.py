@@ -1,0 +1,106 @@
+"""`chat`: a conversation in a terminal, or an answer for every line of stdin."""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from mambactl import console
+from mambactl.errors import MambactlError, UsageError
+from mambactl.generation import decoding
+from mambactl.generation.chat_terminal import attended, stoppable, typed_lines
+from mambactl.generation.dialogue import Answer, Chat
+from mambactl.generation.slash_commands import SLASH_COMMANDS, obeyed
+from mambactl.options import ChatConfig
+from mambactl.stage_result import StageResult
+
+GREETING = "Ctrl-C stops an answer, Ctrl-D ends, /help says more"
+STDERR = 2
+
+
+def run(config: ChatConfig, source: str) -> StageResult:
+    """Answer what is typed, or every line of stdin, until it ends.
+
+    Without a terminal a line that cannot be answered ends it: UsageError.
+    """
+    descriptor = console.text_descriptor()
+    with Chat.open(config, source) as chat:
+        if attended():
+            _talk(chat, descriptor)
+        else:
+            _answer_lines(chat, descriptor)
+        said = chat.total()
+        metrics = said.as_dict() | {
+            "answers": [answer.text for answer in chat.answers],
+            "finish": [answer.finish for answer in chat.answers],
+            "messages": chat.messages,
+            "cache_bytes": chat.cache_bytes(),
+        }
+    if said.tokens:
+        console.log(decoding.summary(said))
+    lines = [one_line(answer.text) for answer in chat.answers]
+    # one object holds the answers already
+    text = None if descriptor is None else "\n".join(lines)
+    return StageResult(source, metrics, text, written=descriptor is not None)
+
+
+def plan(config: ChatConfig, source: str) -> dict[str, Any]:
+    """Which models would answer."""
+    return decoding.plan_models(config, source) | {"new_tokens_at_most": config.max_new_tokens}
+
+
+def one_line(text: str) -> str:
+    r"""Text of several lines as one, with \\ for a backslash and \n for the end of a line.
+
+    `printf %b` undoes it.
+    """
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _answer_lines(chat: Chat, descriptor: int | None) -> None:
+    for line in _stdin_lines():
+        if not line.strip():
+            continue
+        said = obeyed(chat, line)
+        if said is not None:
+            console.log(said)
+            continue
+        answer = chat.say(line)
+        if descriptor is not None:
+            console.write_out(one_line(answer.text), descriptor)
+    if not chat.answers:
+        raise UsageError("no message arrived on stdin", "printf 'hi\\n' | mambactl chat MODEL")
+
+
+def _stdin_lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin or ():
+            yield line.rstrip("\r\n")
+    except UnicodeError:
+        raise UsageError("a message on stdin is not UTF-8 text", "convert it first") from None
+
+
+def _talk(chat: Chat, descriptor: int | None) -> None:
+    """Show answers in the terminal as they come, and write them to stdout if that is a file."""
+    console.log(GREETING)
+    for line in typed_lines(SLASH_COMMANDS):
+        if not line.strip():
+            continue
+        try:
+            said = obeyed(chat, line)
+            if said is not None:
+                console.log(said, level=0)
+                continue
+            answer = _shown(chat, line)
+        except MambactlError as error:
+            console.log(f"error: {error}" + (f" ({error.hint})" if error.hint else ""), level=0)
+            continue
+        if descriptor is not None and not os.isatty(descriptor):
+            console.write_out(one_line(answer.text), descriptor)
+
+
+def _shown(chat: Chat, line: str) -> Answer:
+    with stoppable() as stopped, console.attended():
+        answer = chat.say(line, lambda piece: console.write_piece(piece, STDERR), stopped)
+    console.write_piece(" [stopped]\n" if answer.finish == "stop" else "\n", STDERR)
+    return answer

@@ -1,0 +1,67 @@
+"""Messages typed in a terminal, and answers that a key stops."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from mambactl import console
+
+PROMPT = "> "
+
+
+def attended() -> bool:
+    """Whether somebody types and sees what is written."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
+def typed_lines(commands: Iterable[str]) -> Iterator[str]:
+    """Every line that is typed, until Ctrl-D; Ctrl-C begins it anew, Alt-Enter adds a line to it.
+
+    `commands` are completed at the beginning of a line.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import create_output
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def add_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    # what libraries write is escaped; what this one draws must not be
+    terminal = getattr(sys.stderr, "terminal", sys.stderr)
+    session: PromptSession[str] = PromptSession(
+        key_bindings=keys,
+        completer=WordCompleter([f"/{name}" for name in commands], sentence=True),
+        output=create_output(stdout=terminal),
+    )
+    while True:
+        try:
+            with console.attended():
+                line = session.prompt(PROMPT)
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        yield line
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed in the block; a second one does what it does elsewhere."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if asked and callable(before):
+            before(number, frame)
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)

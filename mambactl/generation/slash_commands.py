@@ -1,0 +1,71 @@
+"""What a line that begins with a slash does to a conversation."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mambactl.errors import UsageError
+from mambactl.generation.dialogue import Chat
+from mambactl.options.fields import nearest
+
+_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*\S))?\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SlashCommand:
+    """A line `/name argument`; `run` returns what is to be said about it."""
+
+    help: str
+    run: Callable[[Chat, str | None], str]
+    argument: str = ""
+
+
+def _reset(chat: Chat, argument: str | None) -> str:
+    chat.reset()
+    return "a new conversation"
+
+
+def _system(chat: Chat, argument: str | None) -> str:
+    if argument is not None:
+        chat.system = argument
+        return "the system message is set; what was said so far stays"
+    return f"system: {chat.system}" if chat.system else "there is no system message"
+
+
+def _stats(chat: Chat, argument: str | None) -> str:
+    return chat.describe()
+
+
+def _help(chat: Chat, argument: str | None) -> str:
+    typed = {f"/{name} {row.argument}".rstrip(): row.help for name, row in SLASH_COMMANDS.items()}
+    width = max(map(len, typed))
+    return "\n".join(f"{words:<{width}}  {text}" for words, text in typed.items())
+
+
+SLASH_COMMANDS = {
+    "help": SlashCommand("these lines", _help),
+    "reset": SlashCommand("forget what was said, but for the system message", _reset),
+    "system": SlashCommand("set the system message, or show it", _system, "[TEXT]"),
+    "stats": SlashCommand("speed, acceptance, what was read again, bytes of the cache", _stats),
+}
+
+
+def obeyed(chat: Chat, line: str) -> str | None:
+    """What a command has to say; None for a line that is a message.
+
+    Raises UsageError for a command that there is not. A word with a slash inside is no command.
+    """
+    match = _COMMAND.fullmatch(line)
+    if match is None:
+        return None
+    name, argument = match.groups()
+    row = SLASH_COMMANDS.get(name)
+    if row is None:
+        raise UsageError(
+            f"there is no /{name}", nearest(f"/{name}", map("/{}".format, SLASH_COMMANDS))
+        )
+    if argument is not None and not row.argument:
+        raise UsageError(
+            f"/{name} takes no argument", f"/{name} alone, or a space before the slash"
+        )
+    return row.run(chat, argument)
