@@ -2,13 +2,13 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mambactl import console
 from mambactl.errors import MambactlError, UsageError
 from mambactl.generation import decoding
-from mambactl.generation.chat_terminal import attended, stoppable, typed_lines
+from mambactl.generation.chat_terminal import attended, editor, stoppable, typed_lines
 from mambactl.generation.dialogue import Answer, Chat
 from mambactl.generation.slash_commands import SLASH_COMMANDS, obeyed
 from mambactl.options import ChatConfig
@@ -24,9 +24,12 @@ def run(config: ChatConfig, source: str) -> StageResult:
     Without a terminal a line that cannot be answered ends it: UsageError.
     """
     descriptor = console.text_descriptor()
+    # what is missing for it shows before a model is loaded
+    session = editor(SLASH_COMMANDS) if attended() else None
     with Chat.open(config, source) as chat:
-        if attended():
-            _talk(chat, descriptor)
+        if session is not None:
+            console.log(GREETING)
+            _talk(chat, typed_lines(session), descriptor)
         else:
             _answer_lines(chat, descriptor)
         said = chat.total()
@@ -80,10 +83,9 @@ def _stdin_lines() -> Iterator[str]:
         raise UsageError("a message on stdin is not UTF-8 text", "convert it first") from None
 
 
-def _talk(chat: Chat, descriptor: int | None) -> None:
+def _talk(chat: Chat, lines: Iterable[str], descriptor: int | None) -> None:
     """Show answers in the terminal as they come, and write them to stdout if that is a file."""
-    console.log(GREETING)
-    for line in typed_lines(SLASH_COMMANDS):
+    for line in lines:
         if not line.strip():
             continue
         try:

@@ -21,10 +21,15 @@ MOST_POINTS = 6
 
 @dataclass(frozen=True)
 class Point:
-    """The tokens that were read up to a point, and what the model holds there, one row."""
+    """The tokens that were read up to a point, and what the model holds there, one row.
+
+    `answered`: it ends with an answer, whose text is perhaps read as other tokens, and of which
+    drafts may still be taken back.
+    """
 
     tokens: list[int]
     cache: HybridCache
+    answered: bool = False
 
 
 class Conversation(Prefixes):
@@ -71,7 +76,7 @@ class Conversation(Prefixes):
             # drafts behind the end of the answer may have been accepted
             cache.rollback(torch.full_like(cache.lengths, len(held)))
         cache.recording, cache.seen = False, len(held)
-        self._keep(Point(held, cache))
+        self._keep(Point(held, cache, answered=True))
 
     def clear(self) -> None:
         """Forget every point."""

@@ -5,8 +5,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from mambactl import console
+from mambactl.errors import ResourceError
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
 
 PROMPT = "> "
 
@@ -16,16 +21,19 @@ def attended() -> bool:
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
 
 
-def typed_lines(commands: Iterable[str]) -> Iterator[str]:
-    """Every line that is typed, until Ctrl-D; Ctrl-C begins it anew, Alt-Enter adds a line to it.
+def editor(commands: Iterable[str]) -> "PromptSession[str]":
+    """An editor of lines in the terminal, where Alt-Enter begins another line of a message.
 
-    `commands` are completed at the beginning of a line.
+    `commands` are completed at the beginning of a line. Raises ResourceError without the library.
     """
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-    from prompt_toolkit.output import create_output
-
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+        from prompt_toolkit.output import create_output
+    except ModuleNotFoundError as error:
+        hint = "pip install prompt-toolkit, or pipe the messages in"
+        raise ResourceError(f"{error.name} is missing", hint) from error
     keys = KeyBindings()
 
     @keys.add("escape", "enter")
@@ -34,11 +42,15 @@ def typed_lines(commands: Iterable[str]) -> Iterator[str]:
 
     # what libraries write is escaped; what this one draws must not be
     terminal = getattr(sys.stderr, "terminal", sys.stderr)
-    session: PromptSession[str] = PromptSession(
+    return PromptSession(
         key_bindings=keys,
         completer=WordCompleter([f"/{name}" for name in commands], sentence=True),
         output=create_output(stdout=terminal),
     )
+
+
+def typed_lines(session: "PromptSession[str]") -> Iterator[str]:
+    """Every line that is typed, until Ctrl-D; Ctrl-C begins it anew."""
     while True:
         try:
             with console.attended():

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mambactl.errors import UsageError
+from mambactl.generation import saved_dialogue
 from mambactl.generation.dialogue import Chat
 from mambactl.options.fields import nearest
 
+# the file where none is named
+DEFAULT = "chat.safetensors"
 _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*\S))?\s*", re.DOTALL)
 
 
@@ -36,6 +39,16 @@ def _stats(chat: Chat, argument: str | None) -> str:
     return chat.describe()
 
 
+def _save(chat: Chat, argument: str | None) -> str:
+    saved_dialogue.save(chat, argument or DEFAULT)
+    return f"saved in {argument or DEFAULT}"
+
+
+def _load(chat: Chat, argument: str | None) -> str:
+    saved_dialogue.load(chat, argument or DEFAULT)
+    return f"{len(chat.messages)} messages from {argument or DEFAULT}"
+
+
 def _help(chat: Chat, argument: str | None) -> str:
     typed = {f"/{name} {row.argument}".rstrip(): row.help for name, row in SLASH_COMMANDS.items()}
     width = max(map(len, typed))
@@ -46,6 +59,8 @@ SLASH_COMMANDS = {
     "help": SlashCommand("these lines", _help),
     "reset": SlashCommand("forget what was said, but for the system message", _reset),
     "system": SlashCommand("set the system message, or show it", _system, "[TEXT]"),
+    "save": SlashCommand("keep the conversation in a file", _save, "[FILE]"),
+    "load": SlashCommand("go on with a conversation of a file", _load, "[FILE]"),
     "stats": SlashCommand("speed, acceptance, what was read again, bytes of the cache", _stats),
 }
 
