@@ -46,6 +46,7 @@ def editor(commands: Iterable[str]) -> "PromptSession[str]":
         key_bindings=keys,
         completer=WordCompleter([f"/{name}" for name in commands], sentence=True),
         output=create_output(stdout=terminal),
+        reserve_space_for_menu=4,
     )
 
 

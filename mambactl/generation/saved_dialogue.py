@@ -26,6 +26,7 @@ from mambactl.files import explained, replacing
 from mambactl.foreign import blamed, json_value
 from mambactl.generation.dialogue import Chat, Message
 from mambactl.models.cache import AttentionCache, HybridCache
+from mambactl.models.key_ring import KeyRing
 
 FORMAT = "mambactl conversation 1"
 IDS = "ids"
@@ -73,8 +74,7 @@ def load(chat: Chat, name: str) -> None:
         messages = _messages(json_value(header["messages"]))
         shapes = {each: file.get_slice(each).get_shape() for each in file.keys()}  # noqa: SIM118
         length = _length(shapes)
-        expected = {IDS: [length]} | _shapes(cache, length)
-        if shapes != expected:
+        if shapes != {IDS: [length]} | _shapes(cache, length, shapes):
             raise ValueError("its tensors are not those of this model's cache")
         tensors = {each: file.get_tensor(each).clone() for each in shapes}
         if _content(tensors, header["messages"]) != header.get("content"):
@@ -152,13 +152,33 @@ def _tensors(cache: HybridCache) -> dict[str, Tensor]:
     }
 
 
-def _shapes(cache: HybridCache, length: int) -> dict[str, list[int]]:
-    """The shapes of `_tensors` after so many tokens."""
-    keeps, found = _keeps_all(cache), {}
+def _shapes(
+    cache: HybridCache, length: int, saved: Mapping[str, list[int]]
+) -> dict[str, list[int]]:
+    """The shapes of `_tensors` after so many tokens, with rings of the size that was `saved`.
+
+    A ring has room for drafts that may be taken back; one that was never needed has none.
+    """
+    keeps, rings, found = _keeps_all(cache), _rings(cache), {}
     for name, tensor in _named(cache).items():
         shape = list(tensor.shape)
-        found[name] = [*shape[:2], length, *shape[3:]] if keeps[name] else shape
+        if keeps[name]:
+            shape[2] = length
+        elif name in rings and len(saved.get(name, ())) == len(shape):
+            shape[2] = max(shape[2], saved[name][2])
+        found[name] = shape
     return found
+
+
+def _rings(cache: HybridCache) -> set[str]:
+    """The names of keys and values of windows."""
+    held = {
+        id(tensor)
+        for layer in cache.layers
+        if isinstance(layer, KeyRing)
+        for tensor in (layer.keys, layer.values)
+    }
+    return {name for name, tensor in _named(cache).items() if id(tensor) in held}
 
 
 def _blank(chat: Chat) -> HybridCache:

@@ -1,10 +1,16 @@
 """`chat`: an answer for every line of stdin, and a conversation in a terminal."""
 
 import json
+import signal
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
 
+import mambactl
+from mambactl.commands import chat as command
 from mambactl.commands.chat import one_line
+from mambactl.generation.chat_terminal import stoppable
 
 SHORT = ("--max-new-tokens", "6", "--device", "cpu")
 
@@ -39,6 +45,53 @@ def test_what_cannot_be_answered_ends_it(cli, student) -> None:
 def test_a_plan_names_the_models(cli, student) -> None:
     plan = json.loads(cli("chat", student, "--dry-run", "--json", "--draft", "ngram").out)
     assert plan["draft"] == "ngram" and plan["new_tokens_at_most"] == 1024
+
+
+def test_a_conversation_in_a_terminal(cli, student, monkeypatch) -> None:
+    """Two messages, one of them in two lines, a wrong command, and keys that end a line and all."""
+    monkeypatch.setattr(command, "attended", lambda: True)
+    with create_pipe_input() as keys, create_app_session(input=keys):
+        keys.send_text("the old house\r/nope\r /red\x1b\rdoor\r/stats\rtyped\x03/help\r\x04")
+        done = cli("chat", student, *SHORT)
+    assert done.code == 0
+    first, second = done.out.splitlines()
+    monkeypatch.setattr(command, "attended", lambda: False)
+    assert cli("chat", student, *SHORT, stdin="the old house\n").out == first + "\n"
+    # what was typed is answered where it is seen, and only then on stdout
+    assert f"{first}\n" in done.err and f"{second}\n" in done.err
+    assert "error: there is no /nope" in done.err and "answers (2)" in done.err
+    assert "these lines" in done.err
+
+
+def test_an_answer_is_stopped_and_the_program_is_not() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stoppable() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_stopped_answer_says_so(student, capfd) -> None:
+    with mambactl.chat(student, device="cpu", max_new_tokens=50) as chat:
+        say = chat.say
+
+        def interrupted(text, on_text, stopped):
+            def heard(piece: str) -> None:
+                on_text(piece)
+                signal.raise_signal(signal.SIGINT)
+
+            return say(text, heard, stopped)
+
+        chat.say = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            # of several pieces the second is one key too many
+            command._shown(chat, "the old house")
+        chat.say = lambda text, on_text, stopped: say(text, on_text, lambda: True)
+        assert command._shown(chat, "the old house").finish == "stop"
+    assert capfd.readouterr().err.endswith(" [stopped]\n")
 
 
 @pytest.mark.parametrize("text", ["a\nb", "a\\nb", "\\\r\n", "plain"])

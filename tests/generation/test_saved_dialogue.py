@@ -34,6 +34,18 @@ def test_it_goes_on_as_if_it_had_not_been_saved(model, tmp_path, draft) -> None:
             saved_dialogue.save(chat, file)
         chat.say("the old house")
         chat.say("red door and a small bird")
+        # read on from where drafts could be taken back
+        last = chat.conversation.points[-1].tokens
+        chat.conversation.of([[*last, 5, 6]])
+        saved_dialogue.save(chat, file)
+        with mambactl.chat(model, **SHORT) as other:
+            saved_dialogue.load(other, file)
+            (point,) = other.conversation.points
+            more = [[*point.tokens, 7, 8]]
+            again = other.engine.generate(more, other.setup.params)
+            assert again.tokens == chat.setup.engine().generate(more, chat.setup.params).tokens
+            assert again.stats.prompt_shared == len(last) + 1
+        chat.conversation.points.pop()
         saved_dialogue.save(chat, file)
         expected, messages = chat.say("a night").text, chat.messages
     with mambactl.chat(model, **SHORT, **draft) as other:
