@@ -75,7 +75,11 @@ def test_what_parts_is_read_from_the_last_point_before(make_hybrid) -> None:
     # the same again needs nothing but its last token
     assert engine.generate([second], PARAMS).stats.prompt_shared == 23
     for number in range(MOST_POINTS):
-        engine.generate([[*second, 40 + number, 50]], PARAMS)
+        # a point stays what it is, however many prompts go on from it
+        longer = [[*second, 40 + number, 50]]
+        assert (
+            engine.generate(longer, PARAMS).tokens == plain(model).generate(longer, PARAMS).tokens
+        )
     assert len(conversation.points) == MOST_POINTS
     assert conversation.points[0].tokens == first[:-1]
     assert conversation.nbytes() > sum(p.cache.nbytes() for p in conversation.points[1:])

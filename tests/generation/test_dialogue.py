@@ -9,6 +9,7 @@ import pytest
 
 import mambactl
 from mambactl.errors import UsageError
+from mambactl.generation.decoding import Setup
 from mambactl.generation.slash_commands import SLASH_COMMANDS, obeyed
 
 SAID = ("the old house", "red door", "a small bird saw the king")
@@ -89,7 +90,7 @@ def test_a_template_that_rewrites_is_read_again_from_what_is_the_same(
     assert 0 < answer.stats.prompt_shared < answer.parted
 
 
-def test_what_is_stopped_stays_and_an_unanswered_message_does_not(student) -> None:
+def test_what_is_stopped_stays_and_an_unanswered_message_does_not(student, monkeypatch) -> None:
     with mambactl.chat(student, **SHORT) as chat:
         answer = chat.say("the old house", stopped=lambda: True)
         assert answer.finish == "stop" and len(answer.tokens) == 1
@@ -102,6 +103,11 @@ def test_what_is_stopped_stays_and_an_unanswered_message_does_not(student) -> No
         with pytest.raises(UsageError, match="empty"):
             chat.say(" ")
         assert chat.messages == kept
+    monkeypatch.setattr(Setup, "text", lambda self, tokens: "")
+    with mambactl.chat(student, **SHORT) as chat:
+        assert chat.say("the old house", stopped=lambda: True).text == "" and chat.messages == []
+        chat.say("the old house")
+        assert [each["content"] for each in chat.messages] == ["the old house", ""]
 
 
 def test_slash_commands(student) -> None:
