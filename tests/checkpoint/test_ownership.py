@@ -21,7 +21,7 @@ ONE = {"w": ((2,), torch.float32)}
 NO_INPUTS = {
     *("dtype", "device", "mixer", "init", "select", "stages", "schedule", "divergence", "log_to"),
     *("reference", "loss_type", "f_divergence", "prompt", "shard", "format", "generator", "k"),
-    *("compile", "by", "form", "keep_heads", "to", "layout"),
+    *("compile", "by", "form", "keep_heads", "to", "layout", "prefix_cache"),
 }
 
 

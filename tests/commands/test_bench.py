@@ -42,8 +42,10 @@ def test_against_the_teacher_of_the_lineage(student, tiny_llama_dir, capsys):
     assert metrics["versions"]["torch"] and metrics["bandwidth_bytes_per_second"] > 1e8
 
 
-def test_against_transformers_own_generate(student, capsys):
+def test_against_transformers_own_generate(student, capsys, monkeypatch):
     """Of a checkpoint and of shapes: a Llama for all hybrids of one, warnings of long prompts."""
+    # headings are not wrapped
+    monkeypatch.setenv("COLUMNS", "250")
     settings = {"baseline": "transformers", "input_len": [8], "output_len": 3}
     result = bench.run(cpu(**settings), str(student)).metrics
     (point,), (other,) = result["points"], result["baseline_points"]

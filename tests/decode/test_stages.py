@@ -111,6 +111,7 @@ def second_best(monkeypatch):
         return type(verdict)(proposal.lengths.clamp(max=0), logits.argsort(-1)[:, 0, -2])
 
     monkeypatch.setattr(engine_module, "accept_greedy", wrong)
+    monkeypatch.setenv("MAMBACTL_KERNELS", "reference")
 
 
 def test_check_counts_ties(tiny_llama_dir, draft_dir, tmp_path, second_best, capsys):

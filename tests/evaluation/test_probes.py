@@ -65,8 +65,9 @@ def test_a_new_probe_is_known_everywhere(folder, lines, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["metrics"]["surprise"]["odd"]
     assert found["line_loss"] > 0 and 0 <= found["tame_lines"] <= 1
-    title, *table = done.stderr.splitlines()
-    assert title.startswith(f"surprise of {folder}")
+    said = done.stderr.splitlines()
+    title = next(line for line in said if line.startswith(f"surprise of {folder}"))
+    table = said[said.index(title) + 1 :]
     assert any("loss of a line" in line and "tame lines" in line for line in table)
     assert any(f"{found['line_loss']:.4f}" in line for line in table)
     assert measured(folder)["surprise"]["odd"] == found
