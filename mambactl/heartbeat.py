@@ -35,11 +35,14 @@ def heartbeat(what: str) -> Iterator[None]:
 
 
 def _beat(ended: threading.Event) -> None:
-    known, since = "", time.monotonic()
+    begun = time.monotonic()
+    known, since = "", begun
     while not ended.wait(LOOK):
         # numbers of a task change while it stays the same
         work = console.activity()
         if work.partition(":")[0] != known:
             known, since = work.partition(":")[0], time.monotonic()
-        if console.silent_since() >= SILENCE:
-            console.log(f"still {work} ({time.monotonic() - since:.0f} s)")
+        now = time.monotonic()
+        # silence before the block is not its own
+        if min(console.silent_since(), now - begun) >= SILENCE:
+            console.log(f"still {work} ({now - since:.0f} s)")

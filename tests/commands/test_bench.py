@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mambactl import console
 from mambactl.commands import bench
 from mambactl.errors import CheckError, ModelError, UsageError
 from mambactl.options import BenchConfig
@@ -42,10 +43,17 @@ def test_against_the_teacher_of_the_lineage(student, tiny_llama_dir, capsys):
     assert metrics["versions"]["torch"] and metrics["bandwidth_bytes_per_second"] > 1e8
 
 
-def test_against_transformers_own_generate(student, capsys, monkeypatch):
-    """Of a checkpoint and of shapes: a Llama for all hybrids of one, warnings of long prompts."""
-    # headings are not wrapped
+@pytest.fixture
+def wide(monkeypatch):
+    """Headings are not wrapped."""
     monkeypatch.setenv("COLUMNS", "250")
+    console.stderr.cache_clear()
+    yield
+    console.stderr.cache_clear()
+
+
+def test_against_transformers_own_generate(student, capsys, wide):
+    """Of a checkpoint and of shapes: a Llama for all hybrids of one, warnings of long prompts."""
     settings = {"baseline": "transformers", "input_len": [8], "output_len": 3}
     result = bench.run(cpu(**settings), str(student)).metrics
     (point,), (other,) = result["points"], result["baseline_points"]
