@@ -70,6 +70,7 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "spec-decode": ("model", "--draft", "ngram", "--max-new-tokens", "2", "--device", "cpu"),
     "bench": ("model", "--input-len", "4", "--output-len", "2", "--iters", "1", "--device", "cpu"),
     "generate": ("model", "-p", "the river", "--max-new-tokens", "2", "--device", "cpu"),
+    "chat": ("model", "--max-new-tokens", "2", "--device", "cpu"),
     "export": ("model", "--no-check", "--device", "cpu"),
     "push": ("model", "org/name", "--dry-run"),
     "inspect": ("model",),
