@@ -76,8 +76,16 @@ def _answer_lines(chat: Chat, descriptor: int | None) -> None:
 
 
 def _stdin_lines() -> Iterator[str]:
+    lines = iter(sys.stdin or ())
     try:
-        for line in sys.stdin or ():
+        while True:
+            # nothing goes on while somebody else is to speak
+            with console.attended():
+                line = next(lines, None)
+            if line is None:
+                return
+            # bytes that are no text pass as surrogates
+            line.encode()
             yield line.rstrip("\r\n")
     except UnicodeError:
         raise UsageError("a message on stdin is not UTF-8 text", "convert it first") from None

@@ -57,8 +57,19 @@ class PrefixFolder:
     path: Path
     most: int
 
+    @property
+    def writable(self) -> bool:
+        """Whether files may be made in the folder that is there."""
+        return os.access(self.path, os.W_OK | os.X_OK)
+
     def prepare(self) -> None:
-        """Make the folder; raises OutputError where nothing can be written into it."""
+        """Make the folder; raises OutputError where that, or writing into it, is impossible.
+
+        One that others keep, read only for this user, is read from.
+        """
+        if self.path.is_dir() and not self.writable:
+            console.warn(f"{self.path} is read only: what it keeps is used, and nothing is added")
+            return
         refused = "name a folder that can be written with --prefix-cache"
         with explained(self.path, "free some space", refused):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -92,7 +103,7 @@ class PrefixFiles:
     def __init__(self, folder: PrefixFolder, model: HybridModel):
         self.folder, self.model = folder, model
         self._unusable: set[Path] = set()
-        self._writes = True
+        self._writes = folder.writable
 
     def longest(self, tokens: Sequence[int]) -> HybridCache | None:
         """What the model holds after the longest kept beginning of `tokens`, which may be all."""

@@ -38,6 +38,9 @@ def test_what_cannot_be_answered_ends_it(cli, student) -> None:
     done = cli("chat", student, *SHORT, stdin="red door\n/rest\nred door\n")
     assert done.code == 2 and len(done.out.splitlines()) == 1
     assert "hint: did you mean /reset?" in done.err
+    # as Python reads bytes that are no text
+    done = cli("chat", student, *SHORT, stdin="caf\udce9\n")
+    assert done.code == 2 and "a message on stdin is not UTF-8 text" in done.err
     done = cli("chat", student, "--system", " ", stdin="hi\n")
     assert done.code == 2 and "the system message is empty" in done.err
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import mambactl
+from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.errors import OutputError, UsageError
 
 WORDS = " ".join(["the old house saw a red door and a new river"] * 8)
@@ -102,3 +103,16 @@ def test_from_python(tiny_llama_dir, tmp_path) -> None:
         mambactl.generate(model, WORDS, params, prefix_cache="a\0b")
     with pytest.raises(UsageError, match="goes with"):
         mambactl.stream(model, WORDS, params, prefix_cache_gb=3)
+
+
+def test_a_folder_that_is_read_only_is_read(cli, tiny_llama_dir, tmp_path, monkeypatch) -> None:
+    line = ("generate", str(tiny_llama_dir), *NEW, "--prefix-cache", "kept", "-p")
+    texts = [cli(*line, WORDS).out]
+    kept = sorted((tmp_path / "kept").iterdir())
+    monkeypatch.setattr(PrefixFolder, "writable", False)
+    for words in (WORDS, f"{WORDS} and {WORDS}"):
+        done = cli(*line, words)
+        assert done.code == 0 and "kept is read only" in done.err
+        assert " prompt tokens from kept" in done.err
+        texts.append(done.out)
+    assert texts[0] == texts[1] and sorted((tmp_path / "kept").iterdir()) == kept
