@@ -264,7 +264,7 @@ class _PlainTask:
             log(f"{self.state()} {status}".rstrip())
 
     def state(self) -> str:
-        """How far it is."""
+        """Progress so far, as text."""
         return f"{self.label}: {self.done:g}/{self.total:g}"
 
 
@@ -324,7 +324,7 @@ def guarded_stdout(texts: bool = False) -> Iterator[None]:
 
 
 def text_descriptor() -> int | None:
-    """Where a command may write its text as it comes; None where all of it is a result."""
+    """Descriptor for text that is streamed; None if the command may print only a result."""
     return _stdout["text"]
 
 

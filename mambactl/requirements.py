@@ -8,7 +8,7 @@ PACKAGE = "mambactl"
 
 @dataclass(frozen=True)
 class Extra:
-    """What an extra brings: a package of the index, its module, and what it is for."""
+    """Package that an extra installs: its name on the index, its module, its purpose."""
 
     name: str
     package: str

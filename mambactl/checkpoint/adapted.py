@@ -47,7 +47,7 @@ def require_finite(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, in one pass that copies nothing if they are."""
+    """True if all values are finite: one pass, without a copy if they are."""
     # a sum of finite numbers may overflow, but a sum with others is never finite
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 

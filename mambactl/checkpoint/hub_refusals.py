@@ -1,4 +1,4 @@
-"""What a refusal of the hub means, and the line to type after it."""
+"""Error messages for refusals of the hub, each with the command that helps."""
 
 from typing import Literal
 
@@ -13,12 +13,12 @@ def url_of(repo: str) -> str:
 
 
 def log_in(may: str) -> str:
-    """How to get a token that may do what is asked for."""
+    """Hint that leads to a token with the permissions needed."""
     return f"run `hf auth login`, or set HF_TOKEN to a token that may {may}"
 
 
 def accept_terms(page: str) -> str:
-    """How to get access to a gated repository."""
+    """Hint that leads to access to a gated repository."""
     return f"accept its terms on {page}, and with that account {log_in('read')}"
 
 
@@ -28,7 +28,7 @@ def status_of(error: Exception) -> int | None:
 
 
 def refusal(status: int | None, repo: str, may: Literal["read", "write"]) -> tuple[str, str]:
-    """What the hub refused with this status, and what to do."""
+    """Sentence for an HTTP status of the hub, and a hint."""
     what = f"read {repo}" if may == "read" else f"write for {repo.partition('/')[0]}"
     known = {
         401: ("the hub does not know the token", log_in(may)),

@@ -1,4 +1,4 @@
-"""What a text must not say beyond this machine: paths, and the names of user and host."""
+"""Names that must not leave this machine: its paths, user and host."""
 
 import getpass
 import os
@@ -41,7 +41,7 @@ _SHORTEST = 4
 
 
 def is_local(text: str) -> bool:
-    """Whether a whole text is a path, of this machine or of another one."""
+    """True if a whole text is a path, of this machine or of another one."""
     if "\n" in text or _URL.match(text):
         return False
     if _ABSOLUTE.match(text) or text.startswith(("./", "../", "runs/", "file:")):

@@ -185,7 +185,7 @@ def _layout(reader: Reader) -> PlainLayout | None:
 
 
 def _is_ordinary(kind: str, config: PlainFields) -> bool:
-    """Whether values fit each other, and the family needs no default of its class."""
+    """True if the values are consistent and no default of the family's class is needed."""
     if config.hidden_size % config.num_attention_heads and not (kind == TYPE and config.head_dim):
         return False
     if config.width % 2 or (config.pad_token_id or 0) >= config.vocab_size:

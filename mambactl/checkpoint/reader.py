@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class NumberType(NamedTuple):
-    """How a number is stored: the name of its type in torch, and its bytes."""
+    """Number type of a stored tensor: its name in torch, and bytes per number."""
 
     name: str
     itemsize: int
@@ -56,7 +56,7 @@ class Reader:
         raise NotImplementedError
 
     def number_type(self, name: str) -> NumberType:
-        """How the numbers of one tensor are stored, without reading them."""
+        """Number type of one tensor, from the header alone."""
         raise NotImplementedError
 
     def dtype(self, name: str) -> "torch.dtype":

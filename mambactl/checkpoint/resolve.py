@@ -66,7 +66,7 @@ def called_teacher(hint: str | None = None) -> Iterator[None]:
 
 
 def _on_disk(spec: str) -> Source | None:
-    """What lies on this disk; None for a name that a hub may know, ModelError for other texts."""
+    """Path of a model on this disk; None for a name of the hub, ModelError for other texts."""
     if not spec.strip():
         raise ModelError("the model path is empty", _PATH_HINT)
     try:
@@ -141,7 +141,7 @@ def kept_embedded() -> Path | None:
 
 
 def hub_forbidden() -> bool:
-    """Whether HF_HUB_OFFLINE says to ask no hub."""
+    """True if HF_HUB_OFFLINE forbids requests to the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 

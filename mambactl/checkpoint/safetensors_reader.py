@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from safetensors import SafetensorError, safe_open
 
@@ -28,6 +28,36 @@ if TYPE_CHECKING:
     import torch
 
 _LENGTH_BYTES = 8
+
+
+class TensorSlice(Protocol):
+    """One tensor of a file, of which only the header has been read."""
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+
+    def get_dtype(self) -> str:
+        """Its type, by the name in the format."""
+
+
+class SafetensorsFile(Protocol):
+    """An open safetensors file; tensors are numpy arrays or torch's, as it was opened."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+
+    def metadata(self) -> dict[str, str] | None:
+        """Text fields of the header."""
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """One tensor, not read yet."""
+
+    def get_tensor(self, name: str) -> Any:
+        """One tensor, read."""
 
 
 class _SafetensorsReader(MappedReader):
@@ -118,7 +148,7 @@ def read_lineage(checkpoint: Path) -> dict[str, Any] | None:
     return _lineage(header_metadata(checkpoint), checkpoint)
 
 
-def open_safetensors(file: Path, framework: Literal["np", "pt"] = "np") -> Any:
+def open_safetensors(file: Path, framework: Literal["np", "pt"] = "np") -> SafetensorsFile:
     """An open file of safetensors with a bounded header; raises ModelError.
 
     Its tensors come as those of `framework`; names, shapes and types are the same in both.
@@ -155,7 +185,7 @@ def _lineage(metadata: Mapping[str, str], file: Path) -> dict[str, Any] | None:
     return checked_lineage(metadata[LINEAGE], file) if LINEAGE in metadata else None
 
 
-def _number_type(part: Any, name: str, file: Path) -> NumberType:
+def _number_type(part: TensorSlice, name: str, file: Path) -> NumberType:
     stored = part.get_dtype()
     if stored not in NUMBER_TYPES:
         raise ModelError(f"{file}: {name} is stored as {stored}", "give an unquantised checkpoint")

@@ -48,7 +48,7 @@ def run(config: ChatConfig, source: str) -> StageResult:
 
 
 def plan(config: ChatConfig, source: str) -> dict[str, Any]:
-    """Which models would answer."""
+    """Dry run: the models that would answer."""
     return decoding.plan_models(config, source) | {"new_tokens_at_most": config.max_new_tokens}
 
 

@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetenso
 
 
 class Optional(NamedTuple):
-    """What a package is for, and the line that adds it."""
+    """Purpose of an optional package, and the command that installs it."""
 
     purpose: str
     line: str
@@ -79,7 +79,7 @@ def _devices_of_driver() -> dict[str, str]:
 
 
 def driver_devices(command: Sequence[str] = ("nvidia-smi",)) -> Mapping[str, str]:
-    """What nvidia-smi says of GPUs, or why it says nothing."""
+    """GPUs that nvidia-smi lists, or the reason why there is no list."""
     if shutil.which(command[0]) is None:
         return {"gpu": "no nvidia-smi here"}
     asked = [*command, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]

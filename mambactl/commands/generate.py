@@ -68,7 +68,7 @@ def _terminal(config: GenerateConfig) -> int | None:
 def _streamed(
     decode: Callable[[OnTokens], Generation], setup: decoding.Setup, terminal: int
 ) -> Generation:
-    """What `decode` gives, which is on the terminal before it is complete, a line for each text."""
+    """Result of `decode`, streamed to the terminal while it is made, a line for each text."""
     texts = [Detokenizer(setup.tokenizer) for _ in setup.prompts]
     written = 0
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mambactl.data.chat_template import ChatRenderer
@@ -38,12 +37,7 @@ class ChatRenderers:
             self._pool = self._open.enter_context(ThreadPoolExecutor(len(self._renderers)))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
     def map(self, make: Callable[[Row, ChatRenderer], Made], rows: Sequence[Row]) -> list[Made]:

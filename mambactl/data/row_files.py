@@ -187,7 +187,7 @@ def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
 
 
 def _hub_hint(name: str, error: Exception) -> str:
-    """What to do where a data set of the hub cannot be loaded."""
+    """Hint for a data set of the hub that cannot be loaded."""
     if hub_forbidden():
         return "unset HF_HUB_OFFLINE, or give a local file"
     if "gated" in str(error):

@@ -68,7 +68,7 @@ class Rows(NamedTuple):
 
 
 class Entry:
-    """What is kept of one file, and what this run adds to it."""
+    """Cached rows of one data file, and those that this run adds."""
 
     def __init__(self, path: Path, vocabulary: int):
         self.path, self.vocabulary = path, vocabulary
@@ -191,7 +191,7 @@ class TokenCache:
 
     @cached_property
     def settings(self) -> dict[str, object] | None:
-        """What decides how a row becomes tokens; described for the first file that is large."""
+        """Settings of the tokenizer in the cache key, collected for the first large file."""
         return _settings(self.tokenizer, self.assistant_only)
 
     def find(self, row: Document) -> Example | None:
@@ -250,7 +250,7 @@ def _content_digest(path: str, size: int, changed: int) -> str:
 def _settings(
     tokenizer: "PreTrainedTokenizerBase", assistant_only: bool
 ) -> dict[str, object] | None:
-    """What decides how a row becomes tokens; None for a tokenizer that cannot be described."""
+    """Settings of the tokenizer for the cache key; None if it cannot be serialized."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

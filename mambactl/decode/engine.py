@@ -221,7 +221,7 @@ class Engine:
 
     @staticmethod
     def _judge(sampler: Sampler, logits: Tensor, proposal: Proposal, written: list[int]) -> Verdict:
-        """What logits [B, K + 1, V] keep; sampled, every position has its own uniform numbers."""
+        """Accept or reject drafts by logits [B, K + 1, V]; sampling draws a number per position."""
         if sampler.params.greedy:
             return accept_greedy(logits, proposal)
         first = torch.tensor(written, device=logits.device)  # [B]

@@ -59,7 +59,7 @@ class PrefixFolder:
 
     @property
     def writable(self) -> bool:
-        """Whether files may be made in the folder that is there."""
+        """True if this user may create files in the existing folder."""
         return os.access(self.path, os.W_OK | os.X_OK)
 
     def prepare(self) -> None:
@@ -106,7 +106,7 @@ class PrefixFiles:
         self._writes = folder.writable
 
     def longest(self, tokens: Sequence[int]) -> HybridCache | None:
-        """What the model holds after the longest kept beginning of `tokens`, which may be all."""
+        """Load the cache of the longest stored prefix of `tokens`, which may be all of them."""
         own = [entry for entry in self._own() if entry.length <= len(tokens)]
         digests = _digests(tokens, {entry.length for entry in own})
         for entry in sorted(own, key=lambda entry: -entry.length):
@@ -223,7 +223,7 @@ class PrefixFiles:
         return model_key(self.model)
 
     def _tried(self, entry: Entry, read: Callable[[Path], Found]) -> Found | None:
-        """What `read` finds in a file; None, and a warning, where it cannot be used."""
+        """Result of `read` for a file; None, and a warning, if the file cannot be used."""
         try:
             return read(entry.path)
         except ModelError as error:

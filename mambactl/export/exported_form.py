@@ -83,7 +83,7 @@ class Form:
 
     @property
     def note(self) -> str | None:
-        """What a reader has to know."""
+        """Notes on this format for whoever loads it."""
         return self.since and (
             f"It needs transformers {self.since} or newer: earlier versions load it without an "
             "error and compute something else, as they norm all groups of a Mamba-2 layer together."

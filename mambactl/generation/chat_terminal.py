@@ -17,7 +17,7 @@ PROMPT = "> "
 
 
 def attended() -> bool:
-    """Whether somebody types and sees what is written."""
+    """True if stdin and stderr are a terminal."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
 
 
@@ -65,7 +65,7 @@ def typed_lines(session: "PromptSession[str]") -> Iterator[str]:
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed in the block; a second one does what it does elsewhere."""
+    """Catch the first Ctrl-C in the block; a second one interrupts as usual."""
     asked: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:

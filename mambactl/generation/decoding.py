@@ -184,7 +184,7 @@ def decode(
 
 
 def from_files(counts: Mapping[str, float], prefix_cache: str) -> str:
-    """How many of the prompts' tokens the files of `--prefix-cache` gave."""
+    """Sentence with the number of prompt tokens that came from `--prefix-cache`."""
     given, tokens = (int(counts[name]) for name in ("prompt_from_files", "prompt_tokens"))
     return f"{given:,} of {tokens:,} prompt tokens from {prefix_cache}"
 
@@ -206,7 +206,7 @@ def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[s
 
 
 def plan_models(config: TokenConfig, source: str) -> dict[str, Any]:
-    """Which models would decode, and where; reads headers only."""
+    """Dry run: the models that would decode, and the device; reads headers only."""
     device, dtype = placement(config)
     require_draft(config, source)
     target = describe(source)

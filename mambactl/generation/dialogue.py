@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TypedDict
 
 from mambactl.checkpoint.load import load_tokenizer
@@ -25,7 +24,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one message.
+    """Answer of the model to one message.
 
     `tokens` include the one that ends the text, `finish` is `eos`, `length`, or `stop` where a
     listener ended it, and `stats` counts what was read and written for it. `parted` is the number
@@ -75,12 +74,7 @@ class Chat:
     def __enter__(self) -> "Chat":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -143,7 +137,7 @@ class Chat:
         self.conversation.clear()
 
     def total(self) -> DecodeStats:
-        """What all answers took together."""
+        """Statistics of all answers together."""
         whole = DecodeStats()
         for answer in self.answers:
             whole.add(answer.stats)

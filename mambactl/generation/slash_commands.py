@@ -66,7 +66,7 @@ SLASH_COMMANDS = {
 
 
 def obeyed(chat: Chat, line: str) -> str | None:
-    """What a command has to say; None for a line that is a message.
+    """Run a line that is a command and return its reply; None if it is a message.
 
     Raises UsageError for a command that there is not. A word with a slash inside is no command.
     """

@@ -196,7 +196,7 @@ def gated_norm(
 
 
 def fuses(*inputs: Tensor) -> bool:
-    """Whether one kernel without gradients may stand for several operations on these tensors."""
+    """True if a fused kernel without gradients can replace the operations on these tensors."""
     x = inputs[0]
     return (
         not _takes_operators(*inputs)

@@ -139,7 +139,7 @@ def _mask_behind(start: Tensor, length: int, span: LocalSpan) -> Tensor:
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor, span: LocalSpan) -> bool:
-    """Whether the kernel without gradients takes the call."""
+    """True if the kernel without gradients supports the call."""
     return (
         fuses(q, k, v)
         and q.dtype == k.dtype == v.dtype

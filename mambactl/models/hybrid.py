@@ -304,8 +304,8 @@ class HybridModel(HybridPreTrainedModel):
         return replace(made, local=self._local(made, whole))
 
     def _local(self, context: StepContext, whole: bool) -> dict[LocalSpan, LocalKeys]:
-        """What windows of attention beside recurrences see: of whole rows [B, T], or of rows that
-        go on, behind the keys before them.
+        """Keys seen by windows beside recurrences: for whole rows [B, T], or for later pieces of
+        rows with the keys before them in front.
         """
         batch, length = context.positions.shape
         device, found = context.positions.device, {}

@@ -23,7 +23,7 @@ class Layer(Generic[M]):
 
 
 class MixerLayout(Generic[M]):
-    """What follows from the mixers of a configuration and their sections.
+    """Properties derived from the mixers of a configuration and their sections.
 
     `mixer_table` says what is known of a mixer by its name.
     """
@@ -57,7 +57,7 @@ class MixerLayout(Generic[M]):
 
     @property
     def sees_all(self) -> bool:
-        """Whether heads of any layer attend to all of the past."""
+        """True if heads of any layer attend to all of the past."""
         return any(layer.spec.sees_all for layer in self.layers)
 
     @property
@@ -73,12 +73,12 @@ class MixerLayout(Generic[M]):
 
     @property
     def rotates(self) -> bool:
-        """Whether recurrent states of any layer rotate with the position."""
+        """True if recurrent states of any layer rotate with the position."""
         return any(layer.spec.rotates(layer.settings) for layer in self.layers)
 
     @property
     def stores_every_step(self) -> bool:
-        """Whether replaying tokens would cost a layer as much as storing its state."""
+        """True if replaying tokens would cost a layer as much as storing its state."""
         return any(layer.spec.stores_every_step for layer in self.layers)
 
     def check_mixers(self) -> None:

@@ -26,7 +26,7 @@ class TokenConfig(StageConfig):
 
 
 class SamplingConfig(TokenConfig):
-    """How prompts are decoded."""
+    """Options for decoding prompts."""
 
     batch_size: Rows = Field(default=1, description="prompts decoded together")
     chat: bool = Field(
@@ -63,7 +63,7 @@ class ChatConfig(TokenConfig):
 
 
 class SharedPromptConfig(PromptConfig):
-    """What is continued, with beginnings that later processes need not read."""
+    """Prompts to continue, and the folder of stored prefixes."""
 
     placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {
         "prefix_cache",
@@ -129,7 +129,7 @@ class GenerateConfig(SharedPromptConfig):
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which part of the data set is answered, and of how many; UsageError for no such part."""
+        """Index of the answered part and the number of parts; UsageError if invalid."""
         given = self.shard or "1/1"
         match = SHARD.fullmatch(given)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):

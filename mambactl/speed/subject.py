@@ -144,7 +144,7 @@ def sweep(
 
 @dataclass(frozen=True)
 class Round:
-    """What one call came to, and its seconds from the prompts to the first token."""
+    """Statistics of one call, and its seconds from the prompts to the first token."""
 
     stats: DecodeStats
     first_token: float

@@ -81,7 +81,7 @@ def _measure(
 
 
 def graph_numbers(engine: Any, prefix: str = "") -> Numbers:
-    """What starting and capturing steps took; nothing for one that captures none."""
+    """Seconds for starting and capturing steps; empty for an engine without graphs."""
     if isinstance(engine, Engine):
         return {}
     (session,) = engine.sessions.values()

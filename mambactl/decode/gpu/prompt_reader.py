@@ -18,7 +18,7 @@ GRAPH_TOKENS = 4096
 
 
 def graph_length(longest: int, batch: int, capacity: int) -> int | None:
-    """What a graph pads prompts of up to `longest` tokens to; None where none pays or fits."""
+    """Padded length for prompts of up to `longest` tokens; None if no graph pays or fits."""
     most = min(GRAPH_TOKENS // batch, capacity)
     return next((n for n in LENGTHS if longest <= n <= most), None)
 
@@ -65,7 +65,7 @@ class Reader:
         if self.device.type == "cuda" and not before:
             length = graph_length(max(map(len, rows)), self.batch, self.state.capacity)
         if length is None:
-            # a graph is faster than two passes
+            # shared here alone: where there is a graph, it is faster than two passes
             prefix = None if self.prefixes is None else self.prefixes.of(prompts)
             return self._in_pieces(rows, prefix)
         tokens, n_new = pad(rows, "cpu", least=length), torch.tensor([len(row) for row in rows])

@@ -23,7 +23,7 @@ FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
 
 
 class HeadSizes(Protocol):
-    """Of a configuration what sizes of mixers depend on."""
+    """Fields of a configuration that sizes of mixers depend on."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -75,7 +75,7 @@ class MixerSizes(Generic[S]):
         return ()
 
     def rotates(self, settings: S) -> bool:
-        """Whether the state rotates with the position."""
+        """True if the state rotates with the position."""
         return False
 
     def state_elements(self, settings: S) -> int:
@@ -177,7 +177,7 @@ class Mamba2Sizes(MixerSizes[Mamba2Settings]):
             )
 
     def rotates(self, settings: Mamba2Settings) -> bool:
-        """Whether B and C rotate with the position."""
+        """True if B and C rotate with the position."""
         return settings.rotary
 
     def state_elements(self, settings: Mamba2Settings) -> int:
@@ -216,7 +216,7 @@ class WindowedSizes(MixerSizes[WindowedSettings]):
         return settings.mamba2_window
 
     def rotates(self, settings: WindowedSettings) -> bool:
-        """Whether B and C rotate with the position."""
+        """True if B and C rotate with the position."""
         return RECURRENCE.rotates(settings.mamba2)
 
     def state_elements(self, settings: WindowedSettings) -> int:

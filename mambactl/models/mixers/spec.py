@@ -56,7 +56,7 @@ class StepContext:
         return _moved(self, torch.device(device), non_blocking)
 
     def continues(self, span: LocalSpan) -> bool:
-        """Whether the tokens, with the sinks and the window before them, are like a whole row."""
+        """True if tokens, with the sinks and the window in front, can be read as a whole row."""
         length = self.positions.shape[1]
         return self.level and length > span.before and self.slots - length >= span.before
 

@@ -239,7 +239,7 @@ def _held(state: Tensor, group: Group) -> tuple[Tensor, bool]:
 
 
 def _follower(text: Tensor) -> int:
-    """Where the text [S] went on after the latest earlier match of its longest suffix; S if none.
+    """Index after the latest earlier match of the longest suffix of text [S]; S if none.
 
     As `kernels.decode.reference.ngram`, which tries suffixes of three tokens first.
     """

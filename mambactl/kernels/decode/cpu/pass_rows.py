@@ -82,7 +82,7 @@ class Rows:
         return self.start[0] + self.offset if alone and self.start[0] + self.offset >= 0 else None
 
     def slot(self, sinks: int, ring: int) -> int:
-        """Where the keys of that token are kept."""
+        """Slot of the keys of that token."""
         at = self.single
         return at if ring == 0 or at < sinks else sinks + at % ring
 
@@ -91,7 +91,7 @@ class Rows:
         return values if self.index is None else values[self.index]
 
     def slots(self, sinks: int, ring: int) -> Tensor:
-        """Where the keys of real rows are kept [R]."""
+        """Slots [R] of the keys of real rows."""
         key = (0, sinks, ring)
         if key not in self.found:
             self.found[key] = slot_of(self.position, sinks, ring)
@@ -114,7 +114,7 @@ class Rows:
         return max(start + self.offset + self.T for start in self.start)
 
     def hidden(self, slots: int, window: int, sinks: int, ring: int) -> Tensor | None:
-        """What scores of keys get added [B, 1, T, 1, slots]: -inf where a row does not see them."""
+        """Additive mask [B, 1, T, 1, slots]: -inf for keys that a row does not see."""
         key = (5, slots, window, sinks, ring)
         if key not in self.found:
             self.found[key] = self._hidden(slots, window, sinks, ring)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in its vector units; without, it is slower than fp32."""
+    """True if this CPU has bfloat16 vector products; without them fp32 is faster."""
     mkldnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     return mkldnn and torch.cpu._is_avx512_bf16_supported()
 
