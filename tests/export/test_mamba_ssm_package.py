@@ -1,9 +1,8 @@
-"""Exports opened by the package mamba_ssm, on a GPU that has it.
-
-Mamba-1 needs its compiled extension; Mamba-2 runs on its Triton kernels.
-"""
+"""Exports opened by the package mamba_ssm, on a GPU that has it."""
 
 import importlib.util
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,18 +14,32 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="needs mamba-ssm"),
 ]
-EXTENSIONS = {"native1": "selective_scan_cuda", "native2": "triton"}
 
 
-@pytest.mark.parametrize("name", EXTENSIONS)
-@torch.no_grad()
-def test_the_package_computes_the_same(name: str, exported, source) -> None:
-    if importlib.util.find_spec(EXTENSIONS[name]) is None:
-        pytest.skip(f"needs {EXTENSIONS[name]}")
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> type:
+    """Its model class, with its own plain scan where its CUDA extension was not built."""
+    if importlib.util.find_spec("selective_scan_cuda") is None:
+        monkeypatch.setitem(sys.modules, "selective_scan_cuda", ModuleType("selective_scan_cuda"))
+        from mamba_ssm.modules import mamba_simple
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+
+        monkeypatch.setattr(mamba_simple, "selective_scan_fn", selective_scan_ref)
+        create = mamba_simple.Mamba.__init__
+        slow = {"use_fast_path": False}
+        monkeypatch.setattr(
+            mamba_simple.Mamba, "__init__", lambda *args, **given: create(*args, **given | slow)
+        )
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
+    return MambaLMHeadModel
+
+
+@pytest.mark.parametrize("name", ["native1", "native2"])
+@torch.no_grad()
+def test_the_package_computes_the_same(name: str, package: type, exported, source) -> None:
     folder = exported(name, to="mamba-ssm")
-    theirs = MambaLMHeadModel.from_pretrained(str(folder), device="cuda", dtype=torch.float32)
+    theirs = package.from_pretrained(str(folder), device="cuda", dtype=torch.float32)
     ours = load_model(source(name)).cuda().float()
     ids = torch.randint(3, 260, (2, 64), generator=torch.Generator().manual_seed(5)).cuda()
     found, wanted = theirs(ids).logits, ours(ids).logits
