@@ -147,7 +147,7 @@ def _timed(
     try:
         if captures:
             trains = list(_trained(config, student)[stage].values())
-            objective = CapturedObjective(objective, trains, recorder_for(device))
+            objective = CapturedObjective(objective, trains, recorder_for(device), adds=False)
         step = _step(config, stage, student, objective)
         point = training_speed(step, batch, device, warmup, config.iters)
     except torch.OutOfMemoryError as problem:
@@ -222,13 +222,11 @@ def _step(
     rest = {name: p for name, p in trained.items() if name not in mixers}
     optimizer = build_optimizer([(mixers, rates[0]), (rest, rates[1])])
     parameters = list(trained.values())
-    # a recording adds to the gradients that were there when it was made
-    recorded = isinstance(objective, CapturedObjective)
 
     def update() -> None:
         nn.utils.clip_grad_norm_(parameters, usual.grad_clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not recorded)
+        optimizer.zero_grad(set_to_none=True)
 
     return Step(stage, objective.count, objective.backward, update, parameters)
 

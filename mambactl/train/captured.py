@@ -5,7 +5,8 @@ longer to issue than a GPU to do. Batches of one form (shapes, and whether docum
 take the very same launches, so that they are recorded once and replayed. What a recording reads and
 writes keeps its place:
 - inputs and the number of tokens are copied into tensors of its own;
-- gradients are added to those that parameters hold, which must be zeroed in place between steps;
+- gradients are written anew, or, where a step has several batches, added to those that parameters
+  hold, which must then be zeroed in place between steps;
 - the loss is copied out before the next replay.
 
 Memory. The activations of the recorded pass lie in a pool of their own, reserved from the recording
@@ -89,11 +90,18 @@ class CapturedObjective:
     """`inner`, replayed for the first form of batch that came more than `WARMUP` times.
 
     Other forms run eagerly, and all do after a recording failed (too little memory, say), which is
-    said once. `parameters` are those that train.
+    said once. `parameters` are those that train. `adds`: gradients are added to what is there;
+    without it parameters must have none before a pass, which saves an addition for each.
     """
 
-    def __init__(self, inner: Objective, parameters: Sequence[nn.Parameter], recorder: Recorder):
-        self.inner, self.parameters = inner, list(parameters)
+    def __init__(
+        self,
+        inner: Objective,
+        parameters: Sequence[nn.Parameter],
+        recorder: Recorder,
+        adds: bool = True,
+    ):
+        self.inner, self.parameters, self.adds = inner, list(parameters), adds
         self._recorder: Recorder | None = recorder
         self._seen: Counter[tuple] = Counter()
         self._tokens: Tensor | None = None
@@ -114,6 +122,8 @@ class CapturedObjective:
 
     def backward(self, inputs: Inputs, tokens: int | Tensor) -> Tensor:
         """See `Objective`; raises ValueError where gradients were replaced since the recording."""
+        if not self.adds and any(parameter.grad is not None for parameter in self.parameters):
+            raise ValueError("gradients that a recording would replace: set them to None first")
         form = _form(inputs)
         # a number on the device, from the first pass on: all passes divide in the same way
         if self._tokens is None:
@@ -144,12 +154,19 @@ class CapturedObjective:
             )
         except RuntimeError as error:
             self._recorder, reason = None, _reason(error)
+            self._drop_gradients()
         else:
             grads = [(p, p.grad) for p in self.parameters if p.grad is not None]
-            self._kept = _Kept(form, static, loss, grads, recording)
+            self._drop_gradients()
+            self._kept = _Kept(form, static, loss, grads, recording, self.adds)
             return
         console.warn(f"steps are launched one by one, a CUDA graph could not be made: {reason}")
         self._give_back()
+
+    def _drop_gradients(self) -> None:
+        """Leave none that a recording only named: nothing is written before a replay."""
+        for parameter in [] if self.adds else self.parameters:
+            parameter.grad = None
 
     def _give_back(self) -> None:
         if self._tokens.is_cuda:
@@ -166,17 +183,20 @@ class _Kept:
         loss: Tensor,
         grads: list[tuple[nn.Parameter, Tensor]],
         recording: Recording,
+        adds: bool,
     ):
         self.form, self.inputs, self.loss = form, inputs, loss
-        self.grads, self.recording = grads, recording
+        self.grads, self.recording, self.adds = grads, recording, adds
 
     def replay(self, inputs: Inputs) -> Tensor:
-        if any(parameter.grad is not grad for parameter, grad in self.grads):
+        if self.adds and any(parameter.grad is not grad for parameter, grad in self.grads):
             raise ValueError("gradients that a recording adds to were replaced: zero them in place")
         for buffer, part in zip(self.inputs, inputs, strict=True):
             if buffer is not None:
                 buffer.copy_(part, non_blocking=True)
         self.recording.replay()
+        for parameter, grad in self.grads:
+            parameter.grad = grad
         return self.loss.clone()
 
 

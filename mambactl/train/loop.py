@@ -124,7 +124,7 @@ class _PhaseRun:
         self.optimizer = build_optimizer(self.phase.parts)
         recorder = recorder_for(self.device) if config.capture else None
         self.captured = recorder and CapturedObjective(
-            self.phase.objective, self.parameters, recorder
+            self.phase.objective, self.parameters, recorder, adds=config.grad_accum > 1
         )
         if len(progress.reports) <= number:
             progress.reports.append(PhaseReport(self.phase.name))
@@ -191,8 +191,9 @@ class _PhaseRun:
         """Give the device one step to do; nothing here waits for it."""
         share = schedule(step, self.phase.steps, self.config.warmup, self.config.schedule)
         set_learning_rate(self.optimizer, share)
-        # a recording adds to the gradients that were there when it was made
-        self.optimizer.zero_grad(set_to_none=self.captured is None)
+        # a recording that adds does so to the gradients that were there when it was made
+        adds = self.captured is not None and self.captured.adds
+        self.optimizer.zero_grad(set_to_none=not adds)
         members = [next(feed) for _ in range(self.config.grad_accum)]
         try:
             objective = self.captured or self.phase.objective
