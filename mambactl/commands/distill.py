@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mambactl import console
-from mambactl.checkpoint.load import load_lineage, open_strict
-from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.load import load_lineage
 from mambactl.checkpoint.vocabulary import model_config
 from mambactl.commands.teacher_cache import cached_objective, read_record
 from mambactl.data.pack import Row
@@ -31,9 +30,9 @@ from mambactl.train.loop import Phase, train
 from mambactl.train.optimization import AlignmentObjective, LogitsObjective, Objective
 from mambactl.train.phases import PhasePlan, plan_phases, shapes_of
 from mambactl.train.preview import plan_training
-from mambactl.train.publish import draw_ledger, report_phases, save_result, working_folder
+from mambactl.train.publish import as_begun, draw_ledger, report_phases, save_result, working_folder
 from mambactl.train.rows import held_out_rows, training_rows
-from mambactl.train.sharing import restore, share_frozen
+from mambactl.train.sharing import put_back, share_frozen
 from mambactl.train.stepwise import StandIns
 
 STAGE = "distill"
@@ -48,6 +47,7 @@ def run(
     force: bool = False,
 ) -> StageResult:
     """Train the hybrid at `source` towards its teacher and write the result to `out`."""
+    config = as_begun(config, out, resume)
     job = Job.of(STAGE, config, source)
     _check_capture(job, config)
     join(job.device)
@@ -138,11 +138,8 @@ class _Models:
     def put_back(self, job: Job) -> None:
         """Make the student ready to be saved: plain blocks, and frozen weights as stored."""
         release_blocks(self.student)
-        if not self.rounded:
-            return
-        reader, adapted = open_strict(resolve(job.source))
-        with reader:
-            restore(self.student, self.rounded, lambda key: adapted.get(reader, key).to(job.device))
+        if self.rounded:
+            put_back(self.student, self.rounded, job.source)
 
 
 def _models(

@@ -1,6 +1,7 @@
 """Options of the stages that follow gradients, and of what they read in a teacher's place."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -62,11 +63,16 @@ class MixedRowsConfig(RowsConfig):
 class TrainConfig(RowsConfig):
     """Shared by the stages that follow gradients."""
 
+    later: ClassVar[Mapping[str, Any]] = {"freeze_kept": False}
+
     teacher: str | None = Field(default=None, description="default: where the lineage started")
     warmup: int = Field(default=10, ge=0, description="warm-up steps")
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     grad_checkpointing: bool = Field(default=False, description="recompute activations in backward")
     save_every: int = Field(default=100, ge=1, description="steps between resumable states")
+    freeze_kept: bool = Field(
+        default=False, description="leave queries and keys of kept attention as they are"
+    )
 
 
 class HeldOutConfig(TrainConfig):
@@ -168,6 +174,9 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     )
     rest_lr: float = Field(
         default=1e-4, ge=0, description="learning rate of everything else (0 freezes)"
+    )
+    freeze_kept: bool = Field(
+        default=True, description="leave queries and keys of kept attention as they are"
     )
     schedule: Literal["cosine", "wsd"] = Field(
         default="cosine",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mambactl.data.pack import Batch
 from mambactl.kernels.divergence import relative_error
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.registry import is_new
+from mambactl.models.mixers.registry import is_new, looks_up
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 from mambactl.models.mixers.spec import StepContext
 from mambactl.train.compiled import compiled
@@ -212,9 +212,13 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if is_new(name)}
 
 
-def rest_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of everything else by name, a tied weight once."""
-    return {name: p for name, p in model.named_parameters() if not is_new(name)}
+def rest_parameters(model: nn.Module, freeze_kept: bool = True) -> dict[str, nn.Parameter]:
+    """Parameters by name of what else trains, a tied weight once.
+
+    Queries and keys of kept heads may stay the teacher's: what they find would be lost first.
+    """
+    rest = {name: p for name, p in model.named_parameters() if not is_new(name)}
+    return {name: p for name, p in rest.items() if not (freeze_kept and looks_up(name))}
 
 
 def build_optimizer(

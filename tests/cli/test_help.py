@@ -22,7 +22,7 @@ ROWS = f"{ROWS} --skip-bad-rows"
 HELD_OUT = "--teacher-cache --eval-data --eval-every --eval-tokens"
 MIXED = "--recall-share"
 SPREAD = "--nproc --shard"
-TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every"
+TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --freeze-kept"
 SAMPLING = (
     "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --batch-size --chat "
     "--prompt --prompts"

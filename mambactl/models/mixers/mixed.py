@@ -20,6 +20,7 @@ from mambactl.models.mixers.attention import (
     AttentionMixer,
     attention_cost,
     copy_attention,
+    kept_cost,
     pack_attention,
 )
 from mambactl.models.mixers.mamba2 import mamba2_from_attention
@@ -123,6 +124,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
     title = "mixture of KV heads with full attention and Mamba-2 heads plus attention"
     module_type = MixedMixer
     inherited = {"window": "windows of mamba mixers", "attention": "kept heads of mamba mixers"}
+    keeps = "attention"
     branches = {"recurrent": "out_proj", "window": "window", "attention": "attention"}
     with_kept_heads = None
 
@@ -216,7 +218,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
             config, min(length / 2, span.window + span.sinks), config.num_key_value_heads - kept
         )
         seen = min(length / 2, config.sliding_window or length)
-        whole = attention_cost(config, seen, kept)
+        whole = kept_cost(config, seen, kept)
         return RECURRENCE.cost(config, settings.mamba2, length).plus(near).plus(whole)
 
     def kv_read(self, config: LlamaConfig, settings: MixedSettings, context: int) -> int:
