@@ -11,6 +11,7 @@ from mambactl.options.fields import (
     DataSpecs,
     DistillPhases,
     Integers,
+    Lengths,
     Losses,
     Rows,
     Shares,
@@ -143,6 +144,12 @@ class ShardConfig(SpreadConfig):
 class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
+    later: ClassVar[Mapping[str, Any]] = TrainConfig.later | {
+        "eval_recall": [],
+        "eval_recall_rows": 16,
+        "keep_best": False,
+    }
+
     compile: Compile = Field(
         default="auto", description="compile blocks; auto: on CUDA where it can be"
     )
@@ -195,10 +202,23 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     jsd_beta: float = Field(
         default=0.5, gt=0, lt=1, description="weight of the teacher in the jsd mixture"
     )
+    eval_recall: Lengths = Field(
+        default=[], description="row lengths of recall probes measured with eval_data, 1024 say"
+    )
+    eval_recall_rows: Rows = Field(default=16, description="rows per recall probe")
+    keep_best: bool = Field(
+        default=False,
+        description="end with the weights of the smallest measured KL / share of recall kept",
+    )
     capture: bool = Field(default=False, description="replay each training step as one CUDA graph")
 
     def require_coherent(self) -> None:
-        """Raise UsageError for steps that no CUDA graph can hold."""
+        """Raise UsageError for steps that no CUDA graph can hold, or the best of nothing."""
+        if self.keep_best and not (self.eval_data or self.eval_recall):
+            raise UsageError(
+                "--keep-best needs something that is measured while training",
+                "add --eval-data FILE, --eval-recall 1024, or both",
+            )
         if self.capture and self.grad_checkpointing:
             raise UsageError(
                 "--grad-checkpointing reads the states of random number generators, which steps in "

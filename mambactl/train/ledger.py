@@ -151,14 +151,21 @@ class PhaseReport:
     agreement: float | None = None
     perplexity_ratio: float | None = None
     ce: float | None = None
+    recall_kept: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured on held-out text, every so many steps and after each phase."""
+    """What is measured on held-out text and probes, every so many steps and after each phase."""
 
     every: int
     measure: Callable[[], dict[str, Any]]
+
+
+def shown(measured: Mapping[str, Any]) -> str:
+    """The measurements that a progress line has room for."""
+    names = {"kl": "KL", "recall_kept": "recall"}
+    return "".join(f", {names[k]} {measured[k]:.4f}" for k in names if k in measured)
 
 
 @dataclass

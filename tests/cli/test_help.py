@@ -35,6 +35,7 @@ FLAGS = {
     "distill": f"{TRAINING} {MIXED} --compile --nproc --stages --align-steps --align-lr "
     "--stepwise-steps --stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr "
     "--schedule --kl-weight --ce-weight --temperature --divergence --jsd-beta --capture "
+    "--eval-recall --eval-recall-rows --keep-best "
     f"{HELD_OUT} {OUTPUT} {EVERY_STAGE}",
     "sft": f"{TRAINING} {SPREAD} {HELD_OUT} --lr --ce-weight --kl-weight --assistant-only-loss "
     f"--lora --lora-alpha --log-to --compile {OUTPUT} {EVERY_STAGE}",
