@@ -23,7 +23,7 @@ from mambactl.models.mixers.attention import (
     kept_cost,
     pack_attention,
 )
-from mambactl.models.mixers.mamba2 import mamba2_from_attention
+from mambactl.models.mixers.mamba2 import Mamba2Mixer, mamba2_from_attention
 from mambactl.models.mixers.mixed_decode import PackedMixed
 from mambactl.models.mixers.settings import (
     KeptHeads,
@@ -72,6 +72,14 @@ class MixedMixer(Mamba2WindowMixer):
         """hidden [B, T, D] -> [B, T, D]."""
         kept = self.attention(hidden, context, None if cache is None else cache.kept)
         return super().forward(hidden, context, cache) + kept
+
+    def recurrent(self, hidden: Tensor, context: StepContext) -> Tensor:
+        """Output [B, T, D] of Mamba-2 alone, for whole rows."""
+        return Mamba2Mixer.forward(self, hidden, context, None)
+
+    def given(self, hidden: Tensor, context: StepContext) -> Tensor:
+        """Output [B, T, D] of the attention in both parts."""
+        return super().given(hidden, context) + self.attention(hidden, context, None)
 
     def attended(self, hidden: Tensor, context: StepContext) -> Tensor:
         """Heads [B, T, H P] of the attention in both parts, in the teacher's order."""

@@ -321,6 +321,14 @@ class MixerSpec(MixerSizes[S], ABC):
         """Heads [B, T, H P] of the attention beside the recurrence, which it need not learn."""
         return None
 
+    def recurrent(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor:
+        """Output [B, T, D] of the recurrence, without what stands beside it."""
+        return mixer(hidden, context, None)
+
+    def given(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor | None:
+        """What attention beside the recurrence adds to that, which it need not learn."""
+        return None
+
     def recurrent_heads(self, mixer: Mixer, heads: Tensor) -> Tensor:
         """Of the attention's heads [B, T, H P] those that the recurrence stands for."""
         return heads
