@@ -35,7 +35,7 @@ _PIECE = 16 << 20
 class RunFolder(WorkFolder):
     """The working folder beside `out`; existence of `out` means that it is complete.
 
-    Beside what every WorkFolder has, it holds state.pt or trainer/ (resumable state) and
+    Beside what every WorkFolder has, it holds state.pt or trainer/ (resumable state), best.pt and
     metrics.jsonl. `identity` (JSON-able) says what the run is.
     """
 
@@ -48,6 +48,7 @@ class RunFolder(WorkFolder):
         # of trackers, which may be watched: where they stay
         self.logs = self.out.with_name(self.out.name + ".logs")
         self._state = self.path / "state.pt"
+        self._best = self.path / "best.pt"
         self._entered = False
 
     def check(self, resume: bool, force: bool) -> None:
@@ -168,12 +169,23 @@ class RunFolder(WorkFolder):
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the resumable state atomically; raises ResourceError when the disk is full."""
-        with _disk(self.path), replacing(self._state) as new, new.open("wb") as file:
-            torch.save(state, file)
+        self._write(self._state, state)
 
     def load_state(self) -> dict[str, Any] | None:
         """The newest state, or None before the first save."""
         return load_kept(self._state) if self._state.exists() else None
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Replace what was best so far, in the same way."""
+        self._write(self._best, state)
+
+    def load_best(self) -> dict[str, Any] | None:
+        """What was best so far, if anything was kept."""
+        return load_kept(self._best) if self._best.exists() else None
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
+        with _disk(self.path), replacing(path) as new, new.open("wb") as file:
+            torch.save(state, file)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -235,6 +247,12 @@ class OtherFolder(RunFolder):
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Nothing: the processes have the same."""
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Nothing: the main process writes the result."""
+
+    def load_best(self) -> dict[str, Any] | None:
+        """Nothing."""
 
     def log(self, entry: dict[str, Any]) -> None:
         """Nothing."""

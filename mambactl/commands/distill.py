@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mambactl import console
-from mambactl.checkpoint.load import load_lineage, open_strict
-from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.load import load_lineage
 from mambactl.checkpoint.vocabulary import model_config
 from mambactl.commands.teacher_cache import cached_objective, read_record
 from mambactl.data.pack import Row
 from mambactl.errors import UsageError
+from mambactl.evaluation.recall import RecallProbe
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig
@@ -26,15 +26,16 @@ from mambactl.train.compiled import compile_blocks, compiles, release_blocks
 from mambactl.train.estimate import Estimate, estimate
 from mambactl.train.held_out import HeldOut
 from mambactl.train.job import Job
-from mambactl.train.ledger import Evaluation
+from mambactl.train.ledger import Evaluation, shown
 from mambactl.train.loop import Phase, train
 from mambactl.train.optimization import AlignmentObjective, LogitsObjective, Objective
 from mambactl.train.phases import PhasePlan, plan_phases, shapes_of
 from mambactl.train.preview import plan_training
-from mambactl.train.publish import draw_ledger, report_phases, save_result, working_folder
+from mambactl.train.publish import as_begun, draw_ledger, report_phases, save_result, working_folder
 from mambactl.train.rows import held_out_rows, training_rows
-from mambactl.train.sharing import restore, share_frozen
+from mambactl.train.sharing import put_back, share_frozen
 from mambactl.train.stepwise import StandIns
+from mambactl.train.watched_recall import WatchedRecall, watched_probes
 
 STAGE = "distill"
 
@@ -48,6 +49,7 @@ def run(
     force: bool = False,
 ) -> StageResult:
     """Train the hybrid at `source` towards its teacher and write the result to `out`."""
+    config = as_begun(config, out, resume)
     job = Job.of(STAGE, config, source)
     _check_capture(job, config)
     join(job.device)
@@ -56,19 +58,18 @@ def run(
     planned = plan_phases(config, ours, theirs, _ranking(source))
     tokenizer = job.tokenizer()
     rows = training_rows(job, tokenizer)
-    held_out = held_out_rows(job, tokenizer)
-    models = _models(job, config, planned, needs_teacher=bool(held_out))
+    held_out, probes = held_out_rows(job, tokenizer), watched_probes(config, tokenizer)
+    models = _models(job, config, planned, needs_teacher=bool(held_out or probes))
     console.log(f"{len(ours.replaced_layers)} mixers follow {models.name}")
     phases = [_phase(job, config, models, theirs, plan, rows) for plan in planned]
-    evaluation = None
-    if held_out:
-        pair = models.student, models.teacher
-        measured = HeldOut(*pair, held_out, config.batch_size, job.amp, not models.compiled)
-        evaluation = Evaluation(config.eval_every, measured.measure)
+    evaluation = _evaluation(job, config, models, held_out, probes)
     with folder.open(resume, force):
         trim = not (models.compiled or config.capture)
-        reports = train(models.student, phases, rows, config, folder, evaluation, trim)
+        reports, best = train(models.student, phases, rows, config, folder, evaluation, trim)
         metrics = report_phases(reports, folder)
+        if best is not None:
+            console.log(f"kept: step {best['step']} of {best['phase']}{shown(best)}")
+            metrics["best"] = best
         draw_ledger(folder, asked=bool(held_out))
         models.put_back(job)
         save_result(job, models.student, folder, models.name, metrics)
@@ -76,11 +77,35 @@ def run(
     return StageResult(str(out), metrics)
 
 
+def _evaluation(
+    job: Job,
+    config: DistillConfig,
+    models: "_Models",
+    held_out: Sequence[Row],
+    probes: Sequence[RecallProbe],
+) -> Evaluation | None:
+    """What is measured on the way, if anything."""
+    pair, measured = (models.student, models.teacher), []
+    if held_out:
+        measured.append(HeldOut(*pair, held_out, config.batch_size, job.amp, not models.compiled))
+    if probes:
+        measured.append(WatchedRecall(*pair, probes, job.amp, models.compiled))
+    if not measured:
+        return None
+
+    def measure() -> dict[str, Any]:
+        return {name: value for each in measured for name, value in each.measure().items()}
+
+    return Evaluation(config.eval_every, measure)
+
+
 def plan(config: DistillConfig, source: str) -> dict[str, Any]:
     """Resolve everything, measure how fast this machine is, and say what would run."""
     job = Job.of(STAGE, config, source)
     _check_capture(job, config)
     found = plan_training(job)
+    if config.eval_recall:
+        watched_probes(config, job.tokenizer())
     ours, theirs = _configs(job)
     planned = plan_phases(config, ours, theirs, _ranking(source))
     predicted = estimate(job, ours, theirs, planned)
@@ -138,11 +163,8 @@ class _Models:
     def put_back(self, job: Job) -> None:
         """Make the student ready to be saved: plain blocks, and frozen weights as stored."""
         release_blocks(self.student)
-        if not self.rounded:
-            return
-        reader, adapted = open_strict(resolve(job.source))
-        with reader:
-            restore(self.student, self.rounded, lambda key: adapted.get(reader, key).to(job.device))
+        if self.rounded:
+            put_back(self.student, self.rounded, job.source)
 
 
 def _models(
@@ -186,6 +208,7 @@ def _phase(
         # rows of a phase have one shape, or few
         flops=cache(work.flops),
         cure="lower --align-lr" if plan.kind == "align" else "lower --lr",
+        whole=not plan.waiting,
     )
 
 

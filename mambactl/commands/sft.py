@@ -21,11 +21,12 @@ from mambactl.train.compiled import compile_blocks, release_blocks
 from mambactl.train.held_out import HeldOut
 from mambactl.train.job import Job, require_whole_weights
 from mambactl.train.ledger import Evaluation
-from mambactl.train.lora import adapted, merged, projections, require_peft
+from mambactl.train.lora import adapted, merged, projections, require_peft, unadapted
 from mambactl.train.phases import shapes_of
 from mambactl.train.preview import TRAINED_BYTES, plan_training, preview
 from mambactl.train.publish import draw_ledger, report_phases, save_result, working_folder
 from mambactl.train.rows import held_out_rows, training_rows
+from mambactl.train.sharing import put_back
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
 if TYPE_CHECKING:
@@ -66,7 +67,11 @@ def run(
         draw_ledger(folder, asked=bool(held_out) and teacher is not None)
         release_blocks(student)
         named = _teacher_name(job, config, teacher)
-        save_result(job, merged(trainer.model), folder, named, metrics)
+        result = merged(trainer.model)
+        if config.lora is not None:
+            # what has no adapter was held in the type of products
+            put_back(result, unadapted(result, config.freeze_kept), job.source)
+        save_result(job, result, folder, named, metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 
@@ -87,7 +92,9 @@ def plan(config: SftConfig, source: str) -> dict[str, Any]:
 def _adapter_plan(job: Job, config: SftConfig, estimated: int, parameters: int) -> dict[str, Any]:
     """Parameters that train, and bytes where everything else is frozen."""
     model = shapes_of(model_config(job.source))
-    sizes = [model.get_submodule(name).weight.shape for name in projections(model)]
+    sizes = [
+        model.get_submodule(name).weight.shape for name in projections(model, config.freeze_kept)
+    ]
     count = config.lora * sum(map(sum, sizes))
     frozen = parameters * (TRAINED_BYTES - job.dtype.itemsize)
     return {

@@ -122,21 +122,25 @@ def mqar_probe(
     return _probe("mqar", form, words, room - queries, queries, length, rows, seed)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_recall(
-    model: PreTrainedModel, probe: RecallProbe, batch_size: int = 4
+    model: PreTrainedModel,
+    probe: RecallProbe,
+    batch_size: int = 4,
+    amp: torch.dtype | None = None,
 ) -> dict[str, float]:
     """`recall` (values that are right in every token), `token_recall`, and `recall_loss`.
 
-    The loss is in nats per value token.
+    The loss is in nats per value token. With `amp` the blocks run in mixed precision.
     """
     found = []
     batch_size = max(1, min(batch_size, MOST_TOKENS // probe.input_ids.shape[1]))
     chunks = (t.to(model.device).split(batch_size) for t in (probe.input_ids, probe.picked))
     for ids, picked in zip(*chunks, strict=True):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        targets = ids.roll(-1, 1)[picked]  # [n]
-        found.append(read_answers(hidden[picked], model.get_output_embeddings(), targets))
+        with torch.autocast(ids.device.type, dtype=amp, enabled=amp is not None):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        targets, head = ids.roll(-1, 1)[picked], model.get_output_embeddings()  # [n]
+        found.append(read_answers(hidden[picked].to(head.weight.dtype), head, targets))
     return summarise_answers(torch.cat(found), probe.width)
 
 

@@ -110,15 +110,29 @@ def _mean(probs: Tensor, values: Tensor) -> Tensor:
     return (probs * values.masked_fill(probs == 0, 0.0)).sum(-1)
 
 
-def relative_error(got: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
+# of an output's variance, what rounding to bf16 may leave between two computations of it
+LEAST_MISSING = 1e-4
+
+
+def relative_error(
+    got: Tensor, wanted: Tensor, valid: Tensor, given: Tensor | None = None
+) -> Tensor:
     """Sum over valid tokens of the mean squared error over the wanted output's variance.
 
-    got, wanted [B, T, D]; valid [B, T]; fp32 scalar. Choosing rows instead of masking them would
-    wait for the device to count them.
+    got, wanted [B, T, D]; valid [B, T]; fp32 scalar. Where something else is `given` [B, T, D] of
+    what is wanted, `got` is for the rest, and the variance is that of the rest (or LEAST_MISSING of
+    the whole). Choosing rows instead of masking them would wait for the device to count them.
     """
     got, wanted, keep = got.float(), wanted.float(), valid[..., None]
     width = wanted.shape[-1]
     count = valid.sum() * width
-    mean = wanted.masked_fill(~keep, 0).sum() / count
-    variance = (wanted - mean).masked_fill(~keep, 0).square().sum() / count
+
+    def variance_of(values: Tensor) -> Tensor:
+        mean = values.masked_fill(~keep, 0).sum() / count
+        return (values - mean).masked_fill(~keep, 0).square().sum() / count
+
+    variance = variance_of(wanted)
+    if given is not None:
+        wanted = wanted - given.float()
+        variance = torch.maximum(variance_of(wanted), LEAST_MISSING * variance)
     return (got - wanted).masked_fill(~keep, 0).square().sum() / (width * variance)

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -211,6 +211,8 @@ class StageConfig(CommandConfig):
         {"data", "dataset", "eval_data", "calibrate", "select_data", "preferences"}
         | {"long_context_data"}
     )
+    # options that came later, and what a run did before it had them
+    later: ClassVar[Mapping[str, Any]] = {}
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
 
@@ -247,6 +249,20 @@ class StageConfig(CommandConfig):
     def completed(self, source: str, describe: Callable[[str], Any]) -> "StageConfig":
         """The options with what the models decide that they name, `describe` of each its config."""
         return self
+
+    def as_begun(self, record: Mapping[str, Any]) -> Self:
+        """The options with which a run goes on that `record` describes, maybe of a version before.
+
+        What was not asked for is then as it was.
+        """
+        asked = self.model_fields_set
+        before = {k: v for k, v in self.later.items() if k not in record and k not in asked}
+        return self.model_copy(update=before)
+
+    @property
+    def since_later(self) -> set[str]:
+        """Options that came later and ask for nothing new: records without them mean the same."""
+        return {name for name, before in self.later.items() if getattr(self, name) == before}
 
     @classmethod
     def recorded(cls, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Options of the stages that follow gradients, and of what they read in a teacher's place."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -10,6 +11,7 @@ from mambactl.options.fields import (
     DataSpecs,
     DistillPhases,
     Integers,
+    Lengths,
     Losses,
     Rows,
     Shares,
@@ -62,11 +64,16 @@ class MixedRowsConfig(RowsConfig):
 class TrainConfig(RowsConfig):
     """Shared by the stages that follow gradients."""
 
+    later: ClassVar[Mapping[str, Any]] = {"freeze_kept": False}
+
     teacher: str | None = Field(default=None, description="default: where the lineage started")
     warmup: int = Field(default=10, ge=0, description="warm-up steps")
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     grad_checkpointing: bool = Field(default=False, description="recompute activations in backward")
     save_every: int = Field(default=100, ge=1, description="steps between resumable states")
+    freeze_kept: bool = Field(
+        default=False, description="leave queries and keys of kept attention as they are"
+    )
 
 
 class HeldOutConfig(TrainConfig):
@@ -137,6 +144,12 @@ class ShardConfig(SpreadConfig):
 class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
+    later: ClassVar[Mapping[str, Any]] = TrainConfig.later | {
+        "eval_recall": [],
+        "eval_recall_rows": 16,
+        "keep_best": False,
+    }
+
     compile: Compile = Field(
         default="auto", description="compile blocks; auto: on CUDA where it can be"
     )
@@ -169,6 +182,9 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     rest_lr: float = Field(
         default=1e-4, ge=0, description="learning rate of everything else (0 freezes)"
     )
+    freeze_kept: bool = Field(
+        default=True, description="leave queries and keys of kept attention as they are"
+    )
     schedule: Literal["cosine", "wsd"] = Field(
         default="cosine",
         description="wsd holds the rate and lowers it over the last 15 % of a phase",
@@ -186,10 +202,23 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     jsd_beta: float = Field(
         default=0.5, gt=0, lt=1, description="weight of the teacher in the jsd mixture"
     )
+    eval_recall: Lengths = Field(
+        default=[], description="row lengths of recall probes measured with eval_data, 1024 say"
+    )
+    eval_recall_rows: Rows = Field(default=16, description="rows per recall probe")
+    keep_best: bool = Field(
+        default=False,
+        description="end with the weights of the smallest measured KL / share of recall kept",
+    )
     capture: bool = Field(default=False, description="replay each training step as one CUDA graph")
 
     def require_coherent(self) -> None:
-        """Raise UsageError for steps that no CUDA graph can hold."""
+        """Raise UsageError for steps that no CUDA graph can hold, or the best of nothing."""
+        if self.keep_best and not (self.eval_data or self.eval_recall):
+            raise UsageError(
+                "--keep-best needs something that is measured while training",
+                "add --eval-data FILE, --eval-recall 1024, or both",
+            )
         if self.capture and self.grad_checkpointing:
             raise UsageError(
                 "--grad-checkpointing reads the states of random number generators, which steps in "

@@ -193,8 +193,8 @@ def _trained(config: BenchConfig, student: HybridForCausalLM) -> dict[str, dict[
     """What trains in each stage, by name."""
     mixers = mixer_parameters(student)
     rest = rest_parameters(student) if config.train_rest else {}
-    both = mixers | rest
-    return {"align": mixers, "logits": both, TEXT: both, TEACHER_TEXT: both}
+    whole = dict(student.named_parameters()) if config.train_rest else mixers
+    return {"align": mixers, "logits": mixers | rest, TEXT: whole, TEACHER_TEXT: whole}
 
 
 def _objective(

@@ -13,6 +13,7 @@ from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.recall_documents import require_recall_length
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.registry import looks_up
 from mambactl.models.transformers_names import recompute_activations
 from mambactl.options import MixedRowsConfig, SpreadConfig, TrainConfig
 from mambactl.ranks import placement, sharded
@@ -58,6 +59,9 @@ class Job:
         model.generation_config = GenerationConfig(**ids)
         if self.config.grad_checkpointing:
             recompute_activations(model)
+        if self.config.freeze_kept:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not looks_up(name))
         return model
 
     def teacher(self, foreign: bool = False) -> HybridForCausalLM:

@@ -48,8 +48,9 @@ class Work:
     """What one phase computes.
 
     `student.mixers` are those that run, stand-ins included; `layers` those whose mixer trains;
-    `rest` says that everything else trains too; `aligns` that layers are trained one by one on the
-    teacher's states, with no pass through the student.
+    `rest` says that everything else trains too, with `freeze_kept` but for queries and keys of kept
+    heads; `aligns` that layers are trained one by one on the teacher's states, with no pass through
+    the student.
     """
 
     student: HybridConfig
@@ -58,6 +59,7 @@ class Work:
     rest: bool = False
     aligns: bool = False
     checkpointing: bool = False
+    freeze_kept: bool = True
 
     def flops(self, rows: int, length: int) -> float:
         """Operations of a batch; those that checkpointing repeats do not count."""
@@ -98,7 +100,7 @@ class Work:
     def _aligned(self, index: int, length: int) -> float:
         # what enters a mixer is the teacher's and needs no gradient
         cost = mixer_cost(self.student, index, length)
-        return 2 * cost.entrance + 3 * (cost.weights + cost.mixing)
+        return 2 * cost.entrance - self._frozen(cost) + 3 * (cost.weights + cost.mixing)
 
     def _trained(self, index: int, length: int, reached: bool) -> float:
         cost, mlp = mixer_cost(self.student, index, length), mlp_cost(self.student)
@@ -106,8 +108,13 @@ class Work:
         if not reached:
             return forward
         inputs = cost.entrance + cost.weights + mlp + 2 * cost.mixing
-        weights = cost.entrance + cost.weights if self.rest or index in self.layers else 0.0
+        trains = self.rest or index in self.layers
+        weights = cost.entrance - self._frozen(cost) + cost.weights if trains else 0.0
         return forward + inputs + weights + (mlp if self.rest else 0.0)
+
+    def _frozen(self, cost: MixerCost) -> float:
+        """Operations whose weights have no gradient."""
+        return cost.lookup if self.freeze_kept else 0.0
 
 
 # steps that a GPU may have in flight while the host prepares the next
@@ -144,14 +151,21 @@ class PhaseReport:
     agreement: float | None = None
     perplexity_ratio: float | None = None
     ce: float | None = None
+    recall_kept: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured on held-out text, every so many steps and after each phase."""
+    """What is measured on held-out text and probes, every so many steps and after each phase."""
 
     every: int
     measure: Callable[[], dict[str, Any]]
+
+
+def shown(measured: Mapping[str, Any]) -> str:
+    """The measurements that a progress line has room for."""
+    names = {"kl": "KL", "recall_kept": "recall"}
+    return "".join(f", {names[k]} {measured[k]:.4f}" for k in names if k in measured)
 
 
 @dataclass

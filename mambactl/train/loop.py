@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from mambactl.data.pack import Batch, Row, ahead, batches
 from mambactl.errors import CheckError, ResourceError
 from mambactl.options import DistillConfig
 from mambactl.ranks import add_up, from_main, largest, processes, rank, total
+from mambactl.train.best_weights import BestWeights
 from mambactl.train.captured import CapturedObjective, recorder_for
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import (
@@ -28,6 +29,7 @@ from mambactl.train.ledger import (
     Progress,
     peak_of,
     restart_peak,
+    shown,
 )
 from mambactl.train.optimization import (
     Objective,
@@ -38,14 +40,17 @@ from mambactl.train.optimization import (
 )
 
 Parameters = dict[str, nn.Parameter]
+# measurements that a report keeps
+MEASURED = ("kl", "agreement", "perplexity_ratio", "recall_kept")
 
 
 @dataclass(frozen=True)
 class Phase:
     """Steps with one objective; only parameters in `parts`, each with its peak rate, train.
 
-    `context` is how the model is while the phase lasts; `flops(rows, length)` counts a batch;
-    `cure` is what to change when the loss leaves what it had reached.
+    `context` is how the model is while the phase lasts, and `whole` says that it is as it will be
+    saved; `flops(rows, length)` counts a batch; `cure` is what to change when the loss leaves what
+    it had reached.
     """
 
     name: str
@@ -55,11 +60,19 @@ class Phase:
     context: AbstractContextManager[Any] = field(default_factory=nullcontext)
     flops: Callable[[int, int], float] | None = None
     cure: str = "lower --lr"
+    whole: bool = True
 
     @property
     def parameters(self) -> Parameters:
         """Everything that trains, by name."""
         return {name: p for members, _ in self.parts for name, p in members.items()}
+
+
+class Trained(NamedTuple):
+    """How every phase went, and where what was measured was best, if its weights were kept."""
+
+    reports: list[PhaseReport]
+    best: dict[str, Any] | None
 
 
 def train(
@@ -70,12 +83,13 @@ def train(
     folder: RunFolder,
     evaluation: Evaluation | None = None,
     trim: bool = True,
-) -> list[PhaseReport]:
+) -> Trained:
     """Run every phase, from the folder's state if it has one.
 
-    State is saved every `save_every` steps, after each phase, and when SIGINT or SIGTERM asks to
-    stop. Raises CheckError when a loss or gradient is not finite or the loss left what it had
-    reached, ResourceError out of memory.
+    The model ends with the last weights, or with `keep_best` the best that were measured. State is
+    saved every `save_every` steps, after each phase, and when SIGINT or SIGTERM asks to stop.
+    Raises CheckError when a loss or gradient is not finite or the loss left what it had reached,
+    ResourceError out of memory.
     """
     # the main process is in its folder, whose state is the one to go on from
     from_main(None)
@@ -87,9 +101,13 @@ def train(
     # the saved weights are in the model now; a second copy must not stay
     del state
     model.train()
+    best = None
+    if config.keep_best:
+        trained = {name: p for phase in phases for name, p in phase.parameters.items()}
+        best = BestWeights(folder, trained)
     with StopRequest() as stop:
         for number in range(progress.phase, len(phases)):
-            run = _PhaseRun(model, phases, number, config, folder, progress, evaluation)
+            run = _PhaseRun(model, phases, number, config, folder, progress, evaluation, best)
             done = progress.total * config.grad_accum
             share = rank(), processes()
             source = batches(rows, config.batch_size, config.seed, done, trim, share)
@@ -99,7 +117,7 @@ def train(
         # asked for while the last state was saved
         stop.deliver()
     model.requires_grad_(False).eval()
-    return progress.reports
+    return Trained(progress.reports, None if best is None else best.restore())
 
 
 class _PhaseRun:
@@ -114,9 +132,11 @@ class _PhaseRun:
         folder: RunFolder,
         progress: Progress,
         evaluation: Evaluation | None,
+        best: BestWeights | None = None,
     ):
         self.model, self.config, self.folder, self.progress = model, config, folder, progress
         self.phase, self.evaluation = phases[number], evaluation
+        self.best, self.shown = best, ""
         # a later phase resumes with what earlier ones trained
         self.changed = {k: p for phase in phases[: number + 1] for k, p in phase.parameters.items()}
         self.parameters = list(self.phase.parameters.values())
@@ -222,7 +242,8 @@ class _PhaseRun:
             self._require_finite(pending.step, loss, norm)
             line = self._account(pending, loss, norm)
             self._log(line, self._evaluates(pending.step))
-            bar.advance(1, f"loss {loss:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
+            rate = f"{line['tokens_per_second']:,.0f} tokens/s"
+            bar.advance(1, f"loss {loss:.4f}{self.shown}, {rate}")
             if pending.step > warmup_of(self.config.warmup, self.phase.steps):
                 self.progress.watch.see(pending.step, loss)
                 self._require_progress(pending.step)
@@ -257,9 +278,11 @@ class _PhaseRun:
             self.model.eval()
             found = self.evaluation.measure()
             self.model.train()
-            line = line | found
-            for name in ("kl", "agreement", "perplexity_ratio"):
-                setattr(self.report, name, found[name])
+            if self.best is not None and self.phase.whole:
+                found["score"] = self.best.offer(self.phase.name, line["step"], found)
+            line, self.shown = line | found, shown(found)
+            for name in MEASURED:
+                setattr(self.report, name, found.get(name))
             self.clock.restart()
         self.folder.log(line)
         self.progress.lines += 1

@@ -7,6 +7,7 @@ from torch import nn
 
 from mambactl.errors import ResourceError
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.registry import looks_up
 from mambactl.options import AdaptedConfig
 from mambactl.requirements import install_line
 
@@ -25,13 +26,14 @@ def adapted(model: HybridForCausalLM, config: AdaptedConfig) -> Any:
     """`model` frozen inside a peft model, with W + alpha / rank B A for the linears of its blocks.
 
     B starts at 0, so nothing changes at first. Embeddings, head, norms, convolutions and what a
-    recurrence has besides its projections stay as they are. None asked: the model itself.
+    recurrence has besides its projections stay as they are, and so do queries and keys of kept
+    attention if those are frozen. None asked: the model itself.
     """
     if config.lora is None:
         return model
     from peft import LoraConfig, get_peft_model
 
-    targets = projections(model)
+    targets = projections(model, config.freeze_kept)
     # peft would look this up on the hub when it saves
     model.config.name_or_path = model.name_or_path = ""
     settings = LoraConfig(
@@ -46,10 +48,17 @@ def adapted(model: HybridForCausalLM, config: AdaptedConfig) -> Any:
         return get_peft_model(model, settings)
 
 
-def projections(model: HybridForCausalLM) -> list[str]:
-    """Names of the linear layers of all blocks."""
+def projections(model: HybridForCausalLM, freeze_kept: bool = False) -> list[str]:
+    """Names of the linear layers of all blocks, but for those that are frozen."""
     found = model.model.layers.named_modules(prefix="model.layers")
-    return [name for name, module in found if type(module) is nn.Linear]
+    linears = [name for name, module in found if type(module) is nn.Linear]
+    return [name for name in linears if not (freeze_kept and looks_up(name))]
+
+
+def unadapted(model: HybridForCausalLM, freeze_kept: bool) -> list[str]:
+    """Names of the parameters of a plain model that adapters leave as they are."""
+    changed = {f"{name}.weight" for name in projections(model, freeze_kept)}
+    return [name for name, _ in model.named_parameters() if name not in changed]
 
 
 def plain(model: Any) -> HybridForCausalLM:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from mambactl.data.pack import Batch
 from mambactl.kernels.divergence import relative_error
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.registry import is_new
+from mambactl.models.mixers.registry import is_new, looks_up
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
-from mambactl.models.mixers.spec import StepContext
+from mambactl.models.mixers.spec import Mixer, MixerSpec, StepContext
 from mambactl.train.compiled import compiled
 from mambactl.train.losses import Teacher, distillation_loss
 
@@ -136,9 +136,11 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class AlignmentObjective:
-    """Mean over layers of the masked squared error divided by that layer's teacher variance.
+    """Mean over layers of a recurrence's masked squared error over the variance of what it is for.
 
-    A loss of 1 is what a mixer that only outputs the mean would get. Raises ValueError when the
+    That is what the teacher's attention says and attention beside the recurrence, a window or kept
+    heads, does not. A loss of 1 is what a recurrence that only outputs the mean would get, however
+    little is missing, so every layer weighs the same. Raises ValueError when the
     teacher has no attention in a replaced layer, or another number of layers or width.
     """
 
@@ -155,6 +157,7 @@ class AlignmentObjective:
         self.student, self.teacher, self.amp = student, teacher, amp
         self.layers = student.config.replaced_layers
         self.mixers = {index: student.model.layers[index].mixer for index in self.layers}
+        self.specs = {index: student.config.layer(index).spec for index in self.layers}
         self._error = compiled(mixer_error) if compile else mixer_error
 
     def count(self, batch: Batch) -> int:
@@ -180,7 +183,8 @@ class AlignmentObjective:
                     continue
                 hidden, entered, wanted = block.observe(hidden, context)
                 with torch.enable_grad():
-                    error = self._error(self.mixers[index], entered, context, wanted, batch.valid)
+                    mixer = self.specs[index], self.mixers[index]
+                    error = self._error(*mixer, entered, context, wanted, batch.valid)
                     share = error / (tokens * len(self.mixers))
                 # a backward pass must not run under autocast
                 with torch.autocast(kind, enabled=False):
@@ -190,10 +194,17 @@ class AlignmentObjective:
 
 
 def mixer_error(
-    mixer: nn.Module, hidden: Tensor, context: StepContext, wanted: Tensor, valid: Tensor
+    spec: MixerSpec[Any],
+    mixer: Mixer,
+    hidden: Tensor,
+    context: StepContext,
+    wanted: Tensor,
+    valid: Tensor,
 ) -> Tensor:
-    """`relative_error` of a mixer's output for hidden [B, T, D]."""
-    return relative_error(mixer(hidden, context, None), wanted, valid)
+    """`relative_error` of a recurrence's output for hidden [B, T, D]; the rest does not learn."""
+    with torch.no_grad():
+        given = spec.given(mixer, hidden, context)
+    return relative_error(spec.recurrent(mixer, hidden, context), wanted, valid, given)
 
 
 BETAS = (0.9, 0.95)
@@ -212,9 +223,13 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if is_new(name)}
 
 
-def rest_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of everything else by name, a tied weight once."""
-    return {name: p for name, p in model.named_parameters() if not is_new(name)}
+def rest_parameters(model: nn.Module, freeze_kept: bool = True) -> dict[str, nn.Parameter]:
+    """Parameters by name of what else trains, a tied weight once.
+
+    Queries and keys of kept heads may stay the teacher's: what they find would be lost first.
+    """
+    rest = {name: p for name, p in model.named_parameters() if not is_new(name)}
+    return {name: p for name, p in rest.items() if not (freeze_kept and looks_up(name))}
 
 
 def build_optimizer(

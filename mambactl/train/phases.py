@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from mambactl.checkpoint.load import empty_model
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.registry import ATTENTION, part_of
+from mambactl.models.mixers.registry import ATTENTION, looks_up, part_of
 from mambactl.options import DistillConfig
 from mambactl.train.ledger import Work
 from mambactl.train.optimization import mixer_parameters, rest_parameters
@@ -27,7 +27,7 @@ TOPS = {"embed_tokens": "embeddings", "norm": "norms", "lm_head": "head"}
 class PhasePlan:
     """One phase: `layers` are the mixers that train; `waiting` layers run the teacher's attention.
 
-    A rate of 0 freezes.
+    A rate of 0 freezes, and `freeze_kept` queries and keys of kept attention.
     """
 
     name: str
@@ -37,11 +37,12 @@ class PhasePlan:
     mixer_rate: float
     rest_rate: float
     waiting: tuple[int, ...] = ()
+    freeze_kept: bool = True
 
     def parameters(self, model: nn.Module) -> list[tuple[dict[str, nn.Parameter], float]]:
         """Parameters that train with their peak rates, a tied weight once."""
         mixers = {n: p for n, p in mixer_parameters(model).items() if _layer(n) in self.layers}
-        rest = rest_parameters(model) if self.rest_rate else {}
+        rest = rest_parameters(model, self.freeze_kept) if self.rest_rate else {}
         # attention beside the recurrence of a waiting layer does not run
         rest = {n: p for n, p in rest.items() if not self._waits(n)}
         return [(mixers, self.mixer_rate)] + ([(rest, self.rest_rate)] if rest else [])
@@ -57,6 +58,7 @@ class PhasePlan:
             teacher,
             self.layers,
             rest=self.rest_rate > 0,
+            freeze_kept=self.freeze_kept,
             aligns=self.kind == "align",
             checkpointing=checkpointing,
         )
@@ -100,7 +102,7 @@ def plan_phases(
         planned.append(
             PhasePlan("logits", "logits", steps["logits"], replaced, config.lr, config.rest_lr)
         )
-    return planned
+    return [replace(plan, freeze_kept=config.freeze_kept) for plan in planned]
 
 
 def shapes_of(config: HybridConfig) -> HybridForCausalLM:
@@ -170,7 +172,8 @@ def _part(name: str) -> str:
         return TOPS.get(top, top)
     if (found := part_of(name)) is not None:
         spec, inherited = found
-        return spec.inherited[inherited] if inherited else spec.label
+        part = spec.inherited[inherited] if inherited else spec.label
+        return f"queries and keys of {part}" if looks_up(name) else part
     return "norms" if match[2].endswith("layernorm") else match[2]
 
 

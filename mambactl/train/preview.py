@@ -7,13 +7,16 @@ from rich.text import Text
 
 from mambactl import console
 from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.vocabulary import model_config
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.encoding import Example
 from mambactl.data.mixture import names
 from mambactl.data.pack import pack
 from mambactl.data.row_files import is_on_hub
 from mambactl.errors import UsageError
+from mambactl.models.mixers.registry import looks_up
 from mambactl.train.job import Job
+from mambactl.train.phases import parts_of, shapes_of
 from mambactl.train.rows import count_documents, encode_documents, read_documents
 
 if TYPE_CHECKING:
@@ -55,7 +58,13 @@ def plan_training(
         "tokens_at_most": job.budget,
         "recall_tokens_at_most": job.recall_budget,
         "estimated_bytes": _estimate(found["parameters"], job.dtype, with_teacher),
-    }
+    } | ({"frozen": _frozen(job)} if job.config.freeze_kept else {})
+
+
+def _frozen(job: Job) -> list[dict[str, Any]]:
+    """Queries and keys of kept attention, which stay as they are."""
+    model = shapes_of(model_config(job.source))
+    return parts_of({name: p for name, p in model.named_parameters() if looks_up(name)})
 
 
 def preview(job: Job, assistant_only: bool) -> dict[str, Any]:

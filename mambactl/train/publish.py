@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +22,14 @@ from mambactl.errors import ResourceError, UsageError
 from mambactl.files import canonical, replacing
 from mambactl.foreign import open_regular
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.options import TrainConfig
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw
 from mambactl.train.consolidate import consolidated
 from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 
 def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
@@ -41,6 +44,12 @@ def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> Run
     return folder
 
 
+def as_begun(config: Config, out: Path | None, resume: bool) -> Config:
+    """The options with which a run that stopped at `out` goes on; see `StageConfig.as_begun`."""
+    record = RunFolder(Path(out), {}).read_mark() if resume and out is not None else None
+    return config if record is None else config.as_begun(record)
+
+
 def _teacher_of_lineage(job: Job) -> list[tuple[str, str]]:
     """The teacher that the run takes where no other is given; options name theirs."""
     origin = load_lineage(job.source) or {}
@@ -53,7 +62,9 @@ def identity(job: Job) -> dict[str, Any]:
     given = job.config.teacher
     return {
         "stage": job.stage,
-        **job.config.model_dump(mode="json", exclude=job.config.placement_options),
+        **job.config.model_dump(
+            mode="json", exclude=job.config.placement_options | job.config.since_later
+        ),
         "source": canonical(job.source),
         "source_sha256": header_digest(resolve(job.source).path),
         "teacher": given and canonical(given),

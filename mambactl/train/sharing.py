@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mambactl.checkpoint.load import open_strict
+from mambactl.checkpoint.resolve import resolve
+from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
 
@@ -56,10 +59,17 @@ def share_frozen(
 
 
 def restore(student: nn.Module, names: Collection[str], read: Callable[[str], Tensor]) -> None:
-    """Before saving: put back what `share_frozen` rounded, from where the student was read."""
+    """Before saving: put back what was rounded, from where the student was read."""
     parameters = dict(student.named_parameters())
     for name in names:
         parameters[name].data = read(name)
+
+
+def put_back(model: HybridForCausalLM, names: Collection[str], source: str) -> None:
+    """`restore` from the checkpoint that the model was read from."""
+    reader, adapted = open_strict(resolve(source))
+    with reader:
+        restore(model, names, lambda key: adapted.get(reader, key).to(model.device))
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

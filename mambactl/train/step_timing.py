@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridModel
+from mambactl.models.mixers.registry import looks_up
 from mambactl.models.mixers.spec import StepContext
 from mambactl.train.captured import WARMUP, recorder_for
 from mambactl.train.compiled import compiled
@@ -77,28 +78,38 @@ def _piece(
 ) -> Measured:
     guide = work.teacher.hidden_size if what == "head" and work.teacher else None
     key = (config.to_json_string(), guide, what, how, work.rest, setup, rows, length)
+    key += (work.freeze_kept,)
     if key not in _cache:
         if what == "head":
             _cache[key] = _head(work, setup, rows * length)
         else:
-            _cache[key] = _block(config, what, how, setup, rows, length)
+            _cache[key] = _block(config, what, how, setup, rows, length, work.freeze_kept)
     return _cache[key]
 
 
 def _block(
-    config: HybridConfig, kind: str, how: str, setup: Setup, rows: int, length: int
+    config: HybridConfig,
+    kind: str,
+    how: str,
+    setup: Setup,
+    rows: int,
+    length: int,
+    freeze_kept: bool,
 ) -> Measured:
     """One block (or, to align, one mixer) on its own, with hardly any vocabulary."""
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     single = config.only(config.kinds.index(kind), vocab_size=8, **tokens)
     (alone,) = single.kinds
     full = Work(single, single if how == "infer" else None, (0,), how != "align", how == "align")
+    full = replace(full, freeze_kept=freeze_kept)
     per_token = full.pieces(length)[alone, how]
     rows, length = _shape(setup, per_token, rows, length)
     per_token = full.pieces(length)[alone, how]
     with torch.device(setup.device):
         model = HybridModel(single).to(setup.dtype if how == "infer" else torch.float32)
-    model.requires_grad_(how != "infer").train(how != "infer")
+    model.train(how != "infer")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(how != "infer" and not (freeze_kept and looks_up(name)))
     layer = model.layers[0].mixer if how == "align" else model.layers[0]
     run = compiled(layer.forward) if setup.compiles else layer
 

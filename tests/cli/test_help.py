@@ -22,7 +22,7 @@ ROWS = f"{ROWS} --skip-bad-rows"
 HELD_OUT = "--teacher-cache --eval-data --eval-every --eval-tokens"
 MIXED = "--recall-share"
 SPREAD = "--nproc --shard"
-TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every"
+TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --freeze-kept"
 SAMPLING = (
     "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --batch-size --chat "
     "--prompt --prompts"
@@ -35,6 +35,7 @@ FLAGS = {
     "distill": f"{TRAINING} {MIXED} --compile --nproc --stages --align-steps --align-lr "
     "--stepwise-steps --stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr "
     "--schedule --kl-weight --ce-weight --temperature --divergence --jsd-beta --capture "
+    "--eval-recall --eval-recall-rows --keep-best "
     f"{HELD_OUT} {OUTPUT} {EVERY_STAGE}",
     "sft": f"{TRAINING} {SPREAD} {HELD_OUT} --lr --ce-weight --kl-weight --assistant-only-loss "
     f"--lora --lora-alpha --log-to --compile {OUTPUT} {EVERY_STAGE}",

@@ -103,8 +103,8 @@ def test_kept_heads_are_the_teachers_and_the_others_see_the_window(teacher, ids)
 
 
 @pytest.mark.parametrize("rest", [0.0, 1e-4])
-def test_kept_heads_train_as_the_rest_does(rest) -> None:
-    """Both kinds of attention are the teacher's: aligning leaves them alone."""
+def test_attention_in_it_trains_as_the_rest_does(rest) -> None:
+    """Both kinds are the teacher's: aligning leaves them alone. Kept queries and keys stay so."""
     model = shapes_of(tiny_config(["mamba2_mixed", "attention"]))
     for plan in (
         PhasePlan("align", "align", 1, (0,), 2e-3, 0.0),
@@ -113,7 +113,9 @@ def test_kept_heads_train_as_the_rest_does(rest) -> None:
         rates = {name: rate for names, rate in plan.parameters(model) for name in names}
         wanted = plan.rest_rate or None
         for part in ("attention", "window"):
-            assert rates.get(f"model.layers.0.mamba.{part}.q_proj.weight") == wanted
+            assert rates.get(f"model.layers.0.mamba.{part}.v_proj.weight") == wanted
+        assert rates.get("model.layers.0.mamba.window.q_proj.weight") == wanted
+        assert "model.layers.0.mamba.attention.q_proj.weight" not in rates
         assert rates["model.layers.0.mamba.in_proj.weight"] == plan.mixer_rate
         parts = plan.describe(model, 1)["trained" if wanted else "frozen"]
         assert {"kept heads of mamba mixers", "windows of mamba mixers"} <= {

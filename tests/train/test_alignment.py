@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambactl.data.pack import collate
 from mambactl.kernels.divergence import relative_error
+from mambactl.models.key_ring import WindowSettings
 from mambactl.train.optimization import AlignmentObjective, mixer_parameters
 
 
@@ -41,6 +42,53 @@ def _written_out(student, teacher, batch):
             losses.append((got - target).square().mean() / target.var(correction=0))
         hidden = theirs(hidden, context, None)
     return sum(losses) / len(losses)
+
+
+def test_only_what_kept_heads_and_windows_do_not_give_is_learned(make_hybrid, rows):
+    """A layer of which little is missing weighs as much as one of which all is."""
+    teacher = make_hybrid(["attention"] * 3, seed=1).requires_grad_(False)
+    mixers = ["mamba2_mixed", "mamba2_window", "mamba2"]
+    student = make_hybrid(mixers, seed=2, mamba2_window=WindowSettings(window=4, sinks=1))
+    shared = {k: v for k, v in teacher.state_dict().items() if k in student.state_dict()}
+    student.load_state_dict(shared, strict=False)
+    batch = collate(rows[:3])
+    hidden, context = teacher.model.enter(batch.input_ids, batch.position_ids, batch.seq_idx)
+    context, losses = student.model.with_windows(context), []
+    for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
+        hidden, normed, wanted = theirs.observe(hidden, context)
+        mixer, beside = ours.mixer, 0
+        if ours is not student.model.layers[2]:
+            beside = mixer.window(normed, context, None)
+        if ours is student.model.layers[0]:
+            beside = beside + mixer.attention(normed, context, None)
+        missing = (wanted - beside).detach()[batch.valid]
+        # the whole output against the whole target: what is given cancels
+        error = (mixer(normed, context, None) - wanted)[batch.valid]
+        losses.append(error.square().mean() / missing.var(correction=0))
+    mixers = mixer_parameters(student)
+    (sum(losses) / 3).backward()
+    expected = {name: p.grad.clone() for name, p in mixers.items()}
+    student.zero_grad()
+    objective = AlignmentObjective(student, teacher)
+    loss = objective.backward(batch, objective.count(batch))
+    torch.testing.assert_close(loss, (sum(losses) / 3).detach(), rtol=1e-4, atol=1e-6)
+    for name, parameter in student.named_parameters():
+        assert (parameter.grad is not None) == (name in mixers), name
+    for name, parameter in mixers.items():
+        torch.testing.assert_close(expected[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_recurrence_that_adds_nothing_scores_one():
+    """Down to what rounding leaves: a layer of which nothing is missing has no loss."""
+    draw = torch.Generator().manual_seed(0)
+    wanted = torch.randn(2, 9, 7, generator=draw)
+    missing = 0.05 * torch.randn(2, 9, 7, generator=draw)
+    missing -= missing.mean()
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    silent, given = torch.zeros_like(wanted), wanted - missing
+    share = relative_error(silent, wanted, valid, given) / valid.sum()
+    torch.testing.assert_close(share, torch.tensor(1.0), rtol=1e-4, atol=1e-4)
+    assert relative_error(silent, wanted, valid, wanted) == 0
 
 
 def test_a_constant_guess_at_the_mean_scores_one():

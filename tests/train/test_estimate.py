@@ -159,7 +159,7 @@ def test_the_time_of_a_run_is_predicted(configs, rows_of, tmp_path, monkeypatch)
     assert time.perf_counter() - started < 20
     folder = RunFolder(tmp_path / "out", {})
     with folder.open(False, False):
-        reports: list[PhaseReport] = train(student, phases, rows_of(64), job.config, folder)
+        reports: list[PhaseReport] = train(student, phases, rows_of(64), job.config, folder)[0]
     for report in reports:
         forecast = predicted[report.name]
         steady = (report.seconds - report.starting_seconds) / (report.steps - 1) * report.steps

@@ -29,7 +29,7 @@ def _models(make_hybrid):
 def _train(student, phases, rows, path, config=CONFIG, evaluation=None):
     folder = RunFolder(path / "out", {"config": 1})
     with folder.open(False, False):
-        return train(student, phases, rows, config, folder, evaluation), folder
+        return train(student, phases, rows, config, folder, evaluation).reports, folder
 
 
 @pytest.fixture

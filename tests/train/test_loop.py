@@ -46,7 +46,7 @@ def _untimed(folder):
 def _run(student, phases, rows, path, resume=False, config=CONFIG):
     folder, opened = _folder(path, resume)
     with opened:
-        reports = train(student, phases, rows, config, folder)
+        reports = train(student, phases, rows, config, folder).reports
     return reports, folder
 
 
@@ -231,7 +231,7 @@ def test_decay_spares_vectors_and_state_parameters(pair):
     student, _ = pair
     names = {id(p): name for name, p in student.named_parameters()}
     optimizer = build_optimizer(
-        [(mixer_parameters(student), 2e-3), (rest_parameters(student), 1e-4)]
+        [(mixer_parameters(student), 2e-3), (rest_parameters(student, freeze_kept=False), 1e-4)]
     )
     groups = {
         names[id(p)]: (group["lr"], group["weight_decay"])

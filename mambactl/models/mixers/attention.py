@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions, as in Llama and Mistral."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ from mambactl.models.packed import (
     stack,
 )
 from mambactl.models.session_size import StateSize
+
+# submodules that decide where attention looks
+LOOKUP = ("q_proj", "k_proj", "q_norm", "k_norm")
 
 
 class RMSNorm(LlamaRMSNorm):
@@ -112,10 +116,18 @@ class AttentionMixer(nn.Module):
         plain = self.q_norm is None and all(is_its_weight(part) for part in parts)
         if not whole or not plain or len({part.bias is None for part in parts}) > 1:
             return tuple(part(hidden) for part in parts)
-        weight = torch.cat([part.weight for part in parts])
-        bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
+        if self.v_proj.weight.requires_grad and not self.q_proj.weight.requires_grad:
+            # a gradient of all rows would be made for those of v
+            return _joint(hidden, parts[:2]), self.v_proj(hidden)
         rows = [self.q_proj.out_features + self.k_proj.out_features, self.v_proj.out_features]
-        return F.linear(hidden, weight, bias).split(rows, -1)
+        return _joint(hidden, parts).split(rows, -1)
+
+
+def _joint(hidden: Tensor, parts: Sequence[nn.Linear]) -> Tensor:
+    """What several projections make of hidden [B, T, D], side by side, as one product."""
+    weight = torch.cat([part.weight for part in parts])
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    return F.linear(hidden, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -263,6 +275,14 @@ def attention_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None
     return MixerCost(2 * width * (inner + 2 * shared), 2 * inner * width, 4 * inner * seen)
 
 
+def kept_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None) -> MixerCost:
+    """The same of heads whose queries and keys stay as they are."""
+    cost = attention_cost(config, seen, kv_heads)
+    kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
+    values = 2 * config.hidden_size * kv_heads * config.head_dim
+    return replace(cost, lookup=cost.entrance - values)
+
+
 class AttentionSpec(AttentionSizes, MixerSpec[None]):
     """Attention over all of the past, or the sliding window of the model."""
 
@@ -271,6 +291,7 @@ class AttentionSpec(AttentionSizes, MixerSpec[None]):
     module_type = AttentionMixer
     attribute = "self_attn"
     label = "attention"
+    keeps = ""
     branches = {"attention": ""}
     tensor_parallel = {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise"),
@@ -287,7 +308,7 @@ class AttentionSpec(AttentionSizes, MixerSpec[None]):
 
     def cost(self, config: LlamaConfig, settings: None, length: int) -> MixerCost:
         """Operations per token; attention counts the causal half of its scores."""
-        return attention_cost(config, min(length / 2, config.sliding_window or length))
+        return kept_cost(config, min(length / 2, config.sliding_window or length))
 
     def kv_read(self, config: LlamaConfig, settings: None, context: int) -> int:
         """Numbers of keys and values that a step behind `context` tokens reads."""

@@ -20,9 +20,10 @@ from mambactl.models.mixers.attention import (
     AttentionMixer,
     attention_cost,
     copy_attention,
+    kept_cost,
     pack_attention,
 )
-from mambactl.models.mixers.mamba2 import mamba2_from_attention
+from mambactl.models.mixers.mamba2 import Mamba2Mixer, mamba2_from_attention
 from mambactl.models.mixers.mixed_decode import PackedMixed
 from mambactl.models.mixers.settings import (
     KeptHeads,
@@ -71,6 +72,14 @@ class MixedMixer(Mamba2WindowMixer):
         """hidden [B, T, D] -> [B, T, D]."""
         kept = self.attention(hidden, context, None if cache is None else cache.kept)
         return super().forward(hidden, context, cache) + kept
+
+    def recurrent(self, hidden: Tensor, context: StepContext) -> Tensor:
+        """Output [B, T, D] of Mamba-2 alone, for whole rows."""
+        return Mamba2Mixer.forward(self, hidden, context, None)
+
+    def given(self, hidden: Tensor, context: StepContext) -> Tensor:
+        """Output [B, T, D] of the attention in both parts."""
+        return super().given(hidden, context) + self.attention(hidden, context, None)
 
     def attended(self, hidden: Tensor, context: StepContext) -> Tensor:
         """Heads [B, T, H P] of the attention in both parts, in the teacher's order."""
@@ -123,6 +132,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
     title = "mixture of KV heads with full attention and Mamba-2 heads plus attention"
     module_type = MixedMixer
     inherited = {"window": "windows of mamba mixers", "attention": "kept heads of mamba mixers"}
+    keeps = "attention"
     branches = {"recurrent": "out_proj", "window": "window", "attention": "attention"}
     with_kept_heads = None
 
@@ -216,7 +226,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
             config, min(length / 2, span.window + span.sinks), config.num_key_value_heads - kept
         )
         seen = min(length / 2, config.sliding_window or length)
-        whole = attention_cost(config, seen, kept)
+        whole = kept_cost(config, seen, kept)
         return RECURRENCE.cost(config, settings.mamba2, length).plus(near).plus(whole)
 
     def kv_read(self, config: LlamaConfig, settings: MixedSettings, context: int) -> int:

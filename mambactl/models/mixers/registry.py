@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from mambactl.models.mixers.attention import AttentionSpec
+from mambactl.models.mixers.attention import LOOKUP, AttentionSpec
 from mambactl.models.mixers.mamba1 import Mamba1Spec
 from mambactl.models.mixers.mamba2 import Mamba2Spec
 from mambactl.models.mixers.mixed import MixedSpec
@@ -59,3 +59,11 @@ def is_new(name: str) -> bool:
     """
     found = part_of(name)
     return found is not None and not found[0].is_attention and not found[1]
+
+
+def looks_up(name: str) -> bool:
+    """Whether a parameter decides where kept heads look: queries and keys, and norms on them."""
+    found = part_of(name)
+    if found is None or found[0].keeps != found[1]:
+        return False
+    return not set(LOOKUP).isdisjoint(name.split("."))

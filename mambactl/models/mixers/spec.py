@@ -187,16 +187,23 @@ class HeadFit:
 
 @dataclass(frozen=True)
 class MixerCost:
-    """Operations per token: products with the input projection, with other weights, with none."""
+    """Operations per token: products with the input projection, with other weights, with none.
+
+    `lookup` are those of the input projection that make queries and keys of kept heads.
+    """
 
     entrance: float
     weights: float
     mixing: float
+    lookup: float = 0.0
 
     def plus(self, other: "MixerCost") -> "MixerCost":
         """Sum of two costs, part by part."""
         return MixerCost(
-            self.entrance + other.entrance, self.weights + other.weights, self.mixing + other.mixing
+            self.entrance + other.entrance,
+            self.weights + other.weights,
+            self.mixing + other.mixing,
+            self.lookup + other.lookup,
         )
 
     @property
@@ -243,6 +250,8 @@ class MixerSpec(MixerSizes[S], ABC):
     tensor_parallel: ClassVar[Mapping[str, str]] = {}
     # submodules made of the teacher's own weights (train like the rest of the model) -> label
     inherited: ClassVar[Mapping[str, str]] = {}
+    # submodule with heads that attend to all of the past as the teacher's do; "" is the whole mixer
+    keeps: ClassVar[str | None] = None
     # branch that can be silenced -> the submodule whose output it is; "" is the whole mixer
     branches: ClassVar[Mapping[str, str]] = {"recurrent": "out_proj"}
     # name of the mixer that has a window of attention beside this one
@@ -310,6 +319,14 @@ class MixerSpec(MixerSizes[S], ABC):
 
     def beside(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor | None:
         """Heads [B, T, H P] of the attention beside the recurrence, which it need not learn."""
+        return None
+
+    def recurrent(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor:
+        """Output [B, T, D] of the recurrence, without what stands beside it."""
+        return mixer(hidden, context, None)
+
+    def given(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor | None:
+        """What attention beside the recurrence adds to that, which it need not learn."""
         return None
 
     def recurrent_heads(self, mixer: Mixer, heads: Tensor) -> Tensor:

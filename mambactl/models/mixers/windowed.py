@@ -106,6 +106,14 @@ class Mamba2WindowMixer(Mamba2Mixer):
         """hidden [B, T, D] -> [B, T, D]."""
         return super().forward(hidden, context, cache) + self.window(hidden, context, cache)
 
+    def recurrent(self, hidden: Tensor, context: StepContext) -> Tensor:
+        """The first of these for whole rows."""
+        return super().forward(hidden, context, None)
+
+    def given(self, hidden: Tensor, context: StepContext) -> Tensor:
+        """All but the first."""
+        return self.window(hidden, context, None)
+
 
 def keys_in(span: WindowSettings, context: int) -> int:
     """Tokens behind which a query of the window sees keys, of `context` before it."""
@@ -256,6 +264,14 @@ class Mamba2WindowSpec(WindowedSizes, MixerSpec[WindowedSettings]):
     def beside(self, mixer: Mamba2WindowMixer, hidden: Tensor, context: StepContext) -> Tensor:
         """Heads [B, T, H P] of the window."""
         return mixer.window.features(hidden, context)
+
+    def recurrent(self, mixer: Mamba2WindowMixer, hidden: Tensor, context: StepContext) -> Tensor:
+        """Output [B, T, D] of Mamba-2 alone."""
+        return mixer.recurrent(hidden, context)
+
+    def given(self, mixer: Mamba2WindowMixer, hidden: Tensor, context: StepContext) -> Tensor:
+        """Output [B, T, D] of the attention beside it."""
+        return mixer.given(hidden, context)
 
     def start_fit(self, mixer: Mamba2WindowMixer, attention: AttentionWeights) -> None:
         """Give the silent output projection the attention's weights to refit."""

@@ -1,0 +1,58 @@
+"""The weights of the best measurement of a run, kept in its folder until the run ends."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mambactl.checkpoint.run_folder import RunFolder
+
+# a student that recalls nothing is a hundred times as bad as one that recalls all
+LEAST_RECALL = 0.01
+
+
+def score(measured: Mapping[str, Any]) -> float:
+    """The held-out KL over the share of the teacher's recall that is kept; less is better.
+
+    So one per cent of recall is worth as much as one per cent of KL, whatever their sizes. What
+    was not measured counts as 1.
+    """
+    kept = max(measured.get("recall_kept", 1.0), LEAST_RECALL)
+    return measured.get("kl", 1.0) / kept
+
+
+class BestWeights:
+    """Weights with the smallest `score`; `parameters` are all that the run trains, by name.
+
+    They lie in the folder as soon as they were measured, so a run that is resumed knows them.
+    """
+
+    def __init__(self, folder: RunFolder, parameters: Mapping[str, nn.Parameter]):
+        self.folder, self.parameters = folder, parameters
+        kept = folder.load_best()
+        self.score = math.inf if kept is None else kept["measured"]["score"]
+
+    def offer(self, phase: str, step: int, measured: Mapping[str, Any]) -> float:
+        """Keep the weights as they are now if they are the best so far; return their score."""
+        found = score(measured)
+        if found < self.score:
+            self.score = found
+            self.folder.save_best(
+                {
+                    "measured": {"phase": phase, "step": step, "score": found, **measured},
+                    "parameters": {name: p.detach() for name, p in self.parameters.items()},
+                }
+            )
+        return found
+
+    @torch.no_grad()
+    def restore(self) -> dict[str, Any] | None:
+        """Give the parameters the best weights; return where and what was measured, if anything."""
+        kept = self.folder.load_best()
+        if kept is None:
+            return None
+        for name, value in kept["parameters"].items():
+            self.parameters[name].copy_(value)
+        return kept["measured"]
