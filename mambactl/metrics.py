@@ -191,6 +191,22 @@ PERPLEXITY_RATIO = Metric(
     "perplexity_ratio", "ratio", ratio, "lower", summary="perplexity ratio", interval=True
 )
 RECALL = Metric("recall", "recalled", percent, "higher", summary="")
+RECALL_RATIO = Metric("recall_ratio", "over the teacher's", ratio, "higher", interval=True)
+# over all probes together
+MEAN_RECALL_RATIO = Metric(
+    "mean_recall_ratio", "mean over the teacher's", ratio, "higher", short="mean ratio",
+    summary="mean ratio", interval=True,
+)  # fmt: skip
+LEAST_RECALL_RATIO = Metric(
+    "least_recall_ratio", "least over the teacher's", ratio, "higher", short="least ratio",
+    summary="least ratio",
+)  # fmt: skip
+RECALL_RATIOS = (
+    MEAN_RECALL_RATIO,
+    # the lower end of its interval, for a bound that has to be reached beyond chance
+    Metric(f"{MEAN_RECALL_RATIO.name}_low", better="higher"),
+    LEAST_RECALL_RATIO,
+)
 RETRIEVED = Metric("retrieved", "retrieved", percent, "higher", brief=lambda cell: f"{cell:.0f}")
 EXACT_MATCH = Metric("exact_match", "same text", percent, "higher", summary="same text")
 
@@ -281,6 +297,8 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         RECALL,
         Metric("token_recall", "tokens recalled", percent, "higher"),
         Metric("recall_loss", "loss", better="lower", unit="nats per token"),
+        RECALL_RATIO,
+        *RECALL_RATIOS,
     ),
     "needle": (RETRIEVED,),
     "generation": (

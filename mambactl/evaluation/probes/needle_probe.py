@@ -80,7 +80,7 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
         """The longest text."""
         return [f"{self.name}-{inputs.lengths[-1]}"]
 
-    def known(self, inputs: "Grid") -> dict[str, Sequence[str]]:
+    def known(self, inputs: "Grid", teacher: str | None) -> dict[str, Sequence[str]]:
         """Means over the grid."""
         return {self.name: self.bounds}
 
