@@ -207,7 +207,10 @@ RECALL_RATIOS = (
     Metric(f"{MEAN_RECALL_RATIO.name}_low", better="higher"),
     LEAST_RECALL_RATIO,
 )
-RETRIEVED = Metric("retrieved", "retrieved", percent, "higher", brief=lambda cell: f"{cell:.0f}")
+RETRIEVED = Metric("retrieved", "retrieved", percent, "higher", brief=lambda cell: f"{cell:.2g}")
+NEEDLE_RATIO = Metric("needle_ratio", "over the teacher's", ratio, "higher", interval=True)
+# the lower end of its interval
+NEEDLE_RATIO_LOW = Metric(f"{NEEDLE_RATIO.name}_low", better="higher")
 EXACT_MATCH = Metric("exact_match", "same text", percent, "higher", summary="same text")
 
 SPEED = "tokens/s"
@@ -300,7 +303,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         RECALL_RATIO,
         *RECALL_RATIOS,
     ),
-    "needle": (RETRIEVED,),
+    "needle": (RETRIEVED, NEEDLE_RATIO, NEEDLE_RATIO_LOW),
     "generation": (
         counted("prompts", "prompts", brief=str),
         Metric("forced_agreement", "forced agreement", percent, "higher",
