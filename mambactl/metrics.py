@@ -191,7 +191,26 @@ PERPLEXITY_RATIO = Metric(
     "perplexity_ratio", "ratio", ratio, "lower", summary="perplexity ratio", interval=True
 )
 RECALL = Metric("recall", "recalled", percent, "higher", summary="")
-RETRIEVED = Metric("retrieved", "retrieved", percent, "higher", brief=lambda cell: f"{cell:.0f}")
+RECALL_RATIO = Metric("recall_ratio", "over the teacher's", ratio, "higher", interval=True)
+# over all probes together
+MEAN_RECALL_RATIO = Metric(
+    "mean_recall_ratio", "mean over the teacher's", ratio, "higher", short="mean ratio",
+    summary="mean ratio", interval=True,
+)  # fmt: skip
+LEAST_RECALL_RATIO = Metric(
+    "least_recall_ratio", "least over the teacher's", ratio, "higher", short="least ratio",
+    summary="least ratio",
+)  # fmt: skip
+RECALL_RATIOS = (
+    MEAN_RECALL_RATIO,
+    # the lower end of its interval, for a bound that has to be reached beyond chance
+    Metric(f"{MEAN_RECALL_RATIO.name}_low", better="higher"),
+    LEAST_RECALL_RATIO,
+)
+RETRIEVED = Metric("retrieved", "retrieved", percent, "higher", brief=lambda cell: f"{cell:.2g}")
+NEEDLE_RATIO = Metric("needle_ratio", "over the teacher's", ratio, "higher", interval=True)
+# the lower end of its interval
+NEEDLE_RATIO_LOW = Metric(f"{NEEDLE_RATIO.name}_low", better="higher")
 EXACT_MATCH = Metric("exact_match", "same text", percent, "higher", summary="same text")
 
 SPEED = "tokens/s"
@@ -281,8 +300,10 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         RECALL,
         Metric("token_recall", "tokens recalled", percent, "higher"),
         Metric("recall_loss", "loss", better="lower", unit="nats per token"),
+        RECALL_RATIO,
+        *RECALL_RATIOS,
     ),
-    "needle": (RETRIEVED,),
+    "needle": (RETRIEVED, NEEDLE_RATIO, NEEDLE_RATIO_LOW),
     "generation": (
         counted("prompts", "prompts", brief=str),
         Metric("forced_agreement", "forced agreement", percent, "higher",

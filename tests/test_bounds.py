@@ -30,6 +30,7 @@ def test_the_table_has_every_bound() -> None:
         ("eval", "needle", "1000000000"),
         ("eval", "needle", [1024, 1_000_001]),
         ("eval", "needle_depths", 10**9),
+        ("eval", "needle_texts", 10**9),
         ("eval", "recall", 10**12),
         ("eval", "recall_rows", 10**12),
         ("eval", "max_length", 10**12),

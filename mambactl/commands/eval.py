@@ -116,8 +116,8 @@ def _read(config: EvalConfig, source: str) -> Inputs:
     checks = parse_checks(config.fail_under)
     asked = Asked(source, config)
     read = {probe.name: probe.read(config, asked) for probe in probes}
-    _require_known(checks, probes, read)
     asked.teacher = _teacher(config, source, probes)
+    _require_known(checks, probes, asked.teacher, read)
     for branch in config.ablate:
         require_branch(model_config(source).mixers, branch)
     replaced = _replaced(source, asked.teacher) if config.control and asked.teacher else {}
@@ -132,9 +132,12 @@ def _read(config: EvalConfig, source: str) -> Inputs:
 
 
 def _require_known(
-    checks: list[Check], probes: list[Probe[Any, Any, Any]], read: dict[str, Any]
+    checks: list[Check],
+    probes: list[Probe[Any, Any, Any]],
+    teacher: str | None,
+    read: dict[str, Any],
 ) -> None:
-    found = [probe.known(read[probe.name]) for probe in probes]
+    found = [probe.known(read[probe.name], teacher) for probe in probes]
     # where one does not know, only the measurement tells
     if all(known is not None for known in found):
         require_known(checks, {group: keys for known in found for group, keys in known.items()})

@@ -124,11 +124,12 @@ class Haystack:
 
 
 def needle_prompt(
-    haystack: Haystack, frame: Frame, length: int, depth: float, room: int
+    haystack: Haystack, frame: Frame, length: int, depth: float, room: int, text: int = 0
 ) -> list[int]:
     """A prompt of `length` - `room` tokens; raises UsageError where no text fits in.
 
-    `room` is left for the answer, so that `length` is what the model has to hold.
+    `room` is left for the answer, so that `length` is what the model has to hold. Every number of
+    `text` is another part of the haystack.
     """
     free = length - room - frame.size
     if free < FEWEST_TOKENS:
@@ -136,9 +137,10 @@ def needle_prompt(
         raise UsageError(
             f"a needle in {length} tokens leaves no room for text", f"ask for {least} at least"
         )
-    text = haystack.read(free, f"{length} {depth:.4f}")
-    position = haystack.position(text, depth)
-    return [*frame.before, *text[:position], *frame.needle, *text[position:], *frame.after]
+    name = f"{length} {depth:.4f}"
+    around = haystack.read(free, f"{name} {text}" if text else name)
+    position = haystack.position(around, depth)
+    return [*frame.before, *around[:position], *frame.needle, *around[position:], *frame.after]
 
 
 def _plain(row: dict[str, Any]) -> str:

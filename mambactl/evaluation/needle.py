@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -12,11 +13,15 @@ from mambactl.data.recall_documents import encode_words
 from mambactl.decode.backend import make_engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.evaluation.recall import read_answers
+from mambactl.metrics import RETRIEVED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Scoring = Literal["generate", "argmax"]
+# scores of every prompt by their names, [lengths][depths * texts]
+Found = list[list[dict[str, Any]]]
+ANSWERS = "answers"
 # what an answer must hold, in any case of letters
 WANTED = ("sandwich", "dolores park")
 NEW_TOKENS = 32
@@ -26,10 +31,14 @@ BATCH_TOKENS = 2**17
 
 @dataclass(frozen=True)
 class Grid:
-    """Prompts [lengths][depths] of token ids; depths from 0 to 1, all of a length are as long."""
+    """Prompts [lengths][depths * texts] of token ids; those of a depth stand side by side.
+
+    Depths are from 0 to 1, all prompts of a length are as long.
+    """
 
     lengths: list[int]
     depths: list[float]
+    texts: int
     prompts: list[list[list[int]]]
     answer: list[int]
     scoring: Scoring
@@ -42,8 +51,9 @@ def make_grid(
     depths: int,
     seed: int,
     scoring: Scoring,
+    texts: int = 1,
 ) -> Grid:
-    """A prompt per length and depth, each with another part of the text around the needle.
+    """`texts` prompts per length and depth, each with another part of the text around the needle.
 
     `generate` leaves room for `NEW_TOKENS`; `argmax` writes the start of the answer into the
     prompt and keeps the rest of it to compare with.
@@ -61,12 +71,13 @@ def make_grid(
     lengths = sorted(set(lengths))
     prompts = [
         [
-            [*needle_prompt(haystack, frame, length, fraction, room), *start]
+            [*needle_prompt(haystack, frame, length, fraction, room, text), *start]
             for fraction in fractions
+            for text in range(texts)
         ]
         for length in lengths
     ]
-    return Grid(lengths, fractions, prompts, answer, scoring)
+    return Grid(lengths, fractions, texts, prompts, answer, scoring)
 
 
 def measure_needle(
@@ -74,13 +85,12 @@ def measure_needle(
     tokenizer: "PreTrainedTokenizerBase",
     grid: Grid,
     end_tokens: Sequence[int],
-    samples: bool = False,
-    advance: Callable[[int], None] = lambda cells: None,
-) -> dict[str, Any]:
-    """Scores by [length][depth] and their mean.
+    advance: Callable[[int], None] = lambda prompts: None,
+) -> Found:
+    """Scores by [length][prompt].
 
-    generate: `retrieved` (1 where the greedy answer holds all of `WANTED`) and `rouge1` (F1 of the
-    words of answer and needle, what the paper reports); `answers` if `samples`.
+    generate: `retrieved` (1 where the greedy answer holds all of `WANTED`), `rouge1` (F1 of the
+    words of answer and needle, what the paper reports) and `answers`.
     argmax: `retrieved` (1 where every token of the answer is the most likely one after those
     before it) and `tokens`, the share of them that is. One pass, nothing is generated.
     """
@@ -89,7 +99,7 @@ def measure_needle(
         if grid.scoring == "generate"
         else _Forced(model, grid.answer)
     )
-    found: list[list[dict[str, Any]]] = [[] for _ in grid.lengths]
+    found: Found = [[] for _ in grid.lengths]
     # the longest first: memory that holds it holds the others
     for index in sorted(range(len(grid.lengths)), key=lambda i: -grid.lengths[i]):
         prompts = grid.prompts[index]
@@ -98,15 +108,33 @@ def measure_needle(
             batch = prompts[start : start + size]
             found[index] += measure(batch)
             advance(len(batch))
-    names = [name for name in found[0][0] if samples or name != "answers"]
-    result: dict[str, Any] = {
-        name: [[cell[name] for cell in row] for row in found] for name in names
-    }
-    for name in names:
-        if name != "answers":
-            cells = [value for row in result[name] for value in row]
-            result[f"mean_{name}"] = sum(cells) / len(cells)
+    return found
+
+
+def scores_by_depth(grid: Grid, found: Found, samples: bool = False) -> dict[str, Any]:
+    """Scores by [length][depth], each the mean of the texts there, and the mean of all.
+
+    `samples`: also the answers, a list of them where there are several texts.
+    """
+    result: dict[str, Any] = {}
+    for name in found[0][0]:
+        cells = [[_at_depth(grid, row, i, name) for i in range(len(grid.depths))] for row in found]
+        if name == ANSWERS:
+            if samples:
+                result[name] = [[c if grid.texts > 1 else c[0] for c in row] for row in cells]
+            continue
+        result[name] = [[sum(cell) / grid.texts for cell in row] for row in cells]
+        result[f"mean_{name}"] = float(np.mean(result[name]))
     return result
+
+
+def _at_depth(grid: Grid, row: Sequence[dict[str, Any]], depth: int, name: str) -> list[Any]:
+    return [prompt[name] for prompt in row[depth * grid.texts :][: grid.texts]]
+
+
+def found_by_prompt(found: Found) -> list[np.ndarray]:
+    """1 where a prompt's needle was retrieved, else 0, of every length [depths * texts]."""
+    return [np.array([prompt[RETRIEVED.name] for prompt in row]) for row in found]
 
 
 class _Generated:
@@ -126,7 +154,11 @@ class _Generated:
         output = self.engine.generate(prompts, self.params)
         texts = self.tokenizer.batch_decode(output.tokens, skip_special_tokens=True)
         return [
-            {"retrieved": retrieved(text), "rouge1": rouge1(text, NEEDLE), "answers": text.strip()}
+            {
+                RETRIEVED.name: retrieved(text),
+                "rouge1": rouge1(text, NEEDLE),
+                ANSWERS: text.strip(),
+            }
             for text in texts
         ]
 
@@ -146,7 +178,7 @@ class _Forced:
         targets = torch.tensor(self.answer * len(prompts), device=device)
         answers = read_answers(asked, self.model.get_output_embeddings(), targets)
         right = answers[:, 0].view(len(prompts), size).double().cpu()  # [B, A]
-        return [{"retrieved": float(row.min()), "tokens": float(row.mean())} for row in right]
+        return [{RETRIEVED.name: float(row.min()), "tokens": float(row.mean())} for row in right]
 
 
 def retrieved(text: str) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -122,7 +123,6 @@ def mqar_probe(
     return _probe("mqar", form, words, room - queries, queries, length, rows, seed)
 
 
-@torch.no_grad()
 def measure_recall(
     model: PreTrainedModel,
     probe: RecallProbe,
@@ -133,6 +133,17 @@ def measure_recall(
 
     The loss is in nats per value token. With `amp` the blocks run in mixed precision.
     """
+    return summarise_answers(measure_answers(model, probe, batch_size, amp), probe.width)
+
+
+@torch.no_grad()
+def measure_answers(
+    model: PreTrainedModel,
+    probe: RecallProbe,
+    batch_size: int = 4,
+    amp: torch.dtype | None = None,
+) -> Tensor:
+    """Right (0 or 1) and loss of every value token of a probe, in order [n, 2]."""
     found = []
     batch_size = max(1, min(batch_size, MOST_TOKENS // probe.input_ids.shape[1]))
     chunks = (t.to(model.device).split(batch_size) for t in (probe.input_ids, probe.picked))
@@ -141,7 +152,14 @@ def measure_recall(
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         targets, head = ids.roll(-1, 1)[picked], model.get_output_embeddings()  # [n]
         found.append(read_answers(hidden[picked].to(head.weight.dtype), head, targets))
-    return summarise_answers(torch.cat(found), probe.width)
+    return torch.cat(found)
+
+
+def recalled_by_row(answers: Tensor, probe: RecallProbe) -> np.ndarray:
+    """Values of each row that are right in every token [R], from what `measure_answers` gave."""
+    right = answers[:, 0].double().cpu().view(-1, probe.width).amin(-1)
+    rows = torch.arange(len(probe.answers)).repeat_interleave(probe.picked.sum(1) // probe.width)
+    return torch.zeros(len(probe.answers), dtype=torch.double).index_add(0, rows, right).numpy()
 
 
 def read_answers(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:

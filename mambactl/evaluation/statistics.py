@@ -6,8 +6,9 @@ to the Bootstrap, 1993, ch. 13 and 16; for paired test sets Koehn, EMNLP 2004). 
 each unit was taken, so that a thousand draws are one product of matrices.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class Bootstrap:
 
     confidence: float = 0.95
     replicates: int = 1000
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
 
     def applies(self, units: int) -> bool:
         """Whether there is anything to draw: one unit says nothing about others."""
@@ -45,6 +46,11 @@ class Bootstrap:
             totals = counts.astype(np.float64) @ flat  # [r, ...]
             found.append(statistic(totals.reshape(-1, *sums.shape[1:])))
         return np.concatenate(found)
+
+    def apart(self, number: int) -> "Bootstrap":
+        """The same with other draws, for units that have nothing to do with those of `number`s."""
+        seed = self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        return replace(self, seed=(*seed, number))
 
     def interval(self, draws: Array) -> list[float]:
         """The percentile interval [low, high] of draws [R]."""
@@ -97,6 +103,76 @@ def paired(
             "units": len(counts),
         }
     return result
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its interval; None where there is none."""
+
+    value: float | None
+    interval: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """A number of every test, in their order, and the mean of those that there are."""
+
+    each: list[Estimate]
+    mean: Estimate
+
+
+def estimate(
+    tests: Sequence[Array], statistic: Callable[[Array], Array], bootstrap: Bootstrap
+) -> Estimates:
+    """`statistic` [R] of the totals [R, M] of every test's sums [U, M], NaN where there is none.
+
+    The units of a test are drawn apart from those of the others, and every column of a test with
+    the same draws, so that what is compared in it stays paired. A test without a value is no part
+    of the mean; one in which some draw has none has too few units for an interval.
+    """
+    found: list[Estimate] = []
+    every: list[Array | None] = []
+    for number, sums in enumerate(tests):
+        value = float(statistic(sums.sum(0, keepdims=True))[0])
+        if math.isnan(value):
+            found.append(Estimate(None))
+            continue
+        draws = _draws(sums, statistic, bootstrap.apart(number))
+        found.append(Estimate(value, None if draws is None else bootstrap.interval(draws)))
+        every.append(draws)
+    return Estimates(found, _mean(found, every, bootstrap))
+
+
+def ratios(ours: Sequence[Array], theirs: Sequence[Array], bootstrap: Bootstrap) -> Estimates:
+    """Ratios of sums, ours / theirs, over the same units [U] of every test; none over 0."""
+    pairs = zip(ours, theirs, strict=True)
+    return estimate([np.column_stack(pair) for pair in pairs], ratio_of, bootstrap)
+
+
+def ratio_of(totals: Array) -> Array:
+    """Ratios [R] of the first to the second of two totals [R, 2]; NaN where that is 0."""
+    ours, theirs = totals[:, 0], totals[:, 1]
+    return np.divide(ours, theirs, out=np.full(len(totals), np.nan), where=theirs != 0)
+
+
+def mean_difference_of(totals: Array) -> Array:
+    """Differences [R] of means, ours - theirs, from totals [R, 3]: a count, ours, and theirs."""
+    return (totals[:, 1] - totals[:, 2]) / totals[:, 0]
+
+
+def _draws(sums: Array, statistic: Callable[[Array], Array], bootstrap: Bootstrap) -> Array | None:
+    draws = bootstrap.draw(sums, statistic) if bootstrap.applies(len(sums)) else None
+    return None if draws is None or np.isnan(draws).any() else draws
+
+
+def _mean(found: list[Estimate], every: list[Array | None], bootstrap: Bootstrap) -> Estimate:
+    values = [each.value for each in found if each.value is not None]
+    if not values:
+        return Estimate(None)
+    draws = [each for each in every if each is not None]
+    whole = len(draws) == len(values)
+    interval = bootstrap.interval(np.mean(draws, 0)) if whole else None
+    return Estimate(float(np.mean(values)), interval)
 
 
 def _two_sided(draws: Array, found: float) -> float:

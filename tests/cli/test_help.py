@@ -46,7 +46,7 @@ FLAGS = {
     f"{OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
     "--recall-rows --control --control-window --control-sinks --ablate --against --confidence "
-    "--bootstrap --save-samples --per-layer --needle --needle-depths --needle-text "
+    "--bootstrap --save-samples --per-layer --needle --needle-depths --needle-texts --needle-text "
     "--needle-scoring --needle-plot --long-context-data --position-length --position-rows "
     "--compare --report --preferences --task-dir --num-fewshot "
     "--fewshot-seed --apply-chat-template --fewshot-as-multiturn --system-instruction "

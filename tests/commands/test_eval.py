@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import torch
 from conftest import WORDS
 
 from mambactl.commands.eval import plan, run
@@ -114,6 +115,62 @@ def test_recall_needs_no_teacher(tiny_llama_dir):
     failing = config.model_copy(update={"fail_under": ["kv-96.recall_loss<=0.01"]})
     with pytest.raises(CheckError, match="kv-96.recall_loss is"):
         run(failing, str(tiny_llama_dir))
+
+
+def test_recall_is_compared_with_the_teacher_row_by_row(folder, monkeypatch, capsys):
+    """A student that recalls about half of what its teacher does."""
+    from mambactl.evaluation import recall
+
+    def measured(model, probe, batch_size):
+        teacher = all(name == "attention" for name in model.config.mixers)
+        right = torch.ones(probe.queries, probe.width)
+        if not teacher:
+            right[torch.rand(probe.queries, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
+        return torch.stack([right.flatten(), torch.zeros(right.numel())], -1)
+
+    monkeypatch.setattr(recall, "measure_answers", measured)
+    bounds = ["recall.mean_recall_ratio>=0.3", "kv-96.recall_ratio>=0.1", "least_recall_ratio<=0.6"]
+    config = cpu(
+        recall=[96, 160], recall_rows=4, ablate="recurrent", save_samples=True,
+        fail_under=[*bounds, "mean_recall_ratio_low>=0.2"],
+    )  # fmt: skip
+    metrics = run(config, str(folder)).metrics
+    found = metrics["recall"]
+    ratios = {name: found[name]["recall_ratio"] for name in found if name != "recall"}
+    assert list(ratios) == ["kv-96", "mqar-96", "kv-160", "mqar-160"]
+    for name, value in ratios.items():
+        rows = found[name]["samples"]["recalled"], found[name]["teacher"]["samples"]["recalled"]
+        assert sum(rows[1]) == found[name]["queries"]
+        assert value == sum(rows[0]) / sum(rows[1]) == found[name]["recall"]
+        low, high = found[name]["intervals"]["recall_ratio"]
+        assert low < value < high
+        assert "recall_ratio" not in found[name]["teacher"]
+    together = found["recall"]
+    assert together["mean_recall_ratio"] == pytest.approx(sum(ratios.values()) / 4)
+    assert together["least_recall_ratio"] == min(ratios.values())
+    assert ratios[together["least_probe"]] == min(ratios.values())
+    low, high = together["intervals"]["mean_recall_ratio"]
+    assert low == together["mean_recall_ratio_low"] <= together["mean_recall_ratio"] <= high
+    assert metrics["controls"]["no recurrent"]["recall"]["recall"] == together
+    err = capsys.readouterr().err
+    assert "over that of" in err and "mean of 4" in err and f"{low:.4f} to {high:.4f}" in err
+    failing = config.model_copy(update={"fail_under": ["mean_recall_ratio>=0.9"]})
+    with pytest.raises(CheckError, match="recall.mean_recall_ratio is 0"):
+        run(failing, str(folder))
+
+
+def test_a_ratio_is_bounded_where_there_is_a_teacher_and_holds_where_it_has_a_value(
+    folder, tiny_llama_dir
+):
+    config = cpu(recall=[96], recall_rows=2, fail_under=["mean_recall_ratio>=0"])
+    with pytest.raises(UsageError, match="nothing called mean_recall_ratio"):
+        plan(config, str(tiny_llama_dir))
+    # random models recall nothing
+    with pytest.raises(CheckError, match="recall.mean_recall_ratio is nan"):
+        run(config, str(folder))
+    own = config.model_copy(update={"teacher": str(tiny_llama_dir), "fail_under": []})
+    found = run(own, str(tiny_llama_dir)).metrics["recall"]["recall"]
+    assert found["probes"] == 0 and found["mean_recall_ratio"] is None
 
 
 def test_single_files_equal_folders_and_keep_results_beside_them(folder, single, files):

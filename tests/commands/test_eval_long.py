@@ -8,7 +8,7 @@ from conftest import WORDS
 
 from mambactl.commands.eval import plan, run
 from mambactl.errors import CheckError, UsageError
-from mambactl.evaluation.probes import EvalConfig
+from mambactl.evaluation.probes import EvalConfig, needle_probe
 from mambactl.evaluation.probes.needle_probe import keep_heatmap
 
 
@@ -83,6 +83,47 @@ def test_a_needle_has_a_table_a_picture_and_a_bound(folder, text, scoring, capsy
         run(config.model_copy(update={"fail_under": ["needle.retrieved>=0.5"]}), str(folder))
 
 
+def test_a_needle_is_compared_with_the_teacher_prompt_by_prompt(folder, text, monkeypatch, capsys):
+    """Lengths at which the teacher finds too little are shown, and no part of the mean."""
+    from mambactl.evaluation import needle
+
+    def measured(model, tokenizer, grid, ends, advance):
+        teacher = all(name == "attention" for name in model.config.mixers)
+        # of 12 prompts a length, by the rest of their number by 12
+        shares = {200: (12, 10), 240: (8, 6), 280: (5, 9)}
+        finds = {length: shares[length][0 if teacher else 1] for length in grid.lengths}
+        return [
+            [{"retrieved": float(index < finds[length])} for index in range(len(prompts))]
+            for length, prompts in zip(grid.lengths, grid.prompts, strict=True)
+        ]
+
+    monkeypatch.setattr(needle, "measure_needle", measured)
+    monkeypatch.setattr(needle_probe, "keep_heatmap", lambda *_: None)
+    config = cpu(
+        needle=[240, 280, 200], needle_depths=4, needle_texts=3, needle_text=[text],
+        needle_scoring="argmax", fail_under=["needle_ratio>=0.7", "needle.needle_ratio_low>=0.3"],
+    )  # fmt: skip
+    metrics = run(config, str(folder)).metrics["needle"]
+    found = metrics["student"]["by_length"]
+    assert {length: one["needle_ratio"] for length, one in found.items()} == {
+        "200": pytest.approx(10 / 12), "240": 6 / 8, "280": 9 / 5,
+    }  # fmt: skip
+    assert [one["counted"] for one in found.values()] == [True, True, False]
+    assert [one["teacher_retrieved"] for one in found.values()] == pytest.approx(
+        [1, 8 / 12, 5 / 12]
+    )
+    mean, low = metrics["student"]["mean_needle_ratio"], metrics["student"]["mean_needle_ratio_low"]
+    assert mean == pytest.approx((10 / 12 + 6 / 8) / 2)
+    interval = metrics["student"]["intervals"]["mean_needle_ratio"]
+    assert interval[0] == low < mean < interval[1] < 1.1
+    assert metrics["student"]["retrieved"][0] == pytest.approx([1, 1, 1, 1 / 3])
+    assert "by_length" not in metrics["teacher"] and metrics["texts"] == 3
+    err = capsys.readouterr().err
+    assert "mean of 2" in err and "(1.8000)" in err and f"{interval[1]:.4f}" in err
+    with pytest.raises(CheckError, match="needle.needle_ratio is 0.79"):
+        run(config.model_copy(update={"fail_under": ["needle_ratio>=0.8"]}), str(folder))
+
+
 def test_the_packaged_text_is_the_default_haystack_and_a_picture_goes_where_it_is_asked(
     tiny_llama_dir, tmp_path, capsys
 ):
@@ -133,4 +174,6 @@ def test_what_cannot_be_measured_is_said_first(folder, text):
     with pytest.raises(UsageError, match="leaves no room for text"):
         plan(cpu(needle=[32], needle_text=[text]), str(folder))
     found = plan(cpu(needle=[256, 200], needle_depths=3, needle_text=[text]), str(folder))
-    assert found["needle"] == {"lengths": [200, 256], "depths": [0, 0.5, 1], "scoring": "generate"}
+    assert found["needle"] == {
+        "lengths": [200, 256], "depths": [0, 0.5, 1], "texts": 1, "scoring": "generate",
+    }  # fmt: skip

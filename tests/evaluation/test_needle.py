@@ -1,13 +1,22 @@
 """Needle scores of models whose answers are known, and their picture."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import WORDS
 
 from mambactl.data.haystack import ANSWER, NEEDLE
 from mambactl.evaluation.heatmap import draw_grids
-from mambactl.evaluation.needle import make_grid, measure_needle, retrieved, rouge1
+from mambactl.evaluation.needle import (
+    found_by_prompt,
+    make_grid,
+    measure_needle,
+    retrieved,
+    rouge1,
+    scores_by_depth,
+)
 
 ROWS = [{"text": " ".join(["the old house . a red door ."] * 40)}]
 
@@ -52,7 +61,7 @@ def test_argmax_scores_are_those_of_the_answer_by_length(tiny_tokenizer):
     answer = len(tiny_tokenizer(ANSWER)["input_ids"])
     model = Knowing(200 - 1)
     model.last = grid.answer[-1]
-    found = measure_needle(model, tiny_tokenizer, grid, [])
+    found = scores_by_depth(grid, measure_needle(model, tiny_tokenizer, grid, []))
     # all but the answer's last token are read, the longest first
     assert model.seen == [(3, 299), (3, 199)] and len(grid.answer) == answer
     assert found["retrieved"] == [[1, 1, 1], [0, 0, 0]] and found["mean_retrieved"] == 0.5
@@ -68,7 +77,8 @@ def test_generated_answers_are_those_of_the_engine(make_hybrid, tiny_tokenizer, 
     # one prompt at a time
     monkeypatch.setattr("mambactl.evaluation.needle.BATCH_TOKENS", 240)
     told = []
-    found = measure_needle(model, tiny_tokenizer, grid, [2], True, told.append)
+    scores = measure_needle(model, tiny_tokenizer, grid, [2], told.append)
+    found = scores_by_depth(grid, scores, samples=True)
     params = SamplingParams(max_new_tokens=32, eos_token_ids=(2,))
     for prompts, answers in zip(grid.prompts, found["answers"], strict=True):
         tokens = Engine(model).generate(prompts, params).tokens
@@ -76,7 +86,23 @@ def test_generated_answers_are_those_of_the_engine(make_hybrid, tiny_tokenizer, 
             text.strip() for text in tiny_tokenizer.batch_decode(tokens, skip_special_tokens=True)
         ]
     assert found["mean_retrieved"] == 0 and sum(told) == 4
-    assert "answers" not in measure_needle(model, tiny_tokenizer, grid, [2])
+    assert "answers" not in scores_by_depth(grid, scores)
+
+
+def test_several_texts_are_tried_at_every_depth(tiny_tokenizer):
+    rows = [{"text": " ".join(random.Random(0).choices(WORDS, k=400))}]
+    one, three = (make_grid(tiny_tokenizer, rows, [200], 4, 0, "argmax", n) for n in (1, 3))
+    assert [len(grid.prompts[0]) for grid in (one, three)] == [4, 12] and three.texts == 3
+    # the first text of a depth is the one that is tried alone
+    assert three.prompts[0][::3] == one.prompts[0]
+    assert len({tuple(prompt) for prompt in three.prompts[0]}) == 12
+    known = [1.0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1]
+    scores = [[{"retrieved": right, "answers": str(i)} for i, right in enumerate(known)]]
+    found = scores_by_depth(three, scores, samples=True)
+    assert found["retrieved"] == [[1 / 3, 0, 2 / 3, 1]]
+    assert found["mean_retrieved"] == pytest.approx(0.5)
+    assert found["answers"][0][3] == ["9", "10", "11"]
+    assert found_by_prompt(scores)[0].tolist() == known
 
 
 def test_a_picture_shows_every_cell(tmp_path):

@@ -7,7 +7,14 @@ import torch
 
 from mambactl.data.recall_documents import word_ids
 from mambactl.errors import UsageError
-from mambactl.evaluation.recall import kv_probe, measure_recall, mqar_probe, recall_probes
+from mambactl.evaluation.recall import (
+    kv_probe,
+    measure_answers,
+    measure_recall,
+    mqar_probe,
+    recall_probes,
+    recalled_by_row,
+)
 
 MAKERS = {"kv": kv_probe, "mqar": mqar_probe}
 
@@ -90,6 +97,26 @@ def test_numbers_are_those_of_the_answers(tiny_tokenizer):
     found = measure_recall(Knowing(97, spoil), probe, batch_size=2)
     assert (found["recall"], found["token_recall"]) == (0, 0.5)
     assert found["recall_loss"] == pytest.approx(15, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_values_are_counted_in_the_row_that_asks_for_them(tiny_tokenizer, name):
+    probe = MAKERS[name](tiny_tokenizer, 200, rows=4, seed=0)
+
+    def spoil(following):
+        rows = [int((probe.input_ids.roll(-1, 1) == row).all(1).nonzero()) for row in following]
+        # all of row 1 is wrong, and of row 2 the last token of its last value
+        changed = following.clone()
+        for index, row in enumerate(rows):
+            wrong = probe.picked[row].nonzero().flatten()
+            changed[index, {1: wrong, 2: wrong[-1:]}.get(row, wrong[:0])] = 0
+        return changed
+
+    answers = measure_answers(Knowing(97, spoil), probe, batch_size=3)
+    found, asked = recalled_by_row(answers, probe), probe.queries // 4
+    assert found.tolist() == [asked, 0, asked - 1, asked]
+    recall = measure_recall(Knowing(97, spoil), probe)["recall"]
+    assert found.sum() / probe.queries == pytest.approx(recall)
 
 
 def test_batches_do_not_change_the_numbers(tiny_tokenizer, make_hybrid):

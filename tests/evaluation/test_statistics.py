@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from mambactl.evaluation.statistics import Bootstrap, mean_intervals, paired, unit_sums
+from mambactl.evaluation.statistics import (
+    Bootstrap,
+    estimate,
+    mean_difference_of,
+    mean_intervals,
+    paired,
+    ratios,
+    unit_sums,
+)
 
 
 def documents(rng, units=40, spread=1.0, noise=1.0):
@@ -101,3 +109,67 @@ def test_a_seed_decides_the_draws(monkeypatch):
     monkeypatch.setattr("mambactl.evaluation.statistics.DRAWN_ELEMENTS", 7 * len(counts))
     in_parts = mean_intervals(sums, counts, Bootstrap(0.95, 300, 5))
     assert np.allclose(in_parts, first, rtol=1e-12)
+
+
+def recalled(rng, rows=64, asked=16, level=0.5, share=0.9):
+    """Values that a teacher and a student recall of each row [R]; rows differ in difficulty."""
+    easy = np.clip(level + rng.normal(0, 0.25, rows), 0, 1)
+    theirs = rng.binomial(asked, easy)
+    return rng.binomial(theirs, share).astype(float), theirs.astype(float)
+
+
+def test_intervals_of_a_mean_ratio_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(5)
+    inside = 0
+    for trial in range(100):
+        tests = [recalled(rng, level=level) for level in (0.7, 0.4, 0.2)]
+        mean = ratios(*zip(*tests, strict=True), Bootstrap(0.9, 300, trial)).mean
+        low, high = mean.interval
+        inside += low <= 0.9 <= high
+        assert low < mean.value < high
+    # standard error of a share of 0.9 of 100: 0.03
+    assert 0.8 <= inside / 100 <= 0.97
+
+
+def test_rows_of_a_ratio_are_drawn_in_pairs_and_tests_apart():
+    ours, theirs = recalled(np.random.default_rng(6))
+    bootstrap = Bootstrap(0.95, 2000, 0)
+
+    def width(found):
+        return found.interval[1] - found.interval[0]
+
+    alone = ratios([ours], [theirs], bootstrap)
+    assert alone.each[0].value == alone.mean.value == ours.sum() / theirs.sum()
+    # rows of other difficulty against each other
+    unpaired = ratios([ours], [np.sort(theirs)], bootstrap)
+    assert width(alone.mean) < width(unpaired.mean) / 2
+    # the same numbers as four tests of their own: the mean is twice as sure
+    four = ratios([ours] * 4, [theirs] * 4, bootstrap)
+    assert width(four.mean) == pytest.approx(width(alone.mean) / 2, rel=0.15)
+    assert len({tuple(each.interval) for each in four.each}) == 4
+
+
+def test_a_ratio_over_nothing_is_none_and_few_rows_have_no_interval():
+    some, none = np.array([1.0, 0, 0, 2]), np.zeros(4)
+    found = ratios([some, none, some], [some, none, np.array([4.0, 0, 0, 0])], Bootstrap())
+    assert [each.value for each in found.each] == [1, None, 0.75]
+    # one row alone holds what the teacher recalls: some draws are without it
+    assert [each.interval for each in found.each] == [None, None, None]
+    assert (found.mean.value, found.mean.interval) == (0.875, None)
+    nothing = ratios([some], [none], Bootstrap())
+    assert (nothing.mean.value, nothing.mean.interval) == (None, None)
+    assert ratios([some], [some], Bootstrap(replicates=0)).mean.interval is None
+
+
+def test_a_mean_of_differences_counts_every_test_once():
+    rng = np.random.default_rng(7)
+    sums = [
+        np.column_stack([np.ones(n), right + 0.25, right])
+        for n in (40, 400) for right in [rng.integers(0, 2, n)]
+    ]  # fmt: skip
+    sums[1][:, 1] -= 0.5
+    found = estimate(sums, mean_difference_of, Bootstrap(0.95, 500, 0))
+    assert [each.value for each in found.each] == pytest.approx([0.25, -0.25])
+    # pairs that always differ by as much are sure
+    assert found.each[0].interval == pytest.approx([0.25, 0.25])
+    assert found.mean.value == pytest.approx(0, abs=1e-12)

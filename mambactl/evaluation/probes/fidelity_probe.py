@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mambactl import console
 from mambactl.evaluation.probes.probe import (
@@ -12,14 +12,13 @@ from mambactl.evaluation.probes.probe import (
     Numbers,
     Probe,
     Subject,
+    bootstrap_of,
+    interval_heading,
     keep_by_variant,
     require_text,
 )
 from mambactl.metrics import AGREEMENT, KL, Metric, exact, signed, significant, span
 from mambactl.options.evaluation import EvalOptions, rows_per_pass
-
-if TYPE_CHECKING:
-    from mambactl.evaluation.statistics import Bootstrap
 
 Texts = dict[str, list[dict[str, Any]]]
 # whose means by position are shown
@@ -120,19 +119,11 @@ class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
         console.table(title, ("", *columns), lines)
 
 
-def bootstrap_of(config: EvalOptions) -> "Bootstrap":
-    """How intervals and tests are made."""
-    from mambactl.evaluation.statistics import Bootstrap
-
-    return Bootstrap(config.confidence, config.bootstrap, config.seed)
-
-
 def _intervals(found: Sequence[Numbers], metric: Metric) -> tuple[str, ...]:
     pairs = [one.get("intervals", {}).get(metric.name) for one in found]
-    share = next((one["confidence"] for one in found if "intervals" in one), None)
-    if share is None:
+    if not any("intervals" in one for one in found):
         return ()
-    return (f"  {100 * share:g} % interval", *(span(pair, exact) or "-" for pair in pairs))
+    return (f"  {interval_heading(found)}", *(span(pair, exact) or "-" for pair in pairs))
 
 
 def _show_tests(subject: Subject, tests: Mapping[str, Numbers]) -> None:
@@ -153,8 +144,8 @@ def _show_tests(subject: Subject, tests: Mapping[str, Numbers]) -> None:
         units = {
             f"{t['tests'][KL.name]['units']} {t['resampled']} of {d}" for d, t in tests.items()
         }
-        share = next(iter(tests.values()))["confidence"]
-        columns = ("data", "", "difference", f"{100 * share:g} % interval", "p", "lower / higher")
+        heading = interval_heading(tests.values())
+        columns = ("data", "", "difference", heading, "p", "lower / higher")
         other = subject.other_name
         title = f"{subject.source} minus {other}, by {', '.join(sorted(units))}"
         console.table(title, columns, lines)

@@ -1,6 +1,7 @@
 """`eval --needle`: a sentence to find, by length of the text around it and depth in it."""
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -8,20 +9,43 @@ from pydantic import Field
 
 from mambactl import console
 from mambactl.errors import MambactlError, ResourceError
-from mambactl.evaluation.probes.probe import STUDENT, Asked, Numbers, Probe, Subject
+from mambactl.evaluation.probes.probe import (
+    STUDENT,
+    TEACHER,
+    Asked,
+    Numbers,
+    Probe,
+    Subject,
+    bootstrap_of,
+    bounded,
+    interval_heading,
+)
 from mambactl.figures import new_figure
 from mambactl.files import NAMED_FILE, explained, recipe_folder, replacing
-from mambactl.metrics import RETRIEVED
+from mambactl.metrics import (
+    NEEDLE_RATIO,
+    NEEDLE_RATIO_LOW,
+    RETRIEVED,
+    exact,
+    span,
+    whole_percent,
+)
 from mambactl.options.evaluation import EvalOptions
 from mambactl.options.fields import DataSpecs, NeedleLengths
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mambactl.evaluation.needle import Grid
+    from mambactl.evaluation.statistics import Bootstrap
 
 # the text of the quick start
 HAYSTACK = ("quickstart.jsonl", "quickstart-heldout.jsonl")
+BY_LENGTH = "by_length"
 # what a grid says of itself beside the models
-ABOUT = ("lengths", "depths", "scoring")
+ABOUT = ("lengths", "depths", "texts", "scoring")
+# lengths at which the teacher finds a smaller share say nothing of a student
+LEAST_FOUND = 0.5
 
 
 class NeedleOptions(EvalOptions):
@@ -31,6 +55,9 @@ class NeedleOptions(EvalOptions):
         [], description="find a sentence in texts of so many tokens, 1024,8192"
     )
     needle_depths: int = Field(10, ge=1, le=100, description="places in the text that it stands at")
+    needle_texts: int = Field(
+        1, ge=1, le=100, description="parts of the text that each place is tried in"
+    )
     needle_text: DataSpecs = Field([], description="that text; default: --data, or the packaged")
     needle_scoring: Literal["generate", "argmax"] = Field(
         "generate", description="greedy answers, or whether the right answer is the likeliest"
@@ -70,6 +97,7 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
             config.needle_depths,
             config.seed,
             config.needle_scoring,
+            config.needle_texts,
         )
 
     def plan(self, inputs: "Grid | None") -> dict[str, Any]:
@@ -80,24 +108,29 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
         """The longest text."""
         return [f"{self.name}-{inputs.lengths[-1]}"]
 
-    def known(self, inputs: "Grid") -> dict[str, Sequence[str]]:
+    def known(self, inputs: "Grid", teacher: str | None) -> dict[str, Sequence[str]]:
         """Means over the grid."""
-        return {self.name: self.bounds}
+        return {self.name: self.bounds if teacher else [RETRIEVED.name]}
 
     def measure(self, config: NeedleOptions, inputs: "Grid", subject: Subject) -> Numbers:
-        """Measure every model."""
-        from mambactl.evaluation.needle import measure_needle
+        """Measure every model, and compare students with the teacher prompt by prompt."""
+        from mambactl.evaluation.needle import found_by_prompt, measure_needle, scores_by_depth
         from mambactl.generation.decoding import end_tokens
 
-        cells = len(inputs.lengths) * len(inputs.depths) * len(subject.models)
-        with console.progress(self.name, cells) as task:
-            scores = {
-                name: measure_needle(
-                    model, subject.tokenizer, inputs, end_tokens(model, subject.tokenizer),
-                    config.save_samples, task.advance,
-                )
-                for name, model in subject.models.items()
-            }  # fmt: skip
+        prompts = sum(map(len, inputs.prompts)) * len(subject.models)
+        scores: dict[str, Numbers] = {}
+        by_prompt = {}
+        with console.progress(self.name, prompts) as task:
+            for name, model in subject.models.items():
+                ends = end_tokens(model, subject.tokenizer)
+                found = measure_needle(model, subject.tokenizer, inputs, ends, task.advance)
+                scores[name] = scores_by_depth(inputs, found, config.save_samples)
+                by_prompt[name] = found_by_prompt(found)
+        if subject.teacher is not None:
+            # a model is its own teacher where no other one was measured
+            theirs = by_prompt.pop(TEACHER, by_prompt[STUDENT])
+            for name, ours in by_prompt.items():
+                scores[name] |= _compare(inputs.lengths, ours, theirs, bootstrap_of(config))
         return {**_about(inputs), **scores}
 
     def show(self, subject: Subject, found: Numbers) -> None:
@@ -112,6 +145,9 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
             mean = found[name][f"mean_{RETRIEVED.name}"]
             title = f"needle of {subject.source}, {name}: {mean:.3f} retrieved"
             console.table(title, columns, lines)
+        for name in subject.models:
+            if BY_LENGTH in found[name]:
+                _show_ratios(subject, name, found[name])
 
     def draw(self, config: NeedleOptions, source: str, kept: Numbers, path: Path | None) -> None:
         """Draw a heat map of every model."""
@@ -123,7 +159,71 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
         if self.name not in kept:
             return {}
         own = kept[self.name][STUDENT]
-        return {self.name: {key: own[f"mean_{key}"] for key in self.bounds}}
+        means = {key: f"mean_{key}" for key in self.bounds}
+        return {self.name: {key: bounded(own[mean]) for key, mean in means.items() if mean in own}}
+
+
+def _compare(
+    lengths: Sequence[int],
+    ours: "Sequence[np.ndarray]",
+    theirs: "Sequence[np.ndarray]",
+    bootstrap: "Bootstrap",
+) -> Numbers:
+    """Numbers of a student beside the teacher's, by length and over the lengths that count.
+
+    `ours` and `theirs` are 1 where a prompt's needle was retrieved, length by length.
+    """
+    from mambactl.evaluation.statistics import ratios
+
+    counted = [float(each.mean()) >= LEAST_FOUND for each in theirs]
+    each = ratios(ours, theirs, bootstrap).each
+    mean = ratios([*compress(ours, counted)], [*compress(theirs, counted)], bootstrap).mean
+    by_length = {
+        str(length): {
+            RETRIEVED.name: float(mine.mean()),
+            f"{TEACHER}_{RETRIEVED.name}": float(other.mean()),
+            NEEDLE_RATIO.name: found.value,
+            "intervals": {NEEDLE_RATIO.name: found.interval},
+            "counted": counts,
+        }
+        for length, mine, other, found, counts in zip(
+            lengths, ours, theirs, each, counted, strict=True
+        )
+    }
+    return {
+        BY_LENGTH: by_length,
+        f"mean_{NEEDLE_RATIO.name}": mean.value,
+        f"mean_{NEEDLE_RATIO_LOW.name}": mean.interval and mean.interval[0],
+        "intervals": {f"mean_{NEEDLE_RATIO.name}": mean.interval},
+        "confidence": bootstrap.confidence,
+        "bootstrap": bootstrap.replicates,
+        "resampled": "prompts",
+    }
+
+
+def _show_ratios(subject: Subject, name: str, found: Numbers) -> None:
+    """Print what student and teacher find at every length, and the mean of what counts."""
+    lines = [
+        (
+            f"{int(length):,}",
+            exact(one[RETRIEVED.name]),
+            exact(one[f"{TEACHER}_{RETRIEVED.name}"]),
+            NEEDLE_RATIO.shown(one) if one["counted"] else f"({NEEDLE_RATIO.shown(one)})",
+            span(one["intervals"][NEEDLE_RATIO.name], exact) or "-",
+        )
+        for length, one in found[BY_LENGTH].items()
+    ]
+    counted = sum(one["counted"] for one in found[BY_LENGTH].values())
+    mean = f"mean_{NEEDLE_RATIO.name}"
+    value = "-" if found[mean] is None else NEEDLE_RATIO.brief(found[mean])
+    interval = span(found["intervals"][mean], exact) or "-"
+    lines.append((f"mean of {counted}", "", "", value, interval))
+    columns = ("tokens", name, TEACHER, "ratio", interval_heading([found]))
+    title = f"needle of {subject.source} over that of {subject.teacher_name}"
+    console.table(title, columns, lines)
+    if counted < len(found[BY_LENGTH]):
+        share = whole_percent(LEAST_FOUND)
+        console.log(f"in brackets: the teacher finds fewer than {share}, no part of the mean")
 
 
 def _about(grid: "Grid") -> dict[str, Any]:

@@ -7,8 +7,15 @@ from pydantic import Field
 
 from mambactl import console
 from mambactl.errors import UsageError
-from mambactl.evaluation.probes.fidelity_probe import bootstrap_of
-from mambactl.evaluation.probes.probe import STUDENT, TEACHER, Asked, Numbers, Probe, Subject
+from mambactl.evaluation.probes.probe import (
+    STUDENT,
+    TEACHER,
+    Asked,
+    Numbers,
+    Probe,
+    Subject,
+    bootstrap_of,
+)
 from mambactl.metrics import (
     AGREEMENT,
     KL,

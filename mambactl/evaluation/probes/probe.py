@@ -1,6 +1,7 @@
 """A row of the table of probes, and what the probes of one run share."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mambactl.evaluation.fidelity import Variant
+    from mambactl.evaluation.statistics import Bootstrap
     from mambactl.models.hybrid import HybridForCausalLM
 
 STUDENT, AGAINST, TEACHER = "student", "against", "teacher"
@@ -142,8 +144,11 @@ class Probe(Generic[Options, Inputs, Found]):
         """Its parts in the name of the results."""
         return list(inputs)
 
-    def known(self, inputs: Inputs) -> dict[str, Sequence[str]] | None:
-        """Data set -> numbers that may have a bound; None where only the measurement knows."""
+    def known(self, inputs: Inputs, teacher: str | None) -> dict[str, Sequence[str]] | None:
+        """Data set -> numbers that may have a bound; None where only the measurement knows.
+
+        Without a `teacher` nothing is compared with one.
+        """
         return dict.fromkeys(self.labels(inputs), self.bounds) if self.bounds else {}
 
     def measure(self, config: Options, inputs: Inputs, subject: Subject) -> Found:
@@ -166,9 +171,9 @@ class Probe(Generic[Options, Inputs, Found]):
         """Make files of the results at `path` beside them; None where none are kept."""
 
     def scores(self, kept: Numbers) -> dict[str, dict[str, float]]:
-        """Data set -> number -> value, of all that may have a bound."""
+        """Data set -> number -> value, of all that may have a bound; NaN for one without value."""
         return {
-            name: {key: found[key] for key in self.bounds if key in found}
+            name: {key: bounded(found[key]) for key in self.bounds if key in found}
             for name, found in kept.get(self.name, {}).items()
             if self.bounds
         }
@@ -177,6 +182,24 @@ class Probe(Generic[Options, Inputs, Found]):
         """The numbers that some data set has."""
         every = list(found)
         return (each for each in self.metrics if any(each.name in one for one in every))
+
+
+def bootstrap_of(config: EvalOptions) -> "Bootstrap":
+    """How intervals and tests are made."""
+    from mambactl.evaluation.statistics import Bootstrap
+
+    return Bootstrap(config.confidence, config.bootstrap, config.seed)
+
+
+def interval_heading(found: Iterable[Numbers]) -> str:
+    """The heading of intervals, which some of the numbers have, all of the same share."""
+    share = next(one["confidence"] for one in found if "confidence" in one)
+    return f"{100 * share:g} % interval"
+
+
+def bounded(value: float | None) -> float:
+    """A number as a bound sees it: one that has no value is within none."""
+    return math.nan if value is None else value
 
 
 def keep_by_variant(kept: Numbers, kind: str, measured: ByVariant) -> None:

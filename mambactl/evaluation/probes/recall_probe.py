@@ -1,6 +1,7 @@
 """`eval --recall`: what a model recalls of pairs that were stated once."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -8,19 +9,36 @@ from pydantic import Field
 from mambactl import console
 from mambactl.bounds import BATCH_ROWS
 from mambactl.evaluation.probes.probe import (
+    STUDENT,
     TEACHER,
     Asked,
     Numbers,
     Probe,
     Subject,
+    bootstrap_of,
+    interval_heading,
     keep_by_variant,
 )
-from mambactl.metrics import exact
+from mambactl.metrics import (
+    LEAST_RECALL_RATIO,
+    MEAN_RECALL_RATIO,
+    RECALL_RATIO,
+    RECALL_RATIOS,
+    Metric,
+    exact,
+    span,
+)
 from mambactl.options.evaluation import EvalOptions, rows_per_pass
 from mambactl.options.fields import Lengths
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mambactl.evaluation.recall import RecallProbe as Rows
+    from mambactl.evaluation.statistics import Bootstrap
+
+# numbers of one probe's rows, and of all probes together
+COMPARED = (RECALL_RATIO, *RECALL_RATIOS)
 
 
 class RecallOptions(EvalOptions):
@@ -32,17 +50,24 @@ class RecallOptions(EvalOptions):
 
 @dataclass(frozen=True)
 class Recalled:
-    """Probe -> variant or teacher -> numbers, and the rows that they are of."""
+    """Probe -> variant or teacher -> numbers, and the rows that they are of.
+
+    `ratios` are numbers of all probes together by variant, where there is a teacher.
+    """
 
     measured: dict[str, dict[str, Numbers]]
     rows: "dict[str, Rows]"
+    ratios: dict[str, Numbers] = field(default_factory=dict)
 
 
 class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
     """Recall by form and length of the row."""
 
     name, title, group = "recall", "Recall", "recall"
-    about = "Pairs stated once in a row and asked for at its end, made from a seed."
+    about = (
+        "Pairs stated once in a row and asked for at its end, made from a seed; ratios to the "
+        "teacher's recall of the same rows."
+    )
     options = (RecallOptions,)
     example = "--recall 1024"
     teacher = "welcome"
@@ -68,30 +93,51 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
             }
         }
 
+    def known(self, inputs: "dict[str, Rows]", teacher: str | None) -> dict[str, Sequence[str]]:
+        """Numbers of every probe; with a teacher ratios, also those of all probes together."""
+        own = [name for name in self.bounds if name not in {each.name for each in COMPARED}]
+        if teacher is None:
+            return dict.fromkeys(inputs, own)
+        every = [each.name for each in RECALL_RATIOS]
+        return dict.fromkeys(inputs, [*own, RECALL_RATIO.name]) | {self.name: every}
+
     def measure(
         self, config: RecallOptions, inputs: "dict[str, Rows]", subject: Subject
     ) -> Recalled:
-        """Measure students, controls and the teacher."""
+        """Measure students, controls and the teacher, and compare them row by row."""
         from mambactl.evaluation.fidelity import Variant
-        from mambactl.evaluation.recall import measure_recall
+        from mambactl.evaluation.recall import measure_answers, recalled_by_row, summarise_answers
 
         models = dict(subject.variants)
         if subject.teacher is not None and subject.teacher is not subject.model:
             models[TEACHER] = Variant(subject.teacher)
         measured: dict[str, dict[str, Numbers]] = {name: {} for name in inputs}
+        by_row: dict[str, list[np.ndarray]] = {name: [] for name in models}
         with console.progress(self.name, len(inputs) * len(models)) as task:
             for data, rows in inputs.items():
                 for name, variant in models.items():
                     with variant.during():
-                        found = measure_recall(variant.model, rows, rows_per_pass(config))
-                    measured[data][name] = found
+                        answers = measure_answers(variant.model, rows, rows_per_pass(config))
+                    measured[data][name] = found = summarise_answers(answers, rows.width)
+                    by_row[name].append(recalled_by_row(answers, rows))
+                    if config.save_samples:
+                        found["samples"] = {"recalled": by_row[name][-1].tolist()}
                     task.advance()
-        return Recalled(measured, inputs)
+        result = Recalled(measured, inputs)
+        if subject.teacher is not None:
+            # a model is its own teacher where no other one was measured
+            theirs = by_row.pop(TEACHER, by_row[STUDENT])
+            for name, ours in by_row.items():
+                result.ratios[name] = _compare(result, name, ours, theirs, bootstrap_of(config))
+        return result
 
     def show(self, subject: Subject, found: Recalled) -> None:
-        """Print a line per model; the recall of a guess opens a probe's lines."""
+        """Print a line per model; the recall of a guess opens a probe's lines.
+
+        A second table has ratios to the teacher's recall.
+        """
         every = [numbers for models in found.measured.values() for numbers in models.values()]
-        numbers = list(self.present(every))
+        numbers = [each for each in self.present(every) if each is not RECALL_RATIO]
         lines = []
         for data, models in found.measured.items():
             chance = exact(found.rows[data].chance)
@@ -101,10 +147,69 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
             ]
         headings = ("probe", "model", *(each.name for each in numbers))
         console.table(f"recall of {subject.source}", headings, lines)
+        if found.ratios:
+            _show_ratios(subject, found)
 
     def keep(self, kept: Numbers, found: Recalled) -> None:
         """Put facts of the rows beside the student's numbers."""
-        keep_by_variant(kept, self.name, found.measured)
+        together = {self.name: found.ratios} if found.ratios else {}
+        keep_by_variant(kept, self.name, found.measured | together)
         for data, rows in found.rows.items():
             about = {"chance": rows.chance, "pairs": rows.pairs, "queries": rows.queries}
             kept[self.name][data] |= about
+
+
+def _compare(
+    found: Recalled,
+    name: str,
+    ours: "Sequence[np.ndarray]",
+    theirs: "Sequence[np.ndarray]",
+    bootstrap: "Bootstrap",
+) -> Numbers:
+    """Put the ratios of a variant beside its other numbers; return those of all probes together.
+
+    `ours` and `theirs` are the recalled values of every row, probe by probe.
+    """
+    from mambactl.evaluation.statistics import ratios
+
+    result = ratios(ours, theirs, bootstrap)
+    certainty = {"confidence": bootstrap.confidence, "bootstrap": bootstrap.replicates}
+    own: dict[str, float] = {}
+    for data, each in zip(found.measured, result.each, strict=True):
+        numbers = found.measured[data][name]
+        numbers |= {RECALL_RATIO.name: each.value, **certainty}
+        numbers["intervals"] = {RECALL_RATIO.name: each.interval}
+        if each.value is not None:
+            own[data] = each.value
+    least = min(own, key=own.__getitem__, default=None)
+    interval = result.mean.interval
+    values = (result.mean.value, interval and interval[0], None if least is None else own[least])
+    return {
+        **{each.name: value for each, value in zip(RECALL_RATIOS, values, strict=True)},
+        "least_probe": least,
+        "probes": len(own),
+        **certainty,
+        "resampled": "rows",
+        "intervals": {MEAN_RECALL_RATIO.name: interval},
+    }
+
+
+def _show_ratios(subject: Subject, found: Recalled) -> None:
+    """Print ratios and intervals of every probe, then the mean and the least of all, by model."""
+    lines = [
+        (data, name, *_written(models[name], RECALL_RATIO))
+        for data, models in found.measured.items()
+        for name in found.ratios
+    ]
+    for name, numbers in found.ratios.items():
+        lines += [
+            (f"mean of {numbers['probes']}", name, *_written(numbers, MEAN_RECALL_RATIO)),
+            ("least", name, LEAST_RECALL_RATIO.shown(numbers), numbers["least_probe"] or "-"),
+        ]
+    columns = ("probe", "model", "ratio", interval_heading(found.ratios.values()))
+    title = f"recall of {subject.source} over that of {subject.teacher_name}"
+    console.table(title, columns, lines)
+
+
+def _written(numbers: Mapping[str, Any], metric: Metric) -> tuple[str, str]:
+    return metric.shown(numbers), span(numbers["intervals"][metric.name], exact) or "-"

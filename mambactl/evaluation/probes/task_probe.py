@@ -49,7 +49,7 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
         """The tasks as they were asked for."""
         return inputs.names
 
-    def known(self, inputs: "TaskPlan") -> dict[str, Sequence[str]] | None:
+    def known(self, inputs: "TaskPlan", teacher: str | None) -> dict[str, Sequence[str]] | None:
         """Scores of local tasks: only the harness knows those of its own, once it loads them."""
         return inputs.metrics()
 
