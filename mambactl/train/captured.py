@@ -142,6 +142,8 @@ class CapturedObjective:
         """Give the memory of the recording back; what comes later runs eagerly."""
         if self._kept is not None:
             self._kept.recording.reset()
+            self._drop_gradients()
+            self._kept = None
             self._give_back()
         self._kept = self._recorder = None
 
@@ -164,7 +166,7 @@ class CapturedObjective:
         self._give_back()
 
     def _drop_gradients(self) -> None:
-        """Leave none that a recording only named: nothing is written before a replay."""
+        """Leave none in the memory of a recording: nothing is there before a replay."""
         for parameter in [] if self.adds else self.parameters:
             parameter.grad = None
 

@@ -18,21 +18,24 @@ pytestmark = [
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> type:
-    """Its model class, with its own plain scan where its CUDA extension was not built."""
+    """Its model class, with its own plain functions for CUDA extensions that were not built."""
     if importlib.util.find_spec("selective_scan_cuda") is None:
         monkeypatch.setitem(sys.modules, "selective_scan_cuda", ModuleType("selective_scan_cuda"))
-        from mamba_ssm.modules import mamba_simple
+        from mamba_ssm.modules import mamba2, mamba_simple
         from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 
         monkeypatch.setattr(mamba_simple, "selective_scan_fn", selective_scan_ref)
-        create = mamba_simple.Mamba.__init__
-        slow = {"use_fast_path": False}
-        monkeypatch.setattr(
-            mamba_simple.Mamba, "__init__", lambda *args, **given: create(*args, **given | slow)
-        )
+        _always(monkeypatch, mamba_simple.Mamba, use_fast_path=False)
+        _always(monkeypatch, mamba2.Mamba2, use_mem_eff_path=False)
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
     return MambaLMHeadModel
+
+
+def _always(monkeypatch: pytest.MonkeyPatch, kind: type, **fixed: bool) -> None:
+    """Create modules of a kind with these arguments, whatever else is given."""
+    create = kind.__init__
+    monkeypatch.setattr(kind, "__init__", lambda *args, **given: create(*args, **given | fixed))
 
 
 @pytest.mark.parametrize("name", ["native1", "native2"])
