@@ -223,6 +223,11 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     )
     capture: bool = Field(default=False, description="replay each training step as one CUDA graph")
 
+    @property
+    def recordings(self) -> int:
+        """Graphs that a replayed step has: one for every size of windows that is drawn."""
+        return max(1, len({*self.random_window}))
+
     def require_coherent(self) -> None:
         """Raise UsageError for steps that no CUDA graph can hold, or the best of nothing."""
         if self.keep_best and not (self.eval_data or self.eval_recall):

@@ -66,8 +66,8 @@ def estimate(
     measured = probe(works, setup, rows, length)
     model, guide = shapes_of(student), shapes_of(teacher)
     cuda = job.device.type == "cuda"
-    # what a recorded step keeps stays reserved, for every size of windows
-    recordings = len({*config.random_window}) or 1 if config.capture and cuda else 1
+    # what a recorded step keeps stays reserved
+    recordings = config.recordings if config.capture and cuda else 1
     where = torch.cuda.get_device_name(job.device) if cuda else str(job.device)
     found = {}
     for plan, work in zip(plans, works, strict=True):
