@@ -282,6 +282,7 @@ ATTENTION = {
     *("models/mixers/spec.py", "models/mixers/windowed.py", "train/optimization.py"),
     *("models/mixers/mixed.py", "models/mixers/mixed_decode.py", "models/layout.py"),
     *("models/mixers/settings.py", "models/mixers/sizes.py"),
+    *("train/drawn_windows.py", "train/loop.py"),
     *("checkpoint", "commands", "conversion", "evaluation", "export", "options"),
     *("models/cache_bytes.py", "models/session_size.py", "speed/synthetic.py"),
 }

@@ -23,6 +23,7 @@ from mambactl.options import DistillConfig
 from mambactl.ranks import join
 from mambactl.stage_result import StageResult
 from mambactl.train.compiled import compile_blocks, compiles, release_blocks
+from mambactl.train.drawn_windows import DrawnWindows, with_window
 from mambactl.train.estimate import Estimate, estimate
 from mambactl.train.held_out import HeldOut
 from mambactl.train.job import Job
@@ -198,15 +199,24 @@ def _phase(
     rows: Sequence[Row],
 ) -> Phase:
     student, teacher = models.student, models.teacher
-    work = plan.work(student.config, theirs, config.grad_checkpointing)
+
+    # rows of a phase have one shape, or few
+    @cache
+    def flops(rows: int, length: int, window: int | None) -> float:
+        ours = with_window(student.config, window)
+        return plan.work(ours, theirs, config.grad_checkpointing).flops(rows, length)
+
+    windows = None
+    if config.random_window:
+        windows = DrawnWindows(student, config.random_window, config.seed)
     return Phase(
         plan.name,
         plan.steps,
         _objective(job, config, models, plan, rows),
         plan.parameters(student),
         context=StandIns(student, teacher, plan.waiting) if plan.waiting else nullcontext(),
-        # rows of a phase have one shape, or few
-        flops=cache(work.flops),
+        flops=flops,
+        windows=windows,
         cure="lower --align-lr" if plan.kind == "align" else "lower --lr",
         whole=not plan.waiting,
     )

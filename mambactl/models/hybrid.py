@@ -4,7 +4,7 @@ Tensor names of attention layers, MLPs, norms and embeddings are Llama's, so a L
 a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) at the entrance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -322,6 +322,10 @@ class HybridModel(HybridPreTrainedModel):
             config = self.config
             self._sight = _Sight(config.mixers, config.sees_all, config.local_spans)
         return self._sight
+
+    def look(self, spans: Iterable[LocalSpan]) -> None:
+        """Make keys for windows that see these from now on, like those of the layers."""
+        self._sight = replace(self._seeing, spans=list(spans))
 
     def with_windows(self, context: StepContext) -> StepContext:
         """A context of whole rows, made by another model, with what this one's windows see."""

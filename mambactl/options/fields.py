@@ -112,6 +112,8 @@ DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]
 BatchSizes = Annotated[list[Rows], BeforeValidator(_split_commas)]
+# each size has code, and a recording, of its own
+Windows = Annotated[list[Tokens], Field(max_length=8), BeforeValidator(_split_commas)]
 Lengths = Annotated[list[Tokens], BeforeValidator(_split_commas)]
 NeedleLengths = Annotated[
     list[Annotated[int, Field(ge=1, le=NEEDLE_TOKENS.most)]], BeforeValidator(_split_commas)

@@ -20,6 +20,7 @@ from mambactl.options.fields import (
     Tokens,
     Trackers,
     Weights,
+    Windows,
 )
 
 # losses of dpo that label smoothing means something for
@@ -148,6 +149,9 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
         "eval_recall": [],
         "eval_recall_rows": 16,
         "keep_best": False,
+        "random_window": [],
+        # equal shares for all stages
+        "align_share": None,
     }
 
     compile: Compile = Field(
@@ -157,7 +161,10 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
         default=["align", "logits"], description="what runs, in this order"
     )
     align_steps: int | None = Field(
-        default=None, ge=0, description="of max_steps; default: equal shares"
+        default=None, ge=0, description="of max_steps; default: align_share of them"
+    )
+    align_share: float | None = Field(
+        default=0.2, ge=0, le=1, description="share of max_steps for aligning, if others follow"
     )
     align_lr: float = Field(
         default=2e-3, gt=0, description="learning rate of mixers while aligning"
@@ -202,6 +209,10 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
     jsd_beta: float = Field(
         default=0.5, gt=0, lt=1, description="weight of the teacher in the jsd mixture"
     )
+    random_window: Windows = Field(
+        default=[],
+        description="sizes of which each training step draws one for windows, 16,64 say",
+    )
     eval_recall: Lengths = Field(
         default=[], description="row lengths of recall probes measured with eval_data, 1024 say"
     )
@@ -211,6 +222,11 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
         description="end with the weights of the smallest measured KL / share of recall kept",
     )
     capture: bool = Field(default=False, description="replay each training step as one CUDA graph")
+
+    @property
+    def recordings(self) -> int:
+        """Graphs that a replayed step has: one for every size of windows that is drawn."""
+        return max(1, len({*self.random_window}))
 
     def require_coherent(self) -> None:
         """Raise UsageError for steps that no CUDA graph can hold, or the best of nothing."""

@@ -11,7 +11,8 @@ writes keeps its place:
 
 Memory. The activations of the recorded pass lie in a pool of their own, reserved from the recording
 to `release`: gradients stay beside them during a forward pass, and what runs in between (held-out
-text, batches of another form) needs its memory on top. There is one recording at a time.
+text, batches of another form) needs its memory on top. An objective has one recording at a time;
+where windows change their size, every size has an objective.
 
 Nothing in a recorded pass may wait for the device or draw a random number, and no host memory is
 read again: everything a pass reads comes through `Objective.inputs`.

@@ -66,6 +66,8 @@ def estimate(
     measured = probe(works, setup, rows, length)
     model, guide = shapes_of(student), shapes_of(teacher)
     cuda = job.device.type == "cuda"
+    # what a recorded step keeps stays reserved
+    recordings = config.recordings if config.capture and cuda else 1
     where = torch.cuda.get_device_name(job.device) if cuda else str(job.device)
     found = {}
     for plan, work in zip(plans, works, strict=True):
@@ -77,7 +79,8 @@ def estimate(
         step = batch * config.grad_accum + trained * measured.seconds_per_parameter
         memory = training_bytes(model, trained) | {
             "teacher": sum(p.numel() for p in guide.parameters()) * job.dtype.itemsize,
-            "activations": _activations(work, measured, rows * length, job.dtype.itemsize),
+            "activations": _activations(work, measured, rows * length, job.dtype.itemsize)
+            * recordings,
             "casts": _casts(model, work, job.amp),
         }
         if not work.aligns:

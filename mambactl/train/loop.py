@@ -18,6 +18,7 @@ from mambactl.options import DistillConfig
 from mambactl.ranks import add_up, from_main, largest, processes, rank, total
 from mambactl.train.best_weights import BestWeights
 from mambactl.train.captured import CapturedObjective, recorder_for
+from mambactl.train.drawn_windows import DrawnWindows
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import (
     LAG,
@@ -49,8 +50,8 @@ class Phase:
     """Steps with one objective; only parameters in `parts`, each with its peak rate, train.
 
     `context` is how the model is while the phase lasts, and `whole` says that it is as it will be
-    saved; `flops(rows, length)` counts a batch; `cure` is what to change when the loss leaves what
-    it had reached.
+    saved; `windows` draws their size for every step; `flops(rows, length, window)` counts a batch;
+    `cure` is what to change when the loss leaves what it had reached.
     """
 
     name: str
@@ -58,9 +59,10 @@ class Phase:
     objective: Objective
     parts: Sequence[tuple[Parameters, float]]
     context: AbstractContextManager[Any] = field(default_factory=nullcontext)
-    flops: Callable[[int, int], float] | None = None
+    flops: Callable[[int, int, int | None], float] | None = None
     cure: str = "lower --lr"
     whole: bool = True
+    windows: DrawnWindows | None = None
 
     @property
     def parameters(self) -> Parameters:
@@ -142,10 +144,10 @@ class _PhaseRun:
         self.parameters = list(self.phase.parameters.values())
         self.device = self.parameters[0].device
         self.optimizer = build_optimizer(self.phase.parts)
-        recorder = recorder_for(self.device) if config.capture else None
-        self.captured = recorder and CapturedObjective(
-            self.phase.objective, self.parameters, recorder, adds=config.grad_accum > 1
-        )
+        # by size of the windows: each has launches of its own
+        self.captured: dict[int | None, CapturedObjective] = {}
+        self.recorder = recorder_for(self.device) if config.capture else None
+        self.adds = self.recorder is not None and config.grad_accum > 1
         if len(progress.reports) <= number:
             progress.reports.append(PhaseReport(self.phase.name))
             progress.watch = LossWatch()
@@ -173,8 +175,8 @@ class _PhaseRun:
             self._steps(feed, stop)
         finally:
             # the next phase has its own, and needs the memory
-            if self.captured is not None:
-                self.captured.release()
+            for captured in self.captured.values():
+                captured.release()
         self.progress.phase += 1
         self.progress.step = 0
         self._save(None)
@@ -212,12 +214,14 @@ class _PhaseRun:
         share = schedule(step, self.phase.steps, self.config.warmup, self.config.schedule)
         set_learning_rate(self.optimizer, share)
         # a recording that adds does so to the gradients that were there when it was made
-        adds = self.captured is not None and self.captured.adds
-        self.optimizer.zero_grad(set_to_none=not adds)
+        self.optimizer.zero_grad(set_to_none=not self.adds)
         members = [next(feed) for _ in range(self.config.grad_accum)]
+        windows, size = self.phase.windows, None
+        if windows is not None:
+            size = windows.draw(self.phase.name, step)
         try:
-            objective = self.captured or self.phase.objective
-            loss, tokens = _gradients(objective, members, self.device)
+            with nullcontext() if size is None else windows.of(size):
+                loss, tokens = _gradients(self._objective(size), members, self.device)
             add_up([loss, *(p.grad for p in self.parameters if p.grad is not None)])
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
             # fused AdamW looks at this on the device, and changes nothing where it is 1
@@ -230,9 +234,19 @@ class _PhaseRun:
             ) from error
         flops = None
         if self.phase.flops is not None:
-            flops = sum(self.phase.flops(*batch.input_ids.shape) for batch in members)
+            flops = sum(self.phase.flops(*batch.input_ids.shape, size) for batch in members)
         rate = self.optimizer.param_groups[0]["lr"]
         return Pending.of(step + 1, rate, tokens, flops, loss, norm)
+
+    def _objective(self, size: int | None) -> Objective:
+        """What a step with windows of this size minimises, recorded if steps are replayed."""
+        if self.recorder is None:
+            return self.phase.objective
+        if size not in self.captured:
+            self.captured[size] = CapturedObjective(
+                self.phase.objective, self.parameters, self.recorder, self.adds
+            )
+        return self.captured[size]
 
     def _settle(self, keep: int, bar: console.Task) -> None:
         """Read steps until at most `keep` are in flight; log, check and evaluate each."""

@@ -115,7 +115,8 @@ def shapes_of(config: HybridConfig) -> HybridForCausalLM:
 def phase_steps(config: DistillConfig) -> dict[str, int]:
     """Optimiser steps of each stage, `max_steps` together; a stage of none is left out.
 
-    What is not given is shared equally, and the last stage takes what is left.
+    Aligning takes its share if no steps are given. What else is not given is shared equally, and
+    the last stage takes what is left.
     """
     order = list(dict.fromkeys(config.stages))
     if not order:
@@ -133,6 +134,11 @@ def phase_steps(config: DistillConfig) -> dict[str, int]:
             f"than max_steps {config.max_steps}",
             "max_steps counts all stages",
         )
+    if "align" in order[:-1] and "align" not in fixed and config.align_share is not None:
+        wanted = max(1, round(config.align_share * config.max_steps)) if config.align_share else 0
+        # every other stage has a step, if there are enough
+        fixed["align"] = max(0, min(wanted, left - (len(order) - len(fixed) - 1)))
+        left -= fixed["align"]
     share = left // (len(order) - len(fixed))
     steps = {name: fixed.get(name, share) for name in order[:-1]}
     steps[order[-1]] = config.max_steps - sum(steps.values())

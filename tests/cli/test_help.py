@@ -32,10 +32,10 @@ FLAGS = {
     "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data "
     "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "
     f"--init --calibrate --calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
-    "distill": f"{TRAINING} {MIXED} --compile --nproc --stages --align-steps --align-lr "
-    "--stepwise-steps --stepwise-groups --stepwise-order --stepwise-rest-lr --lr --rest-lr "
-    "--schedule --kl-weight --ce-weight --temperature --divergence --jsd-beta --capture "
-    "--eval-recall --eval-recall-rows --keep-best "
+    "distill": f"{TRAINING} {MIXED} --compile --nproc --stages --align-steps --align-share "
+    "--align-lr --stepwise-steps --stepwise-groups --stepwise-order --stepwise-rest-lr --lr "
+    "--rest-lr --schedule --kl-weight --ce-weight --temperature --divergence --jsd-beta --capture "
+    "--random-window --eval-recall --eval-recall-rows --keep-best "
     f"{HELD_OUT} {OUTPUT} {EVERY_STAGE}",
     "sft": f"{TRAINING} {SPREAD} {HELD_OUT} --lr --ce-weight --kl-weight --assistant-only-loss "
     f"--lora --lora-alpha --log-to --compile {OUTPUT} {EVERY_STAGE}",

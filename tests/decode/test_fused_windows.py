@@ -27,7 +27,7 @@ WINDOWED = {
         "kept_heads": {0: (0, 2), 2: (1,)}, "sliding_window": 24,
     },
     "rotary": {
-        "mixers": ["mamba2_window", "mamba2"], "mamba2": ROTARY, "mamba2_window": SPAN,
+        "mixers": ["mamba2_window", "mamba2_mixed"], "mamba2": ROTARY, "mamba2_window": SPAN,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
                             "original_max_position_embeddings": 1024},
     },

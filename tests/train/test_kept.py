@@ -104,8 +104,10 @@ def test_distilling_leaves_them_alone(student, files, tmp_path, monkeypatch) -> 
     assert changed(whole, tmp_path / "again") == set()
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": 2}, {"lora": 2, "dtype": "bfloat16"}])
-@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize(
+    ("options", "freeze"),
+    [({}, False), ({}, True), ({"lora": 2}, False), ({"lora": 2, "dtype": "bfloat16"}, True)],
+)
 def test_tuning_leaves_them_alone_if_asked(student, files, tmp_path, options, freeze) -> None:
     if options:
         pytest.importorskip("peft", reason='pip install "mambactl[lora]"')

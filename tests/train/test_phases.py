@@ -197,9 +197,15 @@ def test_steps_are_dealt_to_the_stages() -> None:
         return phase_steps(DistillConfig(max_steps=11, **fields))
 
     three = ["align", "stepwise", "logits"]
-    assert steps(stages=three) == {"align": 3, "stepwise": 3, "logits": 5}
+    assert steps() == {"align": 2, "logits": 9}
+    assert steps(stages=three) == {"align": 2, "stepwise": 4, "logits": 5}
+    assert steps(stages=three, align_share=None) == {"align": 3, "stepwise": 3, "logits": 5}
+    assert steps(stages=three, stepwise_steps=9) == {"align": 1, "stepwise": 9, "logits": 1}
+    assert steps(stages=three, stepwise_steps=11) == {"stepwise": 11}
+    assert steps(stages=["align"]) == {"align": 11} and steps(align_share=0.0) == {"logits": 11}
+    assert [phase_steps(DistillConfig(max_steps=n)).get("align", 0) for n in (1, 2, 7)] == [0, 1, 1]
     assert steps(stages=three, align_steps=1) == {"align": 1, "stepwise": 5, "logits": 5}
-    assert steps(stages=three, stepwise_steps=0) == {"align": 5, "logits": 6}
+    assert steps(stages=three, stepwise_steps=0) == {"align": 2, "logits": 9}
     assert steps(stages=["stepwise", "logits"]) == {"stepwise": 5, "logits": 6}
     assert steps(stages=["align", "stepwise"], align_steps=4) == {"align": 4, "stepwise": 7}
     for wrong in (["logits", "stepwise"], ["stepwise", "align"]):
