@@ -238,6 +238,7 @@ CACHE = Metric(
     "cache_bytes", "cache MiB", mebibytes, "lower", "bytes", brief=mebibytes,
     gain="cache_reduction",
 )  # fmt: skip
+SHARE = Metric("share", "of the teacher's", percent, "lower", brief=percent, bound=False)
 PEAK = Metric("peak_bytes", "peak MiB", mebibytes, "lower", "bytes", brief=mebibytes)
 PREFILL_GAIN, FIRST_GAIN, DECODE_GAIN, CACHE_GAIN = (
     Metric(metric.gain, f"{what} gain", times, "higher", brief=times)
@@ -302,6 +303,13 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("recall_loss", "loss", better="lower", unit="nats per token"),
         RECALL_RATIO,
         *RECALL_RATIOS,
+    ),
+    # of the cache of one sequence, by its tokens
+    "sequence": (
+        Metric("total", "MiB", mebibytes, "lower", "bytes", brief=mebibytes, bound=False),
+        Metric("teacher_total", "teacher's MiB", mebibytes, unit="bytes", brief=mebibytes,
+               bound=False),
+        SHARE,
     ),
     "needle": (RETRIEVED, NEEDLE_RATIO, NEEDLE_RATIO_LOW),
     "generation": (

@@ -19,6 +19,7 @@ from mambactl.evaluation.controls import ablated, require_branch, windowed_atten
 from mambactl.evaluation.fidelity import Variant
 from mambactl.evaluation.probes import PROBES, EvalConfig
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
+from mambactl.evaluation.sequences import sequences_of, show_sequences
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import placement
 from mambactl.report.results import save_results
@@ -26,6 +27,8 @@ from mambactl.report.thresholds import Check, failures, parse_checks, require_kn
 from mambactl.stage_result import StageResult
 
 STAGE = "eval"
+# bytes of the cache of one sequence, among the numbers
+CACHE, SEQUENCES = "cache", "sequences"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ def measure(config: EvalConfig, source: str) -> StageResult:
     """Measure, print tables and keep the numbers, whatever they are."""
     inputs = _read(config, source)
     subject = _subject(config, inputs, source)
+    dtype = str(subject.model.dtype).removeprefix("torch.")
+    # before models are let go of
+    cache = sequences_of(subject.model, subject.teacher)
     metrics: dict[str, Any] = {}
     if inputs.teacher is not None:
         metrics[TEACHER] = inputs.teacher
@@ -72,6 +78,9 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         probe.show(subject, found)
         probe.keep(metrics, found)
         parts += probe.labels(own)
+    if cache:
+        show_sequences(f"{source} in {dtype}", cache)
+        metrics[CACHE] = {"dtype": dtype, SEQUENCES: cache}
     kept = save_results(STAGE, source, "+".join(parts), config, metrics)
     for probe, _ in inputs.probes():
         probe.draw(config, source, metrics, kept)

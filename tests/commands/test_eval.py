@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import WORDS
 
+from mambactl.checkpoint.contents import describe
 from mambactl.commands.eval import plan, run
 from mambactl.errors import CheckError, ModelError, UsageError
 from mambactl.evaluation.probes import EvalConfig
@@ -62,6 +63,23 @@ def test_fidelity_against_the_teacher_of_the_lineage(folder, files, tiny_llama_d
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"{words['kl']:.4f}" in captured.err and "kl at 0-63" in captured.err
+
+
+def test_the_cache_of_a_sequence_is_that_of_the_teacher_or_less(folder, files, capsys):
+    found = run(cpu(data=[files["words"]]), str(folder)).metrics["cache"]
+    assert found["dtype"] == "float32" and list(found["sequences"]) == ["1024", "8192", "32768"]
+    described = describe(str(folder))
+    assert described["sequences"] == found["sequences"]
+    for tokens, numbers in found["sequences"].items():
+        # two of four layers keep their 2 KV heads of 16 channels
+        assert numbers["teacher_total"] == int(tokens) * 4 * 2 * 2 * 16 * 4
+        assert numbers["share"] == numbers["total"] / numbers["teacher_total"]
+        parts = ("kv", "windows", "rings", "states")
+        assert numbers["total"] == sum(numbers[part] for part in parts)
+        assert numbers["kv"] == int(tokens) * 2 * 2 * 2 * 16 * 4
+    err = capsys.readouterr().err
+    assert f"{100 * found['sequences']['8192']['share']:.1f} %" in err
+    assert "32,768" in err and "cache of one sequence" in err
 
 
 def test_a_model_is_its_own_teacher(files, tiny_llama_dir):
