@@ -211,6 +211,8 @@ RETRIEVED = Metric("retrieved", "retrieved", percent, "higher", brief=lambda cel
 NEEDLE_RATIO = Metric("needle_ratio", "over the teacher's", ratio, "higher", interval=True)
 # the lower end of its interval
 NEEDLE_RATIO_LOW = Metric(f"{NEEDLE_RATIO.name}_low", better="higher")
+# of the scores of all tasks, student less teacher
+MEAN_DIFFERENCE = Metric("mean_difference", write=signed, better="higher")
 EXACT_MATCH = Metric("exact_match", "same text", percent, "higher", summary="same text")
 
 SPEED = "tokens/s"
@@ -341,7 +343,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter",
             PERPLEXITY.name,
         )
-    ),
+    ) + (MEAN_DIFFERENCE,),
     "training": (
         counted("steps", "steps"),
         TOKENS,
@@ -424,6 +426,18 @@ MAIN = (AGREEMENT.name, "acc", EXACT_MATCH.name, "average")
 def group(name: str) -> tuple[Metric, ...]:
     """The numbers of one kind of measurement; none of an unknown one."""
     return METRICS.get(name, ())
+
+
+def main_metric(scores: Mapping[str, Any]) -> str | None:
+    """The metric that a task is known by."""
+    named = [key for key in MAIN if scores.get(key) is not None]
+    return next(iter(named + metrics_of(scores)), None)
+
+
+def metrics_of(scores: Mapping[str, Any]) -> list[str]:
+    """What a task was scored by, without the errors of that."""
+    return [key for key, value in scores.items()
+            if isinstance(value, int | float) and "stderr" not in key]  # fmt: skip
 
 
 def columns(metrics: Iterable[Metric], rows: Iterable[Mapping[str, Any]]) -> list[Metric]:

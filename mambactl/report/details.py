@@ -6,7 +6,7 @@ from typing import Any
 
 from mambactl.evaluation.probes import PROBES
 from mambactl.evaluation.probes.probe import Probe
-from mambactl.metrics import columns, number, span
+from mambactl.metrics import columns, main_metric, metrics_of, number, span
 from mambactl.report import charts
 from mambactl.report.charts import Series
 from mambactl.report.content import (
@@ -22,7 +22,7 @@ from mambactl.report.content import (
     written,
 )
 from mambactl.report.entries import Entry, against_of
-from mambactl.report.summary import interval, main_metric, metrics_of, parts_of_groups, score_writer
+from mambactl.report.summary import interval, parts_of_groups, score_writer
 from mambactl.report.thresholds import is_share
 
 # names of layers that fit below a chart
