@@ -428,18 +428,6 @@ def group(name: str) -> tuple[Metric, ...]:
     return METRICS.get(name, ())
 
 
-def main_metric(scores: Mapping[str, Any]) -> str | None:
-    """The metric that a task is known by."""
-    named = [key for key in MAIN if scores.get(key) is not None]
-    return next(iter(named + metrics_of(scores)), None)
-
-
-def metrics_of(scores: Mapping[str, Any]) -> list[str]:
-    """What a task was scored by, without the errors of that."""
-    return [key for key, value in scores.items()
-            if isinstance(value, int | float) and "stderr" not in key]  # fmt: skip
-
-
 def columns(metrics: Iterable[Metric], rows: Iterable[Mapping[str, Any]]) -> list[Metric]:
     """The numbers with a heading that some row has, each statistic behind what it is one of."""
     found = list(rows)

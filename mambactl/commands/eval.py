@@ -10,16 +10,16 @@ from typing import Any
 
 from mambactl import console
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
+from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.teacher import teacher_of
+from mambactl.checkpoint.teacher import named_teacher, teacher_of
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
-from mambactl.errors import CheckError, UsageError
+from mambactl.errors import CheckError, MambactlError, UsageError
 from mambactl.evaluation.controls import ablated, require_branch, windowed_attention
 from mambactl.evaluation.fidelity import Variant
 from mambactl.evaluation.probes import PROBES, EvalConfig
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
-from mambactl.evaluation.sequences import sequences_of, show_sequences
+from mambactl.evaluation.sequences import CACHE, SEQUENCES, sequences_of, show_sequences
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import placement
 from mambactl.report.results import save_results
@@ -27,8 +27,6 @@ from mambactl.report.thresholds import Check, failures, parse_checks, require_kn
 from mambactl.stage_result import StageResult
 
 STAGE = "eval"
-# bytes of the cache of one sequence, among the numbers
-CACHE, SEQUENCES = "cache", "sequences"
 
 
 @dataclass(frozen=True)
@@ -164,13 +162,19 @@ def _warn_of_length(asked: Asked) -> None:
 
 
 def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]) -> str | None:
-    """What the model is compared with; some probes mean something without it."""
+    """What the model is compared with; some probes do without one that is not there."""
     asked = {probe.teacher for probe in probes}
     needed = "needed" in asked or config.control
-    known = config.teacher or load_lineage(source) is not None
+    known = config.teacher or named_teacher(source)
     if not needed and not ("welcome" in asked and known):
         return None
-    teacher = teacher_of(source, config.teacher, "--teacher", config.trust_remote_code)
+    try:
+        teacher = teacher_of(source, config.teacher, "--teacher", config.trust_remote_code)
+    except MambactlError as error:
+        if needed or config.teacher:
+            raise
+        console.warn(f"nothing is compared with a teacher: {error} ({error.hint})")
+        return None
     hint = "give a --teacher of the same family"
     require_same_tokens(
         source, teacher, "teacher", hint, trust_remote_code=config.trust_remote_code

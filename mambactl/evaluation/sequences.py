@@ -11,6 +11,9 @@ from mambactl.models.layout import MixerLayout
 if TYPE_CHECKING:
     from mambactl.models.hybrid import HybridForCausalLM
 
+# where results of `eval` hold them
+CACHE, SEQUENCES = "cache", "sequences"
+
 
 def sequences_of(
     model: "HybridForCausalLM", teacher: "HybridForCausalLM | None"

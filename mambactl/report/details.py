@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mambactl.evaluation.harness.task_metrics import main_metric, metrics_of
 from mambactl.evaluation.probes import PROBES
 from mambactl.evaluation.probes.probe import Probe
-from mambactl.metrics import columns, main_metric, metrics_of, number, span
+from mambactl.metrics import columns, number, span
 from mambactl.report import charts
 from mambactl.report.charts import Series
 from mambactl.report.content import (

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mambactl.evaluation.harness.task_metrics import main_metric
 from mambactl.evaluation.probes import PROBES, lower_is_better
 from mambactl.evaluation.probes.probe import TEACHER, Probe
-from mambactl.metrics import CACHE, Format, Metric, main_metric, number, percent
+from mambactl.metrics import CACHE, Format, Metric, number, percent
 from mambactl.report.entries import Entry, against_of
 from mambactl.report.thresholds import is_share, may_be_negative
 

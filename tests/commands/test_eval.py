@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import WORDS
 
 from mambactl.checkpoint.contents import describe
 from mambactl.commands.eval import plan, run
-from mambactl.errors import CheckError, ModelError, UsageError
+from mambactl.errors import CheckError, MambactlError, ModelError, UsageError
 from mambactl.evaluation.probes import EvalConfig
 
 
@@ -175,6 +176,23 @@ def test_recall_is_compared_with_the_teacher_row_by_row(folder, monkeypatch, cap
     failing = config.model_copy(update={"fail_under": ["mean_recall_ratio>=0.9"]})
     with pytest.raises(CheckError, match="recall.mean_recall_ratio is 0"):
         run(failing, str(folder))
+
+
+def test_recall_and_tasks_do_without_a_teacher_that_is_not_there(folder, files, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    lineage = json.loads((moved / "mambactl.json").read_text("utf-8"))
+    lost = str(tmp_path / "lost")
+    (moved / "mambactl.json").write_text(json.dumps(lineage | {"source": lost, "teacher": lost}))
+    config = cpu(recall=[96], recall_rows=2, tasks=[files["choice"]], limit=4)
+    metrics = run(config, str(moved)).metrics
+    assert "teacher" not in metrics and "task_differences" not in metrics
+    assert list(metrics["recall"]) == ["kv-96", "mqar-96"]
+    assert "share" not in metrics["cache"]["sequences"]["1024"]
+    assert "nothing is compared with a teacher" in capsys.readouterr().err
+    for asked in ({"data": [files["words"]]}, {"recall": [96], "teacher": lost}):
+        with pytest.raises(MambactlError, match="lost"):
+            run(cpu(**asked), str(moved))
 
 
 def test_a_ratio_is_bounded_where_there_is_a_teacher_and_holds_where_it_has_a_value(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mambactl.evaluation.harness.presets import PRESETS
+from mambactl.evaluation.harness.task_metrics import main_metric
 from mambactl.evaluation.statistics import Bootstrap, estimate, mean_difference_of
-from mambactl.metrics import main_metric
 
 if TYPE_CHECKING:
     from mambactl.evaluation.harness.scoring import TaskScores
