@@ -211,6 +211,8 @@ RETRIEVED = Metric("retrieved", "retrieved", percent, "higher", brief=lambda cel
 NEEDLE_RATIO = Metric("needle_ratio", "over the teacher's", ratio, "higher", interval=True)
 # the lower end of its interval
 NEEDLE_RATIO_LOW = Metric(f"{NEEDLE_RATIO.name}_low", better="higher")
+# of the scores of all tasks, student less teacher
+MEAN_DIFFERENCE = Metric("mean_difference", write=signed, better="higher")
 EXACT_MATCH = Metric("exact_match", "same text", percent, "higher", summary="same text")
 
 SPEED = "tokens/s"
@@ -238,6 +240,7 @@ CACHE = Metric(
     "cache_bytes", "cache MiB", mebibytes, "lower", "bytes", brief=mebibytes,
     gain="cache_reduction",
 )  # fmt: skip
+SHARE = Metric("share", "of the teacher's", percent, "lower", brief=percent, bound=False)
 PEAK = Metric("peak_bytes", "peak MiB", mebibytes, "lower", "bytes", brief=mebibytes)
 PREFILL_GAIN, FIRST_GAIN, DECODE_GAIN, CACHE_GAIN = (
     Metric(metric.gain, f"{what} gain", times, "higher", brief=times)
@@ -303,6 +306,13 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         RECALL_RATIO,
         *RECALL_RATIOS,
     ),
+    # of the cache of one sequence, by its tokens
+    "sequence": (
+        Metric("total", "MiB", mebibytes, "lower", "bytes", brief=mebibytes, bound=False),
+        Metric("teacher_total", "teacher's MiB", mebibytes, unit="bytes", brief=mebibytes,
+               bound=False),
+        SHARE,
+    ),
     "needle": (RETRIEVED, NEEDLE_RATIO, NEEDLE_RATIO_LOW),
     "generation": (
         counted("prompts", "prompts", brief=str),
@@ -333,7 +343,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter",
             PERPLEXITY.name,
         )
-    ),
+    ) + (MEAN_DIFFERENCE,),
     "training": (
         counted("steps", "steps"),
         TOKENS,

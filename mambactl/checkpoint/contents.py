@@ -5,13 +5,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from mambactl.checkpoint.opening import open_checkpoint
 from mambactl.checkpoint.plain_config import plain_layout
 from mambactl.checkpoint.reader import NumberType, Reader
 from mambactl.errors import ModelError
-from mambactl.models.cache_bytes import cache_bytes, session_bytes
+from mambactl.models.cache_bytes import attention_bytes, cache_bytes, sequences, session_bytes
 from mambactl.models.layout import MixerLayout
 from mambactl.models.session_size import SessionSize
 
@@ -39,6 +40,7 @@ def describe(
             "bytes": sum(part["bytes"] for part in parts),
             "dtype": dtype.name,
             "cache": cache_bytes(config, dtype.itemsize),
+            "sequences": _sequences(reader, config, dtype.itemsize),
             "stages": _stages(reader.lineage),
             "lineage": reader.lineage,
         }
@@ -97,6 +99,13 @@ def _session(config: MixerLayout[Any], itemsize: int, size: SessionSize) -> dict
         "k": size.k,
         "bytes": asdict(found) | {"total": found.total},
     }
+
+
+def _sequences(reader: Reader, config: MixerLayout[Any], itemsize: int) -> dict[str, Any]:
+    """Bytes of one sequence; a teacher had attention in every layer."""
+    converted = reader.lineage is not None and config.replaced_layers
+    teacher = partial(attention_bytes, config, itemsize) if converted else None
+    return sequences(config, itemsize, teacher)
 
 
 def _stages(lineage: dict[str, Any] | None) -> list[str]:

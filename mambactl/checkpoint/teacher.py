@@ -28,7 +28,7 @@ def teacher_of(source: str, given: str | None, option: str, trusted: bool = Fals
     if given:
         _found(given, None)
         return given
-    spec = _named(source)
+    spec = named_teacher(source)
     if not spec:
         raise UsageError(
             f"{source} does not say what it was made from",
@@ -48,7 +48,7 @@ def teacher_of(source: str, given: str | None, option: str, trusted: bool = Fals
     return spec
 
 
-def _named(source: str) -> str | None:
+def named_teacher(source: str) -> str | None:
     """The teacher or the origin that a lineage names."""
     lineage = load_lineage(source) or {}
     spec = lineage.get("teacher") or lineage.get("source")

@@ -10,15 +10,16 @@ from typing import Any
 
 from mambactl import console
 from mambactl.checkpoint.contents import describe
-from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
+from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.teacher import teacher_of
+from mambactl.checkpoint.teacher import named_teacher, teacher_of
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
-from mambactl.errors import CheckError, UsageError
+from mambactl.errors import CheckError, MambactlError, UsageError
 from mambactl.evaluation.controls import ablated, require_branch, windowed_attention
 from mambactl.evaluation.fidelity import Variant
 from mambactl.evaluation.probes import PROBES, EvalConfig
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
+from mambactl.evaluation.sequences import CACHE, SEQUENCES, sequences_of, show_sequences
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import placement
 from mambactl.report.results import save_results
@@ -59,6 +60,9 @@ def measure(config: EvalConfig, source: str) -> StageResult:
     """Measure, print tables and keep the numbers, whatever they are."""
     inputs = _read(config, source)
     subject = _subject(config, inputs, source)
+    dtype = str(subject.model.dtype).removeprefix("torch.")
+    # before models are let go of
+    cache = sequences_of(subject.model, subject.teacher)
     metrics: dict[str, Any] = {}
     if inputs.teacher is not None:
         metrics[TEACHER] = inputs.teacher
@@ -72,6 +76,9 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         probe.show(subject, found)
         probe.keep(metrics, found)
         parts += probe.labels(own)
+    if cache:
+        show_sequences(f"{source} in {dtype}", cache)
+        metrics[CACHE] = {"dtype": dtype, SEQUENCES: cache}
     kept = save_results(STAGE, source, "+".join(parts), config, metrics)
     for probe, _ in inputs.probes():
         probe.draw(config, source, metrics, kept)
@@ -155,13 +162,19 @@ def _warn_of_length(asked: Asked) -> None:
 
 
 def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]) -> str | None:
-    """What the model is compared with; some probes mean something without it."""
+    """What the model is compared with; some probes do without one that is not there."""
     asked = {probe.teacher for probe in probes}
     needed = "needed" in asked or config.control
-    known = config.teacher or load_lineage(source) is not None
+    known = config.teacher or named_teacher(source)
     if not needed and not ("welcome" in asked and known):
         return None
-    teacher = teacher_of(source, config.teacher, "--teacher", config.trust_remote_code)
+    try:
+        teacher = teacher_of(source, config.teacher, "--teacher", config.trust_remote_code)
+    except MambactlError as error:
+        if needed or config.teacher:
+            raise
+        console.warn(f"nothing is compared with a teacher: {error} ({error.hint})")
+        return None
     hint = "give a --teacher of the same family"
     require_same_tokens(
         source, teacher, "teacher", hint, trust_remote_code=config.trust_remote_code

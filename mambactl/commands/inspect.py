@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from mambactl.checkpoint.contents import describe
+from mambactl.metrics import columns, group
 from mambactl.models.mixers.settings import WindowSettings
 from mambactl.models.mixers.sizes import SIZES, MixerSizes
 from mambactl.models.session_size import SessionSize
@@ -40,6 +41,7 @@ def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Tab
             f"window: {cache['window_bytes']:,} B of it, {' or '.join(spans)} in every "
             f"{_windowed(found['mixers'])} layer, however long the text"
         )
+    yield _sequences(found["sequences"])
     yield from _session(found, options)
     if found["rotary"]:
         yield "rotary: B and C of the mamba2 layers turn with the position"
@@ -51,6 +53,16 @@ def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Tab
     if options.tensors:
         listed = [(t["name"], t["dtype"], "x".join(map(str, t["shape"]))) for t in found["tensors"]]
         yield Table("", ("tensor", "dtype", "shape"), listed)
+
+
+def _sequences(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What one sequence takes at some lengths, beside what it takes of the teacher."""
+    numbers = columns(group("sequence"), found.values())
+    rows = [
+        (f"{int(tokens):,}", *(each.written(one) for each in numbers))
+        for tokens, one in found.items()
+    ]
+    return Table("one sequence", ("tokens", *(n.heading for n in numbers)), rows, True)
 
 
 # part of a session's bytes -> its name in a table

@@ -1,14 +1,18 @@
 """Bytes that a cache takes, from a configuration alone: no model is built."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mambactl.models.layout import MixerLayout
 from mambactl.models.mixers.settings import WindowSettings
+from mambactl.models.mixers.sizes import AttentionSizes
 from mambactl.models.session_size import SessionSize
 
 # of a number of a recurrent state: fp32 always, but for weights in fp64
 STATE_BYTES = 4
+# tokens of a sequence that caches are compared at
+LENGTHS = (1024, 8192, 32768)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,37 @@ def session_bytes(config: MixerLayout[Any], itemsize: int, session: SessionSize)
             numbers["windows"] += slots * spec.window_kv_elements(config, settings)
     sizes = {name: size.batch * count * itemsize for name, count in numbers.items()}
     return SessionBytes(**sizes, states=size.batch * _state_bytes(config, itemsize))
+
+
+def sequence_bytes(config: MixerLayout[Any], itemsize: int, tokens: int) -> SessionBytes:
+    """Bytes of the cache of one sequence of `tokens`, decoded without drafts: see `session_bytes`.
+
+    Room for tokens to come is not counted.
+    """
+    return session_bytes(config, itemsize, SessionSize(1, tokens, 0))
+
+
+def attention_bytes(config: MixerLayout[Any], itemsize: int, tokens: int) -> int:
+    """`sequence_bytes` with attention alone in every layer, as before any was replaced."""
+    a_layer = AttentionSizes().full_kv_elements(config, None)
+    return tokens * len(config.mixers) * a_layer * itemsize
+
+
+def sequences(
+    config: MixerLayout[Any], itemsize: int, teacher: Callable[[int], int] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Bytes of one sequence by its tokens, of `LENGTHS`: part by part and in `total`.
+
+    `teacher` gives those of the teacher for so many tokens; ours are then a `share` of them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for tokens in LENGTHS:
+        own = sequence_bytes(config, itemsize, tokens)
+        found[str(tokens)] = asdict(own) | {"total": own.total}
+        if teacher is not None:
+            theirs = teacher(tokens)
+            found[str(tokens)] |= {"teacher_total": theirs, "share": own.total / theirs}
+    return found
 
 
 def cache_bytes(config: MixerLayout[Any], itemsize: int) -> dict[str, Any]:

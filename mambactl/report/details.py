@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mambactl.evaluation.harness.task_metrics import main_metric, metrics_of
 from mambactl.evaluation.probes import PROBES
 from mambactl.evaluation.probes.probe import Probe
 from mambactl.metrics import columns, number, span
@@ -22,7 +23,7 @@ from mambactl.report.content import (
     written,
 )
 from mambactl.report.entries import Entry, against_of
-from mambactl.report.summary import interval, main_metric, metrics_of, parts_of_groups, score_writer
+from mambactl.report.summary import interval, parts_of_groups, score_writer
 from mambactl.report.thresholds import is_share
 
 # names of layers that fit below a chart

@@ -174,8 +174,19 @@ def _parts(found: Any) -> Any:
     return {name: part for name, part in found.items() if isinstance(part, Mapping)}
 
 
+def _part(found: Any) -> Any:
+    """The name of a model stands where others have facts about it."""
+    return found if isinstance(found, Mapping) else {}
+
+
 Parts = Annotated[dict[str, _Numbers] | None, BeforeValidator(_parts)]
 Points = list[_Point] | None
+
+
+class _Sequences(_Kept):
+    """Bytes of the cache of one sequence, by its tokens."""
+
+    sequences: dict[Digits, _Numbers] | None = None
 
 
 class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts"]))):
@@ -193,6 +204,7 @@ class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts
     recall: Annotated[dict[str, _Recalled] | None, BeforeValidator(_parts)] = None
     generation: Parts = None
     preferences: Parts = None
+    cache: Annotated[_Sequences, BeforeValidator(_part)] = _Sequences()
     training: Parts = None
     controls: dict[str, "_Metrics"] | None = None
     against: "_Against | None" = None
@@ -208,11 +220,6 @@ class _Against(_Metrics):
 
     model: str | None = None
     tests: dict[str, _Tests] | None = None
-
-
-def _part(found: Any) -> Any:
-    """The name of a model stands where others have facts about it."""
-    return found if isinstance(found, Mapping) else {}
 
 
 class _Cache(_Kept):

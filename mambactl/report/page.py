@@ -8,7 +8,7 @@ from pathlib import Path
 from mambactl.errors import UsageError
 from mambactl.evaluation.probes import PROBES
 from mambactl.files import NAMED_FILE, explained, replacing
-from mambactl.report import charts, details, quality, speed_sections
+from mambactl.report import cache_section, charts, details, quality, speed_sections
 from mambactl.report.collect import collect
 from mambactl.report.content import Material, Section
 from mambactl.report.entries import Found, Source
@@ -35,6 +35,7 @@ FIRST: tuple[str | Maker, ...] = (
     quality.training,
     "recall",
     "needle",
+    cache_section.quality_by_cache,
     "generation",
     "tasks",
     "preferences",

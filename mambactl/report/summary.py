@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mambactl.evaluation.harness.task_metrics import main_metric
 from mambactl.evaluation.probes import PROBES, lower_is_better
 from mambactl.evaluation.probes.probe import TEACHER, Probe
-from mambactl.metrics import CACHE, MAIN, Format, Metric, number, percent
+from mambactl.metrics import CACHE, Format, Metric, number, percent
 from mambactl.report.entries import Entry, against_of
 from mambactl.report.thresholds import is_share, may_be_negative
 
@@ -194,18 +195,6 @@ def data_set(name: str, found: Mapping[str, Any]) -> str:
     """A data set is another one when other tokens of it were measured."""
     tokens = found.get("tokens")
     return name if tokens is None else f"{name}, {tokens:,} tokens"
-
-
-def main_metric(scores: Mapping[str, Any]) -> str | None:
-    """The metric that a task is known by."""
-    named = [key for key in MAIN if scores.get(key) is not None]
-    return next(iter(named + metrics_of(scores)), None)
-
-
-def metrics_of(scores: Mapping[str, Any]) -> list[str]:
-    """What a task was scored by, without the errors of that."""
-    return [key for key, value in scores.items()
-            if isinstance(value, int | float) and "stderr" not in key]  # fmt: skip
 
 
 def interval(found: Mapping[str, Any], key: str) -> tuple[float, float] | None:

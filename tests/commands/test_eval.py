@@ -2,13 +2,15 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
 from conftest import WORDS
 
+from mambactl.checkpoint.contents import describe
 from mambactl.commands.eval import plan, run
-from mambactl.errors import CheckError, ModelError, UsageError
+from mambactl.errors import CheckError, MambactlError, ModelError, UsageError
 from mambactl.evaluation.probes import EvalConfig
 
 
@@ -62,6 +64,23 @@ def test_fidelity_against_the_teacher_of_the_lineage(folder, files, tiny_llama_d
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"{words['kl']:.4f}" in captured.err and "kl at 0-63" in captured.err
+
+
+def test_the_cache_of_a_sequence_is_that_of_the_teacher_or_less(folder, files, capsys):
+    found = run(cpu(data=[files["words"]]), str(folder)).metrics["cache"]
+    assert found["dtype"] == "float32" and list(found["sequences"]) == ["1024", "8192", "32768"]
+    described = describe(str(folder))
+    assert described["sequences"] == found["sequences"]
+    for tokens, numbers in found["sequences"].items():
+        # two of four layers keep their 2 KV heads of 16 channels
+        assert numbers["teacher_total"] == int(tokens) * 4 * 2 * 2 * 16 * 4
+        assert numbers["share"] == numbers["total"] / numbers["teacher_total"]
+        parts = ("kv", "windows", "rings", "states")
+        assert numbers["total"] == sum(numbers[part] for part in parts)
+        assert numbers["kv"] == int(tokens) * 2 * 2 * 2 * 16 * 4
+    err = capsys.readouterr().err
+    assert f"{100 * found['sequences']['8192']['share']:.1f} %" in err
+    assert "32,768" in err and "cache of one sequence" in err
 
 
 def test_a_model_is_its_own_teacher(files, tiny_llama_dir):
@@ -157,6 +176,23 @@ def test_recall_is_compared_with_the_teacher_row_by_row(folder, monkeypatch, cap
     failing = config.model_copy(update={"fail_under": ["mean_recall_ratio>=0.9"]})
     with pytest.raises(CheckError, match="recall.mean_recall_ratio is 0"):
         run(failing, str(folder))
+
+
+def test_recall_and_tasks_do_without_a_teacher_that_is_not_there(folder, files, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    lineage = json.loads((moved / "mambactl.json").read_text("utf-8"))
+    lost = str(tmp_path / "lost")
+    (moved / "mambactl.json").write_text(json.dumps(lineage | {"source": lost, "teacher": lost}))
+    config = cpu(recall=[96], recall_rows=2, tasks=[files["choice"]], limit=4)
+    metrics = run(config, str(moved)).metrics
+    assert "teacher" not in metrics and "task_differences" not in metrics
+    assert list(metrics["recall"]) == ["kv-96", "mqar-96"]
+    assert "share" not in metrics["cache"]["sequences"]["1024"]
+    assert "nothing is compared with a teacher" in capsys.readouterr().err
+    for asked in ({"data": [files["words"]]}, {"recall": [96], "teacher": lost}):
+        with pytest.raises(MambactlError, match="lost"):
+            run(cpu(**asked), str(moved))
 
 
 def test_a_ratio_is_bounded_where_there_is_a_teacher_and_holds_where_it_has_a_value(

@@ -77,11 +77,37 @@ def test_a_list_of_the_paper_takes_local_sets(folder, sets, no_network, capsys):
     assert table["HellaSwag"] == scores["hellaswag"]["acc_norm"]
     assert table["MMLU"] == scores["mmlu"]["acc"]
     labels = ("HellaSwag", "ARC-Easy", "MMLU", "TruthfulQA")
-    assert set(table) == {*labels, "average"}
+    assert set(table) == {*labels, "average", "teacher"}
+    assert set(table["teacher"]) == {*labels, "average"}
     assert table["average"] == pytest.approx(sum(table[label] for label in labels) / 4)
     err = capsys.readouterr().err
     assert "piqa is left out: it cannot be loaded (offline)" in err
     assert "average of 4 of 10" in err and "|hellaswag" in err
+
+
+def test_a_student_stands_beside_its_teacher(folder, sets, tiny_llama_dir, capsys):
+    """Numbers of the teacher are those that it has when it is measured by itself."""
+    config = cpu(
+        tasks=["arc_easy", "truthfulqa_mc1"], task_dir=str(sets),
+        fail_under=["mean_difference>=-1", "tasks.mean_difference<=1"],
+    )  # fmt: skip
+    metrics = run(config, str(folder)).metrics
+    scores, found = metrics["tasks"], metrics["task_differences"]
+    alone = cpu(tasks=config.tasks, task_dir=str(sets))
+    theirs = run(alone, str(tiny_llama_dir)).metrics
+    assert "task_differences" not in theirs
+    differences = []
+    for name, expected in theirs["tasks"].items():
+        assert scores[name]["teacher"] == pytest.approx(expected)
+        one = found["by_task"][name]
+        assert one["teacher"] == pytest.approx(expected["acc"]) and one["documents"] == 8
+        assert one["difference"] == pytest.approx(scores[name]["acc"] - expected["acc"])
+        differences.append(one["difference"])
+        low, high = one["interval"]
+        assert low <= one["difference"] <= high
+    assert found["mean"]["difference"] == pytest.approx(sum(differences) / 2)
+    err = capsys.readouterr().err
+    assert "beside" in err and "mean of 2" in err and f"{found['mean']['difference']:+.4f}" in err
 
 
 def test_worked_examples_of_the_paper(sets, folder):
@@ -108,10 +134,11 @@ def test_samples_answers_and_chat(folder, sets, tmp_path):
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 8 and rows[0]["arguments"][0][0].count("<|im_start|>") == 6
     assert sum(row["acc"] for row in rows) / 8 == first["hellaswag"]["acc"]
-    assert len(list((tmp_path / "kept").glob("*.db"))) == 1
+    # of student and teacher
+    assert len(list((tmp_path / "kept").glob("*.db"))) == 2
     assert run(config, str(folder)).metrics["tasks"] == first
     # results went into the card, the model is the same
-    assert len(list((tmp_path / "kept").glob("*.db"))) == 1
+    assert len(list((tmp_path / "kept").glob("*.db"))) == 2
 
 
 def test_texts_of_a_model_agree_with_its_own(folder, sets, tiny_llama_dir, capsys):

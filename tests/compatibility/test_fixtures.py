@@ -87,7 +87,9 @@ def test_inspect_shows_what_it_showed(place, mambactl, name) -> None:
     shown = mambactl("inspect", name, "--json").replace(f"{place}/", "")
     found = json.loads(shown)
     # later than the fixtures
-    assert set(found.pop("session")["bytes"]) == {"kv", "windows", "rings", "states", "total"}
+    parts = {"kv", "windows", "rings", "states", "total"}
+    assert set(found.pop("session")["bytes"]) == parts
+    assert all(parts <= set(each) for each in found.pop("sequences").values())
     assert found == EXPECTED["checkpoints"][name]["inspect"]
 
 

@@ -10,8 +10,15 @@ from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import ModelState, pack
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.reference.ops import ReferenceOps
+from mambactl.models import cache_bytes as bytes_of
 from mambactl.models.cache import AttentionCache, HybridCache
-from mambactl.models.cache_bytes import cache_bytes, session_bytes
+from mambactl.models.cache_bytes import (
+    attention_bytes,
+    cache_bytes,
+    sequence_bytes,
+    sequences,
+    session_bytes,
+)
 from mambactl.models.key_ring import KeyRing
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 from mambactl.models.packed import RecurrentState
@@ -117,6 +124,43 @@ def test_the_engine_takes_the_size_that_its_rows_ask_for(built) -> None:
     assert (size.batch, size.capacity) == (5, 512)
     for model, state in ((target, engine.sessions[5].target), (draft, engine.sessions[5].draft)):
         assert asdict(session_bytes(model.config, 4, size)) == held_bytes(state)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sequence_takes_what_an_engine_allocates_for_it(built, name) -> None:
+    """Without room to spare, and without drafts."""
+    model, tokens = built[name], 512
+    itemsize = model.dtype.itemsize
+    session = Session(pack(model, tokens), None, ReferenceOps(), SessionSize(1, tokens, 0))
+    found = sequence_bytes(model.config, itemsize, tokens)
+    assert asdict(found) == held_bytes(session.target)
+
+
+def test_sequences_of_a_student_beside_its_teacher(built, make_hybrid, monkeypatch) -> None:
+    """Tensors of both engines' states, of a student in which heads are kept and of attention."""
+    monkeypatch.setattr(bytes_of, "LENGTHS", (128, 1024))
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    student, teacher = built["kept heads"], make_hybrid(["attention"] * 4, **heads).bfloat16()
+    found = sequences(student.config, 2, lambda n: sequence_bytes(teacher.config, 2, n).total)
+    assert list(found) == ["128", "1024"]
+    for tokens, numbers in found.items():
+        size = SessionSize(1, int(tokens), 0)
+        states = [Session(pack(each, size.capacity), None, ReferenceOps(), size).target
+                  for each in (student, teacher)]  # fmt: skip
+        ours, theirs = (sum(held_bytes(state).values()) for state in states)
+        assert (numbers["total"], numbers["teacher_total"]) == (ours, theirs)
+        assert numbers["share"] == ours / theirs
+        assert attention_bytes(student.config, 2, int(tokens)) == theirs
+        # one that has read so many tokens
+        cache = HybridCache(student.config, 1)
+        with torch.no_grad():
+            student(torch.ones(1, int(tokens), dtype=torch.long), past_key_values=cache)
+        kept = [layer.kept for layer in cache.layers if hasattr(layer, "kept")]
+        assert numbers["kv"] == sum(each.keys.nbytes + each.values.nbytes for each in kept)
+        states = [each.live for each in cache.layers if not isinstance(each, AttentionCache)]
+        assert numbers["states"] == sum(state.nbytes for state in states)
+    # states are as large however long the text, keys and values of kept heads are not
+    assert found["1024"]["share"] < found["128"]["share"]
 
 
 @pytest.mark.parametrize("rows", [1, 8])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partialmethod
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,15 @@ BOOTSTRAP_ITERS = 1000
 class TaskScores:
     """Scores by task and metric, and the harness's own table of them (markdown).
 
-    `samples` are requests and answers by task, where they were asked for. `groups` are the parts of
-    tasks that have any.
+    `samples` are requests and answers by task, and `documents` scores by task, metric and number of
+    the document, where they were asked for. `groups` are the parts of tasks that have any.
     """
 
     metrics: dict[str, dict[str, float]]
     table: str
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
+    documents: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
 
 
 class LocalConfigurableTask(ConfigurableTask):
@@ -85,7 +87,7 @@ def score(
                 limit=options.limit,
                 cache_requests=options.requests is not None,
                 bootstrap_iters=BOOTSTRAP_ITERS,
-                log_samples=options.log_samples,
+                log_samples=options.log_samples or options.by_document,
                 system_instruction=options.system_instruction,
                 apply_chat_template=options.apply_chat_template,
                 # as the harness's command line: with a chat template unless told otherwise
@@ -95,10 +97,24 @@ def score(
     table = make_table(results)
     if results.get("groups"):
         table += "\n" + make_table(results, "groups")
-    samples = json.loads(json.dumps(results.get("samples") or {}, default=handle_non_serializable))
+    found = results.get("samples") or {}
+    documents = {name: _by_document(rows) for name, rows in found.items()}
+    kept_samples = found if options.log_samples else {}
+    samples = json.loads(json.dumps(kept_samples, default=handle_non_serializable))
     parts = results.get("group_subtasks") or {}
     groups = {name: list(found) for name, found in parts.items() if found and name in metrics}
-    return TaskScores(metrics, table, samples, groups)
+    return TaskScores(metrics, table, samples, groups, documents)
+
+
+def _by_document(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Numbers of every document by metric; some metrics have none before they are aggregated."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        for metric in row["metrics"]:
+            if isinstance(row[metric], Real):
+                name = plain_name(f"{metric},{row['filter']}")
+                found.setdefault(name, {})[row["doc_id"]] = float(row[metric])
+    return found
 
 
 def _scores(entry: dict[str, Any]) -> dict[str, float]:

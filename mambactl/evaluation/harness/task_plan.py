@@ -161,8 +161,10 @@ def _samples(config: TaskOptions, source: str) -> Path | None:
     return folder / "results"
 
 
-def harness_options(plan: TaskPlan, config: TaskOptions, source: str, model: Any) -> HarnessOptions:
-    """What the harness is told."""
+def harness_options(
+    plan: TaskPlan, config: TaskOptions, source: str, model: Any, compared: bool = False
+) -> HarnessOptions:
+    """What the harness is told; `compared` with another model, document by document."""
     longest = config.task_max_length
     if longest is None and plan.presets:
         longest = min(MAX_LENGTH, model.config.max_position_embeddings)
@@ -184,6 +186,7 @@ def harness_options(plan: TaskPlan, config: TaskOptions, source: str, model: Any
         requests=kept / "requests" if config.cache_requests else None,
         answers=answers,
         log_samples=config.log_samples,
+        by_document=compared,
         task_dir=config.task_dir,
     )
 

@@ -92,7 +92,7 @@ class HarnessOptions:
     """How tasks are run; names and defaults of lm-evaluation-harness.
 
     `requests` is a folder for prompts that were made, `answers` a file for a model's answers.
-    `batch_size` "auto" fills passes by tokens.
+    `batch_size` "auto" fills passes by tokens. `by_document`: scores of every document are wanted.
     """
 
     num_fewshot: int | None = None
@@ -107,6 +107,7 @@ class HarnessOptions:
     requests: Path | None = None
     answers: Path | None = None
     log_samples: bool = False
+    by_document: bool = False
     task_dir: str | None = None
 
 

@@ -79,9 +79,9 @@ class Subject:
         return {name: model for name, model in every.items() if model is not None}
 
     def alone(self) -> "Subject":
-        """The student without the others, which are then free."""
+        """Student and teacher without the others, which are then free."""
         student = {STUDENT: self.variants[STUDENT]}
-        return replace(self, variants=student, teacher=None, other=None)
+        return replace(self, variants=student, other=None)
 
 
 class Probe(Generic[Options, Inputs, Found]):
@@ -105,7 +105,7 @@ class Probe(Generic[Options, Inputs, Found]):
     teacher: ClassVar[Literal["needed", "welcome", "unused"]] = "needed"
     # controls are measured as well
     controlled: ClassVar[bool] = False
-    # it goes last, when all models but the student are free
+    # it goes last, when all models but student and teacher are free
     alone: ClassVar[bool] = False
     # the probe without which it is never asked for
     within: ClassVar[str] = ""

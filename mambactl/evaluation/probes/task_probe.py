@@ -1,24 +1,42 @@
 """`eval --tasks`: scores of lm-evaluation-harness, on its tasks and on files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mambactl import console
 from mambactl.evaluation.harness.task_options import TaskNames, TaskOptions, TaskPrompts
-from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
+from mambactl.evaluation.probes.probe import (
+    STUDENT,
+    TEACHER,
+    Asked,
+    Numbers,
+    Probe,
+    Subject,
+    bootstrap_of,
+    interval_heading,
+)
+from mambactl.metrics import MEAN_DIFFERENCE, exact, signed, span
 
 if TYPE_CHECKING:
     from mambactl.evaluation.harness.scoring import TaskScores
     from mambactl.evaluation.harness.task_plan import TaskPlan
 
+# the student's scores less the teacher's among the results
+DIFFERENCES, BY_TASK, MEAN = "task_differences", "by_task", "mean"
+
 
 @dataclass(frozen=True)
 class Scored:
-    """What the harness found, and what was asked of it."""
+    """What the harness found, and what was asked of it.
+
+    `theirs` are the teacher's scores, and `differences` the student's from them.
+    """
 
     plan: "TaskPlan"
     scores: "TaskScores"
+    theirs: "TaskScores | None" = None
+    differences: Numbers = field(default_factory=dict)
 
 
 class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
@@ -28,7 +46,7 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
     about = "Lines are 95 % intervals, 1.96 standard errors to each side, where errors are known."
     options = (TaskNames, TaskPrompts)
     example = "--tasks NAME,FILE.jsonl"
-    teacher = "unused"
+    teacher = "welcome"
     alone = True
 
     def asked(self, config: TaskOptions) -> bool:
@@ -51,38 +69,90 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
 
     def known(self, inputs: "TaskPlan", teacher: str | None) -> dict[str, Sequence[str]] | None:
         """Scores of local tasks: only the harness knows those of its own, once it loads them."""
-        return inputs.metrics()
+        found = inputs.metrics()
+        if found is None or teacher is None:
+            return found
+        return found | {self.name: [MEAN_DIFFERENCE.name]}
 
     def measure(self, config: TaskOptions, inputs: "TaskPlan", subject: Subject) -> Scored:
-        """Score the student alone."""
+        """Score the student, and a teacher that is another model on the same documents."""
+        from mambactl.evaluation.harness.task_comparison import compare_scores
         from mambactl.evaluation.harness.task_plan import harness_options, score_wanted
 
-        options = harness_options(inputs, config, subject.source, subject.model)
-        scores = score_wanted(subject.model, subject.tokenizer, inputs.wanted, options)
-        return Scored(inputs, scores)
+        teacher = subject.models.get(TEACHER)
+        every = [
+            score_wanted(
+                model,
+                subject.tokenizer,
+                inputs.wanted,
+                harness_options(inputs, config, name, model, compared=teacher is not None),
+            )
+            for name, model in ((subject.source, subject.model), (subject.teacher_name, teacher))
+            if model is not None
+        ]
+        if teacher is None:
+            return Scored(inputs, *every)
+        found = compare_scores(*every, inputs.presets, bootstrap_of(config))
+        return Scored(inputs, *every, found)
 
     def show(self, subject: Subject, found: Scored) -> None:
-        """Print the harness's table and those of the presets."""
+        """Print the harness's table, those of the presets, and one of student and teacher."""
         from mambactl.evaluation.harness.task_plan import show_presets
 
         console.log(found.scores.table.rstrip())
         show_presets(found.plan, subject.source, found.scores.metrics)
+        if found.differences:
+            _show_differences(subject, found.differences)
 
     def keep(self, kept: Numbers, found: Scored) -> None:
-        """Keep scores, and groups of tasks; write the samples where they are asked for."""
-        from mambactl.evaluation.harness.presets import PRESETS, summary
+        """Keep scores, and groups of tasks; write the samples where they are asked for.
+
+        The teacher's scores stand beside the student's.
+        """
         from mambactl.evaluation.harness.task_plan import write_samples
 
-        scores = dict(found.scores.metrics)
-        for name in found.plan.presets:
-            numbers = summary(PRESETS[name], found.scores.metrics)
-            scores[name] = {key: value for key, value in numbers.items() if value is not None}
-        kept[self.name] = scores
+        kept[self.name] = scores = _with_presets(found.plan, found.scores)
+        if found.theirs is not None:
+            for name, theirs in _with_presets(found.plan, found.theirs).items():
+                if name in scores:
+                    scores[name] = {**scores[name], TEACHER: theirs}
+            kept[DIFFERENCES] = found.differences
         if found.scores.groups:
             kept["task_groups"] = found.scores.groups
         if found.plan.samples is not None:
             write_samples(found.plan.samples, found.scores.samples)
 
     def scores(self, kept: Numbers) -> dict[str, dict[str, float]]:
-        """Every score, known to the table or not."""
-        return kept.get(self.name, {})
+        """Every score of the student, known to the table or not, and the mean difference."""
+        found = {
+            name: {key: value for key, value in scores.items() if key != TEACHER}
+            for name, scores in kept.get(self.name, {}).items()
+        }
+        mean = kept.get(DIFFERENCES, {}).get(MEAN)
+        return found | ({self.name: {MEAN_DIFFERENCE.name: mean["difference"]}} if mean else {})
+
+
+def _with_presets(plan: "TaskPlan", scores: "TaskScores") -> dict[str, Numbers]:
+    """Scores by task, and by column of every list of the paper that was asked for."""
+    from mambactl.evaluation.harness.presets import PRESETS, summary
+
+    found: dict[str, Numbers] = dict(scores.metrics)
+    for name in plan.presets:
+        numbers = summary(PRESETS[name], scores.metrics)
+        found[name] = {key: value for key, value in numbers.items() if value is not None}
+    return found
+
+
+def _show_differences(subject: Subject, found: Numbers) -> None:
+    """A line per task, and one of the mean."""
+    lines = [(name, one["metric"], *_written(one)) for name, one in found[BY_TASK].items()]
+    if MEAN in found:
+        lines.append((f"mean of {found[MEAN]['tasks']}", "", *_written(found[MEAN])))
+    heading = interval_heading([found])
+    columns = ("task", "", STUDENT, TEACHER, "difference", heading)
+    console.table(f"tasks of {subject.source} beside {subject.teacher_name}", columns, lines)
+
+
+def _written(found: Numbers) -> tuple[str, ...]:
+    scores = (exact(found[name]) for name in (STUDENT, TEACHER))
+    return (*scores, signed(found["difference"]), span(found["interval"], signed) or "-")
