@@ -153,24 +153,29 @@ def test_shipped_variants_are_valid_and_described(spec) -> None:
     # what it says about its share is what the last conversion makes
     kind, _, share = spec.rpartition("@")[2].rpartition("-")
     conversions = [section for section in recipe.sections if section.stage == "convert"]
-    assert conversions[-1].values["ratio"] == float(share) / 100
-    assert (conversions[-1].values.get("init") == "reference") == (kind == "paper")
-    # mixers that are taken have a window where those that were aligned have one
-    assert {section.values.get("window") for section in conversions} == {
-        64 if kind == "window" else None
-    }
-    # of whole layers, as when they were made
+    assert conversions[-1].values["ratio"] == pytest.approx(float(share) / 100)
+    # mixers that are taken have the form of those that were aligned
     for options in (section.config for section in conversions):
-        assert options.by == "layer" or options.form == "portable" or options.init == "reference"
+        assert (options.form, options.by, options.window, options.init) == FORMS[kind]
+
+
+# kind of variant -> form, by, window and init of its conversions
+FORMS = {
+    "": (None, None, None, "calibrated"),
+    "window": (None, "layer", 64, "calibrated"),
+    "state": ("portable", None, None, "calibrated"),
+    "paper": ("portable", None, None, "reference"),
+}
 
 
 def test_every_model_has_every_share_and_the_papers_way() -> None:
     shares = ["50", "75", "87.5", "100"]
-    for name in ("smollm2-135m", "llama3-8b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b"):
-        names = recipes.load_recipe(name).variants
-        windows = [f"window-{share}" for share in shares if name == "smollm2-135m"]
-        assert names == (*shares, *(f"paper-{share}" for share in shares), *windows), name
-    assert recipes.load_recipe("zephyr-7b").variants == names
+    papers = [f"paper-{share}" for share in shares]
+    for name in ("llama3-8b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b", "zephyr-7b"):
+        assert recipes.load_recipe(name).variants == (*shares, *papers), name
+    others = [f"{kind}-{share}" for kind in ("paper", "window", "state") for share in shares]
+    heads = ["50", "75", "87.5", "93.3", "100"]
+    assert recipes.load_recipe("smollm2-135m").variants == (*heads, *others)
 
 
 def test_the_papers_order_is_that_of_its_code() -> None:
