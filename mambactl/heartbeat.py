@@ -45,4 +45,4 @@ def _beat(ended: threading.Event) -> None:
         now = time.monotonic()
         # silence before the block is not its own
         if min(console.silent_since(), now - begun) >= SILENCE:
-            console.log(f"still {work} ({now - since:.0f} s)")
+            console.log(f"still at work: {work} ({now - since:.0f} s)")

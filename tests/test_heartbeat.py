@@ -35,8 +35,11 @@ def test_the_innermost_work_is_named(capsys) -> None:
             time.sleep(3 * SILENCE)
     lines = said_of(capsys)
     assert len(lines) >= 4
-    assert all(re.fullmatch(r"still .+ \(\d+ s\)", line) for line in lines)
-    assert lines[0].startswith("still distill (") and "still tokenising: 3 of 9" in lines[-1]
+    assert all(re.fullmatch(r"still at work: .+ \(\d+ s\)", line) for line in lines)
+    assert (
+        lines[0].startswith("still at work: distill (")
+        and "still at work: tokenising: 3 of 9" in lines[-1]
+    )
     time.sleep(2 * SILENCE)
     assert said_of(capsys) == [] and "heartbeat" not in {t.name for t in threading.enumerate()}
 
@@ -53,7 +56,7 @@ def test_a_step_that_takes_long_shows_how_far_it_is(capsys) -> None:
     with heartbeat.heartbeat("distill"), progress("align", 200) as task:
         task.advance(3)
         time.sleep(3 * SILENCE)
-    assert said_of(capsys)[-1].startswith("still align: 3/200 (")
+    assert said_of(capsys)[-1].startswith("still at work: align: 3/200 (")
 
 
 def test_one_block_in_another_speaks_once(capsys) -> None:
@@ -61,7 +64,7 @@ def test_one_block_in_another_speaks_once(capsys) -> None:
         names = [thread.name for thread in threading.enumerate()]
         time.sleep(2.5 * SILENCE)
     assert names.count("heartbeat") == 1
-    assert said_of(capsys)[0].startswith("still inner (")
+    assert said_of(capsys)[0].startswith("still at work: inner (")
 
 
 @pytest.mark.parametrize("level", [0, console.SILENT])

@@ -61,15 +61,17 @@ def one_line(text: str) -> str:
 
 
 def _answer_lines(chat: Chat, descriptor: int | None) -> None:
-    for line in _stdin_lines():
+    for number, line in enumerate(_stdin_lines(), 1):
         if not line.strip():
             continue
-        said = obeyed(chat, line)
-        if said is not None:
+        try:
+            said = obeyed(chat, line)
+            answer = chat.say(line) if said is None else None
+        except UsageError as error:
+            raise UsageError(f"line {number} of stdin: {error}", error.hint) from None
+        if answer is None:
             console.log(said)
-            continue
-        answer = chat.say(line)
-        if descriptor is not None:
+        elif descriptor is not None:
             console.write_out(one_line(answer.text), descriptor)
     if not chat.answers:
         raise UsageError("no message arrived on stdin", "printf 'hi\\n' | mambactl chat MODEL")

@@ -31,6 +31,8 @@ def run(
         return dataset.run(config, source, out, resume=resume, force=force)
     config.require_coherent()
     prompts = decoding.read(config)
+    if config.prompt is None and config.prompts is None:
+        console.log("no prompt: the built-in ones follow; `mambactl chat` answers lines of stdin")
     folder = decoding.prefix_folder(config)
     setup = replace(decoding.prepare(config, source, prompts), folder=folder)
     engine = setup.engine()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mambactl import console
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 
@@ -52,14 +53,15 @@ def read_in_pieces(
     counts = [len(prompt) for prompt in prompts]
     lengths = torch.tensor(counts, device=device)  # [B]
     last: Tensor | None = None
-    size = max(CHUNK_TOKENS // len(prompts), LEAST_CHUNK)
+    size, width = max(CHUNK_TOKENS // len(prompts), LEAST_CHUNK), tokens.shape[1]
     cache.level = True
-    for start in range(0, tokens.shape[1], size):
+    for start in range(0, width, size):
         piece = tokens[:, start : start + size]
         # rows without padding need no masks
         ragged = min(counts) < start + piece.shape[1]
         n_new = (lengths - start).clamp(0, piece.shape[1]) if ragged else None
-        last = newest(model.read(piece, cache, n_new), n_new, last)
+        with console.doing(f"reading the prompt from token {start:,} of {width:,}"):
+            last = newest(model.read(piece, cache, n_new), n_new, last)
     # decoding takes rows to different lengths
     cache.level = False
     return last

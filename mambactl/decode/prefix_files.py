@@ -76,6 +76,24 @@ class PrefixFolder:
             # shows a read-only file system before a model is loaded
             with TemporaryFile(dir=self.path):
                 pass
+        held = sum(entry.size for entry in self.entries())
+        if held > self.most:
+            console.log(
+                f"{self.path} keeps {held / GB:.2g} GB, more than the {self.most / GB:.2g} of "
+                "--prefix-cache-gb: what was used longest ago goes when something is added"
+            )
+
+    def entries(self) -> list["Entry"]:
+        """Files with a name of ours; others in the folder are somebody else's."""
+        found = []
+        # a folder that is gone holds nothing, and `PrefixFiles.keep` will say so
+        with suppress(OSError):
+            for path in self.path.iterdir():
+                if match := _NAME.fullmatch(path.name):
+                    # another process may have deleted it
+                    with suppress(FileNotFoundError):
+                        found.append(Entry.of(path, match))
+        return [entry for entry in found if stat.S_ISREG(entry.mode)]
 
 
 class Entry(NamedTuple):
@@ -161,7 +179,7 @@ class PrefixFiles:
         # nobody else writes now, so that these were left by a process that was killed
         for left in self.folder.path.glob(temporary_of(Path("prefix-*")).name):
             left.unlink(missing_ok=True)
-        entries = sorted(self._entries(), key=lambda entry: entry.used)
+        entries = sorted(self.folder.entries(), key=lambda entry: entry.used)
         total = size + sum(entry.size for entry in entries)
         for entry in entries:
             if total > self.folder.most:
@@ -236,20 +254,8 @@ class PrefixFiles:
     def _own(self) -> list[Entry]:
         """Files of this model that nothing is known against."""
         own = self._key[:_DIGITS]
-        entries = (entry for entry in self._entries() if entry.model == own)
+        entries = (entry for entry in self.folder.entries() if entry.model == own)
         return [entry for entry in entries if entry.path not in self._unusable]
-
-    def _entries(self) -> list[Entry]:
-        """Files with a name of ours; others in the folder are somebody else's."""
-        found = []
-        # a folder that is gone holds nothing, and `keep` will say so
-        with suppress(OSError):
-            for path in self.folder.path.iterdir():
-                if match := _NAME.fullmatch(path.name):
-                    # another process may have deleted it
-                    with suppress(FileNotFoundError):
-                        found.append(Entry.of(path, match))
-        return [entry for entry in found if stat.S_ISREG(entry.mode)]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

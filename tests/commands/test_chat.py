@@ -36,6 +36,7 @@ def test_every_line_has_one_answer(cli, student) -> None:
 def test_what_cannot_be_answered_ends_it(cli, student) -> None:
     assert cli("chat", student, *SHORT, stdin="\n").code == 2
     done = cli("chat", student, *SHORT, stdin="red door\n/rest\nred door\n")
+    assert "line 2 of stdin: there is no /rest" in done.err
     assert done.code == 2 and len(done.out.splitlines()) == 1
     assert "hint: did you mean /reset?" in done.err
     # as Python reads bytes that are no text

@@ -294,6 +294,15 @@ def test_what_is_larger_than_the_bound_is_not_kept(other, folder, capfd) -> None
     assert "more than --prefix-cache-gb" in capfd.readouterr().err
 
 
+def test_a_folder_beyond_its_bound_says_so(folder, capfd) -> None:
+    folder.prepare()
+    folder.path.joinpath(f"prefix-{'0' * 32}-7-{'1' * 32}.safetensors").write_bytes(bytes(4096))
+    folder.prepare()
+    assert not capfd.readouterr().err
+    PrefixFolder(folder.path, 4095).prepare()
+    assert "more than the 4.1e-06 of --prefix-cache-gb" in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_disk_that_is_full_costs_one_warning(other, folder, monkeypatch, capfd) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
