@@ -6,8 +6,9 @@ from typing import Any
 
 from mambactl.evaluation.harness.task_metrics import main_metric, metrics_of
 from mambactl.evaluation.probes import PROBES
-from mambactl.evaluation.probes.probe import Probe
-from mambactl.metrics import columns, number, span
+from mambactl.evaluation.probes.probe import STUDENT, TEACHER, Probe
+from mambactl.evaluation.probes.task_probe import BY_TASK, DIFFERENCES, MEAN
+from mambactl.metrics import columns, number, signed, span
 from mambactl.report import charts
 from mambactl.report.charts import Series
 from mambactl.report.content import (
@@ -125,6 +126,7 @@ def tasks(material: Material) -> Section:
                 )
     if not rows:
         return section
+    section.tables += _beside_teachers(material, section)
     headings = ["model", "task", "score", "", "95 % interval"]
     table = _named_cells(numbers_of("Scores", headings, rows), 3)
     if not names:
@@ -141,6 +143,26 @@ def tasks(material: Material) -> Section:
     alt = f"Scores of {len(series)} models on {len(labels)} tasks"
     section.figures.append(Figure("Scores", svg, alt, legend(series), table=table))
     return section
+
+
+def _beside_teachers(material: Material, section: Section) -> Iterator[Table]:
+    """Scores of students and teachers on the same documents, and what is between them."""
+    rows = []
+    for entry in material.entries:
+        found = present(entry.metrics, DIFFERENCES)
+        tests = dict(present(found, BY_TASK))
+        if mean := found.get(MEAN):
+            tests[f"mean of {mean['tasks']}"] = mean
+        for name, test in tests.items():
+            metric = test.get("metric", "")
+            write = score_writer(metric)
+            scores = [write(test[who]) for who in (STUDENT, TEACHER)]
+            interval = span(test.get("interval"), signed)
+            texts = (entry.model, name, metric, *scores, signed(test["difference"]), interval)
+            rows.append((texts, material.cite(section, entry)))
+    if rows:
+        headings = ["model", "task", "score", "student", "teacher", "difference", "interval"]
+        yield _named_cells(numbers_of("Beside the teacher", headings, rows), 3)
 
 
 def _scores(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -189,6 +189,23 @@ class _Sequences(_Kept):
     sequences: dict[Digits, _Numbers] | None = None
 
 
+class _Difference(_Test):
+    """Scores of a student and its teacher, and what is between them."""
+
+    student: Number
+    teacher: Number
+    metric: str | None = None
+
+
+class _MeanDifference(_Difference):
+    tasks: Count
+
+
+class _Differences(_Kept):
+    by_task: dict[str, _Difference] = {}
+    mean: _MeanDifference | None = None
+
+
 class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts"]))):
     """Everything that one run of one stage measured."""
 
@@ -200,6 +217,7 @@ class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts
     long_context: dict[str, _LongContext] | None = None
     layers: dict[str, dict[Digits, Number]] | None = None
     tasks: dict[str, _Numbers] | None = None
+    task_differences: _Differences | None = None
     task_groups: dict[str, list[str]] | None = None
     recall: Annotated[dict[str, _Recalled] | None, BeforeValidator(_parts)] = None
     generation: Parts = None

@@ -78,7 +78,8 @@ def test_a_needle_has_a_table_a_picture_and_a_bound(folder, text, scoring, capsy
     assert (results / "eval-needle-256.png").read_bytes().startswith(b"\x89PNG")
     assert (results / "eval-needle-256.json").is_file()
     assert not list(results.glob("*.partial"))
-    assert "needle of" in capsys.readouterr().err
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["tokens", "0", "%", "100", "%"] in lines and ["200", "0", "0"] in lines
     with pytest.raises(CheckError, match="needle.retrieved is 0"):
         run(config.model_copy(update={"fail_under": ["needle.retrieved>=0.5"]}), str(folder))
 
@@ -120,8 +121,13 @@ def test_a_needle_is_compared_with_the_teacher_prompt_by_prompt(folder, text, mo
     assert "by_length" not in metrics["teacher"] and metrics["texts"] == 3
     err = capsys.readouterr().err
     assert "mean of 2" in err and "(1.8000)" in err and f"{interval[1]:.4f}" in err
+    assert ["200", "1", "1", "1", "0.33"] in [line.split() for line in err.splitlines()]
+    monkeypatch.setattr(needle_probe, "WIDEST", 3)
     with pytest.raises(CheckError, match="needle.needle_ratio is 0.79"):
         run(config.model_copy(update={"fail_under": ["needle_ratio>=0.8"]}), str(folder))
+    # depths go down where they are many
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["tokens", "200", "240", "280"] in lines and ["100", "%", "0.33", "0", "0"] in lines
 
 
 def test_the_packaged_text_is_the_default_haystack_and_a_picture_goes_where_it_is_asked(

@@ -5,6 +5,7 @@ import re
 import pytest
 from report_results import put, result
 
+from mambactl.errors import UsageError
 from mambactl.report.page import write_report
 from mambactl.report.summary import interval, score_writer
 
@@ -46,3 +47,20 @@ def test_the_chart_is_of_shares(tmp_path) -> None:
     (svg,) = re.findall(r"<figcaption><b>Scores</b>.*?(<svg.*?</svg>)", text, flags=re.DOTALL)
     assert "cola mcc" in svg and "wmt" not in svg and "odd" not in svg
     assert "25.0000" in text and "7.5000" in text and "2500" not in text
+
+
+def test_differences_from_the_teacher_are_on_the_page_and_need_both_scores(tmp_path) -> None:
+    both = {"student": 0.5, "teacher": 0.525, "difference": -0.025, "interval": [-0.05, 0.0125]}
+    differences = {
+        "by_task": {"piqa": both | {"metric": "acc", "documents": 40}},
+        "mean": both | {"difference": -0.0375, "tasks": 7},
+    }
+    tasks = {"piqa": {"acc": 0.5, "teacher": {"acc": 0.525}}}
+    content = result("a", tasks=tasks, task_differences=differences)
+    write_report([put(tmp_path / "a.json", content)], tmp_path / "page.html", "x")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert "Beside the teacher" in text and "mean of 7" in text and "-0.0375" in text
+    assert "52.5 %" in text and "-0.0500 to +0.0125" in text
+    del differences["by_task"]["piqa"]["teacher"]
+    with pytest.raises(UsageError, match=r"task_differences\.by_task\.piqa\.teacher"):
+        write_report([put(tmp_path / "b.json", content)], tmp_path / "page.html", "x")

@@ -46,6 +46,8 @@ BY_LENGTH = "by_length"
 ABOUT = ("lengths", "depths", "texts", "scoring")
 # lengths at which the teacher finds a smaller share say nothing of a student
 LEAST_FOUND = 0.5
+# depths that fit beside each other
+WIDEST = 10
 
 
 class NeedleOptions(EvalOptions):
@@ -134,14 +136,9 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
         return {**_about(inputs), **scores}
 
     def show(self, subject: Subject, found: Numbers) -> None:
-        """Print a table per model."""
-        columns = ("tokens", *(f"{100 * depth:.0f} %" for depth in found["depths"]))
+        """Print a table per model, many depths from top to bottom, and one of the ratios."""
         for name in subject.models:
-            scores = found[name][RETRIEVED.name]
-            lines = [
-                (f"{length:,}", *map(RETRIEVED.brief, row))
-                for length, row in zip(found["lengths"], scores, strict=True)
-            ]
+            columns, *lines = _cells(found, found[name][RETRIEVED.name])
             mean = found[name][f"mean_{RETRIEVED.name}"]
             title = f"needle of {subject.source}, {name}: {mean:.3f} retrieved"
             console.table(title, columns, lines)
@@ -199,6 +196,17 @@ def _compare(
         "bootstrap": bootstrap.replicates,
         "resampled": "prompts",
     }
+
+
+def _cells(found: Numbers, scores: Sequence[Sequence[float]]) -> list[tuple[str, ...]]:
+    """Heading and lines of a table of scores [lengths][depths]; many depths go down in it."""
+    depths = [f"{100 * depth:.0f} %" for depth in found["depths"]]
+    rows = [("tokens", *depths)]
+    rows += [
+        (f"{length:,}", *map(RETRIEVED.brief, row))
+        for length, row in zip(found["lengths"], scores, strict=True)
+    ]
+    return rows if len(depths) <= WIDEST else list(zip(*rows, strict=True))
 
 
 def _show_ratios(subject: Subject, name: str, found: Numbers) -> None:
