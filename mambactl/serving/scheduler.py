@@ -171,9 +171,9 @@ class Scheduler:
         while (job := self._first()) is not None and len(job.texts) <= batch.room:
             start = kept.longest(job.prompt)
             known = 0 if start is None else len(start.tokens)
+            self._count_prompt(job, known)
             if known == len(job.prompt):
                 self._pop(job)
-                self._count_prompt(job, known)
                 self._join(job, start)
                 continue
             mark = None if job.branched else kept.branch(job.prompt, known)
@@ -291,6 +291,10 @@ class Scheduler:
         self._fail(jobs.values(), Refused("the server is ending", 503))
 
     def _count_prompt(self, job: Job, known: int) -> None:
+        """Count a prompt, once: what is read of it to be kept was not known."""
+        if job.counted:
+            return
+        job.counted = True
         self.metrics.prompt_tokens.inc(len(job.prompt))
         self.metrics.kept_tokens.inc(known)
 

@@ -61,3 +61,4 @@ class Job:
     cancelled: bool = False
     # its beginning that other prompts have as well was kept, or cannot be
     branched: bool = False
+    counted: bool = False
