@@ -85,6 +85,9 @@ class ServeConfig(StageConfig):
     )
     draft: str | None = Field(default=None, description="checkpoint, or ngram")
     k: int = Field(default=4, ge=1, le=32, description="draft tokens per step")
+    ignore_eos: bool = Field(
+        default=False, description="go on behind tokens that end a text, to measure"
+    )
     batch_size: BatchSize = Field(
         default="auto", description="rows that are written at once; auto: 8 on a CPU, 32 on a GPU"
     )

@@ -159,7 +159,7 @@ class Server:
         rows = ROWS[target.device.type] if isinstance(rows, str) else rows
         length = config.max_length or min(target.config.max_position_embeddings, MOST_LENGTH)
         decoding.warn_beyond_positions(target.config, length)
-        eos = decoding.end_tokens(target, tokenizer)
+        eos = () if config.ignore_eos else decoding.end_tokens(target, tokenizer)
         k = config.k if draft is not None else 0
         started = time.perf_counter()
         batch = open_batch(target, draft, k, rows, length, eos, config.dtype == "auto")

@@ -82,22 +82,32 @@ def decoded(batch, target, draft, jobs) -> dict[int, tuple[list[int], str | None
         ("reference", "model"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("auto", "ngram"), ("device", None), ("device", "model"))
+            for case in (
+                ("auto", "ngram"),
+                ("device", None),
+                ("device", "model"),
+                ("kernels", None),
+                ("kernels", "model"),
+            )
         ),
     ],
 )
-def test_rows_have_the_text_that_they_have_alone(models, monkeypatch, engine, draft) -> None:
-    """`device`: as on a GPU, where states are stored seldom and steps have 2^n rows."""
+def test_rows_have_the_text_that_they_have_alone(models, monkeypatch, ops, engine, draft) -> None:
+    """`device`: as on a GPU, where states are stored seldom and steps have 2^n rows; `kernels`:
+    with a GPU's kernels.
+    """
     if engine == "reference":
         monkeypatch.setenv(SWITCH, "reference")
     target, model = models
     helper = model if draft == "model" else draft
     k = 0 if draft is None else 3
-    jobs = jobs_of(8)
+    # interpreted kernels take seconds a step
+    jobs = jobs_of(3 if engine == "kernels" else 8)
     alone = make_engine(target, helper, k)
     expected = [alone.generate([prompt], params, None, [key]) for prompt, params, key in jobs]
-    if engine == "device":
-        batch = FusedEngine(target, helper, k, ReferenceOps()).open(9, LIMIT, EOS)
+    if engine in ("device", "kernels"):
+        own = ReferenceOps() if engine == "device" else ops()
+        batch = FusedEngine(target, helper, k, own).open(9, LIMIT, EOS)
     else:
         batch = open_batch(target, helper, k, 5, LIMIT, EOS)
     found = decoded(batch, target, model if draft == "model" else None, jobs)
