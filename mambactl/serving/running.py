@@ -27,6 +27,7 @@ from mambactl.errors import ResourceError
 from mambactl.generation import decoding
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import ServeConfig
+from mambactl.ranks import placement
 from mambactl.serving.routes import make_app
 from mambactl.serving.scheduler import Decoding, Scheduler
 from mambactl.serving.service import Service
@@ -37,8 +38,9 @@ MOST_LENGTH = 8192
 # reading a piece of a prompt makes running answers wait that long, at most, about
 STALL_SECONDS = 0.05
 LEAST_PIECE = 64
-# lengths read before the first request, as kernels are compiled for some of their properties
-WARM_LENGTHS = (1, 2, 15, 16)
+# lengths of prompts read together before the first request: kernels are compiled for some of their
+# properties
+WARM_LENGTHS = ((1,), (2,), (15,), (16,), (16, 7), (15, 8, 3))
 # seconds after which a thread that wants to run may: decoding waits for no reply that is made
 SWITCH_SECONDS = 0.0005
 # seconds in which the decoding thread ends its last step
@@ -82,10 +84,12 @@ class Server:
 
     def run(self) -> None:
         """Serve until a signal, or until decoding fails, whose error is raised then."""
+        before = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
         try:
             self._server.run(sockets=[self.socket])
         finally:
+            sys.setswitchinterval(before)
             self.service.renderer.close()
             self.socket.close()
         if self.failure is not None:
@@ -151,7 +155,10 @@ class Server:
 
     def _load(self) -> Decoding:
         config, service = self.config, self.service
-        # nothing is drawn here: requests say how
+        device, _ = placement(config)
+        if device.type == "cuda":
+            # of this thread
+            torch.cuda.set_device(device)
         target, tokenizer, draft = decoding.load_both(
             config, self.source, service.renderer.tokenizer
         )
@@ -176,10 +183,11 @@ class Server:
 
 def fitting_piece(target: HybridForCausalLM, draft: HybridForCausalLM | None, most: int) -> int:
     """Tokens of a prompt that are read in about `STALL_SECONDS`; reads some, which warms up."""
-    for length in WARM_LENGTHS:
-        _read(target, draft, min(length, most))
+    for lengths in WARM_LENGTHS:
+        _read(target, draft, *(min(length, most) for length in lengths))
     piece = LEAST_PIECE
     while piece < min(CHUNK_TOKENS, most):
+        # what is compiled for it takes no part
         _read(target, draft, 2 * piece)
         if _read(target, draft, 2 * piece) > STALL_SECONDS:
             break
@@ -187,10 +195,11 @@ def fitting_piece(target: HybridForCausalLM, draft: HybridForCausalLM | None, mo
     return piece
 
 
-def _read(target: HybridForCausalLM, draft: HybridForCausalLM | None, tokens: int) -> float:
-    """Seconds in which a prompt of so many tokens is read."""
+def _read(target: HybridForCausalLM, draft: HybridForCausalLM | None, *lengths: int) -> float:
+    """Seconds in which prompts of so many tokens are read, together and at once."""
     started = time.perf_counter()
-    reading = PromptReading(target, draft, [[0] * tokens], None, tokens)
+    prompts = [[0] * length for length in lengths]
+    reading = PromptReading(target, draft, prompts, None, len(lengths) * max(lengths))
     while not reading.read():
         pass
     if target.device.type == "cuda":

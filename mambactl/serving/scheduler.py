@@ -236,21 +236,22 @@ class Scheduler:
     def _step(self) -> None:
         if not self._rows:
             return
-        self.metrics.steps.inc()
-        for written in self.decoding.batch.step():
+        found = self.decoding.batch.step()
+        for written in found:
             row = self._rows.get(written.row)
             if row is not None:
                 self._hand_on(row, written)
+        metrics = self.metrics
+        metrics.steps.inc()
+        metrics.tokens.inc(sum(len(written.tokens) for written in found))
+        metrics.drafted.inc(sum(written.drafted for written in found))
+        metrics.accepted.inc(sum(written.accepted for written in found))
 
     def _hand_on(self, row: _Row, written: Written) -> None:
         now = time.monotonic()
         if not row.heard:
             row.heard = True
             self.metrics.first_token.observe(now - row.job.began)
-        self.metrics.tokens.inc(len(written.tokens))
-        if written.drafted:
-            self.metrics.drafted.inc(written.drafted)
-            self.metrics.accepted.inc(written.accepted)
         row.text.add(Arrived(written.tokens, written.likely, written.finish))
         self._touched.add(row.text)
         if written.finish is not None:

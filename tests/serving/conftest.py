@@ -1,13 +1,16 @@
-"""Two servers that all tests here share: one that drafts, one with a key and narrow bounds."""
+"""Servers in this process: one that drafts, one with a key and narrow bounds."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving.served import Served, ending, ready, started
+from serving.served import Served
+
+import mambactl
 
 CALL = '<tool_call>{"name":"weather","arguments":{"city":"Rome"}}</tool_call>'
 KEY = "secret"
+DRAFTS = 2
 # of the narrow server
 MAX_LENGTH, MAX_BODY = 80, 5_000
 
@@ -56,26 +59,21 @@ def scripted(save_llama, tiny_tokenizer) -> str:
 
 
 @pytest.fixture(scope="session")
-def servers(student, scripted, tmp_path_factory) -> Iterator[tuple[Served, Served]]:
-    """Both, started at the same time."""
-    folder = tmp_path_factory.mktemp("servers")
-    logs = folder / "drafting.log", folder / "narrow.log"
-    bounds = ("--batch-size", "2", "--max-queue", "1", "--max-length", str(MAX_LENGTH))
-    bounds += ("--max-body", str(MAX_BODY / 1e6), "--read-timeout", "0.7", "--name", "scripted")
-    first = started(student, logs[0], "--draft", "ngram", "-k", "2", "--batch-size", "4")
-    with ending(first):
-        second = started(scripted, logs[1], *bounds, MAMBACTL_API_KEY=KEY)
-        with ending(second):
-            yield ready(first, logs[0]), ready(second, logs[1])
+def server(student) -> Iterator[Served]:
+    """A server that drafts."""
+    options = {"draft": "ngram", "k": DRAFTS, "batch_size": 4}
+    with mambactl.serve(student, port=0, device="cpu", **options) as running:
+        yield Served(running.url)
 
 
 @pytest.fixture(scope="session")
-def server(servers) -> Served:
-    """The one that drafts."""
-    return servers[0]
-
-
-@pytest.fixture(scope="session")
-def narrow(servers) -> Served:
-    """The one with a key and narrow bounds."""
-    return servers[1]
+def narrow(scripted) -> Iterator[Served]:
+    """A server with a key and narrow bounds."""
+    bounds = {"max_body": MAX_BODY / 1e6, "max_length": MAX_LENGTH, "read_timeout": 0.7}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAMBACTL_API_KEY", KEY)
+        running = mambactl.serve(
+            scripted, name="scripted", port=0, device="cpu", batch_size=2, max_queue=1, **bounds
+        )
+    with running:
+        yield Served(running.url)

@@ -19,11 +19,9 @@ PATIENCE = 120
 
 @dataclass
 class Served:
-    """A server that runs, and the URL of its API."""
+    """The URL of the API of a server that runs."""
 
-    process: subprocess.Popen
     url: str
-    log: Path
 
     @property
     def root(self) -> str:
@@ -63,7 +61,7 @@ def ready(process: subprocess.Popen, log: Path) -> Served:
     """Wait for the line with the URL."""
     line = process.stdout.readline().strip()
     assert line, log.read_text()
-    return Served(process, line, log)
+    return Served(line)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import subprocess
 import httpx
 import openai
 import pytest
-from serving.conftest import KEY
+from serving.conftest import DRAFTS, KEY
 from serving.served import events
 
 import mambactl
@@ -40,7 +40,7 @@ def model(student):
 
 def said(model, tokens: int, prompt: str = "the old house", chat: bool = True, **how) -> str:
     """What `generate` says."""
-    draft = {"draft": "ngram", "k": 2} if how.get("temperature") else {}
+    draft = {"draft": "ngram", "k": DRAFTS} if how.get("temperature") else {}
     params = mambactl.SamplingParams(max_new_tokens=tokens, **how)
     return mambactl.generate(model, prompt, params, chat=chat, **draft)[0].text
 

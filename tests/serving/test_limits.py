@@ -6,6 +6,7 @@ import threading
 import time
 
 import httpx
+import openai
 import pytest
 from serving.conftest import KEY, MAX_BODY, MAX_LENGTH
 from serving.served import ending, events, ready, started
@@ -110,6 +111,9 @@ def test_clients_leave_and_a_signal_lets_running_answers_end(scripted, tmp_path)
     process = started(scripted, tmp_path / "log", "--name", "scripted")
     with ending(process):
         served = ready(process, tmp_path / "log")
+        client = openai.OpenAI(base_url=served.url, api_key="any", max_retries=0)
+        done = client.completions.create(model="scripted", prompt="the", max_tokens=3)
+        assert done.choices[0].text.split() == ["the"] * 3
         asked = {"model": "scripted", "prompt": "the", "max_tokens": 4000, "stream": True}
         with httpx.stream("POST", f"{served.url}/completions", json=asked) as response:
             next(events(response))

@@ -1,17 +1,18 @@
 """Many requests at once: each gets the text that `generate` gives for the same seed."""
 
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from serving.conftest import DRAFTS
+from serving.served import Served
 
 import mambactl
 from mambactl.decode.backend import make_engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.generation.decoding import end_tokens
-
-K = 2
 
 
 def requests_of(count: int, most: int) -> list[dict]:
@@ -40,18 +41,16 @@ def answered(url: str, request: dict) -> str:
     assert response.status_code == 200, response.text
     if not request["stream"]:
         return response.json()["choices"][0]["text"]
-    import json
-
     lines = [line.removeprefix("data: ") for line in response.text.split("\n") if line]
     assert lines.pop() == "[DONE]"
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
 
 
-def check(server, student: str, requests: list[dict], at_once: int) -> None:
+def check(served: Served, student: str, requests: list[dict], at_once: int) -> None:
     with ThreadPoolExecutor(at_once) as pool:
-        texts = list(pool.map(lambda request: answered(server.url, request), requests))
+        texts = list(pool.map(lambda request: answered(served.url, request), requests))
     model = mambactl.load(student, device="cpu")
-    engine = make_engine(model.model, "ngram", K)
+    engine = make_engine(model.model, "ngram", DRAFTS)
     for request, text in zip(requests, texts, strict=True):
         params = SamplingParams(
             temperature=request["temperature"], top_p=request["top_p"], seed=request["seed"],
@@ -60,7 +59,7 @@ def check(server, student: str, requests: list[dict], at_once: int) -> None:
         )  # fmt: skip
         tokens = engine.generate([request["prompt"]], params).tokens[0]
         assert text == model.tokenizer.decode(tokens, skip_special_tokens=True)
-    assert server.eventually("mambactl_rows_running", 0)
+    assert served.eventually("mambactl_rows_running", 0)
 
 
 def test_texts_do_not_depend_on_what_runs_beside(server, student) -> None:
