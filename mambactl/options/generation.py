@@ -94,7 +94,7 @@ class ServeConfig(StageConfig):
     max_length: Tokens | None = Field(
         default=None,
         description="tokens of a prompt and its answer; default: what the model was made for, at "
-        "most 8192",
+        "most 2048 on a CPU and 8192 on a GPU",
     )
     keep_gb: float = Field(
         default=1.0, ge=0, description="GB for what the models hold after earlier prompts"

@@ -34,7 +34,8 @@ from mambactl.serving.service import Service
 
 KEY = "MAMBACTL_API_KEY"
 ROWS = {"cpu": 8, "cuda": 32}
-MOST_LENGTH = 8192
+# keys and values of all rows have their memory from the start
+MOST_LENGTH = {"cpu": 2048, "cuda": 8192}
 # reading a piece of a prompt makes running answers wait that long, at most, about
 STALL_SECONDS = 0.05
 LEAST_PIECE = 64
@@ -164,7 +165,8 @@ class Server:
         )
         rows = config.batch_size
         rows = ROWS[target.device.type] if isinstance(rows, str) else rows
-        length = config.max_length or min(target.config.max_position_embeddings, MOST_LENGTH)
+        most = MOST_LENGTH[target.device.type]
+        length = config.max_length or min(target.config.max_position_embeddings, most)
         decoding.warn_beyond_positions(target.config, length)
         eos = () if config.ignore_eos else decoding.end_tokens(target, tokenizer)
         k = config.k if draft is not None else 0
