@@ -108,7 +108,8 @@ def test_more_requests_than_may_wait(post, narrow) -> None:
 
 
 def test_clients_leave_and_a_signal_lets_running_answers_end(scripted, tmp_path) -> None:
-    process = started(scripted, tmp_path / "log", "--name", "scripted")
+    options = ("--name", "scripted", "--max-length", "4096")
+    process = started(scripted, tmp_path / "log", *options)
     with ending(process):
         served = ready(process, tmp_path / "log")
         client = openai.OpenAI(base_url=served.url, api_key="any", max_retries=0)
