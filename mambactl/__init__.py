@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from mambactl.api.text import chat as chat
     from mambactl.api.text import generate as generate
     from mambactl.api.text import load as load
+    from mambactl.api.text import serve as serve
     from mambactl.api.text import stream as stream
     from mambactl.console import set_verbosity as set_verbosity
     from mambactl.decode.sampler import SamplingParams as SamplingParams
@@ -84,6 +85,7 @@ _HOMES = {
     "plot": "api.showing",
     "push": "api.showing",
     "run_recipe": "api.making",
+    "serve": "api.text",
     "set_verbosity": "console",
     "sft": "api.making",
     "spec_decode": "api.measuring",

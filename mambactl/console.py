@@ -35,7 +35,7 @@ _activities: list[Callable[[], str]] = []
 _heard = {"at": time.monotonic()}
 _bars = {"open": 0}
 # what guarded_stdout keeps of the real one, for commands that write text piece by piece
-_stdout: dict[str, int | None] = {"text": None}
+_stdout: dict[str, int | None] = {"text": None, "whole": 1}
 
 
 # control characters but tab and line feed, those that turn the direction of text, separators that
@@ -311,14 +311,14 @@ def guarded_stdout(texts: bool = False) -> Iterator[None]:
     With `texts` the command inside may write text there piece by piece: `text_descriptor`.
     """
     sys.stdout.flush()
-    saved, before = os.dup(1), _stdout["text"]
+    saved, before = os.dup(1), dict(_stdout)
     os.dup2(2, 1)
-    _stdout["text"] = saved if texts else None
+    _stdout.update(text=saved if texts else None, whole=saved)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        _stdout["text"] = before
+        _stdout.update(before)
         os.dup2(saved, 1)
         os.close(saved)
 
@@ -326,6 +326,14 @@ def guarded_stdout(texts: bool = False) -> Iterator[None]:
 def text_descriptor() -> int | None:
     """Descriptor for text that is streamed; None if the command may print only a result."""
     return _stdout["text"]
+
+
+def announce_result(text: str, content: dict[str, Any]) -> None:
+    """Write what a command has to say before it ends: the text, or with --json the object."""
+    if _stdout["text"] is None:
+        write_json(content, _stdout["whole"])
+    else:
+        write_out(text, _stdout["text"])
 
 
 def write_out(text: str, descriptor: int = 1) -> None:

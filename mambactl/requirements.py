@@ -29,6 +29,9 @@ EXTRAS = (
     Extra("eval", "lm-eval", "lm_eval", "eval --tasks"),
     Extra("plots", "matplotlib", "matplotlib", "plot and the picture beside a distilled model"),
     Extra("lora", "peft", "peft", "sft --lora"),
+    Extra("serve", "starlette", "starlette", "serve"),
+    Extra("serve", "uvicorn", "uvicorn", "serve"),
+    Extra("serve", "prometheus-client", "prometheus_client", "serve"),
     Extra("cuda", "mamba-ssm", "mamba_ssm", "further GPU kernels", _WITH_TORCH),
     Extra("cuda", "causal-conv1d", "causal_conv1d", "further GPU kernels", _WITH_TORCH),
 )

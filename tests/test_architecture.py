@@ -57,6 +57,7 @@ ORDER = (
     "data",
     "decode",
     "generation",
+    "serving",
     "export",
     "evaluation",
     "report",

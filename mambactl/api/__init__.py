@@ -12,6 +12,7 @@ FUNCTIONS = {
     "bench": "bench",
     "generate": "generate",
     "chat": "chat",
+    "serve": "serve",
     "export": "export_model",
     "push": "push",
     "inspect": "inspect",

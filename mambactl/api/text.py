@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from mambactl import console
 from mambactl.api.calls import Spec, spec_of
 from mambactl.api.signatures import with_options
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
@@ -22,11 +23,13 @@ from mambactl.generation.detokenizer import Detokenizer
 from mambactl.generation.dialogue import Chat
 from mambactl.generation.on_demand import on_demand
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import PREFIX_CACHE_GB, ChatConfig
+from mambactl.options import PREFIX_CACHE_GB, ChatConfig, ServeConfig
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from mambactl.serving.running import Server
 
 GREEDY = SamplingParams()
 # what SamplingParams shares with the options of the command
@@ -230,6 +233,26 @@ def chat(config: ChatConfig, model: Spec) -> Chat:
     """
     config.require_coherent()
     return Chat.open(config, spec_of(model))
+
+
+@with_options("serve", ServeConfig)
+def serve(config: ServeConfig, model: Spec) -> "Server":
+    """Serve a model to clients of the OpenAI API, beside the caller, until it is closed.
+
+    `url` is where clients find it. `close` it, or leave a `with` block: running answers are
+    finished then, for `grace` seconds.
+
+    Raises ResourceError where nothing can listen, ModelError for a model that cannot be used.
+
+    >>> from urllib.request import urlopen
+    >>> with mambactl.serve("student.st", device="cpu", port=0) as server:
+    ...     urlopen(f"{server.url}/models").status
+    200
+    """
+    # an extra brings what it needs
+    from mambactl.serving.running import Server
+
+    return Server(config, spec_of(model), lambda url: console.log(f"serving at {url}")).start()
 
 
 def _prepared(

@@ -195,6 +195,15 @@ _ROWS = (
         ),
     ),
     Command(
+        "serve",
+        "mambactl.options.generation:ServeConfig",
+        (
+            "mambactl serve t.st",
+            "mambactl serve t.st --draft d.st --host 0.0.0.0 --port 8080",
+            "MAMBACTL_API_KEY=secret mambactl serve llama3-8b --max-length 4096",
+        ),
+    ),
+    Command(
         "export",
         "mambactl.options.exporting:ExportConfig",
         (

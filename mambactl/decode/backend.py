@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -12,7 +12,9 @@ from mambactl import console
 from mambactl.decode.conversation import Conversation
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine, Generation, OnTokens
+from mambactl.decode.open_batch import OpenBatch
 from mambactl.decode.prefix_files import PrefixFolder
+from mambactl.decode.row_by_row import RowByRow
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.dispatch import SWITCH, triton_missing
 from mambactl.models.hybrid import HybridForCausalLM
@@ -85,6 +87,25 @@ def make_engine(
         _say_once(f"GPU decode kernels are off ({reason}); the PyTorch reference decodes")
     k = REFERENCE_K if k == "auto" else k
     return Engine(target, _drafter(draft, target), k, share, folder)
+
+
+def open_batch(
+    target: HybridForCausalLM,
+    draft: Draft,
+    k: int,
+    rows: int,
+    tokens: int,
+    eos: Sequence[int],
+    rounded: bool = False,
+) -> OpenBatch:
+    """A batch that at most so many rows, of at most so many tokens, join and leave between steps.
+
+    Arguments otherwise as of `make_engine`; `eos` are the tokens that end a row.
+    """
+    engine = make_engine(target, draft, k, share=False, rounded=rounded)
+    if isinstance(engine, Engine):
+        return RowByRow(target, partial(_drafter, draft, target), k, rows, eos)
+    return engine.open(rows, tokens, eos)
 
 
 def _on_cpu(

@@ -52,6 +52,8 @@ class ModelDrafter:
         self.own_size = model.config.vocab_size
         self.vocab_size = vocab_size or self.own_size
         self.conversation: Conversation | None = None
+        # what has read the beginning of the next prompts
+        self.prefix: HybridCache | None = None
 
     def converse(self) -> None:
         """Read every prompt from the one before on."""
@@ -118,7 +120,7 @@ class ModelDrafter:
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> HybridCache:
         known = [[min(token, self.own_size - 1) for token in prompt] for prompt in prompts]
-        prefix = None if self.conversation is None else self.conversation.of(known)
+        prefix = self.prefix if self.conversation is None else self.conversation.of(known)
         return prefill(self.model, known, recording=True, prefix=prefix)[0]
 
 

@@ -56,15 +56,18 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
 
 
 @dataclass
-class _Batch:
+class RunningBatch:
     """The unfinished rows: `rows[b]` is the prompt that batch row b continues."""
 
     rows: list[int]
     cache: HybridCache
     pending: Tensor  # [B]
     sampler: Sampler
+    # behind each token of the last pass
+    logits: Tensor  # [B, T, V]
 
     def keep(self, survivors: list[int]) -> Tensor:
+        """Drop every row but the survivors; returns their indices as a tensor."""
         index = torch.tensor(survivors, dtype=torch.long, device=self.pending.device)
         self.rows = [self.rows[row] for row in survivors]
         self.cache.reorder(index)
@@ -117,9 +120,9 @@ class Engine:
         with stats.timed("prefill", self.target.device), self.prefixes.counted(stats):
             batch = self._start(prompts, sampler)
         stats.at_once = len(prompts)
-        self._hand_over(batch, prompts, output, on_tokens)
+        self.hand_over(batch, prompts, output, on_tokens)
         while batch.rows:
-            self._step(batch, output, on_tokens)
+            self.advance(batch, output, on_tokens)
         stats.tokens = sum(map(len, output.tokens))
         self.prefixes.ended(prompts, output.tokens, batch.cache)
         return output
@@ -131,20 +134,26 @@ class Engine:
             self.drafter.converse()
         return conversation
 
-    def _start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> _Batch:
+    def _start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> RunningBatch:
         """Read the prompts and choose the first token of each, which is pending then."""
         prefix = self.prefixes.of(prompts)
         cache, hidden = prefill(self.target, prompts, recording=self.k > 0, prefix=prefix)
-        logits = self.target.lm_head(hidden)[:, None]  # [B, 1, V]
-        nothing = logits.new_zeros(len(prompts), 0, dtype=torch.long)  # [B, 0]
-        proposal = Proposal(nothing, nothing.sum(1))
-        rows = list(range(len(prompts)))
-        verdict = self._judge(sampler, logits, proposal, [0] * len(rows))
-        return _Batch(rows, cache, verdict.following, sampler)
+        return self.begin(cache, hidden, sampler)
 
-    def _hand_over(
+    @torch.no_grad()
+    def begin(self, cache: HybridCache, hidden: Tensor, sampler: Sampler) -> RunningBatch:
+        """Choose the first token of each row by hidden [B, D] behind the prompts in a cache."""
+        logits = self.target.lm_head(hidden)[:, None]  # [B, 1, V]
+        nothing = logits.new_zeros(len(hidden), 0, dtype=torch.long)  # [B, 0]
+        proposal = Proposal(nothing, nothing.sum(1))
+        rows = list(range(len(hidden)))
+        verdict = self._judge(sampler, logits, proposal, [0] * len(rows))
+        return RunningBatch(rows, cache, verdict.following, sampler, logits)
+
+    @torch.no_grad()
+    def hand_over(
         self,
-        batch: _Batch,
+        batch: RunningBatch,
         prompts: Sequence[Sequence[int]],
         output: Generation,
         on_tokens: OnTokens | None,
@@ -159,7 +168,8 @@ class Engine:
             with output.stats.timed("prefill", self.target.device):
                 self.drafter.start([[*prompts[r], *first[r]] for r in survivors], batch.sampler)
 
-    def _step(self, batch: _Batch, output: Generation, on_tokens: OnTokens | None) -> None:
+    @torch.no_grad()
+    def advance(self, batch: RunningBatch, output: Generation, on_tokens: OnTokens | None) -> None:
         """Advance every unfinished row by at least one token and drop the finished ones."""
         stats, device = output.stats, self.target.device
         written = [len(output.tokens[row]) for row in batch.rows]
@@ -182,7 +192,7 @@ class Engine:
             self._continue(batch, survivors, proposal, verdict)
 
     def _continue(
-        self, batch: _Batch, survivors: list[int], proposal: Proposal, verdict: Verdict
+        self, batch: RunningBatch, survivors: list[int], proposal: Proposal, verdict: Verdict
     ) -> None:
         """Tell the drafter what became of its tokens and shrink the batch to its survivors."""
         if self.drafter is not None:
@@ -193,7 +203,7 @@ class Engine:
         if self.drafter is not None:
             self.drafter.keep(index)
 
-    def _propose(self, batch: _Batch, written: list[int]) -> Proposal:
+    def _propose(self, batch: RunningBatch, written: list[int]) -> Proposal:
         """Ask for k tokens per row, fewer where the budget ends: a step adds one of its own."""
         budget = batch.sampler.params.max_new_tokens
         limits = [min(self.k, budget - count - 1) for count in written]
@@ -204,7 +214,7 @@ class Engine:
         nothing = batch.pending.new_zeros(len(limits), 0)  # [B, 0]
         return Proposal(nothing, batch.pending.new_zeros(len(limits)))
 
-    def _verify(self, batch: _Batch, proposal: Proposal, written: list[int]) -> Verdict:
+    def _verify(self, batch: RunningBatch, proposal: Proposal, written: list[int]) -> Verdict:
         """One target pass over [pending, drafts]; the cache ends at the last accepted token."""
         held = batch.cache.lengths.clone()  # [B]
         logits = self.target(
@@ -216,7 +226,7 @@ class Engine:
         verdict = self._judge(batch.sampler, logits, proposal, written)
         if self.k > 0:
             batch.cache.rollback(held + 1 + verdict.accepted)
-        batch.pending = verdict.following
+        batch.pending, batch.logits = verdict.following, logits
         return verdict
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Reading prompts of different lengths into a cache, in pieces."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -47,13 +47,26 @@ def read_in_pieces(
 
     Returns the stream [B, D] behind the last tokens, 0 for empty prompts.
     """
+    size = max(CHUNK_TOKENS // len(prompts), LEAST_CHUNK)
+    *_, last = piece_by_piece(model, cache, prompts, size)
+    return last
+
+
+def piece_by_piece(
+    model: HybridModel, cache: HybridCache, prompts: Sequence[Sequence[int]], size: int
+) -> Iterator[Tensor]:
+    """Read prompts as `read_in_pieces` does, `size` tokens of each between two items.
+
+    An item is the stream [B, D] behind the last tokens so far. Until the last item the cache is
+    in the reader's hands.
+    """
     device = cache.lengths.device
     # one column even for empty prompts, so that the cache leaves its initial state
     tokens = pad(prompts, device, least=1)  # [B, T]
     counts = [len(prompt) for prompt in prompts]
     lengths = torch.tensor(counts, device=device)  # [B]
     last: Tensor | None = None
-    size, width = max(CHUNK_TOKENS // len(prompts), LEAST_CHUNK), tokens.shape[1]
+    width = tokens.shape[1]
     cache.level = True
     for start in range(0, width, size):
         piece = tokens[:, start : start + size]
@@ -62,9 +75,10 @@ def read_in_pieces(
         n_new = (lengths - start).clamp(0, piece.shape[1]) if ragged else None
         with console.doing(f"reading the prompt from token {start:,} of {width:,}"):
             last = newest(model.read(piece, cache, n_new), n_new, last)
-    # decoding takes rows to different lengths
-    cache.level = False
-    return last
+        if start + size >= width:
+            # decoding takes rows to different lengths
+            cache.level = False
+        yield last
 
 
 def newest(hidden: Tensor, n_new: Tensor | None, last: Tensor | None = None) -> Tensor:

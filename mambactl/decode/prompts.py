@@ -1,7 +1,7 @@
 """Prompts: a small built-in set, rows of prompt files, and their way to token ids."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Chat turns that end with the user's; a plain text is one turn."""
+    """Chat turns that end with the user's; a plain text is one turn.
+
+    `options` are further words that the chat template may ask for.
+    """
 
     messages: tuple[dict[str, Any], ...]
     category: str = ""
     tools: list[dict[str, Any]] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, text: str, category: str = "") -> "Prompt":
@@ -117,7 +121,7 @@ def render(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", chat: bool = Tr
 def _render(prompt: Prompt, renderer: ChatRenderer, chat: bool) -> str:
     if not _templated(renderer.tokenizer, chat):
         return "\n\n".join(message.get("content") or "" for message in prompt.messages)
-    return renderer.render(prompt.messages, prompt.tools, prompt=True)
+    return renderer.render(prompt.messages, prompt.tools, prompt=True, **prompt.options)
 
 
 def _templated(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> bool:

@@ -19,7 +19,13 @@ from mambactl.decode.stats import DecodeStats
 from mambactl.errors import ModelError, UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import BenchConfig, PromptConfig, SharedPromptConfig, TokenConfig
+from mambactl.options import (
+    BenchConfig,
+    PromptConfig,
+    ServeConfig,
+    SharedPromptConfig,
+    TokenConfig,
+)
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
@@ -98,7 +104,7 @@ def prepare(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> Set
 
 
 def load_both(
-    config: TokenConfig, source: str, tokenizer: "PreTrainedTokenizerBase"
+    config: TokenConfig | ServeConfig, source: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[HybridForCausalLM, "PreTrainedTokenizerBase", Draft]:
     """Target, its tokenizer and draft, on the device and in the type that are asked for."""
     device, dtype = placement(config)
@@ -140,7 +146,7 @@ def assemble(
     return Setup(target, tokenizer, draft, config.k, prompts, params, rounded)
 
 
-def require_draft(config: TokenConfig | BenchConfig, source: str) -> None:
+def require_draft(config: TokenConfig | BenchConfig | ServeConfig, source: str) -> None:
     """Raise ModelError when the draft means other tokens than the target."""
     if config.draft not in (None, NGRAM):
         require_draft_tokens(source, config.draft, config.trust_remote_code)
@@ -205,7 +211,7 @@ def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[s
     }
 
 
-def plan_models(config: TokenConfig, source: str) -> dict[str, Any]:
+def plan_models(config: TokenConfig | ServeConfig, source: str) -> dict[str, Any]:
     """Dry run: the models that would decode, and the device; reads headers only."""
     device, dtype = placement(config)
     require_draft(config, source)

@@ -36,6 +36,15 @@ def uniform(seed: int, keys: Tensor, positions: Tensor, stream: int) -> Tensor:
     return _shift(mixed, 64 - UNIFORM_BITS).double() * 2.0**-UNIFORM_BITS
 
 
+def key_under(base: int, seed: int, key: int) -> int:
+    """The key that gives under the seed `base` the numbers of `key` under `seed`.
+
+    Rows with seeds of their own can so be drawn from together.
+    """
+    of_seed, of_base = (int(_mix(torch.tensor(as_int64(each + GOLDEN)))) for each in (seed, base))
+    return as_int64(key + of_seed - of_base)
+
+
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Invert the cumulative distribution: probs [..., V] (any scale), uniforms [...] -> ids [...].
 

@@ -5,7 +5,7 @@ itself. Stacking moves weights: the model's own parameters become views of the s
 is held twice and the model still computes what it did.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -103,6 +103,12 @@ class AttentionState:
         """Every tensor that outlives a pass."""
         return [self.keys, self.values]
 
+    def rows(self, rows: slice, splits: int) -> "AttentionState":
+        """The state of some sequences, in the same memory."""
+        # the slots of a ring have one program
+        own = self.splits if self.ring else splits
+        return replace(self, keys=self.keys[rows], values=self.values[rows], splits=own)
+
 
 @dataclass
 class RecurrentState:
@@ -124,12 +130,26 @@ class RecurrentState:
         attended = [part for part in (self.window, self.kept) if part is not None]
         return own + [tensor for part in attended for tensor in part.tensors()]
 
+    def rows(self, rows: slice, splits: int) -> "RecurrentState":
+        """The state of some sequences, in the same memory."""
+        return RecurrentState(
+            self.ring[rows],
+            self.state[rows],
+            None if self.mixed is None else self.mixed[rows],
+            None if self.low is None else self.low[rows],
+            self.window and self.window.rows(rows, splits),
+            self.kept and self.kept.rows(rows, splits),
+        )
+
 
 class LayerState(Protocol):
     """State of one layer for a running batch."""
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that outlives a pass."""
+        """Every tensor that outlives a pass; a sequence is a row of each."""
+
+    def rows(self, rows: slice, splits: int) -> "LayerState":
+        """The state of some sequences, in the same memory; `splits` as in `StateSize`."""
 
 
 class PackedMixer(Protocol):

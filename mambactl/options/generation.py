@@ -6,7 +6,15 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from mambactl.errors import UsageError
-from mambactl.options.fields import DataSpecs, Drafts, Rows, StageConfig, Temperature, Tokens
+from mambactl.options.fields import (
+    BatchSize,
+    DataSpecs,
+    Drafts,
+    Rows,
+    StageConfig,
+    Temperature,
+    Tokens,
+)
 
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})")
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
@@ -60,6 +68,47 @@ class ChatConfig(TokenConfig):
         """Raise UsageError for a system message without text."""
         if self.system is not None and not self.system.strip():
             raise UsageError("the system message is empty", "give some text with --system")
+
+
+class ServeConfig(StageConfig):
+    """Serve a model to clients of the OpenAI API; a key comes from MAMBACTL_API_KEY.
+
+    Clients choose how tokens are drawn; `--seed` gives seeds to requests that bring none.
+    """
+
+    placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"host", "port"}
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen at")
+    port: int = Field(default=8000, ge=0, le=65535, description="0 is any that is free")
+    name: str | None = Field(
+        default=None, min_length=1, description="what clients call the model; default: as in MODEL"
+    )
+    draft: str | None = Field(default=None, description="checkpoint, or ngram")
+    k: int = Field(default=4, ge=1, le=32, description="draft tokens per step")
+    ignore_eos: bool = Field(
+        default=False, description="go on behind tokens that end a text, to measure"
+    )
+    batch_size: BatchSize = Field(
+        default="auto", description="rows that are written at once; auto: 8 on a CPU, 32 on a GPU"
+    )
+    max_length: Tokens | None = Field(
+        default=None,
+        description="tokens of a prompt and its answer; default: what the model was made for, at "
+        "most 2048 on a CPU and 8192 on a GPU",
+    )
+    keep_gb: float = Field(
+        default=1.0, ge=0, description="GB for what the models hold after earlier prompts"
+    )
+    max_queue: int = Field(
+        default=256, ge=0, description="requests that may wait for a row; more are refused (429)"
+    )
+    max_body: float = Field(default=4.0, gt=0, description="MB of a request (else 413)")
+    read_timeout: float = Field(
+        default=20.0, gt=0, description="seconds in which a request has to arrive (else 408)"
+    )
+    grace: float = Field(
+        default=30.0, ge=0, description="seconds for running answers after SIGTERM"
+    )
 
 
 class SharedPromptConfig(PromptConfig):

@@ -58,6 +58,8 @@ FLAGS = {
     "--prefix-cache --prefix-cache-gb "
     f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
     "chat": f"{TOKENS} --system {EVERY_STAGE}",
+    "serve": "--host --port --name --draft --k --ignore-eos --batch-size --max-length --keep-gb "
+    f"--max-queue --max-body --read-timeout --grace {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --draft --k "
     "--baseline --min-speedup --synthetic --acceptance --training --train-rest --compile --capture "
     f"--report {EVERY_STAGE}",

@@ -59,7 +59,7 @@ FLAGS = (
     ("--recipe", "n" * 5000), ("--recipe", "quickstart@x"), ("more", "words"), ("--dev", "cpu"),
     ("-o",), ("-o", "a", "-o", "b"), ("--device=cpu=gpu",), ("--version",), ("--json", "--dry-run"),
 )  # fmt: skip
-# a whole and cheap command line of every command
+# a whole and cheap command line of every command but `serve`, which a signal alone ends
 WHOLE: dict[str, tuple[str, ...]] = {
     "convert": ("model", "--device", "cpu"),
     "teacher-cache": ("llama", "--data", "text.jsonl", "--device", "cpu", "--max-steps", "1"),
@@ -110,7 +110,8 @@ def _is_new(word: str, work: Path) -> bool:
 
 
 def _command(draw: Random, fits: Callable[[Command], bool] = lambda command: True) -> Command:
-    return draw.choice([command for command in COMMANDS.values() if fits(command)])
+    ending = [command for command in COMMANDS.values() if command.name in WHOLE]
+    return draw.choice([command for command in ending if fits(command)])
 
 
 def _nothing(draw: Random) -> Line:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambactl.decode.sampler import draw, filtered_probs, uniform
 from mambactl.kernels.decode.reference import verdict as reference
-from mambactl.kernels.random import Stream
+from mambactl.kernels.random import Stream, key_under
 
 pytestmark = pytest.mark.one_in(3)
 
@@ -192,3 +192,33 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
         return 1.0
     statistic = ((observed - expected)[used] ** 2 / expected[used]).sum()
     return torch.special.gammaincc((used.sum() - 1) / 2, statistic / 2).item()
+
+
+def test_every_sequence_has_its_own_settings(device) -> None:
+    """Runs of rows, two a sequence, filtered and drawn from as if each were alone."""
+    logits = rows_of_every_kind(97, seed=4).to(device)
+    every = torch.stack([settings_of(values, device) for values in SETTINGS[3:8]])
+    keys = torch.arange(len(logits), device=device)
+    positions = torch.arange(len(logits), dtype=torch.int32, device=device)
+    seed = torch.tensor([5], device=device)
+    for module in (reference, kernels):
+        threshold, log_mass = filtered(module, logits, every)
+        tokens = torch.zeros(len(logits), dtype=torch.int32, device=device)
+        given = keys, positions, seed, int(Stream.EMIT)
+        module.draw_rows(logits, every, threshold, log_mass, *given, tokens)
+        for number, settings in enumerate(every):
+            rows = slice(2 * number, 2 * number + 2)
+            alone = filtered(module, logits[rows].contiguous(), settings)
+            torch.testing.assert_close((threshold[rows], log_mass[rows]), alone, atol=0, rtol=0)
+            one = torch.zeros(2, dtype=torch.int32, device=device)
+            own = keys[rows], positions[rows], *given[2:]
+            module.draw_rows(logits[rows].contiguous(), settings, *alone, *own, one)
+            assert tokens[rows].tolist() == one.tolist()
+
+
+def test_a_key_stands_for_another_seed() -> None:
+    positions = torch.arange(50)
+    for seed, key in ((0, 0), (2**63 + 5, 3), (-7, 2**40)):
+        expected = uniform(seed, torch.full_like(positions, key), positions, Stream.EMIT)
+        moved = torch.full_like(positions, key_under(9, seed, key))
+        assert uniform(9, moved, positions, Stream.EMIT).tolist() == expected.tolist()

@@ -13,6 +13,8 @@ from mambactl import console
 from mambactl.decode.conversation import Conversation
 from mambactl.decode.draft_count import CHOICES, Choice, ExpectedTimes, LearnedChoice, StepTimes
 from mambactl.decode.engine import Generation, OnTokens, check_prompts
+from mambactl.decode.gpu.fused_batch import LAG, POLL_SECONDS, FusedBatch
+from mambactl.decode.gpu.open_session import OpenSession
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
 from mambactl.decode.gpu.step import DEPTH, MOST_EOS
@@ -24,10 +26,6 @@ from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Finish, Letter
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.session_size import SessionSize
-
-# steps in flight before the host looks at the oldest one's tokens
-LAG = 3
-POLL_SECONDS = 50e-6
 
 K = int | Literal["auto"]
 
@@ -87,6 +85,20 @@ class FusedEngine:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return self._generate(prompts, params, on_tokens, keys)
 
+    @torch.no_grad()
+    def open(self, rows: int, tokens: int, eos: Sequence[int]) -> FusedBatch:
+        """A batch for at most so many rows of at most so many tokens, which end with `eos`."""
+        _require_few(eos)
+        if self.k == "auto":
+            raise ValueError("rows that come and go need a fixed number of drafts")
+        size = SessionSize.holding(rows, tokens, self.k)
+        self._pack(size.capacity)
+        device = self.target.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            session = OpenSession(*self.packed, self.ops, size, eos)
+            session.prepare()
+        return FusedBatch(session)
+
     def converse(self) -> Conversation:
         """From now on read the prompts of one conversation, one by one, each from the last on.
 
@@ -110,11 +122,7 @@ class FusedEngine:
         keys: Sequence[int] | None,
     ) -> Generation:
         check_prompts(prompts, self.target.config.vocab_size)
-        if len(params.eos_token_ids) > MOST_EOS:
-            raise UsageError(
-                f"{len(params.eos_token_ids)} end tokens, but the GPU engine takes {MOST_EOS}",
-                hint="MAMBACTL_KERNELS=reference decodes without it",
-            )
+        _require_few(params.eos_token_ids)
         output = Generation([[] for _ in prompts], ["length" for _ in prompts])
         stats, sampled = output.stats, not params.greedy
         stats.rows, stats.prompt_tokens = len(prompts), sum(map(len, prompts))
@@ -164,14 +172,27 @@ class FusedEngine:
                 return known
         # two batches' caches need not fit at the same time
         self.sessions.clear()
-        if size.capacity > self.positions:
-            draft = self.draft
-            if isinstance(draft, HybridForCausalLM):
-                draft = pack(draft, size.capacity)
-            self.packed, self.positions = (pack(self.target, size.capacity), draft), size.capacity
+        self._pack(size.capacity)
         session = Session(*self.packed, self.ops, size, self.prefixes)
         self.sessions[size.batch] = session
         return session
+
+    def _pack(self, positions: int) -> None:
+        """Pack the models, anew where fewer positions were rotated for before."""
+        if positions > self.positions:
+            draft = self.draft
+            if isinstance(draft, HybridForCausalLM):
+                draft = pack(draft, positions)
+            self.packed, self.positions = (pack(self.target, positions), draft), positions
+
+
+def _require_few(eos: Sequence[int]) -> None:
+    """Raise UsageError for more end tokens than a step can tell apart."""
+    if len(eos) > MOST_EOS:
+        raise UsageError(
+            f"{len(eos)} end tokens, but the GPU engine takes {MOST_EOS}",
+            hint="MAMBACTL_KERNELS=reference decodes without it",
+        )
 
 
 def _weights_read(model: HybridForCausalLM) -> int:

@@ -1,6 +1,8 @@
 """A model packed for decode passes, and the tensors of a running batch on the device."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +124,11 @@ class ModelState:
         """Every tensor that outlives a pass."""
         return [tensor for layer in self.layers for tensor in layer.tensors()]
 
+    def rows(self, rows: slice, splits: int) -> "ModelState":
+        """The state of some sequences, in the same memory, with the scratch of all."""
+        layers = [layer.rows(rows, splits) for layer in self.layers]
+        return ModelState(layers, self.scratch, self.capacity)
+
     def lend(self, cache: HybridCache, weights: PackedModel) -> None:
         """Let a cache of as many rows write keys and values of all tokens here."""
         for state, held, layer in zip(self.layers, cache.layers, weights.layers, strict=True):
@@ -133,14 +140,26 @@ class ModelState:
             layer.mixer.load(state, held, cache.lengths)
 
 
-def make_state(weights: PackedModel, ops: DecodeOps, size: StateSize, longest: int) -> ModelState:
-    """Empty state for passes of up to `longest` tokens per sequence."""
+def make_state(
+    weights: PackedModel,
+    ops: DecodeOps,
+    size: StateSize,
+    longest: int,
+    fewer: Sequence[int] = (),
+) -> ModelState:
+    """Empty state for passes of up to `longest` tokens per sequence.
+
+    `fewer`: of how many of the sequences there are passes too.
+    """
     layers = [layer.mixer.new_state(weights.table, size) for layer in weights.layers]
-    return ModelState(layers, _scratch(weights, ops, size, longest), size.capacity)
+    sizes = [size, *(replace(size, batch=rows) for rows in fewer)]
+    return ModelState(layers, _scratch(weights, ops, sizes, longest), size.capacity)
 
 
-def _scratch(weights: PackedModel, ops: DecodeOps, size: StateSize, longest: int) -> Scratch:
-    like, batch, rows = weights.table, size.batch, size.batch * longest
+def _scratch(
+    weights: PackedModel, ops: DecodeOps, sizes: Sequence[StateSize], longest: int
+) -> Scratch:
+    like, rows = weights.table, sizes[0].batch * longest
     width = like.shape[1]
     mixers = [layer.mixer for layer in weights.layers]
     inner = max(
@@ -148,12 +167,14 @@ def _scratch(weights: PackedModel, ops: DecodeOps, size: StateSize, longest: int
         + [0 if layer.down is None else layer.down.shape[1] for layer in weights.layers]
     )
     partial, counter = 0, 0
-    for m in (mixer.attention for mixer in mixers):
-        if m is None:
-            continue
-        need = ops.scratch(rows, batch, m.kv_heads, m.heads // m.kv_heads, m.width, size.splits)
+    attentions = [mixer.attention for mixer in mixers if mixer.attention is not None]
+    for m, size in product(attentions, sizes):
+        need = ops.scratch(
+            size.batch * longest, size.batch, m.kv_heads, m.heads // m.kv_heads, m.width,
+            size.splits,
+        )  # fmt: skip
         partial, counter = max(partial, need[0]), max(counter, need[1])
-    counts = [batch * tokens for tokens in range(1, longest + 1)]
+    counts = [size.batch * tokens for size in sizes for tokens in range(1, longest + 1)]
     pieces = max(ops.square_pieces(m, width) * m for m in counts)
     flat = torch.float32
     return Scratch(

@@ -1,6 +1,7 @@
 """One decode step on the device: draft, verify, accept, commit, with no question to the host."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,20 @@ class Batch:
         )
         self.keys = torch.zeros(size, dtype=torch.long, device=device)
         self.seed = torch.zeros(1, dtype=torch.long, device=device)
-        self.settings = torch.zeros(3, device=device)
+        self.settings = torch.ones(size, 3, device=device)
+        # of all sequences, whichever a step runs over
+        self.outbox = self.mailbox
+
+    def first(self, rows: int) -> "Batch":
+        """The first so many sequences, in the same memory."""
+        part = copy(self)
+        part.size = rows
+        part.progress, part.mailbox = self.progress[:, :rows], self.mailbox[:, :rows]
+        part.feed, part.history = self.feed[:rows], self.history[:rows]
+        part.accepted, part.following = self.accepted[:rows], self.following[:rows]
+        part.drafted, part.present = self.drafted[:rows], self.present[:rows]
+        part.keys, part.settings = self.keys[:rows], self.settings[:rows]
+        return part
 
     def field(self, field: Field) -> Tensor:
         """One row [B] of `progress`."""
@@ -191,12 +205,16 @@ class Step:
         *,
         limit: int,
         draft_limit: int,
+        distributions: "dict[str, Distribution] | None" = None,
     ):
+        """`distributions`: those of a step over more sequences, which never runs at once."""
         self.batch, self.target, self.draft, self.ops = batch, target, draft, ops
         self.limits = {"span": batch.k + 1, "limit": limit, "draft_limit": draft_limit}
         self.target_head = self._head(target, [batch.size * n for n in range(1, batch.k + 2)])
         self.draft_head = self._head(draft, [batch.size]) if isinstance(draft, Pass) else None
-        self.distributions: dict[str, Distribution] = {}
+        self.distributions = {} if distributions is None else distributions
+        # drafts per sequence of the last step that ran outside a graph
+        self.width = 0
 
     def _head(self, model: Pass, rows: list[int]) -> HeadScratch:
         head = model.weights.head
@@ -228,6 +246,7 @@ class Step:
     def _conclude(self, stream: Residual, k: int, sampled: bool, drafted: Tensor | None) -> None:
         """Judge k drafts per sequence by the target's stream, and commit."""
         b, drafts = self.batch, self.batch.feed[:, 2:]
+        self.width = k
         if sampled:
             self._judge(stream, k, drafts, drafted)
         else:
@@ -238,7 +257,7 @@ class Step:
             b.progress, b.feed, b.history, b.accepted, b.following, drafted, b.eos, b.mailbox, k,
             **self.limits,
         )  # fmt: skip
-        b.pinned.copy_(b.mailbox, non_blocking=True)
+        b.pinned.copy_(b.outbox, non_blocking=True)
 
     def _draft(self, k: int, sampled: bool) -> None:
         b = self.batch
@@ -276,11 +295,11 @@ class Step:
         self.ops.filter_rows(logits, b.settings, threshold, log_mass)
         draft: tuple[Tensor | None, ...] = (None, None, None)
         if k and isinstance(self.draft, Pass):
-            d = self._distribution("draft", b.k * b.size)
+            d, own = self._distribution("draft", b.k * b.size), k * b.size
             draft = (
-                d.logits.view(b.k, b.size, -1)[:k],
-                d.threshold.view(b.k, b.size)[:k],
-                d.log_mass.view(b.k, b.size)[:k],
+                d.logits[:own].view(k, b.size, -1),
+                d.threshold[:own].view(k, b.size),
+                d.log_mass[:own].view(k, b.size),
             )
         self.ops.verdict_sampled(
             logits, b.settings, threshold, log_mass, *draft, drafts, drafted, b.keys,

@@ -1,8 +1,9 @@
 """Filtering, drawing and judging tokens, with every setting and count held by a tensor.
 
-`settings` fp32 [3] is temperature, top_k (0: off), top_p (1: off); `seed` is int64 [1]. With
-s = logits / temperature, the distribution of a row is exp(s - log_mass) where s >= threshold and
-zero elsewhere. `decode.sampler` and `decode.accept` define the same choices for host settings.
+`settings` fp32 [3] is temperature, top_k (0: off), top_p (1: off); [S, 3] are those of S runs of
+equally many rows, a sequence each. `seed` is int64 [1]. With s = logits / temperature, the
+distribution of a row is exp(s - log_mass) where s >= threshold and zero elsewhere.
+`decode.sampler` and `decode.accept` define the same choices for host settings.
 """
 
 from enum import IntEnum
@@ -38,18 +39,32 @@ def filter_rows(
 
     Writes threshold [R], the smallest scaled logit that stays, and log_mass [R], both fp32.
     """
-    temperature, top_k, top_p = settings[0], int(settings[1]), settings[2].item()
-    scaled = logits / temperature  # [R, V]
-    kept = scaled >= smallest_kept(scaled, top_k, top_p)
+    scaled = logits / _temperatures(settings, logits)  # [R, V]
+    kept = scaled >= _floors(scaled, settings)
     exists = kept & (scaled > float("-inf"))
     threshold.copy_(scaled.masked_fill(~exists, float("inf")).amin(-1))
     mass = scaled.double().masked_fill(~kept, float("-inf")).logsumexp(-1)  # [R]
     log_mass.copy_(mass)
 
 
+def _temperatures(settings: Tensor, logits: Tensor) -> Tensor:
+    """The temperature of every row of logits [R, V] or [K, R, V], [R, 1]."""
+    one = settings.view(-1, 3)[:, :1]
+    return one.repeat_interleave(logits.shape[-2] // len(one), 0)
+
+
+def _floors(scaled: Tensor, settings: Tensor) -> Tensor:
+    """`smallest_kept` of every row of scaled logits [R, V], [R, 1]."""
+    every = settings.view(-1, 3)[:, 1:].tolist()
+    if all(each == every[0] for each in every):
+        every = every[:1]
+    runs = zip(scaled.chunk(len(every)), every, strict=True)
+    return torch.cat([smallest_kept(run, int(top_k), top_p) for run, (top_k, top_p) in runs])
+
+
 def probabilities(logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor) -> Tensor:
-    """What `filter_rows` describes, written out: logits [..., V] -> fp32 [..., V]."""
-    scaled = logits / settings[0]
+    """What `filter_rows` describes, written out: logits [..., R, V] -> fp32 [..., R, V]."""
+    scaled = logits / _temperatures(settings, logits)
     probs = (scaled - log_mass[..., None]).exp()
     return probs.masked_fill(scaled < threshold[..., None], 0.0)
 

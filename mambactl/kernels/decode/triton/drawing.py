@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambactl.kernels import random
+from mambactl.kernels.decode.triton.filtering import rows_per_setting
 from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options
 
 BLOCK = 4096
@@ -100,13 +101,13 @@ def choose(
 @triton.jit
 def _draw_kernel(
     logits, settings, thresholds, log_masses, keys, positions, seed, stream, offset, tokens,
-    token_stride, V, PDL: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    token_stride, V, run, PDL: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(settings)
+    temperature = tl.load(settings + row // run * 3)
     p = (logits + row * V, tl.load(thresholds + row), tl.load(log_masses + row))
     masses = block_masses(V, temperature, p, p, -1, False, BLOCK, BLOCKS)
     position = tl.load(positions + row) + offset
@@ -150,6 +151,7 @@ def draw_rows(
         tokens,
         tokens.stride(0),
         size,
+        rows_per_setting(settings, rows),
         PDL=pdl,
         **block_sizes(size),
         **launch_options(pdl, num_warps=WARPS),

@@ -115,16 +115,17 @@ def _measure(row, V, low, peak, rate, BLOCK: tl.constexpr):
 
 @triton.jit
 def _filter_kernel(
-    logits, settings, threshold, log_mass, V, PDL: tl.constexpr, BLOCK: tl.constexpr
+    logits, settings, threshold, log_mass, V, run, PDL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     program = tl.program_id(0)
     row = logits + program.to(tl.int64) * V
-    temperature = tl.load(settings)
-    top_k = tl.load(settings + 1)
-    top_p = tl.load(settings + 2)
+    own = settings + program // run * 3
+    temperature = tl.load(own)
+    top_k = tl.load(own + 1)
+    top_p = tl.load(own + 2)
     rate = LOG2_E / temperature
     peak, bottom = _range(row, V, BLOCK)
     floor = bottom
@@ -145,6 +146,11 @@ def _filter_kernel(
     tl.store(log_mass + program, tl.div_rn(peak, temperature) + tl.log(mass))
 
 
+def rows_per_setting(settings: Tensor, rows: int) -> int:
+    """How many of so many rows each of settings [3] or [S, 3] is for."""
+    return rows * 3 // settings.numel()
+
+
 def filter_rows(
     logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor, *, pdl: bool = False
 ) -> None:
@@ -156,6 +162,7 @@ def filter_rows(
         threshold,
         log_mass,
         size,
+        rows_per_setting(settings, rows),
         PDL=pdl,
         BLOCK=min(BLOCK, triton.next_power_of_2(size)),
         **launch_options(pdl, num_warps=16),

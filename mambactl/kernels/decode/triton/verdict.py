@@ -15,7 +15,7 @@ from mambactl.kernels.decode.triton.drawing import (
     probability,
     uniform,
 )
-from mambactl.kernels.decode.triton.filtering import filter_rows
+from mambactl.kernels.decode.triton.filtering import filter_rows, rows_per_setting
 from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options
 
 __all__ = ["draw_rows", "filter_rows", "verdict_greedy", "verdict_sampled"]
@@ -71,7 +71,7 @@ def _at(logits, thresholds, log_masses, rows, V, token, temperature, mask):
 @triton.jit
 def _sampled_kernel(
     logits, settings, thresholds, log_masses, draft_logits, draft_thresholds, draft_log_masses,
-    drafts, lengths, keys, positions, seed, accepted, following, B, K, draft_stride, V,
+    drafts, lengths, keys, positions, seed, accepted, following, B, K, draft_stride, V, run,
     PDL: tl.constexpr, HAS_LENGTHS: tl.constexpr, DRAFTED: tl.constexpr, LANES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def _sampled_kernel(
         gdc_launch_dependents()
         gdc_wait()
     b = tl.program_id(0).to(tl.int64)
-    temperature, root = tl.load(settings), tl.load(seed)
+    temperature, root = tl.load(settings + b // run * 3), tl.load(seed)
     key, position = tl.load(keys + b), tl.load(positions + b)
     length = _length(lengths, b, K, HAS_LENGTHS)
     lane = tl.arange(0, LANES)
@@ -192,6 +192,7 @@ def verdict_sampled(
         width,
         drafts.stride(0),
         size,
+        rows_per_setting(settings, batch),
         PDL=pdl,
         HAS_LENGTHS=lengths is not None,
         DRAFTED=draft_logits is not None,
@@ -280,9 +281,10 @@ def commit(
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.verdict.commit`."""
     depth, batch, letter_size = mailbox.shape
+    # of a batch's first sequences alone the columns lie as far apart as those of all
     _commit_kernel[(batch,)](
         progress, feed, history, accepted, following, accepted if drafted is None else drafted,
-        eos, mailbox, len(eos), k, batch, feed.stride(0), history.stride(0), depth, letter_size,
-        span, limit, draft_limit, COUNTED=drafted is not None,
+        eos, mailbox, len(eos), k, progress.stride(0), feed.stride(0), history.stride(0), depth,
+        letter_size, span, limit, draft_limit, COUNTED=drafted is not None,
         WIDE=triton.next_power_of_2(feed.shape[1]), PDL=pdl, **launch_options(pdl, num_warps=1),
     )  # fmt: skip

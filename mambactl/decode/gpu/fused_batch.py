@@ -1,0 +1,141 @@
+"""The open batch of the engine of whole steps: launches them and reads what arrived.
+
+On a GPU tokens are read while later steps run, so a row that has ended may be written to for a few
+more steps, unheard.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from mambactl.decode.gpu.open_session import OpenSession, Sent
+from mambactl.decode.gpu.step import DEPTH
+from mambactl.decode.open_batch import Likely, RowRequest, Written
+from mambactl.decode.prompt_reading import ReadPrompt
+from mambactl.kernels.decode.reference.verdict import Finish, Letter
+
+# steps in flight before the host waits for the oldest one's tokens
+LAG = 3
+POLL_SECONDS = 50e-6
+FINISHES = {Finish.EOS: "eos", Finish.LENGTH: "length"}
+
+
+@dataclass
+class _Row:
+    """A row and how many tokens of it have been read."""
+
+    name: int
+    request: RowRequest
+    written: int = 0
+    left: bool = False
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a step has to make logits for it."""
+        return self.request.likely or not self.request.params.greedy
+
+
+@dataclass
+class _Flight:
+    """A step under way, and the rows that it writes to: None where it leaves one alone."""
+
+    sent: Sent
+    rows: list[_Row | None]
+
+
+@dataclass
+class FusedBatch:
+    """Rows of an `OpenSession`; see `OpenBatch`."""
+
+    session: OpenSession
+    rows: list[_Row] = field(default_factory=list)
+    waiting: deque[_Flight] = field(default_factory=deque)
+    found: list[Written] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        """How many more rows may join."""
+        return self.session.size.batch - len(self.rows)
+
+    @property
+    def running(self) -> int:
+        """How many rows are under way."""
+        return len(self.rows)
+
+    @torch.no_grad()
+    def join(self, row: int, request: RowRequest, prompt: ReadPrompt) -> None:
+        """Add a row, whose first token comes with one of the next steps."""
+        self._make_room()
+        new, index = _Row(row, request), len(self.rows)
+        self.session.put(index, prompt, request.params, request.key)
+        self.rows.append(new)
+        sent = self.session.begin(index, prompt.hidden, new.sampled, request.likely)
+        self.waiting.append(_Flight(sent, [None] * index + [new]))
+
+    def leave(self, row: int) -> None:
+        """Drop a row before the next step; one that is not under way is ignored."""
+        for each in self.rows:
+            if each.name == row:
+                self._remove(each)
+                return
+
+    @torch.no_grad()
+    def step(self) -> list[Written]:
+        """Launch a step where a row needs one, and return the tokens that have arrived."""
+        more = self._more_needed()
+        if more:
+            self._make_room()
+            sampled = any(row.sampled for row in self.rows)
+            likely = any(row.request.likely for row in self.rows)
+            sent = self.session.launch(len(self.rows), sampled, likely)
+            self.waiting.append(_Flight(sent, list(self.rows)))
+        most = LAG if more and not self.session.on_host else 0
+        while self.waiting and (len(self.waiting) > most or _arrived(self.waiting[0])):
+            self._read(self.waiting.popleft())
+        found, self.found = self.found, []
+        return found
+
+    def _make_room(self) -> None:
+        """Read what the mailbox would soon write over."""
+        while len(self.waiting) >= DEPTH - 1:
+            self._read(self.waiting.popleft())
+
+    def _more_needed(self) -> bool:
+        """Whether the steps under way, a token each at least, may leave a row unfinished."""
+        under_way = len(self.waiting)
+        return any(row.written + under_way < row.request.params.max_new_tokens for row in self.rows)
+
+    def _read(self, flight: _Flight) -> None:
+        while not _arrived(flight):
+            time.sleep(POLL_SECONDS)
+        letters = self.session.letters(flight.sent)
+        for index, (row, letter) in enumerate(zip(flight.rows, letters, strict=False)):
+            if row is None or row.left or letter[Letter.FINISH] == Finish.IDLE:
+                continue
+            new = letter[len(Letter) : len(Letter) + letter[Letter.EMITTED]]
+            row.written += len(new)
+            likely: list[Likely] | None = None
+            if row.request.likely:
+                likely = flight.sent.likely.row(index, len(new))
+            finish = FINISHES.get(letter[Letter.FINISH])
+            counts = letter[Letter.DRAFTED], letter[Letter.ACCEPTED]
+            self.found.append(Written(row.name, new, likely, finish, *counts))
+            if finish is not None:
+                self._remove(row)
+
+    def _remove(self, row: _Row) -> None:
+        """Switch a row off and let the last one take its index."""
+        row.left = True
+        index, last = self.rows.index(row), len(self.rows) - 1
+        self.session.stop(index)
+        if index < last:
+            self.session.move(last, index)
+            self.session.stop(last)
+            self.rows[index] = self.rows[last]
+        self.rows.pop()
+
+
+def _arrived(flight: _Flight) -> bool:
+    return flight.sent.event is None or flight.sent.event.query()

@@ -1,0 +1,233 @@
+"""Device memory of sequences that come and go, and steps over as many as there are.
+
+A sequence is a row of every tensor: starting one writes its row, and when one ends the last row
+moves to the gap, so that a step runs over the first rows alone. On a GPU a step is a graph, one for
+every power of two of rows, and rows without a sequence are idle.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
+from mambactl.decode.gpu.step import DEPTH, Batch, Pass, Step
+from mambactl.decode.open_batch import LikelyTable
+from mambactl.decode.prompt_reading import ReadPrompt
+from mambactl.decode.sampler import SamplingParams
+from mambactl.kernels.decode.operations import DecodeOps
+from mambactl.kernels.decode.reference.verdict import Field
+from mambactl.kernels.random import key_under
+from mambactl.models.cache import HybridCache
+from mambactl.models.session_size import SessionSize
+
+# of a row that is greedy among others that are drawn
+MOST_LIKELY = (1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A step under way over the first `rows` rows; its event tells when its letters are there."""
+
+    number: int
+    rows: int
+    k: int
+    event: torch.cuda.Event | None
+    likely: LikelyTable | None = None
+
+
+class _Model:
+    """Weights and the state of all rows."""
+
+    def __init__(self, weights: PackedModel, ops: DecodeOps, size: SessionSize, longest: int):
+        self.weights, self.ops, self.size = weights, ops, size
+        whole = size.state_size(weights.stores_every_step)
+        fewer = [] if ops.on_host else _counts(size.batch)
+        self.state = make_state(weights, ops, whole, longest, fewer)
+
+    def first(self, rows: int) -> ModelState:
+        """The state of the first rows."""
+        size = SessionSize(rows, self.size.capacity, self.size.k)
+        splits = size.state_size(self.weights.stores_every_step).splits
+        return self.state.rows(slice(rows), splits)
+
+    def limit(self, rows: int) -> int:
+        """Slots in use of the rings in a step over so many rows."""
+        size = SessionSize(rows, self.size.capacity, self.size.k)
+        return 0 if self.ops.on_host else size.ring_limit(self.weights.stores_every_step)
+
+    def put(self, row: int, cache: HybridCache) -> None:
+        """Let a row go on from what a cache of one row holds, which stays as it is."""
+        own = cache.copies(1)
+        state = self.state.rows(slice(row, row + 1), 1)
+        state.lend(own, self.weights)
+        state.load(own, self.weights)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row."""
+        for tensor in self.state.tensors():
+            tensor[target].copy_(tensor[source])
+
+
+class OpenSession:
+    """Runs steps over the first rows of a batch; see the module."""
+
+    def __init__(
+        self,
+        target: PackedModel,
+        draft: PackedModel | str | None,
+        ops: DecodeOps,
+        size: SessionSize,
+        eos: Sequence[int],
+    ):
+        self.size, self.ops, self.k = size, ops, size.k
+        self.device = target.table.device
+        self.batch = Batch(size.batch, size.capacity, size.k, self.device)
+        self.batch.eos[: len(eos)] = torch.tensor(eos, dtype=torch.int32)
+        self.target = _Model(target, ops, size, size.k + 1)
+        self.draft = draft
+        self.drafter = _Model(draft, ops, size, 2) if isinstance(draft, PackedModel) else None
+        self.steps: dict[int, Step] = {}
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.number = 0
+
+    @property
+    def on_host(self) -> bool:
+        """Whether a step is over when it has been launched."""
+        return self.device.type != "cuda"
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Numbers of rows that there are graphs for, the largest first."""
+        return [self.size.batch, *_counts(self.size.batch)]
+
+    def prepare(self) -> None:
+        """Compile and capture every step, as long as no row is active."""
+        # what all share is made by the largest
+        for sampled in (False, True):
+            self._step(self.size.batch).run(self.k, sampled)
+        if self.on_host:
+            return
+        pool = torch.cuda.graph_pool_handle()
+        for rows in self.counts:
+            step = self._step(rows)
+            for sampled in (False, True):
+                step.run(self.k, sampled)
+                step.begin(self.target.state.scratch.hidden[:rows], sampled)
+                torch.cuda.synchronize(self.device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    step.run(self.k, sampled)
+                self.graphs[rows, sampled] = graph
+        torch.cuda.synchronize(self.device)
+
+    def put(self, row: int, prompt: ReadPrompt, params: SamplingParams, key: int) -> None:
+        """Write a row that has read its prompt; it is active after `begin`."""
+        self.target.put(row, prompt.target)
+        if self.drafter is not None:
+            self.drafter.put(row, prompt.draft)
+        b, length = self.batch, len(prompt.tokens)
+        fields = {
+            Field.LENGTH: length - 1, Field.BASE: length, Field.NEXT: length,
+            Field.DRAFT_BASE: length - 1, Field.DRAFT_NEXT: length - 1,
+            Field.BUDGET: params.max_new_tokens, Field.STEP: self.number,
+        }  # fmt: skip
+        column = [fields.get(field, 0) for field in Field]
+        self._write(b.progress[:, row], column, torch.int32)
+        self._write(b.history[row, :length], prompt.tokens, torch.int32)
+        self._write(b.feed[row, 1:2], prompt.tokens[-1:], torch.int32)
+        self._write(b.keys[row : row + 1], [key_under(0, params.seed, key)], torch.long)
+        settings = (params.temperature, float(params.top_k), params.top_p)
+        self._write(b.settings[row], MOST_LIKELY if params.greedy else settings, torch.float32)
+
+    def begin(self, row: int, hidden: Tensor, sampled: bool, likely: bool) -> Sent:
+        """Write the first token of the last row, by the stream [1, D] behind its prompt."""
+        rows = self._rows(row + 1)
+        step, active = self._step(rows), self.batch.progress[Field.ACTIVE, :rows]
+        others = active.clone()
+        active.zero_()
+        active[row] = 1
+        streams = hidden.new_zeros(rows, hidden.shape[1])
+        streams[row] = hidden[0]
+        step.begin(streams, sampled)
+        active += others
+        return self._sent(rows, 0, likely)
+
+    def launch(self, rows: int, sampled: bool, likely: bool) -> Sent:
+        """Start a step over the first rows."""
+        rows = self._rows(rows)
+        if self.on_host:
+            self._step(rows).run(self.k, sampled)
+        else:
+            self.graphs[rows, sampled].replay()
+        return self._sent(rows, self.k, likely)
+
+    def letters(self, sent: Sent) -> list[list[int]]:
+        """What a step that has arrived wrote, by row."""
+        return self.batch.pinned[sent.number % DEPTH, : sent.rows].tolist()
+
+    def stop(self, row: int) -> None:
+        """Let no later step write to a row."""
+        self.batch.progress[Field.ACTIVE, row] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Let a row be another one."""
+        for model in (self.target, self.drafter):
+            if model is not None:
+                model.move(source, target)
+        b = self.batch
+        b.progress[:, target] = b.progress[:, source]
+        for tensor in (b.feed, b.history, b.keys, b.settings):
+            tensor[target].copy_(tensor[source])
+
+    def _rows(self, rows: int) -> int:
+        """Rows of the smallest step that holds so many."""
+        return rows if self.ops.on_host else min(each for each in self.counts if each >= rows)
+
+    def _step(self, rows: int) -> Step:
+        if rows not in self.steps:
+            whole = self.steps.get(self.size.batch)
+            batch = self.batch.first(rows)
+            target = Pass(self.target.weights, self.target.first(rows), self.ops)
+            drafter, draft_limit = self.draft, 0
+            if self.drafter is not None:
+                drafter = Pass(self.drafter.weights, self.drafter.first(rows), self.ops)
+                draft_limit = self.drafter.limit(rows)
+            self.steps[rows] = Step(
+                batch, target, drafter, self.ops, limit=self.target.limit(rows),
+                draft_limit=draft_limit, distributions=whole and whole.distributions,
+            )  # fmt: skip
+        return self.steps[rows]
+
+    def _sent(self, rows: int, k: int, likely: bool) -> Sent:
+        table = self._likely(rows, k) if likely else None
+        event = None
+        if not self.on_host:
+            event = torch.cuda.Event()
+            event.record()
+        sent = Sent(self.number, rows, k, event, table)
+        self.number += 1
+        return sent
+
+    def _likely(self, rows: int, k: int) -> LikelyTable:
+        """How likely the tokens of the step just run were, as far as they were accepted."""
+        b, step = self.batch.first(rows), self._step(rows)
+        if self.ops.on_host:
+            # a pass there is as wide as what was drafted
+            k = step.width
+        logits = step.distributions["target"].logits[: rows * (k + 1)].view(rows, k + 1, -1)
+        tokens = torch.cat([b.feed[:, 2 : 2 + k], b.following[:, None]], 1)
+        tokens.scatter_(1, b.accepted[:, None].clamp(0, k).long(), b.following[:, None])
+        return LikelyTable.of(logits, tokens).on_host()
+
+    def _write(self, tensor: Tensor, values: Sequence[float], dtype: torch.dtype) -> None:
+        host = torch.tensor(values, dtype=dtype)
+        # memory that is not pinned would be waited for, with all steps under way
+        tensor.copy_(host if self.on_host else host.pin_memory(), non_blocking=True)
+
+
+def _counts(most: int) -> list[int]:
+    """Powers of two below `most`, the largest first."""
+    return [1 << n for n in range(most.bit_length() - 1, -1, -1) if 1 << n < most]

@@ -1,0 +1,97 @@
+"""Reading prompts a piece at a time, so that what is being written goes on between the pieces."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from mambactl.decode.prefill import piece_by_piece
+from mambactl.models.cache import HybridCache
+from mambactl.models.hybrid import HybridForCausalLM, HybridModel
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """A prompt that was read: what the models hold after it, one row, not to be written to.
+
+    A draft model has read all but the last token, which it reads with the first new one. `hidden`
+    is the target's stream behind the last token.
+    """
+
+    tokens: list[int]
+    target: HybridCache
+    draft: HybridCache | None
+    hidden: Tensor  # [1, D]
+
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        caches = [cache for cache in (self.target, self.draft) if cache is not None]
+        return sum(cache.nbytes() for cache in caches)
+
+
+class PromptReading:
+    """Several prompts being read together, on from a beginning that all have in common.
+
+    Each is longer than the beginning by a token at least.
+    """
+
+    def __init__(
+        self,
+        target: HybridForCausalLM,
+        draft: HybridForCausalLM | None,
+        prompts: Sequence[Sequence[int]],
+        start: ReadPrompt | None,
+        piece: int,
+    ):
+        """`piece`: tokens of all prompts that are read at once."""
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.known = 0 if start is None else len(start.tokens)
+        rest = [prompt[self.known :] for prompt in self.prompts]
+        size = max(piece // len(rest), 1)
+        self._target = _cache(target.model, start and start.target, len(rest))
+        pieces = piece_by_piece(target.model, self._target, rest, size)
+        self._draft: HybridCache | None = None
+        if draft is not None:
+            # the last token of the beginning it has yet to read
+            last, known = draft.config.vocab_size - 1, max(self.known - 1, 0)
+            own = [[min(t, last) for t in prompt[known:-1]] for prompt in self.prompts]
+            self._draft = _cache(draft.model, start and start.draft, len(rest))
+            pieces = chain(piece_by_piece(draft.model, self._draft, own, size), pieces)
+        self._pieces = pieces
+        self._hidden: Tensor | None = None
+
+    @torch.no_grad()
+    def read(self) -> bool:
+        """Read a piece; True when it was the last one."""
+        self._hidden = next(self._pieces)
+        # the target comes after the draft
+        return self._target.seen >= max(map(len, self.prompts))
+
+    def results(self) -> list[ReadPrompt]:
+        """What was read, prompt by prompt."""
+        return [self._result(row, prompt) for row, prompt in enumerate(self.prompts)]
+
+    def _result(self, row: int, prompt: list[int]) -> ReadPrompt:
+        alone = len(self.prompts) == 1
+        index = torch.tensor([row], device=self._target.lengths.device)
+        caches = []
+        for cache, length in ((self._target, len(prompt)), (self._draft, len(prompt) - 1)):
+            own = cache
+            if cache is not None:
+                own = cache if alone else cache.select(index)
+                own.seen = length
+                for layer in own.layers:
+                    layer.resize(length)
+                    # what was cut off would be kept in memory
+                    layer.replace_tensors(Tensor.contiguous)
+            caches.append(own)
+        return ReadPrompt(prompt, *caches, self._hidden[row : row + 1])
+
+
+def _cache(model: HybridModel, start: HybridCache | None, rows: int) -> HybridCache:
+    """A cache of so many rows that hold what `start` does, to be read on from."""
+    if start is None:
+        return HybridCache(model.config, rows, model.device)
+    return start.select(torch.zeros(rows, dtype=torch.long, device=model.device))
