@@ -12,7 +12,7 @@ import torch
 
 from mambactl import console
 from mambactl.checkpoint.adapted import Adapted, in_dtype, require_finite
-from mambactl.checkpoint.adapters import llama, mamba, own, qwen
+from mambactl.checkpoint.adapters import granite, llama, mamba, olmo, own, qwen, smollm
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.config_fields import GenerationFields, Identity, read_fields
 from mambactl.checkpoint.opening import open_checkpoint
@@ -51,6 +51,9 @@ FORMATS = {
     "mistral": Format(PLAIN["mistral"], llama.adapt),
     "qwen2": Format(PLAIN["qwen2"], qwen.adapt_qwen2),
     "qwen3": Format(PLAIN["qwen3"], qwen.adapt_qwen3),
+    "smollm3": Format("SmolLM3ForCausalLM", smollm.adapt),
+    "olmo2": Format("Olmo2ForCausalLM", olmo.adapt),
+    "granite": Format("GraniteForCausalLM", granite.adapt),
     "mamba": Format("MambaForCausalLM", mamba.adapt),
     "mamba2": Format("Mamba2ForCausalLM", mamba.adapt),
     mamba.STATE_SPACES: Format(None, mamba.adapt),

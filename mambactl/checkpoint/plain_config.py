@@ -86,6 +86,12 @@ class PlainFields(Fields):
     partial_rotary_factor: None = None
     pretraining_tp: int | None = None
     qk_norm: bool = False
+    unrotated_layers: None = None
+    post_norm: Literal[False] = False
+    embedding_multiplier: None = None
+    attention_multiplier: None = None
+    residual_multiplier: None = None
+    logits_scaling: None = None
     rms_norm_eps: Fraction = 1e-6
     rope_theta: Base = 1e4
     sliding_window: Positions | None = None

@@ -173,7 +173,7 @@ class Instruments:
         seq_idx: Tensor | None = None,
         probe: int | None = None,
     ) -> PickedRows:
-        hidden = self.model.embed_tokens(ids)
+        hidden = self.model.embedded(ids)
         context = self.model.context(hidden, position_ids, seq_idx=seq_idx)
         asked, targets = answers[picked], ids.roll(-1, 1)[answers]
         rows = PickedRows(hidden, context, picked, asked, targets, hidden.new_zeros(0), probe)

@@ -319,7 +319,7 @@ def _sibling(
     replacement: Replacement, block: HybridBlock, state: Mapping[str, Tensor]
 ) -> HybridBlock:
     """A block with the mixer of `state` that shares everything else with `block`."""
-    weight = block.input_layernorm.weight
+    weight = block.first_norm.weight
     other = new_block(replacement.block_config(block.index), block.index)
     for name, module in block.named_children():
         if name != block.mixer_name:

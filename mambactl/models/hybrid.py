@@ -6,6 +6,7 @@ a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,19 @@ class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
     float32_names = ("inv_freq", "original_inv_freq")
 
 
+class FinalRMSNorm(RMSNorm):
+    """The norm in front of the head, and what divides logits."""
+
+    def __init__(self, width: int, eps: float, factor: float):
+        super().__init__(width, eps)
+        self.factor = factor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        normed = super().forward(hidden_states)
+        return normed if self.factor == 1 else normed * self.factor
+
+
 class HybridBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where the architecture has an MLP."""
 
@@ -58,12 +72,20 @@ class HybridBlock(GradientCheckpointingLayer):
         layer = config.layer(index)
         self.mixer_name = layer.spec.attribute
         self.is_attention = layer.spec.is_attention
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        setattr(self, self.mixer_name, layer.spec.module(config, layer.settings))
+        self.post_norm, self.factor = config.post_norm, config.residual_multiplier
         self.has_mlp = config.has_mlp
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
+        if not self.post_norm:
+            self.input_layernorm = norm()
+        module = layer.spec.module(config, layer.settings, config.rotated(index))
+        setattr(self, self.mixer_name, module)
+        if self.has_mlp or self.post_norm:
+            # in front of the MLP, or behind the mixer: the families call both so
+            self.post_attention_layernorm = norm()
         if self.has_mlp:
-            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.mlp = GatedMLP(config)
+            if self.post_norm:
+                self.post_feedforward_layernorm = norm()
 
     @property
     def mixer(self) -> nn.Module:
@@ -86,12 +108,45 @@ class HybridBlock(GradientCheckpointingLayer):
         self, hidden: Tensor, context: StepContext, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         layer_cache = None if cache is None else cache.layers[self.index]
-        normed = self.input_layernorm(hidden)
-        mixed = self.mixer(normed, context, layer_cache)
-        hidden = hidden + mixed
+        entering = self.entering(hidden)
+        mixed = self.mixer(entering, context, layer_cache)
+        if self.post_norm:
+            hidden = hidden + self._scaled(self.post_attention_layernorm(mixed))
+            if self.has_mlp:
+                inner = self.post_feedforward_layernorm(self.mlp(hidden))
+                hidden = hidden + self._scaled(inner)
+            return hidden, entering, mixed
+        hidden = hidden + self._scaled(mixed)
         if self.has_mlp:
-            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return hidden, normed, mixed
+            inner = self.mlp(self.post_attention_layernorm(hidden))
+            hidden = hidden + self._scaled(inner)
+        return hidden, entering, mixed
+
+    def entering(self, hidden: Tensor) -> Tensor:
+        """The mixer's input [B, T, D] in the stream `hidden`."""
+        return hidden if self.post_norm else self.input_layernorm(hidden)
+
+    def _scaled(self, added: Tensor) -> Tensor:
+        return added if self.factor == 1 else added * self.factor
+
+    @property
+    def first_norm(self) -> RMSNorm:
+        """The norm in front of the mixer, or behind it."""
+        return self.post_attention_layernorm if self.post_norm else self.input_layernorm
+
+    def expected_input(self) -> Tensor:
+        """The rms [D] that is expected of the channels of the mixer's input.
+
+        Norms behind mixers and MLPs leave a stream that grows: every layer before is taken to have
+        added as much as this one does.
+        """
+        if not self.post_norm:
+            return self.input_layernorm.weight
+        norms = [self.post_attention_layernorm]
+        if self.has_mlp:
+            norms.append(self.post_feedforward_layernorm)
+        added = sum(norm.weight.float().square() for norm in norms)  # [D]
+        return (added * max(self.index, 1)).sqrt() * self.factor
 
 
 @dataclass(frozen=True)
@@ -112,7 +167,8 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList(
             HybridBlock(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # the last states are those that the head multiplies
+        self.norm = FinalRMSNorm(config.hidden_size, config.rms_norm_eps, 1 / config.logits_scaling)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self._sight: _Sight | None = None
@@ -150,7 +206,8 @@ class HybridModel(HybridPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        hidden = _stream(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        given = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self._entered(given)
         length, newest = hidden.shape[1], getattr(cache, "revocable", 0)
         outputs = output_hidden_states, output_attentions
         if not newest or length == 1 or cache.seen:
@@ -226,11 +283,19 @@ class HybridModel(HybridPreTrainedModel):
         padded = cache is not None and bool((cache.lengths != before).any())
         return AttentionMaps(rows, attention_mask, before + length, padded)
 
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        """The stream [B, T, D] in front of the first block."""
+        return self._entered(self.embed_tokens(input_ids))
+
+    def _entered(self, embeddings: Tensor) -> Tensor:
+        factor = self.config.embedding_multiplier
+        return _stream(embeddings if factor == 1 else embeddings * factor)
+
     def enter(
         self, input_ids: Tensor, position_ids: Tensor | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, StepContext]:
         """What the first block gets for rows [B, T] without padding or a cache."""
-        hidden = _stream(self.embed_tokens(input_ids))
+        hidden = self.embedded(input_ids)
         return hidden, self.context(hidden, position_ids, seq_idx=seq_idx)
 
     def read(self, input_ids: Tensor, cache: HybridCache, n_new: Tensor | None) -> Tensor:
@@ -238,7 +303,7 @@ class HybridModel(HybridPreTrainedModel):
 
         Asks the device for nothing where `cache.level`, so that a CUDA graph can hold it.
         """
-        hidden = _stream(self.embed_tokens(input_ids))
+        hidden = self.embedded(input_ids)
         context = self.context(hidden, cache=cache, n_new=n_new)
         for layer in self.layers:
             hidden = layer(hidden, context, cache)

@@ -1,5 +1,6 @@
 """Grouped-query attention with rotary positions, as in Llama and Mistral."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mambactl.kernels import dispatch
+from mambactl.kernels import reference as kernels
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 from mambactl.kernels.reference import attention_weights
@@ -44,9 +46,16 @@ class AttentionMixer(nn.Module):
     where other heads stand beside these, `output_bias` says who has the bias of their sum.
     """
 
-    def __init__(self, config: LlamaConfig, kv_heads: int | None = None, output_bias: bool = True):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        kv_heads: int | None = None,
+        output_bias: bool = True,
+        rotated: bool = True,
+    ):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.rotated = config.head_dim, rotated
+        self.query_factor = config.query_factor
         self.dropout = config.attention_dropout or 0.0
         width, biased = config.hidden_size, config.attention_bias
         bias = {n: biased if isinstance(biased, bool) else n in biased for n in "qkvo"}
@@ -58,7 +67,10 @@ class AttentionMixer(nn.Module):
         self.k_proj = nn.Linear(width, shared, bias=bias["k"])
         self.v_proj = nn.Linear(width, shared, bias=bias["v"])
         self.o_proj = nn.Linear(inner, width, bias=bias["o"])
-        norms = [RMSNorm(self.head_dim, config.rms_norm_eps) for _ in "qk" if config.qk_norm]
+        # norms of all heads of a projection together, or of each
+        self.joint_norm = config.qk_norm == "all"
+        widths = [inner, shared] if self.joint_norm else [self.head_dim] * 2
+        norms = [RMSNorm(width, config.rms_norm_eps) for width in widths if config.qk_norm]
         self.q_norm, self.k_norm = norms or (None, None)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: AttentionCache | None) -> Tensor:
@@ -87,21 +99,42 @@ class AttentionMixer(nn.Module):
         return self.dropout if self.training else 0.0
 
     def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
-        """Queries and keys, rotated, and values [B, H or Hk, T, P]."""
-        *unrotated, v = (
-            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for t in self._project(hidden, whole)
-        )
-        if self.q_norm is not None:
+        """Queries and keys, normed and rotated, and values [B, H or Hk, T, P]."""
+        projected = self._project(hidden, whole)
+        if self.joint_norm:
+            projected = [*self._normed_jointly(projected[:2], context), projected[2]]
+        *parts, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
+        if self.q_norm is not None and not self.joint_norm:
             norms = self.q_norm, self.k_norm
-            unrotated = [norm(t) for norm, t in zip(norms, unrotated, strict=True)]
-        cos, sin = (t.unsqueeze(1) for t in context.rotary)  # [B, 1, T, P]
-        # under autocast the rotation is fp32
-        parts = [dispatch.rotated(t, cos, sin).to(v.dtype) for t in unrotated]
+            parts = [norm(t) for norm, t in zip(norms, parts, strict=True)]
+        if self.rotated:
+            cos, sin = (t.unsqueeze(1) for t in context.rotary)  # [B, 1, T, P]
+            # under autocast the rotation is fp32
+            parts = [dispatch.rotated(t, cos, sin).to(v.dtype) for t in parts]
         if len(parts) == 1:
             heads = v.shape[1]
             parts = parts[0].split([parts[0].shape[1] - heads, heads], 1)
-        return *parts, v
+        q, k = parts
+        return q if self.query_factor == 1 else q * self.query_factor, k, v
+
+    def _normed_jointly(self, raw: Sequence[Tensor], context: StepContext) -> list[Tensor]:
+        """Queries and keys [B, T, H P] under norms of all heads.
+
+        The context says how large those are that stand beside these.
+        """
+        norms = self.q_norm, self.k_norm
+        if context.head_squares is None:
+            return [norm(t) for norm, t in zip(norms, raw, strict=True)]
+        return [
+            kernels.norm_by(t, mean, norm.weight, norm.variance_epsilon)
+            for t, norm, mean in zip(raw, norms, context.head_squares, strict=True)
+        ]
+
+    def head_squares(self, hidden: Tensor) -> Tensor:
+        """Sums of squares [2, B, T, 1] of queries and of keys before their norms."""
+        raw = (self.q_proj(hidden), self.k_proj(hidden))
+        kind = kernels.state_dtype(hidden)
+        return torch.stack([t.to(kind).square().sum(-1, keepdim=True) for t in raw])
 
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
         """Queries, keys and values; with `whole` queries and keys next to each other.
@@ -236,12 +269,13 @@ def pack_attention(
 
 
 def weights_of(mixer: AttentionMixer, norm: Tensor) -> AttentionWeights:
-    """The projections of an attention, and the weight [D] of the norm in front of it."""
+    """The projections of an attention, and the rms `norm` [D] of what it reads."""
     parts = {name: getattr(mixer, f"{name}_proj") for name in "qkvo"}
     biases = {name: part.bias for name, part in parts.items() if part.bias is not None}
     weights = {name: part.weight for name, part in parts.items()}
     norms = {} if mixer.q_norm is None else {"q": mixer.q_norm.weight, "k": mixer.k_norm.weight}
-    return AttentionWeights(**weights, norm=norm, biases=biases, head_norms=norms)
+    score = mixer.query_factor
+    return AttentionWeights(**weights, norm=norm, biases=biases, head_norms=norms, score=score)
 
 
 def copy_attention(mixer: AttentionMixer, attention: AttentionWeights) -> None:
@@ -277,9 +311,11 @@ class AttentionSpec(AttentionSizes, MixerSpec[None]):
         "o_proj": "rowwise",
     }
 
-    def module(self, config: LlamaConfig, settings: None) -> AttentionMixer:
+    def module(
+        self, config: LlamaConfig, settings: None, rotated: bool = True
+    ) -> AttentionMixer:
         """The module of one layer."""
-        return AttentionMixer(config)
+        return AttentionMixer(config, rotated=rotated)
 
     def cache(self, settings: None) -> AttentionCache:
         """An empty cache of keys and values."""

@@ -56,8 +56,14 @@ RECURRENCE = Mamba2Spec()
 class WindowAttention(AttentionMixer):
     """Attention with sinks whose cache is a ring."""
 
-    def __init__(self, config: LlamaConfig, settings: WindowSettings, kv_heads: int | None = None):
-        super().__init__(config, kv_heads)
+    def __init__(
+        self,
+        config: LlamaConfig,
+        settings: WindowSettings,
+        kv_heads: int | None = None,
+        rotated: bool = True,
+    ):
+        super().__init__(config, kv_heads, rotated=rotated)
         self.span = span_of(config, settings)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
@@ -97,10 +103,14 @@ class Mamba2WindowMixer(Mamba2Mixer):
     """A Mamba-2 mixer plus `window`, attention to what is near."""
 
     def __init__(
-        self, config: LlamaConfig, settings: WindowedSettings, kv_heads: int | None = None
+        self,
+        config: LlamaConfig,
+        settings: WindowedSettings,
+        kv_heads: int | None = None,
+        rotated: bool = True,
     ):
         super().__init__(config, settings.mamba2)
-        self.window = WindowAttention(config, settings.mamba2_window, kv_heads)
+        self.window = WindowAttention(config, settings.mamba2_window, kv_heads, rotated)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
@@ -222,6 +232,12 @@ class Mamba2WindowSpec(WindowedSizes, MixerSpec[WindowedSettings]):
     with_kept_heads = "mamba2_mixed"
     can_rotate = True
     rescales_heads = True
+
+    def module(
+        self, config: LlamaConfig, settings: WindowedSettings, rotated: bool = True
+    ) -> Mamba2WindowMixer:
+        """The module of one layer."""
+        return self.module_type(config, settings, rotated=rotated)
 
     def cache(self, settings: WindowedSettings) -> WindowedCache:
         """An empty cache of one layer."""
