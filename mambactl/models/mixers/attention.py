@@ -20,7 +20,6 @@ from mambactl.models.mixers.sizes import AttentionSizes
 from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
 from mambactl.models.packed import (
     AttentionState,
-    NotSupported,
     PassContext,
     Projection,
     Residual,
@@ -155,7 +154,8 @@ class AttentionMixer(nn.Module):
 class PackedAttention:
     """Attention of a decode pass; `qkv` rows are queries, keys, values.
 
-    `window` 0 means all positions; with `sinks` the first of all are seen from everywhere.
+    `window` 0 means all positions; with `sinks` the first of all are seen from everywhere. `norms`
+    are the weights of those on queries and on keys, or none.
     """
 
     qkv: Projection
@@ -165,11 +165,20 @@ class PackedAttention:
     width: int
     window: int
     sinks: int = 0
+    norms: tuple[Tensor, ...] = ()
+    eps: float = 0.0
+    query_factor: float = 1.0
+    rotated: bool = True
 
     @property
     def attention(self) -> "PackedAttention":
         """Itself, which needs the scratch of an attention."""
         return self
+
+    @property
+    def settles(self) -> bool:
+        """True if queries and keys need more than a rotation behind their projection."""
+        return bool(self.norms) or self.query_factor != 1
 
     @property
     def activations(self) -> int:
@@ -226,14 +235,16 @@ class PackedAttention:
         gain: Tensor,
     ) -> None:
         """Add the attention's output to the stream."""
-        ops, at, rotations, out = context.ops, segment, context.rotations, self.out
+        ops, at, out = context.ops, segment, self.out
         columns = at.rows * self.activations
         args = self.arguments(context, state, s.wide[:columns], s.mixed[:columns])
         where = {"T": at.T, "offset": at.offset, "sinks": args.sinks, "ring": args.ring}
         ops.project_qkv(
-            s.scaled, s.squares, context.eps, self.qkv.weight, self.qkv.bias, rotations.cos,
-            rotations.sin, args.q, args.keys, args.values, at.start, at.active, at.T, **where,
+            s.scaled, s.squares, context.eps, self.qkv.weight, self.qkv.bias,
+            *projected_rotation(context, self), args.q, args.keys, args.values, at.start,
+            at.active, at.T, **where,
         )  # fmt: skip
+        settle(context, segment, [self], [args])
         ops.attention(
             args.q, args.keys, args.values, at.start, at.active, at.T, args.out, args.partial,
             args.counter, splits=args.splits, window=args.window, **where,
@@ -251,12 +262,34 @@ class PackedAttention:
         )  # fmt: skip
 
 
+def projected_rotation(context: PassContext, part: PackedAttention) -> tuple[Tensor, Tensor]:
+    """Rotation of queries and keys where they are projected."""
+    rotations = context.rotations
+    return rotations.of_heads if part.rotated and not part.settles else rotations.none
+
+
+def settle(
+    context: PassContext,
+    at: Segment,
+    parts: Sequence[PackedAttention],
+    arguments: Sequence[AttentionArguments],
+) -> None:
+    """Finish queries and keys of the attentions of one layer, where a projection does not."""
+    part = parts[0]
+    if not part.settles:
+        return
+    context.ops.settle_heads(
+        arguments, [each.norms for each in parts if each.norms], part.eps, part.query_factor,
+        context.rotations.of_heads if part.rotated else None, at.start, at.active, at.T, T=at.T,
+        offset=at.offset,
+    )  # fmt: skip
+
+
 def pack_attention(
     mixer: AttentionMixer, config: LlamaConfig, window: int, sinks: int = 0
 ) -> PackedAttention:
-    """Stack the projections of an attention for decode passes; NotSupported with norms on heads."""
-    if mixer.q_norm is not None:
-        raise NotSupported("norms on queries and keys")
+    """Stack the projections of an attention for decode passes."""
+    norms = () if mixer.q_norm is None else (mixer.q_norm.weight, mixer.k_norm.weight)
     return PackedAttention(
         qkv=stack([mixer.q_proj, mixer.k_proj, mixer.v_proj]),
         out=Projection(mixer.o_proj.weight, mixer.o_proj.bias),
@@ -265,6 +298,10 @@ def pack_attention(
         width=config.head_dim,
         window=window,
         sinks=sinks,
+        norms=norms,
+        eps=config.rms_norm_eps,
+        query_factor=mixer.query_factor,
+        rotated=mixer.rotated,
     )
 
 

@@ -6,6 +6,7 @@ window, and its state learns what lies beyond.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from mambactl.models.mixers.attention import (
     attention_cost,
     copy_attention,
     pack_attention,
+    projected_rotation,
+    settle,
 )
 from mambactl.models.mixers.mamba2 import Mamba2Mixer, Mamba2Spec
 from mambactl.models.mixers.mamba2_decode import PackedMamba2
@@ -190,7 +193,11 @@ class PackedWindowed:
             )
         ]
         z, mixed = (flat.view(rows, -1) for flat in (z, mixed))
-        self.recurrence.mix(context, state, s, segment, z, mixed, self.inner, beside)
+        self.recurrence.mix(
+            context, state, s, segment, z, mixed, self.inner, beside,
+            projected_rotation(context, self.window),
+            partial(settle, context, segment, self.attentions, beside),
+        )  # fmt: skip
         context.ops.add_residual(
             mixed, self.recurrence.out.weight, self.bias, s.hidden, gain, s.scaled, s.squares,
             beside=[
