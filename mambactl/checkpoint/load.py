@@ -28,7 +28,8 @@ from mambactl.files import CONFIG, Source
 from mambactl.foreign import AGAIN, blamed, json_object
 from mambactl.lineage import Origin, origin_of
 from mambactl.models.config import HybridConfig
-from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.positions import RotaryEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -219,6 +219,11 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
         return index not in (self.unrotated_layers or ())
 
     @property
+    def factors(self) -> list[str]:
+        """Names of the factors that are not Llama's."""
+        return [name for name in MULTIPLIERS if getattr(self, name) not in (None, NEWER[name])]
+
+    @property
     def query_factor(self) -> float:
         """What queries are multiplied by, for scores that are divided by sqrt(head_dim)."""
         wanted = self.attention_multiplier

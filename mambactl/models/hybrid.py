@@ -19,7 +19,6 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from mambactl.kernels import dispatch
@@ -29,10 +28,10 @@ from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.generating import HybridGenerationMixin, require_own
 from mambactl.models.mixers.attention import RMSNorm
-from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import StepContext, goes_sequentially
 from mambactl.models.mlp import GatedMLP
 from mambactl.models.outputs import chosen, joined, refuse_unknown
+from mambactl.models.positions import RotaryEmbedding
 from mambactl.models.pretrained import HybridPreTrainedModel
 from mambactl.models.ragged import AttentionMaps, Ragged, documents, without_padding
 from mambactl.models.transformers_names import CACHE, one_cache
@@ -42,12 +41,6 @@ __all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 
 # arguments of the loss alone
 LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
-
-
-class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
-    """Llama's, but a model cast to bf16 keeps its frequencies: a rounded one is off by radians."""
-
-    float32_names = ("inv_freq", "original_inv_freq")
 
 
 class FinalRMSNorm(RMSNorm):

@@ -86,8 +86,6 @@ def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
 
 def _rotations(model: HybridForCausalLM, positions: int) -> Rotations:
     rotary = model.model.rotary_emb
-    if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
-        raise NotSupported(f"{rotary.rope_type} rotary positions, which change with the length")
     at = torch.arange(positions, device=model.device)[None]
     # in the model's precision, as its attention layers use them
     cos, sin = rotary(model.model.embed_tokens.weight[:1, None], at)  # [1, S, P]
@@ -107,7 +105,9 @@ def _layer(block: HybridBlock, mixer: PackedMixer) -> LayerWeights:
     if block.has_mlp:
         gate_up = stack([block.mlp.gate_proj, block.mlp.up_proj]).weight
         down = block.mlp.down_proj.weight
-        after = block.post_feedforward_layernorm if block.post_norm else block.post_attention_layernorm
+        after = (
+            block.post_feedforward_layernorm if block.post_norm else block.post_attention_layernorm
+        )
         second = after.weight
     if block.post_norm:
         first, second, behind = None, None, (first, second)

@@ -98,7 +98,7 @@ class DecodeOps(Protocol):
     def settle_heads(
         self, parts: Sequence[AttentionArguments], gains: Sequence[tuple[Tensor, Tensor]],
         eps: float, factor: float, rotation: tuple[Tensor, Tensor] | None, start: Tensor,
-        count: Tensor, scale: int, *, T: int, offset: int,
+        count: Tensor, scale: int, *, T: int, offset: int, joint: bool = False,
     ) -> None:  # fmt: skip
         """Norm and rotate the queries and the newest keys of attentions, in place."""
 

@@ -166,6 +166,7 @@ class PackedAttention:
     window: int
     sinks: int = 0
     norms: tuple[Tensor, ...] = ()
+    joint_norm: bool = False
     eps: float = 0.0
     query_factor: float = 1.0
     rotated: bool = True
@@ -281,7 +282,7 @@ def settle(
     context.ops.settle_heads(
         arguments, [each.norms for each in parts if each.norms], part.eps, part.query_factor,
         context.rotations.of_heads if part.rotated else None, at.start, at.active, at.T, T=at.T,
-        offset=at.offset,
+        offset=at.offset, joint=part.joint_norm,
     )  # fmt: skip
 
 
@@ -299,6 +300,7 @@ def pack_attention(
         window=window,
         sinks=sinks,
         norms=norms,
+        joint_norm=mixer.joint_norm,
         eps=config.rms_norm_eps,
         query_factor=mixer.query_factor,
         rotated=mixer.rotated,
@@ -348,9 +350,7 @@ class AttentionSpec(AttentionSizes, MixerSpec[None]):
         "o_proj": "rowwise",
     }
 
-    def module(
-        self, config: LlamaConfig, settings: None, rotated: bool = True
-    ) -> AttentionMixer:
+    def module(self, config: LlamaConfig, settings: None, rotated: bool = True) -> AttentionMixer:
         """The module of one layer."""
         return AttentionMixer(config, rotated=rotated)
 

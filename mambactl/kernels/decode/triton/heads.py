@@ -105,9 +105,7 @@ def _settle_kernel(
     if tl.program_id(1) == 0:
         base0 = q0 + m.to(tl.int64) * H0 * P
         base1 = q1 + m.to(tl.int64) * H1 * P
-        _settle(
-            base0, P, q_gain0, base1, P, q_gain1, ok, eps, c, s, factor, H0, H1, P, HALF, NORM
-        )
+        _settle(base0, P, q_gain0, base1, P, q_gain1, ok, eps, c, s, factor, H0, H1, P, HALF, NORM)
     else:
         base0 = keys0 + ((b * HK0).to(tl.int64) * slots0 + slot_of(at, SINKS0, RING0)) * P
         base1 = keys1 + ((b * HK1).to(tl.int64) * slots1 + slot_of(at, SINKS1, RING1)) * P
@@ -120,14 +118,14 @@ def _settle_kernel(
 def settle_heads(
     parts: Sequence[AttentionArguments], gains: Sequence[tuple[Tensor, Tensor]], eps: float,
     factor: float, rotation: tuple[Tensor, Tensor] | None, start: Tensor, count: Tensor,
-    scale: int, *, T: int, offset: int, pdl: bool,
+    scale: int, *, T: int, offset: int, joint: bool = False, pdl: bool,
 ) -> None:  # fmt: skip
     """See `kernels.decode.reference.heads.settle_heads`; one or two `parts`."""
     first = parts[0]
     width = first.keys.shape[3]
     norm = NONE
     if gains:
-        norm = EACH if len(gains[0][0]) == width else ALL
+        norm = ALL if joint else EACH
     pointers, sizes = [], {}
     for number in range(2):
         there = number < len(parts)
