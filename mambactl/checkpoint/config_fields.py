@@ -144,6 +144,13 @@ class StateSpacesFields(Fields):
     rms_norm: bool = True
 
 
+class ReleasedFields(Fields):
+    """The keys of a mamba_config.json that say which layers are recurrent; sizes are in tensors."""
+
+    n_layer: Layers | None = None
+    attn_layers: list[int] | None = None
+
+
 class GenerationFields(Fields):
     """The keys of a generation_config.json that decoding reads."""
 

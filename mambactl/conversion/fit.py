@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.data.pack import Batch
-from mambactl.models.hybrid import HybridBlock, HybridModel
+from mambactl.models.block import HybridBlock
+from mambactl.models.hybrid import HybridModel
 from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.from_attention import NO_DECAY
 from mambactl.models.mixers.spec import AttentionWeights, HeadFit, Mixer, MixerSpec, StepContext

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mambactl import console
 from mambactl.data.pack import Batch
 from mambactl.evaluation.recall import RecallProbe, read_answers, summarise_answers
-from mambactl.models.hybrid import HybridBlock, HybridForCausalLM
+from mambactl.models.block import HybridBlock
+from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.spec import StepContext
 
 Criterion = Literal["kl", "recall"]

@@ -20,8 +20,8 @@ from mambactl.checkpoint.adapted import finite
 from mambactl.conversion.aligned import Aligned
 from mambactl.conversion.fit import LayerFit, Streams
 from mambactl.errors import CheckError, UsageError
+from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
-from mambactl.models.hybrid import HybridBlock
 from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.settings import KeptHeads, Mamba2Settings, WindowSettings

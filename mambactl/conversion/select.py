@@ -39,8 +39,9 @@ from mambactl.data.pack import Batch, Row, collate, pack
 from mambactl.data.sources import load_rows
 from mambactl.errors import UsageError
 from mambactl.evaluation.recall import kv_probe
+from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
-from mambactl.models.hybrid import HybridBlock, HybridModel
+from mambactl.models.hybrid import HybridModel
 from mambactl.options import ConvertConfig
 from mambactl.ranks import placement
 

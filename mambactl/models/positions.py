@@ -36,8 +36,8 @@ class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
             return super().forward(x, position_ids)
         frequencies = self._dynamic if self.rope_type == DYNAMIC else self._longrope
         with torch.autocast(x.device.type, enabled=False):
-            turns = position_ids[..., None].float() * frequencies(position_ids)  # [B, T, P / 2]
-            angles = torch.cat((turns, turns), -1)
+            angles = position_ids[..., None].float() * frequencies(position_ids)  # [B, T, P / 2]
+            angles = torch.cat((angles, angles), -1)
             return tuple(
                 (table * self.attention_scaling).to(x.dtype)
                 for table in (angles.cos(), angles.sin())

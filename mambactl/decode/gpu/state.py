@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mambactl.kernels.decode.operations import DecodeOps
+from mambactl.models.block import HybridBlock
 from mambactl.models.cache import HybridCache
-from mambactl.models.hybrid import HybridBlock, HybridForCausalLM, HybridModel
+from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 from mambactl.models.packed import (
     LayerState,
     NotSupported,

@@ -20,8 +20,8 @@ def settle_heads(
 
     Both are as `project_qkv` leaves them without a rotation. `gains` are those of queries and of
     keys for each part: [P] of norms of each head, or where they are `joint` [H P] and [Hk P] of
-    one norm over the heads of all parts; none at all where there is no norm. `rotation` (cos, sin) [S, P / 2] is None where
-    nothing rotates; `factor` is of the queries.
+    one norm over the heads of all parts; none at all where there is no norm. `rotation` (cos, sin)
+    [S, P / 2] is None where nothing rotates; `factor` is of the queries.
     """
     at, real = segment_positions(start, count, scale, T=T, offset=offset)
     b, t = real.nonzero(as_tuple=True)

@@ -97,9 +97,9 @@ def _settle_kernel(
     c, s = (j * 0 + 1.0)[None, :], (j * 0.0)[None, :]
     if ROTATES:
         angle = at * (P // 2) + j
-        turns = ok & (j < P // 2)
-        c = tl.load(cos + angle, mask=turns, other=1.0)[None, :]
-        s = tl.load(sin + angle, mask=turns, other=0.0)[None, :]
+        inside = ok & (j < P // 2)
+        c = tl.load(cos + angle, mask=inside, other=1.0)[None, :]
+        s = tl.load(sin + angle, mask=inside, other=0.0)[None, :]
     if PDL:
         gdc_wait()
     if tl.program_id(1) == 0:
