@@ -159,6 +159,8 @@ class ReleasedReader(Reader):
         shared = self._key_rows
         taps = self._shape_of(index, "mamba.conv1d.weight", 3)[-1]
         d_inner = self._shape_of(index, "mamba.out_proj.weight", 2)[1]
+        # the released ones have none
+        biased = "mamba.in_proj.bias" in self.parts[index]
         if "mamba.dt_bias" not in self.parts[index]:
             return Mamba1Settings(
                 d_inner=d_inner,
@@ -167,6 +169,7 @@ class ReleasedReader(Reader):
                 x_dim=shared,
                 repeat_width=GROUP,
                 d_conv=taps,
+                proj_bias=biased,
             )
         heads = self._shape_of(index, "mamba.dt_bias", 1)[0]
         width = d_inner // heads
@@ -186,6 +189,7 @@ class ReleasedReader(Reader):
             norm_groups=heads,
             norm_eps=EPSILON,
             d_conv=taps,
+            proj_bias=biased,
         )
 
     @property
