@@ -89,8 +89,17 @@ class DecoderFields(Fields):
     torch_dtype: Dtype | None = None
     # our own; sections of mixers are checked by their specs
     mixers: list[Word] | None = None
-    qk_norm: bool | None = None
+    qk_norm: bool | Literal["all"] | None = None
+    post_norm: bool | None = None
+    unrotated_layers: list[int] | None = None
     has_mlp: bool | None = None
+    # of SmolLM3 and Granite
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: Annotated[int, Field(ge=1)] | None = None
+    embedding_multiplier: Number | None = None
+    attention_multiplier: Number | None = None
+    residual_multiplier: Number | None = None
+    logits_scaling: Number | None = None
     # of Mamba
     state_size: Size | None = None
     expand: Annotated[float, Field(gt=0, le=64)] | None = None
@@ -133,6 +142,13 @@ class StateSpacesFields(Fields):
     attn_layer_idx: list[int] | None = None
     d_intermediate: int | None = None
     rms_norm: bool = True
+
+
+class ReleasedFields(Fields):
+    """The keys of a mamba_config.json that say which layers are recurrent; sizes are in tensors."""
+
+    n_layer: Layers | None = None
+    attn_layers: list[int] | None = None
 
 
 class GenerationFields(Fields):

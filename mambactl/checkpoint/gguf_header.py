@@ -5,6 +5,8 @@ The library believes every count, so a damaged one would keep it busy for hours.
 
 import math
 import mmap
+import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,15 @@ class FileFields(Fields):
     file_type: int | None = Field(None, alias="general.file_type")
     bos: Token | None = Field(None, alias="tokenizer.ggml.bos_token_id")
     eos: Token | None = Field(None, alias="tokenizer.ggml.eos_token_id")
+    eot: Token | None = Field(None, alias="tokenizer.ggml.eot_token_id")
     pad: Token | None = Field(None, alias="tokenizer.ggml.padding_token_id")
+
+    @property
+    def ends(self) -> int | list[int] | None:
+        """What ends a text, and an answer where that is another token."""
+        if self.eot is None or self.eot == self.eos:
+            return self.eos
+        return self.eot if self.eos is None else [self.eos, self.eot]
 
 
 class LlamaFields(Fields):
@@ -49,6 +59,8 @@ class LlamaFields(Fields):
     expert_count: int | None = Field(None, alias="llama.expert_count")
     scaling: str = Field("none", alias="llama.rope.scaling.type")
     factor: Number | None = Field(None, alias="llama.rope.scaling.factor")
+    # what older files have in place of both
+    linear: Number | None = Field(None, alias="llama.rope.scale_linear")
 
 
 class TokenizerFields(Fields):
@@ -66,6 +78,29 @@ class TokenizerFields(Fields):
     pad: Token | None = Field(None, alias="tokenizer.ggml.padding_token_id")
     add_bos: bool | None = Field(None, alias="tokenizer.ggml.add_bos_token")
     chat_template: str | None = Field(None, alias="tokenizer.chat_template")
+
+
+# the end of the name of one file of several
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def all_parts(path: Path) -> list[Path]:
+    """The files of the model that `path` is a part of, in order; ModelError where one is missing.
+
+    The first has the metadata of all.
+    """
+    match = _PART.search(path.name)
+    if match is None:
+        return [path]
+    count, stem = int(match[2]), path.name[: match.start()]
+    names = [f"{stem}-{number:05d}-of-{match[2]}.gguf" for number in range(1, count + 1)]
+    missing = [name for name in names if not os.path.exists(path.parent / name)]
+    if missing or not names:
+        raise ModelError(
+            f"{path} is one of {count} files, and {', '.join(missing[:3]) or 'none'} is not there",
+            "put all parts in one folder",
+        )
+    return [path.parent / name for name in names]
 
 
 def check_header(path: Path, size: int) -> None:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from mambactl.checkpoint.config_fields import Fields
-from mambactl.checkpoint.gguf_header import FileFields, LlamaFields, TokenizerFields, check_header
+from mambactl.checkpoint.gguf_header import (
+    FileFields,
+    LlamaFields,
+    TokenizerFields,
+    all_parts,
+    check_header,
+)
 from mambactl.checkpoint.gguf_recurrent import (
     ARCHITECTURES,
     RECURRENT_NAMES,
@@ -58,17 +64,21 @@ class GgufReader(Reader):
     """Tensors under their Hugging Face names, in the type the model had before quantisation."""
 
     def __init__(self, path: Path):
+        parts = all_parts(path)
+        path = parts[0]
         super().__init__(path)
         try:
             import gguf
         except ImportError as error:
             raise ResourceError("reading GGUF needs gguf", "pip install gguf") from error
-        size = regular_size(path)
-        with blamed(path):
-            check_header(path, size)
-            file = gguf.GGUFReader(path)
+        files = []
+        for part in parts:
+            size = regular_size(part)
+            with blamed(part):
+                check_header(part, size)
+                files.append(gguf.GGUFReader(part))
         self._dequantize = gguf.dequantize
-        self._fields = file.fields
+        self._fields = files[0].fields
         architecture = self._value("general.architecture")
         if architecture not in ("llama", *ARCHITECTURES):
             raise ModelError(
@@ -82,7 +92,7 @@ class GgufReader(Reader):
             if architecture == "llama"
             else self._read(RecurrentFields, f"{architecture}.")
         )
-        self._tensors = {tensor.name: tensor for tensor in file.tensors}
+        self._tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
         names = (name for name in self._tensors if name != _ROPE_FACTORS)
         self._names = {self._renamed(_our_name(name, path)): name for name in names}
         if _EMBEDDING not in self._names or len(self.shape(_EMBEDDING)) != 2:
@@ -175,7 +185,7 @@ class GgufReader(Reader):
             "hidden_act": "silu",
             "dtype": self.number_type("").name,
             "bos_token_id": self._file.bos,
-            "eos_token_id": self._file.eos,
+            "eos_token_id": self._file.ends,
             "pad_token_id": self._file.pad,
         }
         if scaling := self._rope_scaling(found):
@@ -205,7 +215,8 @@ class GgufReader(Reader):
             return _llama3_scaling(factors, config)
         kind = self._about.scaling
         if kind == "none":
-            return None
+            older = getattr(self._about, "linear", None)
+            return {"rope_type": "linear", "factor": older} if older not in (None, 1) else None
         if kind == "linear" and self._about.factor is not None:
             return {"rope_type": "linear", "factor": self._about.factor}
         raise ModelError(f"{self.path} uses rope scaling {kind!r}", "linear and llama3 are read")
@@ -236,6 +247,11 @@ class GgufReader(Reader):
         for name in ("tokens", "scores", "token_type", "merges"):
             if (value := getattr(words, name)) is not None:
                 described[name] = value
+        if words.model == "gpt2" and not words.merges:
+            raise ModelError(
+                f"{self.path}: its tokenizer cannot be read: it has no merges",
+                "make the GGUF again from the original model, or give that",
+            )
         with blamed(self.path, "its tokenizer"):
             backend = gguf_tokenizer("llama", described)
         if words.pre == "smollm":

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 
 from mambactl import console
 from mambactl.checkpoint.adapted import Adapted, in_dtype, require_finite
-from mambactl.checkpoint.adapters import llama, mamba, own, qwen
+from mambactl.checkpoint.adapters import granite, llama, mamba, olmo, own, qwen, smollm
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.config_fields import GenerationFields, Identity, read_fields
 from mambactl.checkpoint.opening import open_checkpoint
@@ -23,12 +24,13 @@ from mambactl.checkpoint.safetensors_reader import read_lineage
 from mambactl.checkpoint.save import stored_dtype
 from mambactl.checkpoint.side_files import read_config, read_side_files
 from mambactl.checkpoint.text_growth import TOKENIZER, require_bounded_growth
-from mambactl.errors import ModelError
+from mambactl.errors import ModelError, ResourceError
 from mambactl.files import CONFIG, Source
 from mambactl.foreign import AGAIN, blamed, json_object
 from mambactl.lineage import Origin, origin_of
 from mambactl.models.config import HybridConfig
-from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.positions import RotaryEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,6 +53,9 @@ FORMATS = {
     "mistral": Format(PLAIN["mistral"], llama.adapt),
     "qwen2": Format(PLAIN["qwen2"], qwen.adapt_qwen2),
     "qwen3": Format(PLAIN["qwen3"], qwen.adapt_qwen3),
+    "smollm3": Format("SmolLM3ForCausalLM", smollm.adapt),
+    "olmo2": Format("Olmo2ForCausalLM", olmo.adapt),
+    "granite": Format("GraniteForCausalLM", granite.adapt),
     "mamba": Format("MambaForCausalLM", mamba.adapt),
     "mamba2": Format("Mamba2ForCausalLM", mamba.adapt),
     mamba.STATE_SPACES: Format(None, mamba.adapt),
@@ -65,7 +70,8 @@ def adapt(reader: Reader) -> Adapted:
     named = (identity.architectures or [known and known.architecture])[0]
     if known is None:
         raise _unsupported(reader, f"{named or 'unnamed'} (model_type {kind!r})")
-    if known.architecture not in (None, named):
+    # an older spelling of Llama's differs in its capitals alone
+    if known.architecture and known.architecture.casefold() != (named or "").casefold():
         raise _unsupported(reader, named)
     if identity.quantization_config:
         raise ModelError(
@@ -101,6 +107,9 @@ def _unsupported(reader: Reader, what: str) -> ModelError:
 GENERATION = "generation_config.json"
 _NEOX = "EleutherAI/gpt-neox-20b"
 _NAMES_SHOWN = 5
+# a tokenizer of another library, and what reads it -> the module
+SENTENCES = "tokenizer.model"
+SENTENCE_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 # every tokenizer has to read this
 _PROBE = "The first of 2 lines.\n"
 
@@ -214,6 +223,8 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
         for name, content in files.items():
             data = content.encode("utf-8") if isinstance(content, str) else content
             (Path(folder) / name).write_bytes(data)
+        if TOKENIZER not in files and SENTENCES in files:
+            _require_sentencepiece(source)
         with blamed(source.path, ", ".join(name for name in files if name != GENERATION)):
             if TOKENIZER in files:
                 # not Auto: classes like GPT2Tokenizer rebuild the pipeline, lose digit splitting
@@ -234,6 +245,24 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _require_sentencepiece(source: Source) -> None:
+    """Raise ResourceError where what reads a tokenizer.model is not installed."""
+    missing = [package for package, module in SENTENCE_PACKAGES.items() if not _installed(module)]
+    if missing:
+        raise ResourceError(
+            f"the tokenizer of {source.path} is {SENTENCES} alone, which needs "
+            f"{' and '.join(missing)}",
+            f"pip install {' '.join(missing)}",
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _try(tokenizer: "PreTrainedTokenizerFast") -> None:

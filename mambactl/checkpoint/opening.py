@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
+from mambactl.checkpoint.mambainllama_reader import MAMBA_CONFIG, ReleasedReader
 from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.safetensors_reader import FolderReader, SingleFileReader
+from mambactl.checkpoint.safetensors_reader import WEIGHTS, FolderReader, SingleFileReader
 from mambactl.errors import ModelError
 from mambactl.files import CONFIG, Source
 
@@ -31,13 +32,21 @@ def open_checkpoint(source: Source | str) -> Reader:
         return GgufReader(source.path)
     if source.kind == "file":
         return SingleFileReader(source.path)
-    if any(source.path.glob(SAFETENSORS)):
-        return FolderReader(source.path)
-    if any(source.path.glob(PICKLES)):
+    reader = _open_folder(source.path)
+    return ReleasedReader(reader) if os.path.exists(source.path / MAMBA_CONFIG) else reader
+
+
+def _open_folder(folder: Path) -> Reader:
+    complete = any(os.path.exists(folder / name) for name in WEIGHTS)
+    pickled = any(folder.glob(PICKLES))
+    # other safetensors, of an adapter say, may lie beside whole weights in pickles
+    if complete or (not pickled and any(folder.glob(SAFETENSORS))):
+        return FolderReader(folder)
+    if pickled:
         from mambactl.checkpoint.pickle_reader import PickleReader
 
-        return PickleReader(source.path)
-    return _refuse_folder(source.path)
+        return PickleReader(folder)
+    return _refuse_folder(folder)
 
 
 def _refuse_folder(folder: Path) -> Reader:

@@ -40,6 +40,11 @@ PLAIN = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ATTENTION = "attention"
+# of some families alone: what makes them is not described here
+UNUSUAL = frozenset(
+    ("unrotated_layers", "post_norm", "embedding_multiplier", "attention_multiplier")
+    + ("residual_multiplier", "logits_scaling")
+)
 SECTIONS = frozenset(name for sizes in SIZES.values() for name in sizes.sections)
 
 
@@ -161,6 +166,8 @@ def _layout(reader: Reader) -> PlainLayout | None:
     kind = identity.model_type
     named = (identity.architectures or [PLAIN.get(kind)])[0]
     if kind not in PLAIN or named != PLAIN[kind] or identity.quantization_config:
+        return None
+    if UNUSUAL & raw.keys():
         return None
     read_fields(DecoderFields, raw, reader.path)
     config = PlainFields(**{key: raw[key] for key in PlainFields.model_fields if key in raw})

@@ -3,12 +3,13 @@
 import base64
 import os
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from safetensors import SafetensorError, safe_open
 
+from mambactl import console
 from mambactl.bounds import HEADER_BYTES
 from mambactl.checkpoint.lineage_record import checked_lineage
 from mambactl.checkpoint.reader import NUMBER_TYPES, MappedReader, NumberType
@@ -60,6 +61,10 @@ class SafetensorsFile(Protocol):
         """One tensor, read."""
 
 
+# of a folder: all weights, or the names of the files that hold them
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
 class _SafetensorsReader(MappedReader):
     """Tensors in safetensors files, described by their headers."""
 
@@ -94,12 +99,14 @@ class FolderReader(_SafetensorsReader):
 
     def __init__(self, folder: Path):
         self.config = read_config(folder)
-        index = folder / "model.safetensors.index.json"
-        single = folder / "model.safetensors"
-        if os.path.exists(index):
-            where = read_index(index)
-        elif os.path.exists(single):
+        single, index = (folder / name for name in WEIGHTS)
+        if os.path.exists(single):
+            # as transformers does: an index beside it is what an earlier save left
             where = {}
+            if os.path.exists(index):
+                _ignore(index)
+        elif os.path.exists(index):
+            where = read_index(index)
         else:
             raise ModelError(
                 f"{folder} has safetensors files but neither model.safetensors nor its index",
@@ -139,6 +146,12 @@ class SingleFileReader(_SafetensorsReader):
         self.config = read_config(file.parent)
         self.files = read_side_files(file.parent)
         self.lineage = read_folder_lineage(file.parent)
+
+
+@cache
+def _ignore(index: Path) -> None:
+    """Say of an index, once, that it is not read."""
+    console.warn(f"{index} is ignored: model.safetensors beside it holds the weights")
 
 
 def read_lineage(checkpoint: Path) -> dict[str, Any] | None:

@@ -1,8 +1,11 @@
 """Whether two checkpoints mean the same tokens by the same numbers."""
 
+from torch import nn
+
 from mambactl.checkpoint.load import adapt, load_tokenizer, needs_remote_code, open_checkpoint
 from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
+from mambactl.models.hybrid import HybridForCausalLM
 
 
 def model_config(spec: str) -> HybridConfig:
@@ -26,11 +29,12 @@ def require_same_tokens(
     hint: str,
     equal_size: bool = True,
     trust_remote_code: bool = False,
+    padded: bool = False,
 ) -> None:
     """Raise ModelError, calling `other` the `role` of `source`, unless they share a vocabulary.
 
     Every number that both tokenizers define must be the same token; without `equal_size` one
-    model may have padding that the other lacks.
+    model may have padding that the other lacks, and where it may be `padded`, `other` alone.
     """
     sizes = [vocabulary_size(spec, trust_remote_code) for spec in (other, source)]
     difference = _difference(source, other, trust_remote_code)
@@ -39,8 +43,30 @@ def require_same_tokens(
         raise ModelError(
             f"the {role} {other} has another vocabulary than {source}: {difference}{counts}", hint
         )
-    if None not in sizes and sizes[0] != sizes[1] and (equal_size or difference is None):
+    if None in sizes or sizes[0] == sizes[1]:
+        return
+    loose = not equal_size or (padded and sizes[0] > sizes[1])
+    if difference is None or not loose:
         raise ModelError(f"the {role} {other} has {sizes[0]} tokens, {source} has {sizes[1]}", hint)
+
+
+def without_padding(model: HybridForCausalLM, size: int) -> HybridForCausalLM:
+    """The model with its first `size` tokens alone, whose rows it does not copy."""
+    if model.config.vocab_size <= size:
+        return model
+    head, embedding = model.lm_head, model.model.embed_tokens
+    shared = head.weight is embedding.weight
+    head.weight = nn.Parameter(head.weight.data[:size], head.weight.requires_grad)
+    if shared:
+        embedding.weight = head.weight
+    else:
+        rows = embedding.weight
+        embedding.weight = nn.Parameter(rows.data[:size], rows.requires_grad)
+    head.out_features = embedding.num_embeddings = size
+    model.config.vocab_size = model.vocab_size = size
+    if model.config.pad_token_id is not None and model.config.pad_token_id >= size:
+        model.config.pad_token_id = embedding.padding_idx = None
+    return model
 
 
 def _difference(source: str, other: str, trust_remote_code: bool) -> str | None:

@@ -13,7 +13,7 @@ from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.teacher import named_teacher, teacher_of
-from mambactl.checkpoint.vocabulary import model_config, require_same_tokens
+from mambactl.checkpoint.vocabulary import model_config, require_same_tokens, without_padding
 from mambactl.errors import CheckError, MambactlError, UsageError
 from mambactl.evaluation.controls import ablated, require_branch, windowed_attention
 from mambactl.evaluation.fidelity import Variant
@@ -176,8 +176,9 @@ def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]
         console.warn(f"nothing is compared with a teacher: {error} ({error.hint})")
         return None
     hint = "give a --teacher of the same family"
+    trusted = config.trust_remote_code
     require_same_tokens(
-        source, teacher, "teacher", hint, trust_remote_code=config.trust_remote_code
+        source, teacher, "teacher", hint, trust_remote_code=trusted, padded=not trusted
     )
     return teacher
 
@@ -209,6 +210,9 @@ def _subject(config: EvalConfig, inputs: Inputs, source: str) -> Subject:
     if inputs.teacher is not None:
         same = resolve(inputs.teacher).path == resolve(source).path
         teacher = model if same else _load(config, inputs.teacher)
+        if not config.trust_remote_code:
+            # compared in the tokens that both have
+            teacher = without_padding(teacher, model.config.vocab_size)
     if config.against is not None:
         shared = teacher is not None and resolve(config.against) == resolve(inputs.teacher)
         other = teacher if shared else _load(config, config.against)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.data.pack import Batch
-from mambactl.models.hybrid import HybridBlock, HybridModel
+from mambactl.models.block import HybridBlock
+from mambactl.models.hybrid import HybridModel
 from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.from_attention import NO_DECAY
 from mambactl.models.mixers.spec import AttentionWeights, HeadFit, Mixer, MixerSpec, StepContext
@@ -47,12 +48,23 @@ class Streams:
 
     def __init__(self, model: HybridModel, embedding: Tensor, batches: Sequence[Batch]):
         self.batches = batches
-        self.teacher = [nn.functional.embedding(b.input_ids, embedding).float() for b in batches]
+        factor = model.config.embedding_multiplier
+        self.teacher = [
+            nn.functional.embedding(b.input_ids, embedding).float() * factor for b in batches
+        ]
         self.student = list(self.teacher)
         self.contexts = [
             model.context(hidden, b.position_ids, seq_idx=b.seq_idx)
             for hidden, b in zip(self.teacher, batches, strict=True)
         ]
+
+    @torch.no_grad()
+    def expected_input(self, block: HybridBlock) -> Tensor:
+        """The rms [D] of the channels that the next mixer reads, measured where no norm says it."""
+        if not block.post_norm:
+            return block.expected_input()
+        rows = [hidden[b.valid] for hidden, b in zip(self.student, self.batches, strict=True)]
+        return torch.cat(rows).square().mean(0).sqrt()
 
     @torch.no_grad()
     def keep(self, block: HybridBlock) -> None:
@@ -71,10 +83,10 @@ class Streams:
             self.teacher[i], inner, mixed = _observe(teacher, self.teacher[i], context)
             heads.append(inner)
             targets.append(mixed)
-        inputs = [student.input_layernorm(hidden) for hidden in self.student]
+        inputs = [student.entering(hidden) for hidden in self.student]
         masks = [batch.valid for batch in self.batches]
         problem = Problem(inputs, self.contexts, masks, heads, targets)
-        weights = weights_of(teacher.mixer, teacher.input_layernorm.weight)
+        weights = weights_of(teacher.mixer, self.expected_input(teacher))
         problem = _beyond_window(spec, student.mixer, weights, problem)
         spec.start_fit(student.mixer, weights)
         report = fit_mixer(spec, student.mixer, weights, problem)

@@ -114,6 +114,11 @@ def _beyond_granite(target: HybridConfig) -> list[str]:
         (others, f"{' and '.join(others)} layers"),
         (target.rotates, "its states rotate"),
         (target.qk_norm, "its queries and keys have norms"),
+        (target.post_norm, "its norms stand behind mixers"),
+        (
+            len({target.rotated(index) for index in target.attention_layers}) > 1,
+            "only some of its attention has rotary positions",
+        ),
         (not isinstance(target.attention_bias, bool), "its projections have biases in part"),
         (target.sliding_window, "its attention has a window of its own"),
         (inner % target.hidden_size, "its heads are no multiple of the hidden size"),

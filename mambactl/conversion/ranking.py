@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mambactl import console
 from mambactl.data.pack import Batch
 from mambactl.evaluation.recall import RecallProbe, read_answers, summarise_answers
-from mambactl.models.hybrid import HybridBlock, HybridForCausalLM
+from mambactl.models.block import HybridBlock
+from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.spec import StepContext
 
 Criterion = Literal["kl", "recall"]
@@ -173,7 +174,7 @@ class Instruments:
         seq_idx: Tensor | None = None,
         probe: int | None = None,
     ) -> PickedRows:
-        hidden = self.model.embed_tokens(ids)
+        hidden = self.model.embedded(ids)
         context = self.model.context(hidden, position_ids, seq_idx=seq_idx)
         asked, targets = answers[picked], ids.roll(-1, 1)[answers]
         rows = PickedRows(hidden, context, picked, asked, targets, hidden.new_zeros(0), probe)

@@ -27,7 +27,7 @@ from mambactl.conversion.ranking import (
     swap_scores,
 )
 from mambactl.evaluation.controls import Narrowed
-from mambactl.models.hybrid import HybridBlock
+from mambactl.models.block import HybridBlock
 from mambactl.models.mixers.settings import WindowSettings
 from mambactl.models.mixers.spec import StepContext
 

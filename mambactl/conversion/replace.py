@@ -20,8 +20,8 @@ from mambactl.checkpoint.adapted import finite
 from mambactl.conversion.aligned import Aligned
 from mambactl.conversion.fit import LayerFit, Streams
 from mambactl.errors import CheckError, UsageError
+from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
-from mambactl.models.hybrid import HybridBlock
 from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.settings import KeptHeads, Mamba2Settings, WindowSettings
@@ -185,7 +185,7 @@ class Replacement:
         """
         spec, settings = self.mixer(index, kept)
         teacher = block_of(self.base, index, state)
-        weights = weights_of(teacher.mixer, teacher.input_layernorm.weight)
+        weights = weights_of(teacher.mixer, teacher.expected_input())
         if self.aligned is not None:
             rest = _without_attention(state)
             self._warn_of_other_rest(index, rest)
@@ -195,7 +195,7 @@ class Replacement:
             return rest | {f"{spec.attribute}.{name}": found[name] for name in found}
         if streams is not None:
             teacher = teacher.float()
-            weights = weights_of(teacher.mixer, teacher.input_layernorm.weight)
+            weights = weights_of(teacher.mixer, streams.expected_input(teacher))
         student = new_block(self.block_config(index, kept), index)
         student.mixer.to_empty(device="cpu")
         rest = _without_attention(teacher.state_dict())
@@ -218,7 +218,7 @@ class Replacement:
         return self.base.with_layers({index: self.mixer(index, kept)})
 
     def _warn_of_other_rest(self, index: int, kept: Mapping[str, Tensor]) -> None:
-        name = "input_layernorm.weight"
+        name = f"{'post_attention' if self.base.post_norm else 'input'}_layernorm.weight"
         theirs = self.aligned.adapted.get(self.aligned.reader, f"model.layers.{index}.{name}")
         if not torch.equal(theirs, kept[name].to(theirs.dtype)):
             console.warn(

@@ -39,8 +39,9 @@ from mambactl.data.pack import Batch, Row, collate, pack
 from mambactl.data.sources import load_rows
 from mambactl.errors import UsageError
 from mambactl.evaluation.recall import kv_probe
+from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
-from mambactl.models.hybrid import HybridBlock, HybridModel
+from mambactl.models.hybrid import HybridModel
 from mambactl.options import ConvertConfig
 from mambactl.ranks import placement
 
@@ -319,7 +320,7 @@ def _sibling(
     replacement: Replacement, block: HybridBlock, state: Mapping[str, Tensor]
 ) -> HybridBlock:
     """A block with the mixer of `state` that shares everything else with `block`."""
-    weight = block.input_layernorm.weight
+    weight = block.first_norm.weight
     other = new_block(replacement.block_config(block.index), block.index)
     for name, module in block.named_children():
         if name != block.mixer_name:

@@ -12,7 +12,6 @@ from mambactl.checkpoint.load import load_model
 from mambactl.checkpoint.pickle_writer import PickleFolder
 from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.export.exported_form import Form, Origin
-from mambactl.export.mambainllama_reader import load_released
 from mambactl.export.round_trip import CausalModel, load_by_transformers
 from mambactl.export.to_gguf import gguf_form
 from mambactl.export.to_mamba_ssm import mamba_ssm_form
@@ -83,6 +82,6 @@ TARGETS = {
     "mambainllama": Target(
         lambda origin, config: mambainllama_form(origin, config.layout == "fused"),
         _released,
-        load_released,
+        _load_ours("folder"),
     ),
 }

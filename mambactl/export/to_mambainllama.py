@@ -16,17 +16,15 @@ import torch
 from torch import Tensor
 
 from mambactl.checkpoint.container import json_text
+from mambactl.checkpoint.mambainllama_reader import EPSILON, GROUP, MAMBA_CONFIG, PARTS
 from mambactl.export.exported_form import Form, Origin, Step, cannot_hold, changed, renamed
 from mambactl.export.mamba2_layout import mamba2_layout
-from mambactl.export.mambainllama_reader import GROUP, PARTS
 from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, require_foldable
 from mambactl.export.to_transformers import require_plain_blocks, shared_fields
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 
-MAMBA_CONFIG = "mamba_config.json"
 _FORM = "MambaInLlama"
-_EPSILON = 1e-5
 _PLAIN = "`mambactl convert TEACHER --mixer mamba1 --init reference` makes one that can"
 
 Changes = dict[str, Callable[[Tensor], Tensor]]
@@ -83,7 +81,7 @@ def _mamba2(origin: Origin) -> tuple[dict[str, Any], Changes]:
     whole = (s.n_heads, s.c_groups, s.norm_groups) == (heads,) * 3
     if not whole or (s.x_heads, s.b_groups) != (shared, shared) or s.d_state != config.head_dim:
         raise cannot_hold(origin, "has other heads than the attention it replaced", _FORM)
-    if s.norm_eps != _EPSILON:
+    if s.norm_eps != EPSILON:
         raise cannot_hold(origin, f"has norms of {s.norm_eps:g}", _FORM, None)
     return {"expand": 1, "ngroups": heads, "d_state": s.d_state}, {}
 

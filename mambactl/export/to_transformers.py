@@ -1,7 +1,7 @@
 """The architectures of transformers that compute what a model of ours computes.
 
 GraniteMoeHybrid without experts is a Llama some of whose layers are Mamba-2; Mamba and Mamba2 are
-the native models; a model without recurrent layers is a Llama, Mistral, Qwen2 or Qwen3.
+the native models; a model without recurrent layers is one of the families that are converted.
 vLLM and SGLang read the same folders.
 """
 
@@ -26,7 +26,8 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.attention import AttentionSpec
 
 GRANITE = "GraniteMoeHybrid"
-_DENSE = "mambactl export --to transformers holds Llama, Mistral, Qwen2 and Qwen3"
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Olmo2", "Granite")
+_DENSE = f"mambactl export --to transformers holds {', '.join(_FAMILIES)}"
 
 
 def transformers_form(origin: Origin) -> Form:
@@ -87,23 +88,56 @@ def _dense(origin: Origin) -> Form:
 def _dense_family(origin: Origin) -> tuple[str, dict[str, Any]]:
     """Name of a family, and the fields that are its own; ModelError where none fits."""
     config = origin.config
-    biased, windowed = config.attention_bias, config.sliding_window
+    biased, windowed, in_mlp = config.attention_bias, config.sliding_window, config.mlp_bias
+    needed = {
+        "Olmo2": config.post_norm or config.qk_norm == "all",
+        "SmolLM3": bool(config.unrotated_layers),
+        "Granite": bool(config.factors),
+        "Qwen3": config.qk_norm is True,
+        "Qwen2": not isinstance(biased, bool),
+    }
+    names = [name for name, holds in needed.items() if holds]
+    names = names or ["Mistral" if windowed else "Llama"]
+    name = names[0]
     every = {"sliding_window": windowed, "use_sliding_window": bool(windowed)}
     # the first layer with a window
     qwen = every | {"max_window_layers": 0 if windowed else config.num_hidden_layers}
-    if config.qk_norm and isinstance(biased, bool) and not config.mlp_bias:
-        return "Qwen3", qwen | {"attention_bias": biased}
-    if config.qk_norm:
-        raise cannot_hold(origin, "has norms on heads beside biases", "Qwen3", _DENSE)
-    if not isinstance(biased, bool):
-        if set(biased) != set("qkv") or config.mlp_bias:
-            raise cannot_hold(origin, f"has biases on {biased}", "Qwen2", _DENSE)
-        return "Qwen2", qwen
-    if not windowed:
-        return "Llama", {"attention_bias": biased, "mlp_bias": config.mlp_bias}
-    if biased or config.mlp_bias:
-        raise cannot_hold(origin, "has biases beside a sliding window", "Mistral", _DENSE)
-    return "Mistral", {"sliding_window": windowed}
+    biases = {"attention_bias": biased, "mlp_bias": in_mlp}
+    rotated = [int(config.rotated(index)) for index in range(config.num_hidden_layers)]
+    fields = {
+        "Olmo2": {"attention_bias": biased},
+        "SmolLM3": biases | every | {"no_rope_layers": rotated},
+        "Granite": biases | factor_fields(config),
+        "Qwen3": qwen | {"attention_bias": biased},
+        "Qwen2": qwen,
+        "Llama": biases,
+        "Mistral": {"sliding_window": windowed},
+    }
+    refused = {
+        f"has what {' and '.join(names)} have": len(names) > 1,
+        "has norms in other places": name == "Olmo2"
+        and not (config.post_norm and config.qk_norm == "all"),
+        f"has biases on {biased}": name == "Qwen2" and set(biased) != set("qkv"),
+        "has biases": name == "Mistral" and biased,
+        "has biases in its MLPs": in_mlp and "mlp_bias" not in fields[name],
+        "has a sliding window": windowed and "sliding_window" not in fields[name],
+        "has a window in layers without rotation": name == "SmolLM3" and windowed,
+    }
+    for what, holds in refused.items():
+        if holds:
+            raise cannot_hold(origin, what, name, _DENSE)
+    return name, fields[name]
+
+
+def factor_fields(config: HybridConfig) -> dict[str, float]:
+    """The factors of a Granite."""
+    scores = config.attention_multiplier
+    return {
+        "attention_multiplier": config.head_dim**-0.5 if scores is None else scores,
+        "embedding_multiplier": config.embedding_multiplier,
+        "logits_scaling": config.logits_scaling,
+        "residual_multiplier": config.residual_multiplier,
+    }
 
 
 # GraniteMoeHybrid
@@ -111,7 +145,7 @@ def _dense_family(origin: Origin) -> tuple[str, dict[str, Any]]:
 
 def _granite(origin: Origin) -> Form:
     config = origin.config
-    require_plain_blocks(origin, GRANITE)
+    require_plain_blocks(origin, GRANITE, factors=True)
     layout = mamba2_layout(origin, GRANITE)
     s = layout.sizes
     if s.d_inner % config.hidden_size:
@@ -127,12 +161,9 @@ def _granite(origin: Origin) -> Form:
         "layer_types": [
             "attention" if i in attention else "mamba" for i in range(len(config.mixers))
         ],
-        "position_embedding_type": "rope",
+        "position_embedding_type": "rope" if config.rotated(attention[0]) else "nope",
         "attention_bias": bool(config.attention_bias),
-        "attention_multiplier": config.head_dim**-0.5,
-        "embedding_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "residual_multiplier": 1.0,
+        **factor_fields(config),
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
         "shared_intermediate_size": config.intermediate_size,
@@ -150,16 +181,25 @@ def _granite(origin: Origin) -> Form:
     return Form(f"{GRANITE}ForCausalLM", fields, steps, since=layout.since)
 
 
-def require_plain_blocks(origin: Origin, form: str) -> None:
-    """Raise ModelError for what no model around the mixers may have."""
+def require_plain_blocks(origin: Origin, form: str, factors: bool = False) -> None:
+    """Raise ModelError for what no model around the mixers may have.
+
+    With `factors` the form has those of a Granite, and can do without rotation altogether.
+    """
     config = origin.config
+    attention = config.attention_layers
+    rotated = {config.rotated(index) for index in attention}
     window = config.sliding_window
     refused = {
         "has layers without MLP": not config.has_mlp,
         "has norms on heads": config.qk_norm,
+        "has norms behind its mixers": config.post_norm,
+        "has layers without rotary positions": len(rotated) > 1
+        or (not factors and False in rotated),
+        f"has {' and '.join(config.factors)}": bool(config.factors) and not factors,
         "has biases in its MLPs": config.mlp_bias,
         f"has the activation {config.hidden_act}": config.hidden_act != "silu",
-        f"has a sliding window of {window}": bool(window and config.attention_layers),
+        f"has a sliding window of {window}": bool(window and attention),
     }
     for what, found in refused.items():
         if found:

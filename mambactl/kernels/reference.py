@@ -383,6 +383,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
 
 
+def norm_by(x: Tensor, mean: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of a part x [..., D] of something whose mean square is `mean` [..., 1]."""
+    return weight * (x.to(mean.dtype) * torch.rsqrt(mean + eps)).to(x.dtype)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) up, the SiLU rounded to its dtype (arXiv 2002.05202)."""
     return F.silu(gate) * up

@@ -21,8 +21,20 @@ ARCHITECTURE = "HybridForCausalLM"
 # properties that a config.json may name as well
 DERIVED = ("layer_types", "auto_map", "base_model_tp_plan")
 MLP_PARALLEL = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-# fields that an earlier version does not know
-NEWER = frozenset({"qk_norm", "kept_heads"})
+# fields that an earlier version does not know, and where they say nothing
+NEWER = {
+    "qk_norm": False,
+    "kept_heads": None,
+    "unrotated_layers": None,
+    "post_norm": False,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": None,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+MULTIPLIERS = tuple(name for name in NEWER if name.endswith(("_multiplier", "_scaling")))
 
 
 @strict
@@ -49,8 +61,18 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
     kept_heads: Section = None
     # of all four projections, or the letters of those that have one: q, k, v, o
     attention_bias: bool | list[str] = False
-    # norms on the heads of queries and keys
-    qk_norm: bool = False
+    # norms on queries and keys: True, of each head; "all", of all heads of a projection together
+    qk_norm: bool | str = False
+    # layers whose queries and keys are not rotated
+    unrotated_layers: list[int] | None = None
+    # norms behind mixers and MLPs, not in front of them
+    post_norm: bool = False
+    # of embeddings, of scores (None: 1 / sqrt(head_dim)), and of what each part adds to the stream
+    embedding_multiplier: float | int = 1.0
+    attention_multiplier: float | int | None = None
+    residual_multiplier: float | int = 1.0
+    # logits are divided by it
+    logits_scaling: float | int = 1.0
     sliding_window: int | None = None
     has_mlp: bool = True
 
@@ -66,7 +88,8 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; those of `NEWER` only where they say something, for a version without."""
-        fields = {k: v for k, v in super().to_dict().items() if v or k not in NEWER}
+        every = super().to_dict().items()
+        fields = {k: v for k, v in every if k not in NEWER or v not in (None, NEWER[k])}
         return fields | {"auto_map": dict(AUTO_MAP)}
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -98,6 +121,8 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
             f"layers.*.{MIXERS[mixer].attribute}.{name}": how
             for mixer in self.mixers
             for name, how in MIXERS[mixer].tensor_parallel.items()
+            # a norm over all heads needs them in one place
+            if self.qk_norm != "all"
         }
         if self.has_mlp:
             plan |= {f"layers.*.mlp.{name}": how for name, how in MLP_PARALLEL.items()}
@@ -121,6 +146,14 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
         self.check_heads()
         if not 0 <= (self.attention_dropout or 0) < 1:
             raise ValueError(f"attention_dropout {self.attention_dropout}: a share from 0 to 1")
+        if self.qk_norm not in (False, True, "all"):
+            raise ValueError(f'qk_norm {self.qk_norm!r}: true, false or "all"')
+        layers = set(range(self.num_hidden_layers))
+        if set(self.unrotated_layers or ()) - layers:
+            raise ValueError(f"unrotated_layers {self.unrotated_layers} of {len(layers)} layers")
+        for name in MULTIPLIERS:
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} {value}: a positive number")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown")
         if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
@@ -181,6 +214,21 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
             labels.append(f"{layer.spec.name} {number + 1}" if number else layer.spec.name)
         return labels
 
+    def rotated(self, index: int) -> bool:
+        """True if queries and keys of a layer rotate with the position."""
+        return index not in (self.unrotated_layers or ())
+
+    @property
+    def factors(self) -> list[str]:
+        """Names of the factors that are not Llama's."""
+        return [name for name in MULTIPLIERS if getattr(self, name) not in (None, NEWER[name])]
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by, for scores that are divided by sqrt(head_dim)."""
+        wanted = self.attention_multiplier
+        return 1.0 if wanted is None else wanted * self.head_dim**0.5
+
     @property
     def attends(self) -> bool:
         """Whether positions bound any layer, because training has bounded them."""
@@ -198,9 +246,11 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
         kept = {
             key: value
             for key, value in self.to_dict().items()
-            if key != "model_type" and key not in names
+            if key not in ("model_type", "unrotated_layers") and key not in names
         }
         changed = {"num_hidden_layers": 1, "mixers": [spec.name]} | own | fields
+        if not self.rotated(index):
+            changed["unrotated_layers"] = [0]
         return HybridConfig(**kept | changed)
 
     def with_mixers(self, mixers: Sequence[str], **sections: Any) -> "HybridConfig":

@@ -15,23 +15,20 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from mambactl.kernels import dispatch
 from mambactl.kernels.local_attention import LocalKeys, LocalSpan, local_keys
 from mambactl.kernels.reference import Spans, spans
+from mambactl.models.block import FinalRMSNorm, HybridBlock
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
 from mambactl.models.generating import HybridGenerationMixin, require_own
-from mambactl.models.mixers.attention import RMSNorm
-from mambactl.models.mixers.modules import KeepsFloat32
 from mambactl.models.mixers.spec import StepContext, goes_sequentially
-from mambactl.models.mlp import GatedMLP
 from mambactl.models.outputs import chosen, joined, refuse_unknown
+from mambactl.models.positions import RotaryEmbedding
 from mambactl.models.pretrained import HybridPreTrainedModel
 from mambactl.models.ragged import AttentionMaps, Ragged, documents, without_padding
 from mambactl.models.transformers_names import CACHE, one_cache
@@ -41,57 +38,6 @@ __all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 
 # arguments of the loss alone
 LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
-
-
-class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
-    """Llama's, but a model cast to bf16 keeps its frequencies: a rounded one is off by radians."""
-
-    float32_names = ("inv_freq", "original_inv_freq")
-
-
-class HybridBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) where the architecture has an MLP."""
-
-    def __init__(self, config: HybridConfig, index: int):
-        super().__init__()
-        self.index = index
-        layer = config.layer(index)
-        self.mixer_name = layer.spec.attribute
-        self.is_attention = layer.spec.is_attention
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        setattr(self, self.mixer_name, layer.spec.module(config, layer.settings))
-        self.has_mlp = config.has_mlp
-        if self.has_mlp:
-            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mlp = GatedMLP(config)
-
-    @property
-    def mixer(self) -> nn.Module:
-        """The layer's token mixer."""
-        return getattr(self, self.mixer_name)
-
-    def forward(self, hidden: Tensor, context: StepContext, cache: HybridCache | None) -> Tensor:
-        """hidden [B, T, D] -> [B, T, D]."""
-        return self.run(hidden, context, cache)
-
-    def run(self, hidden: Tensor, context: StepContext, cache: HybridCache | None) -> Tensor:
-        """`forward` without what wraps it, hooks and checkpoints: the part that is compiled."""
-        return self._step(hidden, context, cache)[0]
-
-    def observe(self, hidden: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
-        """The block's output, its mixer's input and its mixer's output, all [B, T, D]."""
-        return self._step(hidden, context, None)
-
-    def _step(
-        self, hidden: Tensor, context: StepContext, cache: HybridCache | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        layer_cache = None if cache is None else cache.layers[self.index]
-        normed = self.input_layernorm(hidden)
-        mixed = self.mixer(normed, context, layer_cache)
-        hidden = hidden + mixed
-        if self.has_mlp:
-            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return hidden, normed, mixed
 
 
 @dataclass(frozen=True)
@@ -112,7 +58,8 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList(
             HybridBlock(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # the last states are those that the head multiplies
+        self.norm = FinalRMSNorm(config.hidden_size, config.rms_norm_eps, 1 / config.logits_scaling)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self._sight: _Sight | None = None
@@ -150,7 +97,8 @@ class HybridModel(HybridPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        hidden = _stream(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        given = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self._entered(given)
         length, newest = hidden.shape[1], getattr(cache, "revocable", 0)
         outputs = output_hidden_states, output_attentions
         if not newest or length == 1 or cache.seen:
@@ -226,11 +174,19 @@ class HybridModel(HybridPreTrainedModel):
         padded = cache is not None and bool((cache.lengths != before).any())
         return AttentionMaps(rows, attention_mask, before + length, padded)
 
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        """The stream [B, T, D] in front of the first block."""
+        return self._entered(self.embed_tokens(input_ids))
+
+    def _entered(self, embeddings: Tensor) -> Tensor:
+        factor = self.config.embedding_multiplier
+        return _stream(embeddings if factor == 1 else embeddings * factor)
+
     def enter(
         self, input_ids: Tensor, position_ids: Tensor | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, StepContext]:
         """What the first block gets for rows [B, T] without padding or a cache."""
-        hidden = _stream(self.embed_tokens(input_ids))
+        hidden = self.embedded(input_ids)
         return hidden, self.context(hidden, position_ids, seq_idx=seq_idx)
 
     def read(self, input_ids: Tensor, cache: HybridCache, n_new: Tensor | None) -> Tensor:
@@ -238,7 +194,7 @@ class HybridModel(HybridPreTrainedModel):
 
         Asks the device for nothing where `cache.level`, so that a CUDA graph can hold it.
         """
-        hidden = _stream(self.embed_tokens(input_ids))
+        hidden = self.embedded(input_ids)
         context = self.context(hidden, cache=cache, n_new=n_new)
         for layer in self.layers:
             hidden = layer(hidden, context, cache)

@@ -31,6 +31,16 @@ class Rotations:
         """The same with one channel pair held still, for rotary states."""
         return still(self.cos, 1.0), still(self.sin, 0.0)
 
+    @property
+    def of_heads(self) -> tuple[Tensor, Tensor]:
+        """Those of queries and keys."""
+        return self.cos, self.sin
+
+    @cached_property
+    def none(self) -> tuple[Tensor, Tensor]:
+        """Tables of the same size that turn nothing."""
+        return torch.ones_like(self.cos), torch.zeros_like(self.sin)
+
 
 class NotSupported(ValueError):
     """The decode kernels cannot run this model; the message says why."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from mambactl.conversion.replace import kept_attention
 from mambactl.models.config import HybridConfig
-from mambactl.models.hybrid import HybridForCausalLM, RotaryEmbedding
+from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import MIXERS
 from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 from mambactl.models.mixers.spec import MixerForm
+from mambactl.models.positions import RotaryEmbedding
 
 # of every projection, as in Llama and GPT-2
 STD = 0.02

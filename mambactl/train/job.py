@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.teacher import teacher_of
-from mambactl.checkpoint.vocabulary import require_same_tokens
+from mambactl.checkpoint.vocabulary import model_config, require_same_tokens, without_padding
 from mambactl.data.recall_documents import require_recall_length
 from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
@@ -70,18 +70,26 @@ class Job:
         With `foreign` it may be code of its own, which has logits but none of our layers.
         """
         spec = self.teacher_spec
-        self.require_vocabulary_of(spec, foreign)
         trusted = foreign and self.config.trust_remote_code
-        return load_model(spec, self.device, self.dtype, trusted).requires_grad_(False)
+        self.require_vocabulary_of(spec, foreign, padded=not trusted)
+        model = load_model(spec, self.device, self.dtype, trusted).requires_grad_(False)
+        # the KL is over the tokens that both have
+        return model if trusted else without_padding(model, model_config(self.source).vocab_size)
 
-    def require_vocabulary_of(self, teacher: str, foreign: bool = False) -> None:
-        """Raise ModelError unless teacher and student share every token."""
+    def require_vocabulary_of(
+        self, teacher: str, foreign: bool = False, padded: bool = False
+    ) -> None:
+        """Raise ModelError unless teacher and student share every token.
+
+        A teacher that may be `padded` may have more.
+        """
         require_same_tokens(
             self.source,
             teacher,
             "teacher",
             "give a --teacher of the same family",
             trust_remote_code=foreign and self.config.trust_remote_code,
+            padded=padded,
         )
 
     @cached_property

@@ -43,7 +43,8 @@ def plan_training(
     found = describe(job.source)
     teacher = job.teacher_spec if with_teacher else None
     if teacher is not None:
-        job.require_vocabulary_of(teacher, foreign)
+        trusted = foreign and job.config.trust_remote_code
+        job.require_vocabulary_of(teacher, foreign, padded=not trusted)
     return {
         "source": found["checkpoint"],
         "teacher": teacher,

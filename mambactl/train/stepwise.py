@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import NamedTuple
 
 from mambactl.errors import UsageError
+from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
-from mambactl.models.hybrid import HybridBlock, HybridForCausalLM
+from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import ATTENTION
 
 # shares of all layers replaced in the models of the paper, and before the first of them

@@ -208,3 +208,13 @@ def test_code_in_a_checkpoint_runs_only_when_trusted(tiny_llama_dir: Path, tmp_p
     model = load_model(str(folder), trust_remote_code=True)
     assert marker.exists()
     assert type(model).__name__ == "Odd"
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("Mamba", {}), ("Mamba2", {"num_heads": 6, "head_dim": 11, "n_groups": 2})],
+)
+def test_a_native_model_of_an_odd_width(family: str, fields: dict, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 33, "state_size": 6, "num_hidden_layers": 2, "vocab_size": 97}
+    config = getattr(transformers, f"{family}Config")(**sizes, **fields)
+    logits_match(randomise(getattr(transformers, f"{family}ForCausalLM")(config)), tmp_path, 1e-5)

@@ -1,5 +1,6 @@
 """A GGUF of a Llama computes what the Llama it was made from computes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -50,10 +51,16 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    path: Path, model: LlamaForCausalLM, quantised: bool = False, architecture: str = "llama"
+    path: Path,
+    model: LlamaForCausalLM,
+    quantised: bool = False,
+    architecture: str = "llama",
+    tensors: int = 0,
+    more: Callable[[gguf.GGUFWriter], None] = lambda _: None,
 ) -> Path:
+    """The model in files of up to `tensors` (0: in one), with `more` metadata."""
     config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -65,6 +72,7 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_file_type(7 if quantised else 0)
     write_tokenizer(writer)
+    more(writer)
     if config.rope_parameters["rope_type"] == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
         plain = 500000.0 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -196,6 +204,55 @@ def test_begin_token_is_added_when_the_file_says_so(tmp_path: Path, monkeypatch)
     monkeypatch.setitem(globals(), "write_tokenizer", with_begin_token)
     tokenizer = load_tokenizer(str(write_gguf(tmp_path / "m.gguf", tiny_llama())))
     assert tokenizer("a").input_ids == [1, tokenizer.convert_tokens_to_ids("a")]
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    """Any of them stands for all; one that is missing is named."""
+    whole = load_model(str(write_gguf(tmp_path / "m.gguf", tiny_llama()))).state_dict()
+    write_gguf(tmp_path / "s.gguf", tiny_llama(), tensors=8)
+    parts = sorted(tmp_path.glob("s-*.gguf"))
+    assert [part.name for part in parts] == [f"s-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    for part in (parts[0], parts[2]):
+        found = load_model(str(part)).state_dict()
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    assert load_tokenizer(str(parts[1])).tokenize("the") == ["th", "e"]
+    parts[1].unlink()
+    with pytest.raises(ModelError, match="one of 3 files, and s-00002-of-00003.gguf is not there"):
+        load_model(str(parts[0]))
+
+
+def test_older_keys_and_the_end_of_an_answer(tmp_path: Path) -> None:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_float32("llama.rope.scale_linear", 4.0)
+        writer.add_eot_token_id(5)
+
+    path = str(write_gguf(tmp_path / "m.gguf", tiny_llama(), more=more))
+    model = load_model(path)
+    parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 30000.0}
+    assert model.config.rope_parameters == parameters
+    assert model.generation_config.eos_token_id == [2, 5]
+    scaled = tiny_llama(rope_parameters=parameters)
+    ids = torch.randint(0, 40, (1, 30), generator=torch.manual_seed(1))
+    with torch.no_grad():
+        difference = model(ids, use_cache=False).logits - scaled(ids, use_cache=False).logits
+    assert difference.abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("merges", "what"), [([], "it has no merges"), (["x y z", "q q"], "its tokenizer")]
+)
+def test_a_vocabulary_that_cannot_be_read(merges, what, tmp_path: Path, monkeypatch) -> None:
+    plain = gguf.GGUFWriter.add_token_merges
+    monkeypatch.setattr(
+        gguf.GGUFWriter,
+        "add_token_merges",
+        lambda writer, _: plain(writer, merges) if merges else None,
+    )
+    path = str(write_gguf(tmp_path / "m.gguf", tiny_llama()))
+    with pytest.raises(ModelError, match=what) as refused:
+        load_tokenizer(path)
+    assert refused.value.hint
 
 
 def test_other_architectures_and_damage_are_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import (
     load_lineage,
     load_model,
@@ -18,7 +19,7 @@ from mambactl.checkpoint.load import (
     open_strict,
 )
 from mambactl.checkpoint.save import save_model
-from mambactl.errors import ExitCode, ModelError
+from mambactl.errors import ExitCode, MambactlError, ModelError
 
 NORM = "model.layers.1.input_layernorm.weight"
 Damage = Callable[[dict[str, torch.Tensor]], object]
@@ -129,12 +130,14 @@ def no_weights(folder: Path) -> None:
 
 
 def pointer_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {NORM: "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def index_of_absent_tensor(folder: Path) -> None:
-    index = {"weight_map": {"gone": "model.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    index = {"weight_map": {"gone": "one.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -217,8 +220,51 @@ def test_pickled_code_never_runs(llama: Path, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_weights_beside_those_of_an_earlier_save(llama: Path, capsys) -> None:
+    """What transformers reads: the one file; it is said that the index is not."""
+    expected = load_model(str(llama)).state_dict()
+    old = {NORM: torch.zeros(3)}
+    save_file(old, llama / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {NORM: "model-00001-of-00001.safetensors"}}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = load_model(str(llama)).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert error.count("is ignored") == 1
+
+
+def test_safetensors_beside_whole_weights_in_pickles(llama: Path) -> None:
+    """An adapter's, say."""
+    expected = load_model(str(llama)).state_dict()
+    state = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    torch.save(state, llama / "pytorch_model.bin")
+    save_file({"lora": torch.zeros(2)}, llama / "adapter_model.safetensors")
+    found = load_model(str(llama)).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["LLaMAForCausalLM", "LlamaForCausalLM"])
+def test_older_spellings_of_an_architecture(llama: Path, name: str) -> None:
+    raw = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(raw | {"architectures": [name]}))
+    assert set(load_model(str(llama)).config.mixers) == {"attention"}
+    assert set(describe(str(llama))["mixers"]) == {"attention"}
+
+
+def test_a_tokenizer_of_sentencepiece_alone(llama: Path, monkeypatch) -> None:
+    """Says what is missing, and that it is not the checkpoint."""
+    (llama / "tokenizer.json").unlink(missing_ok=True)
+    (llama / "tokenizer.model").write_bytes(b"any")
+    monkeypatch.setattr("mambactl.checkpoint.load.find_spec", lambda _: None)
+    with pytest.raises(MambactlError, match="needs sentencepiece and protobuf") as refused:
+        load_tokenizer(str(llama))
+    assert refused.value.code == ExitCode.RESOURCE
+    assert refused.value.hint == "pip install sentencepiece protobuf"
+
+
 def test_index_cannot_reach_outside_of_its_folder(llama: Path, tmp_path: Path) -> None:
-    shutil.copy(llama / "model.safetensors", tmp_path / "secret.safetensors")
+    (llama / "model.safetensors").rename(tmp_path / "secret.safetensors")
     index = {"weight_map": {NORM: "../secret.safetensors"}}
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="is no name of a file beside it"):

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer, open_checkpoint
 from mambactl.checkpoint.run_folder import RunFolder, differences
 from mambactl.commands import convert, distill, dpo, sft
+from mambactl.commands import eval as evaluation
 from mambactl.commands.distill import plan, run
 from mambactl.errors import ModelError, OutputError, UsageError
+from mambactl.evaluation.probes import EvalConfig
 from mambactl.options import ConvertConfig, DistillConfig, DpoConfig, SftConfig
 from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
@@ -280,8 +283,8 @@ def test_what_cannot_be_distilled_is_a_sentence(
         run(cpu(data, dtype="float16"), student, out)
     with pytest.raises(UsageError, match="random number generators"):
         run(cpu(data, capture=True, grad_checkpointing=True), student, out)
-    other = _saved_teacher(make_hybrid, tmp_path / "other", tiny_llama_dir, vocab_size=101)
-    with pytest.raises(ModelError, match="has 101 tokens, .* has 97"):
+    other = _saved_teacher(make_hybrid, tmp_path / "other", tiny_llama_dir, vocab_size=95)
+    with pytest.raises(ModelError, match="has 95 tokens, .* has 97"):
         run(cpu(data, teacher=other), student, out)
     assert not list(tmp_path.glob("out*"))
     out.mkdir()
@@ -290,6 +293,30 @@ def test_what_cannot_be_distilled_is_a_sentence(
         run(cpu(data), student, out)
     with pytest.raises(OutputError, match="other content"):
         run(cpu(data), student, out, force=True)
+
+
+def test_padding_behind_a_teachers_vocabulary(student, data, tiny_llama_dir, tmp_path):
+    """The KL is over the tokens that both have: it is that to the teacher without padding."""
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+    model.resize_token_embeddings(110)
+    with torch.no_grad():
+        model.lm_head.weight[97:] = 3 * model.lm_head.weight[:13]
+    padded = shutil.copytree(tiny_llama_dir, tmp_path / "padded")
+    model.save_pretrained(padded)
+    configs = [
+        cpu(data, stages=["logits"], max_steps=1, teacher=str(teacher))
+        for teacher in (tiny_llama_dir, padded)
+    ]
+    found = [run(config, student, tmp_path / f"{n}.st") for n, config in enumerate(configs)]
+    states = [load_model(each.path).state_dict() for each in found]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert plan(configs[1], student)["teacher"] == str(padded)
+    probe = {"data": [data], "bootstrap": 0, "device": "cpu", "max_length": 32}
+    kept = []
+    for teacher in (tiny_llama_dir, padded):
+        measured = evaluation.run(EvalConfig(teacher=str(teacher), **probe), student)
+        kept += [found["kl"] for found in measured.metrics["fidelity"].values()]
+    assert kept[0] == pytest.approx(kept[1], rel=1e-6)
 
 
 def test_a_larger_teacher_only_gives_logits(student, data, tmp_path, make_hybrid, tiny_llama_dir):

@@ -67,6 +67,8 @@ def byte_tokenizer():
 
 
 # name -> mixers and fields of a model
+FACTORS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4,
+           "logits_scaling": 0.25}  # fmt: skip
 MODELS: dict[str, tuple[list[str], Callable[[], dict]]] = {
     "hybrid": (
         ["mamba2", "attention"] * 2,
@@ -92,6 +94,12 @@ MODELS: dict[str, tuple[list[str], Callable[[], dict]]] = {
     "mistral": (["attention"] * 2, lambda: {"sliding_window": 8}),
     "qwen2": (["attention"] * 2, lambda: {"attention_bias": ["q", "k", "v"]}),
     "qwen3": (["attention"] * 2, lambda: {"qk_norm": True, "head_dim": 32}),
+    "smollm3": (["attention"] * 4, lambda: {"unrotated_layers": [1, 3]}),
+    "olmo2": (["attention"] * 2, lambda: {"qk_norm": "all", "post_norm": True}),
+    "granite": (["attention"] * 2, lambda: dict(FACTORS)),
+    "factors": (["mamba2", "attention"], lambda: {"mamba2": mamba2(True), **FACTORS}),
+    "still": (["mamba2", "attention"], lambda: {"mamba2": mamba2(True), "unrotated_layers": [1]}),
+    "behind": (["mamba2", "attention"], lambda: {"mamba2": mamba2(True), "post_norm": True}),
     "windowed": (["mamba2_window", "attention"], lambda: {"mamba2": mamba2(True)}),
     "kept": (["mamba2_mixed", "attention"], dict),
     "rotary": (["mamba2", "attention"], lambda: {"mamba2": mamba2(True) | {"rotary": True}}),

@@ -19,6 +19,11 @@ FORMS = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "factors": "GraniteMoeHybridForCausalLM",
+    "still": "GraniteMoeHybridForCausalLM",
 }
 # blocks mambactl as if it were not installed
 CHILD = """
@@ -67,7 +72,7 @@ def answers(tmp_path_factory, exported, ids) -> dict[str, tuple]:
 
 
 GROUPED = pytest.mark.since_transformers("5.23", "norms all groups together")
-SEVERAL_GROUPS = ("hybrid", "biased", "native2")
+SEVERAL_GROUPS = ("hybrid", "biased", "native2", "factors", "still")
 
 
 @pytest.mark.parametrize(

@@ -146,25 +146,12 @@ def refused(make_hybrid, why: str):
         "biases": lambda: make_hybrid(["mamba2"], mlp_bias=True),
         "float16": lambda: make_hybrid(["mamba2"]).to(torch.float16),
         "float64": lambda: make_hybrid(["mamba2"]).to(torch.float64),
-        "dynamic": lambda: make_hybrid(
-            ["attention"],
-            rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-        ),
-        "longrope": lambda: make_hybrid(
-            ["attention"],
-            rope_parameters={
-                "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8,
-                "long_factor": [2.0] * 8, "original_max_position_embeddings": 64,
-            },
-        ),
         "5 taps": lambda: make_hybrid(["mamba2"], **settings(make_hybrid, "mamba2", d_conv=5)),
     }[why]  # fmt: skip
     return model()
 
 
-@pytest.mark.parametrize(
-    "why", ["activation", "biases", "float16", "float64", "dynamic", "longrope", "5 taps"]
-)
+@pytest.mark.parametrize("why", ["activation", "biases", "float16", "float64", "5 taps"])
 def test_what_the_kernels_do_not_compute_is_refused(make_hybrid, why) -> None:
     with pytest.raises(NotSupported, match=why):
         pack(refused(make_hybrid, why), 8)

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 from mambactl.checkpoint.adapted import Adapted, build_config, same_names
 from mambactl.checkpoint.reader import Reader
+from mambactl.errors import ModelError
 from mambactl.models.config import HybridConfig
 
 # what decides the computation or the text around it; bookkeeping of the source stays behind
@@ -39,6 +40,22 @@ def adapt(reader: Reader) -> Adapted:
         return all_attention(reader, build_config(reader, MistralConfig, reader.config))
     native = build_config(reader, LlamaConfig, reader.config)
     return all_attention(reader, native, sliding_window=None)
+
+
+def own_tokens(native: PretrainedConfig) -> dict[str, Any]:
+    """Tokens of a family that has none where its file names none; Llama has 1 and 2."""
+    return {name: getattr(native, name) for name in ("bos_token_id", "eos_token_id")}
+
+
+def window_of(reader: Reader, native: PretrainedConfig) -> int | None:
+    """The window of all layers; ModelError where some layers have one and others not."""
+    windows = set(native.layer_types) - {"full_attention"}
+    if windows and len(set(native.layer_types)) > 1:
+        raise ModelError(
+            f"{reader.path} has a sliding window in some layers only, which is not supported",
+            "set use_sliding_window to false in config.json if its texts fit the window",
+        )
+    return native.sliding_window if windows else None
 
 
 def all_attention(reader: Reader, native: PretrainedConfig, **own: Any) -> Adapted:

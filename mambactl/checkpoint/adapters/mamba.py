@@ -36,6 +36,8 @@ def adapt(reader: Reader) -> Adapted:
             "has_mlp": False,
             "num_attention_heads": 1,
             "num_key_value_heads": 1,
+            # no layer has angles, and the library wants pairs of channels for them
+            "head_dim": fields["hidden_size"] + fields["hidden_size"] % 2,
             "intermediate_size": fields["hidden_size"],
             "max_position_embeddings": _MAX_POSITIONS,
         },

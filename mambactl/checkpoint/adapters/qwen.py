@@ -9,9 +9,8 @@ from typing import Any
 from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
 from mambactl.checkpoint.adapted import Adapted, build_config
-from mambactl.checkpoint.adapters.llama import all_attention
+from mambactl.checkpoint.adapters.llama import all_attention, own_tokens, window_of
 from mambactl.checkpoint.reader import Reader
-from mambactl.errors import ModelError
 
 
 def adapt_qwen2(reader: Reader) -> Adapted:
@@ -26,13 +25,5 @@ def adapt_qwen3(reader: Reader) -> Adapted:
 
 def _adapt(reader: Reader, family: type[PretrainedConfig], **own: Any) -> Adapted:
     native = build_config(reader, family, reader.config)
-    windows = set(native.layer_types) - {"full_attention"}
-    if windows and len(set(native.layer_types)) > 1:
-        raise ModelError(
-            f"{reader.path} has a sliding window in some layers only, which is not supported",
-            "set use_sliding_window to false in config.json if its texts fit the window",
-        )
-    # without a token of its own it has none, where Llama has 1 and 2
-    tokens = {name: getattr(native, name) for name in ("bos_token_id", "eos_token_id")}
-    window = native.sliding_window if windows else None
-    return all_attention(reader, native, sliding_window=window, **tokens, **own)
+    window = window_of(reader, native)
+    return all_attention(reader, native, sliding_window=window, **own_tokens(native), **own)

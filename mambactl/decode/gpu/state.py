@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambactl.kernels.decode.operations import DecodeOps
+from mambactl.models.block import HybridBlock
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 from mambactl.models.packed import (
@@ -23,13 +24,17 @@ from mambactl.models.session_size import StateSize
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One block; without an MLP its three tensors are None."""
+    """One block; without an MLP its three tensors are None, and `behind` without norms there.
 
-    gain: Tensor  # [D]
+    Gains are those of the norms in front of the mixer and of the MLP, None where there are none.
+    """
+
+    gain: Tensor | None  # [D]
     mixer: PackedMixer
     mlp_gain: Tensor | None  # [D]
     gate_up: Tensor | None  # [2 I, D]
     down: Tensor | None  # [D, I]
+    behind: tuple[Tensor, ...] = ()  # [D], of the norms behind the mixer and the MLP
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,10 @@ class PackedModel:
     layers: tuple[LayerWeights, ...]
     gain: Tensor  # [D]
     head: Tensor  # [V, D]
-    eps: float
+    eps: float  # of norms of the stream
+    # of embeddings, and of a stream that the model itself has computed
+    factor: float
+    entrance: float
     rotations: Rotations | None
     # whether replaying tokens would cost a layer as much as storing its state
     stores_every_step: bool
@@ -59,6 +67,8 @@ def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
     if model.dtype not in (torch.bfloat16, torch.float32):
         raise NotSupported(f"weights in {model.dtype}")
     rotations = _rotations(model, positions) if config.attends else None
+    # the stream of a pass is the model's over the factor of what it adds: products need none then
+    unit = config.residual_multiplier
     layers = []
     for block, layer in zip(inner.layers, config.layers, strict=True):
         mixer = layer.spec.pack(block.mixer, config, layer.settings, rotations)
@@ -67,9 +77,11 @@ def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
         source=inner,
         table=inner.embed_tokens.weight,
         layers=tuple(layers),
-        gain=inner.norm.weight,
+        gain=_final_gain(inner),
         head=model.lm_head.weight,
-        eps=config.rms_norm_eps,
+        eps=config.rms_norm_eps / unit**2,
+        factor=config.embedding_multiplier / unit,
+        entrance=1 / unit,
         rotations=rotations,
         stores_every_step=config.stores_every_step,
     )
@@ -77,8 +89,6 @@ def pack(model: HybridForCausalLM, positions: int) -> PackedModel:
 
 def _rotations(model: HybridForCausalLM, positions: int) -> Rotations:
     rotary = model.model.rotary_emb
-    if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
-        raise NotSupported(f"{rotary.rope_type} rotary positions, which change with the length")
     at = torch.arange(positions, device=model.device)[None]
     # in the model's precision, as its attention layers use them
     cos, sin = rotary(model.model.embed_tokens.weight[:1, None], at)  # [1, S, P]
@@ -86,16 +96,25 @@ def _rotations(model: HybridForCausalLM, positions: int) -> Rotations:
     return Rotations(*(table[0, :, :half].float().contiguous() for table in (cos, sin)))
 
 
-def _layer(block: nn.Module, mixer: PackedMixer) -> LayerWeights:
-    if not block.has_mlp:
-        return LayerWeights(block.input_layernorm.weight, mixer, None, None, None)
-    return LayerWeights(
-        gain=block.input_layernorm.weight,
-        mixer=mixer,
-        mlp_gain=block.post_attention_layernorm.weight,
-        gate_up=stack([block.mlp.gate_proj, block.mlp.up_proj]).weight,
-        down=block.mlp.down_proj.weight,
-    )
+def _final_gain(inner: HybridModel) -> Tensor:
+    """The last norm's weight, over what logits are divided by."""
+    weight, factor = inner.norm.weight, inner.norm.factor
+    return weight.data if factor == 1 else (weight.float() * factor).to(weight.dtype)
+
+
+def _layer(block: HybridBlock, mixer: PackedMixer) -> LayerWeights:
+    first, second, behind = block.first_norm.weight, None, ()
+    gate_up, down = None, None
+    if block.has_mlp:
+        gate_up = stack([block.mlp.gate_proj, block.mlp.up_proj]).weight
+        down = block.mlp.down_proj.weight
+        after = (
+            block.post_feedforward_layernorm if block.post_norm else block.post_attention_layernorm
+        )
+        second = after.weight
+    if block.post_norm:
+        first, second, behind = None, None, (first, second)
+    return LayerWeights(first, mixer, second, gate_up, down, behind)
 
 
 @dataclass
@@ -108,6 +127,7 @@ class Scratch:
     wide: Tensor  # flat: queries, or the gate of a recurrence
     mixed: Tensor  # flat: inputs of a mixer's output projection
     inner: Tensor  # flat: activations of an MLP, or of the attention beside a mixer
+    branch: Tensor | None  # [M, D], what a norm behind a mixer or an MLP reads
     partial: Tensor  # flat fp32
     counter: Tensor  # flat int32, zero between launches
 
@@ -184,6 +204,7 @@ def _scratch(
         wide=like.new_zeros(rows * inner),
         mixed=like.new_zeros(rows * inner),
         inner=like.new_zeros(rows * inner),
+        branch=like.new_zeros(rows, width) if weights.layers[0].behind else None,
         partial=like.new_zeros(max(partial, 1), dtype=flat),
         counter=like.new_zeros(max(counter, 1), dtype=torch.int32),
     )

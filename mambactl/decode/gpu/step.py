@@ -1,8 +1,9 @@
 """One decode step on the device: draft, verify, accept, commit, with no question to the host."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from mambactl.decode.gpu.state import LayerWeights, ModelState, PackedModel
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
+from mambactl.kernels.decode.reference.linear import read_plainly
 from mambactl.kernels.decode.reference.verdict import Field, Letter
 from mambactl.kernels.random import Stream, as_int64
 from mambactl.models.packed import LayerState, PassContext, Residual, Segment
@@ -109,8 +111,8 @@ class Pass:
         """tokens int32 [B, T] -> the stream after the last layer, scaled by the final norm."""
         w, rows = self.weights, segment.rows
         s = self._stream(rows)
-        self.ops.embed(tokens, w.table, w.layers[0].gain, s.hidden, s.scaled, s.squares)
-        gains = [layer.gain for layer in w.layers[1:]] + [w.gain]
+        gains = [layer.gain for layer in w.layers] + [w.gain]
+        self._start(tokens, w.table, gains.pop(0), s, w.factor)
         for layer, held, gain in zip(w.layers, self.state.layers, gains, strict=True):
             self._layer(layer, held, gain, s, segment)
         return s
@@ -119,8 +121,17 @@ class Pass:
         """The stream of hidden [B, D], scaled by the final norm."""
         s = self._stream(len(hidden))
         rows = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)[:, None]
-        self.ops.embed(rows, hidden, self.weights.gain, s.hidden, s.scaled, s.squares)
+        self._start(rows, hidden, self.weights.gain, s, self.weights.entrance)
         return s
+
+    def _start(
+        self, tokens: Tensor, table: Tensor, gain: Tensor | None, s: Residual, factor: float
+    ) -> None:
+        """Rows of a table into the stream, which a norm of weight `gain` reads, or none."""
+        written = self.weights.gain if gain is None else gain
+        self.ops.embed(tokens, table, written, s.hidden, s.scaled, s.squares, factor)
+        if gain is None:
+            read_plainly(s.hidden, s.scaled, s.squares, self.weights.eps)
 
     def _stream(self, rows: int) -> Residual:
         held = self.state.scratch
@@ -135,15 +146,42 @@ class Pass:
         )
 
     def _layer(
-        self, layer: LayerWeights, held: LayerState, gain: Tensor, s: Residual, segment: Segment
+        self,
+        layer: LayerWeights,
+        held: LayerState,
+        gain: Tensor | None,
+        s: Residual,
+        segment: Segment,
     ) -> None:
+        """One block; `gain` is of the norm that reads its output, None where there is none."""
         after = gain if layer.down is None else layer.mlp_gain
-        layer.mixer.run(self.context, held, s, segment, after)
+        with self._adding(layer, 0, after, s) as (stream, weight):
+            layer.mixer.run(self.context, held, stream, segment, weight)
         if layer.down is None:
             return
         act = s.inner[: segment.rows * layer.down.shape[1]].view(segment.rows, -1)
         self.ops.swiglu(s.scaled, s.squares, self.weights.eps, layer.gate_up, act)
-        self.ops.add_residual(act, layer.down, None, s.hidden, gain, s.scaled, s.squares)
+        with self._adding(layer, 1, gain, s) as (stream, weight):
+            self.ops.add_residual(
+                act, layer.down, None, stream.hidden, weight, stream.scaled, stream.squares
+            )
+
+    @contextmanager
+    def _adding(
+        self, layer: LayerWeights, part: int, gain: Tensor | None, s: Residual
+    ) -> Iterator[tuple[Residual, Tensor]]:
+        """The stream that a mixer (part 0) or an MLP (1) adds to, and the norm weight that it
+        writes it for: a stream of its own where a norm follows, which is then added.
+        """
+        if not layer.behind:
+            yield s, gain
+            return
+        branch = replace(s, hidden=self.state.scratch.branch[: len(s.hidden)])
+        branch.hidden.zero_()
+        yield branch, layer.behind[part]
+        self.ops.add_normed(
+            s.scaled, s.squares, self.weights.eps, s.hidden, gain, s.scaled, s.squares
+        )
 
     def best(self, s: Residual, T: int, last: bool, tokens: Tensor, scratch: "HeadScratch") -> None:
         """The argmax of every row, or only of each sequence's last one, into tokens."""

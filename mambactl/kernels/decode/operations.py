@@ -33,6 +33,11 @@ class AttentionArguments(NamedTuple):
         return self.q.shape[1] // self.keys.shape[3]
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Query heads, KV heads, sinks and ring."""
+        return self.heads, self.keys.shape[1], self.sinks, self.ring
+
+    @property
     def rows(self) -> int:
         """Rows (H + 2 Hk) P of its queries, keys and values in a projection."""
         return (self.heads + 2 * self.keys.shape[1]) * self.keys.shape[3]
@@ -59,9 +64,9 @@ class DecodeOps(Protocol):
 
     def embed(
         self, tokens: Tensor, table: Tensor, gain: Tensor, hidden: Tensor, scaled: Tensor,
-        squares: Tensor,
+        squares: Tensor, factor: float = 1.0,
     ) -> None:  # fmt: skip
-        """Write tokens into the residual stream."""
+        """Write tokens, times a factor, into the residual stream."""
 
     def project(
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
@@ -83,6 +88,19 @@ class DecodeOps(Protocol):
         scaled: Tensor, squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:  # fmt: skip
         """Add an output projection, or the sum of up to three, to the residual stream."""
+
+    def add_normed(
+        self, scaled: Tensor, squares: Tensor, eps: float, hidden: Tensor, gain: Tensor | None,
+        out_scaled: Tensor, out_squares: Tensor,
+    ) -> None:  # fmt: skip
+        """Add the norm of another stream to the residual stream."""
+
+    def settle_heads(
+        self, parts: Sequence[AttentionArguments], gains: Sequence[tuple[Tensor, Tensor]],
+        eps: float, factor: float, rotation: tuple[Tensor, Tensor] | None, start: Tensor,
+        count: Tensor, scale: int, *, T: int, offset: int, joint: bool = False,
+    ) -> None:  # fmt: skip
+        """Norm and rotate the queries and the newest keys of attentions, in place."""
 
     def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor) -> None:
         """Compute the first half of an MLP."""

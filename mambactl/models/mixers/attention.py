@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mambactl.kernels import dispatch
+from mambactl.kernels import reference as kernels
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 from mambactl.kernels.reference import attention_weights
@@ -19,7 +20,6 @@ from mambactl.models.mixers.sizes import AttentionSizes
 from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
 from mambactl.models.packed import (
     AttentionState,
-    NotSupported,
     PassContext,
     Projection,
     Residual,
@@ -48,9 +48,16 @@ class AttentionMixer(nn.Module):
     where other heads stand beside these, `output_bias` says who has the bias of their sum.
     """
 
-    def __init__(self, config: LlamaConfig, kv_heads: int | None = None, output_bias: bool = True):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        kv_heads: int | None = None,
+        output_bias: bool = True,
+        rotated: bool = True,
+    ):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.rotated = config.head_dim, rotated
+        self.query_factor = config.query_factor
         self.dropout = config.attention_dropout or 0.0
         width, biased = config.hidden_size, config.attention_bias
         bias = {n: biased if isinstance(biased, bool) else n in biased for n in "qkvo"}
@@ -62,7 +69,10 @@ class AttentionMixer(nn.Module):
         self.k_proj = nn.Linear(width, shared, bias=bias["k"])
         self.v_proj = nn.Linear(width, shared, bias=bias["v"])
         self.o_proj = nn.Linear(inner, width, bias=bias["o"])
-        norms = [RMSNorm(self.head_dim, config.rms_norm_eps) for _ in "qk" if config.qk_norm]
+        # norms of all heads of a projection together, or of each
+        self.joint_norm = config.qk_norm == "all"
+        widths = [inner, shared] if self.joint_norm else [self.head_dim] * 2
+        norms = [RMSNorm(width, config.rms_norm_eps) for width in widths if config.qk_norm]
         self.q_norm, self.k_norm = norms or (None, None)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: AttentionCache | None) -> Tensor:
@@ -91,21 +101,42 @@ class AttentionMixer(nn.Module):
         return self.dropout if self.training else 0.0
 
     def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
-        """Queries and keys, rotated, and values [B, H or Hk, T, P]."""
-        *unrotated, v = (
-            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for t in self._project(hidden, whole)
-        )
-        if self.q_norm is not None:
+        """Queries and keys, normed and rotated, and values [B, H or Hk, T, P]."""
+        projected = self._project(hidden, whole)
+        if self.joint_norm:
+            projected = [*self._normed_jointly(projected[:2], context), projected[2]]
+        *parts, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
+        if self.q_norm is not None and not self.joint_norm:
             norms = self.q_norm, self.k_norm
-            unrotated = [norm(t) for norm, t in zip(norms, unrotated, strict=True)]
-        cos, sin = (t.unsqueeze(1) for t in context.rotary)  # [B, 1, T, P]
-        # under autocast the rotation is fp32
-        parts = [dispatch.rotated(t, cos, sin).to(v.dtype) for t in unrotated]
+            parts = [norm(t) for norm, t in zip(norms, parts, strict=True)]
+        if self.rotated:
+            cos, sin = (t.unsqueeze(1) for t in context.rotary)  # [B, 1, T, P]
+            # under autocast the rotation is fp32
+            parts = [dispatch.rotated(t, cos, sin).to(v.dtype) for t in parts]
         if len(parts) == 1:
             heads = v.shape[1]
             parts = parts[0].split([parts[0].shape[1] - heads, heads], 1)
-        return *parts, v
+        q, k = parts
+        return q if self.query_factor == 1 else q * self.query_factor, k, v
+
+    def _normed_jointly(self, raw: Sequence[Tensor], context: StepContext) -> list[Tensor]:
+        """Queries and keys [B, T, H P] under norms of all heads.
+
+        The context says how large those are that stand beside these.
+        """
+        norms = self.q_norm, self.k_norm
+        if context.head_squares is None:
+            return [norm(t) for norm, t in zip(norms, raw, strict=True)]
+        return [
+            kernels.norm_by(t, mean, norm.weight, norm.variance_epsilon)
+            for t, norm, mean in zip(raw, norms, context.head_squares, strict=True)
+        ]
+
+    def head_squares(self, hidden: Tensor) -> Tensor:
+        """Sums of squares [2, B, T, 1] of queries and of keys before their norms."""
+        raw = (self.q_proj(hidden), self.k_proj(hidden))
+        kind = kernels.state_dtype(hidden)
+        return torch.stack([t.to(kind).square().sum(-1, keepdim=True) for t in raw])
 
     def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
         """Queries, keys and values; with `whole` queries and keys next to each other.
@@ -134,7 +165,8 @@ def _joint(hidden: Tensor, parts: Sequence[nn.Linear]) -> Tensor:
 class PackedAttention:
     """Attention of a decode pass; `qkv` rows are queries, keys, values.
 
-    `window` 0 means all positions; with `sinks` the first of all are seen from everywhere.
+    `window` 0 means all positions; with `sinks` the first of all are seen from everywhere. `norms`
+    are the weights of those on queries and on keys, or none.
     """
 
     qkv: Projection
@@ -144,11 +176,21 @@ class PackedAttention:
     width: int
     window: int
     sinks: int = 0
+    norms: tuple[Tensor, ...] = ()
+    joint_norm: bool = False
+    eps: float = 0.0
+    query_factor: float = 1.0
+    rotated: bool = True
 
     @property
     def attention(self) -> "PackedAttention":
         """Itself, which needs the scratch of an attention."""
         return self
+
+    @property
+    def settles(self) -> bool:
+        """True if queries and keys need more than a rotation behind their projection."""
+        return bool(self.norms) or self.query_factor != 1
 
     @property
     def activations(self) -> int:
@@ -205,14 +247,16 @@ class PackedAttention:
         gain: Tensor,
     ) -> None:
         """Add the attention's output to the stream."""
-        ops, at, rotations, out = context.ops, segment, context.rotations, self.out
+        ops, at, out = context.ops, segment, self.out
         columns = at.rows * self.activations
         args = self.arguments(context, state, s.wide[:columns], s.mixed[:columns])
         where = {"T": at.T, "offset": at.offset, "sinks": args.sinks, "ring": args.ring}
         ops.project_qkv(
-            s.scaled, s.squares, context.eps, self.qkv.weight, self.qkv.bias, rotations.cos,
-            rotations.sin, args.q, args.keys, args.values, at.start, at.active, at.T, **where,
+            s.scaled, s.squares, context.eps, self.qkv.weight, self.qkv.bias,
+            *projected_rotation(context, self), args.q, args.keys, args.values, at.start,
+            at.active, at.T, **where,
         )  # fmt: skip
+        settle(context, segment, [self], [args])
         ops.attention(
             args.q, args.keys, args.values, at.start, at.active, at.T, args.out, args.partial,
             args.counter, splits=args.splits, window=args.window, **where,
@@ -230,12 +274,34 @@ class PackedAttention:
         )  # fmt: skip
 
 
+def projected_rotation(context: PassContext, part: PackedAttention) -> tuple[Tensor, Tensor]:
+    """Rotation of queries and keys where they are projected."""
+    rotations = context.rotations
+    return rotations.of_heads if part.rotated and not part.settles else rotations.none
+
+
+def settle(
+    context: PassContext,
+    at: Segment,
+    parts: Sequence[PackedAttention],
+    arguments: Sequence[AttentionArguments],
+) -> None:
+    """Finish queries and keys of the attentions of one layer, where a projection does not."""
+    part = parts[0]
+    if not part.settles:
+        return
+    context.ops.settle_heads(
+        arguments, [each.norms for each in parts if each.norms], part.eps, part.query_factor,
+        context.rotations.of_heads if part.rotated else None, at.start, at.active, at.T, T=at.T,
+        offset=at.offset, joint=part.joint_norm,
+    )  # fmt: skip
+
+
 def pack_attention(
     mixer: AttentionMixer, config: LlamaConfig, window: int, sinks: int = 0
 ) -> PackedAttention:
-    """Stack the projections of an attention for decode passes; NotSupported with norms on heads."""
-    if mixer.q_norm is not None:
-        raise NotSupported("norms on queries and keys")
+    """Stack the projections of an attention for decode passes."""
+    norms = () if mixer.q_norm is None else (mixer.q_norm.weight, mixer.k_norm.weight)
     return PackedAttention(
         qkv=stack([mixer.q_proj, mixer.k_proj, mixer.v_proj]),
         out=Projection(mixer.o_proj.weight, mixer.o_proj.bias),
@@ -244,16 +310,22 @@ def pack_attention(
         width=config.head_dim,
         window=window,
         sinks=sinks,
+        norms=norms,
+        joint_norm=mixer.joint_norm,
+        eps=config.rms_norm_eps,
+        query_factor=mixer.query_factor,
+        rotated=mixer.rotated,
     )
 
 
 def weights_of(mixer: AttentionMixer, norm: Tensor) -> AttentionWeights:
-    """The projections of an attention, and the weight [D] of the norm in front of it."""
+    """The projections of an attention, and the rms `norm` [D] of what it reads."""
     parts = {name: getattr(mixer, f"{name}_proj") for name in "qkvo"}
     biases = {name: part.bias for name, part in parts.items() if part.bias is not None}
     weights = {name: part.weight for name, part in parts.items()}
     norms = {} if mixer.q_norm is None else {"q": mixer.q_norm.weight, "k": mixer.k_norm.weight}
-    return AttentionWeights(**weights, norm=norm, biases=biases, head_norms=norms)
+    score = mixer.query_factor
+    return AttentionWeights(**weights, norm=norm, biases=biases, head_norms=norms, score=score)
 
 
 def copy_attention(mixer: AttentionMixer, attention: AttentionWeights) -> None:
@@ -298,9 +370,9 @@ class AttentionSpec(AttentionSizes, MixerSpec[None]):
         "o_proj": "rowwise",
     }
 
-    def module(self, config: LlamaConfig, settings: None) -> AttentionMixer:
+    def module(self, config: LlamaConfig, settings: None, rotated: bool = True) -> AttentionMixer:
         """The module of one layer."""
-        return AttentionMixer(config)
+        return AttentionMixer(config, rotated=rotated)
 
     def cache(self, settings: None) -> AttentionCache:
         """An empty cache of keys and values."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from mambactl.errors import UsageError
 from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
 from mambactl.kernels.reference import rotate_states
@@ -294,6 +295,10 @@ class Mamba2Spec(Mamba2Sizes, MixerSpec[Mamba2Settings]):
 
     def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> Mamba2Settings:
         """Sizes in the place of the attention of layer `index`."""
+        if form.rotary and not config.rotated(index):
+            raise UsageError(
+                f"--rotary: the attention of layer {index} does not rotate", "drop --rotary"
+            )
         return mamba2_from_attention(config, form.biased(config), rotary=form.rotary)
 
     def initialise(

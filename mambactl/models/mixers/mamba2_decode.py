@@ -1,6 +1,6 @@
 """The Mamba-2 mixer in a decode pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -79,21 +79,24 @@ class PackedMamba2(PackedRecurrence):
         mixed: Tensor,
         inner: Projection,
         beside: Sequence[AttentionArguments] = (),
+        rotation: tuple[Tensor, Tensor] | None = None,
+        settle: Callable[[], None] | None = None,
     ) -> None:
         """Input of the output projection into `mixed`, by the gate `z`, both [M, H P].
 
         Rows of `inner` behind the recurrence's are those of the attentions `beside`, which write
-        their own outputs.
+        their own outputs; `rotation` turns their heads, and `settle` does what is left to do then.
         """
         ops, at, sizes = context.ops, segment, self.sizes
         where = {"T": at.T, "offset": at.offset, "beside": beside}
-        rotations = context.rotations
         ops.project(
             s.scaled, s.squares, context.eps, inner.weight, inner.bias, z, state.ring,
             at.start, at.active, at.T, ring_lo=sizes.d_inner,
             conv=(self.conv.weight, self.conv.bias, state.mixed),
-            rotation=(rotations.cos, rotations.sin) if beside else None, **where,
+            rotation=rotation, **where,
         )  # fmt: skip
+        if settle is not None:
+            settle()
         if self.rotation is not None:
             ops.rotate(
                 state.mixed, *self.rotation, at.start, at.active, at.T, T=at.T, offset=at.offset,

@@ -8,7 +8,7 @@ each.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,16 +60,17 @@ def others(kept: Sequence[int], kv_heads: int) -> tuple[int, ...]:
 class MixedMixer(Mamba2WindowMixer):
     """Mamba-2 and a window in place of some KV heads, plus full `attention` of the others."""
 
-    def __init__(self, config: LlamaConfig, settings: MixedSettings):
+    def __init__(self, config: LlamaConfig, settings: MixedSettings, rotated: bool = True):
         kept = settings.kept_heads.heads
         replaced = others(kept, config.num_key_value_heads)
-        super().__init__(config, settings, len(replaced))
+        super().__init__(config, settings, len(replaced), rotated)
         self.kept, self.replaced = kept, replaced
         # the bias of o_proj is the window's
-        self.attention = AttentionMixer(config, len(self.kept), output_bias=False)
+        self.attention = AttentionMixer(config, len(kept), output_bias=False, rotated=rotated)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: MixedCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
+        context = self._joined(hidden, context)
         kept = self.attention(hidden, context, None if cache is None else cache.kept)
         return super().forward(hidden, context, cache) + kept
 
@@ -83,10 +84,21 @@ class MixedMixer(Mamba2WindowMixer):
 
     def attended(self, hidden: Tensor, context: StepContext) -> Tensor:
         """Heads [B, T, H P] of the attention in both parts, in the teacher's order."""
+        context = self._joined(hidden, context)
         near = self.window.features(hidden, context).unflatten(-1, (len(self.replaced), -1))
         kept = self.attention.features(hidden, context).unflatten(-1, (len(self.kept), -1))
         order = torch.tensor([*self.replaced, *self.kept], device=hidden.device).argsort()
         return torch.cat([near, kept], -2).index_select(-2, order).flatten(-2)
+
+    def _joined(self, hidden: Tensor, context: StepContext) -> StepContext:
+        """The context with the squares of all heads, where one norm is of all."""
+        if not self.attention.joint_norm:
+            return context
+        parts = self.attention, self.window
+        squares = sum(part.head_squares(hidden) for part in parts)  # [2, B, T, 1]
+        widths = [sum(len(getattr(part, f"{n}_norm").weight) for part in parts) for n in "qk"]
+        means = squares / squares.new_tensor(widths).view(2, 1, 1, 1)
+        return replace(context, head_squares=means)
 
     def own(self, attention: AttentionWeights) -> AttentionWeights:
         """The part of the teacher's attention that the recurrence replaces."""
@@ -94,7 +106,8 @@ class MixedMixer(Mamba2WindowMixer):
 
 
 # tensors without a part for each head
-WHOLE = {"out_proj.bias", "window.o_proj.bias", "window.q_norm.weight", "window.k_norm.weight"}
+WHOLE = {"out_proj.bias", "window.o_proj.bias"}
+NORMS = {"window.q_norm.weight", "window.k_norm.weight"}
 # tensors whose columns belong to heads
 BY_COLUMN = {"out_proj.weight", "window.o_proj.weight"}
 
@@ -106,10 +119,11 @@ class _HeadCut:
     sizes: Mamba2Settings
     count: int
     index: list[int]
+    joint_norm: bool
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """The part of one tensor of the mixer, by its name in it."""
-        if name in WHOLE:
+        if name in WHOLE or (name in NORMS and not self.joint_norm):
             return tensor
         if name in BY_COLUMN:
             return self._cut(tensor, 1)
@@ -205,7 +219,8 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
         count = config.num_key_value_heads
         present = others(spec.kept_heads(config, settings), count)
         wanted = others(ours.kept_heads.heads, count)
-        cut = _HeadCut(settings.mamba2, len(present), [present.index(head) for head in wanted])
+        index = [present.index(head) for head in wanted]
+        cut = _HeadCut(settings.mamba2, len(present), index, config.qk_norm == "all")
         found = {
             name: cut(name, tensor)
             for name, tensor in tensors.items()

@@ -35,7 +35,8 @@ class StepContext:
     `seq_idx` [B, T] separates packed documents, `n_new` [B] makes rows ragged, `slots` is the
     number of key slots attention may read, `cursor` is None without a cache, and `level` says that
     all rows with new tokens hold equally many before them. Attention keeps its weights
-    [B, H, T, S] in `maps` if there are any.
+    [B, H, T, S] in `maps` if there are any. Where one norm is of heads in several attentions,
+    `head_squares` [2, B, T, 1] are the mean squares of all their queries and keys.
     """
 
     positions: Tensor
@@ -50,6 +51,7 @@ class StepContext:
     spans: Spans | None = None
     local: Mapping[LocalSpan, LocalKeys] | None = None
     maps: AttentionMaps | None = None
+    head_squares: Tensor | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "StepContext":
         """The same on another device; accelerate moves what it calls a layer with."""
@@ -120,9 +122,12 @@ class MixerForm:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """One attention layer: projections [rows, D], o [D, H P], biases or None, norm weight [D].
+    """One attention layer: projections [rows, D], o [D, H P], biases or None.
 
-    `head_norms` are weights [P] of norms that q and k pass on their way to the heads.
+    `norm` [D] is the expected rms of its input: the weight of the norm in front of it.
+
+    `head_norms` are weights of norms that q and k pass on their way to the heads: [P], of each
+    head, or [rows], of all together. `score` is what scores are multiplied by beside 1 / sqrt(P).
     """
 
     q: Tensor
@@ -132,6 +137,7 @@ class AttentionWeights:
     norm: Tensor
     biases: dict[str, Tensor] | None = None
     head_norms: dict[str, Tensor] | None = None
+    score: float = 1.0
 
     def linear(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of q, k, v or o as the linear map that a mixer can take over.
@@ -140,9 +146,12 @@ class AttentionWeights:
         """
         weight, bias = getattr(self, name), (self.biases or {}).get(name)
         gain = (self.head_norms or {}).get(name)
-        if gain is None:
+        factor = self.score if name == "q" else 1.0
+        if gain is None and factor == 1:
             return weight, bias
-        scale = (gain / self._rms(weight, len(gain))[:, None]).flatten()  # [rows]
+        scale = weight.new_full(weight.shape[:1], factor)  # [rows]
+        if gain is not None:
+            scale = scale * (gain / self._rms(weight, len(gain))[:, None]).flatten()
         return weight * scale[:, None], None if bias is None else bias * scale
 
     def of_heads(self, chosen: Sequence[int], kv_heads: int) -> "AttentionWeights":
@@ -155,7 +164,15 @@ class AttentionWeights:
 
         biases = {n: b if n == "o" else rows(b) for n, b in (self.biases or {}).items()}
         cut = {name: rows(getattr(self, name)) for name in "qkv"}
-        return replace(self, **cut, o=rows(self.o, 1), biases=biases)
+        norms = {
+            name: rows(gain) if self.is_joint(name) else gain
+            for name, gain in (self.head_norms or {}).items()
+        }
+        return replace(self, **cut, o=rows(self.o, 1), biases=biases, head_norms=norms)
+
+    def is_joint(self, name: str) -> bool:
+        """True if one norm is of all heads of q or k."""
+        return len(self.head_norms[name]) == len(getattr(self, name))
 
     def heads(self, name: str, hidden: Tensor, width: int) -> Tensor:
         """That map of hidden [B, T, D], by heads [B, T, heads, width]."""
@@ -280,8 +297,8 @@ class MixerSpec(MixerSizes[S], ABC):
 
     # module and cache
 
-    def module(self, config: LlamaConfig, settings: S) -> nn.Module:
-        """The module of one layer."""
+    def module(self, config: LlamaConfig, settings: S, rotated: bool = True) -> nn.Module:
+        """The module of one layer, whose attention has rotary positions if `rotated`."""
         return self.module_type(config, settings)
 
     @abstractmethod

@@ -6,6 +6,7 @@ window, and its state learns what lies beyond.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from mambactl.models.mixers.attention import (
     attention_cost,
     copy_attention,
     pack_attention,
+    projected_rotation,
+    settle,
 )
 from mambactl.models.mixers.mamba2 import Mamba2Mixer, Mamba2Spec
 from mambactl.models.mixers.mamba2_decode import PackedMamba2
@@ -56,8 +59,14 @@ RECURRENCE = Mamba2Spec()
 class WindowAttention(AttentionMixer):
     """Attention with sinks whose cache is a ring."""
 
-    def __init__(self, config: LlamaConfig, settings: WindowSettings, kv_heads: int | None = None):
-        super().__init__(config, kv_heads)
+    def __init__(
+        self,
+        config: LlamaConfig,
+        settings: WindowSettings,
+        kv_heads: int | None = None,
+        rotated: bool = True,
+    ):
+        super().__init__(config, kv_heads, rotated=rotated)
         self.span = span_of(config, settings)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
@@ -97,10 +106,14 @@ class Mamba2WindowMixer(Mamba2Mixer):
     """A Mamba-2 mixer plus `window`, attention to what is near."""
 
     def __init__(
-        self, config: LlamaConfig, settings: WindowedSettings, kv_heads: int | None = None
+        self,
+        config: LlamaConfig,
+        settings: WindowedSettings,
+        kv_heads: int | None = None,
+        rotated: bool = True,
     ):
         super().__init__(config, settings.mamba2)
-        self.window = WindowAttention(config, settings.mamba2_window, kv_heads)
+        self.window = WindowAttention(config, settings.mamba2_window, kv_heads, rotated)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
@@ -188,7 +201,11 @@ class PackedWindowed:
             )
         ]
         z, mixed = (flat.view(rows, -1) for flat in (z, mixed))
-        self.recurrence.mix(context, state, s, segment, z, mixed, self.inner, beside)
+        self.recurrence.mix(
+            context, state, s, segment, z, mixed, self.inner, beside,
+            projected_rotation(context, self.window),
+            partial(settle, context, segment, self.attentions, beside),
+        )  # fmt: skip
         context.ops.add_residual(
             mixed, self.recurrence.out.weight, self.bias, s.hidden, gain, s.scaled, s.squares,
             beside=[
@@ -230,6 +247,12 @@ class Mamba2WindowSpec(WindowedSizes, MixerSpec[WindowedSettings]):
     with_kept_heads = "mamba2_mixed"
     can_rotate = True
     rescales_heads = True
+
+    def module(
+        self, config: LlamaConfig, settings: WindowedSettings, rotated: bool = True
+    ) -> Mamba2WindowMixer:
+        """The module of one layer."""
+        return self.module_type(config, settings, rotated=rotated)
 
     def cache(self, settings: WindowedSettings) -> WindowedCache:
         """An empty cache of one layer."""

@@ -37,11 +37,13 @@ class CpuOps(ReferenceOps):
 
     def embed(
         self, tokens: Tensor, table: Tensor, gain: Tensor, hidden: Tensor, scaled: Tensor,
-        squares: Tensor,
+        squares: Tensor, factor: float = 1.0,
     ) -> None:  # fmt: skip
         """Start the stream from tokens [B, T]."""
         ids = tokens.reshape(-1).long().clamp_(0, len(table) - 1)  # [M]
         torch.index_select(table, 0, ids, out=hidden)
+        if factor != 1:
+            hidden *= factor
         _scale(hidden, gain, scaled, squares)
 
     def project(

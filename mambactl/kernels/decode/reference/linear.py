@@ -52,11 +52,36 @@ def put_stream(
 
 
 def embed(
-    tokens: Tensor, table: Tensor, gain: Tensor, hidden: Tensor, scaled: Tensor, squares: Tensor
-) -> None:
+    tokens: Tensor, table: Tensor, gain: Tensor, hidden: Tensor, scaled: Tensor, squares: Tensor,
+    factor: float = 1.0,
+) -> None:  # fmt: skip
     """Start the stream from tokens [B, T]; ids outside the table take its first or last row."""
     rows = tokens.reshape(-1).long().clamp(0, len(table) - 1)  # [M]
-    put_stream(table[rows], gain, hidden, scaled, squares)
+    stream = table[rows] if factor == 1 else (wide(table[rows]) * factor).to(hidden.dtype)
+    put_stream(stream, gain, hidden, scaled, squares)
+
+
+def read_plainly(hidden: Tensor, scaled: Tensor, squares: Tensor, eps: float) -> None:
+    """Let the stream [M, D] be read without a norm: by one that divides by 1."""
+    scaled.copy_(hidden)
+    squares.zero_()
+    squares[:, 0] = hidden.shape[1] * (1 - eps)
+
+
+def add_normed(
+    scaled: Tensor, squares: Tensor, eps: float, hidden: Tensor, gain: Tensor | None,
+    out_scaled: Tensor, out_squares: Tensor,
+) -> None:  # fmt: skip
+    """hidden += norm(another stream), by its scaled form and its squares; `gain` [D] is of the
+    norm that reads the result next, None where it is read as it is. Outputs may be inputs.
+    """
+    rate = torch.rsqrt(wide(squares).sum(1, keepdim=True) / hidden.shape[1] + eps)  # [M, 1]
+    stream = hidden + (wide(scaled) * rate).to(hidden.dtype)
+    if gain is not None:
+        put_stream(stream, gain, hidden, out_scaled, out_squares)
+        return
+    hidden.copy_(stream)
+    read_plainly(hidden, out_scaled, out_squares, eps)
 
 
 def project(

@@ -1,6 +1,13 @@
 """Operations of a decode pass in plain PyTorch, which `kernels.decode.triton.ops` must equal."""
 
-from mambactl.kernels.decode.reference import decode_attention, linear, ngram, recurrent, verdict
+from mambactl.kernels.decode.reference import (
+    decode_attention,
+    heads,
+    linear,
+    ngram,
+    recurrent,
+    verdict,
+)
 
 
 class ReferenceOps:
@@ -13,6 +20,8 @@ class ReferenceOps:
     project = staticmethod(linear.project)
     project_qkv = staticmethod(linear.project_qkv)
     add_residual = staticmethod(linear.add_residual)
+    add_normed = staticmethod(linear.add_normed)
+    settle_heads = staticmethod(heads.settle_heads)
     swiglu = staticmethod(linear.swiglu)
     head_best = staticmethod(linear.head_best)
     head_logits = staticmethod(linear.head_logits)

@@ -369,7 +369,7 @@ def _head_arguments(
             pointers += [unused, unused, unused, 0]
         else:
             pointers += [args.q, args.keys, args.values, args.keys.shape[2]]
-        own = (args.heads, args.keys.shape[1], args.sinks, args.ring) if args else (0, 0, 0, 0)
+        own = args.shape if args else (0, 0, 0, 0)
         names = ("H", "HK", "SINKS", "RING")
         sizes |= {f"{name}{number}": size for name, size in zip(names, own, strict=True)}
     return pointers, sizes

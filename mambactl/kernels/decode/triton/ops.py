@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton import (
     decode_attention,
+    heads,
     linear,
     linear_many,
     mamba1_step,
@@ -82,9 +83,17 @@ class TritonOps:
             *decode_attention.counter_shape(batch, kv_heads, per_head),
         )
 
-    def embed(self, *args: Tensor) -> None:
+    def embed(self, *args: Any) -> None:
         """Tokens into the stream."""
         tokens.embed(*args, pdl=self.pdl)
+
+    def add_normed(self, *args: Any) -> None:
+        """The norm of another stream into the stream."""
+        tokens.add_normed(*args, pdl=self.pdl)
+
+    def settle_heads(self, *args: Any, **keywords: Any) -> None:
+        """Norms and rotation of queries and keys in place."""
+        heads.settle_heads(*args, **keywords, pdl=self.pdl)
 
     def pick(self, *args: Tensor) -> None:
         """The best token of every row."""
