@@ -11,6 +11,9 @@ NAMED = 10
 MALFORMED, REFUSED, DOUBLED = "malformed", "refused by the template", "doubled begin token"
 EMPTY, UNANSWERED, LONG = "empty answer", "no answer", "too long"
 SAME, UNFIT = "equal answers", "unfit"
+LOST, BEYOND = "lost by the template", "token without embedding"
+# rows that another command reads
+OTHER = "of another kind"
 
 
 class Bad(NamedTuple):

@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, UNANSWERED, BadRows
+from mambactl.data.begin_token import begins_twice
 from mambactl.data.encoding import Example
 from mambactl.data.sources import Document
 
@@ -44,12 +43,6 @@ def screened(
         bad.add(LONG, row.where, problem, "raise --max-length")
         return None
     return Example(ids[:max_length], mask[:max_length])
-
-
-def begins_twice(ids: np.ndarray, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether token ids [n] start with two begin tokens."""
-    begin = tokenizer.bos_token_id
-    return begin is not None and len(ids) > 1 and bool(ids[0] == ids[1] == begin)
 
 
 def _says(message: dict[str, Any]) -> bool:

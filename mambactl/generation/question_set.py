@@ -168,7 +168,8 @@ class QuestionSet:
 
 def as_prompt(conversation: Conversation, answers: Sequence[str] = ()) -> Prompt:
     """What the model reads before its next answer."""
-    return Prompt(tuple(conversation.messages(answers)), tools=conversation.tools)
+    turns = tuple(conversation.messages(answers))
+    return Prompt(turns, tools=conversation.tools, template=conversation.template)
 
 
 def _measure(

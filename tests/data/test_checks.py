@@ -58,7 +58,13 @@ def test_an_answer_that_just_fits_is_kept(tiny_tokenizer):
 def test_a_call_of_a_tool_is_an_answer(tiny_tokenizer):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     row = Document("r", {"messages": [{"role": "user", "content": "go"}, call]})
-    example, bad = seen(row, tiny_tokenizer)
+    with pytest.raises(UsageError, match="leaves out the call of 'f'"):
+        seen(row, tiny_tokenizer)
+    tokenizer = deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content }}", "{{ m.content or m.tool_calls[0].function.name }}"
+    )
+    example, bad = seen(row, tokenizer)
     assert example is not None and not bad.found
 
 
