@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
+# how a template asks for the date
+DATE = "strftime_now"
+# of several templates: for chats without tools, and with them
+CHOSEN_TEMPLATES = ("default", "tool_use")
 GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 # memory of the rendering process beyond what it starts with: a text of TEMPLATE_BYTES is held as
@@ -220,6 +224,18 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
             "the tokenizer has no chat template, so `messages` cannot be rendered",
             "use rows with `text`, or a checkpoint whose tokenizer has a template",
         )
+
+
+def unused_templates(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Templates by names that rendering chooses for no chat."""
+    templates = getattr(tokenizer, "chat_template", None)
+    named = templates.keys() if isinstance(templates, Mapping) else ()
+    return sorted(set(named) - set(CHOSEN_TEMPLATES))
+
+
+def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a chat template asks for the date."""
+    return DATE in str(getattr(tokenizer, "chat_template", None))
 
 
 def _stopped(bound: Bound) -> TemplateStopped:

@@ -1,7 +1,11 @@
 """Documents checked before training, above all chats of which the answers are learned."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mambactl import console
 from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, UNANSWERED, BadRows
 from mambactl.data.begin_token import begins_twice
 from mambactl.data.encoding import Example
@@ -43,6 +47,39 @@ def screened(
         bad.add(LONG, row.where, problem, "raise --max-length")
         return None
     return Example(ids[:max_length], mask[:max_length])
+
+
+class Endings:
+    """Answers that end with an end token: a model that learns none of them does not stop."""
+
+    def __init__(self, ends: Iterable[int]):
+        self.ends = frozenset(ends)
+        self.rows, self.endless = 0, 0
+        self.first = ""
+
+    def see(self, row: Document, example: Example) -> None:
+        """Look at the last token of every span that is learned of a row with answers."""
+        if "text" in row:
+            return
+        mask = example.loss_mask
+        last = example.input_ids[mask & ~np.append(mask[1:], False)]
+        self.rows += 1
+        if not self.ends.intersection(last.tolist()):
+            self.endless += 1
+            self.first = self.first or row.where
+
+    def tell(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Warn of rows without a learned end token."""
+        if not self.endless:
+            return
+        which = (
+            "no row learns" if self.endless == self.rows else f"{self.endless} rows do not learn"
+        )
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(self.ends)))) or "none"
+        console.warn(
+            f"{which} an end token of the model ({names}), the first is {self.first}: it is not "
+            "taught to stop; correct the chat template, or the end tokens in generation_config.json"
+        )
 
 
 def _says(message: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 from mambactl import console
 from mambactl.bounds import VOCABULARY
 from mambactl.checkpoint.safetensors_reader import open_safetensors
+from mambactl.data.chat_template import prints_date
 from mambactl.data.encoding import Example
 from mambactl.data.row_files import is_on_hub
 from mambactl.data.sources import Document
@@ -42,8 +43,6 @@ LEAST_BYTES = 1 << 21
 # of all entries: the oldest go first
 MOST_BYTES = 8 << 30
 LIBRARIES = ("tokenizers", "transformers", "jinja2")
-# how a template asks for the date
-DATE = "strftime_now"
 ROW_DIGEST = 16
 
 
@@ -272,4 +271,4 @@ def _settings(
         "assistant_only": assistant_only,
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-    return settings | ({"day": day.isoformat()} if DATE in str(template) else {})
+    return settings | ({"day": day.isoformat()} if prints_date(tokenizer) else {})

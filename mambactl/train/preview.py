@@ -13,8 +13,9 @@ from mambactl.data.mixture import names
 from mambactl.data.pack import pack
 from mambactl.data.row_files import is_on_hub
 from mambactl.errors import UsageError
+from mambactl.train.epochs import with_steps
 from mambactl.train.job import Job
-from mambactl.train.rows import count_documents, encode_documents, read_documents
+from mambactl.train.rows import Checks, count_documents, encode_documents, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,12 +71,15 @@ def preview(job: Job, assistant_only: bool) -> dict[str, Any]:
         return dict.fromkeys(unknown)
     tokenizer, bad = job.tokenizer(), BadRows(config.skip_bad_rows)
     documents = read_documents(job, bad)
-    examples = encode_documents(job, documents, tokenizer, assistant_only, bad)
+    checks = Checks.of(job, tokenizer, bad)
+    examples = encode_documents(job, documents, tokenizer, assistant_only, checks)
+    checks.tell(tokenizer)
     if bad.found:
         what = "would be left out" if config.skip_bad_rows else "would stop the run"
         console.warn(f"{bad.report()} {what}")
     rows = _rows(job, examples)
     if rows:
+        with_steps(job, len(rows))
         show(examples[0], tokenizer)
     return {
         "documents": len(documents),
