@@ -213,7 +213,9 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             data = content.encode("utf-8") if isinstance(content, str) else content
-            (Path(folder) / name).write_bytes(data)
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
         with blamed(source.path, ", ".join(name for name in files if name != GENERATION)):
             if TOKENIZER in files:
                 # not Auto: classes like GPT2Tokenizer rebuild the pipeline, lose digit splitting

@@ -65,4 +65,7 @@ class BadRows:
         message = f"{first.where}: {first.problem}"
         if len(self.found) > 1:
             message = f"{self.report()}, the first in {message}"
+        if self.count(OTHER) == len(self.found):
+            # all rows are for another command
+            raise UsageError(message, first.cure)
         raise UsageError(message, f"{first.cure}, or go on without such rows: --skip-bad-rows")
