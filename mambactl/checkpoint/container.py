@@ -211,6 +211,8 @@ def write_side_files(
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if path.parent != folder:
+            sync_folder(path.parent)
 
 
 def require_room(folder: Path, size: int) -> None:

@@ -62,9 +62,8 @@ def require_few(file: Path, names: Iterable[str]) -> None:
 def read_side_files(folder: Path) -> dict[str, str | bytes]:
     """Tokenizer, template and generation files of a folder, by name."""
     found: dict[str, str | bytes] = {}
-    named = sorted(
-        f"{NAMED_TEMPLATES}/{path.name}" for path in (folder / NAMED_TEMPLATES).glob("*")
-    )
+    others = (folder / NAMED_TEMPLATES).glob("*")
+    named = sorted(f"{NAMED_TEMPLATES}/{path.name}" for path in others)
     for name in (*SIDE_FILES, *filter(is_side_file, named)):
         if os.path.lexists(path := folder / name):
             found[name] = read_bytes(path) if name.endswith(".model") else read_text(path)
