@@ -1,4 +1,4 @@
-"""Every documented form of a row gives what it says, wherever it lies; what changes meaning is refused."""
+"""Documented forms of rows give what they say wherever they lie; others are refused by name."""
 
 import gzip
 import json
@@ -148,7 +148,7 @@ def containers(folder: Path, rows) -> list[str]:
     hub.mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), hub / "train-00000-of-00001.parquet")
     (folder / "hub" / "README.md").write_text("# rows\n")
-    names = [name for name in [*texts, *(f"{name}.gz" for name in texts), "a.csv", "a.tsv"]]
+    names = [*texts, *(f"{name}.gz" for name in texts), "a.csv", "a.tsv"]
     names += ["a.parquet", "parts/*.jsonl", "saved", "saved@train", "splits", "splits@train"]
     names += ["splits@train[:1]+train[1:]", "hub", "hub@train"]
     return [str(folder / name) for name in names]
