@@ -41,10 +41,10 @@ def compared(row: Mapping[str, Any], text: str, spans: Sequence[Span] | None) ->
     found: list[Doubt] = []
     for position, turn in enumerate(row["messages"]):
         answers = turn["role"] == ASSISTANT and (taught is None or position in taught)
-        place = own if answers else whole
-        found += _said(turn, position, place)
+        written = own if answers else whole
+        found += _said(turn, position, written)
         for call in calls_of(turn):
-            found += _called(call, position, place)
+            found += _called(call, position, written)
     return found + _shown_tools(row, whole) + _reasoned(row["messages"], whole)
 
 
@@ -74,16 +74,16 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def _said(turn: Mapping[str, Any], position: int, place: _Text) -> Iterator[Doubt]:
+def _said(turn: Mapping[str, Any], position: int, written: _Text) -> Iterator[Doubt]:
     content = turn.get("content") or ""
-    if not content.strip() or place.has(content):
+    if not content.strip() or written.has(content):
         return
     role = turn["role"]
     where = f"turn {position + 1}, of the {role}: {excerpt(content)[:60]!r}"
     thoughts, end, answer = content.rpartition(_THOUGHT_END)
-    if end and answer.strip() and place.has(answer.strip()):
+    if end and answer.strip() and written.has(answer.strip()):
         yield Doubt(THOUGHTS, where)
-    elif place.share(content) >= _LEAST:
+    elif written.share(content) >= _LEAST:
         yield Doubt(PARTLY, where)
     elif role == USER or (role == ASSISTANT and not turn.get("tool_calls")):
         raise LostTurn(f"the chat template leaves out {where}", _CURE)
@@ -91,19 +91,19 @@ def _said(turn: Mapping[str, Any], position: int, place: _Text) -> Iterator[Doub
         yield Doubt(DROPPED, where)
 
 
-def _called(call: Mapping[str, Any], position: int, place: _Text) -> Iterator[Doubt]:
+def _called(call: Mapping[str, Any], position: int, written: _Text) -> Iterator[Doubt]:
     name, arguments = call.get("name"), call.get("arguments")
-    if isinstance(name, str) and not place.has(name):
+    if isinstance(name, str) and not written.has(name):
         raise LostTurn(
             f"the chat template leaves out the call of {name!r} in turn {position + 1}", _CURE
         )
     if not isinstance(arguments, Mapping):
         return
     values = [value for value in _leaves(arguments) if value.strip()]
-    if values and not any(place.has(value) for value in values):
+    if values and not any(written.has(value) for value in values):
         problem = f"leaves out the arguments of {name!r} in turn {position + 1}"
         raise LostTurn(f"the chat template {problem}", _CURE)
-    if arguments and any(json.dumps(form) in place.text for form in _forms(arguments)):
+    if arguments and any(json.dumps(form) in written.text for form in _forms(arguments)):
         yield Doubt(ESCAPED, f"turn {position + 1}, {name!r}")
 
 
@@ -124,18 +124,20 @@ def _leaves(value: Any) -> Iterator[str]:
         yield value if isinstance(value, str) else json.dumps(value)
 
 
-def _shown_tools(row: Mapping[str, Any], place: _Text) -> list[Doubt]:
+def _shown_tools(row: Mapping[str, Any], written: _Text) -> list[Doubt]:
     tools = [tool.get("function", tool) for tool in row.get("tools") or ()]
     names = [tool["name"] for tool in tools if isinstance(tool, dict) and "name" in tool]
     names = [name for name in names if isinstance(name, str)]
-    if names and not any(place.has(f'"{name}"') or place.has(name) for name in names):
+    if names and not any(written.has(f'"{name}"') or written.has(name) for name in names):
         return [Doubt(NO_TOOLS, ", ".join(names[:3]))]
     return []
 
 
-def _reasoned(turns: Sequence[Mapping[str, Any]], place: _Text) -> list[Doubt]:
+def _reasoned(turns: Sequence[Mapping[str, Any]], written: _Text) -> list[Doubt]:
     """Only of the last answer: templates leave out earlier thoughts on purpose."""
     last = next((turn for turn in reversed(turns) if turn["role"] == ASSISTANT), {})
     said = [last[name] for name in ("reasoning_content", "thinking", "reasoning") if name in last]
-    lost = [text for text in said if isinstance(text, str) and text.strip() and not place.has(text)]
+    lost = [
+        text for text in said if isinstance(text, str) and text.strip() and not written.has(text)
+    ]
     return [Doubt(REASONING)] if lost else []

@@ -81,7 +81,8 @@ def require_there(spec: str) -> None:
 def require_prompts(path: str) -> str:
     """The local data set that an option for prompts names; raises UsageError without one."""
     spec = os.path.expanduser(path)
-    if is_on_hub(spec):
+    known = os.path.exists(spec) or folder_of(spec) is not None or _matches(spec)
+    if "\0" in spec or not known:
         raise UsageError(f"{path} is no file", hint="give a .txt or .jsonl file with prompts")
     require_there(spec)
     return spec

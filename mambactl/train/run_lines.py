@@ -55,7 +55,7 @@ class StepLines:
         )
 
 
-def place_files(asked: list[str], folder: RunFolder) -> None:
+def send_files(asked: list[str], folder: RunFolder) -> None:
     """Send files of trackers to `OUT.logs`, unless their environment variables say otherwise."""
     if not asked:
         return
@@ -72,7 +72,7 @@ def track(config: TrackedConfig, folder: RunFolder) -> None:
 
     The first failure of a tracker is a warning, after which it is left alone.
     """
-    place_files(config.log_to, folder)
+    send_files(config.log_to, folder)
     if is_main():
         folder.listeners += [Tracked(name, folder) for name in config.log_to]
 

@@ -22,7 +22,7 @@ from mambactl.options import TrackedConfig, TrainConfig
 from mambactl.ranks import from_main, is_main, largest
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import Evaluation, PhaseReport
-from mambactl.train.run_lines import PROJECT, place_files
+from mambactl.train.run_lines import PROJECT, send_files
 
 # what transformers' callbacks take for a tracker, where that is not the package of its name
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
@@ -82,7 +82,7 @@ def reporting(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
     Files go to `OUT.logs`, unless the environment variables of a tracker say otherwise.
     """
     asked = config.log_to if isinstance(config, TrackedConfig) else []
-    place_files(asked, folder)
+    send_files(asked, folder)
     where = {"project": PROJECT, "run_name": folder.out.name}
     return {"report_to": list(asked) or "none", **where}
 
