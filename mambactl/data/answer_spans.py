@@ -50,11 +50,16 @@ def _located(
     """
     messages = row["messages"]
     for position in positions:
-        start = start_of_answer(row, position, renderer, text, doubts)
+        asked = _asked(row, position, renderer)
         through = _render(renderer, row, messages[: position + 1]).rstrip()
-        if start is None or not text.startswith(through):
+        if text.startswith(asked) and text.startswith(through):
+            yield len(asked), len(through)
+            continue
+        span = _by_difference(row, position, renderer, text)
+        if span is None:
             raise UsageError(REWRITES, "use --no-assistant-only-loss")
-        yield start, len(through)
+        plain = _render(renderer, row, messages[:position])
+        yield _opened(asked, plain, text, span[0], doubts), span[1]
 
 
 def start_of_answer(
@@ -70,21 +75,65 @@ def start_of_answer(
     open a block there that whole answers do not begin with: then it is where another answer would
     part from this one.
     """
-    if position == 0:
-        return 0
-    before = row["messages"][:position]
-    asked = _render(renderer, row, before, prompt=True)
+    asked = _asked(row, position, renderer)
     if text.startswith(asked):
         return len(asked)
-    plain = _render(renderer, row, before)
-    if not text.startswith(plain) or not asked.startswith(plain):
+    span = _by_difference(row, position, renderer, text)
+    plain = _render(renderer, row, row["messages"][:position])
+    if span is None or not text.startswith(plain):
         return None
-    other = _render(renderer, row, [*before, {"role": ASSISTANT, "content": _OTHER}])
-    start = len(os.path.commonprefix([text, other]))
-    if start < len(plain) or not asked.startswith(text[:start]):
+    return _opened(asked, plain, text, span[0], doubts)
+
+
+def _asked(row: Mapping[str, Any], position: int, renderer: ChatRenderer) -> str:
+    """What the model reads before it writes a turn."""
+    before = row["messages"][:position]
+    return _render(renderer, row, before, prompt=True) if before else ""
+
+
+def _opened(asked: str, plain: str, text: str, start: int, doubts: list[Doubt]) -> int:
+    """Where an answer starts that would change at `start`: what is not asked for is a part of it.
+
+    What asks for an answer may part from what stands before it, which is a doubt; not where what
+    comes `plain` before is another text, too.
+    """
+    shared = len(os.path.commonprefix([asked, text[:start]]))
+    if asked != text[:start]:
+        doubts.append(Doubt(OPENED, repr(asked[shared:])))
+    return shared if text.startswith(plain) and asked.startswith(plain) else start
+
+
+def _by_difference(
+    row: Mapping[str, Any], position: int, renderer: ChatRenderer, text: str
+) -> tuple[int, int] | None:
+    """Where a chat changes when another answer takes the place of one; None where all of it does.
+
+    This finds answers in templates that render a turn otherwise once another one follows. The end
+    token behind it is taken in where the template writes it behind the last turn of a chat, too.
+    """
+    messages = row["messages"]
+    other = {"role": ASSISTANT, "content": _OTHER}
+    changed = _render(renderer, row, [*messages[:position], other, *messages[position + 1 :]])
+    if changed.count(_OTHER) != 1:
         return None
-    doubts.append(Doubt(OPENED, repr(asked[start:])))
-    return start
+    start = len(os.path.commonprefix([text, changed]))
+    behind = changed[changed.index(_OTHER) + len(_OTHER) :]
+    end = len(text) - len(behind)
+    if changed[start] != _OTHER or end <= start or not text.endswith(behind):
+        return None
+    last = _render(renderer, row, [*messages[:position], other])
+    tail = last[last.rindex(_OTHER) + len(_OTHER) :]
+    return start, end + _end_token(behind, tail, renderer)
+
+
+def _end_token(behind: str, tail: str, renderer: ChatRenderer) -> int:
+    """Characters up to the end of a token that both texts begin with, 0 where there is none."""
+    space = len(behind) - len(behind.lstrip())
+    tokens = renderer.tokenizer.get_added_vocab()
+    for token in sorted(tokens, key=len, reverse=True):
+        if behind[space:].startswith(token) and tail.lstrip().startswith(token):
+            return space + len(token)
+    return 0
 
 
 def _render(

@@ -10,6 +10,7 @@ from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, UNANSWERED, BadRows
 from mambactl.data.begin_token import begins_twice
 from mambactl.data.encoding import Example
 from mambactl.data.sources import Document
+from mambactl.data.turns import ASSISTANT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,12 +36,14 @@ def screened(
         return None
     if max_length is None or "messages" not in row:
         return example
-    answers = [message for message in row["messages"] if message["role"] == "assistant"]
+    learned = row.get("learned", range(len(row["messages"])))
+    answers = [row["messages"][n] for n in learned if row["messages"][n]["role"] == ASSISTANT]
     if empty := sum(not _says(message) for message in answers):
         bad.add(EMPTY, row.where, f"{empty} of {len(answers)} assistant turns are empty")
         return None
     if not answers or not mask.any():
-        bad.add(UNANSWERED, row.where, "has no assistant turn, so nothing to learn")
+        which = "that is to be learned" if "learned" in row else "of the assistant"
+        bad.add(UNANSWERED, row.where, f"has no turn {which}, so nothing to learn")
         return None
     if mask[max_length:].any():
         problem = f"has {len(ids)} tokens, and --max-length {max_length} would cut an answer"

@@ -75,7 +75,8 @@ def encode_rows(
     """Encode rows, shuffled by `seed` if given, until `max_tokens` are there.
 
     `keep` says what is kept of an example, None for nothing. Raises UsageError naming file and row,
-    unless there is `bad` to note it. What is doubtful about rows goes to `doubts`.
+    unless there is `bad` to note it. With `doubts` chats are compared with what the template made
+    of them.
     """
     rules = rules or Rules(assistant_only)
     order: Iterable[int] = range(len(rows))
@@ -84,13 +85,14 @@ def encode_rows(
     examples: list[Example] = []
     total = 0
     indices = list(order)
-    cache = TokenCache(tokenizer, rules.assistant_only, rules.append_eos, rules.day)
+    asked = {"append_eos": rules.append_eos, "compared": doubts is not None}
+    cache = TokenCache(tokenizer, rules.assistant_only, rules.day, asked)
     state = {"rows": 0}
     with (
         ChatRenderers(tokenizer, rows, rules.day) as renderers,
         console.doing(lambda: f"tokenising: {state['rows']:,} of {len(rows):,} rows"),
     ):
-        encoder = _Encoder(renderers, rules, bad, doubts or Doubts())
+        encoder = _Encoder(renderers, rules, bad, doubts)
         for start in range(0, len(indices), TOGETHER):
             members = [rows[index] for index in indices[start : start + TOGETHER]]
             state["rows"] = start
@@ -122,7 +124,7 @@ class _Encoder:
     renderers: ChatRenderers
     rules: Rules
     bad: BadRows | None = None
-    doubts: Doubts = field(default_factory=Doubts)
+    doubts: Doubts | None = None
     # rows that are looked at again in the next run
     doubted: set[int] = field(default_factory=set)
 
@@ -187,8 +189,9 @@ class _Encoder:
         parts = self.renderers.map(self._rendered, rows)
         for row, part in zip(rows, parts, strict=True):
             for doubt in part.doubts:
-                self.doubts.add(doubt, getattr(row, "where", "this one"))
-                self.doubted.add(id(row))
+                if self.doubts is not None:
+                    self.doubts.add(doubt, getattr(row, "where", "this one"))
+                    self.doubted.add(id(row))
         # a chat holds its special tokens already
         plain = ["messages" not in row for row in rows]
         found: dict[int, Example] = {}
@@ -242,8 +245,15 @@ class _Encoder:
         try:
             doubts: list[Doubt] = []
             text = renderer.render(row["messages"], row.get("tools"), **row.get(TEMPLATE, {}))
-            spans = spans_of(row, renderer, text, doubts) if self.rules.assistant_only else None
-            return _Rendered(text, spans, doubts + compared(row, text, spans))
+            compares, spans = self.doubts is not None, None
+            if self.rules.assistant_only:
+                if compares:
+                    # what is not there has no place, and this says why
+                    compared(row, text, None)
+                spans = spans_of(row, renderer, text, doubts)
+            if compares:
+                doubts += compared(row, text, spans)
+            return _Rendered(text, spans, doubts)
         except TemplateStopped as error:
             raise error.at(row.where) if isinstance(row, Document) else error from None
 

@@ -18,7 +18,7 @@ REASONING = "the chat template leaves out the reasoning of the last answer"
 DROPPED = "the chat template leaves out whole turns"
 NO_TOOLS = "the chat template does not show the tools of the row"
 ESCAPED = "the chat template writes arguments of calls as JSON inside of JSON"
-OPENED = "the chat template opens a block for an answer that is to be written, which rows lack"
+OPENED = "the chat template opens answers that are to be written in another way than whole ones"
 _THOUGHT_END = "</think>"
 _WORD = re.compile(r"\w+")
 # of the words of a turn: with fewer in the text it is not the turn that stands there

@@ -32,6 +32,13 @@ ADDED_TO, ADDITIONS = ("instruction", "question", "query"), ("input", "context")
 ANSWERS = (COMPLETION, "response", "output", "answer", "solution")
 SYSTEMS = (SYSTEM, "system_prompt")
 TOOLS, FUNCTIONS, HISTORY, TEMPLATE = "tools", "functions", "history", "chat_template_kwargs"
+# what rendering is told by the program, and no row may change
+RESERVED = frozenset(
+    {"messages", "conversation", TOOLS, "chat_template", "add_generation_prompt"}
+    | {"continue_final_message", "tokenize", "padding", "truncation", "max_length"}
+    | {"return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+    | {"sanitize_control_tokens", "strftime_now", "raise_exception"}
+)
 # of turns that a model answers one by one
 TURNS = "turns"
 # what would be lost: only text is read
@@ -167,6 +174,8 @@ class Reading:
         if self.row.get(TEMPLATE):
             options = self.take(TEMPLATE)
             require(isinstance(options, dict), f"`{TEMPLATE}` is no object")
+            for name in RESERVED & options.keys():
+                raise BadRow(f"`{TEMPLATE}` has `{name}`, which is no option of a template")
             found[TEMPLATE] = options
         return found
 
@@ -236,7 +245,8 @@ def _completed(reading: Reading) -> Row:
 
 def _refuse_label(reading: Reading) -> None:
     """Answers that are judged are no examples."""
-    if isinstance(reading.row.get(LABEL), bool):
+    # tables hold it as text
+    if str(reading.row.get(LABEL)).lower() in ("true", "false"):
         cure = f"keep the rows whose `{LABEL}` is true, without the column"
         raise BadRow(f"has a `{LABEL}`, and its answer may be one to be avoided", OTHER, cure)
 

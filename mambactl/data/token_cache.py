@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import date
 from functools import cached_property, lru_cache
@@ -188,18 +189,18 @@ class TokenCache:
         self,
         tokenizer: "PreTrainedTokenizerBase",
         assistant_only: bool,
-        append_eos: bool = False,
         day: date | None = None,
+        asked: Mapping[str, bool] | None = None,
     ):
         self.tokenizer, self.assistant_only = tokenizer, assistant_only
-        self.append_eos, self.day = append_eos, day or date.today()
+        self.day, self.asked = day or date.today(), asked or {}
         self.entries: dict[str, Entry | None] = {}
 
     @cached_property
     def settings(self) -> dict[str, object] | None:
         """Settings of the tokenizer in the cache key, collected for the first large file."""
         found = _settings(self.tokenizer, self.assistant_only, self.day)
-        return found and found | ({"append_eos": True} if self.append_eos else {})
+        return found and found | {name: True for name, value in self.asked.items() if value}
 
     def find(self, row: Document) -> Example | None:
         """The tokens of a row, if they are kept."""

@@ -55,7 +55,7 @@ def read_preferences(job: Job, config: DpoConfig) -> Preferences:
         doubts=checks.doubts,
         **rules,
     )
-    _tell(checks, sets, tokenizer)
+    _tell(job, checks, sets, tokenizer)
     counts = {name: found.counts() for name, found in sets.items()}
     _report("data", sets)
     measured: Mapping[str, PairSet] = {}
@@ -97,13 +97,13 @@ def _rules(job: Job, config: DpoConfig, checks: Checks) -> dict[str, Any]:
 
 
 def _tell(
-    checks: Checks, sets: Mapping[str, PairSet], tokenizer: "PreTrainedTokenizerBase"
+    job: Job, checks: Checks, sets: Mapping[str, PairSet], tokenizer: "PreTrainedTokenizerBase"
 ) -> None:
     """Warn of what is doubtful about rows, and of answers that do not end."""
     for found in sets.values():
         for pair in found.pairs:
             checks.endings.see(Document(pair.where, {}), pair.answers[0])
-    checks.tell(tokenizer)
+    checks.tell(job, tokenizer)
 
 
 def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
     rules = _rules(job, config, checks)
     most = {"max_samples": config.max_samples, "doubts": checks.doubts}
     sets = load_pairs(specs, tokenizer, config.max_length, **most, **rules)
-    _tell(checks, sets, tokenizer)
+    _tell(job, checks, sets, tokenizer)
     first = next(pair for found in sets.values() for pair in found.pairs)
     total = sum(len(found.pairs) for found in sets.values())
     with_steps(job, total, "pairs")

@@ -73,7 +73,7 @@ def preview(job: Job, assistant_only: bool) -> dict[str, Any]:
     documents = read_documents(job, bad)
     checks = Checks.of(job, tokenizer, bad)
     examples = encode_documents(job, documents, tokenizer, assistant_only, checks)
-    checks.tell(tokenizer)
+    checks.tell(job, tokenizer)
     if bad.found:
         what = "would be left out" if config.skip_bad_rows else "would stop the run"
         console.warn(f"{bad.report()} {what}")

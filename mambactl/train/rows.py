@@ -41,7 +41,7 @@ def training_rows(
     checks = Checks.of(job, tokenizer, bad)
     examples = encode_documents(job, documents, tokenizer, assistant_only, checks)
     bad.settle()
-    checks.tell(tokenizer)
+    checks.tell(job, tokenizer)
     recalled = _recall_examples(job, tokenizer, examples)
     rows = pack([*examples, *recalled], config.max_length, config.packing)
     _warn_beyond_positions(job, [*examples, *recalled])
@@ -134,16 +134,16 @@ class Checks:
 
     @classmethod
     def of(cls, job: Job, tokenizer: "PreTrainedTokenizerBase", bad: BadRows) -> "Checks":
-        """Nothing found so far; says which templates are not used, and of which day chats are."""
+        """Nothing found so far."""
+        endings = Endings(stored_end_tokens(job.source, tokenizer))
+        return cls(bad, Doubts(), endings, model_config(job.source).vocab_size)
+
+    def tell(self, job: Job, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Warn of everything that was found beside bad rows, and say what templates do not show."""
         if named := unused_templates(tokenizer):
             console.log(f"chat templates that no row is rendered with: {', '.join(named)}")
         if job.day not in (None, date.today()) and prints_date(tokenizer):
             console.log(f"chat templates print {job.day.isoformat()}, the day of the run or cache")
-        endings = Endings(stored_end_tokens(job.source, tokenizer))
-        return cls(bad, Doubts(), endings, model_config(job.source).vocab_size)
-
-    def tell(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Warn of everything that was found beside bad rows."""
         self.doubts.tell()
         self.endings.tell(tokenizer)
 

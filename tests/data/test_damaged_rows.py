@@ -62,7 +62,13 @@ VALUES = {
     "empty calls": '[{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{}]}]',
     "a call of a number": '[{"role": "assistant", "tool_calls": [{"function": 3}]}]',
 }
-COLUMNS = ("text", "messages", "tools", "prompt", "chosen", "rejected", "turns", "instruction")
+COLUMNS = (
+    *("text", "messages", "tools", "prompt", "chosen", "rejected", "turns", "instruction"),
+    *("conversations", "completion", "input", "output", "history", "system", "functions"),
+    *("chat_template_kwargs", "label", "images"),
+)
+# of rows without messages, where these columns hold what is learned
+BARE = ("text", "messages")
 
 
 def lines_of(value: str) -> list[str]:
@@ -72,6 +78,8 @@ def lines_of(value: str) -> list[str]:
         + f', "{column}": {value}}}'
         for column in COLUMNS
     ]
+    bare = {key: item for key, item in GOOD.items() if key not in BARE}
+    rows += [json.dumps(bare)[:-1] + f', "{column}": {value}}}' for column in COLUMNS]
     return [*rows, value]
 
 

@@ -163,7 +163,7 @@ def test_a_block_that_the_template_opens_is_no_obstacle(templated, tmp_path) -> 
     tokenizer = templated(OPENS.replace("{{ bos_token }}", ""))
     chat = [user("tree"), assistant("<red> door"), user("king"), assistant("queen")]
     learned, bad, doubts = taught(tokenizer, chat)
-    assert not bad.found and any("opens a block" in kind for kind in doubts.counts)
+    assert not bad.found and any("opens answers" in kind for kind in doubts.counts)
     assert learned[0].split()[-4:] == ["door", "<|im_end|>", "queen", "<|im_end|>"]
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "tree", "chosen": "red door", "rejected": "door"}\n')

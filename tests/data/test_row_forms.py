@@ -252,6 +252,11 @@ def test_nulls_of_arrow_are_nothing_and_those_of_json_stay(tmp_path, write) -> N
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has the columns", "mambactl dpo"),
         ({"prompt": "a"}, "has the columns `prompt`", "mambactl generate"),
         ({"prompt": "a", "completion": "b", "label": False}, "has a `label`", "is true"),
+        (
+            {"messages": [user("a")], "chat_template_kwargs": {"tokenize": True}},
+            "has `tokenize`, which is no option",
+            "",
+        ),
         ({"messages": [user("a"), assistant("b")], "images": ["x"]}, "has `images`", ""),
         ({"messages": [user([{"type": "image_url"}])]}, "part of the type 'image_url'", ""),
         ({"messages": [{**user("a"), "train": True}]}, "is marked to be learned", ""),

@@ -2,9 +2,12 @@
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 
+from mambactl.data.answer_spans import spans_of
+from mambactl.data.chat_template import ChatRenderer
 from mambactl.data.format import Rules, encode_rows
 from mambactl.data.preferences import load_pairs
 from mambactl.data.sources import load_rows
@@ -130,3 +133,42 @@ def test_prompts_and_both_answers(name, llama, tokenizer, tmp_path) -> None:
     assert pair.prompt.tolist() == theirs["prompt_ids"]
     assert pair.chosen.tolist() == theirs["chosen_ids"]
     assert pair.rejected.tolist() == theirs["rejected_ids"]
+
+
+# published templates; TRL has each once more with marks around what answers are
+PUBLISHED = (
+    *("llama3", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_instruct_2507", "gemma3", "cohere2"),
+    *("deepseek_r1_distill", "deepseekv3", "nemotron_3_nano", "lfm2"),
+)
+ENDS = ["<end_of_turn>", "<｜end▁of▁sentence｜>", "<|eot_id|>", "<|END_OF_TURN_TOKEN|>"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_answers_in_published_templates(name, tiny_tokenizer) -> None:
+    """Their words and end tokens are those that TRL marks; TRL adds white space, and headers."""
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    files = [folder / f"{name}.jinja", folder / f"{name}_training.jinja"]
+    if not all(map(Path.is_file, files)):
+        pytest.skip("this version of TRL has no such templates")
+    found, answers = [], ("red door", "a bird")
+    for file in files:
+        tokenizer = deepcopy(tiny_tokenizer)
+        tokenizer.add_tokens(ENDS, special_tokens=True)
+        tokenizer.chat_template = file.read_text("utf-8")
+        with ChatRenderer(tokenizer) as renderer:
+            messages = [
+                ASK,
+                SAY,
+                {"role": "user", "content": "tree"},
+                {"role": "assistant", "content": "bird"},
+            ]
+            text = renderer.render(messages)
+            spans = spans_of({"messages": messages}, renderer, text, [])
+        assert len(spans) == len(answers)
+        learned = [text[start:end] for start, end in spans]
+        pairs = zip(learned, answers, strict=True)
+        found.append([each[each.index(answer) :].rstrip() for each, answer in pairs])
+        assert all(len(each) > len(answer) for each, answer in zip(found[-1], answers, strict=True))
+    assert found[0] == found[1]
