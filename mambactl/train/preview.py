@@ -76,7 +76,7 @@ def preview(job: Job, assistant_only: bool) -> dict[str, Any]:
     checks.tell(job, tokenizer)
     if bad.found:
         what = "would be left out" if config.skip_bad_rows else "would stop the run"
-        console.warn(f"{bad.report()} {what}")
+        console.warn(f"{bad.report()} {what}; {bad.found[0].cure}")
     rows = _rows(job, examples)
     if rows:
         with_steps(job, len(rows))
