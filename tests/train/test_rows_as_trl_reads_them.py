@@ -158,12 +158,7 @@ def test_answers_in_published_templates(name, tiny_tokenizer) -> None:
         tokenizer.add_tokens(ENDS, special_tokens=True)
         tokenizer.chat_template = file.read_text("utf-8")
         with ChatRenderer(tokenizer) as renderer:
-            messages = [
-                ASK,
-                SAY,
-                {"role": "user", "content": "tree"},
-                {"role": "assistant", "content": "bird"},
-            ]
+            messages = [ASK, SAY, *MORE]
             text = renderer.render(messages)
             spans = spans_of({"messages": messages}, renderer, text, [])
         assert len(spans) == len(answers)
