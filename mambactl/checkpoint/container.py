@@ -205,10 +205,14 @@ def write_side_files(
         texts[LINEAGE] = json_text(lineage)
     for name, content in texts.items():
         data = content.encode("utf-8") if isinstance(content, str) else content
-        with (folder / name).open("wb") as file:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if path.parent != folder:
+            sync_folder(path.parent)
 
 
 def require_room(folder: Path, size: int) -> None:

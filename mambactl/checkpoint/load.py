@@ -222,7 +222,9 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> "PreTrainedTok
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             data = content.encode("utf-8") if isinstance(content, str) else content
-            (Path(folder) / name).write_bytes(data)
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
         if TOKENIZER not in files and SENTENCES in files:
             _require_sentencepiece(source)
         with blamed(source.path, ", ".join(name for name in files if name != GENERATION)):

@@ -17,6 +17,7 @@ from mambactl.files import (
     CONFIG,
     LEDGER,
     LINEAGE,
+    NAMED_TEMPLATES,
     PLOT,
     RESULTS,
     SIDE_FILES,
@@ -164,7 +165,7 @@ def _require_own_folder(out: Path) -> None:
 
 def _is_written(entry: os.DirEntry[str]) -> bool:
     if entry.is_dir(follow_symlinks=False):
-        return entry.name == RESULTS
+        return entry.name in (RESULTS, NAMED_TEMPLATES)
     known = any(fnmatch(entry.name, pattern) for pattern in WRITTEN)
     return known and entry.is_file(follow_symlinks=False)
 

@@ -27,6 +27,7 @@ from mambactl.files import (
     SINGLE_FILE_SUFFIXES,
     Source,
     cache_dir,
+    is_side_file,
     partial_of,
 )
 from mambactl.foreign import reason
@@ -237,6 +238,7 @@ def _wanted_files(names: list[str], weights: bool) -> list[str]:
     # `consolidated*` repeats the same weights in another layout; subfolders hold other formats
     root = [name for name in names if "/" not in name and not name.startswith("consolidated")]
     wanted = [name for name in root if name.endswith(_TEXT_SUFFIXES)]
+    wanted += [name for name in names if "/" in name and is_side_file(name)]
     if not weights:
         return wanted
     safe = [name for name in root if name.endswith(".safetensors")]

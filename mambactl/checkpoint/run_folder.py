@@ -3,8 +3,9 @@
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -26,6 +27,8 @@ from mambactl.foreign import (
     regular_size,
 )
 
+# of the mark: today for the chat templates of the run
+DAY = "day"
 _FREE = "free some disk space, then use --resume"
 _DAMAGED = "start again with --force"
 # bytes that are read at a time
@@ -50,6 +53,8 @@ class RunFolder(WorkFolder):
         self._state = self.path / "state.pt"
         self._best = self.path / "best.pt"
         self._entered = False
+        # each hears every line of the metrics
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
 
     def check(self, resume: bool, force: bool) -> None:
         """Raise OutputError where `open` would; what lies there stays as it is.
@@ -191,6 +196,8 @@ class RunFolder(WorkFolder):
         """Append one line to metrics.jsonl."""
         with _disk(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        for listener in self.listeners:
+            listener(entry)
 
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, up to one that a kill tore."""
@@ -225,6 +232,17 @@ def _read_through(path: Path, task: console.Task) -> None:
             with archive.open(name) as member:
                 while piece := member.read(_PIECE):
                     task.advance(len(piece))
+
+
+def begun_on(out: Path, resume: bool) -> date | None:
+    """Today; where a run at `out` goes on, the day on which it began, None if it kept none."""
+    mark = RunFolder(out, {}).read_mark() if resume else None
+    if mark is None:
+        return date.today()
+    try:
+        return date.fromisoformat(mark[DAY])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def load_kept(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mambactl.checkpoint.side_files import (
     require_few,
 )
 from mambactl.errors import ModelError
-from mambactl.files import BINARY_PREFIX, CONFIG, LINEAGE, SIDE_FILES
+from mambactl.files import BINARY_PREFIX, CONFIG, LINEAGE, is_side_file
 from mambactl.foreign import AGAIN, blamed, reason, regular_size
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ class SingleFileReader(_SafetensorsReader):
         if CONFIG in metadata:
             self.config = parse_config(metadata[CONFIG], file)
             self.files = {
-                name: _unpack(metadata[name], file, name) for name in SIDE_FILES if name in metadata
+                name: _unpack(text, file, name)
+                for name, text in metadata.items()
+                if is_side_file(name)
             }
             self.lineage = _lineage(metadata, file)
             return

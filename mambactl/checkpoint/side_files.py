@@ -8,7 +8,7 @@ from typing import Any
 from mambactl.bounds import TENSORS
 from mambactl.checkpoint.lineage_record import checked_lineage
 from mambactl.errors import ModelError
-from mambactl.files import CONFIG, LINEAGE, SIDE_FILES
+from mambactl.files import CONFIG, LINEAGE, NAMED_TEMPLATES, SIDE_FILES, is_side_file
 from mambactl.foreign import AGAIN, json_object, read_bytes, read_object, read_text
 
 
@@ -62,7 +62,9 @@ def require_few(file: Path, names: Iterable[str]) -> None:
 def read_side_files(folder: Path) -> dict[str, str | bytes]:
     """Tokenizer, template and generation files of a folder, by name."""
     found: dict[str, str | bytes] = {}
-    for name in SIDE_FILES:
+    others = (folder / NAMED_TEMPLATES).glob("*")
+    named = sorted(f"{NAMED_TEMPLATES}/{path.name}" for path in others)
+    for name in (*SIDE_FILES, *filter(is_side_file, named)):
         if os.path.lexists(path := folder / name):
             found[name] = read_bytes(path) if name.endswith(".model") else read_text(path)
     return found

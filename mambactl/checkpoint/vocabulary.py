@@ -1,17 +1,59 @@
 """Whether two checkpoints mean the same tokens by the same numbers."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 from torch import nn
 
-from mambactl.checkpoint.load import adapt, load_tokenizer, needs_remote_code, open_checkpoint
+from mambactl.checkpoint.load import (
+    GENERATION,
+    adapt,
+    load_tokenizer,
+    needs_remote_code,
+    open_checkpoint,
+)
 from mambactl.errors import ModelError
+from mambactl.foreign import json_object
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def model_config(spec: str) -> HybridConfig:
     """A checkpoint's configuration, without its weights."""
     with open_checkpoint(spec) as reader:
         return adapt(reader).config
+
+
+def end_tokens(*ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Every id that ends a text, of what several configurations name as theirs."""
+    found: set[int] = set()
+    for each in ids:
+        found.update([] if each is None else [each] if isinstance(each, int) else each)
+    return tuple(sorted(found))
+
+
+def stored_end_tokens(spec: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The ids that end a text of a checkpoint, without its weights."""
+    with open_checkpoint(spec) as reader:
+        config, text = adapt(reader).config, reader.files.get(GENERATION)
+        generation = {} if text is None else json_object(text, reader.path, GENERATION)
+    own = generation.get("eos_token_id")
+    return end_tokens(own, config.eos_token_id, tokenizer.eos_token_id)
+
+
+def beyond_embedding(
+    ids: Sequence[int] | np.ndarray, rows: int, tokenizer: "PreTrainedTokenizerBase"
+) -> str | None:
+    """A sentence about tokens beyond the `rows` of an embedding; None where all are in it."""
+    largest = int(np.max(ids)) if len(ids) else 0
+    if largest < rows:
+        return None
+    token = tokenizer.convert_ids_to_tokens(largest)
+    return f"the tokenizer gives the token {largest} ({token}), the model has {rows}"
 
 
 def vocabulary_size(spec: str, trust_remote_code: bool = False) -> int | None:

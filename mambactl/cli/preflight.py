@@ -7,7 +7,7 @@ from functools import cache
 from mambactl import console
 from mambactl.checkpoint.opening import require_container
 from mambactl.checkpoint.resolve import called_teacher, require_named, resolve
-from mambactl.data.row_files import prompt_file, require_there
+from mambactl.data.row_files import require_prompts, require_there
 from mambactl.errors import ModelError
 from mambactl.options import StageConfig
 
@@ -37,7 +37,7 @@ def require_found(config: StageConfig, sources: Sequence[str | None]) -> None:
     for spec in config.named_data:
         require_there(spec)
     if prompts := getattr(config, "prompts", None):
-        prompt_file(prompts)
+        require_prompts(prompts)
 
 
 def require_models(sources: Sequence[str | None]) -> None:

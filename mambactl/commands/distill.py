@@ -14,7 +14,9 @@ from mambactl import console
 from mambactl.checkpoint.load import load_lineage
 from mambactl.checkpoint.vocabulary import model_config
 from mambactl.commands.teacher_cache import cached_objective, read_record
+from mambactl.data.mixture import names
 from mambactl.data.pack import Row
+from mambactl.data.row_files import is_on_hub
 from mambactl.errors import UsageError
 from mambactl.evaluation.recall import RecallProbe
 from mambactl.models.config import HybridConfig
@@ -24,6 +26,7 @@ from mambactl.ranks import join
 from mambactl.stage_result import StageResult
 from mambactl.train.compiled import compile_blocks, compiles, release_blocks
 from mambactl.train.drawn_windows import DrawnWindows, with_window
+from mambactl.train.epochs import with_steps
 from mambactl.train.estimate import Estimate, estimate
 from mambactl.train.held_out import HeldOut
 from mambactl.train.job import Job
@@ -32,10 +35,19 @@ from mambactl.train.loop import Phase, train
 from mambactl.train.optimization import AlignmentObjective, LogitsObjective, Objective
 from mambactl.train.phases import PhasePlan, plan_phases, shapes_of
 from mambactl.train.preview import plan_training
-from mambactl.train.publish import as_begun, draw_ledger, report_phases, save_result, working_folder
+from mambactl.train.publish import (
+    as_begun,
+    dated,
+    draw_ledger,
+    report_phases,
+    save_result,
+    working_folder,
+)
 from mambactl.train.rows import held_out_rows, training_rows
+from mambactl.train.run_lines import track
 from mambactl.train.sharing import put_back, share_frozen
 from mambactl.train.stepwise import StandIns
+from mambactl.train.trainer import require_trackers
 from mambactl.train.watched_recall import WatchedRecall, watched_probes
 
 STAGE = "distill"
@@ -53,12 +65,20 @@ def run(
     config = as_begun(config, out, resume)
     job = Job.of(STAGE, config, source)
     _check_capture(job, config)
+    require_trackers(config)
     join(job.device)
+    whole = job = dated(job, out, resume)
     folder = working_folder(job, out, resume, force)
+    track(config, folder)
     ours, theirs = _configs(job)
-    planned = plan_phases(config, ours, theirs, _ranking(source))
+    if config.epochs is None:
+        # what cannot be done is said before the data is read
+        plan_phases(config, ours, theirs, _ranking(source))
     tokenizer = job.tokenizer()
     rows = training_rows(job, tokenizer)
+    job = with_steps(job, len(rows))
+    config = job.config
+    planned = plan_phases(config, ours, theirs, _ranking(source))
     held_out, probes = held_out_rows(job, tokenizer), watched_probes(config, tokenizer)
     models = _models(job, config, planned, needs_teacher=bool(held_out or probes))
     console.log(f"{len(ours.replaced_layers)} mixers follow {models.name}")
@@ -73,7 +93,7 @@ def run(
             metrics["best"] = best
         draw_ledger(folder, asked=bool(held_out))
         models.put_back(job)
-        save_result(job, models.student, folder, models.name, metrics)
+        save_result(whole, models.student, folder, models.name, metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 
@@ -108,6 +128,8 @@ def plan(config: DistillConfig, source: str) -> dict[str, Any]:
     if config.eval_recall:
         watched_probes(config, job.tokenizer())
     ours, theirs = _configs(job)
+    job = _counted(job)
+    config = job.config
     planned = plan_phases(config, ours, theirs, _ranking(source))
     predicted = estimate(job, ours, theirs, planned)
     model = shapes_of(ours)
@@ -117,6 +139,18 @@ def plan(config: DistillConfig, source: str) -> dict[str, Any]:
         for plan in planned
     ]
     return found | {"phases": phases, "predicted": Estimate.of_all(predicted)}
+
+
+def _counted(job: Job) -> Job:
+    """The run with its steps, for which epochs need the rows; UsageError for a set on the hub."""
+    if job.config.epochs is None:
+        return job
+    if any(is_on_hub(spec) for spec in names(job.config.data)):
+        raise UsageError(
+            "--epochs of a set on the hub are known when it is read, which --dry-run does not",
+            "give --max-steps",
+        )
+    return with_steps(job, len(training_rows(job, job.tokenizer())))
 
 
 def _check_capture(job: Job, config: DistillConfig) -> None:

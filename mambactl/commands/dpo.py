@@ -14,10 +14,11 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DpoConfig
 from mambactl.ranks import from_main, is_main, join, largest, sharded
 from mambactl.stage_result import StageResult
+from mambactl.train.epochs import with_steps
 from mambactl.train.job import Job, require_whole_weights
 from mambactl.train.preference_data import Preferences, preview, read_preferences
 from mambactl.train.preview import plan_training
-from mambactl.train.publish import report_phases, save_result, working_folder
+from mambactl.train.publish import dated, report_phases, save_result, working_folder
 from mambactl.train.reference_policy import HeldOutPreferences, precomputed, show_held_out
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
@@ -35,9 +36,12 @@ def run(
     """Tune the model at `source` on preferences and write the result to `out`."""
     _require(config)
     job = Job.of(STAGE, config, source)
+    whole = job = dated(job, out, resume)
     folder = working_folder(job, out, resume, force)
     join(job.device)
     data = read_preferences(job, config)
+    job = with_steps(job, data.available, "pairs")
+    config = job.config
     student = job.student()
     reference = _reference(job, config)
     with folder.open(resume, force):
@@ -57,7 +61,7 @@ def run(
                 name: found | {"before": before[name]} for name, found in after.items()
             }
         spec = job.teacher_spec if config.reference == "teacher" else None
-        save_result(job, student, folder, spec, metrics)
+        save_result(whole, student, folder, spec, metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 

@@ -18,13 +18,14 @@ from mambactl.options import SftConfig
 from mambactl.ranks import processes, sharded
 from mambactl.stage_result import StageResult
 from mambactl.train.compiled import compile_blocks, release_blocks
+from mambactl.train.epochs import with_steps
 from mambactl.train.held_out import HeldOut
 from mambactl.train.job import Job, require_whole_weights
 from mambactl.train.ledger import Evaluation
 from mambactl.train.lora import adapted, merged, projections, require_peft, unadapted
 from mambactl.train.phases import shapes_of
 from mambactl.train.preview import TRAINED_BYTES, plan_training, preview
-from mambactl.train.publish import draw_ledger, report_phases, save_result, working_folder
+from mambactl.train.publish import dated, draw_ledger, report_phases, save_result, working_folder
 from mambactl.train.rows import held_out_rows, training_rows
 from mambactl.train.sharing import put_back
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
@@ -46,9 +47,12 @@ def run(
     """Fine-tune the model at `source` and write the result to `out`."""
     job = Job.of(STAGE, config, source)
     _require(config)
+    whole = job = dated(job, out, resume)
     folder = working_folder(job, out, resume, force)
     tokenizer = job.tokenizer()
     rows = training_rows(job, tokenizer, config.assistant_only_loss)
+    job = with_steps(job, len(rows))
+    config = job.config
     held_out = held_out_rows(job, tokenizer, config.assistant_only_loss)
     # frozen weights need no fp32 masters
     student = job.student(torch.float32 if config.lora is None else job.dtype)
@@ -71,7 +75,7 @@ def run(
         if config.lora is not None:
             # what has no adapter was held in the type of products
             put_back(result, unadapted(result, config.freeze_kept), job.source)
-        save_result(job, result, folder, named, metrics)
+        save_result(whole, result, folder, named, metrics)
     console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 

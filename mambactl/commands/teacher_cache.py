@@ -19,7 +19,7 @@ from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, open_checkpoint
 from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.checkpoint.run_folder import DAY, RunFolder
 from mambactl.checkpoint.safetensors_reader import read_lineage
 from mambactl.data.mixture import names
 from mambactl.data.pack import Row, collate
@@ -40,7 +40,7 @@ from mambactl.train.cached_teacher import (
     write_shard,
 )
 from mambactl.train.job import Job
-from mambactl.train.publish import identity
+from mambactl.train.publish import dated, identity
 from mambactl.train.rows import training_rows
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ STAGE = "teacher-cache"
 SHARD_TOKENS = 1 << 20
 # what has to be equal for rows to be equal, where not all of the data fits
 ROW_OPTIONS = (
-    *("max_steps", "batch_size", "grad_accum"),
+    *("max_steps", "epochs", "batch_size", "grad_accum", "append_eos"),
     *("max_length", "max_samples", "recall_share", "seed"),
     *("packing", "skip_bad_rows", "assistant_only_loss"),
 )
@@ -66,7 +66,8 @@ def run(
     force: bool = False,
 ) -> StageResult:
     """Draw from the model at `source` for every row of the data, and write the folder `out`."""
-    job = Job.of(STAGE, config, source)
+    config.require_coherent()
+    job = dated(Job.of(STAGE, config, source), out, resume)
     folder = _folder(job, out, resume, force)
     tokenizer = job.tokenizer()
     rows = _distinct(training_rows(job, tokenizer, config.assistant_only_loss))
@@ -239,6 +240,7 @@ def _record(
             "tokenizer_sha256": _vocabulary_digest(tokenizer),
             "data": known["data"],
             "data_sha256": known["data_sha256"],
+            DAY: job.day and job.day.isoformat(),
             "rows": metrics["rows"],
             "tokens": metrics["tokens"],
             **{
@@ -291,7 +293,7 @@ def _command(job: Job, config: HeldOutConfig, kept: dict[str, Any], temperature:
     asked["batch_size"] *= job.processes
     for name, value in (asked | {"temperature": temperature}).items():
         flag = name.replace("_", "-")
-        if value == usual[name].default:
+        if value == usual[name].default or (name == "max_steps" and config.epochs):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

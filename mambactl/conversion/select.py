@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mambactl import console
 from mambactl.checkpoint.load import empty_model, load_model, load_tokenizer
+from mambactl.checkpoint.vocabulary import vocabulary_size
 from mambactl.conversion.choice import UNITS, Unit
 from mambactl.conversion.fit import Streams
 from mambactl.conversion.ranking import (
@@ -34,7 +35,7 @@ from mambactl.conversion.ranking import (
 from mambactl.conversion.removal import removal_forwards
 from mambactl.conversion.replace import Replacement, block_of, generator, new_block
 from mambactl.conversion.select_heads import choose_heads, head_probes, package_text
-from mambactl.data.format import encode_rows
+from mambactl.data.format import Rules, encode_rows
 from mambactl.data.pack import Batch, Row, collate, pack
 from mambactl.data.sources import load_rows
 from mambactl.errors import UsageError
@@ -84,11 +85,11 @@ def read_texts(config: ConvertConfig, source: str) -> Texts:
     held_out = config.select_tokens if measured else 0
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     if config.select_data and measured:
-        fit = _rows(config, tokenizer, config.calibrate, config.calibrate_tokens)
+        fit = _rows(config, source, tokenizer, config.calibrate, config.calibrate_tokens)
         return Texts(
-            _batches(fit), _batches(_rows(config, tokenizer, config.select_data, held_out))
+            _batches(fit), _batches(_rows(config, source, tokenizer, config.select_data, held_out))
         )
-    rows = _rows(config, tokenizer, config.calibrate, config.calibrate_tokens + held_out)
+    rows = _rows(config, source, tokenizer, config.calibrate, config.calibrate_tokens + held_out)
     # of little text, a quarter is held out
     count = min(-(-held_out // config.max_length), len(rows) // 4) if held_out else 0
     if held_out and not count:
@@ -111,20 +112,29 @@ def _texts_of_heads(config: ConvertConfig, source: str) -> Texts:
         return Texts([], [])
     tokens = max(config.select_tokens, FAST_TOKENS) if fast else config.select_tokens
     tokenizer = load_tokenizer(source, config.trust_remote_code)
-    fit = _rows(config, tokenizer, config.calibrate, config.calibrate_tokens)
-    held_out = _rows(config, tokenizer, data, tokens)
+    fit = _rows(config, source, tokenizer, config.calibrate, config.calibrate_tokens)
+    held_out = _rows(config, source, tokenizer, data, tokens)
     return Texts(_batches(fit), _batches(held_out, FAST_BATCH if fast else BATCH))
 
 
 def _rows(
-    config: ConvertConfig, tokenizer: "PreTrainedTokenizerBase", data: Sequence[str], tokens: int
+    config: ConvertConfig,
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: Sequence[str],
+    tokens: int,
 ) -> list[Row]:
     if not data:
         return []
+    rules = Rules(vocabulary=vocabulary_size(source, config.trust_remote_code))
     # twice what is used: rows that packing fills badly are left out
     budget = 2 * tokens
     examples = encode_rows(
-        load_rows(data, used_tokens=budget), tokenizer, max_tokens=budget, seed=config.seed
+        load_rows(data, used_tokens=budget),
+        tokenizer,
+        max_tokens=budget,
+        seed=config.seed,
+        rules=rules,
     )
     rows = pack(examples, config.max_length)
     # rows of full length first, so that a small budget is not spent on padding

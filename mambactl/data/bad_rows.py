@@ -11,6 +11,9 @@ NAMED = 10
 MALFORMED, REFUSED, DOUBLED = "malformed", "refused by the template", "doubled begin token"
 EMPTY, UNANSWERED, LONG = "empty answer", "no answer", "too long"
 SAME, UNFIT = "equal answers", "unfit"
+LOST, BEYOND = "lost by the template", "token without embedding"
+# rows that another command reads
+OTHER = "of another kind"
 
 
 class Bad(NamedTuple):
@@ -62,4 +65,7 @@ class BadRows:
         message = f"{first.where}: {first.problem}"
         if len(self.found) > 1:
             message = f"{self.report()}, the first in {message}"
+        if self.count(OTHER) == len(self.found):
+            # all rows are for another command
+            raise UsageError(message, first.cure)
         raise UsageError(message, f"{first.cure}, or go on without such rows: --skip-bad-rows")

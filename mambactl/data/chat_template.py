@@ -5,6 +5,7 @@ thread can interrupt. So a forked process renders, and the system ends it at a b
 """
 
 import gc
+import json
 import multiprocessing
 import os
 import re
@@ -12,12 +13,14 @@ import resource
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date, datetime, time, tzinfo
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mambactl.bounds import MIB, TEMPLATE_BYTES, TEMPLATE_SECONDS, Bound
+from mambactl.data.turns import ROLES, calls_of, with_text_arguments
 from mambactl.errors import ResourceError, UsageError
 from mambactl.foreign import blamed, reason
 
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
+# how a template asks for the date
+DATE = "strftime_now"
+# of several templates: for chats without tools, and with them
+CHOSEN_TEMPLATES = ("default", "tool_use")
 GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 # memory of the rendering process beyond what it starts with: a text of TEMPLATE_BYTES is held as
@@ -46,11 +53,15 @@ class TemplateStopped(UsageError):
 
 
 class _Request(NamedTuple):
-    """A chat, with keywords of the tokenizer's `apply_chat_template`; or its generated spans."""
+    """A chat, with keywords of the tokenizer's `apply_chat_template`; or its generated spans.
+
+    With `calls` arguments of calls are tried as an object first, and as JSON text then.
+    """
 
     messages: Sequence[Message]
     options: dict[str, Any]
     spans: bool = False
+    calls: bool = False
 
 
 class _Answer(NamedTuple):
@@ -64,11 +75,12 @@ class _Answer(NamedTuple):
 class ChatRenderer:
     """The chat template of a tokenizer, at work in a process of its own.
 
+    `day` is what templates take for today; without one it is the day when the renderer was made.
     The process starts with the first chat and ends with the `with` block around all of them.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", day: date | None = None):
+        self.tokenizer, self.day = tokenizer, day or date.today()
         self._process: ForkProcess | None = None
         self._connection: Connection | None = None
 
@@ -90,20 +102,38 @@ class ChatRenderer:
         `options` are those of `apply_chat_template`. Raises UsageError without a template and for
         messages that it refuses, TemplateStopped beyond a bound.
         """
+        self._require_roles(messages, tools)
         given = {"tools": tools, "add_generation_prompt": prompt, **options}
-        return self._ask(_Request(messages, given))
+        return self._ask(_Request(messages, given, calls=_has_arguments(messages)))
+
+    def _require_roles(self, messages: Sequence[Message], tools: Sequence[Message] | None) -> None:
+        """Raise UsageError for a role that is unusual and that the template does not name."""
+        for role in {message["role"] for message in messages}.difference(ROLES):
+            source = self.source(tools)
+            if f"'{role}'" not in source and f'"{role}"' not in source:
+                known = f"known are {', '.join(ROLES)}"
+                problem = f"has the role {role!r}, which the chat template does not name"
+                raise UsageError(f"{problem}; {known}", "correct the data")
+
+    def source(self, tools: Sequence[Message] | None = None) -> str:
+        """The template for chats with or without tools; UsageError where there is none for them."""
+        require_template(self.tokenizer)
+        with blamed("the chat template", kind=UsageError, hint=_HINT):
+            return self.tokenizer.get_chat_template(None, tools)
 
     def marks(self, tools: Sequence[Message] | None = None) -> bool:
         """Whether the template marks what the assistant writes."""
-        with blamed("the chat template", kind=UsageError, hint=_HINT):
-            template = self.tokenizer.get_chat_template(None, tools)
-            return GENERATION.search(template) is not None
+        return GENERATION.search(self.source(tools)) is not None
 
     def spans(
-        self, messages: Sequence[Message], tools: Sequence[Message] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
+        **options: Any,
     ) -> list[tuple[int, int]]:
         """Character spans [start, end) between the generation markers of the template."""
-        return self._ask(_Request(messages, {"tools": tools}, spans=True))
+        given = {"tools": tools, **options}
+        return self._ask(_Request(messages, given, spans=True, calls=_has_arguments(messages)))
 
     def close(self) -> None:
         """End the process; the next chat starts another."""
@@ -144,7 +174,10 @@ class ChatRenderer:
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(self.tokenizer, theirs), name="chat template", daemon=True
+            target=_serve,
+            args=(self.tokenizer, theirs, self.day),
+            name="chat template",
+            daemon=True,
         )
         try:
             with _quiet_tokenizers():
@@ -193,6 +226,18 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
+def unused_templates(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Templates by names that rendering chooses for no chat."""
+    templates = getattr(tokenizer, "chat_template", None)
+    named = templates.keys() if isinstance(templates, Mapping) else ()
+    return sorted(set(named) - set(CHOSEN_TEMPLATES))
+
+
+def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a chat template asks for the date."""
+    return DATE in str(getattr(tokenizer, "chat_template", None))
+
+
 def _stopped(bound: Bound) -> TemplateStopped:
     return TemplateStopped(
         f"the chat template takes more than {bound}, the most for {bound.of}", _HINT
@@ -212,9 +257,10 @@ def _quiet_tokenizers() -> Iterator[None]:
             del os.environ[name]
 
 
-def _serve(tokenizer: "PreTrainedTokenizerBase", connection: Connection) -> None:
+def _serve(tokenizer: "PreTrainedTokenizerBase", connection: Connection, day: date) -> None:
     """Answer until the other end is closed, or the system ends the process at a bound."""
     _confine(connection)
+    _stop_clock(day)
     while True:
         try:
             request = connection.recv()
@@ -244,7 +290,55 @@ def _confine(connection: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY, size + _MEMORY))
 
 
+def _stop_clock(day: date) -> None:
+    """Let it be midnight of `day` for templates, which ask for the time of this process alone."""
+    from transformers.utils import chat_template_utils
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Stopped":
+            return cls.combine(day, time(), tz)
+
+    chat_template_utils.datetime = Stopped
+
+
+def _has_arguments(messages: Sequence[Message]) -> bool:
+    return any(calls_of(message) for message in messages)
+
+
 def _render(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> _Answer:
+    if request.calls:
+        answer = _try_arguments(tokenizer, request)
+        if answer is not None:
+            return answer
+        request = request._replace(messages=with_text_arguments(request.messages))
+    return _rendered(tokenizer, request)
+
+
+def _try_arguments(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> _Answer | None:
+    """The rendering of arguments that are objects; None where they have to be JSON text.
+
+    That is in templates that refuse objects, or write them as Python does.
+    """
+    text = _rendered(tokenizer, request._replace(spans=False))
+    if text.beyond or (isinstance(text.found, str) and not _in_python(text.found, request)):
+        return _rendered(tokenizer, request) if request.spans else text
+    other = request._replace(spans=False, messages=with_text_arguments(request.messages))
+    return text if _rendered(tokenizer, other).found is None else None
+
+
+def _in_python(text: str, request: _Request) -> bool:
+    """Whether arguments stand in a text in Python's own notation, and not as JSON."""
+    arguments = [
+        call["arguments"]
+        for message in request.messages
+        for call in calls_of(message)
+        if isinstance(call.get("arguments"), dict) and call["arguments"]
+    ]
+    return any(repr(each) in text and repr(each) != json.dumps(each) for each in arguments)
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> _Answer:
     try:
         found = _spans(tokenizer, request) if request.spans else _text(tokenizer, request)
         beyond = isinstance(found, str) and len(found.encode("utf-8")) > TEMPLATE_BYTES.most
@@ -262,12 +356,13 @@ def _text(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> str:
 def _spans(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> list[tuple[int, int]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    tools = request.options["tools"]
+    options = dict(request.options)
+    tools = options.pop("tools")
     _, (spans,) = render_jinja_template(
         [request.messages],
         tools,
         chat_template=tokenizer.get_chat_template(None, tools),
         return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+        **tokenizer.special_tokens_map | options,
     )
     return spans

@@ -1,12 +1,16 @@
 """Documents checked before training, above all chats of which the answers are learned."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mambactl import console
 from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, UNANSWERED, BadRows
+from mambactl.data.begin_token import begins_twice
 from mambactl.data.encoding import Example
 from mambactl.data.sources import Document
+from mambactl.data.turns import ASSISTANT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,12 +36,14 @@ def screened(
         return None
     if max_length is None or "messages" not in row:
         return example
-    answers = [message for message in row["messages"] if message["role"] == "assistant"]
+    learned = row.get("learned", range(len(row["messages"])))
+    answers = [row["messages"][n] for n in learned if row["messages"][n]["role"] == ASSISTANT]
     if empty := sum(not _says(message) for message in answers):
         bad.add(EMPTY, row.where, f"{empty} of {len(answers)} assistant turns are empty")
         return None
     if not answers or not mask.any():
-        bad.add(UNANSWERED, row.where, "has no assistant turn, so nothing to learn")
+        which = "that is to be learned" if "learned" in row else "of the assistant"
+        bad.add(UNANSWERED, row.where, f"has no turn {which}, so nothing to learn")
         return None
     if mask[max_length:].any():
         problem = f"has {len(ids)} tokens, and --max-length {max_length} would cut an answer"
@@ -46,10 +52,37 @@ def screened(
     return Example(ids[:max_length], mask[:max_length])
 
 
-def begins_twice(ids: np.ndarray, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether token ids [n] start with two begin tokens."""
-    begin = tokenizer.bos_token_id
-    return begin is not None and len(ids) > 1 and bool(ids[0] == ids[1] == begin)
+class Endings:
+    """Answers that end with an end token: a model that learns none of them does not stop."""
+
+    def __init__(self, ends: Iterable[int]):
+        self.ends = frozenset(ends)
+        self.rows, self.endless = 0, 0
+        self.first = ""
+
+    def see(self, row: Document, example: Example) -> None:
+        """Look at the last token of every span that is learned of a row with answers."""
+        if "text" in row:
+            return
+        mask = example.loss_mask
+        last = example.input_ids[mask & ~np.append(mask[1:], False)]
+        self.rows += 1
+        if not self.ends.intersection(last.tolist()):
+            self.endless += 1
+            self.first = self.first or row.where
+
+    def tell(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Warn of rows without a learned end token."""
+        if not self.endless:
+            return
+        which = (
+            "no row learns" if self.endless == self.rows else f"{self.endless} rows do not learn"
+        )
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(self.ends)))) or "none"
+        console.warn(
+            f"{which} an end token of the model ({names}), the first is {self.first}: it is not "
+            "taught to stop; correct the chat template, or the end tokens in generation_config.json"
+        )
 
 
 def _says(message: dict[str, Any]) -> bool:

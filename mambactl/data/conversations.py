@@ -10,11 +10,10 @@ from typing import Any
 
 from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.data.row_files import read_rows
-from mambactl.data.sources import Row, chat_turns, tool_list
+from mambactl.data.row_forms import QUESTIONS, TEMPLATE, TOOLS, Reading, question_of
+from mambactl.data.turns import ASSISTANT, SYSTEM, USER, BadRow, Row
 from mambactl.errors import UsageError
-from mambactl.foreign import excerpt
 
-EXPECTED = "`prompt`, `messages`, `turns` (strings), `instruction` or `text` per row"
 # what a row says about itself and an answer keeps
 KEPT = ("id", "category", "dataset", "reference")
 
@@ -31,6 +30,8 @@ class Conversation:
     later: tuple[str, ...] = ()
     tools: list[Row] | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    # options of its own for the chat template
+    template: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_answers(self) -> int:
@@ -41,6 +42,7 @@ class Conversation:
     def digest(self) -> bytes:
         """sha256 of everything the model reads: equal prompts have equal digests."""
         content = [self.opening, self.later, self.tools]
+        content += [self.template] if self.template else []
         text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).digest()
 
@@ -64,10 +66,9 @@ def read_conversations(
 ) -> list[Conversation]:
     """Read every set of `specs`, taking rows from them round-robin: what can be answered.
 
-    A spec is a .jsonl, .jsonl.gz or .parquet file (a row each), a .txt file (a prompt per line) or
-    a hub id `ID[:config][@split]`. Rows hold `turns` (user turns, each answered in order),
-    `messages` (answered after the last turn that is not the assistant's), `prompt`, `instruction`
-    with an optional `input`, or `text`; other rows are noted in `bad`. Raises UsageError for a file
+    A spec is what `--data` takes, but a .txt file holds a prompt per line. Rows hold `turns` (user
+    turns, each answered in order), a chat (answered after the last turn that is not the
+    assistant's), a prompt or `text`; other rows are noted in `bad`. Raises UsageError for a file
     that cannot be read.
     """
     found: list[Conversation] = []
@@ -79,7 +80,7 @@ def read_conversations(
         try:
             found.append(conversation(where, row))
         except UsageError as error:
-            bad.add(MALFORMED, where, str(error), f"expected {EXPECTED}")
+            bad.add(MALFORMED, where, str(error), error.hint or f"expected {QUESTIONS}")
     if not found and not bad.found:
         raise UsageError(f"{', '.join(specs)}: no rows", "give a set with at least one prompt")
     return found
@@ -87,23 +88,24 @@ def read_conversations(
 
 def conversation(where: str, row: Any) -> Conversation:
     """The conversation of one row; raises UsageError that says what is wrong with it."""
-    if not isinstance(row, dict):
-        raise UsageError(f"holds a {type(row).__name__}, not an object")
-    turns, later = _turns(row)
-    while turns and turns[-1]["role"] == "assistant":
+    try:
+        turns, later, extras = question_of(Reading.of(row))
+    except BadRow as error:
+        raise UsageError(str(error), error.cure) from None
+    while turns and turns[-1]["role"] == ASSISTANT:
         turns = turns[:-1]
-    if not any(turn["role"] == "user" for turn in turns):
+    if not any(turn["role"] == USER for turn in turns):
         raise UsageError("has no user turn")
-    if turns[-1]["role"] == "system":
+    if turns[-1]["role"] == SYSTEM:
         raise UsageError("ends with a system turn, so nothing is to be answered")
-    questions = [turn.get("content") for turn in turns if turn["role"] == "user"]
+    questions = [turn.get("content") for turn in turns if turn["role"] == USER]
     if not all(isinstance(text, str) and text.strip() for text in [*questions, *later]):
         raise UsageError("has an empty prompt")
-    tools = tool_list(row["tools"]) if row.get("tools") else None
     about = {name: row[name] for name in KEPT if row.get(name) is not None}
     if row.get("question_id") is not None:
         about.setdefault("id", row["question_id"])
-    found = Conversation(where, tuple(turns), tuple(later), tools, about)
+    tools, template = extras.get(TOOLS), extras.get(TEMPLATE, {})
+    found = Conversation(where, tuple(turns), tuple(later), tools, about, template)
     try:
         json.dumps(found.about, ensure_ascii=False, default=str).encode()
         # half a surrogate pair is text that neither a tokenizer nor a file takes
@@ -126,37 +128,10 @@ def shard_of(conversation: Conversation, count: int) -> int:
 
 
 def _located(spec: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
-    if not spec.endswith(".txt"):
-        yield from ((f"{spec}, row {number}", row) for number, row in read_rows(spec, bad))
-        return
-    lines = [line for _, row in read_rows(spec) for line in row["text"].splitlines()]
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{spec}, line {number}", {"text": line}
-
-
-def _turns(row: Row) -> tuple[list[Row], list[str]]:
-    """Turns up to the first answer, and later questions."""
-    turns = row.get("turns")
-    if turns is not None:
-        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-            raise UsageError("`turns` is not a list of strings")
-        if not turns:
-            raise UsageError("has an empty prompt")
-        return [_user(turns[0])], turns[1:]
-    for name in ("messages", "prompt"):
-        if isinstance(row.get(name), str):
-            return [_user(row[name])], []
-        if row.get(name) is not None:
-            return chat_turns(row[name], name), []
-    texts = [row.get("instruction"), row.get("input")]
-    if isinstance(texts[0], str):
-        return [_user("\n\n".join(text for text in texts if isinstance(text, str) and text))], []
-    if isinstance(row.get("text"), str):
-        return [_user(row["text"])], []
-    columns = excerpt(", ".join(f"`{name}`" for name in row)) or "none"
-    raise UsageError(f"has no prompt in its columns {columns}")
-
-
-def _user(text: str) -> Row:
-    return {"role": "user", "content": text}
+    for where, row, file in read_rows(spec, bad):
+        if not file.removesuffix(".gz").endswith(".txt"):
+            yield where, row
+            continue
+        for number, line in enumerate(row["text"].splitlines(), start=1):
+            if line.strip():
+                yield f"{file}, line {number}", {"text": line}

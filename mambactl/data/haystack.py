@@ -145,6 +145,6 @@ def needle_prompt(
 
 def _plain(row: dict[str, Any]) -> str:
     """The text of a row; of a chat, what was said."""
-    if "text" in row:
-        return row["text"].strip()
+    if "messages" not in row:
+        return "".join(row.get(name, "") for name in ("text", "prompt", "completion")).strip()
     return "\n\n".join(str(turn.get("content") or "").strip() for turn in row["messages"])

@@ -42,11 +42,13 @@ def mixed(
     encode: Encoder,
     max_tokens: int | None,
     max_length: int | None = None,
+    epochs: float | None = None,
 ) -> list[Example]:
     """Examples of the data sets `specs`, by weight where they have any, until `max_tokens`.
 
     A set that is too small for its share is repeated in the same order, as often as the largest
-    needs to be seen once. Of an example only `max_length` tokens count, for rows that cut the rest.
+    needs to be seen once; with `epochs` the smallest for its share is seen so often. Of an example
+    only `max_length` tokens count, for rows that cut the rest.
     """
     parts = shares(specs)
     if parts is None:
@@ -60,7 +62,8 @@ def mixed(
     for spec, size in zip(specs, sizes, strict=True):
         if not size.sum():
             raise UsageError(f"{spec} gives no token to the mixture", "leave it out")
-    total = max(size.sum() / share for size, share in zip(sizes, parts, strict=True))
+    wholes = [size.sum() / share for size, share in zip(sizes, parts, strict=True)]
+    total = max(wholes) if epochs is None else epochs * min(wholes)
     total = total if max_tokens is None else min(total, max_tokens)
     return [
         example

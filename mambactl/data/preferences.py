@@ -8,24 +8,38 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, MALFORMED, REFUSED, SAME, BadRows
+from mambactl.checkpoint.vocabulary import beyond_embedding
+from mambactl.data.answer_spans import start_of_answer
+from mambactl.data.bad_rows import BEYOND, DOUBLED, EMPTY, LONG, LOST, REFUSED, SAME, BadRows
+from mambactl.data.begin_token import begins_twice, begun_twice
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
-from mambactl.data.checks import begins_twice
+from mambactl.data.doubts import Doubt, Doubts
 from mambactl.data.encoding import Example
-from mambactl.data.format import TOGETHER
-from mambactl.data.row_files import is_on_hub, read_rows
-from mambactl.data.sources import POOL, BadRow, preference_row, round_robin, set_names
+from mambactl.data.format import TOGETHER, Rules
+from mambactl.data.rendered import LostTurn, compared
+from mambactl.data.row_files import Found, is_on_hub, read_rows
+from mambactl.data.row_forms import (
+    CHOSEN,
+    PAIRS,
+    REJECTED,
+    TEMPLATE,
+    Preference,
+    Reading,
+    Unread,
+    preference_of,
+)
+from mambactl.data.sources import POOL, round_robin, set_names
+from mambactl.data.turns import ASSISTANT, BadRow
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COLUMNS = ("prompt", "chosen", "rejected")
-EXPECTED = "`prompt`, `chosen` and `rejected` (text, or lists of role and content)"
+SIDES = (CHOSEN, REJECTED)
 EQUAL = "`chosen` equals `rejected`"
 
 
@@ -47,6 +61,11 @@ class Pair(NamedTuple):
     def longest(self) -> int:
         """Tokens of the longer of both documents."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+    @property
+    def every_id(self) -> np.ndarray:
+        """The ids of prompt and answers."""
+        return np.concatenate([self.prompt, self.chosen, self.rejected])
 
     def _example(self, answer: np.ndarray) -> Example:
         mask = np.zeros(len(self.prompt) + len(answer), bool)
@@ -75,6 +94,7 @@ class _Rendered(NamedTuple):
     chosen: str
     rejected: str
     is_chat: bool
+    doubts: Sequence[Doubt] = ()
 
 
 def load_pairs(
@@ -86,35 +106,45 @@ def load_pairs(
     skip_bad_rows: bool = False,
     max_samples: int | None = None,
     used: int | None = None,
+    rules: Rules | None = None,
+    doubts: Doubts | None = None,
 ) -> dict[str, PairSet]:
     """Every data set of `specs` by its short name, rows taken from them round-robin.
 
-    Rows hold `chosen` and `rejected` and perhaps `prompt`, as messages or as text. Without a prompt
+    Rows hold `chosen` and `rejected` and perhaps a prompt, as messages or as text. Without a prompt
     it is what both answers start with. Text becomes turns of a chat, and stays text without a chat
-    template, without a prompt, and if `chat` is off. A set on the hub is read until it gave `POOL`
-    times the rows that are `used`. Raises UsageError that names the rows that are bad, or longer
-    than `max_length` tokens, unless `skip_bad_rows`, and where no pair is left.
+    template, without a prompt, and if `chat` is off. Of `rules`, `day` and `vocabulary` count. A
+    set on the hub is read until it gave `POOL` times the rows that are `used`. Raises UsageError
+    that names the rows that are bad, or longer than `max_length` tokens, unless `skip_bad_rows`,
+    and where no pair is left.
     """
     if not specs:
-        raise UsageError("no data given", f"pass --data FILE with {EXPECTED} per row")
+        raise UsageError("no data given", f"pass --data FILE with {PAIRS} per row")
     names = set_names(specs)
     found = {name: PairSet() for name in names}
     rendered: dict[str, list[_Rendered]] = {name: [] for name in names}
     sources = [_rows(n, spec, used, found[n].bad) for n, spec in zip(names, specs, strict=True)]
-    with ChatRenderer(tokenizer) as renderer:
-        for name, where, row in islice(round_robin(sources), max_samples):
+    rules, doubts, unread = rules or Rules(), doubts or Doubts(), Unread()
+    with ChatRenderer(tokenizer, rules.day) as renderer:
+        for name, (where, row, file) in islice(round_robin(sources), max_samples):
             bad = found[name].bad
             try:
-                rendered[name].append(_render(where, row, renderer, chat))
+                reading = Reading.of(row)
+                one = _render(where, preference_of(reading), renderer, chat)
             except BadRow as error:
-                cure = _expected() if error.kind == MALFORMED else "correct the data"
-                bad.add(error.kind, where, str(error), cure)
+                bad.add(error.kind, where, str(error), error.cure or "correct the data")
             except TemplateStopped as error:
                 raise error.at(where) from None
             except UsageError as error:
-                bad.add(REFUSED, where, str(error), error.hint or "correct the data")
+                kind = LOST if isinstance(error, LostTurn) else REFUSED
+                bad.add(kind, where, str(error), error.hint or "correct the data")
+            else:
+                rendered[name].append(one)
+                unread.see(file, reading)
+                for doubt in one.doubts:
+                    doubts.add(doubt, where)
     for name, texts in rendered.items():
-        _tokenise(texts, tokenizer, max_length, found[name])
+        _tokenise(texts, tokenizer, max_length, rules.vocabulary, found[name])
     bad = BadRows(skip_bad_rows)
     bad.found = [row for result in found.values() for row in result.bad.found]
     bad.settle()
@@ -161,49 +191,51 @@ def marked(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     return {"where": pair.where, "chosen": chosen, "rejected": rejected}
 
 
-def _rows(name: str, spec: str, used: int | None, bad: BadRows) -> Iterator[tuple[str, str, Any]]:
+def _rows(name: str, spec: str, used: int | None, bad: BadRows) -> Iterator[tuple[str, Found]]:
     most = POOL * used if used is not None and is_on_hub(spec) else None
     empty = True
-    for number, row in islice(read_rows(spec, bad), most):
+    for found in islice(read_rows(spec, bad), most):
         empty = False
-        yield name, f"{spec}, row {number}", row
+        yield name, found
     if empty and not bad.found:
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 
 
-def _render(where: str, row: Any, renderer: ChatRenderer, chat: bool) -> _Rendered:
-    """Check a row and put it into text; raises BadRow or UsageError without saying where."""
+def _render(where: str, pair: Preference, renderer: ChatRenderer, chat: bool) -> _Rendered:
+    """Check a pair and put it into text; raises BadRow or UsageError without saying where."""
     tokenizer = renderer.tokenizer
-    if _is_text(row) and (
-        not chat or row.get("prompt") is None or not getattr(tokenizer, "chat_template", None)
-    ):
-        return _render_text(where, row, tokenizer)
-    pair = preference_row(row)
+    template = getattr(tokenizer, "chat_template", None)
+    if pair.is_text and (pair.prompt is None or not chat or not template):
+        return _render_text(where, pair, tokenizer)
+    pair = pair.as_turns()
     _check_turns(pair)
-    prompt = renderer.render(pair["prompt"], prompt=True)
-    # a model never has to write what the template adds behind the end token
-    chosen, rejected = (
-        renderer.render(pair["prompt"] + pair[side]).rstrip() for side in COLUMNS[1:]
-    )
-    if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+    doubts: list[Doubt] = []
+    (start, chosen), (other, rejected) = (_side(pair, side, renderer, doubts) for side in SIDES)
+    if start is None or other is None or chosen[:start] != rejected[:other]:
         raise BadRow("the chat template rewrites the prompt, so the answer cannot be located")
-    return _Rendered(where, len(prompt), chosen, rejected, is_chat=True)
+    return _Rendered(where, start, chosen, rejected, True, doubts)
 
 
-def _is_text(row: Any) -> bool:
-    if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
-        return False
-    return all(isinstance(row.get(name), str | None) for name in COLUMNS)
+def _side(
+    pair: Preference, side: str, renderer: ChatRenderer, doubts: list[Doubt]
+) -> tuple[int | None, str]:
+    """Where one answer starts, and the prompt with it as text."""
+    row = {"messages": [*pair.prompt, *getattr(pair, side)], **pair.extras}
+    text = renderer.render(row["messages"], row.get("tools"), **row.get(TEMPLATE, {}))
+    # a model never has to write what the template adds behind the end token
+    text = text.rstrip()
+    start = start_of_answer(row, len(pair.prompt), renderer, text, doubts)
+    if start is not None:
+        row["learned"] = range(len(pair.prompt), len(row["messages"]))
+        doubts += compared(row, text, [(start, len(text))])
+    return start, text
 
 
-def _render_text(
-    where: str, row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
-) -> _Rendered:
+def _render_text(where: str, pair: Preference, tokenizer: "PreTrainedTokenizerBase") -> _Rendered:
     """Text as it is, and an end token behind each answer."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if chosen is None or rejected is None:
-        raise BadRow("an answer is missing")
-    prompt = row.get("prompt")
+    prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+    if pair.extras:
+        raise BadRow("has tools or options of a chat template, and is no chat")
     if prompt is None:
         prompt = _shared_start(chosen, rejected)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
@@ -226,16 +258,17 @@ def _shared_start(chosen: str, rejected: str) -> str:
     return chosen[:shared].rstrip()
 
 
-def _check_turns(pair: dict[str, list[dict[str, Any]]]) -> None:
-    if pair["prompt"][-1]["role"] == "assistant":
+def _check_turns(pair: Preference) -> None:
+    if pair.prompt[-1]["role"] == ASSISTANT:
         raise BadRow("`prompt` ends with an assistant turn, so nobody asks for an answer")
-    for side in COLUMNS[1:]:
-        for turn in pair[side]:
-            if turn["role"] not in ("assistant", "tool"):
+    for side in SIDES:
+        turns = getattr(pair, side)
+        for turn in turns:
+            if turn["role"] in ("user", "system"):
                 raise BadRow(f"`{side}` holds a turn of the {turn['role']} behind the shared start")
-        if not any(turn.get("tool_calls") for turn in pair[side]):
-            _require_words(" ".join(turn["content"] for turn in pair[side]), side)
-    if pair["chosen"] == pair["rejected"]:
+        if not any(turn.get("tool_calls") for turn in turns):
+            _require_words(" ".join(turn["content"] for turn in turns), side)
+    if pair.chosen == pair.rejected:
         raise BadRow(EQUAL, SAME)
 
 
@@ -255,6 +288,7 @@ def _tokenise(
     texts: Iterable[_Rendered],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
+    vocabulary: int | None,
     found: PairSet,
 ) -> None:
     """Sort texts into the lists of `found`, text rows behind chats."""
@@ -263,7 +297,10 @@ def _tokenise(
         for start in range(0, len(kind), TOGETHER):
             members = kind[start : start + TOGETHER]
             for pair in _encode(members, tokenizer, not is_chat, found.bad):
-                if pair.longest > max_length:
+                beyond = vocabulary and beyond_embedding(pair.every_id, vocabulary, tokenizer)
+                if beyond:
+                    found.bad.add(BEYOND, pair.where, beyond, "take it out of the data")
+                elif pair.longest > max_length:
                     problem = f"has {pair.longest} tokens, and --max-length {max_length} would "
                     found.bad.add(LONG, pair.where, problem + "cut an answer", "raise --max-length")
                 else:
@@ -282,6 +319,10 @@ def _encode(
     )
     ids = [np.asarray(row, np.int32) for row in batch["input_ids"]]
     offsets = batch["offset_mapping"]
+    if special:
+        typed = [begun_twice(texts[n // 2].chosen, row, tokenizer) for n, row in enumerate(ids)]
+        ids = [row[twice:] for row, twice in zip(ids, typed, strict=True)]
+        offsets = [row[twice:] for row, twice in zip(offsets, typed, strict=True)]
     for number, one in enumerate(texts):
         chosen, rejected = ids[2 * number : 2 * number + 2]
         # a token that reaches over the boundary belongs to both answers
@@ -314,7 +355,3 @@ def _key(text: _Rendered) -> int:
     """64 bits of the prompt."""
     digest = hashlib.sha256(text.chosen[: text.start].encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")
-
-
-def _expected() -> str:
-    return f"expected {EXPECTED}"

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from datetime import date
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mambactl.data.chat_template import ChatRenderer
@@ -21,13 +22,18 @@ CHATS_EACH, MOST = 64, 8
 class ChatRenderers:
     """Renderers of one template, as many as `rows` are worth and there are cores."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: Sequence[Mapping[str, Any]],
+        day: date | None = None,
+    ):
         self.tokenizer = tokenizer
         # a few more do not matter: only up to the bound are counted
         wanted = MOST * CHATS_EACH
-        chats = sum("text" not in row for row in rows[: 2 * wanted])
+        chats = sum("messages" in row for row in rows[: 2 * wanted])
         count = max(1, min(MOST, os.cpu_count() or 1, chats // CHATS_EACH))
-        self._renderers = [ChatRenderer(tokenizer) for _ in range(count)]
+        self._renderers = [ChatRenderer(tokenizer, day) for _ in range(count)]
         self._open = ExitStack()
 
     def __enter__(self) -> "ChatRenderers":

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import date
 from functools import cached_property, lru_cache
@@ -23,6 +24,7 @@ import numpy as np
 from mambactl import console
 from mambactl.bounds import VOCABULARY
 from mambactl.checkpoint.safetensors_reader import open_safetensors
+from mambactl.data.chat_template import prints_date
 from mambactl.data.encoding import Example
 from mambactl.data.row_files import is_on_hub
 from mambactl.data.sources import Document
@@ -35,15 +37,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # of what this module writes and `data.format` makes: another number is another entry
-ENCODING = 1
+ENCODING = 2
 FOLDER, SUFFIX = "tokens", ".tokens"
 # bytes of a file from which on reading an entry is faster than tokenising
 LEAST_BYTES = 1 << 21
 # of all entries: the oldest go first
 MOST_BYTES = 8 << 30
 LIBRARIES = ("tokenizers", "transformers", "jinja2")
-# how a template asks for the date
-DATE = "strftime_now"
 ROW_DIGEST = 16
 
 
@@ -185,14 +185,22 @@ def drop_oldest(folder: Path, most: int | None = None) -> None:
 class TokenCache:
     """Tokens of rows of files on this disk, by what one tokenizer makes of them."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", assistant_only: bool):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        assistant_only: bool,
+        day: date | None = None,
+        asked: Mapping[str, bool] | None = None,
+    ):
         self.tokenizer, self.assistant_only = tokenizer, assistant_only
+        self.day, self.asked = day or date.today(), asked or {}
         self.entries: dict[str, Entry | None] = {}
 
     @cached_property
     def settings(self) -> dict[str, object] | None:
         """Settings of the tokenizer in the cache key, collected for the first large file."""
-        return _settings(self.tokenizer, self.assistant_only)
+        found = _settings(self.tokenizer, self.assistant_only, self.day)
+        return found and found | {name: True for name, value in self.asked.items() if value}
 
     def find(self, row: Document) -> Example | None:
         """The tokens of a row, if they are kept."""
@@ -208,8 +216,7 @@ class TokenCache:
     def publish(self) -> None:
         """Write what was added, for runs to come."""
         for entry in filter(None, self.entries.values()):
-            # after midnight a template prints another day
-            if is_main() and self.settings.get("day") in (None, _today()):
+            if is_main():
                 entry.publish()
 
     def _entry(self, row: Document) -> Entry | None:
@@ -248,7 +255,7 @@ def _content_digest(path: str, size: int, changed: int) -> str:
 
 
 def _settings(
-    tokenizer: "PreTrainedTokenizerBase", assistant_only: bool
+    tokenizer: "PreTrainedTokenizerBase", assistant_only: bool, day: date
 ) -> dict[str, object] | None:
     """Settings of the tokenizer for the cache key; None if it cannot be serialized."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -265,8 +272,4 @@ def _settings(
         "assistant_only": assistant_only,
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-    return settings | ({"day": _today()} if DATE in str(template) else {})
-
-
-def _today() -> str:
-    return date.today().isoformat()
+    return settings | ({"day": day.isoformat()} if prints_date(tokenizer) else {})

@@ -1,9 +1,11 @@
 """Prompts: a small built-in set, rows of prompt files, and their way to token ids."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from mambactl.data.begin_token import begun_twice
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
 from mambactl.errors import UsageError
 
@@ -15,36 +17,18 @@ if TYPE_CHECKING:
 class Prompt:
     """Chat turns that end with the user's; a plain text is one turn.
 
-    `options` are further words that the chat template may ask for.
+    `template` has further words that the chat template may ask for.
     """
 
     messages: tuple[dict[str, Any], ...]
     category: str = ""
     tools: list[dict[str, Any]] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, text: str, category: str = "") -> "Prompt":
         """A single user turn."""
         return cls(({"role": "user", "content": text},), category)
-
-    @classmethod
-    def from_row(cls, row: Any) -> "Prompt | None":
-        """The prompt of one row of a file, or None where there is none."""
-        if not isinstance(row, dict):
-            return None
-        category = str(row.get("category") or "")
-        turns = row.get("turns")
-        first = turns[0] if isinstance(turns, list) and turns else None
-        for text in (row.get("prompt"), row.get("text"), first):
-            if isinstance(text, str) and text.strip():
-                return cls.of(text, category)
-        messages = row.get("messages")
-        if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            return None
-        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        # what follows the last user turn is the answer to be written
-        return cls(tuple(messages[: users[-1] + 1]), category) if users else None
 
 
 BUILTIN = (
@@ -89,11 +73,14 @@ def encode(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", chat: bool = Tr
 
 
 def encode_all(
-    prompts: Iterable[Prompt], tokenizer: "PreTrainedTokenizerBase", chat: bool = True
+    prompts: Iterable[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    chat: bool = True,
+    day: date | None = None,
 ) -> list[list[int]]:
     """What `encode` makes of each, with one start of the chat template; errors say which one."""
     found = []
-    with ChatRenderer(tokenizer) as renderer:
+    with ChatRenderer(tokenizer, day) as renderer:
         for number, prompt in enumerate(prompts, start=1):
             try:
                 found.append(encode_with(renderer, prompt, chat))
@@ -109,7 +96,8 @@ def encode_with(renderer: ChatRenderer, prompt: Prompt, chat: bool = True) -> li
     # the template writes the special tokens itself
     plain = not _templated(renderer.tokenizer, chat)
     text = _render(prompt, renderer, chat)
-    return renderer.tokenizer(text, add_special_tokens=plain)["input_ids"]
+    ids = renderer.tokenizer(text, add_special_tokens=plain)["input_ids"]
+    return ids[1:] if plain and begun_twice(text, ids, renderer.tokenizer) else ids
 
 
 def render(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", chat: bool = True) -> str:
@@ -121,14 +109,8 @@ def render(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", chat: bool = Tr
 def _render(prompt: Prompt, renderer: ChatRenderer, chat: bool) -> str:
     if not _templated(renderer.tokenizer, chat):
         return "\n\n".join(message.get("content") or "" for message in prompt.messages)
-    return renderer.render(prompt.messages, prompt.tools, prompt=True, **prompt.options)
+    return renderer.render(prompt.messages, prompt.tools, prompt=True, **prompt.template)
 
 
 def _templated(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> bool:
     return chat and bool(getattr(tokenizer, "chat_template", None))
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
-    )

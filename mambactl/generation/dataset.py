@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from mambactl import console
 from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.provenance import lineage
-from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.checkpoint.run_folder import RunFolder, begun_on
 from mambactl.data.answers import Answer, Group, write_answers
 from mambactl.data.conversations import Conversation
 from mambactl.decode.prefix_files import PrefixFolder
@@ -56,7 +56,7 @@ def run(
         raise UsageError(f"{STAGE} --dataset needs a place for its result", "give -o FILE.jsonl")
     _require_name(config, out)
     prefix_folder = decoding.prefix_folder(config)
-    questions = QuestionSet.of(config, source)
+    questions = QuestionSet.of(config, source, begun_on(out, resume))
     folder = RunFolder(out, questions.identity)
     folder.side = (LINEAGE,)
     folder.check(resume, force)
@@ -193,7 +193,7 @@ def _answer(
     for turn in range(max(each.n_answers for each in asked)):
         rows = [row for row, each in enumerate(asked) if turn < each.n_answers]
         given = (as_prompt(asked[row], texts[row]) for row in rows)
-        prompts = encode_all(given, setup.tokenizer, questions.config.chat)
+        prompts = encode_all(given, setup.tokenizer, questions.config.chat, questions.day)
         keys = [asked[row].key(batch[row].sample, turn) for row in rows]
         result = engine.generate(prompts, params, meter.heard, keys)
         for row, new, reason in zip(rows, result.tokens, result.finish, strict=True):

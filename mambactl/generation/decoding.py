@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambactl import console
+from mambactl.checkpoint import vocabulary
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.vocabulary import require_same_tokens
-from mambactl.data.row_files import prompt_file, read_rows
+from mambactl.data.bad_rows import BadRows
+from mambactl.data.conversations import read_conversations
+from mambactl.data.row_files import require_prompts
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation, OnTokens
 from mambactl.decode.prefix_files import GB, PrefixFolder
@@ -30,8 +33,6 @@ from mambactl.ranks import placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-EXPECTED = "`prompt` or `text` (a string), `turns` (strings) or `messages` (role and content)"
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,16 @@ def read(config: PromptConfig) -> list[Prompt]:
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Read a .txt file (a prompt per line) or .jsonl[.gz]; raises UsageError naming the row."""
-    file = prompt_file(path)
-    found = []
-    for number, row in read_rows(str(file)):
-        if file.suffix == ".txt":
-            found += [Prompt.of(line) for line in row["text"].splitlines() if line.strip()]
-        elif prompt := Prompt.from_row(row):
-            found.append(prompt)
-        else:
-            raise UsageError(f"{path}, row {number}: no prompt in it", hint=f"expected {EXPECTED}")
-    if not found:
-        raise UsageError(f"{path} is empty", hint="give a file with at least one prompt")
-    return found
+    """The first question of every row of a data set; raises UsageError naming the row."""
+    bad = BadRows()
+    found = read_conversations([require_prompts(path)], bad=bad)
+    if bad.found:
+        first = bad.found[0]
+        raise UsageError(f"{first.where}: {first.problem}", hint=first.cure)
+    return [
+        Prompt(each.opening, str(each.about.get("category") or ""), each.tools, each.template)
+        for each in found
+    ]
 
 
 def prefix_folder(config: SharedPromptConfig) -> PrefixFolder | None:
@@ -126,12 +124,10 @@ def assemble(
 
     Raises ModelError for a token that the target does not know.
     """
-    largest = max((max(prompt, default=0) for prompt in prompts), default=0)
-    if largest >= target.config.vocab_size:
-        raise ModelError(
-            f"the tokenizer gives the token {largest}, the model has {target.config.vocab_size}",
-            "its tokenizer belongs to another model",
-        )
+    for prompt in prompts:
+        size = target.config.vocab_size
+        if problem := vocabulary.beyond_embedding(prompt, size, tokenizer):
+            raise ModelError(problem, "its tokenizer belongs to another model")
     params = SamplingParams(
         temperature=config.temperature,
         top_k=config.top_k,
@@ -160,11 +156,8 @@ def require_draft_tokens(source: str, draft: str, trust_remote_code: bool = Fals
 
 def end_tokens(target: HybridForCausalLM, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Every id that ends a text: of the generation config, the model config and the tokenizer."""
-    found: set[int] = set()
-    for holder in (target.generation_config, target.config, tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-    return tuple(sorted(found))
+    holders = (target.generation_config, target.config, tokenizer)
+    return vocabulary.end_tokens(*(getattr(one, "eos_token_id", None) for one in holders))
 
 
 def decode(

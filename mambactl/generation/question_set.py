@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +13,7 @@ from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import adapt, load_tokenizer, open_checkpoint
 from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
+from mambactl.checkpoint.run_folder import DAY
 from mambactl.data.answers import CATEGORY_TEMPERATURES, OTHER_TEMPERATURE, require_fit
 from mambactl.data.bad_rows import LONG, UNFIT, BadRows
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
@@ -48,9 +50,11 @@ class QuestionSet:
     conversations: list[Conversation]
     lengths: list[int]
     counts: dict[str, int]
+    # what chat templates take for today
+    day: date | None = None
 
     @classmethod
-    def of(cls, config: GenerateConfig, source: str) -> "QuestionSet":
+    def of(cls, config: GenerateConfig, source: str, day: date | None = None) -> "QuestionSet":
         """Read and check everything; raises UsageError that names the rows which are no prompts."""
         config.require_coherent()
         decoding.require_draft(config, source)
@@ -61,7 +65,7 @@ class QuestionSet:
         chosen = distinct(found) if config.format == "jsonl" else found
         index, count = config.part
         mine = [each for each in chosen if shard_of(each, count) == index]
-        fitting, lengths = _measure(config, source, tokenizer, mine, bad)
+        fitting, lengths = _measure(config, source, tokenizer, mine, bad, day)
         bad.settle()
         counts = {
             "rows": rows,
@@ -70,7 +74,7 @@ class QuestionSet:
             "other_shards": len(chosen) - len(mine),
             "prompts": len(fitting),
         }
-        return cls(config, source, tokenizer, fitting, lengths, counts)
+        return cls(config, source, tokenizer, fitting, lengths, counts, day)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -87,6 +91,7 @@ class QuestionSet:
             "source_sha256": header_digest(resolve(self.source).path),
             "draft_sha256": header_digest(resolve(draft).path) if named else None,
             "prompts_sha256": digest.hexdigest(),
+            **({DAY: self.day.isoformat()} if self.day else {}),
         }
 
     @property
@@ -168,7 +173,8 @@ class QuestionSet:
 
 def as_prompt(conversation: Conversation, answers: Sequence[str] = ()) -> Prompt:
     """What the model reads before its next answer."""
-    return Prompt(tuple(conversation.messages(answers)), tools=conversation.tools)
+    turns = tuple(conversation.messages(answers))
+    return Prompt(turns, tools=conversation.tools, template=conversation.template)
 
 
 def _measure(
@@ -177,13 +183,14 @@ def _measure(
     tokenizer: "PreTrainedTokenizerBase",
     conversations: Sequence[Conversation],
     bad: BadRows,
+    day: date | None,
 ) -> tuple[list[Conversation], list[int]]:
     """Conversations that fit into the model and the format, and their lengths; others are noted."""
     with open_checkpoint(source) as reader:
         model = adapt(reader).config
     limit = model.max_position_embeddings if model.attends else None
     measured = []
-    with ChatRenderer(tokenizer) as renderer:
+    with ChatRenderer(tokenizer, day) as renderer:
         for each in conversations:
             try:
                 require_fit(each, config.format)

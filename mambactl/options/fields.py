@@ -191,7 +191,7 @@ class StageConfig(CommandConfig):
 
     # fields that say where a run happens, which is no part of what it makes
     placement_options: ClassVar[frozenset[str]] = frozenset(
-        {"device", "trust_remote_code", "compile", "capture", "log_to"}
+        {"device", "trust_remote_code", "compile", "capture", "log_to", "log_every"}
     )
     # fields whose relative paths in a recipe start at its folder
     files: ClassVar[frozenset[str]] = frozenset(

@@ -46,7 +46,9 @@ class PromptConfig(SamplingConfig):
     """What is continued."""
 
     prompt: str | None = Field(default=None, description="text, or - to read it from stdin")
-    prompts: str | None = Field(default=None, description="file: .txt lines, or .jsonl")
+    prompts: str | None = Field(
+        default=None, description="file: .txt lines, .jsonl, or what --data takes"
+    )
 
     def require_coherent(self) -> None:
         """Raise UsageError for two sources of prompts, and for an empty prompt."""
@@ -146,7 +148,7 @@ class GenerateConfig(SharedPromptConfig):
     dataset: DataSpecs = Field(
         default=[],
         description="answer every row's prompt, turns or messages (but for a last answer) into "
-        "--out: ID[:config][@split], .jsonl[.gz], .parquet or .txt",
+        "--out; what --data takes, a .txt file with a prompt per line",
     )
     max_samples: int | None = Field(default=None, ge=1, description="use at most this many rows")
     samples_per_prompt: Rows = Field(default=1, description="answers drawn for each prompt")

@@ -36,9 +36,16 @@ class RowsConfig(StageConfig):
 
     data: DataSpecs = Field(
         default=[],
-        description="ID[:config][@split], .jsonl[.gz], .parquet or .txt; DATA=0.7 weighs it",
+        description="file (.jsonl, .json, .csv, .parquet, .txt), 'PATTERN', FOLDER[@split] or "
+        "ID[:config][@split]; DATA=0.7 weighs it",
     )
     max_steps: int = Field(default=200, ge=1, description="optimiser steps")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="how often the data is seen, in place of max_steps; in a mixture by weight, "
+        "the set that is the smallest for its share",
+    )
     batch_size: Rows = Field(default=8, description="rows per step, of each process")
     grad_accum: int = Field(default=1, ge=1, description="batches per optimiser step")
     max_length: Tokens = Field(default=512, ge=16, description="tokens per row")
@@ -50,8 +57,25 @@ class RowsConfig(StageConfig):
         default=False, description="go on without rows that cannot be learned"
     )
 
+    def require_coherent(self) -> None:
+        """Raise UsageError for two lengths of one run."""
+        if self.epochs is not None and "max_steps" in self.model_fields_set:
+            raise UsageError(
+                "--epochs and --max-steps both say how long a run is",
+                "drop one of them, also where a recipe gives it",
+            )
 
-class MixedRowsConfig(RowsConfig):
+
+class TextRowsConfig(RowsConfig):
+    """Rows of text, whose end says nothing unless they are whole."""
+
+    append_eos: bool = Field(
+        default=False,
+        description="end `text` rows with the end token: without it they teach no end",
+    )
+
+
+class MixedRowsConfig(TextRowsConfig):
     """Rows of text with generated documents among them."""
 
     recall_share: float = Field(
@@ -65,12 +89,15 @@ class MixedRowsConfig(RowsConfig):
 class TrainConfig(RowsConfig):
     """Shared by the stages that follow gradients."""
 
-    later: ClassVar[Mapping[str, Any]] = {"freeze_kept": False}
+    later: ClassVar[Mapping[str, Any]] = {"freeze_kept": False, "epochs": None}
 
     teacher: str | None = Field(default=None, description="default: where the lineage started")
     warmup: int = Field(default=10, ge=0, description="warm-up steps")
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     grad_checkpointing: bool = Field(default=False, description="recompute activations in backward")
+    log_every: int = Field(
+        default=0, ge=0, description="steps between lines of loss, rate and gradient norm; 0: none"
+    )
     save_every: int = Field(default=100, ge=1, description="steps between resumable states")
     freeze_kept: bool = Field(
         default=False, description="leave queries and keys of kept attention as they are"
@@ -94,7 +121,7 @@ class HeldOutConfig(TrainConfig):
 
 
 class TrackedConfig(TrainConfig):
-    """What transformers' trainers can report to."""
+    """What a run can report to."""
 
     log_to: Trackers = Field(
         default=[], description="tensorboard, wandb, trackio: curves there too, files in OUT.logs"
@@ -142,10 +169,11 @@ class ShardConfig(SpreadConfig):
     )
 
 
-class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
+class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig):
     """Align each mixer with the attention it replaces, then match the teacher's logits."""
 
     later: ClassVar[Mapping[str, Any]] = TrainConfig.later | {
+        "append_eos": False,
         "eval_recall": [],
         "eval_recall_rows": 16,
         "keep_best": False,
@@ -230,6 +258,7 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
 
     def require_coherent(self) -> None:
         """Raise UsageError for steps that no CUDA graph can hold, or the best of nothing."""
+        super().require_coherent()
         if self.keep_best and not (self.eval_data or self.eval_recall):
             raise UsageError(
                 "--keep-best needs something that is measured while training",
@@ -261,8 +290,10 @@ class TeacherCacheConfig(MixedRowsConfig):
         return None
 
 
-class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
+class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig, TextRowsConfig):
     """Supervised fine-tuning with optional word-level distillation."""
+
+    later: ClassVar[Mapping[str, Any]] = TrainConfig.later | {"append_eos": False}
 
     compile: bool = Field(
         default=False, description="compile blocks, for packed rows of one length"
@@ -278,6 +309,7 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
 
     def require_coherent(self) -> None:
         """Raise UsageError for a loss of nothing, and for options without what they apply to."""
+        super().require_coherent()
         if not self.ce_weight and not self.kl_weight:
             raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
         if self.teacher_cache and not self.kl_weight:
@@ -335,6 +367,7 @@ class DpoConfig(TrackedConfig, ShardConfig):
 
     def require_coherent(self) -> None:
         """Raise UsageError for settings that TRL would refuse, or take and ignore."""
+        super().require_coherent()
         chosen = set(self.loss_type)
         if len(chosen) < len(self.loss_type):
             raise UsageError("a loss type is given twice", "give it once, with a weight")

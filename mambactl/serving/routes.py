@@ -43,7 +43,7 @@ class Routes:
         tools = body.offered_tools()
         options = {} if tools is None else {"tool_choice": body.model_dump()["tool_choice"]}
         messages = body.rendered_messages()
-        ids = await service.encode(Prompt(messages, tools=tools, options=options), chat=True)
+        ids = await service.encode(Prompt(messages, tools=tools, template=options), chat=True)
         form = ChatFormat(service.name, body.alternatives is not None)
         names = {tool["function"]["name"] for tool in tools or ()}
         return await reply(service, request, body, service.jobs([ids], body), form, names)

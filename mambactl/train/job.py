@@ -1,6 +1,7 @@
 """A training run: its options, its placement, its student and its teacher."""
 
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ class Job:
     source: str
     device: torch.device
     dtype: torch.dtype
+    # what chat templates take for today
+    day: date | None = None
 
     @classmethod
     def of(cls, stage: str, config: TrainConfig, source: str) -> "Job":
@@ -103,14 +106,14 @@ class Job:
         return load_tokenizer(self.source)
 
     @property
-    def budget(self) -> int:
-        """The most tokens that the run can see."""
-        return self.examples * self.config.max_length
+    def budget(self) -> int | None:
+        """The most tokens that the run can see; None where its epochs decide."""
+        return None if self.examples is None else self.examples * self.config.max_length
 
     @property
-    def examples(self) -> int:
-        """Rows that the run takes, counted again when it comes back to one."""
-        return self.config.max_steps * self.global_batch
+    def examples(self) -> int | None:
+        """Rows that the run takes, counted again when it comes back to one; None for epochs."""
+        return None if self.config.epochs else self.config.max_steps * self.global_batch
 
     @property
     def processes(self) -> int:
@@ -128,9 +131,9 @@ class Job:
         return self.config.recall_share if isinstance(self.config, MixedRowsConfig) else 0.0
 
     @property
-    def recall_budget(self) -> int:
-        """The most tokens of recall documents that the run can see."""
-        return round(self.recall_share * self.budget)
+    def recall_budget(self) -> int | None:
+        """The most tokens of recall documents that the run can see; None where epochs decide."""
+        return None if self.budget is None else round(self.recall_share * self.budget)
 
 
 def require_whole_weights(needed: bool) -> None:

@@ -2,18 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mambactl import console
+from mambactl.checkpoint.vocabulary import model_config
+from mambactl.data.bad_rows import BadRows
+from mambactl.data.format import Rules
 from mambactl.data.mixture import shares
 from mambactl.data.preferences import Pair, PairSet, held_out, load_pairs, marked, without_prompts
 from mambactl.data.row_files import is_on_hub
-from mambactl.data.sources import set_names
+from mambactl.data.sources import Document, set_names
 from mambactl.errors import UsageError
+from mambactl.generation.decoding import warn_beyond_positions
 from mambactl.options import DpoConfig
+from mambactl.train.epochs import with_steps
 from mambactl.train.job import Job
+from mambactl.train.rows import Checks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,8 @@ class Preferences:
     train: list[Pair]
     held: dict[str, list[Pair]]
     counts: dict[str, dict[str, int]]
+    # pairs to train on, of which a short run sees some
+    available: int
 
 
 def read_preferences(job: Job, config: DpoConfig) -> Preferences:
@@ -33,15 +44,18 @@ def read_preferences(job: Job, config: DpoConfig) -> Preferences:
     """
     _require_apart(config)
     tokenizer = job.tokenizer()
-    rules = {"chat": config.chat, "skip_bad_rows": config.skip_bad_rows}
+    checks = Checks.of(job, tokenizer, BadRows())
+    rules = _rules(job, config, checks)
     sets = load_pairs(
         config.data,
         tokenizer,
         config.max_length,
         max_samples=config.max_samples,
         used=job.examples,
+        doubts=checks.doubts,
         **rules,
     )
+    _tell(job, checks, sets, tokenizer)
     counts = {name: found.counts() for name, found in sets.items()}
     _report("data", sets)
     measured: Mapping[str, PairSet] = {}
@@ -68,10 +82,28 @@ def read_preferences(job: Job, config: DpoConfig) -> Preferences:
     chosen = [train[index] for index in order[: job.examples]]
     sizes = ", ".join(f"{name} {len(pairs)}" for name, pairs in held.items())
     console.log(
-        f"training on {len(chosen)} of {len(train)} pairs, {job.examples / len(train):.2f} times"
+        f"training on {len(chosen)} of {len(train)} pairs"
         + (f"; held out: {sizes}" if sizes else "")
     )
-    return Preferences(chosen, held, counts)
+    config = model_config(job.source)
+    warn_beyond_positions(config, max(pair.longest for pair in chosen), "the model")
+    return Preferences(chosen, held, counts, len(train))
+
+
+def _rules(job: Job, config: DpoConfig, checks: Checks) -> dict[str, Any]:
+    """How rows are read, of what is trained on and what is held out."""
+    rules = Rules(day=job.day, vocabulary=checks.vocabulary)
+    return {"chat": config.chat, "skip_bad_rows": config.skip_bad_rows, "rules": rules}
+
+
+def _tell(
+    job: Job, checks: Checks, sets: Mapping[str, PairSet], tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Warn of what is doubtful about rows, and of answers that do not end."""
+    for found in sets.values():
+        for pair in found.pairs:
+            checks.endings.see(Document(pair.where, {}), pair.answers[0])
+    checks.tell(job, tokenizer)
 
 
 def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
@@ -82,10 +114,14 @@ def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
     if config.data and not specs:
         return {"documents": None, "pairs": dict.fromkeys(names.values()), "example": None}
     tokenizer = job.tokenizer()
-    rules = {"chat": config.chat, "skip_bad_rows": config.skip_bad_rows}
-    sets = load_pairs(specs, tokenizer, config.max_length, max_samples=config.max_samples, **rules)
+    checks = Checks.of(job, tokenizer, BadRows())
+    rules = _rules(job, config, checks)
+    most = {"max_samples": config.max_samples, "doubts": checks.doubts}
+    sets = load_pairs(specs, tokenizer, config.max_length, **most, **rules)
+    _tell(job, checks, sets, tokenizer)
     first = next(pair for found in sets.values() for pair in found.pairs)
     total = sum(len(found.pairs) for found in sets.values())
+    with_steps(job, total, "pairs")
     held: Mapping[str, PairSet] = {}
     if local := [spec for spec in config.eval_data if not is_on_hub(spec)]:
         held = load_pairs(local, tokenizer, config.max_length, **rules | {"skip_bad_rows": True})

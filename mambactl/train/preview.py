@@ -15,9 +15,10 @@ from mambactl.data.pack import pack
 from mambactl.data.row_files import is_on_hub
 from mambactl.errors import UsageError
 from mambactl.models.mixers.registry import looks_up
+from mambactl.train.epochs import with_steps
 from mambactl.train.job import Job
 from mambactl.train.phases import parts_of, shapes_of
-from mambactl.train.rows import count_documents, encode_documents, read_documents
+from mambactl.train.rows import Checks, count_documents, encode_documents, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,12 +81,15 @@ def preview(job: Job, assistant_only: bool) -> dict[str, Any]:
         return dict.fromkeys(unknown)
     tokenizer, bad = job.tokenizer(), BadRows(config.skip_bad_rows)
     documents = read_documents(job, bad)
-    examples = encode_documents(job, documents, tokenizer, assistant_only, bad)
+    checks = Checks.of(job, tokenizer, bad)
+    examples = encode_documents(job, documents, tokenizer, assistant_only, checks)
+    checks.tell(job, tokenizer)
     if bad.found:
         what = "would be left out" if config.skip_bad_rows else "would stop the run"
-        console.warn(f"{bad.report()} {what}")
+        console.warn(f"{bad.report()} {what}; {bad.found[0].cure}")
     rows = _rows(job, examples)
     if rows:
+        with_steps(job, len(rows))
         show(examples[0], tokenizer)
     return {
         "documents": len(documents),

@@ -1,8 +1,11 @@
 """Everything a training run leaves behind: its working folder, the result, curves and a plot."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +18,11 @@ from mambactl.checkpoint.load import adapt, load_lineage, open_checkpoint
 from mambactl.checkpoint.ownership import require_apart
 from mambactl.checkpoint.provenance import header_digest, lineage
 from mambactl.checkpoint.resolve import resolve
-from mambactl.checkpoint.run_folder import OtherFolder, RunFolder
+from mambactl.checkpoint.run_folder import DAY, OtherFolder, RunFolder, begun_on
+from mambactl.checkpoint.safetensors_reader import read_lineage
 from mambactl.checkpoint.save import write_model
 from mambactl.data.mixture import names, shares
+from mambactl.data.row_files import files_of, is_on_hub
 from mambactl.errors import ResourceError, UsageError
 from mambactl.files import canonical, replacing
 from mambactl.foreign import open_regular
@@ -28,6 +33,7 @@ from mambactl.report.plots import draw
 from mambactl.train.consolidate import consolidated
 from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
+from mambactl.train.run_lines import follow_steps
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -40,6 +46,7 @@ def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> Run
         return OtherFolder(Path(out), {})
     require_apart(Path(out), _teacher_of_lineage(job))
     folder = RunFolder(Path(out), identity(job))
+    follow_steps(job.config, folder)
     folder.check(resume, force)
     return folder
 
@@ -48,6 +55,17 @@ def as_begun(config: Config, out: Path | None, resume: bool) -> Config:
     """The options with which a run that stopped at `out` goes on; see `StageConfig.as_begun`."""
     record = RunFolder(Path(out), {}).read_mark() if resume and out is not None else None
     return config if record is None else config.as_begun(record)
+
+
+def dated(job: Job, out: Path | None, resume: bool) -> Job:
+    """The run on its day: that of the teacher cache it reads, or that on which it began."""
+    cache = getattr(job.config, "teacher_cache", None)
+    if cache and (folder := Path(cache).expanduser()).is_dir():
+        kept = ((read_lineage(folder) or {}).get("cache") or {}).get(DAY)
+        # a cache of an earlier version kept no day
+        with suppress(TypeError, ValueError):
+            return replace(job, day=date.fromisoformat(kept))
+    return replace(job, day=date.today() if out is None else begun_on(Path(out), resume))
 
 
 def _teacher_of_lineage(job: Job) -> list[tuple[str, str]]:
@@ -73,6 +91,7 @@ def identity(job: Job) -> dict[str, Any]:
         "data_sha256": [_file_digest(spec) for spec in names(job.config.data)],
         "data_shares": shares(job.config.data),
         **_held_out_identity(job),
+        **({DAY: job.day.isoformat()} if job.day else {}),
         # a state that is split cannot be read whole, nor the other way round
         **({"sharded": True} if sharded() else {}),
     }
@@ -171,9 +190,22 @@ def _held_out_identity(job: Job) -> dict[str, Any]:
 
 
 def _file_digest(spec: str) -> str | None:
-    """sha256 of a file; None for a set on the hub and for what reading the data will refuse."""
+    """sha256 of a file; None for a set on the hub and for what reading the data will refuse.
+
+    Of several files, those of a pattern or a folder, it is the sha256 of their names and their own.
+    """
+    if is_on_hub(spec):
+        return None
+    files = files_of(spec)
     try:
-        with open_regular(Path(spec), UsageError) as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        digests = [_content_digest(file) for file in files]
     except UsageError:
         return None
+    if files == [spec]:
+        return digests[0]
+    return hashlib.sha256(json.dumps([files, digests]).encode()).hexdigest()
+
+
+def _content_digest(file: str) -> str:
+    with open_regular(Path(file), UsageError) as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

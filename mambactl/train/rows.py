@@ -1,21 +1,27 @@
 """The rows that a run trains on and those it is measured on: reading, mixing, packing."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mambactl import console
+from mambactl.checkpoint.vocabulary import model_config, stored_end_tokens
 from mambactl.data.bad_rows import BadRows
-from mambactl.data.checks import screened
+from mambactl.data.chat_template import prints_date, unused_templates
+from mambactl.data.checks import Endings, screened
+from mambactl.data.doubts import Doubts
 from mambactl.data.encoding import Example
-from mambactl.data.format import encode_rows
+from mambactl.data.format import Rules, encode_rows
 from mambactl.data.mixture import mixed, names, shares
 from mambactl.data.pack import Row, pack
 from mambactl.data.recall_documents import recall_documents, recall_tokens
 from mambactl.data.sources import Document, count_rows, load_rows
 from mambactl.errors import UsageError
 from mambactl.files import canonical
+from mambactl.generation.decoding import warn_beyond_positions
 from mambactl.train.job import Job
 
 if TYPE_CHECKING:
@@ -32,10 +38,13 @@ def training_rows(
     config, bad = job.config, BadRows(job.config.skip_bad_rows)
     shares(config.data)
     documents = read_documents(job, bad)
-    examples = encode_documents(job, documents, tokenizer, assistant_only, bad)
+    checks = Checks.of(job, tokenizer, bad)
+    examples = encode_documents(job, documents, tokenizer, assistant_only, checks)
     bad.settle()
+    checks.tell(job, tokenizer)
     recalled = _recall_examples(job, tokenizer, examples)
     rows = pack([*examples, *recalled], config.max_length, config.packing)
+    _warn_beyond_positions(job, [*examples, *recalled])
     real = sum(int(row.valid.sum()) for row in rows)
     share = sum(len(example.input_ids) for example in recalled) / real
     generated = f" and {len(recalled)} for recall ({share:.2%} of the tokens)"
@@ -69,7 +78,8 @@ def held_out_rows(
         )
     bad, budget = BadRows(skip=True), 2 * config.eval_tokens
     documents = load_rows(config.eval_data, used_tokens=budget, bad=bad)
-    examples = _encode(job, documents, tokenizer, assistant_only, budget, bad)
+    checks = Checks.of(job, tokenizer, bad)
+    examples = _encode(job, documents, tokenizer, assistant_only, budget, checks)
     bad.settle()
     rows = pack(examples, config.max_length)
     chosen, tokens = [], 0
@@ -99,18 +109,50 @@ def encode_documents(
     documents: Sequence[Document],
     tokenizer: "PreTrainedTokenizerBase",
     assistant_only: bool,
-    bad: BadRows,
+    checks: "Checks",
 ) -> list[Example]:
-    """Documents as tokens, those that the run can see; bad rows are noted."""
+    """Documents as tokens, those that the run can see; what is wrong with rows is noted."""
     config = job.config
 
     def encoded(members: Sequence[Document], max_tokens: int | None) -> list[Example]:
-        return _encode(job, members, tokenizer, assistant_only, max_tokens, bad)
+        return _encode(job, members, tokenizer, assistant_only, max_tokens, checks)
 
     if config.packing:
-        budget = job.budget - job.recall_budget
-        return mixed(config.data, documents, encoded, budget)
-    return mixed(config.data, documents, encoded, None, config.max_length)
+        budget = None if job.budget is None else job.budget - job.recall_budget
+        return mixed(config.data, documents, encoded, budget, epochs=config.epochs)
+    return mixed(config.data, documents, encoded, None, config.max_length, config.epochs)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What is looked at in every row before training, and what was found."""
+
+    bad: BadRows
+    doubts: Doubts
+    endings: Endings
+    vocabulary: int
+
+    @classmethod
+    def of(cls, job: Job, tokenizer: "PreTrainedTokenizerBase", bad: BadRows) -> "Checks":
+        """Nothing found so far."""
+        endings = Endings(stored_end_tokens(job.source, tokenizer))
+        return cls(bad, Doubts(), endings, model_config(job.source).vocab_size)
+
+    def tell(self, job: Job, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Warn of everything that was found beside bad rows, and say what templates do not show."""
+        if named := unused_templates(tokenizer):
+            console.log(f"chat templates that no row is rendered with: {', '.join(named)}")
+        if job.day not in (None, date.today()) and prints_date(tokenizer):
+            console.log(f"chat templates print {job.day.isoformat()}, the day of the run or cache")
+        self.doubts.tell()
+        self.endings.tell(tokenizer)
+
+
+def _warn_beyond_positions(job: Job, examples: Sequence[Example]) -> None:
+    """Rows of several documents count positions anew for each."""
+    longest = max((len(example.input_ids) for example in examples), default=0)
+    config = model_config(job.source)
+    warn_beyond_positions(config, min(longest, job.config.max_length), "the model")
 
 
 def _encode(
@@ -119,17 +161,26 @@ def _encode(
     tokenizer: "PreTrainedTokenizerBase",
     assistant_only: bool,
     max_tokens: int | None,
-    bad: BadRows,
+    checks: Checks,
 ) -> list[Example]:
     longest = job.config.max_length if assistant_only else None
+    rules = Rules(assistant_only, job.config.append_eos, job.day, checks.vocabulary)
+
+    def keep(row: Document, example: Example) -> Example | None:
+        found = screened(row, example, tokenizer, checks.bad, longest)
+        if found is not None and assistant_only:
+            checks.endings.see(row, found)
+        return found
+
     return encode_rows(
         documents,
         tokenizer,
-        assistant_only,
-        max_tokens,
-        job.config.seed,
-        keep=lambda row, example: screened(row, example, tokenizer, bad, longest),
-        bad=bad,
+        max_tokens=max_tokens,
+        seed=job.config.seed,
+        keep=keep,
+        bad=checks.bad,
+        rules=rules,
+        doubts=checks.doubts,
     )
 
 

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from mambactl.errors import UsageError
 from mambactl.ranks import sharded
+from mambactl.train.optimization import schedule
 
 
 class SpreadTrainer(Trainer):
@@ -35,6 +36,19 @@ class SpreadTrainer(Trainer):
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
         state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
         self.is_fsdp_enabled = True
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of our own loop: transformers' starts at 0, where a step changes nothing."""
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: schedule(step, num_training_steps, warmup),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Autocast of the loss, which Accelerate leaves to the policy of FSDP2."""

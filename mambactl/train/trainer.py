@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,15 +22,10 @@ from mambactl.options import TrackedConfig, TrainConfig
 from mambactl.ranks import from_main, is_main, largest
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import Evaluation, PhaseReport
+from mambactl.train.run_lines import PROJECT, send_files
 
 # what transformers' callbacks take for a tracker, where that is not the package of its name
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
-# the variables by which trackers are told where their files go
-FOLDERS = {
-    "tensorboard": "TENSORBOARD_LOGGING_DIR",
-    "wandb": "WANDB_DIR",
-    "trackio": "TRACKIO_DIR",
-}
 # held-out measurements that a report keeps
 MEASURED = ("kl", "agreement", "perplexity_ratio", "ce")
 
@@ -88,14 +82,8 @@ def reporting(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
     Files go to `OUT.logs`, unless the environment variables of a tracker say otherwise.
     """
     asked = config.log_to if isinstance(config, TrackedConfig) else []
-    if asked:
-        with console.failure_warned(folder.logs):
-            folder.logs.mkdir(parents=True, exist_ok=True)
-        for name, variable in FOLDERS.items():
-            if name in asked:
-                os.environ.setdefault(variable, str(folder.logs.absolute()))
-        os.environ.setdefault("WANDB_PROJECT", "mambactl")
-    where = {"project": "mambactl", "run_name": folder.out.name}
+    send_files(asked, folder)
+    where = {"project": PROJECT, "run_name": folder.out.name}
     return {"report_to": list(asked) or "none", **where}
 
 

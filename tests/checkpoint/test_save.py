@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mambactl.checkpoint import container
-from mambactl.checkpoint.load import load_lineage, load_model, open_checkpoint
+from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer, open_checkpoint
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.checkpoint.save import CheckpointWriter, save_model
+from mambactl.checkpoint.side_files import read_side_files
 from mambactl.errors import OutputError, ResourceError
+from mambactl.files import NAMED_TEMPLATES
 
 SIDE_FILES = {"tokenizer.json": '{"model": "näïve \\" 🙂"}', "chat_template.jinja": "{{ x }}\n"}
 LINEAGE = {"schema": 1, "stage": "convert", "source": "owner/model", "metrics": {"kl": 0.5}}
@@ -332,3 +335,22 @@ def test_memory_stays_at_a_fraction_of_the_model(tmp_path: Path) -> None:
             assert torch.equal(last, bits + (TENSORS - 1))
         for file in [*tmp_path.rglob("*.safetensors"), *tmp_path.glob("*.st")]:
             file.unlink()
+
+
+@pytest.mark.parametrize("name", ["out", "out.st"])
+def test_chat_templates_beside_the_usual_one_are_kept_and_used(tiny_llama_dir, tmp_path, name):
+    source = Path(shutil.copytree(tiny_llama_dir, tmp_path / "llama"))
+    (source / NAMED_TEMPLATES).mkdir()
+    (source / NAMED_TEMPLATES / "tool_use.jinja").write_text("tools {{ tools|tojson }}")
+    # no name of a template
+    (source / NAMED_TEMPLATES / "notes.txt").write_text("x")
+    files = read_side_files(source)
+    assert f"{NAMED_TEMPLATES}/tool_use.jinja" in files and len(files) == 1 + len(
+        read_side_files(tiny_llama_dir)
+    )
+    out = save_model(load_model(str(source)), tmp_path / name, files, LINEAGE)
+    tokenizer = load_tokenizer(str(out))
+    assert set(tokenizer.chat_template) == {"default", "tool_use"}
+    assert tokenizer.get_chat_template(None, []) == "tools {{ tools|tojson }}"
+    # it is ours, and may be replaced
+    save_model(load_model(str(source)), tmp_path / name, files, LINEAGE, force=True)

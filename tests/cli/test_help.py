@@ -17,12 +17,16 @@ EVERY_STAGE = (
     "--verbose --help"
 )
 OUTPUT = "--out --resume --force"
-ROWS = "--data --max-steps --batch-size --grad-accum --max-length --max-samples --packing"
+ROWS = "--data --max-steps --epochs --batch-size --grad-accum --max-length --max-samples --packing"
 ROWS = f"{ROWS} --skip-bad-rows"
 HELD_OUT = "--teacher-cache --eval-data --eval-every --eval-tokens"
-MIXED = "--recall-share"
+TEXT = "--append-eos"
+MIXED = f"{TEXT} --recall-share"
 SPREAD = "--nproc --shard"
-TRAINING = f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --save-every --freeze-kept"
+TRAINING = (
+    f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --log-every --save-every "
+    "--freeze-kept"
+)
 SAMPLING = (
     "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --batch-size --chat "
     "--prompt --prompts"
@@ -32,13 +36,14 @@ FLAGS = {
     "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data "
     "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "
     f"--init --calibrate --calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
-    "distill": f"{TRAINING} {MIXED} --compile --nproc --stages --align-steps --align-share "
-    "--align-lr --stepwise-steps --stepwise-groups --stepwise-order --stepwise-rest-lr --lr "
-    "--rest-lr --schedule --kl-weight --ce-weight --temperature --divergence --jsd-beta --capture "
-    "--random-window --eval-recall --eval-recall-rows --keep-best "
+    "distill": f"{TRAINING} {MIXED} --log-to --compile --nproc --stages --align-steps "
+    "--align-share --align-lr --stepwise-steps --stepwise-groups --stepwise-order "
+    "--stepwise-rest-lr --lr --rest-lr --schedule --kl-weight --ce-weight --temperature "
+    "--divergence --jsd-beta --capture --random-window --eval-recall --eval-recall-rows "
+    "--keep-best "
     f"{HELD_OUT} {OUTPUT} {EVERY_STAGE}",
-    "sft": f"{TRAINING} {SPREAD} {HELD_OUT} --lr --ce-weight --kl-weight --assistant-only-loss "
-    f"--lora --lora-alpha --log-to --compile {OUTPUT} {EVERY_STAGE}",
+    "sft": f"{TRAINING} {TEXT} {SPREAD} {HELD_OUT} --lr --ce-weight --kl-weight "
+    f"--assistant-only-loss --lora --lora-alpha --log-to --compile {OUTPUT} {EVERY_STAGE}",
     "dpo": f"{TRAINING} {SPREAD} --log-to --lr --beta --reference --precompute-reference "
     "--loss-type --loss-weights --label-smoothing --ld-alpha --f-divergence --sft-weight --chat "
     f"--eval-data --eval-share --eval-every --eval-pairs --max-kl {OUTPUT} {EVERY_STAGE}",

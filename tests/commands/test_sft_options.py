@@ -165,8 +165,8 @@ def test_without_peft_the_line_that_installs_it_is_said(student, data, tmp_path,
 
 def test_held_out_text_is_measured_on_the_way(student, data, held, tmp_path, monkeypatch):
     measured = {"eval_data": [held], "eval_every": 4, "eval_tokens": 100}
-    config = cpu(data, kl_weight=1.0, **measured)
-    plain = run(cpu(data, kl_weight=1.0), student, tmp_path / "plain")
+    config = cpu(data, kl_weight=1.0, ce_weight=0.1, **measured)
+    plain = run(cpu(data, kl_weight=1.0, ce_weight=0.1), student, tmp_path / "plain")
     result = run(config, student, tmp_path / "out")
     lines = ledger(tmp_path / "out")
     assert [line["step"] for line in lines] == list(range(7))

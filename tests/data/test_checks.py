@@ -7,6 +7,7 @@ import pytest
 
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.checks import screened
+from mambactl.data.doubts import Doubts
 from mambactl.data.format import encode, encode_rows
 from mambactl.data.sources import Document, load_rows
 from mambactl.errors import UsageError
@@ -20,7 +21,7 @@ def chat(*turns, where="c.jsonl, row 1"):
 
 def seen(row, tokenizer, max_length=32):
     bad = BadRows()
-    example = encode(row, tokenizer, assistant_only=True)
+    (example,) = encode_rows([row], tokenizer, assistant_only=True, doubts=Doubts())
     return screened(row, example, tokenizer, bad, max_length), bad
 
 
@@ -29,7 +30,7 @@ def seen(row, tokenizer, max_length=32):
     [
         (("go", ""), "empty answer", "1 of 1 assistant turns are empty"),
         (("go", "the river", "go", " \n"), "empty answer", "1 of 2 assistant turns are empty"),
-        (("go",), "no answer", "has no assistant turn"),
+        (("go",), "no answer", "has no turn of the assistant"),
         (("go", "the " * 30), "too long", "has 37 tokens, and --max-length 32 would cut an answer"),
     ],
 )
@@ -58,7 +59,13 @@ def test_an_answer_that_just_fits_is_kept(tiny_tokenizer):
 def test_a_call_of_a_tool_is_an_answer(tiny_tokenizer):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     row = Document("r", {"messages": [{"role": "user", "content": "go"}, call]})
-    example, bad = seen(row, tiny_tokenizer)
+    with pytest.raises(UsageError, match="leaves out the call of 'f'"):
+        seen(row, tiny_tokenizer)
+    tokenizer = deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content }}", "{{ m.content or m.tool_calls[0].function.name }}"
+    )
+    example, bad = seen(row, tokenizer)
     assert example is not None and not bad.found
 
 
@@ -140,3 +147,10 @@ def test_bad_rows_take_no_part_in_the_budget(tiny_tokenizer):
         keep=lambda row, example: None if row.where in ("row 0", "row 1") else example,
     )  # fmt: skip
     assert len(kept) == 3 and np.sum([len(e.input_ids) for e in kept]) == 30
+
+
+def test_only_turns_that_are_learned_have_to_say_something(tiny_tokenizer):
+    row = chat("go", "", "go", "the river")
+    assert seen(Document("r", row | {"learned": [3]}), tiny_tokenizer)[0] is not None
+    example, bad = seen(Document("r", row | {"learned": []}), tiny_tokenizer)
+    assert example is None and "no turn that is to be learned" in bad.found[0].problem

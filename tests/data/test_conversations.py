@@ -69,7 +69,7 @@ def test_turns_are_answered_one_after_the_other():
         ({"messages": [{"role": "user", "content": None}]}, "no `content`"),
         ({"prompt": "a", "tools": "{"}, "not JSON"),
         ({"prompt": "a\ud800"}, "no text"),
-        ({"question": "a"}, "`question`"),
+        ({"words": "a"}, "`words`"),
         (["a"], "holds a list"),
     ],
 )

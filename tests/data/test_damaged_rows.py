@@ -9,7 +9,7 @@ import pytest
 
 from mambactl import foreign
 from mambactl.bounds import LINE_BYTES, MIB, Bound
-from mambactl.data import row_files
+from mambactl.data import row_containers
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.conversations import read_conversations
 from mambactl.data.preferences import load_pairs
@@ -62,7 +62,13 @@ VALUES = {
     "empty calls": '[{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{}]}]',
     "a call of a number": '[{"role": "assistant", "tool_calls": [{"function": 3}]}]',
 }
-COLUMNS = ("text", "messages", "tools", "prompt", "chosen", "rejected", "turns", "instruction")
+COLUMNS = (
+    *("text", "messages", "tools", "prompt", "chosen", "rejected", "turns", "instruction"),
+    *("conversations", "completion", "input", "output", "history", "system", "functions"),
+    *("chat_template_kwargs", "label", "images"),
+)
+# of rows without messages, where these columns hold what is learned
+BARE = ("text", "messages")
 
 
 def lines_of(value: str) -> list[str]:
@@ -72,6 +78,8 @@ def lines_of(value: str) -> list[str]:
         + f', "{column}": {value}}}'
         for column in COLUMNS
     ]
+    bare = {key: item for key, item in GOOD.items() if key not in BARE}
+    rows += [json.dumps(bare)[:-1] + f', "{column}": {value}}}' for column in COLUMNS]
     return [*rows, value]
 
 
@@ -123,7 +131,7 @@ def test_a_byte_order_mark_is_no_damage(tmp_path) -> None:
         assert load_rows([str(tmp_path / name)]) == [{"text": "a"}]
 
 
-@pytest.mark.parametrize("suffix", row_files.SUFFIXES)
+@pytest.mark.parametrize("suffix", row_containers.SUFFIXES)
 def test_only_regular_files_are_read(tmp_path, suffix) -> None:
     pipe, link, folder = (tmp_path / f"{name}{suffix}" for name in ("pipe", "link", "folder"))
     os.mkfifo(pipe)
@@ -145,7 +153,7 @@ def test_only_regular_files_are_read(tmp_path, suffix) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
 def test_a_long_line_is_refused_before_it_is_held(tmp_path, monkeypatch, name) -> None:
-    for module in (foreign, row_files):
+    for module in (foreign, row_containers):
         monkeypatch.setattr(module, "LINE_BYTES", Bound(MIB, "bytes", "a line"))
     for letter in ("a", "ü"):
         text = (letter * (MIB + 1)).encode()
@@ -171,7 +179,7 @@ def test_little_memory_is_taken_by_a_small_file_of_zeros(tmp_path) -> None:
 
 
 def test_a_file_of_empty_lines_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(row_files, "EMPTY_LINES", Bound(1000, "empty lines", "a gap"))
+    monkeypatch.setattr(row_containers, "EMPTY_LINES", Bound(1000, "empty lines", "a gap"))
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}' + "\n" * 1000 + '{"text": "b"}\n')
     assert len(load_rows([str(path)])) == 2
@@ -225,7 +233,7 @@ def test_a_parquet_of_another_schema_is_a_bad_row(tmp_path, row) -> None:
 
 
 def test_a_large_row_group_is_refused_before_it_is_read(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(row_files, "ROW_GROUP_BYTES", Bound(10, "bytes", "a row group"))
+    monkeypatch.setattr(row_containers, "ROW_GROUP_BYTES", Bound(10, "bytes", "a row group"))
     parquet_of(tmp_path / "a.parquet", [{"text": "the river"}] * 40)
     with pytest.raises(UsageError, match="row group 0 has more than"):
         load_rows([str(tmp_path / "a.parquet")])

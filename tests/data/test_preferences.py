@@ -8,6 +8,7 @@ import pytest
 
 from mambactl.data import preferences
 from mambactl.data.preferences import held_out, load_pairs, marked, without_prompts
+from mambactl.data.row_files import Found
 from mambactl.errors import UsageError
 
 
@@ -151,7 +152,7 @@ def test_a_set_on_the_hub_is_read_as_far_as_it_is_used(monkeypatch, tiny_tokeniz
     def endless(spec, bad):
         for number in itertools.count(1):
             read.append(number)
-            yield number, {**ROW, "prompt": f"the {number}"}
+            yield Found(f"{spec}, row {number}", {**ROW, "prompt": f"the {number}"}, spec)
 
     monkeypatch.setattr(preferences, "read_rows", endless)
     found = load_pairs(["some/set"], tiny_tokenizer, 64, used=3)["some/set"]

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from copy import deepcopy
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mambactl.data import format as encoding
 from mambactl.data import token_cache
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.encoding import Example
-from mambactl.data.format import encode_rows
+from mambactl.data.format import Rules, encode_rows
 from mambactl.data.sources import load_rows
 from mambactl.data.token_cache import Rows, TokenCache, drop_oldest, read_rows_of
 from mambactl.errors import ModelError
@@ -54,13 +55,13 @@ def data(tmp_path: Path) -> str:
 def tokenised(monkeypatch) -> list[int]:
     """How many rows every call of the tokenizer got."""
     calls: list[int] = []
-    real = encoding._encode_many
+    real = encoding._Encoder.many
 
-    def counting(rows: Any, *others: Any) -> list[Example]:
+    def counting(self: Any, rows: Any) -> list[Example]:
         calls.append(len(rows))
-        return real(rows, *others)
+        return real(self, rows)
 
-    monkeypatch.setattr(encoding, "_encode_many", counting)
+    monkeypatch.setattr(encoding._Encoder, "many", counting)
     return calls
 
 
@@ -152,25 +153,18 @@ def test_so_do_the_file_and_what_is_learned(kept, data, tokenised, tiny_tokenize
 
 @pytest.mark.parametrize("asks", [False, True])
 def test_a_template_that_prints_the_date_counts_for_a_day(
-    kept, data, tokenised, tiny_tokenizer, monkeypatch, asks: bool
+    kept, data, tokenised, tiny_tokenizer, asks: bool
 ) -> None:
     tokenizer = deepcopy(tiny_tokenizer)
     if asks:
         tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
     encode_rows(load_rows([data]), tokenizer)
     tokenised.clear()
-    monkeypatch.setattr(token_cache, "_today", lambda: "2001-01-01")
-    encode_rows(load_rows([data]), tokenizer)
+    encode_rows(load_rows([data]), tokenizer, rules=Rules(day=date(2001, 1, 1)))
     assert bool(sum(tokenised)) is asks
-
-
-def test_nothing_is_kept_over_midnight(kept, data, tiny_tokenizer, monkeypatch) -> None:
-    tokenizer = deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
-    days = iter(["2001-01-01", "2001-01-02"])
-    monkeypatch.setattr(token_cache, "_today", lambda: next(days))
-    encode_rows(load_rows([data]), tokenizer)
-    assert not kept.exists()
+    tokenised.clear()
+    encode_rows(load_rows([data]), tokenizer, rules=Rules(day=date(2001, 1, 1)))
+    assert not tokenised or not sum(tokenised)
 
 
 def rewritten(entry: Path, **parts: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mambactl.data.row_files import read_rows
+from mambactl.data.row_containers import rows_of
 from mambactl.errors import ResourceError, UsageError
 from mambactl.evaluation.harness.schemas import (
     MC2_SCHEMA,
@@ -187,7 +187,7 @@ def _stem(path: Path) -> str:
 
 
 def _read(path: str, limit: int | None, schema: Schema | None) -> tuple[list[Row], Schema]:
-    rows = list(islice(read_rows(path), limit))
+    rows = list(islice(rows_of(path, None), limit))
     if not rows:
         raise UsageError(f"{path} is empty", hint="a task file needs at least one row")
     schema = schema or schema_of(path, *rows[0])

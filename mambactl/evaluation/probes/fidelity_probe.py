@@ -68,7 +68,10 @@ class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
 
         found, bootstrap = Fidelity(), bootstrap_of(config)
         for name, rows in inputs.items():
-            documents = [example.input_ids for example in encode_rows(rows, subject.tokenizer)]
+            documents = [
+                example.input_ids
+                for example in encode_rows(rows, subject.tokenizer, rules=subject.rules)
+            ]
             sizes = (config.max_length, rows_per_pass(config))
             predictions = predict(subject.variants, subject.teacher, documents, *sizes)
             counts = {

@@ -71,7 +71,10 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
 
         found: dict[str, dict[str, Numbers]] = {}
         for name, rows in inputs.items():
-            documents = [example.input_ids for example in encode_rows(rows, subject.tokenizer)]
+            documents = [
+                example.input_ids
+                for example in encode_rows(rows, subject.tokenizer, rules=subject.rules)
+            ]
             sizes = (config.max_length, rows_per_pass(config))
             found[name] = {}
             for who in (STUDENT, AGAINST):

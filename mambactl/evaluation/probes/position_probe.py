@@ -29,7 +29,6 @@ from mambactl.options.fields import DataSpecs, Tokens
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedTokenizerBase
 
 # what `position_length` may be
 SHORTEST = 128
@@ -62,7 +61,7 @@ class PositionProbe(Probe[PositionOptions, Rows, Numbers]):
 
         specs = config.long_context_data
         names = zip(set_names(specs), specs, strict=True)
-        rows = {name: _long_rows(config, spec, asked.tokenizer) for name, spec in names}
+        rows = {name: _long_rows(config, spec, asked) for name, spec in names}
         asked.longest = max(asked.longest, config.position_length)
         return rows
 
@@ -88,15 +87,13 @@ class PositionProbe(Probe[PositionOptions, Rows, Numbers]):
                     _show(f"{subject.source}, {name}, on {data} by position", students[name])
 
 
-def _long_rows(
-    config: PositionOptions, spec: str, tokenizer: "PreTrainedTokenizerBase"
-) -> "list[np.ndarray]":
+def _long_rows(config: PositionOptions, spec: str, asked: Asked) -> "list[np.ndarray]":
     """Whole rows only, so that every position is measured on the same documents."""
     from mambactl.data.format import encode_rows
     from mambactl.data.sources import load_rows
 
     size = config.position_length
-    examples = encode_rows(load_rows([spec], config.limit), tokenizer)
+    examples = encode_rows(load_rows([spec], config.limit), asked.tokenizer, rules=asked.rules)
     documents = [example.input_ids for example in examples]
     most = max(map(len, documents))
     # one row of each document, then the second of each

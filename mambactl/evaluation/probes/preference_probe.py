@@ -44,6 +44,7 @@ class PreferenceProbe(Probe[PreferenceOptions, "dict[str, PairSet]", "dict[str, 
             config.max_length,
             skip_bad_rows=True,
             used=config.limit,
+            rules=asked.rules,
         )
         return {
             name: PairSet(found.pairs[: config.limit], found.bad) for name, found in sets.items()

@@ -15,6 +15,7 @@ from mambactl.options.evaluation import EvalOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from mambactl.data.format import Rules
     from mambactl.evaluation.fidelity import Variant
     from mambactl.evaluation.statistics import Bootstrap
     from mambactl.models.hybrid import HybridForCausalLM
@@ -49,6 +50,15 @@ class Asked:
         return load_tokenizer(self.source, self.config.trust_remote_code)
 
     @cached_property
+    def rules(self) -> "Rules":
+        """What becomes of rows: tokens that the model does not have are refused."""
+        from mambactl.checkpoint.vocabulary import vocabulary_size
+        from mambactl.data.format import Rules
+
+        size = vocabulary_size(self.source, self.config.trust_remote_code)
+        return Rules(vocabulary=size)
+
+    @cached_property
     def texts(self) -> dict[str, list[dict[str, Any]]]:
         """Rows of --data by data set."""
         from mambactl.data.sources import load_rows, set_names
@@ -77,6 +87,13 @@ class Subject:
         teacher = None if self.teacher is self.model else self.teacher
         every = {STUDENT: self.model, AGAINST: self.other, TEACHER: teacher}
         return {name: model for name, model in every.items() if model is not None}
+
+    @property
+    def rules(self) -> "Rules":
+        """What becomes of rows: tokens that the model does not have are refused."""
+        from mambactl.data.format import Rules
+
+        return Rules(vocabulary=self.model.config.vocab_size)
 
     def alone(self) -> "Subject":
         """Student and teacher without the others, which are then free."""
