@@ -158,7 +158,7 @@ def server(given: Namespace, load: Load) -> Iterator[int]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=os.getcwd(),
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])},
     )
     try:
         url = process.stdout.readline().strip()
