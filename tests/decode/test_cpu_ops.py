@@ -32,6 +32,11 @@ def targets(make_hybrid):
     return {name: make_hybrid(**options, seed=11) for name, options in TARGETS.items()}
 
 
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU with AVX-512"
+)
+
+
 def on_cpu(target, draft=None, k=0) -> FusedEngine:
     return FusedEngine(target, draft, k, CpuOps(bfloat16=False))
 
@@ -85,6 +90,7 @@ def test_n_grams_are_those_of_the_reference() -> None:
     assert 0 < int((found[0][1] > 0).sum()) < 40
 
 
+@needs_bfloat16
 def test_products_are_of_weights_in_bfloat16() -> None:
     g = torch.Generator().manual_seed(0)
     x, one, other = (torch.randn(*shape, generator=g) for shape in ((3, 64), (48, 40), (48, 24)))
@@ -98,6 +104,7 @@ def test_products_are_of_weights_in_bfloat16() -> None:
     assert torch.equal(rounded(x, one, other), before)
 
 
+@needs_bfloat16
 def test_the_largest_logits_are_exact() -> None:
     """bfloat16 alone rounds logits of 20 to multiples of an eighth."""
     g = torch.Generator().manual_seed(0)
