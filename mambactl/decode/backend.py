@@ -31,7 +31,7 @@ K = int | Literal["auto"]
 
 
 class AnyEngine(Protocol):
-    """What decodes, on whatever device."""
+    """Protocol of a decoding engine on any device."""
 
     def generate(
         self,
@@ -47,7 +47,7 @@ class AnyEngine(Protocol):
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the GPU kernels cannot decode on a device; None if they can."""
+    """Reason that the GPU kernels cannot decode on a device; None if they can."""
     return triton_missing(device)
 
 

@@ -285,7 +285,7 @@ def _number_type(tensor: Tensor) -> NumberType:
 
 
 def _digests(tokens: Sequence[int], lengths: Iterable[int]) -> dict[int, str]:
-    """Length -> digest of so many of the first tokens."""
+    """Digests of the first tokens, by their number."""
     ids, digest, at, found = np.asarray(tokens, "<i4"), hashlib.sha256(), 0, {}
     for length in sorted(lengths):
         digest.update(ids[at:length].tobytes())

@@ -125,7 +125,7 @@ def _length(shapes: Mapping[str, list[int]]) -> int:
 
 
 def _keeps_all(cache: HybridCache) -> dict[str, bool]:
-    """Name of each tensor -> True if it has a slot for every token."""
+    """Map the name of each tensor to True if it has a slot for every token."""
     found = {}
     for index, layer in enumerate(cache.layers):
         whole = layer if isinstance(layer, AttentionCache) else getattr(layer, "kept", None)

@@ -79,7 +79,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where clients find it."""
+        """Base URL of the API for clients."""
         host, port = self.socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 

@@ -157,7 +157,7 @@ class FusedEngine:
         return LearnedChoice(ks, times, model)
 
     def _say(self, choice: Choice) -> None:
-        """Say why so much is drafted, when that changed."""
+        """Log the reason for the number of drafts when that number has changed."""
         outcome = choice.reason.partition(":")[0]
         if outcome != self.said:
             self.said = outcome
@@ -240,7 +240,7 @@ class _Run:
             self._read(self.waiting.popleft())
 
     def _more_needed(self) -> bool:
-        """Whether the steps under way, one token each at least, may leave a row unfinished."""
+        """True if the steps under way, one token each at least, may leave a row unfinished."""
         shortest = min(len(self.output.tokens[row]) for row in self.running)
         return shortest + len(self.waiting) < self.budget
 

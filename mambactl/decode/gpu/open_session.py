@@ -95,7 +95,7 @@ class OpenSession:
 
     @property
     def on_host(self) -> bool:
-        """Whether a step is over when it has been launched."""
+        """True if a step is over when it has been launched."""
         return self.device.type != "cuda"
 
     @cached_property
@@ -165,7 +165,7 @@ class OpenSession:
         return self._sent(rows, self.k, likely)
 
     def letters(self, sent: Sent) -> list[list[int]]:
-        """What a step that has arrived wrote, by row."""
+        """Results of a step that has arrived, by row."""
         return self.batch.pinned[sent.number % DEPTH, : sent.rows].tolist()
 
     def stop(self, row: int) -> None:
@@ -212,7 +212,7 @@ class OpenSession:
         return sent
 
     def _likely(self, rows: int, k: int) -> LikelyTable:
-        """How likely the tokens of the step just run were, as far as they were accepted."""
+        """Log-probabilities of the tokens of the step just run, as far as they were accepted."""
         b, step = self.batch.first(rows), self._step(rows)
         if self.ops.on_host:
             # a pass there is as wide as what was drafted

@@ -21,7 +21,7 @@ TIMED_STEPS = 3
 
 @dataclass
 class Capture:
-    """What preparing graphs cost."""
+    """Cost of preparing graphs: their number, and seconds of compilation and capture."""
 
     graphs: int = 0
     compile_seconds: float = 0.0
