@@ -253,7 +253,7 @@ def load_kept(path: Path) -> dict[str, Any]:
 
 
 class OtherFolder(RunFolder):
-    """The folder as the processes see it that leave all writing to the main one."""
+    """Substitute for the folder in processes that leave all writing to the main one."""
 
     def check(self, resume: bool, force: bool) -> None:
         """Do nothing: the main process looks, and ends the run where it may not start."""

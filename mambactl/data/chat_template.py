@@ -274,7 +274,7 @@ def _serve(tokenizer: "PreTrainedTokenizerBase", connection: Connection, day: da
 
 
 def _confine(connection: Connection) -> None:
-    """Give back what was inherited, and set what ends this process."""
+    """Close inherited files, reset signals, and bound the memory of this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in (signal.SIGTERM, signal.SIGPROF):
         signal.signal(name, signal.SIG_DFL)
@@ -291,7 +291,7 @@ def _confine(connection: Connection) -> None:
 
 
 def _stop_clock(day: date) -> None:
-    """Let it be midnight of `day` for templates, which ask for the time of this process alone."""
+    """Set the time that templates ask for, in this process alone, to midnight of `day`."""
     from transformers.utils import chat_template_utils
 
     class Stopped(datetime):

@@ -115,7 +115,7 @@ def conversation(where: str, row: Any) -> Conversation:
 
 
 def distinct(conversations: Iterable[Conversation]) -> list[Conversation]:
-    """Every prompt once, where it comes first."""
+    """Conversations without repeats of the same prompt, in the order of their first places."""
     found: dict[bytes, Conversation] = {}
     for each in conversations:
         found.setdefault(each.digest, each)

@@ -144,7 +144,7 @@ def require_recall_length(max_length: int) -> None:
 
 
 def recall_tokens(share: float, text_tokens: int) -> int:
-    """Tokens that are `share` of all when added to so many of text."""
+    """Number of tokens that are `share` of all when added to `text_tokens`."""
     return round(text_tokens * share / (1 - share))
 
 

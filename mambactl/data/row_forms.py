@@ -71,7 +71,7 @@ class Reading:
 
     @classmethod
     def of(cls, row: Any) -> "Reading":
-        """Open a row; raises BadRow for a value that is no object, and for media: only text is read."""
+        """Open a row; raises BadRow if it is no object or has media, which no text model sees."""
         require(isinstance(row, dict), f"holds a {type(row).__name__}, not an object")
         reading = cls(row)
         for name in MEDIA:
@@ -252,7 +252,7 @@ def _refuse_label(reading: Reading) -> None:
 
 
 def _other(reading: Reading, expected: str) -> BadRow:
-    """A row that has none of the columns; the cure names the command for rows of its form."""
+    """Error for a row without the columns; the hint names the command for rows of its form."""
     for columns, what, command in OTHERS:
         if all(reading.has(name) for name in columns):
             problem = f"has the columns {reading.columns}"

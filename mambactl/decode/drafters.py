@@ -36,7 +36,7 @@ class Drafter(Protocol):
         """Drop every row but `rows` [R], in that order."""
 
     def converse(self) -> None:
-        """From now on batches are the prompts of one conversation, one by one."""
+        """Treat later batches as the prompts of one conversation, one prompt each."""
 
 
 class ModelDrafter:
@@ -56,7 +56,7 @@ class ModelDrafter:
         self.prefix: HybridCache | None = None
 
     def converse(self) -> None:
-        """Read every prompt from the one before on."""
+        """Treat later prompts as one conversation, in which each is read from the last one on."""
         self.conversation = Conversation(self.model.model)
 
     def start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> None:

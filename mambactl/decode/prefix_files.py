@@ -259,7 +259,7 @@ class PrefixFiles:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Be the only one of all processes that writes into the folder or deletes there."""
+        """Lock the folder against other processes that would write into it or delete there."""
         fd = os.open(self.folder.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)

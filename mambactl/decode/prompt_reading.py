@@ -91,7 +91,7 @@ class PromptReading:
 
 
 def _cache(model: HybridModel, start: HybridCache | None, rows: int) -> HybridCache:
-    """A cache of so many rows that hold what `start` does, to be read on from."""
+    """Cache of `rows` rows, each with the content of `start`, from which reading goes on."""
     if start is None:
         return HybridCache(model.config, rows, model.device)
     return start.select(torch.zeros(rows, dtype=torch.long, device=model.device))

@@ -186,7 +186,7 @@ class CompletionBody(SamplingFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one by one: texts or tokens."""
+        """List of the prompts, each a text or tokens."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if not self.prompt:

@@ -198,7 +198,7 @@ def fitting_piece(target: HybridForCausalLM, draft: HybridForCausalLM | None, mo
 
 
 def _read(target: HybridForCausalLM, draft: HybridForCausalLM | None, *lengths: int) -> float:
-    """Seconds in which prompts of so many tokens are read, together and at once."""
+    """Seconds of reading prompts of these lengths, all of them together and at once."""
     started = time.perf_counter()
     prompts = [[0] * length for length in lengths]
     reading = PromptReading(target, draft, prompts, None, len(lengths) * max(lengths))

@@ -98,7 +98,7 @@ class FusedBatch:
         return found
 
     def _make_room(self) -> None:
-        """Read what the mailbox would soon write over."""
+        """Read the results that later steps would soon overwrite."""
         while len(self.waiting) >= DEPTH - 1:
             self._read(self.waiting.popleft())
 
