@@ -25,7 +25,7 @@ Config = TypeVar("Config", bound=PretrainedConfig)
 
 @dataclass(frozen=True)
 class Adapted:
-    """`names` maps our tensor names to those in the source."""
+    """Our configuration for a checkpoint; `names` maps our tensor names to those in the source."""
 
     config: HybridConfig
     names: dict[str, str]

@@ -11,7 +11,7 @@ ABOUT, ABOUT_END = "<!-- about -->", "<!-- /about -->"
 
 
 def between(text: str, begin: str, end: str, inside: str) -> str | None:
-    """`text` with what stands between two marks replaced; None where it does not have both."""
+    """Replace the text between two marks; None if `text` does not have both."""
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     return f"{before}{begin}\n{inside}\n{end}{after}" if found and closed else None

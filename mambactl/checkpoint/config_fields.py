@@ -38,7 +38,7 @@ RopeValue = Word | bool | Number | list[Number] | None
 
 
 class Fields(BaseModel):
-    """Some keys of a config.json."""
+    """Base of the classes that read some keys of a config.json."""
 
     model_config = ConfigDict(
         strict=True, extra="ignore", frozen=True, arbitrary_types_allowed=True
@@ -115,7 +115,7 @@ class DecoderFields(Fields):
 
 
 class SsmFields(Fields):
-    """`ssm_cfg` of the state-spaces format."""
+    """Keys of `ssm_cfg` in the state-spaces format."""
 
     layer: str = "Mamba1"
     expand: Annotated[int, Field(ge=1, le=64)] = 2

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers: parts, sizes, cache and history; no weight is read."""
+"""Contents of a checkpoint by its headers: parts, sizes, cache and history; no weight is read."""
 
 import math
 import re

@@ -38,7 +38,7 @@ class FileFields(Fields):
 
     @property
     def ends(self) -> int | list[int] | None:
-        """What ends a text, and an answer where that is another token."""
+        """Id of the token that ends a text; also that of an answer's end if it is another one."""
         if self.eot is None or self.eot == self.eos:
             return self.eos
         return self.eot if self.eos is None else [self.eos, self.eot]

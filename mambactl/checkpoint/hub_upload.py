@@ -174,7 +174,7 @@ def _tree(api: "HfApi", repo: str) -> dict[str, "RepoFile"]:
 def _changed(
     added: "Sequence[CommitOperationAdd]", there: "Mapping[str, RepoFile]"
 ) -> "list[CommitOperationAdd]":
-    """Those whose content the repository does not hold."""
+    """Files whose content the repository does not hold."""
     if not there:
         return list(added)
     found = []

@@ -268,7 +268,7 @@ def _installed(module: str) -> bool:
 
 
 def _try(tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Use what is read without complaint and fails at the first text."""
+    """Try a tokenizer and its templates: some are read without complaint and fail at first use."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     tokenizer.decode(tokenizer(_PROBE)["input_ids"])
@@ -334,7 +334,7 @@ def _generation_config(
 
 
 def _origin(reader: Reader, config: HybridConfig) -> Origin | None:
-    """What the checkpoint says of how it was made; a single file has no card of its own."""
+    """Record of how the checkpoint was made; a single file has no card of its own."""
     if reader.path.is_dir():
         return origin_of(reader.path)
     if reader.lineage is None:

@@ -62,7 +62,7 @@ class ReleasedReader(Reader):
         self._pieces = self._translated()
 
     def names(self) -> list[str]:
-        """Our names."""
+        """Tensor names in our own layout."""
         return list(self._pieces)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ class PartialFolder:
 
     @property
     def published(self) -> bool:
-        """Whether OUT is what was made here, and only clearing is left."""
+        """True if OUT is what was made here, and only clearing is left."""
         finished = json_of(self.record)
         if finished is None or not os.path.lexists(self.out):
             return False
@@ -90,20 +90,20 @@ class PartialFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether more than a mark lies there."""
+        """True if the folder holds more than a mark."""
         if not self.path.is_dir():
             return False
         return any(not name.startswith(RUN_FILE) for name in os.listdir(self.path))
 
     @property
     def disposable(self) -> bool:
-        """Whether nothing lies there that took long to make."""
+        """True if the folder holds nothing that took long to make."""
         found = self.read_mark() or DISPOSABLE
         return not self.begun or found["stage"] == DISPOSABLE["stage"]
 
     @property
     def goes_on(self) -> bool:
-        """Whether an unfinished run lies there that was begun with leave to replace OUT."""
+        """True if the folder holds an unfinished run that was begun with leave to replace OUT."""
         found = self.read_mark()
         resumes = found is not None and found["stage"] != DISPOSABLE["stage"]
         return resumes and bool(found.get(REPLACES))
@@ -182,7 +182,7 @@ class PartialFolder:
         return None
 
     def _settle(self) -> bool:
-        """Finish what a stopped command left; whether the folder is gone because of that."""
+        """Finish what a stopped command left; return True if the folder is gone after that."""
         raise NotImplementedError
 
     def begin(self, may_replace: bool) -> None:

@@ -106,7 +106,7 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether every number of a tensor is in the file."""
+    """True if every number of a tensor is in the file."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()

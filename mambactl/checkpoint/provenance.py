@@ -132,7 +132,7 @@ def made_before(
 def _changes(
     found: Mapping[str, Any], command: Command, config: StageConfig, source: str
 ) -> list[str]:
-    """How what was made differs from what the command would make now."""
+    """Differences between what was made and what the command would make now."""
     from mambactl.checkpoint.resolve import resolve
     from mambactl.checkpoint.run_folder import differences
     from mambactl.checkpoint.vocabulary import model_config
@@ -159,7 +159,7 @@ def _changes(
 
 
 def _is_beside(command: Command, out: Path) -> bool:
-    """Whether the lineage of what a command writes lies beside it."""
+    """True if the lineage of what a command writes lies beside it."""
     return command.writes == "rows" or out.suffix == GGUF_SUFFIX
 
 

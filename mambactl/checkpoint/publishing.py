@@ -61,7 +61,7 @@ class WorkFolder(PartialFolder):
                     os.close(fd)
 
     def _settle(self) -> bool:
-        """Whether the folder is gone, because what was made in it is published."""
+        """Finish or undo a publication that was stopped; return True if the folder is gone."""
         if self.published:
             self._clear()
         elif self._replaced_in_between():

@@ -60,7 +60,7 @@ class Reader:
         raise NotImplementedError
 
     def dtype(self, name: str) -> "torch.dtype":
-        """The same as torch names it."""
+        """Number type of one tensor as a torch dtype, from the header alone."""
         import torch
 
         return getattr(torch, self.number_type(name).name)

@@ -59,7 +59,7 @@ def require_named(spec: str) -> None:
 
 @contextmanager
 def called_teacher(hint: str | None = None) -> Iterator[None]:
-    """Say of a model that is not found that it is the teacher; `hint` says what to do."""
+    """Name the teacher in the error for a model that is not found; `hint` says what to do."""
     try:
         yield
     except ModelError as error:
@@ -147,7 +147,7 @@ def hub_forbidden() -> bool:
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers at all within two seconds (a proxy counts), name lookup included."""
+    """True if the hub answers at all within two seconds (a proxy counts), name lookup included."""
     if hub_forbidden():
         return False
     from huggingface_hub import constants, get_session
@@ -194,7 +194,7 @@ def _hub(repo: str, revision: str | None, weights: bool = True) -> Path:
 
 
 def _unreachable() -> tuple[str, str]:
-    """Why the hub is not asked, and what changes that."""
+    """Reason that the hub is not asked, and the remedy."""
     if hub_forbidden():
         return "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
     return "the hub cannot be reached", "connect to the network"

@@ -70,7 +70,7 @@ class RunFolder(WorkFolder):
         self._refuse_other(resume, force)
 
     def _may_replace(self, resume: bool, force: bool) -> bool:
-        """Whether `out` may be there: also where a run was begun with --force and goes on."""
+        """True if `out` may exist: with --force, or where a run that was begun with it goes on."""
         return force or (resume and bool((self.read_mark() or {}).get(REPLACES)))
 
     def _probe(self) -> None:
@@ -115,7 +115,7 @@ class RunFolder(WorkFolder):
             yield
 
     def _leave(self, kind: type[BaseException] | None, *_: object) -> None:
-        """After a failure, remove what nothing can be resumed from."""
+        """Clear the folder after a failure if nothing can be resumed from it."""
         if kind is None or not os.path.lexists(self.path) or self.resumable:
             return
         if self._entered or self.disposable:
@@ -133,19 +133,19 @@ class RunFolder(WorkFolder):
         self._entered = True
 
     def _adopt_result(self) -> None:
-        """Give what an earlier version kept of its result the name that it has now."""
+        """Rename a result that an earlier version kept under another name."""
         earlier = self.path / self.out.name
         if earlier.is_dir() and earlier != self.trainer and not self.result.exists():
             earlier.rename(self.result)
 
     @property
     def resumable(self) -> bool:
-        """Whether a state was saved, answers of a reference, or all of the result."""
+        """True if a state, a reference's answers, a trainer's checkpoint or the result is there."""
         saved = self._state.exists() or self.reference(0).exists() or self.complete
         return saved or self.trainer_checkpoint() is not None
 
     def reference(self, piece: int) -> Path:
-        """Where one piece of what a reference model was asked is kept."""
+        """Path of one piece of a reference model's answers."""
         return self.path / f"reference-{piece:05}.pt"
 
     def trainer_checkpoint(self) -> Path | None:
@@ -185,7 +185,7 @@ class RunFolder(WorkFolder):
         self._write(self._best, state)
 
     def load_best(self) -> dict[str, Any] | None:
-        """What was best so far, if anything was kept."""
+        """Best state so far; None if none was kept."""
         return load_kept(self._best) if self._best.exists() else None
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
@@ -246,37 +246,37 @@ def begun_on(out: Path, resume: bool) -> date | None:
 
 
 def load_kept(path: Path) -> dict[str, Any]:
-    """What a run kept with `torch.save`; raises OutputError for a file that is damaged."""
+    """Read a file that a run kept with `torch.save`; raises OutputError if it is damaged."""
     regular_size(path, OutputError, _DAMAGED)
     with blamed(path, kind=OutputError, hint=_DAMAGED):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class OtherFolder(RunFolder):
-    """The folder as the processes see it that leave all writing to the main one."""
+    """Substitute for the folder in processes that leave all writing to the main one."""
 
     def check(self, resume: bool, force: bool) -> None:
-        """Nothing: the main process looks, and ends the run where it may not start."""
+        """Do nothing: the main process looks, and ends the run where it may not start."""
 
     @contextmanager
     def open(self, resume: bool, force: bool) -> Iterator[None]:
-        """Nothing is made, locked or removed."""
+        """Enter the block without making, locking or removing anything."""
         yield
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Nothing: the processes have the same."""
+        """Do nothing: the processes have the same state."""
 
     def save_best(self, state: dict[str, Any]) -> None:
-        """Nothing: the main process writes the result."""
+        """Do nothing: the main process writes the result."""
 
     def load_best(self) -> dict[str, Any] | None:
-        """Nothing."""
+        """Return None: only the main process keeps the best state."""
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing: the main process writes the metrics."""
 
     def truncate_log(self, lines: int) -> None:
-        """Nothing."""
+        """Do nothing: the main process shortens the metrics."""
 
 
 @contextmanager

@@ -35,10 +35,10 @@ class TensorSlice(Protocol):
     """One tensor of a file, of which only the header has been read."""
 
     def get_shape(self) -> list[int]:
-        """Its shape."""
+        """Shape of the tensor."""
 
     def get_dtype(self) -> str:
-        """Its type, by the name in the format."""
+        """Number type of the tensor, by its name in the format."""
 
 
 class SafetensorsFile(Protocol):
@@ -152,7 +152,7 @@ class SingleFileReader(_SafetensorsReader):
 
 @cache
 def _ignore(index: Path) -> None:
-    """Say of an index, once, that it is not read."""
+    """Warn once that an index is not read."""
     console.warn(f"{index} is ignored: model.safetensors beside it holds the weights")
 
 

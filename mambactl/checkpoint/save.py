@@ -50,7 +50,7 @@ class TensorWriter:
 
     @property
     def lineage(self) -> Mapping[str, Any] | None:
-        """What mambactl.json will say."""
+        """Content that mambactl.json will have."""
         return self._file.lineage
 
     @lineage.setter

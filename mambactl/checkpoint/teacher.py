@@ -1,4 +1,4 @@
-"""Which model a checkpoint is compared with, and what its lineage may choose.
+"""The model that a checkpoint is compared with, and the limits of a lineage's choice.
 
 A lineage is part of a file that somebody else may have written. It names the teacher and nothing
 else: the name is shown before anything is read, and leads to weights alone.
@@ -65,7 +65,7 @@ def _found(spec: str, hint: str | None) -> Source:
 
 
 def _from_hub(source: str) -> bool:
-    """Whether a checkpoint lies where the hub's client keeps what it fetched."""
+    """True if a checkpoint lies in the cache of the hub's client."""
     from huggingface_hub import constants
 
     path = os.path.realpath(resolve(source).path.parent)
@@ -73,7 +73,7 @@ def _from_hub(source: str) -> bool:
 
 
 def _beyond_weights(source: Source, trusted: bool) -> str | None:
-    """What reading the model takes beside weights and tables; None for one that takes nothing."""
+    """Reason that reading the model takes more than weights and tables; None if it does not."""
     if source.kind != "folder":
         return None
     if any(source.path.glob("pytorch_model*.bin*")) and not any(source.path.glob("*.safetensors*")):

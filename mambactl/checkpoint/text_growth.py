@@ -1,4 +1,4 @@
-"""How much longer a tokenizer.json makes a text: its normalizers may double it again and again."""
+"""Bounds on the text growth of a tokenizer.json: normalizers may double it again and again."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def require_bounded_growth(content: str | bytes, path: Path) -> None:
 
 
 def growth(step: object) -> float:
-    """By what factor a step may lengthen a text; 1 for what the library has to judge."""
+    """Factor by which a step may lengthen a text; 1 for what the library has to judge."""
     if not isinstance(step, Mapping):
         return 1.0
     kind = step.get("type")

@@ -1,4 +1,4 @@
-"""Whether two checkpoints mean the same tokens by the same numbers."""
+"""Comparison of two checkpoints' vocabularies: the same tokens by the same numbers."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ def beyond_embedding(
 
 
 def vocabulary_size(spec: str, trust_remote_code: bool = False) -> int | None:
-    """How many logits a checkpoint gives, from its header; None where its own code decides."""
+    """Number of logits of a checkpoint, from its header; None where its own code decides."""
     with open_checkpoint(spec) as reader:
         if trust_remote_code and needs_remote_code(reader.config, reader.path):
             return reader.config.get("vocab_size")

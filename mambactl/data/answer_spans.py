@@ -1,4 +1,4 @@
-"""Where the answers of a chat stand in the text that its template makes of it."""
+"""Positions of a chat's answers in the text that its template makes of it."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,11 +69,11 @@ def start_of_answer(
     text: str,
     doubts: list[Doubt],
 ) -> int | None:
-    """Where the turn at `position` starts in the rendering `text` of a chat; None if nowhere.
+    """Start of the turn at `position` in the rendering `text` of a chat; None if it is not found.
 
-    That is where everything before it ends, with what asks the model for an answer. Some templates
-    open a block there that whole answers do not begin with: then it is where another answer would
-    part from this one.
+    That is the end of everything before it, generation prompt included. Some templates open a block
+    there that whole answers do not begin with: then it is the point from which another answer would
+    differ.
     """
     asked = _asked(row, position, renderer)
     if text.startswith(asked):
@@ -86,16 +86,16 @@ def start_of_answer(
 
 
 def _asked(row: Mapping[str, Any], position: int, renderer: ChatRenderer) -> str:
-    """What the model reads before it writes a turn."""
+    """Text that the model reads before a turn: the earlier ones and the generation prompt."""
     before = row["messages"][:position]
     return _render(renderer, row, before, prompt=True) if before else ""
 
 
 def _opened(asked: str, plain: str, text: str, start: int, doubts: list[Doubt]) -> int:
-    """Where an answer starts that would change at `start`: what is not asked for is a part of it.
+    """Start of an answer that would change at `start`; text that `asked` lacks is a part of it.
 
-    What asks for an answer may part from what stands before it, which is a doubt; not where what
-    comes `plain` before is another text, too.
+    The generation prompt may differ from the text before the answer, which is a doubt. It is
+    `start` itself where the earlier turns alone, `plain`, do not begin both texts.
     """
     shared = len(os.path.commonprefix([asked, text[:start]]))
     if asked != text[:start]:
@@ -106,7 +106,7 @@ def _opened(asked: str, plain: str, text: str, start: int, doubts: list[Doubt]) 
 def _by_difference(
     row: Mapping[str, Any], position: int, renderer: ChatRenderer, text: str
 ) -> tuple[int, int] | None:
-    """Where a chat changes when another answer takes the place of one; None where all of it does.
+    """Span that changes when another answer takes the place of one; None if more of the chat does.
 
     This finds answers in templates that render a turn otherwise once another one follows. The end
     token behind it is taken in where the template writes it behind the last turn of a chat, too.

@@ -26,7 +26,7 @@ class Bad(NamedTuple):
 
 
 class BadRows:
-    """What was found so far; `settle` refuses the run, or with `skip` says what it left out."""
+    """Bad rows found so far; `settle` refuses the run, or with `skip` says what it left out."""
 
     def __init__(self, skip: bool = False):
         self.skip = skip

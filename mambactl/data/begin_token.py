@@ -8,13 +8,13 @@ if TYPE_CHECKING:
 
 
 def begins_twice(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether token ids [n] start with two begin tokens."""
+    """True if token ids [n] start with two begin tokens."""
     begin = tokenizer.bos_token_id
     return begin is not None and len(ids) > 1 and bool(ids[0] == ids[1] == begin)
 
 
 def begun_twice(text: str, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer has put a begin token before the one with which a text starts."""
+    """True if the tokenizer has put a begin token before the one with which a text starts."""
     if not begins_twice(ids, tokenizer):
         return False
     return (

@@ -48,7 +48,7 @@ class TemplateStopped(UsageError):
     """A template went beyond a bound: no row of the set is worth another try."""
 
     def at(self, where: str) -> "TemplateStopped":
-        """The same about one row."""
+        """Copy of the error that names the row `where`."""
         return TemplateStopped(f"{where}: {self}", self.hint)
 
 
@@ -65,7 +65,7 @@ class _Request(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """What became of a chat: its text or spans, what refused it, or that memory ran out."""
+    """Outcome of rendering a chat: its text or spans, a refusal, or that memory ran out."""
 
     found: str | list[tuple[int, int]] | None = None
     refusal: str = ""
@@ -122,7 +122,7 @@ class ChatRenderer:
             return self.tokenizer.get_chat_template(None, tools)
 
     def marks(self, tools: Sequence[Message] | None = None) -> bool:
-        """Whether the template marks what the assistant writes."""
+        """True if the template marks what the assistant writes."""
         return GENERATION.search(self.source(tools)) is not None
 
     def spans(
@@ -234,7 +234,7 @@ def unused_templates(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a chat template asks for the date."""
+    """True if a chat template asks for the date."""
     return DATE in str(getattr(tokenizer, "chat_template", None))
 
 
@@ -246,7 +246,7 @@ def _stopped(bound: Bound) -> TemplateStopped:
 
 @contextmanager
 def _quiet_tokenizers() -> Iterator[None]:
-    """Without the variable the library warns of every fork; the new process tokenises nothing."""
+    """Silence the library's warning of every fork: the new process tokenises nothing."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = before or "true"
@@ -274,7 +274,7 @@ def _serve(tokenizer: "PreTrainedTokenizerBase", connection: Connection, day: da
 
 
 def _confine(connection: Connection) -> None:
-    """Give back what was inherited, and set what ends this process."""
+    """Close inherited files, reset signals, and bound the memory of this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in (signal.SIGTERM, signal.SIGPROF):
         signal.signal(name, signal.SIG_DFL)
@@ -291,7 +291,7 @@ def _confine(connection: Connection) -> None:
 
 
 def _stop_clock(day: date) -> None:
-    """Let it be midnight of `day` for templates, which ask for the time of this process alone."""
+    """Set the time that templates ask for, in this process alone, to midnight of `day`."""
     from transformers.utils import chat_template_utils
 
     class Stopped(datetime):
@@ -328,7 +328,7 @@ def _try_arguments(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> _
 
 
 def _in_python(text: str, request: _Request) -> bool:
-    """Whether arguments stand in a text in Python's own notation, and not as JSON."""
+    """True if arguments stand in a text in Python's own notation, and not as JSON."""
     arguments = [
         call["arguments"]
         for message in request.messages

@@ -35,7 +35,7 @@ class Conversation:
 
     @property
     def n_answers(self) -> int:
-        """How many turns the model writes."""
+        """Number of turns that the model writes."""
         return 1 + len(self.later)
 
     @cached_property
@@ -56,7 +56,7 @@ class Conversation:
         return turns
 
     def key(self, sample: int, turn: int) -> int:
-        """What names an answer for sampling (int64): it depends on nothing but the prompt."""
+        """Sampling key (int64) of an answer, from the prompt, the sample and the turn alone."""
         name = b"%s/%d/%d" % (self.digest, sample, turn)
         return int.from_bytes(hashlib.sha256(name).digest()[:8], "big", signed=True)
 
@@ -115,7 +115,7 @@ def conversation(where: str, row: Any) -> Conversation:
 
 
 def distinct(conversations: Iterable[Conversation]) -> list[Conversation]:
-    """Every prompt once, where it comes first."""
+    """Conversations without repeats of the same prompt, in the order of their first places."""
     found: dict[bytes, Conversation] = {}
     for each in conversations:
         found.setdefault(each.digest, each)
@@ -123,7 +123,7 @@ def distinct(conversations: Iterable[Conversation]) -> list[Conversation]:
 
 
 def shard_of(conversation: Conversation, count: int) -> int:
-    """Which of `count` parts (from 1) a prompt belongs to, whatever else is in the set."""
+    """Number of the shard (1 to `count`) of a prompt, whatever else is in the set."""
     return 1 + int.from_bytes(conversation.digest[:8], "big") % count
 
 

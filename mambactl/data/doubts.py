@@ -13,7 +13,7 @@ class Doubt(NamedTuple):
 
 
 class Doubts:
-    """What was found so far, the first row of every kind with its detail."""
+    """Doubts found so far: the first row of every kind with its detail, and counts."""
 
     def __init__(self) -> None:
         self.first: dict[str, tuple[str, str]] = {}

@@ -34,7 +34,7 @@ Keep = Callable[[Document, Example], Example | None]
 
 @dataclass(frozen=True)
 class Rules:
-    """What becomes of rows beside their tokens.
+    """Rules by which rows become examples.
 
     With `assistant_only` answers alone are learned, of chats and of prompts with a completion. With
     `append_eos` texts end with the end token. `day` is today for chat templates. Tokens from
@@ -150,7 +150,7 @@ class _Encoder:
                 yield row, example
 
     def _is_known(self, row: Document, example: Example) -> bool:
-        """Whether every token has a row in the embedding; what does not is noted."""
+        """Return True if every token has a row in the embedding; else note or refuse the row."""
         rows = self.rules.vocabulary
         problem = rows and beyond_embedding(example.input_ids, rows, self.renderers.tokenizer)
         if not problem:
@@ -261,7 +261,7 @@ class _Encoder:
 def _inside(
     spans: Sequence[tuple[int, int]], offsets: np.ndarray, whole: bool = True
 ) -> np.ndarray:
-    """Which tokens, at character `offsets` [n, 2], lie in one of the spans.
+    """Mask [n] of the tokens, at character `offsets` [n, 2], that lie in one of the spans.
 
     Unless it has to lie there as a `whole`, a token that reaches into a span counts as well.
     """

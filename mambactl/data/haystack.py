@@ -99,7 +99,7 @@ class Haystack:
         self.seed = seed
 
     def read(self, length: int, name: str) -> list[int]:
-        """`length` tokens; the same `name` and seed give the same ones."""
+        """Read `length` tokens; the same `name` and seed give the same ones."""
         rng = random.Random(f"haystack {self.seed} {name}")
         found: list[int] = []
         skip = rng.randrange(self.tokens)
@@ -110,9 +110,9 @@ class Haystack:
         return found[skip : skip + length]
 
     def position(self, text: Sequence[int], depth: float) -> int:
-        """Where in `text` a needle of depth 0 to 1 goes: behind the last sentence that ends there.
+        """Index in `text` for a needle at depth 0 to 1: after the last sentence that ends by there.
 
-        Where no sentence ends, exactly there.
+        If no sentence ends before it, exactly at that depth.
         """
         wanted = round(depth * len(text))
         if wanted in (0, len(text)):

@@ -75,7 +75,7 @@ class Pair(NamedTuple):
 
 @dataclass
 class PairSet:
-    """What one data set gave: its pairs, and the rows that are none."""
+    """Pairs of one data set, and its rows that are none."""
 
     pairs: list[Pair] = field(default_factory=list)
     bad: BadRows = field(default_factory=BadRows)
@@ -219,7 +219,7 @@ def _render(where: str, pair: Preference, renderer: ChatRenderer, chat: bool) ->
 def _side(
     pair: Preference, side: str, renderer: ChatRenderer, doubts: list[Doubt]
 ) -> tuple[int | None, str]:
-    """Where one answer starts, and the prompt with it as text."""
+    """Start of one answer (None if it is not found), and the text of the prompt with it."""
     row = {"messages": [*pair.prompt, *getattr(pair, side)], **pair.extras}
     text = renderer.render(row["messages"], row.get("tools"), **row.get(TEMPLATE, {}))
     # a model never has to write what the template adds behind the end token
@@ -250,7 +250,7 @@ def _render_text(where: str, pair: Preference, tokenizer: "PreTrainedTokenizerBa
 
 
 def _shared_start(chosen: str, rejected: str) -> str:
-    """What both texts start with, up to the end of a word."""
+    """Common beginning of both texts, up to the end of a word."""
     length = min(len(chosen), len(rejected))
     shared = next((n for n in range(length) if chosen[n] != rejected[n]), length)
     while shared and not chosen[shared - 1].isspace():

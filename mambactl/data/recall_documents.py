@@ -46,7 +46,7 @@ KEY_WIDTHS, VALUE_WIDTHS = (1, 2), (1, 3)  # tokens, both ends included
 
 @dataclass(frozen=True)
 class Form:
-    """How pairs are written, in tokens.
+    """Layout of a document of pairs, in tokens.
 
     `start`, a line `key between value end` per pair, `again`, then lines of asked-for pairs.
     """
@@ -60,7 +60,7 @@ class Form:
 
     @property
     def line(self) -> int:
-        """Tokens of a pair."""
+        """Number of tokens of a pair."""
         return self.key_width + len(self.between) + self.value_width + len(self.end)
 
 
@@ -144,7 +144,7 @@ def require_recall_length(max_length: int) -> None:
 
 
 def recall_tokens(share: float, text_tokens: int) -> int:
-    """Tokens that are `share` of all when added to so many of text."""
+    """Number of tokens that are `share` of all when added to `text_tokens`."""
     return round(text_tokens * share / (1 - share))
 
 
@@ -205,7 +205,7 @@ def _form(
 
 
 def _copy(form: Form, passage: list[int], length: int) -> Written:
-    """`passage` again and again, in `length` tokens or more."""
+    """Repeat `passage` until there are `length` tokens or more."""
     ids, positions = form.start + passage + form.end + form.again, []
     while len(ids) < length:
         positions += range(len(ids), len(ids) + len(passage))
@@ -260,7 +260,7 @@ def training_words(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def _words(tokenizer: "PreTrainedTokenizerBase", wanted: Callable[[str], bool]) -> list[int]:
-    """Words with the space before them are preferred: they read as words wherever they stand."""
+    """Ids of wanted words, preferably with the space before them: they read as words anywhere."""
     found: dict[bool, list[int]] = {True: [], False: []}
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         spaced = token.startswith(SPACE_MARKS)
@@ -279,7 +279,7 @@ def key_width(words: int, length: int) -> int:
 
 
 def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer itself puts before a text."""
+    """Ids that the tokenizer itself puts before a text."""
     ids = tokenizer("", verbose=False)["input_ids"]
     # an end token that it would put behind is not part of a start
     return [index for index in ids if index == tokenizer.bos_token_id][:1]

@@ -1,4 +1,4 @@
-"""What a chat template made of a row, compared with the row before anything is learned of it."""
+"""Comparison of a rendered chat with its row, before anything is learned of it."""
 
 import json
 import re
@@ -57,13 +57,13 @@ class _Text:
         self._words: set[str] | None = None
 
     def has(self, part: str) -> bool:
-        """Whether a text stands there, perhaps escaped, whatever its white space."""
+        """True if `part` occurs in the text, perhaps escaped, whatever its white space."""
         if part in self.text or _flat(part) in self.flat:
             return True
         return any(json.dumps(part, ensure_ascii=a)[1:-1] in self.text for a in (True, False))
 
     def share(self, part: str) -> float:
-        """The fraction of the words of a text that stand there."""
+        """Fraction of the words of `part` that occur in the text."""
         if self._words is None:
             self._words = set(_WORD.findall(self.text.casefold()))
         words = set(_WORD.findall(part.casefold()))
@@ -134,7 +134,7 @@ def _shown_tools(row: Mapping[str, Any], written: _Text) -> list[Doubt]:
 
 
 def _reasoned(turns: Sequence[Mapping[str, Any]], written: _Text) -> list[Doubt]:
-    """Only of the last answer: templates leave out earlier thoughts on purpose."""
+    """Doubt if the last answer's reasoning is lost; templates drop earlier ones on purpose."""
     last = next((turn for turn in reversed(turns) if turn["role"] == ASSISTANT), {})
     said = [last[name] for name in ("reasoning_content", "thinking", "reasoning") if name in last]
     lost = [

@@ -47,9 +47,9 @@ class ChatRenderers:
         self._open.close()
 
     def map(self, make: Callable[[Row, ChatRenderer], Made], rows: Sequence[Row]) -> list[Made]:
-        """`make` of every row and a renderer, in the order of the rows.
+        """Call `make` with every row and a renderer; results in the order of the rows.
 
-        What the first of them raises is raised, after those beside it are done.
+        The first error in that order is raised, after all renderers are done.
         """
         count = min(len(self._renderers), len(rows))
         if count < 2:

@@ -24,7 +24,7 @@ class Found(NamedTuple):
 
 
 def is_on_hub(spec: str) -> bool:
-    """Whether a name means a data set on the hub: no known kind of file, and none that is there."""
+    """True if a name means a data set on the hub: no known kind of file, and none that exists."""
     if spec.endswith(SUFFIXES) or os.path.exists(spec) or folder_of(spec) is not None:
         return False
     return not _matches(spec)

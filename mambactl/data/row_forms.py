@@ -71,7 +71,7 @@ class Reading:
 
     @classmethod
     def of(cls, row: Any) -> "Reading":
-        """Raises BadRow for what is no object, and for media, which a text model does not see."""
+        """Open a row; raises BadRow if it is no object or has media, which no text model sees."""
         require(isinstance(row, dict), f"holds a {type(row).__name__}, not an object")
         reading = cls(row)
         for name in MEDIA:
@@ -79,7 +79,7 @@ class Reading:
         return reading
 
     def has(self, name: str) -> bool:
-        """Whether a column is there and not null."""
+        """True if a column is there and not null."""
         return self.row.get(name) is not None
 
     def first(self, names: Iterable[str]) -> str | None:
@@ -164,7 +164,7 @@ class Reading:
         return "\n\n".join(text for text in texts if text)
 
     def extras(self) -> Row:
-        """What a template is told beside the turns: tools, and options of its own."""
+        """Keywords for the chat template beside the turns: tools, and options of its own."""
         found: Row = {}
         if self.row.get(TOOLS):
             found[TOOLS] = tool_list(self.take(TOOLS))
@@ -199,7 +199,7 @@ def tool_list(value: Any, column: str = TOOLS) -> list[Row]:
 
 
 def document_of(reading: Reading) -> Row:
-    """What is learned of a row: `text`; `prompt` and `completion`; or `messages` and more.
+    """Columns to learn from in a row: `text`; `prompt` and `completion`; or `messages` and more.
 
     `learned` are the positions of the turns that are, where not all of the assistant's are. Raises
     BadRow.
@@ -244,7 +244,7 @@ def _completed(reading: Reading) -> Row:
 
 
 def _refuse_label(reading: Reading) -> None:
-    """Answers that are judged are no examples."""
+    """Raise BadRow for a labelled answer, which may be one to avoid."""
     # tables hold it as text
     if str(reading.row.get(LABEL)).lower() in ("true", "false"):
         cure = f"keep the rows whose `{LABEL}` is true, without the column"
@@ -252,7 +252,7 @@ def _refuse_label(reading: Reading) -> None:
 
 
 def _other(reading: Reading, expected: str) -> BadRow:
-    """A row that has none of the columns; the cure names the command for rows of its form."""
+    """Error for a row without the columns; the hint names the command for rows of its form."""
     for columns, what, command in OTHERS:
         if all(reading.has(name) for name in columns):
             problem = f"has the columns {reading.columns}"
@@ -271,7 +271,7 @@ class Preference:
 
     @property
     def is_text(self) -> bool:
-        """Whether nothing of it is turns."""
+        """True if prompt and answers are text, not turns."""
         return isinstance(self.chosen, str)
 
     def as_turns(self) -> "Preference":
@@ -317,7 +317,7 @@ def preference_of(reading: Reading) -> Preference:
 
 
 def _are_whole(sides: Sequence[list[Row]]) -> bool:
-    """Whether the answers begin with something else than an answer."""
+    """True if the sides are whole conversations: not all of them begin with an answer."""
     return not all(side[0]["role"] == ASSISTANT for side in sides)
 
 
@@ -355,7 +355,7 @@ def _unmarked(pair: Preference) -> Preference:
 
 
 def _refuse_lost_prompt(reading: Reading) -> None:
-    """The words that both answers share are no prompt where a column may hold a better one."""
+    """Raise BadRow if an unread column may hold a better prompt than the answers' shared words."""
     lost = [
         name
         for name in reading.unread
@@ -412,7 +412,7 @@ class Unread:
 
 
 def characters_of(row: Mapping[str, Any]) -> int:
-    """About how long a row is."""
+    """Approximate length of a row in characters."""
     if "messages" in row:
         return sum(len(str(turn.get("content") or "")) for turn in row["messages"])
     return sum(len(row[name]) for name in (TEXT, PROMPT, COMPLETION) if name in row)

@@ -48,7 +48,7 @@ ROW_DIGEST = 16
 
 
 class Rows(NamedTuple):
-    """Rows one behind the other.
+    """Rows concatenated into flat arrays.
 
     digests: uint8 [n, 16]; starts: int64 [n + 1]; ids: int32 [tokens]; mask: uint8, a bit a token.
     """

@@ -37,7 +37,7 @@ MARKS = ("weight", "train", "training")
 
 
 class BadRow(Exception):
-    """What is wrong with one row, its kind of fault and what to do; the caller adds where."""
+    """Fault of one row, its kind and the remedy; the caller adds the place."""
 
     def __init__(self, problem: str, kind: str = MALFORMED, cure: str | None = None):
         super().__init__(problem)
@@ -61,7 +61,7 @@ def turns_of(value: Any, column: str, single: bool = False) -> list[Row]:
 
 
 def is_turns(value: Any) -> bool:
-    """Whether a column holds turns: a list of objects or one, also as JSON text."""
+    """True if a column holds turns: a list of objects or one, also as JSON text."""
     if isinstance(value, str):
         if not value.lstrip().startswith(("[{", "[ {")):
             return False
@@ -194,7 +194,7 @@ def learned_turns(turns: Sequence[Row], first: int = 0) -> list[int] | None:
 
 
 def _mark(turn: Row, position: int) -> bool | None:
-    """What a turn says of whether it is learned; None where it says nothing."""
+    """Remove the marks of a turn; True if they say that it is learned, None without any."""
     found = None
     for name in MARKS:
         if name not in turn:
@@ -213,5 +213,5 @@ def _mark(turn: Row, position: int) -> bool | None:
 
 
 def are_objects(value: Any) -> bool:
-    """Whether a value is a list of objects."""
+    """True if a value is a list of objects."""
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)

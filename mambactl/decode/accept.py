@@ -1,4 +1,4 @@
-"""Which drafted tokens survive, and which token follows them; batched, per row, no model needed.
+"""Verification of drafted tokens, and the token after them; batched, per row, no model needed.
 
 Greedy: the longest prefix equal to the target's argmaxes. Sampled: Leviathan, Kalman and Matias,
 "Fast inference from transformers via speculative decoding" (arXiv 2211.17192), Algorithm 1, which
@@ -62,7 +62,7 @@ def accept_sampled(
 
 
 def residual(probs: Tensor, proposal: Proposal, accepted: Tensor) -> Tensor:
-    """What the token after the accepted ones is drawn from, [B, V], not normalised.
+    """Distribution of the token after the accepted ones, [B, V], not normalised.
 
     max(p - q, 0) after a rejection; p itself when every drafted token was accepted, or when the
     difference underflows.

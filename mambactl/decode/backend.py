@@ -31,7 +31,7 @@ K = int | Literal["auto"]
 
 
 class AnyEngine(Protocol):
-    """What decodes, on whatever device."""
+    """Protocol of a decoding engine on any device."""
 
     def generate(
         self,
@@ -43,11 +43,11 @@ class AnyEngine(Protocol):
         """Continue every prompt; see `decode.engine.Engine.generate`."""
 
     def converse(self) -> Conversation:
-        """From now on read the prompts of one conversation, one by one, each from the last on."""
+        """Treat later prompts as one conversation, in which each is read from the last one on."""
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the GPU kernels cannot decode on a device; None if they can."""
+    """Reason that the GPU kernels cannot decode on a device; None if they can."""
     return triton_missing(device)
 
 
@@ -98,7 +98,7 @@ def open_batch(
     eos: Sequence[int],
     rounded: bool = False,
 ) -> OpenBatch:
-    """A batch that at most so many rows, of at most so many tokens, join and leave between steps.
+    """Batch of at most `rows` rows of `tokens` tokens, which join and leave between steps.
 
     Arguments otherwise as of `make_engine`; `eos` are the tokens that end a row.
     """

@@ -1,4 +1,4 @@
-"""What a model holds at several points of a conversation, so that a prompt is read from the last.
+"""Model states at several points of a conversation, so that a prompt is read from the last.
 
 A state cannot be shortened. A prompt that extends what was read costs its new tokens alone; one
 that parts from it, as a template makes that rewrites earlier messages, is read again from the

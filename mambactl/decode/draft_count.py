@@ -1,4 +1,4 @@
-"""How many tokens to draft: from the seconds of a step and what became of the drafts so far.
+"""Number of tokens to draft, from the seconds of a step and the acceptance rate so far.
 
 Tokens per step follow from the chance that one draft is accepted (arXiv 2211.17192, equation 1).
 """
@@ -29,7 +29,7 @@ VERIFIED_TOKEN = 0.06
 
 
 class Choice:
-    """Chooses K from the measured seconds of a step with K drafts and the drafts' fortune so far.
+    """Chooses K from the measured seconds of a step with K drafts and the acceptance rate so far.
 
     Once K is 0 it stays so: the draft no longer follows the text.
     """
@@ -68,7 +68,7 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        """Why so many tokens are drafted, in a sentence; empty where nothing was to choose."""
+        """Sentence that explains the number of drafted tokens; empty if there was no choice."""
         others = [k for k in self.seconds if k]
         if len(self.seconds) < 2 or not others or 0 not in self.seconds:
             return ""
@@ -124,7 +124,7 @@ class ExpectedTimes(StepTimes):
             self.add(0, 1.0)
 
     def of(self, ks: Sequence[int]) -> dict[int, float]:
-        """A token more in the target's pass takes little, as its weights are read once."""
+        """Relative time of a step for each k: weights are read once, so verifying adds little."""
         return {k: 1.0 + k * (self.draft + VERIFIED_TOKEN) for k in ks}
 
 

@@ -1,4 +1,4 @@
-"""Where drafted tokens come from: a smaller model, or earlier occurrences in the text itself."""
+"""Sources of drafted tokens: a smaller model, or earlier occurrences in the text itself."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -36,7 +36,7 @@ class Drafter(Protocol):
         """Drop every row but `rows` [R], in that order."""
 
     def converse(self) -> None:
-        """From now on batches are the prompts of one conversation, one by one."""
+        """Treat later batches as the prompts of one conversation, one prompt each."""
 
 
 class ModelDrafter:
@@ -47,7 +47,7 @@ class ModelDrafter:
     """
 
     def __init__(self, model: HybridForCausalLM, vocab_size: int | None = None):
-        """`vocab_size` is the target's when the two differ by padding only."""
+        """Draft with `model`; `vocab_size` is the target's when the two differ by padding only."""
         self.model = model
         self.own_size = model.config.vocab_size
         self.vocab_size = vocab_size or self.own_size
@@ -56,7 +56,7 @@ class ModelDrafter:
         self.prefix: HybridCache | None = None
 
     def converse(self) -> None:
-        """Read every prompt from the one before on."""
+        """Treat later prompts as one conversation, in which each is read from the last one on."""
         self.conversation = Conversation(self.model.model)
 
     def start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> None:
@@ -137,7 +137,7 @@ class NgramDrafter:
         self.longest = longest
 
     def converse(self) -> None:
-        """Nothing: a text is indexed faster than it is compared."""
+        """Do nothing: a text is indexed faster than it is compared."""
 
     def start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> None:
         """Index every prompt."""

@@ -128,7 +128,7 @@ class Engine:
         return output
 
     def converse(self) -> Conversation:
-        """From now on read the prompts of one conversation, one by one, each from the last on."""
+        """Treat later prompts as one conversation, in which each is read from the last one on."""
         self.prefixes = conversation = Conversation(self.target.model)
         if self.drafter is not None:
             self.drafter.converse()

@@ -14,7 +14,7 @@ Rows = Sequence[Sequence[int]]
 
 
 def first_differences(plain: Rows, speculative: Rows) -> dict[int, int]:
-    """Row -> position of its first token that differs or is missing; only rows that differ."""
+    """Position of the first token that differs or is missing, by row; only rows that differ."""
     found = {}
     for row, (left, right) in enumerate(zip(plain, speculative, strict=True)):
         for position, (one, other) in enumerate(zip_longest(left, right)):
@@ -77,7 +77,7 @@ def next_logits(target: HybridForCausalLM, tokens: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def float32_logits(target: HybridForCausalLM, tokens: Sequence[int]) -> Tensor:
-    """`next_logits` of the same weights in float32, of which there is one block at a time."""
+    """Compute `next_logits` with the weights in float32, of which one block exists at a time."""
     ids = torch.tensor([list(tokens)], device=target.device)  # [1, T]
     hidden = target.model.enter(ids)[0].float()
     context = target.model.context(hidden)

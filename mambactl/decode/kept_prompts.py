@@ -1,4 +1,4 @@
-"""What models hold after earlier prompts, so that later ones are read from there on.
+"""Model states after earlier prompts, so that later ones are read from there on.
 
 A conversation's next prompt extends the last one, and prompts with the same instructions part after
 them. A state cannot be shortened, so what is kept is kept at points: the end of every prompt, and
@@ -34,9 +34,9 @@ class KeptPrompts:
         return found
 
     def branch(self, prompt: Sequence[int], known: int) -> int | None:
-        """Where, `LEAST_SHARED` tokens or more behind the `known` ones, another prompt parts.
+        """Index at which another prompt parts, at least `LEAST_SHARED` behind the `known` tokens.
 
-        None where that is nowhere, or too close to the prompt's end to pay.
+        None if there is none, or if it is too close to the prompt's end to pay.
         """
         least = known + LEAST_SHARED
         start = list(prompt[:least])

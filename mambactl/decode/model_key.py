@@ -1,4 +1,4 @@
-"""What decides the numbers in a state besides the tokens, as one digest."""
+"""One digest of everything but the tokens that decides the numbers in a state."""
 
 import hashlib
 import json

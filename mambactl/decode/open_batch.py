@@ -39,7 +39,7 @@ class Likely:
 
 @dataclass(frozen=True)
 class Written:
-    """What a step added to a row; after a `finish` the row has left.
+    """Tokens that a step added to a row; after a `finish` the row has left.
 
     An eos token is part of the tokens.
     """
@@ -57,11 +57,11 @@ class OpenBatch(Protocol):
 
     @property
     def room(self) -> int:
-        """How many more rows may join."""
+        """Number of rows that may still join."""
 
     @property
     def running(self) -> int:
-        """How many rows are under way."""
+        """Number of rows under way."""
 
     def join(self, row: int, request: RowRequest, prompt: ReadPrompt) -> None:
         """Add a row, whose first token comes with one of the next steps."""

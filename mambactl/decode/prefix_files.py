@@ -259,7 +259,7 @@ class PrefixFiles:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Be the only one of all processes that writes into the folder or deletes there."""
+        """Lock the folder against other processes that would write into it or delete there."""
         fd = os.open(self.folder.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -285,7 +285,7 @@ def _number_type(tensor: Tensor) -> NumberType:
 
 
 def _digests(tokens: Sequence[int], lengths: Iterable[int]) -> dict[int, str]:
-    """Length -> digest of so many of the first tokens."""
+    """Digests of the first tokens, by their number."""
     ids, digest, at, found = np.asarray(tokens, "<i4"), hashlib.sha256(), 0, {}
     for length in sorted(lengths):
         digest.update(ids[at:length].tobytes())

@@ -45,7 +45,7 @@ class PromptReading:
         start: ReadPrompt | None,
         piece: int,
     ):
-        """`piece`: tokens of all prompts that are read at once."""
+        """Prepare to read `prompts` on from `start`, `piece` tokens of all of them at once."""
         self.prompts = [list(prompt) for prompt in prompts]
         self.known = 0 if start is None else len(start.tokens)
         rest = [prompt[self.known :] for prompt in self.prompts]
@@ -70,7 +70,7 @@ class PromptReading:
         return self._target.seen >= max(map(len, self.prompts))
 
     def results(self) -> list[ReadPrompt]:
-        """What was read, prompt by prompt."""
+        """Prompts that were read, with their states, in order."""
         return [self._result(row, prompt) for row, prompt in enumerate(self.prompts)]
 
     def _result(self, row: int, prompt: list[int]) -> ReadPrompt:
@@ -91,7 +91,7 @@ class PromptReading:
 
 
 def _cache(model: HybridModel, start: HybridCache | None, rows: int) -> HybridCache:
-    """A cache of so many rows that hold what `start` does, to be read on from."""
+    """Cache of `rows` rows, each with the content of `start`, from which reading goes on."""
     if start is None:
         return HybridCache(model.config, rows, model.device)
     return start.select(torch.zeros(rows, dtype=torch.long, device=model.device))

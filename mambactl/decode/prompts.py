@@ -78,7 +78,7 @@ def encode_all(
     chat: bool = True,
     day: date | None = None,
 ) -> list[list[int]]:
-    """What `encode` makes of each, with one start of the chat template; errors say which one."""
+    """Encode every prompt with one start of the chat template; errors name the prompt's number."""
     found = []
     with ChatRenderer(tokenizer, day) as renderer:
         for number, prompt in enumerate(prompts, start=1):

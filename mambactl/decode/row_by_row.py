@@ -42,12 +42,12 @@ class RowByRow:
 
     @property
     def room(self) -> int:
-        """How many more rows may join."""
+        """Number of rows that may still join."""
         return self.most - len(self.rows)
 
     @property
     def running(self) -> int:
-        """How many rows are under way."""
+        """Number of rows under way."""
         return len(self.rows)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How tokens are chosen: what is asked for, the distribution drawn from, a batch's sampler."""
+"""Sampling of tokens: parameters, the distribution drawn from, a batch's sampler."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["Sampler", "SamplingParams", "Stream", "draw", "filtered_probs", "uni
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What `generate` is asked for; temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+    """Parameters of `generate`; temperature 0 is greedy, top_k 0 and top_p 1 are off."""
 
     temperature: float = 0.0
     top_k: int = 0

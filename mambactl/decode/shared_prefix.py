@@ -1,4 +1,4 @@
-"""What prompts have in common, read once: instructions, worked examples, a document."""
+"""Common beginnings of prompts, read once: instructions, worked examples, a document."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,17 +98,17 @@ class Prefixes:
         self.from_files += self._given * prompts
 
     def _branch(self, start: Sequence[int]) -> int:
-        """With how many of its tokens another kept beginning begins."""
+        """Length of the longest beginning that `start` shares with another kept one."""
         return max((common([start, ids]) for ids in self.files.recent()), default=0)
 
     def ended(
         self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], cache: HybridCache
     ) -> None:
-        """Told what was written behind prompts, with the cache that read it: of no use here."""
+        """Ignore the tokens written behind prompts and the cache that read them."""
 
 
 def common(rows: Sequence[Sequence[int]]) -> int:
-    """With how many of the same tokens all rows begin."""
+    """Number of tokens with which all rows begin alike."""
     # what the first and the last in order begin with, those between them do
     first, last = min(map(list, rows)), max(map(list, rows))
     pairs = enumerate(zip(first, last, strict=False))

@@ -1,4 +1,4 @@
-"""What a decoding run did and how long each phase took."""
+"""Statistics of a decoding run: counts, and the seconds of each phase."""
 
 import time
 from collections import Counter
@@ -81,7 +81,7 @@ class DecodeStats:
 
     @property
     def decode_seconds(self) -> float:
-        """Everything after the prompts were read."""
+        """Seconds of drafting and verifying, after the prompts were read."""
         return self.seconds["draft"] + self.seconds["verify"]
 
     @property

@@ -51,7 +51,7 @@ def editor(commands: Iterable[str]) -> "PromptSession[str]":
 
 
 def typed_lines(session: "PromptSession[str]") -> Iterator[str]:
-    """Every line that is typed, until Ctrl-D; Ctrl-C begins it anew."""
+    """Lines as they are typed, until Ctrl-D; Ctrl-C drops the line and begins a new one."""
     while True:
         try:
             with console.attended():

@@ -258,7 +258,7 @@ def _chosen(groups: Iterator[Group], questions: QuestionSet, counts: Counter) ->
 
 
 def _speed(totals: Counter) -> dict[str, Any]:
-    """What decoding took in all, also before a kill."""
+    """Totals and rates of all decoding, also before a kill."""
     seconds, drafted = totals["seconds"], totals["drafted"]
     return {
         "prompt_tokens": totals["prompt_tokens"],

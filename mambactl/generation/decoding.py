@@ -1,4 +1,4 @@
-"""What `generate` and `spec-decode` share: prompts, target, draft, and runs over many prompts."""
+"""Parts that `generate` and `spec-decode` share: prompts, target, draft, runs over many prompts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +193,7 @@ def _from(start: int, on_tokens: OnTokens) -> OnTokens:
 
 
 def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What would be decoded; reads headers and tokenizers only."""
+    """Dry run: models, prompts and numbers of tokens; reads headers and tokenizers only."""
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     models = plan_models(config, source)
     tokens = [len(ids) for ids in encode_all(prompts, tokenizer, config.chat)]

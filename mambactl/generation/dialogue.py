@@ -132,7 +132,7 @@ class Chat:
         return answer
 
     def reset(self) -> None:
-        """Begin anew behind the system message."""
+        """Forget every message but the system message, and the state behind it."""
         self.messages = self.messages[: len(_system(self.system))]
         self.conversation.clear()
 

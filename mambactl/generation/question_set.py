@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """What one process answers; `lengths` are tokens of the whole conversation but its answers."""
+    """Conversations that one process answers; `lengths` are their tokens without the answers."""
 
     config: GenerateConfig
     source: str
@@ -78,7 +78,7 @@ class QuestionSet:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to be resumed."""
+        """Values that must be equal for a run to be resumed."""
         digest = hashlib.sha256(b"".join(each.digest for each in self.conversations))
         draft = self.config.draft
         named = draft not in (None, NGRAM)
@@ -103,12 +103,12 @@ class QuestionSet:
 
     @property
     def unique(self) -> bool:
-        """Whether prompts and answers are written once; a judge gets what it asks for."""
+        """True if prompts and answers are written once; a judge gets what it asks for."""
         return self.config.format == "jsonl"
 
     @property
     def keep_unfinished(self) -> bool:
-        """Whether answers that were cut, or are empty, are written."""
+        """True if answers that were cut, or are empty, are written."""
         kept = self.config.keep_unfinished
         return not self.unique if kept is None else kept
 
@@ -121,16 +121,16 @@ class QuestionSet:
         return path.stem if path.suffix in (*SINGLE_FILE_SUFFIXES, ".gguf") else path.name
 
     def temperature(self, prompt: int) -> float:
-        """What a prompt is answered with."""
+        """Sampling temperature for the answers to a prompt."""
         if not self.config.category_temperature:
             return self.config.temperature
         category = str(self.conversations[prompt].about.get("category"))
         return CATEGORY_TEMPERATURES.get(category, OTHER_TEMPERATURE)
 
     def batches(self) -> list[list[Task]]:
-        """What is decoded together: one temperature and like lengths, samples of a prompt in turn.
+        """Tasks batched by temperature and like lengths, the samples of a prompt in turn.
 
-        The longest first, so that what does not fit in memory fails at the start.
+        The longest come first, so that what does not fit in memory fails at the start.
         """
         size, samples = self.config.batch_size, range(self.config.samples_per_prompt)
         order = sorted(
@@ -144,7 +144,7 @@ class QuestionSet:
         return found
 
     def plan(self) -> dict[str, Any]:
-        """What would be decoded, with one prompt as the model reads it."""
+        """Dry run: the model and the work in numbers, with one prompt as the model reads it."""
         device, dtype = placement(self.config)
         target = describe(self.source)
         turns = sum(each.n_answers for each in self.conversations)
@@ -172,7 +172,7 @@ class QuestionSet:
 
 
 def as_prompt(conversation: Conversation, answers: Sequence[str] = ()) -> Prompt:
-    """What the model reads before its next answer."""
+    """Prompt that the model reads before its next answer."""
     turns = tuple(conversation.messages(answers))
     return Prompt(turns, tools=conversation.tools, template=conversation.template)
 

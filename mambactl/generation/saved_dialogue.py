@@ -125,7 +125,7 @@ def _length(shapes: Mapping[str, list[int]]) -> int:
 
 
 def _keeps_all(cache: HybridCache) -> dict[str, bool]:
-    """Name of each tensor -> True if it has a slot for every token."""
+    """Map the name of each tensor to True if it has a slot for every token."""
     found = {}
     for index, layer in enumerate(cache.layers):
         whole = layer if isinstance(layer, AttentionCache) else getattr(layer, "kept", None)
@@ -155,7 +155,7 @@ def _tensors(cache: HybridCache) -> dict[str, Tensor]:
 def _shapes(
     cache: HybridCache, length: int, saved: Mapping[str, list[int]]
 ) -> dict[str, list[int]]:
-    """The shapes of `_tensors` after so many tokens, with rings of the size that was `saved`.
+    """Shapes of `_tensors` after `length` tokens, with rings of the size that was `saved`.
 
     A ring has room for drafts that may be taken back; one that was never needed has none.
     """

@@ -1,4 +1,4 @@
-"""What a line that begins with a slash does to a conversation."""
+"""Commands on a conversation: typed lines that begin with a slash."""
 
 import re
 from collections.abc import Callable

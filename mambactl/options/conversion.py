@@ -27,7 +27,7 @@ class Span(Protocol):
 
 
 class Mixers(Protocol):
-    """What the configuration of a model says of its mixers."""
+    """Protocol of the facts about mixers in a model's configuration."""
 
     @property
     def replaced_layers(self) -> Sequence[int]: ...
@@ -111,12 +111,12 @@ class ConvertConfig(StageConfig):
 
     @property
     def by_head(self) -> bool:
-        """Whether KV heads are asked for, by --by or by naming some."""
+        """True if KV heads are asked for, by --by or by naming some."""
         return self.by == "head" or (self.by is None and self.keep_heads is not None)
 
     @property
     def by_layer(self) -> bool:
-        """Whether whole layers are asked for, by --by or by naming some."""
+        """True if whole layers are asked for, by --by or by naming some."""
         return self.by == "layer" or (self.by is None and self.keep_attention is not None)
 
     def of_form(self, source: Mixers, aligned: Mixers | None) -> "ConvertConfig":

@@ -12,7 +12,7 @@ from mambactl.options.fields import BatchSize, Branches, DataSpecs, Names, Stage
 
 
 class EvalBase(StageConfig):
-    """What is the same in every `eval`, whatever its probes are."""
+    """Options that every `eval` has, whatever its probes are."""
 
     on_card: ClassVar[bool] = True
 
@@ -31,7 +31,7 @@ class Text:
 
 
 class Sizes:
-    """How much is read, and how much of it at a time."""
+    """Amount of text that is read, in all and at a time."""
 
     limit: int | None = Field(
         default=None, ge=1, description="rows per task / documents per data set"
@@ -70,7 +70,7 @@ class Certainty:
 
 
 class Outcome:
-    """What becomes of the numbers."""
+    """Bounds on the results, and the page that shows them."""
 
     fail_under: Names = Field(default=[], description="METRIC=VALUE; exit 7 when below")
     report: str | None = Field(default=None, description="also put it all on this page (HTML)")

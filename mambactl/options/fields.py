@@ -147,7 +147,7 @@ COOLEST = 1e-3
 
 
 def is_temperature(value: float) -> bool:
-    """Whether a distribution can be drawn from at this temperature, or is greedy at 0."""
+    """True if a distribution can be drawn from at this temperature, or is greedy at 0."""
     return value == 0 or COOLEST <= value < math.inf
 
 
@@ -179,7 +179,7 @@ class CommandConfig(BaseModel):
 
     @property
     def needs_model(self) -> bool:
-        """Whether the command works on a checkpoint."""
+        """True if the command works on a checkpoint."""
         return not any(getattr(self, name) for name in self.without_model)
 
     def require_coherent(self) -> None:

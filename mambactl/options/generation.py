@@ -22,7 +22,7 @@ PREFIX_CACHE_GB = 10.0
 
 
 class TokenConfig(StageConfig):
-    """How tokens are chosen."""
+    """Options for the choice of tokens."""
 
     max_new_tokens: Tokens = Field(default=128, description="tokens after the prompt")
     ignore_eos: bool = Field(default=False, description="go on behind tokens that end a text")
@@ -43,7 +43,7 @@ class SamplingConfig(TokenConfig):
 
 
 class PromptConfig(SamplingConfig):
-    """What is continued."""
+    """Prompt options: the text to be continued."""
 
     prompt: str | None = Field(default=None, description="text, or - to read it from stdin")
     prompts: str | None = Field(

@@ -32,7 +32,7 @@ DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", 
 
 
 class RowsConfig(StageConfig):
-    """Which rows of tokens a stage sees."""
+    """Options for the rows of tokens that a stage sees."""
 
     data: DataSpecs = Field(
         default=[],
@@ -87,7 +87,7 @@ class MixedRowsConfig(TextRowsConfig):
 
 
 class TrainConfig(RowsConfig):
-    """Shared by the stages that follow gradients."""
+    """Options that the stages which follow gradients share."""
 
     later: ClassVar[Mapping[str, Any]] = {"freeze_kept": False, "epochs": None}
 
@@ -105,7 +105,7 @@ class TrainConfig(RowsConfig):
 
 
 class HeldOutConfig(TrainConfig):
-    """What follows a teacher, or what was kept of one, and is measured on the way."""
+    """Options of stages with a (live or cached) teacher and held-out evaluation."""
 
     teacher_cache: str | None = Field(
         default=None,
@@ -121,7 +121,7 @@ class HeldOutConfig(TrainConfig):
 
 
 class TrackedConfig(TrainConfig):
-    """What a run can report to."""
+    """Options for the trackers that a run reports to."""
 
     log_to: Trackers = Field(
         default=[], description="tensorboard, wandb, trackio: curves there too, files in OUT.logs"
@@ -129,7 +129,7 @@ class TrackedConfig(TrainConfig):
 
 
 class AdaptedConfig(TrainConfig):
-    """What may train low-rank adapters in place of the weights."""
+    """Options of stages that may train low-rank adapters in place of the weights."""
 
     lora: int | None = Field(
         default=None, ge=1, description="rank of adapters to train, merged at the end"
@@ -154,12 +154,12 @@ class SpreadConfig(TrainConfig):
 
     @property
     def processes(self) -> int:
-        """How many processes train together."""
+        """Number of processes that train together."""
         return self.nproc or 1
 
 
 class ShardConfig(SpreadConfig):
-    """Weights, too, that processes can share."""
+    """Options of training whose processes can share the weights, too."""
 
     placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"shard"}
 
@@ -286,7 +286,7 @@ class TeacherCacheConfig(MixedRowsConfig):
 
     @property
     def teacher(self) -> None:
-        """No other model than MODEL."""
+        """Always None: no other model than MODEL is used."""
         return None
 
 

@@ -72,7 +72,7 @@ class AnswerText:
         return piece
 
     def _released(self, text: str) -> str:
-        """What of the text so far is certainly in front of every stop text."""
+        """Return the text so far that is certainly in front of every stop text; hold the rest."""
         if not self.stops:
             return text
         whole = self._held + text
@@ -95,6 +95,6 @@ class AnswerText:
 
 
 def _begun(text: str, stop: str) -> int:
-    """How many of the last characters of a text are the first of a stop text."""
+    """Length of the longest end of a text that is an incomplete beginning of a stop text."""
     most = min(len(stop) - 1, len(text))
     return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)

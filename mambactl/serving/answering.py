@@ -104,7 +104,7 @@ class Answering:
         return Part(index, piece, calls)
 
     def end(self) -> None:
-        """Let no row go on for it."""
+        """Cancel the jobs of the request."""
         self.service.ready().cancel(self.jobs)
 
 

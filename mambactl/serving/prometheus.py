@@ -49,5 +49,5 @@ class ServerMetrics:
         )
 
     def text(self) -> bytes:
-        """All of them in the text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -27,19 +27,19 @@ class Refused(Exception):
 
 
 def queue_full(waiting: int) -> Refused:
-    """Too many requests wait already."""
+    """Refusal of a request while too many others wait already (429)."""
     message = f"{waiting} requests wait already: try again later"
     return Refused(message, 429, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
 
 def not_ready() -> Refused:
-    """The model is being loaded, or the server is ending."""
+    """Refusal of a request while the model is being loaded or the server is ending (503)."""
     message = "the model is not ready: /health says when it is"
     return Refused(message, 503, code="not_ready", headers={"Retry-After": "1"})
 
 
 def too_long(tokens: int, new: int, most: int) -> Refused:
-    """A prompt and its answer are longer than rows may be."""
+    """Refusal of a prompt that with its answer is longer than rows may be."""
     asked = f"{tokens} tokens of the prompt and {new} of the answer"
     return Refused(
         f"this model takes at most {most} tokens; you asked for {asked}: shorten the prompt, or "

@@ -56,7 +56,7 @@ class ReplyFormat(Protocol):
 
 
 class _Format:
-    """What all objects of one reply have."""
+    """Fields that all objects of one reply have."""
 
     prefix = ""
     kinds = ("", "")
@@ -83,7 +83,7 @@ class _Format:
 
 
 class ChatFormat(_Format):
-    """/v1/chat/completions."""
+    """Replies of /v1/chat/completions."""
 
     prefix = "chatcmpl"
     kinds = ("chat.completion", "chat.completion.chunk")
@@ -134,7 +134,7 @@ class ChatFormat(_Format):
 
 
 class CompletionFormat(_Format):
-    """/v1/completions."""
+    """Replies of /v1/completions."""
 
     prefix = "cmpl"
     kinds = ("text_completion", "text_completion")
@@ -151,7 +151,7 @@ class CompletionFormat(_Format):
         return self._whole(choices, usage)
 
     def opening(self, index: int) -> None:
-        """Nothing stands in front of a text."""
+        """Return None: nothing stands in front of a text."""
         return None
 
     def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def _as_list(value: Any) -> Any:
 
 
 class StreamOptions(BaseModel):
-    """What a stream has beside its text."""
+    """Options of a stream that a client may set."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -117,12 +117,12 @@ class SamplingFields(BaseModel):
 
     @property
     def choices(self) -> int:
-        """How many answers a prompt gets."""
+        """Number of answers that a prompt gets."""
         return self.n or 1
 
     @property
     def usage_in_stream(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """True if a stream ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -143,7 +143,7 @@ class ChatBody(SamplingFields):
 
     @property
     def alternatives(self) -> int | None:
-        """How many likely tokens each token comes with; None without log-probabilities."""
+        """Number of likely tokens listed with each token; None without log-probabilities."""
         if not self.logprobs:
             if self.top_logprobs:
                 raise Refused("top_logprobs goes with logprobs", param="top_logprobs")
@@ -181,12 +181,12 @@ class CompletionBody(SamplingFields):
 
     @property
     def alternatives(self) -> int | None:
-        """How many likely tokens each token comes with; None without log-probabilities."""
+        """Number of likely tokens listed with each token; None without log-probabilities."""
         return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one by one: texts or tokens."""
+        """List of the prompts, each a text or tokens."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if not self.prompt:
@@ -214,7 +214,7 @@ def parsed(kind: type[Body], body: bytes) -> Body:
 
 
 def _is_kind(part: int | str) -> bool:
-    """Whether it names an alternative of a type, not a field."""
+    """True if a part of a field's path names an alternative of a type, not a field."""
     return isinstance(part, str) and not part.isidentifier()
 
 

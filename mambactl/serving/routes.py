@@ -35,7 +35,7 @@ class Routes:
         self.service = service
 
     async def chat(self, request: Request) -> Response:
-        """/v1/chat/completions."""
+        """Answer a request to /v1/chat/completions."""
         service = self.service
         service.ready()
         body = parsed(ChatBody, await self._body(request))
@@ -49,7 +49,7 @@ class Routes:
         return await reply(service, request, body, service.jobs([ids], body), form, names)
 
     async def completions(self, request: Request) -> Response:
-        """/v1/completions."""
+        """Answer a request to /v1/completions."""
         service = self.service
         service.ready()
         body = parsed(CompletionBody, await self._body(request))
@@ -64,21 +64,21 @@ class Routes:
         return await reply(service, request, body, service.jobs(prompts, body), form)
 
     async def models(self, request: Request) -> Response:
-        """/v1/models: the one model."""
+        """List the one model, for /v1/models."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
-        """/v1/models/NAME."""
+        """Describe the model, for /v1/models/NAME."""
         self.service.require_model(request.path_params["name"])
         return JSONResponse(self._model())
 
     async def health(self, request: Request) -> Response:
-        """/health: 200 once requests are answered."""
+        """Report health, for /health: 200 once requests are answered."""
         ready = self.service.scheduler is not None
         return JSONResponse({"status": "ok" if ready else "loading"}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """/metrics."""
+        """Report the server's metrics, for /metrics."""
         return Response(self.service.metrics.text(), media_type=CONTENT_TYPE)
 
     def _model(self) -> dict[str, object]:

@@ -79,7 +79,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where clients find it."""
+        """Base URL of the API for clients."""
         host, port = self.socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
@@ -198,7 +198,7 @@ def fitting_piece(target: HybridForCausalLM, draft: HybridForCausalLM | None, mo
 
 
 def _read(target: HybridForCausalLM, draft: HybridForCausalLM | None, *lengths: int) -> float:
-    """Seconds in which prompts of so many tokens are read, together and at once."""
+    """Seconds of reading prompts of these lengths, all of them together and at once."""
     started = time.perf_counter()
     prompts = [[0] * length for length in lengths]
     reading = PromptReading(target, draft, prompts, None, len(lengths) * max(lengths))

@@ -114,7 +114,7 @@ class Scheduler:
             self._fail_all()
 
     def _free(self) -> int:
-        """Rows that nobody has, nor waits for with a prompt that is being read."""
+        """Number of free rows, less those that prompts being read will take."""
         reading = self._reading
         taken = 0 if reading is None else sum(len(job.texts) for job in reading.jobs)
         return self.decoding.batch.room - taken
@@ -292,7 +292,7 @@ class Scheduler:
         self._fail(jobs.values(), Refused("the server is ending", 503))
 
     def _count_prompt(self, job: Job, known: int) -> None:
-        """Count a prompt, once: what is read of it to be kept was not known."""
+        """Count a prompt once; tokens of it that are read to be kept do not count as known."""
         if job.counted:
             return
         job.counted = True

@@ -1,4 +1,4 @@
-"""What the routes of a server share: the model's name and bounds, its tokenizer, the scheduler."""
+"""State that the routes of a server share: model name and bounds, tokenizer, scheduler."""
 
 import asyncio
 import random

@@ -40,7 +40,7 @@ class ToolText:
         self._begun = False
 
     def add(self, text: str) -> str:
-        """What of the text so far is no call."""
+        """Take more text; return what of it, and of the text held back, is certainly no call."""
         if not self.names:
             return text
         self._held += text
@@ -59,7 +59,7 @@ class ToolText:
         return (_MARKED.sub("", text).strip() if marked else ""), calls
 
     def _start(self) -> int:
-        """Where a call may begin in what is held."""
+        """Index in the held text at which a call may begin; its length if there is none."""
         stripped = self._held.lstrip()
         if not self._begun and (not stripped or stripped.startswith(_BARE)):
             return 0

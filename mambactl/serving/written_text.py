@@ -47,7 +47,7 @@ class WrittenText:
         return [self._arrived.popleft() for _ in range(len(self._arrived))]
 
     def wake(self) -> None:
-        """Tell who waits that something arrived; of the thread of the event loop."""
+        """Wake the waiting reply because something arrived; call it in the event loop's thread."""
         self._changed.set()
 
 

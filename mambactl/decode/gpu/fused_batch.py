@@ -33,7 +33,7 @@ class _Row:
 
     @property
     def sampled(self) -> bool:
-        """Whether a step has to make logits for it."""
+        """True if a step has to compute logits for the row."""
         return self.request.likely or not self.request.params.greedy
 
 
@@ -56,12 +56,12 @@ class FusedBatch:
 
     @property
     def room(self) -> int:
-        """How many more rows may join."""
+        """Number of rows that may still join."""
         return self.session.size.batch - len(self.rows)
 
     @property
     def running(self) -> int:
-        """How many rows are under way."""
+        """Number of rows under way."""
         return len(self.rows)
 
     @torch.no_grad()
@@ -98,12 +98,12 @@ class FusedBatch:
         return found
 
     def _make_room(self) -> None:
-        """Read what the mailbox would soon write over."""
+        """Read the results that later steps would soon overwrite."""
         while len(self.waiting) >= DEPTH - 1:
             self._read(self.waiting.popleft())
 
     def _more_needed(self) -> bool:
-        """Whether the steps under way, a token each at least, may leave a row unfinished."""
+        """True if the steps under way, a token each at least, may leave a row unfinished."""
         under_way = len(self.waiting)
         return any(row.written + under_way < row.request.params.max_new_tokens for row in self.rows)
 

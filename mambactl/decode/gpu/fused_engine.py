@@ -87,7 +87,7 @@ class FusedEngine:
 
     @torch.no_grad()
     def open(self, rows: int, tokens: int, eos: Sequence[int]) -> FusedBatch:
-        """A batch for at most so many rows of at most so many tokens, which end with `eos`."""
+        """Open batch for at most `rows` rows of at most `tokens` tokens, which end with `eos`."""
         _require_few(eos)
         if self.k == "auto":
             raise ValueError("rows that come and go need a fixed number of drafts")
@@ -100,7 +100,7 @@ class FusedEngine:
         return FusedBatch(session)
 
     def converse(self) -> Conversation:
-        """From now on read the prompts of one conversation, one by one, each from the last on.
+        """Treat later prompts as one conversation, in which each is read from the last one on.
 
         What was read while an answer was written stays in the session: the next prompt reads the
         answer again, in one pass.
@@ -157,14 +157,14 @@ class FusedEngine:
         return LearnedChoice(ks, times, model)
 
     def _say(self, choice: Choice) -> None:
-        """Say why so much is drafted, when that changed."""
+        """Log the reason for the number of drafts when that number has changed."""
         outcome = choice.reason.partition(":")[0]
         if outcome != self.said:
             self.said = outcome
             console.log(choice.reason)
 
     def _session(self, rows: int, longest: int) -> Session:
-        """Memory and graphs for at least so many rows and tokens, kept between calls."""
+        """Memory and graphs for at least `rows` rows of `longest` tokens, kept between calls."""
         size = SessionSize.holding(rows, longest, self.most)
         # idle rows cost less than new memory and graphs, up to as many as there are others
         for known in self.sessions.values():
@@ -178,7 +178,7 @@ class FusedEngine:
         return session
 
     def _pack(self, positions: int) -> None:
-        """Pack the models, anew where fewer positions were rotated for before."""
+        """Pack the models for `positions` positions, unless they are for as many already."""
         if positions > self.positions:
             draft = self.draft
             if isinstance(draft, HybridForCausalLM):
@@ -240,7 +240,7 @@ class _Run:
             self._read(self.waiting.popleft())
 
     def _more_needed(self) -> bool:
-        """Whether the steps under way, one token each at least, may leave a row unfinished."""
+        """True if the steps under way, one token each at least, may leave a row unfinished."""
         shortest = min(len(self.output.tokens[row]) for row in self.running)
         return shortest + len(self.waiting) < self.budget
 

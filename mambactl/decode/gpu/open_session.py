@@ -48,25 +48,25 @@ class _Model:
         self.state = make_state(weights, ops, whole, longest, fewer)
 
     def first(self, rows: int) -> ModelState:
-        """The state of the first rows."""
+        """State of the first `rows` rows, in the same memory."""
         size = SessionSize(rows, self.size.capacity, self.size.k)
         splits = size.state_size(self.weights.stores_every_step).splits
         return self.state.rows(slice(rows), splits)
 
     def limit(self, rows: int) -> int:
-        """Slots in use of the rings in a step over so many rows."""
+        """Number of ring slots in use in a step over `rows` rows; 0 on the host."""
         size = SessionSize(rows, self.size.capacity, self.size.k)
         return 0 if self.ops.on_host else size.ring_limit(self.weights.stores_every_step)
 
     def put(self, row: int, cache: HybridCache) -> None:
-        """Let a row go on from what a cache of one row holds, which stays as it is."""
+        """Copy a cache of one row, which stays as it is, into the state of a row."""
         own = cache.copies(1)
         state = self.state.rows(slice(row, row + 1), 1)
         state.lend(own, self.weights)
         state.load(own, self.weights)
 
     def move(self, source: int, target: int) -> None:
-        """Copy a row."""
+        """Copy the state of row `source` to row `target`."""
         for tensor in self.state.tensors():
             tensor[target].copy_(tensor[source])
 
@@ -95,7 +95,7 @@ class OpenSession:
 
     @property
     def on_host(self) -> bool:
-        """Whether a step is over when it has been launched."""
+        """True if a step is over when it has been launched."""
         return self.device.type != "cuda"
 
     @cached_property
@@ -165,15 +165,15 @@ class OpenSession:
         return self._sent(rows, self.k, likely)
 
     def letters(self, sent: Sent) -> list[list[int]]:
-        """What a step that has arrived wrote, by row."""
+        """Results of a step that has arrived, by row."""
         return self.batch.pinned[sent.number % DEPTH, : sent.rows].tolist()
 
     def stop(self, row: int) -> None:
-        """Let no later step write to a row."""
+        """Deactivate a row: no later step writes to it."""
         self.batch.progress[Field.ACTIVE, row] = 0
 
     def move(self, source: int, target: int) -> None:
-        """Let a row be another one."""
+        """Copy row `source` with its state to row `target`."""
         for model in (self.target, self.drafter):
             if model is not None:
                 model.move(source, target)
@@ -183,7 +183,7 @@ class OpenSession:
             tensor[target].copy_(tensor[source])
 
     def _rows(self, rows: int) -> int:
-        """Rows of the smallest step that holds so many."""
+        """Number of rows of the smallest step that holds `rows` rows."""
         return rows if self.ops.on_host else min(each for each in self.counts if each >= rows)
 
     def _step(self, rows: int) -> Step:
@@ -212,7 +212,7 @@ class OpenSession:
         return sent
 
     def _likely(self, rows: int, k: int) -> LikelyTable:
-        """How likely the tokens of the step just run were, as far as they were accepted."""
+        """Log-probabilities of the tokens of the step just run, as far as they were accepted."""
         b, step = self.batch.first(rows), self._step(rows)
         if self.ops.on_host:
             # a pass there is as wide as what was drafted

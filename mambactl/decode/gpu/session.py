@@ -21,7 +21,7 @@ TIMED_STEPS = 3
 
 @dataclass
 class Capture:
-    """What preparing graphs cost."""
+    """Cost of preparing graphs: their number, and seconds of compilation and capture."""
 
     graphs: int = 0
     compile_seconds: float = 0.0
@@ -117,7 +117,7 @@ class Session:
         self.capture.capture_seconds += time.perf_counter() - compiled
 
     def _warm(self, k: int) -> None:
-        """Let operations on the host make what they keep of the weights."""
+        """Run a step once on the host, so that operations prepare what they keep of the weights."""
         if self.on_host and not self.warm:
             # nobody is active, so a run changes nothing but scratch
             self.batch.progress.zero_()
@@ -136,7 +136,7 @@ class Session:
         return seconds
 
     def launch(self, k: int, sampled: bool) -> torch.cuda.Event | None:
-        """Start one step; the event tells when its mailbox has arrived."""
+        """Start one step; the event tells when its results have arrived."""
         if self.device.type != "cuda":
             self.step.run(k, sampled)
             return None
@@ -144,7 +144,7 @@ class Session:
         return self._sent()
 
     def _sent(self) -> torch.cuda.Event | None:
-        """An event that tells when the mailbox of the step just started has arrived."""
+        """An event that tells when the results of the step just started have arrived."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()

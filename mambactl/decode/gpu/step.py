@@ -51,7 +51,7 @@ class Batch:
         self.outbox = self.mailbox
 
     def first(self, rows: int) -> "Batch":
-        """The first so many sequences, in the same memory."""
+        """The first `rows` sequences, in the same memory."""
         part = copy(self)
         part.size = rows
         part.progress, part.mailbox = self.progress[:, :rows], self.mailbox[:, :rows]
@@ -108,7 +108,7 @@ class Pass:
         )
 
     def run(self, tokens: Tensor, segment: Segment) -> Residual:
-        """tokens int32 [B, T] -> the stream after the last layer, scaled by the final norm."""
+        """Run tokens int32 [B, T]; the stream after the last layer, scaled by the final norm."""
         w, rows = self.weights, segment.rows
         s = self._stream(rows)
         gains = [layer.gain for layer in w.layers] + [w.gain]
@@ -245,7 +245,7 @@ class Step:
         draft_limit: int,
         distributions: "dict[str, Distribution] | None" = None,
     ):
-        """`distributions`: those of a step over more sequences, which never runs at once."""
+        """Share `distributions` with a step over more sequences, which never runs at once."""
         self.batch, self.target, self.draft, self.ops = batch, target, draft, ops
         self.limits = {"span": batch.k + 1, "limit": limit, "draft_limit": draft_limit}
         self.target_head = self._head(target, [batch.size * n for n in range(1, batch.k + 2)])
@@ -345,7 +345,7 @@ class Step:
         )  # fmt: skip
 
     def _distribution(self, name: str, rows: int) -> Distribution:
-        """Made when sampling is first asked for: a vocabulary of 128k takes half a MB a row."""
+        """Distribution made at the first sampling: a vocabulary of 128k takes half a MB a row."""
         if name not in self.distributions:
             head = self.target.weights.head
             new = head.new_zeros(rows, len(head), dtype=torch.float32)
