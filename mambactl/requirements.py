@@ -1,4 +1,4 @@
-"""What this package needs of others: ranges of versions, extras, and lines that install them."""
+"""Requirements of this package: ranges of versions, extras, and the commands that install them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -71,7 +71,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Choice:
-    """What stays attention, and what the lineage keeps about why."""
+    """Units that stay attention, and the measurements behind the choice for the lineage."""
 
     kept: list[Unit]
     metrics: dict[str, Any]
@@ -343,7 +343,7 @@ def _sibling(
 
 
 def _some(batches: Sequence[Batch]) -> list[Batch]:
-    """As many as hold `FIT_TOKENS`."""
+    """First batches that together hold `FIT_TOKENS` tokens."""
     taken, tokens = [], 0
     for batch in batches:
         if tokens >= FIT_TOKENS:

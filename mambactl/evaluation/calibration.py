@@ -1,4 +1,4 @@
-"""Whether a model's confidence in its top token is how often that token is right.
+"""Calibration: a model's confidence in its top token against how often that token is right.
 
 Expected calibration error (Guo et al., arXiv 1706.04599, eq. 3): predictions are put into `BINS`
 bins of equal width by the probability of their top token; with a bin's mean confidence and the

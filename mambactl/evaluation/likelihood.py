@@ -129,7 +129,7 @@ def _score(
 
 
 class _Run:
-    """The passes over a model and what they found."""
+    """Passes over a model and their results."""
 
     def __init__(
         self,

@@ -109,7 +109,7 @@ def conv_silu(
     previous: Tensor | None,
     documents: Tensor | None,
 ) -> Tensor:
-    """`triton.conv.causal_conv1d_silu`."""
+    """Operator around `kernels.sequence.conv.causal_conv1d_silu`."""
     from mambactl.kernels.sequence.conv import causal_conv1d_silu
 
     with torch.cuda.device_of(x):

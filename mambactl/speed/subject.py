@@ -1,4 +1,4 @@
-"""What is measured and over which points: a model, its prompts, and what its answers have to be."""
+"""Subject of a speed measurement: a model, its prompts, its expected answers, and the points."""
 
 import statistics
 import time

@@ -72,7 +72,7 @@ def add_inner_loss(model: nn.Module) -> None:
 
 
 def shard_frozen(model: nn.Module) -> None:
-    """Where students are sharded, split a teacher or reference block by block as well."""
+    """Shard a teacher or reference block by block where students are sharded."""
     blocks = getattr(getattr(model, "model", None), "layers", None)
     if not sharded() or blocks is None:
         return

@@ -206,7 +206,7 @@ def _set_shots(leaf: Any, task: Wanted, options: HarnessOptions) -> None:
 
 
 def _manager(names: Sequence[str], folder: str | None) -> Any:
-    """What finds tasks by name: those of a folder alone where they are enough."""
+    """Task manager of the harness: of a folder's tasks alone where they are enough."""
     if not names:
         folder = None
     manager = TaskManager(include_path=folder, include_defaults=False)
