@@ -19,7 +19,7 @@ class Extra:
 
     @property
     def line(self) -> str:
-        """The command that installs it."""
+        """Command that installs the extra."""
         return " ".join(filter(None, ("pip install", self.flags, f'"{PACKAGE}[{self.name}]"')))
 
 
@@ -48,7 +48,7 @@ class Outside:
 
     @property
     def line(self) -> str:
-        """The command that installs another one."""
+        """Command that installs a version in the range."""
         return f'pip install "{self.package}{self.needed}"'
 
 

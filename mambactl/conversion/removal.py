@@ -198,17 +198,17 @@ class Removals:
 
 
 def removal_forwards(candidates: int, keep: int, exchanges: int = EXCHANGES) -> int:
-    """Models that are run: those of single units from their layer on, the others whole."""
+    """Number of models that are run: of single units from their layer on, the others whole."""
     alone = candidates + long_rows(candidates)
     tried = min(exchanges, keep, candidates - keep)
     return alone + 3 + tried + len(_sizes(keep))
 
 
 def long_rows(candidates: int) -> int:
-    """Units that are measured on the longest rows too."""
+    """Number of units that are measured on the longest rows too."""
     return -(-candidates // LONG_SHARE)
 
 
 def _sizes(keep: int) -> list[int]:
-    """Numbers of units beside `keep` whose score says what more or less cache would give."""
+    """Numbers of units besides `keep` whose scores show the effect of a smaller cache."""
     return sorted({keep // 2, keep // 4} - {0, keep})

@@ -66,7 +66,7 @@ def unit_sums(values: Array, units: Array) -> Array:
 
 
 def means_of(totals: Array) -> Array:
-    """Means [R, M] from totals [R, 1 + M] whose first column counts what was summed."""
+    """Means [R, M] from totals [R, 1 + M] whose first column is the count."""
     return totals[:, 1:] / totals[:, :1]
 
 

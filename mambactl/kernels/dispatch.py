@@ -212,12 +212,12 @@ def backends(device: torch.device | str = "cuda") -> dict[str, str | None]:
 
 
 def triton_missing(device: torch.device | str = "cuda") -> str | None:
-    """Why no Triton kernel runs on that device; None if they do."""
+    """Reason why no Triton kernel runs on the device; None if they do."""
     return _switched_off() or _no_cuda(torch.device(device)) or _no_triton()
 
 
 def mamba_ssm_missing(device: torch.device | str = "cuda") -> str | None:
-    """Why mamba-ssm serves no call on that device; None if it does."""
+    """Reason why mamba-ssm serves no call on the device; None if it does."""
     found, why = _mamba_ssm()
     return _switched_off() or _no_cuda(torch.device(device)) or (None if found else why)
 
@@ -317,7 +317,7 @@ def _mamba_ssm_ssd(
     seq_idx: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """bf16 or fp16 only: its products round fp32 to tf32."""
+    """Run mamba-ssm's chunk scan, in bf16 or fp16 only: its products round fp32 to tf32."""
     B, C = _same_groups(B, C)
     if seq_idx is not None:
         # an initial state belongs to document 0 there

@@ -304,7 +304,7 @@ class HybridCache(Cache):
         return Cursor(held, self._settle, self._rolled_back, self.recording, n_new)
 
     def advance(self, n_new: Tensor | int, columns: int, permanent: bool) -> None:
-        """Called once by the model when all layers have processed `columns` columns."""
+        """Move the cursor on, once all layers have processed `columns` columns."""
         if self._settle:
             self.base = self.lengths
         self._settle = self._rolled_back = False

@@ -280,11 +280,11 @@ class HybridModel(HybridPreTrainedModel):
         return self._sight
 
     def look(self, spans: Iterable[LocalSpan]) -> None:
-        """Make keys for windows that see these from now on, like those of the layers."""
+        """Use these spans of windows from now on in place of those of the layers."""
         self._sight = replace(self._seeing, spans=list(spans))
 
     def with_windows(self, context: StepContext) -> StepContext:
-        """A context of whole rows, made by another model, with what this one's windows see."""
+        """Context of whole rows from another model, with the keys that these windows see."""
         return replace(context, local=self._local(context, whole=True))
 
     def _spans(self, positions: Tensor, seq_idx: Tensor | None) -> Spans | None:
@@ -309,7 +309,7 @@ class HybridModel(HybridPreTrainedModel):
 
 
 def _advance(cache: HybridCache, context: StepContext) -> None:
-    """Tell the cache that every layer has read what the context is of."""
+    """Tell the cache that every layer has read the tokens of the context."""
     columns = context.positions.shape[1]
     permanent = not (cache.recording and context.sequential)
     cache.advance(columns if context.n_new is None else context.n_new, columns, permanent)

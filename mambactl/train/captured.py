@@ -49,7 +49,7 @@ class Recorder(Protocol):
     """Runs work so that it can be recorded, and records it."""
 
     def warm(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run as in a recording, but for real."""
+        """Run eagerly, under the conditions of a recording."""
         ...
 
     def record(self, run: Callable[[], Any]) -> Recording:
@@ -167,7 +167,7 @@ class CapturedObjective:
         self._give_back()
 
     def _drop_gradients(self) -> None:
-        """Leave none in the memory of a recording: nothing is there before a replay."""
+        """Drop gradients in the memory of a recording, which must hold none before a replay."""
         for parameter in [] if self.adds else self.parameters:
             parameter.grad = None
 

@@ -280,6 +280,6 @@ def peak_of(device: torch.device) -> int | None:
 
 
 def restart_peak(device: torch.device) -> None:
-    """Forget what was allocated before, by a probe or another phase."""
+    """Reset the peak of allocated memory, of a probe or another phase."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -19,7 +19,7 @@ from mambactl.train.losses import Teacher, distillation_loss
 
 
 class Inputs(Protocol):
-    """Everything a pass reads, on the device: a named tuple of tensors, None for what is not given.
+    """Inputs of a pass on the device: a named tuple of tensors, None for those not given.
 
     It has the fields of `data.pack.Batch` first.
     """
@@ -136,12 +136,12 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class AlignmentObjective:
-    """Mean over layers of a recurrence's masked squared error over the variance of what it is for.
+    """Mean over layers of a recurrence's masked squared error over the variance of its target.
 
-    That is what the teacher's attention says and attention beside the recurrence, a window or kept
-    heads, does not. A loss of 1 is what a recurrence that only outputs the mean would get, however
-    little is missing, so every layer weighs the same. Raises ValueError when the
-    teacher has no attention in a replaced layer, or another number of layers or width.
+    The target is the output of the teacher's attention less that of attention beside the
+    recurrence, a window or kept heads. A recurrence that only outputs the mean has a loss of 1,
+    however little is missing, so every layer weighs the same. Raises ValueError when the teacher
+    has no attention in a replaced layer, or another number of layers or width.
     """
 
     def __init__(

@@ -122,7 +122,7 @@ class HeldOutPreferences:
         }
 
     def farthest(self) -> float:
-        """The largest KL to the reference, per answer token, of what was measured last."""
+        """Largest KL to the reference, per answer token, in the last measurement."""
         return max((found["kl_to_reference"] for found in self.last.values()), default=0.0)
 
 

@@ -111,7 +111,7 @@ def encode_documents(
     assistant_only: bool,
     checks: "Checks",
 ) -> list[Example]:
-    """Documents as tokens, those that the run can see; what is wrong with rows is noted."""
+    """Tokenise the documents that the run can see; faults of rows are noted."""
     config = job.config
 
     def encoded(members: Sequence[Document], max_tokens: int | None) -> list[Example]:

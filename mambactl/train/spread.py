@@ -15,7 +15,7 @@ from mambactl.train.optimization import schedule
 
 
 class SpreadTrainer(Trainer):
-    """Goes before a trainer among the bases: FSDP2 that computes what one process would.
+    """First base of a trainer, for FSDP2 that computes the same as one process would.
 
     Matrices multiply in the autocast type, as on one GPU, so parameters travel in fp32 and none is
     rounded on its way: A_log, D and dt_bias act in fp32. Accelerate shards on GPUs alone; here a

@@ -72,7 +72,7 @@ def _code(content: Any) -> Iterator[str]:
 
 
 def _pairs(content: Any) -> Iterator[tuple[Any, Any]]:
-    """Every key and its value, at any depth, but for worked examples: their keys are columns."""
+    """Every key and its value, at any depth, except in worked examples, whose keys are columns."""
     rest = [content]
     while rest:
         value = rest.pop()

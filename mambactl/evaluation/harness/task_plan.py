@@ -192,7 +192,7 @@ def harness_options(
 
 
 def _fingerprint(config: TaskOptions, source: str, max_length: int | None) -> str:
-    """Names the answers of one model: the harness looks them up by the question alone."""
+    """Name of one model's cached answers, which the harness looks up by the question alone."""
     path = Path(resolve(source).path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     facts = [

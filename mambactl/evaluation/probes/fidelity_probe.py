@@ -106,7 +106,7 @@ class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
             kept.setdefault(AGAINST, {})["tests"] = found.tests
 
     def _table(self, title: str, columns: Mapping[str, Numbers]) -> None:
-        """Lines are called as `fail_under` calls them."""
+        """Print a table whose lines have the names that `fail_under` uses."""
         found = list(columns.values())
         lines = []
         for each in self.present(found):

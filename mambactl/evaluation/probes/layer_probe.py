@@ -61,7 +61,7 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
             require_layers(model_config(spec), model_config(asked.teacher))
 
     def labels(self, inputs: Texts) -> list[str]:
-        """Nothing: the data sets are named already."""
+        """Return no labels: the data sets are named already."""
         return []
 
     def measure(self, config: LayerOptions, inputs: Texts, subject: Subject) -> ByVariant:
