@@ -12,7 +12,7 @@ _NAME = re.compile(r"(?!-)(?!\.+$)[\w@+=,. -]{1,200}")
 
 
 def is_name(text: str) -> bool:
-    """Whether text is the plain name of one file: no folder, no leading hyphen, not `..`."""
+    """True if text is the plain name of one file: no folder, no leading hyphen, not `..`."""
     return _NAME.fullmatch(text) is not None
 
 

@@ -58,12 +58,12 @@ class Source:
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a file of that name, `/` between its parts, belongs to a tokenizer or generation."""
+    """True if a file of that name, `/` between its parts, belongs to a tokenizer or generation."""
     return name in SIDE_FILES or _NAMED_TEMPLATE.fullmatch(name) is not None
 
 
 def cache_dir() -> Path:
-    """Where fetched and converted files are kept: $MAMBACTL_CACHE or the XDG cache."""
+    """Folder of fetched and converted files: $MAMBACTL_CACHE or the XDG cache."""
     if explicit := os.environ.get("MAMBACTL_CACHE"):
         return Path(explicit)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -121,7 +121,7 @@ def remove(path: Path) -> None:
 
 
 def side_file(checkpoint: Path, name: str) -> Path:
-    """Where a checkpoint's metrics lie: inside a folder, else beside the file as FILE.name."""
+    """Path of a side file of a checkpoint: inside a folder, else beside the file as FILE.name."""
     if checkpoint.is_dir():
         return checkpoint / name
     return checkpoint.with_name(f"{checkpoint.name}.{name}")

@@ -53,7 +53,7 @@ def blamed(
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust met what it did not foresee; such exceptions are no Exception."""
+    """True for a panic of a library in Rust, which is no subclass of Exception."""
     return type(error).__module__ == "pyo3_runtime"
 
 

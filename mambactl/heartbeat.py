@@ -1,4 +1,4 @@
-"""A log that does not fall silent: what takes long is named again while nothing else is said."""
+"""Heartbeat of the log: long work is named again while nothing else is printed."""
 
 import threading
 import time

@@ -16,7 +16,7 @@ def words() -> list[str]:
 
 @contextmanager
 def standing_for(arguments: Sequence[str]) -> Iterator[None]:
-    """Record these arguments meanwhile: the process itself was not started as mambactl."""
+    """Record these arguments inside the block, for a process that was not started as mambactl."""
     token = _words.set(tuple(arguments))
     try:
         yield

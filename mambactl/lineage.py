@@ -1,4 +1,4 @@
-"""mambactl.json: what a checkpoint says of how it was made, and how a model carries it on."""
+"""Lineage of a checkpoint (mambactl.json): how it was made, and how a model passes it on."""
 
 import json
 import platform
@@ -75,7 +75,7 @@ class Origin:
 
 
 def origin_of(folder: Path) -> Origin | None:
-    """What a checkpoint folder says of itself; None for one that mambactl did not make."""
+    """Origin recorded in a checkpoint folder; None for one that mambactl did not make."""
     try:
         record = read_object(folder / LINEAGE)
         if record.get("schema") != SCHEMA or not isinstance(record.get("stage"), str):

@@ -14,87 +14,87 @@ Better = Literal["higher", "lower"]
 
 
 def exact(value: float) -> str:
-    """Four decimals."""
+    """Write a value with four decimals."""
     return f"{value:.4f}"
 
 
 def signed(value: float) -> str:
-    """A difference, four decimals."""
+    """Write a difference with its sign and four decimals."""
     return f"{value:+.4f}"
 
 
 def number(value: float) -> str:
-    """Four decimals, as many figures as a measurement is good for."""
+    """Write a value with four decimals, one from a hundred on."""
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
 
 
 def percent(value: float) -> str:
-    """A share, one decimal."""
+    """Write a fraction in percent with one decimal."""
     return f"{100 * value:.1f} %"
 
 
 def whole_percent(value: float) -> str:
-    """A share, no decimals."""
+    """Write a fraction in percent without decimals."""
     return f"{100 * value:.0f} %"
 
 
 def tight_percent(value: float) -> str:
-    """A share, no decimals and no space."""
+    """Write a fraction in percent without decimals or a space."""
     return f"{value:.0%}"
 
 
 def ratio(value: float) -> str:
-    """A factor, three decimals."""
+    """Write a factor with three decimals, none from a hundred on."""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def times(value: float) -> str:
-    """A factor over a baseline."""
+    """Write a factor over a baseline."""
     return f"{value:.2f}x"
 
 
 def mebibytes(value: float) -> str:
-    """Bytes as MiB."""
+    """Write bytes as MiB."""
     return f"{value / 2**20:,.2f}"
 
 
 def count(value: int) -> str:
-    """A whole number."""
+    """Write a whole number."""
     return f"{value:,}"
 
 
 def whole(value: float) -> str:
-    """No decimals."""
+    """Write a value without decimals, thousands grouped."""
     return f"{value:,.0f}"
 
 
 def tenths(value: float) -> str:
-    """One decimal."""
+    """Write a value with one decimal."""
     return f"{value:.1f}"
 
 
 def grouped_tenths(value: float) -> str:
-    """One decimal of what may be thousands."""
+    """Write a value with one decimal, thousands grouped."""
     return f"{value:,.1f}"
 
 
 def hundredths(value: float) -> str:
-    """Two decimals."""
+    """Write a value with two decimals."""
     return f"{value:.2f}"
 
 
 def rate(value: float) -> str:
-    """A rate: one decimal where it is below a hundred."""
+    """Write a rate with one decimal, none from a hundred on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def significant(value: float) -> str:
-    """Three significant figures."""
+    """Write a value with three significant figures."""
     return f"{value:.3g}"
 
 
 def scientific(value: float) -> str:
-    """An error of rounding."""
+    """Write a rounding error in scientific notation."""
     return f"{value:.1e}"
 
 
@@ -104,12 +104,12 @@ def last_part(name: str) -> str:
 
 
 def yes_or_no(value: bool) -> str:
-    """A fact."""
+    """Write a truth value as yes or no."""
     return "yes" if value else "no"
 
 
 def span(bounds: Iterable[float] | None, write: Format) -> str:
-    """An interval, empty without one."""
+    """Write an interval; empty if there is none."""
     return " to ".join(map(write, bounds)) if bounds else ""
 
 
@@ -120,7 +120,7 @@ def markdown_row(cells: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """How one number is called and written.
+    """Name and format of one measured number.
 
     `heading` and `write` are for pages and Markdown (no heading: not there), `short` and `brief`
     for tables of the console. `summary` is the heading in the table of all models (None: not

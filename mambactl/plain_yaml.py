@@ -98,7 +98,7 @@ class _Checked:
         self.sizes: dict[int, int] = {}
 
     def size(self, node: "Node") -> int:
-        """How many values the node stands for; raises UsageError for what is not plain."""
+        """Number of values that the node stands for; raises UsageError for what is not plain."""
         import yaml
 
         if (known := self.sizes.get(id(node))) is not None:

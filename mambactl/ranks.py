@@ -35,32 +35,32 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def launched() -> bool:
-    """Whether this process was started as one of a run's processes."""
+    """True if this process was started as one of a run's processes."""
     return all(os.environ.get(name, "").isdecimal() for name in _NAMES)
 
 
 def processes() -> int:
-    """How many processes the run has, on all machines."""
+    """Number of processes in the run, on all machines."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def rank() -> int:
-    """This process's number among them."""
+    """Rank of this process in the run, from 0."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is the number of its GPU."""
+    """Rank of this process on its machine, which is the number of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
 def is_main() -> bool:
-    """Whether this process writes, prints and answers for the others."""
+    """True if this process writes, prints and answers for the others."""
     return rank() == 0
 
 
 def sharded() -> bool:
-    """Whether weights, gradients and optimiser state are split over the processes."""
+    """True if weights, gradients and optimiser state are split over the processes."""
     return launched() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 

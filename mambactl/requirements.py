@@ -1,4 +1,4 @@
-"""What this package needs of others: ranges of versions, extras, and lines that install them."""
+"""Requirements of this package: ranges of versions, extras, and the commands that install them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Extra:
 
     @property
     def line(self) -> str:
-        """The command that installs it."""
+        """Command that installs the extra."""
         return " ".join(filter(None, ("pip install", self.flags, f'"{PACKAGE}[{self.name}]"')))
 
 
@@ -48,7 +48,7 @@ class Outside:
 
     @property
     def line(self) -> str:
-        """The command that installs another one."""
+        """Command that installs a version in the range."""
         return f'pip install "{self.package}{self.needed}"'
 
 

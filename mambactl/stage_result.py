@@ -19,7 +19,7 @@ class Table:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a command hands to the command line.
+    """Result of a command for the command line.
 
     `path` is the checkpoint for the next stage (None where there is none), `metrics` is JSON-able,
     `text` replaces the path on stdout for commands that print text, `kept` is the file that holds

@@ -95,7 +95,7 @@ def show_plan(name: str, config: StageConfig, model: Spec | None) -> dict[str, o
 
 
 def _words(config: CommandConfig) -> Iterator[str]:
-    """The options as they are typed."""
+    """Command-line words of some options."""
     fields = type(config).model_fields
     for name, value in config.model_dump(exclude_defaults=True).items():
         if any(isinstance(mark, Shown) and mark.positional for mark in fields[name].metadata):

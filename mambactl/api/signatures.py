@@ -190,7 +190,7 @@ def _described(options: type[CommandConfig], parameters: Sequence[Parameter]) ->
 
 
 def _bare(annotation: Any) -> Any:
-    """A type as people read it, without what validates it."""
+    """A type as people read it, without its validators."""
     kind, parts = origin(annotation), arguments(annotation)
     if kind is Annotated:
         return _bare(parts[0])

@@ -77,7 +77,7 @@ class Model:
 
     @contextmanager
     def engine(self, setup: decoding.Setup) -> Iterator[AnyEngine]:
-        """An engine that nobody else uses meanwhile, kept for the next call."""
+        """Engine for exclusive use inside the block, kept for the next call."""
         engine = self._engines.take(setup) or setup.engine()
         try:
             yield engine

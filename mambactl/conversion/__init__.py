@@ -1,1 +1,1 @@
-"""Attention into a recurrent layer: what is replaced, initial values, closed-form fit."""
+"""Conversion of attention into recurrent layers: choice, initial values, closed-form fit."""

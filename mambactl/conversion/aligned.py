@@ -97,7 +97,7 @@ def _sources(spec: MixerSpec[Any]) -> set[str]:
 
 
 def _ready_made(theirs: HybridConfig, spec: MixerSpec[Any]) -> str:
-    """Where mixers of that kind come from."""
+    """Hint that says which checkpoint has mixers of the kind `spec`."""
     if spec.with_window in theirs.mixers:
         window = theirs.windows[0]
         return f"its mixers have windows: add --window {window.window} --sinks {window.sinks}"

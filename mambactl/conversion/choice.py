@@ -1,4 +1,4 @@
-"""What may keep attention, as units: whole layers, or single KV heads; by rule or by hand."""
+"""Units that may keep attention: whole layers, or single KV heads, chosen by rule or by hand."""
 
 import math
 from abc import ABC, abstractmethod
@@ -52,7 +52,7 @@ class Units(ABC):
 
     @abstractmethod
     def count(self, config: ConvertConfig, base: HybridConfig, itemsize: int) -> int:
-        """How many stay: what the ratio leaves, or what fits in the budget."""
+        """Number of units to keep: what the ratio leaves, or what fits in the budget."""
 
     @abstractmethod
     def chosen(self, config: ConvertConfig, base: HybridConfig, itemsize: int) -> list[Unit]:
@@ -60,7 +60,7 @@ class Units(ABC):
 
 
 class Layers(Units):
-    """Whole layers."""
+    """Division of attention into whole layers."""
 
     word = "layer"
 
@@ -74,7 +74,7 @@ class Layers(Units):
         return attention_bytes(base, itemsize)
 
     def count(self, config: ConvertConfig, base: HybridConfig, itemsize: int) -> int:
-        """How many layers stay attention."""
+        """Number of layers that stay attention."""
         return attention_to_keep(base, config.ratio, config.kv_budget, itemsize)
 
     def chosen(self, config: ConvertConfig, base: HybridConfig, itemsize: int) -> list[Unit]:
@@ -89,7 +89,7 @@ class Layers(Units):
 
 
 class Heads(Units):
-    """Single KV heads, each with the query heads that share it."""
+    """Division of attention into single KV heads, each with the query heads that share it."""
 
     word = "head"
 
@@ -106,7 +106,7 @@ class Heads(Units):
         return 2 * base.head_dim * itemsize
 
     def count(self, config: ConvertConfig, base: HybridConfig, itemsize: int) -> int:
-        """How many heads stay; heads that earlier conversions kept beside mixers count too."""
+        """Number of heads to choose, less those that earlier conversions kept beside mixers."""
         beside = sum(
             len(heads)
             for index, heads in base.attention_heads.items()
@@ -130,7 +130,7 @@ class Heads(Units):
 
     @staticmethod
     def _by_rule(units: list[Unit], base: HybridConfig, keep: int) -> list[Unit]:
-        """Those nearest to `RETRIEVAL_DEPTH`, of two as near the deeper."""
+        """The `keep` units nearest to `RETRIEVAL_DEPTH`; of two as near, the deeper one."""
 
         def distance(unit: Unit) -> float:
             return abs((unit.layer + 0.5) / base.num_hidden_layers - RETRIEVAL_DEPTH)

@@ -97,7 +97,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a mixer sees [B, T, D] and should do: heads [B, T, H P], and its output [B, T, D]."""
+    """Inputs of a mixer [B, T, D] and its targets: heads [B, T, H P] and output [B, T, D]."""
 
     inputs: list[Tensor]
     contexts: list[StepContext]

@@ -91,7 +91,7 @@ def _windowed_by(asked: ConvertConfig) -> str:
 
 
 def describe_form(config: ConvertConfig, target: HybridConfig) -> str:
-    """Which form a student has, and which engines can load it; options are completed ones."""
+    """Describe the form of a student and the engines that can load it, from completed options."""
     found = "a state alone, which rotates" if target.rotates else "a state alone"
     if target.windows:
         span = target.windows[0]
@@ -107,7 +107,7 @@ def _engines(target: HybridConfig) -> str:
 
 
 def _beyond_granite(target: HybridConfig) -> list[str]:
-    """What a GraniteMoeHybrid cannot express of a model."""
+    """Reasons why a GraniteMoeHybrid cannot express a model, empty if it can."""
     others = [name for name in dict.fromkeys(target.mixers) if not MIXERS[name].in_granite]
     inner = target.num_attention_heads * target.head_dim
     found = (

@@ -1,4 +1,4 @@
-"""Which KV heads are needed, by gates between full attention and a window.
+"""Measure the need for each KV head by gates between full attention and a window.
 
 Each KV head has one gate g in [0, 1] in front of the output projection:
 
@@ -125,6 +125,6 @@ def gate_worth(
     task: console.Task,
     steps: int = STEPS,
 ) -> dict[Unit, float]:
-    """How long the gate of each unit stays open, a share of the training in [0, 1]."""
+    """Mean opening of each unit's gate over the training, in [0, 1]."""
     found = GateTraining(instruments, window, seed).worth(steps, task).cpu()
     return {unit: float(found[unit.layer, unit.heads[0]]) for unit in units}

@@ -1,4 +1,4 @@
-"""What can do without attention: change one layer, or some KV heads of it, at a time and measure.
+"""Rank layers or KV heads by their need for attention: change one at a time and measure.
 
 Two uses of one walk. Into a teacher, each changed layer is swapped alone: what costs little may go.
 Into a model of aligned Mamba mixers, the teacher's attention is restored layer by layer,
@@ -34,7 +34,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class AnyBlock(Protocol):
-    """A block of a stack, or what stands for one."""
+    """A block of a stack, or its substitute."""
 
     def __call__(self, hidden: Tensor, context: StepContext, cache: None) -> Tensor: ...
 
@@ -52,16 +52,16 @@ class Score:
     losses: tuple[float, ...] = ()
 
     def values(self) -> dict[str, float]:
-        """What was measured, by name."""
+        """Measured values by name."""
         named = {"kl": self.kl, "recall": self.recall, "recall_loss": self.recall_loss}
         return {name: value for name, value in named.items() if value is not None}
 
     def rounded(self) -> dict[str, float]:
-        """The same for a record."""
+        """Measured values by name, rounded to six decimals for a record."""
         return {name: round(value, 6) for name, value in self.values().items()}
 
     def gain(self, other: "Score") -> tuple[float, float]:
-        """By how much KL and recall loss are lower in `other`."""
+        """Reduction of KL and of recall loss from this score to `other`."""
         recall = (self.recall_loss or 0.0) - (other.recall_loss or 0.0)
         return self.kl - other.kl, recall
 
@@ -85,13 +85,13 @@ def headings(scores: Iterable[Score]) -> list[str]:
 
 
 def cells(score: Score) -> list[str]:
-    """A row of that table."""
+    """Row of a table of scores."""
     return [f"{value:.4f}" for value in score.values().values()]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One accepted layer of the greedy addition (None: none yet) and what it led to."""
+    """One accepted layer of the greedy addition (None: none yet) and the resulting score."""
 
     layer: int | None
     score: Score
@@ -115,7 +115,7 @@ class PickedRows:
 
 
 class Instruments:
-    """What is measured: KL on held-out text and, if wanted, recall.
+    """Measurements of a stack of blocks: KL on held-out text and, if wanted, recall.
 
     `teacher` gives embedding, masks, norm and head, and the states that students are compared
     with; its blocks may be used in stacks. Text in the rows of a probe counts as held-out text.
@@ -185,7 +185,7 @@ class Instruments:
 
     @torch.no_grad()
     def finish(self, rows: PickedRows, hidden: Tensor) -> Tensor:
-        """What the head reads [n, D] of the states behind the last layer [B, T, D]."""
+        """Inputs of the head [n, D], picked from the states behind the last layer [B, T, D]."""
         return self.model.norm(hidden[rows.picked])
 
     @torch.no_grad()
@@ -324,7 +324,7 @@ def addition_forwards(candidates: int, keep: int, top: int = TOP) -> int:
 
 
 def merit(gains: Mapping[int, tuple[float, float]], criterion: Criterion) -> dict[int, float]:
-    """How much each layer's attention is worth, from its (KL, recall loss) gains.
+    """Worth of each layer's attention, from its (KL, recall loss) gains.
 
     `kl`: by KL alone. `recall`: the sum of both after standardising each over the candidates, as
     KL is in nats per token of text and recall in nats per value. NaN, of a model that diverges

@@ -1,4 +1,4 @@
-"""Which KV heads are missed when they see a window alone.
+"""Measure the loss from each KV head that sees a window alone.
 
 Every head is narrowed alone in the teacher, to the window that the student would give it; nothing
 is trained or fitted. All are measured on short rows, and on the longest those alone that short rows
@@ -44,7 +44,7 @@ TEXT_COST = 1.0
 
 @dataclass(frozen=True)
 class Removal:
-    """What a measurement found: units by what is missed without them, most first."""
+    """Result of a measurement: units ranked by the loss without them, largest first."""
 
     ranking: list[Unit]
     kept: list[Unit]
@@ -133,7 +133,7 @@ class Removals:
         return _NarrowedBlock(block, self._window_of(unit.heads))
 
     def _score(self, kept: Sequence[Unit], task: console.Task) -> Score:
-        """Of the teacher in which all units but these see a window."""
+        """Score of the teacher in which all units but `kept` see a window."""
         lost: dict[int, tuple[int, ...]] = {}
         for unit in self.units:
             if unit not in kept:
@@ -149,13 +149,13 @@ class Removals:
         return score
 
     def _losses(self, score: Score) -> tuple[float, ...]:
-        """What the criterion counts: text alone, or text and every probe."""
+        """Losses that the criterion counts: of text alone, or of text and every probe."""
         return (score.kl,) if self.criterion == "kl" else (score.kl, *score.losses)
 
     def _worth(self, whole: Score, scores: Mapping[Unit, Score]) -> dict[Unit, float]:
-        """What each unit loses alone, as shares of the sum over all units.
+        """Loss from each unit narrowed alone, as a fraction of the sum over all units.
 
-        The mean over the probes plus, weighted, the share of text.
+        Mean over the probes plus, weighted, the fraction of text.
         """
         base, count = self._losses(whole), len(self._losses(whole)) - 1
         worth = dict.fromkeys(scores, 0.0)
@@ -170,7 +170,7 @@ class Removals:
         return worth
 
     def _cost(self, score: Score, whole: Score, nothing: Score) -> float:
-        """What is lost of what all units together are worth, mean over the probes, plus text."""
+        """Fraction lost of the worth of all units together, mean over the probes, plus text."""
         text, *answers = (
             max(0.0, value - best) / (worst - best) if worst > best else 0.0
             for value, best, worst in zip(
@@ -198,17 +198,17 @@ class Removals:
 
 
 def removal_forwards(candidates: int, keep: int, exchanges: int = EXCHANGES) -> int:
-    """Models that are run: those of single units from their layer on, the others whole."""
+    """Number of models that are run: of single units from their layer on, the others whole."""
     alone = candidates + long_rows(candidates)
     tried = min(exchanges, keep, candidates - keep)
     return alone + 3 + tried + len(_sizes(keep))
 
 
 def long_rows(candidates: int) -> int:
-    """Units that are measured on the longest rows too."""
+    """Number of units that are measured on the longest rows too."""
     return -(-candidates // LONG_SHARE)
 
 
 def _sizes(keep: int) -> list[int]:
-    """Numbers of units beside `keep` whose score says what more or less cache would give."""
+    """Numbers of units besides `keep` whose scores show the effect of a smaller cache."""
     return sorted({keep // 2, keep // 4} - {0, keep})

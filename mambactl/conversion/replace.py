@@ -1,4 +1,4 @@
-"""How the attention of one layer, or some KV heads of it, becomes a mixer: initialised, fitted, or
+"""Turn the attention of one layer, or some KV heads of it, into a mixer: initialised, fitted, or
 taken ready-made.
 
 A ready-made mixer comes from a checkpoint of the same model whose mixers have been aligned
@@ -63,7 +63,7 @@ def kept_attention(layers: int, ratio: float, keep: list[int] | None = None) -> 
 def attention_to_keep(
     config: HybridConfig, ratio: float, kv_budget: int | None, itemsize: int
 ) -> int:
-    """How many layers stay attention: what `ratio` leaves, or what fits in `kv_budget`.
+    """Number of layers that stay attention: what `ratio` leaves, or what fits in `kv_budget`.
 
     The budget is in bytes of keys and values per token, `itemsize` bytes a number.
     """

@@ -71,7 +71,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Choice:
-    """What stays attention, and what the lineage keeps about why."""
+    """Units that stay attention, and the measurements behind the choice for the lineage."""
 
     kept: list[Unit]
     metrics: dict[str, Any]
@@ -102,7 +102,7 @@ def read_texts(config: ConvertConfig, source: str) -> Texts:
 
 
 def _texts_of_heads(config: ConvertConfig, source: str) -> Texts:
-    """Nothing of the fit's is held out: single heads are measured on text of the package.
+    """Texts for the fit, all of it, and for choosing heads, measured on text of the package.
 
     A CPU measures on what stands around the needles alone, unless text is given.
     """
@@ -291,7 +291,7 @@ def _by_addition(
 
 
 class _Fitted:
-    """Called with ascending indices: the layer's block with a mixer fitted in the source model.
+    """Blocks with a mixer fitted in the source model, by layer; call it with ascending indices.
 
     The fit runs on the CPU in fp32, wherever the model that is measured lies.
     """
@@ -343,7 +343,7 @@ def _sibling(
 
 
 def _some(batches: Sequence[Batch]) -> list[Batch]:
-    """As many as hold `FIT_TOKENS`."""
+    """First batches that together hold `FIT_TOKENS` tokens."""
     taken, tokens = [], 0
     for batch in batches:
         if tokens >= FIT_TOKENS:

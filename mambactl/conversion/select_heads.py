@@ -33,7 +33,7 @@ TEXT = "quickstart.jsonl"
 
 
 def package_text() -> list[str]:
-    """Where text is read where none is given."""
+    """Path of the text in the package, read where no other is given."""
     return [str(recipe_folder() / "data" / TEXT)]
 
 

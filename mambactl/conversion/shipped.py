@@ -64,11 +64,11 @@ class Ranking(_Record):
     norms: Norms
 
     def fits(self, config: HybridConfig) -> bool:
-        """Whether a model has the shape of the teacher."""
+        """True if a model has the shape of the teacher."""
         return all(getattr(self, name) == getattr(config, name) for name in SHAPE)
 
     def is_of(self, reader: Reader, adapted: Adapted) -> bool:
-        """Whether a checkpoint has the teacher's weights in the layers that are attention."""
+        """True if a checkpoint has the teacher's weights in the layers that are attention."""
         layers = adapted.config.attention_layers
         return bool(layers) and all(
             abs(found - self.norms[name][layer][head]) <= TOLERANCE * self.norms[name][layer][head]
@@ -77,7 +77,7 @@ class Ranking(_Record):
         )
 
     def measured(self) -> dict[str, Any]:
-        """What a lineage keeps of it."""
+        """Record of the ranking for a lineage: its form, and how it was made."""
         return {"form": self.form.model_dump(), "made": self.made}
 
     def best(self, units: Sequence[Unit], keep: int) -> list[Unit]:

@@ -1,1 +1,1 @@
-"""What a model is worth: fidelity to a teacher, task scores, speed and memory."""
+"""Evaluation of a model: fidelity to a teacher, recall, and task scores."""

@@ -1,4 +1,4 @@
-"""How alike two models write: greedy texts behind the same prompts, token by token."""
+"""Agreement of two models' greedy texts behind the same prompts, token by token."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True)
 class Pair:
-    """What two models wrote behind one prompt."""
+    """Continuations of one prompt by two models."""
 
     prompt: Tokens
     student: Tokens

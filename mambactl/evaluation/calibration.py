@@ -1,4 +1,4 @@
-"""Whether a model's confidence in its top token is how often that token is right.
+"""Calibration: a model's confidence in its top token against how often that token is right.
 
 Expected calibration error (Guo et al., arXiv 1706.04599, eq. 3): predictions are put into `BINS`
 bins of equal width by the probability of their top token; with a bin's mean confidence and the
@@ -41,7 +41,7 @@ def confidences(q: Tensor, p: Tensor, tops: tuple[Tensor, Tensor], targets: Tens
 
 
 def binned(values: Mapping[str, np.ndarray], units: np.ndarray, error: str) -> np.ndarray:
-    """Sums [U, BINS] per unit and bin of what the error is made of: confidence - right."""
+    """Sums [U, BINS] per unit and bin of the calibration gap, confidence - right."""
     confidence, right = (values[name] for name in ERRORS[error])
     count = int(units.max()) + 1
     index = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)

@@ -1,4 +1,4 @@
-"""Controls that say what a student's number is worth: the same teacher or student, made worse.
+"""Controls that put a student's number in perspective: the same teacher or student, made worse.
 
 Both change what some mixers compute while a `with` block lasts, and copy no weight.
 """

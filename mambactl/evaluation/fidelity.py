@@ -1,4 +1,4 @@
-"""How closely a student follows its teacher, token by token on the same text."""
+"""Fidelity of a student to its teacher, token by token on the same text."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -55,7 +55,7 @@ class Head:
         return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
 
     def rows(self, elements: int = CHUNK_ELEMENTS) -> int:
-        """Of how many states the logits have so many elements; at least of one."""
+        """Number of states per chunk whose logits stay within `elements`; at least one."""
         return max(1, elements // len(self.weight))
 
 

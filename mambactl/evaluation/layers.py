@@ -1,4 +1,4 @@
-"""How far each new mixer's output is from that of the attention it stands for."""
+"""Error of each new mixer's output relative to that of the attention it replaces."""
 
 from collections.abc import Iterable, Sequence
 

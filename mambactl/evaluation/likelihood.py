@@ -129,7 +129,7 @@ def _score(
 
 
 class _Run:
-    """The passes over a model and what they found."""
+    """Passes over a model and their results."""
 
     def __init__(
         self,
@@ -240,7 +240,7 @@ class _Run:
             start += len(part)
 
     def _score_behind(self, cache: HybridCache, part: list[tuple[int, int, int]]) -> None:
-        """Rows (slot of the cache, input, tokens that are in the cache)."""
+        """Score rows (cache slot, input, tokens in the cache) behind their shared beginning."""
         inputs = self.scored.inputs
         slots = torch.tensor([slot for slot, _, _ in part], device=self.model.device)
         ends = [inputs[row][shared:] for _, row, shared in part]

@@ -1,4 +1,4 @@
-"""What was measured of every prediction, and the numbers that are made of it."""
+"""Measurements of every prediction, and the statistics made from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class Predictions:
 
     @property
     def resampled(self) -> str:
-        """What is drawn again: documents where there are enough, else rows."""
+        """Unit of resampling: documents where there are enough, else rows."""
         enough = len(np.unique(self.documents)) >= FEWEST_DOCUMENTS
         return UNITS[0] if enough else UNITS[1]
 

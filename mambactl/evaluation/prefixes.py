@@ -1,4 +1,4 @@
-"""Which rows of tokens are worth reading together behind the beginning they share.
+"""Groups of token rows that are cheaper to read together behind a shared prefix.
 
 The choices of a question share the question, the questions of a subject share its worked examples:
 read once, such a beginning is a cache from which every row goes on.
@@ -51,7 +51,7 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _cuts(lengths: Sequence[int], common: Sequence[int]) -> list[int]:
-    """Where groups begin and end, [0, ..., len(lengths)]; `common[i]` links rows i and i + 1."""
+    """Group boundaries [0, ..., len(lengths)]; rows i and i + 1 share `common[i]` tokens."""
     best, previous = [0.0], [0]
     for end in range(1, len(lengths) + 1):
         least, where = best[end - 1] + lengths[end - 1], end - 1

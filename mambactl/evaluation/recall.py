@@ -89,7 +89,7 @@ class RecallProbe:
 def recall_probes(
     tokenizer: "PreTrainedTokenizerBase", lengths: Sequence[int], rows: int, seed: int
 ) -> list[RecallProbe]:
-    """Both forms at every length (tokens per row); raises UsageError where they do not fit."""
+    """Probes of both forms at every length (tokens per row); UsageError where they do not fit."""
     return [
         make(tokenizer, length, rows, seed) for length in lengths for make in (kv_probe, mqar_probe)
     ]

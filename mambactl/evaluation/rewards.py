@@ -1,4 +1,4 @@
-"""Whether a model prefers the answers that people preferred, and how far it is from its reference.
+"""Implicit rewards of preferred and rejected answers, and the KL of a model to its reference.
 
 With r = log p(answer | prompt) under the policy less that under the reference, summed over the
 answer's tokens, beta * r is the reward that direct preference optimisation implies (arXiv
@@ -31,7 +31,7 @@ FROM_REFERENCE, TO_REFERENCE = (MEANS.index(each.name) for each in (KL, REVERSE_
 
 @dataclass(frozen=True)
 class Layout:
-    """How documents become rows: `width` tokens, `batch_size` rows per pass, packed or padded.
+    """Layout of documents in rows: `width` tokens, `batch_size` rows per pass, packed or padded.
 
     `amp` is the mixed-precision type, None for what the weights are.
     """
@@ -52,7 +52,7 @@ class States(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """What a comparison needs of the reference: states of the same tokens, batch by batch on the
+    """The reference's part in a comparison: states of the same tokens, batch by batch on the
     host, and its head. The model itself may be freed.
     """
 

@@ -1,4 +1,4 @@
-"""How sure a mean is: bootstrap intervals and paired tests over documents, in numpy alone.
+"""Uncertainty of means: bootstrap intervals and paired tests over documents, in numpy alone.
 
 Tokens of one document are alike, so whole units (documents, or rows where there are few of them)
 are drawn again, with all of their tokens (cluster bootstrap; Efron and Tibshirani, An Introduction
@@ -27,7 +27,7 @@ class Bootstrap:
     seed: int | tuple[int, ...] = 0
 
     def applies(self, units: int) -> bool:
-        """Whether there is anything to draw: one unit says nothing about others."""
+        """True if intervals can be drawn: draws are wanted, and there is more than one unit."""
         return self.replicates > 0 and units > 1
 
     def draw(self, sums: Array, statistic: Callable[[Array], Array]) -> Array:
@@ -48,7 +48,7 @@ class Bootstrap:
         return np.concatenate(found)
 
     def apart(self, number: int) -> "Bootstrap":
-        """The same with other draws, for units that have nothing to do with those of `number`s."""
+        """Bootstrap with other draws, for units unrelated to those of other `number`s."""
         seed = self.seed if isinstance(self.seed, tuple) else (self.seed,)
         return replace(self, seed=(*seed, number))
 
@@ -66,7 +66,7 @@ def unit_sums(values: Array, units: Array) -> Array:
 
 
 def means_of(totals: Array) -> Array:
-    """Means [R, M] from totals [R, 1 + M] whose first column counts what was summed."""
+    """Means [R, M] from totals [R, 1 + M] whose first column is the count."""
     return totals[:, 1:] / totals[:, :1]
 
 

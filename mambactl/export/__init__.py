@@ -1,1 +1,1 @@
-"""Checkpoints for other programs: a file for each form, and what is common to all of them."""
+"""Checkpoints for other programs: a module for each form, and the parts they share."""

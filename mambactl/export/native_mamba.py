@@ -15,7 +15,7 @@ Changes = dict[str, Change]
 
 @dataclass(frozen=True)
 class NativeModel:
-    """What the mixers of a native model are; `layout` is that of Mamba-2."""
+    """Mixers of a native model: family and sizes; `layout` is that of Mamba-2."""
 
     family: str
     sizes: Any
@@ -23,7 +23,7 @@ class NativeModel:
 
     @property
     def changes(self) -> Changes:
-        """What stores tensors of a mixer in another way, by their names in it."""
+        """Functions for the tensors of a mixer that are stored in another shape, by name."""
         return {} if self.layout is None else spreads(self.layout)
 
     def expand(self, origin: Origin) -> int:
@@ -36,7 +36,7 @@ class NativeModel:
 
 
 def is_native(config: HybridConfig) -> bool:
-    """Whether it is a Mamba or Mamba-2 model as such, with no attention and no MLP."""
+    """True if a model is plain Mamba or Mamba-2, with no attention and no MLP."""
     return not (config.has_mlp or config.attention_layers)
 
 

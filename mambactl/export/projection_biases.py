@@ -12,7 +12,7 @@ _HINT = "`mambactl convert TEACHER --form portable --init reference` makes layer
 
 
 def is_projection_bias(name: str) -> bool:
-    """Whether a tensor is the bias of a projection in or out of a recurrent mixer."""
+    """True if a tensor is the bias of a projection in or out of a recurrent mixer."""
     return name.endswith((_IN, _OUT))
 
 

@@ -45,7 +45,7 @@ class CausalModel(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two models are apart on the same tokens.
+    """Difference between two models on the same tokens.
 
     `logits` is the largest difference, `scale` the largest logit, `kl` in nats per token, and
     `texts` the number of greedy continuations that differ where no two tokens tie.
@@ -92,7 +92,7 @@ def compare(
 
 
 def load_by_transformers(path: Path) -> CausalModel:
-    """What transformers' own classes make of a folder, in fp32."""
+    """Load a folder with transformers' own classes, in fp32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -120,7 +120,7 @@ def require_loader(since: str) -> None:
 
 
 def _fits(origin: Origin) -> bool:
-    """Whether memory holds the model in fp32; where nobody says how much there is, yes."""
+    """True if memory holds the model in fp32, or if the free memory is unknown."""
     size = 4 * sum(origin.described(name).numel() for name in origin.names)
     free = _available()
     if free is not None and size > free:
@@ -196,7 +196,7 @@ def _difference(
 
 
 def _differs(found: Tensor, row: Tensor, logits: Tensor) -> bool:
-    """Whether a continuation leaves the expected one where the next token is no tie."""
+    """True if a continuation departs from the expected one at a token that is no tie."""
     wrong = (found != row).nonzero()
     if not len(wrong):
         return False

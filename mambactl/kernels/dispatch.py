@@ -51,7 +51,7 @@ def ssd(
     seq_idx: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.ssd`; x [B, T, Hx, P] with Hx dividing the H heads of dt repeats its heads.
+    """Run `reference.ssd`; x [B, T, Hx, P] with Hx dividing the H heads of dt repeats its heads.
 
     The kernels may cut other chunks than `chunk_size`, which changes rounding only. With gradients
     or documents they return y in the dtype of x.
@@ -83,7 +83,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.selective_scan`."""
+    """Run `reference.selective_scan` by the fastest kernel that fits."""
     if seq_idx is None:
         gradient = _needs_gradient(x, dt, A, B, C, initial_state)
         if not gradient and _fits_triton(x, B, C):
@@ -141,7 +141,7 @@ def attention(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`reference.rms_norm`."""
+    """Run `reference.rms_norm`, fused where that is possible."""
     if fuses(x, weight) and weight.dtype == x.dtype and weight.shape == x.shape[-1:]:
         from mambactl.kernels.sequence import norm as kernel
 
@@ -151,7 +151,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`reference.swiglu`."""
+    """Run `reference.swiglu`, fused where that is possible."""
     if fuses(gate, up) and up.dtype == gate.dtype and up.shape == gate.shape:
         from mambactl.kernels.sequence import pointwise as kernel
 
@@ -161,7 +161,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`reference.rotated`."""
+    """Run `reference.rotated`, fused where that is possible."""
     same = cos.dtype == sin.dtype == states.dtype
     if fuses(states, cos, sin) and same and states.ndim == 4 and states.shape[3] % 2 == 0:
         from mambactl.kernels.sequence import pointwise as kernel
@@ -172,7 +172,7 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_states(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """`reference.rotate_states`."""
+    """Run `reference.rotate_states`, fused where that is possible."""
     return rotated(states, *reference.state_angles(states, rotary)).contiguous()
 
 
@@ -186,7 +186,7 @@ def gated_norm(
     eps: float,
     kind: torch.dtype,
 ) -> Tensor:
-    """`reference.gated_norm`."""
+    """Run `reference.gated_norm`, fused where that is possible."""
     if fuses(y, z, x, D, weight) and kind in FUSED:
         from mambactl.kernels.sequence import norm as kernel
 
@@ -212,18 +212,18 @@ def backends(device: torch.device | str = "cuda") -> dict[str, str | None]:
 
 
 def triton_missing(device: torch.device | str = "cuda") -> str | None:
-    """Why no Triton kernel runs on that device; None if they do."""
+    """Reason why no Triton kernel runs on the device; None if they do."""
     return _switched_off() or _no_cuda(torch.device(device)) or _no_triton()
 
 
 def mamba_ssm_missing(device: torch.device | str = "cuda") -> str | None:
-    """Why mamba-ssm serves no call on that device; None if it does."""
+    """Reason why mamba-ssm serves no call on the device; None if it does."""
     found, why = _mamba_ssm()
     return _switched_off() or _no_cuda(torch.device(device)) or (None if found else why)
 
 
 def mamba_ssm_has(name: str, device: torch.device) -> bool:
-    """Whether that function of mamba-ssm serves calls on that device."""
+    """True if the function `name` of mamba-ssm serves calls on the device."""
     return not _switched_off() and not _no_cuda(device) and name in _mamba_ssm()[0]
 
 
@@ -284,7 +284,7 @@ def _documents(seq_idx: Tensor | None) -> Tensor | None:
 
 
 def _takes_operators(*inputs: Tensor | None) -> bool:
-    """Whether a call must be differentiable, or whole for a compiler."""
+    """True if a call must be differentiable, or whole for a compiler."""
     return _needs_gradient(*inputs) or torch.compiler.is_compiling()
 
 
@@ -317,7 +317,7 @@ def _mamba_ssm_ssd(
     seq_idx: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """bf16 or fp16 only: its products round fp32 to tf32."""
+    """Run mamba-ssm's chunk scan, in bf16 or fp16 only: its products round fp32 to tf32."""
     B, C = _same_groups(B, C)
     if seq_idx is not None:
         # an initial state belongs to document 0 there
@@ -336,7 +336,7 @@ def _mamba_ssm_ssd(
 def _mamba_ssm_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """In fp32, because x and dt must share a dtype and dt loses its meaning in bf16."""
+    """Run mamba-ssm's scan in fp32: x and dt must share a dtype, and bf16 is too coarse for dt."""
     B, C = _same_groups(B.float(), C.float())
     x, dt, B, C = x.float().mT, dt.float().mT, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)
     with torch.cuda.device_of(x):

@@ -28,7 +28,7 @@ class Samples(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What is added up: `match` times the divergence plus `ce` times the cross entropy.
+    """Terms of a loss: `match` times the divergence plus `ce` times the cross entropy.
 
     `scale` multiplies the gradient, so that small numbers survive in fp16.
     """

@@ -1,4 +1,4 @@
-"""How kernels are launched: programmatic dependent launch, and whether Triton only interprets.
+"""Options of kernel launches: programmatic dependent launch, and Triton's interpreter.
 
 With programmatic dependent launch a kernel starts while its predecessor still runs. Before
 `gdc_wait` it may read weights, constants and the fields LENGTH, ACTIVE, BASE and NEXT of a batch's

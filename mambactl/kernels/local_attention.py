@@ -33,7 +33,7 @@ class LocalSpan(NamedTuple):
 
 
 class LocalKeys(NamedTuple):
-    """What the queries of whole rows see, for every layer of one shape alike.
+    """Keys that the queries of whole rows see, for every layer of one shape alike.
 
     Long rows go in blocks of L queries, and each sees its own block of keys, the one before, and
     the keys at `positions` [B, c, S]: `mask` is [B c, 1, g L, S + 2 L] then, the g query heads that
@@ -69,7 +69,7 @@ def local_keys(
     seq_idx: Tensor | None,
     device: torch.device,
 ) -> LocalKeys:
-    """What rows [B, T] see where `shared` query heads have one key head."""
+    """Keys that rows [B, T] see where `shared` query heads have one key head."""
     span, packed = LocalSpan(window, sinks, shared), seq_idx is not None
     if seq_idx is None and length <= window + sinks:
         return LocalKeys(None, None, length, span, packed)
@@ -159,7 +159,7 @@ def local_mask(
 
 
 def _seen(query: Tensor, key: Tensor, starts: Tensor, window: int, sinks: int) -> Tensor:
-    """Whether queries of documents that begin at `starts` see keys, all by position in the row."""
+    """True where queries of documents that begin at `starts` see keys, by position in the row."""
     near = (key > query - window) | (key < starts + sinks)
     return (key <= query) & (key >= starts) & near
 
@@ -207,7 +207,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys, dropout: float) ->
 
 
 def _bands(t: Tensor, size: int, positions: Tensor) -> Tensor:
-    """What the blocks see of t [B, H, T, P]: sinks at `positions`, the block before, their own.
+    """Parts of t [B, H, T, P] that blocks see: sinks at `positions`, the block before, their own.
 
     Returns [B, c, H, S + 2 L, P].
     """

@@ -29,7 +29,7 @@ def ssd(
     initial_state: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`triton.ssd.scan` in chunks of one tile, y [B, T, H, P] in the dtype of x."""
+    """Run `kernels.sequence.ssd.scan` in chunks of one tile, y [B, T, H, P] in the dtype of x."""
     from mambactl.kernels.sequence.ssd import BLOCKS, scan
 
     with torch.cuda.device_of(x):
@@ -109,7 +109,7 @@ def conv_silu(
     previous: Tensor | None,
     documents: Tensor | None,
 ) -> Tensor:
-    """`triton.conv.causal_conv1d_silu`."""
+    """Run `kernels.sequence.conv.causal_conv1d_silu` as an operator."""
     from mambactl.kernels.sequence.conv import causal_conv1d_silu
 
     with torch.cuda.device_of(x):
@@ -168,7 +168,7 @@ conv_silu.register_autograd(_return_conv, setup_context=_keep_conv)
     schema="(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor ends) -> (Tensor, Tensor)",
 )
 def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """`triton.packed_attention.attend`; `ends` is for the backward pass."""
+    """Run `kernels.sequence.packed_attention.attend`; `ends` is for the backward pass."""
     from mambactl.kernels.sequence import packed_attention
 
     with torch.cuda.device_of(q):

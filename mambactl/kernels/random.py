@@ -19,7 +19,7 @@ UNIFORM_BITS = 48
 
 
 class Stream(IntEnum):
-    """What a uniform number is used for; one position draws each at most once per prefix."""
+    """Use of a uniform number; one position draws each at most once per prefix."""
 
     PROPOSE = 0
     ACCEPT = 1

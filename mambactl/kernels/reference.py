@@ -310,14 +310,14 @@ class Spans(NamedTuple):
 
 
 def document_starts(seq_idx: Tensor) -> Tensor:
-    """Where the document of every token of a row begins, [B, T]."""
+    """First position of each token's document in its row, [B, T]."""
     at = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand(seq_idx.shape)
     first = at[:, 1:].masked_fill(seq_idx[:, 1:] == seq_idx[:, :-1], 0)
     return torch.nn.functional.pad(first, (1, 0)).cummax(1).values
 
 
 def spans(seq_idx: Tensor | None, like: Tensor, window: int | None) -> Spans:
-    """What tokens of `like` [B, T] see: their own document, the last `window` tokens of it."""
+    """Spans that tokens of `like` [B, T] see: the last `window` tokens of their own document."""
     at = torch.arange(like.shape[1], device=like.device).expand(like.shape)
     starts = torch.zeros_like(at)
     if seq_idx is not None:

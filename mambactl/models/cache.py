@@ -37,7 +37,7 @@ class LayerCache(Protocol):
         """Cut or lengthen with zeros what has a slot for every token, as a new tensor or view."""
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Drop everything that is held."""
 
 
 class CacheLayout(Protocol):
@@ -74,10 +74,10 @@ class HeldTensors:
                 setattr(self, name, changed[id(value)])
 
     def resize(self, slots: int) -> None:
-        """Nothing: the same memory for any number of tokens."""
+        """Do nothing: the memory is the same for any number of tokens."""
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Drop everything that is held."""
         for name in self.held:
             setattr(self, name, None)
 
@@ -120,7 +120,7 @@ class AttentionCache(HeldTensors):
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a forward call starts: the same for every layer of a cache.
+    """Start of a forward call, the same for every layer of a cache.
 
     `held` [B] tokens since the permanent position; `settle` makes them permanent first;
     `rolled_back` says that the live state is newer than the cursor; `n_new` [B] as in kernels.
@@ -246,7 +246,7 @@ class MixedCache(WindowedCache):
         self.kept.resize(slots)
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Drop everything that is held."""
         super().clear()
         self.kept = AttentionCache()
 
@@ -299,12 +299,12 @@ class HybridCache(Cache):
         self._settle = self._rolled_back = False
 
     def cursor(self, n_new: Tensor | None) -> Cursor:
-        """Where the forward call about to happen starts."""
+        """Cursor at which the next forward call starts."""
         held = self.lengths - self.base
         return Cursor(held, self._settle, self._rolled_back, self.recording, n_new)
 
     def advance(self, n_new: Tensor | int, columns: int, permanent: bool) -> None:
-        """Called once by the model when all layers have processed `columns` columns."""
+        """Move the cursor on, once all layers have processed `columns` columns."""
         if self._settle:
             self.base = self.lengths
         self._settle = self._rolled_back = False
@@ -371,7 +371,7 @@ class HybridCache(Cache):
         return self.seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No upper limit."""
+        """Always -1: the length has no upper limit."""
         return -1
 
     # the name that earlier versions ask for
@@ -384,7 +384,7 @@ class HybridCache(Cache):
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
     ) -> bool:
-        """Whether any token was processed."""
+        """True if any token was processed."""
         return self.seen > 0
 
     def reset(self) -> None:
@@ -400,7 +400,7 @@ class HybridCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens from now on can be taken back."""
+        """True if tokens from now on can be taken back."""
         return self.recording
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -431,15 +431,15 @@ class HybridCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Shapes grow, so no."""
+        """Always False: the shapes of a cache grow."""
         return False
 
     @property
     def is_initialized(self) -> bool:
-        """Whether any token was processed."""
+        """True if any token was processed."""
         return self.seen > 0
 
     @property
     def max_batch_size(self) -> int:
-        """Rows held."""
+        """Number of rows held."""
         return self.lengths.shape[0]

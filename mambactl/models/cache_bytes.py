@@ -30,7 +30,7 @@ class SessionBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.kv + self.windows + self.rings + self.states
 
 

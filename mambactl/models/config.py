@@ -87,7 +87,7 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; those of `NEWER` only where they say something, for a version without."""
+        """Return all fields; those of `NEWER` only where set, for versions without them."""
         every = super().to_dict().items()
         fields = {k: v for k, v in every if k not in NEWER or v not in (None, NEWER[k])}
         return fields | {"auto_map": dict(AUTO_MAP)}
@@ -100,11 +100,11 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoConfig") -> None:
-        """Nothing: a checkpoint carries a file that imports this package, not a copy of it."""
+        """Do nothing: a checkpoint carries a file that imports this package, not a copy of it."""
 
     @property
     def layer_types(self) -> list[str]:
-        """What each layer keeps of the past, in the words of transformers."""
+        """Kind of each layer's cache, in the words of transformers."""
         return [self._layer_type(name) for name in self.mixers]
 
     def _layer_type(self, mixer: str) -> str:
@@ -116,7 +116,7 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:
-        """How modules may be cut for tensor parallelism; those of mamba mixers stay whole."""
+        """Plan of tensor parallelism by module; modules of Mamba mixers stay whole."""
         plan = {
             f"layers.*.{MIXERS[mixer].attribute}.{name}": how
             for mixer in self.mixers
@@ -130,7 +130,7 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: object) -> None:
-        """Nothing: transformers 5.15 to 5.20 adds tied embeddings, which stay whole here."""
+        """Do nothing: transformers 5.15 to 5.20 adds tied embeddings, which stay whole here."""
 
     def validate_architecture(self) -> None:
         """Check mixers and settings against each other; raises ValueError."""
@@ -186,7 +186,7 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
         return {layer.index: layer.spec.kept_heads(self, layer.settings) for layer in self.layers}
 
     def misfit(self, teacher: "HybridConfig") -> str | None:
-        """Why this model cannot be aligned with the attention of `teacher`, or None."""
+        """Reason why this model cannot be aligned with the attention of `teacher`, or None."""
         fields = (("layers", "num_hidden_layers"), ("hidden units", "hidden_size"))
         for what, field in fields:
             ours, theirs = getattr(self, field), getattr(teacher, field)
@@ -197,7 +197,7 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
 
     @property
     def local_spans(self) -> list[LocalSpan]:
-        """What those windows see, each once."""
+        """Distinct spans of the windows beside recurrences."""
         found = (layer.spec.local_span(self, layer.settings) for layer in self.layers)
         return list(dict.fromkeys(span for span in found if span is not None))
 
@@ -225,13 +225,13 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
 
     @property
     def query_factor(self) -> float:
-        """What queries are multiplied by, for scores that are divided by sqrt(head_dim)."""
+        """Factor of queries, for scores that are divided by sqrt(head_dim)."""
         wanted = self.attention_multiplier
         return 1.0 if wanted is None else wanted * self.head_dim**0.5
 
     @property
     def attends(self) -> bool:
-        """Whether positions bound any layer, because training has bounded them."""
+        """True if any layer is bounded by the positions that it was trained on."""
         return any(layer.spec.has_positions(layer.settings) for layer in self.layers)
 
     def layer_caches(self) -> list[LayerCache]:

@@ -1,4 +1,4 @@
-"""What generate() of transformers asks of a hybrid model."""
+"""Methods that generate() of transformers needs in a hybrid model."""
 
 from typing import Any, NoReturn
 

@@ -42,7 +42,7 @@ LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 
 @dataclass(frozen=True)
 class _Sight:
-    """Whether heads of any of `mixers` see all of the past, and what their windows see."""
+    """Sight of `mixers`: whether any heads see all of the past, and the spans of their windows."""
 
     mixers: list[str]
     all: bool
@@ -167,7 +167,7 @@ class HybridModel(HybridPreTrainedModel):
         length: int,
         cache: HybridCache | None,
     ) -> AttentionMaps:
-        """Where layers put attention weights; ValueError in a model without such layers."""
+        """Store of the layers' attention weights; ValueError in a model without attention."""
         if not self.config.attention_layers:
             raise ValueError(f"output_attentions: no layer of {self.config.mixers} is attention")
         before = 0 if cache is None else cache.seen
@@ -185,7 +185,7 @@ class HybridModel(HybridPreTrainedModel):
     def enter(
         self, input_ids: Tensor, position_ids: Tensor | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, StepContext]:
-        """What the first block gets for rows [B, T] without padding or a cache."""
+        """Input and context of the first block, for rows [B, T] without padding or a cache."""
         hidden = self.embedded(input_ids)
         return hidden, self.context(hidden, position_ids, seq_idx=seq_idx)
 
@@ -273,22 +273,22 @@ class HybridModel(HybridPreTrainedModel):
 
     @property
     def _seeing(self) -> "_Sight":
-        """What the layers see now; stepwise training exchanges the mixers of a running model."""
+        """Current sight of the layers; stepwise training exchanges mixers of a running model."""
         if self._sight is None or self._sight.mixers is not self.config.mixers:
             config = self.config
             self._sight = _Sight(config.mixers, config.sees_all, config.local_spans)
         return self._sight
 
     def look(self, spans: Iterable[LocalSpan]) -> None:
-        """Make keys for windows that see these from now on, like those of the layers."""
+        """Use these spans of windows from now on in place of those of the layers."""
         self._sight = replace(self._seeing, spans=list(spans))
 
     def with_windows(self, context: StepContext) -> StepContext:
-        """A context of whole rows, made by another model, with what this one's windows see."""
+        """Context of whole rows from another model, with the keys that these windows see."""
         return replace(context, local=self._local(context, whole=True))
 
     def _spans(self, positions: Tensor, seq_idx: Tensor | None) -> Spans | None:
-        """What tokens [B, T] see without a cache, None where that is all of the past."""
+        """Spans that tokens [B, T] see without a cache, None where that is all of the past."""
         window = self.config.sliding_window
         if not self._seeing.all:
             return None
@@ -309,7 +309,7 @@ class HybridModel(HybridPreTrainedModel):
 
 
 def _advance(cache: HybridCache, context: StepContext) -> None:
-    """Tell the cache that every layer has read what the context is of."""
+    """Tell the cache that every layer has read the tokens of the context."""
     columns = context.positions.shape[1]
     permanent = not (cache.recording and context.sequential)
     cache.advance(columns if context.n_new is None else context.n_new, columns, permanent)

@@ -1,4 +1,4 @@
-"""Keys and values of a window of tokens with sinks: what attention beside a Mamba layer caches.
+"""Cache of attention beside a Mamba layer: keys and values of a window of tokens with sinks.
 
 The first `sinks` positions have slots of their own and the others share a ring of R slots
 (`kernels.decode.reference.slots`), so that memory does not grow with the text. R is the window
@@ -53,7 +53,7 @@ class KeyRing:
 
     @property
     def room(self) -> int:
-        """R."""
+        """Number of ring slots behind the sinks, R."""
         return self.keys.shape[2] - self.span.sinks
 
     def _begin(self, keys: Tensor, values: Tensor) -> None:

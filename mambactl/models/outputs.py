@@ -1,4 +1,4 @@
-"""What callers give to a pass of the model and ask of it, in the words of transformers."""
+"""Arguments and outputs of a pass of the model, in the words of transformers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def refuse_unknown(given: Mapping[str, Any], packed: bool) -> None:
 def chosen(
     every: Sequence[Tensor], which: bool | int | Sequence[int] | None
 ) -> tuple[Tensor | None, ...] | None:
-    """All hidden states, or those of some indices with None in place of the others."""
+    """Hidden states that are asked for: all, or some indices with None in place of the others."""
     if which is None or which is False:
         return None
     count = len(every)
@@ -43,7 +43,7 @@ def chosen(
 def joined(
     first: BaseModelOutputWithPast, second: BaseModelOutputWithPast
 ) -> BaseModelOutputWithPast:
-    """What one pass over two runs of tokens, next to each other, would have returned."""
+    """Output that one pass over two adjacent runs of tokens would have returned."""
     hidden_states, attentions = second.hidden_states, second.attentions
     if hidden_states is not None:
         pairs = zip(first.hidden_states, hidden_states, strict=True)

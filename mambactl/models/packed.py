@@ -28,12 +28,12 @@ class Rotations:
 
     @cached_property
     def of_states(self) -> tuple[Tensor, Tensor]:
-        """The same with one channel pair held still, for rotary states."""
+        """Rotation of recurrent states: one channel pair is left unrotated."""
         return still(self.cos, 1.0), still(self.sin, 0.0)
 
     @property
     def of_heads(self) -> tuple[Tensor, Tensor]:
-        """Those of queries and keys."""
+        """Rotation of queries and keys."""
         return self.cos, self.sin
 
     @cached_property
@@ -196,11 +196,11 @@ class PackedRecurrence:
     out: Projection
 
     def lend(self, state: "RecurrentState", cache: LayerCache) -> None:
-        """Nothing: no keys."""
+        """Do nothing: there are no keys."""
 
     @property
     def attention(self) -> None:
-        """No keys."""
+        """Always None: there are no keys."""
         return None
 
     @property
@@ -247,7 +247,7 @@ def _joined(parts: list[nn.Parameter]) -> Tensor:
 
 
 def _adjoin(parts: list[Tensor]) -> bool:
-    """Whether tensors lie one after the other in the same memory."""
+    """True if tensors lie one after the other in the same memory."""
     offset = parts[0].storage_offset()
     for part in parts:
         same = part.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""What transformers needs to know about the family of hybrid models."""
+"""Base class of hybrid models for transformers: initial values, loading, saving and lineage."""
 
 import os
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ LENIENT = {
 
 
 def _origin(name: str | os.PathLike, given: Mapping[str, Any]) -> Origin | None:
-    """What the checkpoint of that name, in a folder or on the hub, says of itself."""
+    """Origin recorded in the checkpoint `name`, in a folder or on the hub."""
     given = {key: given[key] for key in HUB_ARGUMENTS if given.get(key) is not None}
     lineage, _ = (cached_file(name, file, **given, **LENIENT) for file in (LINEAGE, CARD))
     return None if lineage is None else origin_of(Path(lineage).parent)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ragged:
-    """How many tokens of each row are real, n_new [B], and their columns before padding [B, T].
+    """Numbers of real tokens by row, n_new [B], and their columns before padding [B, T].
 
     `real` [B, T] says which columns those are; all are None where every column is.
     """
@@ -41,7 +41,7 @@ def take(t: Tensor, columns: Tensor) -> Tensor:
 
 
 def without_padding(attention_mask: Tensor | None, n_new: Tensor | None, length: int) -> Ragged:
-    """Which of `length` columns are real: those with a 1 in a mask [B, T] or [B, past + T].
+    """Real columns among `length`: those with a 1 in a mask [B, T] or [B, past + T].
 
     ValueError for a mask with other dimensions.
     """

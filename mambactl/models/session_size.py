@@ -33,7 +33,7 @@ class StateSize:
         return 16 if self.batch <= 4 else max(1, 64 >> (self.batch - 1).bit_length())
 
     def window_slots(self, window: int) -> int:
-        """Slots of the ring that keeps the keys of a window of so many tokens, sinks aside."""
+        """Slots of the ring that keeps the keys of a window of `window` tokens, without sinks."""
         return _rounded_up(window + _rounded_up(max(self.ahead, 1), WINDOW_STEP), WINDOW_STEP)
 
 

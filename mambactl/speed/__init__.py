@@ -1,1 +1,1 @@
-"""Speed and memory of decoding, prompts and training steps, and what the machine allows."""
+"""Speed and memory of decoding, prompts and training steps, and the limits of the machine."""

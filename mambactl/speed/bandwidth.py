@@ -1,4 +1,4 @@
-"""The rate at which a device reads memory, the ceiling that decoding is judged by.
+"""Memory bandwidth of a device, the ceiling of its decoding speed.
 
 Decoding reads weights and writes next to nothing, so the ceiling is that of kernels which only
 read. The fastest of several, and of several runs of each, counts: a slower one would put a decoder

@@ -10,7 +10,7 @@ Point = dict[str, Any]
 
 
 def name(point: Point) -> str:
-    """Context length and rows."""
+    """Name of a point: context length and rows."""
     return f"{point['input_len']} x {point['batch_size']}"
 
 
@@ -61,7 +61,7 @@ def _gain(point: Point, metric: Metric) -> str:
 
 
 def show_training(result: dict[str, Any]) -> None:
-    """Steps of every stage: speed, memory, and what was checked in the same run."""
+    """Show the steps of every stage: speed, memory, and the checks of the same run."""
     numbers = (metrics.STEP_RATE, metrics.MILLISECONDS, metrics.PEAK)
     columns = ("stage", "rows x tokens", *(each.label for each in numbers), "loss", "error")
     for model in dict.fromkeys(point["model"] for point in result["points"]):

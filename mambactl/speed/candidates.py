@@ -1,4 +1,4 @@
-"""What `bench` measures: checkpoints, and synthetic models with a draft accepted as often as asked.
+"""Models that `bench` measures: checkpoints, and synthetic ones with a given acceptance rate.
 
 Models are made when they are needed, so that one at a time is in memory.
 """
@@ -26,7 +26,7 @@ LEAST_PERIOD = 64
 
 @dataclass(frozen=True)
 class Source:
-    """How to make a model and its draft; a synthetic model answers with the map `successor`."""
+    """Constructors of a model and its draft; a synthetic model answers with the map `successor`."""
 
     name: str
     target: Callable[[], HybridForCausalLM]
@@ -93,13 +93,13 @@ def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch
 
 
 def about_checkpoint(spec: str) -> dict[str, Any]:
-    """What a dry run says; reads headers only."""
+    """Description of a checkpoint for a dry run; reads headers only."""
     found = describe(spec)
     return {key: found[key] for key in ("checkpoint", "parameters", "mixers", "cache")}
 
 
 def about_shapes(config: BenchConfig) -> dict[str, Any]:
-    """What a dry run says about synthetic models; makes none."""
+    """Description of synthetic models for a dry run; makes none."""
     names = [*config.synthetic, *([] if config.draft in (None, NGRAM) else [config.draft])]
     return {
         "synthetic": config.synthetic,

@@ -1,4 +1,4 @@
-"""What memory bandwidth allows: bytes a decoding step must move, and the tokens/s that follow.
+"""Limits set by memory bandwidth: bytes a decoding step must move, and the resulting tokens/s.
 
 Weights are read once per step, recurrent states read and written once, keys and values read once;
 activations and inputs of convolutions (together below 0.1 %) are free. A decoder that replays
@@ -48,7 +48,7 @@ class StepBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all parts."""
         return self.weights + self.embedding + self.state + self.kv
 
 

@@ -1,4 +1,4 @@
-"""What is measured and over which points: a model, its prompts, and what its answers have to be."""
+"""Subject of a speed measurement: a model, its prompts, its expected answers, and the points."""
 
 import statistics
 import time
@@ -151,7 +151,7 @@ class Round:
 
 
 class _FirstToken:
-    """Listens for the first token after its own making."""
+    """Timer of the first token, from its own construction on."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -164,7 +164,7 @@ class _FirstToken:
 def decode(
     engine: AnyEngine, subject: Subject, prompts: Prompts, grid: Grid, advance: Callable[[], None]
 ) -> list[Round]:
-    """Decode the same prompts again and again; the measured rounds, every one of them checked."""
+    """Decode the same prompts in every round; returns the measured rounds, all of them checked."""
     params = SamplingParams(max_new_tokens=grid.output_len)
     rounds = []
     for _ in range(grid.warmup + grid.iters):

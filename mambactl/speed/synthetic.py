@@ -39,7 +39,7 @@ _COMMON = {
 def _llama(
     hidden: int, layers: int, heads: tuple[int, int], intermediate: int, vocabulary: int = 128_256
 ) -> HybridConfig:
-    """Only attention, Llama-3's rotary base; `heads` are those of queries and of keys."""
+    """Configuration with attention alone, Llama-3's rotary base; `heads` of queries and of keys."""
     return HybridConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
         num_hidden_layers=layers, num_attention_heads=heads[0], num_key_value_heads=heads[1],
@@ -81,7 +81,7 @@ def _hybrid(
 def _native(
     mixer: str, hidden: int, layers: int, vocabulary: int, sizes: Mamba1Settings | Mamba2Settings
 ) -> HybridConfig:
-    """No attention and no MLP, as `checkpoint.adapters.mamba` reads state-spaces' files."""
+    """Configuration of recurrent mixers alone, as `checkpoint.adapters.mamba` reads them."""
     return HybridConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden,
         num_hidden_layers=layers, num_attention_heads=1, num_key_value_heads=1,
@@ -329,5 +329,5 @@ def first_wrong(tokens: Sequence[int], successor: Tensor) -> int | None:
 
 
 def follows(tokens: Sequence[int], successor: Tensor) -> bool:
-    """Whether every token is the successor of the one before it."""
+    """True if every token is the successor of the one before it."""
     return first_wrong(tokens, successor) is None

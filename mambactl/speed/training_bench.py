@@ -190,7 +190,7 @@ def _shallowest(student: HybridForCausalLM) -> list[nn.Parameter]:
 
 
 def _trained(config: BenchConfig, student: HybridForCausalLM) -> dict[str, dict[str, nn.Parameter]]:
-    """What trains in each stage, by name."""
+    """Parameters that train in each stage, by name."""
     mixers = mixer_parameters(student)
     rest = rest_parameters(student) if config.train_rest else {}
     whole = dict(student.named_parameters()) if config.train_rest else mixers
@@ -258,6 +258,6 @@ def _synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torc
 
 
 def _forget(student: HybridForCausalLM, device: torch.device) -> None:
-    """Drop gradients and what the caching allocator keeps: the next stage's peak is its own."""
+    """Drop gradients and the caching allocator's blocks, so that the next peak is its own."""
     student.zero_grad(set_to_none=True)
     release(device)

@@ -1,4 +1,4 @@
-"""Speed of training steps on random tokens, and that what is fast is also right.
+"""Speed of training steps on random tokens, and a check of their gradients.
 
 The same run that is timed must lower its loss, and its kernels must give the gradients of the
 reference on a slice of the batch.

@@ -1,1 +1,1 @@
-"""Training: losses, mixer alignment, the distillation loop, what the TRL stages share."""
+"""Training: losses, mixer alignment, the distillation loop, shared parts of the TRL stages."""

@@ -49,7 +49,7 @@ class BestWeights:
 
     @torch.no_grad()
     def restore(self) -> dict[str, Any] | None:
-        """Give the parameters the best weights; return where and what was measured, if anything."""
+        """Give the parameters the best weights; return their step and measurement, if any."""
         kept = self.folder.load_best()
         if kept is None:
             return None

@@ -1,4 +1,4 @@
-"""What a teacher predicts, kept as a few drawn ids per token (arXiv 2503.16870), and a loss on it.
+"""Cache of a teacher's predictions as a few drawn ids per token (arXiv 2503.16870), and its loss.
 
 With q the teacher's distribution and ids drawn from a proposal r ~ q^power, the weights q / r / K
 make sum_k w_k [id_k = v] an unbiased estimate of q(v), hence the cross entropy against it one of
@@ -41,7 +41,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
 class Drawing(NamedTuple):
-    """How ids are drawn: K per token, from the softmax of logits / temperature to a power."""
+    """Settings of drawing ids: K per token, from the softmax of logits / temperature to a power."""
 
     samples: int
     temperature: float = 1.0
@@ -50,7 +50,10 @@ class Drawing(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Of P positions: ids [P, K], weights [P, K] fp32, entropy [P] fp32 of all the vocabulary."""
+    """Samples at P positions: ids [P, K], weights [P, K] and entropy [P], the last two in fp32.
+
+    The entropy is that of the whole vocabulary.
+    """
 
     ids: Tensor
     masses: Tensor
@@ -58,7 +61,7 @@ class Drawn(NamedTuple):
 
 
 def row_digest(input_ids: np.ndarray, position_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
-    """sha256 of a row without its padding: tokens, where documents begin, and what is learned."""
+    """sha256 of a row without its padding: tokens, document starts, and the loss mask."""
     digest = hashlib.sha256()
     for array, kind in ((input_ids, np.int32), (position_ids, np.int32), (loss_mask, np.uint8)):
         digest.update(np.ascontiguousarray(array, kind).tobytes())
@@ -66,7 +69,7 @@ def row_digest(input_ids: np.ndarray, position_ids: np.ndarray, loss_mask: np.nd
 
 
 def digests(rows: Row | Batch) -> list[bytes]:
-    """Of one row, or of every row of a batch on the CPU."""
+    """Content digests of one row, or of every row of a batch on the CPU."""
     columns = (rows.input_ids, rows.position_ids, rows.loss_mask, rows.valid)
     columns = [np.atleast_2d(np.asarray(column)) for column in columns]
     found = []
@@ -130,7 +133,7 @@ def _number(digest: bytes) -> int:
 def write_shard(
     path: Path, keys: Sequence[bytes], drawn: Sequence[Drawn], vocabulary: int, weighted: bool
 ) -> None:
-    """Write rows and what was drawn for them, whole or not at all; `weighted` keeps masses."""
+    """Write rows and their samples, all or nothing; `weighted` keeps masses."""
     kind = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
     lengths = [len(one.ids) for one in drawn]
     tensors = {
@@ -148,7 +151,7 @@ def write_shard(
 
 
 class TeacherCache:
-    """What lies in the files of a folder, found by digest."""
+    """Drawn ids in the files of a folder, found by digest."""
 
     def __init__(self, folder: Path, vocabulary: int):
         """Read where every row lies; raises ModelError for files that are damaged or missing.
@@ -172,11 +175,11 @@ class TeacherCache:
         return key in self._extents
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows in the cache."""
         return len(self._extents)
 
     def row(self, key: bytes) -> Drawn:
-        """Of one row; raises ModelError for one that is not there."""
+        """Samples of one row; raises ModelError for one that is not there."""
         if key not in self._extents:
             raise ModelError(
                 f"{self.folder} holds nothing for a row of this run",
@@ -196,7 +199,7 @@ class TeacherCache:
         return Drawn(ids, masses, entropy)
 
     def batch(self, batch: Batch) -> SampledTeacher:
-        """Of every position of a batch on the CPU, without weight where nothing is learned."""
+        """Samples for a batch on the CPU; zero weight where nothing is learned."""
         _, mask = next_tokens(batch)
         rows = [self.row(key) for key in digests(batch)]
         drawn = Drawn(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
@@ -270,7 +273,7 @@ class CachedObjective:
         self._ready: deque[tuple[Tensor, SampledTeacher]] = deque()
 
     def count(self, batch: Batch) -> int:
-        """Tokens that some position of the row predicts; reads what the cache holds for them."""
+        """Tokens that some position of the row predicts; reads their samples from the cache."""
         found = batch.input_ids, self.cache.batch(batch)
         if self.student.device.type == "cuda":
             found = found[0].pin_memory(), SampledTeacher(*(p.pin_memory() for p in found[1]))
@@ -278,7 +281,7 @@ class CachedObjective:
         return int(batch.loss_mask[:, 1:].sum())
 
     def inputs(self, batch: Batch, device: torch.device) -> CachedBatch:
-        """The batch and what was looked up for it."""
+        """Copy the batch and its cached samples to the device."""
         counted, held = self._ready.popleft()
         found = (part.to(device, non_blocking=True) for part in (counted, *held))
         return CachedBatch(*batch.to(device), *found)

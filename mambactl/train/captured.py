@@ -34,14 +34,14 @@ WARMUP = 3
 
 
 class Recording(Protocol):
-    """What `torch.cuda.CUDAGraph` can do."""
+    """Interface of `torch.cuda.CUDAGraph`."""
 
     def replay(self) -> None:
-        """Do again, on the memory of then, what was recorded."""
+        """Launch the recorded work again, on the same memory."""
         ...
 
     def reset(self) -> None:
-        """Give back what the recording holds."""
+        """Free the resources that the recording holds."""
         ...
 
 
@@ -49,7 +49,7 @@ class Recorder(Protocol):
     """Runs work so that it can be recorded, and records it."""
 
     def warm(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run as in a recording, but for real."""
+        """Run eagerly, under the conditions of a recording."""
         ...
 
     def record(self, run: Callable[[], Any]) -> Recording:
@@ -73,7 +73,7 @@ class GraphRecorder:
         return found
 
     def record(self, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        """See `Recorder`."""
+        """Record `run` as a CUDA graph; see `Recorder`."""
         graph = torch.cuda.CUDAGraph()
         # the thread that makes batches pins memory meanwhile, which is no part of the recording
         mode = "thread_local"
@@ -83,7 +83,7 @@ class GraphRecorder:
 
 
 def recorder_for(device: torch.device) -> GraphRecorder | None:
-    """What records on a device, None where nothing does."""
+    """Recorder for a device, None where there is none."""
     return GraphRecorder(device) if device.type == "cuda" else None
 
 
@@ -110,15 +110,15 @@ class CapturedObjective:
 
     @property
     def replays(self) -> bool:
-        """Whether a recording exists."""
+        """True if a recording exists."""
         return self._kept is not None
 
     def count(self, batch: Batch) -> int:
-        """See `Objective`."""
+        """Delegate to the inner objective; see `Objective`."""
         return self.inner.count(batch)
 
     def inputs(self, batch: Batch, device: torch.device) -> Inputs:
-        """See `Objective`."""
+        """Delegate to the inner objective; see `Objective`."""
         return self.inner.inputs(batch, device)
 
     def backward(self, inputs: Inputs, tokens: int | Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class CapturedObjective:
         self._give_back()
 
     def _drop_gradients(self) -> None:
-        """Leave none in the memory of a recording: nothing is there before a replay."""
+        """Drop gradients in the memory of a recording, which must hold none before a replay."""
         for parameter in [] if self.adds else self.parameters:
             parameter.grad = None
 
@@ -204,7 +204,7 @@ class _Kept:
 
 
 def _form(inputs: Inputs) -> tuple:
-    """What must be equal for the same launches to be right."""
+    """Shapes and types that must be equal for the same launches to be right."""
     return tuple(None if part is None else (part.shape, part.dtype) for part in inputs)
 
 

@@ -18,7 +18,7 @@ VERSIONS = 64
 
 
 def compiles(setting: bool | Literal["auto"], device: torch.device) -> bool:
-    """Whether to compile; auto says yes where kernels can be built: on CUDA with Triton."""
+    """True if blocks are compiled; auto means where kernels can be built: on CUDA with Triton."""
     if setting == "auto":
         return triton_missing(device) is None
     return setting
@@ -35,7 +35,7 @@ def compile_blocks(model: HybridForCausalLM, **options: Any) -> None:
 
 
 def release_blocks(model: HybridForCausalLM) -> None:
-    """Undo `compile_blocks`."""
+    """Undo `compile_blocks` for every block."""
     for block in model.model.layers:
         for name in ("run", "observe"):
             vars(block).pop(name, None)

@@ -1,4 +1,4 @@
-"""Windows of another size in every step of training, so that states learn what lies beyond any."""
+"""Random window sizes in every step of training, so that states learn the tokens beyond any."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ class DrawnWindows:
 
     @contextmanager
     def of(self, size: int) -> Iterator[None]:
-        """Let every window see `size` tokens for a while."""
+        """Let every window see `size` tokens inside the block."""
         before, model = [part.span for part in self.windows], self.model.model
         for part in self.windows:
             part.span = part.span._replace(window=size)

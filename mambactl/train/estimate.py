@@ -1,4 +1,4 @@
-"""What a distillation will take: bytes from shapes, seconds from operations and a short probe."""
+"""Cost of a distillation: bytes from shapes, seconds from operations and a short probe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ CHUNK_TENSORS = 5
 
 @dataclass(frozen=True)
 class Estimate:
-    """One phase: seconds of its steps without compilation, and bytes by what holds them."""
+    """Cost of one phase: seconds of its steps without compilation, and bytes by use."""
 
     seconds: float
     memory: Mapping[str, int]
@@ -32,11 +32,11 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is alive at a time."""
+        """Largest number of bytes alive at a time."""
         return sum(self.memory.values())
 
     def as_metrics(self) -> dict[str, Any]:
-        """JSON-able, to be compared with what happened."""
+        """JSON-able form, to be compared with the measured cost."""
         return {
             "seconds": round(self.seconds, 3),
             "peak_bytes": self.peak_bytes,
@@ -111,7 +111,7 @@ def _rated(work: Work, length: int, measured: Measured) -> dict[tuple[str, str],
 
 
 def _activations(work: Work, measured: Measured, tokens: int, itemsize: int) -> int:
-    """What a batch keeps for its backward pass, and once more of the largest layer in it."""
+    """Bytes of activations kept for backward, and those of the largest layer once more."""
     if work.aligns:
         return round(2 * tokens * max(measured.kept[n, "align"] for n in _names(work, work.layers)))
     layers = range(len(work.student.mixers))

@@ -1,4 +1,4 @@
-"""How far a student in training is from its teacher, on text that it never trains on."""
+"""Fidelity of a student in training to its teacher, on text that it never trains on."""
 
 import math
 from collections.abc import Sequence

@@ -117,7 +117,7 @@ class Job:
 
     @property
     def processes(self) -> int:
-        """How many processes train together."""
+        """Number of processes that train together."""
         return self.config.processes if isinstance(self.config, SpreadConfig) else 1
 
     @property

@@ -1,4 +1,4 @@
-"""What a run did: one line of metrics.jsonl per step, read from the device when it is long done.
+"""Record of a run: one line of metrics.jsonl per step, read from the device steps later.
 
 A step's loss and gradient norm are copied to page-locked memory behind the work that makes them;
 the host waits for that copy only `LAG` steps later, so it never stands between two steps of a GPU.
@@ -45,7 +45,7 @@ def forward_flops(config: HybridConfig, length: int, head: bool = True) -> float
 
 @dataclass(frozen=True)
 class Work:
-    """What one phase computes.
+    """Work of one step of a phase.
 
     `student.mixers` are those that run, stand-ins included; `layers` those whose mixer trains;
     `rest` says that everything else trains too, with `freeze_kept` but for queries and keys of kept
@@ -133,7 +133,7 @@ PATIENCE = 50
 
 @dataclass
 class PhaseReport:
-    """How a phase went; tokens are those the loss counted, `flops` those of the model.
+    """Report of a phase; tokens are those the loss counted, `flops` those of the model.
 
     `starting_seconds`, the first step of every process, holds what compilation took.
     """
@@ -156,7 +156,7 @@ class PhaseReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured on held-out text and probes, every so many steps and after each phase."""
+    """Measurement of held-out text and probes every `every` steps and after each phase."""
 
     every: int
     measure: Callable[[], dict[str, Any]]
@@ -170,7 +170,7 @@ def shown(measured: Mapping[str, Any]) -> str:
 
 @dataclass
 class LossWatch:
-    """Whether the smoothed loss of a phase stays far above the best it had after warm-up."""
+    """Watch for a smoothed loss that stays far above its best after warm-up, phase by phase."""
 
     seen: int = 0
     smoothed: float = 0.0
@@ -191,18 +191,18 @@ class LossWatch:
 
     @property
     def rising(self) -> bool:
-        """Whether what is reached now should not replace an earlier state."""
+        """True if the present state should not replace an earlier one."""
         return self.above > 0
 
     @property
     def diverged(self) -> bool:
-        """Whether there is no point in going on."""
+        """True if there is no point in going on."""
         return self.above >= PATIENCE
 
 
 @dataclass
 class Progress:
-    """Where the run is: `step` optimiser steps of phase number `phase` are done."""
+    """Position of the run: `step` optimiser steps of phase number `phase` are done."""
 
     phase: int = 0
     step: int = 0
@@ -270,7 +270,7 @@ class Clock:
         return self._mark - before
 
     def restart(self) -> None:
-        """What happened since the last lap does not count."""
+        """Discard the time since the last lap."""
         self._mark = time.perf_counter()
 
 
@@ -280,6 +280,6 @@ def peak_of(device: torch.device) -> int | None:
 
 
 def restart_peak(device: torch.device) -> None:
-    """Forget what was allocated before, by a probe or another phase."""
+    """Reset the peak of allocated memory, of a probe or another phase."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -71,7 +71,7 @@ class Phase:
 
 
 class Trained(NamedTuple):
-    """How every phase went, and where what was measured was best, if its weights were kept."""
+    """Reports of all phases, and the best measurement, if its weights were kept."""
 
     reports: list[PhaseReport]
     best: dict[str, Any] | None
@@ -204,7 +204,7 @@ class _PhaseRun:
             self._settle(0, bar)
 
     def _evaluates(self, step: int) -> bool:
-        """Whether held-out text is measured after this step."""
+        """True if held-out text is measured after this step."""
         if self.evaluation is None:
             return False
         return step == self.phase.steps or step % self.evaluation.every == 0
@@ -239,7 +239,7 @@ class _PhaseRun:
         return Pending.of(step + 1, rate, tokens, flops, loss, norm)
 
     def _objective(self, size: int | None) -> Objective:
-        """What a step with windows of this size minimises, recorded if steps are replayed."""
+        """Objective of a step with windows of this size, recorded if steps are replayed."""
         if self.recorder is None:
             return self.phase.objective
         if size not in self.captured:

@@ -49,7 +49,7 @@ def adapted(model: HybridForCausalLM, config: AdaptedConfig) -> Any:
 
 
 def projections(model: HybridForCausalLM, freeze_kept: bool = False) -> list[str]:
-    """Names of the linear layers of all blocks, but for those that are frozen."""
+    """Names of the linear layers of all blocks, except frozen ones."""
     found = model.model.layers.named_modules(prefix="model.layers")
     linears = [name for name, module in found if type(module) is nn.Linear]
     return [name for name in linears if not (freeze_kept and looks_up(name))]
@@ -67,7 +67,7 @@ def plain(model: Any) -> HybridForCausalLM:
 
 
 def merged(model: Any) -> HybridForCausalLM:
-    """The plain model with what was learned added to its weights, in fp32."""
+    """Plain model with the adapters merged into its weights, in fp32."""
     if isinstance(model, HybridForCausalLM):
         return model
     return model.float().merge_and_unload()

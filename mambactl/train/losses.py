@@ -37,7 +37,7 @@ SLABS = 8
 
 
 class Teacher(NamedTuple):
-    """Where the teacher's logits come from: hidden [..., Dt] before its head, weight [V, Dt]."""
+    """Source of the teacher's logits: hidden [..., Dt] before its head, weight [V, Dt]."""
 
     hidden: Tensor
     weight: Tensor

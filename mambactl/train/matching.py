@@ -1,4 +1,4 @@
-"""TRL's SFT trainer on our packed rows, with the KL to a teacher or to what was kept of one."""
+"""TRL's SFT trainer on packed rows, with the KL to a live or cached teacher."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,7 +101,7 @@ class MatchingTrainer(SpreadTrainer, SFTTrainer):
 
     @torch.no_grad()
     def _guide(self, batch: Batch, inputs: dict[str, Tensor]) -> Tensor | SampledTeacher:
-        """What was kept of the teacher, or its states."""
+        """Cached samples of the teacher, or its hidden states."""
         if CACHED[0] in inputs:
             return SampledTeacher(*(inputs[name] for name in CACHED))
         return self.teacher(inner_loss=lambda teacher: last_hidden(teacher, batch))
@@ -121,7 +121,7 @@ def collate_features(features: Sequence[dict[str, Any]], trim: bool = True) -> d
 def cached(
     cache: TeacherCache, trim: bool = True
 ) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
-    """`collate_features` with what the cache holds for the rows, found by what is in them."""
+    """`collate_features` with the cached samples of the rows, found by their digests."""
 
     def looked_up(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = collate([Row(**feature) for feature in features], trim)

@@ -1,4 +1,4 @@
-"""What a training step minimises, as gradients added to a student: mixer alignment or logits KL."""
+"""Objectives of a training step, as gradients added to a student: mixer alignment or logits KL."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from mambactl.train.losses import Teacher, distillation_loss
 
 
 class Inputs(Protocol):
-    """Everything a pass reads, on the device: a named tuple of tensors, None for what is not given.
+    """Inputs of a pass on the device: a named tuple of tensors, None for those not given.
 
     It has the fields of `data.pack.Batch` first.
     """
@@ -40,7 +40,7 @@ class Objective(Protocol):
         ...
 
     def inputs(self, batch: Batch, device: torch.device) -> Inputs:
-        """What `backward` reads for a batch on the host, copied without waiting."""
+        """Inputs of `backward` for a batch on the host, copied without waiting."""
         ...
 
     def backward(self, inputs: Inputs, tokens: int | Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class LogitsObjective:
         return int(batch.loss_mask[:, 1:].sum())
 
     def inputs(self, batch: Batch, device: torch.device) -> Batch:
-        """The batch."""
+        """Copy the batch to the device."""
         return batch.to(device)
 
     def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class LogitsObjective:
 
 
 def next_tokens(batch: Inputs) -> tuple[Tensor, Tensor]:
-    """What each position predicts [B, T], and whether that is learned [B, T] bool.
+    """Targets of each position [B, T], and the mask of those that are learned [B, T] bool.
 
     No row learns its first token, so its last position, which sees that one here, is masked.
     States need no slice, whose copy and gradient would be as large as they are.
@@ -136,12 +136,12 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class AlignmentObjective:
-    """Mean over layers of a recurrence's masked squared error over the variance of what it is for.
+    """Mean over layers of a recurrence's masked squared error over the variance of its target.
 
-    That is what the teacher's attention says and attention beside the recurrence, a window or kept
-    heads, does not. A loss of 1 is what a recurrence that only outputs the mean would get, however
-    little is missing, so every layer weighs the same. Raises ValueError when the
-    teacher has no attention in a replaced layer, or another number of layers or width.
+    The target is the output of the teacher's attention less that of attention beside the
+    recurrence, a window or kept heads. A recurrence that only outputs the mean has a loss of 1,
+    however little is missing, so every layer weighs the same. Raises ValueError when the teacher
+    has no attention in a replaced layer, or another number of layers or width.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class AlignmentObjective:
         return int(batch.valid.sum())
 
     def inputs(self, batch: Batch, device: torch.device) -> Batch:
-        """The batch."""
+        """Copy the batch to the device."""
         return batch.to(device)
 
     def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class PhasePlan:
         return found is not None and bool(found[1]) and _layer(name) in self.waiting
 
     def work(self, student: HybridConfig, teacher: HybridConfig, checkpointing: bool) -> Work:
-        """What one step computes."""
+        """Work of one step of the phase."""
         return Work(
             student.with_layers(dict.fromkeys(self.waiting, (ATTENTION, None))),
             teacher,
@@ -64,7 +64,7 @@ class PhasePlan:
         )
 
     def describe(self, model: nn.Module, tokens_per_step: int) -> dict[str, Any]:
-        """For `--dry-run`: exact parts that train and that do not, with their parameters."""
+        """Describe the phase for `--dry-run`: parts that train and that do not, with parameters."""
         trained = self.parameters(model)
         names = {name for members, _ in trained for name in members}
         frozen = {n: p for n, p in model.named_parameters() if n not in names}

@@ -59,7 +59,7 @@ class PreferenceTrainer(SpreadTrainer, DPOTrainer):
         add_fused_lm_head(self.model, cast_lm_head_to_fp32=True, outputs=PER_TOKEN)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what is measured at this step to its metrics."""
+        """Add the measurements due at this step to its metrics."""
         found = self.measure(self.state.global_step) if self.measure and "loss" in logs else None
         super().log(logs | dict(found or {}), start_time)
         if found and self.enough is not None and self.enough(found):

@@ -1,4 +1,4 @@
-"""The pairs of a DPO run: what it trains on, and what is held out of the same or other sets."""
+"""Pairs of a DPO run: those it trains on, and those held out of the same or other sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ def read_preferences(job: Job, config: DpoConfig) -> Preferences:
 
 
 def _rules(job: Job, config: DpoConfig, checks: Checks) -> dict[str, Any]:
-    """How rows are read, of what is trained on and what is held out."""
+    """Keywords for reading rows, both of training and of held-out sets."""
     rules = Rules(day=job.day, vocabulary=checks.vocabulary)
     return {"chat": config.chat, "skip_bad_rows": config.skip_bad_rows, "rules": rules}
 
@@ -151,7 +151,7 @@ def _keys(sets: Mapping[str, PairSet]) -> set[int]:
 
 
 def _limited(sets: Mapping[str, PairSet], config: DpoConfig) -> dict[str, list[Pair]]:
-    """At most `eval_pairs` of every set, always the same."""
+    """Held-out pairs, at most `eval_pairs` of every set and always the same."""
     held = {}
     for name, found in sets.items():
         order = np.random.default_rng(config.seed).permutation(len(found.pairs))

@@ -1,4 +1,4 @@
-"""A training run before it starts: what it would do, and what it would see of its data."""
+"""Preview of a training run: its plan, and the data that it would see."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ def plan_training(
     foreign: bool = False,
     counts: bool = True,
 ) -> dict[str, Any]:
-    """What a run would do, from headers and files; nothing is written, no hub set is read.
+    """Plan of a run, from headers and files; nothing is written, no hub set is read.
 
     Without `counts` documents are left to the caller.
     """

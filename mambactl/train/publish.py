@@ -165,7 +165,7 @@ def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> dict[str
 
 
 def draw_ledger(folder: RunFolder, asked: bool) -> None:
-    """Plot what the run measured beside its metrics; a missing library is said if it was asked."""
+    """Plot the run beside its metrics; reports a missing library if the plot was `asked` for."""
     if not is_main():
         return
     with console.failure_warned(folder.plot):

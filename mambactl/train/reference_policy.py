@@ -1,4 +1,4 @@
-"""What a DPO run asks its reference, once, and what it measures against it on held-out pairs."""
+"""Reference of a DPO run: log-probabilities computed once, and comparisons on held-out pairs."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -112,7 +112,7 @@ class HeldOutPreferences:
         return self.last
 
     def at(self, step: int) -> dict[str, float] | None:
-        """`held_out/SET/NUMBER` where this step is one of every so many or the last, else None."""
+        """Numbers by `held_out/SET/NUMBER` at every `every`-th step and the last, else None."""
         if not self.sets or (step % self.every and step != self.steps):
             return None
         return {
@@ -122,14 +122,14 @@ class HeldOutPreferences:
         }
 
     def farthest(self) -> float:
-        """The largest KL to the reference, per answer token, of what was measured last."""
+        """Largest KL to the reference, per answer token, in the last measurement."""
         return max((found["kl_to_reference"] for found in self.last.values()), default=0.0)
 
 
 def show_held_out(
     before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """A table of both, by set."""
+    """Show a table of the numbers before and after training, by set."""
     lines = []
     for name, found in after.items():
         for when, numbers in (("before", before.get(name)), ("after", found)):

@@ -111,7 +111,7 @@ def encode_documents(
     assistant_only: bool,
     checks: "Checks",
 ) -> list[Example]:
-    """Documents as tokens, those that the run can see; what is wrong with rows is noted."""
+    """Tokenise the documents that the run can see; faults of rows are noted."""
     config = job.config
 
     def encoded(members: Sequence[Document], max_tokens: int | None) -> list[Example]:
@@ -125,7 +125,7 @@ def encode_documents(
 
 @dataclass(frozen=True)
 class Checks:
-    """What is looked at in every row before training, and what was found."""
+    """Checks of every row before training, and their findings."""
 
     bad: BadRows
     doubts: Doubts
@@ -134,7 +134,7 @@ class Checks:
 
     @classmethod
     def of(cls, job: Job, tokenizer: "PreTrainedTokenizerBase", bad: BadRows) -> "Checks":
-        """Nothing found so far."""
+        """Checks with nothing found so far."""
         endings = Endings(stored_end_tokens(job.source, tokenizer))
         return cls(bad, Doubts(), endings, model_config(job.source).vocab_size)
 
@@ -149,7 +149,7 @@ class Checks:
 
 
 def _warn_beyond_positions(job: Job, examples: Sequence[Example]) -> None:
-    """Rows of several documents count positions anew for each."""
+    """Warn of documents beyond the model's positions; packed rows count them per document."""
     longest = max((len(example.input_ids) for example in examples), default=0)
     config = model_config(job.source)
     warn_beyond_positions(config, min(longest, job.config.max_length), "the model")

@@ -1,4 +1,4 @@
-"""Who else hears of a run's steps: lines on stderr, and trackers beside a loop of our own."""
+"""Listeners to a run's steps: lines on stderr, and trackers for the hand-written loop."""
 
 import os
 from collections.abc import Mapping
@@ -25,27 +25,27 @@ HELD_OUT = ("kl", "agreement", "perplexity_ratio", "ce", "eval_tokens")
 
 
 class Listener(Protocol):
-    """What hears every line of metrics.jsonl."""
+    """Listener to every line of metrics.jsonl."""
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        """Hear of a step."""
+        """Receive the line of one step."""
         ...
 
 
 def follow_steps(config: TrainConfig, folder: RunFolder) -> None:
-    """Say every so many steps how the run goes, if asked."""
+    """Report the progress of the run every few steps, if asked."""
     if config.log_every:
         folder.listeners.append(StepLines(config.log_every))
 
 
 class StepLines:
-    """Loss, learning rate and gradient norm on stderr, every so many steps of a phase."""
+    """Loss, learning rate and gradient norm on stderr, at regular steps of a phase."""
 
     def __init__(self, every: int):
         self.every = every
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        """Say it of steps that are multiples of the number."""
+        """Print the line of a step that is a multiple of the interval."""
         if "loss" not in line or line["step"] % self.every:
             return
         norm = line.get("gradient_norm", line.get("grad_norm"))

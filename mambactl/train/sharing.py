@@ -1,4 +1,4 @@
-"""What does not train is held once, in the type that products take.
+"""Share frozen weights with the teacher and hold them in the type that products take.
 
 A student that was converted from its teacher has the teacher's own tensors in most places. Frozen,
 they need neither a second copy nor fp32: they share the teacher's memory, and what the teacher has
@@ -28,7 +28,7 @@ class Sharing(NamedTuple):
 def share_frozen(
     student: nn.Module, teacher: nn.Module | None, trained: Collection[str], dtype: torch.dtype
 ) -> Sharing:
-    """Give every parameter of the student its place and type, one after the other.
+    """Give every parameter of the student its device and type, one at a time.
 
     `trained` names those that train in any phase: they become fp32. Of the others, those equal to
     the teacher's parameter of that name, once both are in `dtype`, become views of it; the rest is
@@ -59,7 +59,7 @@ def share_frozen(
 
 
 def restore(student: nn.Module, names: Collection[str], read: Callable[[str], Tensor]) -> None:
-    """Before saving: put back what was rounded, from where the student was read."""
+    """Restore rounded parameters, before saving, from the checkpoint of the student."""
     parameters = dict(student.named_parameters())
     for name in names:
         parameters[name].data = read(name)

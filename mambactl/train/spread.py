@@ -15,7 +15,7 @@ from mambactl.train.optimization import schedule
 
 
 class SpreadTrainer(Trainer):
-    """Goes before a trainer among the bases: FSDP2 that computes what one process would.
+    """First base of a trainer, for FSDP2 that computes the same as one process would.
 
     Matrices multiply in the autocast type, as on one GPU, so parameters travel in fp32 and none is
     rounded on its way: A_log, D and dt_bias act in fp32. Accelerate shards on GPUs alone; here a
@@ -72,7 +72,7 @@ def add_inner_loss(model: nn.Module) -> None:
 
 
 def shard_frozen(model: nn.Module) -> None:
-    """Where students are sharded, split a teacher or reference block by block as well."""
+    """Shard a teacher or reference block by block where students are sharded."""
     blocks = getattr(getattr(model, "model", None), "layers", None)
     if not sharded() or blocks is None:
         return

@@ -1,4 +1,4 @@
-"""How fast this device does the work of a training step, and what it keeps for the way back.
+"""Speed of a device at the work of a training step, and the activations kept for backward.
 
 Blocks, mixers, the head with its loss and the optimiser run for a moment with random weights of
 the real shapes, in the real types, compiled where the run compiles them and, where it replays its
@@ -149,7 +149,7 @@ def _casts(layer: nn.Module, amp: torch.dtype | None) -> int:
 
 
 def _shape(setup: Setup, per_token: float, rows: int, length: int) -> tuple[int, int]:
-    """As much of a batch as the device affords."""
+    """Rows and length of the part of a batch that the device can afford."""
     if setup.device.type != "cpu":
         return rows, length
     tokens = max(32, int(CPU_BUDGET / per_token))
@@ -240,7 +240,7 @@ class _Saved:
 
 
 def _kept(forward: Callable[[], Tensor], owner: nn.Module | None = None) -> int:
-    """Bytes that a forward pass keeps for the way back, but for an owner's parameters."""
+    """Bytes of activations kept for backward by a forward pass, without parameters of `owner`."""
     saved: WeakSet[_Saved] = WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:

@@ -1,4 +1,4 @@
-"""What the stages on TRL's trainers share: arguments, progress, metrics, stopping and resuming."""
+"""Shared parts of the stages on TRL's trainers: arguments, progress, metrics, stop and resume."""
 
 import json
 import math
@@ -148,7 +148,7 @@ def _tolerate(tracker: TrainerCallback, folder: RunFolder) -> None:
 
 
 class _AllStepsTaken(Exception):
-    """What is resumed has been trained to its end: transformers would take another step."""
+    """A resumed run is trained to its end already: transformers would take another step."""
 
 
 class _Watch(TrainerCallback):
@@ -233,7 +233,7 @@ class _Watch(TrainerCallback):
 
 
 def _lines_until(folder: RunFolder, step: int) -> int:
-    """How many lines are of steps up to this one."""
+    """Number of log lines of steps up to `step`."""
     return sum(line["step"] <= step for line in folder.read_log())
 
 

@@ -1,4 +1,4 @@
-"""What a student in training recalls of generated rows, beside its teacher."""
+"""Recall of generated rows by a student in training, beside its teacher."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

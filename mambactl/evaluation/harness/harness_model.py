@@ -177,14 +177,14 @@ class HarnessModel(HFLM):
         return contexts, continuations
 
     def _encode_alone(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """A continuation of nothing follows the token that begins texts."""
+        """Encode a continuation of an empty context, behind the token that begins texts."""
         tokens = self.tok_encode(context + continuation, add_special_tokens=False)
         if tokens[0] == self.prefix_token_id:
             return tokens[:1], tokens[1:]
         return [self.prefix_token_id], tokens
 
     def _encode_many(self, texts: Sequence[str]) -> dict[str, list[int]]:
-        """`tok_encode` of every text, by the text."""
+        """Return `tok_encode` of every text, by the text."""
         begin = self.tokenizer.decode(self.prefix_token_id)
         bare: dict[bool, dict[str, None]] = {True: {}, False: {}}
         for text in texts:

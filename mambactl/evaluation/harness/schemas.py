@@ -1,4 +1,4 @@
-"""What rows of a local task file hold, and how lm-evaluation-harness scores them.
+"""Schemas of local task files: the columns of a row, and how lm-evaluation-harness scores it.
 
 A file's columns decide what its rows are: `mc` (query, choices, gold), `mc+partial` (mc with
 context_options and one continuation), `mc2` (query, correct, incorrect; asked for by name), `lm`
@@ -201,7 +201,7 @@ _LM_COLUMNS = {"context": _TEXT, "continuation": _FILLED}
 
 @dataclass(frozen=True)
 class Schema:
-    """What rows of a kind hold, and the harness configuration that scores them."""
+    """Columns of one kind of row, and the harness configuration that scores it."""
 
     name: str
     columns: dict[str, Column]

@@ -206,7 +206,7 @@ def _set_shots(leaf: Any, task: Wanted, options: HarnessOptions) -> None:
 
 
 def _manager(names: Sequence[str], folder: str | None) -> Any:
-    """What finds tasks by name: those of a folder alone where they are enough."""
+    """Task manager of the harness: of a folder's tasks alone where they are enough."""
     if not names:
         folder = None
     manager = TaskManager(include_path=folder, include_defaults=False)
@@ -229,7 +229,7 @@ def _manager(names: Sequence[str], folder: str | None) -> Any:
 def _requests_kept(
     wanted: Sequence[Wanted], tokenizer: PreTrainedTokenizerBase, options: HarnessOptions
 ) -> Iterator[None]:
-    """Let the harness keep prompts in a folder of what they are made from: it looks at names."""
+    """Let the harness cache prompts in a folder per set of inputs, as it compares names alone."""
     if options.requests is None:
         yield
         return

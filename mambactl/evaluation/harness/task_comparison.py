@@ -29,7 +29,7 @@ class _Pairs:
 def compare_scores(
     ours: "TaskScores", theirs: "TaskScores", presets: Sequence[str], bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """By task: both scores by its main metric (a preset's own), their difference, its interval.
+    """Compare two models by task: scores by its main metric (a preset's own), difference, interval.
 
     `mean` has the same of the mean over the tasks whose score is a mean over documents; documents
     are drawn within each task, the same of student and teacher. Parts of a group are that group.

@@ -49,7 +49,7 @@ def _included(path: Path, content: Any) -> list[Path]:
 
 
 def _code(content: Any) -> Iterator[str]:
-    """What in the values of a file would run code that is not the harness's own, or write."""
+    """Yield each value of a file that would run code other than the harness's own, or write."""
     import lm_eval.api.metrics  # noqa: F401
     from lm_eval.api.registry import metric_registry
     from lm_eval.prompts import PROMPT_REGISTRY
@@ -72,7 +72,7 @@ def _code(content: Any) -> Iterator[str]:
 
 
 def _pairs(content: Any) -> Iterator[tuple[Any, Any]]:
-    """Every key and its value, at any depth, but for worked examples: their keys are columns."""
+    """Every key and its value, at any depth, except in worked examples, whose keys are columns."""
     rest = [content]
     while rest:
         value = rest.pop()

@@ -7,7 +7,7 @@ from mambactl.options.fields import Names
 
 
 class TaskNames:
-    """The tasks."""
+    """Names of the tasks to measure."""
 
     tasks: Names = Field(
         [], description="harness names, .jsonl files, or paper-zeroshot, paper-fewshot"
@@ -15,7 +15,7 @@ class TaskNames:
 
 
 class TaskPrompts:
-    """What is around the rows of a task, and what is kept."""
+    """Text around the rows of a task in its prompts, and what is kept of the results."""
 
     task_dir: str | None = Field(None, description="folder of .jsonl sets and harness YAML files")
     num_fewshot: int | None = Field(None, ge=0, description="worked examples in a task's prompts")
@@ -37,4 +37,4 @@ class TaskPrompts:
 
 
 class TaskOptions(TaskNames, TaskPrompts, EvalOptions):
-    """All that scoring tasks reads."""
+    """Options that scoring tasks reads."""

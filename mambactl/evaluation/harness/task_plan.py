@@ -1,4 +1,4 @@
-"""The tasks of one `eval`: which, from where, with what around them, and how they are scored."""
+"""Tasks of one `eval`: their names and sources, their prompts, and their scoring."""
 
 import hashlib
 import json
@@ -164,7 +164,7 @@ def _samples(config: TaskOptions, source: str) -> Path | None:
 def harness_options(
     plan: TaskPlan, config: TaskOptions, source: str, model: Any, compared: bool = False
 ) -> HarnessOptions:
-    """What the harness is told; `compared` with another model, document by document."""
+    """Options of the harness; `compared` with another model, document by document."""
     longest = config.task_max_length
     if longest is None and plan.presets:
         longest = min(MAX_LENGTH, model.config.max_position_embeddings)
@@ -192,7 +192,7 @@ def harness_options(
 
 
 def _fingerprint(config: TaskOptions, source: str, max_length: int | None) -> str:
-    """Names the answers of one model: the harness looks them up by the question alone."""
+    """Name of one model's cached answers, which the harness looks up by the question alone."""
     path = Path(resolve(source).path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     facts = [

@@ -89,7 +89,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """How tasks are run; names and defaults of lm-evaluation-harness.
+    """Options of running tasks, with names and defaults of lm-evaluation-harness.
 
     `requests` is a folder for prompts that were made, `answers` a file for a model's answers.
     `batch_size` "auto" fills passes by tokens. `by_document`: scores of every document are wanted.
@@ -112,7 +112,7 @@ class HarnessOptions:
 
 
 def is_local(spec: str) -> bool:
-    """Whether a task is a file here rather than a name."""
+    """True if a task is a local file rather than a name."""
     return spec.endswith(SUFFIXES)
 
 

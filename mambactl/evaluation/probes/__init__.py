@@ -1,4 +1,4 @@
-"""The table of what `eval` measures: a row each, in a file of its own.
+"""Table of the probes that `eval` runs: a row each, in a file of its own.
 
 A new probe is a file with a subclass of `Probe` and a row here. Options, JSON, kept results, tables
 of the console, pages, comparisons, cards and bounds follow from it. Loading the table loads no
@@ -96,7 +96,7 @@ EvalConfig = eval_options(_ROWS)
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a smaller value of what some probe measures is the better one.
+    """True if a smaller value of the metric `name` of some probe is the better one.
 
     Scores of extracted answers are called METRIC:FILTER.
     """

@@ -1,4 +1,4 @@
-"""`eval --generation-agreement`: what student and teacher write behind the same prompts."""
+"""`eval --generation-agreement`: greedy texts of student and teacher behind the same prompts."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ class AgreementOptions(EvalOptions):
 
 
 class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
-    """How alike greedy texts are."""
+    """Agreement of the greedy texts of student and teacher."""
 
     name, title, group = "generation", "Greedy texts", "greedy texts"
     about = (
@@ -37,7 +37,7 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
     example = "--generation-agreement PROMPTS"
 
     def asked(self, config: AgreementOptions) -> bool:
-        """Whether there are prompts."""
+        """True if there are prompts."""
         return bool(config.generation_agreement)
 
     def read(self, config: AgreementOptions, asked: Asked) -> Prompts:
@@ -47,7 +47,7 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
         return {self.name: read_prompts(config.generation_agreement)[: config.limit]}
 
     def plan(self, inputs: Prompts | None) -> dict[str, Any]:
-        """How many prompts."""
+        """Number of prompts, for a dry run."""
         return {"prompts": len(inputs[self.name]) if inputs else 0}
 
     def measure(

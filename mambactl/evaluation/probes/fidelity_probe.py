@@ -1,4 +1,4 @@
-"""`eval --data`: how closely students and their controls follow the teacher on text."""
+"""`eval --data`: fidelity of students and their controls to the teacher on text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ BY_POSITION = (KL, AGREEMENT)
 
 @dataclass
 class Fidelity:
-    """By data set: numbers of every variant, and paired tests."""
+    """Numbers of every variant by data set, and paired tests."""
 
     measured: dict[str, dict[str, Numbers]] = field(default_factory=dict)
     tests: dict[str, Numbers] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
     controlled = True
 
     def asked(self, config: EvalOptions) -> bool:
-        """Whether there is text."""
+        """True if there is text."""
         return bool(config.data)
 
     def validate(self, config: EvalOptions) -> None:
@@ -106,7 +106,7 @@ class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
             kept.setdefault(AGAINST, {})["tests"] = found.tests
 
     def _table(self, title: str, columns: Mapping[str, Numbers]) -> None:
-        """Lines are called as `fail_under` calls them."""
+        """Print a table whose lines have the names that `fail_under` uses."""
         found = list(columns.values())
         lines = []
         for each in self.present(found):

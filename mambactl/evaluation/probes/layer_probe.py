@@ -21,7 +21,7 @@ from mambactl.options.evaluation import EvalOptions, rows_per_pass
 
 
 class LayerOptions(EvalOptions):
-    """Whether errors are measured."""
+    """Option that asks for errors by layer."""
 
     per_layer: bool = Field(
         False, description="error of each new mixer against the teacher's attention, on --data"
@@ -41,7 +41,7 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
     bounded = False
 
     def asked(self, config: LayerOptions) -> bool:
-        """Whether errors are asked for."""
+        """True if errors by layer are asked for."""
         return config.per_layer
 
     def validate(self, config: LayerOptions) -> None:
@@ -61,7 +61,7 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
             require_layers(model_config(spec), model_config(asked.teacher))
 
     def labels(self, inputs: Texts) -> list[str]:
-        """Nothing: the data sets are named already."""
+        """Return no labels: the data sets are named already."""
         return []
 
     def measure(self, config: LayerOptions, inputs: Texts, subject: Subject) -> ByVariant:

@@ -79,7 +79,7 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
     teacher = "welcome"
 
     def asked(self, config: NeedleOptions) -> bool:
-        """Whether there are lengths."""
+        """True if there are lengths."""
         return bool(config.needle)
 
     def read(self, config: NeedleOptions, asked: Asked) -> "Grid":
@@ -103,7 +103,7 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
         )
 
     def plan(self, inputs: "Grid | None") -> dict[str, Any]:
-        """The grid."""
+        """Grid of lengths and depths, for a dry run."""
         return {} if inputs is None else {self.name: _about(inputs)}
 
     def labels(self, inputs: "Grid") -> list[str]:

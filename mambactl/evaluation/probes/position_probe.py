@@ -52,7 +52,7 @@ class PositionProbe(Probe[PositionOptions, Rows, Numbers]):
     bounded = False
 
     def asked(self, config: PositionOptions) -> bool:
-        """Whether there is text."""
+        """True if there is long text."""
         return bool(config.long_context_data)
 
     def read(self, config: PositionOptions, asked: Asked) -> Rows:

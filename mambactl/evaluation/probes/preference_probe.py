@@ -1,4 +1,4 @@
-"""`eval --preferences`: what a model prefers, and how far it is from its teacher on answers."""
+"""`eval --preferences`: preferences of a model, and its KL to the teacher on answers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ class PreferenceProbe(Probe[PreferenceOptions, "dict[str, PairSet]", "dict[str, 
     example = "--preferences FILE"
 
     def asked(self, config: PreferenceOptions) -> bool:
-        """Whether there are pairs."""
+        """True if there are pairs."""
         return bool(config.preferences)
 
     def read(self, config: PreferenceOptions, asked: Asked) -> "dict[str, PairSet]":

@@ -51,7 +51,7 @@ class Asked:
 
     @cached_property
     def rules(self) -> "Rules":
-        """What becomes of rows: tokens that the model does not have are refused."""
+        """Rules for rows: tokens outside the model's vocabulary are refused."""
         from mambactl.checkpoint.vocabulary import vocabulary_size
         from mambactl.data.format import Rules
 
@@ -90,7 +90,7 @@ class Subject:
 
     @property
     def rules(self) -> "Rules":
-        """What becomes of rows: tokens that the model does not have are refused."""
+        """Rules for rows: tokens outside the model's vocabulary are refused."""
         from mambactl.data.format import Rules
 
         return Rules(vocabulary=self.model.config.vocab_size)
@@ -140,7 +140,7 @@ class Probe(Generic[Options, Inputs, Found]):
         return [each.name for each in self.metrics if each.bound and self.bounded]
 
     def asked(self, config: Options) -> bool:
-        """Whether the options ask for it."""
+        """True if the options ask for this probe."""
         raise NotImplementedError
 
     def validate(self, config: Options) -> None:
@@ -154,11 +154,11 @@ class Probe(Generic[Options, Inputs, Found]):
         """Refuse models that cannot be compared, now that the teacher is known."""
 
     def plan(self, inputs: Inputs | None) -> dict[str, Any]:
-        """What a dry run says of it; None where it is not asked for."""
+        """Description of the probe in a dry run; `inputs` is None where it is not asked for."""
         return {}
 
     def labels(self, inputs: Inputs) -> list[str]:
-        """Its parts in the name of the results."""
+        """Parts that the probe adds to the name of the results."""
         return list(inputs)
 
     def known(self, inputs: Inputs, teacher: str | None) -> dict[str, Sequence[str]] | None:
@@ -202,7 +202,7 @@ class Probe(Generic[Options, Inputs, Found]):
 
 
 def bootstrap_of(config: EvalOptions) -> "Bootstrap":
-    """How intervals and tests are made."""
+    """Settings of the bootstrap for intervals and tests."""
     from mambactl.evaluation.statistics import Bootstrap
 
     return Bootstrap(config.confidence, config.bootstrap, config.seed)

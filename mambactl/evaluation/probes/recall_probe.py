@@ -1,4 +1,4 @@
-"""`eval --recall`: what a model recalls of pairs that were stated once."""
+"""`eval --recall`: recall of pairs that were stated once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
     controlled = True
 
     def asked(self, config: RecallOptions) -> bool:
-        """Whether there are lengths."""
+        """True if there are lengths."""
         return bool(config.recall)
 
     def read(self, config: RecallOptions, asked: Asked) -> "dict[str, Rows]":

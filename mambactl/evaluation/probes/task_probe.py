@@ -28,7 +28,7 @@ DIFFERENCES, BY_TASK, MEAN = "task_differences", "by_task", "mean"
 
 @dataclass(frozen=True)
 class Scored:
-    """What the harness found, and what was asked of it.
+    """Scores from the harness, and the plan that asked for them.
 
     `theirs` are the teacher's scores, and `differences` the student's from them.
     """
@@ -50,7 +50,7 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
     alone = True
 
     def asked(self, config: TaskOptions) -> bool:
-        """Whether there are tasks."""
+        """True if there are tasks."""
         return bool(config.tasks)
 
     def read(self, config: TaskOptions, asked: Asked) -> "TaskPlan":

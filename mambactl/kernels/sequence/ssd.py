@@ -66,9 +66,9 @@ def chunk_kernel(
     CHUNK: tl.constexpr, TILE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     DOCUMENTS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk adds to the state [P, N] and how much of it the chunk keeps.
+    """Addition of a chunk to the state [P, N], and the fraction of the state that it keeps.
 
-    BACKWARD: what it adds to the gradient of the state that enters it, for the gradient of the
+    BACKWARD: the addition to the gradient of the state that enters it, for the gradient of the
     outputs in place of x and C in place of B; a chunk must then be one tile. `sums` takes four fp32
     rows of it: the logarithms summed as `split` gives them, dt, and 1 where decays follow dt A.
     """
@@ -297,7 +297,7 @@ def add_up(
     sizes: dict[str, int],
     backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What every chunk adds [B, H, chunks, P, N] and keeps [B, H, chunks], fp32; fills `sums`.
+    """Additions [B, H, chunks, P, N] and kept fractions [B, H, chunks] in fp32; fills `sums`.
 
     That is [B, H, chunks, chunk] in fp64, or [B, H, chunks, 4, chunk] in fp32 if `backward`.
     """

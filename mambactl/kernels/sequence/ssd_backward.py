@@ -34,7 +34,7 @@ MOST = {torch.bfloat16: 64, torch.float32: 32}
 
 
 class Gradients(NamedTuple):
-    """In the types and shapes of the inputs; `initial_state` is fp32."""
+    """Gradients in the types and shapes of the inputs; `initial_state` is fp32."""
 
     x: Tensor
     dt: Tensor

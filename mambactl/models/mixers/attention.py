@@ -97,7 +97,7 @@ class AttentionMixer(nn.Module):
 
     @property
     def dropped(self) -> float:
-        """The share of its weights that are dropped now."""
+        """Dropout rate of the attention weights, 0 outside of training."""
         return self.dropout if self.training else 0.0
 
     def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
@@ -155,7 +155,7 @@ class AttentionMixer(nn.Module):
 
 
 def _joint(hidden: Tensor, parts: Sequence[nn.Linear]) -> Tensor:
-    """What several projections make of hidden [B, T, D], side by side, as one product."""
+    """Outputs of several projections of hidden [B, T, D], side by side, as one product."""
     weight = torch.cat([part.weight for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
     return F.linear(hidden, weight, bias)
@@ -184,7 +184,7 @@ class PackedAttention:
 
     @property
     def attention(self) -> "PackedAttention":
-        """Itself, which needs the scratch of an attention."""
+        """The attention itself, which needs the scratch buffers of an attention."""
         return self
 
     @property
@@ -222,7 +222,7 @@ class PackedAttention:
         cache.keys, cache.values = state.keys, state.values
 
     def load(self, state: AttentionState, cache: AttentionCache, lengths: Tensor) -> None:
-        """Nothing: all was lent. RuntimeError where the cache outgrew that."""
+        """Do nothing, as all was lent; RuntimeError where the cache outgrew the state."""
         if cache.keys is not state.keys:
             raise RuntimeError("the keys of a prompt do not fit the session that reads it")
 
@@ -348,7 +348,7 @@ def attention_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None
 
 
 def kept_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None) -> MixerCost:
-    """The same of heads whose queries and keys stay as they are."""
+    """Cost of heads whose queries and keys are kept: the part that makes them counts as lookup."""
     cost = attention_cost(config, seen, kv_heads)
     kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
     values = 2 * config.hidden_size * kv_heads * config.head_dim

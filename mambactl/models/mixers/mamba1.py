@@ -71,7 +71,7 @@ class Mamba1Mixer(KeepsFloat32):
         self.out_proj = nn.Linear(s.d_inner, config.hidden_size, bias=s.proj_bias)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """What its own parameters hold before training, A_log [Ch, N] and D [Ch], both fp32."""
+        """Initial values of the mixer's own parameters, A_log [Ch, N] and D [Ch], both fp32."""
         s = self.sizes
         steps = torch.arange(1, s.d_state + 1, dtype=torch.float32)
         decay = steps.log().expand(s.d_inner, -1).contiguous()

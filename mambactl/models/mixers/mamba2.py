@@ -68,7 +68,7 @@ class Mamba2Mixer(KeepsFloat32):
         self.out_proj = nn.Linear(s.d_inner, config.hidden_size, bias=s.proj_bias)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """What its own parameters hold before training, all [H] and fp32."""
+        """Initial values of the mixer's own parameters, all [H] and fp32."""
         heads = self.sizes.n_heads
         zeros, ones = (make(heads, dtype=torch.float32) for make in (torch.zeros, torch.ones))
         return {"dt_bias": zeros, "A_log": zeros.clone(), "D": ones}

@@ -40,7 +40,7 @@ class PackedMamba2(PackedRecurrence):
 
     @property
     def norm_by_head(self) -> bool:
-        """Whether the gated norm stays within heads, so that the scan can do it."""
+        """True if the gated norm stays within heads, so that the scan can do it."""
         return self.sizes.norm_groups == self.sizes.n_heads
 
     def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:

@@ -53,7 +53,7 @@ from mambactl.models.packed import Rotations
 
 
 def others(kept: Sequence[int], kv_heads: int) -> tuple[int, ...]:
-    """Those of `kv_heads` KV heads that are not kept."""
+    """Indices of the KV heads, of `kv_heads` in all, that are not kept."""
     return tuple(head for head in range(kv_heads) if head not in kept)
 
 
@@ -188,7 +188,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
         return mixer.attended(hidden, context)
 
     def recurrent_heads(self, mixer: MixedMixer, heads: Tensor) -> Tensor:
-        """Of the attention's heads [B, T, H P] those that the recurrence stands for."""
+        """Heads that the recurrence replaces, out of the attention's heads [B, T, H P]."""
         count = len(mixer.replaced) + len(mixer.kept)
         index = torch.tensor(mixer.replaced, device=heads.device)
         return heads.unflatten(-1, (count, -1)).index_select(-2, index).flatten(-2)
@@ -214,7 +214,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
         config: LlamaConfig,
         attention: AttentionWeights,
     ) -> dict[str, Tensor]:
-        """Of the heads of another mixer those that are replaced here; kept ones are attention's."""
+        """Take the heads that are replaced here from another mixer; kept ones are attention's."""
         spec, settings = theirs
         count = config.num_key_value_heads
         present = others(spec.kept_heads(config, settings), count)

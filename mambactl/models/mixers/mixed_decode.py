@@ -23,7 +23,7 @@ class PackedMixed(PackedWindowed):
         return self.kept, self.window
 
     def states(self, state: RecurrentState) -> tuple[AttentionState, ...]:
-        """What each attention keeps."""
+        """Cached keys and values of each attention."""
         return state.kept, state.window
 
     def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:

@@ -21,7 +21,7 @@ class KeepsFloat32(nn.Module):
     float32_names = FLOAT32_PARAMETERS
 
     def initial_values(self) -> dict[str, Tensor]:
-        """What its own parameters hold before training; submodules have rules of their own."""
+        """Initial values of the module's own parameters; submodules have rules of their own."""
         return {}
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
@@ -60,7 +60,7 @@ class CausalConv(nn.Conv1d):
 
 
 def is_its_weight(module: nn.Module) -> bool:
-    """Whether a call of a linear map is a product with its weight and nothing else.
+    """True if a call of a linear map is a product with its weight and nothing else.
 
     False for adapters, hooks, and weights that are sharded, quantised or elsewhere.
     """

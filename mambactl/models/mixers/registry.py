@@ -53,7 +53,7 @@ def part_of(name: str) -> tuple[MixerSpec[Any], str] | None:
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter came with a mixer that replaced attention.
+    """True if a parameter came with a mixer that replaced attention.
 
     Attention in a window beside a mixer is the teacher's, like the rest of the model.
     """
@@ -62,7 +62,7 @@ def is_new(name: str) -> bool:
 
 
 def looks_up(name: str) -> bool:
-    """Whether a parameter decides where kept heads look: queries and keys, and norms on them."""
+    """True if a parameter is of the queries or keys of kept heads, or of the norms on them."""
     found = part_of(name)
     if found is None or found[0].keeps != found[1]:
         return False

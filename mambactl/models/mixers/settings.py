@@ -81,7 +81,7 @@ class Mamba2Settings:
         return self.n_heads * self.head_dim
 
     def with_heads_of(self, other: "Mamba2Settings") -> "Mamba2Settings":
-        """The same form with the heads of another mixer."""
+        """Settings of the same form with the heads of another mixer."""
         names = ("n_heads", "x_heads", "b_groups", "c_groups", "norm_groups")
         return replace(self, **{name: getattr(other, name) for name in names})
 
@@ -108,7 +108,7 @@ class Mamba2Settings:
 
 @dataclass(frozen=True)
 class WindowedSettings:
-    """Sizes of both parts, by the names of their sections in a configuration."""
+    """Sizes of Mamba-2 and its window, by the names of their sections in a configuration."""
 
     mamba2: Mamba2Settings
     mamba2_window: WindowSettings
@@ -129,6 +129,6 @@ class KeptHeads:
 
 @dataclass(frozen=True)
 class MixedSettings(WindowedSettings):
-    """Sizes of all parts, by the names of their sections in a configuration."""
+    """Sizes of Mamba-2, its window and the kept heads, by the names of their sections."""
 
     kept_heads: KeptHeads

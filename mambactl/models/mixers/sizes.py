@@ -1,4 +1,4 @@
-"""What a mixer keeps for later tokens, in numbers, from its settings alone; torch is not needed.
+"""Sizes of a mixer's cache, in numbers, from its settings alone; torch is not needed.
 
 The spec of a mixer (`mambactl.models.mixers.spec`) is one of these classes with all else that the
 program asks of a mixer. What describes a checkpoint by its headers takes `SIZES` instead.
@@ -113,7 +113,7 @@ class AttentionSizes(MixerSizes[None]):
     sees_all = True
 
     def settings(self, sections: object) -> None:
-        """Its sizes are the model's own."""
+        """Return None: attention takes its sizes from the model."""
         return None
 
     def kv_elements(self, config: HeadSizes, settings: None) -> int:
@@ -121,7 +121,7 @@ class AttentionSizes(MixerSizes[None]):
         return 2 * config.num_key_value_heads * config.head_dim
 
     def kept_heads(self, config: HeadSizes, settings: None) -> tuple[int, ...]:
-        """All KV heads."""
+        """Indices of all KV heads."""
         return tuple(range(config.num_key_value_heads))
 
 

@@ -54,7 +54,7 @@ class StepContext:
     head_squares: Tensor | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "StepContext":
-        """The same on another device; accelerate moves what it calls a layer with."""
+        """Copy the context to another device; accelerate moves the arguments of a layer."""
         return _moved(self, torch.device(device), non_blocking)
 
     def continues(self, span: LocalSpan) -> bool:
@@ -64,7 +64,7 @@ class StepContext:
 
     @property
     def sequential(self) -> bool:
-        """Whether recurrent layers go token by token, on the route that rolls back exactly."""
+        """True if recurrent layers go token by token, on the route that rolls back exactly."""
         return goes_sequentially(self.positions.shape[1], self.cursor, self.first)
 
 
@@ -84,7 +84,7 @@ def _moved(value: V, device: torch.device, non_blocking: bool) -> V:
 
 
 def goes_sequentially(length: int, cursor: Cursor | None, first: bool) -> bool:
-    """One token always; several only where a rollback may follow. Prompts go in chunks."""
+    """True for one token, and for several where a rollback may follow; prompts go in chunks."""
     if cursor is None:
         return False
     return length == 1 or (cursor.recording and not first and length <= MAX_SEQUENTIAL)
@@ -112,11 +112,11 @@ class MixerForm:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the mixer starts as decayed linear attention."""
+        """True if the mixer starts as decayed linear attention."""
         return self.init == "calibrated"
 
     def biased(self, config: LlamaConfig) -> bool:
-        """Whether its projections have biases: to calibrate them, or to take the attention's."""
+        """True if its projections have biases: to calibrate them, or to take the attention's."""
         return self.calibrated or bool(config.attention_bias)
 
 
@@ -175,7 +175,7 @@ class AttentionWeights:
         return len(self.head_norms[name]) == len(getattr(self, name))
 
     def heads(self, name: str, hidden: Tensor, width: int) -> Tensor:
-        """That map of hidden [B, T, D], by heads [B, T, heads, width]."""
+        """Projection `name` of hidden [B, T, D], by heads [B, T, heads, width]."""
         return nn.functional.linear(hidden, *self.linear(name)).unflatten(-1, (-1, width))
 
     def rms(self, name: str, width: int) -> Tensor:
@@ -247,7 +247,7 @@ class Mixer(Protocol):
 
 
 def span_of(config: LlamaConfig, window: WindowSettings) -> LocalSpan:
-    """What a window sees in a model of these heads."""
+    """Span of a window in a model with these heads."""
     shared = config.num_attention_heads // config.num_key_value_heads
     return LocalSpan(window.window, window.sinks, shared)
 
@@ -292,7 +292,7 @@ class MixerSpec(MixerSizes[S], ABC):
         return None if window is None else span_of(config, window)
 
     def has_positions(self, settings: S) -> bool:
-        """Whether positions bound the text that the mixer can read."""
+        """True if positions bound the text that the mixer can read."""
         return self.is_attention or self.rotates(settings) or self.window(settings) is not None
 
     # module and cache
@@ -343,11 +343,11 @@ class MixerSpec(MixerSizes[S], ABC):
         return mixer(hidden, context, None)
 
     def given(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor | None:
-        """What attention beside the recurrence adds to that, which it need not learn."""
+        """Output [B, T, D] of the attention beside the recurrence, which need not learn it."""
         return None
 
     def recurrent_heads(self, mixer: Mixer, heads: Tensor) -> Tensor:
-        """Of the attention's heads [B, T, H P] those that the recurrence stands for."""
+        """Heads that the recurrence replaces, out of the attention's heads [B, T, H P]."""
         return heads
 
     def narrowed(self, config: LlamaConfig, settings: Any, kept: tuple[int, ...]) -> S:

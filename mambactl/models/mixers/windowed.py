@@ -103,7 +103,7 @@ class WindowAttention(AttentionMixer):
 
 
 class Mamba2WindowMixer(Mamba2Mixer):
-    """A Mamba-2 mixer plus `window`, attention to what is near."""
+    """A Mamba-2 mixer plus `window`, attention to the nearest tokens."""
 
     def __init__(
         self,
@@ -120,11 +120,11 @@ class Mamba2WindowMixer(Mamba2Mixer):
         return super().forward(hidden, context, cache) + self.window(hidden, context, cache)
 
     def recurrent(self, hidden: Tensor, context: StepContext) -> Tensor:
-        """The first of these for whole rows."""
+        """Output [B, T, D] of Mamba-2 alone, for whole rows."""
         return super().forward(hidden, context, None)
 
     def given(self, hidden: Tensor, context: StepContext) -> Tensor:
-        """All but the first."""
+        """Output [B, T, D] of the window alone, for whole rows."""
         return self.window(hidden, context, None)
 
 
@@ -152,7 +152,7 @@ class PackedWindowed:
         return (self.window,)
 
     def states(self, state: RecurrentState) -> tuple[AttentionState, ...]:
-        """What each attention keeps."""
+        """Cached keys and values of the window."""
         return (state.window,)
 
     @property
@@ -172,7 +172,7 @@ class PackedWindowed:
         return state
 
     def lend(self, state: RecurrentState, cache: WindowedCache) -> None:
-        """Nothing: keys of windows move on."""
+        """Do nothing: the keys of a window move on."""
 
     def load(self, state: RecurrentState, cache: WindowedCache, lengths: Tensor) -> None:
         """Take over the state, the inputs of the convolution and the window's keys."""

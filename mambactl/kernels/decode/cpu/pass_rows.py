@@ -1,4 +1,4 @@
-"""Which rows of a pass are real and where they stand, worked out once for all layers."""
+"""Real rows of a pass and their positions, worked out once for all layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

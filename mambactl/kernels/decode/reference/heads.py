@@ -1,4 +1,4 @@
-"""What families do to queries and keys between their projections and their scores."""
+"""Steps of model families on queries and keys between their projections and their scores."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Where a cache of keys and values keeps a position."""
+"""Slot of a position in a cache of keys and values."""
 
 import torch
 from torch import Tensor

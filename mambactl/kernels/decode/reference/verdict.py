@@ -63,7 +63,7 @@ def _floors(scaled: Tensor, settings: Tensor) -> Tensor:
 
 
 def probabilities(logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor) -> Tensor:
-    """What `filter_rows` describes, written out: logits [..., R, V] -> fp32 [..., R, V]."""
+    """Probabilities after `filter_rows`, written out: logits [..., R, V] -> fp32 [..., R, V]."""
     scaled = logits / _temperatures(settings, logits)
     probs = (scaled - log_mass[..., None]).exp()
     return probs.masked_fill(scaled < threshold[..., None], 0.0)
@@ -206,7 +206,7 @@ class Finish(IntEnum):
 
 
 def next_store(begin: Tensor, base: Tensor, span: int, limit: int) -> Tensor:
-    """Where the pass that starts at `begin` stores its state: there, or not at all (`base`).
+    """Position at which the pass from `begin` stores its state: `begin`, or `base` if it does not.
 
     A ring of `limit` slots must hold three positions before the stored state, what is replayed,
     and `span` tokens a step, also in the step after this one. Limit 0 is plain decoding that

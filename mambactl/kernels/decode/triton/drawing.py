@@ -41,7 +41,7 @@ def uniform(seed, key, position, stream):
 
 @triton.jit
 def probability(logit, temperature, threshold, log_mass):
-    """What a filtered row gives to logits; the division rounds as in `filter_rows`."""
+    """Probability of logits in a filtered row; the division rounds as in `filter_rows`."""
     scaled = tl.div_rn(logit, temperature)
     return tl.where(scaled >= threshold, tl.exp(scaled - log_mass), 0.0)
 
@@ -73,7 +73,7 @@ def block_masses(
 
 @triton.jit
 def _first_past(before, weights, goal, SIZE: tl.constexpr):
-    """Where the running sum first exceeds the goal, never at a weight of zero.
+    """Index at which the running sum first exceeds the goal, never at a weight of zero.
 
     Rounding may leave the whole sum below the goal, which then means the last positive weight.
     """
@@ -136,7 +136,7 @@ def draw_rows(
     offset: int = 0,
     pdl: bool = False,
 ) -> None:
-    """See `kernels.decode.reference.verdict.draw_rows`."""
+    """Draw one token per row; see `kernels.decode.reference.verdict.draw_rows`."""
     rows, size = logits.shape
     _draw_kernel[(rows,)](
         logits,

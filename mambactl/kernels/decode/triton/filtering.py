@@ -52,7 +52,7 @@ def _range(row, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def _above(row, V, levels, low, high, peak, rate, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """What lies at or above each of levels [WAYS], and the logits next to the bracket's ends."""
+    """Mass or count at or above each level [WAYS], and the logits next to the bracket's ends."""
     lane = tl.arange(0, BLOCK)[:, None]
     total = tl.zeros([BLOCK, WAYS], tl.float32)
     least = tl.full([BLOCK, 1], float("inf"), tl.float32)
@@ -147,14 +147,14 @@ def _filter_kernel(
 
 
 def rows_per_setting(settings: Tensor, rows: int) -> int:
-    """How many of so many rows each of settings [3] or [S, 3] is for."""
+    """Number of consecutive rows, of `rows`, that share one of settings [3] or [S, 3]."""
     return rows * 3 // settings.numel()
 
 
 def filter_rows(
     logits: Tensor, settings: Tensor, threshold: Tensor, log_mass: Tensor, *, pdl: bool = False
 ) -> None:
-    """See `kernels.decode.reference.verdict.filter_rows`."""
+    """Find what top-k and top-p keep; see `kernels.decode.reference.verdict.filter_rows`."""
     rows, size = logits.shape
     _filter_kernel[(rows,)](
         logits,

@@ -43,7 +43,7 @@ class Tiles:
         return buffers * tile * element_size
 
     def fitted(self, element_size: int, limit: int) -> "Tiles":
-        """The same in less shared memory, if need be: fewer stages, then less of K at a time."""
+        """Tiles that fit in `limit` bytes of shared memory: first fewer stages, then less depth."""
         tiles = self
         while tiles.shared_bytes(element_size) > limit and (tiles.stages > 2 or tiles.depth > 16):
             if tiles.stages > 2:
@@ -53,7 +53,7 @@ class Tiles:
         return tiles
 
     def within(self, *widths: int) -> "Tiles | None":
-        """The same with no more columns than divide `widths`; None where those are too few."""
+        """Tiles whose columns divide all `widths`; None where those are too few."""
         columns = math.gcd(self.columns, *widths)
         # the narrowest product of a tensor core
         return None if self.slices and columns < 16 else replace(self, columns=columns)
@@ -108,7 +108,7 @@ def first_tile(
     w, w_index, col_ok, K: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
     SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """What a product can read of w before x is there; hand it to `product`."""
+    """Tile of w that a product can read before x is there; hand it to `product`."""
     if PDL:
         gdc_launch_dependents()
     if SLICES == 0:

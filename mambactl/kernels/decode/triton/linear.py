@@ -336,7 +336,7 @@ def project(
     rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
     tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.linear.project`; up to two attentions `beside`.
+    """Run `kernels.decode.reference.linear.project` with up to two attentions `beside`.
 
     Their head width must be a multiple of tiles.columns.
     """
@@ -380,7 +380,7 @@ def project_qkv(
     sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
     *, T: int, offset: int, sinks: int = 0, ring: int = 0, tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.linear.project_qkv`.
+    """Write queries, keys and values; see `kernels.decode.reference.linear.project_qkv`.
 
     The head width must be a multiple of tiles.columns.
     """
@@ -396,7 +396,7 @@ def add_residual(
     x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
     squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (), *, tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.linear.add_residual`; a piece of `squares` for each program."""
+    """Run `kernels.decode.reference.linear.add_residual`; a piece of `squares` for each program."""
     (M, K), N = x.shape, w.shape[0]
     absent = 2 - len(beside)
     depths = [other.shape[1] for other, _ in beside] + [0] * absent
@@ -410,7 +410,7 @@ def add_residual(
 def swiglu(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor, *, tiles: Tiles, pdl: bool
 ) -> None:
-    """See `kernels.decode.reference.linear.swiglu`."""
+    """Compute the first half of an MLP; see `kernels.decode.reference.linear.swiglu`."""
     (M, K), N = scaled.shape, out.shape[1]
     _swiglu_kernel[(triton.cdiv(2 * N, tiles.columns),)](
         scaled, squares, eps, w, out, M, N, K=K, TILES=squares.shape[1], **_sizes(tiles, pdl)

@@ -210,7 +210,7 @@ def project(
     rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
     pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.linear.project`."""
+    """Run an input projection; see `kernels.decode.reference.linear.project`."""
     (M, D), (_, slots, width) = scaled.shape, ring.shape
     N = w.shape[0] - sum(args.rows for args in beside)
     y = torch.mm(scaled, w.T)  # [M, N + rows of the attentions]
@@ -238,7 +238,7 @@ def mamba1_low(
     mixed: Tensor, w: Tensor, low: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
     offset: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.recurrent.mamba1_low`."""
+    """Run x_proj of native Mamba-1; see `kernels.decode.reference.recurrent.mamba1_low`."""
     batch, slots, channels = mixed.shape
     at = start[:, None] + offset + torch.arange(T, device=start.device)  # [B, T]
     rows = at % slots + slots * torch.arange(batch, device=start.device)[:, None]
@@ -255,7 +255,7 @@ def project_qkv(
     sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
     *, T: int, offset: int, sinks: int = 0, ring: int = 0, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.linear.project_qkv`."""
+    """Write queries, keys and values; see `kernels.decode.reference.linear.project_qkv`."""
     _put_heads(
         torch.mm(scaled, w.T), squares, eps, bias, cos, sin, q, keys, values, start, count, scale,
         T=T, offset=offset, sinks=sinks, ring=ring, depth=scaled.shape[1], pdl=pdl,
@@ -282,7 +282,7 @@ def add_residual(
     x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
     squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (), *, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.linear.add_residual`."""
+    """Add an output projection; see `kernels.decode.reference.linear.add_residual`."""
     M, N = hidden.shape
     y = torch.mm(x, w.T)  # [M, N]
     for other, weight in beside:
@@ -297,7 +297,7 @@ def add_residual(
 def swiglu(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor, *, pdl: bool
 ) -> None:
-    """See `kernels.decode.reference.linear.swiglu`."""
+    """Compute the first half of an MLP; see `kernels.decode.reference.linear.swiglu`."""
     (M, D), N = scaled.shape, out.shape[1]
     y = torch.mm(scaled, w.T)  # [M, 2 I]
     _swiglu_kernel[(triton.cdiv(N, BLOCK), M)](
@@ -309,7 +309,7 @@ def head(
     scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor | None,
     best_index: Tensor | None, logits: Tensor | None, *, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.triton.linear.head`."""
+    """Compute logits or their best tokens; see `kernels.decode.triton.linear.head`."""
     (M, D), N = scaled.shape, w.shape[0]
     if scaled.is_cuda and scaled.dtype != torch.float32:
         y = torch.mm(scaled, w.T, out_dtype=torch.float32)  # [M, V]

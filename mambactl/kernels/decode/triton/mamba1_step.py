@@ -187,7 +187,7 @@ def mamba1_segment(
     D: Tensor, out: Tensor, start: Tensor, count: Tensor, base: Tensor, base_next: Tensor,
     scale: int, *, T: int, offset: int, piece: int, repeat: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.recurrent.mamba1_segment`."""
+    """Run a segment of Mamba-1; see `kernels.decode.reference.recurrent.mamba1_segment`."""
     batch, channels, size = state.shape
     rank, n_x = dt_weight.shape[1], channels // repeat
     if low is None:

@@ -25,7 +25,7 @@ def softplus(x):
 
 @triton.jit
 def silu(x):
-    """x sigmoid(x)."""
+    """SiLU: x times sigmoid(x)."""
     return x * tl.sigmoid(x)
 
 
@@ -146,7 +146,7 @@ def mamba2_segment(
     base_next: Tensor, scale: int, *, T: int, offset: int, x_heads: int, b_groups: int,
     c_groups: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.recurrent.mamba2_segment`.
+    """Run a segment of Mamba-2; see `kernels.decode.reference.recurrent.mamba2_segment`.
 
     Heads wider than a program are normed by a kernel of their own.
     """
@@ -178,7 +178,7 @@ def _grouped_norm_kernel(y, gain, eps, D, width, BLOCK: tl.constexpr, PDL: tl.co
 
 
 def grouped_norm(y: Tensor, gain: Tensor, eps: float, groups: int, *, pdl: bool) -> None:
-    """See `kernels.decode.reference.recurrent.grouped_norm`."""
+    """RMS-normalise within groups; see `kernels.decode.reference.recurrent.grouped_norm`."""
     rows, width = y.shape
     _grouped_norm_kernel[(groups, rows)](
         y, gain, eps, width, width // groups,

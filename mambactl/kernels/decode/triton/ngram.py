@@ -52,7 +52,7 @@ def draft_ngram(
     longest: int = 3,
     pdl: bool = False,
 ) -> None:
-    """See `kernels.decode.reference.ngram.draft_ngram`."""
+    """Draft from the text itself; see `kernels.decode.reference.ngram.draft_ngram`."""
     _ngram_kernel[(history.shape[0],)](
         history,
         lengths,

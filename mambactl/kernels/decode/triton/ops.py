@@ -32,7 +32,7 @@ CLOSED_FORM_FROM = 8
 
 
 class TritonOps:
-    """Same methods as `kernels.decode.reference.ops.ReferenceOps`.
+    """Decode operations in Triton, with the methods of `kernels.decode.reference.ops.ReferenceOps`.
 
     `exact` keeps every row bitwise independent of how many rows a pass has (up to 16); without it
     passes of one or two rows, and Mamba-2 layers of many sequences, take faster ways that sum in
@@ -59,7 +59,7 @@ class TritonOps:
         return cls(exact, weight.device, weight.element_size())
 
     def _tiles(self, name: str, rows: int) -> Tiles | None:
-        """None where the product is the library's."""
+        """Tiles of the product `name` for so many rows; None where a library computes it."""
         tiles = tiles_for(name, rows, self.exact)
         return tiles and tiles.fitted(self.element_size, self.shared_memory)
 
@@ -84,11 +84,11 @@ class TritonOps:
         )
 
     def embed(self, *args: Any) -> None:
-        """Tokens into the stream."""
+        """Write tokens into the residual stream."""
         tokens.embed(*args, pdl=self.pdl)
 
     def add_normed(self, *args: Any) -> None:
-        """The norm of another stream into the stream."""
+        """Add the norm of another stream to the residual stream."""
         tokens.add_normed(*args, pdl=self.pdl)
 
     def settle_heads(self, *args: Any, **keywords: Any) -> None:
@@ -135,7 +135,7 @@ class TritonOps:
     def head_logits(
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, logits: Tensor
     ) -> None:
-        """All logits."""
+        """Compute all logits of the head."""
         self._product("head", len(scaled), scaled, squares, eps, w, None, None, logits)
 
     def _product(self, name: str, rows: int, *args: Any, **keywords: Any) -> None:
@@ -148,7 +148,7 @@ class TritonOps:
             getattr(linear, name)(*args, **keywords, tiles=tiles, pdl=self.pdl)
 
     def attention(self, *args: Any, **keywords: Any) -> None:
-        """Decode attention."""
+        """Run the attention of a decode pass."""
         decode_attention.decode_attention(*args, **keywords, pdl=self.pdl)
 
     def rotate(self, *args: Any, **keywords: Any) -> None:
@@ -194,25 +194,25 @@ class TritonOps:
         mamba1_step.mamba1_segment(*args, **keywords, pdl=self.pdl)
 
     def draft_ngram(self, *args: Any) -> None:
-        """See `kernels.decode.reference.ngram.draft_ngram`."""
+        """Draft from the text itself; see `kernels.decode.reference.ngram.draft_ngram`."""
         ngram.draft_ngram(*args, pdl=self.pdl)
 
     def filter_rows(self, *args: Any) -> None:
-        """See `kernels.decode.reference.verdict.filter_rows`."""
+        """Find what top-k and top-p keep; see `kernels.decode.reference.verdict.filter_rows`."""
         verdict.filter_rows(*args, pdl=self.pdl)
 
     def draw_rows(self, *args: Any, **keywords: Any) -> None:
-        """See `kernels.decode.reference.verdict.draw_rows`."""
+        """Draw one token per row; see `kernels.decode.reference.verdict.draw_rows`."""
         verdict.draw_rows(*args, **keywords, pdl=self.pdl)
 
     def verdict_greedy(self, *args: Any) -> None:
-        """See `kernels.decode.reference.verdict.verdict_greedy`."""
+        """Accept drafts greedily; see `kernels.decode.reference.verdict.verdict_greedy`."""
         verdict.verdict_greedy(*args, pdl=self.pdl)
 
     def verdict_sampled(self, *args: Any) -> None:
-        """See `kernels.decode.reference.verdict.verdict_sampled`."""
+        """Accept drafts by sampling; see `kernels.decode.reference.verdict.verdict_sampled`."""
         verdict.verdict_sampled(*args, pdl=self.pdl)
 
     def commit(self, *args: Any, **keywords: Any) -> None:
-        """See `kernels.decode.reference.verdict.commit`."""
+        """Commit the accepted tokens; see `kernels.decode.reference.verdict.commit`."""
         verdict.commit(*args, **keywords, pdl=self.pdl)

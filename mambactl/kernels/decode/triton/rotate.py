@@ -41,7 +41,7 @@ def rotate(
     mixed: Tensor, cos: Tensor, sin: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
     offset: int, groups: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.recurrent.rotate`."""
+    """Rotate B and C by their positions; see `kernels.decode.reference.recurrent.rotate`."""
     batch, slots, width = mixed.shape
     half = cos.shape[1]
     _rotate_kernel[(batch * T,)](

@@ -110,7 +110,7 @@ def add_normed(
     scaled: Tensor, squares: Tensor, eps: float, hidden: Tensor, gain: Tensor | None,
     out_scaled: Tensor, out_squares: Tensor, *, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.linear.add_normed`."""
+    """Add the norm of another stream; see `kernels.decode.reference.linear.add_normed`."""
     M, N = hidden.shape
     _normed_kernel[(M,)](
         scaled, squares, eps, hidden, scaled if gain is None else gain, out_scaled, out_squares, N,
@@ -120,7 +120,7 @@ def add_normed(
 
 
 def pick(best: Tensor, best_index: Tensor, tokens: Tensor, *, pdl: bool) -> None:
-    """See `kernels.decode.reference.linear.pick`."""
+    """Choose the best token of every row; see `kernels.decode.reference.linear.pick`."""
     M, pieces = best.shape
     _pick_kernel[(M,)](
         best, best_index, tokens, tokens.stride(0), pieces,

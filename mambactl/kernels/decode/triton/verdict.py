@@ -134,7 +134,7 @@ def verdict_greedy(
     *,
     pdl: bool = False,
 ) -> None:
-    """See `kernels.decode.reference.verdict.verdict_greedy`."""
+    """Accept drafts greedily; see `kernels.decode.reference.verdict.verdict_greedy`."""
     batch = accepted.shape[0]
     width = best.numel() // batch - 1
     _greedy_kernel[(batch,)](
@@ -170,7 +170,7 @@ def verdict_sampled(
     *,
     pdl: bool = False,
 ) -> None:
-    """See `kernels.decode.reference.verdict.verdict_sampled`."""
+    """Accept drafts by sampling; see `kernels.decode.reference.verdict.verdict_sampled`."""
     batch, size = accepted.shape[0], logits.shape[1]
     width = logits.shape[0] // batch - 1
     _sampled_kernel[(batch,)](
@@ -279,7 +279,7 @@ def commit(
     drafted: Tensor | None, eos: Tensor, mailbox: Tensor, k: int, *, span: int, limit: int,
     draft_limit: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """See `kernels.decode.reference.verdict.commit`."""
+    """Commit the accepted tokens; see `kernels.decode.reference.verdict.commit`."""
     depth, batch, letter_size = mailbox.shape
     # of a batch's first sequences alone the columns lie as far apart as those of all
     _commit_kernel[(batch,)](
