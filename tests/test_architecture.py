@@ -27,6 +27,8 @@ TOP_LEVEL = {
 }
 LONGEST_FILE = 450
 VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
+# openings of descriptions that only go on where a name ended
+FRAGMENTS = {"Whether", "What", "How", "Which", "Where", "Of"}
 
 # packages from the bottom up; a package may import those before it, and leaves are open to all
 TABLE = "COMMANDS"
@@ -241,6 +243,19 @@ def test_every_module_and_public_name_is_described() -> None:
         ]
         missing += [f"{path}: {node.name}" for node in public if not ast.get_docstring(node)]
     assert missing == []
+
+
+def test_descriptions_stand_alone() -> None:
+    """They say a thing or what to do, in three words or more: at most one in a hundred does not."""
+    described, fragments = 0, []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                words = (ast.get_docstring(node) or "").split()
+                described += bool(words)
+                if words and (words[0] in FRAGMENTS or len(words) < 3):
+                    fragments.append(f"{path}: {' '.join(words[:9])}")
+    assert len(fragments) <= described / 100, fragments
 
 
 def test_nobody_prints() -> None:
