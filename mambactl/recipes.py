@@ -133,12 +133,8 @@ class Recipe:
 
 
 def list_recipes() -> list[Recipe]:
-    """Load every recipe that comes with the package, each followed by its variants."""
-    found = []
-    for path in sorted(recipe_folder().glob("*.yaml")):
-        recipe = load_recipe(path)
-        found += [recipe, *(load_recipe(f"{path}@{name}") for name in recipe.variants)]
-    return found
+    """Load every recipe that comes with the package; each names its variants."""
+    return [load_recipe(path) for path in sorted(recipe_folder().glob("*.yaml"))]
 
 
 def load_recipe(spec: str | Path, settings: Iterable[str] = ()) -> Recipe:

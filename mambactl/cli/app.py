@@ -12,7 +12,10 @@ import typer
 
 from mambactl import console
 from mambactl.cli import recipe
+from mambactl.cli.headings import COMMAND_GROUPS
+from mambactl.cli.help import WIDEST, GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import Shared, parameters_of, typed_name, with_parameters
+from mambactl.cli.precedence import settled
 from mambactl.commands import COMMANDS, Command, configure
 from mambactl.errors import UsageError
 from mambactl.heartbeat import heartbeat
@@ -43,6 +46,7 @@ def make_app(asked: str | None = None) -> typer.Typer:
     """Return the application with a command for every row of COMMANDS, then the groups.
 
     Where `asked` is the name of a command, it is the only one: no other's options are loaded.
+    Where it is none, commands are listed and completed, and have no parameters.
     """
     app = typer.Typer(
         name="mambactl",
@@ -50,15 +54,20 @@ def make_app(asked: str | None = None) -> typer.Typer:
         pretty_exceptions_enable=False,
         # plain help: rich would double the time it takes to appear
         rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        cls=GroupedGroup,
+        context_settings=WIDEST,
         epilog=EPILOG,
     )
     app.callback()(root)
     rows = [COMMANDS[asked]] if asked in COMMANDS else COMMANDS.values()
     for command in rows:
-        app.command(command.name, help=_help(command))(_function(command))
+        heading = COMMAND_GROUPS[command.group]
+        made = app.command(
+            command.name, cls=GroupedCommand, help=_help(command), rich_help_panel=heading
+        )
+        made(_function(command) if command.name == asked else _listed)
     for name, group in GROUPS.items():
-        app.add_typer(group, name=name)
+        app.add_typer(group, name=name, rich_help_panel=COMMAND_GROUPS["make"])
     return app
 
 
@@ -95,6 +104,10 @@ def _help(command: Command) -> str:
         return summary
     lines = "\n".join(f"  {example}" for example in command.examples)
     return f"{summary}\n\n\b\nExamples:\n{lines}"
+
+
+def _listed() -> None:
+    """Stand for a command that is only named."""
 
 
 def _function(command: Command) -> Callable[..., None]:
@@ -263,11 +276,11 @@ def _write(command: Command, as_json: bool, result: StageResult) -> None:
 def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
     settings = parse_settings(shared.settings)
     if not shared.recipe:
-        return configure(stage, settings, flags)
+        return configure(stage, settled(stage, {}, settings | flags))
     from mambactl.recipes import REFERENCE, TRUST, load_recipe
 
     section = load_recipe(shared.recipe).section(stage)
-    config = configure(stage, section.values, settings, flags)
+    config = configure(stage, settled(stage, section.values, settings | flags))
     if section.asks_for_trust and TRUST not in settings | flags:
         raise UsageError(
             f"{shared.recipe}: {section.key} asks to run code that a checkpoint ships ({TRUST})",

@@ -160,7 +160,7 @@ def _flag(name: str, field: FieldInfo) -> Any:
     if kind is bool:
         flag = f"{flag}/--no-{flag[2:]}"
     text = f"{field.description or ''}{_shown(field.default)}"
-    metavar = name.upper() if kind == list[str] else None
+    metavar = ("DATA" if name in StageConfig.data_sets else "A,B") if kind == list[str] else None
     usual: list[str] = []
     if any(isinstance(mark, OpenChoice) for mark in field.metadata):
         usual = list(get_args(kind))

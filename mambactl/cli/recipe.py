@@ -2,31 +2,71 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mambactl import console
+from mambactl.cli.help import GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import DryRun, Force, Json, Quiet, Resume, Settings, Verbose
 from mambactl.errors import UsageError
 from mambactl.stage_result import Table
 
-app = typer.Typer(help="Whole pipelines as YAML files.")
+app = typer.Typer(help="Whole pipelines as YAML files.", cls=GroupedGroup)
 
 Name = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped recipe")]
 
 
-@app.command("list")
-def list_() -> None:
-    """List the recipes that come with mambactl."""
+@app.command("list", cls=GroupedCommand)
+def list_(as_json: Json = False) -> None:
+    """List the recipes that come with mambactl.
+
+    GPU is the memory for weights and optimiser, hours those of training on one H200.
+    """
+    from mambactl.cli.recipe_cost import cost_of, shown_bytes, shown_gpu, shown_hours
     from mambactl.recipes import list_recipes
 
-    rows = [(r.name, ", ".join(s.key for s in r.sections), r.description) for r in list_recipes()]
-    console.write_out(console.drawn(Table("", ("recipe", "sections", "description"), rows)))
+    found = [(recipe, cost_of(recipe)) for recipe in list_recipes()]
+    if as_json:
+        listed = [
+            {
+                "name": recipe.name,
+                "description": recipe.description,
+                "variants": list(recipe.variants),
+                "sections": [section.key for section in recipe.sections],
+                **cost.as_metrics(),
+            }
+            for recipe, cost in found
+        ]
+        console.write_json({"recipes": listed})
+        return
+    rows = [
+        (
+            recipe.name,
+            shown_gpu(cost),
+            shown_hours(cost.hours),
+            shown_bytes(cost.disk),
+            _variants(recipe.variants),
+            recipe.description,
+        )
+        for recipe, cost in found
+    ]
+    columns = ("recipe", "GPU", "hours", "disk", "variants", "description")
+    console.write_out(console.drawn(Table("", columns, rows)))
 
 
-@app.command("show")
+def _variants(names: Sequence[str]) -> str:
+    """`@50,75 @paper-50,75`: names that begin alike together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        start, hyphen, rest = name.rpartition("-")
+        groups.setdefault(start + hyphen, []).append(rest)
+    return " ".join(f"@{start}{','.join(ends)}" for start, ends in groups.items())
+
+
+@app.command("show", cls=GroupedCommand)
 def show(name: Name, settings: Settings = None) -> None:
     """Print a recipe with every option and where its value comes from."""
     import yaml
@@ -43,7 +83,7 @@ def show(name: Name, settings: Settings = None) -> None:
     console.write_out(console.drawn("\n".join(lines)))
 
 
-@app.command("schema")
+@app.command("schema", cls=GroupedCommand)
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors."""
     from mambactl.recipe_schema import schema
@@ -51,7 +91,7 @@ def schema() -> None:
     console.write_out(json.dumps(schema(), indent=2))
 
 
-@app.command("run")
+@app.command("run", cls=GroupedCommand)
 def run(
     name: Name,
     out: Annotated[
@@ -82,6 +122,7 @@ def run(
       mambactl recipe run quickstart --set distill.max_steps=50 --resume
     """
     from mambactl.cli.pipeline import Handling, commands, make_plan, run_plan, show_plan
+    from mambactl.cli.recipe_cost import cost_of, show_cost
     from mambactl.recipes import load_recipe
 
     if resume and force:
@@ -97,9 +138,12 @@ def run(
     plan = make_plan(recipe, folder, first, last, handling)
     if dry_run:
         lines, checkpoint = commands(plan)
+        cost = cost_of(recipe, plan.sections)
         show_plan(plan, lines)
+        show_cost(cost)
         if as_json:
-            console.write_json({"checkpoint": checkpoint, "commands": lines})
+            sums = {"cost": cost.as_metrics()}
+            console.write_json({"checkpoint": checkpoint, "commands": lines} | sums)
         return
     checkpoint, results = run_plan(plan)
     if as_json:

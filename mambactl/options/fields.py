@@ -176,6 +176,8 @@ class CommandConfig(BaseModel):
 
     # fields that take the place of MODEL, and how they are typed
     without_model: ClassVar[Mapping[str, str]] = {}
+    # options, and those that say the same more closely, of which one counts
+    more_specific: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
     def needs_model(self) -> bool:

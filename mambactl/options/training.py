@@ -143,7 +143,7 @@ class ShardConfig(SpreadConfig):
 
 
 class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
-    """Align each mixer with the attention it replaces, then match the teacher's logits."""
+    """Align new mixers, then match the teacher's logits."""
 
     later: ClassVar[Mapping[str, Any]] = TrainConfig.later | {
         "eval_recall": [],
@@ -244,7 +244,7 @@ class DistillConfig(HeldOutConfig, SpreadConfig, MixedRowsConfig):
 
 
 class TeacherCacheConfig(MixedRowsConfig):
-    """Keep ids that MODEL draws for every token, from which distill learns without it."""
+    """Keep ids drawn by a teacher, for distill without it."""
 
     samples: int = Field(default=12, ge=1, le=1024, description="ids drawn per token")
     temperature: Softness = Field(default=1.0, description="softens the distribution to be matched")
@@ -262,7 +262,7 @@ class TeacherCacheConfig(MixedRowsConfig):
 
 
 class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
-    """Supervised fine-tuning with optional word-level distillation."""
+    """Fine-tune on text or chats, with a teacher if wanted."""
 
     compile: bool = Field(
         default=False, description="compile blocks, for packed rows of one length"
@@ -292,7 +292,7 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig):
 
 
 class DpoConfig(TrackedConfig, ShardConfig):
-    """Direct preference optimisation."""
+    """Learn preferences (DPO and its relatives)."""
 
     lr: float = Field(default=5e-7, gt=0, description="learning rate")
     beta: float = Field(default=0.1, gt=0, description="pull towards the reference policy")
