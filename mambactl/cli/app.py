@@ -1,6 +1,7 @@
 """The Typer application: every command, in the order of the help."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import typer
 from mambactl import console
 from mambactl.cli import recipe
 from mambactl.cli.headings import COMMAND_GROUPS
+from mambactl.cli.closing import Closing
 from mambactl.cli.help import WIDEST, GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import Shared, parameters_of, typed_name, with_parameters
 from mambactl.cli.precedence import settled
@@ -22,7 +24,7 @@ from mambactl.heartbeat import heartbeat
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import parse_settings, validated
 from mambactl.ranks import is_main, launched
-from mambactl.requirements import purposes
+from mambactl.requirements import purposes, require_packages
 from mambactl.stage_result import StageResult
 from mambactl.version import __version__
 
@@ -130,6 +132,8 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
     """Run one stage: its options come from flags, `--set`, a recipe and defaults."""
     shared = Shared.take(given)
     console.set_verbosity(shared.verbosity if is_main() else console.SILENT)
+    started, piped = time.monotonic(), console.in_pipe()
+    console.name_tables(command.name if piped else "")
     if shared.resume and shared.force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
     others = take_others(command, given)
@@ -145,12 +149,21 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
         from mambactl.cli.processes import of_this_run
 
         config = of_this_run(command.name, config)
+    # a stage before this one may take hours
+    require_packages(config.packages)
     source = read_source(command, config, model)
     ending = command.ending(config)
+    closing = Closing(command, started, piped)
     if ending is None:
         _refuse_output(command, shared)
         _call(
-            command, config, source, None, shared, [console.read_model(other) for other in others]
+            command,
+            config,
+            source,
+            None,
+            shared,
+            closing,
+            [console.read_model(other) for other in others],
         )
         return
     out = Path(shared.out) if shared.out else console.default_out(source, command.name, ending)
@@ -171,7 +184,7 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
         console.log(f"{out} is complete, nothing to do")
         _say(command, shared, StageResult(str(out.absolute()), made.get("metrics", {})))
         return
-    _call(command, config, source, out, shared)
+    _call(command, config, source, out, shared, closing)
 
 
 def _run_plain(command: Command, given: dict[str, Any]) -> None:
@@ -205,6 +218,7 @@ def _call(
     source: str | None,
     out: Path | None,
     shared: Shared,
+    closing: Closing,
     others: Sequence[str] = (),
 ) -> None:
     # the help needs nothing of checkpoints
@@ -251,6 +265,7 @@ def _call(
     path = result.path
     if path is not None and (file := Path(path).expanduser()).exists():
         path = str(file.absolute())
+    closing.show(source, out)
     _say(command, shared, replace(result, path=path))
 
 
@@ -294,15 +309,15 @@ def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
 
 
 def _show_plan(command: Command, shared: Shared, plan: dict[str, Any], out: Path | None) -> None:
-    import json
-
     if out is not None:
         plan = {"out": str(out.absolute()), **plan}
     if shared.json and is_main():
         # nothing is made, so there is no checkpoint to hand on
         console.write_json({"stage": command.name, "checkpoint": None, **plan})
     elif not shared.json:
-        console.log(json.dumps(plan, indent=2, ensure_ascii=False, default=str), level=0)
+        from mambactl.cli.plan_tables import show_plan
+
+        show_plan(command.name, plan)
 
 
 def take_model(command: Command, given: dict[str, Any]) -> str | None:

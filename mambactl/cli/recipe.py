@@ -99,6 +99,17 @@ def run(
     ] = None,
     first: Annotated[str | None, typer.Option("--from", help="first section to run")] = None,
     last: Annotated[str | None, typer.Option("--to", help="last section to run")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option("--skip", metavar="SECTION", help="leave a section out")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="DATA", help="text to learn from, in place of the recipe's"),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option("--held-out", metavar="DATA", help="text to measure on, in its place"),
+    ] = None,
     settings: Settings = None,
     trusted: Annotated[
         bool,
@@ -120,7 +131,9 @@ def run(
     Examples:
       mambactl recipe run quickstart
       mambactl recipe run quickstart --set distill.max_steps=50 --resume
+      mambactl recipe run llama3-8b --data chat.jsonl --held-out test.jsonl -n
     """
+    from mambactl.cli.own_data import data_settings
     from mambactl.cli.pipeline import Handling, commands, make_plan, run_plan, show_plan
     from mambactl.cli.recipe_cost import cost_of, show_cost
     from mambactl.recipes import load_recipe
@@ -128,11 +141,13 @@ def run(
     if resume and force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
     console.set_verbosity(0 if quiet else 2 if verbose else 1)
-    recipe = load_recipe(name, settings or ())
+    own = data_settings(load_recipe(name), data or (), held_out or ())
+    recipe = load_recipe(name, [*own, *(settings or ())], skip or ())
     folder = Path(out) if out else Path("runs") / recipe.name
     flags = ["-q"] * quiet + ["-v"] * verbose
     again = ["mambactl", "recipe", "run", recipe.spec, "--out", str(folder)]
-    again += [word for setting in settings or () for word in ("--set", setting)]
+    repeated = {"--skip": skip, "--data": data, "--held-out": held_out, "--set": settings}
+    again += [word for flag, given in repeated.items() for one in given or () for word in (flag, one)]
     again += ["--trust-remote-code"] * trusted
     handling = Handling(tuple(flags), resume, force, trusted, as_json, shlex.join(again))
     plan = make_plan(recipe, folder, first, last, handling)

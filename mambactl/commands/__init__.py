@@ -34,7 +34,8 @@ class Command:
     a signal stopped. `json` is what `--json` prints: the result with its checkpoint, or the
     metrics alone. `argument` is an option that may also be typed behind MODEL, without its flag.
     `needs_torch` is for commands that are no stages, which all do. `group` is where the help of the
-    program lists it.
+    program lists it; `next_command` is what is typed next, with `{path}` for what was written, or
+    measured.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Command:
     argument: str | None = None
     needs_torch: bool = False
     group: Literal["make", "measure", "use", "look"] = "use"
+    next_command: str = ""
 
     @cached_property
     def options(self) -> type[CommandConfig]:
@@ -95,6 +97,7 @@ _ROWS = (
         ),
         writes="model",
         group="make",
+        next_command="mambactl distill {path} --data FILE",
     ),
     Command(
         "teacher-cache",
@@ -106,6 +109,7 @@ _ROWS = (
         writes="data",
         resumable=True,
         group="make",
+        next_command="mambactl distill STUDENT --data FILE --teacher-cache {path}",
     ),
     Command(
         "distill",
@@ -117,6 +121,7 @@ _ROWS = (
         writes="model",
         resumable=True,
         group="make",
+        next_command="mambactl eval {path} --data FILE",
     ),
     Command(
         "sft",
@@ -129,6 +134,7 @@ _ROWS = (
         writes="model",
         resumable=True,
         group="make",
+        next_command="mambactl eval {path} --data FILE",
     ),
     Command(
         "dpo",
@@ -140,6 +146,7 @@ _ROWS = (
         writes="model",
         resumable=True,
         group="make",
+        next_command="mambactl eval {path} --data FILE",
     ),
     Command(
         "eval",
@@ -155,6 +162,7 @@ _ROWS = (
         ),
         model="many",
         group="measure",
+        next_command="mambactl report {path}",
     ),
     Command(
         "spec-decode",
@@ -180,6 +188,7 @@ _ROWS = (
         ),
         model="optional",
         group="measure",
+        next_command="mambactl report {path}",
     ),
     Command(
         "generate",

@@ -74,7 +74,6 @@ def run(
         draw_ledger(folder, asked=bool(held_out))
         models.put_back(job)
         save_result(job, models.student, folder, models.name, metrics)
-    console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 
 

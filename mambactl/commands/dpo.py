@@ -58,7 +58,6 @@ def run(
             }
         spec = job.teacher_spec if config.reference == "teacher" else None
         save_result(job, student, folder, spec, metrics)
-    console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 
 

@@ -239,6 +239,11 @@ class StageConfig(CommandConfig):
         return ""
 
     @property
+    def packages(self) -> list[str]:
+        """Modules that options ask for and that not every installation has."""
+        return ["matplotlib"] if getattr(self, "report", None) else []
+
+    @property
     def other_models(self) -> list[tuple[str, str]]:
         """Options that name a model beside MODEL, each with its name."""
         named = [(option, getattr(self, option, None)) for option in sorted(self.models)]

@@ -100,6 +100,11 @@ class TrackedConfig(TrainConfig):
         default=[], description="tensorboard, wandb, trackio: curves there too, files in OUT.logs"
     )
 
+    @property
+    def packages(self) -> list[str]:
+        """Trackers that are packages of their own; tensorboard has two, and a message."""
+        return [*super().packages, *(name for name in self.log_to if name != "tensorboard")]
+
 
 class AdaptedConfig(TrainConfig):
     """What may train low-rank adapters in place of the weights."""
@@ -110,6 +115,11 @@ class AdaptedConfig(TrainConfig):
     lora_alpha: float | None = Field(
         default=None, gt=0, description="their scale; default: twice the rank"
     )
+
+    @property
+    def packages(self) -> list[str]:
+        """The one that trains adapters, beside others."""
+        return [*super().packages, *(["peft"] if self.lora else [])]
 
 
 def _several(count: int | None) -> int | None:

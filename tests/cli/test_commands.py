@@ -126,9 +126,9 @@ def test_a_writer_has_a_place_and_a_line(cli, tmp_path) -> None:
     assert cli("prune-heads", "m", "-o", "p.st").code == 5
     assert cli("prune-heads", "m", "-o", "p.st", "--force").code == 0
     assert (tmp_path / "p.st").read_text() == "m [1] [] False True"
-    planned = cli("prune-heads", "m", "-o", "q.st", "--dry-run")
-    assert (planned.code, planned.out) == (0, "")
-    assert json.loads(planned.err) == {"out": str(tmp_path / "q.st"), "heads": [1], "of": "m"}
+    planned = json.loads(cli("prune-heads", "m", "-o", "q.st", "--dry-run", "--json").out)
+    plan = {"out": str(tmp_path / "q.st"), "heads": [1], "of": "m"}
+    assert planned == {"stage": "prune-heads", "checkpoint": None, **plan}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""The last line of a stage: how long it took, what it wrote, and what to type next."""
+
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mambactl import console
+from mambactl.commands import Command
+from mambactl.metrics import duration
+from mambactl.ranks import is_main
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What is known when a stage begins; `piped` is where the next command is typed already."""
+
+    command: Command
+    started: float
+    piped: bool
+
+    def show(self, source: str | None, out: Path | None) -> None:
+        """Print the line, where there is more to say than the result itself."""
+        if not is_main() or not (out or self.command.next_command):
+            return
+        name = self.command.name
+        line = f"{name}: {duration(time.monotonic() - self.started)}"
+        if out is not None:
+            line += f", wrote {out}"
+        path = source if out is None else str(out)
+        if self.command.next_command and path and not self.piped:
+            line += f"; next: {self.command.next_command.format(path=shlex.quote(path))}"
+        console.log(line)
