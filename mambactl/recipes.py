@@ -137,9 +137,7 @@ def list_recipes() -> list[Recipe]:
     return [load_recipe(path) for path in sorted(recipe_folder().glob("*.yaml"))]
 
 
-def load_recipe(
-    spec: str | Path, settings: Iterable[str] = (), skip: Iterable[str] = ()
-) -> Recipe:
+def load_recipe(spec: str | Path, settings: Iterable[str] = (), skip: Iterable[str] = ()) -> Recipe:
     """Read and validate a recipe file or shipped name, with `@VARIANT` if it has any.
 
     Settings are `section.key=value`; sections of `skip` are left out.
@@ -297,9 +295,7 @@ def _override(
     return tuple(by_key.values())
 
 
-def _without(
-    sections: tuple[Section, ...], skip: Iterable[str], path: Path
-) -> tuple[Section, ...]:
+def _without(sections: tuple[Section, ...], skip: Iterable[str], path: Path) -> tuple[Section, ...]:
     keys = [section.key for section in sections]
     dropped = set(skip)
     for key in sorted(dropped - set(keys)):

@@ -13,8 +13,8 @@ import typer
 
 from mambactl import console
 from mambactl.cli import recipe
-from mambactl.cli.headings import COMMAND_GROUPS
 from mambactl.cli.closing import Closing
+from mambactl.cli.headings import COMMAND_GROUPS
 from mambactl.cli.help import WIDEST, GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import Shared, parameters_of, typed_name, with_parameters
 from mambactl.cli.precedence import settled

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -136,6 +137,7 @@ def run(
     from mambactl.cli.own_data import data_settings
     from mambactl.cli.pipeline import Handling, commands, make_plan, run_plan, show_plan
     from mambactl.cli.recipe_cost import cost_of, show_cost
+    from mambactl.cli.recipe_page import say_done, write_page
     from mambactl.recipes import load_recipe
 
     if resume and force:
@@ -147,7 +149,9 @@ def run(
     flags = ["-q"] * quiet + ["-v"] * verbose
     again = ["mambactl", "recipe", "run", recipe.spec, "--out", str(folder)]
     repeated = {"--skip": skip, "--data": data, "--held-out": held_out, "--set": settings}
-    again += [word for flag, given in repeated.items() for one in given or () for word in (flag, one)]
+    again += [
+        word for flag, given in repeated.items() for one in given or () for word in (flag, one)
+    ]
     again += ["--trust-remote-code"] * trusted
     handling = Handling(tuple(flags), resume, force, trusted, as_json, shlex.join(again))
     plan = make_plan(recipe, folder, first, last, handling)
@@ -160,7 +164,10 @@ def run(
             sums = {"cost": cost.as_metrics()}
             console.write_json({"checkpoint": checkpoint, "commands": lines} | sums)
         return
+    started = time.monotonic()
     checkpoint, results = run_plan(plan)
+    page = write_page(folder, shlex.join(again))
+    say_done(recipe.name, time.monotonic() - started, page, checkpoint)
     if as_json:
         console.write_json({"checkpoint": checkpoint, "sections": results})
     else:

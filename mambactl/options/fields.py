@@ -198,6 +198,7 @@ class StageConfig(CommandConfig):
     # fields whose relative paths in a recipe start at its folder
     files: ClassVar[frozenset[str]] = frozenset(
         {"data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks"}
+        | {"generation_agreement"}
     )
     # fields that name what is written beside the result: in a recipe, inside its working folder
     written: ClassVar[frozenset[str]] = frozenset(

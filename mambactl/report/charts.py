@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
+from itertools import count
 from textwrap import wrap
 from typing import Any
 
@@ -26,6 +28,7 @@ INK, GRID, SOFT = "#12ab01", "#12ab02", "#12ab03"
 _STAND_IN = {INK: "var(--ink)", GRID: "var(--grid)", SOFT: "var(--soft)"} | {
     f"#34cd{n:02x}": f"var(--c{n})" for n in range(COLOURS)
 }
+TIP = "tip-"
 _LINES = {"solid": "-", "dashed": (0, (4, 2.5)), "dotted": (0, (1, 2))}
 
 Points = Sequence[tuple[float, float]]
@@ -98,10 +101,20 @@ def steps(series: Iterable[Series], labels: Sequence[str], x: str, y: str) -> st
         return _svg(figure)
 
 
-def dots(series: Iterable[Series], labels: Sequence[str], x: str, log_x: bool = False) -> str:
-    """A row per label, first on top, with a dot per series: points are (value, row)."""
+def dots(
+    series: Iterable[Series],
+    labels: Sequence[str],
+    x: str,
+    log_x: bool = False,
+    mark: float | None = None,
+    height: float | None = None,
+) -> str:
+    """A row per label, first on top, with a dot per series: points are (value, row).
+
+    A dashed line stands at `mark`; `height` is in inches.
+    """
     drawn = list(series)
-    height = 0.75 + max(0.34 * len(labels), 0.16 * len(labels) * len(drawn))
+    height = height or 0.75 + max(0.34 * len(labels), 0.16 * len(labels) * len(drawn))
     with _drawing((INCHES[0], height)) as (figure, axes):
         for number, each in enumerate(drawn):
             # side by side within the row, so that dots do not hide each other
@@ -109,8 +122,11 @@ def dots(series: Iterable[Series], labels: Sequence[str], x: str, log_x: bool = 
             for value, row, bounds in each.drawn():
                 if bounds:
                     axes.hlines(row + shift, *bounds, color=colour(each.colour), lw=1.2)
+                tip = f"{each.name}, {labels[int(row)]}: {value:,.4g}"
                 axes.plot([value], [row + shift], marker=marker(each.colour), ms=5.5, ls="",
-                          color=colour(each.colour))  # fmt: skip
+                          color=colour(each.colour), gid=_tip(tip))  # fmt: skip
+        if mark is not None:
+            axes.axvline(mark, color=SOFT, lw=1.2, ls=_LINES["dashed"])
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
@@ -177,15 +193,34 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
 
 
 def _curve(axes: Any, each: Series) -> None:
-    style: dict[str, Any] = {"lw": 0.7, "alpha": 0.55}
-    if not each.faint:
-        style = {"marker": marker(each.colour), "lw": 1.6, "ms": 4.5, "clip_on": False}
+    style: dict[str, Any] = {"lw": 0.7, "alpha": 0.55} if each.faint else {"lw": 1.6}
     points = list(each.drawn())
     xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
     axes.plot(xs, ys, color=colour(each.colour), ls=_LINES[each.line], **style)
-    for x, _, bounds in points:
+    for x, y, bounds in points:
+        if not each.faint:
+            # one by one, so that each says what it is under the pointer
+            tip = f"{each.name}: {y:,.4g} at {short(x)}"
+            axes.plot([x], [y], color=colour(each.colour), marker=marker(each.colour), ms=4.5,
+                      ls="", clip_on=False, gid=_tip(tip))  # fmt: skip
         if bounds:
             axes.vlines(x, *bounds, color=colour(each.colour), lw=1)
+
+
+def _tip(text: str) -> str:
+    """The name of a drawn point, of which `_svg` makes the text under the pointer."""
+    return f"{TIP}{text.encode().hex()}"
+
+
+def _told(svg: str) -> str:
+    """The SVG with a title in every point that has a text."""
+    numbers = count()
+
+    def title(found: re.Match[str]) -> str:
+        text = escape(bytes.fromhex(found[1]).decode())
+        return f'<g id="point-{next(numbers)}"><title>{text}</title>'
+
+    return re.sub(rf'<g id="{TIP}([0-9a-f]*)">', title, svg)
 
 
 def _label(axes: Any, x: str, y: str) -> None:
@@ -249,7 +284,7 @@ def _svg(figure: Any) -> str:
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     # the page sets font and joints; a style element in here would be about all of it
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r"font-family: [^;]*; ", "", text)
+    text = _told(re.sub(r"font-family: [^;]*; ", "", text))
     for stand_in, variable in _STAND_IN.items():
         text = text.replace(stand_in, variable)
     return text
