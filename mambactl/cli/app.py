@@ -265,7 +265,7 @@ def _call(
     path = result.path
     if path is not None and (file := Path(path).expanduser()).exists():
         path = str(file.absolute())
-    closing.show(source, out)
+    closing.show(source if isinstance(source, str) else None, out)
     _say(command, shared, replace(result, path=path))
 
 

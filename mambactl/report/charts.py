@@ -5,13 +5,14 @@ matplotlib draws with stand-in colours, which become CSS variables in the SVG: `
 """
 
 import io
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
-from itertools import count
 from textwrap import wrap
 from typing import Any
 
@@ -28,7 +29,7 @@ INK, GRID, SOFT = "#12ab01", "#12ab02", "#12ab03"
 _STAND_IN = {INK: "var(--ink)", GRID: "var(--grid)", SOFT: "var(--soft)"} | {
     f"#34cd{n:02x}": f"var(--c{n})" for n in range(COLOURS)
 }
-TIP = "tip-"
+TIPS = "tips-"
 _LINES = {"solid": "-", "dashed": (0, (4, 2.5)), "dotted": (0, (1, 2))}
 
 Points = Sequence[tuple[float, float]]
@@ -124,7 +125,7 @@ def dots(
                     axes.hlines(row + shift, *bounds, color=colour(each.colour), lw=1.2)
                 tip = f"{each.name}, {labels[int(row)]}: {value:,.4g}"
                 axes.plot([value], [row + shift], marker=marker(each.colour), ms=5.5, ls="",
-                          color=colour(each.colour), gid=_tip(tip))  # fmt: skip
+                          color=colour(each.colour), gid=_tips([tip]))  # fmt: skip
         if mark is not None:
             axes.axvline(mark, color=SOFT, lw=1.2, ls=_LINES["dashed"])
         axes.set_yticks(range(len(labels)), labels)
@@ -193,34 +194,47 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
 
 
 def _curve(axes: Any, each: Series) -> None:
-    style: dict[str, Any] = {"lw": 0.7, "alpha": 0.55} if each.faint else {"lw": 1.6}
+    style: dict[str, Any] = {"lw": 0.7, "alpha": 0.55}
     points = list(each.drawn())
+    if not each.faint:
+        style = {"marker": marker(each.colour), "lw": 1.6, "ms": 4.5, "clip_on": False}
+        style["gid"] = _tips(f"{each.name}: {y:,.4g} at {short(x)}" for x, y, _ in points)
     xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
     axes.plot(xs, ys, color=colour(each.colour), ls=_LINES[each.line], **style)
-    for x, y, bounds in points:
-        if not each.faint:
-            # one by one, so that each says what it is under the pointer
-            tip = f"{each.name}: {y:,.4g} at {short(x)}"
-            axes.plot([x], [y], color=colour(each.colour), marker=marker(each.colour), ms=4.5,
-                      ls="", clip_on=False, gid=_tip(tip))  # fmt: skip
+    for x, _, bounds in points:
         if bounds:
             axes.vlines(x, *bounds, color=colour(each.colour), lw=1)
 
 
-def _tip(text: str) -> str:
-    """The name of a drawn point, of which `_svg` makes the text under the pointer."""
-    return f"{TIP}{text.encode().hex()}"
+def _tips(texts: Iterable[str]) -> str:
+    """The name of a drawn line, of which `_told` makes the text of each point under the pointer."""
+    return f"{TIPS}{json.dumps(list(texts)).encode().hex()}"
 
 
 def _told(svg: str) -> str:
     """The SVG with a title in every point that has a text."""
-    numbers = count()
+    parts = re.split(rf'<g id="{TIPS}([0-9a-f]*)">', svg)
+    told = parts[:1]
+    for number, (texts, drawn) in enumerate(zip(parts[1::2], parts[2::2], strict=True)):
+        told.append(
+            f'<g id="points-{number}">{_with_titles(drawn, json.loads(bytes.fromhex(texts)))}'
+        )
+    return "".join(told)
 
-    def title(found: re.Match[str]) -> str:
-        text = escape(bytes.fromhex(found[1]).decode())
-        return f'<g id="point-{next(numbers)}"><title>{text}</title>'
 
-    return re.sub(rf'<g id="{TIP}([0-9a-f]*)">', title, svg)
+def _with_titles(drawn: str, texts: Sequence[str]) -> str:
+    """Texts for the first marks in `drawn`, which are those of the line that begins there."""
+    marks = re.compile(r"<use ([^>]*)/>")
+    if len(marks.findall(drawn.partition('<g id="')[0])) != len(texts):
+        # a point without a place on a logarithmic axis, say
+        return drawn
+    left = iter(texts)
+    titled = partial(_titled, left)
+    return marks.sub(titled, drawn, count=len(texts))
+
+
+def _titled(texts: Iterator[str], found: re.Match[str]) -> str:
+    return f"<use {found[1]}><title>{escape(next(texts))}</title></use>"
 
 
 def _label(axes: Any, x: str, y: str) -> None:
