@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mambactl import console
+from mambactl.cli import suggestions
 from mambactl.cli.help import GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import DryRun, Force, Json, Quiet, Resume, Settings, Verbose
 from mambactl.errors import UsageError
@@ -17,7 +18,12 @@ from mambactl.stage_result import Table
 
 app = typer.Typer(help="Whole pipelines as YAML files.", cls=GroupedGroup)
 
-Name = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped recipe")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="recipe file, or the name of a shipped recipe", autocompletion=suggestions.recipes
+    ),
+]
 
 
 @app.command("list", cls=GroupedCommand)
@@ -98,10 +104,22 @@ def run(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="working folder (default: runs/<recipe>)")
     ] = None,
-    first: Annotated[str | None, typer.Option("--from", help="first section to run")] = None,
-    last: Annotated[str | None, typer.Option("--to", help="last section to run")] = None,
+    first: Annotated[
+        str | None,
+        typer.Option("--from", help="first section to run", autocompletion=suggestions.sections),
+    ] = None,
+    last: Annotated[
+        str | None,
+        typer.Option("--to", help="last section to run", autocompletion=suggestions.sections),
+    ] = None,
     skip: Annotated[
-        list[str] | None, typer.Option("--skip", metavar="SECTION", help="leave a section out")
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            metavar="SECTION",
+            help="leave a section out",
+            autocompletion=suggestions.sections,
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,

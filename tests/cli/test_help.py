@@ -1,8 +1,7 @@
-"""What a person meets first: help that is fast, flags that do not change, completion that works."""
+"""What a person meets first: help that is fast, flags that do not change."""
 
 import re
 import resource
-from pathlib import Path
 
 import pytest
 from fixtures.command_line import flags_in
@@ -11,8 +10,6 @@ from mambactl.cli.headings import COMMAND_GROUPS, COMMON, ORDER, heading_of, nam
 from mambactl.cli.parameters import parameters_of
 from mambactl.commands import COMMANDS
 
-ROOT = Path(__file__).parents[2]
-COMPLETIONS = {"bash": "mambactl.bash", "zsh": "_mambactl", "fish": "mambactl.fish"}
 HEAVY = ("torch", "transformers", "datasets", "numpy", "rich")
 
 EVERY_STAGE = (
@@ -176,23 +173,3 @@ def test_help_takes_at_most_four_times_the_import_of_typer(python) -> None:
         )
     )
     assert max(measured) < limit
-
-
-@pytest.mark.parametrize("shell", COMPLETIONS)
-def test_completion_scripts_are_those_that_typer_generates(python, shell) -> None:
-    done = python("-m", "mambactl", _MAMBACTL_COMPLETE=f"source_{shell}")
-    stored = (ROOT / "completions" / COMPLETIONS[shell]).read_text()
-    # zsh wants #compdef on the first line, where the generator leaves an empty one
-    assert stored == done.out.lstrip("\n"), (
-        f"_MAMBACTL_COMPLETE=source_{shell} mambactl > completions/{COMPLETIONS[shell]}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [("mambactl sp", "spec-decode"), ("mambactl convert x --keep-a", "--keep-attention")],
-)
-def test_completion_offers(python, words, offered) -> None:
-    env = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    done = python("-m", "mambactl", _MAMBACTL_COMPLETE="complete_bash", **env)
-    assert done.out.split() == [offered]
