@@ -426,14 +426,6 @@ def stdin_is_pipe() -> bool:
         return not sys.stdin.isatty()
 
 
-def in_pipe() -> bool:
-    """Whether another program takes what this one prints on stdout."""
-    try:
-        return stat.S_ISFIFO(os.fstat(1).st_mode)
-    except OSError:
-        return False
-
-
 def default_out(model: str, stage: str, ending: str = "") -> Path:
     """Return `runs/<model-name>-<stage>`, deterministic and relative to the working directory."""
     name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]

@@ -29,7 +29,7 @@ class Extra:
 _WITH_TORCH = "--no-build-isolation"
 EXTRAS = (
     Extra("eval", "lm-eval", "lm_eval", "eval --tasks"),
-    Extra("plots", "matplotlib", "matplotlib", "plot and the picture beside a distilled model"),
+    Extra("plots", "matplotlib", "matplotlib", "plot, report and training curves"),
     Extra("lora", "peft", "peft", "sft --lora"),
     Extra("cuda", "mamba-ssm", "mamba_ssm", "further GPU kernels", _WITH_TORCH),
     Extra("cuda", "causal-conv1d", "causal_conv1d", "further GPU kernels", _WITH_TORCH),

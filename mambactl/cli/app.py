@@ -13,7 +13,7 @@ import typer
 
 from mambactl import console
 from mambactl.cli import recipe
-from mambactl.cli.closing import Closing
+from mambactl.cli.closing import Closing, in_pipe
 from mambactl.cli.headings import COMMAND_GROUPS
 from mambactl.cli.help import WIDEST, GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import Shared, parameters_of, typed_name, with_parameters
@@ -132,7 +132,7 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
     """Run one stage: its options come from flags, `--set`, a recipe and defaults."""
     shared = Shared.take(given)
     console.set_verbosity(shared.verbosity if is_main() else console.SILENT)
-    started, piped = time.monotonic(), console.in_pipe()
+    started, piped = time.monotonic(), in_pipe()
     console.name_tables(command.name if piped else "")
     if shared.resume and shared.force:
         raise UsageError("--resume and --force exclude each other", "give one of them")

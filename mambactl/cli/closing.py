@@ -1,14 +1,24 @@
 """The last line of a stage: how long it took, what it wrote, and what to type next."""
 
+import os
 import shlex
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from mambactl import console
 from mambactl.commands import Command
-from mambactl.metrics import duration
 from mambactl.ranks import is_main
+from mambactl.units import duration
+
+
+def in_pipe() -> bool:
+    """Whether another program takes what this one prints on stdout."""
+    try:
+        return stat.S_ISFIFO(os.fstat(1).st_mode)
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)

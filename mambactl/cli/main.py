@@ -146,8 +146,8 @@ def _join_words() -> None:
     from mambactl.cli.suggestions import PREFIX, joined_words
 
     words = os.environ.get("COMP_WORDS", "").split("\n")
-    if len(words) > 1 and (place := os.environ.get("COMP_CWORD", "")).isdecimal():
-        joined, current, prefix = joined_words(words, int(place))
+    if len(words) > 1 and (number := os.environ.get("COMP_CWORD", "")).isdecimal():
+        joined, current, prefix = joined_words(words, int(number))
         os.environ |= {"COMP_WORDS": "\n".join(joined), "COMP_CWORD": str(current), PREFIX: prefix}
 
 

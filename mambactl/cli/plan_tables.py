@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from mambactl import console, metrics
+from mambactl import console
+from mambactl.units import decimal_size, duration
 
 # characters of a value beyond which a table is no help
 LONGEST = 400
@@ -20,7 +21,12 @@ def show_plan(stage: str, plan: Mapping[str, Any]) -> None:
             lists.append((name, value))
         elif value is not None and value != []:
             values.append((_words(name), _text(name, value)))
-    tables = [console.grid(f"{stage} would run with", ("", ""), values, numbers=False)]
+    # no table: a path that is broken over lines cannot be copied
+    width = max((len(name) for name, _ in values), default=0)
+    console.log(f"{stage} would run with", level=0)
+    for name, text in values:
+        console.log(f"  {name:<{width}}  {text}", level=0)
+    tables = []
     for name, rows in lists:
         tables.append(_listed(_words(name), [dict(_leaves(row)) for row in rows]))
         for row in rows:
@@ -71,9 +77,9 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, list):
         return _counted(value)
     if name.endswith("bytes") or " memory " in f" {name} ":
-        return metrics.decimal_size(value) if isinstance(value, int) else str(value)
+        return decimal_size(value) if isinstance(value, int) else str(value)
     if name.endswith("seconds") and isinstance(value, int | float):
-        return metrics.duration(value)
+        return duration(value)
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)

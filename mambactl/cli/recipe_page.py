@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mambactl import console
 from mambactl.errors import MambactlError
-from mambactl.metrics import duration
+from mambactl.units import duration
 
 PAGE = "report.html"
 

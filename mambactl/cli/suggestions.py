@@ -10,7 +10,6 @@ from pathlib import Path
 
 import typer
 
-from mambactl.checkpoint.hub_names import ALIASES
 from mambactl.errors import MambactlError
 from mambactl.files import GGUF_SUFFIX, RESULTS, SINGLE_FILE_SUFFIXES, recipe_folder
 from mambactl.plain_yaml import read_yaml
@@ -50,6 +49,8 @@ def _offered(names: Iterable[str], incomplete: str) -> list[str]:
 
 def models(incomplete: str) -> list[str]:
     """Aliases, checkpoints in `runs/`, and files and folders that may be models."""
+    from mambactl.checkpoint.hub_names import ALIASES
+
     found = [*ALIASES, *_checkpoints(RUNS), *_beside(incomplete)]
     return _offered(dict.fromkeys(found), incomplete)
 

@@ -6,12 +6,13 @@ from typing import Any
 import yaml
 
 from mambactl.checkpoint.contents import describe
-from mambactl.metrics import columns, decimal_size, group
+from mambactl.metrics import columns, group
 from mambactl.models.mixers.settings import WindowSettings
 from mambactl.models.mixers.sizes import SIZES, MixerSizes
 from mambactl.models.session_size import SessionSize
 from mambactl.options.reading import InspectConfig
 from mambactl.stage_result import StageResult, Table
+from mambactl.units import decimal_size
 
 
 def run(options: InspectConfig, source: str) -> StageResult:

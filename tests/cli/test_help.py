@@ -68,8 +68,8 @@ FLAGS = {
     "plot": "--out --help",
     "report": "--out --title --help",
     "doctor": "--deep --json --help",
-    "recipe run": "--out --from --to --set --trust-remote-code --resume --force --dry-run --json "
-    "--quiet --verbose --help",
+    "recipe run": "--out --from --to --skip --data --held-out --set --trust-remote-code --resume "
+    "--force --dry-run --json --quiet --verbose --help",
 }
 
 
