@@ -68,7 +68,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").removesuffix(" bytes")
+    return name.replace("_", " ")
 
 
 def _text(name: str, value: Any) -> str:
