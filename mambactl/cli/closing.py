@@ -14,7 +14,7 @@ from mambactl.units import duration
 
 
 def in_pipe() -> bool:
-    """Whether another program takes what this one prints on stdout."""
+    """True where another program reads stdout through a pipe."""
     try:
         return stat.S_ISFIFO(os.fstat(1).st_mode)
     except OSError:
@@ -23,7 +23,7 @@ def in_pipe() -> bool:
 
 @dataclass(frozen=True)
 class Closing:
-    """What is known when a stage begins; `piped` is where the next command is typed already."""
+    """Facts from the start of a stage; `piped`: the next command is typed already."""
 
     command: Command
     started: float

@@ -92,5 +92,5 @@ def heading_of(command: str, option: str) -> str:
 
 
 def named_options() -> frozenset[str]:
-    """Every name in the table: an option, or `COMMAND.OPTION`."""
+    """All names in the table: options, or `COMMAND.OPTION`."""
     return frozenset(_HEADINGS)

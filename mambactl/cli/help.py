@@ -15,7 +15,7 @@ _HELP_TEXT = "show this help"
 
 
 class Formatter(Protocol):
-    """What is used of the formatter that Typer hands over."""
+    """The part of Typer's formatter that is used here."""
 
     width: int
 

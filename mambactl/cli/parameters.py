@@ -182,7 +182,7 @@ def _flag(name: str, field: FieldInfo) -> Any:
 
 
 def _suggest(name: str, annotation: Any) -> Suggest | None:
-    """What a shell offers for an option, if not files."""
+    """Completion for an option's value; None for files."""
     if name == "tasks":
         return tasks
     if name in StageConfig.models:

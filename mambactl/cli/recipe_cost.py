@@ -31,7 +31,7 @@ MIXERS = 1 / 6
 
 @dataclass(frozen=True)
 class Cost:
-    """What one section takes; None where a size is not known."""
+    """Tokens, hours and bytes of one section; None where a size is not known."""
 
     key: str
     tokens: int = 0
@@ -77,7 +77,7 @@ class Total:
 
     @property
     def needs_gpu(self) -> bool | None:
-        """Whether CPU cores would train for longer than a person waits."""
+        """True where CPU cores would train for longer than a person waits."""
         operations = _sum(each.operations for each in self.sections)
         if self.uses_cuda or operations is None:
             return True if self.uses_cuda else None
@@ -181,7 +181,7 @@ def parameters_of(spec: str | None) -> int | None:
 
 
 def _is_fetched(data: str) -> bool:
-    """Whether a data set is neither on this disk nor written by another section."""
+    """True for a data set that is neither on this disk nor written by another section."""
     return not (os.path.exists(data) or REFERENCE.search(data))
 
 

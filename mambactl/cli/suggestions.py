@@ -1,4 +1,4 @@
-"""What a shell offers behind Tab: models, recipes with variants, sections, tasks, stages.
+"""Shell completion of names: models, recipes with variants, sections, tasks, stages.
 
 Functions are called with what is typed so far and answer from names on this disk; nothing heavy is
 imported. Where there is no answer the shell offers files.
@@ -137,7 +137,7 @@ def _beside(incomplete: str) -> Iterator[str]:
 
 
 def _entries(incomplete: str) -> Iterator[Path]:
-    """What lies in the folder that is typed, by its name as typed."""
+    """Entries of the typed folder, by their names as typed."""
     folder, name = os.path.split(incomplete)
     for path in _inside(Path(os.path.expanduser(folder or "."))):
         if path.name.startswith(name) and (name.startswith(".") or not path.name.startswith(".")):

@@ -1,4 +1,4 @@
-"""How the steps of `distill` are shared by its stages."""
+"""Division of the steps of `distill` among its stages."""
 
 from mambactl.errors import UsageError
 from mambactl.options.training import DistillConfig

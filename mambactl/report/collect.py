@@ -123,7 +123,7 @@ def kept_beside(checkpoint: Path) -> list[Path]:
 
 
 def kept_in_run(folder: Path) -> list[Path]:
-    """What the sections of `recipe run` left in its folder: beside checkpoints, then records."""
+    """Results in the folder of `recipe run`: beside checkpoints, then records."""
     records = [file for file in sorted(folder.glob("*.json")) if _is_record(file)]
     if not records:
         return []
@@ -133,7 +133,7 @@ def kept_in_run(folder: Path) -> list[Path]:
 
 
 def _is_record(file: Path) -> bool:
-    """Whether `recipe run` wrote a file about a section."""
+    """True for a file that `recipe run` wrote about a section."""
     if not os.path.isfile(file):
         return False
     try:

@@ -154,7 +154,7 @@ class _Tests(_Kept):
 
 
 class _Sample(_Kept):
-    """What both wrote behind one prompt."""
+    """Texts of both models for one prompt."""
 
     prompt: str
     student: str

@@ -174,7 +174,7 @@ def memory(material: Material) -> Section:
 
 
 def _caches(material: Material) -> dict[str, dict[str, _Caches]]:
-    """What is known of every model, by the type of the numbers and by the model."""
+    """Cache sizes of every model, by number type, then by model."""
     found: dict[str, dict[str, _Caches]] = {}
     for point in _points(material):
         if (size := point.numbers.get(metrics.CACHE.name)) is not None:

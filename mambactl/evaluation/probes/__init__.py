@@ -58,7 +58,7 @@ class _Measured(EvalBase):
 
     @property
     def packages(self) -> list[str]:
-        """What probes that are asked for need, and the page."""
+        """Modules of the requested probes, and of the page."""
         asked = [probe for probe in PROBES.values() if probe.asked(self)]
         return [*super().packages, *(name for probe in asked for name in probe.packages)]
 
