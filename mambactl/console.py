@@ -30,6 +30,8 @@ PLAIN_ERRORS = "_MAMBACTL_PLAIN_ERRORS"
 SILENT = -1
 # as a library; the command line asks for more
 _verbosity = {"level": 0}
+# what titles of tables begin with
+_stage = {"name": ""}
 # what is being done, outermost first, and when stderr last said something (monotonic seconds)
 _activities: list[Callable[[], str]] = []
 _heard = {"at": time.monotonic()}
@@ -204,12 +206,19 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], numb
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table to stderr; numbers should arrive already formatted."""
-    show(grid(title, columns, rows, numbers=True))
+    stage = _stage["name"]
+    named = ": ".join(filter(None, (stage, title)))
+    show(grid(named, columns, rows, numbers=True))
 
 
-def show(content: Any) -> None:
+def name_tables(stage: str) -> None:
+    """Put the name of a stage before the titles of tables: other stages share the terminal."""
+    _stage["name"] = stage
+
+
+def show(content: Any, level: int = 1) -> None:
     """Print something that rich can render to stderr."""
-    if _verbosity["level"] >= 1:
+    if _verbosity["level"] >= level:
         _heard["at"] = time.monotonic()
         stderr().print(content)
 

@@ -134,18 +134,14 @@ class Recipe:
 
 
 def list_recipes() -> list[Recipe]:
-    """Load every recipe that comes with the package, each followed by its variants."""
-    found = []
-    for path in sorted(recipe_folder().glob("*.yaml")):
-        recipe = load_recipe(path)
-        found += [recipe, *(load_recipe(f"{path}@{name}") for name in recipe.variants)]
-    return found
+    """Load every recipe that comes with the package; each names its variants."""
+    return [load_recipe(path) for path in sorted(recipe_folder().glob("*.yaml"))]
 
 
-def load_recipe(spec: str | Path, settings: Iterable[str] = ()) -> Recipe:
+def load_recipe(spec: str | Path, settings: Iterable[str] = (), skip: Iterable[str] = ()) -> Recipe:
     """Read and validate a recipe file or shipped name, with `@VARIANT` if it has any.
 
-    Settings are `section.key=value`.
+    Settings are `section.key=value`; sections of `skip` are left out.
     """
     path, variant = _find(str(spec))
     content = _read(path)
@@ -162,7 +158,7 @@ def load_recipe(spec: str | Path, settings: Iterable[str] = ()) -> Recipe:
         description = special or description
     seed = {"seed": content["seed"]} if "seed" in content else {}
     sections = tuple(_section(key, body, seed, path) for key, body in stages.items())
-    sections = _override(sections, settings, path)
+    sections = _without(_override(sections, settings, path), skip, path)
     _check_references(sections, path)
     _check_outputs(sections, path)
     name = text_of(content, "name", path.stem, path)
@@ -308,6 +304,14 @@ def _override(
         section = _take(by_key[owner], {key: value}, path)
         by_key[owner] = replace(section, typed=section.typed | {key})
     return tuple(by_key.values())
+
+
+def _without(sections: tuple[Section, ...], skip: Iterable[str], path: Path) -> tuple[Section, ...]:
+    keys = [section.key for section in sections]
+    dropped = set(skip)
+    for key in sorted(dropped - set(keys)):
+        raise UsageError(f"{path} has no section {excerpt(key)}", nearest(key, keys))
+    return tuple(section for section in sections if section.key not in dropped)
 
 
 def _check_references(sections: tuple[Section, ...], path: Path) -> None:

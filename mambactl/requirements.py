@@ -1,7 +1,9 @@
 """Requirements of this package: ranges of versions, extras, and the commands that install them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+from mambactl.errors import ResourceError
 
 PACKAGE = "mambactl"
 
@@ -27,7 +29,7 @@ class Extra:
 _WITH_TORCH = "--no-build-isolation"
 EXTRAS = (
     Extra("eval", "lm-eval", "lm_eval", "eval --tasks"),
-    Extra("plots", "matplotlib", "matplotlib", "plot and the picture beside a distilled model"),
+    Extra("plots", "matplotlib", "matplotlib", "plot, report and training curves"),
     Extra("lora", "peft", "peft", "sft --lora"),
     Extra("serve", "starlette", "starlette", "serve"),
     Extra("serve", "uvicorn", "uvicorn", "serve"),
@@ -60,6 +62,20 @@ def purposes() -> dict[str, str]:
 def extra_of(module: str | None) -> Extra | None:
     """The extra that brings a module, or the package it lies in."""
     return _BY_MODULE.get((module or "").partition(".")[0])
+
+
+def require_packages(modules: Iterable[str]) -> None:
+    """Raise ResourceError for the first module that is not installed; none is loaded."""
+    from importlib.util import find_spec
+
+    for module in modules:
+        if find_spec(module) is None:
+            extra = _BY_MODULE.get(module)
+            what = f"{extra.purpose} needs {extra.package}" if extra else f"{module} is asked for"
+            raise ResourceError(
+                f"{what}, which is not installed",
+                extra.line if extra else f"pip install {module}",
+            )
 
 
 def install_line(module: str) -> str:

@@ -29,6 +29,10 @@ frame.onload = () => {{
     wide: wide.slice(0, 5).map(each => each.outerHTML.slice(0, 120)),
     captions: [...page.querySelectorAll("caption")].filter(
       each => each.offsetWidth > each.closest(".scroll").clientWidth + 1).length,
+    cut: [...page.querySelectorAll(".scroll")].filter(
+      each => each.scrollWidth > each.clientWidth + 1).map(
+      each => each.querySelector("caption").textContent),
+    dark: view.matchMedia("(prefers-color-scheme: dark)").matches,
     requests: view.performance.getEntriesByType("resource").map(each => each.name)
       .filter(name => !name.startsWith("data:")),
   }});
@@ -41,14 +45,15 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-def in_a_browser(page: str, place: Path, width: int) -> dict[str, Any]:
+def in_a_browser(page: str, place: Path, width: int, dark: bool = False) -> dict[str, Any]:
     """Widths, charts, requests and console errors of a page in a frame of `width` pixels."""
+    scheme = "--blink-settings=preferredColorScheme=" + ("0" if dark else "1")
     frame = place / f"frame-{width}.html"
     frame.write_text(FRAME.format(width=width, page=html.escape(page)), "utf-8")
     done = subprocess.run(
         [
             browser(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--hide-scrollbars",
+            "--hide-scrollbars", scheme,
             "--disable-background-networking", "--enable-logging=stderr", "--v=0",
             f"--user-data-dir={place / 'profile'}", f"--window-size={max(width, 500)},900",
             "--virtual-time-budget=5000", "--dump-dom", frame.as_uri(),

@@ -48,7 +48,7 @@ LEAVES = {
     ),
     *("options", "plain_yaml", "ranks"),
     *("recipes", "recipe_schema", "recipe_variants", "registration", "requirements"),
-    *("stage_result", "version"),
+    *("stage_result", "units", "version"),
     # of the package of commands, the table alone: it names their modules and imports none
     TABLE,
 }

@@ -27,6 +27,7 @@ from typing import get_args as arguments
 from typing import get_origin as origin
 
 from mambactl.api.calls import Spec
+from mambactl.cli.precedence import settled
 from mambactl.commands import configure
 from mambactl.options import CommandConfig, StageConfig
 from mambactl.stage_result import StageResult
@@ -151,7 +152,8 @@ class _WithOptions(Generic[Options, Config]):
 
 def keywords(command: str, given: dict[str, object]) -> Any:
     """The options of a command from keywords; raises UsageError for a wrong one."""
-    return configure(command, {name: _plain(value) for name, value in given.items()})
+    typed = {name: _plain(value) for name, value in given.items()}
+    return configure(command, settled(command, {}, typed))
 
 
 def _plain(value: object) -> object:

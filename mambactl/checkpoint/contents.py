@@ -70,7 +70,7 @@ def layout_of(reader: Reader) -> MixerLayout[Any]:
 def _parts(reader: Reader, config: MixerLayout[Any]) -> list[dict[str, Any]]:
     sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     layers: dict[str, set[int]] = defaultdict(set)
-    for name in reader.names():
+    for name in _distinct_names(reader):
         match = LAYER.search(name)
         part = "embeddings, norm, head"
         if match:
@@ -89,6 +89,14 @@ def _parts(reader: Reader, config: MixerLayout[Any]) -> list[dict[str, Any]]:
         {"part": part, "layers": ranges(layers[part]), "parameters": count, "bytes": size}
         for part, (count, size) in sizes.items()
     ]
+
+
+def _distinct_names(reader: Reader) -> list[str]:
+    """Names of tensors, without a head that some writers store beside embeddings it is tied to."""
+    names = list(reader.names())
+    if reader.config.get("tie_word_embeddings") and any("embed" in name for name in names):
+        return [name for name in names if name != "lm_head.weight"]
+    return names
 
 
 def _session(config: MixerLayout[Any], itemsize: int, size: SessionSize) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The Typer application: every command, in the order of the help."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,14 +13,18 @@ import typer
 
 from mambactl import console
 from mambactl.cli import recipe
+from mambactl.cli.closing import Closing, in_pipe
+from mambactl.cli.headings import COMMAND_GROUPS
+from mambactl.cli.help import WIDEST, GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import Shared, parameters_of, typed_name, with_parameters
+from mambactl.cli.precedence import settled
 from mambactl.commands import COMMANDS, Command, configure
 from mambactl.errors import UsageError
 from mambactl.heartbeat import heartbeat
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import parse_settings, validated
 from mambactl.ranks import is_main, launched
-from mambactl.requirements import purposes
+from mambactl.requirements import purposes, require_packages
 from mambactl.stage_result import StageResult
 from mambactl.version import __version__
 
@@ -43,6 +48,7 @@ def make_app(asked: str | None = None) -> typer.Typer:
     """Return the application with a command for every row of COMMANDS, then the groups.
 
     Where `asked` is the name of a command, it is the only one: no other's options are loaded.
+    Where it is none, commands are listed and completed, and have no parameters.
     """
     app = typer.Typer(
         name="mambactl",
@@ -50,15 +56,20 @@ def make_app(asked: str | None = None) -> typer.Typer:
         pretty_exceptions_enable=False,
         # plain help: rich would double the time it takes to appear
         rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        cls=GroupedGroup,
+        context_settings=WIDEST,
         epilog=EPILOG,
     )
     app.callback()(root)
     rows = [COMMANDS[asked]] if asked in COMMANDS else COMMANDS.values()
     for command in rows:
-        app.command(command.name, help=_help(command))(_function(command))
+        heading = COMMAND_GROUPS[command.group]
+        made = app.command(
+            command.name, cls=GroupedCommand, help=_help(command), rich_help_panel=heading
+        )
+        made(_function(command) if command.name == asked else _listed)
     for name, group in GROUPS.items():
-        app.add_typer(group, name=name)
+        app.add_typer(group, name=name, rich_help_panel=COMMAND_GROUPS["make"])
     return app
 
 
@@ -97,6 +108,10 @@ def _help(command: Command) -> str:
     return f"{summary}\n\n\b\nExamples:\n{lines}"
 
 
+def _listed() -> None:
+    """Stand for a command that is only named."""
+
+
 def _function(command: Command) -> Callable[..., None]:
     def function(**given: Any) -> None:
         run_command(command, given)
@@ -117,6 +132,8 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
     """Run one stage: its options come from flags, `--set`, a recipe and defaults."""
     shared = Shared.take(given)
     console.set_verbosity(shared.verbosity if is_main() else console.SILENT)
+    started, piped = time.monotonic(), in_pipe()
+    console.name_tables(command.name if piped else "")
     if shared.resume and shared.force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
     others = take_others(command, given)
@@ -132,12 +149,21 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
         from mambactl.cli.processes import of_this_run
 
         config = of_this_run(command.name, config)
+    # a stage before this one may take hours
+    require_packages(config.packages)
     source = read_source(command, config, model)
     ending = command.ending(config)
+    closing = Closing(command, started, piped)
     if ending is None:
         _refuse_output(command, shared)
         _call(
-            command, config, source, None, shared, [console.read_model(other) for other in others]
+            command,
+            config,
+            source,
+            None,
+            shared,
+            closing,
+            [console.read_model(other) for other in others],
         )
         return
     out = Path(shared.out) if shared.out else console.default_out(source, command.name, ending)
@@ -158,7 +184,7 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
         console.log(f"{out} is complete, nothing to do")
         _say(command, shared, StageResult(str(out.absolute()), made.get("metrics", {})))
         return
-    _call(command, config, source, out, shared)
+    _call(command, config, source, out, shared, closing)
 
 
 def _run_plain(command: Command, given: dict[str, Any]) -> None:
@@ -192,6 +218,7 @@ def _call(
     source: str | None,
     out: Path | None,
     shared: Shared,
+    closing: Closing,
     others: Sequence[str] = (),
 ) -> None:
     # the help needs nothing of checkpoints
@@ -238,6 +265,7 @@ def _call(
     path = result.path
     if path is not None and (file := Path(path).expanduser()).exists():
         path = str(file.absolute())
+    closing.show(source if isinstance(source, str) else None, out)
     _say(command, shared, replace(result, path=path))
 
 
@@ -263,11 +291,11 @@ def _write(command: Command, as_json: bool, result: StageResult) -> None:
 def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
     settings = parse_settings(shared.settings)
     if not shared.recipe:
-        return configure(stage, settings, flags)
+        return configure(stage, settled(stage, {}, settings | flags))
     from mambactl.recipes import REFERENCE, TRUST, load_recipe
 
     section = load_recipe(shared.recipe).section(stage)
-    config = configure(stage, section.values, settings, flags)
+    config = configure(stage, settled(stage, section.values, settings | flags))
     if section.asks_for_trust and TRUST not in settings | flags:
         raise UsageError(
             f"{shared.recipe}: {section.key} asks to run code that a checkpoint ships ({TRUST})",
@@ -281,15 +309,15 @@ def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
 
 
 def _show_plan(command: Command, shared: Shared, plan: dict[str, Any], out: Path | None) -> None:
-    import json
-
     if out is not None:
         plan = {"out": str(out.absolute()), **plan}
     if shared.json and is_main():
         # nothing is made, so there is no checkpoint to hand on
         console.write_json({"stage": command.name, "checkpoint": None, **plan})
     elif not shared.json:
-        console.log(json.dumps(plan, indent=2, ensure_ascii=False, default=str), level=0)
+        from mambactl.cli.plan_tables import show_plan
+
+        show_plan(command.name, plan)
 
 
 def take_model(command: Command, given: dict[str, Any]) -> str | None:

@@ -127,8 +127,9 @@ def _invoke(arguments: list[str]) -> int:
     words = arguments
     if os.environ.get("_MAMBACTL_COMPLETE"):
         # the line that a shell completes; the last word of it is not yet whole
+        _join_words()
         line = os.environ.get("COMP_WORDS", os.environ.get("_TYPER_COMPLETE_ARGS", ""))
-        words = line.split()[1:-1]
+        words = line.split()[1:]
     app = make_app(words[0] if words else None)
     if not arguments and not os.environ.get("_MAMBACTL_COMPLETE"):
         with guarded_stdout():
@@ -136,6 +137,18 @@ def _invoke(arguments: list[str]) -> int:
         return ExitCode.USAGE
     result = app(arguments, prog_name="mambactl", standalone_mode=False)
     return result if isinstance(result, int) else ExitCode.DONE
+
+
+def _join_words() -> None:
+    """Join what bash broke at @, = and : on the line that it completes."""
+    if os.environ["_MAMBACTL_COMPLETE"] != "complete_bash":
+        return
+    from mambactl.cli.suggestions import PREFIX, joined_words
+
+    words = os.environ.get("COMP_WORDS", "").split("\n")
+    if len(words) > 1 and (number := os.environ.get("COMP_CWORD", "")).isdecimal():
+        joined, current, prefix = joined_words(words, int(number))
+        os.environ |= {"COMP_WORDS": "\n".join(joined), "COMP_CWORD": str(current), PREFIX: prefix}
 
 
 @contextmanager

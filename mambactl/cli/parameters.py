@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from mambactl.cli.suggestions import Suggest, drafts, listed, models, recipes, tasks
 from mambactl.commands import Command
 from mambactl.options import CommandConfig, StageConfig
 from mambactl.options.fields import OpenChoice, Shown
@@ -22,7 +23,10 @@ Compare = Annotated[
     bool, typer.Option("--compare", help="several MODELs in one table, and on one page (--report)")
 ]
 RecipeName = Annotated[
-    str | None, typer.Option("--recipe", "-r", metavar="FILE|NAME", help="use its section")
+    str | None,
+    typer.Option(
+        "--recipe", "-r", metavar="FILE|NAME", help="use its section", autocompletion=recipes
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -107,16 +111,23 @@ def _model(command: Command) -> Parameters:
     if command.model == "none":
         return {}
     if command.model == "many":
-        many = typer.Argument(help=f"{text}; several with --compare", metavar="MODEL")
+        many = typer.Argument(
+            help=f"{text}; several with --compare", metavar="MODEL", autocompletion=models
+        )
         return {"model": (Annotated[list[str], many], ...), "compare": (Compare, False)}
     if command.model == "one" and other is None:
-        return {"model": (Annotated[str, typer.Argument(help=text, metavar="MODEL")], ...)}
+        given = typer.Argument(help=text, metavar="MODEL", autocompletion=models)
+        return {"model": (Annotated[str, given], ...)}
     if other is None:
         instead = ", ".join(f"--{name}" for name in command.options.without_model)
-        one = typer.Argument(help=f"{text}; none with {instead}", metavar="MODEL")
+        one = typer.Argument(
+            help=f"{text}; none with {instead}", metavar="MODEL", autocompletion=models
+        )
         return {"model": (Annotated[str | None, one], None)}
-    one = typer.Argument(help=f"another way to give the {other.name}", metavar="MODEL")
-    option = typer.Option(f"--{other.name}", help=other.help)
+    one = typer.Argument(
+        help=f"another way to give the {other.name}", metavar="MODEL", autocompletion=models
+    )
+    option = typer.Option(f"--{other.name}", help=other.help, autocompletion=models)
     return {
         "model": (Annotated[str | None, one], None),
         other.name: (Annotated[str | None, option], None),
@@ -160,14 +171,33 @@ def _flag(name: str, field: FieldInfo) -> Any:
     if kind is bool:
         flag = f"{flag}/--no-{flag[2:]}"
     text = f"{field.description or ''}{_shown(field.default)}"
-    metavar = name.upper() if kind == list[str] else None
+    metavar = ("DATA" if name in StageConfig.data_sets else "A,B") if kind == list[str] else None
     usual: list[str] = []
     if any(isinstance(mark, OpenChoice) for mark in field.metadata):
         usual = list(get_args(kind))
         kind, metavar = str, f"<{'|'.join(usual)}>"
-    complete = (lambda: usual) if usual else None
+    complete = (lambda: usual) if usual else _suggest(name, field.annotation)
     option = typer.Option(flag, *short, help=text, metavar=metavar, autocompletion=complete)
     return Annotated[kind | None, option]
+
+
+def _suggest(name: str, annotation: Any) -> Suggest | None:
+    """Completion for an option's value; None for files."""
+    if name == "tasks":
+        return tasks
+    if name in StageConfig.models:
+        return drafts if name == "draft" else models
+    # a list whose members are words of a kind
+    for part in _parts_of(annotation):
+        if get_origin(part) is list and get_origin(get_args(part)[0]) is Literal:
+            return listed(get_args(get_args(part)[0]))
+    return None
+
+
+def _parts_of(annotation: Any) -> list[Any]:
+    inner = [get_args(part)[0] for part in get_args(annotation) if get_origin(part) is Annotated]
+    whole = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return [whole, *inner]
 
 
 def _plain(options: type[CommandConfig]) -> Parameters:

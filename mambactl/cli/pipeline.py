@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from mambactl import console
+from mambactl.cli.precedence import settled
 from mambactl.cli.processes import signals_passed_to
 from mambactl.containment import require_inside
 from mambactl.errors import OutputError, UsageError
@@ -147,7 +148,9 @@ def _command(plan: Plan, section: Section, source: str | None) -> list[str]:
         command.append(source)
     if section.writes:
         command += ["-o", plan.outputs[section.key]]
-    values = dict(section.values)
+    typed = {key: value for key, value in section.values.items() if key in section.typed}
+    below = {key: value for key, value in section.values.items() if key not in typed}
+    values = settled(section.stage, below, typed)
     for key in _placed(section):
         values[key] = str((plan.folder / str(values[key])).absolute())
     for key, raw in values.items():

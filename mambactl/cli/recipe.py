@@ -2,31 +2,78 @@
 
 import json
 import shlex
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mambactl import console
+from mambactl.cli import suggestions
+from mambactl.cli.help import GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import DryRun, Force, Json, Quiet, Resume, Settings, Verbose
 from mambactl.errors import UsageError
 from mambactl.stage_result import Table
 
-app = typer.Typer(help="Whole pipelines as YAML files.")
+app = typer.Typer(help="Whole pipelines as YAML files.", cls=GroupedGroup)
 
-Name = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped recipe")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="recipe file, or the name of a shipped recipe", autocompletion=suggestions.recipes
+    ),
+]
 
 
-@app.command("list")
-def list_() -> None:
-    """List the recipes that come with mambactl."""
+@app.command("list", cls=GroupedCommand)
+def list_(as_json: Json = False) -> None:
+    """List the recipes that come with mambactl.
+
+    GPU is the memory for weights and optimiser, hours those of training on one H200.
+    """
+    from mambactl.cli.recipe_cost import cost_of, shown_bytes, shown_gpu, shown_hours
     from mambactl.recipes import list_recipes
 
-    rows = [(r.name, ", ".join(s.key for s in r.sections), r.description) for r in list_recipes()]
-    console.write_out(console.drawn(Table("", ("recipe", "sections", "description"), rows)))
+    found = [(recipe, cost_of(recipe)) for recipe in list_recipes()]
+    if as_json:
+        listed = [
+            {
+                "name": recipe.name,
+                "description": recipe.description,
+                "variants": list(recipe.variants),
+                "sections": [section.key for section in recipe.sections],
+                **cost.as_metrics(),
+            }
+            for recipe, cost in found
+        ]
+        console.write_json({"recipes": listed})
+        return
+    rows = [
+        (
+            recipe.name,
+            shown_gpu(cost),
+            shown_hours(cost.hours),
+            shown_bytes(cost.disk),
+            _variants(recipe.variants),
+            recipe.description,
+        )
+        for recipe, cost in found
+    ]
+    columns = ("recipe", "GPU", "hours", "disk", "variants", "description")
+    console.write_out(console.drawn(Table("", columns, rows)))
 
 
-@app.command("show")
+def _variants(names: Sequence[str]) -> str:
+    """`@50,75 @paper-50,75`: names that begin alike together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        start, hyphen, rest = name.rpartition("-")
+        groups.setdefault(start + hyphen, []).append(rest)
+    return " ".join(f"@{start}{','.join(ends)}" for start, ends in groups.items())
+
+
+@app.command("show", cls=GroupedCommand)
 def show(name: Name, settings: Settings = None) -> None:
     """Print a recipe with every option and where its value comes from."""
     import yaml
@@ -43,7 +90,7 @@ def show(name: Name, settings: Settings = None) -> None:
     console.write_out(console.drawn("\n".join(lines)))
 
 
-@app.command("schema")
+@app.command("schema", cls=GroupedCommand)
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors."""
     from mambactl.recipe_schema import schema
@@ -51,14 +98,37 @@ def schema() -> None:
     console.write_out(json.dumps(schema(), indent=2))
 
 
-@app.command("run")
+@app.command("run", cls=GroupedCommand)
 def run(
     name: Name,
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="working folder (default: runs/<recipe>)")
     ] = None,
-    first: Annotated[str | None, typer.Option("--from", help="first section to run")] = None,
-    last: Annotated[str | None, typer.Option("--to", help="last section to run")] = None,
+    first: Annotated[
+        str | None,
+        typer.Option("--from", help="first section to run", autocompletion=suggestions.sections),
+    ] = None,
+    last: Annotated[
+        str | None,
+        typer.Option("--to", help="last section to run", autocompletion=suggestions.sections),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            metavar="SECTION",
+            help="leave a section out",
+            autocompletion=suggestions.sections,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="DATA", help="text to learn from, in place of the recipe's"),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option("--held-out", metavar="DATA", help="text to measure on, in its place"),
+    ] = None,
     settings: Settings = None,
     trusted: Annotated[
         bool,
@@ -80,28 +150,42 @@ def run(
     Examples:
       mambactl recipe run quickstart
       mambactl recipe run quickstart --set distill.max_steps=50 --resume
+      mambactl recipe run llama3-8b --data chat.jsonl --held-out test.jsonl -n
     """
+    from mambactl.cli.own_data import data_settings
     from mambactl.cli.pipeline import Handling, commands, make_plan, run_plan, show_plan
+    from mambactl.cli.recipe_cost import cost_of, show_cost
+    from mambactl.cli.recipe_page import say_done, write_page
     from mambactl.recipes import load_recipe
 
     if resume and force:
         raise UsageError("--resume and --force exclude each other", "give one of them")
     console.set_verbosity(0 if quiet else 2 if verbose else 1)
-    recipe = load_recipe(name, settings or ())
+    own = data_settings(load_recipe(name), data or (), held_out or ())
+    recipe = load_recipe(name, [*own, *(settings or ())], skip or ())
     folder = Path(out) if out else Path("runs") / recipe.name
     flags = ["-q"] * quiet + ["-v"] * verbose
     again = ["mambactl", "recipe", "run", recipe.spec, "--out", str(folder)]
-    again += [word for setting in settings or () for word in ("--set", setting)]
+    repeated = {"--skip": skip, "--data": data, "--held-out": held_out, "--set": settings}
+    again += [
+        word for flag, given in repeated.items() for one in given or () for word in (flag, one)
+    ]
     again += ["--trust-remote-code"] * trusted
     handling = Handling(tuple(flags), resume, force, trusted, as_json, shlex.join(again))
     plan = make_plan(recipe, folder, first, last, handling)
     if dry_run:
         lines, checkpoint = commands(plan)
+        cost = cost_of(recipe, plan.sections)
         show_plan(plan, lines)
+        show_cost(cost)
         if as_json:
-            console.write_json({"checkpoint": checkpoint, "commands": lines})
+            sums = {"cost": cost.as_metrics()}
+            console.write_json({"checkpoint": checkpoint, "commands": lines} | sums)
         return
+    started = time.monotonic()
     checkpoint, results = run_plan(plan)
+    page = write_page(folder, shlex.join(again))
+    say_done(recipe.name, time.monotonic() - started, page, checkpoint)
     if as_json:
         console.write_json({"checkpoint": checkpoint, "sections": results})
     else:

@@ -33,7 +33,9 @@ class Command:
     the option without which nothing is written. `resumable` commands continue with `--resume` what
     a signal stopped. `json` is what `--json` prints: the result with its checkpoint, or the
     metrics alone. `argument` is an option that may also be typed behind MODEL, without its flag.
-    `needs_torch` is for commands that are no stages, which all do.
+    `needs_torch` is for commands that are no stages, which all do. `group` is where the help of the
+    program lists it; `next_command` is what is typed next, with `{path}` for what was written, or
+    measured.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Command:
     json: Literal["result", "metrics", "none"] = "result"
     argument: str | None = None
     needs_torch: bool = False
+    group: Literal["make", "measure", "use", "look"] = "use"
+    next_command: str = ""
 
     @cached_property
     def options(self) -> type[CommandConfig]:
@@ -92,16 +96,20 @@ _ROWS = (
             "mambactl convert smollm2-135m --form portable -o p.st",
         ),
         writes="model",
+        group="make",
+        next_command="mambactl distill {path} --data FILE",
     ),
     Command(
         "teacher-cache",
         "mambactl.options.training:TeacherCacheConfig",
         (
             "mambactl teacher-cache llama3-8b --data chat.jsonl -o cache",
-            "mambactl distill student.st --data chat.jsonl --teacher-cache cache --stages logits",
+            "mambactl distill s.st --data chat.jsonl --teacher-cache cache --stages logits",
         ),
         writes="data",
         resumable=True,
+        group="make",
+        next_command="mambactl distill STUDENT --data FILE --teacher-cache {path}",
     ),
     Command(
         "distill",
@@ -112,6 +120,8 @@ _ROWS = (
         ),
         writes="model",
         resumable=True,
+        group="make",
+        next_command="mambactl eval {path} --data FILE",
     ),
     Command(
         "sft",
@@ -119,27 +129,31 @@ _ROWS = (
         (
             "mambactl sft student.st --data chat.jsonl -o tuned.st",
             "mambactl sft student.st --data chat.jsonl --kl-weight 1",
-            "mambactl sft student.st --data chat.jsonl=0.7 --data code.jsonl=0.3 --lora 16",
+            "mambactl sft s.st --data chat.jsonl=0.7 --data code.jsonl=0.3 --lora 16",
         ),
         writes="model",
         resumable=True,
+        group="make",
+        next_command="mambactl eval {path} --data FILE",
     ),
     Command(
         "dpo",
         "mambactl.options.training:DpoConfig",
         (
             "mambactl dpo tuned.st --data preferences.jsonl -o t.st",
-            "mambactl dpo tuned.st --data preferences.jsonl --reference self --eval-share 0.1",
+            "mambactl dpo tuned.st --data pairs.jsonl --reference self --eval-share 0.1",
         ),
         writes="model",
         resumable=True,
+        group="make",
+        next_command="mambactl eval {path} --data FILE",
     ),
     Command(
         "eval",
         "mambactl.evaluation.probes:EvalConfig",
         (
             "mambactl eval t.st --data held-out.jsonl",
-            "mambactl eval a.st b.st --compare --data held-out.jsonl --report compare.html",
+            "mambactl eval a.st b.st --compare --data held-out.jsonl --report page.html",
             "mambactl eval t.st --tasks arc_easy,hellaswag --limit 200",
             "mambactl eval t.st --data held-out.jsonl --against other.st",
             "mambactl eval t.st --needle 1024,4096,8192 --needle-plot needle.png",
@@ -147,6 +161,8 @@ _ROWS = (
             "mambactl eval t.st --tasks paper-zeroshot --task-dir sets",
         ),
         model="many",
+        group="measure",
+        next_command="mambactl report {path}",
     ),
     Command(
         "spec-decode",
@@ -160,6 +176,7 @@ _ROWS = (
             help="model to speed up; - or none in a pipe: stdin",
             usage="mambactl spec-decode --draft DRAFT --target MODEL",
         ),
+        group="measure",
     ),
     Command(
         "bench",
@@ -170,6 +187,8 @@ _ROWS = (
             "mambactl bench --synthetic mamba-2.8b --draft mamba-130m -k 3",
         ),
         model="optional",
+        group="measure",
+        next_command="mambactl report {path}",
     ),
     Command(
         "generate",
@@ -177,7 +196,7 @@ _ROWS = (
         (
             'mambactl generate t.st "Why is the sky blue?"',
             "mambactl generate t.st --prompts questions.txt --draft ngram",
-            'mambactl generate t.st -p "$INSTRUCTIONS Why?" --prefix-cache ~/.cache/prefixes',
+            'mambactl generate t.st -p "$RULES Why?" --prefix-cache ~/.cache/prefixes',
             "mambactl generate llama3-8b --dataset prompts.jsonl -o labels.jsonl",
         ),
         writes="rows",
@@ -233,16 +252,18 @@ _ROWS = (
             "mambactl inspect t.st --batch-size 8 --input-len 4096 -k 4",
         ),
         json="metrics",
+        group="look",
     ),
     Command(
         "table",
         "mambactl.options.reading:TableConfig",
         (
-            "mambactl bench --synthetic mamba-2.8b --json > b.json && mambactl table b.json",
+            "mambactl bench --synthetic tiny --json > b.json && mambactl table b.json",
             "mambactl table recipes/results/decode-h200.json --into README.md",
         ),
         model="none",
         json="none",
+        group="look",
     ),
     Command(
         "plot",
@@ -253,6 +274,7 @@ _ROWS = (
         ),
         model="none",
         json="none",
+        group="look",
     ),
     Command(
         "report",
@@ -263,6 +285,7 @@ _ROWS = (
         ),
         model="none",
         json="none",
+        group="look",
     ),
     Command(
         "doctor",
@@ -270,6 +293,7 @@ _ROWS = (
         ("mambactl doctor", "mambactl doctor --deep"),
         model="none",
         json="metrics",
+        group="look",
     ),
 )
 

@@ -94,7 +94,6 @@ def run(
         draw_ledger(folder, asked=bool(held_out))
         models.put_back(job)
         save_result(whole, models.student, folder, models.name, metrics)
-    console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 
 

@@ -62,7 +62,6 @@ def run(
             }
         spec = job.teacher_spec if config.reference == "teacher" else None
         save_result(whole, student, folder, spec, metrics)
-    console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 
 

@@ -12,6 +12,7 @@ from mambactl.models.mixers.sizes import SIZES, MixerSizes
 from mambactl.models.session_size import SessionSize
 from mambactl.options.reading import InspectConfig
 from mambactl.stage_result import StageResult, Table
+from mambactl.units import decimal_size
 
 
 def run(options: InspectConfig, source: str) -> StageResult:
@@ -23,10 +24,10 @@ def run(options: InspectConfig, source: str) -> StageResult:
 
 def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Table]:
     rows = [
-        (part["part"], part["layers"], f"{part['parameters']:,}", _size(part["bytes"]))
+        (part["part"], part["layers"], f"{part['parameters']:,}", decimal_size(part["bytes"]))
         for part in found["parts"]
     ]
-    rows.append(("total", "", f"{found['parameters']:,}", _size(found["bytes"])))
+    rows.append(("total", "", f"{found['parameters']:,}", decimal_size(found["bytes"])))
     title = f"{found['checkpoint']}  {found['architecture']}"
     yield Table(title, ("part", "layers", "parameters", "size"), rows, numbers=True)
     cache = found["cache"]
@@ -84,7 +85,7 @@ def _session(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Ta
         f"tokens, k = {options.k}: memory for {session['rows']:,} x {session['capacity']:,} tokens"
     )
     rows = [
-        (name, f"{sizes[part]:,}", _size(sizes[part]))
+        (name, f"{sizes[part]:,}", decimal_size(sizes[part]))
         for part, name in SESSION_PARTS.items()
         if sizes[part]
     ]
@@ -100,8 +101,3 @@ def _windowed(mixers: list[str]) -> str:
 
         known = MIXERS
     return " or ".join(name for name in used if WindowSettings in known[name].sections.values())
-
-
-def _size(count: int) -> str:
-    power = min((len(str(count)) - 1) // 3, 3)
-    return f"{count / 1000**power:,.4g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -76,7 +76,6 @@ def run(
             # what has no adapter was held in the type of products
             put_back(result, unadapted(result, config.freeze_kept), job.source)
         save_result(whole, result, folder, named, metrics)
-    console.log(f"wrote {out}")
     return StageResult(str(out), metrics)
 
 

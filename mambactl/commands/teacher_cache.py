@@ -90,7 +90,7 @@ def run(
                 new.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
             folder.finish()
         folder.publish()
-    console.log(f"wrote {out}: {tokens:,} tokens, {gib(size)}")
+    console.log(f"{tokens:,} tokens, {gib(size)}")
     return StageResult(str(out), metrics)
 
 

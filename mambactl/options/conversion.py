@@ -1,7 +1,7 @@
 """Options of `convert`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -40,7 +40,11 @@ class Mixers(Protocol):
 
 
 class ConvertConfig(StageConfig):
-    """Attention layers or KV heads become Mamba mixers; nothing else changes."""
+    """Replace attention layers or KV heads by Mamba mixers."""
+
+    more_specific: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "ratio": ("keep_attention", "keep_heads", "kv_budget")
+    }
 
     ratio: float = Field(
         default=0.5, ge=0, le=1, description="share of attention replaced: of layers or KV heads"

@@ -9,7 +9,7 @@ from mambactl.options.fields import StageConfig
 
 
 class ExportConfig(StageConfig):
-    """Write a checkpoint in the form of another program, and compare what both compute."""
+    """Write a checkpoint for another program."""
 
     # forms that are one file, and how its name ends
     endings: ClassVar[dict[str, str]] = {"gguf": GGUF_SUFFIX}

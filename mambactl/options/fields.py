@@ -176,6 +176,8 @@ class CommandConfig(BaseModel):
 
     # fields that take the place of MODEL, and how they are typed
     without_model: ClassVar[Mapping[str, str]] = {}
+    # options, and those that say the same more closely, of which one counts
+    more_specific: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
     def needs_model(self) -> bool:
@@ -196,6 +198,7 @@ class StageConfig(CommandConfig):
     # fields whose relative paths in a recipe start at its folder
     files: ClassVar[frozenset[str]] = frozenset(
         {"data", "dataset", "eval_data", "calibrate", "select_data", "prompts", "tasks"}
+        | {"generation_agreement"}
     )
     # fields that name what is written beside the result: in a recipe, inside its working folder
     written: ClassVar[frozenset[str]] = frozenset(
@@ -235,6 +238,11 @@ class StageConfig(CommandConfig):
     def ending(self) -> str:
         """The end of the default name of what the stage writes."""
         return ""
+
+    @property
+    def packages(self) -> list[str]:
+        """Modules that options ask for and that not every installation has."""
+        return ["matplotlib"] if getattr(self, "report", None) else []
 
     @property
     def other_models(self) -> list[tuple[str, str]]:

@@ -61,7 +61,7 @@ class PromptConfig(SamplingConfig):
 
 
 class ChatConfig(TokenConfig):
-    """Talk to a model; every message is read behind what was read before, not with it."""
+    """Talk to a model in the terminal."""
 
     max_new_tokens: Tokens = Field(default=1024, description="tokens of an answer")
     system: str | None = Field(default=None, description="text of the system message")
@@ -140,7 +140,7 @@ class SharedPromptConfig(PromptConfig):
 
 
 class GenerateConfig(SharedPromptConfig):
-    """Text from a prompt; with --dataset a file of answers that sft learns from."""
+    """Text from a prompt, or a file of answers (--dataset)."""
 
     dataset: DataSpecs = Field(
         default=[],
@@ -215,7 +215,7 @@ class GenerateConfig(SharedPromptConfig):
 
 
 class SpecDecodeConfig(PromptConfig):
-    """Speculative decoding measured against plain decoding."""
+    """Speculative decoding beside plain decoding."""
 
     check: bool = Field(
         default=False, description="fail unless greedy output equals plain decoding"

@@ -8,7 +8,7 @@ from mambactl.options.fields import CommandConfig, Shown
 
 
 class PushConfig(CommandConfig):
-    """Upload a checkpoint to the hub, without the paths and names of this machine."""
+    """Upload a checkpoint to the hub."""
 
     repo: Annotated[str, Shown("REPO", positional=True)] = Field(
         description="org/name on the hub, made if it is not there"

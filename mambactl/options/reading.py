@@ -13,7 +13,7 @@ File = Shown("FILE")
 
 
 class InspectConfig(CommandConfig):
-    """Layers, sizes, cache and lineage of a checkpoint, read from its headers."""
+    """Layers, sizes, cache and lineage of a checkpoint."""
 
     input_len: Tokens = Field(
         default=1024, description="tokens of a sequence whose cache is counted"
@@ -25,7 +25,7 @@ class InspectConfig(CommandConfig):
 
 
 class TableConfig(CommandConfig):
-    """Make a Markdown table from what `bench --json` printed."""
+    """Results of bench as a Markdown table."""
 
     files: Annotated[list[str], Shown("FILE", positional=True)] = Field(
         description="JSON of bench, or of recipe run"
@@ -36,7 +36,7 @@ class TableConfig(CommandConfig):
 
 
 class PlotConfig(CommandConfig):
-    """Draw the KL to the teacher over the tokens trained on, one curve per run."""
+    """Draw the KL over the tokens of training runs."""
 
     runs: Annotated[list[str], Shown("RUN", positional=True)] = Field(
         description="distilled checkpoint, its .partial, or .jsonl"
@@ -45,7 +45,7 @@ class PlotConfig(CommandConfig):
 
 
 class ReportConfig(CommandConfig):
-    """Put measurements on one HTML page that opens without a network."""
+    """Put measurements on one HTML page."""
 
     paths: Annotated[list[str], Shown("PATH", positional=True)] = Field(
         description="results .json, metrics.jsonl, folder of results, or checkpoint"
@@ -55,6 +55,6 @@ class ReportConfig(CommandConfig):
 
 
 class DoctorConfig(CommandConfig):
-    """Versions and devices; with --deep which kernels are live, and why others are not."""
+    """Versions and devices, and what is missing."""
 
     deep: bool = Field(default=False, description="load torch and kernels, and say which are live")

@@ -127,6 +127,11 @@ class TrackedConfig(TrainConfig):
         default=[], description="tensorboard, wandb, trackio: curves there too, files in OUT.logs"
     )
 
+    @property
+    def packages(self) -> list[str]:
+        """Trackers that are packages of their own; tensorboard has two, and a message."""
+        return [*super().packages, *(name for name in self.log_to if name != "tensorboard")]
+
 
 class AdaptedConfig(TrainConfig):
     """Options of stages that may train low-rank adapters in place of the weights."""
@@ -137,6 +142,11 @@ class AdaptedConfig(TrainConfig):
     lora_alpha: float | None = Field(
         default=None, gt=0, description="their scale; default: twice the rank"
     )
+
+    @property
+    def packages(self) -> list[str]:
+        """The one that trains adapters, beside others."""
+        return [*super().packages, *(["peft"] if self.lora else [])]
 
 
 def _several(count: int | None) -> int | None:
@@ -170,7 +180,7 @@ class ShardConfig(SpreadConfig):
 
 
 class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig):
-    """Align each mixer with the attention it replaces, then match the teacher's logits."""
+    """Align new mixers, then match the teacher's logits."""
 
     later: ClassVar[Mapping[str, Any]] = TrainConfig.later | {
         "append_eos": False,
@@ -273,7 +283,7 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig)
 
 
 class TeacherCacheConfig(MixedRowsConfig):
-    """Keep ids that MODEL draws for every token, from which distill learns without it."""
+    """Keep ids drawn by a teacher, for distill without it."""
 
     samples: int = Field(default=12, ge=1, le=1024, description="ids drawn per token")
     temperature: Softness = Field(default=1.0, description="softens the distribution to be matched")
@@ -291,7 +301,7 @@ class TeacherCacheConfig(MixedRowsConfig):
 
 
 class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig, TextRowsConfig):
-    """Supervised fine-tuning with optional word-level distillation."""
+    """Fine-tune on text or chats, with a teacher if wanted."""
 
     later: ClassVar[Mapping[str, Any]] = TrainConfig.later | {"append_eos": False}
 
@@ -324,7 +334,7 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig, TextRo
 
 
 class DpoConfig(TrackedConfig, ShardConfig):
-    """Direct preference optimisation."""
+    """Learn preferences (DPO and its relatives)."""
 
     lr: float = Field(default=5e-7, gt=0, description="learning rate")
     beta: float = Field(default=0.1, gt=0, description="pull towards the reference policy")

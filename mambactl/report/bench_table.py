@@ -34,6 +34,9 @@ def markdown(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 
 def _results(name: str, content: dict[str, Any]) -> Iterator[Result]:
+    if isinstance(content.get("result"), dict):
+        # the record of a section, which recipe run left in its folder
+        content = content["result"]
     sections = content.get("sections")
     for each in sections.values() if isinstance(sections, dict) else [content]:
         result = each.get("metrics") if isinstance(each, dict) else None

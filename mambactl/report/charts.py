@@ -5,11 +5,14 @@ matplotlib draws with stand-in colours, which become CSS variables in the SVG: `
 """
 
 import io
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from html import escape
 from textwrap import wrap
 from typing import Any
 
@@ -26,6 +29,7 @@ INK, GRID, SOFT = "#12ab01", "#12ab02", "#12ab03"
 _STAND_IN = {INK: "var(--ink)", GRID: "var(--grid)", SOFT: "var(--soft)"} | {
     f"#34cd{n:02x}": f"var(--c{n})" for n in range(COLOURS)
 }
+TIPS = "tips-"
 _LINES = {"solid": "-", "dashed": (0, (4, 2.5)), "dotted": (0, (1, 2))}
 
 Points = Sequence[tuple[float, float]]
@@ -98,10 +102,20 @@ def steps(series: Iterable[Series], labels: Sequence[str], x: str, y: str) -> st
         return _svg(figure)
 
 
-def dots(series: Iterable[Series], labels: Sequence[str], x: str, log_x: bool = False) -> str:
-    """A row per label, first on top, with a dot per series: points are (value, row)."""
+def dots(
+    series: Iterable[Series],
+    labels: Sequence[str],
+    x: str,
+    log_x: bool = False,
+    mark: float | None = None,
+    height: float | None = None,
+) -> str:
+    """A row per label, first on top, with a dot per series: points are (value, row).
+
+    A dashed line stands at `mark`; `height` is in inches.
+    """
     drawn = list(series)
-    height = 0.75 + max(0.34 * len(labels), 0.16 * len(labels) * len(drawn))
+    height = height or 0.75 + max(0.34 * len(labels), 0.16 * len(labels) * len(drawn))
     with _drawing((INCHES[0], height)) as (figure, axes):
         for number, each in enumerate(drawn):
             # side by side within the row, so that dots do not hide each other
@@ -109,8 +123,11 @@ def dots(series: Iterable[Series], labels: Sequence[str], x: str, log_x: bool = 
             for value, row, bounds in each.drawn():
                 if bounds:
                     axes.hlines(row + shift, *bounds, color=colour(each.colour), lw=1.2)
+                tip = f"{each.name}, {labels[int(row)]}: {value:,.4g}"
                 axes.plot([value], [row + shift], marker=marker(each.colour), ms=5.5, ls="",
-                          color=colour(each.colour))  # fmt: skip
+                          color=colour(each.colour), gid=_tips([tip]))  # fmt: skip
+        if mark is not None:
+            axes.axvline(mark, color=SOFT, lw=1.2, ls=_LINES["dashed"])
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
@@ -178,14 +195,46 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
 
 def _curve(axes: Any, each: Series) -> None:
     style: dict[str, Any] = {"lw": 0.7, "alpha": 0.55}
+    points = list(each.drawn())
     if not each.faint:
         style = {"marker": marker(each.colour), "lw": 1.6, "ms": 4.5, "clip_on": False}
-    points = list(each.drawn())
+        style["gid"] = _tips(f"{each.name}: {y:,.4g} at {short(x)}" for x, y, _ in points)
     xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
     axes.plot(xs, ys, color=colour(each.colour), ls=_LINES[each.line], **style)
     for x, _, bounds in points:
         if bounds:
             axes.vlines(x, *bounds, color=colour(each.colour), lw=1)
+
+
+def _tips(texts: Iterable[str]) -> str:
+    """The name of a drawn line, of which `_told` makes the text of each point under the pointer."""
+    return f"{TIPS}{json.dumps(list(texts)).encode().hex()}"
+
+
+def _told(svg: str) -> str:
+    """The SVG with a title in every point that has a text."""
+    parts = re.split(rf'<g id="{TIPS}([0-9a-f]*)">', svg)
+    told = parts[:1]
+    for number, (texts, drawn) in enumerate(zip(parts[1::2], parts[2::2], strict=True)):
+        told.append(
+            f'<g id="points-{number}">{_with_titles(drawn, json.loads(bytes.fromhex(texts)))}'
+        )
+    return "".join(told)
+
+
+def _with_titles(drawn: str, texts: Sequence[str]) -> str:
+    """Texts for the first marks in `drawn`, which are those of the line that begins there."""
+    marks = re.compile(r"<use ([^>]*)/>")
+    if len(marks.findall(drawn.partition('<g id="')[0])) != len(texts):
+        # a point without a place on a logarithmic axis, say
+        return drawn
+    left = iter(texts)
+    titled = partial(_titled, left)
+    return marks.sub(titled, drawn, count=len(texts))
+
+
+def _titled(texts: Iterator[str], found: re.Match[str]) -> str:
+    return f"<use {found[1]}><title>{escape(next(texts))}</title></use>"
 
 
 def _label(axes: Any, x: str, y: str) -> None:
@@ -249,7 +298,7 @@ def _svg(figure: Any) -> str:
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     # the page sets font and joints; a style element in here would be about all of it
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r"font-family: [^;]*; ", "", text)
+    text = _told(re.sub(r"font-family: [^;]*; ", "", text))
     for stand_in, variable in _STAND_IN.items():
         text = text.replace(stand_in, variable)
     return text

@@ -19,6 +19,7 @@ from mambactl.report.entries import (
     ledger_of,
     read_entries,
 )
+from mambactl.report.kept_results import read_content
 
 CHANGED = "the checkpoint has changed since this was measured"
 
@@ -36,6 +37,8 @@ def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = Non
     read: set[str] = set()
     for path in dict.fromkeys(paths):
         files = [path] if path.suffix in (".json", ".jsonl") else kept_beside(path)
+        run = [] if files else kept_in_run(path)
+        files = files or run
         if not files:
             raise UsageError(
                 f"nothing measured is kept beside {path}",
@@ -51,11 +54,15 @@ def collect(paths: Sequence[Path], digest_of: Callable[[Path], str] | None = Non
                 ledgers.append(ledger_of(file))
                 continue
             found = list(read_entries(file))
+            if file in run:
+                # a section's record says again what is kept beside its checkpoint
+                found = [each for each in found if each.metrics not in [e.metrics for e in entries]]
             if not found and file == path:
                 raise UsageError(
                     f"{file} holds no measurement", "give what eval, bench or spec-decode wrote"
                 )
-            checkpoint = None if file == path or _holds_results(path) else path
+            named = file == path or _holds_results(path) or file in run
+            checkpoint = None if named else path
             entries += [
                 _owned(entry, _owner(entry, file, checkpoint), digest_of) for entry in found
             ]
@@ -115,6 +122,26 @@ def kept_beside(checkpoint: Path) -> list[Path]:
     return found + [file for file in ledgers if os.path.isfile(file)]
 
 
+def kept_in_run(folder: Path) -> list[Path]:
+    """Results in the folder of `recipe run`: beside checkpoints, then records."""
+    records = [file for file in sorted(folder.glob("*.json")) if _is_record(file)]
+    if not records:
+        return []
+    checkpoints = [folder / file.name.removesuffix(".json") for file in records]
+    beside = [file for checkpoint in checkpoints for file in kept_beside(checkpoint)]
+    return [*beside, *records]
+
+
+def _is_record(file: Path) -> bool:
+    """True for a file that `recipe run` wrote about a section."""
+    if not os.path.isfile(file):
+        return False
+    try:
+        return read_content(file).keys() >= {"command", "result"}
+    except UsageError:
+        return False
+
+
 AGAINST, CONTROLS = "against", "controls"
 
 
@@ -164,12 +191,19 @@ def _renamed(metrics: Mapping[str, Any], called: Mapping[str, str]) -> dict[str,
 def _short_names(names: Iterable[str]) -> dict[str, str]:
     every = list(dict.fromkeys(names))
     paths = {name: str(Path(os.path.expanduser(name)).absolute()) for name in every}
-    short = {name: name.rstrip("/").rpartition("/")[2] if _is_path(name) else name
-             for name in every}  # fmt: skip
+    short = {name: _short(name) if _is_path(name) else name for name in every}
     owners: dict[str, set[str]] = {}
     for name, text in short.items():
         owners.setdefault(text, set()).add(paths[name])
     return {name: text if len(owners[text]) == 1 else name for name, text in short.items()}
+
+
+def _short(path: str) -> str:
+    """The last part, or all below the folder of runs: `quickstart/distill`."""
+    above, runs, below = path.rstrip("/").rpartition("runs/")
+    if runs and (not above or above.endswith("/")):
+        return below
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _is_path(name: str) -> bool:

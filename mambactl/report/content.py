@@ -24,15 +24,13 @@ class Cell:
 class Table:
     """Rows whose first cell is their heading and whose last are the numbers of their sources.
 
-    `groups` are (heading, columns spanned) above the headings, without the first and the last;
-    `kinds` one class per row.
+    `kinds` are one class per row.
     """
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     cites: Sequence[Sequence[int]]
-    groups: Sequence[tuple[str, int]] = ()
     kinds: Sequence[str] = ()
 
 

@@ -153,6 +153,18 @@ class _Tests(_Kept):
     tests: dict[str, _Test] = {}
 
 
+class _Sample(_Kept):
+    """Texts of both models for one prompt."""
+
+    prompt: str
+    student: str
+    teacher: str
+
+
+class _Written(_Numbers):
+    samples: list[_Sample] | None = None
+
+
 class _Speculative(_Kept):
     accepted_histogram: dict[Digits, Annotated[int, Field(ge=0)]] = {}
 
@@ -220,7 +232,7 @@ class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts
     task_differences: _Differences | None = None
     task_groups: dict[str, list[str]] | None = None
     recall: Annotated[dict[str, _Recalled] | None, BeforeValidator(_parts)] = None
-    generation: Parts = None
+    generation: Annotated[dict[str, _Written] | None, BeforeValidator(_parts)] = None
     preferences: Parts = None
     cache: Annotated[_Sequences, BeforeValidator(_part)] = _Sequences()
     training: Parts = None

@@ -1,6 +1,7 @@
 """The page: every section there is something for, in `page.html`, with all text escaped."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -8,13 +9,15 @@ from pathlib import Path
 from mambactl.errors import UsageError
 from mambactl.evaluation.probes import PROBES
 from mambactl.files import NAMED_FILE, explained, replacing
-from mambactl.report import cache_section, charts, details, quality, speed_sections
+from mambactl.report import cache_section, charts, details, headline, quality, speed_sections
 from mambactl.report.collect import collect
-from mambactl.report.content import Material, Section
-from mambactl.report.entries import Found, Source
+from mambactl.report.content import Material, Section, Table
+from mambactl.report.entries import Found
 from mambactl.version import __version__
 
 TEMPLATE = "page.html"
+# beside the name of a model and the sources
+MOST_COLUMNS = 7
 Maker = Callable[[Material], Section]
 
 MARKS = "●■▲◆▼◀▶"
@@ -28,6 +31,7 @@ DRAWN: dict[str, Maker] = {
 }
 # in this order, probes by their names; those that are not named here come after
 FIRST: tuple[str | Maker, ...] = (
+    headline.kept_and_won,
     quality.overview,
     "fidelity",
     "layers",
@@ -112,7 +116,8 @@ def render(found: Found, command: str, title: str = "") -> str:
             n for n, source in enumerate(material.sources, 1) if "attention" in dict(source.details)
         ],
         shade=lambda number: "" if number == charts.NEUTRAL else f"k{number % charts.COLOURS}",
-        by_command=partial(_by_command, material.sources),
+        pieces=_pieces,
+        first=headline.KEY,
         about=_about(sections),
     )
 
@@ -126,12 +131,20 @@ def _mark(number: int) -> str:
     return "–" if number == charts.NEUTRAL else MARKS[number % len(MARKS)]
 
 
-def _by_command(sources: Sequence[Source], cites: Iterable[int]) -> dict[str, list[int]]:
-    """The sources that a section cites, together where one command made them."""
-    groups: dict[str, list[int]] = {}
-    for number in sorted(cites):
-        groups.setdefault(sources[number - 1].command, []).append(number)
-    return groups
+def _pieces(table: Table) -> Iterator[Table]:
+    """The table, or several below each other where its columns would not fit a page."""
+    first, *others = range(len(table.columns))
+    count = max(1, -(-len(others) // MOST_COLUMNS))
+    size = max(1, -(-len(others) // count))
+    for number in range(count):
+        kept = [first, *others[number * size : (number + 1) * size]]
+        caption = table.caption if count == 1 else f"{table.caption} ({number + 1} of {count})"
+        yield replace(
+            table,
+            caption=caption,
+            columns=[table.columns[column] for column in kept],
+            rows=[[row[column] for column in kept] for row in table.rows],
+        )
 
 
 def _about(sections: Sequence[Section]) -> str:

@@ -1,5 +1,6 @@
 """Sections about what a model says: fidelity, controls, training, recall, needles."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -49,33 +50,39 @@ from mambactl.report.summary import (
 
 # points of a training curve that a page needs at most
 POINTS = 300
+# batches whose losses are averaged, and points that a short run keeps at least
+SMOOTHED, FEW = 10, 20
+MILLION = 1e6
 # a control this many times worse makes a linear axis useless
 SPREAD = 20
 
 
 def overview(material: Material) -> Section:
-    """One row per model, its controls below it, the teacher and guessing at the end."""
+    """One row per model, its controls below it, the teacher and guessing at the end.
+
+    A table for each data set or kind of number, so that none is wider than a page.
+    """
     section = Section("summary", "Summary")
     found = summarise(material.entries)
     if not found.columns:
         return section
-    groups: dict[str, int] = {}
-    for column in found.columns:
-        groups[column.group] = groups.get(column.group, 0) + 1
-    section.tables.append(
-        Table(
-            _summary_caption(material, found),
-            ["model", *(column.heading for column in found.columns)],
-            [_summary_row(found, row) for row in found.rows],
-            [material.cite(section, *row.entries) for row in found.rows],
-            list(groups.items()),
-            [row.kind for row in found.rows],
+    section.text = _about_summary(material, found)
+    for heading in dict.fromkeys(column.group for column in found.columns):
+        own = [column for column in found.columns if column.group == heading]
+        rows = [row for row in found.rows if any(column in row.cells for column in own)]
+        section.tables.append(
+            Table(
+                heading[:1].upper() + heading[1:] or "All data sets",
+                ["model", *(column.heading for column in own)],
+                [_summary_row(found, row, own) for row in rows],
+                [material.cite(section, *row.entries) for row in rows],
+                kinds=[row.kind for row in rows],
+            )
         )
-    )
     return section
 
 
-def _summary_caption(material: Material, found: Summary) -> str:
+def _about_summary(material: Material, found: Summary) -> str:
     teachers = teachers_of(material.entries)
     names = f" ({', '.join(teachers)})" if teachers else ""
     text = (
@@ -90,9 +97,9 @@ def _summary_caption(material: Material, found: Summary) -> str:
     return text
 
 
-def _summary_row(found: Summary, row: Row) -> list[Cell]:
+def _summary_row(found: Summary, row: Row, columns: Sequence[Column]) -> list[Cell]:
     cells = [Cell(row.name, number=False)]
-    for column in found.columns:
+    for column in columns:
         if (held := row.cells.get(column)) is None:
             cells.append(Cell(""))
             continue
@@ -237,22 +244,25 @@ def training(material: Material) -> Section:
     for ledger in material.ledgers:
         kinds = curves(ledger.lines)
         cites = material.cite(section, ledger)
-        held, loss = kinds["held out"], _thinned(kinds["training"])
+        held, loss = (
+            [(tokens / MILLION, value) for tokens, value in points]
+            for points in (kinds["held out"], smoothed(kinds["training"]))
+        )
         shade = material.colour(ledger.model)
         if loss:
             series.append(Series(ledger.model, shade, loss, faint=True))
         if held:
             series.append(Series(ledger.model, shade, held))
-            rows += [((ledger.model, f"{tokens:,}", KL.write(kl)), cites) for tokens, kl in held]
+            rows += [((ledger.model, f"{tokens:,.2f}", KL.write(kl)), cites) for tokens, kl in held]
     if series:
         title = "KL over tokens"
-        svg = charts.lines(series, "tokens trained on", KL.axis, log_y=True)
+        svg = charts.lines(series, "M tokens trained on", KL.axis, log_y=True)
         alt = f"KL to the teacher over the tokens trained on, for {len(legend(series))} runs"
-        note = "Marked: held-out text. Thin: the training loss, batch by batch."
+        note = "Marked: held-out text. Thin: the training loss, averaged over neighbouring batches."
         if len({line.get("eval_tokens") for each in material.ledgers
                 for line in each.lines if KL.name in line}) > 1:  # fmt: skip
             note += " The held-out text is not the same in all runs."
-        table = numbers_of("Held-out KL", ["model", "tokens", "KL"], rows) if rows else None
+        table = numbers_of("Held-out KL", ["model", "M tokens", "KL"], rows) if rows else None
         section.figures.append(Figure(title, svg, alt, legend(series), note, table))
     found = [
         (entry, phase, numbers)
@@ -272,8 +282,19 @@ def training(material: Material) -> Section:
     return section
 
 
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    return points[:: -(-len(points) // POINTS)] if points else []
+def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means of as many neighbours as leave at most POINTS points; single batches say little.
+
+    A value that is no number is left out of its mean.
+    """
+    size = max(1, -(-len(points) // POINTS), min(SMOOTHED, len(points) // FEW))
+    found = []
+    for start in range(0, len(points), size):
+        near = points[start : start + size]
+        values = [value for _, value in near if math.isfinite(value)]
+        if values:
+            found.append((near[-1][0], sum(values) / len(values)))
+    return found
 
 
 def recall(material: Material) -> Section:

@@ -1,7 +1,7 @@
 """Sections about how fast a model runs and what it holds: throughput, memory, drafts, benches."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mambactl import metrics
@@ -28,6 +28,8 @@ RATES = {
     metrics.DECODE_LIMIT: "dotted",
 }
 DRAFT = "draft"
+# the type of caches that are computed from a checkpoint
+AS_STORED = "as stored"
 # rates this far apart need a logarithmic axis
 SPREAD = 20
 LINES = {
@@ -150,48 +152,69 @@ def _tenths(numbers: Mapping[str, Any]) -> Iterator[str]:
         yield replace(each, write=metrics.grouped_tenths).written(numbers)
 
 
+@dataclass
+class _Caches:
+    """Bytes of one sequence by its length, of one model in one type."""
+
+    entries: list[Entry] = field(default_factory=list)
+    sizes: dict[int, float] = field(default_factory=dict)
+    computed: bool = False
+
+
 def memory(material: Material) -> Section:
-    """Cache of one sequence over its length, measured, or from the checkpoint's shapes."""
+    """Cache of one sequence over its length, measured, or from the checkpoint's shapes.
+
+    A chart for each type of the numbers: caches of two types are not to be compared.
+    """
     section = Section("memory", "Memory")
-    measured: dict[str, dict[int, float]] = {}
-    entries: dict[str, list[Entry]] = {}
+    for dtype, models in _caches(material).items():
+        if len({length for each in models.values() for length in each.sizes}) > 1:
+            section.figures.append(_cache_figure(material, section, dtype, models))
+    return section
+
+
+def _caches(material: Material) -> dict[str, dict[str, _Caches]]:
+    """Cache sizes of every model, by number type, then by model."""
+    found: dict[str, dict[str, _Caches]] = {}
     for point in _points(material):
         if (size := point.numbers.get(metrics.CACHE.name)) is not None:
-            sizes = measured.setdefault(point.model, {})
-            length = point.numbers[metrics.CONTEXT.name]
-            sizes[length] = size / point.numbers[metrics.ROWS.name]
-            entries.setdefault(point.model, []).append(point.entry)
-    computed = []
+            dtype = str(point.entry.metrics.get("dtype") or "")
+            own = found.setdefault(dtype, {}).setdefault(point.model, _Caches())
+            own.sizes[point.numbers[metrics.CONTEXT.name]] = size / point.numbers[metrics.ROWS.name]
+            own.entries.append(point.entry)
+    measured = {model for models in found.values() for model in models}
     for entry in material.entries:
         cache = present(present(entry.about, "model"), "cache")
         if cache and entry.model not in measured:
-            computed.append(entry.model)
-            entries[entry.model] = [entry]
-            measured[entry.model] = {
+            sizes = {
                 length: cache["bytes_per_sequence"] + length * cache["bytes_per_token"]
                 for length in (128, 1024, 8192, 32768, 131072)
             }
-    lengths = {length for sizes in measured.values() for length in sizes}
-    if len(lengths) < 2:
-        return section
+            found.setdefault(AS_STORED, {})[entry.model] = _Caches([entry], sizes, computed=True)
+    return found
+
+
+def _cache_figure(
+    material: Material, section: Section, dtype: str, models: Mapping[str, _Caches]
+) -> Figure:
     series = [
         Series(model, material.colour(model),
-               [(length, size / 2**20) for length, size in sorted(sizes.items())],
-               "dashed" if model in computed else "solid")
-        for model, sizes in measured.items()
+               [(length, size / 2**20) for length, size in sorted(each.sizes.items())],
+               "dashed" if each.computed else "solid")
+        for model, each in models.items()
     ]  # fmt: skip
-    title = "Cache of one sequence over its length"
+    title = "Cache of one sequence over its length" + (f", {dtype}" if dtype else "")
     svg = charts.lines(series, "tokens of context", "MiB", log_x=True, log_y=True)
     rows = [
-        ((model, f"{length:,}", metrics.mebibytes(size)), material.cite(section, *entries[model]))
-        for model, sizes in measured.items()
-        for length, size in sorted(sizes.items())
+        ((model, f"{length:,}", metrics.mebibytes(size)), material.cite(section, *each.entries))
+        for model, each in models.items()
+        for length, size in sorted(each.sizes.items())
     ]
-    note = "Solid: measured. Dashed: computed from the shapes of the checkpoint."
     table = numbers_of(title, ["model", "tokens", "MiB"], rows)
     alt = f"Cache in MiB over the tokens of context for {len(series)} models"
-    section.figures.append(Figure(title, svg, alt, legend(series), note if computed else "", table))
-    return section
+    computed = any(each.computed for each in models.values())
+    note = "Dashed: computed from the shapes of the checkpoint." if computed else ""
+    return Figure(title, svg, alt, legend(series), note, table)
 
 
 def drafts(material: Material) -> Section:

@@ -163,7 +163,7 @@ def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, 
     """The teacher, where it was measured by itself, and a guess."""
     teacher, chance = {}, {}
     for column, metric, found in _columns(metrics):
-        if found.get("chance") is not None:
+        if found.get("chance") is not None and found.get(metric.name) is not None:
             chance[column] = Cell(found["chance"])
         theirs = found.get(TEACHER)
         if isinstance(theirs, Mapping) and theirs.get(metric.name) is not None:

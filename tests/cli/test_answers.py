@@ -40,9 +40,8 @@ def test_the_path_of_the_file_is_what_stdout_says(cli, given, tmp_path) -> None:
 
 
 def test_a_dry_run_shows_a_prompt_and_writes_nothing(cli, given, prompts, tmp_path) -> None:
-    done = cli(*given, "--dry-run")
-    assert (done.code, done.out) == (0, "")
-    plan = json.loads(done.err)
+    done = cli(*given, "--dry-run", "--json")
+    plan = json.loads(done.out)
     assert plan["out"] == str(tmp_path / "runs" / "llama-generate.jsonl")
     assert plan["answers"] == 2
     assert "the old house" in plan["first_prompt"]

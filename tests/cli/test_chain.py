@@ -102,7 +102,9 @@ def test_inspect_reads_headers(cli, tiny_llama_dir, tmp_path) -> None:
 def test_dry_run_of_the_real_convert_writes_nothing(cli, tiny_llama_dir, tmp_path) -> None:
     done = cli("convert", str(tiny_llama_dir), "--dry-run")
     assert (done.code, done.out) == (0, "")
-    assert json.loads(done.err[done.err.index("{") :])["out"].startswith(str(tmp_path))
+    assert "convert would run with" in done.err and str(tmp_path) in done.err
+    planned = json.loads(cli("convert", str(tiny_llama_dir), "--dry-run", "--json").out)
+    assert planned["out"].startswith(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+from fixtures.command_line import flags_in
 from pydantic import Field
 
 from mambactl import commands, recipes
@@ -94,21 +95,18 @@ def new_commands(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setattr("mambactl.cli.preflight.require_found", lambda config, sources: None)
 
 
-def flags(shown: str) -> str:
-    return " ".join(re.findall(r"^  (?:-\w, )?(--[\w-]+)", shown, flags=re.MULTILINE))
-
-
 def test_help_has_the_summary_the_flags_and_the_examples(cli) -> None:
     shown = cli("prune-heads", "--help").out
     assert "Heads that tell the least are taken out." in shown
     assert "  Examples:\n    mambactl prune-heads t.st --heads 2,3\n" in shown
-    assert flags(shown) == (
-        "--victim --heads --data --seed --device --dtype --trust-remote-code --out --resume "
-        "--force --recipe --set --dry-run --json --quiet --verbose --help"
+    assert " ".join(flags_in(shown)) == (
+        "--victim --heads --data --device --dtype --out --resume --force --seed "
+        "--trust-remote-code --recipe --set --dry-run --json --quiet --verbose --help"
     )
     assert "another way to give the victim" in shown
     plain = cli("count-words", "--help").out
-    assert flags(plain) == "--text --twice --json --help" and "--no-twice" not in plain
+    assert flags_in(plain) == ["--text", "--twice", "--json", "--help"]
+    assert "--[no-]twice" not in plain
     everything = cli("--help").out
     assert re.search(r"^  prune-heads +Heads that tell", everything, re.MULTILINE)
     assert re.search(r"^  count-words +Words of a model", everything, re.MULTILINE)
@@ -128,9 +126,9 @@ def test_a_writer_has_a_place_and_a_line(cli, tmp_path) -> None:
     assert cli("prune-heads", "m", "-o", "p.st").code == 5
     assert cli("prune-heads", "m", "-o", "p.st", "--force").code == 0
     assert (tmp_path / "p.st").read_text() == "m [1] [] False True"
-    planned = cli("prune-heads", "m", "-o", "q.st", "--dry-run")
-    assert (planned.code, planned.out) == (0, "")
-    assert json.loads(planned.err) == {"out": str(tmp_path / "q.st"), "heads": [1], "of": "m"}
+    planned = json.loads(cli("prune-heads", "m", "-o", "q.st", "--dry-run", "--json").out)
+    plan = {"out": str(tmp_path / "q.st"), "heads": [1], "of": "m"}
+    assert planned == {"stage": "prune-heads", "checkpoint": None, **plan}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +175,7 @@ def test_sections_of_a_recipe(cli, tmp_path) -> None:
     assert first.values == {"heads": [2], "data": [str(tmp_path / "text.txt")]}
     assert (first.writes, measured.writes, tuned.writes) == (True, False, True)
     done = cli("recipe", "run", "r.yaml", "-o", "run", "--dry-run")
-    lines = [line.partition("] ")[2] for line in done.err.splitlines()]
+    lines = [line.partition("] ")[2] for line in done.err.splitlines() if line.startswith("[")]
     pruned, last = tmp_path / "run" / "prune-heads.st", tmp_path / "run" / "last.st"
     text = f"'data=[\"{tmp_path / 'text.txt'}\"]'"
     assert lines == [

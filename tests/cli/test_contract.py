@@ -295,7 +295,7 @@ def test_dry_run_plans_and_writes_nothing(cli, fake_stage, tmp_path) -> None:
     calls = fake_stage("convert")
     done = cli("convert", "m", "--dry-run", "-o", "t.st")
     assert (done.code, done.out) == (0, "")
-    assert "12345" in done.err and str(tmp_path / "t.st") in done.err
+    assert "12,345" in done.err and str(tmp_path / "t.st") in done.err
     assert [call.get("planned") for call in calls] == [True]
     assert list(tmp_path.iterdir()) == []
 

@@ -1,15 +1,15 @@
-"""What a person meets first: help that is fast, flags that do not change, completion that works."""
+"""What a person meets first: help that is fast, flags that do not change."""
 
 import re
 import resource
-from pathlib import Path
 
 import pytest
+from fixtures.command_line import flags_in
 
+from mambactl.cli.headings import COMMAND_GROUPS, COMMON, ORDER, heading_of, named_options
+from mambactl.cli.parameters import parameters_of
 from mambactl.commands import COMMANDS
 
-ROOT = Path(__file__).parents[2]
-COMPLETIONS = {"bash": "mambactl.bash", "zsh": "_mambactl", "fish": "mambactl.fish"}
 HEAVY = ("torch", "transformers", "datasets", "numpy", "rich")
 
 EVERY_STAGE = (
@@ -75,16 +75,15 @@ FLAGS = {
     "plot": "--out --help",
     "report": "--out --title --help",
     "doctor": "--deep --json --help",
-    "recipe run": "--out --from --to --set --trust-remote-code --resume --force --dry-run --json "
-    "--quiet --verbose --help",
+    "recipe run": "--out --from --to --skip --data --held-out --set --trust-remote-code --resume "
+    "--force --dry-run --json --quiet --verbose --help",
 }
 
 
 @pytest.mark.parametrize("command", FLAGS)
 def test_flags_are_frozen(cli, command) -> None:
     shown = cli(*command.split(), "--help").out
-    flags = re.findall(r"^  (?:-\w, )?(--[\w-]+)", shown, flags=re.MULTILINE)
-    assert sorted(flags) == sorted(FLAGS[command].split())
+    assert sorted(flags_in(shown)) == sorted(FLAGS[command].split())
 
 
 def test_every_command_shows_a_summary_and_examples(cli) -> None:
@@ -95,6 +94,47 @@ def test_every_command_shows_a_summary_and_examples(cli) -> None:
         row = COMMANDS.get(command)
         if row is None or row.examples:
             assert rest[0].startswith("  Examples:\n    mambactl"), command
+
+
+def test_the_help_of_the_program_has_groups_and_whole_summaries(cli, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = cli("--help").out
+    places = [shown.index(f"\n{heading}:\n") for heading in COMMAND_GROUPS.values()]
+    assert places == sorted(places)
+    assert shown.count("...") == 1  # of the usage
+    assert max(map(len, shown.splitlines())) <= 80
+    listed = re.findall(r"^  ([a-z][a-z-]+)  +\S", shown, re.MULTILINE)
+    assert sorted(listed) == sorted([*COMMANDS, "recipe"])
+
+
+@pytest.mark.parametrize("command", ["convert", "distill", "sft", "dpo", "eval", "bench"])
+def test_options_stand_under_headings_and_common_ones_last(cli, command, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = cli(command, "--help").out
+    assert max(map(len, shown.splitlines())) <= 80
+    headings = re.findall(r"^([A-Z][\w ,]+):$", shown, re.MULTILINE)
+    assert headings[0] == "Arguments" and headings[-1] == COMMON
+    assert len(headings) >= 5 and headings[1:] == sorted(headings[1:], key=ORDER.index)
+    common = shown.partition(f"\n{COMMON}:\n")[2].splitlines()
+    # one line each where nothing has to be explained
+    assert len(common) <= 10
+
+
+def test_help_is_as_wide_as_the_terminal(cli, monkeypatch) -> None:
+    widths = {}
+    for columns in ("80", "140"):
+        monkeypatch.setenv("COLUMNS", columns)
+        widths[columns] = max(map(len, cli("distill", "--help").out.splitlines()))
+    assert widths["80"] <= 80 < widths["140"] <= 140
+
+
+def test_headings_name_options_that_are_there() -> None:
+    options = {name: set(parameters_of(command)) for name, command in COMMANDS.items()}
+    known = {"help", "trusted", "as_json"}.union(*options.values())
+    known |= {f"{command}.{name}" for command, names in options.items() for name in names}
+    assert named_options() <= known
+    # the same name means something else where a command says so
+    assert heading_of("convert", "max_length") != heading_of("distill", "max_length")
 
 
 def test_help_is_light_on_imports(python) -> None:
@@ -140,23 +180,3 @@ def test_help_takes_at_most_four_times_the_import_of_typer(python) -> None:
         )
     )
     assert max(measured) < limit
-
-
-@pytest.mark.parametrize("shell", COMPLETIONS)
-def test_completion_scripts_are_those_that_typer_generates(python, shell) -> None:
-    done = python("-m", "mambactl", _MAMBACTL_COMPLETE=f"source_{shell}")
-    stored = (ROOT / "completions" / COMPLETIONS[shell]).read_text()
-    # zsh wants #compdef on the first line, where the generator leaves an empty one
-    assert stored == done.out.lstrip("\n"), (
-        f"_MAMBACTL_COMPLETE=source_{shell} mambactl > completions/{COMPLETIONS[shell]}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [("mambactl sp", "spec-decode"), ("mambactl convert x --keep-a", "--keep-attention")],
-)
-def test_completion_offers(python, words, offered) -> None:
-    env = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    done = python("-m", "mambactl", _MAMBACTL_COMPLETE="complete_bash", **env)
-    assert done.out.split() == [offered]

@@ -21,9 +21,9 @@ from mambactl.commands.distill import plan, run
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.evaluation.probes import EvalConfig
 from mambactl.options import ConvertConfig, DistillConfig, DpoConfig, SftConfig
+from mambactl.options.phase_steps import phase_steps
 from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
-from mambactl.train.phases import phase_steps
 from mambactl.train.publish import identity, report_phases
 
 

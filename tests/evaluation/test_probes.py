@@ -66,7 +66,7 @@ def test_a_new_probe_is_known_everywhere(folder, lines, tmp_path):
     found = json.loads(done.stdout)["metrics"]["surprise"]["odd"]
     assert found["line_loss"] > 0 and 0 <= found["tame_lines"] <= 1
     said = done.stderr.splitlines()
-    title = next(line for line in said if line.startswith(f"surprise of {folder}"))
+    title = next(line for line in said if line.startswith(f"eval: surprise of {folder}"))
     table = said[said.index(title) + 1 :]
     assert any("loss of a line" in line and "tame lines" in line for line in table)
     assert any(f"{found['line_loss']:.4f}" in line for line in table)
@@ -101,7 +101,7 @@ def test_a_new_probe_is_compared_and_bounded(
     rows = capsys.readouterr().err.partition("2 models")[2]
     loss = result.metrics["models"][0]["metrics"]["surprise"]["odd"]["line_loss"]
     assert "odd line loss" in rows and f"{loss:.1f}" in rows
-    assert (tmp_path / "both.html").read_text("utf-8").count("odd line loss") == 1
+    assert (tmp_path / "both.html").read_text("utf-8").count(">odd line loss<") == 1
     # a bound is known before anything is measured, with its direction
     for bound, message in (
         ("line_loss=1", "better when lower"),

@@ -150,7 +150,8 @@ def test_long_names_fit_a_browser(tmp_path, width) -> None:
     write_report(sorted(tmp_path.glob("*.json")), tmp_path / "page.html", "x")
     found = in_a_browser((tmp_path / "page.html").read_text("utf-8"), tmp_path, width)
     assert found["scrolls"] == found["width"] == width
-    assert not found["wide"] and not found["captions"] and found["charts"] == 4
+    assert not found["wide"] and not found["captions"] and found["charts"] == 5
+    assert found["cut"] == []
 
 
 def test_runs_with_other_held_out_text_are_marked(tmp_path) -> None:

@@ -11,7 +11,7 @@ from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.commands.distill import plan, run
 from mambactl.errors import UsageError
 from mambactl.options import DistillConfig
-from mambactl.train.phases import phase_steps
+from mambactl.options.phase_steps import phase_steps
 
 NAMES = ["align", "stepwise-1", "stepwise-2", "logits"]
 

@@ -56,6 +56,12 @@ HELP = (
 class _Measured(EvalBase):
     """Options of which some ask a probe to measure."""
 
+    @property
+    def packages(self) -> list[str]:
+        """Modules of the requested probes, and of the page."""
+        asked = [probe for probe in PROBES.values() if probe.asked(self)]
+        return [*super().packages, *(name for probe in asked for name in probe.packages)]
+
     def require_coherent(self) -> None:
         """Raise UsageError where nothing is asked for, or options of probes contradict others."""
         asked = [probe for probe in PROBES.values() if probe.asked(self)]

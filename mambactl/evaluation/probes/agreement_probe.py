@@ -5,13 +5,22 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from mambactl import console
-from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
+from mambactl.evaluation.probes.probe import (
+    STUDENT,
+    TEACHER,
+    Asked,
+    Numbers,
+    Probe,
+    Subject,
+)
 from mambactl.options.evaluation import EvalOptions
 from mambactl.options.fields import Tokens
 
 if TYPE_CHECKING:
     from mambactl.decode.prompts import Prompt
 
+# texts of both that are kept, and characters of each
+SAMPLES, KEPT, LONGEST = "samples", 3, 600
 Prompts = dict[str, "list[Prompt]"]
 
 
@@ -76,7 +85,17 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
         pairs = [Pair(*one) for one in zip(encoded, *texts, strict=True)]
         forced = forced_agreement(subject.model, pairs, config.batch_size)
         numbers = {"prompts": len(pairs), "forced_agreement": forced}
-        return {self.name: numbers | generation_agreement(pairs)}
+        samples = [
+            {
+                "prompt": str(prompt.messages[-1]["content"])[:LONGEST],
+                **{
+                    who: tokenizer.decode(tokens, skip_special_tokens=True).strip()[:LONGEST]
+                    for who, tokens in ((STUDENT, pair.student), (TEACHER, pair.teacher))
+                },
+            }
+            for prompt, pair in list(zip(inputs[self.name], pairs, strict=True))[:KEPT]
+        ]
+        return {self.name: numbers | generation_agreement(pairs) | {SAMPLES: samples}}
 
     def show(self, subject: Subject, found: dict[str, Numbers]) -> None:
         """Print a line per number."""
@@ -84,3 +103,5 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
         lines = [(each.name, each.shown(numbers)) for each in self.present([numbers])]
         title = f"greedy texts of {subject.source} against {subject.teacher_name}"
         console.table(title, ("", ""), lines)
+        for one in numbers[SAMPLES]:
+            console.log("\n".join(f"{who}: {text}" for who, text in one.items()))

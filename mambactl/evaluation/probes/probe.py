@@ -124,6 +124,8 @@ class Probe(Generic[Options, Inputs, Found]):
     controlled: ClassVar[bool] = False
     # it goes last, when all models but student and teacher are free
     alone: ClassVar[bool] = False
+    # modules that it needs and that not every installation has
+    packages: ClassVar[tuple[str, ...]] = ()
     # the probe without which it is never asked for
     within: ClassVar[str] = ""
     # --fail-under knows its numbers

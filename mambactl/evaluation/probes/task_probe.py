@@ -48,6 +48,7 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
     example = "--tasks NAME,FILE.jsonl"
     teacher = "welcome"
     alone = True
+    packages = ("lm_eval",)
 
     def asked(self, config: TaskOptions) -> bool:
         """True if there are tasks."""

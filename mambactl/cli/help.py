@@ -1,0 +1,99 @@
+"""The help of commands: options under headings, common ones last, as wide as the terminal."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from typer.core import TyperCommand, TyperGroup
+
+from mambactl.cli.headings import COMMAND_GROUPS, ORDER, heading_of
+
+# wider names of options have their text on the next line
+NAME_COLUMNS = 28
+# beside help, of every program
+WIDEST = {"help_option_names": ["-h", "--help"], "max_content_width": 1000}
+_HELP_TEXT = "show this help"
+
+
+class Formatter(Protocol):
+    """The part of Typer's formatter that is used here."""
+
+    width: int
+
+    def section(self, name: str) -> Any: ...
+
+    def write_dl(self, rows: list[tuple[str, str]], col_max: int = ...) -> None: ...
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help shows its options under the headings of `headings`."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, then options by heading."""
+        _write_parameters(self.get_params(ctx), ctx, formatter)
+
+
+class GroupedGroup(TyperGroup):
+    """A group whose help shows its commands under the headings that they name."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write commands first: they are what a person looks for; then options."""
+        self.format_commands(ctx, formatter)
+        _write_parameters(self.get_params(ctx), ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands with their summaries, group by group."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        longest = max(len(name) for name, _ in commands)
+        limit = formatter.width - longest - 6
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for name, command in commands:
+            heading = command.rich_help_panel
+            heading = heading if isinstance(heading, str) else "Commands"
+            row = (name.ljust(longest), command.get_short_help_str(limit).removesuffix("."))
+            groups.setdefault(heading, []).append(row)
+        for heading in sorted(groups, key=_rank_of_group):
+            with formatter.section(heading):
+                formatter.write_dl(groups[heading])
+
+
+def _rank_of_group(heading: str) -> int:
+    known = list(COMMAND_GROUPS.values())
+    return known.index(heading) if heading in known else len(known)
+
+
+def _write_parameters(parameters: Iterable[Any], ctx: Any, formatter: Formatter) -> None:
+    arguments: list[tuple[str, str]] = []
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for parameter in parameters:
+        if parameter.param_type_name == "argument":
+            arguments += filter(None, [parameter.get_help_record(ctx)])
+        else:
+            heading = heading_of(ctx.command.name, parameter.name)
+            sections.setdefault(heading, []).append(_row(parameter, ctx))
+    if arguments:
+        with formatter.section("Arguments"):
+            formatter.write_dl(arguments, col_max=NAME_COLUMNS)
+    longest = max(len(name) for rows in sections.values() for name, _ in rows)
+    width = min(longest, NAME_COLUMNS)
+    for heading in sorted(sections, key=ORDER.index):
+        with formatter.section(heading):
+            rows = [(name.ljust(width), text) for name, text in sections[heading]]
+            formatter.write_dl(rows, col_max=NAME_COLUMNS)
+
+
+def _row(option: Any, ctx: Any) -> tuple[str, str]:
+    _, text = option.get_help_record(ctx)
+    if option.name == "help":
+        text = _HELP_TEXT
+    return " ".join(_words(option, ctx)), text
+
+
+def _words(option: Any, ctx: Any) -> Iterator[str]:
+    """`-o, --out <str>`; a switch and its opposite are `--[no-]check`."""
+    short = [name for name in option.opts if not name.startswith("--")]
+    long = next(name for name in option.opts if name.startswith("--"))
+    if option.secondary_opts:
+        long = f"--[no-]{long.removeprefix('--')}"
+    yield ", ".join([*short, long])
+    if not option.is_flag:
+        yield option.metavar or option.display_type(ctx)

@@ -1,0 +1,257 @@
+"""Sums of a recipe before it runs: tokens, hours, memory, disk and downloads.
+
+Hours are those of training on one H200, by operations and the speeds that were measured there (the
+README, "Quality from training"). Memory is that of weights, gradients and optimiser; activations
+come on top. What is not known of a model is None, never a guess.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mambactl import console
+from mambactl.checkpoint.hub_names import PARAMETERS, hub_name
+from mambactl.errors import ModelError
+from mambactl.options import DistillConfig, DpoConfig, RowsConfig, SftConfig, TrainConfig
+from mambactl.options.phase_steps import phase_steps
+from mambactl.recipes import REFERENCE, Recipe, Section, substitute
+
+# parameters and operations a second of training, measured on one H200
+SMALL, LARGE = (1.35e8, 2.7e14), (8.0e9, 5.6e14)
+# operations a second of two CPU cores, and hours there that a person waits for
+CPU_RATE, CPU_HOURS = 1e11, 0.5
+# bytes of a parameter: in bfloat16; in fp32 with its gradient and both moments
+STORED, TRAINED = 2, 16
+# share of a Llama's parameters in its attention, about which new mixers have
+MIXERS = 1 / 6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens, hours and bytes of one section; None where a size is not known."""
+
+    key: str
+    tokens: int = 0
+    operations: float | None = 0.0
+    hours: float | None = 0.0
+    memory: int | None = 0
+    disk: int | None = 0
+    # to go on from; it is gone when the result is there
+    state: int = 0
+
+
+@dataclass(frozen=True)
+class Total:
+    """A recipe as a whole: sums, but for memory, of which sections need the most."""
+
+    sections: tuple[Cost, ...]
+    models: tuple[str, ...]
+    download_bytes: int | None
+    data: tuple[str, ...]
+    uses_cuda: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all training, repeated ones counted again."""
+        return sum(each.tokens for each in self.sections)
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of training on one H200."""
+        return _sum(each.hours for each in self.sections)
+
+    @property
+    def disk(self) -> int | None:
+        """Bytes of models fetched, checkpoints, and the largest state of a run."""
+        own = _sum([*(each.disk for each in self.sections), self.download_bytes])
+        return None if own is None else own + max((e.state for e in self.sections), default=0)
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that the largest section holds."""
+        known = [each.memory for each in self.sections]
+        return None if None in known else max(known, default=0)
+
+    @property
+    def needs_gpu(self) -> bool | None:
+        """True where CPU cores would train for longer than a person waits."""
+        operations = _sum(each.operations for each in self.sections)
+        if self.uses_cuda or operations is None:
+            return True if self.uses_cuda else None
+        return operations / CPU_RATE / 3600 > CPU_HOURS
+
+    def as_metrics(self) -> dict[str, Any]:
+        """JSON-able."""
+        own = ("tokens", "hours", "memory", "disk", "needs_gpu")
+        return {name: getattr(self, name) for name in own} | {
+            "download_bytes": self.download_bytes,
+            "models": list(self.models),
+            "data": list(self.data),
+        }
+
+
+def shown_hours(hours: float | None) -> str:
+    """Hours for a table."""
+    if hours is None:
+        return "?"
+    return "" if hours == 0 else f"{hours:,.0f}" if hours >= 10 else f"{max(hours, 0.1):.1f}"
+
+
+def shown_bytes(count: int | None) -> str:
+    """GB for a table."""
+    if count is None:
+        return "?"
+    return (
+        "" if count == 0 else f"{count / 1e9:,.0f} GB" if count >= 1e10 else f"{count / 1e9:.1f} GB"
+    )
+
+
+def shown_gpu(total: Total) -> str:
+    """The GPU that a recipe asks for, by what it has to hold."""
+    if total.needs_gpu is False:
+        return "none"
+    return shown_bytes(total.memory) or "any"
+
+
+def cost_of(recipe: Recipe, sections: Sequence[Section] = ()) -> Total:
+    """Add up a recipe, or some of its sections."""
+    outputs = {section.key: f"${{{section.key}}}" for section in recipe.sections}
+    # what a model started from, by the section that wrote it
+    origins: dict[str, str | None] = {}
+    source: str | None = None
+    costs, models, data = [], {}, {}
+    for section in recipe.sections:
+        config = section.config
+        named = substitute(section.model, outputs) or source
+        origin = origins.get(named, named) if named else None
+        if section.command.writes == "model":
+            source = outputs[section.key]
+            origins[source] = origin
+        if sections and section not in sections:
+            continue
+        costs.append(_cost(section, origin))
+        others = [spec for _, spec in config.other_models]
+        for spec in filter(None, (origin, *others)):
+            if hub_name(spec):
+                models[hub_name(spec)] = None
+        data |= dict.fromkeys(spec for spec in config.named_data if _is_fetched(spec))
+    cuda = any(str(section.config.device).startswith("cuda") for section in recipe.sections)
+    sizes = [PARAMETERS.get(name) for name in models]
+    download = _sum(None if size is None else STORED * size for size in sizes)
+    return Total(tuple(costs), tuple(models), download, tuple(data), cuda)
+
+
+def show_cost(total: Total) -> None:
+    """Print what the sections take, and what is fetched for them."""
+    rows = [
+        (each.key, f"{each.tokens:,}" if each.tokens else "", shown_hours(each.hours),
+         shown_bytes(each.memory), shown_bytes(each.disk))
+        for each in total.sections
+    ]  # fmt: skip
+    sums = (shown_hours(total.hours), shown_bytes(total.memory), shown_bytes(total.disk))
+    rows.append(("together", f"{total.tokens:,}", *sums))
+    columns = ("section", "tokens", "hours", "memory", "disk")
+    console.table("on one H200, estimated", columns, rows)
+    for what, names, size in (
+        ("models", total.models, f" ({shown_bytes(total.download_bytes)})"),
+        ("data", total.data, ""),
+    ):
+        if names:
+            console.log(
+                f"fetched where the cache does not hold them: {what}{size}: {', '.join(names)}"
+            )
+
+
+def parameters_of(spec: str | None) -> int | None:
+    """Parameters of a model: published, or counted in headers on this disk."""
+    name = hub_name(spec)
+    if name in PARAMETERS:
+        return PARAMETERS[name]
+    if spec is None or not Path(spec).expanduser().exists():
+        return None
+    from mambactl.checkpoint.contents import describe
+
+    try:
+        return describe(spec)["parameters"]
+    except ModelError:
+        return None
+
+
+def _is_fetched(data: str) -> bool:
+    """True for a data set that is neither on this disk nor written by another section."""
+    return not (os.path.exists(data) or REFERENCE.search(data))
+
+
+def _cost(section: Section, origin: str | None) -> Cost:
+    config, size = section.config, parameters_of(origin)
+    written = section.command.writes == "model"
+    stored = None if size is None else STORED * size
+    disk = stored if written else 0
+    if not isinstance(config, TrainConfig):
+        return Cost(section.key, memory=stored if section.needs_model else 0, disk=disk)
+    tokens = _tokens(config)
+    guide = _guide(config, size)
+    if size is None or guide is None:
+        return Cost(section.key, tokens, None, None, None, None)
+    operations = sum(count * per_token for count, per_token in _passes(config, tokens, size, guide))
+    trained = round(size * _trained_share(config))
+    memory = STORED * (size - trained) + TRAINED * trained + STORED * guide
+    hours = operations / _rate(size) / 3600
+    return Cost(section.key, tokens, operations, hours, memory, disk, TRAINED * trained)
+
+
+def _tokens(config: RowsConfig) -> int:
+    processes = getattr(config, "processes", 1)
+    rows = config.max_steps * config.batch_size * config.grad_accum * processes
+    # a preference is two rows
+    return rows * config.max_length * (2 if isinstance(config, DpoConfig) else 1)
+
+
+def _guide(config: TrainConfig, size: int | None) -> int | None:
+    """Parameters of the teacher or reference in memory; None where they are not known."""
+    if isinstance(config, SftConfig) and (config.kl_weight == 0 or config.teacher_cache):
+        return 0
+    if isinstance(config, DpoConfig) and config.precompute_reference:
+        # asked once, then freed
+        return 0
+    return parameters_of(config.teacher) if config.teacher else size
+
+
+def _passes(
+    config: TrainConfig, tokens: int, size: int, guide: int
+) -> Iterator[tuple[float, float]]:
+    """Tokens with the operations that each takes: two a parameter forward, four backward."""
+    again = 2 * size * config.grad_checkpointing
+    whole = 2 * guide + 6 * size + again
+    if isinstance(config, DpoConfig):
+        yield tokens, whole + 2 * size * config.precompute_reference
+    elif isinstance(config, DistillConfig):
+        for phase, steps in phase_steps(config).items():
+            share = tokens * steps / config.max_steps
+            frozen = 2 * size * (config.rest_lr == 0)
+            yield share, 2 * guide if phase == "align" else whole - frozen
+    else:
+        yield tokens, whole
+
+
+def _trained_share(config: TrainConfig) -> float:
+    if isinstance(config, DistillConfig):
+        phases = phase_steps(config)
+        rests = config.rest_lr > 0 and "logits" in phases
+        return 1.0 if rests or config.stepwise_rest_lr > 0 else MIXERS
+    return 0.02 if getattr(config, "lora", None) else 1.0
+
+
+def _rate(size: int) -> float:
+    """Operations a second for a model of a size, between the two that were measured."""
+    low, high = (math.log(parameters) for parameters, _ in (SMALL, LARGE))
+    part = min(1.0, max(0.0, (math.log(size) - low) / (high - low)))
+    return SMALL[1] ** (1 - part) * LARGE[1] ** part
+
+
+def _sum(parts: Iterator[float | None] | Sequence[float | None]) -> float | None:
+    found = list(parts)
+    return None if None in found else sum(found)
