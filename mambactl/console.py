@@ -256,7 +256,7 @@ def silent_since() -> float:
 
 
 class Task(Protocol):
-    """What `progress` yields: advance by some amount, optionally showing a status text."""
+    """Handle that `progress` yields: advance by an amount, optionally showing a status text."""
 
     def advance(self, amount: float = 1, status: str = "") -> None: ...
 
@@ -424,7 +424,7 @@ def read_text(value: str | None) -> str | None:
 
 
 def stdin_is_pipe() -> bool:
-    """Whether something may arrive on stdin without a person typing it; /dev/null has nothing."""
+    """True if input may arrive on stdin without a person typing it; /dev/null has none."""
     if sys.stdin is None:
         return False
     try:

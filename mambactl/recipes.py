@@ -79,26 +79,26 @@ class Section:
 
     @property
     def writes(self) -> bool:
-        """Whether the step writes a checkpoint or data that later ones may refer to."""
+        """True if the step writes a checkpoint or data that later ones may refer to."""
         return self.suffix is not None
 
     @property
     def suffix(self) -> str | None:
-        """How the name of what it writes ends, None where it writes nothing."""
+        """Suffix of the output, None without one."""
         return self.command.ending(self.config)
 
     @property
     def needs_model(self) -> bool:
-        """Whether the step works on a checkpoint."""
+        """True if the step works on a checkpoint."""
         return self.config.needs_model
 
     @property
     def asks_for_trust(self) -> bool:
-        """Whether the file, and no person, allows the code that a checkpoint ships."""
+        """True if the file, and no person, allows the code that a checkpoint ships."""
         return self.config.trust_remote_code and TRUST not in self.typed
 
     def origin(self, key: str) -> str:
-        """Where the value of an option is from: `set`, `recipe` or `default`."""
+        """Origin of the value of an option: `set`, `recipe` or `default`."""
         if key in self.typed:
             return "set"
         return "recipe" if key in self.values else "default"
@@ -120,7 +120,7 @@ class Recipe:
 
     @property
     def spec(self) -> str:
-        """What `load_recipe` finds it by."""
+        """Name or path by which `load_recipe` finds it."""
         return f"{self.path}@{self.variant}" if self.variant else str(self.path)
 
     def section(self, stage: str) -> Section:
@@ -281,7 +281,7 @@ def _located(value: Any, folder: Path) -> Any:
 
 
 def _is_beside(folder: Path, spec: str) -> bool:
-    """Whether a data set lies below a folder: a file, files of a pattern, a folder or its split."""
+    """True if a data set lies below a folder: a file, files of a pattern, a folder or its split."""
     if "\0" in spec:
         return False
     path = folder / spec

@@ -74,7 +74,7 @@ def make_app(asked: str | None = None) -> typer.Typer:
 
 
 def continues(arguments: Sequence[str]) -> bool:
-    """Whether running this command line again with `--resume` continues a stopped run."""
+    """True if this command line, run again with `--resume`, continues a stopped run."""
     name, *rest = arguments or [""]
     command = COMMANDS.get(name)
     if command is None:

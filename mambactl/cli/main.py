@@ -234,7 +234,7 @@ def _trace(error: BaseException | None, code: int) -> str:
 def _heard(
     error: BaseException | None, code: int, message: str, hint: str | None, trace: str
 ) -> bool:
-    """Whether one of several processes has to print its failure itself."""
+    """True if one of several processes has to print its failure itself."""
     echo = code == ExitCode.BUG and any(
         sign in str(link) for link in _chain(error) for sign in ECHO_SIGNS
     )

@@ -29,7 +29,7 @@ _ASKS = f"asks to run code that a checkpoint ships ({TRUST})"
 
 @dataclass(frozen=True)
 class Handling:
-    """How sections are run: `flags` for all stages, and `again`, the command to repeat the run.
+    """Options for running sections: `flags` of all stages, and `again`, the command that repeats it.
 
     `trusted`: a person allows the code that checkpoints ship, where the recipe asks for it.
     """
@@ -44,7 +44,7 @@ class Handling:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sections run, where they write, and what happens to earlier results."""
+    """Sections to run, their outputs, and the fate of earlier results."""
 
     recipe: Recipe
     folder: Path
@@ -187,7 +187,7 @@ def _run_section(plan: Plan, section: Section, command: list[str]) -> dict[str, 
 
 
 def _stale(plan: Plan, section: Section, command: list[str]) -> bool:
-    """Whether the section ran in this folder with other options, or on what is replaced since."""
+    """True if the section ran here with other options, or on an input that was replaced since."""
     record = _record(plan, section)
     return record.exists() and _read(record).get("command") != command
 
@@ -214,7 +214,7 @@ def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, Any] | 
 
 
 def _read(record: Path) -> dict[str, Any]:
-    """What a section left in the folder; raises OutputError for a file that is no such record."""
+    """Read the record that a section left; raises OutputError for a file that is none."""
     again = "--force runs everything again, --out works in another folder"
     found = read_object(record, OutputError, again)
     if not isinstance(found.get("result"), dict | None):

@@ -1,4 +1,4 @@
-"""What is refused before anything heavy is loaded: options, names and files that are wrong."""
+"""Refusals before anything heavy is loaded: options, names and files that are wrong."""
 
 import sys
 from collections.abc import Sequence

@@ -30,7 +30,7 @@ WEIGHTS_SHARE = 0.6
 
 
 class Report(NamedTuple):
-    """How a process of a run failed; `echo` says that another process's end was all it met."""
+    """Failure of one process of a run; `echo` marks one that only met the end of another."""
 
     code: int
     message: str
@@ -40,7 +40,7 @@ class Report(NamedTuple):
 
 
 class RunFailure(MambactlError):
-    """What the processes of a run reported, with their exit code and a bug's traceback."""
+    """Failures that the processes of a run reported, with exit code and a bug's traceback."""
 
     def __init__(self, report: Report):
         super().__init__(report.message, report.hint)
@@ -121,7 +121,7 @@ def signals_passed_to(children: Sequence[subprocess.Popen]) -> Iterator[None]:
 
 
 def shards(config: SpreadConfig, source: str) -> bool:
-    """Whether the weights are split; raises a MambactlError for processes that cannot be had."""
+    """Return True if weights are split; raises a MambactlError for processes that cannot be had."""
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"--nproc {config.processes} does not fit --device {config.device}",

@@ -84,7 +84,7 @@ class Total:
         return operations / CPU_RATE / 3600 > CPU_HOURS
 
     def as_metrics(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Costs as JSON-able numbers."""
         own = ("tokens", "hours", "memory", "disk", "needs_gpu")
         return {name: getattr(self, name) for name in own} | {
             "download_bytes": self.download_bytes,

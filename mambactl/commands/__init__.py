@@ -68,7 +68,7 @@ class Command:
 
     @property
     def is_stage(self) -> bool:
-        """Whether the command can be a section of a recipe, whose options come in layers."""
+        """True if the command can be a section of a recipe, whose options come in layers."""
         return issubclass(self.options, StageConfig)
 
     @property

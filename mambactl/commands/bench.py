@@ -55,7 +55,7 @@ def measure(config: BenchConfig, source: str | None) -> StageResult:
 
 
 def plan(config: BenchConfig, source: str | None) -> dict[str, Any]:
-    """What would be measured; reads headers only."""
+    """Describe the measurements; reads headers only."""
     baseline = _prepare(config, source)
     device, dtype = placement(config)
     where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}

@@ -162,7 +162,7 @@ class _Work:
 
     @property
     def units(self) -> Units:
-        """What is replaced or stays as one."""
+        """Unit of replacement: layers or KV heads."""
         return UNITS[self.config.by]
 
     def target(self, kept: Sequence[Unit]) -> HybridConfig:
@@ -174,7 +174,7 @@ class _Work:
         return self.replacement.target(kept_by(kept))
 
     def by_rule(self) -> list[Unit]:
-        """What stays attention if nothing is measured, and how much if something is."""
+        """Choose the attention that stays if nothing is measured, and its amount if something is."""
         base = self.adapted.config
         if self._ranking_holds:
             keep = self.units.count(self.config, base, self._kv_itemsize)
@@ -183,7 +183,7 @@ class _Work:
 
     @cached_property
     def ranking(self) -> Ranking | None:
-        """What the package knows of this model's heads, where they are chosen and not named."""
+        """Ranking of this model's heads in the package, where heads are chosen and not named."""
         config = self.config
         if config.by != "head" or config.keep_heads is not None or config.select != "uniform":
             return None
@@ -191,14 +191,14 @@ class _Work:
 
     @property
     def _ranking_holds(self) -> bool:
-        """Whether it was measured with the window that is asked for."""
+        """True if the ranking was measured with the requested window."""
         if self.ranking is None:
             return False
         form = self.ranking.form
         return (form.window, form.sinks) == (self.config.window, self.config.sinks)
 
     def choose(self, source: str, texts: Texts) -> Choice | None:
-        """What a measurement chooses, one made earlier or now; None where the rule decides."""
+        """Choose by a measurement made earlier or now; None where the rule decides."""
         base = self.adapted.config
         if self.config.select == "uniform":
             return self._chosen_before(source)
@@ -207,7 +207,7 @@ class _Work:
         return choose(self.config, source, self.replacement, texts, self.layer, keep, size)
 
     def _chosen_before(self, source: str) -> Choice | None:
-        """What a ranking in the package chooses; says what would do better where there is none."""
+        """Choose by a ranking in the package; suggests a better way where there is none."""
         kept, known = self.by_rule(), self.ranking
         is_open = self.config.by == "head" and self.config.keep_heads is None
         if not is_open or not 0 < len(kept) < len(self.units.of(self.adapted.config)):
@@ -300,7 +300,7 @@ def _replaced(base: HybridConfig, target: HybridConfig) -> list[int]:
 
 
 def _heads(base: HybridConfig, target: HybridConfig) -> dict[str, Any]:
-    """How many KV heads were replaced, of how many, and which keep attention."""
+    """Describe how many KV heads were replaced, of how many, and which keep attention."""
     before, after = (
         [f"{index}.{head}" for index, heads in each.attention_heads.items() for head in heads]
         for each in (base, target)

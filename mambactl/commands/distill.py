@@ -104,7 +104,7 @@ def _evaluation(
     held_out: Sequence[Row],
     probes: Sequence[RecallProbe],
 ) -> Evaluation | None:
-    """What is measured on the way, if anything."""
+    """Measurements during training, None without any."""
     pair, measured = (models.student, models.teacher), []
     if held_out:
         measured.append(HeldOut(*pair, held_out, config.batch_size, job.amp, not models.compiled))
@@ -183,7 +183,7 @@ def _ranking(source: str) -> list[int] | None:
 
 @dataclass
 class _Models:
-    """What learns and from whom; `teacher` is None where a cache stands in, `name` says which.
+    """Student and teacher; `teacher` is None where a cache replaces it, `name` is its name.
 
     `rounded` names frozen parameters that are held in less precision than they are stored in.
     """
@@ -258,7 +258,7 @@ def _phase(
 def _objective(
     job: Job, config: DistillConfig, models: _Models, plan: PhasePlan, rows: Sequence[Row]
 ) -> Objective:
-    """What a phase minimises: each kind of phase has its own."""
+    """Objective of a phase; each kind of phase has its own."""
     if plan.kind == "align":
         return AlignmentObjective(models.student, models.teacher, job.amp, models.compiled)
     if plan.kind == "logits" and config.teacher_cache:

@@ -99,7 +99,7 @@ def _reference(job: Job, config: DpoConfig) -> Any:
 
 
 def _precomputes(config: DpoConfig) -> bool:
-    """Whether the reference is asked ahead; TRL would load one of its own under FSDP."""
+    """True if the reference is computed ahead; TRL would load one of its own under FSDP."""
     return config.precompute_reference and not sharded()
 
 
@@ -141,7 +141,7 @@ def _held_out(
 
 
 def _any(found: bool, job: Job) -> bool:
-    """Whether one process found it: last bits may differ between them, but all must stop."""
+    """True if any process found it: last bits may differ between them, but all must stop."""
     return bool(largest(int(found), job.device))
 
 

@@ -43,7 +43,7 @@ class Inputs:
     replaced: dict[int, tuple[int, ...]]
 
     def probes(self) -> Iterator[tuple[Probe[Any, Any, Any], Any]]:
-        """What is asked for in the order of the measurement, with what it has read."""
+        """Requested probes in the order of the measurement, each with its inputs."""
         asked = [PROBES[name] for name in self.read]
         for probe in sorted(asked, key=lambda each: each.alone):
             yield probe, self.read[probe.name]
@@ -86,7 +86,7 @@ def measure(config: EvalConfig, source: str) -> StageResult:
 
 
 def plan(config: EvalConfig, source: str) -> dict[str, Any]:
-    """What would be measured; reads headers, data and task files, and no weights."""
+    """Describe the measurements; reads headers, data and task files, and no weights."""
     inputs = _read(config, source)
     device, dtype = placement(config)
     found = describe(source)
@@ -162,7 +162,7 @@ def _warn_of_length(asked: Asked) -> None:
 
 
 def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]) -> str | None:
-    """What the model is compared with; some probes do without one that is not there."""
+    """Teacher for the comparison; some probes do without one that cannot be found."""
     asked = {probe.teacher for probe in probes}
     needed = "needed" in asked or config.control
     known = config.teacher or named_teacher(source)

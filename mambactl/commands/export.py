@@ -77,7 +77,7 @@ class _Work:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What is known before anything is written."""
+        """Metrics that are known before anything is written."""
         return {"to": self.config.to, "architecture": self.form.architecture, "dtype": self.dtype}
 
     @property
@@ -107,7 +107,7 @@ class _Work:
         return None if self.dtype == "float32" or kinds == {self.dtype} else self.dtype
 
     def open_file(self, work: WorkFolder) -> TensorFile:
-        """What is written in the working folder."""
+        """File to write in the working folder."""
         texts = portable_tokenizer(self.origin.reader) | self.form.files
         texts[CARD] = export_card(self.config.to, self.form, self.origin)
         return self.target.open_file(work, self.form, self.config, self.dtype, texts)
@@ -124,7 +124,7 @@ class _Work:
             )
 
     def lineage(self) -> dict[str, Any]:
-        """How it was made."""
+        """Lineage of the export."""
         local = Path(self.source.spec).expanduser().exists()
         return lineage(
             "export",

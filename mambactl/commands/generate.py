@@ -53,7 +53,7 @@ def run(
 
 
 def plan(config: GenerateConfig, source: str) -> dict[str, Any]:
-    """What would be decoded; writes nothing."""
+    """Describe the decoding; writes nothing."""
     if config.dataset:
         return QuestionSet.of(config, source).plan()
     config.require_coherent()

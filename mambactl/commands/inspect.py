@@ -57,7 +57,7 @@ def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Tab
 
 
 def _sequences(found: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What one sequence takes at some lengths, beside what it takes of the teacher."""
+    """Cache bytes of one sequence at some lengths, beside the teacher's."""
     numbers = columns(group("sequence"), found.values())
     rows = [
         (f"{int(tokens):,}", *(each.written(one) for each in numbers))

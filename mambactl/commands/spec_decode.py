@@ -51,7 +51,7 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
 
 
 def plan(config: SpecDecodeConfig, source: str) -> dict[str, Any]:
-    """What would be decoded; writes nothing."""
+    """Describe the decoding; writes nothing."""
     config.require_coherent()
     prompts = decoding.read(config)
     return decoding.plan(config, source, prompts) | {"check": config.check}

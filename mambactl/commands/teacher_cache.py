@@ -131,7 +131,7 @@ def open_cache(
     rows: Sequence[Row],
     temperature: float = 1.0,
 ) -> TeacherCache:
-    """What `--teacher-cache` names; every row of the run must be there.
+    """Open the cache of `--teacher-cache`, which must hold every row of the run.
 
     Raises UsageError for a cache of another vocabulary, temperature, teacher or other rows.
     """
@@ -150,7 +150,7 @@ def open_cache(
 
 
 class _Kept(BaseModel):
-    """What a run compares with its own."""
+    """Record of a cache that a run compares with its own."""
 
     teacher: str
     teacher_sha256: str | None
@@ -164,7 +164,7 @@ class _Record(BaseModel):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a cache was made from; raises ModelError for a folder that is none."""
+    """Read the origin of a cache; raises ModelError for a folder that is none."""
     record = read_lineage(folder) if folder.is_dir() else None
     if record is None or record.get("stage") != STAGE:
         hint = f"mambactl {STAGE} TEACHER --data DATA -o {folder}"

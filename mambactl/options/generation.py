@@ -73,7 +73,7 @@ class ChatConfig(TokenConfig):
 
 
 class ServeConfig(StageConfig):
-    """Serve a model to clients of the OpenAI API; a key comes from MAMBACTL_API_KEY."""
+    """Serve the OpenAI API (its key: MAMBACTL_API_KEY)."""
 
     placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"host", "port"}
 

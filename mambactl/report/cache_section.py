@@ -35,7 +35,7 @@ class _Student:
     sequences: Mapping[str, Mapping[str, Any]]
 
     def share(self, tokens: str) -> float | None:
-        """Of the teacher's cache, None where it is not known."""
+        """Fraction of the teacher's cache, None where it is not known."""
         return self.sequences.get(tokens, {}).get(SHARE.name)
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of: files that are named, those beside checkpoints, and short names.
+"""Inputs of a report: named files, those beside checkpoints, and short names.
 
 Names of models are as short as tells them apart, and no two are alike.
 """
@@ -97,7 +97,7 @@ def _owned(entry: Entry, owner: Path | None, digest_of: Callable[[Path], str] | 
 
 
 def _holds_results(path: Path) -> bool:
-    """Whether a path is called as the folder of a checkpoint's results."""
+    """True if a path is named like the results folder of a checkpoint."""
     return path.name == RESULTS or path.name.endswith(f".{RESULTS}")
 
 
@@ -216,7 +216,7 @@ def _by_teacher(entry: Entry) -> Entry:
 
 
 def _is_relative(kind: str) -> bool:
-    """Whether something is measured by what a teacher says."""
+    """True if a measurement is relative to a teacher."""
     return kind == "tests" or (kind in PROBES and PROBES[kind].teacher == "needed")
 
 

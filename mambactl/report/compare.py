@@ -80,7 +80,7 @@ def run(
 def plan(
     config: EvalConfig | BenchConfig, sources: Sequence[str | None], command: MeasuringCommand
 ) -> dict[str, Any]:
-    """What would be measured of each; writes nothing."""
+    """Describe the measurements of each; writes nothing."""
     if len(sources) > 1:
         _require_different(sources)
     report = str(Path(config.report or DEFAULT_REPORT).expanduser().absolute())
@@ -126,7 +126,7 @@ def _measure(
 
 
 def _without_model(config: BenchConfig) -> str:
-    """What a bench without a checkpoint measures."""
+    """Measurements of a bench without a checkpoint."""
     return "-".join([*(["training"] if config.training else []), *config.synthetic])
 
 

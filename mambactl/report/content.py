@@ -1,4 +1,4 @@
-"""What a page is made of: sections of tables and figures, and the sources that they cite."""
+"""Content of a page: sections of tables and figures, and the sources that they cite."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +104,7 @@ def numbers_of(
 
 
 def present(metrics: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """What was measured of one kind; empty where nothing was."""
+    """Measurements of one kind, empty without any."""
     found = metrics.get(kind)
     return found if isinstance(found, Mapping) else {}
 

@@ -78,7 +78,7 @@ def layers(material: Material) -> Section:
 
 
 def numbers(probe: Probe[Any, Any, Any], material: Material) -> Section:
-    """What a probe without charts of its own has found: a table per data set."""
+    """Tables of a probe without charts of its own, one per data set."""
     section = section_of(probe)
     section.tables += _tables(material, section, probe)
     return section

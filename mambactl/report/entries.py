@@ -22,7 +22,7 @@ SPEEDS = ("points", "speculative", "kernels", "loss")
 
 @dataclass(frozen=True)
 class Source:
-    """Where numbers come from: a file, a member of it, and what is known about how they were made.
+    """Source of numbers: a file, a member of it, and the known facts about their making.
 
     `details` are pairs to print: device, date, version, digest of the model.
     """
@@ -35,7 +35,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one run of one stage measured on one model."""
+    """Measurements of one run of one stage on one model."""
 
     model: str
     metrics: Json

@@ -62,7 +62,7 @@ class _Kept(BaseModel):
 
 
 def _fields(metrics: Iterable[Metric]) -> dict[str, Any]:
-    """What the format of each number can write."""
+    """Numbers that their format can write, by name."""
     words = {last_part: str, str: Any, yes_or_no: Any}
     return {each.name: (words.get(each.write, Number) | None, None) for each in metrics}
 
@@ -113,7 +113,7 @@ class _LongContext(_Kept):
 
 
 class _Recalled(_Numbers):
-    """Of the student, with the teacher's beside them."""
+    """Recall of the student, with the teacher's beside it."""
 
     teacher: _Numbers | None = None
 
@@ -180,7 +180,7 @@ def _by_set(found: Any) -> Any:
 
 
 def _parts(found: Any) -> Any:
-    """What is measured by name; words and numbers beside it are not read."""
+    """Measurements by name; words and numbers beside them are not read."""
     if not isinstance(found, Mapping):
         return found
     return {name: part for name, part in found.items() if isinstance(part, Mapping)}
@@ -262,7 +262,7 @@ class _Model(_Kept):
 
 
 class _About(_Kept):
-    """How a measurement was made, as far as a report says it."""
+    """Circumstances of a measurement, as far as a report says them."""
 
     command: str | list[str] | None = None
     commands: dict[str, str | list[str]] | list[str] | None = None
@@ -287,7 +287,7 @@ class _LedgerLine(_Kept):
 
 
 def read_content(path: Path) -> Json:
-    """What a file of results holds; raises UsageError for one that is no JSON object."""
+    """Read a file of results; raises UsageError for one that is no JSON object."""
     content = read_object(path, UsageError, HINT)
     _require_writable(content, path)
     return content

@@ -1,4 +1,4 @@
-"""How a checkpoint was made, from what it carries: the command that would make it again."""
+"""Origin of a checkpoint by its lineage: the command that would make it again."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ class _Parent(BaseModel):
 
 
 class _Lineage(BaseModel):
-    """What is read of a lineage here."""
+    """Fields of a lineage that are read here."""
 
     stage: str | None = None
     parent: _Parent | None = None

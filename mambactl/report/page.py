@@ -53,7 +53,7 @@ LAST: tuple[Maker, ...] = (
 
 
 def makers() -> Iterator[Maker]:
-    """What makes the sections, in their order."""
+    """Functions that make the sections, in their order."""
     others = (name for name in PROBES if name not in FIRST)
     for each in (*FIRST, *others, *LAST):
         if isinstance(each, str):

@@ -26,7 +26,7 @@ LONGEST_NAME = 120
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a speed was measured on, with what, and when."""
+    """Device, versions and date of a speed measurement."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else str(device),
@@ -97,7 +97,7 @@ def write_results(
 
 
 def _about(source: str) -> dict[str, Any]:
-    """What tells the measured model from others, and its cache: from headers."""
+    """Identity of the measured model and its cache, from headers."""
     digest = {"digest": header_digest(resolve(source).path)}
     try:
         found = describe(source)
@@ -108,7 +108,7 @@ def _about(source: str) -> dict[str, Any]:
 
 
 def _beside(checkpoint: Path) -> Path | None:
-    """Where results of a checkpoint belong."""
+    """Folder for the results of a checkpoint."""
     if not checkpoint.exists() or _is_cache(checkpoint):
         return None
     if checkpoint.is_dir():

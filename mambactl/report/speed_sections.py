@@ -218,7 +218,7 @@ def _cache_figure(
 
 
 def drafts(material: Material) -> Section:
-    """What speculative decoding came to, and how many drafted tokens its steps kept."""
+    """Table of speculative decoding, with the drafted tokens that its steps kept."""
     section = Section(
         "drafts", "Speculative decoding", "Real prompts, decoded plainly and with a draft."
     )

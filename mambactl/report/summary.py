@@ -29,7 +29,7 @@ class Column:
 
     @property
     def write(self) -> Format:
-        """How its values are written."""
+        """Format of its values."""
         return self.metric.write
 
 
@@ -110,7 +110,7 @@ def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
 
 
 def beside(entry: Entry) -> dict[str, Any]:
-    """What was measured together with a model: its controls, and the one it is tested against."""
+    """Subjects measured together with a model: its controls, and the one it is tested against."""
     found = dict(entry.metrics.get("controls") or {})
     if name := against_of(entry):
         found[f"against {name}"] = entry.metrics["against"]
@@ -120,7 +120,7 @@ def beside(entry: Entry) -> dict[str, Any]:
 def _columns(
     metrics: Mapping[str, Any],
 ) -> Iterator[tuple[Column, Metric, Mapping[str, Any]]]:
-    """What probes may have found: a column, its number, and the results that may hold it."""
+    """Possible columns: heading, number, and the results that may hold it."""
     # first what has a heading of its own for every data set
     for probe in sorted(PROBES.values(), key=lambda each: not each.by_set):
         shown = [each for each in probe.metrics if each.summary is not None]

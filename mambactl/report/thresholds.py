@@ -31,24 +31,24 @@ class Check:
         return f"{self.name}{'<=' if self.at_most else '>='}{self.bound:g}"
 
     def concerns(self, group: str, metric: str, metrics: Sequence[str]) -> bool:
-        """Whether this is about one metric of a group that has `metrics`."""
+        """True if the bound is on one metric of a group that has `metrics`."""
         main = next((name for name in MAIN if name in metrics), None)
         named = {metric, f"{group}.{metric}"}
         return self.name in (named | {group} if metric == main else named)
 
     def holds(self, value: float) -> bool:
-        """Whether a value is within the bound; NaN never is."""
+        """True if a value is within the bound; NaN never is."""
         return value <= self.bound if self.at_most else value >= self.bound
 
 
 def is_share(metric: str) -> bool:
-    """Whether a score is a share of 1, so that it may be said in per cent."""
+    """True if a score is a fraction of 1, which may be written in per cent."""
     name = metric.partition(":")[0]
     return not (lower_is_better(name) or _NO_SHARES.match(name))
 
 
 def may_be_negative(metric: str) -> bool:
-    """Whether a score may be below 0."""
+    """True if a score may be below 0."""
     return bool(_SIGNED.match(metric.partition(":")[0]))
 
 
