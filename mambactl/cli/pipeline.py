@@ -29,7 +29,7 @@ _ASKS = f"asks to run code that a checkpoint ships ({TRUST})"
 
 @dataclass(frozen=True)
 class Handling:
-    """Options for running sections: `flags` of all stages, and `again`, the command that repeats it.
+    """Options for running sections: `flags` of all stages, and `again`, the command to repeat it.
 
     `trusted`: a person allows the code that checkpoints ship, where the recipe asks for it.
     """

@@ -174,7 +174,7 @@ class _Work:
         return self.replacement.target(kept_by(kept))
 
     def by_rule(self) -> list[Unit]:
-        """Choose the attention that stays if nothing is measured, and its amount if something is."""
+        """Choose what stays attention if nothing is measured, and how much if something is."""
         base = self.adapted.config
         if self._ranking_holds:
             keep = self.units.count(self.config, base, self._kv_itemsize)
