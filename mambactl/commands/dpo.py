@@ -49,6 +49,8 @@ def run(
         from_main(None)
         held, before = _held_out(job, config, folder, student, reference, data)
         trainer = _trainer(job, config, folder, student, reference, data, held)
+        # runs of versions that kept no day
+        trainer.older = job.day is None
         del reference
         metrics: dict[str, Any] = report_phases([follow(trainer, STAGE, folder)], folder)
         metrics |= {"data": data.counts}

@@ -62,6 +62,8 @@ def run(
             compile_blocks(model)
     with folder.open(resume, force):
         trainer = _trainer(job, config, folder, student, teacher, rows, tokenizer)
+        # runs of versions that kept no day
+        trainer.older = job.day is None
         evaluation = None
         if held_out:
             trim = not config.compile

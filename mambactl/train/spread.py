@@ -20,7 +20,11 @@ class SpreadTrainer(Trainer):
     Matrices multiply in the autocast type, as on one GPU, so parameters travel in fp32 and none is
     rounded on its way: A_log, D and dt_bias act in fp32. Accelerate shards on GPUs alone; here a
     CPU takes the same path.
+
+    `older`: an earlier version began the run, which goes on with the schedule of then.
     """
+
+    older = False
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator and fit its sharding."""
@@ -41,6 +45,8 @@ class SpreadTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The schedule of our own loop: transformers' starts at 0, where a step changes nothing."""
+        if self.older:
+            return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(

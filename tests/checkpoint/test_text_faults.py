@@ -19,6 +19,12 @@ HUGE = "9" * 5000
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
+def alone(llama: Path) -> Path:
+    """The index of a folder without weights in one file, which would be read in its place."""
+    (llama / WEIGHTS).unlink()
+    return llama / "model.safetensors.index.json"
+
+
 TEXTS = {
     "empty": (b"", "is not valid JSON"),
     "digits": (f'{{"vocab_size": {HUGE}}}'.encode(), "is not valid JSON"),
@@ -62,7 +68,7 @@ def remove_tokenizer(folder: Path) -> Path:
 def test_no_regular_file(llama: Path, file: str, load: Callable, kind: Callable) -> None:
     path = llama / file
     path.unlink(missing_ok=True)
-    if file == "pytorch_model.bin":
+    if file in ("pytorch_model.bin", "model.safetensors.index.json"):
         (llama / WEIGHTS).unlink()
     if file.endswith("index.json") and kind in (loop, dangling):
         pytest.skip("as good as not there, beside model.safetensors")
@@ -91,20 +97,20 @@ def test_a_file_that_may_not_be_read(llama: Path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("file", [3, "", "..", "../x", "/etc/passwd", "a\0b", ["a"], None])
 def test_files_that_an_index_may_not_name(llama: Path, file: Any) -> None:
-    index = llama / "model.safetensors.index.json"
+    index = alone(llama)
     index.write_text(json.dumps({"weight_map": {"a": file}}))
     refused(describe, llama, index.name)
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": 3}, {"weight_map": []}, []])
 def test_an_index_without_names(llama: Path, content: Any) -> None:
-    (llama / "model.safetensors.index.json").write_text(json.dumps(content))
+    alone(llama).write_text(json.dumps(content))
     refused(describe, llama, "index.json")
 
 
 def test_a_name_of_5000_letters_in_an_index(llama: Path) -> None:
     index = {"weight_map": {"a": "x" * 5000}}
-    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    alone(llama).write_text(json.dumps(index))
     with pytest.raises(ModelError, match="File name too long"):
         describe(str(llama))
 

@@ -318,13 +318,21 @@ def test_models_of_others_are_refused(cli, hub: Hub, tiny_llama_dir: Path, tmp_p
 
 def test_an_export_keeps_its_own_example(cli, hub: Hub, tiny_llama_dir: Path) -> None:
     assert cli("export", str(tiny_llama_dir), "-o", "hf", "--no-check").code == 0
-    # as the export for mambainllama has it
-    Path("hf", "mamba_config.json").write_text('{"d_model": 48}')
     assert cli("push", "hf", REPO).code == 0
     files = hub.repositories[REPO].files
     assert f'AutoModelForCausalLM.from_pretrained("{REPO}")' in files["README.md"].decode()
     assert "modeling_mambactl.py" not in files and "model.safetensors" in files
-    assert "config.json" in files and files["mamba_config.json"] == b'{"d_model": 48}'
+    assert "config.json" in files
+
+
+def test_an_export_keeps_its_second_configuration(cli, hub: Hub, tiny_llama_dir: Path) -> None:
+    form = ("--form", "portable", "--init", "reference")
+    assert cli("convert", str(tiny_llama_dir), *form, "--ratio", "0.5", "-o", "r.st").code == 0
+    to = ("--to", "mambainllama", "-o", "released", "--no-check")
+    assert cli("export", "r.st", *to).code == 0
+    assert cli("push", "released", REPO).code == 0
+    content = Path("released", "mamba_config.json").read_bytes()
+    assert hub.repositories[REPO].files["mamba_config.json"] == content
 
 
 def test_python_does_the_same(hub: Hub, student: Path) -> None:

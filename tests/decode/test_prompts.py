@@ -42,12 +42,13 @@ def test_text_files_hold_a_prompt_per_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n{"question": "b"}\n', "row 2"),
+        ("p.jsonl", '{"prompt": "a"}\n{"colour": "b"}\n', "row 2"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "row 2"),
         ("p.jsonl", '["a"]\n', "row 1"),
         ("p.jsonl", '{"messages": [{"role": "assistant", "content": "b"}]}\n', "row 1"),
-        ("p.txt", "\n", "empty"),
-        ("p.csv", "a\n", "unknown kind"),
+        ("p.txt", "\n", "no rows"),
+        ("p.csv", "a\n", "no rows"),
+        ("p.md", "a\n", "unknown kind"),
         (None, "", "no file"),
     ],
 )

@@ -12,9 +12,9 @@ from mambactl.data.pack import Batch
 from mambactl.kernels.local_attention import local_attention
 from mambactl.kernels.reference import rotated, skip
 from mambactl.models import hybrid
-from mambactl.models.hybrid import RMSNorm
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers import windowed
+from mambactl.models.mixers.attention import RMSNorm
 from mambactl.train.optimization import AlignmentObjective
 
 # what finds documents, windows and sinks, and nothing else of a layer

@@ -55,7 +55,10 @@ NEEDLE = {
     },
     "tasks": {"piqa": {"acc": 0.6}},
     "task_differences": {
-        "mean": {"difference": -0.0025, "interval": [-0.0075, 0.0025], "tasks": 7, "student": 0.4}
+        "mean": {
+            "difference": -0.0025, "interval": [-0.0075, 0.0025], "tasks": 7,
+            "student": 0.4, "teacher": 0.4025,
+        }
     },
 }  # fmt: skip
 

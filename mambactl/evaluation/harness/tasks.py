@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mambactl.data.row_containers import rows_of
+from mambactl.data.row_files import require_there
 from mambactl.errors import ResourceError, UsageError
 from mambactl.evaluation.harness.schemas import (
     MC2_SCHEMA,
@@ -187,6 +188,7 @@ def _stem(path: Path) -> str:
 
 
 def _read(path: str, limit: int | None, schema: Schema | None) -> tuple[list[Row], Schema]:
+    require_there(path)
     rows = list(islice(rows_of(path, None), limit))
     if not rows:
         raise UsageError(f"{path} is empty", hint="a task file needs at least one row")
