@@ -434,14 +434,6 @@ def stdin_is_pipe() -> bool:
         return not sys.stdin.isatty()
 
 
-def default_out(model: str, stage: str, ending: str = "") -> Path:
-    """Return `runs/<model-name>-<stage>`, deterministic and relative to the working directory."""
-    name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
-    for suffix in (".safetensors", ".st", ".gguf", ".bin"):
-        name = name.removesuffix(suffix)
-    return Path("runs") / f"{name or 'model'}-{stage}{ending}"
-
-
 def drawn(block: str | Table) -> str:
     """Return text for stdout; a table is as wide as it needs to be when nobody looks."""
     if isinstance(block, str):

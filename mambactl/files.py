@@ -156,3 +156,11 @@ def canonical(spec: str) -> str:
     path = os.path.expanduser(spec)
     # unlike Path.exists, this takes any text
     return os.path.realpath(path) if os.path.exists(path) else spec
+
+
+def default_out(model: str, stage: str, ending: str = "") -> Path:
+    """Return `runs/<model-name>-<stage>`, deterministic and relative to the working directory."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
+    for suffix in (".safetensors", ".st", ".gguf", ".bin"):
+        name = name.removesuffix(suffix)
+    return Path("runs") / f"{name or 'model'}-{stage}{ending}"

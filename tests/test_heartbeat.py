@@ -17,6 +17,8 @@ def quick(monkeypatch):
     """Silence is a tenth of a second, and the log is that of a command."""
     monkeypatch.setattr(heartbeat, "SILENCE", SILENCE)
     monkeypatch.setattr(heartbeat, "LOOK", SILENCE / 10)
+    # of servers that other tests run in this process
+    monkeypatch.setitem(console._bars, "open", 0)
     console.stderr.cache_clear()
     set_verbosity(1)
     yield

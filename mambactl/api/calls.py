@@ -13,8 +13,8 @@ from mambactl.checkpoint.provenance import made_before
 from mambactl.cli.preflight import require_found
 from mambactl.cli.processes import launch, of_this_run
 from mambactl.commands import COMMANDS, Command
-from mambactl.console import default_out
 from mambactl.errors import ModelError, UsageError
+from mambactl.files import default_out
 from mambactl.heartbeat import heartbeat
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import Shown, settings

@@ -20,6 +20,7 @@ from mambactl.cli.parameters import Shared, parameters_of, typed_name, with_para
 from mambactl.cli.precedence import settled
 from mambactl.commands import COMMANDS, Command, configure
 from mambactl.errors import UsageError
+from mambactl.files import default_out
 from mambactl.heartbeat import heartbeat
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import parse_settings, validated
@@ -166,7 +167,7 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
             [console.read_model(other) for other in others],
         )
         return
-    out = Path(shared.out) if shared.out else console.default_out(source, command.name, ending)
+    out = Path(shared.out) if shared.out else default_out(source, command.name, ending)
     again = {"resume": shared.resume, "force": shared.force}
     # the help needs nothing of checkpoints
     from mambactl.checkpoint.provenance import made_before

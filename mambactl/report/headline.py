@@ -18,7 +18,9 @@ from mambactl.report.entries import Entry
 KEY, TITLE = "kept", "What was kept and what was won"
 WHOLE = 1.0
 # what labels begin with, in the order of the page
-KINDS = ("agreement", "recall", "cache", "decoding")
+KINDS = (AGREEMENT.name, "recall", "cache", "decoding")
+# bytes of a student's cache and of its teacher's
+TOTALS = tuple(each.name for each in metrics.METRICS["sequence"][:2])
 # students beyond which a sentence names no single one
 NAMED = 1
 
@@ -89,7 +91,7 @@ def _agreement(entry: Entry) -> Measure | None:
         if value is not None:
             where = f" of {numbers['tokens']:,} positions" if numbers.get("tokens") else ""
             phrase = f"names the teacher's likeliest next token in {percent(value)}{where}"
-            return Measure("agreement", value, percent(value), percent(WHOLE), phrase)
+            return Measure(AGREEMENT.name, value, percent(value), percent(WHOLE), phrase)
     return None
 
 
@@ -110,7 +112,7 @@ def _cache(entry: Entry) -> Measure | None:
     sizes = sequences[longest]
     label = f"cache, {int(longest):,} tokens"
     unit = " ".join(filter(None, ("MiB", str(present(entry.metrics, CACHE).get("dtype") or ""))))
-    own, theirs = (f"{metrics.mebibytes(sizes[key])} {unit}" for key in ("total", "teacher_total"))
+    own, theirs = (f"{metrics.mebibytes(sizes[key])} {unit}" for key in TOTALS)
     phrase = f"needs {percent(sizes[SHARE.name])} of its cache at {int(longest):,} tokens"
     return Measure(label, sizes[SHARE.name], own, theirs, phrase)
 

@@ -14,6 +14,7 @@ import pytest
 from mambactl import console, errors
 from mambactl.cli.main import run
 from mambactl.errors import ExitCode
+from mambactl.files import default_out
 from mambactl.requirements import EXTRAS
 
 EXIT_CODES = {
@@ -336,7 +337,7 @@ def test_a_result_that_cannot_be_written_to_stdout_is_said_elsewhere() -> None:
     ],
 )
 def test_default_output(model, name) -> None:
-    assert console.default_out(model, "distill") == Path(f"runs/{name}-distill")
+    assert default_out(model, "distill") == Path(f"runs/{name}-distill")
 
 
 def test_inspect_and_recipe_content_goes_to_stdout(cli) -> None:

@@ -84,7 +84,7 @@ def tune(data, processes: int, **fields) -> SftConfig:
 
 
 def prefer(data, processes: int, **fields) -> DpoConfig:
-    settings = {"max_steps": 3, "max_length": 48, "save_every": 50, "warmup": 1, "lr": 1e-3}
+    settings = {"max_steps": 3, "max_length": 48, "save_every": 50, "warmup": 1, "lr": 3e-4}
     batch = {"batch_size": 4 // processes, "nproc": processes, "device": "cpu"}
     return DpoConfig(data=[data["dpo"]], **{**settings, **batch, **fields})
 
