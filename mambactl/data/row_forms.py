@@ -18,6 +18,7 @@ from mambactl.data.turns import (
     Row,
     are_objects,
     is_turns,
+    json_name,
     learned_turns,
     require,
     turns_of,
@@ -72,7 +73,7 @@ class Reading:
     @classmethod
     def of(cls, row: Any) -> "Reading":
         """Open a row; raises BadRow if it is no object or has media, which no text model sees."""
-        require(isinstance(row, dict), f"holds a {type(row).__name__}, not an object")
+        require(isinstance(row, dict), f"holds a {json_name(row)}, not an object")
         reading = cls(row)
         for name in MEDIA:
             require(not row.get(name), f"has `{name}`, and only text is read")
@@ -94,7 +95,7 @@ class Reading:
     def text(self, name: str) -> str:
         """A column of text; raises BadRow for another type."""
         value = self.take(name)
-        require(isinstance(value, str), f"`{name}` is a {type(value).__name__}")
+        require(isinstance(value, str), f"`{name}` is a {json_name(value)}")
         return value
 
     def said(self, name: str) -> list[Row] | str:

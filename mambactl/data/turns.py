@@ -32,8 +32,23 @@ SHAREGPT_ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
+# what JSON calls the values that it holds
+JSON_NAMES = {
+    "NoneType": "null",
+    "bool": "boolean",
+    "int": "number",
+    "float": "number",
+    "str": "string",
+    "dict": "object",
+}
 # how a turn says that nothing is learned of it
 MARKS = ("weight", "train", "training")
+
+
+def json_name(value: object) -> str:
+    """Name of the type of a value, as JSON has it."""
+    name = type(value).__name__
+    return JSON_NAMES.get(name, name)
 
 
 class BadRow(Exception):
@@ -98,7 +113,7 @@ def _turn(message: Any, where: str) -> Row:
         turn["tool_calls"] = [{"type": "function", "function": turn.pop("function_call")}]
     content, calls = turn.get("content"), turn.get("tool_calls")
     require(content is not None or bool(calls), f"{where} has no `content`")
-    found = type(content).__name__
+    found = json_name(content)
     require(isinstance(content, str | None), f"{where} has a {found} as `content`")
     require(calls is None or are_objects(calls), f"{where}: `tool_calls` are no objects")
     if calls:
@@ -131,7 +146,7 @@ def _joined(parts: Sequence[Any], where: str) -> str:
         if isinstance(part, str):
             texts.append(part)
             continue
-        require(isinstance(part, dict), f"{where} has a part that is a {type(part).__name__}")
+        require(isinstance(part, dict), f"{where} has a part that is a {json_name(part)}")
         kind = part.get("type", "text" if isinstance(part.get("text"), str) else None)
         require(
             kind in TEXT_PARTS and isinstance(part.get("text"), str),

@@ -7,8 +7,10 @@ from mambactl import console
 from mambactl.data.mixture import shares
 from mambactl.train.job import Job
 
+ROWS = "rows"
 
-def with_steps(job: Job, rows: int, name: str = "rows") -> Job:
+
+def with_steps(job: Job, rows: int, name: str = ROWS) -> Job:
     """The run with the steps that its epochs are; says how often it sees each of its rows.
 
     In a mixture by weight the rows hold the epochs already.
@@ -23,10 +25,12 @@ def with_steps(job: Job, rows: int, name: str = "rows") -> Job:
         seen = f"{config.epochs:g} epochs of the smallest set for its share"
     else:
         seen = f"{_times(steps * batch / rows)} epochs"
-    console.log(f"{steps} steps of {batch} {name} are {seen}: there are {rows:,}")
+    kind = "packed rows" if name == ROWS and config.packing else name
+    are = "steps" if steps > 1 else "step"
+    console.log(f"{steps:,} {are} of {batch} {kind}: {seen}, of {rows:,} {kind}")
     if batch > rows:
         console.warn(
-            f"a step of {batch} {name} is larger than the data, which has {rows}: it holds each "
+            f"a step of {batch} {kind} is larger than the data, which has {rows}: it holds each "
             f"{_times(batch / rows)} times; lower --batch-size or --grad-accum, or give more data"
         )
     return job

@@ -95,8 +95,8 @@ def test_a_step_larger_than_the_data_is_reported(student, capsys) -> None:
     job = Job.of("sft", SftConfig(**SIZES | {"batch_size": 64}, data=["x"], max_steps=3), student)
     assert with_steps(job, 10) == job
     said = capsys.readouterr().err
-    assert "3 steps of 64 rows are 19.2 epochs: there are 10" in said
-    assert "warning: a step of 64 rows is larger than the data, which has 10" in said
+    assert "3 steps of 64 packed rows: 19.2 epochs, of 10 packed rows" in said
+    assert "warning: a step of 64 packed rows is larger than the data, which has 10" in said
 
 
 def test_the_first_step_learns_and_lines_are_said(student, write, tmp_path, capsys) -> None:

@@ -175,7 +175,7 @@ def test_every_container_and_folder_gives_the_same_rows(tmp_path, monkeypatch) -
         ("empty", None, "is a folder without rows"),
         ("model", "config.json", "is a folder with a checkpoint"),
         ("a.json", "[{]", "a.json: not JSON"),
-        ("a.json", '[{"text": 3}]', "a.json, row 1: `text` is a int"),
+        ("a.json", '[{"text": 3}]', "a.json, row 1: `text` is a number"),
         ("a.csv", "text\nx,y\n", "a.csv, row 1: not JSON|row 1: .*1 cells more than names"),
         ("a.csv", 'text\n"x\n', "a.csv, row 1: as a table cannot be used"),
     ],

@@ -122,7 +122,7 @@ def test_a_set_that_the_hub_refuses_says_what_to_type(offline, said, hint, monke
         ({"words": "x", "n": 1}, "row 2: has the columns `words`, `n`"),
         ({}, "row 2: has the columns none"),
         ([1], "row 2: holds a list"),
-        ({"text": 3}, "`text` is a int"),
+        ({"text": 3}, "`text` is a number"),
         ({"messages": []}, "`messages` is not a filled list"),
         ({"messages": [{"role": 3, "content": "x"}]}, "has the role 3"),
         ({"messages": [{"role": "user"}]}, r"`messages\[0\]` has no `content`"),
