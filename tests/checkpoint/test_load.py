@@ -221,7 +221,7 @@ def test_pickled_code_never_runs(llama: Path, tmp_path: Path) -> None:
 
 
 def test_weights_beside_those_of_an_earlier_save(llama: Path, capsys) -> None:
-    """What transformers reads: the one file; it is said that the index is not."""
+    """model.safetensors wins over a stale index, as in transformers, with a warning."""
     expected = load_model(str(llama)).state_dict()
     old = {NORM: torch.zeros(3)}
     save_file(old, llama / "model-00001-of-00001.safetensors")

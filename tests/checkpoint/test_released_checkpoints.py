@@ -167,7 +167,7 @@ def mamba2(w: Weights, i: int, u: Tensor) -> Tensor:
 
 
 def logits(w: Weights, mamba: int, ids: Tensor, scaled: bool) -> Tensor:
-    """Of one row of tokens [T]."""
+    """Compute the logits [T, V] of one row of tokens [T], token by token."""
     w = {name: tensor.double() for name, tensor in w.items()}
     hidden = w["embed"][ids]
     for i in range(LAYERS):

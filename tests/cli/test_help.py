@@ -1,4 +1,4 @@
-"""What a person meets first: help that is fast, flags that do not change."""
+"""Help of every command: complete, fast, with flags that do not change."""
 
 import re
 import resource

@@ -1,4 +1,4 @@
-"""What a recipe takes, before it runs: sums of its sections, on the list and in a dry run."""
+"""Predicted cost of a recipe: the sums over its sections in `recipe list` and in a dry run."""
 
 import json
 

@@ -40,7 +40,7 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Of one training step's loss."""
+    """Return the gradients of the loss of one training step."""
     ids = torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(2))
     model.train().requires_grad_(True)
     model(ids, labels=ids, use_cache=False).loss.backward()
@@ -62,7 +62,7 @@ def worst_attention(family: str, folder: Path) -> tuple[float, float]:
 
 
 def equal_tokens(path: str, ops: DecodeOps, device: str, count: int) -> str:
-    """How many tokens a decode with drafts has in common with whole passes of the model."""
+    """Count the tokens of a decode with drafts that equal those of whole passes of the model."""
     model, prompts = load_model(path, device), prompts_of([9, 2])
     few = replace(GREEDY, max_new_tokens=count)
     wanted = plain(model).generate(prompts, few).tokens

@@ -1,4 +1,4 @@
-"""How long a run is, what is said of its steps, and the day that its chats are written on."""
+"""Length of a run in steps and epochs, its log lines, and the date in its chats."""
 
 import json
 import shutil

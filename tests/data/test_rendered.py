@@ -1,4 +1,4 @@
-"""What a template makes of a row is compared with the row, and what it loses is said or refused."""
+"""Comparison of rendered chats with their rows: losses are warned of or refused."""
 
 from copy import deepcopy
 from datetime import date
