@@ -5,17 +5,20 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice, zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.data.row_files import read_rows
-from mambactl.data.row_forms import QUESTIONS, TEMPLATE, TOOLS, Reading, question_of
+from mambactl.data.row_forms import QUESTIONS, TEMPLATE, TOOLS, Reading, Unread, question_of
+from mambactl.data.sources import round_robin
 from mambactl.data.turns import ASSISTANT, SYSTEM, USER, BadRow, Row
 from mambactl.errors import UsageError
 
 # what a row says about itself and an answer keeps
 KEPT = ("id", "category", "dataset", "reference")
+# the number of a question, in the place of an id
+NUMBER = "question_id"
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,19 @@ def read_conversations(
 
     A spec is what `--data` takes, but a .txt file holds a prompt per line. Rows hold `turns` (user
     turns, each answered in order), a chat (answered after the last turn that is not the
-    assistant's), a prompt or `text`; other rows are noted in `bad`. Raises UsageError for a file
-    that cannot be read.
+    assistant's), a prompt or `text`; other rows are noted in `bad`. Columns that nothing reads are
+    named once per file. Raises UsageError for a file that cannot be read.
     """
     found: list[Conversation] = []
-    bad = BadRows() if bad is None else bad
-    # a round takes one row of every set, and nothing of one that has ended
-    rounds = zip_longest(*(_located(spec, bad) for spec in specs))
-    rows = (row for row in chain.from_iterable(rounds) if row is not None)
-    for where, row in islice(rows, max_samples):
+    bad, unread = BadRows() if bad is None else bad, Unread(known=(*KEPT, NUMBER))
+    rows = round_robin([_located(spec, bad) for spec in specs])
+    for where, row, file in islice(rows, max_samples):
         try:
-            found.append(conversation(where, row))
+            reading = Reading.of(row)
+            found.append(_conversation(where, reading))
+            unread.see(file, reading)
+        except BadRow as error:
+            bad.add(MALFORMED, where, str(error), error.cure or f"expected {QUESTIONS}")
         except UsageError as error:
             bad.add(MALFORMED, where, str(error), error.hint or f"expected {QUESTIONS}")
     if not found and not bad.found:
@@ -89,9 +94,13 @@ def read_conversations(
 def conversation(where: str, row: Any) -> Conversation:
     """The conversation of one row; raises UsageError that says what is wrong with it."""
     try:
-        turns, later, extras = question_of(Reading.of(row))
+        return _conversation(where, Reading.of(row))
     except BadRow as error:
         raise UsageError(str(error), error.cure) from None
+
+
+def _conversation(where: str, reading: Reading) -> Conversation:
+    row, (turns, later, extras) = reading.row, question_of(reading)
     while turns and turns[-1]["role"] == ASSISTANT:
         turns = turns[:-1]
     if not any(turn["role"] == USER for turn in turns):
@@ -102,8 +111,8 @@ def conversation(where: str, row: Any) -> Conversation:
     if not all(isinstance(text, str) and text.strip() for text in [*questions, *later]):
         raise UsageError("has an empty prompt")
     about = {name: row[name] for name in KEPT if row.get(name) is not None}
-    if row.get("question_id") is not None:
-        about.setdefault("id", row["question_id"])
+    if row.get(NUMBER) is not None:
+        about.setdefault("id", row[NUMBER])
     tools, template = extras.get(TOOLS), extras.get(TEMPLATE, {})
     found = Conversation(where, tuple(turns), tuple(later), tools, about, template)
     try:
@@ -127,11 +136,11 @@ def shard_of(conversation: Conversation, count: int) -> int:
     return 1 + int.from_bytes(conversation.digest[:8], "big") % count
 
 
-def _located(spec: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
+def _located(spec: str, bad: BadRows) -> Iterator[tuple[str, Any, str]]:
     for where, row, file in read_rows(spec, bad):
         if not file.removesuffix(".gz").endswith(".txt"):
-            yield where, row
+            yield where, row, file
             continue
         for number, line in enumerate(row["text"].splitlines(), start=1):
             if line.strip():
-                yield f"{file}, line {number}", {"text": line}
+                yield f"{file}, line {number}", {"text": line}, file

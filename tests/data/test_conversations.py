@@ -7,6 +7,7 @@ import pytest
 
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.conversations import conversation, distinct, read_conversations, shard_of
+from mambactl.data.row_forms import Unread
 from mambactl.errors import UsageError
 
 
@@ -116,3 +117,16 @@ def test_sampling_keys_tell_prompts_samples_and_turns_apart():
     assert len(set(keys)) == 8
     assert all(-(2**63) <= key < 2**63 for key in keys)
     assert rows[0].key(0, 0) == conversation("elsewhere", {"turns": ["p", "b"]}).key(0, 0)
+
+
+def test_columns_that_nothing_reads_are_named_once(tmp_path, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Unread.__init__, "__defaults__", (said.append, ()))
+    file = tmp_path / "p.jsonl"
+    rows = [
+        {"turns": ["a"], "prompt": "b", "id": 1, "question_id": 2},
+        {"turns": ["c"], "prompt": "d"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert [each.opening[0]["content"] for each in read_conversations([str(file)])] == ["a", "c"]
+    assert said == [f"{file}: not read: `prompt`"]
