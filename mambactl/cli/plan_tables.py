@@ -63,7 +63,7 @@ def _leaves(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in _flat(row) if not _is_table(value))
 
 
-def _is_table(value: Any) -> bool:
+def _is_table(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 

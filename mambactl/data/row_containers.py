@@ -105,7 +105,7 @@ def _holds_lines(content: bytes) -> bool:
     return True
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     if isinstance(value, list):
         return value
     lists = [each for each in value.values() if _is_rows(each)] if isinstance(value, dict) else []
@@ -114,7 +114,7 @@ def _listed(value: Any) -> list[Any]:
     return lists[0] if len(lists) == 1 and not turns else [value]
 
 
-def _is_rows(value: Any) -> bool:
+def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 

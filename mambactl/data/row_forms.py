@@ -71,7 +71,7 @@ class Reading:
     used: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, row: Any) -> "Reading":
+    def of(cls, row: object) -> "Reading":
         """Open a row; raises BadRow if it is no object or has media, which no text model sees."""
         require(isinstance(row, dict), f"holds a {json_name(row)}, not an object")
         reading = cls(row)
@@ -189,7 +189,7 @@ def _turns(said: list[Row] | str, role: str) -> list[Row]:
     return [_said(role, said)] if isinstance(said, str) else said
 
 
-def tool_list(value: Any, column: str = TOOLS) -> list[Row]:
+def tool_list(value: object, column: str = TOOLS) -> list[Row]:
     """The tools of a row, a list or JSON; raises BadRow that says what is wrong with them."""
     try:
         tools = json_value(value) if isinstance(value, str) else value

@@ -65,7 +65,7 @@ def require(condition: bool, problem: str) -> None:
         raise BadRow(problem)
 
 
-def turns_of(value: Any, column: str, single: bool = False) -> list[Row]:
+def turns_of(value: object, column: str, single: bool = False) -> list[Row]:
     """The turns in a column, or the `single` one; raises BadRow that says what is wrong."""
     if isinstance(value, str):
         value = _from_json(value, column)
@@ -75,7 +75,7 @@ def turns_of(value: Any, column: str, single: bool = False) -> list[Row]:
     return [_turn(message, f"`{column}[{position}]`") for position, message in enumerate(value)]
 
 
-def is_turns(value: Any) -> bool:
+def is_turns(value: object) -> bool:
     """True if a column holds turns: a list of objects or one, also as JSON text."""
     if isinstance(value, str):
         if not value.lstrip().startswith(("[{", "[ {")):
@@ -88,7 +88,7 @@ def is_turns(value: Any) -> bool:
     return isinstance(value, list) or _has_role(value)
 
 
-def _has_role(message: Any) -> bool:
+def _has_role(message: object) -> bool:
     return isinstance(message, dict) and bool({"role", "from"} & message.keys())
 
 
@@ -227,6 +227,6 @@ def _mark(turn: Row, position: int) -> bool | None:
     return found
 
 
-def are_objects(value: Any) -> bool:
+def are_objects(value: object) -> bool:
     """True if a value is a list of objects."""
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)

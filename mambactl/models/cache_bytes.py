@@ -69,12 +69,12 @@ def attention_bytes(config: MixerLayout[Any], itemsize: int, tokens: int) -> int
 
 def sequences(
     config: MixerLayout[Any], itemsize: int, teacher: Callable[[int], int] | None = None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, float]]:
     """Bytes of one sequence by its tokens, of `LENGTHS`: part by part and in `total`.
 
     `teacher` gives those of the teacher for so many tokens; ours are then a `share` of them.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, float]] = {}
     for tokens in LENGTHS:
         own = sequence_bytes(config, itemsize, tokens)
         found[str(tokens)] = asdict(own) | {"total": own.total}

@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from mambactl.serving.answer_text import Piece, TokenLikely
 from mambactl.serving.tool_calls import ToolCall
@@ -42,16 +42,16 @@ class Answer:
 class ReplyFormat(Protocol):
     """The JSON of one route."""
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, object]:
         """The reply with every answer."""
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> dict[str, object] | None:
         """The event in front of an answer's text, if there is one."""
 
-    def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, object]:
         """The event with a piece of an answer."""
 
-    def usage(self, usage: Usage) -> dict[str, Any]:
+    def usage(self, usage: Usage) -> dict[str, object]:
         """The event with the numbers of tokens."""
 
 
@@ -69,14 +69,14 @@ class _Format:
             "model": model,
         }
 
-    def usage(self, usage: Usage) -> dict[str, Any]:
+    def usage(self, usage: Usage) -> dict[str, object]:
         """The event with the numbers of tokens."""
         return self._event([]) | {"usage": usage.content()}
 
-    def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _event(self, choices: list[dict[str, object]]) -> dict[str, object]:
         return {**self._head, "object": self.kinds[1], "choices": choices}
 
-    def _whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+    def _whole(self, choices: list[dict[str, object]], usage: Usage) -> dict[str, object]:
         return {
             **self._head, "object": self.kinds[0], "choices": choices, "usage": usage.content()
         }  # fmt: skip
@@ -88,23 +88,23 @@ class ChatFormat(_Format):
     prefix = "chatcmpl"
     kinds = ("chat.completion", "chat.completion.chunk")
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, object]:
         """The reply with every answer."""
         return self._whole([self._choice(i, each) for i, each in enumerate(answers)], usage)
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def opening(self, index: int) -> dict[str, object]:
         """The event that says who writes."""
         return self._delta(index, {"role": "assistant", "content": ""}, None, [])
 
-    def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, object]:
         """The event with a piece of an answer."""
-        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        delta: dict[str, object] = {"content": piece.text} if piece.text else {}
         if calls:
             delta["tool_calls"] = [call.content(number) for number, call in enumerate(calls)]
         return self._delta(index, delta, piece.finish, piece.likely)
 
-    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    def _choice(self, index: int, answer: Answer) -> dict[str, object]:
+        message: dict[str, object] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.calls:
             message["content"] = answer.text or None
             message["tool_calls"] = [call.content() for call in answer.calls]
@@ -116,13 +116,13 @@ class ChatFormat(_Format):
         }
 
     def _delta(
-        self, index: int, delta: dict[str, Any], finish: str | None, likely: list[TokenLikely]
-    ) -> dict[str, Any]:
+        self, index: int, delta: dict[str, object], finish: str | None, likely: list[TokenLikely]
+    ) -> dict[str, object]:
         logprobs = self._logprobs(likely) if likely else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return self._event([choice])
 
-    def _logprobs(self, likely: list[TokenLikely]) -> dict[str, Any] | None:
+    def _logprobs(self, likely: list[TokenLikely]) -> dict[str, object] | None:
         if not self.likely:
             return None
         content = [
@@ -143,7 +143,7 @@ class CompletionFormat(_Format):
         super().__init__(model, likely)
         self._offsets: dict[int, int] = {}
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, object]:
         """The reply with every answer."""
         choices = [
             self._choice(i, each.text, each.likely, each.finish) for i, each in enumerate(answers)
@@ -154,17 +154,17 @@ class CompletionFormat(_Format):
         """Return None: nothing stands in front of a text."""
         return None
 
-    def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, object]:
         """The event with a piece of an answer."""
         return self._event([self._choice(index, piece.text, piece.likely, piece.finish)])
 
     def _choice(
         self, index: int, text: str, likely: list[TokenLikely], finish: str | None
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         logprobs = self._logprobs(index, likely) if self.likely else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, index: int, likely: list[TokenLikely]) -> dict[str, Any]:
+    def _logprobs(self, index: int, likely: list[TokenLikely]) -> dict[str, object]:
         offsets, at = [], self._offsets.get(index, 0)
         for each in likely:
             offsets.append(at)
@@ -178,11 +178,11 @@ class CompletionFormat(_Format):
         }
 
 
-def sent_event(content: dict[str, Any]) -> bytes:
+def sent_event(content: dict[str, object]) -> bytes:
     """An event of a stream."""
     return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
 
 
-def _entry(token: str, logprob: float) -> dict[str, Any]:
+def _entry(token: str, logprob: float) -> dict[str, object]:
     # a half of a character is no text, whatever the token
     return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
