@@ -49,7 +49,7 @@ def templated(tiny_tokenizer):
 
 
 def taught(tokenizer, messages, **more):
-    """What is learned of a chat, as the template writes it, bad rows, and doubts."""
+    """Return the learned text of a chat as the template writes it, bad rows, and doubts."""
     bad, doubts = BadRows(skip=True), Doubts()
     row = Document("a.jsonl, row 1", {"messages": messages, **more})
     found = encode_rows([row], tokenizer, rules=Rules(True), bad=bad, doubts=doubts)

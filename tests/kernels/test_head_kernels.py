@@ -76,7 +76,7 @@ def test_settle_heads(device, norm, M, kind, P, shapes, rotates, factor) -> None
 
 
 def test_the_reference_is_the_models_own_norm() -> None:
-    """Of each head, then rotated as the model's attention does."""
+    """Each head is normed by itself, then rotated as the model's attention does."""
     g = generator(2, 16)
     (part,) = draw(g, (NEAR,), 2, 2, 16, FP32, "cpu")
     (gains,) = gains_of(g, [part], False, FP32, "cpu")

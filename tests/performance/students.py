@@ -1,4 +1,4 @@
-"""What students keep of their teacher at which cache: one table of what `eval --json` said of each.
+"""Quality that students keep over the size of their cache: one table of several `eval --json`.
 
     mambactl eval s.st --data held-out.jsonl --recall 256,1024,2048 --recall-rows 256 \
         --needle 512,1024,2048,4096,8192 --needle-depths 20 --needle-texts 3 \
@@ -226,7 +226,7 @@ def _task_points(student: Student) -> str:
 
 
 def markdown(students: Sequence[Student]) -> str:
-    """The table."""
+    """Return the table of all students."""
     rows = [["", *(student.name for student in students)], ["---", *["--:"] * len(students)]]
     for line in lines(students):
         texts = [line.write(student) for student in students]

@@ -33,7 +33,7 @@ class Served:
         return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
     def eventually(self, name: str, value: float, seconds: float = 20) -> bool:
-        """Whether a metric comes to a value in time."""
+        """Return True if a metric reaches a value in time."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self.metric(name) == value:

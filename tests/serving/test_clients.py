@@ -39,7 +39,7 @@ def model(student):
 
 
 def said(model, tokens: int, prompt: str = "the old house", chat: bool = True, **how) -> str:
-    """What `generate` says."""
+    """Return the text of `generate` for the same prompt."""
     draft = {"draft": "ngram", "k": DRAFTS} if how.get("temperature") else {}
     params = mambactl.SamplingParams(max_new_tokens=tokens, **how)
     return mambactl.generate(model, prompt, params, chat=chat, **draft)[0].text

@@ -1,4 +1,4 @@
-"""What a server refuses, and what it outlives: the status that is documented, then the next one."""
+"""Refusals of a server with their documented status, after each of which it goes on."""
 
 import signal
 import socket
