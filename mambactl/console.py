@@ -187,7 +187,9 @@ def warn_unwritten(file: Path | str, error: Exception) -> None:
     warn(f"{file} is not written ({type(error).__name__}: {error})")
 
 
-def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool) -> Any:
+def grid(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: bool
+) -> Any:
     """Return a rich table of plain text; with `numbers` all columns but the first align right."""
     from rich import box
     from rich.table import Table
@@ -204,7 +206,7 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], numb
     return lines
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table to stderr; numbers should arrive already formatted."""
     stage = _stage["name"]
     named = ": ".join(filter(None, (stage, title)))
@@ -216,7 +218,7 @@ def name_tables(stage: str) -> None:
     _stage["name"] = stage
 
 
-def show(content: Any, level: int = 1) -> None:
+def show(content: object, level: int = 1) -> None:
     """Print something that rich can render to stderr."""
     if _verbosity["level"] >= level:
         _heard["at"] = time.monotonic()
@@ -337,7 +339,7 @@ def text_descriptor() -> int | None:
     return _stdout["text"]
 
 
-def announce_result(text: str, content: dict[str, Any]) -> None:
+def announce_result(text: str, content: dict[str, object]) -> None:
     """Write what a command has to say before it ends: the text, or with --json the object."""
     if _stdout["text"] is None:
         write_json(content, _stdout["whole"])
@@ -374,7 +376,7 @@ def write_piece(text: str, descriptor: int = 1) -> None:
         ) from error
 
 
-def write_json(content: dict[str, Any], descriptor: int = 1) -> None:
+def write_json(content: dict[str, object], descriptor: int = 1) -> None:
     """Write one JSON object on one line to stdout."""
     write_out(printable(json.dumps(content, ensure_ascii=False, default=str)), descriptor)
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from mambactl.bounds import LINE_BYTES, NESTING, TEXT_BYTES, Bound
 from mambactl.errors import MambactlError, ModelError
+from mambactl.json_values import Json, JsonObject
 
 if TYPE_CHECKING:
     # not needed by the help, which this module is part of
@@ -155,8 +156,8 @@ def read_text(
 
 
 def json_value(
-    text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None
-) -> Any:
+    text: str | bytes, object_hook: Callable[[JsonObject], object] | None = None
+) -> Json:
     """The value of a JSON text that can be written again as UTF-8; raises ValueError.
 
     Numbers of thousands of digits, nesting beyond the bound and halves of characters are refused,
@@ -178,7 +179,7 @@ def json_value(
     return value
 
 
-def _require_shallow(value: Any) -> None:
+def _require_shallow(value: object) -> None:
     level, depth = [value], 0
     while level := [inner for outer in level for inner in _members(outer)]:
         depth += 1
@@ -186,7 +187,7 @@ def _require_shallow(value: Any) -> None:
             raise ValueError(f"more than {NESTING}, the most for {NESTING.of}")
 
 
-def _members(value: Any) -> Iterable[Any]:
+def _members(value: object) -> Iterable[object]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
@@ -198,8 +199,8 @@ def json_object(
     what: str = "",
     kind: type[MambactlError] = ModelError,
     hint: str = AGAIN,
-    object_hook: Callable[[dict[str, Any]], Any] | None = None,
-) -> dict[str, Any]:
+    object_hook: Callable[[JsonObject], object] | None = None,
+) -> JsonObject:
     """The object of a JSON text, as `json_value` reads it; raises `kind` for anything else."""
     location = _location(where, what)
     try:
@@ -213,7 +214,7 @@ def json_object(
 
 def read_object(
     path: Path, kind: type[MambactlError] = ModelError, hint: str = AGAIN
-) -> dict[str, Any]:
+) -> JsonObject:
     """The JSON object in a regular file of bounded size; raises `kind` for anything else."""
     return json_object(read_bytes(path, kind, hint=hint), path, "", kind, hint)
 
@@ -223,7 +224,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 def fitted(
     schema: type[Schema],
-    raw: Mapping[str, Any],
+    raw: Mapping[str, object],
     where: Path | str,
     what: str = "",
     kind: type[MambactlError] = ModelError,

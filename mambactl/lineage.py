@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from mambactl.errors import ModelError
 from mambactl.files import CARD, LINEAGE
@@ -20,18 +19,18 @@ _PACKAGES = ("torch", "transformers", "safetensors")
 
 def stage_record(
     stage: str,
-    parent: Mapping[str, Any] | None,
+    parent: Mapping[str, object] | None,
     link: Mapping[str, str | None],
     teacher: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     seed: int | None = None,
-    metrics: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    metrics: Mapping[str, object] | None = None,
+) -> dict[str, object]:
     """The content of mambactl.json; `parent` is that of the checkpoint at `link["path"]`.
 
     `source` is the model the chain started from, `ancestors` the stages since, oldest first.
     """
-    ancestors: list[dict[str, Any]] = []
+    ancestors: list[dict[str, object]] = []
     if parent is not None:
         kept = {key: value for key, value in parent.items() if key not in ("ancestors", "versions")}
         ancestors = [*parent.get("ancestors", []), kept]
@@ -62,7 +61,7 @@ class Origin:
     """Lineage and card of the checkpoint at `path`, of a model that came from it."""
 
     path: Path
-    lineage: Mapping[str, Any]
+    lineage: Mapping[str, object]
     card: str | None = None
 
     def write(self, folder: Path, stage: str) -> None:

@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mambactl.json_values import AnyObject, JsonObject
+
 Format = Callable[[Any], str]
+# results by the name of a metric, or of a part with numbers of its own
+Numbers = JsonObject
+AnyNumbers = AnyObject
 Better = Literal["higher", "lower"]
 
 
@@ -157,11 +162,11 @@ class Metric:
         """The function that picks the best of several values, None without a direction."""
         return {"higher": max, "lower": min, None: None}[self.better]
 
-    def written(self, found: Mapping[str, Any]) -> str:
+    def written(self, found: Mapping[str, object]) -> str:
         """The number for a page, empty where it is missing."""
         return "" if found.get(self.name) is None else self.write(found[self.name])
 
-    def shown(self, found: Mapping[str, Any]) -> str:
+    def shown(self, found: Mapping[str, object]) -> str:
         """The number for the console: empty where it is unknown, - where it has no value."""
         if self.name not in found:
             return ""
@@ -428,7 +433,7 @@ def group(name: str) -> tuple[Metric, ...]:
     return METRICS.get(name, ())
 
 
-def columns(metrics: Iterable[Metric], rows: Iterable[Mapping[str, Any]]) -> list[Metric]:
+def columns(metrics: Iterable[Metric], rows: Iterable[Mapping[str, object]]) -> list[Metric]:
     """The numbers with a heading that some row has, each statistic behind what it is one of."""
     found = list(rows)
     listed = [

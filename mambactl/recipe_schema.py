@@ -1,12 +1,10 @@
 """The JSON schema of recipe files, for editors."""
 
-from typing import Any
-
 from mambactl.commands import stages
 from mambactl.recipe_variants import VARIANT_KEYS
 
 
-def schema() -> dict[str, Any]:
+def schema() -> dict[str, object]:
     """Return the JSON schema of recipe files."""
     text = {"type": "string"}
     sections = {}

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mambactl.containment import is_name
 from mambactl.errors import UsageError
@@ -12,7 +11,7 @@ from mambactl.options.fields import nearest
 VARIANT_KEYS = ("like", "description")
 
 
-def variants_of(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+def variants_of(content: Mapping[str, object], path: Path) -> dict[str, dict[str, object]]:
     """The variants of a recipe by name; raises UsageError for what is none."""
     variants = content.get("variants") or {}
     if not isinstance(variants, dict):
@@ -29,8 +28,11 @@ def variants_of(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, A
 
 
 def varied(
-    stages: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], name: str, path: Path
-) -> tuple[dict[str, Any], str]:
+    stages: Mapping[str, object],
+    variants: Mapping[str, Mapping[str, object]],
+    name: str,
+    path: Path,
+) -> tuple[dict[str, object], str]:
     """Sections and description of a variant; raises UsageError for one that is not there."""
     chain: list[str] = []
     while name is not None:
@@ -49,7 +51,7 @@ def varied(
     return sections, text_of(variants[chain[0]], "description", "", path)
 
 
-def _changed(sections: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(sections: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
     """Sections with single options replaced, null ones dropped, new ones behind the one before."""
     order = list(sections)
     merged = dict(sections)
@@ -66,7 +68,7 @@ def _changed(sections: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     return {key: merged[key] for key in order if key not in dropped}
 
 
-def text_of(content: Mapping[str, Any], key: str, default: str, path: Path) -> str:
+def text_of(content: Mapping[str, object], key: str, default: str, path: Path) -> str:
     """A key of a recipe that holds text; raises UsageError for another value."""
     value = content.get(key, default)
     if not isinstance(value, str | int | float):

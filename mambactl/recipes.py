@@ -64,7 +64,7 @@ class Section:
     stage: str
     model: str | None
     out: str
-    values: dict[str, Any]
+    values: dict[str, object]
     typed: frozenset[str] = frozenset()
 
     @property
@@ -171,7 +171,7 @@ def load_recipe(spec: str | Path, settings: Iterable[str] = (), skip: Iterable[s
     return Recipe(name, description, path, sections, variant, tuple(variants))
 
 
-def substitute(value: Any, outputs: Mapping[str, str]) -> Any:
+def substitute(value: object, outputs: Mapping[str, str]) -> Any:
     """Replace `${section}` in a string, or in the strings of a list, by that section's output."""
     if isinstance(value, list):
         return [substitute(item, outputs) for item in value]
@@ -206,14 +206,14 @@ def _find(spec: str) -> tuple[Path, str | None]:
     raise UsageError(f"no recipe file or name {excerpt(spec)}", nearest(base or spec, names))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     content = _named(read_yaml(path))
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a recipe: it must be a mapping with `stages`")
     return content
 
 
-def _named(value: Any) -> Any:
+def _named(value: object) -> Any:
     """The value with text for every key: `75:` and `"75":` are one name."""
     if isinstance(value, list):
         return [_named(item) for item in value]
@@ -222,7 +222,7 @@ def _named(value: Any) -> Any:
     return value
 
 
-def _section(key: str, body: Any, seed: dict[str, Any], path: Path) -> Section:
+def _section(key: str, body: Any, seed: dict[str, object], path: Path) -> Section:
     stage, at, label = key.partition("@")
     if stage not in (known := stages()):
         raise UsageError(f"{path}: {excerpt(key)} is not a stage", nearest(stage, known))
@@ -241,7 +241,7 @@ def _section(key: str, body: Any, seed: dict[str, Any], path: Path) -> Section:
     return section
 
 
-def _take(section: Section, body: Mapping[str, Any], path: Path) -> Section:
+def _take(section: Section, body: Mapping[str, object], path: Path) -> Section:
     values = {key.replace("-", "_"): value for key, value in body.items()}
     section = _placed(section, values, path)
     for field in section.command.options.files:
@@ -255,7 +255,7 @@ def _take(section: Section, body: Mapping[str, Any], path: Path) -> Section:
     return section if section.out.endswith(suffix) else replace(section, out=section.out + suffix)
 
 
-def _placed(section: Section, values: dict[str, Any], path: Path) -> Section:
+def _placed(section: Section, values: dict[str, object], path: Path) -> Section:
     """The section with its model and output, which are taken out of `values`."""
     for key in (*section.command.model_keys, "out"):
         if key not in values:
@@ -272,7 +272,7 @@ def _placed(section: Section, values: dict[str, Any], path: Path) -> Section:
     return section
 
 
-def _located(value: Any, folder: Path) -> Any:
+def _located(value: object, folder: Path) -> Any:
     if isinstance(value, list):
         return [_located(item, folder) for item in value]
     if isinstance(value, str) and _is_beside(folder, split_weight(value)[0]):

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,7 +11,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[object]]
     # all columns but the first align right
     numbers: bool = False
 
@@ -28,7 +27,7 @@ class StageResult:
     """
 
     path: str | None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, object] = field(default_factory=dict)
     text: str | None = None
     kept: Path | None = None
     blocks: tuple[str | Table, ...] = ()

@@ -43,10 +43,11 @@ LEAVES = {
         "foreign",
         "heartbeat",
         "invocation",
+        "json_values",
         "lineage",
         "metrics",
     ),
-    *("options", "plain_yaml", "ranks"),
+    *("options", "plain_yaml", "present", "ranks"),
     *("recipes", "recipe_schema", "recipe_variants", "registration", "requirements"),
     *("stage_result", "units", "version"),
     # of the package of commands, the table alone: it names their modules and imports none

@@ -2,10 +2,9 @@
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -17,6 +16,7 @@ from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
 from mambactl.files import CONFIG
 from mambactl.foreign import blamed
+from mambactl.json_values import AnyObject
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.registry import MIXERS
 
@@ -71,7 +71,7 @@ _UNDECLARED = {"head_dim"}
 _SHARED_FIELDS = {"architectures", "dtype", "transformers_version"}
 
 
-def build_config(reader: Reader, family: type[Config], values: Mapping[str, Any]) -> Config:
+def build_config(reader: Reader, family: type[Config], values: AnyObject) -> Config:
     """Build a configuration from checked values; ModelError where they contradict each other.
 
     Other keys stay behind: the library would make attributes of them, or choose code by them.

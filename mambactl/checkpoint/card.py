@@ -1,10 +1,11 @@
 """The README.md that a checkpoint folder carries."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from mambactl.checkpoint.hub_names import hub_name
+from mambactl.json_values import AnyObject
 from mambactl.metrics import markdown_row
+from mambactl.models.config import HybridConfig
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 ABOUT, ABOUT_END = "<!-- about -->", "<!-- /about -->"
@@ -32,7 +33,7 @@ def _with_block(card: str, begin: str, end: str, block: str) -> str:
     return replaced or f"{card.rstrip()}\n\n{begin}\n{block}\n{end}\n"
 
 
-def model_card(lineage: Mapping[str, Any], config: Any) -> str:
+def model_card(lineage: AnyObject, config: HybridConfig | AnyObject) -> str:
     """Markdown with the Hub's front matter; `config` is a HybridConfig or its dict."""
     from huggingface_hub import ModelCardData
 
@@ -68,7 +69,7 @@ def model_card(lineage: Mapping[str, Any], config: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def about(lineage: Mapping[str, Any], config: Any, name: str) -> str:
+def about(lineage: AnyObject, config: HybridConfig | AnyObject, name: str) -> str:
     """Sections Use, Training and Limits of the model card of checkpoint `name`, as Markdown."""
     return "\n".join(["## Use", "", *_use(name), *_training(lineage), "", *_limits(config)])
 
@@ -87,7 +88,7 @@ def _use(name: str) -> list[str]:
     ]
 
 
-def _training(lineage: Mapping[str, Any]) -> list[str]:
+def _training(lineage: AnyObject) -> list[str]:
     rows = [row for entry in (*lineage.get("ancestors", []), lineage) for row in _phases(entry)]
     if not rows:
         return ["", "## Training", "", "No step of training: the weights are those of its source."]
@@ -98,7 +99,7 @@ def _training(lineage: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _phases(entry: Mapping[str, Any]) -> Iterator[str]:
+def _phases(entry: AnyObject) -> Iterator[str]:
     """A row for every phase of a stage that trained."""
     stage, data = entry["stage"], (entry.get("recipe") or {}).get("data") or []
     named = ", ".join(f"`{each}`" for each in (data if isinstance(data, list) else [data]))
@@ -111,7 +112,7 @@ def _phases(entry: Mapping[str, Any]) -> Iterator[str]:
             yield markdown_row([name, *(f"{count:,.0f}" for count in counts), named])
 
 
-def _limits(config: Any) -> list[str]:
+def _limits(config: HybridConfig | AnyObject) -> list[str]:
     fields = config if isinstance(config, Mapping) else config.to_dict()
     mixers = set(fields.get("mixers") or [])
     lines = ["## Limits", ""]
@@ -137,7 +138,7 @@ def _title(source: str | None) -> str:
     return (source or "model").rstrip("/").split("/")[-1]
 
 
-def _window_lines(config: Any) -> list[str]:
+def _window_lines(config: HybridConfig | AnyObject) -> list[str]:
     """A sentence about each window of attention beside recurrences."""
     if isinstance(config, Mapping):
         return []
@@ -165,7 +166,7 @@ def _layer_lines(mixers: list[str]) -> list[str]:
     return lines if mixers else []
 
 
-def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+def _metric_lines(metrics: AnyObject) -> list[str]:
     plain = {key: value for key, value in metrics.items() if isinstance(value, int | float | str)}
     if not plain:
         return []

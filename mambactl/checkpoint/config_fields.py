@@ -5,7 +5,7 @@ A key that is missing or null takes its family's default; keys that are not list
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -30,7 +30,8 @@ Token = Annotated[int, Field(ge=-1, lt=VOCABULARY.most)]
 Positions = Annotated[int, Field(ge=1, lt=2**31)]
 Number = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Small = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-FLOATS = ("float64", "float32", "float16", "bfloat16")
+Float = Literal["float64", "float32", "float16", "bfloat16"]
+FLOATS = get_args(Float)
 Dtype = Annotated[Any, AfterValidator(_is_dtype)]
 # libraries repeat such a name in their warnings as it is
 Word = Annotated[str, Field(pattern=r"^[\w.-]*$")]
@@ -51,8 +52,8 @@ class Identity(Fields):
     model_type: Word | None = None
     architectures: list[Word] | None = None
     auto_map: dict[str, str | list[str | None]] | None = None
-    quantization_config: dict[str, Any] | None = None
-    ssm_cfg: dict[str, Any] | None = None
+    quantization_config: dict[str, object] | None = None
+    ssm_cfg: dict[str, object] | None = None
     vocab_size: Vocabulary | None = None
 
 
@@ -162,6 +163,8 @@ class GenerationFields(Fields):
 Kind = TypeVar("Kind", bound=Fields)
 
 
-def read_fields(kind: type[Kind], raw: Mapping[str, Any], where: Path, file: str = CONFIG) -> Kind:
+def read_fields(
+    kind: type[Kind], raw: Mapping[str, object], where: Path, file: str = CONFIG
+) -> Kind:
     """The keys of `kind` in a JSON object; ModelError for the first that cannot be used."""
     return fitted(kind, raw, where, file, hint=f"fetch it again, or correct {file}")

@@ -11,15 +11,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from transformers import PretrainedConfig
 
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.reader import NUMBER_TYPES
 from mambactl.console import failure_warned
 from mambactl.errors import ResourceError
 from mambactl.files import BINARY_PREFIX, CARD, CONFIG, LINEAGE, gib, remove, sync_folder
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.registration import STUB, STUB_TEXT
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -36,7 +38,7 @@ class TensorFile(Protocol):
     """A file or folder of tensors, which are planned and then written in any order."""
 
     # may be set until `close`
-    lineage: Mapping[str, Any] | None
+    lineage: AnyObject | None
 
     def plan(self, tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> None:
         """Declare every tensor; must come before the first write."""
@@ -75,9 +77,9 @@ class Container:
         self,
         path: Path,
         single: bool,
-        config: Any,
+        config: PretrainedConfig | AnyObject,
         side_files: Mapping[str, str | bytes],
-        lineage: Mapping[str, Any] | None,
+        lineage: AnyObject | None,
         max_shard_bytes: float = DEFAULT_SHARD_BYTES,
     ):
         self.path, self.single = path, single
@@ -193,7 +195,7 @@ class Container:
 
 
 def write_side_files(
-    folder: Path, texts: Mapping[str, str | bytes], lineage: Mapping[str, Any] | None
+    folder: Path, texts: Mapping[str, str | bytes], lineage: AnyObject | None
 ) -> None:
     """Write the texts beside the tensors of a folder, a card unless it is there, and lineage."""
     texts = dict(texts)
@@ -243,14 +245,14 @@ def joined_shape(parts: Sequence[torch.Tensor]) -> Shape:
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, in the order of its elements."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _config_text(config: Any) -> str:
+def _config_text(config: PretrainedConfig | AnyObject) -> str:
     return json_text(config) if isinstance(config, Mapping) else config.to_json_string()
 
 
-def json_text(value: Any) -> str:
+def json_text(value: object) -> str:
     """A value as the files of a checkpoint spell it."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -264,7 +266,7 @@ def _header(
     layout: Mapping[str, tuple[Shape, torch.dtype]], metadata: dict[str, str], room: int
 ) -> tuple[bytes, dict[str, int]]:
     """The bytes before the tensors with `room` spare ones, and where each tensor starts."""
-    entries: dict[str, Any] = {"__metadata__": metadata}
+    entries: JsonObject = {"__metadata__": metadata}
     begin: dict[str, int] = {}
     offset = 0
     # widest types first keeps every tensor aligned to its element size

@@ -6,22 +6,20 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from mambactl.checkpoint.opening import open_checkpoint
 from mambactl.checkpoint.plain_config import plain_layout
 from mambactl.checkpoint.reader import NumberType, Reader
 from mambactl.errors import ModelError
+from mambactl.json_values import JsonObject
 from mambactl.models.cache_bytes import attention_bytes, cache_bytes, sequences, session_bytes
-from mambactl.models.layout import MixerLayout
+from mambactl.models.layout import AnyLayout
 from mambactl.models.session_size import SessionSize
 
 LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def describe(
-    spec: str, tensors: bool = False, session: SessionSize | None = None
-) -> dict[str, Any]:
+def describe(spec: str, tensors: bool = False, session: SessionSize | None = None) -> JsonObject:
     """Describe a checkpoint as JSON-able data.
 
     With `tensors` also every tensor of it, with `session` the memory that decoding one takes.
@@ -54,7 +52,7 @@ def describe(
     return found
 
 
-def layout_of(reader: Reader) -> MixerLayout[Any]:
+def layout_of(reader: Reader) -> AnyLayout:
     """The layers of an open checkpoint; ModelError for a configuration that cannot be used.
 
     torch is loaded where config.json alone does not answer that.
@@ -67,7 +65,7 @@ def layout_of(reader: Reader) -> MixerLayout[Any]:
     return found
 
 
-def _parts(reader: Reader, config: MixerLayout[Any]) -> list[dict[str, Any]]:
+def _parts(reader: Reader, config: AnyLayout) -> list[JsonObject]:
     sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     layers: dict[str, set[int]] = defaultdict(set)
     for name in _distinct_names(reader):
@@ -99,7 +97,7 @@ def _distinct_names(reader: Reader) -> list[str]:
     return names
 
 
-def _session(config: MixerLayout[Any], itemsize: int, size: SessionSize) -> dict[str, Any]:
+def _session(config: AnyLayout, itemsize: int, size: SessionSize) -> JsonObject:
     found = session_bytes(config, itemsize, size)
     return {
         "rows": size.batch,
@@ -109,14 +107,14 @@ def _session(config: MixerLayout[Any], itemsize: int, size: SessionSize) -> dict
     }
 
 
-def _sequences(reader: Reader, config: MixerLayout[Any], itemsize: int) -> dict[str, Any]:
+def _sequences(reader: Reader, config: AnyLayout, itemsize: int) -> JsonObject:
     """Bytes of one sequence; a teacher had attention in every layer."""
     converted = reader.lineage is not None and config.replaced_layers
     teacher = partial(attention_bytes, config, itemsize) if converted else None
     return sequences(config, itemsize, teacher)
 
 
-def _stages(lineage: dict[str, Any] | None) -> list[str]:
+def _stages(lineage: JsonObject | None) -> list[str]:
     """The stages that made it, oldest first."""
     if lineage is None:
         return []

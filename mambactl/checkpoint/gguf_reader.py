@@ -29,6 +29,7 @@ from mambactl.checkpoint.gguf_recurrent import (
 from mambactl.checkpoint.reader import NUMBER_TYPES, NumberType, Reader
 from mambactl.errors import ModelError, ResourceError
 from mambactl.foreign import AGAIN, blamed, fitted, regular_size
+from mambactl.json_values import JsonObject
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ _OUTER_NAMES = {
 _EMBEDDING = "model.embed_tokens.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 # llama.cpp's file types without quantisation; every other type was a 16 bit model before
-_PLAIN_TYPES = {0: NUMBER_TYPES["F32"], 1: NUMBER_TYPES["F16"]}
+_PLAIN_TYPES: dict[int | None, NumberType] = {0: NUMBER_TYPES["F32"], 1: NUMBER_TYPES["F16"]}
 _ROWS = 8192
 
 
@@ -145,7 +146,9 @@ class GgufReader(Reader):
         with blamed(self.path, name):
             for start in range(0, shape[0], _ROWS):
                 rows = self._dequantize(tensor.data[start : start + _ROWS], tensor.tensor_type)
-                out[start : start + _ROWS] = torch.from_numpy(np.require(rows, requirements="CW"))
+                out[start : start + _ROWS] = torch.from_numpy(
+                    np.require(rows, requirements=["C", "W"])
+                )
         if name.endswith(("q_proj.weight", "q_proj.bias")):
             return _unpermute(out, self.config["num_attention_heads"])
         if name.endswith(("k_proj.weight", "k_proj.bias")):
@@ -166,7 +169,7 @@ class GgufReader(Reader):
         return layer_changes(about) if isinstance(about, RecurrentFields) else {}
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:  # pyright: ignore[reportIncompatibleVariableOverride]
         about = self._about
         if isinstance(about, RecurrentFields):
             biased = (name.partition(".self_attn.")[2] for name in self._names)
@@ -174,7 +177,7 @@ class GgufReader(Reader):
             return self._whole(recurrent_config(about, sorted(letters)))
         return self._whole(self._llama(about))
 
-    def _whole(self, own: dict[str, Any]) -> dict[str, Any]:
+    def _whole(self, own: JsonObject) -> JsonObject:
         """Fields of an architecture with those of any model."""
         found = {
             **own,
@@ -192,7 +195,7 @@ class GgufReader(Reader):
             found["rope_scaling"] = scaling
         return found
 
-    def _llama(self, about: LlamaFields) -> dict[str, Any]:
+    def _llama(self, about: LlamaFields) -> JsonObject:
         if about.expert_count:
             raise ModelError(f"{self.path} is a mixture of experts", "give a dense Llama")
         return {
@@ -208,7 +211,7 @@ class GgufReader(Reader):
             "attention_bias": any(name.endswith("q_proj.bias") for name in self._names),
         }
 
-    def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
+    def _rope_scaling(self, config: JsonObject) -> JsonObject | None:
         if _ROPE_FACTORS in self._tensors:
             with blamed(self.path, _ROPE_FACTORS):
                 factors = np.array(self._tensors[_ROPE_FACTORS].data, dtype=np.float64)
@@ -222,7 +225,9 @@ class GgufReader(Reader):
         raise ModelError(f"{self.path} uses rope scaling {kind!r}", "linear and llama3 are read")
 
     @cached_property
-    def files(self) -> dict[str, str | bytes]:
+    def files(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> dict[str, str | bytes]:
         if "tokenizer.ggml.tokens" not in self._fields:
             return {}
         words = self._read(TokenizerFields)
@@ -238,7 +243,7 @@ class GgufReader(Reader):
             files["chat_template.jinja"] = words.chat_template
         return files
 
-    def _tokenizer(self, words: TokenizerFields) -> tuple[dict[str, Any], Any]:
+    def _tokenizer(self, words: TokenizerFields) -> tuple[JsonObject, Any]:
         from tokenizers import pre_tokenizers, processors
 
         from mambactl.models.transformers_names import gguf_tokenizer
@@ -259,7 +264,7 @@ class GgufReader(Reader):
             digits = pre_tokenizers.Digits(individual_digits=True)
             split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
             backend.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
-        settings: dict[str, Any] = {
+        settings: JsonObject = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.config["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
@@ -306,7 +311,7 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(factors: np.ndarray, config: JsonObject) -> JsonObject:
     """The llama3 rope parameters whose per-frequency divisors are `factors`; raises ModelError."""
     low, high, original = 1.0, 4.0, 8192
     dim = config["head_dim"]

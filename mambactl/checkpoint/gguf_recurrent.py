@@ -4,11 +4,12 @@ A Mamba-2 layer there has a row for every head and group, which ours can have as
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from mambactl.checkpoint.config_fields import Fields, Layers, Number, Positions, Size, Small
+from mambactl.json_values import JsonObject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ class RecurrentFields(Fields):
     groups: Size | None = Field(None, alias="ssm.group_count")
 
 
-def recurrent_config(about: RecurrentFields, biased: list[str]) -> dict[str, Any]:
+def recurrent_config(about: RecurrentFields, biased: list[str]) -> JsonObject:
     """The fields of our configuration that say what is computed; `biased` of q, k, v, o."""
     hybrid = about.shared_heads is not None
     kind = "mamba1" if about.groups is None else "mamba2"
@@ -69,7 +70,7 @@ def recurrent_config(about: RecurrentFields, biased: list[str]) -> dict[str, Any
     return found | ({"head_dim": about.head_dim} if about.head_dim else {})
 
 
-def _mamba1(about: RecurrentFields) -> dict[str, Any]:
+def _mamba1(about: RecurrentFields) -> JsonObject:
     return {
         "d_inner": about.d_inner,
         "dt_rank": about.rank,
@@ -79,7 +80,7 @@ def _mamba1(about: RecurrentFields) -> dict[str, Any]:
     }
 
 
-def _mamba2(about: RecurrentFields) -> dict[str, Any]:
+def _mamba2(about: RecurrentFields) -> JsonObject:
     return {
         "n_heads": about.rank,
         "head_dim": about.d_inner // about.rank,

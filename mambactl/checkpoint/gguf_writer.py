@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -23,6 +22,7 @@ from mambactl.checkpoint.container import (
 )
 from mambactl.errors import ModelError
 from mambactl.files import remove
+from mambactl.present import present
 
 Kind = gguf.GGMLQuantizationType
 Value = bool | int | float | str | list[int] | list[float] | list[str]
@@ -73,7 +73,7 @@ class GgufFile:
         architecture: str,
         metadata: Mapping[str, Value],
         file_type: str,
-        lineage: Mapping[str, Any] | None,
+        lineage: Mapping[str, object] | None,
     ):
         self.path, self.lineage = path, lineage
         self._beside, self._architecture = beside, architecture
@@ -117,7 +117,7 @@ class GgufFile:
         start = planned.start
         for part in parts:
             for content in _encoded(name, part, planned.kind):
-                write_at(self._fd, content, start)
+                write_at(present(self._fd), content, start)
                 start += len(content)
         self._pending.discard(name)
 
@@ -177,7 +177,7 @@ def _encoded(name: str, tensor: Tensor, kind: Kind) -> Iterator[memoryview]:
     else:
         for rows in tensor.split(_ROWS):
             quantised = gguf.quantize(rows.float().contiguous().numpy(), kind)
-            yield memoryview(np.ascontiguousarray(quantised).reshape(-1))
+            yield np.ascontiguousarray(quantised).reshape(-1).data
 
 
 @contextmanager

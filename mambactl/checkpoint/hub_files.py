@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mambactl.checkpoint.card import about, model_card, with_about
 from mambactl.checkpoint.container import Container, json_text
 from mambactl.checkpoint.hub_names import hub_name
 from mambactl.checkpoint.load import open_checkpoint, open_strict
-from mambactl.checkpoint.local_names import local_paths, without_local_names
+from mambactl.checkpoint.local_names import local_paths, members_without_local_names
 from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.safetensors_reader import header_metadata
 from mambactl.checkpoint.side_files import read_config, read_index, read_side_files
@@ -19,6 +18,8 @@ from mambactl.console import progress
 from mambactl.errors import ModelError, ResourceError
 from mambactl.files import CARD, CONFIG, LINEAGE, Source, explained
 from mambactl.foreign import json_object, read_bytes, read_text
+from mambactl.json_values import AnyObject, JsonObject
+from mambactl.models.config import HybridConfig
 from mambactl.registration import STUB, STUB_TEXT, TYPE
 
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
@@ -41,7 +42,7 @@ class PublicFiles:
 
     weights: Mapping[str, Path]
     texts: Mapping[str, bytes]
-    lineage: dict[str, Any]
+    lineage: JsonObject
     card: str
     known: tuple[str, ...]
     base: str | None
@@ -72,12 +73,12 @@ def public_files(source: Source, repo: str) -> Iterator[PublicFiles]:
         yield _collected(unpacked, repo, lineage, config)
 
 
-def _opened(source: Source) -> tuple[Reader, Any]:
+def _opened(source: Source) -> tuple[Reader, HybridConfig]:
     reader, adapted = open_strict(source)
     return reader, adapted.config
 
 
-def _lineage(reader: Reader) -> dict[str, Any]:
+def _lineage(reader: Reader) -> JsonObject:
     if reader.lineage is None:
         raise ModelError(
             f"{reader.path} has no {LINEAGE}: mambactl did not make it",
@@ -86,7 +87,7 @@ def _lineage(reader: Reader) -> dict[str, Any]:
     return reader.lineage
 
 
-def _unpack(reader: Reader, config: Any, folder: Path) -> None:
+def _unpack(reader: Reader, config: HybridConfig, folder: Path) -> None:
     """Write the folder that a single file stands for, without lineage and card."""
     file = Container(folder, False, config, reader.files, None)
     names = reader.names()
@@ -104,10 +105,11 @@ def _unpack(reader: Reader, config: Any, folder: Path) -> None:
         file.release()
 
 
-def _collected(folder: Path, repo: str, lineage: dict[str, Any], config: Any) -> PublicFiles:
+def _collected(
+    folder: Path, repo: str, lineage: JsonObject, config: HybridConfig | None
+) -> PublicFiles:
     known = tuple(dict.fromkeys(local_paths(lineage)))
-    public = without_local_names(lineage)
-    assert isinstance(public, dict)
+    public = members_without_local_names(lineage)
     texts = read_side_files(folder)
     # some programs have a configuration of their own beside config.json
     others = [*(path.name for path in folder.glob(f"*{CONFIG}")), *_LICENCES]
@@ -135,7 +137,7 @@ def _weights(folder: Path) -> list[Path]:
     found = sorted(set(read_index(index).values())) if index.is_file() else [single]
     for path in found:
         said = header_metadata(path)
-        if said != without_local_names(dict(said)):
+        if said != members_without_local_names(said):
             raise ModelError(
                 f"the header of {path} names a path, user or host",
                 "load the model with transformers, and write it with save_pretrained",
@@ -149,12 +151,16 @@ def _without_origin(folder: Path, name: str, content: str | bytes) -> str | byte
         return content
     values = json_object(content, folder, name)
     named = {key: value for key, value in values.items() if key.endswith(_ORIGINS)}
-    public = without_local_names(named)
+    public = members_without_local_names(named)
     return content if public == named else json_text(values | public)
 
 
 def _card(
-    folder: Path, repo: str, lineage: Mapping[str, Any], public: Mapping[str, Any], config: Any
+    folder: Path,
+    repo: str,
+    lineage: AnyObject,
+    public: AnyObject,
+    config: HybridConfig | None,
 ) -> str:
     """The card of the folder, or a new one, with the name on the hub in its example."""
     kept = read_text(folder / CARD) if (folder / CARD).is_file() else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mambactl import console
 from mambactl.checkpoint.hub_files import WEIGHTS
@@ -16,6 +16,7 @@ from mambactl.checkpoint.hub_refusals import AGAIN, log_in, refusal, status_of
 from mambactl.checkpoint.resolve import hub_forbidden
 from mambactl.errors import MambactlError, ResourceError, UsageError
 from mambactl.foreign import reason
+from mambactl.json_values import JsonObject
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
@@ -67,7 +68,7 @@ def require_hub() -> None:
         raise ResourceError("push needs a token of the hub, and there is none", log_in("write"))
 
 
-def inherited_from(base: str | None) -> dict[str, Any]:
+def inherited_from(base: str | None) -> JsonObject:
     """Licence and languages of a model on the hub; empty, with a warning, where it does not say."""
     from huggingface_hub import HfApi
 

@@ -1,13 +1,13 @@
 """mambactl.json as it is read: how a checkpoint was made, checked once, here."""
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from mambactl.errors import ModelError
 from mambactl.files import LINEAGE
 from mambactl.foreign import fitted, json_object
+from mambactl.json_values import JsonObject
 from mambactl.lineage import SCHEMA
 
 _WITHOUT = "fetch it again; without its mambactl.json a folder is a checkpoint of unknown origin"
@@ -36,7 +36,7 @@ class _Stage(_Record):
     source: str | None = None
     teacher: str | None = None
     parent: _Parent = _Parent()
-    recipe: dict[str, Any] = {}
+    recipe: JsonObject = {}
     seed: int | None = None
     metrics: _Metrics = _Metrics()
 
@@ -46,7 +46,7 @@ class _Lineage(_Stage):
     ancestors: list[_Stage] = []
 
 
-def checked_lineage(text: str | bytes, where: Path) -> dict[str, Any]:
+def checked_lineage(text: str | bytes, where: Path) -> JsonObject:
     """The lineage in a text of the checkpoint `where`; ModelError for one that says nonsense."""
     record = json_object(text, where, LINEAGE, hint=_WITHOUT)
     schema = record.get("schema")

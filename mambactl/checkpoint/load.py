@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -27,6 +27,7 @@ from mambactl.checkpoint.text_growth import TOKENIZER, require_bounded_growth
 from mambactl.errors import ModelError, ResourceError
 from mambactl.files import CONFIG, Source
 from mambactl.foreign import AGAIN, blamed, json_object
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.lineage import Origin, origin_of
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
@@ -66,13 +67,13 @@ def adapt(reader: Reader) -> Adapted:
     """Our config and names for an open checkpoint; raises ModelError for other architectures."""
     identity = read_fields(Identity, reader.config, reader.path)
     kind = _kind(identity)
-    known = FORMATS.get(kind)
+    known = FORMATS.get(kind or "")
     named = (identity.architectures or [known and known.architecture])[0]
     if known is None:
         raise _unsupported(reader, f"{named or 'unnamed'} (model_type {kind!r})")
     # an older spelling of Llama's differs in its capitals alone
     if known.architecture and known.architecture.casefold() != (named or "").casefold():
-        raise _unsupported(reader, named)
+        raise _unsupported(reader, named or "unnamed")
     if identity.quantization_config:
         raise ModelError(
             f"{reader.path} is quantised", "give the unquantised checkpoint, or a GGUF of it"
@@ -82,7 +83,7 @@ def adapt(reader: Reader) -> Adapted:
     return adapted
 
 
-def needs_remote_code(config: Mapping[str, Any], path: Path) -> bool:
+def needs_remote_code(config: AnyObject, path: Path) -> bool:
     """Return whether loading the checkpoint at `path` requires Python code that it ships."""
     identity = read_fields(Identity, config, path)
     return bool(identity.auto_map) and _kind(identity) not in FORMATS
@@ -130,7 +131,8 @@ def load_model(
     source = resolve(spec) if isinstance(spec, str) else spec
     with open_checkpoint(source) as reader:
         if trust_remote_code and needs_remote_code(reader.config, reader.path):
-            return _load_foreign(source, device, dtype)
+            # code of the checkpoint's own, whose logits are all that a caller asks of it
+            return cast(HybridForCausalLM, _load_foreign(source, device, dtype))
         adapted = adapt(reader)
         model = empty_model(adapted.config)
         check(reader, adapted, model)
@@ -278,13 +280,13 @@ def _try(tokenizer: "PreTrainedTokenizerFast") -> None:
             _compile_jinja_template(template)
 
 
-def load_lineage(spec: str) -> dict[str, Any] | None:
+def load_lineage(spec: str) -> JsonObject | None:
     """The content of mambactl.json, or None for a checkpoint that mambactl did not write."""
     source = resolve(spec)
     return None if source.kind == "gguf" else read_lineage(source.path)
 
 
-def _tokenizer_files(source: Source) -> tuple[Mapping[str, str | bytes], Mapping[str, Any]]:
+def _tokenizer_files(source: Source) -> tuple[Mapping[str, str | bytes], AnyObject]:
     """Return the tokenizer files of a checkpoint and its config.json."""
     if source.kind == "folder":
         files = read_side_files(source.path)
@@ -355,4 +357,4 @@ def _load_foreign(
         )
     for name, tensor in model.state_dict().items():
         require_finite(source.path, name, tensor)
-    return model.to(device).eval()
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]

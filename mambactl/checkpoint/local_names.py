@@ -4,12 +4,11 @@ import getpass
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
-from typing import TypeAlias
 
-Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+from mambactl.json_values import Json
 
 _SUFFIXES = (
     r"(?:jsonl|json|gz|parquet|txt|csv|ya?ml|st|safetensors|gguf|bin|pt|pth|partial|png|html|py)"
@@ -89,10 +88,7 @@ def without_local_names(value: Json, known: tuple[str, ...] = ()) -> Json:
     if isinstance(value, str):
         return _unnamed(base_name(value) if is_local(value) else _shortened(value, known))
     if isinstance(value, dict):
-        return {
-            str(without_local_names(key, known)): without_local_names(each, known)
-            for key, each in value.items()
-        }
+        return members_without_local_names(value, known)
     if isinstance(value, list):
         return [without_local_names(each, known) for each in value]
     return value
@@ -121,3 +117,13 @@ def _machine_names() -> tuple[str, ...]:
         names.add(getpass.getuser())
     found = {name for name in names if len(name) >= _SHORTEST and name.lower() not in _ORDINARY}
     return tuple(sorted(found, key=len, reverse=True))
+
+
+def members_without_local_names(
+    values: Mapping[str, Json], known: tuple[str, ...] = ()
+) -> dict[str, Json]:
+    """An object without the names that must not leave this machine."""
+    return {
+        str(without_local_names(key, known)): without_local_names(each, known)
+        for key, each in values.items()
+    }

@@ -12,13 +12,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mambactl.checkpoint.config_fields import DecoderFields, ReleasedFields, read_fields
 from mambactl.checkpoint.reader import NumberType, Reader
 from mambactl.errors import ModelError
 from mambactl.foreign import read_object
+from mambactl.json_values import JsonObject
 from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
+from mambactl.present import present
 from mambactl.registration import TYPE
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ class ReleasedReader(Reader):
         self.inner.close()
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:  # pyright: ignore[reportIncompatibleVariableOverride]
         """A hybrid's: the base's fields, the mixer of every layer and their sizes."""
         count = len(self.parts)
         found = {
@@ -193,16 +195,21 @@ class ReleasedReader(Reader):
         )
 
     @property
-    def _head_dim(self) -> int:
-        base = self.base
-        if not base.hidden_size or not base.num_attention_heads:
+    def _heads(self) -> int:
+        """Query heads of the base."""
+        if not self.base.hidden_size or not self.base.num_attention_heads:
             raise ModelError(f"{self.path} names no hidden_size or heads", _DAMAGED)
-        return base.head_dim or base.hidden_size // base.num_attention_heads
+        return self.base.num_attention_heads
+
+    @property
+    def _head_dim(self) -> int:
+        heads = self._heads
+        return self.base.head_dim or present(self.base.hidden_size) // heads
 
     @property
     def _key_rows(self) -> int:
         """Rows of keys, and of values."""
-        return (self.base.num_key_value_heads or self.base.num_attention_heads) * self._head_dim
+        return (self.base.num_key_value_heads or self._heads) * self._head_dim
 
     def _translated(self) -> dict[str, Piece]:
         pieces: dict[str, Piece] = {}
@@ -232,7 +239,7 @@ class ReleasedReader(Reader):
         projection, _, kind = part.rpartition(".")
         if projection != "in_proj":
             return {f"{stem}.{projection.replace('out_proj', 'o_proj')}.{kind}": Piece((name,))}
-        queries, shared = self.base.num_attention_heads * self._head_dim, self._key_rows
+        queries, shared = self._heads * self._head_dim, self._key_rows
         ends = (queries, queries + shared, queries + 2 * shared)
         if self.inner.shape(name)[:1] != ends[2:]:
             raise ModelError(

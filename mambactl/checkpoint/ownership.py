@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from mambactl.errors import MambactlError, ModelError, OutputError
 from mambactl.files import (
@@ -26,6 +25,7 @@ from mambactl.files import (
     partial_of,
 )
 from mambactl.foreign import blamed, json_object, read_object, read_text
+from mambactl.json_values import JsonObject
 from mambactl.options import StageConfig
 from mambactl.options.fields import split_weight
 from mambactl.registration import STUB
@@ -67,7 +67,7 @@ def require_replaceable(out: Path, force: bool, side: Iterable[str] = ()) -> Non
             )
 
 
-def own_lineage(path: Path) -> dict[str, Any] | None:
+def own_lineage(path: Path) -> JsonObject | None:
     """The lineage in a file that we wrote; None for any other file."""
     if path.is_symlink() or not path.is_file():
         return None

@@ -4,11 +4,10 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from mambactl import console
 from mambactl.checkpoint.ownership import located
@@ -27,6 +26,7 @@ from mambactl.files import (
     temporary_of,
 )
 from mambactl.foreign import read_object
+from mambactl.json_values import AnyObject, JsonObject
 
 FINISHED = "finished.json"
 # in every mark: whether the command was begun with leave to replace OUT
@@ -50,7 +50,7 @@ class PartialFolder:
     beside `out` or, if `out` is a folder, in it.
     """
 
-    def __init__(self, out: Path, mark: Mapping[str, Any]):
+    def __init__(self, out: Path, mark: AnyObject):
         self.out = located(out)
         self.mark = dict(mark)
         self.single = self.out.suffix in SINGLE_FILE_SUFFIXES
@@ -77,12 +77,12 @@ class PartialFolder:
             return False
         return self._is_out(finished) or not os.path.lexists(self.result)
 
-    def _is_out(self, finished: Mapping[str, Any]) -> bool:
+    def _is_out(self, finished: AnyObject) -> bool:
         with suppress(FileNotFoundError):
             return os.lstat(self.out).st_ino == finished.get("inode")
         return False
 
-    def read_mark(self) -> dict[str, Any] | None:
+    def read_mark(self) -> JsonObject | None:
         """The mark that lies there; None where there is none of ours."""
         found = json_of(self._mark)
         ours = found is not None and "stage" in found and not _OURS.isdisjoint(found)
@@ -105,8 +105,9 @@ class PartialFolder:
     def goes_on(self) -> bool:
         """True if the folder holds an unfinished run that was begun with leave to replace OUT."""
         found = self.read_mark()
-        resumes = found is not None and found["stage"] != DISPOSABLE["stage"]
-        return resumes and bool(found.get(REPLACES))
+        if found is None or found["stage"] == DISPOSABLE["stage"]:
+            return False
+        return bool(found.get(REPLACES))
 
     def say_what_is_discarded(self) -> None:
         """Name the run whose work `wipe` would delete, if there is one."""
@@ -191,7 +192,7 @@ class PartialFolder:
         self.record.unlink(missing_ok=True)
         self._write_mark(self.mark | {REPLACES: may_replace})
 
-    def _write_mark(self, content: Mapping[str, Any]) -> None:
+    def _write_mark(self, content: AnyObject) -> None:
         with replacing(self._mark) as new:
             new.write_text(json.dumps(content, indent=2), "utf-8")
 
@@ -222,7 +223,7 @@ class PartialFolder:
             (self.path / name).unlink(missing_ok=True)
 
 
-def json_of(path: Path) -> dict[str, Any] | None:
+def json_of(path: Path) -> JsonObject | None:
     """The JSON object in a file of the folder; None where there is none."""
     try:
         return read_object(path)

@@ -26,6 +26,7 @@ from mambactl.checkpoint.side_files import (
 )
 from mambactl.errors import ModelError
 from mambactl.foreign import AGAIN, blamed, regular_size
+from mambactl.present import present
 
 # what dictionaries of plain tensors are pickled with
 _PLAIN = re.compile(
@@ -66,7 +67,9 @@ class PickleReader(MappedReader):
         return _load(file).__getitem__
 
     @cached_property
-    def files(self) -> Mapping[str, str | bytes]:
+    def files(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> Mapping[str, str | bytes]:
         return read_side_files(self.path)
 
 
@@ -145,11 +148,11 @@ def _require_plain(file: Path, pickled: bytes) -> int:
     for code, argument, position in pickletools.genops(pickled):
         # torch imports with GLOBAL alone
         imports = code.name in ("GLOBAL", "STACK_GLOBAL", "INST")
-        if imports and not (code.name == "GLOBAL" and _PLAIN.fullmatch(argument)):
+        if imports and not (code.name == "GLOBAL" and _PLAIN.fullmatch(str(argument))):
             raise ModelError(
                 f"{file} holds more than tensors ({argument or code.name}), and loading it could "
                 "run code",
                 _CONVERT,
             )
-        length = position + 1
+        length = present(position) + 1
     return length

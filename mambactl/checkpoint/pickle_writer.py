@@ -13,9 +13,9 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch._utils import _rebuild_tensor_v2
 
 from mambactl.checkpoint.container import (
     Shape,
@@ -27,6 +27,7 @@ from mambactl.checkpoint.container import (
     write_side_files,
 )
 from mambactl.files import CONFIG, remove, sync_folder
+from mambactl.present import present
 
 WEIGHTS = "pytorch_model.bin"
 # folder of all members, and the version of the layout of the archive
@@ -69,9 +70,9 @@ class _Pickler(pickle.Pickler):
         storage = _Storage(value.key, value.dtype, size.numel())
         strides = torch.empty(size, device="meta").stride()
         arguments = (storage, 0, tuple(size), strides, False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
+        return _rebuild_tensor_v2, arguments
 
-    def persistent_id(self, value: object) -> Any:
+    def persistent_id(self, value: object) -> object:
         if not isinstance(value, _Storage):
             return None
         return "storage", _STORAGES[value.dtype], value.key, "cpu", value.elements
@@ -86,9 +87,9 @@ class PickleFolder:
     def __init__(
         self,
         path: Path,
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         side_files: Mapping[str, str | bytes],
-        lineage: Mapping[str, Any] | None,
+        lineage: Mapping[str, object] | None,
         aliases: Mapping[str, str],
     ):
         self.path, self.config, self.side_files = path, config, dict(side_files)
@@ -140,10 +141,11 @@ class PickleFolder:
         self._archive = None
 
     def _add(self, name: str, *contents: memoryview) -> None:
+        archive = present(self._archive)
         member = zipfile.ZipInfo(f"{_ROOT}/{name}")
-        begins = self._archive.fp.tell() + _HEADER_BYTES + len(member.filename) + _SIZES_BYTES
+        begins = present(archive.fp).tell() + _HEADER_BYTES + len(member.filename) + _SIZES_BYTES
         missing = -(begins + _EXTRA_BYTES) % _ALIGNMENT
         member.extra = b"FB" + struct.pack("<H", missing) + b"Z" * missing
-        with self._archive.open(member, "w", force_zip64=True) as file:
+        with archive.open(member, "w", force_zip64=True) as file:
             for content in contents:
                 file.write(content)

@@ -5,16 +5,15 @@ which take seconds to import. Most files raise no question, though: every key th
 is there, with an ordinary value. Those are described from here; of any other nothing is said.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from mambactl.checkpoint.config_fields import (
-    FLOATS,
     DecoderFields,
     Fields,
+    Float,
     Identity,
     Layers,
     Positions,
@@ -27,8 +26,10 @@ from mambactl.checkpoint.config_fields import (
 )
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
+from mambactl.json_values import AnyObject
 from mambactl.models.layout import MixerLayout, Section
 from mambactl.models.mixers.sizes import SIZES, MixerSizes
+from mambactl.present import present
 from mambactl.registration import TYPE
 
 # `model_type` of the families whose configurations can be read here -> their architecture
@@ -77,7 +78,7 @@ class PlainFields(Fields):
     attention_bias: bool | list[Letter] = False
     attention_dropout: Dropout = 0.0
     bos_token_id: Token | None = None
-    dtype: Literal[FLOATS] | None = None
+    dtype: Float | None = None
     eos_token_id: Token | list[Token] | None = None
     has_mlp: bool = True
     hidden_act: Literal["silu"] = "silu"
@@ -95,7 +96,7 @@ class PlainFields(Fields):
     rope_theta: Base = 1e4
     sliding_window: Positions | None = None
     tie_word_embeddings: bool = False
-    torch_dtype: Literal[FLOATS] | None = None
+    torch_dtype: Float | None = None
     transformers_version: str | None = None
     use_cache: bool = True
     use_sliding_window: Literal[False] = False
@@ -143,6 +144,8 @@ class PlainLayout(MixerLayout[MixerSizes[Any]]):
     head_dim: int
     sections: dict[str, Section]
 
+    mixer_table = SIZES
+
     def stored(self, section: str) -> Section:
         """A section as config.json holds it."""
         return self.sections.get(section)
@@ -164,8 +167,8 @@ def _layout(reader: Reader) -> PlainLayout | None:
     raw = reader.config
     identity = read_fields(Identity, raw, reader.path)
     kind = identity.model_type
-    named = (identity.architectures or [PLAIN.get(kind)])[0]
-    if kind not in PLAIN or named != PLAIN[kind] or identity.quantization_config:
+    named = (identity.architectures or [PLAIN.get(kind or "")])[0]
+    if kind is None or kind not in PLAIN or named != PLAIN[kind] or identity.quantization_config:
         return None
     if UNUSUAL & raw.keys():
         return None
@@ -178,7 +181,7 @@ def _layout(reader: Reader) -> PlainLayout | None:
         return None
     mixers = config.mixers if kind == TYPE else None
     layout = PlainLayout(
-        [ATTENTION] * config.num_hidden_layers if mixers is None else mixers,
+        [ATTENTION] * config.num_hidden_layers if mixers is None else list(mixers),
         config.num_hidden_layers,
         config.num_attention_heads,
         config.num_key_value_heads,
@@ -211,7 +214,7 @@ def _is_section(values: object) -> bool:
     return isinstance(values, dict)
 
 
-def _angles_are_plain(raw: Mapping[str, Any]) -> bool:
+def _angles_are_plain(raw: AnyObject) -> bool:
     given = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
     if not given:
         return True
@@ -221,4 +224,4 @@ def _angles_are_plain(raw: Mapping[str, Any]) -> bool:
     kind = angles.rope_type or angles.type or "default"
     if any(getattr(angles, key) is None for key in NEEDED[kind]):
         return False
-    return kind != "llama3" or angles.low_freq_factor < angles.high_freq_factor
+    return kind != "llama3" or present(angles.low_freq_factor) < present(angles.high_freq_factor)

@@ -2,9 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mambactl.checkpoint.ownership import inputs_of, own_lineage, require_apart
 from mambactl.checkpoint.publishing import WorkFolder, settle
@@ -12,6 +11,7 @@ from mambactl.commands import Command
 from mambactl.errors import ModelError, OutputError
 from mambactl.files import CONFIG, GGUF_SUFFIX, LINEAGE, SINGLE_FILE_SUFFIXES, side_file
 from mambactl.foreign import AGAIN, reason
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.lineage import stage_record
 from mambactl.options import StageConfig
 from mambactl.ranks import is_main
@@ -23,14 +23,14 @@ _OTHERWISE = "--force replaces it, -o writes elsewhere"
 
 def lineage(
     stage: str,
-    parent: Mapping[str, Any] | None,
+    parent: AnyObject | None,
     parent_path: str | Path | None,
     teacher: str | None,
-    options: Mapping[str, Any],
+    options: AnyObject,
     seed: int,
-    metrics: Mapping[str, Any],
+    metrics: AnyObject,
     content: Path | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The content of mambactl.json; `parent` is the lineage of the checkpoint at `parent_path`.
 
     `source` is the model the chain started from, `ancestors` the stages since, oldest first.
@@ -95,7 +95,7 @@ def made_before(
     force: bool,
     others: Iterable[tuple[str, str]] = (),
     dry_run: bool = False,
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """The lineage of `out` if it is what this command would make; None where it is to be made.
 
     First what a stopped command left is finished, and with `resume` a result that is complete but
@@ -129,9 +129,7 @@ def made_before(
     return found
 
 
-def _changes(
-    found: Mapping[str, Any], command: Command, config: StageConfig, source: str
-) -> list[str]:
+def _changes(found: AnyObject, command: Command, config: StageConfig, source: str) -> list[str]:
     """Differences between what was made and what the command would make now."""
     from mambactl.checkpoint.resolve import resolve
     from mambactl.checkpoint.run_folder import differences
@@ -152,7 +150,7 @@ def _changes(
     asked = {
         "stage": command.name,
         "parent": header_digest(resolve(source).path),
-        **completed.model_dump(mode="json", exclude=config.placement_options),
+        **completed.model_dump(mode="json", exclude=set(config.placement_options)),
     }
     defaults = type(config).model_fields.keys() - config.model_fields_set
     return differences(made, asked, defaults=defaults)
@@ -163,7 +161,7 @@ def _is_beside(command: Command, out: Path) -> bool:
     return command.writes == "rows" or out.suffix == GGUF_SUFFIX
 
 
-def _made(work: WorkFolder, command: Command) -> dict[str, Any] | None:
+def _made(work: WorkFolder, command: Command) -> JsonObject | None:
     """The lineage of a result that is complete but not published."""
     from mambactl.checkpoint.safetensors_reader import read_lineage
 
@@ -172,7 +170,7 @@ def _made(work: WorkFolder, command: Command) -> dict[str, Any] | None:
     return read_lineage(work.result)
 
 
-def _lineage_of(out: Path, command: Command) -> dict[str, Any] | None:
+def _lineage_of(out: Path, command: Command) -> JsonObject | None:
     from mambactl.checkpoint.load import load_lineage
 
     if _is_beside(command, out):

@@ -5,9 +5,10 @@ torch is loaded by what reads numbers: names, shapes and types need none.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mambactl.foreign import blamed
+from mambactl.json_values import AnyObject, JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +44,9 @@ class Reader:
     def __init__(self, path: Path):
         self.path = path
 
-    config: Mapping[str, Any]
+    config: AnyObject
     files: Mapping[str, str | bytes]
-    lineage: dict[str, Any] | None = None
+    lineage: JsonObject | None = None
 
     def names(self) -> list[str]:
         """Tensor names in file order."""

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mambactl.checkpoint.hub_names import ALIASES, EMBEDDED, HUB_ID
 from mambactl.checkpoint.hub_refusals import (
@@ -31,6 +30,7 @@ from mambactl.files import (
     partial_of,
 )
 from mambactl.foreign import reason
+from mambactl.present import present
 
 _TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -45,7 +45,7 @@ def resolve(spec: str, revision: str | None = None) -> Source:
         return found
     if spec in ALIASES:
         return Source(spec, _alias(spec, revision), "folder")
-    match = HUB_ID.match(spec)
+    match = present(HUB_ID.match(spec))
     return Source(spec, _hub(match.group(1), revision or match.group(2)), "folder")
 
 
@@ -250,5 +250,5 @@ def tokenizer_folder(repo: str) -> Path:
     return _hub(repo, None, weights=False)
 
 
-def _first_line(error: Any) -> str:
+def _first_line(error: object) -> str:
     return str(error).strip().split("\n")[0]

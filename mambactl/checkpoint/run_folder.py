@@ -3,11 +3,10 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 import torch
@@ -26,6 +25,7 @@ from mambactl.foreign import (
     read_object,
     regular_size,
 )
+from mambactl.json_values import AnyObject, JsonObject
 
 # of the mark: today for the chat templates of the run
 DAY = "day"
@@ -42,7 +42,7 @@ class RunFolder(WorkFolder):
     metrics.jsonl. `identity` (JSON-able) says what the run is.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any]):
+    def __init__(self, out: Path, identity: AnyObject):
         super().__init__(out, {"stage": None, **identity})
         self.metrics = self.path / LEDGER
         self.plot = self.path / PLOT
@@ -54,7 +54,7 @@ class RunFolder(WorkFolder):
         self._best = self.path / "best.pt"
         self._entered = False
         # each hears every line of the metrics
-        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        self.listeners: list[Callable[[AnyObject], None]] = []
 
     def check(self, resume: bool, force: bool) -> None:
         """Raise OutputError where `open` would; what lies there stays as it is.
@@ -172,34 +172,34 @@ class RunFolder(WorkFolder):
                 with blamed(file, kind=OutputError, hint=_DAMAGED):
                     _read_through(file, task)
 
-    def save_state(self, state: dict[str, Any]) -> None:
+    def save_state(self, state: JsonObject) -> None:
         """Replace the resumable state atomically; raises ResourceError when the disk is full."""
         self._write(self._state, state)
 
-    def load_state(self) -> dict[str, Any] | None:
+    def load_state(self) -> JsonObject | None:
         """The newest state, or None before the first save."""
         return load_kept(self._state) if self._state.exists() else None
 
-    def save_best(self, state: dict[str, Any]) -> None:
+    def save_best(self, state: JsonObject) -> None:
         """Replace what was best so far, in the same way."""
         self._write(self._best, state)
 
-    def load_best(self) -> dict[str, Any] | None:
+    def load_best(self) -> JsonObject | None:
         """Best state so far; None if none was kept."""
         return load_kept(self._best) if self._best.exists() else None
 
-    def _write(self, path: Path, state: dict[str, Any]) -> None:
+    def _write(self, path: Path, state: JsonObject) -> None:
         with _disk(self.path), replacing(path) as new, new.open("wb") as file:
             torch.save(state, file)
 
-    def log(self, entry: dict[str, Any]) -> None:
+    def log(self, entry: JsonObject) -> None:
         """Append one line to metrics.jsonl."""
         with _disk(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         for listener in self.listeners:
             listener(entry)
 
-    def read_log(self) -> list[dict[str, Any]]:
+    def read_log(self) -> list[JsonObject]:
         """The lines of metrics.jsonl, up to one that a kill tore."""
         found = []
         with open_regular(self.metrics, OutputError, _DAMAGED) as file:
@@ -245,7 +245,7 @@ def begun_on(out: Path, resume: bool) -> date | None:
         return None
 
 
-def load_kept(path: Path) -> dict[str, Any]:
+def load_kept(path: Path) -> JsonObject:
     """Read a file that a run kept with `torch.save`; raises OutputError if it is damaged."""
     regular_size(path, OutputError, _DAMAGED)
     with blamed(path, kind=OutputError, hint=_DAMAGED):
@@ -263,16 +263,16 @@ class OtherFolder(RunFolder):
         """Enter the block without making, locking or removing anything."""
         yield
 
-    def save_state(self, state: dict[str, Any]) -> None:
+    def save_state(self, state: JsonObject) -> None:
         """Do nothing: the processes have the same state."""
 
-    def save_best(self, state: dict[str, Any]) -> None:
+    def save_best(self, state: JsonObject) -> None:
         """Do nothing: the main process writes the result."""
 
-    def load_best(self) -> dict[str, Any] | None:
+    def load_best(self) -> JsonObject | None:
         """Return None: only the main process keeps the best state."""
 
-    def log(self, entry: dict[str, Any]) -> None:
+    def log(self, entry: JsonObject) -> None:
         """Do nothing: the main process writes the metrics."""
 
     def truncate_log(self, lines: int) -> None:
@@ -291,8 +291,8 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def differences(
-    before: dict[str, Any],
-    now: dict[str, Any],
+    before: JsonObject,
+    now: JsonObject,
     prefix: str = "",
     defaults: Collection[str] = (),
 ) -> list[str]:

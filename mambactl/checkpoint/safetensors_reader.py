@@ -24,6 +24,7 @@ from mambactl.checkpoint.side_files import (
 from mambactl.errors import ModelError
 from mambactl.files import BINARY_PREFIX, CONFIG, LINEAGE, is_side_file
 from mambactl.foreign import AGAIN, blamed, reason, regular_size
+from mambactl.json_values import JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +37,15 @@ class TensorSlice(Protocol):
 
     def get_shape(self) -> list[int]:
         """Shape of the tensor."""
+        ...
 
     def get_dtype(self) -> str:
         """Number type of the tensor, by its name in the format."""
+        ...
+
+    def __getitem__(self, part: slice) -> Any:
+        """A part of the tensor, read, as an array of the library that the file was opened for."""
+        ...
 
 
 class SafetensorsFile(Protocol):
@@ -46,16 +53,19 @@ class SafetensorsFile(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any, /) -> None: ...
 
     def keys(self) -> list[str]:
         """Names of all tensors."""
+        ...
 
     def metadata(self) -> dict[str, str] | None:
         """Text fields of the header."""
+        ...
 
     def get_slice(self, name: str) -> TensorSlice:
         """One tensor, not read yet."""
+        ...
 
     def get_tensor(self, name: str) -> Any:
         """One tensor, read."""
@@ -119,7 +129,9 @@ class FolderReader(_SafetensorsReader):
         self.lineage = read_folder_lineage(folder)
 
     @cached_property
-    def files(self) -> Mapping[str, str | bytes]:
+    def files(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> Mapping[str, str | bytes]:
         return read_side_files(self.path)
 
 
@@ -156,7 +168,7 @@ def _ignore(index: Path) -> None:
     console.warn(f"{index} is ignored: model.safetensors beside it holds the weights")
 
 
-def read_lineage(checkpoint: Path) -> dict[str, Any] | None:
+def read_lineage(checkpoint: Path) -> JsonObject | None:
     """The mambactl.json of a folder, or in the header of a single file, if it has one."""
     if checkpoint.is_dir():
         return read_folder_lineage(checkpoint)
@@ -196,7 +208,7 @@ def header_metadata(file: Path) -> dict[str, str]:
         return handle.metadata() or {}
 
 
-def _lineage(metadata: Mapping[str, str], file: Path) -> dict[str, Any] | None:
+def _lineage(metadata: Mapping[str, str], file: Path) -> JsonObject | None:
     return checked_lineage(metadata[LINEAGE], file) if LINEAGE in metadata else None
 
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from transformers import PretrainedConfig
 
 from mambactl.checkpoint.container import (
     DEFAULT_SHARD_BYTES,
@@ -21,6 +22,7 @@ from mambactl.checkpoint.partial_folder import DISPOSABLE
 from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.errors import OutputError
 from mambactl.files import LEDGER, PLOT, explained
+from mambactl.json_values import AnyObject
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
 
@@ -49,12 +51,12 @@ class TensorWriter:
         self.verify: Callable[[Path], None] | None = None
 
     @property
-    def lineage(self) -> Mapping[str, Any] | None:
+    def lineage(self) -> AnyObject | None:
         """Content that mambactl.json will have."""
         return self._file.lineage
 
     @lineage.setter
-    def lineage(self, value: Mapping[str, Any]) -> None:
+    def lineage(self, value: AnyObject) -> None:
         self._file.lineage = value
 
     def __enter__(self) -> Self:
@@ -126,9 +128,9 @@ class CheckpointWriter(TensorWriter):
     def __init__(
         self,
         out: Path,
-        config: Any,
+        config: PretrainedConfig,
         side_files: Mapping[str, str | bytes],
-        lineage: Mapping[str, Any] | None,
+        lineage: AnyObject | None,
         force: bool = False,
         max_shard_bytes: float = DEFAULT_SHARD_BYTES,
     ):
@@ -143,7 +145,7 @@ def save_model(
     model: Any,
     out: Path,
     side_files: Mapping[str, str | bytes],
-    lineage: Mapping[str, Any] | None,
+    lineage: AnyObject | None,
     force: bool = False,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
 ) -> Path:
@@ -159,7 +161,7 @@ def write_model(
     path: Path,
     single: bool,
     side_files: Mapping[str, str | bytes],
-    lineage: Mapping[str, Any] | None,
+    lineage: AnyObject | None,
 ) -> None:
     """Write a loaded model at `path`, in place of what is there: a folder that nobody else reads.
 

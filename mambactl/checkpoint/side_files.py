@@ -10,19 +10,20 @@ from mambactl.checkpoint.lineage_record import checked_lineage
 from mambactl.errors import ModelError
 from mambactl.files import CONFIG, LINEAGE, NAMED_TEMPLATES, SIDE_FILES, is_side_file
 from mambactl.foreign import AGAIN, json_object, read_bytes, read_object, read_text
+from mambactl.json_values import JsonObject
 
 
-def parse_config(text: str | bytes, where: Path) -> dict[str, Any]:
+def parse_config(text: str | bytes, where: Path) -> JsonObject:
     """The object in a config.json of the checkpoint `where`; raises ModelError."""
     return json_object(text, where, CONFIG, object_hook=_special_float)
 
 
-def _special_float(value: dict[str, Any]) -> Any:
+def _special_float(value: JsonObject) -> Any:
     # how transformers spells infinity, which JSON lacks
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> JsonObject:
     """The config.json of a folder; raises ModelError."""
     path = folder / CONFIG
     if not os.path.lexists(path):
@@ -30,7 +31,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return parse_config(read_bytes(path), folder)
 
 
-def read_folder_lineage(folder: Path) -> dict[str, Any] | None:
+def read_folder_lineage(folder: Path) -> JsonObject | None:
     """The mambactl.json of a folder, if it has one."""
     path = folder / LINEAGE
     return checked_lineage(read_bytes(path), folder) if os.path.lexists(path) else None

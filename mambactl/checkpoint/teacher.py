@@ -5,7 +5,6 @@ else: the name is shown before anything is read, and leads to weights alone.
 """
 
 import os
-from typing import Any
 
 from mambactl import console
 from mambactl.checkpoint.hub_names import ALIASES
@@ -14,6 +13,7 @@ from mambactl.checkpoint.resolve import called_teacher, resolve
 from mambactl.errors import ModelError, UsageError
 from mambactl.files import CONFIG, Source
 from mambactl.foreign import read_object
+from mambactl.json_values import JsonObject
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -89,6 +89,6 @@ def _ships_code(source: Source) -> bool:
     return own_tokenizer or needs_remote_code(config, source.path)
 
 
-def _content(source: Source, name: str) -> dict[str, Any]:
+def _content(source: Source, name: str) -> JsonObject:
     path = source.path / name
     return read_object(path) if path.exists() else {}

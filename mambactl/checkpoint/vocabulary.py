@@ -36,13 +36,23 @@ def end_tokens(*ids: int | Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def token_id(found: object) -> int | None:
+    """The id of a special token, as tokenizers and configurations keep it; None where there is none.
+
+    Of several, as for the end of a text, the first counts.
+    """
+    if isinstance(found, list):
+        return token_id(found[0]) if found else None
+    return found if isinstance(found, int) else None
+
+
 def stored_end_tokens(spec: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """The ids that end a text of a checkpoint, without its weights."""
     with open_checkpoint(spec) as reader:
         config, text = adapt(reader).config, reader.files.get(GENERATION)
         generation = {} if text is None else json_object(text, reader.path, GENERATION)
     own = generation.get("eos_token_id")
-    return end_tokens(own, config.eos_token_id, tokenizer.eos_token_id)
+    return end_tokens(own, config.eos_token_id, token_id(tokenizer.eos_token_id))
 
 
 def beyond_embedding(
@@ -85,11 +95,12 @@ def require_same_tokens(
         raise ModelError(
             f"the {role} {other} has another vocabulary than {source}: {difference}{counts}", hint
         )
-    if None in sizes or sizes[0] == sizes[1]:
+    theirs, ours = sizes
+    if theirs is None or ours is None or theirs == ours:
         return
-    loose = not equal_size or (padded and sizes[0] > sizes[1])
+    loose = not equal_size or (padded and theirs > ours)
     if difference is None or not loose:
-        raise ModelError(f"the {role} {other} has {sizes[0]} tokens, {source} has {sizes[1]}", hint)
+        raise ModelError(f"the {role} {other} has {theirs} tokens, {source} has {ours}", hint)
 
 
 def without_padding(model: HybridForCausalLM, size: int) -> HybridForCausalLM:

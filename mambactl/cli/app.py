@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -114,14 +114,14 @@ def _listed() -> None:
 
 
 def _function(command: Command) -> Callable[..., None]:
-    def function(**given: Any) -> None:
+    def function(**given: object) -> None:
         run_command(command, given)
 
     with_parameters(function, parameters_of(command))
     return function
 
 
-def run_command(command: Command, given: dict[str, Any]) -> None:
+def run_command(command: Command, given: dict[str, object]) -> None:
     """Run one command from parsed parameters and write its result to stdout."""
     if command.is_stage:
         run_stage(command, given)
@@ -129,7 +129,7 @@ def run_command(command: Command, given: dict[str, Any]) -> None:
         _run_plain(command, given)
 
 
-def run_stage(command: Command, given: dict[str, Any]) -> None:
+def run_stage(command: Command, given: dict[str, object]) -> None:
     """Run one stage: its options come from flags, `--set`, a recipe and defaults."""
     shared = Shared.take(given)
     console.set_verbosity(shared.verbosity if is_main() else console.SILENT)
@@ -188,7 +188,7 @@ def run_stage(command: Command, given: dict[str, Any]) -> None:
     _call(command, config, source, out, shared, closing)
 
 
-def _run_plain(command: Command, given: dict[str, Any]) -> None:
+def _run_plain(command: Command, given: dict[str, object]) -> None:
     as_json = given.pop("json", False)
     others = take_others(command, given)
     model = take_model(command, given)
@@ -289,7 +289,7 @@ def _write(command: Command, as_json: bool, result: StageResult) -> None:
         console.write_json(content if text is None else content | {"text": text})
 
 
-def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
+def _config(stage: str, shared: Shared, flags: dict[str, object]) -> StageConfig:
     settings = parse_settings(shared.settings)
     if not shared.recipe:
         return configure(stage, settled(stage, {}, settings | flags))
@@ -309,7 +309,7 @@ def _config(stage: str, shared: Shared, flags: dict[str, Any]) -> StageConfig:
     return config
 
 
-def _show_plan(command: Command, shared: Shared, plan: dict[str, Any], out: Path | None) -> None:
+def _show_plan(command: Command, shared: Shared, plan: dict[str, object], out: Path | None) -> None:
     if out is not None:
         plan = {"out": str(out.absolute()), **plan}
     if shared.json and is_main():
@@ -321,7 +321,7 @@ def _show_plan(command: Command, shared: Shared, plan: dict[str, Any], out: Path
         show_plan(command.name, plan)
 
 
-def take_model(command: Command, given: dict[str, Any]) -> str | None:
+def take_model(command: Command, given: dict[str, object]) -> str | None:
     """Remove MODEL from the parsed parameters, and the option that means it."""
     model, option = given.pop("model", None), command.model_option
     if option is None:
@@ -336,7 +336,7 @@ def take_model(command: Command, given: dict[str, Any]) -> str | None:
     raise UsageError(f"no {option.name}", option.usage)
 
 
-def take_argument(command: Command, given: dict[str, Any]) -> None:
+def take_argument(command: Command, given: dict[str, object]) -> None:
     """Put what was typed behind MODEL into `given`, under the name of the option that it is."""
     name, typed = command.argument, given.pop(typed_name(command), None)
     if name is None or typed is None:
@@ -346,7 +346,7 @@ def take_argument(command: Command, given: dict[str, Any]) -> None:
     given[name] = typed
 
 
-def take_others(command: Command, given: dict[str, Any]) -> list[str]:
+def take_others(command: Command, given: dict[str, object]) -> list[str]:
     """Leave the first of several models in `given`, return those it is compared with."""
     if command.model != "many":
         return []

@@ -54,7 +54,7 @@ class Shared:
     force: bool
 
     @classmethod
-    def take(cls, given: dict[str, Any]) -> "Shared":
+    def take(cls, given: dict[str, object]) -> "Shared":
         """Remove the shared options from the parsed parameters, leaving the stage's own flags."""
         quiet, verbose = given.pop("quiet"), given.pop("verbose")
         return cls(
@@ -194,7 +194,7 @@ def _suggest(name: str, annotation: Any) -> Suggest | None:
     return None
 
 
-def _parts_of(annotation: Any) -> list[Any]:
+def _parts_of(annotation: Any) -> list[object]:
     inner = [get_args(part)[0] for part in get_args(annotation) if get_origin(part) is Annotated]
     whole = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     return [whole, *inner]
@@ -234,7 +234,7 @@ def _flag_type(annotation: Any) -> Any:
     return list[str] if get_origin(annotation) is list else annotation
 
 
-def _shown(default: Any) -> str:
+def _shown(default: object) -> str:
     # Typer cannot show it: to Typer every default is None, so that unset is known
     if default is None or default == []:
         return ""

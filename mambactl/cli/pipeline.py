@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -112,12 +111,12 @@ def show_plan(plan: Plan, lines: dict[str, list[str]]) -> None:
             console.warn(f"{key} {_ASKS}, which takes {_ALLOW}")
 
 
-def run_plan(plan: Plan) -> tuple[str | None, dict[str, Any]]:
+def run_plan(plan: Plan) -> tuple[str | None, dict[str, object]]:
     """Run the sections in order; returns the last checkpoint (None where there was none at all)
     and every section's result.
     """
     _require_trust(plan)
-    results: dict[str, Any] = {}
+    results: dict[str, object] = {}
     renewed = False
     lines, checkpoint = commands(plan)
     for number, section in enumerate(plan.sections, 1):
@@ -164,7 +163,7 @@ def _is_plain(text: str) -> bool:
     return parse_settings([f"key={text}"]) == {"key": text}
 
 
-def _run_section(plan: Plan, section: Section, command: list[str]) -> dict[str, Any]:
+def _run_section(plan: Plan, section: Section, command: list[str]) -> dict[str, object]:
     # a stage does not continue what was made differently, and says so
     force = plan.how.force or (plan.how.resume and _stale(plan, section, command))
     flags = list(plan.how.flags)
@@ -196,7 +195,7 @@ def _record(plan: Plan, section: Section) -> Path:
     return plan.folder / f"{section.out}.json"
 
 
-def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, Any] | None:
+def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, object] | None:
     record = _record(plan, section)
     if plan.how.force:
         _save(record, STALE)
@@ -213,7 +212,7 @@ def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, Any] | 
     return _read(record).get("result")
 
 
-def _read(record: Path) -> dict[str, Any]:
+def _read(record: Path) -> dict[str, object]:
     """Read the record that a section left; raises OutputError for a file that is none."""
     again = "--force runs everything again, --out works in another folder"
     found = read_object(record, OutputError, again)
@@ -222,7 +221,7 @@ def _read(record: Path) -> dict[str, Any]:
     return found
 
 
-def _save(record: Path, content: dict[str, Any]) -> None:
+def _save(record: Path, content: dict[str, object]) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
     with replacing(record) as new:
         new.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -12,10 +12,10 @@ LONGEST = 400
 MOST_COLUMNS = 6
 
 
-def show_plan(stage: str, plan: Mapping[str, Any]) -> None:
+def show_plan(stage: str, plan: Mapping[str, object]) -> None:
     """Print a plan as tables on stderr, also where warnings alone are shown."""
     values: list[tuple[str, str]] = []
-    lists: list[tuple[str, list[Mapping[str, Any]]]] = []
+    lists: list[tuple[str, list[Mapping[str, object]]]] = []
     for name, value in _flat(plan):
         if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
             lists.append((name, value))
@@ -38,7 +38,7 @@ def show_plan(stage: str, plan: Mapping[str, Any]) -> None:
         console.show(each, level=0)
 
 
-def _listed(title: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+def _listed(title: str, rows: Sequence[Mapping[str, object]]) -> Any:
     """A row for each; a column for each where they say more than a line holds."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     cells = [
@@ -50,7 +50,7 @@ def _listed(title: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     return console.grid(title, headings, cells, numbers=True)
 
 
-def _flat(plan: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(plan: Mapping[str, object], above: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in plan.items():
         name = f"{above} {key}".strip()
         if isinstance(value, Mapping):
@@ -59,7 +59,7 @@ def _flat(plan: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
             yield name, value
 
 
-def _leaves(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _leaves(row: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in _flat(row) if not _is_table(value))
 
 
@@ -71,7 +71,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _text(name: str, value: Any) -> str:
+def _text(name: str, value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
@@ -85,7 +85,7 @@ def _text(name: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _counted(values: Sequence[Any]) -> str:
+def _counted(values: Sequence[object]) -> str:
     """`mamba2 x3, attention`: neighbours that are equal together."""
     parts = []
     for value, alike in groupby(map(str, values)):

@@ -1,14 +1,15 @@
 """Options that say the same thing in two ways: which of them counts."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from mambactl import console
 from mambactl.commands import COMMANDS
 from mambactl.errors import UsageError
 
 
-def settled(stage: str, recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+def settled(
+    stage: str, recipe: Mapping[str, object], typed: Mapping[str, object]
+) -> dict[str, object]:
     """The values of a recipe's section under those that a person typed.
 
     Where one option says more closely what another one says (`more_specific`), the closer one

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mambactl import console
 from mambactl.checkpoint.hub_names import PARAMETERS, hub_name
@@ -83,7 +82,7 @@ class Total:
             return True if self.uses_cuda else None
         return operations / CPU_RATE / 3600 > CPU_HOURS
 
-    def as_metrics(self) -> dict[str, Any]:
+    def as_metrics(self) -> dict[str, object]:
         """Costs as JSON-able numbers."""
         own = ("tokens", "hours", "memory", "disk", "needs_gpu")
         return {name: getattr(self, name) for name in own} | {

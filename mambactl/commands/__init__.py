@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Literal
+from typing import Literal
 
 from mambactl.errors import UsageError
 from mambactl.options.fields import CommandConfig, StageConfig, nearest, validated
@@ -305,10 +305,10 @@ def stages() -> dict[str, Command]:
     return {name: command for name, command in COMMANDS.items() if command.is_stage}
 
 
-def configure(stage: str, *layers: Mapping[str, Any]) -> StageConfig:
+def configure(stage: str, *layers: Mapping[str, object]) -> StageConfig:
     """Build a stage's configuration; later layers win and an unknown key is a UsageError."""
     options = COMMANDS[stage].options
-    merged: dict[str, Any] = {}
+    merged: dict[str, object] = {}
     for layer in layers:
         for key in layer:
             if key not in options.model_fields:

@@ -1,7 +1,6 @@
 """`bench`: prefill and decode speed, memory and cache of models, alone, drafted for or compared."""
 
 from operator import truediv
-from typing import Any
 
 import torch
 
@@ -32,7 +31,7 @@ STAGE = "bench"
 # numbers with a gain over the baseline's, larger is better for the model
 COMPARED = (PREFILL_RATE, FIRST_TOKEN, DECODE_RATE, CACHE)
 
-Points = list[dict[str, Any]]
+Points = list[dict[str, object]]
 
 
 def run(config: BenchConfig, source: str | None) -> StageResult:
@@ -54,7 +53,7 @@ def measure(config: BenchConfig, source: str | None) -> StageResult:
     return _checkpoint(config, source, baseline, metrics, device, dtype)
 
 
-def plan(config: BenchConfig, source: str | None) -> dict[str, Any]:
+def plan(config: BenchConfig, source: str | None) -> dict[str, object]:
     """Describe the measurements; reads headers only."""
     baseline = _prepare(config, source)
     device, dtype = placement(config)
@@ -95,7 +94,7 @@ def compare(points: Points, baseline: Points) -> Points:
     ]
 
 
-def _gain(point: dict[str, Any], other: dict[str, Any], metric: Metric) -> float | None:
+def _gain(point: dict[str, object], other: dict[str, object], metric: Metric) -> float | None:
     mine, theirs = point.get(metric.name), other.get(metric.name)
     if not mine or not theirs:
         return None
@@ -129,7 +128,7 @@ def _checkpoint(
     config: BenchConfig,
     source: str,
     baseline: str | None,
-    metrics: dict[str, Any],
+    metrics: dict[str, object],
     device: torch.device,
     dtype: torch.dtype,
 ) -> StageResult:
@@ -151,7 +150,7 @@ def _checkpoint(
 
 
 def _synthetic(
-    config: BenchConfig, metrics: dict[str, Any], device: torch.device, dtype: torch.dtype
+    config: BenchConfig, metrics: dict[str, object], device: torch.device, dtype: torch.dtype
 ) -> StageResult:
     found: dict[str, tuple[Points, Points]] = {}
     # hybrids of one Llama share its points
@@ -179,7 +178,7 @@ def _synthetic(
 def _training(
     config: BenchConfig,
     source: str | None,
-    metrics: dict[str, Any],
+    metrics: dict[str, object],
     device: torch.device,
     dtype: torch.dtype,
 ) -> StageResult:
@@ -208,7 +207,7 @@ def measure_points(config: BenchConfig, source: Source, subject: Subject, grid: 
 
 
 def _measure(
-    config: BenchConfig, source: Source, metrics: dict[str, Any], device: torch.device
+    config: BenchConfig, source: Source, metrics: dict[str, object], device: torch.device
 ) -> tuple[Points, HybridConfig]:
     """The points of a model, whose memory is free again, and its configuration."""
     bandwidth, grid = metrics["bandwidth_bytes_per_second"], Grid.of(config)
@@ -235,7 +234,7 @@ def _cache_bytes(config: BenchConfig, cache: dict[str, int]) -> int:
     return max(config.batch_size) * per_row
 
 
-def check(config: BenchConfig, metrics: dict[str, Any]) -> None:
+def check(config: BenchConfig, metrics: dict[str, object]) -> None:
     """Raise CheckError where the model is not faster than the baseline by `min_speedup`."""
     if config.min_speedup is None:
         return
@@ -251,7 +250,7 @@ def check(config: BenchConfig, metrics: dict[str, Any]) -> None:
         )
 
 
-def _fast_enough(point: dict[str, Any], bound: float) -> bool:
+def _fast_enough(point: dict[str, object], bound: float) -> bool:
     if point[DECODE_RATE.name] is None:
         return False
     # a baseline that did not fit cannot be faster

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from mambactl import console
 from mambactl.errors import MambactlError, UsageError
@@ -47,7 +46,7 @@ def run(config: ChatConfig, source: str) -> StageResult:
     return StageResult(source, metrics, text, written=descriptor is not None)
 
 
-def plan(config: ChatConfig, source: str) -> dict[str, Any]:
+def plan(config: ChatConfig, source: str) -> dict[str, object]:
     """Dry run: the models that would answer."""
     return decoding.plan_models(config, source) | {"new_tokens_at_most": config.max_new_tokens}
 

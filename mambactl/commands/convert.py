@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +96,7 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def plan(config: ConvertConfig, source: str) -> dict[str, Any]:
+def plan(config: ConvertConfig, source: str) -> dict[str, object]:
     """Resolve and check everything, write nothing."""
     placement(config)
     reader, adapted = open_strict(resolve(source))
@@ -299,7 +298,7 @@ def _replaced(base: HybridConfig, target: HybridConfig) -> list[int]:
     return [index for index, (old, new) in enumerate(pairs) if old != new]
 
 
-def _heads(base: HybridConfig, target: HybridConfig) -> dict[str, Any]:
+def _heads(base: HybridConfig, target: HybridConfig) -> dict[str, object]:
     """Describe how many KV heads were replaced, of how many, and which keep attention."""
     before, after = (
         [f"{index}.{head}" for index, heads in each.attention_heads.items() for head in heads]
@@ -319,9 +318,9 @@ def _metrics(
     target: HybridConfig,
     fits: dict[int, LayerFit],
     choice: Choice | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     kept = target.attention_layers
-    metrics: dict[str, Any] = {
+    metrics: dict[str, object] = {
         "replaced_layers": _replaced(base, target),
         "attention_layers": kept,
     }
@@ -339,7 +338,7 @@ def _metrics(
     return metrics
 
 
-def _report(metrics: dict[str, Any]) -> None:
+def _report(metrics: dict[str, object]) -> None:
     if "kept_heads" in metrics:
         console.log(
             f"replaced {metrics['replaced_heads']} of {metrics['kv_heads']} KV heads, "

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from mambactl import console
 from mambactl.checkpoint.load import load_lineage
@@ -113,13 +112,13 @@ def _evaluation(
     if not measured:
         return None
 
-    def measure() -> dict[str, Any]:
+    def measure() -> dict[str, object]:
         return {name: value for each in measured for name, value in each.measure().items()}
 
     return Evaluation(config.eval_every, measure)
 
 
-def plan(config: DistillConfig, source: str) -> dict[str, Any]:
+def plan(config: DistillConfig, source: str) -> dict[str, object]:
     """Resolve everything, measure how fast this machine is, and say what would run."""
     job = Job.of(STAGE, config, source)
     _check_capture(job, config)

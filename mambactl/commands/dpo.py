@@ -52,7 +52,7 @@ def run(
         # runs of versions that kept no day
         trainer.older = job.day is None
         del reference
-        metrics: dict[str, Any] = report_phases([follow(trainer, STAGE, folder)], folder)
+        metrics: dict[str, object] = report_phases([follow(trainer, STAGE, folder)], folder)
         metrics |= {"data": data.counts}
         if config.max_kl is not None and held.farthest() > config.max_kl:
             console.warn(f"the policy is {held.farthest():.4f} nats per token from its reference")
@@ -67,7 +67,7 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def plan(config: DpoConfig, source: str) -> dict[str, Any]:
+def plan(config: DpoConfig, source: str) -> dict[str, object]:
     """Resolve everything, check the data and show a pair; writes nothing."""
     _require(config)
     job = Job.of(STAGE, config, source)
@@ -119,7 +119,7 @@ def _held_out(
     student: HybridForCausalLM,
     reference: Any,
     data: Preferences,
-) -> tuple[HeldOutPreferences, dict[str, dict[str, Any]]]:
+) -> tuple[HeldOutPreferences, dict[str, dict[str, object]]]:
     """The measurement of this run, and what it gave before the first step."""
     held = HeldOutPreferences(
         student,

@@ -38,7 +38,7 @@ class Inputs:
     """
 
     checks: list[Check]
-    read: dict[str, Any]
+    read: dict[str, object]
     teacher: str | None
     replaced: dict[int, tuple[int, ...]]
 
@@ -63,7 +63,7 @@ def measure(config: EvalConfig, source: str) -> StageResult:
     dtype = str(subject.model.dtype).removeprefix("torch.")
     # before models are let go of
     cache = sequences_of(subject.model, subject.teacher)
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, object] = {}
     if inputs.teacher is not None:
         metrics[TEACHER] = inputs.teacher
     if config.against is not None:
@@ -85,12 +85,12 @@ def measure(config: EvalConfig, source: str) -> StageResult:
     return StageResult(path=source, metrics=metrics, kept=kept)
 
 
-def plan(config: EvalConfig, source: str) -> dict[str, Any]:
+def plan(config: EvalConfig, source: str) -> dict[str, object]:
     """Describe the measurements; reads headers, data and task files, and no weights."""
     inputs = _read(config, source)
     device, dtype = placement(config)
     found = describe(source)
-    probes: dict[str, Any] = {}
+    probes: dict[str, object] = {}
     for name, probe in PROBES.items():
         probes |= probe.plan(inputs.read.get(name))
     return {
@@ -106,7 +106,7 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
     }
 
 
-def check(config: EvalConfig, metrics: dict[str, Any]) -> None:
+def check(config: EvalConfig, metrics: dict[str, object]) -> None:
     """Raise CheckError where a bound of `fail_under` does not hold."""
     checks = parse_checks(config.fail_under)
     scores: dict[str, dict[str, float]] = {}
@@ -142,7 +142,7 @@ def _require_known(
     checks: list[Check],
     probes: list[Probe[Any, Any, Any]],
     teacher: str | None,
-    read: dict[str, Any],
+    read: dict[str, object],
 ) -> None:
     found = [probe.known(read[probe.name], teacher) for probe in probes]
     # where one does not know, only the measurement tells

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -57,7 +56,7 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def plan(config: ExportConfig, source: str) -> dict[str, Any]:
+def plan(config: ExportConfig, source: str) -> dict[str, object]:
     """Resolve and check everything, write nothing."""
     with _open(config, source, resolve(source)) as work:
         count = sum(torch.Size(shape).numel() for shape, _ in work.shapes.values())
@@ -76,7 +75,7 @@ class _Work:
     difference: Difference | None = None
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, object]:
         """Metrics that are known before anything is written."""
         return {"to": self.config.to, "architecture": self.form.architecture, "dtype": self.dtype}
 
@@ -123,7 +122,7 @@ class _Work:
                 self.rounded_to,
             )
 
-    def lineage(self) -> dict[str, Any]:
+    def lineage(self) -> dict[str, object]:
         """Lineage of the export."""
         local = Path(self.source.spec).expanduser().exists()
         return lineage(

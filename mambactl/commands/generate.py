@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mambactl import console
 from mambactl.decode.engine import Generation, OnTokens
@@ -52,7 +51,7 @@ def run(
     return StageResult(source, metrics, "\n".join(texts), written=terminal is not None)
 
 
-def plan(config: GenerateConfig, source: str) -> dict[str, Any]:
+def plan(config: GenerateConfig, source: str) -> dict[str, object]:
     """Describe the decoding; writes nothing."""
     if config.dataset:
         return QuestionSet.of(config, source).plan()

@@ -22,7 +22,7 @@ def run(options: InspectConfig, source: str) -> StageResult:
     return StageResult(source, found, blocks=tuple(_blocks(found, options)))
 
 
-def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Table]:
+def _blocks(found: dict[str, object], options: InspectConfig) -> Iterator[str | Table]:
     rows = [
         (part["part"], part["layers"], f"{part['parameters']:,}", decimal_size(part["bytes"]))
         for part in found["parts"]
@@ -56,7 +56,7 @@ def _blocks(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Tab
         yield Table("", ("tensor", "dtype", "shape"), listed)
 
 
-def _sequences(found: Mapping[str, Mapping[str, Any]]) -> Table:
+def _sequences(found: Mapping[str, Mapping[str, object]]) -> Table:
     """Cache bytes of one sequence at some lengths, beside the teacher's."""
     numbers = columns(group("sequence"), found.values())
     rows = [
@@ -76,7 +76,7 @@ SESSION_PARTS = {
 }
 
 
-def _session(found: dict[str, Any], options: InspectConfig) -> Iterator[str | Table]:
+def _session(found: dict[str, object], options: InspectConfig) -> Iterator[str | Table]:
     """The cache that a GPU allocates to decode the sequences that were asked for."""
     session = found["session"]
     sizes = session["bytes"]

@@ -1,7 +1,5 @@
 """`serve`: a model behind the OpenAI API, until a signal ends it."""
 
-from typing import Any
-
 from mambactl import console
 from mambactl.generation import decoding
 from mambactl.options import ServeConfig
@@ -22,6 +20,6 @@ def run(config: ServeConfig, source: str) -> StageResult:
     return StageResult(source, {"url": server.url}, written=True)
 
 
-def plan(config: ServeConfig, source: str) -> dict[str, Any]:
+def plan(config: ServeConfig, source: str) -> dict[str, object]:
     """Dry run: the models that would answer."""
     return decoding.plan_models(config, source) | {"host": config.host, "port": config.port}

@@ -81,7 +81,7 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def plan(config: SftConfig, source: str) -> dict[str, Any]:
+def plan(config: SftConfig, source: str) -> dict[str, object]:
     """Resolve everything, read the data and say what would run; writes nothing."""
     _require(config)
     job = Job.of(STAGE, config, source)
@@ -94,7 +94,9 @@ def plan(config: SftConfig, source: str) -> dict[str, Any]:
     return found | preview(job, config.assistant_only_loss)
 
 
-def _adapter_plan(job: Job, config: SftConfig, estimated: int, parameters: int) -> dict[str, Any]:
+def _adapter_plan(
+    job: Job, config: SftConfig, estimated: int, parameters: int
+) -> dict[str, object]:
     """Parameters that train, and bytes where everything else is frozen."""
     model = shapes_of(model_config(job.source))
     sizes = [

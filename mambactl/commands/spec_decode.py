@@ -50,7 +50,7 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
     return StageResult(source, metrics, _report(metrics))
 
 
-def plan(config: SpecDecodeConfig, source: str) -> dict[str, Any]:
+def plan(config: SpecDecodeConfig, source: str) -> dict[str, object]:
     """Describe the decoding; writes nothing."""
     config.require_coherent()
     prompts = decoding.read(config)
@@ -64,7 +64,7 @@ def _warm_up(setup: decoding.Setup, *engines: Any) -> None:
         engine.generate([setup.prompts[0]], few)
 
 
-def _metrics(config: SpecDecodeConfig, plain: Generation, result: Generation) -> dict[str, Any]:
+def _metrics(config: SpecDecodeConfig, plain: Generation, result: Generation) -> dict[str, object]:
     return {
         "draft": config.draft,
         "k": config.k,
@@ -88,7 +88,7 @@ def _show(
     source: str,
     plain: DecodeStats,
     speculative: DecodeStats,
-    metrics: dict[str, Any],
+    metrics: dict[str, object],
 ) -> None:
     title = f"{source} with {config.draft}, K = {config.k}, {plain.rows} prompts"
     columns = ("", "tokens", "tok/s", "+ prefill", "tok/step", "accepted")
@@ -115,7 +115,7 @@ def _show(
     console.log(f"steps by accepted tokens: {', '.join(counts)}", level=2)
 
 
-def _report(metrics: dict[str, Any]) -> str:
+def _report(metrics: dict[str, object]) -> str:
     stats = metrics["speculative"]
     same = ", same tokens as plain decoding" if metrics["identical"] else ""
     return (

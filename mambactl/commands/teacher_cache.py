@@ -10,7 +10,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
@@ -94,7 +94,7 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def plan(config: TeacherCacheConfig, source: str) -> dict[str, Any]:
+def plan(config: TeacherCacheConfig, source: str) -> dict[str, object]:
     """Resolve everything and say what would be drawn; writes nothing, reads no hub set."""
     job = Job.of(STAGE, config, source)
     found = describe(source)
@@ -163,7 +163,7 @@ class _Record(BaseModel):
     cache: _Kept
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, object]:
     """Read the origin of a cache; raises ModelError for a folder that is none."""
     record = read_lineage(folder) if folder.is_dir() else None
     if record is None or record.get("stage") != STAGE:
@@ -224,10 +224,10 @@ def _folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
 def _record(
     job: Job,
     config: TeacherCacheConfig,
-    metrics: dict[str, Any],
+    metrics: dict[str, object],
     teacher: HybridForCausalLM,
     tokenizer: "PreTrainedTokenizerBase",
-) -> dict[str, Any]:
+) -> dict[str, object]:
     with open_checkpoint(job.source) as reader:
         options = config.model_dump(mode="json")
         record = lineage(STAGE, reader.lineage, reader.path, None, options, config.seed, metrics)
@@ -263,7 +263,7 @@ def _require_same(
     config: HeldOutConfig,
     student: HybridForCausalLM,
     folder: Path,
-    kept: dict[str, Any],
+    kept: dict[str, object],
     temperature: float,
 ) -> None:
     """Raise UsageError where the cache speaks of other distributions than the run asks for."""
@@ -283,7 +283,7 @@ def _require_same(
         raise UsageError(f"{folder} was drawn from {kept['teacher']}, not from {given}", again)
 
 
-def _command(job: Job, config: HeldOutConfig, kept: dict[str, Any], temperature: float) -> str:
+def _command(job: Job, config: HeldOutConfig, kept: dict[str, object], temperature: float) -> str:
     """The line that makes the cache of a run; options of the usual value are left out."""
     words = ["mambactl", STAGE, config.teacher or kept["teacher"]]
     words += [word for spec in config.data for word in ("--data", spec)]

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.registry import MIXERS
-from mambactl.models.mixers.spec import MixerSpec
+from mambactl.models.mixers.spec import AnySpec
 
 # what must be equal for the mixers of one checkpoint to work in another
 SHAPE = (
@@ -27,7 +26,7 @@ SHAPE = (
 )
 
 # layer -> its new mixer, and the KV heads that keep attention beside it
-Wanted = Mapping[int, tuple[MixerSpec[Any], tuple[int, ...]]]
+Wanted = Mapping[int, tuple[AnySpec, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,13 @@ def open_aligned(spec: str | None) -> Iterator[Aligned | None]:
         yield Aligned(spec, reader, adapted)
 
 
-def _sources(spec: MixerSpec[Any]) -> set[str]:
+def _sources(spec: AnySpec) -> set[str]:
     """Names of the mixers from which one can be taken."""
     wider = {other.name for other in MIXERS.values() if other.with_kept_heads == spec.name}
     return {spec.name} | wider | ({spec.with_kept_heads} if spec.with_kept_heads else set())
 
 
-def _ready_made(theirs: HybridConfig, spec: MixerSpec[Any]) -> str:
+def _ready_made(theirs: HybridConfig, spec: AnySpec) -> str:
     """Hint that says which checkpoint has mixers of the kind `spec`."""
     if spec.with_window in theirs.mixers:
         window = theirs.windows[0]

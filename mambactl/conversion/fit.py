@@ -11,7 +11,6 @@ A mixer beside a window of attention aims at what the window does not give.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from mambactl.models.block import HybridBlock
 from mambactl.models.hybrid import HybridModel
 from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.from_attention import NO_DECAY
-from mambactl.models.mixers.spec import AttentionWeights, HeadFit, Mixer, MixerSpec, StepContext
+from mambactl.models.mixers.spec import AnySpec, AttentionWeights, HeadFit, Mixer, StepContext
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 256.0, NO_DECAY)
 RIDGE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -76,7 +75,7 @@ class Streams:
             self.student[i] = self.teacher[i] if same else block(self.student[i], context, None)
 
     @torch.no_grad()
-    def replace(self, teacher: HybridBlock, student: HybridBlock, spec: MixerSpec[Any]) -> LayerFit:
+    def replace(self, teacher: HybridBlock, student: HybridBlock, spec: AnySpec) -> LayerFit:
         """Fit the student's mixer, then run the layer in both streams."""
         heads, targets = [], []
         for i, context in enumerate(self.contexts):
@@ -107,7 +106,7 @@ class Problem:
 
 
 def _beyond_window(
-    spec: MixerSpec[Any], mixer: Mixer, attention: AttentionWeights, problem: Problem
+    spec: AnySpec, mixer: Mixer, attention: AttentionWeights, problem: Problem
 ) -> Problem:
     """The problem with the output of attention beside the recurrence taken off."""
     heads, targets = [], []
@@ -138,7 +137,7 @@ def _observe(
 
 
 def fit_mixer(
-    spec: MixerSpec[Any], mixer: Mixer, attention: AttentionWeights, problem: Problem
+    spec: AnySpec, mixer: Mixer, attention: AttentionWeights, problem: Problem
 ) -> LayerFit:
     """Fit a mixer that `spec.initialise` has filled, in place, and report its error."""
     half_lives: list[float] = []
@@ -157,7 +156,7 @@ def fit_mixer(
 
 
 def fit_heads(
-    spec: MixerSpec[Any], mixer: Mixer, attention: AttentionWeights, problem: Problem
+    spec: AnySpec, mixer: Mixer, attention: AttentionWeights, problem: Problem
 ) -> HeadFit:
     """Per head the half-life, constant, score and skip of least squared error to the teacher."""
     gram, moment, samples = _head_sums(spec, mixer, attention, problem)
@@ -183,7 +182,7 @@ def fit_heads(
 
 
 def _head_sums(
-    spec: MixerSpec[Any], mixer: Mixer, attention: AttentionWeights, problem: Problem
+    spec: AnySpec, mixer: Mixer, attention: AttentionWeights, problem: Problem
 ) -> tuple[Tensor, Tensor, int]:
     """Normal equations [half-lives, H, R, R] and [half-lives, H, R], and the samples in them."""
     sums: list[Tensor | float] = [0.0] * len(HALF_LIVES)
@@ -210,7 +209,7 @@ def _solve_heads(gram: Tensor, moment: Tensor) -> Tensor:
 
 
 def _rescale_heads(
-    spec: MixerSpec[Any], mixer: Mixer, heads: int, features: list[Tensor], problem: Problem
+    spec: AnySpec, mixer: Mixer, heads: int, features: list[Tensor], problem: Problem
 ) -> None:
     """Give each head the scale of least squared error, in features as well."""
     dot, energy = 0.0, 0.0

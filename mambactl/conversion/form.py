@@ -1,13 +1,12 @@
 """The form of new mixers: options that contradict it, and the engines that can load it."""
 
 from collections.abc import Callable
-from typing import Any
 
 from mambactl.conversion.replace import mixer_spec
 from mambactl.errors import UsageError
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.registry import MIXERS
-from mambactl.models.mixers.spec import MixerSpec
+from mambactl.models.mixers.spec import AnySpec
 from mambactl.options import ConvertConfig
 
 
@@ -68,9 +67,7 @@ def _check_choice(config: ConvertConfig) -> None:
         )
 
 
-def _not_with(
-    config: ConvertConfig, option: str, able: Callable[[MixerSpec[Any]], bool]
-) -> UsageError:
+def _not_with(config: ConvertConfig, option: str, able: Callable[[AnySpec], bool]) -> UsageError:
     known = [spec.name for spec in MIXERS.values() if able(spec)]
     return UsageError(
         f"{option} does not go with --mixer {config.mixer}", f"use --mixer {known[0]}"

@@ -25,7 +25,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.attention import weights_of
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.settings import KeptHeads, Mamba2Settings, WindowSettings
-from mambactl.models.mixers.spec import MixerForm, MixerSpec
+from mambactl.models.mixers.spec import AnySpec, MixerForm
 from mambactl.options import ConvertConfig
 
 # layer -> KV heads that keep attention to all of the past
@@ -86,7 +86,7 @@ class Replacement:
     base: HybridConfig
     aligned: Aligned | None = None
 
-    def spec(self, kept: tuple[int, ...] = ()) -> MixerSpec[Any]:
+    def spec(self, kept: tuple[int, ...] = ()) -> AnySpec:
         """The mixer beside the KV heads `kept`; raises UsageError where the options name none."""
         spec = mixer_spec(self.config.mixer)
         spec = MIXERS[spec.with_window] if self.config.window_size else spec
@@ -115,7 +115,7 @@ class Replacement:
             target.dtype = self.config.dtype
         return target
 
-    def mixer(self, index: int, kept: tuple[int, ...]) -> tuple[MixerSpec[Any], Any]:
+    def mixer(self, index: int, kept: tuple[int, ...]) -> tuple[AnySpec, Any]:
         """Spec and settings of a new mixer; UsageError where those present have another form."""
         spec = self.spec(kept)
         if self.aligned is None:
@@ -265,7 +265,7 @@ def block_of(config: HybridConfig, index: int, state: Mapping[str, Tensor]) -> H
     return block.eval().requires_grad_(False)
 
 
-def mixer_spec(name: str) -> MixerSpec[Any]:
+def mixer_spec(name: str) -> AnySpec:
     """The spec of a mixer that can replace attention, by its name; raises UsageError."""
     forms = {name for spec in MIXERS.values() for name in (spec.with_window, spec.with_kept_heads)}
     able = [

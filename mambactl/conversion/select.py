@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class Choice:
     """Units that stay attention, and the measurements behind the choice for the lineage."""
 
     kept: list[Unit]
-    metrics: dict[str, Any]
+    metrics: dict[str, object]
 
 
 def read_texts(config: ConvertConfig, source: str) -> Texts:
@@ -216,7 +216,7 @@ def _by_swaps(
     texts: Texts,
     layers: Layers,
     keep: int,
-) -> tuple[list[int], dict[str, Any]]:
+) -> tuple[list[int], dict[str, object]]:
     teacher = instruments.model
     candidates = replacement.base.attention_layers
     swap = _Fitted(replacement, teacher, _some(texts.fit), layers)
@@ -251,7 +251,7 @@ def _by_addition(
     layers: Layers,
     keep: int,
     unit_bytes: int,
-) -> tuple[list[int], dict[str, Any]]:
+) -> tuple[list[int], dict[str, object]]:
     blocks = list(instruments.model.layers)
     attention = {index: blocks[index] for index in replacement.base.attention_layers}
     stack = [
@@ -357,11 +357,11 @@ def _easiest_first(worth: Mapping[int, float]) -> list[int]:
     return sorted(worth, key=lambda index: (worth[index], -index))
 
 
-def _listed(scores: Mapping[int, Score]) -> list[dict[str, Any]]:
+def _listed(scores: Mapping[int, Score]) -> list[dict[str, object]]:
     return [{"layer": index, **score.rounded()} for index, score in scores.items()]
 
 
-def _point(step: Step, kv_bytes: int) -> dict[str, Any]:
+def _point(step: Step, kv_bytes: int) -> dict[str, object]:
     return {"layer": step.layer, **step.score.rounded(), "kv_bytes_per_token": kv_bytes}
 
 

@@ -4,7 +4,7 @@ No data is needed: the rows are generated, around a text of the package.
 """
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -61,7 +61,7 @@ def choose_heads(
     instruments: Instruments,
     keep: int,
     unit_bytes: int,
-) -> tuple[list[Unit], dict[str, Any]]:
+) -> tuple[list[Unit], dict[str, object]]:
     """Measure and choose `keep` heads; prints the tables and returns what the lineage keeps."""
     base, spec = replacement.base, replacement.spec()
     window = spec.window(spec.from_attention(base, replacement.form(), base.attention_layers[0]))

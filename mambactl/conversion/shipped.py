@@ -7,7 +7,6 @@ that a copy in another type, or quantised, is the same teacher.
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -59,7 +58,7 @@ class Ranking(_Record):
     num_key_value_heads: int
     head_dim: int
     form: RankedForm
-    made: dict[str, Any]
+    made: dict[str, object]
     ranking: list[str]
     norms: Norms
 
@@ -76,7 +75,7 @@ class Ranking(_Record):
             for head, found in enumerate(row)
         )
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> dict[str, object]:
         """Record of the ranking for a lineage: its form, and how it was made."""
         return {"form": self.form.model_dump(), "made": self.made}
 
@@ -128,7 +127,11 @@ def ranking_from(student: str, model: str | None = None) -> Ranking:
 
 
 def record(
-    model: str, reader: Reader, adapted: Adapted, selection: Mapping[str, Any], made: dict[str, Any]
+    model: str,
+    reader: Reader,
+    adapted: Adapted,
+    selection: Mapping[str, object],
+    made: dict[str, object],
 ) -> Ranking:
     """The ranking in a `selection` of form and ranking, with the norms of the teacher's weights."""
     config = adapted.config

@@ -1,14 +1,13 @@
 """Positions of a chat's answers in the text that its template makes of it."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from mambactl.data.chat_template import ChatRenderer
 from mambactl.data.doubts import Doubt
 from mambactl.data.rendered import OPENED
 from mambactl.data.row_forms import TEMPLATE
-from mambactl.data.turns import ASSISTANT
+from mambactl.data.turns import ASSISTANT, Record
 from mambactl.errors import UsageError
 
 # an answer that begins as no other does
@@ -17,7 +16,7 @@ REWRITES = "the chat template rewrites earlier turns, so assistant turns cannot 
 
 
 def spans_of(
-    row: Mapping[str, Any], renderer: ChatRenderer, text: str, doubts: list[Doubt]
+    row: Record, renderer: ChatRenderer, text: str, doubts: list[Doubt]
 ) -> list[tuple[int, int]]:
     """Character spans [start, end) of the answers that are learned, their end tokens included.
 
@@ -37,7 +36,7 @@ def spans_of(
 
 
 def _located(
-    row: Mapping[str, Any],
+    row: Record,
     renderer: ChatRenderer,
     text: str,
     positions: Sequence[int],
@@ -63,7 +62,7 @@ def _located(
 
 
 def start_of_answer(
-    row: Mapping[str, Any],
+    row: Record,
     position: int,
     renderer: ChatRenderer,
     text: str,
@@ -85,7 +84,7 @@ def start_of_answer(
     return _opened(asked, plain, text, span[0], doubts)
 
 
-def _asked(row: Mapping[str, Any], position: int, renderer: ChatRenderer) -> str:
+def _asked(row: Record, position: int, renderer: ChatRenderer) -> str:
     """Text that the model reads before a turn: the earlier ones and the generation prompt."""
     before = row["messages"][:position]
     return _render(renderer, row, before, prompt=True) if before else ""
@@ -104,7 +103,7 @@ def _opened(asked: str, plain: str, text: str, start: int, doubts: list[Doubt]) 
 
 
 def _by_difference(
-    row: Mapping[str, Any], position: int, renderer: ChatRenderer, text: str
+    row: Record, position: int, renderer: ChatRenderer, text: str
 ) -> tuple[int, int] | None:
     """Span that changes when another answer takes the place of one; None if more of the chat does.
 
@@ -129,7 +128,8 @@ def _by_difference(
 def _end_token(behind: str, tail: str, renderer: ChatRenderer) -> int:
     """Characters up to the end of a token that both texts begin with, 0 where there is none."""
     space = len(behind) - len(behind.lstrip())
-    tokens = renderer.tokenizer.get_added_vocab()
+    # of both kinds of tokenizer, and not of the class above them
+    tokens = getattr(renderer.tokenizer, "get_added_vocab")()  # noqa: B009
     for token in sorted(tokens, key=len, reverse=True):
         if behind[space:].startswith(token) and tail.lstrip().startswith(token):
             return space + len(token)
@@ -138,8 +138,8 @@ def _end_token(behind: str, tail: str, renderer: ChatRenderer) -> int:
 
 def _render(
     renderer: ChatRenderer,
-    row: Mapping[str, Any],
-    messages: Sequence[Mapping[str, Any]],
+    row: Record,
+    messages: Sequence[Record],
     prompt: bool = False,
 ) -> str:
     return renderer.render(messages, row.get("tools"), prompt, **row.get(TEMPLATE, {}))

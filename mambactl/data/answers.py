@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 from mambactl.data.conversations import Conversation
+from mambactl.data.turns import Row
 from mambactl.errors import UsageError
 
 Format = Literal["jsonl", "alpaca-eval", "mt-bench"]
@@ -70,7 +71,7 @@ def write_answers(file: TextIO, groups: Iterable[Group], format: Format, generat
     return count
 
 
-def _training_rows(groups: Iterable[Group], generator: str) -> Iterator[dict[str, Any]]:
+def _training_rows(groups: Iterable[Group], generator: str) -> Iterator[Row]:
     for conversation, answers in groups:
         about = dict(conversation.about)
         head = {"id": about.pop("id")} if "id" in about else {}
@@ -87,7 +88,7 @@ def _training_rows(groups: Iterable[Group], generator: str) -> Iterator[dict[str
             }
 
 
-def _alpaca_rows(groups: Iterable[Group], generator: str) -> Iterator[dict[str, Any]]:
+def _alpaca_rows(groups: Iterable[Group], generator: str) -> Iterator[Row]:
     for conversation, answers in groups:
         about = conversation.about
         for answer in answers:
@@ -99,7 +100,7 @@ def _alpaca_rows(groups: Iterable[Group], generator: str) -> Iterator[dict[str, 
             }
 
 
-def _bench_rows(groups: Iterable[Group], generator: str) -> Iterator[dict[str, Any]]:
+def _bench_rows(groups: Iterable[Group], generator: str) -> Iterator[Row]:
     for conversation, answers in groups:
         if not answers:
             continue
@@ -118,12 +119,12 @@ def _bench_rows(groups: Iterable[Group], generator: str) -> Iterator[dict[str, A
         }
 
 
-_ROWS: dict[Format, Callable[[Iterable[Group], str], Iterator[dict[str, Any]]]] = {
+_ROWS: dict[Format, Callable[[Iterable[Group], str], Iterator[Row]]] = {
     "jsonl": _training_rows,
     "alpaca-eval": _alpaca_rows,
     "mt-bench": _bench_rows,
 }
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, default=str)

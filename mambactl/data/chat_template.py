@@ -17,17 +17,18 @@ from datetime import date, datetime, time, tzinfo
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from mambactl.bounds import MIB, TEMPLATE_BYTES, TEMPLATE_SECONDS, Bound
-from mambactl.data.turns import ROLES, calls_of, with_text_arguments
+from mambactl.data.turns import ROLES, Record, Row, calls_of, with_text_arguments
 from mambactl.errors import ResourceError, UsageError
 from mambactl.foreign import blamed, reason
+from mambactl.present import present
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, Any]
+Message = Record
 
 # how a template asks for the date
 DATE = "strftime_now"
@@ -59,7 +60,7 @@ class _Request(NamedTuple):
     """
 
     messages: Sequence[Message]
-    options: dict[str, Any]
+    options: Row
     spans: bool = False
     calls: bool = False
 
@@ -95,7 +96,7 @@ class ChatRenderer:
         messages: Sequence[Message],
         tools: Sequence[Message] | None = None,
         prompt: bool = False,
-        **options: Any,
+        **options: object,
     ) -> str:
         """The text of a chat; with `prompt`, up to where the assistant writes.
 
@@ -104,7 +105,10 @@ class ChatRenderer:
         """
         self._require_roles(messages, tools)
         given = {"tools": tools, "add_generation_prompt": prompt, **options}
-        return self._ask(_Request(messages, given, calls=_has_arguments(messages)))
+        found = self._ask(_Request(messages, given, calls=_has_arguments(messages)))
+        if not isinstance(found, str):
+            raise TypeError("a chat was rendered as spans")
+        return found
 
     def _require_roles(self, messages: Sequence[Message], tools: Sequence[Message] | None) -> None:
         """Raise UsageError for a role that is unusual and that the template does not name."""
@@ -119,7 +123,7 @@ class ChatRenderer:
         """The template for chats with or without tools; UsageError where there is none for them."""
         require_template(self.tokenizer)
         with blamed("the chat template", kind=UsageError, hint=_HINT):
-            return self.tokenizer.get_chat_template(None, tools)
+            return self.tokenizer.get_chat_template(None, _list(tools))
 
     def marks(self, tools: Sequence[Message] | None = None) -> bool:
         """True if the template marks what the assistant writes."""
@@ -129,11 +133,14 @@ class ChatRenderer:
         self,
         messages: Sequence[Message],
         tools: Sequence[Message] | None = None,
-        **options: Any,
+        **options: object,
     ) -> list[tuple[int, int]]:
         """Character spans [start, end) between the generation markers of the template."""
         given = {"tools": tools, **options}
-        return self._ask(_Request(messages, given, spans=True, calls=_has_arguments(messages)))
+        found = self._ask(_Request(messages, given, spans=True, calls=_has_arguments(messages)))
+        if isinstance(found, str):
+            raise TypeError("a chat was rendered as text")
+        return found
 
     def close(self) -> None:
         """End the process; the next chat starts another."""
@@ -151,10 +158,10 @@ class ChatRenderer:
         if self._connection is None:
             self._start()
 
-    def _ask(self, request: _Request) -> Any:
+    def _ask(self, request: _Request) -> str | list[tuple[int, int]]:
         self.start()
         try:
-            self._connection.send(request)
+            present(self._connection).send(request)
         except RecursionError:
             raise UsageError("the chat template refuses the messages (nested too deeply)") from None
         except OSError:
@@ -192,12 +199,13 @@ class ChatRenderer:
             theirs.close()
 
     def _answer(self) -> _Answer:
+        connection, process = present(self._connection), present(self._process)
         try:
-            if self._connection.poll(_SECONDS_WITHOUT_ANSWER):
-                return self._connection.recv()
+            if connection.poll(_SECONDS_WITHOUT_ANSWER):
+                return connection.recv()
         except (EOFError, OSError):
-            self._process.join()
-            code = self._process.exitcode
+            process.join()
+            code = process.exitcode
             self.close()
             if code == -signal.SIGPROF:
                 raise _stopped(TEMPLATE_SECONDS) from None
@@ -299,7 +307,7 @@ def _stop_clock(day: date) -> None:
         def now(cls, tz: tzinfo | None = None) -> "Stopped":
             return cls.combine(day, time(), tz)
 
-    chat_template_utils.datetime = Stopped
+    chat_template_utils.datetime = Stopped  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _has_arguments(messages: Sequence[Message]) -> bool:
@@ -350,7 +358,13 @@ def _rendered(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> _Answe
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> str:
-    return tokenizer.apply_chat_template(list(request.messages), tokenize=False, **request.options)
+    messages = [dict(message) for message in request.messages]
+    # text is what it returns where nothing is tokenized
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **request.options))
+
+
+def _list(tools: Sequence[Message] | None) -> list[Row] | None:
+    return None if tools is None else [dict(tool) for tool in tools]
 
 
 def _spans(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> list[tuple[int, int]]:
@@ -359,10 +373,11 @@ def _spans(tokenizer: "PreTrainedTokenizerBase", request: _Request) -> list[tupl
     options = dict(request.options)
     tools = options.pop("tools")
     _, (spans,) = render_jinja_template(
-        [request.messages],
+        [[dict(message) for message in request.messages]],
         tools,
         chat_template=tokenizer.get_chat_template(None, tools),
         return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map | options,
+        **{**tokenizer.special_tokens_map, **options},
     )
-    return spans
+    # its annotation says what it returns without the mask
+    return cast(list[tuple[int, int]], spans)

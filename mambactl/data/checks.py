@@ -1,7 +1,7 @@
 """Documents checked before training, above all chats of which the answers are learned."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from mambactl.data.bad_rows import DOUBLED, EMPTY, LONG, UNANSWERED, BadRows
 from mambactl.data.begin_token import begins_twice
 from mambactl.data.encoding import Example
 from mambactl.data.sources import Document
-from mambactl.data.turns import ASSISTANT
+from mambactl.data.turns import ASSISTANT, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,5 +85,5 @@ class Endings:
         )
 
 
-def _says(message: dict[str, Any]) -> bool:
+def _says(message: Row) -> bool:
     return bool((message.get("content") or "").strip() or message.get("tool_calls"))

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, zip_longest
-from typing import Any
 
 from mambactl.data.bad_rows import MALFORMED, BadRows
 from mambactl.data.row_files import read_rows
@@ -32,9 +31,9 @@ class Conversation:
     opening: tuple[Row, ...]
     later: tuple[str, ...] = ()
     tools: list[Row] | None = None
-    about: dict[str, Any] = field(default_factory=dict)
+    about: Row = field(default_factory=dict)
     # options of its own for the chat template
-    template: dict[str, Any] = field(default_factory=dict)
+    template: Row = field(default_factory=dict)
 
     @property
     def n_answers(self) -> int:
@@ -91,7 +90,7 @@ def read_conversations(
     return found
 
 
-def conversation(where: str, row: Any) -> Conversation:
+def conversation(where: str, row: object) -> Conversation:
     """The conversation of one row; raises UsageError that says what is wrong with it."""
     try:
         return _conversation(where, Reading.of(row))
@@ -136,9 +135,9 @@ def shard_of(conversation: Conversation, count: int) -> int:
     return 1 + int.from_bytes(conversation.digest[:8], "big") % count
 
 
-def _located(spec: str, bad: BadRows) -> Iterator[tuple[str, Any, str]]:
+def _located(spec: str, bad: BadRows) -> Iterator[tuple[str, object, str]]:
     for where, row, file in read_rows(spec, bad):
-        if not file.removesuffix(".gz").endswith(".txt"):
+        if not file.removesuffix(".gz").endswith(".txt") or not isinstance(row, dict):
             yield where, row, file
             continue
         for number, line in enumerate(row["text"].splitlines(), start=1):

@@ -1,8 +1,12 @@
 """A row of data as tokens."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+
+# token ids of one text [n]
+TokenIds: TypeAlias = Sequence[int] | np.ndarray
 
 
 class Example(NamedTuple):

@@ -1,14 +1,14 @@
 """From a row of text or chat turns to token ids and the mask of tokens worth learning."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mambactl import console
-from mambactl.checkpoint.vocabulary import beyond_embedding
+from mambactl.checkpoint.vocabulary import beyond_embedding, token_id
 from mambactl.data.answer_spans import spans_of
 from mambactl.data.bad_rows import BEYOND, LOST, REFUSED, BadRows
 from mambactl.data.begin_token import begun_twice
@@ -20,6 +20,7 @@ from mambactl.data.renderers import ChatRenderers
 from mambactl.data.row_forms import COMPLETION, PROMPT, TEMPLATE, TEXT
 from mambactl.data.sources import Document
 from mambactl.data.token_cache import TokenCache
+from mambactl.data.turns import Record, Row
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ class Rules:
     vocabulary: int | None = None
 
 
-def encode(
-    row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", assistant_only: bool = False
-) -> Example:
+def encode(row: Row, tokenizer: "PreTrainedTokenizerBase", assistant_only: bool = False) -> Example:
     """Tokenise one row; with `assistant_only`, chat rows mask everything else.
 
     Text gets the special tokens the tokenizer itself adds; no end-of-text is appended unless it is
@@ -184,7 +183,7 @@ class _Encoder:
                 kind = LOST if isinstance(error, LostTurn) else REFUSED
                 self.bad.add(kind, row.where, str(error), error.hint or "correct the data")
 
-    def many(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+    def many(self, rows: Sequence[Record]) -> list[Example]:
         """Examples of rows; a fast tokenizer spreads the texts of a call over all cores."""
         parts = self.renderers.map(self._rendered, rows)
         for row, part in zip(rows, parts, strict=True):
@@ -225,7 +224,7 @@ class _Encoder:
 
     def _ended(self, example: Example) -> Example:
         """An example with the end token behind it, which is learned."""
-        end = self.renderers.tokenizer.eos_token_id
+        end = token_id(self.renderers.tokenizer.eos_token_id)
         ids, mask = example
         if end is None:
             raise UsageError("the tokenizer has no end token", "drop --append-eos")
@@ -235,7 +234,7 @@ class _Encoder:
             return Example(ids, mask)
         return Example(np.append(ids, np.int32(end)), np.append(mask, True))
 
-    def _rendered(self, row: Mapping[str, Any], renderer: ChatRenderer) -> _Rendered:
+    def _rendered(self, row: Record, renderer: ChatRenderer) -> _Rendered:
         if TEXT in row:
             return _Rendered(row[TEXT])
         if COMPLETION in row:

@@ -7,11 +7,12 @@ G. Kamradt, 2023). Prompts are made of tokens, so that all of one length have ex
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mambactl.data.chat_template import render_chat
 from mambactl.data.format import encode
 from mambactl.data.recall_documents import encode_words
+from mambactl.data.turns import Row
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,13 +76,11 @@ class Haystack:
     pattern that repeats.
     """
 
-    def __init__(
-        self, rows: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", seed: int
-    ):
+    def __init__(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", seed: int):
         texts = [_plain(row) for row in rows]
         ids = [list(encode({"text": f"{text}\n\n"}, tokenizer).input_ids) for text in texts]
         # what the tokenizer puts before every text belongs before the first one only
-        starts = {tokenizer.bos_token_id}
+        starts = [tokenizer.bos_token_id]
         self.documents = [
             [int(i) for i in (row[1:] if row and row[0] in starts else row)] for row in ids
         ]
@@ -143,7 +142,7 @@ def needle_prompt(
     return [*frame.before, *around[:position], *frame.needle, *around[position:], *frame.after]
 
 
-def _plain(row: dict[str, Any]) -> str:
+def _plain(row: Row) -> str:
     """The text of a row; of a chat, what was said."""
     if "messages" not in row:
         return "".join(row.get(name, "") for name in ("text", "prompt", "completion")).strip()

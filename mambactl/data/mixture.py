@@ -23,11 +23,12 @@ def shares(specs: Sequence[str]) -> list[float] | None:
 
     Raises UsageError for weights that some have and others lack, and for a weight of 0.
     """
-    weights = [split_weight(spec)[1] for spec in specs]
-    if all(weight is None for weight in weights):
+    found = [split_weight(spec)[1] for spec in specs]
+    weights = [weight for weight in found if weight is not None]
+    if not weights:
         return None
-    if None in weights:
-        lacking = specs[weights.index(None)]
+    if len(weights) < len(found):
+        lacking = specs[found.index(None)]
         raise UsageError(
             f"{lacking} has no weight and other data has one", f"give it one: --data {lacking}=0.5"
         )

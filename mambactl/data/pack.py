@@ -9,9 +9,10 @@ a document's first token, which nothing in the row predicts); an alignment count
 import queue
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -49,7 +50,20 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to a device."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """Copy in memory that a GPU may read while the host goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return Batch(
+            change(self.input_ids),
+            None if self.seq_idx is None else change(self.seq_idx),
+            change(self.position_ids),
+            change(self.loss_mask),
+            change(self.valid),
+        )
 
 
 @console.doing("packing rows")
@@ -72,10 +86,26 @@ def pack(examples: Sequence[Example], max_length: int, packing: bool = True) -> 
     return rows
 
 
-class _Member(NamedTuple):
+@dataclass(frozen=True)
+class _Member:
+    """A document and its number among those that are packed."""
+
     input_ids: np.ndarray
     loss_mask: np.ndarray
-    index: int
+    number: int
+
+
+class _Piece(Protocol):
+    """A document, or a part of one."""
+
+    @property
+    def input_ids(self) -> np.ndarray: ...
+
+    @property
+    def loss_mask(self) -> np.ndarray: ...
+
+
+P = TypeVar("P", bound=_Piece)
 
 
 def pack_whole(
@@ -92,7 +122,7 @@ def pack_whole(
     else:
         groups = [[one] for one in sorted(members, key=lambda one: -len(one.input_ids))]
     rows = [_row(group, max_length) for group in groups]
-    return rows, [[member.index for member in group] for group in groups]
+    return rows, [[member.number for member in group] for group in groups]
 
 
 def batches(
@@ -153,8 +183,8 @@ def _pieces(example: Example, max_length: int) -> Iterator[Example]:
             yield piece
 
 
-def _best_fit(pieces: Sequence[Example], max_length: int) -> list[list[Example]]:
-    rows: list[list[Example]] = []
+def _best_fit(pieces: Sequence[P], max_length: int) -> list[list[P]]:
+    rows: list[list[P]] = []
     # (tokens left, row number) of every row that is not full, ascending
     gaps: list[tuple[int, int]] = []
     for piece in sorted(pieces, key=lambda piece: -len(piece.input_ids)):
@@ -172,7 +202,7 @@ def _best_fit(pieces: Sequence[Example], max_length: int) -> list[list[Example]]
     return rows
 
 
-def _row(members: Sequence[Example], max_length: int) -> Row:
+def _row(members: Sequence[_Piece], max_length: int) -> Row:
     row = Row(
         np.zeros(max_length, np.int32),
         np.full(max_length, len(members), np.int32),
@@ -218,7 +248,7 @@ def ahead(source: Iterator[Batch], pin: bool) -> Iterator[Iterator[Batch]]:
     def work() -> None:
         try:
             for batch in source:
-                offer(_pinned(batch) if pin else batch)
+                offer(batch.pinned() if pin else batch)
                 if unwanted.is_set():
                     return
         except BaseException as error:
@@ -239,7 +269,3 @@ def _taken(ready: "queue.Queue[Any]") -> Iterator[Batch]:
         if isinstance(item, BaseException):
             raise item
         yield item
-
-
-def _pinned(batch: Batch) -> Batch:
-    return Batch(*(None if tensor is None else tensor.pin_memory() for tensor in batch))

@@ -29,11 +29,12 @@ from mambactl.data.row_forms import (
     TEMPLATE,
     Preference,
     Reading,
+    TextPreference,
     Unread,
     preference_of,
 )
 from mambactl.data.sources import POOL, round_robin, set_names
-from mambactl.data.turns import ASSISTANT, BadRow
+from mambactl.data.turns import ASSISTANT, BadRow, Row
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -201,13 +202,16 @@ def _rows(name: str, spec: str, used: int | None, bad: BadRows) -> Iterator[tupl
         raise UsageError(f"{spec} is empty", "give a data set with at least one row")
 
 
-def _render(where: str, pair: Preference, renderer: ChatRenderer, chat: bool) -> _Rendered:
+def _render(
+    where: str, pair: Preference | TextPreference, renderer: ChatRenderer, chat: bool
+) -> _Rendered:
     """Check a pair and put it into text; raises BadRow or UsageError without saying where."""
     tokenizer = renderer.tokenizer
     template = getattr(tokenizer, "chat_template", None)
-    if pair.is_text and (pair.prompt is None or not chat or not template):
-        return _render_text(where, pair, tokenizer)
-    pair = pair.as_turns()
+    if isinstance(pair, TextPreference):
+        if pair.prompt is None or not chat or not template:
+            return _render_text(where, pair, tokenizer)
+        pair = pair.as_turns()
     _check_turns(pair)
     doubts: list[Doubt] = []
     (start, chosen), (other, rejected) = (_side(pair, side, renderer, doubts) for side in SIDES)
@@ -220,7 +224,7 @@ def _side(
     pair: Preference, side: str, renderer: ChatRenderer, doubts: list[Doubt]
 ) -> tuple[int | None, str]:
     """Start of one answer (None if it is not found), and the text of the prompt with it."""
-    row = {"messages": [*pair.prompt, *getattr(pair, side)], **pair.extras}
+    row: Row = {"messages": [*pair.prompt, *getattr(pair, side)], **pair.extras}
     text = renderer.render(row["messages"], row.get("tools"), **row.get(TEMPLATE, {}))
     # a model never has to write what the template adds behind the end token
     text = text.rstrip()
@@ -231,7 +235,9 @@ def _side(
     return start, text
 
 
-def _render_text(where: str, pair: Preference, tokenizer: "PreTrainedTokenizerBase") -> _Rendered:
+def _render_text(
+    where: str, pair: TextPreference, tokenizer: "PreTrainedTokenizerBase"
+) -> _Rendered:
     """Text as it is, and an end token behind each answer."""
     prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
     if pair.extras:
@@ -242,7 +248,7 @@ def _render_text(where: str, pair: Preference, tokenizer: "PreTrainedTokenizerBa
         if not prompt:
             raise BadRow("`chosen` and `rejected` start differently, and there is no `prompt`")
     _check_answers(chosen, rejected)
-    end = tokenizer.eos_token or ""
+    end = str(tokenizer.eos_token or "")
     chosen, rejected = (
         prompt + (answer if answer.endswith(end) else answer + end) for answer in (chosen, rejected)
     )

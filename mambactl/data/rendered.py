@@ -3,10 +3,9 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from mambactl.data.doubts import Doubt
-from mambactl.data.turns import ASSISTANT, USER, calls_of
+from mambactl.data.turns import ASSISTANT, USER, Record, calls_of
 from mambactl.errors import UsageError
 from mambactl.foreign import excerpt
 
@@ -30,7 +29,7 @@ class LostTurn(UsageError):
     """Something that a row teaches is not in what the template made of it."""
 
 
-def compared(row: Mapping[str, Any], text: str, spans: Sequence[Span] | None) -> list[Doubt]:
+def compared(row: Record, text: str, spans: Sequence[Span] | None) -> list[Doubt]:
     """Doubts about the rendering `text` of a chat, of which `spans` are learned (None: all).
 
     Raises LostTurn for an answer, a question or a call that is not there.
@@ -74,7 +73,7 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def _said(turn: Mapping[str, Any], position: int, written: _Text) -> Iterator[Doubt]:
+def _said(turn: Record, position: int, written: _Text) -> Iterator[Doubt]:
     content = turn.get("content") or ""
     if not content.strip() or written.has(content):
         return
@@ -91,7 +90,7 @@ def _said(turn: Mapping[str, Any], position: int, written: _Text) -> Iterator[Do
         yield Doubt(DROPPED, where)
 
 
-def _called(call: Mapping[str, Any], position: int, written: _Text) -> Iterator[Doubt]:
+def _called(call: Record, position: int, written: _Text) -> Iterator[Doubt]:
     name, arguments = call.get("name"), call.get("arguments")
     if isinstance(name, str) and not written.has(name):
         raise LostTurn(
@@ -107,12 +106,12 @@ def _called(call: Mapping[str, Any], position: int, written: _Text) -> Iterator[
         yield Doubt(ESCAPED, f"turn {position + 1}, {name!r}")
 
 
-def _forms(arguments: Mapping[str, Any]) -> Iterator[str]:
+def _forms(arguments: Record) -> Iterator[str]:
     for separators in ((", ", ": "), (",", ":")):
         yield json.dumps(arguments, separators=separators)
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def _leaves(value: object) -> Iterator[str]:
     """Numbers and texts in a value, as JSON writes them."""
     if isinstance(value, Mapping):
         for each in value.values():
@@ -124,7 +123,7 @@ def _leaves(value: Any) -> Iterator[str]:
         yield value if isinstance(value, str) else json.dumps(value)
 
 
-def _shown_tools(row: Mapping[str, Any], written: _Text) -> list[Doubt]:
+def _shown_tools(row: Record, written: _Text) -> list[Doubt]:
     tools = [tool.get("function", tool) for tool in row.get("tools") or ()]
     names = [tool["name"] for tool in tools if isinstance(tool, dict) and "name" in tool]
     names = [name for name in names if isinstance(name, str)]
@@ -133,7 +132,7 @@ def _shown_tools(row: Mapping[str, Any], written: _Text) -> list[Doubt]:
     return []
 
 
-def _reasoned(turns: Sequence[Mapping[str, Any]], written: _Text) -> list[Doubt]:
+def _reasoned(turns: Sequence[Record], written: _Text) -> list[Doubt]:
     """Doubt if the last answer's reasoning is lost; templates drop earlier ones on purpose."""
     last = next((turn for turn in reversed(turns) if turn["role"] == ASSISTANT), {})
     said = [last[name] for name in ("reasoning_content", "thinking", "reasoning") if name in last]

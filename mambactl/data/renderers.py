@@ -1,18 +1,19 @@
 """Chats rendered by several processes at once: templates are the slow part of tokenising them."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from datetime import date
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mambactl.data.chat_template import ChatRenderer
+from mambactl.data.turns import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = TypeVar("Row", bound=Mapping[str, Any])
+Row = TypeVar("Row", bound=Record)
 Made = TypeVar("Made")
 
 # chats that are worth a process of their own, and the most processes
@@ -25,7 +26,7 @@ class ChatRenderers:
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Record],
         day: date | None = None,
     ):
         self.tokenizer = tokenizer

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mambactl.bounds import EMPTY_LINES, JSON_ROWS_BYTES, LINE_BYTES, ROW_GROUP_BYTES, Bound
 from mambactl.data.bad_rows import MALFORMED, BadRows
+from mambactl.data.turns import Row
 from mambactl.errors import UsageError
 from mambactl.foreign import blamed, json_value, numbered_lines, open_regular, reason
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 AGAIN = "fetch or write the file again"
 Content = BinaryIO | gzip.GzipFile
-Numbered = Iterator[tuple[int, Any]]
+Numbered = Iterable[tuple[int, Any]]
 # rows of a Parquet file that are converted together
 _TOGETHER = 256
 _PACKED = ".gz"
@@ -105,7 +106,7 @@ def _holds_lines(content: bytes) -> bool:
     return True
 
 
-def _listed(value: object) -> list[Any]:
+def _listed(value: object) -> list[object]:
     if isinstance(value, list):
         return value
     lists = [each for each in value.values() if _is_rows(each)] if isinstance(value, dict) else []
@@ -193,7 +194,7 @@ def _require_small_groups(path: str, file: "ParquetFile") -> None:
         require_within(ROW_GROUP_BYTES, size, f"{path}, row group {number}")
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+def without_nulls(row: Row) -> Row:
     """A row of an Arrow table without the nulls inside its columns.
 
     Arrow gives every object of a column the keys of all of them: what a row does not have is null.
@@ -201,13 +202,13 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
-READERS: dict[str, Callable[[str, BadRows | None], Iterable[tuple[int, Any]]]] = {
+READERS: dict[str, Callable[[str, BadRows | None], Numbered]] = {
     ".jsonl": _read_lines,
     ".ndjson": _read_lines,
     ".json": _read_json,

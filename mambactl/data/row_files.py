@@ -4,7 +4,7 @@ import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.row_containers import SUFFIXES, rows_of
@@ -19,7 +19,7 @@ class Found(NamedTuple):
     """A row as it lies somewhere: `where` names file and row, `file` is what holds it."""
 
     where: str
-    row: Any
+    row: object
     file: str
 
 

@@ -4,11 +4,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mambactl.checkpoint.hub_refusals import accept_terms, log_in, url_of
 from mambactl.checkpoint.resolve import hub_forbidden
 from mambactl.data.row_containers import SUFFIXES, without_nulls
+from mambactl.data.turns import Row
 from mambactl.errors import UsageError
 from mambactl.files import CONFIG
 from mambactl.foreign import blamed, reason
@@ -65,7 +66,7 @@ def read_folder(folder: Folder) -> Iterator[tuple[int, Any]]:
     """Rows of a folder, each with its number; raises UsageError for a folder without a set."""
     path = _snapshot(Path(folder.path))
     if (path / _SAVED).exists() or (path / _SAVED_SPLITS).exists():
-        rows: Iterable[dict[str, Any]] = _saved(path, folder)
+        rows: Iterable[Row] = _saved(path, folder)
     else:
         rows = _cloned(path, folder)
     yield from enumerate(map(without_nulls, rows), start=1)
@@ -80,7 +81,7 @@ def _snapshot(path: Path) -> Path:
     return newest if newest.is_dir() else path
 
 
-def _saved(path: Path, folder: Folder) -> Iterable[dict[str, Any]]:
+def _saved(path: Path, folder: Folder) -> Iterable[Row]:
     """A set of save_to_disk: all of it, or `split` with slices as on the hub."""
     from datasets import DatasetDict, concatenate_datasets, load_from_disk
 
@@ -90,11 +91,17 @@ def _saved(path: Path, folder: Folder) -> Iterable[dict[str, Any]]:
         message = f"{path} cannot be read as a saved data set: {reason(error)}"
         raise UsageError(message, "save it again") from None
     if isinstance(found, DatasetDict):
-        return concatenate_datasets(_parts(dict(found), folder, folder.split or TRAIN))
+        splits = {str(name): rows for name, rows in found.items()}
+        return _rows_of(concatenate_datasets(_parts(splits, folder, folder.split or TRAIN)))
     if folder.split is None:
-        return found
+        return _rows_of(found)
     name = str(found.split or TRAIN)
-    return concatenate_datasets(_parts({name: found}, folder, folder.split))
+    return _rows_of(concatenate_datasets(_parts({name: found}, folder, folder.split)))
+
+
+def _rows_of(found: "Dataset") -> Iterable[Row]:
+    # the library has no annotation for what an iterator yields
+    return cast(Iterable[Row], found)
 
 
 def _parts(splits: "dict[str, Dataset]", folder: Folder, asked: str) -> "list[Dataset]":
@@ -109,13 +116,15 @@ def _parts(splits: "dict[str, Dataset]", folder: Folder, asked: str) -> "list[Da
     return [splits[one.splitname].select(range(one.from_, one.to)) for one in wanted]
 
 
-def _cloned(path: Path, folder: Folder) -> Iterator[dict[str, Any]]:
+def _cloned(path: Path, folder: Folder) -> Iterator[Row]:
     """A folder laid out as on the hub: a card, files named after splits, or folders of them."""
     from datasets import load_dataset
 
     split = folder.split or TRAIN
     try:
-        yield from load_dataset(str(path), folder.config, split=split, streaming="[" not in split)
+        # of a split it is rows, not several sets by name
+        rows = load_dataset(str(path), folder.config, split=split, streaming="[" not in split)
+        yield from cast(Iterable[Row], rows)
     except Exception as error:  # whatever the library and the files bring
         hint = "give FOLDER@split of a data set, or 'FOLDER/*.jsonl'"
         raise UsageError(f"{folder.path} is a folder without rows: {reason(error)}", hint) from None
@@ -137,7 +146,7 @@ def read_hub(spec: str) -> Iterator[tuple[int, Any]]:
         from datasets import load_dataset
 
         rows = load_dataset(match["id"], match["config"], split=split, streaming="[" not in split)
-        yield from enumerate(map(without_nulls, rows), start=1)
+        yield from enumerate(map(without_nulls, cast(Iterable[Row], rows)), start=1)
     except Exception as error:  # whatever the network, the library and the files bring
         message = f"data set {spec} cannot be loaded: {reason(error)}"
         raise UsageError(message, _hub_hint(match["id"], error)) from None

@@ -4,7 +4,7 @@ Every command reads the same names. A column that none of them is stays unread: 
 (`Unread`), and a row is refused where such a column would change what is learned.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from mambactl.data.turns import (
     SYSTEM,
     USER,
     BadRow,
+    Record,
     Row,
     are_objects,
     is_turns,
@@ -24,6 +25,7 @@ from mambactl.data.turns import (
     turns_of,
 )
 from mambactl.foreign import excerpt, json_value, reason
+from mambactl.present import present
 
 TEXT, PROMPT, COMPLETION, CHOSEN, REJECTED = "text", "prompt", "completion", "chosen", "rejected"
 # of whole chats, of a prompt, of what is added to it, of its answer; the first that is there counts
@@ -73,7 +75,8 @@ class Reading:
     @classmethod
     def of(cls, row: object) -> "Reading":
         """Open a row; raises BadRow if it is no object or has media, which no text model sees."""
-        require(isinstance(row, dict), f"holds a {json_name(row)}, not an object")
+        if not isinstance(row, dict):
+            raise BadRow(f"holds a {json_name(row)}, not an object")
         reading = cls(row)
         for name in MEDIA:
             require(not row.get(name), f"has `{name}`, and only text is read")
@@ -195,7 +198,8 @@ def tool_list(value: object, column: str = TOOLS) -> list[Row]:
         tools = json_value(value) if isinstance(value, str) else value
     except ValueError as error:
         raise BadRow(f"`{column}` is not JSON ({reason(error)})") from None
-    require(are_objects(tools), f"`{column}` is not a list of objects")
+    if not are_objects(tools):
+        raise BadRow(f"`{column}` is not a list of objects")
     return tools
 
 
@@ -214,7 +218,7 @@ def document_of(reading: Reading) -> Row:
         return {TEXT: reading.text(TEXT)}
     answer = reading.first(ANSWERS)
     question = None if answer is None else reading.question()
-    if not question:
+    if answer is None or not question:
         raise _other(reading, EXPECTED)
     _refuse_label(reading)
     return _chat(reading, [*question, *_turns(reading.said(answer), ASSISTANT)])
@@ -263,22 +267,25 @@ def _other(reading: Reading, expected: str) -> BadRow:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to a prompt, as turns or all three as text; text may have no prompt."""
+    """Two answers to a prompt, as turns."""
 
-    prompt: list[Row] | str | None
-    chosen: list[Row] | str
-    rejected: list[Row] | str
+    prompt: list[Row]
+    chosen: list[Row]
+    rejected: list[Row]
     extras: Row
 
-    @property
-    def is_text(self) -> bool:
-        """True if prompt and answers are text, not turns."""
-        return isinstance(self.chosen, str)
 
-    def as_turns(self) -> "Preference":
-        """Text as a question and its answers."""
-        if not self.is_text:
-            return self
+@dataclass(frozen=True)
+class TextPreference:
+    """Two answers to a prompt as text, which may have no prompt."""
+
+    prompt: str | None
+    chosen: str
+    rejected: str
+    extras: Row
+
+    def as_turns(self) -> Preference:
+        """A question and its answers."""
         return Preference(
             [_said(USER, self.prompt or "")],
             [_said(ASSISTANT, self.chosen)],
@@ -287,7 +294,7 @@ class Preference:
         )
 
 
-def preference_of(reading: Reading) -> Preference:
+def preference_of(reading: Reading) -> Preference | TextPreference:
     """The pair of a row; raises BadRow.
 
     Where the answers are whole conversations (as in ultrafeedback_binarized), or turns without a
@@ -298,22 +305,29 @@ def preference_of(reading: Reading) -> Preference:
             cure = "these are rows to be learned as they are: mambactl sft MODEL --data FILE"
             raise BadRow(f"has the columns {reading.columns}", OTHER, cure)
         raise BadRow(f"has the columns {reading.columns}", cure=f"expected {PAIRS}")
-    sides = [reading.said(name) for name in (CHOSEN, REJECTED)]
-    if any(isinstance(side, list) for side in sides):
-        sides = [_turns(side, ASSISTANT) for side in sides]
-    chosen, rejected = sides
-    if isinstance(chosen, list) and _are_whole(sides):
-        return _shared(reading, chosen, rejected)
+    chosen, rejected = (reading.said(name) for name in (CHOSEN, REJECTED))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _texts(reading, chosen, rejected)
+    answers = _turns(chosen, ASSISTANT), _turns(rejected, ASSISTANT)
+    if _are_whole(answers):
+        return _shared(reading, *answers)
     prompt = _prompt(reading)
-    if prompt is None and isinstance(chosen, list):
+    if prompt is None:
         raise BadRow(f"has the columns {reading.columns}", cure=f"expected {PAIRS}")
-    plain = isinstance(prompt, str) and isinstance(chosen, str)
+    extras = reading.extras()
+    return _unmarked(Preference(reading.system(_turns(prompt, USER)), *answers, extras))
+
+
+def _texts(reading: Reading, chosen: str, rejected: str) -> Preference | TextPreference:
+    """The pair of a row whose answers are text."""
+    prompt = _prompt(reading)
     extras = reading.extras()
     if prompt is None:
         _refuse_lost_prompt(reading)
-    if prompt is None or (plain and not reading.first(SYSTEMS) and not extras):
-        return Preference(prompt, chosen, rejected, extras)
-    answers = [_turns(side, ASSISTANT) for side in sides]
+        return TextPreference(None, chosen, rejected, extras)
+    if isinstance(prompt, str) and not reading.first(SYSTEMS) and not extras:
+        return TextPreference(prompt, chosen, rejected, extras)
+    answers = _turns(chosen, ASSISTANT), _turns(rejected, ASSISTANT)
     return _unmarked(Preference(reading.system(_turns(prompt, USER)), *answers, extras))
 
 
@@ -332,7 +346,7 @@ def _prompt(reading: Reading) -> list[Row] | str | None:
     name = reading.first(PROMPTS)
     if name is None or history or not isinstance(reading.said(name), str):
         return question
-    return question[0]["content"]
+    return present(question)[0]["content"]
 
 
 def _shared(reading: Reading, chosen: list[Row], rejected: list[Row]) -> Preference:
@@ -412,7 +426,7 @@ class Unread:
             self.say(f"{file}: not read: {excerpt(columns)}")
 
 
-def characters_of(row: Mapping[str, Any]) -> int:
+def characters_of(row: Record) -> int:
     """Approximate length of a row in characters."""
     if "messages" in row:
         return sum(len(str(turn.get("content") or "")) for turn in row["messages"])

@@ -1,6 +1,6 @@
 """Rows of text or chat turns from files, folders and hub data sets, checked."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from mambactl.data.row_containers import SUFFIXES
 from mambactl.data.row_files import is_on_hub, read_rows
 from mambactl.data.row_folders import hub_parts
 from mambactl.data.row_forms import EXPECTED, Reading, Unread, characters_of, document_of
-from mambactl.data.turns import BadRow
+from mambactl.data.turns import BadRow, Record, Row
 from mambactl.errors import UsageError
 
 # how much more of a set on the hub is read than used, so that the shuffled order means something
@@ -19,13 +19,13 @@ POOL = 4
 CHARACTERS_PER_TOKEN = 4
 
 
-class Document(dict[str, Any]):
+class Document(Row):
     """A checked row; `where` names its file and row, `part` numbers the data set it came from.
 
     `spec` is the file that it lies in, for a row that was read from one.
     """
 
-    def __init__(self, where: str, row: Mapping[str, Any], part: int = 0, spec: str | None = None):
+    def __init__(self, where: str, row: Record, part: int = 0, spec: str | None = None):
         super().__init__(row)
         self.where, self.part, self.spec = where, part, spec
 

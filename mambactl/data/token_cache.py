@@ -31,6 +31,7 @@ from mambactl.data.sources import Document
 from mambactl.errors import ModelError
 from mambactl.files import cache_dir, replacing
 from mambactl.foreign import blamed
+from mambactl.present import present
 from mambactl.ranks import is_main
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ class Entry:
         number = self.index.get(digest)
         if number is None:
             return self.added.get(digest)
-        start, end = self.kept.starts[number : number + 2].tolist()
-        bits = np.unpackbits(self.kept.mask[start // 8 : -(-end // 8)])
+        kept = present(self.kept)
+        start, end = kept.starts[number : number + 2].tolist()
+        bits = np.unpackbits(kept.mask[start // 8 : -(-end // 8)])
         mask = bits[start % 8 : start % 8 + end - start].astype(bool)
-        return Example(self.kept.ids[start:end], mask)
+        return Example(kept.ids[start:end], mask)
 
     def _read(self) -> None:
         if not os.path.lexists(self.path):
@@ -194,7 +196,7 @@ class TokenCache:
     ):
         self.tokenizer, self.assistant_only = tokenizer, assistant_only
         self.day, self.asked = day or date.today(), asked or {}
-        self.entries: dict[str, Entry | None] = {}
+        self.entries: dict[str | None, Entry | None] = {}
 
     @cached_property
     def settings(self) -> dict[str, object] | None:

@@ -7,13 +7,15 @@ That is a list of objects with `role`, `content` and perhaps `tool_calls`. Read 
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeGuard
 
 from mambactl.data.bad_rows import MALFORMED
 from mambactl.foreign import json_value, reason
+from mambactl.json_values import AnyObject, Json, JsonObject
 
-Row = dict[str, Any]
+Row = JsonObject
+Record = AnyObject
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 # those of other names are a template's own, which is asked for them
@@ -71,7 +73,8 @@ def turns_of(value: object, column: str, single: bool = False) -> list[Row]:
         value = _from_json(value, column)
     if single and isinstance(value, dict):
         value = [value]
-    require(isinstance(value, list) and len(value) > 0, f"`{column}` is not a filled list")
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"`{column}` is not a filled list")
     return [_turn(message, f"`{column}[{position}]`") for position, message in enumerate(value)]
 
 
@@ -84,7 +87,7 @@ def is_turns(value: object) -> bool:
             value = json_value(value)
         except ValueError:
             return False
-        return bool(value) and all(_has_role(message) for message in value)
+        return isinstance(value, list) and all(map(_has_role, value)) and bool(value)
     return isinstance(value, list) or _has_role(value)
 
 
@@ -92,15 +95,16 @@ def _has_role(message: object) -> bool:
     return isinstance(message, dict) and bool({"role", "from"} & message.keys())
 
 
-def _from_json(text: str, column: str) -> Any:
+def _from_json(text: str, column: str) -> Json:
     try:
         return json_value(text)
     except ValueError as error:
         raise BadRow(f"`{column}` is text and not JSON ({reason(error)})") from None
 
 
-def _turn(message: Any, where: str) -> Row:
-    require(isinstance(message, dict), f"{where} is not an object")
+def _turn(message: object, where: str) -> Row:
+    if not isinstance(message, dict):
+        raise BadRow(f"{where} is not an object")
     # parquet fills absent struct fields with nulls, which chat templates would print
     turn = {key: item for key, item in message.items() if item is not None}
     if "role" not in turn and "from" in turn:
@@ -128,7 +132,8 @@ def _from_sharegpt(message: Row, where: str) -> Row:
         require(isinstance(content, str), f"{where} has no text as `value`")
         calls = _from_json(content, f"{where} `value`")
         calls = calls if isinstance(calls, list) else [calls]
-        require(are_objects(calls), f"{where} holds no call of a function")
+        if not are_objects(calls):
+            raise BadRow(f"{where} holds no call of a function")
         wrapped = [call if "function" in call else {"function": call} for call in calls]
         return {
             **turn,
@@ -139,14 +144,15 @@ def _from_sharegpt(message: Row, where: str) -> Row:
     return turn if content is None else {**turn, "content": content}
 
 
-def _joined(parts: Sequence[Any], where: str) -> str:
+def _joined(parts: Sequence[object], where: str) -> str:
     """The text of content in parts; other parts are refused by name."""
     texts = []
     for part in parts:
         if isinstance(part, str):
             texts.append(part)
             continue
-        require(isinstance(part, dict), f"{where} has a part that is a {json_name(part)}")
+        if not isinstance(part, dict):
+            raise BadRow(f"{where} has a part that is a {json_name(part)}")
         kind = part.get("type", "text" if isinstance(part.get("text"), str) else None)
         require(
             kind in TEXT_PARTS and isinstance(part.get("text"), str),
@@ -171,13 +177,13 @@ def _call(call: Row) -> Row:
     return {**call, "function": function} if "function" in call else function
 
 
-def calls_of(turn: Mapping[str, Any]) -> list[Row]:
+def calls_of(turn: Record) -> list[Row]:
     """Functions that a turn calls, each with its name and arguments."""
     calls = (call.get("function", call) for call in turn.get("tool_calls") or ())
     return [call for call in calls if isinstance(call, dict)]
 
 
-def with_text_arguments(turns: Sequence[Mapping[str, Any]]) -> list[Row]:
+def with_text_arguments(turns: Sequence[Record]) -> list[Row]:
     """The turns with the arguments of calls as JSON text, which some templates take."""
     return [
         {**turn, "tool_calls": [_as_text(call) for call in turn["tool_calls"]]}
@@ -227,6 +233,6 @@ def _mark(turn: Row, position: int) -> bool | None:
     return found
 
 
-def are_objects(value: object) -> bool:
+def are_objects(value: object) -> TypeGuard[list[Row]]:
     """True if a value is a list of objects."""
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)

@@ -41,9 +41,11 @@ class AnyEngine(Protocol):
         keys: Sequence[int] | None = None,
     ) -> Generation:
         """Continue every prompt; see `decode.engine.Engine.generate`."""
+        ...
 
     def converse(self) -> Conversation:
         """Treat later prompts as one conversation, in which each is read from the last one on."""
+        ...
 
 
 def why_not(device: torch.device) -> str | None:
@@ -59,7 +61,7 @@ def make_engine(
     share: bool = True,
     rounded: bool = False,
     folder: PrefixFolder | None = None,
-) -> AnyEngine:
+) -> "Engine | FusedEngine":
     """An engine for `target` with `draft` (a model, "ngram" or None, which needs k = 0).
 
     `exact`: passes of few rows compute every row the same way however many rows there are, so that
@@ -143,6 +145,8 @@ def _say_once(message: str) -> None:
 
 
 def _drafter(draft: Draft, target: HybridForCausalLM) -> Drafter | None:
-    if draft is None or draft == NGRAM:
-        return None if draft is None else NgramDrafter()
+    if draft is None:
+        return None
+    if isinstance(draft, str):
+        return NgramDrafter()
     return ModelDrafter(draft, target.config.vocab_size)

@@ -21,13 +21,15 @@ class Drafter(Protocol):
     `vocab_size` is None when a drafter only repeats tokens it has seen.
     """
 
-    vocab_size: int | None
+    @property
+    def vocab_size(self) -> int | None: ...
 
     def start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> None:
         """Begin a batch with whole prompts (last token included)."""
 
     def propose(self, limits: list[int], positions: Tensor) -> Proposal:
         """Draft at most `limits[b]` tokens; positions [B] number the first of them."""
+        ...
 
     def commit(self, proposal: Proposal, verdict: Verdict) -> None:
         """Take over what the target decided about the last proposal."""

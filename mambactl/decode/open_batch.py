@@ -58,10 +58,12 @@ class OpenBatch(Protocol):
     @property
     def room(self) -> int:
         """Number of rows that may still join."""
+        ...
 
     @property
     def running(self) -> int:
         """Number of rows under way."""
+        ...
 
     def join(self, row: int, request: RowRequest, prompt: ReadPrompt) -> None:
         """Add a row, whose first token comes with one of the next steps."""
@@ -71,6 +73,7 @@ class OpenBatch(Protocol):
 
     def step(self) -> list[Written]:
         """Take every row a token further, or several; tokens may arrive some steps late."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from mambactl.decode.prefill import piece_by_piece
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridForCausalLM, HybridModel
+from mambactl.present import present
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class PromptReading:
                     # what was cut off would be kept in memory
                     layer.replace_tensors(Tensor.contiguous)
             caches.append(own)
-        return ReadPrompt(prompt, *caches, self._hidden[row : row + 1])
+        target, draft = caches
+        return ReadPrompt(prompt, target, draft, present(self._hidden)[row : row + 1])
 
 
 def _cache(model: HybridModel, start: HybridCache | None, rows: int) -> HybridCache:

@@ -1,12 +1,13 @@
 """Prompts: a small built-in set, rows of prompt files, and their way to token ids."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mambactl.data.begin_token import begun_twice
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
+from mambactl.data.turns import Record, Row
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,10 +21,10 @@ class Prompt:
     `template` has further words that the chat template may ask for.
     """
 
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[Record, ...]
     category: str = ""
-    tools: list[dict[str, Any]] | None = None
-    template: Mapping[str, Any] = field(default_factory=dict)
+    tools: list[Row] | None = None
+    template: Record = field(default_factory=dict)
 
     @classmethod
     def of(cls, text: str, category: str = "") -> "Prompt":

@@ -10,6 +10,7 @@ from mambactl.decode.prefix_files import PrefixFiles, PrefixFolder
 from mambactl.decode.stats import DecodeStats
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridModel
+from mambactl.present import present
 
 # shorter beginnings are read again: a pass of their own takes longer
 LEAST_SHARED = 64
@@ -99,7 +100,7 @@ class Prefixes:
 
     def _branch(self, start: Sequence[int]) -> int:
         """Length of the longest beginning that `start` shares with another kept one."""
-        return max((common([start, ids]) for ids in self.files.recent()), default=0)
+        return max((common([start, ids]) for ids in present(self.files).recent()), default=0)
 
     def ended(
         self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], cache: HybridCache

@@ -5,9 +5,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+
+
+class Seconds(dict[str, float]):
+    """Seconds by phase, 0 of one that was not timed."""
+
+    def __missing__(self, phase: str) -> float:
+        return 0.0
 
 
 @dataclass
@@ -33,7 +39,7 @@ class DecodeStats:
     rejections: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: Seconds = field(default_factory=Seconds)
 
     @contextmanager
     def timed(self, phase: str, device: torch.device) -> Iterator[None]:
@@ -60,6 +66,9 @@ class DecodeStats:
         for name, value in vars(other).items():
             if isinstance(value, Counter):
                 getattr(self, name).update(value)
+            elif isinstance(value, Seconds):
+                for phase, seconds in value.items():
+                    self.seconds[phase] += seconds
             else:
                 setattr(self, name, getattr(self, name) + value)
 
@@ -96,7 +105,7 @@ class DecodeStats:
         total = self.decode_seconds + self.seconds["prefill"]
         return self.tokens / total if total else 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON-able counts, rates and seconds."""
         return {
             "rows": self.rows,

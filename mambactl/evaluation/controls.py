@@ -6,7 +6,6 @@ Both change what some mixers compute while a `with` block lasts, and copy no wei
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +69,7 @@ class Narrowed:
         self.narrow = None if bool(narrow.all()) else narrow.repeat_interleave(shared)
         self.last: tuple[StepContext, StepContext] | None = None
 
-    def __call__(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, _: nn.Module, arguments: tuple[object, ...]) -> tuple[object, ...]:
         hidden, context, cache = arguments
         if cache is not None:
             raise ValueError("a windowed control keeps no cache")
@@ -121,5 +120,5 @@ def require_branch(mixers: Sequence[str], branch: str) -> None:
         raise UsageError(f"the model has no {branch} layer to ablate", f"its layers are {found}")
 
 
-def _silence(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+def _silence(_: nn.Module, arguments: tuple[object, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)

@@ -5,7 +5,7 @@ The sentences are others than that of `eval --needle`, which can judge what is c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -61,7 +61,7 @@ FACTS = (
 
 def fact_probe(
     tokenizer: "PreTrainedTokenizerBase",
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, object]],
     length: int,
     count: int,
     seed: int,

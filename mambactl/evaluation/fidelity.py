@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ def fidelity(
     max_length: int = 512,
     batch_size: int = 4,
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Compare two models with one vocabulary on tokenised documents, each cut in rows.
 
     Every row starts from an empty context, so its first token has no prediction. All numbers are
@@ -87,7 +86,7 @@ def compare(
     batch_size: int = 4,
     chunk_elements: int = CHUNK_ELEMENTS,
     bootstrap: Bootstrap | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, object]]:
     """`fidelity` of several students to one teacher on the same rows, which it reads once."""
     documents = list(documents)
     found = predict(variants, teacher, documents, max_length, batch_size, chunk_elements)

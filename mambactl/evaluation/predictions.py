@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -58,11 +57,11 @@ class Predictions:
         bootstrap: Bootstrap | None = None,
         starts: Sequence[int] = BUCKET_STARTS,
         samples: bool = False,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Every number of one student, with `by_position` from `starts` and `intervals`."""
         values = self.values[name]
         means = {column: float(values[column].mean()) for column in MEANS}
-        result: dict[str, Any] = {
+        result: dict[str, object] = {
             "tokens": len(self.positions),
             **means,
             "kl_p95": float(np.quantile(values["kl"], 0.95)),
@@ -81,7 +80,7 @@ class Predictions:
             result["samples"] = self._samples(values)
         return result
 
-    def compare(self, ours: str, theirs: str, bootstrap: Bootstrap) -> dict[str, Any]:
+    def compare(self, ours: str, theirs: str, bootstrap: Bootstrap) -> dict[str, object]:
         """A paired test of two students, `ours` - `theirs`, in each of `PAIRED`."""
         units = self.units()
         sums = [

@@ -94,7 +94,7 @@ def read_reference(model: Any, texts: Sequence[Example], layout: Layout) -> Refe
 @torch.no_grad()
 def compare_preferences(
     policy: Any, reference: Reference, pairs: Sequence[Pair], layout: Layout, beta: float = 1.0
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Numbers of `SCALARS` over pairs that `reference` was read for, and how many there are.
 
     `reward_margin` is beta times the mean difference of r, `normed_accuracy` compares r per token,
@@ -160,7 +160,7 @@ def answer_states(model: Any, texts: Sequence[Example], layout: Layout) -> Itera
         yield States(hidden[predicted.to(device)], targets.to(device), owner)
 
 
-def _owners(members: Sequence[Sequence[int]], rows: Sequence[Any]) -> Tensor:
+def _owners(members: Sequence[Sequence[int]], rows: Sequence[object]) -> Tensor:
     """Number of the document at every position [B, T]; padding counts as the first."""
     owner = np.stack(
         [

@@ -1,7 +1,7 @@
 """Bytes that the decode engine needs for one sequence of a student, beside those of its teacher."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mambactl import console
 from mambactl.metrics import columns, group
@@ -17,7 +17,7 @@ CACHE, SEQUENCES = "cache", "sequences"
 
 def sequences_of(
     model: "HybridForCausalLM", teacher: "HybridForCausalLM | None"
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, object]]:
     """`models.cache_bytes.sequences` of two models as they are in memory.
 
     Empty for a model that runs code of its own, whose cache nobody knows.
@@ -33,7 +33,7 @@ def sequences_of(
     )
 
 
-def show_sequences(source: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+def show_sequences(source: str, found: Mapping[str, Mapping[str, object]]) -> None:
     """Print a line per length."""
     numbers = columns(group("sequence"), found.values())
     lines = [

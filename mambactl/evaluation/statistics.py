@@ -9,7 +9,6 @@ each unit was taken, so that a thousand draws are one product of matrices.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -78,7 +77,7 @@ def mean_intervals(sums: Array, counts: Array, bootstrap: Bootstrap) -> list[lis
 
 def paired(
     ours: Mapping[str, Array], theirs: Mapping[str, Array], counts: Array, bootstrap: Bootstrap
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, object]]:
     """Differences of means, ours - theirs, from sums [U] by name over the same units.
 
     Every draw takes the same units for both. `p` is two-sided: the share of draws whose distance

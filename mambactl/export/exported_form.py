@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ class Form:
     """
 
     architecture: str
-    config: dict[str, Any]
+    config: dict[str, object]
     steps: list[Step]
     files: dict[str, str | bytes] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)

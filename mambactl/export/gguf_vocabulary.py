@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mambactl import console
 from mambactl.checkpoint.gguf_writer import Value
@@ -79,7 +79,7 @@ def _token_types(
     return found
 
 
-def _byte_level(origin: Origin, described: Mapping[str, Any]) -> dict[str, Value]:
+def _byte_level(origin: Origin, described: Mapping[str, object]) -> dict[str, Value]:
     """Keys of a tokenizer that merges bytes, as GPT-2's does."""
     pre = described["pre_tokenizer"] or {}
     parts = pre.get("pretokenizers", [pre])
@@ -96,14 +96,14 @@ def _byte_level(origin: Origin, described: Mapping[str, Any]) -> dict[str, Value
     }
 
 
-def _decisive(part: Mapping[str, Any]) -> str | bool | None:
+def _decisive(part: Mapping[str, object]) -> str | bool | None:
     value = part.get(_DECISIVE.get(part.get("type"), ""))
     value = value.get("Regex") if isinstance(value, Mapping) else value
     return value if isinstance(value, str | bool) else None
 
 
 def _sentencepiece(
-    described: Mapping[str, Any],
+    described: Mapping[str, object],
     kinds: list[tuple[str, int]],
     tokenizer: "PreTrainedTokenizerFast",
 ) -> dict[str, Value]:

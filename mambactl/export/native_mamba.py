@@ -80,7 +80,7 @@ def native_form(origin: Origin) -> Form:
     return Form(f"{model.family}ForCausalLM", fields, steps, since=since)
 
 
-def token_fields(config: HybridConfig) -> dict[str, Any]:
+def token_fields(config: HybridConfig) -> dict[str, object]:
     """Special tokens, and whether the head is the embedding."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
     return {name: getattr(config, name) for name in names}
@@ -104,7 +104,7 @@ _READERS: dict[type, Callable[[Origin], NativeModel]] = {
     Mamba1Settings: _mamba1,
     Mamba2Settings: _mamba2,
 }
-_FIELDS: dict[str, Callable[[Any], dict[str, Any]]] = {
+_FIELDS: dict[str, Callable[[Any], dict[str, object]]] = {
     "Mamba": lambda sizes: {"time_step_rank": sizes.dt_rank},
     "Mamba2": lambda sizes: {
         "num_heads": sizes.n_heads,

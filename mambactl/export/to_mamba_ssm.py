@@ -4,8 +4,6 @@ Its loader takes exactly the fields of its MambaConfig, pads no vocabulary that 
 `pad_vocab_size_multiple`, wants the head also where it is the embedding, and has norms of 1e-5.
 """
 
-from typing import Any
-
 from mambactl.checkpoint.adapters.mamba import native_name
 from mambactl.export.exported_form import Form, Origin, cannot_hold, changed, renamed
 from mambactl.export.native_mamba import NativeModel, is_native, native_model
@@ -47,7 +45,7 @@ def mamba_ssm_form(origin: Origin) -> Form:
     return Form("MambaLMHeadModel", fields, steps, aliases=aliases)
 
 
-def _ssm_cfg(origin: Origin, model: NativeModel) -> dict[str, Any]:
+def _ssm_cfg(origin: Origin, model: NativeModel) -> dict[str, object]:
     s = model.sizes
     shared = {
         "d_state": s.d_state,

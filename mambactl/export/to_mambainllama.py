@@ -10,7 +10,6 @@ among groups of 16 channels, so channels are put in an order in which that share
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +58,8 @@ def mambainllama_form(origin: Origin, fused: bool) -> Form:
 
 
 def _mamba_config(
-    config: HybridConfig, settings: Mamba1Settings | Mamba2Settings, ssm_cfg: dict[str, Any]
-) -> dict[str, Any]:
+    config: HybridConfig, settings: Mamba1Settings | Mamba2Settings, ssm_cfg: dict[str, object]
+) -> dict[str, object]:
     return {
         "d_model": config.hidden_size,
         "ssm_cfg": ssm_cfg,
@@ -75,7 +74,7 @@ def _mamba_config(
     }
 
 
-def _mamba2(origin: Origin) -> tuple[dict[str, Any], Changes]:
+def _mamba2(origin: Origin) -> tuple[dict[str, object], Changes]:
     config, s = origin.config, mamba2_layout(origin, _FORM).sizes
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     whole = (s.n_heads, s.c_groups, s.norm_groups) == (heads,) * 3
@@ -86,7 +85,7 @@ def _mamba2(origin: Origin) -> tuple[dict[str, Any], Changes]:
     return {"expand": 1, "ngroups": heads, "d_state": s.d_state}, {}
 
 
-def _mamba1(origin: Origin) -> tuple[dict[str, Any], Changes]:
+def _mamba1(origin: Origin) -> tuple[dict[str, object], Changes]:
     s = origin.config.section("mamba1")
     if s.native or s.d_state != GROUP or s.repeat_width % GROUP:
         found = f"has Mamba-1 mixers of {s.d_state} states"
@@ -107,7 +106,7 @@ def _mamba1(origin: Origin) -> tuple[dict[str, Any], Changes]:
 
 
 # settings of the mixers -> `ssm_cfg` and how tensors of a mixer are stored
-_KINDS: dict[type, Callable[[Origin], tuple[dict[str, Any], Changes]]] = {
+_KINDS: dict[type, Callable[[Origin], tuple[dict[str, object], Changes]]] = {
     Mamba1Settings: _mamba1,
     Mamba2Settings: _mamba2,
 }

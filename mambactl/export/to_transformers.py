@@ -6,7 +6,6 @@ vLLM and SGLang read the same folders.
 """
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +37,7 @@ def transformers_form(origin: Origin) -> Form:
     return native_form(origin) if is_native(config) else _granite(origin)
 
 
-def shared_fields(config: HybridConfig) -> dict[str, Any]:
+def shared_fields(config: HybridConfig) -> dict[str, object]:
     """Fields that every decoder with attention and MLPs has."""
     return {
         "vocab_size": config.vocab_size,
@@ -58,7 +57,7 @@ def shared_fields(config: HybridConfig) -> dict[str, Any]:
     }
 
 
-def _rotary_fields(config: HybridConfig) -> dict[str, Any]:
+def _rotary_fields(config: HybridConfig) -> dict[str, object]:
     """The rotation in the spelling of transformers 5, and in that of older ones and of engines."""
     rotary = dict(config.rope_parameters)
     kind = rotary.get("rope_type", "default")
@@ -85,7 +84,7 @@ def _dense(origin: Origin) -> Form:
     return Form(f"{name}ForCausalLM", fields, [renamed(each, each) for each in origin.names])
 
 
-def _dense_family(origin: Origin) -> tuple[str, dict[str, Any]]:
+def _dense_family(origin: Origin) -> tuple[str, dict[str, object]]:
     """Name of a family, and the fields that are its own; ModelError where none fits."""
     config = origin.config
     biased, windowed, in_mlp = config.attention_bias, config.sliding_window, config.mlp_bias

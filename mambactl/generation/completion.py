@@ -1,10 +1,11 @@
 """Texts behind many prompts, through the decode engine, each up to the first of its stop texts."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from mambactl.decode.backend import AnyEngine
 from mambactl.decode.engine import OnTokens
 from mambactl.decode.sampler import SamplingParams
 
@@ -23,7 +24,7 @@ def rows_together(device: torch.device, batch_size: int | str) -> int:
 
 
 def complete(
-    engine: Any,
+    engine: AnyEngine,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,

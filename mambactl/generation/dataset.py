@@ -10,10 +10,10 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from pydantic import BaseModel, Field
 
@@ -23,6 +23,7 @@ from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.run_folder import RunFolder, begun_on
 from mambactl.data.answers import Answer, Group, write_answers
 from mambactl.data.conversations import Conversation
+from mambactl.decode.backend import AnyEngine
 from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.prompts import encode_all
 from mambactl.errors import OutputError, UsageError
@@ -30,6 +31,7 @@ from mambactl.files import LINEAGE, explained, replacing
 from mambactl.foreign import fitted, json_object
 from mambactl.generation import decoding
 from mambactl.generation.question_set import QuestionSet, Task, as_prompt
+from mambactl.metrics import Numbers
 from mambactl.options import ROW_SUFFIXES, GenerateConfig
 from mambactl.stage_result import StageResult
 
@@ -171,7 +173,7 @@ def _decode(questions: QuestionSet, written: _Written, folder: PrefixFolder | No
         for batch in batches[written.batches :]:
             started = time.perf_counter()
             answers, totals = _answer(questions, setup, engine, batch, meter)
-            totals["seconds"] = time.perf_counter() - started
+            totals["seconds"] = time.perf_counter() - started  # pyright: ignore[reportArgumentType]
             written.add(answers, totals)
             meter.advance(len(batch))
 
@@ -179,7 +181,7 @@ def _decode(questions: QuestionSet, written: _Written, folder: PrefixFolder | No
 def _answer(
     questions: QuestionSet,
     setup: decoding.Setup,
-    engine: Any,
+    engine: AnyEngine,
     batch: Sequence[Task],
     meter: "_Meter",
 ) -> tuple[list[tuple[int, Answer]], Counter]:
@@ -210,7 +212,9 @@ def _answer(
     ], totals
 
 
-def _write_result(questions: QuestionSet, written: _Written, folder: RunFolder) -> dict[str, Any]:
+def _write_result(
+    questions: QuestionSet, written: _Written, folder: RunFolder
+) -> dict[str, object]:
     """Write the file and what it was made from; returns the counts."""
     config, counts = questions.config, Counter()
     groups = _chosen(written.groups(questions.conversations), questions, counts)
@@ -257,7 +261,7 @@ def _chosen(groups: Iterator[Group], questions: QuestionSet, counts: Counter) ->
         yield conversation, kept
 
 
-def _speed(totals: Counter) -> dict[str, Any]:
+def _speed(totals: Mapping[str, float]) -> dict[str, object]:
     """Totals and rates of all decoding, also before a kill."""
     seconds, drafted = totals["seconds"], totals["drafted"]
     return {
@@ -270,7 +274,7 @@ def _speed(totals: Counter) -> dict[str, Any]:
     }
 
 
-def _summary(metrics: dict[str, Any], prefix_cache: str | None) -> str:
+def _summary(metrics: Numbers, prefix_cache: str | None) -> str:
     parts = [
         f"{metrics['rows_written']} rows of {metrics['answers']} answers to {metrics['prompts']} "
         f"prompts, {metrics['tokens']:,} tokens at {metrics['tokens_per_second']:.1f} tokens/s"
@@ -281,7 +285,8 @@ def _summary(metrics: dict[str, Any], prefix_cache: str | None) -> str:
     if metrics["acceptance"] is not None:
         parts.append(f"{metrics['acceptance']:.0%} of drafted tokens accepted")
     if prefix_cache is not None:
-        parts.append(decoding.from_files(metrics, prefix_cache))
+        given, tokens = (int(metrics[name]) for name in ("prompt_from_files", "prompt_tokens"))
+        parts.append(decoding.from_files(given, tokens, prefix_cache))
     return "; ".join(parts)
 
 

@@ -1,9 +1,9 @@
 """Parts that `generate` and `spec-decode` share: prompts, target, draft, runs over many prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mambactl import console
 from mambactl.checkpoint import vocabulary
@@ -20,6 +20,7 @@ from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import ModelError, UsageError
+from mambactl.generation.detokenizer import text_of
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import (
@@ -57,7 +58,7 @@ class Setup:
 
     def text(self, tokens: Sequence[int]) -> str:
         """Readable text of new tokens, without special ones."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text_of(self.tokenizer, tokens)
 
 
 def read(config: PromptConfig) -> list[Prompt]:
@@ -182,9 +183,8 @@ def decode(
     return whole
 
 
-def from_files(counts: Mapping[str, float], prefix_cache: str) -> str:
+def from_files(given: int, tokens: int, prefix_cache: str) -> str:
     """Sentence with the number of prompt tokens that came from `--prefix-cache`."""
-    given, tokens = (int(counts[name]) for name in ("prompt_from_files", "prompt_tokens"))
     return f"{given:,} of {tokens:,} prompt tokens from {prefix_cache}"
 
 
@@ -192,7 +192,7 @@ def _from(start: int, on_tokens: OnTokens) -> OnTokens:
     return lambda row, new: on_tokens(start + row, new)
 
 
-def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[str, object]:
     """Dry run: models, prompts and numbers of tokens; reads headers and tokenizers only."""
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     models = plan_models(config, source)
@@ -204,7 +204,7 @@ def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[s
     }
 
 
-def plan_models(config: TokenConfig | ServeConfig, source: str) -> dict[str, Any]:
+def plan_models(config: TokenConfig | ServeConfig, source: str) -> dict[str, object]:
     """Dry run: the models that would decode, and the device; reads headers only."""
     device, dtype = placement(config)
     require_draft(config, source)
@@ -226,7 +226,8 @@ def summary(stats: DecodeStats, prefix_cache: str | None = None) -> str:
     """Tokens read and written, and how fast, in one line; with what files of a folder gave."""
     parts = [f"{stats.prompt_tokens} prompt tokens in {stats.seconds['prefill']:.2f} s"]
     if prefix_cache is not None:
-        parts.append(from_files(stats.as_dict(), prefix_cache))
+        given = stats.prompt_from_files, stats.prompt_tokens
+        parts.append(from_files(*given, prefix_cache))
     parts.append(f"{stats.tokens} tokens at {stats.tokens_per_second:.1f} tokens/s")
     if stats.drafted:
         parts.append(f"{stats.tokens_per_step:.2f} tokens per step")

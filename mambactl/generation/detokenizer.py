@@ -15,11 +15,19 @@ MOST_TOKENS = 64
 class Decoder(Protocol):
     """The part of a tokenizer that turns tokens into text."""
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str | list[str]:
         """The text of tokens."""
+        ...
 
-    def convert_ids_to_tokens(self, ids: Sequence[int]) -> Sequence[str]:
+    def convert_ids_to_tokens(self, ids: list[int]) -> str | list[str]:
         """The names of tokens."""
+        ...
+
+
+def text_of(tokenizer: Decoder, tokens: Sequence[int]) -> str:
+    """The text of tokens, without special ones."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return text if isinstance(text, str) else "".join(text)
 
 
 class Detokenizer:
@@ -78,4 +86,4 @@ class Detokenizer:
             self._given = middle + self._given[len(head) :]
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text_of(self._tokenizer, tokens)

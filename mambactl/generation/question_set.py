@@ -7,7 +7,7 @@ from datetime import date
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import adapt, load_tokenizer, open_checkpoint
@@ -77,7 +77,7 @@ class QuestionSet:
         return cls(config, source, tokenizer, fitting, lengths, counts, day)
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Values that must be equal for a run to be resumed."""
         digest = hashlib.sha256(b"".join(each.digest for each in self.conversations))
         draft = self.config.draft
@@ -85,7 +85,7 @@ class QuestionSet:
         return {
             "stage": "generate",
             **self.config.model_dump(
-                mode="json", exclude=self.config.placement_options | AFTERWARDS
+                mode="json", exclude=set(self.config.placement_options | AFTERWARDS)
             ),
             "k": self.k,
             "source_sha256": header_digest(resolve(self.source).path),
@@ -143,7 +143,7 @@ class QuestionSet:
             found += [tasks[start : start + size] for start in range(0, len(tasks), size)]
         return found
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> dict[str, object]:
         """Dry run: the model and the work in numbers, with one prompt as the model reads it."""
         device, dtype = placement(self.config)
         target = describe(self.source)

@@ -7,10 +7,9 @@ after it. Every program must wait before it returns, or the kernel after the nex
 early.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
@@ -22,11 +21,11 @@ __all__ = [
     "rounded",
 ]
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(knobs.runtime.interpret)
 _WIDEN = tl.constexpr(INTERPRETED)
 
 
-def launch_options(pdl: bool, **options: Any) -> dict[str, Any]:
+def launch_options(pdl: bool, **options: object) -> dict[str, object]:
     """Keyword arguments of a launch; an interpreter has no use for `num_warps` and such."""
     if INTERPRETED:
         return {}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mambactl.kernels.dispatch import attention, fuses
 from mambactl.kernels.reference import document_starts
+from mambactl.present import present
 
 # smaller blocks of queries would be mostly overhead
 LEAST_BLOCK = 16
@@ -193,7 +194,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, keys: LocalKeys, dropout: float) ->
     Heads that share keys become rows of one head: with a mask and fewer heads of keys than of
     queries, CUDA would take the unfused kernel that keeps every score.
     """
-    positions, size = keys.positions, keys.size
+    positions, size = present(keys.positions), keys.size
     blocks, length, heads = positions.shape[1], q.shape[2], k.shape[1]
     pad = blocks * size - length
     if pad:

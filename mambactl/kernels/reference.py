@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambactl.present import present
+
 # what one step reads of each token, [B, T, ...] each: (x, dt, B) of the Mamba mixers
 Records = tuple[Tensor, ...]
 # (state, *records of one token, query or None) -> (output or None, next state)
@@ -250,6 +252,19 @@ def recur(
     return torch.stack(outputs, 1) if outputs else records[0], state
 
 
+def run(
+    step: Step,
+    state: Tensor,
+    records: Records,
+    C: Tensor,
+    n_new: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`recur` with a read-out: outputs y [B, T, ...] and the state after n_new tokens."""
+    y, state = recur(step, state, records, C, n_new, seq_idx)
+    return present(y), state
+
+
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -266,8 +281,7 @@ def selective_scan(
     state = initial_state
     if state is None:
         state = torch.zeros(x.shape[0], *A.shape, dtype=state_dtype(x), device=x.device)
-    y, state = recur(bind(selective_step, A), state, (x, dt, B), C, seq_idx=seq_idx)
-    return y, state
+    return run(bind(selective_step, A), state, (x, dt, B), C, seq_idx=seq_idx)
 
 
 def bind(step: Callable, A: Tensor) -> Step:
@@ -290,7 +304,7 @@ def multi_step(
     Returns outputs of the new tokens, the state after the kept ones and the state after the new.
     """
     _, kept = recur(step, checkpoint, history, None, n_kept)
-    y, live = recur(step, kept, records, C, n_new)
+    y, live = run(step, kept, records, C, n_new)
     return y, kept, live
 
 

@@ -1,3 +1,4 @@
+# pyright: basic, reportArgumentType=false, reportGeneralTypeIssues=false
 """A kernel that does nothing but read memory, which decoding is judged by."""
 
 import triton

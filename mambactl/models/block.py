@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -107,5 +108,5 @@ class HybridBlock(GradientCheckpointingLayer):
         norms = [self.post_attention_layernorm]
         if self.has_mlp:
             norms.append(self.post_feedforward_layernorm)
-        added = sum(norm.weight.float().square() for norm in norms)  # [D]
+        added = torch.stack([norm.weight.float().square() for norm in norms]).sum(0)  # [D]
         return (added * max(self.index, 1)).sqrt() * self.factor

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from mambactl.kernels.reference import Records, Step, latest_inputs, multi_step, recur
+from mambactl.kernels.reference import Records, Step, latest_inputs, multi_step, recur, run
 from mambactl.models.key_ring import KeyRing, with_slots
 from mambactl.models.mixers.settings import WindowSettings
+from mambactl.present import present
 
 # longest run of tokens processed one by one after the prompt; longer ones go through chunks
 MAX_SEQUENTIAL = 64
@@ -29,6 +30,7 @@ class LayerCache(Protocol):
 
     def tensors(self) -> list[Tensor]:
         """The distinct tensors held."""
+        ...
 
     def replace_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put `change` of every tensor in its place; tensors that are one stay one."""
@@ -45,6 +47,7 @@ class CacheLayout(Protocol):
 
     def layer_caches(self) -> list[LayerCache]:
         """An empty cache for every layer."""
+        ...
 
 
 class HeldTensors:
@@ -103,7 +106,8 @@ class AttentionCache(HeldTensors):
     def resize(self, slots: int) -> None:
         """Cut to the first `slots` slots, or add empty ones."""
         if self.keys is not None:
-            self.keys, self.values = (with_slots(t, slots) for t in (self.keys, self.values))
+            self.keys = with_slots(self.keys, slots)
+            self.values = with_slots(present(self.values), slots)
 
     @staticmethod
     def _write(store: Tensor | None, new: Tensor, positions: Tensor | None, slots: int) -> Tensor:
@@ -157,7 +161,7 @@ class RecurrentCache(HeldTensors):
 
     def conv_inputs(self, cursor: Cursor, width: int) -> Tensor:
         """The `width` raw inputs of the convolution [B, width, Ch] before the cursor."""
-        return _rows_from(self.inputs, cursor.held, width)
+        return _rows_from(present(self.inputs), cursor.held, width)
 
     def step_through(
         self, step: Step, cursor: Cursor, raw: Tensor | None, records: Records, query: Tensor
@@ -169,12 +173,13 @@ class RecurrentCache(HeldTensors):
         """
         if cursor.settle and cursor.rolled_back:
             y, kept, live = multi_step(
-                step, self.state, self.records, cursor.held, records, query, cursor.n_new
-            )
+                step, present(self.state), present(self.records), cursor.held, records, query,
+                cursor.n_new,
+            )  # fmt: skip
         else:
-            y, live = recur(step, self.live, records, query, cursor.n_new)
+            y, live = run(step, present(self.live), records, query, cursor.n_new)
             kept = self.live if cursor.settle else self.state
-        width = 0 if raw is None else self.inputs.shape[1] - self._recorded
+        width = 0 if raw is None else present(self.inputs).shape[1] - self._recorded
         if not cursor.recording:
             inputs = None
             if raw is not None:
@@ -199,8 +204,8 @@ class RecurrentCache(HeldTensors):
     def live_state(self, step: Step, cursor: Cursor) -> Tensor:
         """The state at the cursor, replayed if the cursor moved back."""
         if cursor.rolled_back:
-            return recur(step, self.state, self.records, None, cursor.held)[1]
-        return self.live
+            return recur(step, present(self.state), present(self.records), None, cursor.held)[1]
+        return present(self.live)
 
     def replace(self, inputs: Tensor | None, live: Tensor) -> None:
         """Move on for good: no token before this point can be taken back."""
@@ -260,9 +265,8 @@ def _write_rows(store: Tensor | None, new: Tensor, start: Tensor) -> Tensor:
     """Write new [B, T, ...] at row offsets start [B], growing the store as needed."""
     length = new.shape[1]
     room = int(start.max()) + length if start.numel() else length
-    held = 0 if store is None else store.shape[1]
     grown = new.new_zeros(new.shape[0], room, *new.shape[2:])
-    if held:
+    if store is not None and (held := store.shape[1]):
         grown[:, : min(held, room)] = store[:, :room]
     index = start[:, None] + torch.arange(length, device=start.device)  # [B, T]
     index = index.view(*index.shape, *[1] * (new.ndim - 2)).expand_as(new)
@@ -280,6 +284,7 @@ class HybridCache(Cache):
 
     revocable = 0
     level = False
+    layers: list[LayerCache]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -288,7 +293,8 @@ class HybridCache(Cache):
         device: torch.device | str = "cpu",
         recording: bool = False,
     ):
-        super().__init__(layers=config.layer_caches())
+        # caches of this package in the place of those of transformers
+        super().__init__(layers=config.layer_caches())  # pyright: ignore[reportArgumentType]
         self.recording = recording
         self._begin(batch_size, device)
 
@@ -416,7 +422,9 @@ class HybridCache(Cache):
         """Contrastive search's name for `reorder`."""
         self.reorder(indices)
 
-    def crop(self, max_length: int) -> None:
+    def crop(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, max_length: int
+    ) -> None:
         """Shorten every row to max_length tokens; 0 or less: by that many, which become permanent.
 
         Raises ValueError like `rollback`.

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from mambactl.models.layout import MixerLayout
+from mambactl.models.layout import AnyLayout
 from mambactl.models.mixers.settings import WindowSettings
 from mambactl.models.mixers.sizes import AttentionSizes
 from mambactl.models.session_size import SessionSize
@@ -34,7 +33,7 @@ class SessionBytes:
         return self.kv + self.windows + self.rings + self.states
 
 
-def session_bytes(config: MixerLayout[Any], itemsize: int, session: SessionSize) -> SessionBytes:
+def session_bytes(config: AnyLayout, itemsize: int, session: SessionSize) -> SessionBytes:
     """Bytes that the device engine (`decode.gpu`) allocates for the cache of a model.
 
     Its weights take `itemsize` bytes a number; scratch, which no step leaves behind, is not cache.
@@ -53,7 +52,7 @@ def session_bytes(config: MixerLayout[Any], itemsize: int, session: SessionSize)
     return SessionBytes(**sizes, states=size.batch * _state_bytes(config, itemsize))
 
 
-def sequence_bytes(config: MixerLayout[Any], itemsize: int, tokens: int) -> SessionBytes:
+def sequence_bytes(config: AnyLayout, itemsize: int, tokens: int) -> SessionBytes:
     """Bytes of the cache of one sequence of `tokens`, decoded without drafts: see `session_bytes`.
 
     Room for tokens to come is not counted.
@@ -61,14 +60,14 @@ def sequence_bytes(config: MixerLayout[Any], itemsize: int, tokens: int) -> Sess
     return session_bytes(config, itemsize, SessionSize(1, tokens, 0))
 
 
-def attention_bytes(config: MixerLayout[Any], itemsize: int, tokens: int) -> int:
+def attention_bytes(config: AnyLayout, itemsize: int, tokens: int) -> int:
     """`sequence_bytes` with attention alone in every layer, as before any was replaced."""
     a_layer = AttentionSizes().full_kv_elements(config, None)
     return tokens * len(config.mixers) * a_layer * itemsize
 
 
 def sequences(
-    config: MixerLayout[Any], itemsize: int, teacher: Callable[[int], int] | None = None
+    config: AnyLayout, itemsize: int, teacher: Callable[[int], int] | None = None
 ) -> dict[str, dict[str, float]]:
     """Bytes of one sequence by its tokens, of `LENGTHS`: part by part and in `total`.
 
@@ -77,14 +76,14 @@ def sequences(
     found: dict[str, dict[str, float]] = {}
     for tokens in LENGTHS:
         own = sequence_bytes(config, itemsize, tokens)
-        found[str(tokens)] = asdict(own) | {"total": own.total}
+        found[str(tokens)] = {**asdict(own), "total": own.total}
         if teacher is not None:
             theirs = teacher(tokens)
             found[str(tokens)] |= {"teacher_total": theirs, "share": own.total / theirs}
     return found
 
 
-def cache_bytes(config: MixerLayout[Any], itemsize: int) -> dict[str, Any]:
+def cache_bytes(config: AnyLayout, itemsize: int) -> dict[str, object]:
     """Bytes that a sequence takes once it is read (`models.cache.HybridCache`).
 
     Keys and values take bytes per token; states, inputs of convolutions and keys and values of
@@ -104,17 +103,17 @@ def cache_bytes(config: MixerLayout[Any], itemsize: int) -> dict[str, Any]:
     return found | _windows(config.windows, windows * itemsize)
 
 
-def _windows(spans: list[WindowSettings], size: int) -> dict[str, Any]:
+def _windows(spans: list[WindowSettings], size: int) -> dict[str, object]:
     if not spans:
         return {}
     alone = asdict(spans[0]) if len(spans) == 1 else {"windows": [asdict(span) for span in spans]}
-    return {"window_bytes": size} | alone
+    return {"window_bytes": size, **alone}
 
 
-def state_elements(config: MixerLayout[Any]) -> int:
+def state_elements(config: AnyLayout) -> int:
     """Numbers in the recurrent states of one sequence, all layers."""
     return sum(layer.spec.state_elements(layer.settings) for layer in config.layers)
 
 
-def _state_bytes(config: MixerLayout[Any], itemsize: int) -> int:
+def _state_bytes(config: AnyLayout, itemsize: int) -> int:
     return state_elements(config) * max(STATE_BYTES, itemsize)

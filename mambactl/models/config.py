@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -14,7 +15,7 @@ from mambactl.models.cache import LayerCache
 from mambactl.models.layout import MixerLayout, Section
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.sections import section_values
-from mambactl.models.mixers.spec import MixerSpec
+from mambactl.models.mixers.spec import AnySpec
 from mambactl.registration import AUTO_MAP, STUB, STUB_TEXT, TYPE
 
 ARCHITECTURE = "HybridForCausalLM"
@@ -38,7 +39,7 @@ MULTIPLIERS = tuple(name for name in NEWER if name.endswith(("_multiplier", "_sc
 
 
 @strict
-class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
+class HybridConfig(MixerLayout[AnySpec], LlamaConfig):
     """A decoder whose layer i mixes tokens with `mixers[i]`, a name in `MIXERS`.
 
     Settings of mixers are sections of the configuration named after them (`mamba2`, `mamba1`,
@@ -54,13 +55,19 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
     # of checkpoints that do not name it, too: some programs read it of every class not their own
     auto_map = AUTO_MAP
 
-    mixers: list[str] | None = None
+    if TYPE_CHECKING:
+        # none of them is None behind __post_init__
+        mixers: list[str] = field(default_factory=list)
+        num_key_value_heads: int = 0  # pyright: ignore[reportIncompatibleVariableOverride]
+        head_dim: int = 0  # pyright: ignore[reportIncompatibleVariableOverride]
+    else:
+        mixers: list[str] | None = None
     mamba2: Section = None
     mamba1: Section = None
     mamba2_window: Section = None
     kept_heads: Section = None
     # of all four projections, or the letters of those that have one: q, k, v, o
-    attention_bias: bool | list[str] = False
+    attention_bias: bool | list[str] = False  # pyright: ignore[reportIncompatibleVariableOverride]
     # norms on queries and keys: True, of each head; "all", of all heads of a projection together
     qk_norm: bool | str = False
     # layers whose queries and keys are not rotated
@@ -188,8 +195,8 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
     def misfit(self, teacher: "HybridConfig") -> str | None:
         """Reason why this model cannot be aligned with the attention of `teacher`, or None."""
         fields = (("layers", "num_hidden_layers"), ("hidden units", "hidden_size"))
-        for what, field in fields:
-            ours, theirs = getattr(self, field), getattr(teacher, field)
+        for what, name in fields:
+            ours, theirs = getattr(self, name), getattr(teacher, name)
             if ours != theirs:
                 return f"the teacher has {theirs} {what}, the student {ours}"
         missing = sorted(set(self.replaced_layers) - set(teacher.attention_layers))
@@ -204,7 +211,7 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
     @property
     def kinds(self) -> list[str]:
         """A label for every layer: the mixer's name, numbered where its settings differ."""
-        seen: dict[str, list[Any]] = {}
+        seen: dict[str, list[object]] = {}
         labels = []
         for layer in self.layers:
             known = seen.setdefault(layer.spec.name, [])
@@ -248,10 +255,10 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
             for key, value in self.to_dict().items()
             if key not in ("model_type", "unrotated_layers") and key not in names
         }
-        changed = {"num_hidden_layers": 1, "mixers": [spec.name]} | own | fields
+        changed: dict[str, Any] = {"num_hidden_layers": 1, "mixers": [spec.name]} | own | fields
         if not self.rotated(index):
             changed["unrotated_layers"] = [0]
-        return HybridConfig(**kept | changed)
+        return HybridConfig(**{**kept, **changed})
 
     def with_mixers(self, mixers: Sequence[str], **sections: Any) -> "HybridConfig":
         """A copy with other mixers; keywords give sections, of all layers or one of each."""
@@ -259,17 +266,17 @@ class HybridConfig(MixerLayout[MixerSpec[Any]], LlamaConfig):
         fields.update(mixers=list(mixers), **{k: _stored(v) for k, v in sections.items()})
         return HybridConfig(**fields)
 
-    def with_layers(self, changed: Mapping[int, tuple[MixerSpec[Any], Any]]) -> "HybridConfig":
+    def with_layers(self, changed: Mapping[int, tuple[AnySpec, Any]]) -> "HybridConfig":
         """A copy in which layers have another mixer, with the settings given."""
         layers = [changed.get(layer.index, (layer.spec, layer.settings)) for layer in self.layers]
-        sections: dict[str, list[Any]] = {}
+        sections: dict[str, list[object]] = {}
         for index, (spec, settings) in enumerate(layers):
             for name, part in spec.parts(settings).items():
                 sections.setdefault(name, [None] * len(layers))[index] = part
         return self.with_mixers([spec.name for spec, _ in layers], **sections)
 
 
-def _stored(settings: Any) -> Section:
+def _stored(settings: object) -> Section:
     """A section as it is kept: one dict where all layers that have it agree, else a list."""
     if not isinstance(settings, Sequence):
         return section_values(settings)

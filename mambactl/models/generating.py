@@ -1,6 +1,6 @@
 """Methods that generate() of transformers needs in a hybrid model."""
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
@@ -9,13 +9,14 @@ from mambactl.models.cache import HybridCache
 from mambactl.models.transformers_names import CACHE
 
 
-def require_own(cache: object) -> None:
-    """Raise ValueError for a cache that mixers cannot fill."""
+def require_own(cache: object) -> HybridCache:
+    """The cache; raises ValueError for one that mixers cannot fill."""
     if not isinstance(cache, HybridCache):
         raise ValueError(
             f"the cache is a {type(cache).__name__}: a hybrid model keeps a HybridCache, "
             "which generate() and forward(use_cache=True) make themselves"
         )
+    return cache
 
 
 class HybridGenerationMixin(GenerationMixin):
@@ -26,10 +27,10 @@ class HybridGenerationMixin(GenerationMixin):
         # no other cache holds a state
         return False
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
+        model_kwargs: dict[str, object],
         generation_mode: GenerationMode,
         batch_size: int,
         max_cache_length: int,
@@ -42,11 +43,14 @@ class HybridGenerationMixin(GenerationMixin):
             )
         given = model_kwargs.get(CACHE)
         if given is not None:
-            require_own(given)
-            given._is_user_defined = True
+            own = require_own(given)
+            own._is_user_defined = True  # pyright: ignore[reportAttributeAccessIssue]
         elif generation_config.use_cache is not False:
             copies = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
-            cache = HybridCache(self.config, batch_size * max(copies), self.device)
+            rows = batch_size * max(copies)
+            # of the model that this class is mixed into
+            config, device = self.config, self.device  # pyright: ignore[reportAttributeAccessIssue]
+            cache = HybridCache(config, rows, device)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs[CACHE] = cache

@@ -4,9 +4,9 @@ Tensor names of attention layers, MLPs, norms and embeddings are Llama's, so a L
 a hybrid with no Mamba layer. Any padding is turned into ragged rows (`n_new`) at the entrance.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,32 @@ class _Sight:
     spans: list[LocalSpan]
 
 
+if TYPE_CHECKING:
+
+    class Blocks(nn.ModuleList):
+        """Blocks of a model, in order."""
+
+        def __iter__(self) -> Iterator[HybridBlock]: ...
+
+        @overload
+        def __getitem__(self, idx: slice) -> "Blocks": ...
+
+        @overload
+        def __getitem__(self, idx: int) -> HybridBlock: ...
+
+        def __getitem__(self, idx: int | slice) -> "HybridBlock | Blocks": ...
+
+else:
+    Blocks = nn.ModuleList
+
+
 class HybridModel(HybridPreTrainedModel):
     """Embeddings, blocks and the final norm."""
 
     def __init__(self, config: HybridConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(
+        self.layers = Blocks(
             HybridBlock(config, index) for index in range(config.num_hidden_layers)
         )
         # the last states are those that the head multiplies
@@ -101,7 +120,7 @@ class HybridModel(HybridPreTrainedModel):
         hidden = self._entered(given)
         length, newest = hidden.shape[1], getattr(cache, "revocable", 0)
         outputs = output_hidden_states, output_attentions
-        if not newest or length == 1 or cache.seen:
+        if cache is None or not newest or length == 1 or cache.seen:
             masks = attention_mask, position_ids, seq_idx, n_new
             return self._read(hidden, *masks, cache, use_cache, *outputs)
         # tokens that may be taken back go one by one

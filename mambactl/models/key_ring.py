@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 from mambactl.models.mixers.settings import WindowSettings
+from mambactl.present import present
 
 
 class KeyRing:
@@ -30,8 +31,8 @@ class KeyRing:
         self._begin(keys, values)
         sunk = torch.arange(self.span.sinks, device=start.device).expand(len(start), -1)  # [B, S]
         near = start[:, None] + torch.arange(1 - self.span.window, 0, device=start.device)
-        held = self._read(torch.cat([sunk, near], 1))
-        return tuple(torch.cat(pair, 2) for pair in zip(held, (keys, values), strict=True))
+        before_keys, before_values = self._read(torch.cat([sunk, near], 1))
+        return torch.cat([before_keys, keys], 2), torch.cat([before_values, values], 2)
 
     def write(
         self, keys: Tensor, values: Tensor, start: Tensor, n_new: Tensor | None, revocable: int
@@ -43,18 +44,24 @@ class KeyRing:
         self._begin(keys, values)
         self._grow(start, self.span.window - 1 + revocable)
         end = start + (keys.shape[2] if n_new is None else n_new)
-        position = positions_held(end, self.keys.shape[2], self.span.sinks, self.room)  # [B, S + R]
+        old_keys, old_values = self.held_keys, present(self.values)
+        position = positions_held(end, old_keys.shape[2], self.span.sinks, self.room)  # [B, S + R]
         fresh = position >= start[:, None]
         index = (position - start[:, None]).clamp(0, keys.shape[2] - 1)
         self.keys, self.values = (
             torch.where(fresh[:, None, :, None], _take(new, index), old)
-            for old, new in ((self.keys, keys), (self.values, values))
+            for old, new in ((old_keys, keys), (old_values, values))
         )
+
+    @property
+    def held_keys(self) -> Tensor:
+        """Keys once there are any."""
+        return present(self.keys)
 
     @property
     def room(self) -> int:
         """Number of ring slots behind the sinks, R."""
-        return self.keys.shape[2] - self.span.sinks
+        return self.held_keys.shape[2] - self.span.sinks
 
     def _begin(self, keys: Tensor, values: Tensor) -> None:
         if self.keys is None:
@@ -74,7 +81,7 @@ class KeyRing:
     def _read(self, position: Tensor) -> list[Tensor]:
         """Keys and values [B, Hk, n, P] at positions [B, n]; anything at those below 0."""
         slots = slot_of(position.clamp(min=0), self.span.sinks, self.room)
-        return [_take(t, slots) for t in (self.keys, self.values)]
+        return [_take(t, slots) for t in (self.held_keys, present(self.values))]
 
 
 def with_slots(store: Tensor, slots: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from mambactl.models.mixers.sections import check_section
 from mambactl.models.mixers.settings import WindowSettings
-from mambactl.models.mixers.sizes import SIZES, MixerSizes
+from mambactl.models.mixers.sizes import MixerSizes
+from mambactl.present import present
 
 # settings of one section of all layers, or of each layer (None where its mixer reads none)
 Section = dict | list[dict | None] | None
@@ -28,9 +29,8 @@ class MixerLayout(Generic[M]):
     `mixer_table` says what is known of a mixer by its name.
     """
 
-    mixer_table: ClassVar[Mapping[str, MixerSizes[Any]]] = SIZES
-
-    mixers: list[str] | None
+    mixer_table: Mapping[str, M]
+    mixers: list[str]
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -48,7 +48,7 @@ class MixerLayout(Generic[M]):
     def layer(self, index: int) -> Layer[M]:
         """Mixer and settings of one layer; KeyError for a mixer that is not in the table."""
         spec = self.mixer_table[self.mixers[index]]
-        sections = {name: self._values(name, index) for name in spec.sections}
+        sections = {name: present(self._values(name, index)) for name in spec.sections}
         return Layer(index, spec, spec.settings(sections))
 
     def _values(self, section: str, index: int) -> dict | None:
@@ -130,3 +130,7 @@ class MixerLayout(Generic[M]):
             check_section(kind, values)
         except ValueError as error:
             raise ValueError(f"`{section}` {error}") from error
+
+
+# of a model, or of a checkpoint of which only the headers are read
+AnyLayout: TypeAlias = MixerLayout[Any]

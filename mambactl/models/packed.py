@@ -5,9 +5,10 @@ itself. Stacking moves weights: the model's own parameters become views of the s
 is held twice and the model still computes what it did.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from mambactl.kernels.decode.reference.linear import TAPS
 from mambactl.kernels.reference import still
 from mambactl.models.cache import LayerCache
 from mambactl.models.session_size import StateSize
+from mambactl.present import present
 
 
 @dataclass(frozen=True)
@@ -157,37 +159,50 @@ class LayerState(Protocol):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that outlives a pass; a sequence is a row of each."""
+        ...
 
     def rows(self, rows: slice, splits: int) -> "LayerState":
         """The state of some sequences, in the same memory; `splits` as in `StateSize`."""
+        ...
 
 
-class PackedMixer(Protocol):
-    """A mixer of a decode pass."""
+State = TypeVar("State", bound=LayerState)
+Held = TypeVar("Held", bound=LayerCache, contravariant=True)
+
+
+class PackedMixer(Protocol[State, Held]):
+    """A mixer of a decode pass, with the state and the cache that are its own."""
 
     @property
     def activations(self) -> int:
         """Columns of the widest buffer that a row needs."""
+        ...
 
     @property
     def attention(self) -> "KeyReader | None":
         """The attention in it, which needs scratch."""
+        ...
 
-    def new_state(self, like: Tensor, size: StateSize) -> LayerState:
+    def new_state(self, like: Tensor, size: StateSize) -> State:
         """Empty state in the dtype and on the device of `like`."""
+        ...
 
-    def lend(self, state: LayerState, cache: LayerCache) -> None:
+    def lend(self, state: State, cache: Held) -> None:
         """Let a cache write keys and values of all tokens where decoding reads them; those that
         it holds are copied.
         """
 
-    def load(self, state: LayerState, cache: LayerCache, lengths: Tensor) -> None:
+    def load(self, state: State, cache: Held, lengths: Tensor) -> None:
         """Take over the rest of what reading prompts of `lengths` [B] left in a layer's cache."""
 
     def run(
-        self, context: PassContext, state: LayerState, s: Residual, segment: Segment, gain: Tensor
+        self, context: PassContext, state: State, s: Residual, segment: Segment, gain: Tensor
     ) -> None:
         """Add the mixer's output to the stream, scaled next by the norm weight `gain` [D]."""
+
+
+# layers of one model, each with a state of its own kind
+AnyPacked: TypeAlias = PackedMixer[Any, Any]
 
 
 class PackedRecurrence:
@@ -212,9 +227,14 @@ class PackedRecurrence:
 class KeyReader(Protocol):
     """Sizes of an attention that a pass runs."""
 
-    heads: int
-    kv_heads: int
-    width: int
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def kv_heads(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
 
 
 def stack(linears: list[nn.Linear]) -> Projection:
@@ -229,10 +249,10 @@ def stack(linears: list[nn.Linear]) -> Projection:
             for linear in linears
         ]
         return Projection(weight, torch.cat(parts))
-    return Projection(weight, _joined(biases))
+    return Projection(weight, _joined([present(bias) for bias in biases]))
 
 
-def _joined(parts: list[nn.Parameter]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     first = parts[0].data
     rows = sum(len(part) for part in parts)
     if _adjoin([part.data for part in parts]):

@@ -1,5 +1,8 @@
 """Rotary positions (RoFormer, arXiv 2104.09864): the angles of a token are those of its place."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
@@ -22,10 +25,13 @@ class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
 
     float32_names = ("inv_freq", "original_inv_freq", "long_inv_freq")
 
+    inv_freq: Tensor  # [P / 2]
+    long_inv_freq: Tensor  # [P / 2], of that kind alone
+
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
         if self.rope_type == LONGROPE:
-            beyond = config.rope_parameters["original_max_position_embeddings"] + 1
+            beyond = _parameter(config, "original_max_position_embeddings") + 1
             long, _ = ROPE_INIT_FUNCTIONS[LONGROPE](config, None, seq_len=beyond)
             self.register_buffer("long_inv_freq", long, persistent=False)
 
@@ -38,23 +44,30 @@ class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
         with torch.autocast(x.device.type, enabled=False):
             angles = position_ids[..., None].float() * frequencies(position_ids)  # [B, T, P / 2]
             angles = torch.cat((angles, angles), -1)
-            return tuple(
+            cos, sin = (
                 (table * self.attention_scaling).to(x.dtype)
                 for table in (angles.cos(), angles.sin())
             )
+            return cos, sin
 
     def _longrope(self, positions: Tensor) -> Tensor:
         """Frequencies [B, T, P / 2]: the long ones for tokens beyond the original length."""
-        original = self.config.rope_parameters["original_max_position_embeddings"]
+        original = _parameter(self.config, "original_max_position_embeddings")
         beyond = (positions >= original)[..., None]
         return torch.where(beyond, self.long_inv_freq.float(), self.inv_freq.float())
 
     def _dynamic(self, positions: Tensor) -> Tensor:
         """Frequencies [B, T, P / 2] whose base grows with the length beyond what was trained."""
-        longest, factor = self.original_max_seq_len, self.config.rope_parameters["factor"]
+        longest, factor = self.original_max_seq_len, _parameter(self.config, "factor")
         length = (positions + 1).clamp(min=longest).float()
         growth = factor * length / longest - (factor - 1)  # [B, T]
         # base^(-2 i / P) times growth^(-2 i / (P - 2)), i being the index of the pair
         half = len(self.inv_freq)
         power = torch.arange(half, device=positions.device) / max(half - 1, 1)
         return self.inv_freq.float() * growth[..., None] ** -power
+
+
+def _parameter(config: LlamaConfig, name: str) -> int | float:
+    """A number that rotary positions of a kind cannot do without; KeyError without it."""
+    found: Mapping[str, Any] = config.rope_parameters or {}
+    return found[name]

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,6 +36,7 @@ def _origin(name: str | os.PathLike, given: Mapping[str, Any]) -> Origin | None:
 class HybridPreTrainedModel(PreTrainedModel):
     """Base of hybrid models: initialisation, loading and saving."""
 
+    config: HybridConfig
     config_class = HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -43,6 +44,12 @@ class HybridPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = [OLD_CACHE, NEW_CACHE]
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = list(FLOAT32_PARAMETERS)
+
+    if TYPE_CHECKING:
+        # that of transformers takes what torch's does, and says something else
+        def to(  # pyright: ignore[reportIncompatibleVariableOverride]
+            self, *args: object, **kwargs: object
+        ) -> Self: ...
 
     # how the checkpoint was made that the weights came from
     origin: Origin | None = None
@@ -71,7 +78,7 @@ class HybridPreTrainedModel(PreTrainedModel):
             model.origin = _origin(pretrained_model_name_or_path, kwargs)
         return loaded
 
-    def save_pretrained(
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
     ) -> None:
         """Write a checkpoint folder, with the card and the lineage of what the model came from."""

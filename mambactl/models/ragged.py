@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambactl.present import present
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -30,7 +32,8 @@ class Ragged:
         """Columns of t [B, T, ...] where they were before `sort`, those of padding 0."""
         if self.order is None:
             return t
-        padding = ~self.real.view(*self.real.shape, *[1] * (t.ndim - 2)).to(t.device)
+        real = present(self.real)
+        padding = ~real.view(*real.shape, *[1] * (t.ndim - 2)).to(t.device)
         return take(t, self.order.argsort(1).to(t.device)).masked_fill(padding, 0)
 
 

@@ -1,7 +1,7 @@
 """Options of `convert`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -197,7 +197,7 @@ class ConvertConfig(StageConfig):
         return self.of_form(describe(source), aligned)
 
     @classmethod
-    def recorded(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+    def recorded(cls, options: Mapping[str, object]) -> dict[str, object]:
         """Options of a lineage; earlier versions had no forms, and replaced layers by default."""
         if "form" in options:
             return dict(options)

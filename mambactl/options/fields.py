@@ -29,11 +29,11 @@ WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 HEAD = re.compile(r"(\d{1,9})\.(\d{1,9})")
 
 
-def _as_list(value: Any) -> Any:
+def _as_list(value: object) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _split_commas(value: Any) -> Any:
+def _split_commas(value: object) -> Any:
     parts = [value] if isinstance(value, str | int) else value
     if not isinstance(parts, list | tuple):
         return value
@@ -41,7 +41,7 @@ def _split_commas(value: Any) -> Any:
     return [piece.strip() if isinstance(piece, str) else piece for row in split for piece in row]
 
 
-def _as_number(value: Any) -> Any:
+def _as_number(value: object) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
@@ -54,7 +54,7 @@ def head_numbers(heads: str) -> list[tuple[int, int]]:
     return [(int(match[1]), int(match[2])) for match in found]
 
 
-def _head_names(value: Any) -> Any:
+def _head_names(value: object) -> Any:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = ",".join(value)
     if value is None:
@@ -95,7 +95,7 @@ class OpenChoice:
         return core_schema.no_info_wrap_validator_function(_name, handler(source))
 
 
-def _name(value: Any, usual: Callable[[Any], Any]) -> Any:
+def _name(value: object, usual: Callable[[Any], Any]) -> Any:
     return value if isinstance(value, str) and value.isidentifier() else usual(value)
 
 
@@ -217,7 +217,7 @@ class StageConfig(CommandConfig):
         | {"long_context_data"}
     )
     # options that came later, and what a run did before it had them
-    later: ClassVar[Mapping[str, Any]] = {}
+    later: ClassVar[Mapping[str, object]] = {}
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
 
@@ -260,7 +260,7 @@ class StageConfig(CommandConfig):
         """The options with what the models decide that they name, `describe` of each its config."""
         return self
 
-    def as_begun(self, record: Mapping[str, Any]) -> Self:
+    def as_begun(self, record: Mapping[str, object]) -> Self:
         """The options with which a run goes on that `record` describes, maybe of a version before.
 
         What was not asked for is then as it was.
@@ -275,7 +275,7 @@ class StageConfig(CommandConfig):
         return {name for name, before in self.later.items() if getattr(self, name) == before}
 
     @classmethod
-    def recorded(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+    def recorded(cls, options: Mapping[str, object]) -> dict[str, object]:
         """Options of a lineage as this version would have recorded them."""
         return dict(options)
 
@@ -290,7 +290,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(options)}"
 
 
-def validated(command: str, options: type[Options], values: Mapping[str, Any]) -> Options:
+def validated(command: str, options: type[Options], values: Mapping[str, object]) -> Options:
     """Build a command's options; a value out of bounds or of another type is a UsageError."""
     try:
         return options(**values)
@@ -305,7 +305,7 @@ def validated(command: str, options: type[Options], values: Mapping[str, Any]) -
         ) from None
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+def parse_settings(settings: Iterable[str]) -> dict[str, object]:
     """Turn `key=value` strings into a dictionary; values are typed as in YAML."""
     parsed = {}
     for setting in settings:
@@ -339,7 +339,7 @@ def flags(config: CommandConfig) -> list[str]:
     return words
 
 
-def as_yaml(value: Any) -> str:
+def as_yaml(value: object) -> str:
     """A value in the form in which `parse_settings` reads it: JSON, which is YAML."""
     # YAML would read an escaped pair of surrogates as two characters
     return json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
 """Options of the stages that follow gradients, and of what they read in a teacher's place."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -89,7 +89,7 @@ class MixedRowsConfig(TextRowsConfig):
 class TrainConfig(RowsConfig):
     """Options that the stages which follow gradients share."""
 
-    later: ClassVar[Mapping[str, Any]] = {"freeze_kept": False, "epochs": None}
+    later: ClassVar[Mapping[str, object]] = {"freeze_kept": False, "epochs": None}
 
     teacher: str | None = Field(default=None, description="default: where the lineage started")
     warmup: int = Field(default=10, ge=0, description="warm-up steps")
@@ -182,7 +182,7 @@ class ShardConfig(SpreadConfig):
 class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig):
     """Align new mixers, then match the teacher's logits."""
 
-    later: ClassVar[Mapping[str, Any]] = TrainConfig.later | {
+    later: ClassVar[Mapping[str, object]] = TrainConfig.later | {
         "append_eos": False,
         "eval_recall": [],
         "eval_recall_rows": 16,
@@ -303,7 +303,7 @@ class TeacherCacheConfig(MixedRowsConfig):
 class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig, TextRowsConfig):
     """Fine-tune on text or chats, with a teacher if wanted."""
 
-    later: ClassVar[Mapping[str, Any]] = TrainConfig.later | {"append_eos": False}
+    later: ClassVar[Mapping[str, object]] = TrainConfig.later | {"append_eos": False}
 
     compile: bool = Field(
         default=False, description="compile blocks, for packed rows of one length"

@@ -1,17 +1,16 @@
 """The performance table of a README, made from the JSON that `bench` prints."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from mambactl import metrics
 from mambactl.errors import UsageError
 from mambactl.metrics import Metric
 from mambactl.report.kept_results import require_measured
 
-Result = dict[str, Any]
+Result = dict[str, object]
 
 
-def markdown(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def markdown(files: Sequence[tuple[str, dict[str, object]]]) -> str:
     """A row per point of every file (name, content), then what they were measured on.
 
     A file holds one `bench` result, or a recipe's with any number of them. Raises UsageError for a
@@ -33,7 +32,7 @@ def markdown(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join([*lines, "", *about])
 
 
-def _results(name: str, content: dict[str, Any]) -> Iterator[Result]:
+def _results(name: str, content: dict[str, object]) -> Iterator[Result]:
     if isinstance(content.get("result"), dict):
         # the record of a section, which recipe run left in its folder
         content = content["result"]
@@ -48,7 +47,7 @@ def _results(name: str, content: dict[str, Any]) -> Iterator[Result]:
             yield {**result, "points": points}
 
 
-def _numbers(files: Sequence[tuple[str, dict[str, Any]]]) -> list[Metric]:
+def _numbers(files: Sequence[tuple[str, dict[str, object]]]) -> list[Metric]:
     """The columns: all of a point, but for the first token's where no result has it."""
     points = [
         point for name, content in files for result in _results(name, content)

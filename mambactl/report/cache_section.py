@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
 
 from mambactl.evaluation.sequences import CACHE, SEQUENCES
 from mambactl.metrics import KL, LEAST_RECALL_RATIO, MEAN_RECALL_RATIO, SHARE, group, span
@@ -32,7 +31,7 @@ class _Student:
     """A model's quality, and bytes of its cache by tokens of a sequence."""
 
     row: Row
-    sequences: Mapping[str, Mapping[str, Any]]
+    sequences: Mapping[str, Mapping[str, object]]
 
     def share(self, tokens: str) -> float | None:
         """Fraction of the teacher's cache, None where it is not known."""

@@ -194,7 +194,7 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
 
 
 def _curve(axes: Any, each: Series) -> None:
-    style: dict[str, Any] = {"lw": 0.7, "alpha": 0.55}
+    style: dict[str, object] = {"lw": 0.7, "alpha": 0.55}
     points = list(each.drawn())
     if not each.faint:
         style = {"marker": marker(each.colour), "lw": 1.6, "ms": 4.5, "clip_on": False}

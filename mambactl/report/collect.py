@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mambactl.errors import UsageError
 from mambactl.evaluation.probes import PROBES
@@ -171,7 +170,7 @@ def teachers_of(entries: Iterable[Entry]) -> list[str]:
     ))  # fmt: skip
 
 
-def _others(metrics: Mapping[str, Any]) -> Iterator[str]:
+def _others(metrics: Mapping[str, object]) -> Iterator[str]:
     """Names of a teacher, a baseline, and a student tested against."""
     against = metrics.get(AGAINST)
     other = against.get("model") if isinstance(against, Mapping) else None
@@ -179,7 +178,7 @@ def _others(metrics: Mapping[str, Any]) -> Iterator[str]:
                 if isinstance(name, str))  # fmt: skip
 
 
-def _renamed(metrics: Mapping[str, Any], called: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(metrics: Mapping[str, object], called: Mapping[str, str]) -> dict[str, object]:
     new = {key: called[metrics[key]] for key in ("teacher", "baseline")
            if isinstance(metrics.get(key), str)}  # fmt: skip
     against = metrics.get(AGAINST)
@@ -220,7 +219,7 @@ def _is_relative(kind: str) -> bool:
     return kind == "tests" or (kind in PROBES and PROBES[kind].teacher == "needed")
 
 
-def _told_apart(metrics: Mapping[str, Any], teacher: str) -> dict[str, Any]:
+def _told_apart(metrics: Mapping[str, object], teacher: str) -> dict[str, object]:
     """The measurements with the teacher in the name of every data set."""
     result = dict(metrics)
     for kind, found in metrics.items():

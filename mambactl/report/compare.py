@@ -5,7 +5,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -30,13 +30,13 @@ class MeasuringCommand(Protocol):
 
     STAGE: str
 
-    def plan(self, config: Any, source: str | None) -> dict[str, Any]:
+    def plan(self, config: object, source: str | None) -> dict[str, object]:
         """Resolve and check everything, measure nothing."""
 
-    def measure(self, config: Any, source: str | None) -> StageResult:
+    def measure(self, config: object, source: str | None) -> StageResult:
         """Measure one model and keep the numbers, whatever they are."""
 
-    def check(self, config: Any, metrics: dict[str, Any]) -> None:
+    def check(self, config: object, metrics: dict[str, object]) -> None:
         """Raise CheckError where a bound does not hold."""
 
 
@@ -79,7 +79,7 @@ def run(
 
 def plan(
     config: EvalConfig | BenchConfig, sources: Sequence[str | None], command: MeasuringCommand
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Describe the measurements of each; writes nothing."""
     if len(sources) > 1:
         _require_different(sources)
@@ -111,7 +111,7 @@ def show(files: Sequence[Path]) -> None:
 
 
 def _measure(
-    command: MeasuringCommand, config: Any, source: str | None, report: Path
+    command: MeasuringCommand, config: object, source: str | None, report: Path
 ) -> StageResult:
     result = command.measure(config, source)
     if result.kept is not None:
@@ -132,7 +132,7 @@ def _without_model(config: BenchConfig) -> str:
 
 def _check(
     command: MeasuringCommand,
-    config: Any,
+    config: object,
     sources: Sequence[str | None],
     results: Sequence[StageResult],
 ) -> None:

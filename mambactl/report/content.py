@@ -95,7 +95,7 @@ def legend(series: Iterable[Series]) -> list[tuple[str, int]]:
 
 
 def numbers_of(
-    caption: str, columns: Sequence[str], rows: Iterable[tuple[Sequence[Any], list[int]]]
+    caption: str, columns: Sequence[str], rows: Iterable[tuple[Sequence[object], list[int]]]
 ) -> Table:
     """A plain table of a figure's numbers: cells that are text already, and sources."""
     listed = list(rows)
@@ -103,13 +103,13 @@ def numbers_of(
     return Table(caption, columns, cells, [cites for _, cites in listed])
 
 
-def present(metrics: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+def present(metrics: Mapping[str, object], kind: str) -> Mapping[str, object]:
     """Measurements of one kind, empty without any."""
     found = metrics.get(kind)
     return found if isinstance(found, Mapping) else {}
 
 
-def written(found: Mapping[str, Any], columns: Iterable[Metric]) -> list[Cell]:
+def written(found: Mapping[str, object], columns: Iterable[Metric]) -> list[Cell]:
     """A row of cells; empty where nothing is."""
     return [
         Cell(each.written(found), number=not isinstance(found.get(each.name), str))

@@ -85,7 +85,7 @@ def numbers(probe: Probe[Any, Any, Any], material: Material) -> Section:
 
 
 def _tables(material: Material, section: Section, probe: Probe[Any, Any, Any]) -> Iterator[Table]:
-    sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
+    sets: dict[str, list[tuple[Entry, Mapping[str, object]]]] = {}
     for entry in material.entries:
         for name, found in present(entry.metrics, probe.name).items():
             if isinstance(found, Mapping):
@@ -165,7 +165,7 @@ def _beside_teachers(material: Material, section: Section) -> Iterator[Table]:
         yield _named_cells(numbers_of("Beside the teacher", headings, rows), 3)
 
 
-def _scores(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+def _scores(task: str, scores: Mapping[str, object]) -> Iterator[tuple[str, ...]]:
     for key in metrics_of(scores):
         write, bounds = score_writer(key), interval(scores, key)
         yield task, key, write(scores[key]), span(bounds, write)

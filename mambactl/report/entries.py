@@ -12,7 +12,7 @@ from mambactl.metrics import KL
 from mambactl.report.kept_results import read_content, read_ledger, require_measured
 from mambactl.report.origin import command_of, lineage_of
 
-Json = dict[str, Any]
+Json = dict[str, object]
 
 # what is known of how a measurement was made, also where it stands among the numbers
 ABOUT = ("device", "date", "versions", "teacher")
@@ -71,7 +71,7 @@ def read_entries(path: Path) -> Iterator[Entry]:
     yield from _walk(read_content(path), {}, Source(str(path)))
 
 
-def _walk(node: Any, above: Json, source: Source) -> Iterator[Entry]:
+def _walk(node: object, above: Json, source: Source) -> Iterator[Entry]:
     if not isinstance(node, Mapping):
         return
     about = above | {key: value for key, value in node.items() if not isinstance(value, Mapping)}
@@ -94,7 +94,7 @@ def _walk(node: Any, above: Json, source: Source) -> Iterator[Entry]:
         yield from _walk(part, about | given, where)
 
 
-def _parts(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _parts(node: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
     """Members, the elements of lists, and sections, each with its path."""
     for key, value in node.items():
         if key == "sections" and isinstance(value, Mapping):
@@ -105,7 +105,7 @@ def _parts(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _entry(metrics: Mapping[str, Any], about: Json, source: Source) -> Entry:
+def _entry(metrics: Mapping[str, object], about: Json, source: Source) -> Entry:
     require_measured(metrics, about, " ".join(filter(None, (source.file, source.member))))
     merged = about | {key: metrics[key] for key in ABOUT if key in metrics}
     commands = about.get("commands")
@@ -133,7 +133,7 @@ def _details(about: Json) -> Iterator[tuple[str, str]]:
     yield from ((name, str(value)) for name, value in pairs.items() if value)
 
 
-def _model(metrics: Mapping[str, Any], about: Json) -> str:
+def _model(metrics: Mapping[str, object], about: Json) -> str:
     if about.get("name"):
         return str(about["name"])
     if about.get("checkpoint"):
@@ -143,7 +143,7 @@ def _model(metrics: Mapping[str, Any], about: Json) -> str:
     return ", ".join(config.get("synthetic") or parts or [str(about.get("stage", "model"))])
 
 
-def _normal(metrics: Mapping[str, Any]) -> Json:
+def _normal(metrics: Mapping[str, object]) -> Json:
     """Fidelity is by data set, also where a file has that of a single one without its name."""
     fidelity = metrics.get("fidelity")
     if isinstance(fidelity, Mapping) and KL.name in fidelity:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 TASK = "text-generation"
 
 
-def hub_card(files: PublicFiles, name: str, checkpoint: Path, inherited: Mapping[str, Any]) -> str:
+def hub_card(
+    files: PublicFiles, name: str, checkpoint: Path, inherited: Mapping[str, object]
+) -> str:
     """The card of a checkpoint, with its kept results, as the hub shows and indexes it.
 
     `name` is that of the model on the hub; `inherited` is what the front matter of the base model
@@ -53,7 +55,7 @@ def _of_the_hub(base: Any) -> Any:
     return hub_name(base) if isinstance(base, str) else base
 
 
-def data_sets(lineage: Mapping[str, Any]) -> list[str]:
+def data_sets(lineage: Mapping[str, object]) -> list[str]:
     """Ids of data sets of the hub that any stage was trained or fitted on."""
     found: dict[str, None] = {}
     for stage in (*lineage.get("ancestors", []), lineage):

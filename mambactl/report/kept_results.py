@@ -41,7 +41,7 @@ from mambactl.metrics import (
     yes_or_no,
 )
 
-Json = dict[str, Any]
+Json = dict[str, object]
 
 HINT = "give what eval, bench or spec-decode wrote"
 LEDGER_HINT = "give metrics.jsonl of a distillation"
@@ -61,13 +61,13 @@ class _Kept(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-def _fields(metrics: Iterable[Metric]) -> dict[str, Any]:
+def _fields(metrics: Iterable[Metric]) -> dict[str, object]:
     """Numbers that their format can write, by name."""
     words = {last_part: str, str: Any, yes_or_no: Any}
     return {each.name: (words.get(each.write, Number) | None, None) for each in metrics}
 
 
-def _read_intervals(found: Any) -> Any:
+def _read_intervals(found: object) -> Any:
     """Check the intervals that stand beside their numbers."""
     for name, value in found.items() if isinstance(found, Mapping) else ():
         if name.endswith("_ci"):
@@ -174,19 +174,19 @@ class _Config(_Kept):
     draft: str | None = None
 
 
-def _by_set(found: Any) -> Any:
+def _by_set(found: object) -> Any:
     """Fidelity by data set, also where a file has that of a single one without its name."""
     return {"": found} if isinstance(found, Mapping) and KL.name in found else found
 
 
-def _parts(found: Any) -> Any:
+def _parts(found: object) -> Any:
     """Measurements by name; words and numbers beside them are not read."""
     if not isinstance(found, Mapping):
         return found
     return {name: part for name, part in found.items() if isinstance(part, Mapping)}
 
 
-def _part(found: Any) -> Any:
+def _part(found: object) -> Any:
     """The name of a model stands where others have facts about it."""
     return found if isinstance(found, Mapping) else {}
 
@@ -223,7 +223,7 @@ class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts
 
     device: str | None = None
     dtype: str | None = None
-    versions: dict[str, Any] | None = None
+    versions: dict[str, object] | None = None
     config: _Config | None = None
     fidelity: Annotated[dict[str, _Fidelity] | None, BeforeValidator(_by_set)] = None
     long_context: dict[str, _LongContext] | None = None
@@ -240,9 +240,9 @@ class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts
     against: "_Against | None" = None
     points: Points = None
     baseline_points: Points = None
-    kernels: Points | dict[str, Any] = None
-    loss: _Numbers | list[Any] | None = None
-    speculative: _Speculative | list[Any] | None = None
+    kernels: Points | dict[str, object] = None
+    loss: _Numbers | list[object] | None = None
+    speculative: _Speculative | list[object] | None = None
 
 
 class _Against(_Metrics):
@@ -266,7 +266,7 @@ class _About(_Kept):
 
     command: str | list[str] | None = None
     commands: dict[str, str | list[str]] | list[str] | None = None
-    versions: dict[str, Any] | None = None
+    versions: dict[str, object] | None = None
     device: str | None = None
     model: Annotated[_Model, BeforeValidator(_part)] = _Model()
 
@@ -293,7 +293,9 @@ def read_content(path: Path) -> Json:
     return content
 
 
-def require_measured(metrics: Mapping[str, Any], about: Mapping[str, Any], where: str) -> None:
+def require_measured(
+    metrics: Mapping[str, object], about: Mapping[str, object], where: str
+) -> None:
     """Raise UsageError that names the member of a measurement which is not what a report reads."""
     fitted(_Metrics, metrics, where, "metrics", UsageError, HINT)
     fitted(_About, about, where, "", UsageError, HINT)

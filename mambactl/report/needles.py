@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 AXES = ("lengths", "depths")
 
@@ -19,7 +18,7 @@ class NeedleMap:
 
 
 def needle_maps(
-    node: Any, name: str = "", axes: Mapping[str, Any] | None = None
+    node: object, name: str = "", axes: Mapping[str, object] | None = None
 ) -> Iterator[NeedleMap]:
     """Every matrix below `lengths` and `depths`; one called `scores` goes without its name.
 
@@ -38,13 +37,13 @@ def needle_maps(
             yield NeedleMap(own, axes["lengths"], axes["depths"], grid)
 
 
-def _are_ticks(values: list[Any]) -> bool:
+def _are_ticks(values: list[object]) -> bool:
     return bool(values) and all(
         isinstance(value, int | float) and math.isfinite(value) for value in values
     )
 
 
-def _grid(value: Any, axes: Mapping[str, Any]) -> list[list[float]] | None:
+def _grid(value: object, axes: Mapping[str, object]) -> list[list[float]] | None:
     lengths, depths = (len(axes[axis]) for axis in AXES)
     if not isinstance(value, list) or not value or not all(isinstance(v, list) for v in value):
         return None

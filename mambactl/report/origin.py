@@ -3,7 +3,6 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -22,11 +21,11 @@ class _Lineage(BaseModel):
 
     stage: str | None = None
     parent: _Parent | None = None
-    recipe: dict[str, Any] | None = None
-    versions: dict[str, Any] | None = None
+    recipe: dict[str, object] | None = None
+    versions: dict[str, object] | None = None
 
 
-def lineage_of(checkpoint: Path) -> dict[str, Any]:
+def lineage_of(checkpoint: Path) -> dict[str, object]:
     """The lineage of a folder or a single file; empty where there is none."""
     from mambactl.checkpoint.safetensors_reader import read_lineage
 
@@ -39,7 +38,7 @@ def lineage_of(checkpoint: Path) -> dict[str, Any]:
         return {}
 
 
-def command_of(lineage: dict[str, Any]) -> str:
+def command_of(lineage: dict[str, object]) -> str:
     """The command line with every option that is not at its default."""
     stage, parent = lineage.get("stage"), lineage.get("parent") or {}
     if stage not in COMMANDS:

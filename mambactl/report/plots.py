@@ -14,7 +14,7 @@ LOGITS = ("stepwise", "logits")
 INCHES = (7.0, 4.2)
 
 
-def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+def curves(lines: list[dict[str, object]]) -> dict[str, list[tuple[int, float]]]:
     """(tokens, nats per token) of `held out`, and of `training` on logits or their KL."""
     return {
         "held out": [(line["tokens"], line[KL.name]) for line in lines if KL.name in line],

@@ -112,7 +112,7 @@ def faithfulness(material: Material) -> Section:
     """KL over the position in the row, and every number of fidelity."""
     section = section_of(PROBES["fidelity"])
     section.text = f"Token by token on the same text.{_guides(material)} {section.text}"
-    sets: dict[str, list[tuple[Entry, Mapping[str, Any]]]] = {}
+    sets: dict[str, list[tuple[Entry, Mapping[str, object]]]] = {}
     for entry in students(material.entries):
         for name, numbers in present(entry.metrics, "fidelity").items():
             sets.setdefault(data_set(name, numbers), []).append((entry, numbers))
@@ -143,7 +143,7 @@ def _guides(material: Material) -> str:
     return f" Teacher{'s' if len(teachers) > 1 else ''}: {', '.join(teachers)}."
 
 
-def _with_intervals(found: Mapping[str, Any], numbers: Sequence[Metric]) -> Iterator[Cell]:
+def _with_intervals(found: Mapping[str, object], numbers: Sequence[Metric]) -> Iterator[Cell]:
     # a table has no room for those of every number
     for cell, each in zip(written(found, numbers), numbers, strict=True):
         bounds = interval(found, each.name) if each.interval else None

@@ -6,7 +6,6 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from mambactl.version import __version__
 LONGEST_NAME = 120
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, object]:
     """Device, versions and date of a speed measurement."""
     cuda = device.type == "cuda"
     return {
@@ -40,7 +39,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def save_results(
-    stage: str, source: str, name: str, config: StageConfig, metrics: dict[str, Any]
+    stage: str, source: str, name: str, config: StageConfig, metrics: dict[str, object]
 ) -> Path | None:
     """Write `results/<stage>-<name>.json` into a checkpoint folder of the user's own, or into
     `FILE.results/` beside a single file, and the results of `eval` into the folder's card.
@@ -77,7 +76,7 @@ def file_name(stage: str, name: str) -> str:
 
 
 def write_results(
-    path: Path, stage: str, source: str | None, config: StageConfig, metrics: dict[str, Any]
+    path: Path, stage: str, source: str | None, config: StageConfig, metrics: dict[str, object]
 ) -> None:
     """Write one measurement: the numbers, the command, the machine, versions, and the model."""
     device, _ = placement(config)
@@ -96,7 +95,7 @@ def write_results(
         new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _about(source: str) -> dict[str, Any]:
+def _about(source: str) -> dict[str, object]:
     """Identity of the measured model and its cache, from headers."""
     digest = {"digest": header_digest(resolve(source).path)}
     try:

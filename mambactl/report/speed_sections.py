@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from mambactl import metrics
 from mambactl.metrics import Metric
@@ -51,7 +50,7 @@ class Point:
 
     model: str
     entry: Entry
-    numbers: Mapping[str, Any]
+    numbers: Mapping[str, object]
 
     @property
     def machine(self) -> str:
@@ -147,7 +146,7 @@ def _rates(
         yield Figure(title, svg, alt, legend(series), note, table)
 
 
-def _tenths(numbers: Mapping[str, Any]) -> Iterator[str]:
+def _tenths(numbers: Mapping[str, object]) -> Iterator[str]:
     for each in RATES:
         yield replace(each, write=metrics.grouped_tenths).written(numbers)
 

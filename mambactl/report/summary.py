@@ -109,7 +109,7 @@ def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
     rows[start:end] = below
 
 
-def beside(entry: Entry) -> dict[str, Any]:
+def beside(entry: Entry) -> dict[str, object]:
     """Subjects measured together with a model: its controls, and the one it is tested against."""
     found = dict(entry.metrics.get("controls") or {})
     if name := against_of(entry):
@@ -118,8 +118,8 @@ def beside(entry: Entry) -> dict[str, Any]:
 
 
 def _columns(
-    metrics: Mapping[str, Any],
-) -> Iterator[tuple[Column, Metric, Mapping[str, Any]]]:
+    metrics: Mapping[str, object],
+) -> Iterator[tuple[Column, Metric, Mapping[str, object]]]:
     """Possible columns: heading, number, and the results that may hold it."""
     # first what has a heading of its own for every data set
     for probe in sorted(PROBES.values(), key=lambda each: not each.by_set):
@@ -131,7 +131,7 @@ def _columns(
 
 
 def _column(
-    probe: Probe[Any, Any, Any], metric: Metric, data: str, found: Mapping[str, Any]
+    probe: Probe[Any, Any, Any], metric: Metric, data: str, found: Mapping[str, object]
 ) -> Column:
     group = probe.group or ("" if probe.by_set else probe.name)
     # the only data set of a probe may bear its name, which says nothing
@@ -142,7 +142,9 @@ def _column(
     return Column(group, heading or metric.heading, metric)
 
 
-def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[Column, Cell]]:
+def _cells(
+    metrics: Mapping[str, object], about: Mapping[str, object]
+) -> Iterator[tuple[Column, Cell]]:
     for column, metric, found in _columns(metrics):
         if found.get(metric.name) is not None:
             yield column, Cell(found[metric.name], interval(found, metric.name))
@@ -159,7 +161,7 @@ def _cells(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tup
         yield Column("cache", f"MiB at {CONTEXT:,}", CACHE), Cell(size)
 
 
-def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, Cell]]]:
+def _references(metrics: Mapping[str, object]) -> Iterator[tuple[str, dict[Column, Cell]]]:
     """The teacher, where it was measured by itself, and a guess."""
     teacher, chance = {}, {}
     for column, metric, found in _columns(metrics):
@@ -175,7 +177,7 @@ def _references(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[Column, 
         yield "guessing", chance
 
 
-def parts_of_groups(metrics: Mapping[str, Any]) -> set[str]:
+def parts_of_groups(metrics: Mapping[str, object]) -> set[str]:
     """Tasks that are measured as part of a group which has a score of its own."""
     groups = metrics.get("task_groups") or {}
     return {part for parts in groups.values() for part in parts}
@@ -191,13 +193,13 @@ def share(value: float) -> str:
     return percent(value) if abs(value) <= 1 else number(value)
 
 
-def data_set(name: str, found: Mapping[str, Any]) -> str:
+def data_set(name: str, found: Mapping[str, object]) -> str:
     """A data set is another one when other tokens of it were measured."""
     tokens = found.get("tokens")
     return name if tokens is None else f"{name}, {tokens:,} tokens"
 
 
-def interval(found: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+def interval(found: Mapping[str, object], key: str) -> tuple[float, float] | None:
     """The interval of a number: `KEY_ci`, `intervals.KEY`, or 95 % by its standard error.
 
     Scores of extracted answers are called METRIC:FILTER, their errors METRIC_stderr:FILTER.

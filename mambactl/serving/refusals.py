@@ -1,7 +1,5 @@
 """Requests that are not answered: the status, and the error in the JSON that clients expect."""
 
-from typing import Any
-
 
 class Refused(Exception):
     """A request that gets an error; `param` names the field that is wrong."""
@@ -19,7 +17,7 @@ class Refused(Exception):
         self.status, self.param, self.code = status, param, code
         self.headers = headers or {}
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> dict[str, object]:
         """The body of the reply."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}

@@ -20,7 +20,7 @@ from mambactl.serving.refusals import Refused
 
 # what fields that are not known may hold, as it changes nothing: clients send some of them always;
 # None and empty containers change nothing in any
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -45,7 +45,7 @@ Positive = Annotated[int, Field(ge=1)]
 Body = TypeVar("Body", bound="SamplingFields")
 
 
-def _as_list(value: Any) -> Any:
+def _as_list(value: object) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -129,7 +129,7 @@ class SamplingFields(BaseModel):
 class ChatBody(SamplingFields):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, object]], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
@@ -150,7 +150,7 @@ class ChatBody(SamplingFields):
             return None
         return self.top_logprobs or 0
 
-    def offered_tools(self) -> list[dict[str, Any]] | None:
+    def offered_tools(self) -> list[dict[str, object]] | None:
         """The tools that the chat template gets: all, the one that is insisted on, or none."""
         choice, tools = self.tool_choice, self.tools or []
         if isinstance(choice, NamedTool):
@@ -163,7 +163,7 @@ class ChatBody(SamplingFields):
             return None
         return [tool.model_dump() for tool in tools]
 
-    def rendered_messages(self) -> tuple[dict[str, Any], ...]:
+    def rendered_messages(self) -> tuple[dict[str, object], ...]:
         """The messages as chat templates take them: contents are texts, arguments objects."""
         return tuple(_message(number, each) for number, each in enumerate(self.messages))
 
@@ -222,7 +222,7 @@ def _unsupported(name: str) -> Refused:
     return Refused(f"{name} is not supported", param=name, code="unsupported_parameter")
 
 
-def _message(number: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def _message(number: int, given: Mapping[str, object]) -> dict[str, object]:
     where = f"messages.{number}"
     if not isinstance(given.get("role"), str):
         raise Refused(f"{where}.role: a message needs a role", param="messages")
@@ -233,7 +233,7 @@ def _message(number: int, given: Mapping[str, Any]) -> dict[str, Any]:
     return message
 
 
-def _content(where: str, content: Any) -> str:
+def _content(where: str, content: object) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     parts = content if isinstance(content, list) else [content]
@@ -245,7 +245,7 @@ def _content(where: str, content: Any) -> str:
     return "".join(texts)
 
 
-def _call(where: str, call: Any) -> dict[str, Any]:
+def _call(where: str, call: object) -> dict[str, object]:
     """A call that an earlier answer made, with its arguments as an object."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):

@@ -9,7 +9,6 @@ import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _MARKED = re.compile(rf"{OPEN}(.*?)(?:{CLOSE}|$)", re.DOTALL)
@@ -23,7 +22,7 @@ class ToolCall:
     name: str
     arguments: str
 
-    def content(self, index: int | None = None) -> dict[str, Any]:
+    def content(self, index: int | None = None) -> dict[str, object]:
         """The call as clients read it; with its index in a stream."""
         numbered = {} if index is None else {"index": index}
         function = {"name": self.name, "arguments": self.arguments}

@@ -6,7 +6,6 @@ Models are made when they are needed, so that one at a time is in memory.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,13 +91,13 @@ def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch
     return Source(name, target, helper, successor, period)
 
 
-def about_checkpoint(spec: str) -> dict[str, Any]:
+def about_checkpoint(spec: str) -> dict[str, object]:
     """Description of a checkpoint for a dry run; reads headers only."""
     found = describe(spec)
     return {key: found[key] for key in ("checkpoint", "parameters", "mixers", "cache")}
 
 
-def about_shapes(config: BenchConfig) -> dict[str, Any]:
+def about_shapes(config: BenchConfig) -> dict[str, object]:
     """Description of synthetic models for a dry run; makes none."""
     names = [*config.synthetic, *([] if config.draft in (None, NGRAM) else [config.draft])]
     return {

@@ -7,7 +7,6 @@ many rows, by what those writes are of all bytes.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
-Numbers = dict[str, Any]
+Numbers = dict[str, object]
 
 # each limit with the rate that it is for, and the share of it that was reached
 LIMITS = (

@@ -50,7 +50,7 @@ TEXT, TEACHER_TEXT = "text", "teacher's text"
 
 def training_points(
     config: BenchConfig, source: str | None, device: torch.device, dtype: torch.dtype
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Measure both stages of every model, at every row length and batch size."""
     if dtype == torch.float16:
         raise UsageError("float16 gradients underflow", "use --dtype bfloat16 or float32")
@@ -87,7 +87,7 @@ def _measure(
     size: tuple[int, int],
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, object]]:
     # every size starts from the same weights, and no size pays for the memory of another
     pair = (_synthetic if synthetic else _loaded)(config, name, device, dtype)
     rows, length = size
@@ -138,7 +138,7 @@ def _timed(
     objective: Objective,
     batch: Batch,
     device: torch.device,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Speed and memory of one kind of step."""
     rows, length = batch.input_ids.shape
     captures = config.capture and device.type == "cuda"

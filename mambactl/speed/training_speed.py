@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ def random_batch(vocabulary: int, rows: int, length: int, seed: int) -> Batch:
 
 def training_speed(
     step: Step, batch: Batch, device: torch.device, warmup: int, iters: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Time `iters` steps over one batch after `warmup` (at least one, which compiles).
 
     Tokens are all of the batch. Raises CheckError unless the loss stays finite and falls.

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from mambactl.checkpoint.run_folder import RunFolder
 LEAST_RECALL = 0.01
 
 
-def score(measured: Mapping[str, Any]) -> float:
+def score(measured: Mapping[str, object]) -> float:
     """The held-out KL over the share of the teacher's recall that is kept; less is better.
 
     So one per cent of recall is worth as much as one per cent of KL, whatever their sizes. What
@@ -34,7 +33,7 @@ class BestWeights:
         kept = folder.load_best()
         self.score = math.inf if kept is None else kept["measured"]["score"]
 
-    def offer(self, phase: str, step: int, measured: Mapping[str, Any]) -> float:
+    def offer(self, phase: str, step: int, measured: Mapping[str, object]) -> float:
         """Keep the weights as they are now if they are the best so far; return their score."""
         found = score(measured)
         if found < self.score:
@@ -48,7 +47,7 @@ class BestWeights:
         return found
 
     @torch.no_grad()
-    def restore(self) -> dict[str, Any] | None:
+    def restore(self) -> dict[str, object] | None:
         """Give the parameters the best weights; return their step and measurement, if any."""
         kept = self.folder.load_best()
         if kept is None:

@@ -20,7 +20,7 @@ read again: everything a pass reads comes through `Objective.inputs`.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Recorder(Protocol):
         """Run eagerly, under the conditions of a recording."""
         ...
 
-    def record(self, run: Callable[[], Any]) -> Recording:
+    def record(self, run: Callable[[], object]) -> Recording:
         """Record what `run` launches without doing it; raises RuntimeError where it cannot."""
         ...
 
@@ -72,7 +72,7 @@ class GraphRecorder:
         current.wait_stream(self.stream)
         return found
 
-    def record(self, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    def record(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         """Record `run` as a CUDA graph; see `Recorder`."""
         graph = torch.cuda.CUDAGraph()
         # the thread that makes batches pins memory meanwhile, which is no part of the recording

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ class Estimate:
         """Largest number of bytes alive at a time."""
         return sum(self.memory.values())
 
-    def as_metrics(self) -> dict[str, Any]:
+    def as_metrics(self) -> dict[str, object]:
         """JSON-able form, to be compared with the measured cost."""
         return {
             "seconds": round(self.seconds, 3),
@@ -46,7 +45,7 @@ class Estimate:
         }
 
     @staticmethod
-    def of_all(phases: Mapping[str, "Estimate"]) -> dict[str, Any]:
+    def of_all(phases: Mapping[str, "Estimate"]) -> dict[str, object]:
         """The whole run: phases follow each other."""
         return {
             "seconds": round(sum(phase.seconds for phase in phases.values()), 3),

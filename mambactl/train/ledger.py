@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -159,10 +159,10 @@ class Evaluation:
     """Measurement of held-out text and probes every `every` steps and after each phase."""
 
     every: int
-    measure: Callable[[], dict[str, Any]]
+    measure: Callable[[], dict[str, object]]
 
 
-def shown(measured: Mapping[str, Any]) -> str:
+def shown(measured: Mapping[str, object]) -> str:
     """The measurements that a progress line has room for."""
     names = {"kl": "KL", "recall_kept": "recall"}
     return "".join(f", {names[k]} {measured[k]:.4f}" for k in names if k in measured)
@@ -215,9 +215,9 @@ class Progress:
         """Optimiser steps of all phases."""
         return sum(report.steps for report in self.reports)
 
-    def sums(self) -> dict[str, Any]:
+    def sums(self) -> dict[str, object]:
         """Tokens, seconds and FLOPs since the run began."""
-        found: dict[str, Any] = {
+        found: dict[str, object] = {
             "tokens": sum(report.tokens for report in self.reports),
             "seconds": round(sum(report.seconds for report in self.reports), 4),
         }

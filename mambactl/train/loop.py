@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ class Phase:
     steps: int
     objective: Objective
     parts: Sequence[tuple[Parameters, float]]
-    context: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    context: AbstractContextManager[object] = field(default_factory=nullcontext)
     flops: Callable[[int, int, int | None], float] | None = None
     cure: str = "lower --lr"
     whole: bool = True
@@ -74,7 +74,7 @@ class Trained(NamedTuple):
     """Reports of all phases, and the best measurement, if its weights were kept."""
 
     reports: list[PhaseReport]
-    best: dict[str, Any] | None
+    best: dict[str, object] | None
 
 
 def train(
@@ -262,7 +262,7 @@ class _PhaseRun:
                 self.progress.watch.see(pending.step, loss)
                 self._require_progress(pending.step)
 
-    def _account(self, pending: Pending, loss: float, norm: float) -> dict[str, Any]:
+    def _account(self, pending: Pending, loss: float, norm: float) -> dict[str, object]:
         report, seconds = self.report, self.clock.lap()
         if report.steps == 0:
             report.first_loss = loss
@@ -287,7 +287,7 @@ class _PhaseRun:
             report.peak_bytes = line["peak_bytes"] = peak
         return line
 
-    def _log(self, line: dict[str, Any], evaluates: bool) -> None:
+    def _log(self, line: dict[str, object], evaluates: bool) -> None:
         if evaluates:
             self.model.eval()
             found = self.evaluation.measure()

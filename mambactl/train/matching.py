@@ -113,17 +113,17 @@ def as_dataset(rows: Sequence[Row]) -> Dataset:
     return Dataset.from_dict(dict(columns)).with_format("numpy")
 
 
-def collate_features(features: Sequence[dict[str, Any]], trim: bool = True) -> dict[str, Tensor]:
+def collate_features(features: Sequence[dict[str, object]], trim: bool = True) -> dict[str, Tensor]:
     """A batch as keyword arguments of the model, labels -100 where nothing is learned."""
     return _arguments(collate([Row(**feature) for feature in features], trim))
 
 
 def cached(
     cache: TeacherCache, trim: bool = True
-) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+) -> Callable[[Sequence[dict[str, object]]], dict[str, Tensor]]:
     """`collate_features` with the cached samples of the rows, found by their digests."""
 
-    def looked_up(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def looked_up(features: Sequence[dict[str, object]]) -> dict[str, Tensor]:
         batch = collate([Row(**feature) for feature in features], trim)
         return _arguments(batch) | dict(zip(CACHED, cache.batch(batch), strict=True))
 

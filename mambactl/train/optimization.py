@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from mambactl.kernels.divergence import relative_error
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import is_new, looks_up
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
-from mambactl.models.mixers.spec import Mixer, MixerSpec, StepContext
+from mambactl.models.mixers.spec import AnySpec, Mixer, StepContext
 from mambactl.train.compiled import compiled
 from mambactl.train.losses import Teacher, distillation_loss
 
@@ -194,7 +194,7 @@ class AlignmentObjective:
 
 
 def mixer_error(
-    spec: MixerSpec[Any],
+    spec: AnySpec,
     mixer: Mixer,
     hidden: Tensor,
     context: StepContext,

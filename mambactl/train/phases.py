@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -63,12 +62,12 @@ class PhasePlan:
             checkpointing=checkpointing,
         )
 
-    def describe(self, model: nn.Module, tokens_per_step: int) -> dict[str, Any]:
+    def describe(self, model: nn.Module, tokens_per_step: int) -> dict[str, object]:
         """Describe the phase for `--dry-run`: parts that train and that do not, with parameters."""
         trained = self.parameters(model)
         names = {name for members, _ in trained for name in members}
         frozen = {n: p for n, p in model.named_parameters() if n not in names}
-        found: dict[str, Any] = {
+        found: dict[str, object] = {
             "name": self.name,
             "steps": self.steps,
             "tokens_at_most": self.steps * tokens_per_step,
@@ -112,7 +111,7 @@ def shapes_of(config: HybridConfig) -> HybridForCausalLM:
     return model
 
 
-def parts_of(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+def parts_of(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, object]]:
     """Parameters summed by part and layers: `{"part", "layers", "parameters"}`."""
     found: dict[str, tuple[set[int], list[int]]] = {}
     for name, parameter in parameters.items():

@@ -110,12 +110,12 @@ class PairCollator:
         self.width, self.packing = width, packing
         self._padded = DataCollatorForPreference(pad_token_id=pad_token_id)
 
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[dict[str, object]]) -> dict[str, Tensor]:
         """[chosen..., rejected...] as TRL has them."""
         batch = self._padded(list(features))
         return batch | self._rows(features, batch["input_ids"].shape) if self.packing else batch
 
-    def _rows(self, features: Sequence[dict[str, Any]], shape: torch.Size) -> dict[str, Tensor]:
+    def _rows(self, features: Sequence[dict[str, object]], shape: torch.Size) -> dict[str, Tensor]:
         pairs = [
             Pair("", 0, *(np.asarray(one[f"{name}_ids"], np.int32) for name in Pair._fields[2:]))
             for one in features
@@ -146,8 +146,8 @@ def _read_packed(model: HybridForCausalLM) -> None:
     asked: dict[str, Tensor | None] = {}
 
     def before(
-        body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        body: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         kwargs = dict(kwargs)
         kwargs.pop("attention_mask", None)
         rows = kwargs.pop("packed_ids", None)
@@ -160,7 +160,7 @@ def _read_packed(model: HybridForCausalLM) -> None:
             kwargs |= {"seq_idx": documents, "position_ids": positions}
         return args, kwargs
 
-    def after(body: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(body: nn.Module, args: tuple[object, ...], output: Any) -> Any:
         indices = asked.pop("indices", None)
         if indices is not None:
             states = output.last_hidden_state.flatten(0, 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def read_preferences(job: Job, config: DpoConfig) -> Preferences:
     return Preferences(chosen, held, counts, len(train))
 
 
-def _rules(job: Job, config: DpoConfig, checks: Checks) -> dict[str, Any]:
+def _rules(job: Job, config: DpoConfig, checks: Checks) -> dict[str, object]:
     """Keywords for reading rows, both of training and of held-out sets."""
     rules = Rules(day=job.day, vocabulary=checks.vocabulary)
     return {"chat": config.chat, "skip_bad_rows": config.skip_bad_rows, "rules": rules}
@@ -106,7 +106,7 @@ def _tell(
     checks.tell(job, tokenizer)
 
 
-def preview(job: Job, config: DpoConfig) -> dict[str, Any]:
+def preview(job: Job, config: DpoConfig) -> dict[str, object]:
     """Rows of every file by what becomes of them, and a pair as the model reads it."""
     _require_apart(config)
     specs = [spec for spec in config.data if not is_on_hub(spec)]

@@ -1,6 +1,6 @@
 """Preview of a training run: its plan, and the data that it would see."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.text import Text
@@ -36,7 +36,7 @@ def plan_training(
     with_teacher: bool = True,
     foreign: bool = False,
     counts: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Plan of a run, from headers and files; nothing is written, no hub set is read.
 
     Without `counts` documents are left to the caller.
@@ -63,13 +63,13 @@ def plan_training(
     } | ({"frozen": _frozen(job)} if job.config.freeze_kept else {})
 
 
-def _frozen(job: Job) -> list[dict[str, Any]]:
+def _frozen(job: Job) -> list[dict[str, object]]:
     """Queries and keys of kept attention, which stay as they are."""
     model = shapes_of(model_config(job.source))
     return parts_of({name: p for name, p in model.named_parameters() if looks_up(name)})
 
 
-def preview(job: Job, assistant_only: bool) -> dict[str, Any]:
+def preview(job: Job, assistant_only: bool) -> dict[str, object]:
     """Counts of documents, rows, tokens, learned tokens and bad rows; shows the first example.
 
     Nothing is counted where a set lies on the hub, which is not asked: values are None.
@@ -101,7 +101,7 @@ def preview(job: Job, assistant_only: bool) -> dict[str, Any]:
     }
 
 
-def _rows(job: Job, examples: list[Example]) -> list[Any]:
+def _rows(job: Job, examples: list[Example]) -> list[object]:
     try:
         return pack(examples, job.config.max_length, job.config.packing)
     except UsageError:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def _teacher_of_lineage(job: Job) -> list[tuple[str, str]]:
     return [("the teacher", found)] if isinstance(found, str) and not job.config.teacher else []
 
 
-def identity(job: Job) -> dict[str, Any]:
+def identity(job: Job) -> dict[str, object]:
     """Everything that a resumed run has to repeat: options, and digests of the files they name."""
     given = job.config.teacher
     return {
@@ -102,7 +102,7 @@ def save_result(
     model: HybridForCausalLM,
     folder: RunFolder,
     teacher: str | None,
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, object],
 ) -> None:
     """Write the result in the source's type and let it appear under its name.
 
@@ -130,7 +130,7 @@ def save_result(
     folder.publish()
 
 
-def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> dict[str, Any]:
+def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> dict[str, object]:
     """Show how every phase went as a table; returns the same as metrics.
 
     Warns of a phase whose losses, in the folder's metrics, are higher at its end.
@@ -177,7 +177,7 @@ def draw_ledger(folder: RunFolder, asked: bool) -> None:
                 console.log(f"no plot: {error} ({error.hint})")
 
 
-def _held_out_identity(job: Job) -> dict[str, Any]:
+def _held_out_identity(job: Job) -> dict[str, object]:
     specs = getattr(job.config, "eval_data", None)
     if specs is None:
         return {}

@@ -96,9 +96,9 @@ class HeldOutPreferences:
             name: read_reference(reference, documents(pairs), layout)
             for name, pairs in sets.items()
         }
-        self.last: dict[str, dict[str, Any]] = {}
+        self.last: dict[str, dict[str, object]] = {}
 
-    def measure(self) -> dict[str, dict[str, Any]]:
+    def measure(self) -> dict[str, dict[str, object]]:
         """Set -> what `compare_preferences` finds of the policy as it is now."""
         was_training = self.policy.training
         self.policy.eval()
@@ -127,7 +127,7 @@ class HeldOutPreferences:
 
 
 def show_held_out(
-    before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
+    before: Mapping[str, Mapping[str, object]], after: Mapping[str, Mapping[str, object]]
 ) -> None:
     """Show a table of the numbers before and after training, by set."""
     lines = []

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
@@ -27,7 +27,7 @@ HELD_OUT = ("kl", "agreement", "perplexity_ratio", "ce", "eval_tokens")
 class Listener(Protocol):
     """Listener to every line of metrics.jsonl."""
 
-    def __call__(self, line: Mapping[str, Any]) -> None:
+    def __call__(self, line: Mapping[str, object]) -> None:
         """Receive the line of one step."""
         ...
 
@@ -44,7 +44,7 @@ class StepLines:
     def __init__(self, every: int):
         self.every = every
 
-    def __call__(self, line: Mapping[str, Any]) -> None:
+    def __call__(self, line: Mapping[str, object]) -> None:
         """Print the line of a step that is a multiple of the interval."""
         if "loss" not in line or line["step"] % self.every:
             return
@@ -86,7 +86,7 @@ class Tracked:
         self.failed = False
         self.phase, self.before, self.last = "", 0, 0
 
-    def __call__(self, line: Mapping[str, Any]) -> None:
+    def __call__(self, line: Mapping[str, object]) -> None:
         """Send a line's numbers."""
         if self.failed:
             return
@@ -96,7 +96,7 @@ class Tracked:
             self.failed = True
             console.warn_unwritten(f"{self.folder.logs} ({self.name})", error)
 
-    def _send(self, line: Mapping[str, Any]) -> None:
+    def _send(self, line: Mapping[str, object]) -> None:
         if self.tracker is None:
             self.tracker = self._started()
         if line["phase"] != self.phase:

@@ -36,7 +36,7 @@ def trainer_arguments(
     rate: float,
     device: torch.device,
     amp: torch.dtype | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Keyword arguments that SFTConfig and DPOConfig have in common."""
     return {
         "output_dir": str(folder.trainer),
@@ -76,7 +76,7 @@ def require_trackers(config: TrainConfig) -> None:
                                 f"pip install {name}")  # fmt: skip
 
 
-def reporting(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
+def reporting(config: TrainConfig, folder: RunFolder) -> dict[str, object]:
     """Arguments of a trainer that say where its curves go besides metrics.jsonl.
 
     Files go to `OUT.logs`, unless the environment variables of a tracker say otherwise.
@@ -180,7 +180,7 @@ class _Watch(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any],
+        logs: dict[str, object],
         **_: Any,
     ) -> None:
         if "loss" not in logs:
@@ -221,7 +221,7 @@ class _Watch(TrainerCallback):
             return False
         return step == steps or step % self.evaluation.every == 0
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self) -> dict[str, object]:
         """Held-out metrics, which go to the trackers too."""
         model = self.trainer.model
         model.eval()

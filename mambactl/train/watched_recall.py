@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,7 +41,7 @@ class WatchedRecall:
         self.amp, self.compiled = amp, compiled
         self._wanted: dict[str, float] | None = None
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self) -> dict[str, object]:
         """`recall` by probe, and `recall_kept`, the mean of its ratios to the teacher's.
 
         A ratio is at most 1. A probe of which the teacher recalls nothing has none; where no probe
@@ -62,7 +62,7 @@ class WatchedRecall:
                 for probe in self.probes
             }
 
-    def _plain_code(self) -> AbstractContextManager[Any]:
+    def _plain_code(self) -> AbstractContextManager[object]:
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
 

@@ -67,7 +67,7 @@ class AverageMixer(nn.Module):
         return (None if query is None else state), state
 
 
-class AverageSpec(MixerSpec[AverageSettings]):
+class AverageSpec(MixerSpec[AverageSettings, AverageMixer]):
     """The decaying average; layer i is 8 channels wider than the one before."""
 
     name = "average"

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 from mambactl.checkpoint.adapted import Adapted, build_config, same_names
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
+from mambactl.json_values import JsonObject
 from mambactl.models.config import HybridConfig
 
 # what decides the computation or the text around it; bookkeeping of the source stays behind
@@ -42,7 +43,7 @@ def adapt(reader: Reader) -> Adapted:
     return all_attention(reader, native, sliding_window=None)
 
 
-def own_tokens(native: PretrainedConfig) -> dict[str, Any]:
+def own_tokens(native: PretrainedConfig) -> JsonObject:
     """Tokens of a family that has none where its file names none; Llama has 1 and 2."""
     return {name: getattr(native, name) for name in ("bos_token_id", "eos_token_id")}
 
@@ -60,7 +61,7 @@ def window_of(reader: Reader, native: PretrainedConfig) -> int | None:
 
 def all_attention(reader: Reader, native: PretrainedConfig, **own: Any) -> Adapted:
     """A Llama with the fields of `native`; keywords say where its family differs."""
-    fields: dict[str, Any] = {
+    fields: JsonObject = {
         name: value for name in _FIELDS if (value := getattr(native, name, None)) is not None
     }
     config = build_config(reader, HybridConfig, fields | own)

@@ -4,12 +4,12 @@ Both keep the tensors of a mixer in the layout our native mixers use, so only na
 """
 
 from dataclasses import asdict
-from typing import Any
 
 from mambactl.checkpoint.adapted import Adapted, build_config
 from mambactl.checkpoint.config_fields import SsmFields, StateSpacesFields, read_fields
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
+from mambactl.json_values import JsonObject
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.registry import with_settings
 from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
@@ -92,7 +92,7 @@ def _translated(
     return name
 
 
-def _transformers(reader: Reader) -> tuple[dict[str, Any], Settings]:
+def _transformers(reader: Reader) -> tuple[JsonObject, Settings]:
     from transformers import Mamba2Config, MambaConfig
 
     family = {"mamba": MambaConfig, "mamba2": Mamba2Config}[reader.config["model_type"]]
@@ -136,7 +136,7 @@ def _transformers(reader: Reader) -> tuple[dict[str, Any], Settings]:
     )
 
 
-def _original(reader: Reader) -> tuple[dict[str, Any], Settings]:
+def _original(reader: Reader) -> tuple[JsonObject, Settings]:
     config = read_fields(StateSpacesFields, reader.config, reader.path)
     for key in ("attn_layer_idx", "d_intermediate"):
         if value := getattr(config, key):

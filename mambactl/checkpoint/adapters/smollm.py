@@ -6,12 +6,13 @@ from mambactl.checkpoint.adapted import Adapted, build_config
 from mambactl.checkpoint.adapters.llama import all_attention, own_tokens, window_of
 from mambactl.checkpoint.reader import Reader
 from mambactl.errors import ModelError
+from mambactl.present import present
 
 
 def adapt(reader: Reader) -> Adapted:
     """All-attention config that names the layers without rotation."""
     native = build_config(reader, SmolLM3Config, reader.config)
-    rotated, layers = native.no_rope_layers, native.num_hidden_layers
+    rotated, layers = present(native.no_rope_layers), native.num_hidden_layers
     if len(rotated) < layers:
         raise ModelError(
             f"{reader.path} has no_rope_layers of {len(rotated)} layers, its config {layers}",

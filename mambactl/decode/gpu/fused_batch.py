@@ -15,6 +15,7 @@ from mambactl.decode.gpu.step import DEPTH
 from mambactl.decode.open_batch import Likely, RowRequest, Written
 from mambactl.decode.prompt_reading import ReadPrompt
 from mambactl.kernels.decode.reference.verdict import Finish, Letter
+from mambactl.present import present
 
 # steps in flight before the host waits for the oldest one's tokens
 LAG = 3
@@ -118,8 +119,8 @@ class FusedBatch:
             row.written += len(new)
             likely: list[Likely] | None = None
             if row.request.likely:
-                likely = flight.sent.likely.row(index, len(new))
-            finish = FINISHES.get(letter[Letter.FINISH])
+                likely = present(flight.sent.likely).row(index, len(new))
+            finish = FINISHES.get(Finish(letter[Letter.FINISH]))
             counts = letter[Letter.DRAFTED], letter[Letter.ACCEPTED]
             self.found.append(Written(row.name, new, likely, finish, *counts))
             if finish is not None:

@@ -26,6 +26,7 @@ from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Finish, Letter
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.session_size import SessionSize
+from mambactl.present import present
 
 K = int | Literal["auto"]
 
@@ -58,7 +59,8 @@ class FusedEngine:
     ):
         if (draft is None) != (k == 0):
             raise ValueError("a draft needs k >= 1 or auto, and k >= 1 needs a draft")
-        self.target, self.draft, self.k, self.ops = target, draft, k, ops
+        self.target, self.draft, self.ops = target, draft, ops
+        self.k: K = k
         self.most = max(CHOICES) if k == "auto" else k
         self.packed: tuple[PackedModel, PackedModel | str | None] | None = None
         self.positions = 0
@@ -95,7 +97,7 @@ class FusedEngine:
         self._pack(size.capacity)
         device = self.target.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            session = OpenSession(*self.packed, self.ops, size, eos)
+            session = OpenSession(*present(self.packed), self.ops, size, eos)
             session.prepare()
         return FusedBatch(session)
 
@@ -149,7 +151,9 @@ class FusedEngine:
             return Choice(session.time_steps(ks, sampled))
         model = isinstance(self.draft, HybridForCausalLM)
         if sampled:
-            share = _weights_read(self.draft) / _weights_read(self.target) if model else 0.0
+            share = 0.0
+            if isinstance(self.draft, HybridForCausalLM):
+                share = _weights_read(self.draft) / _weights_read(self.target)
             return LearnedChoice(ks, ExpectedTimes(share), model)
         times = self.times.setdefault(session.size, StepTimes())
         if model and not times.count(0):
@@ -173,7 +177,7 @@ class FusedEngine:
         # two batches' caches need not fit at the same time
         self.sessions.clear()
         self._pack(size.capacity)
-        session = Session(*self.packed, self.ops, size, self.prefixes)
+        session = Session(*present(self.packed), self.ops, size, self.prefixes)
         self.sessions[size.batch] = session
         return session
 

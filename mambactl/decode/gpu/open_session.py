@@ -22,6 +22,7 @@ from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.kernels.random import key_under
 from mambactl.models.cache import HybridCache
 from mambactl.models.session_size import SessionSize
+from mambactl.present import present
 
 # of a row that is greedy among others that are drawn
 MOST_LIKELY = (1.0, 1.0, 1.0)
@@ -127,7 +128,7 @@ class OpenSession:
         """Write a row that has read its prompt; it is active after `begin`."""
         self.target.put(row, prompt.target)
         if self.drafter is not None:
-            self.drafter.put(row, prompt.draft)
+            self.drafter.put(row, present(prompt.draft))
         b, length = self.batch, len(prompt.tokens)
         fields = {
             Field.LENGTH: length - 1, Field.BASE: length, Field.NEXT: length,
@@ -191,7 +192,8 @@ class OpenSession:
             whole = self.steps.get(self.size.batch)
             batch = self.batch.first(rows)
             target = Pass(self.target.weights, self.target.first(rows), self.ops)
-            drafter, draft_limit = self.draft, 0
+            drafter: Pass | str | None = self.draft if isinstance(self.draft, str) else None
+            draft_limit = 0
             if self.drafter is not None:
                 drafter = Pass(self.drafter.weights, self.drafter.first(rows), self.ops)
                 draft_limit = self.drafter.limit(rows)

@@ -46,7 +46,7 @@ class Reader:
         state: ModelState,
         batch: int,
         prefixes: Prefixes | None = None,
-        pool: object = None,
+        pool: "torch.cuda._POOL_HANDLE | None" = None,
     ):
         self.weights, self.state, self.batch = weights, state, batch
         self.prefixes, self.pool = prefixes, pool

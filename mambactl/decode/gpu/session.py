@@ -14,6 +14,7 @@ from mambactl.decode.shared_prefix import Prefixes
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.models.session_size import SessionSize
+from mambactl.present import present
 
 # steps of a timing
 TIMED_STEPS = 3
@@ -45,11 +46,14 @@ class Session:
         self.on_host = ops.on_host
         limit = 0 if ops.on_host else size.ring_limit(target.stores_every_step)
         self.limits = {"span": self.k + 1, "limit": limit, "draft_limit": 0}
-        self.target_weights, self.draft_weights = target, draft
+        self.target_weights = target
+        self.draft_weights = draft if isinstance(draft, PackedModel) else None
         self.target = _state(target, ops, size, self.k + 1)
         self.draft: ModelState | None = None
-        drafter: Pass | str | None = draft
-        if isinstance(draft, PackedModel):
+        drafter: Pass | str | None = None
+        if isinstance(draft, str):
+            drafter = draft
+        elif draft is not None:
             if not ops.on_host:
                 self.limits["draft_limit"] = size.ring_limit(draft.stores_every_step)
             self.draft = _state(draft, ops, size, 2)
@@ -69,8 +73,10 @@ class Session:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.reader = Reader(target, self.target, self.size, prefixes[0], self.pool)
         self.draft_reader: Reader | None = None
-        if self.draft is not None:
-            self.draft_reader = Reader(draft, self.draft, self.size, prefixes[1], self.pool)
+        if self.draft_weights is not None and self.draft is not None:
+            self.draft_reader = Reader(
+                self.draft_weights, self.draft, self.size, prefixes[1], self.pool
+            )
 
     def start(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[int], params: SamplingParams
@@ -81,7 +87,7 @@ class Session:
         """
         self.batch.start(prompts, keys, params)
         if self.draft_reader is not None:
-            last = len(self.draft_weights.table) - 1
+            last = len(present(self.draft_weights).table) - 1
             # the newest token of the target's it reads in its first pass
             self.draft_reader.read([[min(t, last) for t in prompt[:-1]] for prompt in prompts])
         self.step.begin(self.reader.read(prompts), sampled=not params.greedy)
@@ -174,7 +180,7 @@ class Session:
             tensor.copy_(copy)
         return {k: self.seconds[k, sampled] for k in ks}
 
-    def _seconds(self, step: Callable[[int], None], k: int) -> float:
+    def _seconds(self, step: Callable[[int], object], k: int) -> float:
         if self.device.type != "cuda":
             begin = time.perf_counter()
             step(k)

@@ -12,9 +12,9 @@ from mambactl.models.block import HybridBlock
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 from mambactl.models.packed import (
+    AnyPacked,
     LayerState,
     NotSupported,
-    PackedMixer,
     Rotations,
     stack,
     state_dtype,
@@ -30,7 +30,7 @@ class LayerWeights:
     """
 
     gain: Tensor | None  # [D]
-    mixer: PackedMixer
+    mixer: AnyPacked
     mlp_gain: Tensor | None  # [D]
     gate_up: Tensor | None  # [2 I, D]
     down: Tensor | None  # [D, I]
@@ -102,8 +102,9 @@ def _final_gain(inner: HybridModel) -> Tensor:
     return weight.data if factor == 1 else (weight.float() * factor).to(weight.dtype)
 
 
-def _layer(block: HybridBlock, mixer: PackedMixer) -> LayerWeights:
-    first, second, behind = block.first_norm.weight, None, ()
+def _layer(block: HybridBlock, mixer: AnyPacked) -> LayerWeights:
+    first: Tensor = block.first_norm.weight
+    second: Tensor | None = None
     gate_up, down = None, None
     if block.has_mlp:
         gate_up = stack([block.mlp.gate_proj, block.mlp.up_proj]).weight
@@ -113,8 +114,9 @@ def _layer(block: HybridBlock, mixer: PackedMixer) -> LayerWeights:
         )
         second = after.weight
     if block.post_norm:
-        first, second, behind = None, None, (first, second)
-    return LayerWeights(first, mixer, second, gate_up, down, behind)
+        behind = (first,) if second is None else (first, second)
+        return LayerWeights(None, mixer, None, gate_up, down, behind)
+    return LayerWeights(first, mixer, second, gate_up, down, ())
 
 
 @dataclass

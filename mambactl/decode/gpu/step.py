@@ -15,6 +15,7 @@ from mambactl.kernels.decode.reference.linear import read_plainly
 from mambactl.kernels.decode.reference.verdict import Field, Letter
 from mambactl.kernels.random import Stream, as_int64
 from mambactl.models.packed import LayerState, PassContext, Residual, Segment
+from mambactl.present import present
 
 # mailbox slots; the host may be this many steps behind
 DEPTH = 8
@@ -160,7 +161,7 @@ class Pass:
         if layer.down is None:
             return
         act = s.inner[: segment.rows * layer.down.shape[1]].view(segment.rows, -1)
-        self.ops.swiglu(s.scaled, s.squares, self.weights.eps, layer.gate_up, act)
+        self.ops.swiglu(s.scaled, s.squares, self.weights.eps, present(layer.gate_up), act)
         with self._adding(layer, 1, gain, s) as (stream, weight):
             self.ops.add_residual(
                 act, layer.down, None, stream.hidden, weight, stream.scaled, stream.squares
@@ -174,9 +175,9 @@ class Pass:
         writes it for: a stream of its own where a norm follows, which is then added.
         """
         if not layer.behind:
-            yield s, gain
+            yield s, present(gain)
             return
-        branch = replace(s, hidden=self.state.scratch.branch[: len(s.hidden)])
+        branch = replace(s, hidden=present(self.state.scratch.branch)[: len(s.hidden)])
         branch.hidden.zero_()
         yield branch, layer.behind[part]
         self.ops.add_normed(
@@ -263,7 +264,7 @@ class Step:
         b = self.batch
         drafted = None
         if k and isinstance(self.draft, Pass):
-            self._draft(k, sampled)
+            self._draft(self.draft, k, sampled)
         elif k:
             drafted = b.drafted
             torch.add(b.field(Field.LENGTH), 1, out=b.present)
@@ -297,7 +298,7 @@ class Step:
         )  # fmt: skip
         b.pinned.copy_(b.outbox, non_blocking=True)
 
-    def _draft(self, k: int, sampled: bool) -> None:
+    def _draft(self, model: Pass, k: int, sampled: bool) -> None:
         b = self.batch
         length, active = b.field(Field.LENGTH), b.field(Field.ACTIVE)
         base, stored = b.field(Field.DRAFT_BASE), b.field(Field.DRAFT_NEXT)
@@ -309,13 +310,13 @@ class Step:
             else:
                 segment = Segment(length, active, stored, stored, T=1, offset=i)
                 tokens = b.feed[:, 1 + i : 2 + i]
-            stream = self.draft.run(tokens, segment)
+            stream = model.run(tokens, segment)
             out = b.feed[:, 2 + i]
             if not sampled:
-                self.draft.best(stream, segment.T, True, out, self.draft_head)
+                model.best(stream, segment.T, True, out, present(self.draft_head))
                 continue
             one = self._drafted(i)
-            self.draft.logits(stream, segment.T, True, one.logits)
+            model.logits(stream, segment.T, True, one.logits)
             self.ops.filter_rows(one.logits, b.settings, one.threshold, one.log_mass)
             self.ops.draw_rows(
                 one.logits, b.settings, one.threshold, one.log_mass, b.keys,

@@ -115,7 +115,7 @@ class HarnessModel(HFLM):
                     texts[index] = text
             return texts
 
-    def _generate_alike(self, requests: Sequence[Any]) -> list[str]:
+    def _generate_alike(self, requests: Sequence[object]) -> list[str]:
         """Answers to requests that have the same options."""
         options = dict(normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks))
         if not self._ours or not options.keys() <= SAMPLING:

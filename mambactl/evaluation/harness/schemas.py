@@ -14,7 +14,7 @@ from typing import Any
 
 from mambactl.errors import UsageError
 
-Row = dict[str, Any]
+Row = dict[str, object]
 
 _GREEDY = {"do_sample": False, "temperature": 0.0}
 _EXACT_MATCH = {
@@ -25,7 +25,7 @@ _EXACT_MATCH = {
 }
 
 
-def _metrics(**higher_is_better: bool) -> list[dict[str, Any]]:
+def _metrics(**higher_is_better: bool) -> list[dict[str, object]]:
     return [
         {
             "metric": name,
@@ -110,7 +110,7 @@ _LAST_NUMBER = {
 _MARKED_NUMBER = {"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"}
 
 
-def _extraction(name: str, function: Mapping[str, Any]) -> dict[str, Any]:
+def _extraction(name: str, function: Mapping[str, object]) -> dict[str, object]:
     return {"name": name, "filter": [dict(function), {"function": "take_first"}]}
 
 
@@ -160,19 +160,19 @@ GEN_LINE = {
 }
 
 
-def _is_text(value: Any, _: Row) -> bool:
+def _is_text(value: object, _: Row) -> bool:
     return isinstance(value, str)
 
 
-def _is_filled_text(value: Any, _: Row) -> bool:
+def _is_filled_text(value: object, _: Row) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_texts(value: Any, _: Row) -> bool:
+def _is_texts(value: object, _: Row) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(x, str) and x for x in value)
 
 
-def _is_choice(value: Any, row: Row) -> bool:
+def _is_choice(value: object, row: Row) -> bool:
     # bool is an int to Python, but a file that says `true` means something else
     if not isinstance(value, int) or isinstance(value, bool):
         return False
@@ -205,7 +205,7 @@ class Schema:
 
     name: str
     columns: dict[str, Column]
-    config: dict[str, Any]
+    config: dict[str, object]
 
     @property
     def metrics(self) -> list[str]:
@@ -239,7 +239,7 @@ SOLUTION_SCHEMA = Schema("gen", {**_LM_COLUMNS, "answer": _FILLED}, GEN_SOLUTION
 _MARK = "#### "
 
 
-def schema_of(path: str, number: int, row: Any) -> Schema:
+def schema_of(path: str, number: int, row: object) -> Schema:
     """The schema whose columns a row has; UsageError names the row."""
     _check_object(path, number, row)
     for schema in SCHEMAS:
@@ -261,7 +261,7 @@ def as_in_harness(schema: Schema, name: str) -> Schema:
     return schema
 
 
-def _check_object(path: str, number: int, row: Any) -> None:
+def _check_object(path: str, number: int, row: object) -> None:
     if not isinstance(row, dict):
         raise UsageError(
             f"{path}, row {number}: holds a {type(row).__name__}, not an object",
@@ -269,7 +269,7 @@ def _check_object(path: str, number: int, row: Any) -> None:
         )
 
 
-def check_row(path: str, number: int, row: Any, schema: Schema) -> None:
+def check_row(path: str, number: int, row: object, schema: Schema) -> None:
     """Raise UsageError that names the row and what is wrong with it."""
     _check_object(path, number, row)
     if missing := [name for name in schema.columns if name not in row]:

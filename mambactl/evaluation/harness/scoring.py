@@ -45,7 +45,7 @@ class TaskScores:
 
     metrics: dict[str, dict[str, float]]
     table: str
-    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, object]]] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
     documents: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
 
@@ -55,11 +55,11 @@ class LocalConfigurableTask(ConfigurableTask):
 
     def __init__(self, task: LocalTask):
         super().__init__(config=task.config())
-        self.by_subject: dict[Any, list[dict[str, Any]]] = {}
+        self.by_subject: dict[Any, list[dict[str, object]]] = {}
         for row in task.pool.rows if task.pool is not None else ():
             self.by_subject.setdefault(row.get(SUBJECT), []).append(row)
 
-    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **options: Any) -> Any:
+    def fewshot_context(self, doc: dict[str, object], num_fewshot: int, **options: Any) -> Any:
         """The prompt of one row, as the harness makes it."""
         if len(self.by_subject) > 1 and num_fewshot:
             self.sampler.replace_df(self.by_subject[doc[SUBJECT]])
@@ -106,7 +106,7 @@ def score(
     return TaskScores(metrics, table, samples, groups, documents)
 
 
-def _by_document(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
+def _by_document(rows: Sequence[dict[str, object]]) -> dict[str, dict[int, float]]:
     """Numbers of every document by metric; some metrics have none before they are aggregated."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -117,7 +117,7 @@ def _by_document(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
     return found
 
 
-def _scores(entry: dict[str, Any]) -> dict[str, float]:
+def _scores(entry: dict[str, object]) -> dict[str, float]:
     return {
         plain_name(key): float(value)
         for key, value in entry.items()
@@ -144,10 +144,10 @@ def _tasks_blamed(
         ) from error
 
 
-def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> dict[str, Any]:
+def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> dict[str, object]:
     names = [task.name for task in wanted if task.local is None]
     manager = _manager(names, options.task_dir)
-    whole: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    whole: dict[str, object] = {"tasks": {}, "groups": {}, "group_map": {}}
     for task in wanted:
         if task.local is not None:
             part = manager.load([LocalConfigurableTask(task.local)])
@@ -166,7 +166,7 @@ def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> dict[str, Any]:
 
 def _load_named(
     manager: TaskManager, task: Wanted, options: HarnessOptions
-) -> dict[str, dict[str, Any]] | None:
+) -> dict[str, dict[str, object]] | None:
     """The tasks behind a name, None where the others go on without it."""
     try:
         part = manager.load([task.name])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class _Pairs:
 
 def compare_scores(
     ours: "TaskScores", theirs: "TaskScores", presets: Sequence[str], bootstrap: Bootstrap
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Compare two models by task: scores by its main metric (a preset's own), difference, interval.
 
     `mean` has the same of the mean over the tasks whose score is a mean over documents; documents
@@ -44,7 +44,7 @@ def compare_scores(
     paired = {name: each for name, each in pairs.items() if each.documents is not None}
     found = estimate([each.documents for each in paired.values()], mean_difference_of, bootstrap)
     intervals = dict(zip(paired, (each.interval for each in found.each), strict=True))
-    result: dict[str, Any] = {
+    result: dict[str, object] = {
         "confidence": bootstrap.confidence,
         "bootstrap": bootstrap.replicates,
         "resampled": "documents",
@@ -61,7 +61,7 @@ def compare_scores(
     return result
 
 
-def _numbers(scores: tuple[float, float], interval: list[float] | None) -> dict[str, Any]:
+def _numbers(scores: tuple[float, float], interval: list[float] | None) -> dict[str, object]:
     ours, theirs = scores
     return {"student": ours, "teacher": theirs, "difference": ours - theirs, "interval": interval}
 

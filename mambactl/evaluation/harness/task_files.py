@@ -39,7 +39,7 @@ def _refused(path: Path, what: str) -> UsageError:
     return UsageError(f"{path} {what}", _ALLOW)
 
 
-def _included(path: Path, content: Any) -> list[Path]:
+def _included(path: Path, content: object) -> list[Path]:
     """The files whose keys a task takes over."""
     named = content.get("include", []) if isinstance(content, dict) else []
     found = named if isinstance(named, list) else [named]
@@ -48,7 +48,7 @@ def _included(path: Path, content: Any) -> list[Path]:
     return [path.parent / name for name in found]
 
 
-def _code(content: Any) -> Iterator[str]:
+def _code(content: object) -> Iterator[str]:
     """Yield each value of a file that would run code other than the harness's own, or write."""
     import lm_eval.api.metrics  # noqa: F401
     from lm_eval.api.registry import metric_registry
@@ -71,7 +71,7 @@ def _code(content: Any) -> Iterator[str]:
             yield f"writes into {shown}"
 
 
-def _pairs(content: Any) -> Iterator[tuple[Any, Any]]:
+def _pairs(content: object) -> Iterator[tuple[Any, Any]]:
     """Every key and its value, at any depth, except in worked examples, whose keys are columns."""
     rest = [content]
     while rest:

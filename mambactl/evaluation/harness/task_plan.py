@@ -206,7 +206,7 @@ def _fingerprint(config: TaskOptions, source: str, max_length: int | None) -> st
     return f"{path.stem}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
 
 
-def write_samples(folder: Path, samples: dict[str, Sequence[dict[str, Any]]]) -> None:
+def write_samples(folder: Path, samples: dict[str, Sequence[dict[str, object]]]) -> None:
     """Write a file of requests and answers per task."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in samples.items():

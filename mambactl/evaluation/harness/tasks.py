@@ -53,7 +53,7 @@ class LocalTask:
     rows: list[Row]
     pool: Pool | None = None
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The configuration dict that lm-evaluation-harness builds the task from."""
         from datasets import Dataset
 

@@ -1,6 +1,6 @@
 """`eval --generation-agreement`: greedy texts of student and teacher behind the same prompts."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -55,7 +55,7 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
 
         return {self.name: read_prompts(config.generation_agreement)[: config.limit]}
 
-    def plan(self, inputs: Prompts | None) -> dict[str, Any]:
+    def plan(self, inputs: Prompts | None) -> dict[str, object]:
         """Number of prompts, for a dry run."""
         return {"prompts": len(inputs[self.name]) if inputs else 0}
 

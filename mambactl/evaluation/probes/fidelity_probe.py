@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from mambactl import console
 from mambactl.evaluation.probes.probe import (
@@ -20,7 +19,7 @@ from mambactl.evaluation.probes.probe import (
 from mambactl.metrics import AGREEMENT, KL, Metric, exact, signed, significant, span
 from mambactl.options.evaluation import EvalOptions, rows_per_pass
 
-Texts = dict[str, list[dict[str, Any]]]
+Texts = dict[str, list[dict[str, object]]]
 # whose means by position are shown
 BY_POSITION = (KL, AGREEMENT)
 
@@ -57,7 +56,7 @@ class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
         """Rows by data set."""
         return asked.texts
 
-    def plan(self, inputs: Texts | None) -> dict[str, Any]:
+    def plan(self, inputs: Texts | None) -> dict[str, object]:
         """Documents of every data set."""
         return {"documents": {name: len(rows) for name, rows in (inputs or {}).items()}}
 

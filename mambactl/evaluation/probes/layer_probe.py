@@ -1,7 +1,5 @@
 """`eval --per-layer`: the error of every new mixer, fed by the teacher."""
 
-from typing import Any
-
 from pydantic import Field
 
 from mambactl import console
@@ -104,5 +102,7 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
         """Put the errors where the other numbers of a model are."""
         for data, students in found.items():
             for name, errors in students.items():
-                section: dict[str, Any] = kept if name == STUDENT else kept.setdefault(AGAINST, {})
+                section: dict[str, object] = (
+                    kept if name == STUDENT else kept.setdefault(AGAINST, {})
+                )
                 section.setdefault(self.name, {})[data] = errors

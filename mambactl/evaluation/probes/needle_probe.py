@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -102,7 +102,7 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
             config.needle_texts,
         )
 
-    def plan(self, inputs: "Grid | None") -> dict[str, Any]:
+    def plan(self, inputs: "Grid | None") -> dict[str, object]:
         """Grid of lengths and depths, for a dry run."""
         return {} if inputs is None else {self.name: _about(inputs)}
 
@@ -234,7 +234,7 @@ def _show_ratios(subject: Subject, name: str, found: Numbers) -> None:
         console.log(f"in brackets: the teacher finds fewer than {share}, no part of the mean")
 
 
-def _about(grid: "Grid") -> dict[str, Any]:
+def _about(grid: "Grid") -> dict[str, object]:
     return {name: getattr(grid, name) for name in ABOUT}
 
 
@@ -243,7 +243,7 @@ def _packaged() -> list[str]:
 
 
 def keep_heatmap(
-    config: NeedleOptions, source: str, needle: Mapping[str, Any], models: Sequence[str],
+    config: NeedleOptions, source: str, needle: Mapping[str, object], models: Sequence[str],
     results: Path | None,
 ) -> Path | None:  # fmt: skip
     """Draw the needle beside `results`, or where `needle_plot` says; None where neither is."""

@@ -1,7 +1,7 @@
 """`eval --long-context-data`: perplexity and KL by position in long text."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -65,7 +65,7 @@ class PositionProbe(Probe[PositionOptions, Rows, Numbers]):
         asked.longest = max(asked.longest, config.position_length)
         return rows
 
-    def plan(self, inputs: Rows | None) -> dict[str, Any]:
+    def plan(self, inputs: Rows | None) -> dict[str, object]:
         """Rows of every data set."""
         if inputs is None:
             return {}

@@ -1,6 +1,6 @@
 """`eval --preferences`: preferences of a model, and its KL to the teacher on answers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -50,7 +50,7 @@ class PreferenceProbe(Probe[PreferenceOptions, "dict[str, PairSet]", "dict[str, 
             name: PairSet(found.pairs[: config.limit], found.bad) for name, found in sets.items()
         }
 
-    def plan(self, inputs: "dict[str, PairSet] | None") -> dict[str, Any]:
+    def plan(self, inputs: "dict[str, PairSet] | None") -> dict[str, object]:
         """Pairs of every set."""
         return {self.name: {name: found.counts() for name, found in (inputs or {}).items()}}
 

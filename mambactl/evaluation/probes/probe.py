@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 from mambactl import console, metrics
 from mambactl.errors import UsageError
@@ -25,7 +25,7 @@ STUDENT, AGAINST, TEACHER = "student", "against", "teacher"
 Options = TypeVar("Options", bound=EvalOptions)
 Inputs = TypeVar("Inputs")
 Found = TypeVar("Found")
-Numbers = dict[str, Any]
+Numbers = dict[str, object]
 # data set -> student, teacher or control -> numbers
 ByVariant = Mapping[str, Mapping[str, Numbers]]
 
@@ -59,7 +59,7 @@ class Asked:
         return Rules(vocabulary=size)
 
     @cached_property
-    def texts(self) -> dict[str, list[dict[str, Any]]]:
+    def texts(self) -> dict[str, list[dict[str, object]]]:
         """Rows of --data by data set."""
         from mambactl.data.sources import load_rows, set_names
 
@@ -155,7 +155,7 @@ class Probe(Generic[Options, Inputs, Found]):
     def match(self, config: Options, asked: Asked) -> None:
         """Refuse models that cannot be compared, now that the teacher is known."""
 
-    def plan(self, inputs: Inputs | None) -> dict[str, Any]:
+    def plan(self, inputs: Inputs | None) -> dict[str, object]:
         """Description of the probe in a dry run; `inputs` is None where it is not asked for."""
         return {}
 

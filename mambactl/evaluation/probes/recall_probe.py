@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -84,7 +84,7 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
         made = recall_probes(asked.tokenizer, config.recall, config.recall_rows, config.seed)
         return {rows.name: rows for rows in made}
 
-    def plan(self, inputs: "dict[str, Rows] | None") -> dict[str, Any]:
+    def plan(self, inputs: "dict[str, Rows] | None") -> dict[str, object]:
         """Rows, and what guessing would get."""
         made = (inputs or {}).items()
         return {
@@ -211,5 +211,5 @@ def _show_ratios(subject: Subject, found: Recalled) -> None:
     console.table(title, columns, lines)
 
 
-def _written(numbers: Mapping[str, Any], metric: Metric) -> tuple[str, str]:
+def _written(numbers: Mapping[str, object], metric: Metric) -> tuple[str, str]:
     return metric.shown(numbers), span(numbers["intervals"][metric.name], exact) or "-"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mambactl import console
 from mambactl.evaluation.harness.task_options import TaskNames, TaskOptions, TaskPrompts
@@ -60,7 +60,7 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
 
         return read(config, asked.source)
 
-    def plan(self, inputs: "TaskPlan | None") -> dict[str, Any]:
+    def plan(self, inputs: "TaskPlan | None") -> dict[str, object]:
         """Rows of every task."""
         return {self.name: {} if inputs is None else inputs.rows()}
 

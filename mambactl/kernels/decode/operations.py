@@ -53,14 +53,17 @@ class DecodeOps(Protocol):
 
     def square_pieces(self, rows: int, width: int) -> int:
         """Columns of `squares` for a pass of that many rows."""
+        ...
 
     def best_pieces(self, rows: int, vocabulary: int) -> int:
         """Columns of `best` for that many rows of the head."""
+        ...
 
     def scratch(
         self, rows: int, batch: int, kv_heads: int, group: int, width: int, splits: int
     ) -> tuple[int, int]:
         """Elements of attention's `partial` and `counter`."""
+        ...
 
     def embed(
         self, tokens: Tensor, table: Tensor, gain: Tensor, hidden: Tensor, scaled: Tensor,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mambactl.kernels import dispatch
@@ -17,7 +16,13 @@ from mambactl.kernels.reference import attention_weights
 from mambactl.models.cache import AttentionCache, WindowedCache
 from mambactl.models.mixers.modules import is_its_weight
 from mambactl.models.mixers.sizes import AttentionSizes
-from mambactl.models.mixers.spec import AttentionWeights, MixerCost, MixerSpec, StepContext
+from mambactl.models.mixers.spec import (
+    AttentionWeights,
+    DecoderConfig,
+    MixerCost,
+    MixerSpec,
+    StepContext,
+)
 from mambactl.models.packed import (
     AttentionState,
     PassContext,
@@ -28,6 +33,7 @@ from mambactl.models.packed import (
     stack,
 )
 from mambactl.models.session_size import StateSize
+from mambactl.present import present
 
 # submodules that decide where attention looks
 LOOKUP = ("q_proj", "k_proj", "q_norm", "k_norm")
@@ -41,8 +47,8 @@ class RMSNorm(LlamaRMSNorm):
         return dispatch.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-class AttentionMixer(nn.Module):
-    """softmax(q k^T / sqrt(P)) v over the keys the context's mask allows.
+class AttentionHeads(nn.Module):
+    """Projections of an attention, and its queries, keys and values by heads.
 
     All heads of the model, or `kv_heads` of its KV heads with the query heads that share them;
     where other heads stand beside these, `output_bias` says who has the bias of their sum.
@@ -50,7 +56,7 @@ class AttentionMixer(nn.Module):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         kv_heads: int | None = None,
         output_bias: bool = True,
         rotated: bool = True,
@@ -73,7 +79,76 @@ class AttentionMixer(nn.Module):
         self.joint_norm = config.qk_norm == "all"
         widths = [inner, shared] if self.joint_norm else [self.head_dim] * 2
         norms = [RMSNorm(width, config.rms_norm_eps) for width in widths if config.qk_norm]
-        self.q_norm, self.k_norm = norms or (None, None)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if norms:
+            self.q_norm, self.k_norm = norms
+
+    @property
+    def head_norms(self) -> tuple[RMSNorm, ...]:
+        """Norms of queries and of keys, or none."""
+        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+
+    @property
+    def dropped(self) -> float:
+        """Dropout rate of the attention weights, 0 outside of training."""
+        return self.dropout if self.training else 0.0
+
+    def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
+        """Queries and keys, normed and rotated, and values [B, H or Hk, T, P]."""
+        projected = self._project(hidden, whole)
+        if self.joint_norm:
+            projected = [*self._normed_jointly(projected[:2], context), projected[2]]
+        *parts, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
+        if self.head_norms and not self.joint_norm:
+            parts = [norm(t) for norm, t in zip(self.head_norms, parts, strict=True)]
+        if self.rotated:
+            cos, sin = (t.unsqueeze(1) for t in context.angles)  # [B, 1, T, P]
+            # under autocast the rotation is fp32
+            parts = [dispatch.rotated(t, cos, sin).to(v.dtype) for t in parts]
+        if len(parts) == 1:
+            heads = v.shape[1]
+            parts = parts[0].split([parts[0].shape[1] - heads, heads], 1)
+        q, k = parts
+        return q if self.query_factor == 1 else q * self.query_factor, k, v
+
+    def _normed_jointly(self, raw: Sequence[Tensor], context: StepContext) -> list[Tensor]:
+        """Queries and keys [B, T, H P] under norms of all heads.
+
+        The context says how large those are that stand beside these.
+        """
+        norms = self.head_norms
+        if context.head_squares is None:
+            return [norm(t) for norm, t in zip(norms, raw, strict=True)]
+        return [
+            kernels.norm_by(t, mean, norm.weight, norm.variance_epsilon)
+            for t, norm, mean in zip(raw, norms, context.head_squares, strict=True)
+        ]
+
+    def head_squares(self, hidden: Tensor) -> Tensor:
+        """Sums of squares [2, B, T, 1] of queries and of keys before their norms."""
+        raw = (self.q_proj(hidden), self.k_proj(hidden))
+        kind = kernels.state_dtype(hidden)
+        return torch.stack([t.to(kind).square().sum(-1, keepdim=True) for t in raw])
+
+    def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
+        """Queries, keys and values; with `whole` queries and keys next to each other.
+
+        All are one product then, which a whole row fills better.
+        """
+        parts = self.q_proj, self.k_proj, self.v_proj
+        plain = not self.head_norms and all(is_its_weight(part) for part in parts)
+        if not whole or not plain or len({part.bias is None for part in parts}) > 1:
+            return tuple(part(hidden) for part in parts)
+        if self.v_proj.weight.requires_grad and not self.q_proj.weight.requires_grad:
+            # a gradient of all rows would be made for those of v
+            return _joint(hidden, parts[:2]), self.v_proj(hidden)
+        rows = [self.q_proj.out_features + self.k_proj.out_features, self.v_proj.out_features]
+        return _joint(hidden, parts).split(rows, -1)
+
+
+class AttentionMixer(AttentionHeads):
+    """softmax(q k^T / sqrt(P)) v over the keys the context's mask allows."""
 
     def forward(self, hidden: Tensor, context: StepContext, cache: AttentionCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
@@ -94,64 +169,6 @@ class AttentionMixer(nn.Module):
             return y.transpose(1, 2).flatten(2)
         y = dispatch.attention(q, k, v, context.mask, context.spans, self.dropped)
         return y.flatten(2)  # of [B, T, H, P]
-
-    @property
-    def dropped(self) -> float:
-        """Dropout rate of the attention weights, 0 outside of training."""
-        return self.dropout if self.training else 0.0
-
-    def _heads(self, hidden: Tensor, context: StepContext, whole: bool) -> tuple[Tensor, ...]:
-        """Queries and keys, normed and rotated, and values [B, H or Hk, T, P]."""
-        projected = self._project(hidden, whole)
-        if self.joint_norm:
-            projected = [*self._normed_jointly(projected[:2], context), projected[2]]
-        *parts, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
-        if self.q_norm is not None and not self.joint_norm:
-            norms = self.q_norm, self.k_norm
-            parts = [norm(t) for norm, t in zip(norms, parts, strict=True)]
-        if self.rotated:
-            cos, sin = (t.unsqueeze(1) for t in context.rotary)  # [B, 1, T, P]
-            # under autocast the rotation is fp32
-            parts = [dispatch.rotated(t, cos, sin).to(v.dtype) for t in parts]
-        if len(parts) == 1:
-            heads = v.shape[1]
-            parts = parts[0].split([parts[0].shape[1] - heads, heads], 1)
-        q, k = parts
-        return q if self.query_factor == 1 else q * self.query_factor, k, v
-
-    def _normed_jointly(self, raw: Sequence[Tensor], context: StepContext) -> list[Tensor]:
-        """Queries and keys [B, T, H P] under norms of all heads.
-
-        The context says how large those are that stand beside these.
-        """
-        norms = self.q_norm, self.k_norm
-        if context.head_squares is None:
-            return [norm(t) for norm, t in zip(norms, raw, strict=True)]
-        return [
-            kernels.norm_by(t, mean, norm.weight, norm.variance_epsilon)
-            for t, norm, mean in zip(raw, norms, context.head_squares, strict=True)
-        ]
-
-    def head_squares(self, hidden: Tensor) -> Tensor:
-        """Sums of squares [2, B, T, 1] of queries and of keys before their norms."""
-        raw = (self.q_proj(hidden), self.k_proj(hidden))
-        kind = kernels.state_dtype(hidden)
-        return torch.stack([t.to(kind).square().sum(-1, keepdim=True) for t in raw])
-
-    def _project(self, hidden: Tensor, whole: bool) -> tuple[Tensor, ...]:
-        """Queries, keys and values; with `whole` queries and keys next to each other.
-
-        All are one product then, which a whole row fills better.
-        """
-        parts = self.q_proj, self.k_proj, self.v_proj
-        plain = self.q_norm is None and all(is_its_weight(part) for part in parts)
-        if not whole or not plain or len({part.bias is None for part in parts}) > 1:
-            return tuple(part(hidden) for part in parts)
-        if self.v_proj.weight.requires_grad and not self.q_proj.weight.requires_grad:
-            # a gradient of all rows would be made for those of v
-            return _joint(hidden, parts[:2]), self.v_proj(hidden)
-        rows = [self.q_proj.out_features + self.k_proj.out_features, self.v_proj.out_features]
-        return _joint(hidden, parts).split(rows, -1)
 
 
 def _joint(hidden: Tensor, parts: Sequence[nn.Linear]) -> Tensor:
@@ -176,7 +193,7 @@ class PackedAttention:
     width: int
     window: int
     sinks: int = 0
-    norms: tuple[Tensor, ...] = ()
+    norms: tuple[Tensor, Tensor] | tuple[()] = ()
     joint_norm: bool = False
     eps: float = 0.0
     query_factor: float = 1.0
@@ -218,7 +235,7 @@ class PackedAttention:
         if cache.keys is not None:
             slots = min(cache.keys.shape[2], state.keys.shape[2])
             state.keys[:, :, :slots] = cache.keys[:, :, :slots]
-            state.values[:, :, :slots] = cache.values[:, :, :slots]
+            state.values[:, :, :slots] = present(cache.values)[:, :, :slots]
         cache.keys, cache.values = state.keys, state.values
 
     def load(self, state: AttentionState, cache: AttentionCache, lengths: Tensor) -> None:
@@ -235,7 +252,8 @@ class PackedAttention:
         index = slot_of(position.clamp(min=0), sinks, cache.room)[:, None, :, None]
         rows = len(lengths)
         for ours, theirs in ((state.keys, cache.keys), (state.values, cache.values)):
-            taken = theirs.gather(2, index.expand(-1, theirs.shape[1], -1, theirs.shape[3]))
+            held = present(theirs)
+            taken = held.gather(2, index.expand(-1, held.shape[1], -1, held.shape[3]))
             ours[:rows] = taken.masked_fill(~there[:, None, :, None], 0)
 
     def run(
@@ -276,7 +294,7 @@ class PackedAttention:
 
 def projected_rotation(context: PassContext, part: PackedAttention) -> tuple[Tensor, Tensor]:
     """Rotation of queries and keys where they are projected."""
-    rotations = context.rotations
+    rotations = present(context.rotations)
     return rotations.of_heads if part.rotated and not part.settles else rotations.none
 
 
@@ -290,18 +308,21 @@ def settle(
     part = parts[0]
     if not part.settles:
         return
+    rotation = present(context.rotations).of_heads if part.rotated else None
     context.ops.settle_heads(
         arguments, [each.norms for each in parts if each.norms], part.eps, part.query_factor,
-        context.rotations.of_heads if part.rotated else None, at.start, at.active, at.T, T=at.T,
-        offset=at.offset, joint=part.joint_norm,
+        rotation, at.start, at.active, at.T, T=at.T, offset=at.offset, joint=part.joint_norm,
     )  # fmt: skip
 
 
 def pack_attention(
-    mixer: AttentionMixer, config: LlamaConfig, window: int, sinks: int = 0
+    mixer: AttentionHeads, config: DecoderConfig, window: int, sinks: int = 0
 ) -> PackedAttention:
     """Stack the projections of an attention for decode passes."""
-    norms = () if mixer.q_norm is None else (mixer.q_norm.weight, mixer.k_norm.weight)
+    norms = ()
+    if mixer.head_norms:
+        of_queries, of_keys = mixer.head_norms
+        norms = of_queries.weight, of_keys.weight
     return PackedAttention(
         qkv=stack([mixer.q_proj, mixer.k_proj, mixer.v_proj]),
         out=Projection(mixer.o_proj.weight, mixer.o_proj.bias),
@@ -318,28 +339,30 @@ def pack_attention(
     )
 
 
-def weights_of(mixer: AttentionMixer, norm: Tensor) -> AttentionWeights:
+def weights_of(mixer: AttentionHeads, norm: Tensor) -> AttentionWeights:
     """The projections of an attention, and the rms `norm` [D] of what it reads."""
     parts = {name: getattr(mixer, f"{name}_proj") for name in "qkvo"}
     biases = {name: part.bias for name, part in parts.items() if part.bias is not None}
     weights = {name: part.weight for name, part in parts.items()}
-    norms = {} if mixer.q_norm is None else {"q": mixer.q_norm.weight, "k": mixer.k_norm.weight}
+    norms: dict[str, Tensor] = {
+        n: norm.weight for n, norm in zip("qk", mixer.head_norms, strict=False)
+    }
     score = mixer.query_factor
     return AttentionWeights(**weights, norm=norm, biases=biases, head_norms=norms, score=score)
 
 
-def copy_attention(mixer: AttentionMixer, attention: AttentionWeights) -> None:
+def copy_attention(mixer: AttentionHeads, attention: AttentionWeights) -> None:
     """Give an attention the weights of the one that it was made from."""
     for name in "qkvo":
         projection = getattr(mixer, f"{name}_proj")
         projection.weight.copy_(getattr(attention, name))
         if projection.bias is not None:
-            projection.bias.copy_(attention.biases[name])
+            projection.bias.copy_(present(attention.biases)[name])
     for name, weight in (attention.head_norms or {}).items():
         getattr(mixer, f"{name}_norm").weight.copy_(weight)
 
 
-def attention_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None) -> MixerCost:
+def attention_cost(config: DecoderConfig, seen: float, kv_heads: int | None = None) -> MixerCost:
     """Operations of an attention, or of `kv_heads` of it, whose queries see `seen` keys."""
     kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
     width, shared = config.hidden_size, kv_heads * config.head_dim
@@ -347,7 +370,7 @@ def attention_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None
     return MixerCost(2 * width * (inner + 2 * shared), 2 * inner * width, 4 * inner * seen)
 
 
-def kept_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None) -> MixerCost:
+def kept_cost(config: DecoderConfig, seen: float, kv_heads: int | None = None) -> MixerCost:
     """Cost of heads whose queries and keys are kept: the part that makes them counts as lookup."""
     cost = attention_cost(config, seen, kv_heads)
     kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
@@ -355,7 +378,7 @@ def kept_cost(config: LlamaConfig, seen: float, kv_heads: int | None = None) -> 
     return replace(cost, lookup=cost.entrance - values)
 
 
-class AttentionSpec(AttentionSizes, MixerSpec[None]):
+class AttentionSpec(AttentionSizes, MixerSpec[None, AttentionMixer]):
     """Attention over all of the past, or the sliding window of the model."""
 
     in_granite = True
@@ -370,7 +393,7 @@ class AttentionSpec(AttentionSizes, MixerSpec[None]):
         "o_proj": "rowwise",
     }
 
-    def module(self, config: LlamaConfig, settings: None, rotated: bool = True) -> AttentionMixer:
+    def module(self, config: DecoderConfig, settings: None, rotated: bool = True) -> AttentionMixer:
         """The module of one layer."""
         return AttentionMixer(config, rotated=rotated)
 
@@ -378,11 +401,11 @@ class AttentionSpec(AttentionSizes, MixerSpec[None]):
         """An empty cache of keys and values."""
         return AttentionCache()
 
-    def cost(self, config: LlamaConfig, settings: None, length: int) -> MixerCost:
+    def cost(self, config: DecoderConfig, settings: None, length: int) -> MixerCost:
         """Operations per token; attention counts the causal half of its scores."""
         return kept_cost(config, min(length / 2, config.sliding_window or length))
 
-    def kv_read(self, config: LlamaConfig, settings: None, context: int) -> int:
+    def kv_read(self, config: DecoderConfig, settings: None, context: int) -> int:
         """Numbers of keys and values that a step behind `context` tokens reads."""
         seen = min(context, config.sliding_window or context)
         return seen * self.kv_elements(config, settings)
@@ -390,7 +413,7 @@ class AttentionSpec(AttentionSizes, MixerSpec[None]):
     def pack(
         self,
         mixer: AttentionMixer,
-        config: LlamaConfig,
+        config: DecoderConfig,
         settings: None,
         rotations: Rotations | None,
     ) -> PackedAttention:

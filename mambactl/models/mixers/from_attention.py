@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mambactl.models.mixers.spec import AttentionWeights, HeadFit
+from mambactl.present import present
 
 # argument of SiLU whose value is 1
 UNIT_GATE = 1.2784645
@@ -48,14 +49,23 @@ class InputRows(Protocol):
     @property
     def in_rows(self) -> tuple[int, ...]:
         """Rows of z, x, B, C and dt."""
+        ...
+
+    @property
+    def d_conv(self) -> int: ...
 
 
 class ReplacingMixer(Protocol):
     """A Mamba mixer in the form that attention is copied into."""
 
-    sizes: InputRows
     in_proj: nn.Linear
     out_proj: nn.Linear
+
+    @property
+    def sizes(self) -> InputRows: ...
+
+    @property
+    def conv1d(self) -> nn.Conv1d: ...
 
 
 def sections(mixer: ReplacingMixer) -> dict[str, slice]:
@@ -90,7 +100,7 @@ def draw_defaults(mixer: ReplacingMixer, generator: torch.Generator) -> None:
     rows, width = sections(mixer), mixer.in_proj.weight.shape[1]
     for section in ("z", "dt"):
         uniform_(mixer.in_proj.weight[rows[section]], width**-0.5, generator)
-    for parameter in (mixer.conv1d.weight, mixer.conv1d.bias):
+    for parameter in (mixer.conv1d.weight, present(mixer.conv1d.bias)):
         uniform_(parameter, mixer.sizes.d_conv**-0.5, generator)
 
 
@@ -100,7 +110,7 @@ def open_gate(mixer: ReplacingMixer) -> dict[str, slice]:
     mixer.in_proj.weight[rows["z"]] = 0
     mixer.in_proj.bias[rows["z"]] = UNIT_GATE
     mixer.conv1d.weight.zero_()
-    mixer.conv1d.bias.zero_()
+    present(mixer.conv1d.bias).zero_()
     return rows
 
 

@@ -13,7 +13,6 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from mambactl.errors import ModelError
 from mambactl.kernels import dispatch
@@ -27,6 +26,7 @@ from mambactl.models.mixers.sizes import Mamba1Sizes
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
+    DecoderConfig,
     HeadFit,
     MixerCost,
     MixerForm,
@@ -46,6 +46,7 @@ from mambactl.models.packed import (
     state_dtype,
 )
 from mambactl.models.session_size import StateSize
+from mambactl.present import present
 
 # operations per state element: those of Mamba-2, and every channel's own exponential
 STATE_OPERATIONS = 7
@@ -58,7 +59,10 @@ SMALL_SCORE = 0.01
 class Mamba1Mixer(KeepsFloat32):
     """Recurrent mixer with one decay per channel and state index."""
 
-    def __init__(self, config: LlamaConfig, settings: Mamba1Settings):
+    A_log: nn.Parameter  # [Ch, N]
+    D: nn.Parameter  # [Ch]
+
+    def __init__(self, config: DecoderConfig, settings: Mamba1Settings):
         super().__init__()
         self.sizes = s = settings
         self.in_proj = nn.Linear(config.hidden_size, sum(s.in_rows), bias=s.proj_bias)
@@ -93,7 +97,7 @@ class Mamba1Mixer(KeepsFloat32):
             cache.start(state, raw.new_zeros(batch, s.d_conv - 1, s.d_inner))
         previous = None
         if cache is not None:
-            previous = cache.conv_inputs(context.cursor, self.sizes.d_conv - 1)
+            previous = cache.conv_inputs(context.at, self.sizes.d_conv - 1)
         x = self.conv1d(raw, previous, context.seq_idx, context.sequential)  # [B, T, Ch]
         dt, B, C = self._selection(x, projected)
         y = self._recur(raw, previous, x, dt, B, C, context, cache)
@@ -111,7 +115,7 @@ class Mamba1Mixer(KeepsFloat32):
         """Repeat pieces of `repeat_width` channels to d_inner: grouped queries share x and B."""
         s = self.sizes
         pieces = t.unflatten(-1, (-1, s.repeat_width))
-        return pieces.repeat_interleave(s.d_inner // s.x_dim, dim=-2).flatten(-2)
+        return pieces.repeat_interleave(s.d_inner // s.pair_dim, dim=-2).flatten(-2)
 
     def _selection(self, x: Tensor, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """dt [B, T, Ch] after softplus, B and C [B, T, G, N]."""
@@ -140,11 +144,11 @@ class Mamba1Mixer(KeepsFloat32):
             return dispatch.selective_scan(x, dt, A, B, C, None, context.seq_idx)[0]
         step = kernels.bind(kernels.selective_step, A)
         if context.sequential:
-            return cache.step_through(step, context.cursor, raw, (x, dt, B), C)
-        state = cache.live_state(step, context.cursor)
+            return cache.step_through(step, context.at, raw, (x, dt, B), C)
+        state = cache.live_state(step, context.at)
         x, dt, B = kernels.mask_records((x, dt, B), context.n_new)
         y, state = dispatch.selective_scan(x, dt, A, B, C, state, context.seq_idx)
-        cache.replace(kernels.latest_inputs(raw, previous, context.n_new), state)
+        cache.replace(kernels.latest_inputs(raw, present(previous), context.n_new), state)
         return y
 
 
@@ -170,7 +174,7 @@ class PackedMamba1(PackedRecurrence):
         found = torch.arange(self.sizes.d_inner)
         if not self.sizes.native:
             source = spread(self.sizes.d_inner, self.piece, self.repeat)
-            first = torch.zeros(self.sizes.x_dim, dtype=torch.long)
+            first = torch.zeros(self.sizes.pair_dim, dtype=torch.long)
             # written from the end, so that the first channel with a source wins
             found = first.scatter(0, source.flip(0), found.flip(0))
         return found.to(self.D.device)
@@ -179,12 +183,13 @@ class PackedMamba1(PackedRecurrence):
         """Empty rings and state."""
         s = self.sizes
         raw, *rest = (like.new_zeros(size.batch, size.slots, width) for width in s.ring_widths)
+        mixed, low = rest or (None, None)
         state = like.new_zeros(size.batch, s.d_inner, s.d_state, dtype=state_dtype(like))
-        return RecurrentState(raw, state, *rest)
+        return RecurrentState(raw, state, mixed, low)
 
     def load(self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor) -> None:
         """Take over the state and the newest inputs of the convolution."""
-        load_ring(state, cache.live, cache.inputs[..., self.ring_source], lengths)
+        load_ring(state, present(cache.live), present(cache.inputs)[..., self.ring_source], lengths)
 
     def run(
         self,
@@ -196,27 +201,35 @@ class PackedMamba1(PackedRecurrence):
     ) -> None:
         """Add the mixer's output to the stream."""
         ops, at = context.ops, segment
-        where = {"T": at.T, "offset": at.offset}
         mixed = s.mixed[: at.rows * self.activations].view(at.rows, -1)
         z = s.wide[: at.rows * self.sizes.d_inner].view(at.rows, -1)
-        conv = None if state.mixed is None else (self.conv.weight, self.conv.bias, state.mixed)
+        conv = (
+            None
+            if state.mixed is None
+            else (self.conv.weight, present(self.conv.bias), state.mixed)
+        )
         ops.project(
             s.scaled, s.squares, context.eps, self.inner.weight, self.inner.bias, z, state.ring,
-            at.start, at.active, at.T, ring_lo=self.ring_lo, conv=conv, **where,
+            at.start, at.active, at.T, ring_lo=self.ring_lo, conv=conv, T=at.T,
+            offset=at.offset,
         )  # fmt: skip
         if self.low is not None:
-            ops.mamba1_low(state.mixed, self.low, state.low, at.start, at.active, at.T, **where)
+            ops.mamba1_low(
+                present(state.mixed), self.low, present(state.low), at.start, at.active, at.T,
+                T=at.T, offset=at.offset,
+            )  # fmt: skip
         ops.mamba1(
-            state.ring, state.mixed, state.low, z, state.state, self.conv.weight, self.conv.bias,
-            self.dt.weight, self.dt.bias, self.A, self.D, mixed, at.start, at.active, at.base,
-            at.base_next, at.T, piece=self.piece, repeat=self.repeat, **where,
+            state.ring, state.mixed, state.low, z, state.state, self.conv.weight,
+            present(self.conv.bias), self.dt.weight,
+            present(self.dt.bias), self.A, self.D, mixed, at.start, at.active, at.base,
+            at.base_next, at.T, piece=self.piece, repeat=self.repeat, T=at.T, offset=at.offset,
         )  # fmt: skip
         out = self.out
         ops.add_residual(mixed, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)
 
 
 def mamba1_from_attention(
-    config: LlamaConfig, repeat_width: int, proj_bias: bool
+    config: DecoderConfig, repeat_width: int, proj_bias: bool
 ) -> Mamba1Settings:
     """Per-channel decays with 16 states; B and x from KV heads, C from query heads."""
     return Mamba1Settings(
@@ -238,7 +251,7 @@ def head_shape(mixer: Mamba1Mixer, attention: AttentionWeights) -> tuple[int, in
 def write_fit(mixer: Mamba1Mixer, attention: AttentionWeights, fit: HeadFit) -> None:
     """Write a fit into taps, dt, decay and skip of a neutral mixer."""
     heads, head_dim = head_shape(mixer, attention)
-    repeat = heads // (mixer.sizes.x_dim // head_dim)
+    repeat = heads // (mixer.sizes.pair_dim // head_dim)
     # fp32 x needs no norm behind it, so taps carry only the linear range
     tap = start.LINEAR_RANGE / attention.rms("v", head_dim)
     tap = tap.repeat_interleave(repeat)  # [H]
@@ -271,7 +284,7 @@ def head_basis(
     return mix
 
 
-class Mamba1Spec(Mamba1Sizes, MixerSpec[Mamba1Settings]):
+class Mamba1Spec(Mamba1Sizes, MixerSpec[Mamba1Settings, Mamba1Mixer]):
     """Mamba-1, in the form of attention or native."""
 
     title = "Mamba-1 mixer"
@@ -281,7 +294,7 @@ class Mamba1Spec(Mamba1Sizes, MixerSpec[Mamba1Settings]):
         """An empty cache of one layer."""
         return RecurrentCache()
 
-    def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> Mamba1Settings:
+    def from_attention(self, config: DecoderConfig, form: MixerForm, index: int) -> Mamba1Settings:
         """Sizes in the place of the attention of layer `index`; ModelError for odd head sizes."""
         if config.head_dim % PAIRED:
             raise ModelError(
@@ -333,7 +346,7 @@ class Mamba1Spec(Mamba1Sizes, MixerSpec[Mamba1Settings]):
         """Write a fit into taps, dt, decay and skip of a neutral mixer."""
         write_fit(mixer, attention, fit)
 
-    def cost(self, config: LlamaConfig, settings: Mamba1Settings, length: int) -> MixerCost:
+    def cost(self, config: DecoderConfig, settings: Mamba1Settings, length: int) -> MixerCost:
         """Operations per token; the recurrence counts what its equation needs."""
         s, width = settings, config.hidden_size
         selected = s.d_inner * (s.dt_rank + 2 * s.d_state) if s.native else 0
@@ -344,7 +357,7 @@ class Mamba1Spec(Mamba1Sizes, MixerSpec[Mamba1Settings]):
     def pack(
         self,
         mixer: Mamba1Mixer,
-        config: LlamaConfig,
+        config: DecoderConfig,
         settings: Mamba1Settings,
         rotations: Rotations | None,
     ) -> PackedMamba1:
@@ -361,5 +374,5 @@ class Mamba1Spec(Mamba1Sizes, MixerSpec[Mamba1Settings]):
             sizes=s,
             ring_lo=0 if s.native else s.d_inner,
             piece=s.d_inner if s.native else s.repeat_width,
-            repeat=1 if s.native else s.d_inner // s.x_dim,
+            repeat=1 if s.native else s.d_inner // s.pair_dim,
         )

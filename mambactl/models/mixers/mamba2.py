@@ -12,7 +12,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from mambactl.errors import UsageError
 from mambactl.kernels import dispatch
@@ -27,6 +26,7 @@ from mambactl.models.mixers.sizes import Mamba2Sizes
 from mambactl.models.mixers.spec import (
     AttentionWeights,
     Basis,
+    DecoderConfig,
     HeadFit,
     MixerCost,
     MixerForm,
@@ -34,6 +34,7 @@ from mambactl.models.mixers.spec import (
     StepContext,
 )
 from mambactl.models.packed import Projection, Rotations, packed_conv
+from mambactl.present import present
 
 # columns: 16 bytes of bf16
 ALIGNED = 8
@@ -57,7 +58,11 @@ class GatedRMSNorm(nn.Module):
 class Mamba2Mixer(KeepsFloat32):
     """Recurrent replacement of attention with one scalar decay per head."""
 
-    def __init__(self, config: LlamaConfig, settings: Mamba2Settings):
+    A_log: nn.Parameter  # [H]
+    D: nn.Parameter  # [H]
+    dt_bias: nn.Parameter  # [H]
+
+    def __init__(self, config: DecoderConfig, settings: Mamba2Settings):
         super().__init__()
         self.sizes = s = settings
         self.in_proj = nn.Linear(config.hidden_size, sum(s.in_rows), bias=s.proj_bias)
@@ -102,12 +107,12 @@ class Mamba2Mixer(KeepsFloat32):
             self._start(cache, hidden, raw)
         previous = None
         if cache is not None:
-            previous = cache.conv_inputs(context.cursor, s.d_conv - 1)
+            previous = cache.conv_inputs(context.at, s.d_conv - 1)
         # [B, T, conv_dim]
         mixed = self.conv1d(raw, previous, context.seq_idx, context.sequential)
         x, B, C = self._split(mixed)
         if s.rotary:
-            B, C = (dispatch.rotate_states(t, context.rotary) for t in (B, C))
+            B, C = (dispatch.rotate_states(t, context.angles) for t in (B, C))
         y = self._recur(raw, previous, x, dt, B, C, context, cache)
         return self.norm(y, z, x, self.D, rounded)
 
@@ -181,11 +186,11 @@ class Mamba2Mixer(KeepsFloat32):
             return dispatch.ssd(x, dt, A, B, C, None, context.seq_idx, chunk)[0]
         step = kernels.bind(self._step, A)
         if context.sequential:
-            return cache.step_through(step, context.cursor, raw, (x, dt, B), C)
-        state = cache.live_state(step, context.cursor)
+            return cache.step_through(step, context.at, raw, (x, dt, B), C)
+        state = cache.live_state(step, context.at)
         x, dt, B = kernels.mask_records((x, dt, B), context.n_new)
         y, state = dispatch.ssd(x, dt, A, B, C, state, context.seq_idx, chunk)
-        cache.replace(kernels.latest_inputs(raw, previous, context.n_new), state)
+        cache.replace(kernels.latest_inputs(raw, present(previous), context.n_new), state)
         return y
 
     def _step(
@@ -195,7 +200,7 @@ class Mamba2Mixer(KeepsFloat32):
 
 
 def mamba2_from_attention(
-    config: LlamaConfig, proj_bias: bool, rotary: bool = False, kv_heads: int | None = None
+    config: DecoderConfig, proj_bias: bool, rotary: bool = False, kv_heads: int | None = None
 ) -> Mamba2Settings:
     """One SSM head per query head with a square state, x and B from KV heads (2408.15237, 2.2).
 
@@ -233,7 +238,7 @@ def write_fit(mixer: Mamba2Mixer, attention: AttentionWeights, fit: HeadFit) -> 
     score_tap = wanted / (dt * pair_gain) * taps["q"]  # [H], may be negative
     constant = kappa * fit.constant / (x_gain * dt)
 
-    weight, bias = mixer.conv1d.weight[:, 0, -1], mixer.conv1d.bias  # [Ch]
+    weight, bias = mixer.conv1d.weight[:, 0, -1], present(mixer.conv1d.bias)  # [Ch]
     n_x, n_b = s.in_rows[1], s.in_rows[2]
     weight[:n_x] = taps["v"].repeat_interleave(s.head_dim)
     # without positions, q.k of the pair that rotates fastest means least: its channel 0 is held
@@ -263,7 +268,7 @@ def head_basis(
     # the mixer holds channel 0 of B and C constant
     q[..., 0] = 0
     if s.rotary:
-        q, k = rotate_states(q, context.rotary), rotate_states(k, context.rotary)
+        q, k = rotate_states(q, context.angles), rotate_states(k, context.angles)
     repeat = s.n_heads // s.x_heads
     wide = v.repeat_interleave(repeat, 2)  # [B, T, H, P]
     ones = torch.ones(*v.shape[:2], 1, 1)
@@ -279,7 +284,7 @@ def head_basis(
     return mix
 
 
-class Mamba2Spec(Mamba2Sizes, MixerSpec[Mamba2Settings]):
+class Mamba2Spec(Mamba2Sizes, MixerSpec[Mamba2Settings, Mamba2Mixer]):
     """Mamba-2 alone, in the form of attention or native."""
 
     title = "Mamba-2 mixer"
@@ -293,7 +298,7 @@ class Mamba2Spec(Mamba2Sizes, MixerSpec[Mamba2Settings]):
         """An empty cache of one layer."""
         return RecurrentCache()
 
-    def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> Mamba2Settings:
+    def from_attention(self, config: DecoderConfig, form: MixerForm, index: int) -> Mamba2Settings:
         """Sizes in the place of the attention of layer `index`."""
         if form.rotary and not config.rotated(index):
             raise UsageError(
@@ -343,7 +348,7 @@ class Mamba2Spec(Mamba2Sizes, MixerSpec[Mamba2Settings]):
         """Multiply each head's norm weight by scale [H]."""
         mixer.norm.weight.mul_(scale.repeat_interleave(mixer.sizes.head_dim))
 
-    def cost(self, config: LlamaConfig, settings: Mamba2Settings, length: int) -> MixerCost:
+    def cost(self, config: DecoderConfig, settings: Mamba2Settings, length: int) -> MixerCost:
         """Operations per token; the recurrence counts what its equation needs."""
         s, width = settings, config.hidden_size
         mixing = STATE_OPERATIONS * s.d_inner * s.d_state + 2 * s.d_conv * s.conv_dim
@@ -352,7 +357,7 @@ class Mamba2Spec(Mamba2Sizes, MixerSpec[Mamba2Settings]):
     def pack(
         self,
         mixer: Mamba2Mixer,
-        config: LlamaConfig,
+        config: DecoderConfig,
         settings: Mamba2Settings,
         rotations: Rotations | None,
     ) -> PackedMamba2:
@@ -366,5 +371,5 @@ class Mamba2Spec(Mamba2Sizes, MixerSpec[Mamba2Settings]):
             gain=mixer.norm.weight,
             out=Projection(mixer.out_proj.weight, mixer.out_proj.bias),
             sizes=mixer.sizes,
-            rotation=rotations.of_states if settings.rotary else None,
+            rotation=present(rotations).of_states if settings.rotary else None,
         )

@@ -19,6 +19,7 @@ from mambactl.models.packed import (
     state_dtype,
 )
 from mambactl.models.session_size import StateSize
+from mambactl.present import present
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class PackedMamba2(PackedRecurrence):
 
     def load(self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor) -> None:
         """Take over the state and the newest inputs of the convolution."""
-        load_ring(state, cache.live.mT, cache.inputs, lengths)
+        load_ring(state, present(cache.live).mT, present(cache.inputs), lengths)
 
     def run(
         self,
@@ -88,22 +89,23 @@ class PackedMamba2(PackedRecurrence):
         their own outputs; `rotation` turns their heads, and `settle` does what is left to do then.
         """
         ops, at, sizes = context.ops, segment, self.sizes
+        convolved = present(state.mixed)
         where = {"T": at.T, "offset": at.offset, "beside": beside}
         ops.project(
             s.scaled, s.squares, context.eps, inner.weight, inner.bias, z, state.ring,
             at.start, at.active, at.T, ring_lo=sizes.d_inner,
-            conv=(self.conv.weight, self.conv.bias, state.mixed),
+            conv=(self.conv.weight, present(self.conv.bias), convolved),
             rotation=rotation, **where,
         )  # fmt: skip
         if settle is not None:
             settle()
         if self.rotation is not None:
             ops.rotate(
-                state.mixed, *self.rotation, at.start, at.active, at.T, T=at.T, offset=at.offset,
+                convolved, *self.rotation, at.start, at.active, at.T, T=at.T, offset=at.offset,
                 groups=sizes.b_groups + sizes.c_groups,
             )  # fmt: skip
         ops.mamba2(
-            state.ring, state.mixed, z, state.state, self.A, self.D, self.dt_bias,
+            state.ring, convolved, z, state.state, self.A, self.D, self.dt_bias,
             self.gain if self.norm_by_head else None, sizes.norm_eps, mixed, at.start, at.active,
             at.base, at.base_next, at.T, x_heads=sizes.x_heads, b_groups=sizes.b_groups,
             c_groups=sizes.c_groups, **where,

@@ -9,11 +9,9 @@ each.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from mambactl.models.cache import MixedCache
 from mambactl.models.mixers.attention import (
@@ -33,21 +31,23 @@ from mambactl.models.mixers.settings import (
 )
 from mambactl.models.mixers.sizes import MixedSizes
 from mambactl.models.mixers.spec import (
+    AnySpec,
     AttentionWeights,
     Basis,
+    DecoderConfig,
     HeadFit,
     MixerCost,
     MixerForm,
-    MixerSpec,
     StepContext,
 )
 from mambactl.models.mixers.windowed import (
     RECURRENCE,
+    BesideSpec,
     Mamba2WindowMixer,
-    Mamba2WindowSpec,
     keys_in,
     pack_parts,
     stack_inputs,
+    windowed_sizes,
 )
 from mambactl.models.packed import Rotations
 
@@ -60,7 +60,7 @@ def others(kept: Sequence[int], kv_heads: int) -> tuple[int, ...]:
 class MixedMixer(Mamba2WindowMixer):
     """Mamba-2 and a window in place of some KV heads, plus full `attention` of the others."""
 
-    def __init__(self, config: LlamaConfig, settings: MixedSettings, rotated: bool = True):
+    def __init__(self, config: DecoderConfig, settings: MixedSettings, rotated: bool = True):
         kept = settings.kept_heads.heads
         replaced = others(kept, config.num_key_value_heads)
         super().__init__(config, settings, len(replaced), rotated)
@@ -68,7 +68,9 @@ class MixedMixer(Mamba2WindowMixer):
         # the bias of o_proj is the window's
         self.attention = AttentionMixer(config, len(kept), output_bias=False, rotated=rotated)
 
-    def forward(self, hidden: Tensor, context: StepContext, cache: MixedCache | None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden: Tensor, context: StepContext, cache: MixedCache | None
+    ) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
         context = self._joined(hidden, context)
         kept = self.attention(hidden, context, None if cache is None else cache.kept)
@@ -95,7 +97,8 @@ class MixedMixer(Mamba2WindowMixer):
         if not self.attention.joint_norm:
             return context
         parts = self.attention, self.window
-        squares = sum(part.head_squares(hidden) for part in parts)  # [2, B, T, 1]
+        kept, near = (part.head_squares(hidden) for part in parts)  # [2, B, T, 1]
+        squares = kept + near
         widths = [sum(len(getattr(part, f"{n}_norm").weight) for part in parts) for n in "qk"]
         means = squares / squares.new_tensor(widths).view(2, 1, 1, 1)
         return replace(context, head_squares=means)
@@ -140,7 +143,7 @@ class _HeadCut:
         return parts.index_select(dim, index).flatten(dim, dim + 1)
 
 
-class MixedSpec(MixedSizes, Mamba2WindowSpec):
+class MixedSpec(MixedSizes, BesideSpec[MixedSettings, MixedMixer]):
     """Full attention of some KV heads, Mamba-2 beside a window in place of the others."""
 
     title = "mixture of KV heads with full attention and Mamba-2 heads plus attention"
@@ -148,15 +151,14 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
     inherited = {"window": "windows of mamba mixers", "attention": "kept heads of mamba mixers"}
     keeps = "attention"
     branches = {"recurrent": "out_proj", "window": "window", "attention": "attention"}
-    with_kept_heads = None
 
     def cache(self, settings: MixedSettings) -> MixedCache:
         """An empty cache of one layer."""
         return MixedCache(settings.mamba2_window)
 
-    def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> MixedSettings:
+    def from_attention(self, config: DecoderConfig, form: MixerForm, index: int) -> MixedSettings:
         """Sizes in the place of the attention of layer `index`, which keeps the form's heads."""
-        whole = super().from_attention(config, form, index)
+        whole = windowed_sizes(config, form, index)
         count = len(others(form.kept, config.num_key_value_heads))
         sizes = mamba2_from_attention(config, form.biased(config), form.rotary, count)
         return MixedSettings(sizes, whole.mamba2_window, KeptHeads(form.kept))
@@ -198,7 +200,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
         super().start_fit(mixer, mixer.own(attention))
 
     def narrowed(
-        self, config: LlamaConfig, settings: WindowedSettings, kept: tuple[int, ...]
+        self, config: DecoderConfig, settings: WindowedSettings, kept: tuple[int, ...]
     ) -> MixedSettings:
         """Settings in place of a mixer with windows that stands for as many heads or more."""
         count = len(others(kept, config.num_key_value_heads))
@@ -209,9 +211,9 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
     def taken(
         self,
         tensors: Mapping[str, Tensor],
-        theirs: tuple[MixerSpec[Any], WindowedSettings],
+        theirs: tuple[AnySpec, WindowedSettings],
         ours: MixedSettings,
-        config: LlamaConfig,
+        config: DecoderConfig,
         attention: AttentionWeights,
     ) -> dict[str, Tensor]:
         """Take the heads that are replaced here from another mixer; kept ones are attention's."""
@@ -234,7 +236,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
         kept.to(attention.q.dtype)
         return found | {f"attention.{name}": t for name, t in kept.state_dict().items()}
 
-    def cost(self, config: LlamaConfig, settings: MixedSettings, length: int) -> MixerCost:
+    def cost(self, config: DecoderConfig, settings: MixedSettings, length: int) -> MixerCost:
         """Operations per token of all parts."""
         span, kept = settings.mamba2_window, len(settings.kept_heads.heads)
         near = attention_cost(
@@ -244,7 +246,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
         whole = kept_cost(config, seen, kept)
         return RECURRENCE.cost(config, settings.mamba2, length).plus(near).plus(whole)
 
-    def kv_read(self, config: LlamaConfig, settings: MixedSettings, context: int) -> int:
+    def kv_read(self, config: DecoderConfig, settings: MixedSettings, context: int) -> int:
         """Numbers of keys and values that a step behind `context` tokens reads."""
         kept = len(settings.kept_heads.heads)
         near = (config.num_key_value_heads - kept) * keys_in(settings.mamba2_window, context)
@@ -254,7 +256,7 @@ class MixedSpec(MixedSizes, Mamba2WindowSpec):
     def pack(
         self,
         mixer: MixedMixer,
-        config: LlamaConfig,
+        config: DecoderConfig,
         settings: MixedSettings,
         rotations: Rotations | None,
     ) -> PackedMixed:

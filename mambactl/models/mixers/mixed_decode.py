@@ -9,6 +9,7 @@ from mambactl.models.mixers.attention import PackedAttention
 from mambactl.models.mixers.windowed import PackedWindowed
 from mambactl.models.packed import AttentionState, RecurrentState
 from mambactl.models.session_size import StateSize
+from mambactl.present import present
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PackedMixed(PackedWindowed):
 
     def states(self, state: RecurrentState) -> tuple[AttentionState, ...]:
         """Cached keys and values of each attention."""
-        return state.kept, state.window
+        return present(state.kept), present(state.window)
 
     def new_state(self, like: Tensor, size: StateSize) -> RecurrentState:
         """Empty keys and values of kept heads, rings and state of the others."""
@@ -32,11 +33,15 @@ class PackedMixed(PackedWindowed):
         state.kept = self.kept.new_state(like, size)
         return state
 
-    def lend(self, state: RecurrentState, cache: MixedCache) -> None:
+    def lend(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state: RecurrentState, cache: MixedCache
+    ) -> None:
         """Let a cache write the keys and values of kept heads here, behind those that it holds."""
-        self.kept.lend(state.kept, cache.kept)
+        self.kept.lend(present(state.kept), cache.kept)
 
-    def load(self, state: RecurrentState, cache: MixedCache, lengths: Tensor) -> None:
+    def load(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state: RecurrentState, cache: MixedCache, lengths: Tensor
+    ) -> None:
         """Take over everything else that reading the prompts left."""
         super().load(state, cache, lengths)
-        self.kept.load(state.kept, cache.kept, lengths)
+        self.kept.load(present(state.kept), cache.kept, lengths)

@@ -41,7 +41,7 @@ class CausalConv(nn.Conv1d):
     def __init__(self, channels: int, width: int, bias: bool):
         super().__init__(channels, channels, width, groups=channels, bias=bias)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,
         previous: Tensor | None = None,

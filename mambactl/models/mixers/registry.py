@@ -1,24 +1,22 @@
 """The table of mixers: one spec each, by its name in a configuration."""
 
-from typing import Any
-
 from torch import nn
 
 from mambactl.models.mixers.attention import LOOKUP, AttentionSpec
 from mambactl.models.mixers.mamba1 import Mamba1Spec
 from mambactl.models.mixers.mamba2 import Mamba2Spec
 from mambactl.models.mixers.mixed import MixedSpec
-from mambactl.models.mixers.spec import MixerSpec
+from mambactl.models.mixers.spec import AnySpec
 from mambactl.models.mixers.windowed import Mamba2WindowSpec
 
 ATTENTION = AttentionSpec()
-MIXERS: dict[str, MixerSpec[Any]] = {
+MIXERS: dict[str, AnySpec] = {
     spec.name: spec
     for spec in (ATTENTION, Mamba2Spec(), Mamba1Spec(), Mamba2WindowSpec(), MixedSpec())
 }
 
 
-def spec_of(mixer: nn.Module) -> MixerSpec[Any]:
+def spec_of(mixer: nn.Module) -> AnySpec:
     """The spec that a module was built from; KeyError for a module of no mixer."""
     for spec in MIXERS.values():
         if type(mixer) is spec.module_type:
@@ -26,7 +24,7 @@ def spec_of(mixer: nn.Module) -> MixerSpec[Any]:
     raise KeyError(type(mixer).__name__)
 
 
-def with_settings(settings: object) -> MixerSpec[Any]:
+def with_settings(settings: object) -> AnySpec:
     """The mixer whose settings are of this type; KeyError for another type."""
     for spec in MIXERS.values():
         if list(spec.sections.values()) == [type(settings)]:
@@ -34,7 +32,7 @@ def with_settings(settings: object) -> MixerSpec[Any]:
     raise KeyError(type(settings).__name__)
 
 
-def part_of(name: str) -> tuple[MixerSpec[Any], str] | None:
+def part_of(name: str) -> tuple[AnySpec, str] | None:
     """Spec and inherited submodule ("" for the mixer's own) of a parameter, by its full name.
 
     None for parameters outside mixers. Wrappers may add any prefix to the name.

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from mambactl.bounds import WIDTH
 
 
-def section_values(settings: Any) -> dict[str, Any]:
-    """A section of the configuration as JSON-able values."""
-    return asdict(settings) if is_dataclass(settings) else dict(settings)
+def section_values(settings: object) -> dict[str, object]:
+    """A section of the configuration as JSON-able values, from them or from a dataclass."""
+    if is_dataclass(settings) and not isinstance(settings, type):
+        return asdict(settings)
+    if isinstance(settings, Mapping):
+        return dict(settings)
+    raise TypeError(f"{type(settings).__name__} is no section of a configuration")
 
 
 def check_section(kind: type, values: object) -> None:
@@ -26,7 +30,7 @@ def check_section(kind: type, values: object) -> None:
             raise ValueError(f"has no {each.name}")
 
 
-def _check_value(name: str, value: object, hint: Any) -> None:
+def _check_value(name: str, value: object, hint: type) -> None:
     kinds = get_args(hint) or (hint,)
     number = float in kinds and type(value) is int
     if not number and type(value) not in kinds:
@@ -36,7 +40,7 @@ def _check_value(name: str, value: object, hint: Any) -> None:
         raise ValueError(f"has {name} {value}, not one from 0 to {WIDTH.most}")
 
 
-def check_sizes(settings: Any, *ratios: tuple[str, str]) -> None:
+def check_sizes(settings: object, *ratios: tuple[str, str]) -> None:
     """Raise ValueError unless both of each pair are positive and the second divides the first."""
     for whole, part in ratios:
         one, other = getattr(settings, whole), getattr(settings, part)

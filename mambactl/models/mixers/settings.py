@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from mambactl.present import present
+
 
 @dataclass(frozen=True)
 class WindowSettings:
@@ -38,7 +40,12 @@ class Mamba1Settings:
         """Rows of in_proj in order."""
         if self.native:
             return self.d_inner, self.d_inner
-        return self.d_inner, self.x_dim, self.x_dim, self.d_inner, self.dt_rank
+        return self.d_inner, self.pair_dim, self.pair_dim, self.d_inner, self.dt_rank
+
+    @property
+    def pair_dim(self) -> int:
+        """Channels of x and of B in the attention form, which has no other."""
+        return present(self.x_dim)
 
     @property
     def ring_widths(self) -> tuple[int, ...]:

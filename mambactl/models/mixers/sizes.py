@@ -25,9 +25,14 @@ FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
 class HeadSizes(Protocol):
     """Fields of a configuration that sizes of mixers depend on."""
 
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_key_value_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
 
 
 class MixerSizes(Generic[S]):
@@ -48,16 +53,17 @@ class MixerSizes(Generic[S]):
     # whether replaying tokens in decoding would cost as much as storing the state after each
     stores_every_step: ClassVar[bool] = False
 
-    def settings(self, sections: Mapping[str, Any]) -> S | None:
+    def settings(self, sections: Mapping[str, Mapping[str, object]]) -> S:
         """Settings of a layer from the values of its sections."""
         parts = {name: kind(**sections[name]) for name, kind in self.sections.items()}
         return self.joined(parts)
 
-    def joined(self, parts: Mapping[str, Any]) -> S | None:
+    def joined(self, parts: Mapping[str, Any]) -> S:
         """Settings from the dataclasses of all sections."""
-        return next(iter(parts.values()), None)
+        (only,) = parts.values()
+        return only
 
-    def parts(self, settings: S | None) -> dict[str, Any]:
+    def parts(self, settings: S) -> dict[str, object]:
         """The dataclass of every section."""
         if len(self.sections) == 1:
             return {next(iter(self.sections)): settings}
@@ -196,7 +202,43 @@ class Mamba2Sizes(MixerSizes[Mamba2Settings]):
 RECURRENCE = Mamba2Sizes()
 
 
-class WindowedSizes(MixerSizes[WindowedSettings]):
+W = TypeVar("W", bound=WindowedSettings)
+
+
+class BesideSizes(MixerSizes[W]):
+    """Mamba-2 beside attention to a window, alone or beside kept heads."""
+
+    def check(self, config: HeadSizes, settings: W) -> None:
+        """Raise ValueError for sizes that do not fit each other, or the model's angles."""
+        RECURRENCE.check(config, settings.mamba2)
+        check_sizes(settings.mamba2_window, ("window", "window"))
+
+    def window(self, settings: W) -> WindowSettings:
+        """The window of attention beside the recurrence."""
+        return settings.mamba2_window
+
+    def rotates(self, settings: W) -> bool:
+        """True if B and C rotate with the position."""
+        return RECURRENCE.rotates(settings.mamba2)
+
+    def state_elements(self, settings: W) -> int:
+        """Numbers in the recurrent state of one sequence."""
+        return RECURRENCE.state_elements(settings.mamba2)
+
+    def ring_elements(self, settings: W) -> int:
+        """Numbers in the projections of one token, from which a state is replayed."""
+        return RECURRENCE.ring_elements(settings.mamba2)
+
+    def conv_elements(self, settings: W) -> int:
+        """Numbers in the previous inputs of the convolution of one sequence."""
+        return RECURRENCE.conv_elements(settings.mamba2)
+
+    def kv_elements(self, config: HeadSizes, settings: W) -> int:
+        """Numbers in the keys and values of one token."""
+        return 2 * config.num_key_value_heads * config.head_dim
+
+
+class WindowedSizes(BesideSizes[WindowedSettings]):
     """Mamba-2 beside attention to a window."""
 
     name = "mamba2_window"
@@ -206,37 +248,8 @@ class WindowedSizes(MixerSizes[WindowedSettings]):
         """Settings from the dataclasses of both sections."""
         return WindowedSettings(**parts)
 
-    def check(self, config: HeadSizes, settings: WindowedSettings) -> None:
-        """Raise ValueError for sizes that do not fit each other, or the model's angles."""
-        RECURRENCE.check(config, settings.mamba2)
-        check_sizes(settings.mamba2_window, ("window", "window"))
 
-    def window(self, settings: WindowedSettings) -> WindowSettings:
-        """The window of attention beside the recurrence."""
-        return settings.mamba2_window
-
-    def rotates(self, settings: WindowedSettings) -> bool:
-        """True if B and C rotate with the position."""
-        return RECURRENCE.rotates(settings.mamba2)
-
-    def state_elements(self, settings: WindowedSettings) -> int:
-        """Numbers in the recurrent state of one sequence."""
-        return RECURRENCE.state_elements(settings.mamba2)
-
-    def ring_elements(self, settings: WindowedSettings) -> int:
-        """Numbers in the projections of one token, from which a state is replayed."""
-        return RECURRENCE.ring_elements(settings.mamba2)
-
-    def conv_elements(self, settings: WindowedSettings) -> int:
-        """Numbers in the previous inputs of the convolution of one sequence."""
-        return RECURRENCE.conv_elements(settings.mamba2)
-
-    def kv_elements(self, config: HeadSizes, settings: WindowedSettings) -> int:
-        """Numbers in the keys and values of one token."""
-        return 2 * config.num_key_value_heads * config.head_dim
-
-
-class MixedSizes(WindowedSizes):
+class MixedSizes(BesideSizes[MixedSettings]):
     """Full attention of some KV heads, Mamba-2 beside a window in place of the others."""
 
     name = "mamba2_mixed"
@@ -264,7 +277,7 @@ class MixedSizes(WindowedSizes):
 
     def kept_heads(self, config: HeadSizes, settings: MixedSettings) -> tuple[int, ...]:
         """KV heads that attend to all of the past."""
-        return settings.kept_heads.heads
+        return tuple(settings.kept_heads.heads)
 
 
 SIZES: dict[str, MixerSizes[Any]] = {

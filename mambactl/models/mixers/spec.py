@@ -8,22 +8,51 @@ know no mixer by name. `mambactl.models.mixers.registry.MIXERS` holds one spec p
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from mambactl.kernels.local_attention import LocalKeys, LocalSpan
 from mambactl.kernels.reference import Spans
 from mambactl.models.cache import MAX_SEQUENTIAL, Cursor, LayerCache
 from mambactl.models.mixers.settings import WindowSettings
-from mambactl.models.mixers.sizes import MixerSizes
-from mambactl.models.packed import NotSupported, PackedMixer, Rotations
+from mambactl.models.mixers.sizes import HeadSizes, MixerSizes
+from mambactl.models.packed import AnyPacked, NotSupported, Rotations
 from mambactl.models.ragged import AttentionMaps
+from mambactl.present import present
 
 S = TypeVar("S")
+# the module of a mixer
+W = TypeVar("W", bound=nn.Module)
 V = TypeVar("V")
+
+
+class DecoderConfig(HeadSizes, Protocol):
+    """Fields of a configuration that modules of mixers depend on."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def rms_norm_eps(self) -> float: ...
+
+    @property
+    def attention_bias(self) -> bool | list[str]: ...
+
+    @property
+    def attention_dropout(self) -> float | int | None: ...
+
+    @property
+    def qk_norm(self) -> bool | str: ...
+
+    @property
+    def query_factor(self) -> float: ...
+
+    @property
+    def sliding_window(self) -> int | None: ...
+
+    def rotated(self, index: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,16 @@ class StepContext:
         return self.level and length > span.before and self.slots - length >= span.before
 
     @property
+    def at(self) -> Cursor:
+        """The cursor of a call with a cache."""
+        return present(self.cursor)
+
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a model that rotates."""
+        return present(self.rotary)
+
+    @property
     def sequential(self) -> bool:
         """True if recurrent layers go token by token, on the route that rolls back exactly."""
         return goes_sequentially(self.positions.shape[1], self.cursor, self.first)
@@ -70,6 +109,10 @@ class StepContext:
 
 def _moved(value: V, device: torch.device, non_blocking: bool) -> V:
     """A context or a part of one with its tensors on `device`."""
+    return _moved_part(value, device, non_blocking)
+
+
+def _moved_part(value: Any, device: torch.device, non_blocking: bool) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=non_blocking)
     if isinstance(value, Mapping):
@@ -93,7 +136,7 @@ def goes_sequentially(length: int, cursor: Cursor | None, first: bool) -> bool:
 # half-life in tokens -> what a head can mix, R tensors [B, T, H, P]
 Basis = Callable[[float], list[Tensor]]
 # name of a section of the configuration -> its fields
-Sections = dict[str, dict[str, Any]]
+Sections = dict[str, dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +158,7 @@ class MixerForm:
         """True if the mixer starts as decayed linear attention."""
         return self.init == "calibrated"
 
-    def biased(self, config: LlamaConfig) -> bool:
+    def biased(self, config: DecoderConfig) -> bool:
         """True if its projections have biases: to calibrate them, or to take the attention's."""
         return self.calibrated or bool(config.attention_bias)
 
@@ -172,7 +215,7 @@ class AttentionWeights:
 
     def is_joint(self, name: str) -> bool:
         """True if one norm is of all heads of q or k."""
-        return len(self.head_norms[name]) == len(getattr(self, name))
+        return len(present(self.head_norms)[name]) == len(getattr(self, name))
 
     def heads(self, name: str, hidden: Tensor, width: int) -> Tensor:
         """Projection `name` of hidden [B, T, D], by heads [B, T, heads, width]."""
@@ -246,14 +289,14 @@ class Mixer(Protocol):
     ) -> Tensor: ...
 
 
-def span_of(config: LlamaConfig, window: WindowSettings) -> LocalSpan:
+def span_of(config: DecoderConfig, window: WindowSettings) -> LocalSpan:
     """Span of a window in a model with these heads."""
     shared = config.num_attention_heads // config.num_key_value_heads
     return LocalSpan(window.window, window.sinks, shared)
 
 
-class MixerSpec(MixerSizes[S], ABC):
-    """One mixer; `S` is the dataclass of its settings, of one layer."""
+class MixerSpec(MixerSizes[S], ABC, Generic[S, W]):
+    """One mixer; `S` is the dataclass of its settings, of one layer, `W` its module."""
 
     # built from (config, settings), unless `module` is overridden
     module_type: ClassVar[type[nn.Module]]
@@ -286,7 +329,7 @@ class MixerSpec(MixerSizes[S], ABC):
 
     # settings
 
-    def local_span(self, config: LlamaConfig, settings: S) -> LocalSpan | None:
+    def local_span(self, config: DecoderConfig, settings: S) -> LocalSpan | None:
         """Keys that the window sees, in a model of these heads."""
         window = self.window(settings)
         return None if window is None else span_of(config, window)
@@ -297,9 +340,15 @@ class MixerSpec(MixerSizes[S], ABC):
 
     # module and cache
 
-    def module(self, config: LlamaConfig, settings: S, rotated: bool = True) -> nn.Module:
+    def module(self, config: DecoderConfig, settings: S, rotated: bool = True) -> W:
         """The module of one layer, whose attention has rotary positions if `rotated`."""
-        return self.module_type(config, settings)
+        return self.built(config, settings)
+
+    def built(self, config: DecoderConfig, settings: S, **options: object) -> W:
+        """`module_type` of these sizes."""
+        # a class variable cannot name the type of the class
+        build = cast(Callable[..., W], self.module_type)
+        return build(config, settings, **options)
 
     @abstractmethod
     def cache(self, settings: S) -> LayerCache:
@@ -307,7 +356,7 @@ class MixerSpec(MixerSizes[S], ABC):
 
     # conversion
 
-    def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> S:
+    def from_attention(self, config: DecoderConfig, form: MixerForm, index: int) -> S:
         """Settings of a mixer in the place of the attention of layer `index`.
 
         Raises UsageError or ModelError where this attention cannot be replaced by it.
@@ -315,51 +364,51 @@ class MixerSpec(MixerSizes[S], ABC):
         raise NotImplementedError
 
     def initialise(
-        self, mixer: Mixer, attention: AttentionWeights, method: str, generator: torch.Generator
+        self, mixer: W, attention: AttentionWeights, method: str, generator: torch.Generator
     ) -> None:
         """Fill a new mixer in place from the attention it replaces; nothing needs a gradient."""
         raise NotImplementedError
 
     def basis(
-        self, mixer: Mixer, attention: AttentionWeights, hidden: Tensor, context: StepContext
+        self, mixer: W, attention: AttentionWeights, hidden: Tensor, context: StepContext
     ) -> Basis:
         """The parts that each head mixes for hidden [B, T, D]: v, score and maybe a constant."""
         raise NotImplementedError
 
-    def apply_fit(self, mixer: Mixer, attention: AttentionWeights, fit: HeadFit) -> None:
+    def apply_fit(self, mixer: W, attention: AttentionWeights, fit: HeadFit) -> None:
         """Write a fit of every head into a mixer that `initialise` has filled."""
         raise NotImplementedError
 
-    def rescale(self, mixer: Mixer, scale: Tensor) -> None:
+    def rescale(self, mixer: W, scale: Tensor) -> None:
         """Multiply each head's output by scale [H], of mixers with `rescales_heads`."""
         raise NotImplementedError
 
-    def beside(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor | None:
+    def beside(self, mixer: W, hidden: Tensor, context: StepContext) -> Tensor | None:
         """Heads [B, T, H P] of the attention beside the recurrence, which it need not learn."""
         return None
 
-    def recurrent(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor:
+    def recurrent(self, mixer: W, hidden: Tensor, context: StepContext) -> Tensor:
         """Output [B, T, D] of the recurrence, without what stands beside it."""
         return mixer(hidden, context, None)
 
-    def given(self, mixer: Mixer, hidden: Tensor, context: StepContext) -> Tensor | None:
+    def given(self, mixer: W, hidden: Tensor, context: StepContext) -> Tensor | None:
         """Output [B, T, D] of the attention beside the recurrence, which need not learn it."""
         return None
 
-    def recurrent_heads(self, mixer: Mixer, heads: Tensor) -> Tensor:
+    def recurrent_heads(self, mixer: W, heads: Tensor) -> Tensor:
         """Heads that the recurrence replaces, out of the attention's heads [B, T, H P]."""
         return heads
 
-    def narrowed(self, config: LlamaConfig, settings: Any, kept: tuple[int, ...]) -> S:
+    def narrowed(self, config: DecoderConfig, settings: Any, kept: tuple[int, ...]) -> S:
         """Settings in place of a mixer with `settings` of its own, of which KV heads are `kept`."""
         return settings
 
     def taken(
         self,
         tensors: Mapping[str, Tensor],
-        theirs: tuple["MixerSpec[Any]", Any],
+        theirs: tuple["AnySpec", Any],
         ours: S,
-        config: LlamaConfig,
+        config: DecoderConfig,
         attention: AttentionWeights,
     ) -> dict[str, Tensor]:
         """Tensors of a mixer made of those of another in its place (spec and settings `theirs`).
@@ -368,23 +417,27 @@ class MixerSpec(MixerSizes[S], ABC):
         """
         return dict(tensors)
 
-    def start_fit(self, mixer: Mixer, attention: AttentionWeights) -> None:
+    def start_fit(self, mixer: W, attention: AttentionWeights) -> None:
         """Prepare a mixer for the closed-form fit of its output projection."""
 
     # cost and sizes
 
     @abstractmethod
-    def cost(self, config: LlamaConfig, settings: S, length: int) -> MixerCost:
+    def cost(self, config: DecoderConfig, settings: S, length: int) -> MixerCost:
         """Operations per token on rows of `length` tokens."""
 
-    def kv_read(self, config: LlamaConfig, settings: S, context: int) -> int:
+    def kv_read(self, config: DecoderConfig, settings: S, context: int) -> int:
         """Numbers of keys and values that a step behind `context` tokens reads."""
         return 0
 
     # decoding
 
     def pack(
-        self, mixer: nn.Module, config: LlamaConfig, settings: S, rotations: Rotations | None
-    ) -> PackedMixer:
+        self, mixer: W, config: DecoderConfig, settings: S, rotations: Rotations | None
+    ) -> AnyPacked:
         """Weights for the decode kernels; NotSupported where they cannot run this mixer."""
         raise NotSupported(f"{self.name} layers")
+
+
+# a row of the table of mixers: only it and the settings beside it together have a type
+AnySpec: TypeAlias = MixerSpec[Any, Any]

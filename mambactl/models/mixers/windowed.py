@@ -7,10 +7,10 @@ window, and its state learns what lies beyond.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from mambactl.kernels.local_attention import (
     LocalKeys,
@@ -20,7 +20,7 @@ from mambactl.kernels.local_attention import (
 )
 from mambactl.models.cache import WindowedCache
 from mambactl.models.mixers.attention import (
-    AttentionMixer,
+    AttentionHeads,
     PackedAttention,
     attention_cost,
     copy_attention,
@@ -31,9 +31,12 @@ from mambactl.models.mixers.attention import (
 from mambactl.models.mixers.mamba2 import Mamba2Mixer, Mamba2Spec
 from mambactl.models.mixers.mamba2_decode import PackedMamba2
 from mambactl.models.mixers.settings import WindowedSettings, WindowSettings
-from mambactl.models.mixers.sizes import WindowedSizes
+from mambactl.models.mixers.sizes import BesideSizes, WindowedSizes
 from mambactl.models.mixers.spec import (
     AttentionWeights,
+    Basis,
+    DecoderConfig,
+    HeadFit,
     MixerCost,
     MixerForm,
     MixerSpec,
@@ -52,16 +55,17 @@ from mambactl.models.packed import (
     sum_of_biases,
 )
 from mambactl.models.session_size import StateSize
+from mambactl.present import present
 
 RECURRENCE = Mamba2Spec()
 
 
-class WindowAttention(AttentionMixer):
+class WindowAttention(AttentionHeads):
     """Attention with sinks whose cache is a ring."""
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         settings: WindowSettings,
         kv_heads: int | None = None,
         rotated: bool = True,
@@ -80,7 +84,7 @@ class WindowAttention(AttentionMixer):
         q, k, v = self._heads(hidden, context, whole=cache is None)
         if cache is None:
             return attend_locally(q, k, v, self._keys(context), self.dropped).flatten(2)
-        start, cursor = context.positions[:, 0], context.cursor
+        start, cursor = context.positions[:, 0], context.at
         if context.first and not context.sequential:
             y = attend_locally(q, k, v, self._keys(context))
         else:
@@ -99,7 +103,8 @@ class WindowAttention(AttentionMixer):
             return context.local[self.span]
         # a context of another model, a teacher's say
         positions = context.positions
-        return local_keys(*positions.shape, *self.span, context.seq_idx, positions.device)
+        batch, length = positions.shape
+        return local_keys(batch, length, *self.span, context.seq_idx, positions.device)
 
 
 class Mamba2WindowMixer(Mamba2Mixer):
@@ -107,7 +112,7 @@ class Mamba2WindowMixer(Mamba2Mixer):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         settings: WindowedSettings,
         kv_heads: int | None = None,
         rotated: bool = True,
@@ -115,7 +120,9 @@ class Mamba2WindowMixer(Mamba2Mixer):
         super().__init__(config, settings.mamba2)
         self.window = WindowAttention(config, settings.mamba2_window, kv_heads, rotated)
 
-    def forward(self, hidden: Tensor, context: StepContext, cache: WindowedCache | None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden: Tensor, context: StepContext, cache: WindowedCache | None
+    ) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
         return super().forward(hidden, context, cache) + self.window(hidden, context, cache)
 
@@ -153,7 +160,7 @@ class PackedWindowed:
 
     def states(self, state: RecurrentState) -> tuple[AttentionState, ...]:
         """Cached keys and values of the window."""
-        return (state.window,)
+        return (present(state.window),)
 
     @property
     def attention(self) -> PackedAttention:
@@ -177,7 +184,7 @@ class PackedWindowed:
     def load(self, state: RecurrentState, cache: WindowedCache, lengths: Tensor) -> None:
         """Take over the state, the inputs of the convolution and the window's keys."""
         self.recurrence.load(state, cache, lengths)
-        self.window.load_ring(state.window, cache, lengths)
+        self.window.load_ring(present(state.window), cache, lengths)
 
     def run(
         self,
@@ -215,7 +222,7 @@ class PackedWindowed:
         )  # fmt: skip
 
 
-def stack_inputs(mixer: "Mamba2WindowMixer", *attentions: AttentionMixer) -> Projection:
+def stack_inputs(mixer: "Mamba2WindowMixer", *attentions: AttentionHeads) -> Projection:
     """The input projections of a mixer and of the attentions in it as one.
 
     To be called first: what else stacks a part of it then finds it stacked, and copies nothing.
@@ -226,7 +233,7 @@ def stack_inputs(mixer: "Mamba2WindowMixer", *attentions: AttentionMixer) -> Pro
 
 def pack_parts(
     mixer: "Mamba2WindowMixer",
-    config: LlamaConfig,
+    config: DecoderConfig,
     settings: WindowedSettings,
     rotations: Rotations | None,
 ) -> tuple[PackedMamba2, PackedAttention, Tensor | None]:
@@ -237,38 +244,23 @@ def pack_parts(
     return recurrence, window, sum_of_biases(recurrence.out, window.out)
 
 
-class Mamba2WindowSpec(WindowedSizes, MixerSpec[WindowedSettings]):
-    """Mamba-2 beside attention to a window."""
+S = TypeVar("S", bound=WindowedSettings)
+W = TypeVar("W", bound=Mamba2WindowMixer)
 
-    title = "Mamba-2 mixer plus attention"
-    module_type = Mamba2WindowMixer
-    inherited = {"window": "windows of mamba mixers"}
-    branches = {"recurrent": "out_proj", "window": "window"}
-    with_kept_heads = "mamba2_mixed"
+
+class BesideSpec(BesideSizes[S], MixerSpec[S, W]):
+    """Mamba-2 beside attention to a window, alone or beside kept heads."""
+
     can_rotate = True
     rescales_heads = True
 
-    def module(
-        self, config: LlamaConfig, settings: WindowedSettings, rotated: bool = True
-    ) -> Mamba2WindowMixer:
+    def module(self, config: DecoderConfig, settings: S, rotated: bool = True) -> W:
         """The module of one layer."""
-        return self.module_type(config, settings, rotated=rotated)
-
-    def cache(self, settings: WindowedSettings) -> WindowedCache:
-        """An empty cache of one layer."""
-        return WindowedCache(settings.mamba2_window)
-
-    def from_attention(self, config: LlamaConfig, form: MixerForm, index: int) -> WindowedSettings:
-        """Sizes in the place of the attention of layer `index`."""
-        sizes = {"window": form.window}
-        if form.sinks is not None:
-            sizes["sinks"] = form.sinks
-        recurrence = RECURRENCE.from_attention(config, form, index)
-        return WindowedSettings(recurrence, WindowSettings(**sizes))
+        return self.built(config, settings, rotated=rotated)
 
     def initialise(
         self,
-        mixer: Mamba2WindowMixer,
+        mixer: W,
         attention: AttentionWeights,
         method: str,
         generator: torch.Generator,
@@ -280,41 +272,80 @@ class Mamba2WindowSpec(WindowedSizes, MixerSpec[WindowedSettings]):
             mixer.out_proj.weight.zero_()
             mixer.out_proj.bias.zero_()
 
-    basis = RECURRENCE.basis
-    apply_fit = RECURRENCE.apply_fit
-    rescale = RECURRENCE.rescale
+    def basis(
+        self, mixer: W, attention: AttentionWeights, hidden: Tensor, context: StepContext
+    ) -> Basis:
+        """Each head's v, and its scored and plain running sums."""
+        return RECURRENCE.basis(mixer, attention, hidden, context)
 
-    def beside(self, mixer: Mamba2WindowMixer, hidden: Tensor, context: StepContext) -> Tensor:
+    def apply_fit(self, mixer: W, attention: AttentionWeights, fit: HeadFit) -> None:
+        """Write a fit of every head into the recurrence."""
+        RECURRENCE.apply_fit(mixer, attention, fit)
+
+    def rescale(self, mixer: W, scale: Tensor) -> None:
+        """Multiply each head's norm weight by scale [H]."""
+        RECURRENCE.rescale(mixer, scale)
+
+    def beside(self, mixer: W, hidden: Tensor, context: StepContext) -> Tensor:
         """Heads [B, T, H P] of the window."""
         return mixer.window.features(hidden, context)
 
-    def recurrent(self, mixer: Mamba2WindowMixer, hidden: Tensor, context: StepContext) -> Tensor:
+    def recurrent(self, mixer: W, hidden: Tensor, context: StepContext) -> Tensor:
         """Output [B, T, D] of Mamba-2 alone."""
         return mixer.recurrent(hidden, context)
 
-    def given(self, mixer: Mamba2WindowMixer, hidden: Tensor, context: StepContext) -> Tensor:
+    def given(self, mixer: W, hidden: Tensor, context: StepContext) -> Tensor:
         """Output [B, T, D] of the attention beside it."""
         return mixer.given(hidden, context)
 
-    def start_fit(self, mixer: Mamba2WindowMixer, attention: AttentionWeights) -> None:
+    def start_fit(self, mixer: W, attention: AttentionWeights) -> None:
         """Give the silent output projection the attention's weights to refit."""
         mixer.out_proj.weight.copy_(attention.o)
 
-    def cost(self, config: LlamaConfig, settings: WindowedSettings, length: int) -> MixerCost:
+    def cost(self, config: DecoderConfig, settings: S, length: int) -> MixerCost:
         """Operations per token of both parts."""
         span = settings.mamba2_window
         near = attention_cost(config, min(length / 2, span.window + span.sinks))
         return RECURRENCE.cost(config, settings.mamba2, length).plus(near)
 
-    def kv_read(self, config: LlamaConfig, settings: WindowedSettings, context: int) -> int:
+    def kv_read(self, config: DecoderConfig, settings: S, context: int) -> int:
         """Numbers of keys and values that a step behind `context` tokens reads."""
         seen = keys_in(settings.mamba2_window, context)
         return seen * self.kv_elements(config, settings)
 
+
+def windowed_sizes(config: DecoderConfig, form: MixerForm, index: int) -> WindowedSettings:
+    """Sizes in the place of the attention of layer `index`."""
+    sizes = {"window": form.window}
+    if form.sinks is not None:
+        sizes["sinks"] = form.sinks
+    recurrence = RECURRENCE.from_attention(config, form, index)
+    return WindowedSettings(recurrence, WindowSettings(**sizes))
+
+
+class Mamba2WindowSpec(WindowedSizes, BesideSpec[WindowedSettings, Mamba2WindowMixer]):
+    """Mamba-2 beside attention to a window."""
+
+    title = "Mamba-2 mixer plus attention"
+    module_type = Mamba2WindowMixer
+    inherited = {"window": "windows of mamba mixers"}
+    branches = {"recurrent": "out_proj", "window": "window"}
+    with_kept_heads = "mamba2_mixed"
+
+    def cache(self, settings: WindowedSettings) -> WindowedCache:
+        """An empty cache of one layer."""
+        return WindowedCache(settings.mamba2_window)
+
+    def from_attention(
+        self, config: DecoderConfig, form: MixerForm, index: int
+    ) -> WindowedSettings:
+        """Sizes in the place of the attention of layer `index`."""
+        return windowed_sizes(config, form, index)
+
     def pack(
         self,
         mixer: Mamba2WindowMixer,
-        config: LlamaConfig,
+        config: DecoderConfig,
         settings: WindowedSettings,
         rotations: Rotations | None,
     ) -> PackedWindowed:

@@ -16,6 +16,7 @@ from mambactl.kernels.decode.cpu.products import Products
 from mambactl.kernels.decode.cpu.recurrence import advance, gated, heads_of
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.ops import ReferenceOps
+from mambactl.present import present
 
 # where products are in bfloat16, which makes ties of logits that lie close, these are computed once
 # more in fp32: so many for sampling, and what is nearly the largest for the best token
@@ -59,7 +60,7 @@ class CpuOps(ReferenceOps):
         write_heads = _write_heads if alone is None else single.write_heads
         for args in reversed(beside):
             y, own = y[:, : -args.rows], y[:, -args.rows :]
-            write_heads(rows, own, args, *rotation)
+            write_heads(rows, own, args, *present(rotation))
         width, slots = ring.shape[2], ring.shape[1]
         plain[:, :ring_lo] = y[:, :ring_lo]
         if ring_lo + width < y.shape[1]:

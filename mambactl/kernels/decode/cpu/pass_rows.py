@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mambactl.kernels.decode.reference.linear import TAPS
 from mambactl.kernels.decode.reference.slots import positions_held, slot_of
+from mambactl.present import present
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Rows:
     count: list[int]
     T: int
     offset: int
-    found: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)
+    found: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    # where all of them would be there, or seen, there is none
+    masks: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)
     groups: dict[tuple[int, ...], list[Group]] = field(default_factory=dict)
 
     @cached_property
@@ -83,7 +86,7 @@ class Rows:
 
     def slot(self, sinks: int, ring: int) -> int:
         """Slot of the keys of that token."""
-        at = self.single
+        at = present(self.single)
         return at if ring == 0 or at < sinks else sinks + at % ring
 
     def real(self, values: Tensor) -> Tensor:
@@ -106,8 +109,8 @@ class Rows:
             at = self.position[:, None] + torch.arange(1 - TAPS, 1)  # [R, 4]
             there = at >= 0
             self.found[key] = at % slots
-            self.found[4, slots] = None if bool(there.all()) else there[..., None]
-        return self.found[key], self.found[4, slots]
+            self.masks[4, slots] = None if bool(there.all()) else there[..., None]
+        return self.found[key], self.masks[4, slots]
 
     def longest(self) -> int:
         """Positions up to the last one of the pass."""
@@ -116,9 +119,9 @@ class Rows:
     def hidden(self, slots: int, window: int, sinks: int, ring: int) -> Tensor | None:
         """Additive mask [B, 1, T, 1, slots]: -inf for keys that a row does not see."""
         key = (5, slots, window, sinks, ring)
-        if key not in self.found:
-            self.found[key] = self._hidden(slots, window, sinks, ring)
-        return self.found[key]
+        if key not in self.masks:
+            self.masks[key] = self._hidden(slots, window, sinks, ring)
+        return self.masks[key]
 
     def _hidden(self, slots: int, window: int, sinks: int, ring: int) -> Tensor | None:
         start = torch.tensor(self.start)

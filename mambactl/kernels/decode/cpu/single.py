@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambactl.kernels.decode.cpu.pass_rows import Rows
 from mambactl.kernels.decode.operations import AttentionArguments
+from mambactl.present import present
 
 
 def convolve(
@@ -48,7 +49,7 @@ def attend(
     keys, values = keys[0], values[0]  # [Hk, S, P]
     kv_heads, _, width = keys.shape
     if ring == 0:
-        end = rows.single + 1
+        end = present(rows.single) + 1
         keys, values = keys[:, :end], values[:, :end]
     hidden = rows.hidden(keys.shape[1], window, sinks, ring)  # [1, 1, 1, 1, S]
     query = q.view(kv_heads, -1, width)  # [Hk, G, P]

@@ -45,7 +45,8 @@ def _normed(parts: list[Tensor], gains: list[Tensor], eps: float, joint: bool) -
             reference.rms_norm(heads, gain, eps) for heads, gain in zip(parts, gains, strict=True)
         ]
     size = sum(heads[0].numel() if len(heads) else 1 for heads in parts)
-    mean = sum(wide(heads).square().sum((1, 2)) for heads in parts)[:, None] / size  # [R, 1]
+    squares = torch.stack([wide(heads).square().sum((1, 2)) for heads in parts]).sum(0)  # [R]
+    mean = squares[:, None] / size  # [R, 1]
     return [
         reference.norm_by(heads.flatten(1), mean, gain, eps).view_as(heads)
         for heads, gain in zip(parts, gains, strict=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mambactl.kernels import reference
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.slots import slot_of
+from mambactl.present import present
 
 TAPS = 4
 
@@ -103,8 +104,9 @@ def project(
         shift = None
         if bias is not None:
             bias, shift = bias[: -args.rows], bias[-args.rows :]
+        cos, sin = present(rotation)
         project_qkv(
-            scaled, squares, eps, own, shift, *rotation, args.q, args.keys, args.values, start,
+            scaled, squares, eps, own, shift, cos, sin, args.q, args.keys, args.values, start,
             count, scale, T=T, offset=offset, sinks=args.sinks, ring=args.ring,
         )  # fmt: skip
     y = normed(scaled, squares, eps, w, bias).to(plain.dtype)  # [M, N]

@@ -25,14 +25,17 @@ from mambactl.kernels.decode.reference.linear import (
     segment_positions,
     wide,
 )
+from mambactl.present import present
 
 
-def _states(step: reference.Step, state: Tensor, records: reference.Records, C: Tensor, keep: int):
+def _states(
+    step: reference.Step, state: Tensor, records: reference.Records, C: Tensor, keep: int
+) -> tuple[Tensor, Tensor]:
     """Outputs of every token, and the state after `keep` of them."""
     head = tuple(r[:, :keep] for r in records)
     tail = tuple(r[:, keep:] for r in records)
-    y_head, middle = reference.recur(step, state, head, C[:, :keep])
-    y_tail, _ = reference.recur(step, middle, tail, C[:, keep:])
+    y_head, middle = reference.run(step, state, head, C[:, :keep])
+    y_tail, _ = reference.run(step, middle, tail, C[:, keep:])
     if keep == 0:
         return y_tail, middle
     return torch.cat([y_head, y_tail.to(y_head.dtype)], 1) if y_tail.shape[1] else y_head, middle
@@ -159,7 +162,7 @@ def mamba1_segment(
             B, C = later[..., n_x + source], later[..., 2 * n_x : 2 * n_x + channels]
             step_low = later[..., 2 * n_x + channels :]
         else:
-            x = ring_rows(mixed[b], first, end)
+            x = ring_rows(present(mixed)[b], first, end)
             step_low, B, C = ring_rows(low[b], first, end).split([rank, size, size], -1)
         dt = F.softplus(step_low @ wide(dt_weight).T + wide(dt_bias))  # [1, L, Ch]
         B, C = B.unflatten(-1, (-1, size)), C.unflatten(-1, (-1, size))

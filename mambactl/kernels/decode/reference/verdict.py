@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mambactl.kernels.random import Stream, draw, uniform
+from mambactl.present import present
 
 
 def smallest_kept(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -151,7 +152,8 @@ def verdict_sampled(
         certain = drafts[:, : shape[0]].T.long()[..., None]  # [K, B, 1]
         draft = torch.zeros(shape, device=logits.device).scatter(-1, certain, 1.0)  # [K, B, V]
     else:
-        draft = probabilities(draft_logits, settings, draft_threshold, draft_log_mass)
+        found = present(draft_threshold), present(draft_log_mass)
+        draft = probabilities(draft_logits, settings, *found)
     for row, length in enumerate(_lengths(lengths, batch, draft.shape[0])):
         n = 0
         while n < length and _passes(target[row, n], draft[n, row], drafts[row, n], tests[row, n]):

@@ -15,6 +15,7 @@ from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import slot_of
 from mambactl.kernels.decode.triton.gemv import norm_rate, square_parts
 from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
+from mambactl.present import present
 
 
 @triton.jit
@@ -317,7 +318,7 @@ def head(
         y = torch.mm(scaled.float(), w.float().T)
     sizes = {"BLOCK": BLOCK, **_common(squares, D, pdl)}
     if logits is None:
-        pieces = best.shape[1]
+        pieces = present(best).shape[1]
         _best_kernel[(pieces, M)](
             y, squares, squares.stride(0), eps, best, best_index, N, pieces, **sizes
         )

@@ -1,7 +1,6 @@
 """The operations of a decode pass on a GPU: picks the kernel by the number of rows."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -83,28 +82,28 @@ class TritonOps:
             *decode_attention.counter_shape(batch, kv_heads, per_head),
         )
 
-    def embed(self, *args: Any) -> None:
+    def embed(self, *args: object, **keywords: object) -> None:
         """Write tokens into the residual stream."""
-        tokens.embed(*args, pdl=self.pdl)
+        tokens.embed(*args, **keywords, pdl=self.pdl)
 
-    def add_normed(self, *args: Any) -> None:
+    def add_normed(self, *args: object, **keywords: object) -> None:
         """Add the norm of another stream to the residual stream."""
-        tokens.add_normed(*args, pdl=self.pdl)
+        tokens.add_normed(*args, **keywords, pdl=self.pdl)
 
-    def settle_heads(self, *args: Any, **keywords: Any) -> None:
+    def settle_heads(self, *args: object, **keywords: object) -> None:
         """Norms and rotation of queries and keys in place."""
         heads.settle_heads(*args, **keywords, pdl=self.pdl)
 
-    def pick(self, *args: Tensor) -> None:
+    def pick(self, *args: object, **keywords: object) -> None:
         """The best token of every row."""
-        tokens.pick(*args, pdl=self.pdl)
+        tokens.pick(*args, **keywords, pdl=self.pdl)
 
     def project(
         self,
         scaled: Tensor,
-        *args: Any,
+        *args: object,
         beside: Sequence[AttentionArguments] = (),
-        **keywords: Any,
+        **keywords: object,
     ) -> None:
         """Input projection of a recurrent mixer, and of attentions beside it."""
         tiles = self._tiles("project", len(scaled))
@@ -112,19 +111,19 @@ class TritonOps:
         tiles = tiles and tiles.within(*widths)
         self._run("project", tiles, scaled, *args, beside=beside, **keywords)
 
-    def project_qkv(self, scaled: Tensor, *args: Any, **keywords: Any) -> None:
+    def project_qkv(self, scaled: Tensor, *args: object, **keywords: object) -> None:
         """Queries, and keys and values into the cache."""
         width = args[8].shape[3]
         rows = len(scaled) if width % 16 == 0 else SOME_ROWS + 1
         self._product("project_qkv", rows, scaled, *args, **keywords)
 
-    def add_residual(self, x: Tensor, *args: Any, **keywords: Any) -> None:
+    def add_residual(self, x: Tensor, *args: object, **keywords: object) -> None:
         """Output projection into the stream, or the sum of up to three."""
         self._product("add_residual", len(x), x, *args, **keywords)
 
-    def swiglu(self, scaled: Tensor, *args: Any) -> None:
+    def swiglu(self, scaled: Tensor, *args: object, **keywords: object) -> None:
         """The first half of an MLP."""
-        self._product("swiglu", len(scaled), scaled, *args)
+        self._product("swiglu", len(scaled), scaled, *args, **keywords)
 
     def head_best(
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor, index: Tensor
@@ -138,31 +137,31 @@ class TritonOps:
         """Compute all logits of the head."""
         self._product("head", len(scaled), scaled, squares, eps, w, None, None, logits)
 
-    def _product(self, name: str, rows: int, *args: Any, **keywords: Any) -> None:
+    def _product(self, name: str, rows: int, *args: object, **keywords: object) -> None:
         self._run(name, self._tiles(name, rows), *args, **keywords)
 
-    def _run(self, name: str, tiles: Tiles | None, *args: Any, **keywords: Any) -> None:
+    def _run(self, name: str, tiles: Tiles | None, *args: object, **keywords: object) -> None:
         if tiles is None:
             getattr(linear_many, name)(*args, **keywords, pdl=self.pdl)
         else:
             getattr(linear, name)(*args, **keywords, tiles=tiles, pdl=self.pdl)
 
-    def attention(self, *args: Any, **keywords: Any) -> None:
+    def attention(self, *args: object, **keywords: object) -> None:
         """Run the attention of a decode pass."""
         decode_attention.decode_attention(*args, **keywords, pdl=self.pdl)
 
-    def rotate(self, *args: Any, **keywords: Any) -> None:
+    def rotate(self, *args: object, **keywords: object) -> None:
         """Rotation of B and C."""
         rotate.rotate(*args, **keywords, pdl=self.pdl)
 
     def mamba2(
         self,
         ring: Tensor,
-        *args: Any,
+        *args: object,
         T: int,
         offset: int,
         beside: Sequence[AttentionArguments] = (),
-        **keywords: Any,
+        **keywords: object,
     ) -> None:
         """Mamba-2 of a segment, and attentions beside it."""
         where = {"T": T, "offset": offset, "pdl": self.pdl}
@@ -180,39 +179,39 @@ class TritonOps:
         segment = mamba2_closed.mamba2_closed if closed else mamba2_step.mamba2_segment
         segment(ring, *args, **keywords, **where)
 
-    def grouped_norm(self, *args: Any) -> None:
+    def grouped_norm(self, *args: object, **keywords: object) -> None:
         """RMSNorm within groups, in place."""
-        mamba2_step.grouped_norm(*args, pdl=self.pdl)
+        mamba2_step.grouped_norm(*args, **keywords, pdl=self.pdl)
 
-    def mamba1_low(self, mixed: Tensor, *args: Any, T: int, **keywords: Any) -> None:
+    def mamba1_low(self, mixed: Tensor, *args: object, T: int, **keywords: object) -> None:
         """x_proj of native Mamba-1."""
         module = mamba1_step if len(mixed) * T <= ONE_BY_ONE else linear_many
         module.mamba1_low(mixed, *args, T=T, **keywords, pdl=self.pdl)
 
-    def mamba1(self, *args: Any, **keywords: Any) -> None:
+    def mamba1(self, *args: object, **keywords: object) -> None:
         """Mamba-1 of a segment."""
         mamba1_step.mamba1_segment(*args, **keywords, pdl=self.pdl)
 
-    def draft_ngram(self, *args: Any) -> None:
+    def draft_ngram(self, *args: object, **keywords: object) -> None:
         """Draft from the text itself; see `kernels.decode.reference.ngram.draft_ngram`."""
-        ngram.draft_ngram(*args, pdl=self.pdl)
+        ngram.draft_ngram(*args, **keywords, pdl=self.pdl)
 
-    def filter_rows(self, *args: Any) -> None:
+    def filter_rows(self, *args: object, **keywords: object) -> None:
         """Find what top-k and top-p keep; see `kernels.decode.reference.verdict.filter_rows`."""
-        verdict.filter_rows(*args, pdl=self.pdl)
+        verdict.filter_rows(*args, **keywords, pdl=self.pdl)
 
-    def draw_rows(self, *args: Any, **keywords: Any) -> None:
+    def draw_rows(self, *args: object, **keywords: object) -> None:
         """Draw one token per row; see `kernels.decode.reference.verdict.draw_rows`."""
         verdict.draw_rows(*args, **keywords, pdl=self.pdl)
 
-    def verdict_greedy(self, *args: Any) -> None:
+    def verdict_greedy(self, *args: object, **keywords: object) -> None:
         """Accept drafts greedily; see `kernels.decode.reference.verdict.verdict_greedy`."""
-        verdict.verdict_greedy(*args, pdl=self.pdl)
+        verdict.verdict_greedy(*args, **keywords, pdl=self.pdl)
 
-    def verdict_sampled(self, *args: Any) -> None:
+    def verdict_sampled(self, *args: object, **keywords: object) -> None:
         """Accept drafts by sampling; see `kernels.decode.reference.verdict.verdict_sampled`."""
-        verdict.verdict_sampled(*args, pdl=self.pdl)
+        verdict.verdict_sampled(*args, **keywords, pdl=self.pdl)
 
-    def commit(self, *args: Any, **keywords: Any) -> None:
+    def commit(self, *args: object, **keywords: object) -> None:
         """Commit the accepted tokens; see `kernels.decode.reference.verdict.commit`."""
         verdict.commit(*args, **keywords, pdl=self.pdl)
