@@ -11,7 +11,7 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
 from io import StringIO
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mambactl.errors import ModelError, ResourceError, UpstreamError, UsageError
+from mambactl.present import present
 from mambactl.stage_result import Table
 
 PLAIN_INTERVAL = 8.0
@@ -339,10 +340,10 @@ def text_descriptor() -> int | None:
     return _stdout["text"]
 
 
-def announce_result(text: str, content: dict[str, object]) -> None:
+def announce_result(text: str, content: Mapping[str, object]) -> None:
     """Write what a command has to say before it ends: the text, or with --json the object."""
     if _stdout["text"] is None:
-        write_json(content, _stdout["whole"])
+        write_json(content, present(_stdout["whole"]))
     else:
         write_out(text, _stdout["text"])
 
@@ -376,7 +377,7 @@ def write_piece(text: str, descriptor: int = 1) -> None:
         ) from error
 
 
-def write_json(content: dict[str, object], descriptor: int = 1) -> None:
+def write_json(content: Mapping[str, object], descriptor: int = 1) -> None:
     """Write one JSON object on one line to stdout."""
     write_out(printable(json.dumps(content, ensure_ascii=False, default=str)), descriptor)
 
@@ -403,11 +404,12 @@ def _checkpoint(line: str) -> str:
     from mambactl.foreign import json_value, reason
 
     try:
-        checkpoint = json_value(line).get("checkpoint")
+        found = json_value(line)
     except ValueError as error:
         raise UsageError(
             f"stdin starts with {{ but is not one line of JSON ({reason(error)})"
         ) from None
+    checkpoint = found.get("checkpoint") if isinstance(found, dict) else None
     if not isinstance(checkpoint, str) or not checkpoint:
         raise UsageError("the JSON line on stdin has no `checkpoint`")
     return checkpoint
@@ -443,7 +445,8 @@ def drawn(block: str | Table) -> str:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 10_000
-    console = Console(file=StringIO(), width=width, no_color=True)
+    written = StringIO()
+    console = Console(file=written, width=width, no_color=True)
     console.print(grid(block.title, block.columns, block.rows, block.numbers))
-    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    lines = [line.rstrip() for line in written.getvalue().splitlines()]
     return "\n".join(line for line in lines if line)

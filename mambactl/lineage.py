@@ -10,6 +10,7 @@ from pathlib import Path
 from mambactl.errors import ModelError
 from mambactl.files import CARD, LINEAGE
 from mambactl.foreign import read_object, read_text
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.requirements import installed
 from mambactl.version import __version__
 
@@ -19,18 +20,18 @@ _PACKAGES = ("torch", "transformers", "safetensors")
 
 def stage_record(
     stage: str,
-    parent: Mapping[str, object] | None,
+    parent: AnyObject | None,
     link: Mapping[str, str | None],
     teacher: str | None = None,
-    options: Mapping[str, object] | None = None,
+    options: AnyObject | None = None,
     seed: int | None = None,
-    metrics: Mapping[str, object] | None = None,
-) -> dict[str, object]:
+    metrics: AnyObject | None = None,
+) -> JsonObject:
     """The content of mambactl.json; `parent` is that of the checkpoint at `link["path"]`.
 
     `source` is the model the chain started from, `ancestors` the stages since, oldest first.
     """
-    ancestors: list[dict[str, object]] = []
+    ancestors: list[JsonObject] = []
     if parent is not None:
         kept = {key: value for key, value in parent.items() if key not in ("ancestors", "versions")}
         ancestors = [*parent.get("ancestors", []), kept]
@@ -61,7 +62,7 @@ class Origin:
     """Lineage and card of the checkpoint at `path`, of a model that came from it."""
 
     path: Path
-    lineage: Mapping[str, object]
+    lineage: AnyObject
     card: str | None = None
 
     def write(self, folder: Path, stage: str) -> None:

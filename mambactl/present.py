@@ -1,4 +1,4 @@
-"""A value that may be None by its type and is not where the caller asks for it."""
+"""Values that are more by what the caller knows than by their types: not None, or of a class."""
 
 from typing import TypeVar
 
@@ -9,4 +9,11 @@ def present(value: T | None) -> T:
     """The value itself; TypeError for None, which is a fault of the program."""
     if value is None:
         raise TypeError("a value is missing that was made before")
+    return value
+
+
+def of_kind(kind: type[T], value: object) -> T:
+    """The value, which is of a class that the caller knows; TypeError for another."""
+    if not isinstance(value, kind):
+        raise TypeError(f"a {kind.__name__} is needed, not a {type(value).__name__}")
     return value

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from mambactl.errors import ResourceError, UsageError
+from mambactl.present import present
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ def add_up(tensors: Sequence["Tensor"]) -> None:
     if processes() == 1:
         return
     for work in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
-        work.wait()
+        present(work).wait()
 
 
 def total(value: "Tensor") -> "Tensor":

@@ -35,7 +35,9 @@ def varied(
 ) -> tuple[dict[str, object], str]:
     """Sections and description of a variant; raises UsageError for one that is not there."""
     chain: list[str] = []
-    while name is not None:
+    wanted: str | None = name
+    while wanted is not None:
+        name = wanted
         if name not in variants:
             hint = nearest(name, variants) if variants else "it has no variants"
             raise UsageError(f"{path} has no variant {excerpt(name)}", hint)
@@ -43,7 +45,7 @@ def varied(
             raise UsageError(f"{path}: variant {name} is like itself", " -> ".join([*chain, name]))
         chain.append(name)
         like = variants[name].get("like")
-        name = None if like is None else str(like)
+        wanted = None if like is None else str(like)
     sections = dict(stages)
     for link in reversed(chain):
         changes = {k: v for k, v in variants[link].items() if k not in VARIANT_KEYS}
@@ -62,8 +64,10 @@ def _changed(sections: Mapping[str, object], changes: Mapping[str, object]) -> d
         else:
             order.insert(index, key)
             index += 1
-        both = isinstance(body, dict) and isinstance(merged.get(key), dict)
-        merged[key] = {**merged[key], **body} if both else body
+        before = merged.get(key)
+        if isinstance(body, dict) and isinstance(before, dict):
+            body = {**before, **body}
+        merged[key] = body
     dropped = {key for key, body in changes.items() if body is None}
     return {key: merged[key] for key in order if key not in dropped}
 

@@ -73,6 +73,11 @@ class Section:
         return COMMANDS[self.stage]
 
     @property
+    def options(self) -> type[StageConfig]:
+        """Class of the step's options."""
+        return self.command.stage_options
+
+    @property
     def config(self) -> StageConfig:
         """The validated options of the step."""
         return configure(self.stage, self.values)
@@ -236,7 +241,7 @@ def _section(key: str, body: Any, seed: dict[str, object], path: Path) -> Sectio
     section = Section(key, stage, None, key.replace("@", "-"), dict(seed))
     section = _take(section, body or {}, path)
     require_inner(section.out, f"{path}: `out` of {key}")
-    for name in sorted(section.command.options.written & section.values.keys()):
+    for name in sorted(section.options.written & section.values.keys()):
         require_inner(str(section.values[name]), f"{path}: `{name}` of {key}")
     return section
 
@@ -244,7 +249,7 @@ def _section(key: str, body: Any, seed: dict[str, object], path: Path) -> Sectio
 def _take(section: Section, body: Mapping[str, object], path: Path) -> Section:
     values = {key.replace("-", "_"): value for key, value in body.items()}
     section = _placed(section, values, path)
-    for field in section.command.options.files:
+    for field in section.options.files:
         if field in values:
             values[field] = _located(values[field], path.parent)
     section = replace(section, values={**section.values, **values})

@@ -80,7 +80,7 @@ class _Finder:
         if name == MODULE:
             from importlib.machinery import ModuleSpec
 
-            return ModuleSpec(name, _Renaming(), origin=OURS)
+            return ModuleSpec(name, _Renaming(), origin=OURS)  # pyright: ignore[reportArgumentType]
         return None
 
     def _of_others(self, name, path, target):

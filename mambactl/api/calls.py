@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from mambactl import console, invocation
 from mambactl.checkpoint.provenance import made_before
@@ -47,7 +47,7 @@ def make(
     again = {"resume": resume, "force": force}
     flags = ["-o", str(path), *(f"--{word}" for word, given in again.items() if given)]
     with invocation.standing_for([name, source, *flags, *settings(config)]):
-        made = made_before(path, command, config, source, **again)
+        made = made_before(path, command, config, source, resume=resume, force=force)
         if made is not None:
             return StageResult(str(path.absolute()), made.get("metrics", {}))
         require_found(config, [source])
@@ -76,7 +76,8 @@ def measure(name: str, config: StageConfig, models: Sequence[Spec | None]) -> St
             if several or getattr(config, "report", None):
                 from mambactl.report import compare
 
-                return _located(compare.run(config, sources, command=module))
+                measuring = cast(compare.MeasuringCommand, module)
+                return _located(compare.run(config, sources, command=measuring))
             return _located(module.run(config, sources[0]))
 
 

@@ -7,9 +7,10 @@ from mambactl.api.signatures import keywords, with_options
 from mambactl.commands import stages
 from mambactl.errors import UsageError
 from mambactl.evaluation.probes import EvalConfig
-from mambactl.options import BenchConfig, SpecDecodeConfig
+from mambactl.options import BenchConfig, SpecDecodeConfig, StageConfig
 from mambactl.options.evaluation import EvalBase
 from mambactl.options.fields import nearest
+from mambactl.present import of_kind
 from mambactl.stage_result import StageResult
 
 # its probes bring the options, which type checkers therefore do not know
@@ -84,4 +85,4 @@ def plan(command: str, model: Spec | None = None, **options: object) -> dict[str
     """
     if command not in (known := stages()):
         raise UsageError(f"{command} is no command with a plan", nearest(command, known))
-    return show_plan(command, keywords(command, options), model)
+    return show_plan(command, of_kind(StageConfig, keywords(command, options)), model)

@@ -21,6 +21,7 @@ from typing import (
     Protocol,
     TypeVar,
     Union,
+    cast,
     overload,
 )
 from typing import get_args as arguments
@@ -28,12 +29,13 @@ from typing import get_origin as origin
 
 from mambactl.api.calls import Spec
 from mambactl.cli.precedence import settled
-from mambactl.commands import configure
+from mambactl.commands import configured
 from mambactl.options import CommandConfig, StageConfig
 from mambactl.stage_result import StageResult
 
 if TYPE_CHECKING:
     from mambactl.generation.dialogue import Chat
+    from mambactl.serving.running import Server
 
 Options = ParamSpec("Options")
 Config = TypeVar("Config", bound=CommandConfig)
@@ -53,6 +55,7 @@ class Maker(Protocol[Options]):
         **options: Options.kwargs,
     ) -> StageResult:
         """Run the command."""
+        ...
 
 
 class Comparison(Protocol[Options]):
@@ -66,6 +69,7 @@ class Comparison(Protocol[Options]):
         **options: Options.kwargs,
     ) -> StageResult:
         """Run the command."""
+        ...
 
 
 class Bench(Protocol[Options]):
@@ -75,6 +79,7 @@ class Bench(Protocol[Options]):
         self, model: Spec | None = None, *args: Options.args, **options: Options.kwargs
     ) -> StageResult:
         """Run the command."""
+        ...
 
 
 class Meter(Protocol[Options]):
@@ -82,6 +87,7 @@ class Meter(Protocol[Options]):
 
     def __call__(self, model: Spec, *args: Options.args, **options: Options.kwargs) -> StageResult:
         """Run the command."""
+        ...
 
 
 class Opening(Protocol[Options]):
@@ -89,6 +95,7 @@ class Opening(Protocol[Options]):
 
     def __call__(self, model: Spec, *args: Options.args, **options: Options.kwargs) -> "Chat":
         """Load the model."""
+        ...
 
 
 class Showing(Protocol[Options]):
@@ -96,6 +103,15 @@ class Showing(Protocol[Options]):
 
     def __call__(self, *args: Options.args, **options: Options.kwargs) -> StageResult:
         """Run the command."""
+        ...
+
+
+class Serving(Protocol[Options]):
+    """A function that starts a server."""
+
+    def __call__(self, model: Spec, *args: Options.args, **options: Options.kwargs) -> "Server":
+        """Start the server."""
+        ...
 
 
 def with_options(
@@ -107,7 +123,9 @@ def with_options(
 
 class _WithOptions(Generic[Options, Config]):
     def __init__(self, command: str, options: Callable[Options, Config]):
-        self.command, self.options = command, options
+        self.command = command
+        # the class itself, whose parameters a checker sees as those of a call
+        self.options = cast(type[CommandConfig], options)
 
     @overload
     def __call__(
@@ -131,6 +149,9 @@ class _WithOptions(Generic[Options, Config]):
     def __call__(self, function: Callable[[Config, Spec], "Chat"]) -> Opening[Options]: ...
 
     @overload
+    def __call__(self, function: Callable[[Config, Spec], "Server"]) -> Serving[Options]: ...
+
+    @overload
     def __call__(self, function: Callable[[Config], StageResult]) -> Showing[Options]: ...
 
     def __call__(self, function: Callable[..., object]) -> Callable[..., object]:
@@ -143,17 +164,16 @@ class _WithOptions(Generic[Options, Config]):
             return function(keywords(self.command, given), *args, **shared)
 
         options = _parameters(self.options)
-        call.__signature__ = Signature(
-            [*own, *options], return_annotation=signature(function).return_annotation
-        )
+        shown = signature(function).return_annotation
+        setattr(call, "__signature__", Signature([*own, *options], return_annotation=shown))  # noqa: B010
         call.__doc__ = f"{getdoc(function)}\n\n{_described(self.options, options)}\n"
         return call
 
 
-def keywords(command: str, given: dict[str, object]) -> Any:
+def keywords(command: str, given: dict[str, object]) -> CommandConfig:
     """The options of a command from keywords; raises UsageError for a wrong one."""
     typed = {name: _plain(value) for name, value in given.items()}
-    return configure(command, settled(command, {}, typed))
+    return configured(command, settled(command, {}, typed))
 
 
 def _plain(value: object) -> object:

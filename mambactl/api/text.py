@@ -23,7 +23,8 @@ from mambactl.generation.detokenizer import Detokenizer
 from mambactl.generation.dialogue import Chat
 from mambactl.generation.on_demand import on_demand
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import PREFIX_CACHE_GB, ChatConfig, ServeConfig
+from mambactl.options import PREFIX_CACHE_GB, ChatConfig, GenerateConfig, ServeConfig
+from mambactl.present import of_kind
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def _prepared(
         raise UsageError(f"params are {params!r}", "give mambactl.SamplingParams(...)")
     given = {name: getattr(params, name) for name in SAMPLING}
     typed = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
-    config = configure("generate", {**given, **typed})
+    config = of_kind(GenerateConfig, configure("generate", {**given, **typed}))
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise UsageError(f"prompt {number} is empty", "give some text")

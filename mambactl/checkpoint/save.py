@@ -128,7 +128,7 @@ class CheckpointWriter(TensorWriter):
     def __init__(
         self,
         out: Path,
-        config: PretrainedConfig,
+        config: PretrainedConfig | AnyObject,
         side_files: Mapping[str, str | bytes],
         lineage: AnyObject | None,
         force: bool = False,

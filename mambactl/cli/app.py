@@ -16,7 +16,7 @@ from mambactl.cli import recipe
 from mambactl.cli.closing import Closing, in_pipe
 from mambactl.cli.headings import COMMAND_GROUPS
 from mambactl.cli.help import WIDEST, GroupedCommand, GroupedGroup
-from mambactl.cli.parameters import Shared, parameters_of, typed_name, with_parameters
+from mambactl.cli.parameters import Shared, Typed, parameters_of, typed_name, with_parameters
 from mambactl.cli.precedence import settled
 from mambactl.commands import COMMANDS, Command, configure
 from mambactl.errors import UsageError
@@ -24,6 +24,7 @@ from mambactl.files import default_out
 from mambactl.heartbeat import heartbeat
 from mambactl.options import CommandConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import parse_settings, validated
+from mambactl.present import present
 from mambactl.ranks import is_main, launched
 from mambactl.requirements import purposes, require_packages
 from mambactl.stage_result import StageResult
@@ -121,7 +122,7 @@ def _function(command: Command) -> Callable[..., None]:
     return function
 
 
-def run_command(command: Command, given: dict[str, object]) -> None:
+def run_command(command: Command, given: Typed) -> None:
     """Run one command from parsed parameters and write its result to stdout."""
     if command.is_stage:
         run_stage(command, given)
@@ -129,7 +130,7 @@ def run_command(command: Command, given: dict[str, object]) -> None:
         _run_plain(command, given)
 
 
-def run_stage(command: Command, given: dict[str, object]) -> None:
+def run_stage(command: Command, given: Typed) -> None:
     """Run one stage: its options come from flags, `--set`, a recipe and defaults."""
     shared = Shared.take(given)
     console.set_verbosity(shared.verbosity if is_main() else console.SILENT)
@@ -167,7 +168,7 @@ def run_stage(command: Command, given: dict[str, object]) -> None:
             [console.read_model(other) for other in others],
         )
         return
-    out = Path(shared.out) if shared.out else default_out(source, command.name, ending)
+    out = Path(shared.out) if shared.out else default_out(present(source), command.name, ending)
     again = {"resume": shared.resume, "force": shared.force}
     # the help needs nothing of checkpoints
     from mambactl.checkpoint.provenance import made_before
@@ -179,7 +180,7 @@ def run_stage(command: Command, given: dict[str, object]) -> None:
             announce()
         recipes = [("--recipe", shared.recipe)] if shared.recipe else []
         made = made_before(
-            out, command, config, source, **again, others=recipes, dry_run=shared.dry_run
+            out, command, config, present(source), **again, others=recipes, dry_run=shared.dry_run
         )
     if made is not None:
         console.log(f"{out} is complete, nothing to do")
@@ -188,8 +189,8 @@ def run_stage(command: Command, given: dict[str, object]) -> None:
     _call(command, config, source, out, shared, closing)
 
 
-def _run_plain(command: Command, given: dict[str, object]) -> None:
-    as_json = given.pop("json", False)
+def _run_plain(command: Command, given: Typed) -> None:
+    as_json = bool(given.pop("json", False))
     others = take_others(command, given)
     model = take_model(command, given)
     options = validated(command.name, command.options, given)
@@ -227,12 +228,14 @@ def _call(
 
     with console.guarded_stdout(), heartbeat(command.name):
         require_found(config, [source, *others])
-    spreads = isinstance(config, SpreadConfig) and config.nproc and not launched()
-    if spreads and not shared.dry_run:
+    spread = config if isinstance(config, SpreadConfig) and config.nproc else None
+    if launched():
+        spread = None
+    if spread is not None and not shared.dry_run:
         from mambactl.cli.processes import launch
 
         with console.guarded_stdout():
-            line = launch(config, command.name, source, shared.flags(out))
+            line = launch(spread, command.name, present(source), shared.flags(present(out)))
         console.write_out(line)
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -245,28 +248,30 @@ def _call(
         if others or getattr(config, "report", None):
             compare = import_module("mambactl.report.compare")
             call = partial(compare.plan if shared.dry_run else compare.run, command=module)
-            source = [source, *others]
+            call = partial(call, config, [source, *others])
+            source = None
+        else:
+            call = partial(call, config, source)
+        planned, result = None, None
         if shared.dry_run:
-            split = {}
-            if spreads:
+            planned = call()
+            if spread is not None:
                 from mambactl.cli.processes import shards
 
-                split = {"sharded": shards(config, source)}
-            planned = call(config, source) | split
+                planned = planned | {"sharded": shards(spread, present(source))}
         elif out is not None:
-            again = {"resume": shared.resume, "force": shared.force}
-            result = call(config, source, out, **again)
+            result = call(out, resume=shared.resume, force=shared.force)
         else:
-            result = call(config, source)
+            result = call()
         if launched():
             import_module("mambactl.ranks").leave()
-    if shared.dry_run:
-        _show_plan(command, shared, planned, out)
+    if result is None:
+        _show_plan(command, shared, present(planned), out)
         return
     path = result.path
     if path is not None and (file := Path(path).expanduser()).exists():
         path = str(file.absolute())
-    closing.show(source if isinstance(source, str) else None, out)
+    closing.show(source, out)
     _say(command, shared, replace(result, path=path))
 
 
@@ -281,15 +286,15 @@ def _write(command: Command, as_json: bool, result: StageResult) -> None:
     if result.written:
         return
     if not as_json:
-        console.write_out(result.path if text is None else text)
+        console.write_out(present(result.path) if text is None else text)
     elif command.json == "metrics":
         console.write_json(result.metrics)
     else:
         content = {"stage": command.name, "checkpoint": result.path, "metrics": result.metrics}
-        console.write_json(content if text is None else content | {"text": text})
+        console.write_json(content if text is None else {**content, "text": text})
 
 
-def _config(stage: str, shared: Shared, flags: dict[str, object]) -> StageConfig:
+def _config(stage: str, shared: Shared, flags: Typed) -> StageConfig:
     settings = parse_settings(shared.settings)
     if not shared.recipe:
         return configure(stage, settled(stage, {}, settings | flags))
@@ -321,7 +326,7 @@ def _show_plan(command: Command, shared: Shared, plan: dict[str, object], out: P
         show_plan(command.name, plan)
 
 
-def take_model(command: Command, given: dict[str, object]) -> str | None:
+def take_model(command: Command, given: Typed) -> str | None:
     """Remove MODEL from the parsed parameters, and the option that means it."""
     model, option = given.pop("model", None), command.model_option
     if option is None:
@@ -336,7 +341,7 @@ def take_model(command: Command, given: dict[str, object]) -> str | None:
     raise UsageError(f"no {option.name}", option.usage)
 
 
-def take_argument(command: Command, given: dict[str, object]) -> None:
+def take_argument(command: Command, given: Typed) -> None:
     """Put what was typed behind MODEL into `given`, under the name of the option that it is."""
     name, typed = command.argument, given.pop(typed_name(command), None)
     if name is None or typed is None:
@@ -346,7 +351,7 @@ def take_argument(command: Command, given: dict[str, object]) -> None:
     given[name] = typed
 
 
-def take_others(command: Command, given: dict[str, object]) -> list[str]:
+def take_others(command: Command, given: Typed) -> list[str]:
     """Leave the first of several models in `given`, return those it is compared with."""
     if command.model != "many":
         return []

@@ -1,11 +1,15 @@
 """The help of commands: options under headings, common ones last, as wide as the terminal."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from mambactl.cli.headings import COMMAND_GROUPS, ORDER, heading_of
+from mambactl.present import present
+
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter, Parameter
 
 # wider names of options have their text on the next line
 NAME_COLUMNS = 28
@@ -14,20 +18,10 @@ WIDEST = {"help_option_names": ["-h", "--help"], "max_content_width": 1000}
 _HELP_TEXT = "show this help"
 
 
-class Formatter(Protocol):
-    """The part of Typer's formatter that is used here."""
-
-    width: int
-
-    def section(self, name: str) -> Any: ...
-
-    def write_dl(self, rows: list[tuple[str, str]], col_max: int = ...) -> None: ...
-
-
 class GroupedCommand(TyperCommand):
     """A command whose help shows its options under the headings of `headings`."""
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
+    def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         """Write arguments, then options by heading."""
         _write_parameters(self.get_params(ctx), ctx, formatter)
 
@@ -35,19 +29,21 @@ class GroupedCommand(TyperCommand):
 class GroupedGroup(TyperGroup):
     """A group whose help shows its commands under the headings that they name."""
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
+    def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         """Write commands first: they are what a person looks for; then options."""
         self.format_commands(ctx, formatter)
         _write_parameters(self.get_params(ctx), ctx, formatter)
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         """Write the commands with their summaries, group by group."""
-        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        commands = [
+            (name, present(self.get_command(ctx, name))) for name in self.list_commands(ctx)
+        ]
         longest = max(len(name) for name, _ in commands)
         limit = formatter.width - longest - 6
         groups: dict[str, list[tuple[str, str]]] = {}
         for name, command in commands:
-            heading = command.rich_help_panel
+            heading = getattr(command, "rich_help_panel", None)
             heading = heading if isinstance(heading, str) else "Commands"
             row = (name.ljust(longest), command.get_short_help_str(limit).removesuffix("."))
             groups.setdefault(heading, []).append(row)
@@ -61,14 +57,16 @@ def _rank_of_group(heading: str) -> int:
     return known.index(heading) if heading in known else len(known)
 
 
-def _write_parameters(parameters: Iterable[Any], ctx: Any, formatter: Formatter) -> None:
+def _write_parameters(
+    parameters: "Iterable[Parameter]", ctx: "Context", formatter: "HelpFormatter"
+) -> None:
     arguments: list[tuple[str, str]] = []
     sections: dict[str, list[tuple[str, str]]] = {}
     for parameter in parameters:
-        if parameter.param_type_name == "argument":
+        if not isinstance(parameter, TyperOption):
             arguments += filter(None, [parameter.get_help_record(ctx)])
         else:
-            heading = heading_of(ctx.command.name, parameter.name)
+            heading = heading_of(str(ctx.command.name), parameter.name)
             sections.setdefault(heading, []).append(_row(parameter, ctx))
     if arguments:
         with formatter.section("Arguments"):
@@ -81,14 +79,14 @@ def _write_parameters(parameters: Iterable[Any], ctx: Any, formatter: Formatter)
             formatter.write_dl(rows, col_max=NAME_COLUMNS)
 
 
-def _row(option: Any, ctx: Any) -> tuple[str, str]:
-    _, text = option.get_help_record(ctx)
+def _row(option: TyperOption, ctx: "Context") -> tuple[str, str]:
+    _, text = present(option.get_help_record(ctx))
     if option.name == "help":
         text = _HELP_TEXT
     return " ".join(_words(option, ctx)), text
 
 
-def _words(option: Any, ctx: Any) -> Iterator[str]:
+def _words(option: TyperOption, ctx: "Context") -> Iterator[str]:
     """`-o, --out <str>`; a switch and its opposite are `--[no-]check`."""
     short = [name for name in option.opts if not name.startswith("--")]
     long = next(name for name in option.opts if name.startswith("--"))

@@ -92,7 +92,7 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
     if panic := next((link for link in chain if is_panic(link)), None):
         # of the tokenizer, whose file holds expressions that it may fail on at any text
         return ExitCode.MODEL, f"a library failed on its input ({reason(panic)})", _PANIC_HINT
-    if hasattr(error, "format_message"):
+    if format_message := getattr(error, "format_message", None):
         # a command line that Typer could not parse
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "mambactl"
@@ -101,7 +101,7 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
 
             if known := meant(typed, context.command.params):
                 return ExitCode.USAGE, f"{command} has no {typed}", f"did you mean {known}?"
-        return ExitCode.USAGE, error.format_message(), f"{command} --help"
+        return ExitCode.USAGE, format_message(), f"{command} --help"
     said = f"{type(error).__name__}: {error}"
     if wrong := next(outside(), None):
         # what another version lacks, or has by another name, is no bug

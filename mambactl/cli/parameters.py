@@ -12,10 +12,13 @@ from pydantic.fields import FieldInfo
 
 from mambactl.cli.suggestions import Suggest, drafts, listed, models, recipes, tasks
 from mambactl.commands import Command
+from mambactl.json_values import JsonObject
 from mambactl.options import CommandConfig, StageConfig
 from mambactl.options.fields import OpenChoice, Shown
 
 SHORT = {"prompt": "-p", "k": "-k", "out": "-o"}
+# what Typer parsed, by the name of the parameter
+Typed = JsonObject
 Parameters = Mapping[str, tuple[Any, Any]]
 
 MODEL_HELP = "folder, .st file, GGUF, hub id, alias, or - for stdin"
@@ -54,7 +57,7 @@ class Shared:
     force: bool
 
     @classmethod
-    def take(cls, given: dict[str, object]) -> "Shared":
+    def take(cls, given: Typed) -> "Shared":
         """Remove the shared options from the parsed parameters, leaving the stage's own flags."""
         quiet, verbose = given.pop("quiet"), given.pop("verbose")
         return cls(
@@ -207,11 +210,11 @@ def _plain(options: type[CommandConfig]) -> Parameters:
 
 def _parameter(name: str, field: FieldInfo) -> tuple[Any, Any]:
     shown = next((part for part in field.metadata if isinstance(part, Shown)), None)
-    texts = {"help": field.description, "metavar": shown and shown.metavar}
+    text, metavar = field.description, shown and shown.metavar
     if shown is not None and shown.positional:
-        kind = typer.Argument(**texts)
+        kind = typer.Argument(help=text, metavar=metavar)
     else:
-        kind = typer.Option(*_names(name), **texts)
+        kind = typer.Option(*_names(name), help=text, metavar=metavar)
     default = ... if field.is_required() else field.default
     return Annotated[field.annotation, kind], default
 

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mambactl.containment import require_inside
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import replacing
 from mambactl.foreign import read_object
+from mambactl.json_values import JsonObject
 from mambactl.options.fields import as_yaml, nearest, parse_settings
 from mambactl.ranks import child_environment
 from mambactl.recipes import TRUST, Recipe, Section, substitute
@@ -85,7 +87,7 @@ def _require_inside(recipe: Recipe, folder: Path) -> None:
 
 def _placed(section: Section) -> list[str]:
     """Options whose files lie in the working folder, as the recipe names them, not a person."""
-    return sorted((section.command.options.written & section.values.keys()) - section.typed)
+    return sorted((section.options.written & section.values.keys()) - section.typed)
 
 
 def commands(plan: Plan) -> tuple[dict[str, list[str]], str | None]:
@@ -163,7 +165,7 @@ def _is_plain(text: str) -> bool:
     return parse_settings([f"key={text}"]) == {"key": text}
 
 
-def _run_section(plan: Plan, section: Section, command: list[str]) -> dict[str, object]:
+def _run_section(plan: Plan, section: Section, command: list[str]) -> JsonObject:
     # a stage does not continue what was made differently, and says so
     force = plan.how.force or (plan.how.resume and _stale(plan, section, command))
     flags = list(plan.how.flags)
@@ -195,7 +197,7 @@ def _record(plan: Plan, section: Section) -> Path:
     return plan.folder / f"{section.out}.json"
 
 
-def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, object] | None:
+def _done(plan: Plan, section: Section, command: list[str]) -> JsonObject | None:
     record = _record(plan, section)
     if plan.how.force:
         _save(record, STALE)
@@ -212,7 +214,7 @@ def _done(plan: Plan, section: Section, command: list[str]) -> dict[str, object]
     return _read(record).get("result")
 
 
-def _read(record: Path) -> dict[str, object]:
+def _read(record: Path) -> JsonObject:
     """Read the record that a section left; raises OutputError for a file that is none."""
     again = "--force runs everything again, --out works in another folder"
     found = read_object(record, OutputError, again)
@@ -221,7 +223,7 @@ def _read(record: Path) -> dict[str, object]:
     return found
 
 
-def _save(record: Path, content: dict[str, object]) -> None:
+def _save(record: Path, content: Mapping[str, object]) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
     with replacing(record) as new:
         new.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

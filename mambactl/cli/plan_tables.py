@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 from mambactl import console
 from mambactl.units import decimal_size, duration
@@ -63,7 +63,7 @@ def _leaves(row: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in _flat(row) if not _is_table(value))
 
 
-def _is_table(value: object) -> bool:
+def _is_table(value: object) -> TypeGuard[Sequence[Mapping[str, object]]]:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 

@@ -180,7 +180,7 @@ def run(
         show_cost(cost)
         if as_json:
             sums = {"cost": cost.as_metrics()}
-            console.write_json({"checkpoint": checkpoint, "commands": lines} | sums)
+            console.write_json({"checkpoint": checkpoint, "commands": lines, **sums})
         return
     started = time.monotonic()
     checkpoint, results = run_plan(plan)

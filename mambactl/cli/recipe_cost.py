@@ -7,9 +7,10 @@ come on top. What is not known of a model is None, never a guess.
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mambactl import console
 from mambactl.checkpoint.hub_names import PARAMETERS, hub_name
@@ -42,6 +43,9 @@ class Cost:
     state: int = 0
 
 
+N = TypeVar("N", int, float)
+
+
 @dataclass(frozen=True)
 class Total:
     """A recipe as a whole: sums, but for memory, of which sections need the most."""
@@ -65,14 +69,14 @@ class Total:
     @property
     def disk(self) -> int | None:
         """Bytes of models fetched, checkpoints, and the largest state of a run."""
-        own = _sum([*(each.disk for each in self.sections), self.download_bytes])
+        own = _total([*(each.disk for each in self.sections), self.download_bytes])
         return None if own is None else own + max((e.state for e in self.sections), default=0)
 
     @property
     def memory(self) -> int | None:
         """Bytes that the largest section holds."""
-        known = [each.memory for each in self.sections]
-        return None if None in known else max(known, default=0)
+        known = _known(each.memory for each in self.sections)
+        return None if known is None else max(known, default=0)
 
     @property
     def needs_gpu(self) -> bool | None:
@@ -139,7 +143,7 @@ def cost_of(recipe: Recipe, sections: Sequence[Section] = ()) -> Total:
         data |= dict.fromkeys(spec for spec in config.named_data if _is_fetched(spec))
     cuda = any(str(section.config.device).startswith("cuda") for section in recipe.sections)
     sizes = [PARAMETERS.get(name) for name in models]
-    download = _sum(None if size is None else STORED * size for size in sizes)
+    download = _total(None if size is None else STORED * size for size in sizes)
     return Total(tuple(costs), tuple(models), download, tuple(data), cuda)
 
 
@@ -251,6 +255,18 @@ def _rate(size: int) -> float:
     return SMALL[1] ** (1 - part) * LARGE[1] ** part
 
 
-def _sum(parts: Iterator[float | None] | Sequence[float | None]) -> float | None:
+def _known(parts: Iterable[N | None]) -> list[N] | None:
+    """All of the numbers; None where one is not known."""
     found = list(parts)
-    return None if None in found else sum(found)
+    known = [part for part in found if part is not None]
+    return known if len(known) == len(found) else None
+
+
+def _sum(parts: Iterable[float | None]) -> float | None:
+    known = _known(parts)
+    return None if known is None else sum(known)
+
+
+def _total(parts: Iterable[int | None]) -> int | None:
+    known = _known(parts)
+    return None if known is None else sum(known)

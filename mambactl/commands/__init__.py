@@ -11,6 +11,7 @@ from typing import Literal
 
 from mambactl.errors import UsageError
 from mambactl.options.fields import CommandConfig, StageConfig, nearest, validated
+from mambactl.present import of_kind
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ class Command:
     def is_stage(self) -> bool:
         """True if the command can be a section of a recipe, whose options come in layers."""
         return issubclass(self.options, StageConfig)
+
+    @property
+    def stage_options(self) -> type[StageConfig]:
+        """The class of a stage's options; TypeError for a command that is none."""
+        if not issubclass(self.options, StageConfig):
+            raise TypeError(f"{self.name} is no stage")
+        return self.options
 
     @property
     def model_keys(self) -> tuple[str, ...]:
@@ -307,6 +315,11 @@ def stages() -> dict[str, Command]:
 
 def configure(stage: str, *layers: Mapping[str, object]) -> StageConfig:
     """Build a stage's configuration; later layers win and an unknown key is a UsageError."""
+    return of_kind(StageConfig, configured(stage, *layers))
+
+
+def configured(stage: str, *layers: Mapping[str, object]) -> CommandConfig:
+    """Build any command's configuration, as `configure` does."""
     options = COMMANDS[stage].options
     merged: dict[str, object] = {}
     for layer in layers:

@@ -8,6 +8,7 @@ from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.teacher import teacher_of
 from mambactl.errors import CheckError
 from mambactl.generation import decoding
+from mambactl.json_values import JsonObject
 from mambactl.metrics import CACHE, DECODE_GAIN, DECODE_RATE, FIRST_TOKEN, PREFILL_RATE, Metric
 from mambactl.models.config import HybridConfig
 from mambactl.options import BenchConfig
@@ -31,7 +32,7 @@ STAGE = "bench"
 # numbers with a gain over the baseline's, larger is better for the model
 COMPARED = (PREFILL_RATE, FIRST_TOKEN, DECODE_RATE, CACHE)
 
-Points = list[dict[str, object]]
+Points = list[JsonObject]
 
 
 def run(config: BenchConfig, source: str | None) -> StageResult:
@@ -53,7 +54,7 @@ def measure(config: BenchConfig, source: str | None) -> StageResult:
     return _checkpoint(config, source, baseline, metrics, device, dtype)
 
 
-def plan(config: BenchConfig, source: str | None) -> dict[str, object]:
+def plan(config: BenchConfig, source: str | None) -> JsonObject:
     """Describe the measurements; reads headers only."""
     baseline = _prepare(config, source)
     device, dtype = placement(config)
@@ -94,7 +95,7 @@ def compare(points: Points, baseline: Points) -> Points:
     ]
 
 
-def _gain(point: dict[str, object], other: dict[str, object], metric: Metric) -> float | None:
+def _gain(point: JsonObject, other: JsonObject, metric: Metric) -> float | None:
     mine, theirs = point.get(metric.name), other.get(metric.name)
     if not mine or not theirs:
         return None
@@ -128,7 +129,7 @@ def _checkpoint(
     config: BenchConfig,
     source: str,
     baseline: str | None,
-    metrics: dict[str, object],
+    metrics: JsonObject,
     device: torch.device,
     dtype: torch.dtype,
 ) -> StageResult:
@@ -150,7 +151,7 @@ def _checkpoint(
 
 
 def _synthetic(
-    config: BenchConfig, metrics: dict[str, object], device: torch.device, dtype: torch.dtype
+    config: BenchConfig, metrics: JsonObject, device: torch.device, dtype: torch.dtype
 ) -> StageResult:
     found: dict[str, tuple[Points, Points]] = {}
     # hybrids of one Llama share its points
@@ -178,7 +179,7 @@ def _synthetic(
 def _training(
     config: BenchConfig,
     source: str | None,
-    metrics: dict[str, object],
+    metrics: JsonObject,
     device: torch.device,
     dtype: torch.dtype,
 ) -> StageResult:
@@ -207,7 +208,7 @@ def measure_points(config: BenchConfig, source: Source, subject: Subject, grid: 
 
 
 def _measure(
-    config: BenchConfig, source: Source, metrics: dict[str, object], device: torch.device
+    config: BenchConfig, source: Source, metrics: JsonObject, device: torch.device
 ) -> tuple[Points, HybridConfig]:
     """The points of a model, whose memory is free again, and its configuration."""
     bandwidth, grid = metrics["bandwidth_bytes_per_second"], Grid.of(config)
@@ -234,7 +235,7 @@ def _cache_bytes(config: BenchConfig, cache: dict[str, int]) -> int:
     return max(config.batch_size) * per_row
 
 
-def check(config: BenchConfig, metrics: dict[str, object]) -> None:
+def check(config: BenchConfig, metrics: JsonObject) -> None:
     """Raise CheckError where the model is not faster than the baseline by `min_speedup`."""
     if config.min_speedup is None:
         return
@@ -250,7 +251,7 @@ def check(config: BenchConfig, metrics: dict[str, object]) -> None:
         )
 
 
-def _fast_enough(point: dict[str, object], bound: float) -> bool:
+def _fast_enough(point: JsonObject, bound: float) -> bool:
     if point[DECODE_RATE.name] is None:
         return False
     # a baseline that did not fit cannot be faster

@@ -10,6 +10,7 @@ from mambactl.generation import decoding
 from mambactl.generation.chat_terminal import attended, editor, stoppable, typed_lines
 from mambactl.generation.dialogue import Answer, Chat
 from mambactl.generation.slash_commands import SLASH_COMMANDS, obeyed
+from mambactl.json_values import JsonObject
 from mambactl.options import ChatConfig
 from mambactl.stage_result import StageResult
 
@@ -46,7 +47,7 @@ def run(config: ChatConfig, source: str) -> StageResult:
     return StageResult(source, metrics, text, written=descriptor is not None)
 
 
-def plan(config: ChatConfig, source: str) -> dict[str, object]:
+def plan(config: ChatConfig, source: str) -> JsonObject:
     """Dry run: the models that would answer."""
     return decoding.plan_models(config, source) | {"new_tokens_at_most": config.max_new_tokens}
 

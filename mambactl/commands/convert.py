@@ -32,6 +32,7 @@ from mambactl.conversion.shipped import Ranking, ranking_of
 from mambactl.data.pack import Batch
 from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError
+from mambactl.json_values import JsonObject
 from mambactl.models.cache_bytes import cache_bytes
 from mambactl.models.config import HybridConfig
 from mambactl.options import ConvertConfig
@@ -96,7 +97,7 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def plan(config: ConvertConfig, source: str) -> dict[str, object]:
+def plan(config: ConvertConfig, source: str) -> JsonObject:
     """Resolve and check everything, write nothing."""
     placement(config)
     reader, adapted = open_strict(resolve(source))
@@ -298,7 +299,7 @@ def _replaced(base: HybridConfig, target: HybridConfig) -> list[int]:
     return [index for index, (old, new) in enumerate(pairs) if old != new]
 
 
-def _heads(base: HybridConfig, target: HybridConfig) -> dict[str, object]:
+def _heads(base: HybridConfig, target: HybridConfig) -> JsonObject:
     """Describe how many KV heads were replaced, of how many, and which keep attention."""
     before, after = (
         [f"{index}.{head}" for index, heads in each.attention_heads.items() for head in heads]
@@ -318,9 +319,9 @@ def _metrics(
     target: HybridConfig,
     fits: dict[int, LayerFit],
     choice: Choice | None,
-) -> dict[str, object]:
+) -> JsonObject:
     kept = target.attention_layers
-    metrics: dict[str, object] = {
+    metrics: JsonObject = {
         "replaced_layers": _replaced(base, target),
         "attention_layers": kept,
     }
@@ -338,7 +339,7 @@ def _metrics(
     return metrics
 
 
-def _report(metrics: dict[str, object]) -> None:
+def _report(metrics: JsonObject) -> None:
     if "kept_heads" in metrics:
         console.log(
             f"replaced {metrics['replaced_heads']} of {metrics['kv_heads']} KV heads, "

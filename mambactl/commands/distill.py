@@ -18,6 +18,7 @@ from mambactl.data.pack import Row
 from mambactl.data.row_files import is_on_hub
 from mambactl.errors import UsageError
 from mambactl.evaluation.recall import RecallProbe
+from mambactl.json_values import JsonObject
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig
@@ -31,7 +32,7 @@ from mambactl.train.held_out import HeldOut
 from mambactl.train.job import Job
 from mambactl.train.ledger import Evaluation, shown
 from mambactl.train.loop import Phase, train
-from mambactl.train.optimization import AlignmentObjective, LogitsObjective, Objective
+from mambactl.train.optimization import AlignmentObjective, AnyObjective, LogitsObjective
 from mambactl.train.phases import PhasePlan, plan_phases, shapes_of
 from mambactl.train.preview import plan_training
 from mambactl.train.publish import (
@@ -112,13 +113,13 @@ def _evaluation(
     if not measured:
         return None
 
-    def measure() -> dict[str, object]:
+    def measure() -> JsonObject:
         return {name: value for each in measured for name, value in each.measure().items()}
 
     return Evaluation(config.eval_every, measure)
 
 
-def plan(config: DistillConfig, source: str) -> dict[str, object]:
+def plan(config: DistillConfig, source: str) -> JsonObject:
     """Resolve everything, measure how fast this machine is, and say what would run."""
     job = Job.of(STAGE, config, source)
     _check_capture(job, config)
@@ -256,8 +257,8 @@ def _phase(
 
 def _objective(
     job: Job, config: DistillConfig, models: _Models, plan: PhasePlan, rows: Sequence[Row]
-) -> Objective:
-    """Objective of a phase; each kind of phase has its own."""
+) -> AnyObjective:
+    """AnyObjective of a phase; each kind of phase has its own."""
     if plan.kind == "align":
         return AlignmentObjective(models.student, models.teacher, job.amp, models.compiled)
     if plan.kind == "logits" and config.teacher_cache:

@@ -3,15 +3,18 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mambactl import console
 from mambactl.checkpoint.load import load_model
 from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.checkpoint.vocabulary import token_id
 from mambactl.evaluation.rewards import Layout
 from mambactl.files import replacing
+from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DpoConfig
+from mambactl.present import of_kind
 from mambactl.ranks import from_main, is_main, join, largest, sharded
 from mambactl.stage_result import StageResult
 from mambactl.train.epochs import with_steps
@@ -21,6 +24,9 @@ from mambactl.train.preview import plan_training
 from mambactl.train.publish import dated, report_phases, save_result, working_folder
 from mambactl.train.reference_policy import HeldOutPreferences, precomputed, show_held_out
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
+
+if TYPE_CHECKING:
+    from mambactl.train.preference import PreferenceTrainer
 
 STAGE = "dpo"
 
@@ -41,7 +47,7 @@ def run(
     join(job.device)
     data = read_preferences(job, config)
     job = with_steps(job, data.available, "pairs")
-    config = job.config
+    config = of_kind(DpoConfig, job.config)
     student = job.student()
     reference = _reference(job, config)
     with folder.open(resume, force):
@@ -52,7 +58,7 @@ def run(
         # runs of versions that kept no day
         trainer.older = job.day is None
         del reference
-        metrics: dict[str, object] = report_phases([follow(trainer, STAGE, folder)], folder)
+        metrics: JsonObject = report_phases([follow(trainer, STAGE, folder)], folder)
         metrics |= {"data": data.counts}
         if config.max_kl is not None and held.farthest() > config.max_kl:
             console.warn(f"the policy is {held.farthest():.4f} nats per token from its reference")
@@ -67,7 +73,7 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def plan(config: DpoConfig, source: str) -> dict[str, object]:
+def plan(config: DpoConfig, source: str) -> JsonObject:
     """Resolve everything, check the data and show a pair; writes nothing."""
     _require(config)
     job = Job.of(STAGE, config, source)
@@ -90,7 +96,7 @@ def _losses(config: DpoConfig) -> list[tuple[str, float]]:
     return losses + ([("sft", config.sft_weight)] if config.sft_weight else [])
 
 
-def _reference(job: Job, config: DpoConfig) -> Any:
+def _reference(job: Job, config: DpoConfig) -> HybridForCausalLM:
     if config.reference == "teacher":
         model = job.teacher(foreign=True)
     else:
@@ -105,7 +111,7 @@ def _precomputes(config: DpoConfig) -> bool:
     return config.precompute_reference and not sharded()
 
 
-def _layout(job: Job, reference: Any) -> Layout:
+def _layout(job: Job, reference: HybridForCausalLM) -> Layout:
     """Packed rows need both models to reset their state between documents."""
     config = job.config
     packing = config.packing and isinstance(reference, HybridForCausalLM)
@@ -117,9 +123,9 @@ def _held_out(
     config: DpoConfig,
     folder: RunFolder,
     student: HybridForCausalLM,
-    reference: Any,
+    reference: HybridForCausalLM,
     data: Preferences,
-) -> tuple[HeldOutPreferences, dict[str, dict[str, object]]]:
+) -> tuple[HeldOutPreferences, dict[str, JsonObject]]:
     """The measurement of this run, and what it gave before the first step."""
     held = HeldOutPreferences(
         student,
@@ -152,10 +158,10 @@ def _trainer(
     config: DpoConfig,
     folder: RunFolder,
     student: HybridForCausalLM,
-    reference: Any,
+    reference: HybridForCausalLM,
     data: Preferences,
     held: HeldOutPreferences,
-) -> Any:
+) -> "PreferenceTrainer":
     from datasets import disable_progress_bars
     from trl import DPOConfig
 
@@ -169,9 +175,10 @@ def _trainer(
     names, weights = zip(*_losses(config), strict=True)
     # transformers has a new name for an option that TRL sets by its old one
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    usual = trainer_arguments(config, folder, config.lr, job.device, job.amp)
+    usual["include_num_input_tokens_seen"] = "non_padding"
     arguments = DPOConfig(
-        **trainer_arguments(config, folder, config.lr, job.device, job.amp)
-        | {"include_num_input_tokens_seen": "non_padding"},
+        **usual,
         beta=config.beta,
         loss_type=list(names),
         loss_weights=list(weights),
@@ -180,7 +187,8 @@ def _trainer(
         f_divergence_type=config.f_divergence,
         precompute_ref_log_probs=_precomputes(config),
     )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = token_id(tokenizer.pad_token_id)
+    pad = token_id(tokenizer.eos_token_id) if pad is None else pad
     return PreferenceTrainer(
         student,
         None if _precomputes(config) else reference,

@@ -20,6 +20,7 @@ from mambactl.evaluation.fidelity import Variant
 from mambactl.evaluation.probes import PROBES, EvalConfig
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
 from mambactl.evaluation.sequences import CACHE, SEQUENCES, sequences_of, show_sequences
+from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import placement
 from mambactl.report.results import save_results
@@ -38,7 +39,7 @@ class Inputs:
     """
 
     checks: list[Check]
-    read: dict[str, object]
+    read: JsonObject
     teacher: str | None
     replaced: dict[int, tuple[int, ...]]
 
@@ -63,7 +64,7 @@ def measure(config: EvalConfig, source: str) -> StageResult:
     dtype = str(subject.model.dtype).removeprefix("torch.")
     # before models are let go of
     cache = sequences_of(subject.model, subject.teacher)
-    metrics: dict[str, object] = {}
+    metrics: JsonObject = {}
     if inputs.teacher is not None:
         metrics[TEACHER] = inputs.teacher
     if config.against is not None:
@@ -85,12 +86,12 @@ def measure(config: EvalConfig, source: str) -> StageResult:
     return StageResult(path=source, metrics=metrics, kept=kept)
 
 
-def plan(config: EvalConfig, source: str) -> dict[str, object]:
+def plan(config: EvalConfig, source: str) -> JsonObject:
     """Describe the measurements; reads headers, data and task files, and no weights."""
     inputs = _read(config, source)
     device, dtype = placement(config)
     found = describe(source)
-    probes: dict[str, object] = {}
+    probes: JsonObject = {}
     for name, probe in PROBES.items():
         probes |= probe.plan(inputs.read.get(name))
     return {
@@ -106,7 +107,7 @@ def plan(config: EvalConfig, source: str) -> dict[str, object]:
     }
 
 
-def check(config: EvalConfig, metrics: dict[str, object]) -> None:
+def check(config: EvalConfig, metrics: JsonObject) -> None:
     """Raise CheckError where a bound of `fail_under` does not hold."""
     checks = parse_checks(config.fail_under)
     scores: dict[str, dict[str, float]] = {}
@@ -142,7 +143,7 @@ def _require_known(
     checks: list[Check],
     probes: list[Probe[Any, Any, Any]],
     teacher: str | None,
-    read: dict[str, object],
+    read: JsonObject,
 ) -> None:
     found = [probe.known(read[probe.name], teacher) for probe in probes]
     # where one does not know, only the measurement tells

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from mambactl.checkpoint.contents import describe
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.metrics import columns, group
 from mambactl.models.mixers.settings import WindowSettings
 from mambactl.models.mixers.sizes import SIZES, MixerSizes
@@ -22,7 +23,7 @@ def run(options: InspectConfig, source: str) -> StageResult:
     return StageResult(source, found, blocks=tuple(_blocks(found, options)))
 
 
-def _blocks(found: dict[str, object], options: InspectConfig) -> Iterator[str | Table]:
+def _blocks(found: JsonObject, options: InspectConfig) -> Iterator[str | Table]:
     rows = [
         (part["part"], part["layers"], f"{part['parameters']:,}", decimal_size(part["bytes"]))
         for part in found["parts"]
@@ -56,7 +57,7 @@ def _blocks(found: dict[str, object], options: InspectConfig) -> Iterator[str | 
         yield Table("", ("tensor", "dtype", "shape"), listed)
 
 
-def _sequences(found: Mapping[str, Mapping[str, object]]) -> Table:
+def _sequences(found: Mapping[str, AnyObject]) -> Table:
     """Cache bytes of one sequence at some lengths, beside the teacher's."""
     numbers = columns(group("sequence"), found.values())
     rows = [
@@ -76,7 +77,7 @@ SESSION_PARTS = {
 }
 
 
-def _session(found: dict[str, object], options: InspectConfig) -> Iterator[str | Table]:
+def _session(found: JsonObject, options: InspectConfig) -> Iterator[str | Table]:
     """The cache that a GPU allocates to decode the sequences that were asked for."""
     session = found["session"]
     sizes = session["bytes"]

@@ -13,6 +13,7 @@ from mambactl.checkpoint.vocabulary import model_config
 from mambactl.commands.teacher_cache import open_cache, read_record
 from mambactl.data.pack import Row
 from mambactl.errors import UsageError
+from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import SftConfig
 from mambactl.ranks import processes, sharded
@@ -81,7 +82,7 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def plan(config: SftConfig, source: str) -> dict[str, object]:
+def plan(config: SftConfig, source: str) -> JsonObject:
     """Resolve everything, read the data and say what would run; writes nothing."""
     _require(config)
     job = Job.of(STAGE, config, source)
@@ -94,9 +95,7 @@ def plan(config: SftConfig, source: str) -> dict[str, object]:
     return found | preview(job, config.assistant_only_loss)
 
 
-def _adapter_plan(
-    job: Job, config: SftConfig, estimated: int, parameters: int
-) -> dict[str, object]:
+def _adapter_plan(job: Job, config: SftConfig, estimated: int, parameters: int) -> JsonObject:
     """Parameters that train, and bytes where everything else is frozen."""
     model = shapes_of(model_config(job.source))
     sizes = [

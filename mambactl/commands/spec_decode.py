@@ -8,6 +8,7 @@ from mambactl.decode.equality import require_equal
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
 from mambactl.generation import decoding
+from mambactl.json_values import JsonObject
 from mambactl.metrics import hundredths, tenths, tight_percent, times
 from mambactl.options import SpecDecodeConfig
 from mambactl.report.results import save_results
@@ -50,7 +51,7 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
     return StageResult(source, metrics, _report(metrics))
 
 
-def plan(config: SpecDecodeConfig, source: str) -> dict[str, object]:
+def plan(config: SpecDecodeConfig, source: str) -> JsonObject:
     """Describe the decoding; writes nothing."""
     config.require_coherent()
     prompts = decoding.read(config)
@@ -64,7 +65,7 @@ def _warm_up(setup: decoding.Setup, *engines: Any) -> None:
         engine.generate([setup.prompts[0]], few)
 
 
-def _metrics(config: SpecDecodeConfig, plain: Generation, result: Generation) -> dict[str, object]:
+def _metrics(config: SpecDecodeConfig, plain: Generation, result: Generation) -> JsonObject:
     return {
         "draft": config.draft,
         "k": config.k,
@@ -88,7 +89,7 @@ def _show(
     source: str,
     plain: DecodeStats,
     speculative: DecodeStats,
-    metrics: dict[str, object],
+    metrics: JsonObject,
 ) -> None:
     title = f"{source} with {config.draft}, K = {config.k}, {plain.rows} prompts"
     columns = ("", "tokens", "tok/s", "+ prefill", "tok/step", "accepted")
@@ -115,7 +116,7 @@ def _show(
     console.log(f"steps by accepted tokens: {', '.join(counts)}", level=2)
 
 
-def _report(metrics: dict[str, object]) -> str:
+def _report(metrics: JsonObject) -> str:
     stats = metrics["speculative"]
     same = ", same tokens as plain decoding" if metrics["identical"] else ""
     return (

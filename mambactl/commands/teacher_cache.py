@@ -27,6 +27,7 @@ from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.files import LINEAGE, explained, gib, replacing
 from mambactl.foreign import fitted
+from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.stage_result import StageResult
@@ -94,7 +95,7 @@ def run(
     return StageResult(str(out), metrics)
 
 
-def plan(config: TeacherCacheConfig, source: str) -> dict[str, object]:
+def plan(config: TeacherCacheConfig, source: str) -> JsonObject:
     """Resolve everything and say what would be drawn; writes nothing, reads no hub set."""
     job = Job.of(STAGE, config, source)
     found = describe(source)
@@ -163,7 +164,7 @@ class _Record(BaseModel):
     cache: _Kept
 
 
-def read_record(folder: Path) -> dict[str, object]:
+def read_record(folder: Path) -> JsonObject:
     """Read the origin of a cache; raises ModelError for a folder that is none."""
     record = read_lineage(folder) if folder.is_dir() else None
     if record is None or record.get("stage") != STAGE:
@@ -224,10 +225,10 @@ def _folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
 def _record(
     job: Job,
     config: TeacherCacheConfig,
-    metrics: dict[str, object],
+    metrics: JsonObject,
     teacher: HybridForCausalLM,
     tokenizer: "PreTrainedTokenizerBase",
-) -> dict[str, object]:
+) -> JsonObject:
     with open_checkpoint(job.source) as reader:
         options = config.model_dump(mode="json")
         record = lineage(STAGE, reader.lineage, reader.path, None, options, config.seed, metrics)
@@ -263,7 +264,7 @@ def _require_same(
     config: HeldOutConfig,
     student: HybridForCausalLM,
     folder: Path,
-    kept: dict[str, object],
+    kept: JsonObject,
     temperature: float,
 ) -> None:
     """Raise UsageError where the cache speaks of other distributions than the run asks for."""
@@ -283,7 +284,7 @@ def _require_same(
         raise UsageError(f"{folder} was drawn from {kept['teacher']}, not from {given}", again)
 
 
-def _command(job: Job, config: HeldOutConfig, kept: dict[str, object], temperature: float) -> str:
+def _command(job: Job, config: HeldOutConfig, kept: JsonObject, temperature: float) -> str:
     """The line that makes the cache of a run; options of the usual value are left out."""
     words = ["mambactl", STAGE, config.teacher or kept["teacher"]]
     words += [word for spec in config.data for word in ("--data", spec)]

@@ -85,10 +85,10 @@ class Streams:
         inputs = [student.entering(hidden) for hidden in self.student]
         masks = [batch.valid for batch in self.batches]
         problem = Problem(inputs, self.contexts, masks, heads, targets)
-        weights = weights_of(teacher.mixer, self.expected_input(teacher))
-        problem = _beyond_window(spec, student.mixer, weights, problem)
+        weights = weights_of(teacher.attention, self.expected_input(teacher))
+        problem = _beyond_window(spec, student.replacing, weights, problem)
         spec.start_fit(student.mixer, weights)
-        report = fit_mixer(spec, student.mixer, weights, problem)
+        report = fit_mixer(spec, student.replacing, weights, problem)
         for i, context in enumerate(self.contexts):
             self.student[i] = student(self.student[i], context, None)
         return report
@@ -129,7 +129,7 @@ def _observe(
     def remember(_: nn.Module, arguments: tuple, output: Tensor) -> None:
         seen.update(inner=arguments[0], mixed=output)
 
-    handle = block.mixer.o_proj.register_forward_hook(remember)
+    handle = block.attention.o_proj.register_forward_hook(remember)
     try:
         return block(hidden, context, None), seen["inner"], seen["mixed"]
     finally:
@@ -185,21 +185,24 @@ def _head_sums(
     spec: AnySpec, mixer: Mixer, attention: AttentionWeights, problem: Problem
 ) -> tuple[Tensor, Tensor, int]:
     """Normal equations [half-lives, H, R, R] and [half-lives, H, R], and the samples in them."""
-    sums: list[Tensor | float] = [0.0] * len(HALF_LIVES)
-    tokens = samples = 0
+    sums: dict[float, Tensor] = {}
+    tokens = samples = fresh = 0
     for i, mask in enumerate(problem.masks):
         if tokens >= HEAD_FIT_TOKENS:
             break
         basis = spec.basis(mixer, attention, problem.inputs[i], problem.contexts[i])
-        for j, half_life in enumerate(HALF_LIVES):
+        for half_life in HALF_LIVES:
             parts = basis(half_life)
             wanted = problem.heads[i].view(parts[0].shape)
             rows = torch.stack([part[mask] for part in (*parts, wanted)])  # [R + 1, tokens, H, P]
             rows = rows.permute(2, 0, 1, 3).flatten(2)
-            sums[j] = sums[j] + (rows @ rows.mT).double()
+            product = (rows @ rows.mT).double()
+            sums[half_life] = sums[half_life] + product if half_life in sums else product
+            # of every half-life alike
+            fresh = rows.shape[-1]
         tokens += int(mask.sum())
-        samples += rows.shape[-1]
-    whole = torch.stack(sums)
+        samples += fresh
+    whole = torch.stack([sums[half_life] for half_life in HALF_LIVES])
     return whole[..., :-1, :-1], whole[..., :-1, -1], samples
 
 
@@ -212,7 +215,7 @@ def _rescale_heads(
     spec: AnySpec, mixer: Mixer, heads: int, features: list[Tensor], problem: Problem
 ) -> None:
     """Give each head the scale of least squared error, in features as well."""
-    dot, energy = 0.0, 0.0
+    dot, energy = (torch.zeros(heads, device=features[0].device) for _ in range(2))
     for feature, wanted, mask in zip(features, problem.heads, problem.masks, strict=True):
         feature = feature[mask].unflatten(-1, (heads, -1))  # [tokens, H, P]
         wanted = wanted[mask].to(feature.dtype).unflatten(-1, (heads, -1))

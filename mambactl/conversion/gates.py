@@ -22,7 +22,10 @@ from mambactl import console
 from mambactl.conversion.choice import Unit
 from mambactl.conversion.ranking import Instruments, PickedRows
 from mambactl.evaluation.controls import Narrowed
+from mambactl.models.mixers.attention import AttentionMixer
 from mambactl.models.mixers.settings import WindowSettings
+from mambactl.models.mixers.spec import StepContext
+from mambactl.present import of_kind
 
 STEPS = 200
 LEARNING_RATE = 0.03
@@ -36,7 +39,7 @@ PENALTIES = (0.05, 20.0)
 class _Gate:
     """The gates of one attention; hooks on it and on its output projection."""
 
-    mixer: nn.Module
+    mixer: AttentionMixer
     narrowed: Narrowed
     gates: Tensor  # [Hk]
 
@@ -50,7 +53,8 @@ class _Gate:
 
         def mix(projection: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
             far = arguments[0]
-            near = self.mixer.features(*self.narrowed(self.mixer, tuple(seen)))
+            hidden, context, *_ = self.narrowed(self.mixer, tuple(seen))
+            near = self.mixer.features(of_kind(Tensor, hidden), of_kind(StepContext, context))
             gates = self.gates.repeat_interleave(far.shape[-1] // len(self.gates))
             return (near + gates.to(far.dtype) * (far - near),)
 
@@ -109,7 +113,7 @@ class GateTraining:
     def _states(self, rows: PickedRows) -> Tensor:
         with ExitStack() as stack:
             for block in self.attention:
-                gate = _Gate(block.mixer, self.narrowed, self.gates[block.index])
+                gate = _Gate(block.attention, self.narrowed, self.gates[block.index])
                 stack.enter_context(gate.installed())
             hidden = rows.hidden
             for block in self.instruments.model.layers:

@@ -21,8 +21,18 @@ from mambactl.evaluation.recall import RecallProbe, read_answers, summarise_answ
 from mambactl.models.block import HybridBlock
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.spec import StepContext
+from mambactl.options import ConvertConfig
 
 Criterion = Literal["kl", "recall"]
+
+
+def criterion_of(config: ConvertConfig) -> Criterion:
+    """The measure that layers are chosen by; ValueError where they are chosen by rule."""
+    if config.select == "uniform":
+        raise ValueError("layers that are chosen by rule have no measure")
+    return config.select
+
+
 # candidates that are measured again after each accepted layer: interactions are local
 TOP = 8
 # logits of one model that may exist at a time, in elements
@@ -229,7 +239,7 @@ class Instruments:
 
 
 @torch.no_grad()
-def through(blocks: Sequence[AnyBlock], hidden: Tensor, context: StepContext) -> Tensor:
+def through(blocks: Iterable[AnyBlock], hidden: Tensor, context: StepContext) -> Tensor:
     """The states [B, T, D] behind a stack of blocks."""
     for block in blocks:
         hidden = block(hidden, context, None)

@@ -27,6 +27,7 @@ from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.settings import KeptHeads, Mamba2Settings, WindowSettings
 from mambactl.models.mixers.spec import AnySpec, MixerForm
 from mambactl.options import ConvertConfig
+from mambactl.present import present
 
 # layer -> KV heads that keep attention to all of the past
 Kept = Mapping[int, tuple[int, ...]]
@@ -89,8 +90,8 @@ class Replacement:
     def spec(self, kept: tuple[int, ...] = ()) -> AnySpec:
         """The mixer beside the KV heads `kept`; raises UsageError where the options name none."""
         spec = mixer_spec(self.config.mixer)
-        spec = MIXERS[spec.with_window] if self.config.window_size else spec
-        return MIXERS[spec.with_kept_heads] if kept else spec
+        spec = MIXERS[present(spec.with_window)] if self.config.window_size else spec
+        return MIXERS[present(spec.with_kept_heads)] if kept else spec
 
     def form(self, kept: tuple[int, ...] = ()) -> MixerForm:
         """The form of a new mixer."""
@@ -162,10 +163,11 @@ class Replacement:
             return
         spec = self.spec()
         asked = spec.window(spec.from_attention(self.base, self.form(), 0))
-        for theirs in self.aligned.adapted.config.windows:
+        aligned = present(self.aligned)
+        for theirs in aligned.adapted.config.windows:
             if asked != theirs:
                 raise UsageError(
-                    f"the mixers of {self.aligned.spec} have a window of {theirs.window} tokens "
+                    f"the mixers of {aligned.spec} have a window of {theirs.window} tokens "
                     f"and {theirs.sinks} sinks",
                     f"give --window {theirs.window} --sinks {theirs.sinks}",
                 )
@@ -185,7 +187,7 @@ class Replacement:
         """
         spec, settings = self.mixer(index, kept)
         teacher = block_of(self.base, index, state)
-        weights = weights_of(teacher.mixer, teacher.expected_input())
+        weights = weights_of(teacher.attention, teacher.expected_input())
         if self.aligned is not None:
             rest = _without_attention(state)
             self._warn_of_other_rest(index, rest)
@@ -195,7 +197,7 @@ class Replacement:
             return rest | {f"{spec.attribute}.{name}": found[name] for name in found}
         if streams is not None:
             teacher = teacher.float()
-            weights = weights_of(teacher.mixer, streams.expected_input(teacher))
+            weights = weights_of(teacher.attention, streams.expected_input(teacher))
         student = new_block(self.block_config(index, kept), index)
         student.mixer.to_empty(device="cpu")
         rest = _without_attention(teacher.state_dict())
@@ -206,7 +208,7 @@ class Replacement:
         if streams is not None:
             try:
                 fit = streams.replace(teacher, student, spec)
-            except torch.linalg.LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
                 raise _diverged(f"a matrix of layer {index}") from error
             _require_finite(index, fit, student)
             if fits is not None:
@@ -219,10 +221,11 @@ class Replacement:
 
     def _warn_of_other_rest(self, index: int, kept: Mapping[str, Tensor]) -> None:
         name = f"{'post_attention' if self.base.post_norm else 'input'}_layernorm.weight"
-        theirs = self.aligned.adapted.get(self.aligned.reader, f"model.layers.{index}.{name}")
+        aligned = present(self.aligned)
+        theirs = aligned.adapted.get(aligned.reader, f"model.layers.{index}.{name}")
         if not torch.equal(theirs, kept[name].to(theirs.dtype)):
             console.warn(
-                f"layer {index} of {self.aligned.spec} differs from this model beyond its mixer: "
+                f"layer {index} of {aligned.spec} differs from this model beyond its mixer: "
                 "its mixers were trained for other inputs"
             )
 

@@ -26,6 +26,7 @@ from mambactl.conversion.ranking import (
     Step,
     addition_forwards,
     cells,
+    criterion_of,
     greedy_addition,
     headings,
     merit,
@@ -40,10 +41,12 @@ from mambactl.data.pack import Batch, Row, collate, pack
 from mambactl.data.sources import load_rows
 from mambactl.errors import UsageError
 from mambactl.evaluation.recall import kv_probe
+from mambactl.json_values import JsonObject
 from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridModel
 from mambactl.options import ConvertConfig
+from mambactl.present import present
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ class Choice:
     """Units that stay attention, and the measurements behind the choice for the lineage."""
 
     kept: list[Unit]
-    metrics: dict[str, object]
+    metrics: JsonObject
 
 
 def read_texts(config: ConvertConfig, source: str) -> Texts:
@@ -150,7 +153,7 @@ def _batches(rows: Sequence[Row], size: int = BATCH) -> list[Batch]:
 
 def count_forwards(config: ConvertConfig, base: HybridConfig, keep: int) -> int:
     """Swapped models that the selection runs, each from its layer on (about half of the model)."""
-    candidates = len(UNITS[config.by].of(base))
+    candidates = len(UNITS[present(config.by)].of(base))
     if config.by == "head":
         return removal_forwards(candidates, keep)
     return addition_forwards(candidates, keep) if config.mixers_from else candidates
@@ -188,7 +191,7 @@ def choose(
         kept, found = _by_addition(config, replacement, instruments, layers, keep, unit_bytes)
     else:
         kept, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
-    units = UNITS[config.by].of(replacement.base)
+    units = UNITS[present(config.by)].of(replacement.base)
     return Choice([unit for unit in units if unit.layer in kept], metrics | found)
 
 
@@ -216,7 +219,7 @@ def _by_swaps(
     texts: Texts,
     layers: Layers,
     keep: int,
-) -> tuple[list[int], dict[str, object]]:
+) -> tuple[list[int], JsonObject]:
     teacher = instruments.model
     candidates = replacement.base.attention_layers
     swap = _Fitted(replacement, teacher, _some(texts.fit), layers)
@@ -224,13 +227,13 @@ def _by_swaps(
         scores = swap_scores(list(teacher.layers), swap, candidates, instruments, task)
     base = 0.0
     if instruments.probes:
-        base = score_of(list(teacher.layers), instruments).recall_loss
+        base = present(score_of(list(teacher.layers), instruments).recall_loss)
     # what is lost without a layer's attention: everything, where the model diverges
     lost = {
         index: (math.inf if math.isnan(score.kl) else score.kl, (score.recall_loss or 0.0) - base)
         for index, score in scores.items()
     }
-    ranking = _easiest_first(merit(lost, config.select))
+    ranking = _easiest_first(merit(lost, criterion_of(config)))
     kept = sorted(ranking[len(ranking) - keep :])
     console.table(
         "each layer's attention replaced alone, the most missed first",
@@ -251,7 +254,7 @@ def _by_addition(
     layers: Layers,
     keep: int,
     unit_bytes: int,
-) -> tuple[list[int], dict[str, object]]:
+) -> tuple[list[int], JsonObject]:
     blocks = list(instruments.model.layers)
     attention = {index: blocks[index] for index in replacement.base.attention_layers}
     stack = [
@@ -261,10 +264,14 @@ def _by_addition(
         for index, block in enumerate(blocks)
     ]
     with console.progress("select", addition_forwards(len(attention), keep)) as task:
-        path, alone = greedy_addition(stack, attention, keep, config.select, instruments, task)
+        path, alone = greedy_addition(
+            stack, attention, keep, criterion_of(config), instruments, task
+        )
     added = [step.layer for step in path if step.layer is not None]
     gains = {index: path[0].score.gain(score) for index, score in alone.items()}
-    rest = [index for index in _easiest_first(merit(gains, config.select)) if index not in added]
+    rest = [
+        index for index in _easiest_first(merit(gains, criterion_of(config))) if index not in added
+    ]
     # with nothing to add nothing is known about the rest
     rest = rest or [index for index in attention if index not in added]
     front = [_point(step, count * unit_bytes) for count, step in enumerate(path)]
@@ -304,7 +311,8 @@ class _Fitted:
         layers: Layers,
     ):
         self.replacement, self.blocks, self.layers = replacement, model.layers, layers
-        self.streams, self.reached = None, 0
+        self.streams: Streams | None = None
+        self.reached = 0
         if batches:
             guide = empty_model(replacement.base).model
             embedding = model.embed_tokens.weight.cpu()
@@ -322,7 +330,7 @@ class _Fitted:
 
     def _pass(self, index: int) -> None:
         block = block_of(self.replacement.base, index, self.layers(index))
-        self.streams.keep(block.float())
+        present(self.streams).keep(block.float())
         self.reached = index + 1
 
 
@@ -357,11 +365,11 @@ def _easiest_first(worth: Mapping[int, float]) -> list[int]:
     return sorted(worth, key=lambda index: (worth[index], -index))
 
 
-def _listed(scores: Mapping[int, Score]) -> list[dict[str, object]]:
+def _listed(scores: Mapping[int, Score]) -> list[JsonObject]:
     return [{"layer": index, **score.rounded()} for index, score in scores.items()]
 
 
-def _point(step: Step, kv_bytes: int) -> dict[str, object]:
+def _point(step: Step, kv_bytes: int) -> JsonObject:
     return {"layer": step.layer, **step.score.rounded(), "kv_bytes_per_token": kv_bytes}
 
 

@@ -11,14 +11,16 @@ import torch
 from mambactl import console
 from mambactl.conversion.choice import UNITS, Unit
 from mambactl.conversion.gates import STEPS, gate_worth
-from mambactl.conversion.ranking import Instruments, cells, headings
+from mambactl.conversion.ranking import Instruments, cells, criterion_of, headings
 from mambactl.conversion.removal import EXCHANGES, Removals
 from mambactl.conversion.replace import Replacement
 from mambactl.data.sources import load_rows
 from mambactl.evaluation.facts import fact_probe
 from mambactl.evaluation.recall import RecallProbe, kv_probe, mqar_probe, recall_probes
 from mambactl.files import recipe_folder
+from mambactl.json_values import JsonObject
 from mambactl.options import ConvertConfig
+from mambactl.present import present
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,11 +63,12 @@ def choose_heads(
     instruments: Instruments,
     keep: int,
     unit_bytes: int,
-) -> tuple[list[Unit], dict[str, object]]:
+) -> tuple[list[Unit], JsonObject]:
     """Measure and choose `keep` heads; prints the tables and returns what the lineage keeps."""
     base, spec = replacement.base, replacement.spec()
-    window = spec.window(spec.from_attention(base, replacement.form(), base.attention_layers[0]))
-    units = UNITS[config.by].of(base)
+    form = spec.from_attention(base, replacement.form(), base.attention_layers[0])
+    window = present(spec.window(form))
+    units = UNITS[present(config.by)].of(base)
     texts = instruments.only(lambda probe: False, text=True)
     text_worth, exchanges = None, EXCHANGES
     # a CPU would train gates for an hour
@@ -73,7 +76,7 @@ def choose_heads(
         exchanges = FAST_EXCHANGES
         with console.progress("gates", STEPS) as task:
             text_worth = gate_worth(texts, units, window, config.seed, task)
-    removals = Removals(instruments, units, window, config.select, text_worth, exchanges)
+    removals = Removals(instruments, units, window, criterion_of(config), text_worth, exchanges)
     found = removals.run(keep)
     front = [
         {"kept": count, "kv_bytes_per_token": count * unit_bytes, **score.rounded()}

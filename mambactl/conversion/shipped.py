@@ -6,7 +6,7 @@ that a copy in another type, or quantised, is the same teacher.
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,6 +17,7 @@ from mambactl.conversion.choice import Unit
 from mambactl.errors import UsageError
 from mambactl.files import recipe_folder
 from mambactl.foreign import fitted, read_object
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.models.config import HybridConfig
 from mambactl.options import ConvertConfig
 from mambactl.options.fields import flags
@@ -58,7 +59,7 @@ class Ranking(_Record):
     num_key_value_heads: int
     head_dim: int
     form: RankedForm
-    made: dict[str, object]
+    made: JsonObject
     ranking: list[str]
     norms: Norms
 
@@ -75,13 +76,13 @@ class Ranking(_Record):
             for head, found in enumerate(row)
         )
 
-    def measured(self) -> dict[str, object]:
+    def measured(self) -> JsonObject:
         """Record of the ranking for a lineage: its form, and how it was made."""
         return {"form": self.form.model_dump(), "made": self.made}
 
     def best(self, units: Sequence[Unit], keep: int) -> list[Unit]:
         """The `keep` heads of some that are needed most."""
-        return sorted(sorted(units, key=lambda unit: self.ranking.index(unit.name))[:keep])
+        return sorted(sorted(units, key=lambda unit: self.ranking.index(str(unit.name)))[:keep])
 
 
 def shipped_rankings() -> list[Ranking]:
@@ -130,8 +131,8 @@ def record(
     model: str,
     reader: Reader,
     adapted: Adapted,
-    selection: Mapping[str, object],
-    made: dict[str, object],
+    selection: AnyObject,
+    made: JsonObject,
 ) -> Ranking:
     """The ranking in a `selection` of form and ranking, with the norms of the teacher's weights."""
     config = adapted.config

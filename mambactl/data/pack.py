@@ -50,13 +50,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
         """Copy in memory that a GPU may read while the host goes on."""
-        return self._each(torch.Tensor.pin_memory)
+        return self.each(torch.Tensor.pin_memory)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """A batch of `change` of every tensor."""
         return Batch(
             change(self.input_ids),
             None if self.seq_idx is None else change(self.seq_idx),

@@ -14,6 +14,7 @@ from mambactl.evaluation.calibration import COLUMNS as CONFIDENCES
 from mambactl.evaluation.calibration import confidences
 from mambactl.evaluation.predictions import MEANS, Predictions
 from mambactl.evaluation.statistics import Bootstrap
+from mambactl.json_values import JsonObject
 
 # logits of one model that may exist at a time, in elements
 CHUNK_ELEMENTS = 2**25
@@ -65,7 +66,7 @@ def fidelity(
     max_length: int = 512,
     batch_size: int = 4,
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> dict[str, object]:
+) -> JsonObject:
     """Compare two models with one vocabulary on tokenised documents, each cut in rows.
 
     Every row starts from an empty context, so its first token has no prediction. All numbers are
@@ -86,7 +87,7 @@ def compare(
     batch_size: int = 4,
     chunk_elements: int = CHUNK_ELEMENTS,
     bootstrap: Bootstrap | None = None,
-) -> dict[str, dict[str, object]]:
+) -> dict[str, JsonObject]:
     """`fidelity` of several students to one teacher on the same rows, which it reads once."""
     documents = list(documents)
     found = predict(variants, teacher, documents, max_length, batch_size, chunk_elements)

@@ -13,6 +13,7 @@ from mambactl.data.recall_documents import encode_words
 from mambactl.decode.backend import make_engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.evaluation.recall import read_answers
+from mambactl.json_values import JsonObject
 from mambactl.metrics import RETRIEVED
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Scoring = Literal["generate", "argmax"]
 # scores of every prompt by their names, [lengths][depths * texts]
-Found = list[list[dict[str, object]]]
+Found = list[list[JsonObject]]
 ANSWERS = "answers"
 # what an answer must hold, in any case of letters
 WANTED = ("sandwich", "dolores park")
@@ -46,7 +47,7 @@ class Grid:
 
 def make_grid(
     tokenizer: "PreTrainedTokenizerBase",
-    rows: Sequence[dict[str, object]],
+    rows: Sequence[JsonObject],
     lengths: Sequence[int],
     depths: int,
     seed: int,
@@ -94,7 +95,7 @@ def measure_needle(
     argmax: `retrieved` (1 where every token of the answer is the most likely one after those
     before it) and `tokens`, the share of them that is. One pass, nothing is generated.
     """
-    measure: Callable[[Sequence[Sequence[int]]], list[dict[str, object]]] = (
+    measure: Callable[[Sequence[Sequence[int]]], list[JsonObject]] = (
         _Generated(model, tokenizer, end_tokens)
         if grid.scoring == "generate"
         else _Forced(model, grid.answer)
@@ -111,12 +112,12 @@ def measure_needle(
     return found
 
 
-def scores_by_depth(grid: Grid, found: Found, samples: bool = False) -> dict[str, object]:
+def scores_by_depth(grid: Grid, found: Found, samples: bool = False) -> JsonObject:
     """Scores by [length][depth], each the mean of the texts there, and the mean of all.
 
     `samples`: also the answers, a list of them where there are several texts.
     """
-    result: dict[str, object] = {}
+    result: JsonObject = {}
     for name in found[0][0]:
         cells = [[_at_depth(grid, row, i, name) for i in range(len(grid.depths))] for row in found]
         if name == ANSWERS:
@@ -128,7 +129,7 @@ def scores_by_depth(grid: Grid, found: Found, samples: bool = False) -> dict[str
     return result
 
 
-def _at_depth(grid: Grid, row: Sequence[dict[str, object]], depth: int, name: str) -> list[object]:
+def _at_depth(grid: Grid, row: Sequence[JsonObject], depth: int, name: str) -> list[object]:
     return [prompt[name] for prompt in row[depth * grid.texts :][: grid.texts]]
 
 
@@ -150,7 +151,7 @@ class _Generated:
         self.tokenizer = tokenizer
         self.params = SamplingParams(max_new_tokens=NEW_TOKENS, eos_token_ids=tuple(end_tokens))
 
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[dict[str, object]]:
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[JsonObject]:
         output = self.engine.generate(prompts, self.params)
         texts = self.tokenizer.batch_decode(output.tokens, skip_special_tokens=True)
         return [
@@ -170,7 +171,7 @@ class _Forced:
         self.model, self.answer = model, list(answer)
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[dict[str, object]]:
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[JsonObject]:
         device, size = self.model.device, len(self.answer)
         ids = torch.tensor([[*prompt, *self.answer[:-1]] for prompt in prompts], device=device)
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state

@@ -8,6 +8,7 @@ import numpy as np
 
 from mambactl.evaluation.calibration import ERRORS, binned, calibration_errors
 from mambactl.evaluation.statistics import Bootstrap, mean_intervals, means_of, paired, unit_sums
+from mambactl.json_values import JsonObject
 
 # first context position of every bucket that results are broken down into
 BUCKET_STARTS = (0, 64, 256, 1024, 4096)
@@ -57,11 +58,11 @@ class Predictions:
         bootstrap: Bootstrap | None = None,
         starts: Sequence[int] = BUCKET_STARTS,
         samples: bool = False,
-    ) -> dict[str, object]:
+    ) -> JsonObject:
         """Every number of one student, with `by_position` from `starts` and `intervals`."""
         values = self.values[name]
         means = {column: float(values[column].mean()) for column in MEANS}
-        result: dict[str, object] = {
+        result: JsonObject = {
             "tokens": len(self.positions),
             **means,
             "kl_p95": float(np.quantile(values["kl"], 0.95)),
@@ -80,7 +81,7 @@ class Predictions:
             result["samples"] = self._samples(values)
         return result
 
-    def compare(self, ours: str, theirs: str, bootstrap: Bootstrap) -> dict[str, object]:
+    def compare(self, ours: str, theirs: str, bootstrap: Bootstrap) -> JsonObject:
         """A paired test of two students, `ours` - `theirs`, in each of `PAIRED`."""
         units = self.units()
         sums = [

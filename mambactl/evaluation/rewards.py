@@ -19,6 +19,7 @@ from mambactl.data.encoding import Example
 from mambactl.data.pack import Batch, collate, pack_whole
 from mambactl.data.preferences import Pair
 from mambactl.evaluation.fidelity import MEANS, Head, compare_logits
+from mambactl.json_values import JsonObject
 from mambactl.metrics import KL, REVERSE_KL, group
 
 # numbers of a set, and what a table calls them
@@ -94,7 +95,7 @@ def read_reference(model: Any, texts: Sequence[Example], layout: Layout) -> Refe
 @torch.no_grad()
 def compare_preferences(
     policy: Any, reference: Reference, pairs: Sequence[Pair], layout: Layout, beta: float = 1.0
-) -> dict[str, object]:
+) -> JsonObject:
     """Numbers of `SCALARS` over pairs that `reference` was read for, and how many there are.
 
     `reward_margin` is beta times the mean difference of r, `normed_accuracy` compares r per token,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mambactl import console
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.metrics import columns, group
 from mambactl.models.cache_bytes import sequence_bytes, sequences
 from mambactl.models.layout import MixerLayout
@@ -17,7 +18,7 @@ CACHE, SEQUENCES = "cache", "sequences"
 
 def sequences_of(
     model: "HybridForCausalLM", teacher: "HybridForCausalLM | None"
-) -> dict[str, dict[str, object]]:
+) -> dict[str, JsonObject]:
     """`models.cache_bytes.sequences` of two models as they are in memory.
 
     Empty for a model that runs code of its own, whose cache nobody knows.
@@ -33,7 +34,7 @@ def sequences_of(
     )
 
 
-def show_sequences(source: str, found: Mapping[str, Mapping[str, object]]) -> None:
+def show_sequences(source: str, found: Mapping[str, AnyObject]) -> None:
     """Print a line per length."""
     numbers = columns(group("sequence"), found.values())
     lines = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -12,14 +13,16 @@ def made_ahead(items: Iterator[Item]) -> Iterator[Item]:
 
     What the iterator raises is raised here; a caller that stops early waits for one item.
     """
-    end = object()
     with ThreadPoolExecutor(1) as maker:
-        coming = maker.submit(next, items, end)
+        coming = maker.submit(_next, items)
         while True:
-            item = coming.result()
-            if item is end:
+            found = coming.result()
+            if not found:
                 return
-            coming = maker.submit(next, items, end)
-            yield item
-            # not kept while the next one is waited for
-            del item
+            coming = maker.submit(_next, items)
+            yield found.pop()
+
+
+def _next(items: Iterator[Item]) -> list[Item]:
+    """The next item, which whoever takes it out is the last to hold; nothing at the end."""
+    return list(islice(items, 1))

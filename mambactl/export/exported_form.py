@@ -11,6 +11,7 @@ from mambactl.checkpoint.container import Shape, joined_shape
 from mambactl.checkpoint.reader import Reader
 from mambactl.checkpoint.save import stored_dtype
 from mambactl.errors import ModelError
+from mambactl.json_values import JsonObject
 from mambactl.models.config import HybridConfig
 
 PORTABLE = "`mambactl convert TEACHER --form portable` makes one that can be exported"
@@ -74,7 +75,7 @@ class Form:
     """
 
     architecture: str
-    config: dict[str, object]
+    config: JsonObject
     steps: list[Step]
     files: dict[str, str | bytes] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)

@@ -6,13 +6,14 @@ from torch import Tensor
 from mambactl.checkpoint.gguf_writer import Value
 from mambactl.export.exported_form import Origin, Step, cannot_hold
 from mambactl.models.config import HybridConfig
+from mambactl.models.positions import rotary_of
 
 FACTORS = "rope_freqs.weight"
 
 
 def rotary_metadata(origin: Origin, form: str) -> dict[str, Value]:
     """Keys of the rotation, without the architecture; ModelError for kinds that have none."""
-    rotary = origin.config.rope_parameters
+    rotary = rotary_of(origin.config)
     kind = rotary.get("rope_type", "default")
     base: dict[str, Value] = {"rope.freq_base": float(rotary["rope_theta"])}
     if rotary.get("partial_rotary_factor", 1.0) != 1.0:
@@ -26,14 +27,14 @@ def rotary_metadata(origin: Origin, form: str) -> dict[str, Value]:
 
 def rotary_steps(config: HybridConfig) -> list[Step]:
     """The tensor that divides the frequencies, where they are Llama 3's."""
-    if config.rope_parameters.get("rope_type") != "llama3":
+    if rotary_of(config).get("rope_type") != "llama3":
         return []
     return [Step((), lambda: {FACTORS: _llama3_factors(config)})]
 
 
 def _llama3_factors(config: HybridConfig) -> Tensor:
     """Divisor of every frequency [P / 2]: long waves are stretched, short ones are not."""
-    rotary = config.rope_parameters
+    rotary = rotary_of(config)
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
     waves = 2 * torch.pi * rotary["rope_theta"] ** (even / config.head_dim)  # tokens
     cycles = rotary["original_max_position_embeddings"] / waves

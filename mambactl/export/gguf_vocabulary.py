@@ -9,6 +9,7 @@ from mambactl.checkpoint.gguf_writer import Value
 from mambactl.checkpoint.load import load_tokenizer
 from mambactl.errors import ModelError
 from mambactl.export.exported_form import Origin, cannot_hold
+from mambactl.json_values import AnyObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +80,7 @@ def _token_types(
     return found
 
 
-def _byte_level(origin: Origin, described: Mapping[str, object]) -> dict[str, Value]:
+def _byte_level(origin: Origin, described: AnyObject) -> dict[str, Value]:
     """Keys of a tokenizer that merges bytes, as GPT-2's does."""
     pre = described["pre_tokenizer"] or {}
     parts = pre.get("pretokenizers", [pre])
@@ -96,14 +97,14 @@ def _byte_level(origin: Origin, described: Mapping[str, object]) -> dict[str, Va
     }
 
 
-def _decisive(part: Mapping[str, object]) -> str | bool | None:
-    value = part.get(_DECISIVE.get(part.get("type"), ""))
+def _decisive(part: AnyObject) -> str | bool | None:
+    value = part.get(_DECISIVE.get(str(part.get("type")), ""))
     value = value.get("Regex") if isinstance(value, Mapping) else value
     return value if isinstance(value, str | bool) else None
 
 
 def _sentencepiece(
-    described: Mapping[str, object],
+    described: AnyObject,
     kinds: list[tuple[str, int]],
     tokenizer: "PreTrainedTokenizerFast",
 ) -> dict[str, Value]:

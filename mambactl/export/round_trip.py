@@ -36,11 +36,9 @@ ROUNDED = {"float16": 1e-3, "bfloat16": 1e-3, "q8_0": 2e-2}
 class CausalModel(Protocol):
     """A model of this process: ours, or of transformers."""
 
-    def __call__(self, input_ids: Tensor) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         """An output with `logits` [B, T, V]."""
-
-    def generate(self, inputs: Tensor, **options: Any) -> Tensor:
-        """Tokens [B, T + new]."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def _released(
     return open_file(work, form, config, dtype, texts)
 
 
-def _load_ours(kind: str) -> Callable[[Path], CausalModel]:
+def _load_ours(kind: str) -> Callable[[Path, HybridConfig], CausalModel]:
     return lambda path, _: load_model(Source(str(path), path, kind), dtype=torch.float32)
 
 

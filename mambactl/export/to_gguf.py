@@ -5,7 +5,7 @@ model without recurrent layers is a llama. Tensors and keys are those that llama
 for; a mamba layer there has no biases on its projections.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +21,7 @@ from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, 
 from mambactl.export.to_transformers import require_attention, require_plain_blocks
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
+from mambactl.present import of_kind
 
 # llama.cpp asks for a context, which a model without positions has not
 _ANY_CONTEXT = 1 << 20
@@ -106,7 +107,7 @@ def _attention(origin: Origin, form: str) -> tuple[dict[str, Value], Changes]:
         "rope.dimension_count": config.head_dim,
         **rotary_metadata(origin, form),
     }
-    changes = {
+    changes: Changes = {
         f"self_attn.{name}_proj.{kind}": partial(_interleaved, heads)
         for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads))
         for kind in ("weight", "bias")
@@ -223,7 +224,7 @@ def _steps(origin: Origin, changes: Changes) -> Iterator[Step]:
             yield renamed(name, gguf_name(name))
 
 
-def _with_bias(name: str, change: Callable[[Tensor], Tensor], weight: Tensor) -> dict[str, Tensor]:
+def _with_bias(name: str, change: Change, weight: Tensor) -> dict[str, Tensor]:
     """The taps of a convolution without bias, and the zeros that llama.cpp adds."""
-    taps = change(weight)
+    taps = of_kind(Tensor, change(weight))
     return {name: taps, f"{name.removesuffix('weight')}bias": taps.new_zeros(len(taps))}

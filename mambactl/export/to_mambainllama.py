@@ -22,6 +22,7 @@ from mambactl.export.projection_biases import dt_bias_step, is_projection_bias, 
 from mambactl.export.to_transformers import require_plain_blocks, shared_fields
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
+from mambactl.models.positions import rotary_of
 
 _FORM = "MambaInLlama"
 _PLAIN = "`mambactl convert TEACHER --mixer mamba1 --init reference` makes one that can"
@@ -37,7 +38,7 @@ def mambainllama_form(origin: Origin, fused: bool) -> Form:
         raise cannot_hold(origin, "has no recurrent layer", _FORM, "use `--to transformers`")
     if config.attention_bias:
         raise cannot_hold(origin, "has biases in its attention", _FORM, None)
-    if fused and config.rope_parameters.get("rope_type", "default") != "default":
+    if fused and rotary_of(config).get("rope_type", "default") != "default":
         hint = "use `--layout hf`"
         raise cannot_hold(origin, "scales its rotary positions", f"the fused {_FORM}", hint)
     settings = config.layer(config.replaced_layers[0]).settings
@@ -53,7 +54,9 @@ def mambainllama_form(origin: Origin, fused: bool) -> Form:
         "attention_bias": False,
         "mlp_bias": False,
     }
-    files = {MAMBA_CONFIG: json_text(_mamba_config(config, settings, ssm_cfg))}
+    files: dict[str, str | bytes] = {
+        MAMBA_CONFIG: json_text(_mamba_config(config, settings, ssm_cfg))
+    }
     return Form(_FORM, fields, list(_steps(origin, changes, fused)), files)
 
 
@@ -115,7 +118,7 @@ _KINDS: dict[type, Callable[[Origin], tuple[dict[str, object], Changes]]] = {
 def _channels(s: Mamba1Settings) -> Tensor:
     """The order of our channels [d_inner] in which groups of 16 that share x follow each other."""
     group = torch.arange(s.d_inner // GROUP)
-    width, shared = s.repeat_width // GROUP, s.d_inner // s.x_dim
+    width, shared = s.repeat_width // GROUP, s.d_inner // s.pair_dim
     source = group // width // shared * width + group % width
     order = source.argsort(stable=True)
     return (order[:, None] * GROUP + torch.arange(GROUP)).flatten()

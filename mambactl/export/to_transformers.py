@@ -23,6 +23,7 @@ from mambactl.export.mamba2_layout import mamba2_layout, spreads
 from mambactl.export.native_mamba import is_native, native_form, token_fields
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.attention import AttentionSpec
+from mambactl.models.positions import rotary_of
 
 GRANITE = "GraniteMoeHybrid"
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Olmo2", "Granite")
@@ -59,7 +60,7 @@ def shared_fields(config: HybridConfig) -> dict[str, object]:
 
 def _rotary_fields(config: HybridConfig) -> dict[str, object]:
     """The rotation in the spelling of transformers 5, and in that of older ones and of engines."""
-    rotary = dict(config.rope_parameters)
+    rotary = dict(rotary_of(config))
     kind = rotary.get("rope_type", "default")
     scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
     return {
@@ -116,7 +117,9 @@ def _dense_family(origin: Origin) -> tuple[str, dict[str, object]]:
         f"has what {' and '.join(names)} have": len(names) > 1,
         "has norms in other places": name == "Olmo2"
         and not (config.post_norm and config.qk_norm == "all"),
-        f"has biases on {biased}": name == "Qwen2" and set(biased) != set("qkv"),
+        f"has biases on {biased}": name == "Qwen2"
+        and not isinstance(biased, bool)
+        and set(biased) != set("qkv"),
         "has biases": name == "Mistral" and biased,
         "has biases in its MLPs": in_mlp and "mlp_bias" not in fields[name],
         "has a sliding window": windowed and "sliding_window" not in fields[name],

@@ -1,6 +1,7 @@
 """One block of the decoder: a mixer and an MLP with their norms, and the norm behind the last."""
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +9,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mambactl.models.cache import HybridCache
 from mambactl.models.config import HybridConfig
-from mambactl.models.mixers.attention import RMSNorm
-from mambactl.models.mixers.spec import StepContext
+from mambactl.models.mixers.attention import AttentionMixer, RMSNorm
+from mambactl.models.mixers.spec import Mixer, StepContext
 from mambactl.models.mlp import GatedMLP
+from mambactl.present import of_kind
 
 
 class FinalRMSNorm(RMSNorm):
@@ -54,6 +56,17 @@ class HybridBlock(GradientCheckpointingLayer):
     def mixer(self) -> nn.Module:
         """The layer's token mixer."""
         return getattr(self, self.mixer_name)
+
+    @property
+    def attention(self) -> AttentionMixer:
+        """The token mixer of a layer that is attention alone; TypeError in another."""
+        return of_kind(AttentionMixer, self.mixer)
+
+    @property
+    def replacing(self) -> Mixer:
+        """The token mixer of a layer whose attention was replaced."""
+        # modules have the attributes that their classes say, which no type knows of all mixers
+        return cast(Mixer, self.mixer)
 
     def forward(self, hidden: Tensor, context: StepContext, cache: HybridCache | None) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""

@@ -1,14 +1,12 @@
 """Rotary positions (RoFormer, arXiv 2104.09864): the angles of a token are those of its place."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from mambactl.json_values import AnyObject
 from mambactl.models.mixers.modules import KeepsFloat32
 
 # kinds whose frequencies depend on the length of the text
@@ -69,5 +67,9 @@ class RotaryEmbedding(KeepsFloat32, LlamaRotaryEmbedding):
 
 def _parameter(config: LlamaConfig, name: str) -> int | float:
     """A number that rotary positions of a kind cannot do without; KeyError without it."""
-    found: Mapping[str, Any] = config.rope_parameters or {}
-    return found[name]
+    return rotary_of(config)[name]
+
+
+def rotary_of(config: LlamaConfig) -> AnyObject:
+    """Parameters of the rotation, empty for a model without."""
+    return config.rope_parameters or {}

@@ -16,7 +16,9 @@ class EvalBase(StageConfig):
 
     on_card: ClassVar[bool] = True
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+    dtype: Literal[  # pyright: ignore[reportIncompatibleVariableOverride]
+        "auto", "float32", "bfloat16", "float16", "float64"
+    ] = Field(
         default="auto",
         description="weights in memory; auto is bfloat16 on capable GPUs, else float32; float64 "
         "(on a CPU) scores alike in any batch",

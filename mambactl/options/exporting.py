@@ -27,9 +27,9 @@ class ExportConfig(StageConfig):
     max_shard_gb: float = Field(
         default=5.0, gt=0, description="largest file of safetensors, in 10^9 bytes"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = Field(
-        default="auto", description="of the weights; auto is that of MODEL, q8_0 is for gguf"
-    )
+    dtype: Literal[  # pyright: ignore[reportIncompatibleVariableOverride]
+        "auto", "float32", "bfloat16", "float16", "q8_0"
+    ] = Field(default="auto", description="of the weights; auto is that of MODEL, q8_0 is for gguf")
 
     @property
     def ending(self) -> str:

@@ -51,7 +51,7 @@ def head_numbers(heads: str) -> list[tuple[int, int]]:
     found = [HEAD.fullmatch(part) for part in parts]
     if None in found:
         raise ValueError(f"{parts[found.index(None)]!r} is not LAYER.HEAD")
-    return [(int(match[1]), int(match[2])) for match in found]
+    return [(int(match[1]), int(match[2])) for match in found if match is not None]
 
 
 def _head_names(value: object) -> Any:

@@ -19,8 +19,8 @@ def phase_steps(config: DistillConfig) -> dict[str, int]:
         raise UsageError(
             f"stages {', '.join(order)} are not in their order", f"it is {', '.join(ORDER)}"
         )
-    given = {"align": config.align_steps, "stepwise": config.stepwise_steps}
-    fixed = {name: given[name] for name in order[:-1] if given[name] is not None}
+    given: dict[str, int | None] = {"align": config.align_steps, "stepwise": config.stepwise_steps}
+    fixed = {n: steps for n in order[:-1] if (steps := given[n]) is not None}
     left = config.max_steps - sum(fixed.values())
     if left < 0:
         raise UsageError(

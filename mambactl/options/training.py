@@ -182,7 +182,8 @@ class ShardConfig(SpreadConfig):
 class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig):
     """Align new mixers, then match the teacher's logits."""
 
-    later: ClassVar[Mapping[str, object]] = TrainConfig.later | {
+    later: ClassVar[Mapping[str, object]] = {
+        **TrainConfig.later,
         "append_eos": False,
         "eval_recall": [],
         "eval_recall_rows": 16,
@@ -303,7 +304,7 @@ class TeacherCacheConfig(MixedRowsConfig):
 class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig, TextRowsConfig):
     """Fine-tune on text or chats, with a teacher if wanted."""
 
-    later: ClassVar[Mapping[str, object]] = TrainConfig.later | {"append_eos": False}
+    later: ClassVar[Mapping[str, object]] = {**TrainConfig.later, "append_eos": False}
 
     compile: bool = Field(
         default=False, description="compile blocks, for packed rows of one length"

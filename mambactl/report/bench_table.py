@@ -4,13 +4,14 @@ from collections.abc import Iterator, Sequence
 
 from mambactl import metrics
 from mambactl.errors import UsageError
+from mambactl.json_values import JsonObject
 from mambactl.metrics import Metric
 from mambactl.report.kept_results import require_measured
 
-Result = dict[str, object]
+Result = JsonObject
 
 
-def markdown(files: Sequence[tuple[str, dict[str, object]]]) -> str:
+def markdown(files: Sequence[tuple[str, JsonObject]]) -> str:
     """A row per point of every file (name, content), then what they were measured on.
 
     A file holds one `bench` result, or a recipe's with any number of them. Raises UsageError for a
@@ -32,7 +33,7 @@ def markdown(files: Sequence[tuple[str, dict[str, object]]]) -> str:
     return "\n".join([*lines, "", *about])
 
 
-def _results(name: str, content: dict[str, object]) -> Iterator[Result]:
+def _results(name: str, content: JsonObject) -> Iterator[Result]:
     if isinstance(content.get("result"), dict):
         # the record of a section, which recipe run left in its folder
         content = content["result"]
@@ -47,7 +48,7 @@ def _results(name: str, content: dict[str, object]) -> Iterator[Result]:
             yield {**result, "points": points}
 
 
-def _numbers(files: Sequence[tuple[str, dict[str, object]]]) -> list[Metric]:
+def _numbers(files: Sequence[tuple[str, JsonObject]]) -> list[Metric]:
     """The columns: all of a point, but for the first token's where no result has it."""
     points = [
         point for name, content in files for result in _results(name, content)

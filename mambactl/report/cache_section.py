@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from mambactl.evaluation.sequences import CACHE, SEQUENCES
+from mambactl.json_values import AnyObject
 from mambactl.metrics import KL, LEAST_RECALL_RATIO, MEAN_RECALL_RATIO, SHARE, group, span
 from mambactl.report import charts
 from mambactl.report.charts import Series
@@ -31,7 +32,7 @@ class _Student:
     """A model's quality, and bytes of its cache by tokens of a sequence."""
 
     row: Row
-    sequences: Mapping[str, Mapping[str, object]]
+    sequences: Mapping[str, AnyObject]
 
     def share(self, tokens: str) -> float | None:
         """Fraction of the teacher's cache, None where it is not known."""

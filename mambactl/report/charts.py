@@ -17,6 +17,7 @@ from textwrap import wrap
 from typing import Any
 
 from mambactl.figures import new_figure
+from mambactl.json_values import JsonObject
 
 # about as wide as a phone: text keeps its size there, and two fit side by side elsewhere
 INCHES = (4.9, 3.1)
@@ -188,13 +189,13 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
         "axes.formatter.use_mathtext": False, "text.parse_math": False,
     }  # fmt: skip
-    with rc_context(style):
+    with rc_context(style):  # pyright: ignore[reportArgumentType]
         figure = new_figure(inches)
         yield figure, figure.add_subplot()
 
 
 def _curve(axes: Any, each: Series) -> None:
-    style: dict[str, object] = {"lw": 0.7, "alpha": 0.55}
+    style: JsonObject = {"lw": 0.7, "alpha": 0.55}
     points = list(each.drawn())
     if not each.faint:
         style = {"marker": marker(each.colour), "lw": 1.6, "ms": 4.5, "clip_on": False}

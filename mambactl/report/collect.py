@@ -11,6 +11,7 @@ from pathlib import Path
 from mambactl.errors import UsageError
 from mambactl.evaluation.probes import PROBES
 from mambactl.files import LEDGER, RESULTS, SINGLE_FILE_SUFFIXES
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.report.entries import (
     Entry,
     Found,
@@ -170,7 +171,7 @@ def teachers_of(entries: Iterable[Entry]) -> list[str]:
     ))  # fmt: skip
 
 
-def _others(metrics: Mapping[str, object]) -> Iterator[str]:
+def _others(metrics: AnyObject) -> Iterator[str]:
     """Names of a teacher, a baseline, and a student tested against."""
     against = metrics.get(AGAINST)
     other = against.get("model") if isinstance(against, Mapping) else None
@@ -178,8 +179,8 @@ def _others(metrics: Mapping[str, object]) -> Iterator[str]:
                 if isinstance(name, str))  # fmt: skip
 
 
-def _renamed(metrics: Mapping[str, object], called: Mapping[str, str]) -> dict[str, object]:
-    new = {key: called[metrics[key]] for key in ("teacher", "baseline")
+def _renamed(metrics: AnyObject, called: Mapping[str, str]) -> JsonObject:
+    new: JsonObject = {key: called[metrics[key]] for key in ("teacher", "baseline")
            if isinstance(metrics.get(key), str)}  # fmt: skip
     against = metrics.get(AGAINST)
     if isinstance(against, Mapping) and isinstance(against.get("model"), str):
@@ -219,7 +220,7 @@ def _is_relative(kind: str) -> bool:
     return kind == "tests" or (kind in PROBES and PROBES[kind].teacher == "needed")
 
 
-def _told_apart(metrics: Mapping[str, object], teacher: str) -> dict[str, object]:
+def _told_apart(metrics: AnyObject, teacher: str) -> JsonObject:
     """The measurements with the teacher in the name of every data set."""
     result = dict(metrics)
     for kind, found in metrics.items():

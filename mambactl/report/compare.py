@@ -5,17 +5,18 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from mambactl import console, invocation
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import CheckError, OutputError, UsageError
-from mambactl.evaluation.probes import EvalConfig
 from mambactl.figures import new_figure
 from mambactl.files import RESULTS, explained
-from mambactl.options import BenchConfig
+from mambactl.json_values import JsonObject
+from mambactl.options import BenchConfig, StageConfig
+from mambactl.present import present
 from mambactl.report.collect import collect, kept_beside
 from mambactl.report.page import write_report
 from mambactl.report.results import file_name, write_results
@@ -30,25 +31,27 @@ class MeasuringCommand(Protocol):
 
     STAGE: str
 
-    def plan(self, config: object, source: str | None) -> dict[str, object]:
+    def plan(self, config: Any, source: str | None) -> JsonObject:
         """Resolve and check everything, measure nothing."""
+        ...
 
-    def measure(self, config: object, source: str | None) -> StageResult:
+    def measure(self, config: Any, source: str | None) -> StageResult:
         """Measure one model and keep the numbers, whatever they are."""
+        ...
 
-    def check(self, config: object, metrics: dict[str, object]) -> None:
+    def check(self, config: Any, metrics: JsonObject) -> None:
         """Raise CheckError where a bound does not hold."""
 
 
 def run(
-    config: EvalConfig | BenchConfig, sources: Sequence[str | None], command: MeasuringCommand
+    config: StageConfig, sources: Sequence[str | None], command: MeasuringCommand
 ) -> StageResult:
     """Measure each of `sources` with `command`, then write the page of `report`.
 
     Every model is measured, and the page is there, before a bound that does not hold is a
     CheckError. What cannot be kept beside a model (one given by name) is kept beside the page.
     """
-    report = Path(config.report or DEFAULT_REPORT).expanduser().absolute()
+    report = Path(getattr(config, "report", None) or DEFAULT_REPORT).expanduser().absolute()
     _require_writable(report)
     if len(sources) > 1:
         _require_different(sources)
@@ -78,12 +81,12 @@ def run(
 
 
 def plan(
-    config: EvalConfig | BenchConfig, sources: Sequence[str | None], command: MeasuringCommand
-) -> dict[str, object]:
+    config: StageConfig, sources: Sequence[str | None], command: MeasuringCommand
+) -> JsonObject:
     """Describe the measurements of each; writes nothing."""
     if len(sources) > 1:
         _require_different(sources)
-    report = str(Path(config.report or DEFAULT_REPORT).expanduser().absolute())
+    report = str(Path(getattr(config, "report", None) or DEFAULT_REPORT).expanduser().absolute())
     return {"report": report, "models": [command.plan(config, source) for source in sources]}
 
 
@@ -111,7 +114,7 @@ def show(files: Sequence[Path]) -> None:
 
 
 def _measure(
-    command: MeasuringCommand, config: object, source: str | None, report: Path
+    command: MeasuringCommand, config: Any, source: str | None, report: Path
 ) -> StageResult:
     result = command.measure(config, source)
     if result.kept is not None:
@@ -132,7 +135,7 @@ def _without_model(config: BenchConfig) -> str:
 
 def _check(
     command: MeasuringCommand,
-    config: object,
+    config: Any,
     sources: Sequence[str | None],
     results: Sequence[StageResult],
 ) -> None:
@@ -156,8 +159,8 @@ def _require_writable(report: Path) -> None:
         tempfile.TemporaryFile(dir=report.parent).close()
 
 
-def _require_different(sources: Sequence[str]) -> None:
-    paths = [resolve(source).path for source in sources]
+def _require_different(sources: Sequence[str | None]) -> None:
+    paths = [resolve(present(source)).path for source in sources]
     for path, source in zip(paths, sources, strict=True):
         if paths.count(path) > 1:
             raise UsageError(f"{source} is given twice", "a comparison is of different models")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mambactl.evaluation.probes.probe import Probe
+from mambactl.json_values import AnyObject
 from mambactl.metrics import Metric
 from mambactl.report.charts import Series
 from mambactl.report.entries import Entry, Found, Ledger, Source
@@ -103,13 +104,13 @@ def numbers_of(
     return Table(caption, columns, cells, [cites for _, cites in listed])
 
 
-def present(metrics: Mapping[str, object], kind: str) -> Mapping[str, object]:
+def present(metrics: AnyObject, kind: str) -> AnyObject:
     """Measurements of one kind, empty without any."""
     found = metrics.get(kind)
     return found if isinstance(found, Mapping) else {}
 
 
-def written(found: Mapping[str, object], columns: Iterable[Metric]) -> list[Cell]:
+def written(found: AnyObject, columns: Iterable[Metric]) -> list[Cell]:
     """A row of cells; empty where nothing is."""
     return [
         Cell(each.written(found), number=not isinstance(found.get(each.name), str))

@@ -8,6 +8,7 @@ from mambactl.evaluation.harness.task_metrics import main_metric, metrics_of
 from mambactl.evaluation.probes import PROBES
 from mambactl.evaluation.probes.probe import STUDENT, TEACHER, Probe
 from mambactl.evaluation.probes.task_probe import BY_TASK, DIFFERENCES, MEAN
+from mambactl.json_values import AnyObject
 from mambactl.metrics import columns, number, signed, span
 from mambactl.report import charts
 from mambactl.report.charts import Series
@@ -85,7 +86,7 @@ def numbers(probe: Probe[Any, Any, Any], material: Material) -> Section:
 
 
 def _tables(material: Material, section: Section, probe: Probe[Any, Any, Any]) -> Iterator[Table]:
-    sets: dict[str, list[tuple[Entry, Mapping[str, object]]]] = {}
+    sets: dict[str, list[tuple[Entry, AnyObject]]] = {}
     for entry in material.entries:
         for name, found in present(entry.metrics, probe.name).items():
             if isinstance(found, Mapping):
@@ -165,7 +166,7 @@ def _beside_teachers(material: Material, section: Section) -> Iterator[Table]:
         yield _named_cells(numbers_of("Beside the teacher", headings, rows), 3)
 
 
-def _scores(task: str, scores: Mapping[str, object]) -> Iterator[tuple[str, ...]]:
+def _scores(task: str, scores: AnyObject) -> Iterator[tuple[str, ...]]:
     for key in metrics_of(scores):
         write, bounds = score_writer(key), interval(scores, key)
         yield task, key, write(scores[key]), span(bounds, write)

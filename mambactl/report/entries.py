@@ -8,11 +8,12 @@ from typing import Any
 
 from mambactl.evaluation.probes import PROBES
 from mambactl.files import LEDGER, SINGLE_FILE_SUFFIXES
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.metrics import KL
 from mambactl.report.kept_results import read_content, read_ledger, require_measured
 from mambactl.report.origin import command_of, lineage_of
 
-Json = dict[str, object]
+Json = JsonObject
 
 # what is known of how a measurement was made, also where it stands among the numbers
 ABOUT = ("device", "date", "versions", "teacher")
@@ -94,7 +95,7 @@ def _walk(node: object, above: Json, source: Source) -> Iterator[Entry]:
         yield from _walk(part, about | given, where)
 
 
-def _parts(node: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
+def _parts(node: AnyObject) -> Iterator[tuple[str, Any]]:
     """Members, the elements of lists, and sections, each with its path."""
     for key, value in node.items():
         if key == "sections" and isinstance(value, Mapping):
@@ -105,7 +106,7 @@ def _parts(node: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _entry(metrics: Mapping[str, object], about: Json, source: Source) -> Entry:
+def _entry(metrics: AnyObject, about: Json, source: Source) -> Entry:
     require_measured(metrics, about, " ".join(filter(None, (source.file, source.member))))
     merged = about | {key: metrics[key] for key in ABOUT if key in metrics}
     commands = about.get("commands")
@@ -133,7 +134,7 @@ def _details(about: Json) -> Iterator[tuple[str, str]]:
     yield from ((name, str(value)) for name, value in pairs.items() if value)
 
 
-def _model(metrics: Mapping[str, object], about: Json) -> str:
+def _model(metrics: AnyObject, about: Json) -> str:
     if about.get("name"):
         return str(about["name"])
     if about.get("checkpoint"):
@@ -143,7 +144,7 @@ def _model(metrics: Mapping[str, object], about: Json) -> str:
     return ", ".join(config.get("synthetic") or parts or [str(about.get("stage", "model"))])
 
 
-def _normal(metrics: Mapping[str, object]) -> Json:
+def _normal(metrics: AnyObject) -> Json:
     """Fidelity is by data set, also where a file has that of a single one without its name."""
     fidelity = metrics.get("fidelity")
     if isinstance(fidelity, Mapping) and KL.name in fidelity:

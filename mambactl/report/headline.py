@@ -139,8 +139,8 @@ def _speed(entry: Entry) -> Measure | None:
     where = ", ".join(str(each) for each in known if each)
     phrase = f"decodes at {times(gain)} its speed behind {context:,} tokens"
     phrase += f" (kept result: {where})" if where else " (kept result)"
-    texts = (f"{metrics.rate(speed[context])} tokens/s" for speed in (ours, theirs))
-    return Measure(f"decoding, {context:,} tokens", gain, *texts, phrase)
+    mine, teachers = (f"{metrics.rate(speed[context])} tokens/s" for speed in (ours, theirs))
+    return Measure(f"decoding, {context:,} tokens", gain, mine, teachers, phrase)
 
 
 def _sentence(students: Sequence[Student], labels: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """The front matter that the hub reads from a card, and kept results in it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,8 @@ from mambactl.checkpoint.hub_files import PublicFiles
 from mambactl.checkpoint.hub_names import hub_name
 from mambactl.checkpoint.local_names import is_local, local_paths, without_local_names
 from mambactl.files import RESULTS, side_file
+from mambactl.json_values import AnyObject
+from mambactl.present import of_kind
 from mambactl.report.card_results import OWN_NAME, markdown
 from mambactl.report.entries import Entry, read_entries
 from mambactl.report.summary import MODEL, Column, summarise
@@ -20,15 +22,13 @@ if TYPE_CHECKING:
 TASK = "text-generation"
 
 
-def hub_card(
-    files: PublicFiles, name: str, checkpoint: Path, inherited: Mapping[str, object]
-) -> str:
+def hub_card(files: PublicFiles, name: str, checkpoint: Path, inherited: AnyObject) -> str:
     """The card of a checkpoint, with its kept results, as the hub shows and indexes it.
 
     `name` is that of the model on the hub; `inherited` is what the front matter of the base model
     says, of which a key counts that the card does not have.
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     folder = side_file(checkpoint, RESULTS)
     entries = [each for file in sorted(folder.glob("eval-*.json")) for each in read_entries(file)]
@@ -39,7 +39,7 @@ def hub_card(
     public = without_local_names(card, tuple(dict.fromkeys(paths)))
     assert isinstance(public, str)
     shown = ModelCard(public, ignore_metadata_errors=True)
-    front = shown.data
+    front = of_kind(ModelCardData, shown.data)
     front.base_model = files.base or _of_the_hub(front.base_model)
     for key, value in {"datasets": data_sets(files.lineage) or None, **inherited}.items():
         if front.get(key) is None and value is not None:
@@ -55,7 +55,7 @@ def _of_the_hub(base: Any) -> Any:
     return hub_name(base) if isinstance(base, str) else base
 
 
-def data_sets(lineage: Mapping[str, object]) -> list[str]:
+def data_sets(lineage: AnyObject) -> list[str]:
     """Ids of data sets of the hub that any stage was trained or fitted on."""
     found: dict[str, None] = {}
     for stage in (*lineage.get("ancestors", []), lineage):

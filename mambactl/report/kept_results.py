@@ -29,6 +29,7 @@ from mambactl.foreign import (
     read_object,
     reason,
 )
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.metrics import (
     CONTEXT,
     DECODE_RATE,
@@ -41,7 +42,7 @@ from mambactl.metrics import (
     yes_or_no,
 )
 
-Json = dict[str, object]
+Json = JsonObject
 
 HINT = "give what eval, bench or spec-decode wrote"
 LEDGER_HINT = "give metrics.jsonl of a distillation"
@@ -61,7 +62,7 @@ class _Kept(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-def _fields(metrics: Iterable[Metric]) -> dict[str, object]:
+def _fields(metrics: Iterable[Metric]) -> JsonObject:
     """Numbers that their format can write, by name."""
     words = {last_part: str, str: Any, yes_or_no: Any}
     return {each.name: (words.get(each.write, Number) | None, None) for each in metrics}
@@ -84,12 +85,13 @@ class _Measured(_Kept):
     _read = model_validator(mode="before")(_read_intervals)
 
 
-_Numbers = create_model(
-    "_Numbers",
-    __base__=_Measured,
-    **dict.fromkeys(MAIN, (Number | None, None))
-    | _fields(metric for group in METRICS.values() for metric in group),
+_NUMBERS: JsonObject = dict.fromkeys(MAIN, (Number | None, None)) | _fields(
+    metric for group in METRICS.values() for metric in group
 )
+
+
+class _Numbers(create_model("_Numbers", __base__=_Measured, **_NUMBERS)):
+    """Numbers of the table of metrics."""
 
 
 class _AtPosition(_Numbers):
@@ -223,7 +225,7 @@ class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts
 
     device: str | None = None
     dtype: str | None = None
-    versions: dict[str, object] | None = None
+    versions: JsonObject | None = None
     config: _Config | None = None
     fidelity: Annotated[dict[str, _Fidelity] | None, BeforeValidator(_by_set)] = None
     long_context: dict[str, _LongContext] | None = None
@@ -240,7 +242,7 @@ class _Metrics(create_model("_Drafts", __base__=_Kept, **_fields(METRICS["drafts
     against: "_Against | None" = None
     points: Points = None
     baseline_points: Points = None
-    kernels: Points | dict[str, object] = None
+    kernels: Points | JsonObject = None
     loss: _Numbers | list[object] | None = None
     speculative: _Speculative | list[object] | None = None
 
@@ -266,7 +268,7 @@ class _About(_Kept):
 
     command: str | list[str] | None = None
     commands: dict[str, str | list[str]] | list[str] | None = None
-    versions: dict[str, object] | None = None
+    versions: JsonObject | None = None
     device: str | None = None
     model: Annotated[_Model, BeforeValidator(_part)] = _Model()
 
@@ -293,9 +295,7 @@ def read_content(path: Path) -> Json:
     return content
 
 
-def require_measured(
-    metrics: Mapping[str, object], about: Mapping[str, object], where: str
-) -> None:
+def require_measured(metrics: AnyObject, about: AnyObject, where: str) -> None:
     """Raise UsageError that names the member of a measurement which is not what a report reads."""
     fitted(_Metrics, metrics, where, "metrics", UsageError, HINT)
     fitted(_About, about, where, "", UsageError, HINT)

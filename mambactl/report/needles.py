@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mambactl.json_values import AnyObject
+
 AXES = ("lengths", "depths")
 
 
@@ -17,9 +19,7 @@ class NeedleMap:
     shares: list[list[float]]
 
 
-def needle_maps(
-    node: object, name: str = "", axes: Mapping[str, object] | None = None
-) -> Iterator[NeedleMap]:
+def needle_maps(node: object, name: str = "", axes: AnyObject | None = None) -> Iterator[NeedleMap]:
     """Every matrix below `lengths` and `depths`; one called `scores` goes without its name.
 
     Rows are lengths; a matrix that fits only the other way round is turned. Numbers above 1 are per
@@ -43,7 +43,7 @@ def _are_ticks(values: list[object]) -> bool:
     )
 
 
-def _grid(value: object, axes: Mapping[str, object]) -> list[list[float]] | None:
+def _grid(value: object, axes: AnyObject) -> list[list[float]] | None:
     lengths, depths = (len(axes[axis]) for axis in AXES)
     if not isinstance(value, list) or not value or not all(isinstance(v, list) for v in value):
         return None

@@ -10,6 +10,7 @@ from mambactl.commands import COMMANDS
 from mambactl.errors import MambactlError
 from mambactl.files import LINEAGE
 from mambactl.foreign import fitted
+from mambactl.json_values import JsonObject
 
 
 class _Parent(BaseModel):
@@ -21,11 +22,11 @@ class _Lineage(BaseModel):
 
     stage: str | None = None
     parent: _Parent | None = None
-    recipe: dict[str, object] | None = None
-    versions: dict[str, object] | None = None
+    recipe: JsonObject | None = None
+    versions: JsonObject | None = None
 
 
-def lineage_of(checkpoint: Path) -> dict[str, object]:
+def lineage_of(checkpoint: Path) -> JsonObject:
     """The lineage of a folder or a single file; empty where there is none."""
     from mambactl.checkpoint.safetensors_reader import read_lineage
 
@@ -38,7 +39,7 @@ def lineage_of(checkpoint: Path) -> dict[str, object]:
         return {}
 
 
-def command_of(lineage: dict[str, object]) -> str:
+def command_of(lineage: JsonObject) -> str:
     """The command line with every option that is not at its default."""
     stage, parent = lineage.get("stage"), lineage.get("parent") or {}
     if stage not in COMMANDS:

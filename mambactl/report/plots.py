@@ -6,6 +6,7 @@ from typing import Any
 
 from mambactl.errors import UsageError
 from mambactl.figures import DPI, literal, new_figure
+from mambactl.json_values import JsonObject
 from mambactl.metrics import KL
 from mambactl.report.kept_results import read_ledger
 
@@ -14,7 +15,7 @@ LOGITS = ("stepwise", "logits")
 INCHES = (7.0, 4.2)
 
 
-def curves(lines: list[dict[str, object]]) -> dict[str, list[tuple[int, float]]]:
+def curves(lines: list[JsonObject]) -> dict[str, list[tuple[int, float]]]:
     """(tokens, nats per token) of `held out`, and of `training` on logits or their KL."""
     return {
         "held out": [(line["tokens"], line[KL.name]) for line in lines if KL.name in line],

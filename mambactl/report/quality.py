@@ -8,6 +8,7 @@ from typing import Any
 
 from mambactl.evaluation.probes import PROBES
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT
+from mambactl.json_values import AnyObject
 from mambactl.metrics import (
     KL,
     Metric,
@@ -112,7 +113,7 @@ def faithfulness(material: Material) -> Section:
     """KL over the position in the row, and every number of fidelity."""
     section = section_of(PROBES["fidelity"])
     section.text = f"Token by token on the same text.{_guides(material)} {section.text}"
-    sets: dict[str, list[tuple[Entry, Mapping[str, object]]]] = {}
+    sets: dict[str, list[tuple[Entry, AnyObject]]] = {}
     for entry in students(material.entries):
         for name, numbers in present(entry.metrics, "fidelity").items():
             sets.setdefault(data_set(name, numbers), []).append((entry, numbers))
@@ -143,7 +144,7 @@ def _guides(material: Material) -> str:
     return f" Teacher{'s' if len(teachers) > 1 else ''}: {', '.join(teachers)}."
 
 
-def _with_intervals(found: Mapping[str, object], numbers: Sequence[Metric]) -> Iterator[Cell]:
+def _with_intervals(found: AnyObject, numbers: Sequence[Metric]) -> Iterator[Cell]:
     # a table has no room for those of every number
     for cell, each in zip(written(found, numbers), numbers, strict=True):
         bounds = interval(found, each.name) if each.interval else None
@@ -176,7 +177,7 @@ def _by_position(
     material: Material, section: Section, data: str, measured: list[tuple[Entry, Any]]
 ) -> Iterator[Figure]:
     buckets = {bucket for _, found in measured for bucket in found.get("by_position", {})}
-    labels = sorted(buckets, key=lambda bucket: int(re.match(r"\d+", bucket)[0]))
+    labels = sorted(buckets, key=lambda bucket: int(re.findall(r"\d+", bucket)[0]))
     if len(labels) < 2:
         return
     series, rows = [], []

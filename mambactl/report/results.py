@@ -15,6 +15,7 @@ from mambactl.checkpoint.provenance import header_digest
 from mambactl.checkpoint.resolve import resolve
 from mambactl.errors import ModelError
 from mambactl.files import CARD, RESULTS, SINGLE_FILE_SUFFIXES, cache_dir, replacing
+from mambactl.json_values import JsonObject
 from mambactl.options import StageConfig
 from mambactl.ranks import placement
 from mambactl.report.card_results import update_card
@@ -24,7 +25,7 @@ from mambactl.version import __version__
 LONGEST_NAME = 120
 
 
-def machine(device: torch.device) -> dict[str, object]:
+def machine(device: torch.device) -> JsonObject:
     """Device, versions and date of a speed measurement."""
     cuda = device.type == "cuda"
     return {
@@ -39,7 +40,7 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def save_results(
-    stage: str, source: str, name: str, config: StageConfig, metrics: dict[str, object]
+    stage: str, source: str, name: str, config: StageConfig, metrics: JsonObject
 ) -> Path | None:
     """Write `results/<stage>-<name>.json` into a checkpoint folder of the user's own, or into
     `FILE.results/` beside a single file, and the results of `eval` into the folder's card.
@@ -76,7 +77,7 @@ def file_name(stage: str, name: str) -> str:
 
 
 def write_results(
-    path: Path, stage: str, source: str | None, config: StageConfig, metrics: dict[str, object]
+    path: Path, stage: str, source: str | None, config: StageConfig, metrics: JsonObject
 ) -> None:
     """Write one measurement: the numbers, the command, the machine, versions, and the model."""
     device, _ = placement(config)
@@ -95,7 +96,7 @@ def write_results(
         new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _about(source: str) -> dict[str, object]:
+def _about(source: str) -> JsonObject:
     """Identity of the measured model and its cache, from headers."""
     digest = {"digest": header_digest(resolve(source).path)}
     try:

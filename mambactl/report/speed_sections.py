@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mambactl import metrics
+from mambactl.json_values import AnyObject
 from mambactl.metrics import Metric
 from mambactl.report import charts
 from mambactl.report.charts import Series
@@ -50,7 +51,7 @@ class Point:
 
     model: str
     entry: Entry
-    numbers: Mapping[str, object]
+    numbers: AnyObject
 
     @property
     def machine(self) -> str:
@@ -146,7 +147,7 @@ def _rates(
         yield Figure(title, svg, alt, legend(series), note, table)
 
 
-def _tenths(numbers: Mapping[str, object]) -> Iterator[str]:
+def _tenths(numbers: AnyObject) -> Iterator[str]:
     for each in RATES:
         yield replace(each, write=metrics.grouped_tenths).written(numbers)
 

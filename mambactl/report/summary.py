@@ -7,6 +7,7 @@ from typing import Any
 from mambactl.evaluation.harness.task_metrics import main_metric
 from mambactl.evaluation.probes import PROBES, lower_is_better
 from mambactl.evaluation.probes.probe import TEACHER, Probe
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.metrics import CACHE, Format, Metric, number, percent
 from mambactl.report.entries import Entry, against_of
 from mambactl.report.thresholds import is_share, may_be_negative
@@ -109,7 +110,7 @@ def _add(rows: list[Row], entry: Entry, cells: dict[Column, Cell]) -> None:
     rows[start:end] = below
 
 
-def beside(entry: Entry) -> dict[str, object]:
+def beside(entry: Entry) -> JsonObject:
     """Subjects measured together with a model: its controls, and the one it is tested against."""
     found = dict(entry.metrics.get("controls") or {})
     if name := against_of(entry):
@@ -118,8 +119,8 @@ def beside(entry: Entry) -> dict[str, object]:
 
 
 def _columns(
-    metrics: Mapping[str, object],
-) -> Iterator[tuple[Column, Metric, Mapping[str, object]]]:
+    metrics: AnyObject,
+) -> Iterator[tuple[Column, Metric, AnyObject]]:
     """Possible columns: heading, number, and the results that may hold it."""
     # first what has a heading of its own for every data set
     for probe in sorted(PROBES.values(), key=lambda each: not each.by_set):
@@ -130,9 +131,7 @@ def _columns(
                 yield from ((_column(probe, each, data, found), each, found) for each in shown)
 
 
-def _column(
-    probe: Probe[Any, Any, Any], metric: Metric, data: str, found: Mapping[str, object]
-) -> Column:
+def _column(probe: Probe[Any, Any, Any], metric: Metric, data: str, found: AnyObject) -> Column:
     group = probe.group or ("" if probe.by_set else probe.name)
     # the only data set of a probe may bear its name, which says nothing
     named = "" if group and data == probe.name else data_set(data, found)
@@ -142,9 +141,7 @@ def _column(
     return Column(group, heading or metric.heading, metric)
 
 
-def _cells(
-    metrics: Mapping[str, object], about: Mapping[str, object]
-) -> Iterator[tuple[Column, Cell]]:
+def _cells(metrics: AnyObject, about: AnyObject) -> Iterator[tuple[Column, Cell]]:
     for column, metric, found in _columns(metrics):
         if found.get(metric.name) is not None:
             yield column, Cell(found[metric.name], interval(found, metric.name))
@@ -161,7 +158,7 @@ def _cells(
         yield Column("cache", f"MiB at {CONTEXT:,}", CACHE), Cell(size)
 
 
-def _references(metrics: Mapping[str, object]) -> Iterator[tuple[str, dict[Column, Cell]]]:
+def _references(metrics: AnyObject) -> Iterator[tuple[str, dict[Column, Cell]]]:
     """The teacher, where it was measured by itself, and a guess."""
     teacher, chance = {}, {}
     for column, metric, found in _columns(metrics):
@@ -177,7 +174,7 @@ def _references(metrics: Mapping[str, object]) -> Iterator[tuple[str, dict[Colum
         yield "guessing", chance
 
 
-def parts_of_groups(metrics: Mapping[str, object]) -> set[str]:
+def parts_of_groups(metrics: AnyObject) -> set[str]:
     """Tasks that are measured as part of a group which has a score of its own."""
     groups = metrics.get("task_groups") or {}
     return {part for parts in groups.values() for part in parts}
@@ -193,13 +190,13 @@ def share(value: float) -> str:
     return percent(value) if abs(value) <= 1 else number(value)
 
 
-def data_set(name: str, found: Mapping[str, object]) -> str:
+def data_set(name: str, found: AnyObject) -> str:
     """A data set is another one when other tokens of it were measured."""
     tokens = found.get("tokens")
     return name if tokens is None else f"{name}, {tokens:,} tokens"
 
 
-def interval(found: Mapping[str, object], key: str) -> tuple[float, float] | None:
+def interval(found: AnyObject, key: str) -> tuple[float, float] | None:
     """The interval of a number: `KEY_ci`, `intervals.KEY`, or 95 % by its standard error.
 
     Scores of extracted answers are called METRIC:FILTER, their errors METRIC_stderr:FILTER.

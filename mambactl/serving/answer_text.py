@@ -91,7 +91,8 @@ class AnswerText:
         )
 
     def _name(self, token: int) -> str:
-        return self.tokenizer.decode([token])
+        name = self.tokenizer.decode([token])
+        return name if isinstance(name, str) else "".join(name)
 
 
 def _begun(text: str, stop: str) -> int:

@@ -44,15 +44,19 @@ class ReplyFormat(Protocol):
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, object]:
         """The reply with every answer."""
+        ...
 
     def opening(self, index: int) -> dict[str, object] | None:
         """The event in front of an answer's text, if there is one."""
+        ...
 
     def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, object]:
         """The event with a piece of an answer."""
+        ...
 
     def usage(self, usage: Usage) -> dict[str, object]:
         """The event with the numbers of tokens."""
+        ...
 
 
 class _Format:

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from mambactl.decode.open_batch import MOST_ALTERNATIVES
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.options.fields import Temperature
 from mambactl.serving.refusals import Refused
 
@@ -116,6 +117,16 @@ class SamplingFields(BaseModel):
         return self
 
     @property
+    def most_tokens(self) -> int | None:
+        """New tokens of an answer at most, None for as many as there is room for."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """Number of likely tokens listed with each token; None without log-probabilities."""
+        return None
+
+    @property
     def choices(self) -> int:
         """Number of answers that a prompt gets."""
         return self.n or 1
@@ -129,7 +140,7 @@ class SamplingFields(BaseModel):
 class ChatBody(SamplingFields):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, object]], Field(min_length=1)]
+    messages: Annotated[list[JsonObject], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
@@ -150,7 +161,7 @@ class ChatBody(SamplingFields):
             return None
         return self.top_logprobs or 0
 
-    def offered_tools(self) -> list[dict[str, object]] | None:
+    def offered_tools(self) -> list[JsonObject] | None:
         """The tools that the chat template gets: all, the one that is insisted on, or none."""
         choice, tools = self.tool_choice, self.tools or []
         if isinstance(choice, NamedTool):
@@ -163,7 +174,7 @@ class ChatBody(SamplingFields):
             return None
         return [tool.model_dump() for tool in tools]
 
-    def rendered_messages(self) -> tuple[dict[str, object], ...]:
+    def rendered_messages(self) -> tuple[JsonObject, ...]:
         """The messages as chat templates take them: contents are texts, arguments objects."""
         return tuple(_message(number, each) for number, each in enumerate(self.messages))
 
@@ -191,9 +202,8 @@ class CompletionBody(SamplingFields):
             return [self.prompt]
         if not self.prompt:
             raise Refused("prompt is empty", param="prompt")
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        tokens = [part for part in self.prompt if isinstance(part, int)]
+        return [tokens] if tokens else [part for part in self.prompt if not isinstance(part, int)]
 
 
 def parsed(kind: type[Body], body: bytes) -> Body:
@@ -222,7 +232,7 @@ def _unsupported(name: str) -> Refused:
     return Refused(f"{name} is not supported", param=name, code="unsupported_parameter")
 
 
-def _message(number: int, given: Mapping[str, object]) -> dict[str, object]:
+def _message(number: int, given: AnyObject) -> JsonObject:
     where = f"messages.{number}"
     if not isinstance(given.get("role"), str):
         raise Refused(f"{where}.role: a message needs a role", param="messages")
@@ -245,7 +255,7 @@ def _content(where: str, content: object) -> str:
     return "".join(texts)
 
 
-def _call(where: str, call: object) -> dict[str, object]:
+def _call(where: str, call: JsonObject) -> JsonObject:
     """A call that an earlier answer made, with its arguments as an object."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):

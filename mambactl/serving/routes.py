@@ -164,13 +164,14 @@ def _refused(refusal: Refused) -> JSONResponse:
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
-    return _refused(error)
+    return _refused(error) if isinstance(error, Refused) else await _on_bug(request, error)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
-    return _refused(
-        Refused(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
-    )
+    if not isinstance(error, HTTPException):
+        return await _on_bug(request, error)
+    where = f"{request.method} {request.url.path}"
+    return _refused(Refused(f"{where}: {error.detail}", error.status_code))
 
 
 async def _on_leaving(request: Request, error: Exception) -> Response:

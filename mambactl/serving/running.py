@@ -73,7 +73,8 @@ class Server:
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=config.grace,
+                # handed on to asyncio, which takes parts of a second
+                timeout_graceful_shutdown=config.grace,  # pyright: ignore[reportArgumentType]
             )
         )
 

@@ -172,7 +172,7 @@ class Scheduler:
             start = kept.longest(job.prompt)
             known = 0 if start is None else len(start.tokens)
             self._count_prompt(job, known)
-            if known == len(job.prompt):
+            if start is not None and known == len(job.prompt):
                 self._pop(job)
                 self._join(job, start)
                 continue

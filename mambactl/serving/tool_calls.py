@@ -27,7 +27,7 @@ class ToolCall:
         numbered = {} if index is None else {"index": index}
         function = {"name": self.name, "arguments": self.arguments}
         call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
-        return numbered | call
+        return {**numbered, **call}
 
 
 class ToolText:

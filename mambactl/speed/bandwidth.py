@@ -113,7 +113,7 @@ def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
 
 def _cpu_rate(way: Way, buffers: Sequence[Tensor], repeats: int) -> float:
     (buffer,) = buffers
-    seconds = []
+    seconds, bytes_read = [], 0
     for _ in range(repeats + 1):
         start = time.perf_counter()
         bytes_read = way(buffer)

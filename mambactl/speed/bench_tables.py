@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from mambactl import console, metrics
+from mambactl.json_values import JsonObject
 from mambactl.metrics import Metric
 
-Point = dict[str, object]
+Point = JsonObject
 
 
 def name(point: Point) -> str:
@@ -13,7 +14,7 @@ def name(point: Point) -> str:
     return f"{point['input_len']} x {point['batch_size']}"
 
 
-def show(title: str, result: dict[str, object], more: Sequence[Metric] = ()) -> None:
+def show(title: str, result: JsonObject, more: Sequence[Metric] = ()) -> None:
     """Every point of a model, each with the baseline's below it if there is one; then what drafts
     came to, if they were measured, and `more`.
     """
@@ -59,7 +60,7 @@ def _gain(point: Point, metric: Metric) -> str:
     return Metric(metric.gain, brief=metrics.times).shown(point)
 
 
-def show_training(result: dict[str, object]) -> None:
+def show_training(result: JsonObject) -> None:
     """Show the steps of every stage: speed, memory, and the checks of the same run."""
     numbers = (metrics.STEP_RATE, metrics.MILLISECONDS, metrics.PEAK)
     columns = ("stage", "rows x tokens", *(each.label for each in numbers), "loss", "error")

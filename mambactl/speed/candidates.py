@@ -14,6 +14,7 @@ from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model
 from mambactl.decode.backend import NGRAM
 from mambactl.errors import ModelError, UsageError
+from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
 from mambactl.speed.limits import parameters_read
@@ -86,18 +87,18 @@ def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch
     period = min(max(config.output_len, LEAST_PERIOD), len(successor) // 2)
     if len(sizes) > 1:
         other = disagreeing(successor, 1 - config.acceptance, config.seed, period)
-        helper = partial(build, config.draft, device, dtype, config.seed + 1, other)
+        helper = partial(build, str(config.draft), device, dtype, config.seed + 1, other)
     target = partial(build, name, device, dtype, config.seed, successor)
     return Source(name, target, helper, successor, period)
 
 
-def about_checkpoint(spec: str) -> dict[str, object]:
+def about_checkpoint(spec: str) -> JsonObject:
     """Description of a checkpoint for a dry run; reads headers only."""
     found = describe(spec)
     return {key: found[key] for key in ("checkpoint", "parameters", "mixers", "cache")}
 
 
-def about_shapes(config: BenchConfig) -> dict[str, object]:
+def about_shapes(config: BenchConfig) -> JsonObject:
     """Description of synthetic models for a dry run; makes none."""
     names = [*config.synthetic, *([] if config.draft in (None, NGRAM) else [config.draft])]
     return {

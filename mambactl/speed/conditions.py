@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mambactl import console
+from mambactl.json_values import JsonObject
 from mambactl.options import StageConfig
 from mambactl.report.results import machine
 from mambactl.speed.bandwidth import read_bandwidth
@@ -15,7 +16,7 @@ from mambactl.speed.limits import Numbers, at_bandwidth
 
 def conditions(
     config: StageConfig, device: torch.device, dtype: torch.dtype, **more: Any
-) -> dict[str, object]:
+) -> JsonObject:
     """Machine, versions, date, type of the weights, read bandwidth and options; logs the bandwidth.
 
     `more` are options that no field of `config` holds.
@@ -30,7 +31,7 @@ def conditions(
     return found
 
 
-def measured_again(found: dict[str, object], device: torch.device, points: list[Numbers]) -> None:
+def measured_again(found: JsonObject, device: torch.device, points: list[Numbers]) -> None:
     """Measure the bandwidth once more and judge `points` by the higher of both, in place.
 
     It differs by a few % from one minute to the next, and a limit must not be too low.

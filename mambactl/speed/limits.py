@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from mambactl.json_values import JsonObject
 from mambactl.models.cache_bytes import STATE_BYTES, state_elements
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
-Numbers = dict[str, object]
+Numbers = JsonObject
 
 # each limit with the rate that it is for, and the share of it that was reached
 LIMITS = (

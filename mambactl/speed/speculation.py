@@ -1,13 +1,14 @@
 """Speculative decoding at the points where plain decoding was measured."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from mambactl.decode.backend import K, make_engine, weight_bytes
+from mambactl.decode.backend import Draft, K, make_engine, weight_bytes
 from mambactl.decode.stats import DecodeStats
 from mambactl.metrics import DECODE_RATE, DRAFTED_RATE
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.speed.limits import Numbers, speculative_limit
-from mambactl.speed.subject import Grid, Subject, decode, spread, sweep
+from mambactl.speed.subject import Grid, Subject, rounds_of, spread, sweep
 from mambactl.speed.throughput import graph_numbers
 
 NUMBERS = (
@@ -23,7 +24,7 @@ NUMBERS = (
 
 def speculation(
     subject: Subject,
-    draft: HybridForCausalLM | str,
+    draft: Draft,
     k: K,
     grid: Grid,
     points: Sequence[Numbers],
@@ -36,10 +37,8 @@ def speculation(
 
     def measure(length: int, rows: int, advance: Callable[[], None]) -> Numbers:
         prompts = subject.prompts(length, rows, grid.seed)
-        rounds = []
-        for _ in range(grid.repeats):
-            engine = make_engine(subject.model, draft, k, share=False, rounded=subject.rounded)
-            rounds += decode(engine, subject, prompts, grid, advance)
+        make = partial(make_engine, subject.model, draft, k, share=False, rounded=subject.rounded)
+        engine, rounds = rounds_of(make, subject, prompts, grid, advance)
         runs = [each.stats for each in rounds]
         size = weight_bytes(engine, subject.model)
         numbers = _numbers(subject, draft, k, runs, rows, grid.mean_context(length), size)
@@ -56,7 +55,7 @@ def speculation(
 
 def _numbers(
     subject: Subject,
-    draft: HybridForCausalLM | str,
+    draft: Draft,
     k: K,
     runs: Sequence[DecodeStats],
     rows: int,

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -161,6 +162,9 @@ class _FirstToken:
         self.seconds = self.seconds or time.perf_counter() - self.start
 
 
+Made = TypeVar("Made", bound=AnyEngine)
+
+
 def decode(
     engine: AnyEngine, subject: Subject, prompts: Prompts, grid: Grid, advance: Callable[[], None]
 ) -> list[Round]:
@@ -174,6 +178,21 @@ def decode(
         rounds.append(Round(output.stats, clock.seconds))
         advance()
     return rounds[grid.warmup :]
+
+
+def rounds_of(
+    make: Callable[[], Made],
+    subject: Subject,
+    prompts: Prompts,
+    grid: Grid,
+    advance: Callable[[], None],
+) -> tuple[Made, list[Round]]:
+    """The last of the engines that `make` makes, one a repetition, and the rounds of all."""
+    engine, rounds = make(), []
+    for number in range(grid.repeats):
+        engine = make() if number else engine
+        rounds += decode(engine, subject, prompts, grid, advance)
+    return engine, rounds
 
 
 def spread(**rounds: Sequence[float]) -> Numbers:

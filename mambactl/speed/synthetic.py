@@ -20,6 +20,7 @@ from mambactl.models.mixers.registry import MIXERS
 from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 from mambactl.models.mixers.spec import MixerForm
 from mambactl.models.positions import RotaryEmbedding
+from mambactl.present import present
 
 # of every projection, as in Llama and GPT-2
 STD = 0.02
@@ -64,9 +65,9 @@ def _hybrid(
     config = base()
     spec = MIXERS[mixer]
     if window:
-        spec = MIXERS[spec.with_window]
+        spec = MIXERS[present(spec.with_window)]
     if heads:
-        spec = MIXERS[spec.with_kept_heads]
+        spec = MIXERS[present(spec.with_kept_heads)]
     form = MixerForm(window=window, rotary=rotary, kept=heads)
     kept = kept_attention(config.num_hidden_layers, ratio)
     return config.with_layers(

@@ -2,7 +2,8 @@
 
 import statistics
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,7 +12,10 @@ from mambactl.decode.engine import Engine
 from mambactl.decode.prefill import prefill
 from mambactl.speed.limits import Numbers, limit
 from mambactl.speed.memory import peak_bytes, reset_peak
-from mambactl.speed.subject import Grid, Subject, decode, spread, sweep
+from mambactl.speed.subject import Grid, Subject, rounds_of, spread, sweep
+
+if TYPE_CHECKING:
+    from mambactl.decode.gpu.fused_engine import FusedEngine
 
 NUMBERS = (
     "prefill_tokens_per_second",
@@ -53,10 +57,8 @@ def _measure(
     model = subject.model
     prompts = subject.prompts(length, rows, grid.seed)
     reset_peak(model.device)
-    rounds = []
-    for _ in range(grid.repeats):
-        engine = make_engine(model, None, 0, share=False, rounded=subject.rounded)
-        rounds += decode(engine, subject, prompts, grid, advance)
+    make = partial(make_engine, model, None, 0, share=False, rounded=subject.rounded)
+    engine, rounds = rounds_of(make, subject, prompts, grid, advance)
     runs = [each.stats for each in rounds]
     peak = peak_bytes(model.device)
     read = rows * length
@@ -80,7 +82,7 @@ def _measure(
     return {name: found[name] for name in NUMBERS} | graph_numbers(engine)
 
 
-def graph_numbers(engine: Any, prefix: str = "") -> Numbers:
+def graph_numbers(engine: "Engine | FusedEngine", prefix: str = "") -> Numbers:
     """Seconds for starting and capturing steps; empty for an engine without graphs."""
     if isinstance(engine, Engine):
         return {}

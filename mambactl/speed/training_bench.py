@@ -7,7 +7,6 @@ hybrid costs to train against the model it came from.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +16,12 @@ from mambactl.checkpoint.load import load_model
 from mambactl.checkpoint.teacher import teacher_of
 from mambactl.data.pack import Batch
 from mambactl.errors import ResourceError, UsageError
+from mambactl.json_values import JsonObject
 from mambactl.kernels.dispatch import triton_missing
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import ATTENTION
 from mambactl.options import BenchConfig, DistillConfig
+from mambactl.present import present
 from mambactl.speed.memory import release
 from mambactl.speed.synthetic import SHAPES, STD, build, materialise
 from mambactl.speed.training_speed import (
@@ -34,8 +35,8 @@ from mambactl.train.captured import WARMUP, CapturedObjective, recorder_for
 from mambactl.train.compiled import compile_blocks, compiles
 from mambactl.train.optimization import (
     AlignmentObjective,
+    AnyObjective,
     LogitsObjective,
-    Objective,
     build_optimizer,
     mixer_parameters,
     rest_parameters,
@@ -50,7 +51,7 @@ TEXT, TEACHER_TEXT = "text", "teacher's text"
 
 def training_points(
     config: BenchConfig, source: str | None, device: torch.device, dtype: torch.dtype
-) -> list[dict[str, object]]:
+) -> list[JsonObject]:
     """Measure both stages of every model, at every row length and batch size."""
     if dtype == torch.float16:
         raise UsageError("float16 gradients underflow", "use --dtype bfloat16 or float32")
@@ -87,7 +88,7 @@ def _measure(
     size: tuple[int, int],
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[dict[str, object]]:
+) -> list[JsonObject]:
     # every size starts from the same weights, and no size pays for the memory of another
     pair = (_synthetic if synthetic else _loaded)(config, name, device, dtype)
     rows, length = size
@@ -135,19 +136,20 @@ def _timed(
     config: BenchConfig,
     stage: str,
     student: HybridForCausalLM,
-    objective: Objective,
+    objective: AnyObjective,
     batch: Batch,
     device: torch.device,
-) -> dict[str, object]:
+) -> JsonObject:
     """Speed and memory of one kind of step."""
     rows, length = batch.input_ids.shape
-    captures = config.capture and device.type == "cuda"
+    recorder = recorder_for(device) if config.capture else None
+    captures = recorder is not None
     # a recording is made once in the step after these, and no step of it is timed
     warmup = max(config.warmup, WARMUP + 1) if captures else config.warmup
     try:
-        if captures:
+        if captures and recorder is not None:
             trains = list(_trained(config, student)[stage].values())
-            objective = CapturedObjective(objective, trains, recorder_for(device), adds=False)
+            objective = CapturedObjective(objective, trains, recorder, adds=False)
         step = _step(config, stage, student, objective)
         point = training_speed(step, batch, device, warmup, config.iters)
     except torch.OutOfMemoryError as problem:
@@ -155,7 +157,7 @@ def _timed(
             f"{stage} of {rows} rows of {length} tokens does not fit: {problem}",
             "give a smaller --batch-size, or --no-train-rest",
         ) from problem
-    captured = captures and objective.replays
+    captured = isinstance(objective, CapturedObjective) and objective.replays
     del step, objective
     _forget(student, device)
     return point | {"captured": captured}
@@ -165,7 +167,7 @@ def _error(
     config: BenchConfig,
     stage: str,
     pair: Pair,
-    batch: Any,
+    batch: Batch,
     device: torch.device,
     dtype: torch.dtype,
     checked: list[nn.Parameter] | None,
@@ -202,15 +204,15 @@ def _objective(
     pair: tuple[HybridForCausalLM, HybridForCausalLM | None],
     dtype: torch.dtype,
     compiling: bool,
-) -> Objective:
+) -> AnyObjective:
     amp = None if dtype == torch.float32 else dtype
     if stage == "align":
-        return AlignmentObjective(*pair, amp, compile=compiling)
+        return AlignmentObjective(pair[0], present(pair[1]), amp, compile=compiling)
     return LogitsObjective(*pair, ce_weight=0.0 if pair[1] is not None else 1.0, amp=amp)
 
 
 def _step(
-    config: BenchConfig, stage: str, student: HybridForCausalLM, objective: Objective
+    config: BenchConfig, stage: str, student: HybridForCausalLM, objective: AnyObjective
 ) -> Step:
     usual = DistillConfig()
     rates = (usual.align_lr, 0.0) if stage == "align" else (usual.lr, usual.rest_lr)
@@ -249,7 +251,7 @@ def _synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torc
     teacher = materialise(shape, device, dtype, config.seed).requires_grad_(False)
     # as large as `script` makes it: a stream that the blocks drown amplifies rounding (bf16
     # products alone moved gradients by 16 to 26 % through 8 to 32 such layers, and so by 4 to 7 %)
-    teacher.get_input_embeddings().weight.div_(STD)
+    teacher.model.embed_tokens.weight.div_(STD)
     own = dict(student.named_parameters())
     for key, parameter in teacher.named_parameters():
         if key in own:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mambactl.data.pack import Batch
 from mambactl.errors import CheckError
+from mambactl.json_values import JsonObject
 from mambactl.kernels.dispatch import SWITCH, triton_missing
 from mambactl.speed.memory import peak_bytes, reset_peak
 
@@ -65,7 +66,7 @@ def random_batch(vocabulary: int, rows: int, length: int, seed: int) -> Batch:
 
 def training_speed(
     step: Step, batch: Batch, device: torch.device, warmup: int, iters: int
-) -> dict[str, object]:
+) -> JsonObject:
     """Time `iters` steps over one batch after `warmup` (at least one, which compiles).
 
     Tokens are all of the batch. Raises CheckError unless the loss stays finite and falls.
@@ -104,13 +105,14 @@ def gradient_error(step: Step, batch: Batch, device: torch.device) -> float | No
     """
     if triton_missing(device) is not None:
         return None
-    part = Batch(*(t[:SLICE_ROWS, :SLICE_TOKENS].contiguous() for t in batch))
+    part = batch.each(lambda t: t[:SLICE_ROWS, :SLICE_TOKENS].contiguous())
     tokens, part = step.count(part), part.to(device)
     ours = _gradients(step, part, tokens)
     with _reference_only():
         theirs = _gradients(step, part, tokens)
-    error = sum((a - b).double().square().sum() for a, b in zip(ours, theirs, strict=True))
-    size = sum(b.double().square().sum() for b in theirs)
+    pairs = zip(ours, theirs, strict=True)
+    error = torch.stack([(a - b).double().square().sum() for a, b in pairs]).sum()
+    size = torch.stack([b.double().square().sum() for b in theirs]).sum()
     return float((error / size).sqrt())
 
 

@@ -53,7 +53,7 @@ def random_llama(
 ) -> LlamaForCausalLM:
     """transformers' model with random weights made on `device`, in eval mode."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = LlamaForCausalLM(config).to(dtype)  # pyright: ignore[reportArgumentType]
     model.to_empty(device=device)
     model.tie_weights()
     # rotary frequencies are computed at construction and never stored
@@ -111,8 +111,10 @@ def _measure(
     rounds = {FIRST_TOKEN.name: [1000 * seconds for seconds in firsts]}
     if grid.output_len > 1:
         rounds[DECODE_RATE.name] = rates
-    found = {DECODE_RATE.name: None} | spread(**rounds)
-    return found | {
+    found = spread(**rounds)
+    return {
+        DECODE_RATE.name: None,
+        **found,
         PREFILL_RATE.name: 1000 * rows * length / found[FIRST_TOKEN.name],
         PEAK.name: peak_bytes(model.device),
     }
@@ -125,7 +127,7 @@ def _seconds(model: LlamaForCausalLM, ids: Tensor, count: int) -> float:
     if cuda:
         torch.cuda.synchronize(ids.device)
     start = time.perf_counter()
-    model.generate(
+    model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,

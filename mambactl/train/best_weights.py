@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.json_values import AnyObject, JsonObject
 
 # a student that recalls nothing is a hundred times as bad as one that recalls all
 LEAST_RECALL = 0.01
 
 
-def score(measured: Mapping[str, object]) -> float:
+def score(measured: AnyObject) -> float:
     """The held-out KL over the share of the teacher's recall that is kept; less is better.
 
     So one per cent of recall is worth as much as one per cent of KL, whatever their sizes. What
@@ -33,7 +34,7 @@ class BestWeights:
         kept = folder.load_best()
         self.score = math.inf if kept is None else kept["measured"]["score"]
 
-    def offer(self, phase: str, step: int, measured: Mapping[str, object]) -> float:
+    def offer(self, phase: str, step: int, measured: AnyObject) -> float:
         """Keep the weights as they are now if they are the best so far; return their score."""
         found = score(measured)
         if found < self.score:
@@ -47,7 +48,7 @@ class BestWeights:
         return found
 
     @torch.no_grad()
-    def restore(self) -> dict[str, object] | None:
+    def restore(self) -> JsonObject | None:
         """Give the parameters the best weights; return their step and measurement, if any."""
         kept = self.folder.load_best()
         if kept is None:

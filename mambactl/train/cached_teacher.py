@@ -294,7 +294,9 @@ class CachedObjective:
                 self.student.lm_head.weight,
                 *next_tokens(batch),
                 SampledTeacher(batch.ids, batch.masses, batch.entropy),
-                **self.weights,
+                kl_weight=self.weights["kl_weight"],
+                ce_weight=self.weights["ce_weight"],
+                temperature=self.weights["temperature"],
             ).total
         # a batch out of order would be trained on another's targets: the device can see that
         same = (batch.counted == batch.input_ids).all()

@@ -20,14 +20,14 @@ read again: everything a pass reads comes through `Objective.inputs`.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mambactl import console
 from mambactl.data.pack import Batch
-from mambactl.train.optimization import Inputs, Objective
+from mambactl.train.optimization import AnyObjective, Inputs
 
 # eager passes over a form before it is recorded: they compile, tune and load what it launches
 WARMUP = 3
@@ -45,10 +45,13 @@ class Recording(Protocol):
         ...
 
 
+Made = TypeVar("Made")
+
+
 class Recorder(Protocol):
     """Runs work so that it can be recorded, and records it."""
 
-    def warm(self, run: Callable[[], Tensor]) -> Tensor:
+    def warm(self, run: Callable[[], Made]) -> Made:
         """Run eagerly, under the conditions of a recording."""
         ...
 
@@ -63,7 +66,7 @@ class GraphRecorder:
     def __init__(self, device: torch.device):
         self.device, self.stream = device, torch.cuda.Stream(device)
 
-    def warm(self, run: Callable[[], Tensor]) -> Tensor:
+    def warm(self, run: Callable[[], Made]) -> Made:
         """See `Recorder`; work before and after it on the current stream keeps its order."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
@@ -97,7 +100,7 @@ class CapturedObjective:
 
     def __init__(
         self,
-        inner: Objective,
+        inner: AnyObjective,
         parameters: Sequence[nn.Parameter],
         recorder: Recorder,
         adds: bool = True,
@@ -129,15 +132,15 @@ class CapturedObjective:
         # a number on the device, from the first pass on: all passes divide in the same way
         if self._tokens is None:
             self._tokens = torch.empty((), dtype=torch.float32, device=inputs.input_ids.device)
-        self._tokens.fill_(tokens)
+        count = self._tokens.fill_(tokens)
         if self._kept is None and self._recorder is not None:
             if self._seen[form] < WARMUP:
                 self._seen[form] += 1
-                return self._recorder.warm(lambda: self.inner.backward(inputs, self._tokens))
-            self._record(inputs, form)
+                return self._recorder.warm(lambda: self.inner.backward(inputs, count))
+            self._record(self._recorder, inputs, count, form)
         if self._kept is not None and self._kept.form == form:
             return self._kept.replay(inputs)
-        return self.inner.backward(inputs, self._tokens)
+        return self.inner.backward(inputs, count)
 
     def release(self) -> None:
         """Give the memory of the recording back; what comes later runs eagerly."""
@@ -148,13 +151,11 @@ class CapturedObjective:
             self._give_back()
         self._kept = self._recorder = None
 
-    def _record(self, inputs: Inputs, form: tuple) -> None:
+    def _record(self, recorder: Recorder, inputs: Inputs, count: Tensor, form: tuple) -> None:
         static = type(inputs)(*(None if part is None else part.clone() for part in inputs))
-        loss = torch.empty_like(self._tokens)
+        loss = torch.empty_like(count)
         try:
-            recording = self._recorder.record(
-                lambda: loss.copy_(self.inner.backward(static, self._tokens))
-            )
+            recording = recorder.record(lambda: loss.copy_(self.inner.backward(static, count)))
         except RuntimeError as error:
             self._recorder, reason = None, _reason(error)
             self._drop_gradients()
@@ -172,7 +173,7 @@ class CapturedObjective:
             parameter.grad = None
 
     def _give_back(self) -> None:
-        if self._tokens.is_cuda:
+        if self._tokens is not None and self._tokens.is_cuda:
             torch.cuda.empty_cache()
 
 
@@ -195,7 +196,7 @@ class _Kept:
         if self.adds and any(parameter.grad is not grad for parameter, grad in self.grads):
             raise ValueError("gradients that a recording adds to were replaced: zero them in place")
         for buffer, part in zip(self.inputs, inputs, strict=True):
-            if buffer is not None:
+            if buffer is not None and part is not None:
                 buffer.copy_(part, non_blocking=True)
         self.recording.replay()
         for parameter, grad in self.grads:

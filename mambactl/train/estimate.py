@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from mambactl.json_values import JsonObject
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import is_new
+from mambactl.options import DistillConfig
+from mambactl.present import of_kind
 from mambactl.train.compiled import compiles
 from mambactl.train.job import Job
 from mambactl.train.ledger import Work
@@ -34,7 +37,7 @@ class Estimate:
         """Largest number of bytes alive at a time."""
         return sum(self.memory.values())
 
-    def as_metrics(self) -> dict[str, object]:
+    def as_metrics(self) -> JsonObject:
         """JSON-able form, to be compared with the measured cost."""
         return {
             "seconds": round(self.seconds, 3),
@@ -45,7 +48,7 @@ class Estimate:
         }
 
     @staticmethod
-    def of_all(phases: Mapping[str, "Estimate"]) -> dict[str, object]:
+    def of_all(phases: Mapping[str, "Estimate"]) -> JsonObject:
         """The whole run: phases follow each other."""
         return {
             "seconds": round(sum(phase.seconds for phase in phases.values()), 3),
@@ -57,7 +60,7 @@ def estimate(
     job: Job, student: HybridConfig, teacher: HybridConfig, plans: Sequence[PhasePlan]
 ) -> dict[str, Estimate]:
     """Estimate every phase by name, from a probe on the job's device."""
-    config = job.config
+    config = of_kind(DistillConfig, job.config)
     rows, length = config.batch_size, config.max_length
     works = [plan.work(student, teacher, config.grad_checkpointing) for plan in plans]
     compiling = compiles(config.compile, job.device)

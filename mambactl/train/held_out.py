@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mambactl.data.pack import Batch, Row, collate
 from mambactl.evaluation.fidelity import CHUNK_ELEMENTS, MEANS, compare_logits
+from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.train.optimization import autocast, last_hidden
 
@@ -43,7 +44,7 @@ class HeldOut:
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
     @torch.no_grad()
-    def measure(self) -> dict[str, object]:
+    def measure(self) -> JsonObject:
         """Means per predicted token, in nats for `kl`; a forward pass of both models."""
         device = self.student.device
         # fp32 logits: in bf16 the rounding alone would be worth hundredths of a nat

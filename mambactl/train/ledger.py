@@ -5,7 +5,7 @@ the host waits for that copy only `LAG` steps later, so it never stands between 
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.spec import MixerCost
 
@@ -75,7 +76,7 @@ class Work:
         how is `infer` (a block, forward only), `train` (a block, both ways), `align` (a mixer by
         itself, both ways), `repeat` (a block's forward pass done again) or, for the head, `train`.
         """
-        found: Counter[tuple[str, str]] = Counter()
+        found: defaultdict[tuple[str, str], float] = defaultdict(float)
         if self.teacher is not None:
             for index, kind in enumerate(self.teacher.kinds):
                 found[kind, "infer"] += self._block(self.teacher, index, length)
@@ -159,10 +160,10 @@ class Evaluation:
     """Measurement of held-out text and probes every `every` steps and after each phase."""
 
     every: int
-    measure: Callable[[], dict[str, object]]
+    measure: Callable[[], JsonObject]
 
 
-def shown(measured: Mapping[str, object]) -> str:
+def shown(measured: AnyObject) -> str:
     """The measurements that a progress line has room for."""
     names = {"kl": "KL", "recall_kept": "recall"}
     return "".join(f", {names[k]} {measured[k]:.4f}" for k in names if k in measured)
@@ -215,9 +216,9 @@ class Progress:
         """Optimiser steps of all phases."""
         return sum(report.steps for report in self.reports)
 
-    def sums(self) -> dict[str, object]:
+    def sums(self) -> JsonObject:
         """Tokens, seconds and FLOPs since the run began."""
-        found: dict[str, object] = {
+        found: JsonObject = {
             "tokens": sum(report.tokens for report in self.reports),
             "seconds": round(sum(report.seconds for report in self.reports), 4),
         }

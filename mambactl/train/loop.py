@@ -14,7 +14,9 @@ from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.data.pack import Batch, Row, ahead, batches
 from mambactl.errors import CheckError, ResourceError
+from mambactl.json_values import JsonObject
 from mambactl.options import DistillConfig
+from mambactl.present import present
 from mambactl.ranks import add_up, from_main, largest, processes, rank, total
 from mambactl.train.best_weights import BestWeights
 from mambactl.train.captured import CapturedObjective, recorder_for
@@ -33,7 +35,7 @@ from mambactl.train.ledger import (
     shown,
 )
 from mambactl.train.optimization import (
-    Objective,
+    AnyObjective,
     build_optimizer,
     schedule,
     set_learning_rate,
@@ -56,7 +58,7 @@ class Phase:
 
     name: str
     steps: int
-    objective: Objective
+    objective: AnyObjective
     parts: Sequence[tuple[Parameters, float]]
     context: AbstractContextManager[object] = field(default_factory=nullcontext)
     flops: Callable[[int, int, int | None], float] | None = None
@@ -74,7 +76,7 @@ class Trained(NamedTuple):
     """Reports of all phases, and the best measurement, if its weights were kept."""
 
     reports: list[PhaseReport]
-    best: dict[str, object] | None
+    best: JsonObject | None
 
 
 def train(
@@ -220,12 +222,13 @@ class _PhaseRun:
         if windows is not None:
             size = windows.draw(self.phase.name, step)
         try:
-            with nullcontext() if size is None else windows.of(size):
+            with nullcontext() if size is None else present(windows).of(size):
                 loss, tokens = _gradients(self._objective(size), members, self.device)
             add_up([loss, *(p.grad for p in self.parameters if p.grad is not None)])
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
             # fused AdamW looks at this on the device, and changes nothing where it is 1
-            self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
+            unusable = (~(loss.isfinite() & norm.isfinite())).float()
+            self.optimizer.found_inf = unusable  # pyright: ignore[reportAttributeAccessIssue]
             self.optimizer.step()
         except torch.OutOfMemoryError as error:
             raise ResourceError(
@@ -234,11 +237,12 @@ class _PhaseRun:
             ) from error
         flops = None
         if self.phase.flops is not None:
-            flops = sum(self.phase.flops(*batch.input_ids.shape, size) for batch in members)
+            shapes = (batch.input_ids.shape for batch in members)
+            flops = sum(self.phase.flops(rows, length, size) for rows, length in shapes)
         rate = self.optimizer.param_groups[0]["lr"]
         return Pending.of(step + 1, rate, tokens, flops, loss, norm)
 
-    def _objective(self, size: int | None) -> Objective:
+    def _objective(self, size: int | None) -> AnyObjective:
         """Objective of a step with windows of this size, recorded if steps are replayed."""
         if self.recorder is None:
             return self.phase.objective
@@ -262,7 +266,7 @@ class _PhaseRun:
                 self.progress.watch.see(pending.step, loss)
                 self._require_progress(pending.step)
 
-    def _account(self, pending: Pending, loss: float, norm: float) -> dict[str, object]:
+    def _account(self, pending: Pending, loss: float, norm: float) -> JsonObject:
         report, seconds = self.report, self.clock.lap()
         if report.steps == 0:
             report.first_loss = loss
@@ -287,10 +291,10 @@ class _PhaseRun:
             report.peak_bytes = line["peak_bytes"] = peak
         return line
 
-    def _log(self, line: dict[str, object], evaluates: bool) -> None:
+    def _log(self, line: JsonObject, evaluates: bool) -> None:
         if evaluates:
             self.model.eval()
-            found = self.evaluation.measure()
+            found = present(self.evaluation).measure()
             self.model.train()
             if self.best is not None and self.phase.whole:
                 found["score"] = self.best.offer(self.phase.name, line["step"], found)
@@ -339,7 +343,7 @@ class _PhaseRun:
 
 
 def _gradients(
-    objective: Objective, members: Sequence[Batch], device: torch.device
+    objective: AnyObjective, members: Sequence[Batch], device: torch.device
 ) -> tuple[torch.Tensor, int]:
     """This process's share of a mean over all tokens of all processes' batches; those tokens.
 

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on every projection inside the blocks, with peft."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -9,7 +9,11 @@ from mambactl.errors import ResourceError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import looks_up
 from mambactl.options import AdaptedConfig
+from mambactl.present import of_kind
 from mambactl.requirements import install_line
+
+if TYPE_CHECKING:
+    from peft import PeftMixedModel, PeftModel
 
 
 def require_peft(config: AdaptedConfig) -> None:
@@ -22,7 +26,9 @@ def require_peft(config: AdaptedConfig) -> None:
         raise ResourceError("--lora needs peft, which is missing", install_line("peft")) from None
 
 
-def adapted(model: HybridForCausalLM, config: AdaptedConfig) -> Any:
+def adapted(
+    model: HybridForCausalLM, config: AdaptedConfig
+) -> "HybridForCausalLM | PeftModel | PeftMixedModel":
     """`model` frozen inside a peft model, with W + alpha / rank B A for the linears of its blocks.
 
     B starts at 0, so nothing changes at first. Embeddings, head, norms, convolutions and what a
@@ -38,7 +44,8 @@ def adapted(model: HybridForCausalLM, config: AdaptedConfig) -> Any:
     model.config.name_or_path = model.name_or_path = ""
     settings = LoraConfig(
         r=config.lora,
-        lora_alpha=config.lora_alpha or 2 * config.lora,
+        # a fraction is as good as a whole number
+        lora_alpha=config.lora_alpha or 2 * config.lora,  # pyright: ignore[reportArgumentType]
         target_modules=targets,
         bias="none",
     )
@@ -61,13 +68,15 @@ def unadapted(model: HybridForCausalLM, freeze_kept: bool) -> list[str]:
     return [name for name, _ in model.named_parameters() if name not in changed]
 
 
-def plain(model: Any) -> HybridForCausalLM:
+def plain(model: nn.Module) -> HybridForCausalLM:
     """The model inside a peft model, or the model itself; adapters act in both."""
-    return model if isinstance(model, HybridForCausalLM) else model.get_base_model()
+    if isinstance(model, HybridForCausalLM):
+        return model
+    return of_kind(HybridForCausalLM, cast("PeftModel", model).get_base_model())
 
 
-def merged(model: Any) -> HybridForCausalLM:
+def merged(model: nn.Module) -> HybridForCausalLM:
     """Plain model with the adapters merged into its weights, in fp32."""
     if isinstance(model, HybridForCausalLM):
         return model
-    return model.float().merge_and_unload()
+    return cast("PeftModel", model).float().merge_and_unload()

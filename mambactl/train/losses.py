@@ -22,6 +22,7 @@ from torch import Tensor
 from mambactl.kernels import divergence as reference
 from mambactl.kernels.dispatch import triton_missing
 from mambactl.kernels.divergence import DIVERGENCES, Samples, Terms
+from mambactl.present import present
 
 HALVES = (torch.bfloat16, torch.float16)
 # largest number of logits alive in one tensor: 64 MiB of fp32 on a CPU, 256 MiB on a GPU
@@ -171,7 +172,9 @@ class _HeadLoss(torch.autograd.Function):
         return setting.terms.match * kl + setting.terms.ce * ce, kl, ce
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         factor = upstream / ctx.scale
         found = [
             None
@@ -222,7 +225,7 @@ class _Sweep:
             grads = self._buffer(min(self.group, rows), self.kind)
         hidden_grad = self.weights.new_empty(rows, width) if wants_hidden else None
         weight_grad = self.weights.new_empty(vocabulary, width) if wants_weight else None
-        if wants_weight and not rows:
+        if weight_grad is not None and not rows:
             weight_grad.zero_()
         for start in range(0, rows, self.group):
             members = slice(start, min(start + self.group, rows))
@@ -233,9 +236,9 @@ class _Sweep:
             if grads is None:
                 continue
             change = grads[: members.stop - start]  # [g, V]
-            if wants_hidden:
+            if hidden_grad is not None:
                 product(change, self.head, hidden_grad[members])
-            if wants_weight:
+            if weight_grad is not None:
                 _add_product(weight_grad, change.t(), self.student[members], first=start == 0)
         return hidden_grad, weight_grad
 
@@ -247,8 +250,9 @@ class _Sweep:
         other: Tensor | Samples | None = None
         entropy = None
         if guide is not None:
-            hidden = self.parts[0][piece].to(self.teacher_head.dtype)
-            other = product(hidden, self.teacher_head.t(), guide[:count])
+            head = present(self.teacher_head)
+            hidden = self.parts[0][piece].to(head.dtype)
+            other = product(hidden, head.t(), guide[:count])
         elif self.parts:
             ids, masses, entropy = (part[piece] for part in self.parts)
             other = Samples(ids, masses)

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
-from trl import SFTTrainer
+from torch import Tensor, nn
+from trl.trainer.sft_trainer import SFTTrainer
 
 from mambactl.data.pack import Batch, Row, collate
+from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.present import of_kind, present
 from mambactl.ranks import total
 from mambactl.train.cached_teacher import TeacherCache
 from mambactl.train.lora import plain
@@ -41,7 +43,7 @@ class MatchingTrainer(SpreadTrainer, SFTTrainer):
         self.teacher, self.amp = teacher, amp
         self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight}
         super().__init__(*args, **kwargs)
-        add_inner_loss(self.model)
+        add_inner_loss(of_kind(nn.Module, self.model))
         if teacher is not None:
             shard_frozen(teacher)
             add_inner_loss(teacher)
@@ -74,7 +76,7 @@ class MatchingTrainer(SpreadTrainer, SFTTrainer):
         found, kl, ce = total(torch.stack((learned[:, 1:].sum(), losses.kl, losses.ce)))
         found = found.clamp(min=1)
         # they stay on the device until `log`: reading them here would hold back the backward pass
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics["train" if present(self.model).training else "eval"]
         metrics["train_kl"].append(kl / found)
         metrics["train_ce"].append(ce / found)
         # gradients are averaged over processes, items are counted in all of them
@@ -82,21 +84,25 @@ class MatchingTrainer(SpreadTrainer, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Read the metrics of the steps that are done, and log their means."""
-        for values in self._metrics["train" if self.model.training else "eval"].values():
+        for values in self._metrics["train" if present(self.model).training else "eval"].values():
             values[:] = map(float, values)
         super().log(logs, start_time)
 
     def _losses(
         self, student: HybridForCausalLM, batch: Batch, guide: Tensor | SampledTeacher
     ) -> Losses:
-        if isinstance(guide, Tensor):
-            guide = Teacher(guide, self.teacher.lm_head.weight)
+        teacher: Teacher | SampledTeacher = (
+            Teacher(guide, present(self.teacher).lm_head.weight)
+            if isinstance(guide, Tensor)
+            else guide
+        )
         return distillation_loss(
             last_hidden(student, batch),
             student.lm_head.weight,
             *next_tokens(batch),
-            guide,
-            **self.weights,
+            teacher,
+            kl_weight=self.weights["kl_weight"],
+            ce_weight=self.weights["ce_weight"],
         )
 
     @torch.no_grad()
@@ -104,7 +110,7 @@ class MatchingTrainer(SpreadTrainer, SFTTrainer):
         """Cached samples of the teacher, or its hidden states."""
         if CACHED[0] in inputs:
             return SampledTeacher(*(inputs[name] for name in CACHED))
-        return self.teacher(inner_loss=lambda teacher: last_hidden(teacher, batch))
+        return present(self.teacher)(inner_loss=lambda teacher: last_hidden(teacher, batch))
 
 
 def as_dataset(rows: Sequence[Row]) -> Dataset:
@@ -113,17 +119,17 @@ def as_dataset(rows: Sequence[Row]) -> Dataset:
     return Dataset.from_dict(dict(columns)).with_format("numpy")
 
 
-def collate_features(features: Sequence[dict[str, object]], trim: bool = True) -> dict[str, Tensor]:
+def collate_features(features: Sequence[JsonObject], trim: bool = True) -> dict[str, Tensor]:
     """A batch as keyword arguments of the model, labels -100 where nothing is learned."""
     return _arguments(collate([Row(**feature) for feature in features], trim))
 
 
 def cached(
     cache: TeacherCache, trim: bool = True
-) -> Callable[[Sequence[dict[str, object]]], dict[str, Tensor]]:
+) -> Callable[[Sequence[JsonObject]], dict[str, Tensor]]:
     """`collate_features` with the cached samples of the rows, found by their digests."""
 
-    def looked_up(features: Sequence[dict[str, object]]) -> dict[str, Tensor]:
+    def looked_up(features: Sequence[JsonObject]) -> dict[str, Tensor]:
         batch = collate([Row(**feature) for feature in features], trim)
         return _arguments(batch) | dict(zip(CACHED, cache.batch(batch), strict=True))
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +24,45 @@ class Inputs(Protocol):
     It has the fields of `data.pack.Batch` first.
     """
 
-    input_ids: Tensor
-    seq_idx: Tensor | None
-    position_ids: Tensor
-    loss_mask: Tensor
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def seq_idx(self) -> Tensor | None: ...
+
+    @property
+    def position_ids(self) -> Tensor: ...
+
+    @property
+    def loss_mask(self) -> Tensor: ...
 
     def __iter__(self) -> Iterator[Tensor | None]: ...
 
 
-class Objective(Protocol):
+Given = TypeVar("Given", bound=Inputs)
+
+
+class Objective(Protocol[Given]):
     """A mean over tokens, computed batch by batch."""
 
     def count(self, batch: Batch) -> int:
         """Tokens of the batch that the mean is over."""
         ...
 
-    def inputs(self, batch: Batch, device: torch.device) -> Inputs:
+    def inputs(self, batch: Batch, device: torch.device, /) -> Given:
         """Inputs of `backward` for a batch on the host, copied without waiting."""
         ...
 
-    def backward(self, inputs: Inputs, tokens: int | Tensor) -> Tensor:
+    def backward(self, inputs: Given, tokens: int | Tensor, /) -> Tensor:
         """Add the gradient of the batch's share of a mean over `tokens`; return that share.
 
         `tokens` may be a scalar on the device, for which nothing waits.
         """
         ...
+
+
+# the inputs of one objective are of its own kind
+AnyObjective: TypeAlias = Objective[Any]
 
 
 class LogitsObjective:
@@ -156,7 +170,7 @@ class AlignmentObjective:
             raise ValueError(problem)
         self.student, self.teacher, self.amp = student, teacher, amp
         self.layers = student.config.replaced_layers
-        self.mixers = {index: student.model.layers[index].mixer for index in self.layers}
+        self.mixers = {index: student.model.layers[index].replacing for index in self.layers}
         self.specs = {index: student.config.layer(index).spec for index in self.layers}
         self._error = compiled(mixer_error) if compile else mixer_error
 

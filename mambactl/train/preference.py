@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from transformers import PreTrainedModel
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from mambactl.data.pack import collate, pack_whole
 from mambactl.data.preferences import Pair
+from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.present import of_kind
 from mambactl.train.spread import SpreadTrainer, shard_frozen
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -39,8 +41,8 @@ class PreferenceTrainer(SpreadTrainer, DPOTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        reference: nn.Module | None,
+        model: PreTrainedModel,
+        reference: PreTrainedModel | None,
         *args: Any,
         measure: Measure | None = None,
         enough: Callable[[Mapping[str, float]], bool] | None = None,
@@ -51,12 +53,13 @@ class PreferenceTrainer(SpreadTrainer, DPOTrainer):
             # TRL would split it as one piece, which needs all of it at once
             shard_frozen(reference)
         super().__init__(model, reference, *args, **kwargs)
-        for model in (self.model, self.ref_model):
-            if isinstance(model, HybridForCausalLM):
-                _read_packed(model)
+        for each in (self.model, self.ref_model):
+            if isinstance(each, HybridForCausalLM):
+                _read_packed(each)
         # TRL rounds logits to the mixed-precision type: of size 20 they would be off by 0.06 nats
-        del self.model.forward
-        add_fused_lm_head(self.model, cast_lm_head_to_fp32=True, outputs=PER_TOKEN)
+        trained = of_kind(PreTrainedModel, self.model)
+        del trained.forward
+        add_fused_lm_head(trained, cast_lm_head_to_fp32=True, outputs=PER_TOKEN)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the measurements due at this step to its metrics."""
@@ -65,10 +68,14 @@ class PreferenceTrainer(SpreadTrainer, DPOTrainer):
         if found and self.enough is not None and self.enough(found):
             self.control.should_training_stop = True
 
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+    def _prepare_dataset(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, dataset: Dataset, *_: object
+    ) -> Dataset:
         return dataset
 
-    def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
+    def _precompute_ref_logps(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, dataset: Dataset, *_: object
+    ) -> Dataset:
         return dataset
 
 
@@ -110,12 +117,12 @@ class PairCollator:
         self.width, self.packing = width, packing
         self._padded = DataCollatorForPreference(pad_token_id=pad_token_id)
 
-    def __call__(self, features: Sequence[dict[str, object]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[JsonObject]) -> dict[str, Tensor]:
         """[chosen..., rejected...] as TRL has them."""
         batch = self._padded(list(features))
         return batch | self._rows(features, batch["input_ids"].shape) if self.packing else batch
 
-    def _rows(self, features: Sequence[dict[str, object]], shape: torch.Size) -> dict[str, Tensor]:
+    def _rows(self, features: Sequence[JsonObject], shape: torch.Size) -> dict[str, Tensor]:
         pairs = [
             Pair("", 0, *(np.asarray(one[f"{name}_ids"], np.int32) for name in Pair._fields[2:]))
             for one in features
@@ -146,8 +153,8 @@ def _read_packed(model: HybridForCausalLM) -> None:
     asked: dict[str, Tensor | None] = {}
 
     def before(
-        body: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        body: nn.Module, args: tuple[object, ...], kwargs: JsonObject
+    ) -> tuple[tuple[object, ...], JsonObject]:
         kwargs = dict(kwargs)
         kwargs.pop("attention_mask", None)
         rows = kwargs.pop("packed_ids", None)

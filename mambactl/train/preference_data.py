@@ -16,6 +16,7 @@ from mambactl.data.row_files import is_on_hub
 from mambactl.data.sources import Document, set_names
 from mambactl.errors import UsageError
 from mambactl.generation.decoding import warn_beyond_positions
+from mambactl.json_values import JsonObject
 from mambactl.options import DpoConfig
 from mambactl.train.epochs import with_steps
 from mambactl.train.job import Job
@@ -85,12 +86,13 @@ def read_preferences(job: Job, config: DpoConfig) -> Preferences:
         f"training on {len(chosen)} of {len(train)} pairs"
         + (f"; held out: {sizes}" if sizes else "")
     )
-    config = model_config(job.source)
-    warn_beyond_positions(config, max(pair.longest for pair in chosen), "the model")
+    warn_beyond_positions(
+        model_config(job.source), max(pair.longest for pair in chosen), "the model"
+    )
     return Preferences(chosen, held, counts, len(train))
 
 
-def _rules(job: Job, config: DpoConfig, checks: Checks) -> dict[str, object]:
+def _rules(job: Job, config: DpoConfig, checks: Checks) -> JsonObject:
     """Keywords for reading rows, both of training and of held-out sets."""
     rules = Rules(day=job.day, vocabulary=checks.vocabulary)
     return {"chat": config.chat, "skip_bad_rows": config.skip_bad_rows, "rules": rules}
@@ -106,7 +108,7 @@ def _tell(
     checks.tell(job, tokenizer)
 
 
-def preview(job: Job, config: DpoConfig) -> dict[str, object]:
+def preview(job: Job, config: DpoConfig) -> JsonObject:
     """Rows of every file by what becomes of them, and a pair as the model reads it."""
     _require_apart(config)
     specs = [spec for spec in config.data if not is_on_hub(spec)]
@@ -116,7 +118,7 @@ def preview(job: Job, config: DpoConfig) -> dict[str, object]:
     tokenizer = job.tokenizer()
     checks = Checks.of(job, tokenizer, BadRows())
     rules = _rules(job, config, checks)
-    most = {"max_samples": config.max_samples, "doubts": checks.doubts}
+    most: JsonObject = {"max_samples": config.max_samples, "doubts": checks.doubts}
     sets = load_pairs(specs, tokenizer, config.max_length, **most, **rules)
     _tell(job, checks, sets, tokenizer)
     first = next(pair for found in sets.values() for pair in found.pairs)
@@ -124,7 +126,7 @@ def preview(job: Job, config: DpoConfig) -> dict[str, object]:
     with_steps(job, total, "pairs")
     held: Mapping[str, PairSet] = {}
     if local := [spec for spec in config.eval_data if not is_on_hub(spec)]:
-        held = load_pairs(local, tokenizer, config.max_length, **rules | {"skip_bad_rows": True})
+        held = load_pairs(local, tokenizer, config.max_length, **{**rules, "skip_bad_rows": True})
     elif config.eval_share:
         held = held_out(sets, config.eval_share)[1]
     return {

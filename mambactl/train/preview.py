@@ -11,9 +11,10 @@ from mambactl.checkpoint.vocabulary import model_config
 from mambactl.data.bad_rows import BadRows
 from mambactl.data.encoding import Example
 from mambactl.data.mixture import names
-from mambactl.data.pack import pack
+from mambactl.data.pack import Row, pack
 from mambactl.data.row_files import is_on_hub
 from mambactl.errors import UsageError
+from mambactl.json_values import JsonObject
 from mambactl.models.mixers.registry import looks_up
 from mambactl.train.epochs import with_steps
 from mambactl.train.job import Job
@@ -36,7 +37,7 @@ def plan_training(
     with_teacher: bool = True,
     foreign: bool = False,
     counts: bool = True,
-) -> dict[str, object]:
+) -> JsonObject:
     """Plan of a run, from headers and files; nothing is written, no hub set is read.
 
     Without `counts` documents are left to the caller.
@@ -63,13 +64,13 @@ def plan_training(
     } | ({"frozen": _frozen(job)} if job.config.freeze_kept else {})
 
 
-def _frozen(job: Job) -> list[dict[str, object]]:
+def _frozen(job: Job) -> list[JsonObject]:
     """Queries and keys of kept attention, which stay as they are."""
     model = shapes_of(model_config(job.source))
     return parts_of({name: p for name, p in model.named_parameters() if looks_up(name)})
 
 
-def preview(job: Job, assistant_only: bool) -> dict[str, object]:
+def preview(job: Job, assistant_only: bool) -> JsonObject:
     """Counts of documents, rows, tokens, learned tokens and bad rows; shows the first example.
 
     Nothing is counted where a set lies on the hub, which is not asked: values are None.
@@ -101,7 +102,7 @@ def preview(job: Job, assistant_only: bool) -> dict[str, object]:
     }
 
 
-def _rows(job: Job, examples: list[Example]) -> list[object]:
+def _rows(job: Job, examples: list[Example]) -> list[Row]:
     try:
         return pack(examples, job.config.max_length, job.config.packing)
     except UsageError:
@@ -123,7 +124,7 @@ def marked(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Text:
     mask[:1] = False
     text, start = Text(), 0
     for end in [*(mask[1:] != mask[:-1]).nonzero()[0] + 1, len(ids)]:
-        piece = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        piece = str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
         learned = bool(mask[start])
         text.append(f"{OPEN}{piece}{CLOSE}" if learned else piece, "bold green" if learned else "")
         start = end

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import date
@@ -26,8 +26,10 @@ from mambactl.data.row_files import files_of, is_on_hub
 from mambactl.errors import ResourceError, UsageError
 from mambactl.files import canonical, replacing
 from mambactl.foreign import open_regular
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import TrainConfig
+from mambactl.present import of_kind
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw
 from mambactl.train.consolidate import consolidated
@@ -64,7 +66,7 @@ def dated(job: Job, out: Path | None, resume: bool) -> Job:
         kept = ((read_lineage(folder) or {}).get("cache") or {}).get(DAY)
         # a cache of an earlier version kept no day
         with suppress(TypeError, ValueError):
-            return replace(job, day=date.fromisoformat(kept))
+            return replace(job, day=date.fromisoformat(of_kind(str, kept)))
     return replace(job, day=date.today() if out is None else begun_on(Path(out), resume))
 
 
@@ -75,13 +77,13 @@ def _teacher_of_lineage(job: Job) -> list[tuple[str, str]]:
     return [("the teacher", found)] if isinstance(found, str) and not job.config.teacher else []
 
 
-def identity(job: Job) -> dict[str, object]:
+def identity(job: Job) -> JsonObject:
     """Everything that a resumed run has to repeat: options, and digests of the files they name."""
     given = job.config.teacher
     return {
         "stage": job.stage,
         **job.config.model_dump(
-            mode="json", exclude=job.config.placement_options | job.config.since_later
+            mode="json", exclude={*job.config.placement_options, *job.config.since_later}
         ),
         "source": canonical(job.source),
         "source_sha256": header_digest(resolve(job.source).path),
@@ -102,14 +104,14 @@ def save_result(
     model: HybridForCausalLM,
     folder: RunFolder,
     teacher: str | None,
-    metrics: Mapping[str, object],
+    metrics: AnyObject,
 ) -> None:
     """Write the result in the source's type and let it appear under its name.
 
     Every process must call it; the main one writes.
     """
-    model = consolidated(model)
-    if model is None:
+    whole = consolidated(model)
+    if whole is None:
         return
     stored = getattr(torch, describe(job.source)["dtype"])
     with open_checkpoint(job.source) as reader:
@@ -123,14 +125,14 @@ def save_result(
             metrics,
         )
         # trainers write special tokens and switches into the configuration of the model
-        model.config = adapt(reader).config
-        model.config.dtype = stored
-        write_model(model.to(stored), folder.result, folder.single, reader.files, record)
+        whole.config = adapt(reader).config
+        whole.config.dtype = stored
+        write_model(whole.to(stored), folder.result, folder.single, reader.files, record)
     folder.finish()
     folder.publish()
 
 
-def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> dict[str, object]:
+def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> JsonObject:
     """Show how every phase went as a table; returns the same as metrics.
 
     Warns of a phase whose losses, in the folder's metrics, are higher at its end.
@@ -177,7 +179,7 @@ def draw_ledger(folder: RunFolder, asked: bool) -> None:
                 console.log(f"no plot: {error} ({error.hint})")
 
 
-def _held_out_identity(job: Job) -> dict[str, object]:
+def _held_out_identity(job: Job) -> JsonObject:
     specs = getattr(job.config, "eval_data", None)
     if specs is None:
         return {}
@@ -208,4 +210,4 @@ def _file_digest(spec: str) -> str | None:
 
 def _content_digest(file: str) -> str:
     with open_regular(Path(file), UsageError) as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]

@@ -24,6 +24,7 @@ from mambactl.evaluation.rewards import (
 )
 from mambactl.files import replacing
 from mambactl.foreign import blamed
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.ranks import is_main
 
 # pairs that are asked about before their answers are kept
@@ -96,9 +97,9 @@ class HeldOutPreferences:
             name: read_reference(reference, documents(pairs), layout)
             for name, pairs in sets.items()
         }
-        self.last: dict[str, dict[str, object]] = {}
+        self.last: dict[str, JsonObject] = {}
 
-    def measure(self) -> dict[str, dict[str, object]]:
+    def measure(self) -> dict[str, JsonObject]:
         """Set -> what `compare_preferences` finds of the policy as it is now."""
         was_training = self.policy.training
         self.policy.eval()
@@ -126,9 +127,7 @@ class HeldOutPreferences:
         return max((found["kl_to_reference"] for found in self.last.values()), default=0.0)
 
 
-def show_held_out(
-    before: Mapping[str, Mapping[str, object]], after: Mapping[str, Mapping[str, object]]
-) -> None:
+def show_held_out(before: Mapping[str, AnyObject], after: Mapping[str, AnyObject]) -> None:
     """Show a table of the numbers before and after training, by set."""
     lines = []
     for name, found in after.items():

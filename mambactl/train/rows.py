@@ -22,6 +22,8 @@ from mambactl.data.sources import Document, count_rows, load_rows
 from mambactl.errors import UsageError
 from mambactl.files import canonical
 from mambactl.generation.decoding import warn_beyond_positions
+from mambactl.options.training import HeldOutConfig, TextRowsConfig
+from mambactl.present import of_kind
 from mambactl.train.job import Job
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def held_out_rows(
 
     Bad rows are left out and reported; with `assistant_only` also chats without a whole answer.
     """
-    config = job.config
+    config = of_kind(HeldOutConfig, job.config)
     if not config.eval_data:
         return []
     if shared := sorted(
@@ -94,8 +96,9 @@ def held_out_rows(
 
 def read_documents(job: Job, bad: BadRows) -> list[Document]:
     """The documents of `data` that the run can see, checked; malformed rows are noted in `bad`."""
-    limit = {"used_tokens": job.budget} if job.config.packing else {"used_rows": job.examples}
-    return load_rows(names(job.config.data), job.config.max_samples, bad=bad, **limit)
+    packs, specs = job.config.packing, names(job.config.data)
+    tokens, examples = (job.budget, None) if packs else (None, job.examples)
+    return load_rows(specs, job.config.max_samples, bad=bad, used_tokens=tokens, used_rows=examples)
 
 
 def count_documents(job: Job) -> int | None:
@@ -118,7 +121,7 @@ def encode_documents(
         return _encode(job, members, tokenizer, assistant_only, max_tokens, checks)
 
     if config.packing:
-        budget = None if job.budget is None else job.budget - job.recall_budget
+        budget = None if job.budget is None else job.budget - (job.recall_budget or 0)
         return mixed(config.data, documents, encoded, budget, epochs=config.epochs)
     return mixed(config.data, documents, encoded, None, config.max_length, config.epochs)
 
@@ -142,7 +145,7 @@ class Checks:
         """Warn of everything that was found beside bad rows, and say what templates do not show."""
         if named := unused_templates(tokenizer):
             console.log(f"chat templates that no row is rendered with: {', '.join(named)}")
-        if job.day not in (None, date.today()) and prints_date(tokenizer):
+        if job.day is not None and job.day != date.today() and prints_date(tokenizer):
             console.log(f"chat templates print {job.day.isoformat()}, the day of the run or cache")
         self.doubts.tell()
         self.endings.tell(tokenizer)
@@ -163,8 +166,9 @@ def _encode(
     max_tokens: int | None,
     checks: Checks,
 ) -> list[Example]:
-    longest = job.config.max_length if assistant_only else None
-    rules = Rules(assistant_only, job.config.append_eos, job.day, checks.vocabulary)
+    config = of_kind(TextRowsConfig, job.config)
+    longest = config.max_length if assistant_only else None
+    rules = Rules(assistant_only, config.append_eos, job.day, checks.vocabulary)
 
     def keep(row: Document, example: Example) -> Example | None:
         found = screened(row, example, tokenizer, checks.bad, longest)

@@ -1,11 +1,12 @@
 """Listeners to a run's steps: lines on stderr, and trackers for the hand-written loop."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.json_values import AnyObject
 from mambactl.options import TrackedConfig, TrainConfig
 from mambactl.ranks import is_main
 
@@ -27,7 +28,7 @@ HELD_OUT = ("kl", "agreement", "perplexity_ratio", "ce", "eval_tokens")
 class Listener(Protocol):
     """Listener to every line of metrics.jsonl."""
 
-    def __call__(self, line: Mapping[str, object]) -> None:
+    def __call__(self, line: AnyObject) -> None:
         """Receive the line of one step."""
         ...
 
@@ -44,7 +45,7 @@ class StepLines:
     def __init__(self, every: int):
         self.every = every
 
-    def __call__(self, line: Mapping[str, object]) -> None:
+    def __call__(self, line: AnyObject) -> None:
         """Print the line of a step that is a multiple of the interval."""
         if "loss" not in line or line["step"] % self.every:
             return
@@ -55,7 +56,7 @@ class StepLines:
         )
 
 
-def send_files(asked: list[str], folder: RunFolder) -> None:
+def send_files(asked: Sequence[str], folder: RunFolder) -> None:
     """Send files of trackers to `OUT.logs`, unless their environment variables say otherwise."""
     if not asked:
         return
@@ -86,7 +87,7 @@ class Tracked:
         self.failed = False
         self.phase, self.before, self.last = "", 0, 0
 
-    def __call__(self, line: Mapping[str, object]) -> None:
+    def __call__(self, line: AnyObject) -> None:
         """Send a line's numbers."""
         if self.failed:
             return
@@ -96,7 +97,7 @@ class Tracked:
             self.failed = True
             console.warn_unwritten(f"{self.folder.logs} ({self.name})", error)
 
-    def _send(self, line: Mapping[str, object]) -> None:
+    def _send(self, line: AnyObject) -> None:
         if self.tracker is None:
             self.tracker = self._started()
         if line["phase"] != self.phase:

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import Trainer
 
 from mambactl.errors import UsageError
+from mambactl.present import of_kind
 from mambactl.ranks import sharded
 from mambactl.train.optimization import schedule
 
@@ -50,7 +51,7 @@ class SpreadTrainer(Trainer):
         if self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer,
+                optimizer or of_kind(torch.optim.Optimizer, self.optimizer),
                 lambda step: schedule(step, num_training_steps, warmup),
             )
             self._created_lr_scheduler = True

@@ -20,6 +20,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridModel
 from mambactl.models.mixers.registry import looks_up
 from mambactl.models.mixers.spec import StepContext
+from mambactl.present import present
 from mambactl.train.captured import WARMUP, recorder_for
 from mambactl.train.compiled import compiled
 from mambactl.train.ledger import Work, head_cost
@@ -65,7 +66,7 @@ def probe(works: Iterable[Work], setup: Setup, rows: int, length: int) -> Measur
     for work in works:
         for what, how in work.pieces(length):
             if how != "repeat" and (what, how) not in found.rates:
-                source = work.teacher if how == "infer" else work.student
+                source = present(work.teacher) if how == "infer" else work.student
                 measured = _piece(work, source, what, how, setup, rows, length)
                 found.rates[what, how] = measured.rates[what, how]
                 found.kept |= measured.kept

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.errors import CheckError, ResourceError
+from mambactl.json_values import JsonObject
 from mambactl.models.transformers_names import CHECKPOINTING
 from mambactl.options import TrackedConfig, TrainConfig
+from mambactl.present import present
 from mambactl.ranks import from_main, is_main, largest
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import Evaluation, PhaseReport
@@ -36,7 +39,7 @@ def trainer_arguments(
     rate: float,
     device: torch.device,
     amp: torch.dtype | None,
-) -> dict[str, object]:
+) -> JsonObject:
     """Keyword arguments that SFTConfig and DPOConfig have in common."""
     return {
         "output_dir": str(folder.trainer),
@@ -76,7 +79,7 @@ def require_trackers(config: TrainConfig) -> None:
                                 f"pip install {name}")  # fmt: skip
 
 
-def reporting(config: TrainConfig, folder: RunFolder) -> dict[str, object]:
+def reporting(config: TrainConfig, folder: RunFolder) -> JsonObject:
     """Arguments of a trainer that say where its curves go besides metrics.jsonl.
 
     Files go to `OUT.logs`, unless the environment variables of a tracker say otherwise.
@@ -111,7 +114,7 @@ def follow(
         with suppress(_AllStepsTaken):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.deliver()
-    lines = from_main(folder.read_log() if is_main() else None)
+    lines = present(from_main(folder.read_log() if is_main() else None))
     lines = [line for line in lines if "loss" in line]
     measured = {key: value for key, value in lines[-1].items() if key in MEASURED}
     return PhaseReport(
@@ -167,7 +170,7 @@ class _Watch(TrainerCallback):
         self.trainer, self.evaluation = trainer, evaluation
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.bar.advance(state.global_step)
         if state.global_step >= state.max_steps:
@@ -175,13 +178,13 @@ class _Watch(TrainerCallback):
         if state.global_step == 0 and self.evaluation is not None:
             self.folder.log({"phase": self.name, "step": 0, "tokens": 0} | self._measure())
 
-    def on_log(
+    def on_log(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, object],
-        **_: Any,
+        logs: JsonObject,
+        **_: object,
     ) -> None:
         if "loss" not in logs:
             return
@@ -202,7 +205,7 @@ class _Watch(TrainerCallback):
         self.bar.advance(1, f"loss {entry['loss']:.4f}")
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.stop.unsaved = True
         # a signal may reach the processes in different steps, but all must take the last one
@@ -212,7 +215,7 @@ class _Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.stop.unsaved = False
 
@@ -221,11 +224,11 @@ class _Watch(TrainerCallback):
             return False
         return step == steps or step % self.evaluation.every == 0
 
-    def _measure(self) -> dict[str, object]:
+    def _measure(self) -> JsonObject:
         """Held-out metrics, which go to the trackers too."""
-        model = self.trainer.model
+        model = present(self.trainer.model)
         model.eval()
-        found = self.evaluation.measure()
+        found = present(self.evaluation).measure()
         # still in eval mode: the trainer's own means of a step are being written
         self.trainer.log({f"eval_{key}": value for key, value in found.items()})
         model.train()
@@ -237,5 +240,5 @@ def _lines_until(folder: RunFolder, step: int) -> int:
     return sum(line["step"] <= step for line in folder.read_log())
 
 
-def _steps_of(checkpoint: Any) -> int:
+def _steps_of(checkpoint: Path) -> int:
     return json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))["global_step"]

@@ -7,14 +7,15 @@ space. Worked examples of a prompt are rows of the same kind.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from mambactl.errors import UsageError
+from mambactl.json_values import AnyObject, JsonObject
 
-Row = dict[str, object]
+Row = JsonObject
 
 _GREEDY = {"do_sample": False, "temperature": 0.0}
 _EXACT_MATCH = {
@@ -25,7 +26,7 @@ _EXACT_MATCH = {
 }
 
 
-def _metrics(**higher_is_better: bool) -> list[dict[str, object]]:
+def _metrics(**higher_is_better: bool) -> list[JsonObject]:
     return [
         {
             "metric": name,
@@ -110,7 +111,7 @@ _LAST_NUMBER = {
 _MARKED_NUMBER = {"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"}
 
 
-def _extraction(name: str, function: Mapping[str, object]) -> dict[str, object]:
+def _extraction(name: str, function: AnyObject) -> JsonObject:
     return {"name": name, "filter": [dict(function), {"function": "take_first"}]}
 
 
@@ -205,7 +206,7 @@ class Schema:
 
     name: str
     columns: dict[str, Column]
-    config: dict[str, object]
+    config: JsonObject
 
     @property
     def metrics(self) -> list[str]:

@@ -30,6 +30,7 @@ from mambactl.evaluation.harness.schemas import plain_name
 from mambactl.evaluation.harness.task_files import sandboxed_templates
 from mambactl.evaluation.harness.tasks import SUBJECT, HarnessOptions, LocalTask, Wanted
 from mambactl.foreign import reason
+from mambactl.json_values import JsonObject
 
 # resamples behind the standard error of metrics that have no closed form
 BOOTSTRAP_ITERS = 1000
@@ -45,7 +46,7 @@ class TaskScores:
 
     metrics: dict[str, dict[str, float]]
     table: str
-    samples: dict[str, list[dict[str, object]]] = field(default_factory=dict)
+    samples: dict[str, list[JsonObject]] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
     documents: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
 
@@ -55,11 +56,11 @@ class LocalConfigurableTask(ConfigurableTask):
 
     def __init__(self, task: LocalTask):
         super().__init__(config=task.config())
-        self.by_subject: dict[Any, list[dict[str, object]]] = {}
+        self.by_subject: dict[Any, list[JsonObject]] = {}
         for row in task.pool.rows if task.pool is not None else ():
             self.by_subject.setdefault(row.get(SUBJECT), []).append(row)
 
-    def fewshot_context(self, doc: dict[str, object], num_fewshot: int, **options: Any) -> Any:
+    def fewshot_context(self, doc: JsonObject, num_fewshot: int, **options: Any) -> Any:
         """The prompt of one row, as the harness makes it."""
         if len(self.by_subject) > 1 and num_fewshot:
             self.sampler.replace_df(self.by_subject[doc[SUBJECT]])
@@ -106,7 +107,7 @@ def score(
     return TaskScores(metrics, table, samples, groups, documents)
 
 
-def _by_document(rows: Sequence[dict[str, object]]) -> dict[str, dict[int, float]]:
+def _by_document(rows: Sequence[JsonObject]) -> dict[str, dict[int, float]]:
     """Numbers of every document by metric; some metrics have none before they are aggregated."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -117,7 +118,7 @@ def _by_document(rows: Sequence[dict[str, object]]) -> dict[str, dict[int, float
     return found
 
 
-def _scores(entry: dict[str, object]) -> dict[str, float]:
+def _scores(entry: JsonObject) -> dict[str, float]:
     return {
         plain_name(key): float(value)
         for key, value in entry.items()
@@ -144,10 +145,10 @@ def _tasks_blamed(
         ) from error
 
 
-def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> dict[str, object]:
+def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> JsonObject:
     names = [task.name for task in wanted if task.local is None]
     manager = _manager(names, options.task_dir)
-    whole: dict[str, object] = {"tasks": {}, "groups": {}, "group_map": {}}
+    whole: JsonObject = {"tasks": {}, "groups": {}, "group_map": {}}
     for task in wanted:
         if task.local is not None:
             part = manager.load([LocalConfigurableTask(task.local)])
@@ -166,7 +167,7 @@ def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> dict[str, object
 
 def _load_named(
     manager: TaskManager, task: Wanted, options: HarnessOptions
-) -> dict[str, dict[str, object]] | None:
+) -> dict[str, JsonObject] | None:
     """The tasks behind a name, None where the others go on without it."""
     try:
         part = manager.load([task.name])

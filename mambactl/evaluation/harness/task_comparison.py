@@ -9,6 +9,7 @@ import numpy as np
 from mambactl.evaluation.harness.presets import PRESETS
 from mambactl.evaluation.harness.task_metrics import main_metric
 from mambactl.evaluation.statistics import Bootstrap, estimate, mean_difference_of
+from mambactl.json_values import JsonObject
 
 if TYPE_CHECKING:
     from mambactl.evaluation.harness.scoring import TaskScores
@@ -28,7 +29,7 @@ class _Pairs:
 
 def compare_scores(
     ours: "TaskScores", theirs: "TaskScores", presets: Sequence[str], bootstrap: Bootstrap
-) -> dict[str, object]:
+) -> JsonObject:
     """Compare two models by task: scores by its main metric (a preset's own), difference, interval.
 
     `mean` has the same of the mean over the tasks whose score is a mean over documents; documents
@@ -44,7 +45,7 @@ def compare_scores(
     paired = {name: each for name, each in pairs.items() if each.documents is not None}
     found = estimate([each.documents for each in paired.values()], mean_difference_of, bootstrap)
     intervals = dict(zip(paired, (each.interval for each in found.each), strict=True))
-    result: dict[str, object] = {
+    result: JsonObject = {
         "confidence": bootstrap.confidence,
         "bootstrap": bootstrap.replicates,
         "resampled": "documents",
@@ -61,7 +62,7 @@ def compare_scores(
     return result
 
 
-def _numbers(scores: tuple[float, float], interval: list[float] | None) -> dict[str, object]:
+def _numbers(scores: tuple[float, float], interval: list[float] | None) -> JsonObject:
     ours, theirs = scores
     return {"student": ours, "teacher": theirs, "difference": ours - theirs, "interval": interval}
 

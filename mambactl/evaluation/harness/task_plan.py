@@ -26,6 +26,7 @@ from mambactl.evaluation.harness.tasks import (
     require_harness,
 )
 from mambactl.files import CARD, cache_dir
+from mambactl.json_values import JsonObject
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _fingerprint(config: TaskOptions, source: str, max_length: int | None) -> st
     return f"{path.stem}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
 
 
-def write_samples(folder: Path, samples: dict[str, Sequence[dict[str, object]]]) -> None:
+def write_samples(folder: Path, samples: dict[str, Sequence[JsonObject]]) -> None:
     """Write a file of requests and answers per task."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in samples.items():

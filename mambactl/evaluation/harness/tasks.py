@@ -19,6 +19,7 @@ from mambactl.evaluation.harness.schemas import (
     check_row,
     schema_of,
 )
+from mambactl.json_values import JsonObject
 from mambactl.requirements import install_line
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
@@ -53,7 +54,7 @@ class LocalTask:
     rows: list[Row]
     pool: Pool | None = None
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> JsonObject:
         """The configuration dict that lm-evaluation-harness builds the task from."""
         from datasets import Dataset
 

@@ -13,6 +13,7 @@ from mambactl.evaluation.probes.probe import (
     Probe,
     Subject,
 )
+from mambactl.json_values import JsonObject
 from mambactl.options.evaluation import EvalOptions
 from mambactl.options.fields import Tokens
 
@@ -55,7 +56,7 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
 
         return {self.name: read_prompts(config.generation_agreement)[: config.limit]}
 
-    def plan(self, inputs: Prompts | None) -> dict[str, object]:
+    def plan(self, inputs: Prompts | None) -> JsonObject:
         """Number of prompts, for a dry run."""
         return {"prompts": len(inputs[self.name]) if inputs else 0}
 

@@ -16,10 +16,11 @@ from mambactl.evaluation.probes.probe import (
     keep_by_variant,
     require_text,
 )
+from mambactl.json_values import JsonObject
 from mambactl.metrics import AGREEMENT, KL, Metric, exact, signed, significant, span
 from mambactl.options.evaluation import EvalOptions, rows_per_pass
 
-Texts = dict[str, list[dict[str, object]]]
+Texts = dict[str, list[JsonObject]]
 # whose means by position are shown
 BY_POSITION = (KL, AGREEMENT)
 
@@ -56,7 +57,7 @@ class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
         """Rows by data set."""
         return asked.texts
 
-    def plan(self, inputs: Texts | None) -> dict[str, object]:
+    def plan(self, inputs: Texts | None) -> JsonObject:
         """Documents of every data set."""
         return {"documents": {name: len(rows) for name, rows in (inputs or {}).items()}}
 

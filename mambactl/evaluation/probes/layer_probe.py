@@ -14,6 +14,7 @@ from mambactl.evaluation.probes.probe import (
     Subject,
     require_text,
 )
+from mambactl.json_values import JsonObject
 from mambactl.metrics import exact
 from mambactl.options.evaluation import EvalOptions, rows_per_pass
 
@@ -102,7 +103,5 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
         """Put the errors where the other numbers of a model are."""
         for data, students in found.items():
             for name, errors in students.items():
-                section: dict[str, object] = (
-                    kept if name == STUDENT else kept.setdefault(AGAINST, {})
-                )
+                section: JsonObject = kept if name == STUDENT else kept.setdefault(AGAINST, {})
                 section.setdefault(self.name, {})[data] = errors

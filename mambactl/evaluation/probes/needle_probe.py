@@ -1,6 +1,6 @@
 """`eval --needle`: a sentence to find, by length of the text around it and depth in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +22,7 @@ from mambactl.evaluation.probes.probe import (
 )
 from mambactl.figures import new_figure
 from mambactl.files import NAMED_FILE, explained, recipe_folder, replacing
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.metrics import (
     NEEDLE_RATIO,
     NEEDLE_RATIO_LOW,
@@ -102,7 +103,7 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
             config.needle_texts,
         )
 
-    def plan(self, inputs: "Grid | None") -> dict[str, object]:
+    def plan(self, inputs: "Grid | None") -> JsonObject:
         """Grid of lengths and depths, for a dry run."""
         return {} if inputs is None else {self.name: _about(inputs)}
 
@@ -234,7 +235,7 @@ def _show_ratios(subject: Subject, name: str, found: Numbers) -> None:
         console.log(f"in brackets: the teacher finds fewer than {share}, no part of the mean")
 
 
-def _about(grid: "Grid") -> dict[str, object]:
+def _about(grid: "Grid") -> JsonObject:
     return {name: getattr(grid, name) for name in ABOUT}
 
 
@@ -243,7 +244,7 @@ def _packaged() -> list[str]:
 
 
 def keep_heatmap(
-    config: NeedleOptions, source: str, needle: Mapping[str, object], models: Sequence[str],
+    config: NeedleOptions, source: str, needle: AnyObject, models: Sequence[str],
     results: Path | None,
 ) -> Path | None:  # fmt: skip
     """Draw the needle beside `results`, or where `needle_plot` says; None where neither is."""

@@ -16,6 +16,7 @@ from mambactl.evaluation.probes.probe import (
     Subject,
     bootstrap_of,
 )
+from mambactl.json_values import JsonObject
 from mambactl.metrics import (
     AGREEMENT,
     KL,
@@ -65,7 +66,7 @@ class PositionProbe(Probe[PositionOptions, Rows, Numbers]):
         asked.longest = max(asked.longest, config.position_length)
         return rows
 
-    def plan(self, inputs: Rows | None) -> dict[str, object]:
+    def plan(self, inputs: Rows | None) -> JsonObject:
         """Rows of every data set."""
         if inputs is None:
             return {}

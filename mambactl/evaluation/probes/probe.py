@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 from mambactl import console, metrics
 from mambactl.errors import UsageError
+from mambactl.json_values import JsonObject
 from mambactl.metrics import Metric
 from mambactl.options.evaluation import EvalOptions
 
@@ -25,7 +26,7 @@ STUDENT, AGAINST, TEACHER = "student", "against", "teacher"
 Options = TypeVar("Options", bound=EvalOptions)
 Inputs = TypeVar("Inputs")
 Found = TypeVar("Found")
-Numbers = dict[str, object]
+Numbers = JsonObject
 # data set -> student, teacher or control -> numbers
 ByVariant = Mapping[str, Mapping[str, Numbers]]
 
@@ -59,7 +60,7 @@ class Asked:
         return Rules(vocabulary=size)
 
     @cached_property
-    def texts(self) -> dict[str, list[dict[str, object]]]:
+    def texts(self) -> dict[str, list[JsonObject]]:
         """Rows of --data by data set."""
         from mambactl.data.sources import load_rows, set_names
 
@@ -155,7 +156,7 @@ class Probe(Generic[Options, Inputs, Found]):
     def match(self, config: Options, asked: Asked) -> None:
         """Refuse models that cannot be compared, now that the teacher is known."""
 
-    def plan(self, inputs: Inputs | None) -> dict[str, object]:
+    def plan(self, inputs: Inputs | None) -> JsonObject:
         """Description of the probe in a dry run; `inputs` is None where it is not asked for."""
         return {}
 

@@ -1,6 +1,6 @@
 """`eval --recall`: recall of pairs that were stated once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from mambactl.evaluation.probes.probe import (
     interval_heading,
     keep_by_variant,
 )
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.metrics import (
     LEAST_RECALL_RATIO,
     MEAN_RECALL_RATIO,
@@ -84,7 +85,7 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
         made = recall_probes(asked.tokenizer, config.recall, config.recall_rows, config.seed)
         return {rows.name: rows for rows in made}
 
-    def plan(self, inputs: "dict[str, Rows] | None") -> dict[str, object]:
+    def plan(self, inputs: "dict[str, Rows] | None") -> JsonObject:
         """Rows, and what guessing would get."""
         made = (inputs or {}).items()
         return {
@@ -211,5 +212,5 @@ def _show_ratios(subject: Subject, found: Recalled) -> None:
     console.table(title, columns, lines)
 
 
-def _written(numbers: Mapping[str, object], metric: Metric) -> tuple[str, str]:
+def _written(numbers: AnyObject, metric: Metric) -> tuple[str, str]:
     return metric.shown(numbers), span(numbers["intervals"][metric.name], exact) or "-"

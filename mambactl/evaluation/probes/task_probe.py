@@ -16,6 +16,7 @@ from mambactl.evaluation.probes.probe import (
     bootstrap_of,
     interval_heading,
 )
+from mambactl.json_values import JsonObject
 from mambactl.metrics import MEAN_DIFFERENCE, exact, signed, span
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
 
         return read(config, asked.source)
 
-    def plan(self, inputs: "TaskPlan | None") -> dict[str, object]:
+    def plan(self, inputs: "TaskPlan | None") -> JsonObject:
         """Rows of every task."""
         return {self.name: {} if inputs is None else inputs.rows()}
 
