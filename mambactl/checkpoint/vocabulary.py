@@ -37,7 +37,7 @@ def end_tokens(*ids: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def token_id(found: object) -> int | None:
-    """The id of a special token, as tokenizers and configurations keep it; None where there is none.
+    """The id of a special token as tokenizers and configurations keep it, None for none.
 
     Of several, as for the end of a text, the first counts.
     """

@@ -70,7 +70,7 @@ def _answer_lines(chat: Chat, descriptor: int | None) -> None:
         except UsageError as error:
             raise UsageError(f"line {number} of stdin: {error}", error.hint) from None
         if answer is None:
-            console.log(said)
+            console.log(said or "")
         elif descriptor is not None:
             console.write_out(one_line(answer.text), descriptor)
     if not chat.answers:

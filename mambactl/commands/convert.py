@@ -37,6 +37,7 @@ from mambactl.models.cache_bytes import cache_bytes
 from mambactl.models.config import HybridConfig
 from mambactl.options import ConvertConfig
 from mambactl.options.fields import flags
+from mambactl.present import present
 from mambactl.ranks import placement
 from mambactl.stage_result import StageResult
 
@@ -163,7 +164,7 @@ class _Work:
     @property
     def units(self) -> Units:
         """Unit of replacement: layers or KV heads."""
-        return UNITS[self.config.by]
+        return UNITS[present(self.config.by)]
 
     def target(self, kept: Sequence[Unit]) -> HybridConfig:
         """The configuration with attention in `kept`; raises UsageError or ModelError."""
@@ -178,7 +179,7 @@ class _Work:
         base = self.adapted.config
         if self._ranking_holds:
             keep = self.units.count(self.config, base, self._kv_itemsize)
-            return self.ranking.best(self.units.of(base), keep)
+            return present(self.ranking).best(self.units.of(base), keep)
         return self.units.chosen(self.config, base, self._kv_itemsize)
 
     @cached_property
@@ -213,6 +214,7 @@ class _Work:
         if not is_open or not 0 < len(kept) < len(self.units.of(self.adapted.config)):
             return None
         if self._ranking_holds:
+            known = present(known)
             console.log(f"KV heads are chosen by the ranking of {known.model} in the package")
             return Choice(kept, {"select": "shipped", "model": known.model, **known.measured()})
         why = "no ranking of this model's KV heads comes with the package"
@@ -253,7 +255,7 @@ class _Work:
     def layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of one layer of the source by their names in a block."""
         return {
-            LAYER.fullmatch(name)[2]: self.adapted.get(self.reader, name)
+            present(LAYER.fullmatch(name))[2]: self.adapted.get(self.reader, name)
             for name in self.names[index]
         }
 
@@ -288,7 +290,7 @@ class _Work:
             task.advance()
 
 
-def _window(config: HybridConfig) -> dict[str, int] | None:
+def _window(config: HybridConfig) -> dict[str, int] | list[dict[str, int]] | None:
     """The window of attention beside recurrences; layers with other ones have a list."""
     windows = [asdict(window) for window in config.windows]
     return windows[0] if len(windows) == 1 else windows or None

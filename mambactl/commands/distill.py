@@ -22,6 +22,7 @@ from mambactl.json_values import JsonObject
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig
+from mambactl.present import of_kind, present
 from mambactl.ranks import join
 from mambactl.stage_result import StageResult
 from mambactl.train.compiled import compile_blocks, compiles, release_blocks
@@ -77,7 +78,7 @@ def run(
     tokenizer = job.tokenizer()
     rows = training_rows(job, tokenizer)
     job = with_steps(job, len(rows))
-    config = job.config
+    config = of_kind(DistillConfig, job.config)
     planned = plan_phases(config, ours, theirs, _ranking(source))
     held_out, probes = held_out_rows(job, tokenizer), watched_probes(config, tokenizer)
     models = _models(job, config, planned, needs_teacher=bool(held_out or probes))
@@ -109,7 +110,9 @@ def _evaluation(
     if held_out:
         measured.append(HeldOut(*pair, held_out, config.batch_size, job.amp, not models.compiled))
     if probes:
-        measured.append(WatchedRecall(*pair, probes, job.amp, models.compiled))
+        measured.append(
+            WatchedRecall(models.student, present(models.teacher), probes, job.amp, models.compiled)
+        )
     if not measured:
         return None
 
@@ -128,7 +131,7 @@ def plan(config: DistillConfig, source: str) -> JsonObject:
         watched_probes(config, job.tokenizer())
     ours, theirs = _configs(job)
     job = _counted(job)
-    config = job.config
+    config = of_kind(DistillConfig, job.config)
     planned = plan_phases(config, ours, theirs, _ranking(source))
     predicted = estimate(job, ours, theirs, planned)
     model = shapes_of(ours)
@@ -208,7 +211,10 @@ def _models(
     student = job.student(None)
     cached = config.teacher_cache and all(plan.kind == "logits" for plan in planned)
     if cached and not needs_teacher:
-        teacher, name = None, read_record(Path(config.teacher_cache).expanduser())["teacher"]
+        teacher, name = (
+            None,
+            read_record(Path(present(config.teacher_cache)).expanduser())["teacher"],
+        )
     else:
         teacher, name = job.teacher(), job.teacher_spec
     trained = {
@@ -247,7 +253,9 @@ def _phase(
         plan.steps,
         _objective(job, config, models, plan, rows),
         plan.parameters(student),
-        context=StandIns(student, teacher, plan.waiting) if plan.waiting else nullcontext(),
+        context=StandIns(student, present(teacher), plan.waiting)
+        if plan.waiting
+        else nullcontext(),
         flops=flops,
         windows=windows,
         cure="lower --align-lr" if plan.kind == "align" else "lower --lr",
@@ -260,7 +268,7 @@ def _objective(
 ) -> AnyObjective:
     """AnyObjective of a phase; each kind of phase has its own."""
     if plan.kind == "align":
-        return AlignmentObjective(models.student, models.teacher, job.amp, models.compiled)
+        return AlignmentObjective(models.student, present(models.teacher), job.amp, models.compiled)
     if plan.kind == "logits" and config.teacher_cache:
         return cached_objective(job, config, models.student, rows)
     return LogitsObjective(

@@ -54,7 +54,7 @@ def run(options: DoctorConfig) -> StageResult:
     ]
     about += devices.items()
     extras = [(name, *_state(name, found)) for name, found in optional.items()]
-    blocks = [Table("machine", ("what", "value"), about)]
+    blocks: list[str | Table] = [Table("machine", ("what", "value"), about)]
     if options.deep:
         found["kernels"] = kernels = _kernels()
         live = [(name, "live" if reason is None else f"off: {reason}") for name, reason in kernels]

@@ -163,7 +163,7 @@ def _trainer(
     held: HeldOutPreferences,
 ) -> "PreferenceTrainer":
     from datasets import disable_progress_bars
-    from trl import DPOConfig
+    from trl.trainer.dpo_config import DPOConfig
 
     from mambactl.train.preference import PairCollator, PreferenceTrainer, preference_dataset
 

@@ -18,10 +18,18 @@ from mambactl.errors import CheckError, MambactlError, UsageError
 from mambactl.evaluation.controls import ablated, require_branch, windowed_attention
 from mambactl.evaluation.fidelity import Variant
 from mambactl.evaluation.probes import PROBES, EvalConfig
-from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
+from mambactl.evaluation.probes.probe import (
+    AGAINST,
+    STUDENT,
+    TEACHER,
+    AnyProbe,
+    Asked,
+    Subject,
+)
 from mambactl.evaluation.sequences import CACHE, SEQUENCES, sequences_of, show_sequences
 from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.present import present
 from mambactl.ranks import placement
 from mambactl.report.results import save_results
 from mambactl.report.thresholds import Check, failures, parse_checks, require_known
@@ -43,7 +51,7 @@ class Inputs:
     teacher: str | None
     replaced: dict[int, tuple[int, ...]]
 
-    def probes(self) -> Iterator[tuple[Probe[Any, Any, Any], Any]]:
+    def probes(self) -> Iterator[tuple[AnyProbe, Any]]:
         """Requested probes in the order of the measurement, each with its inputs."""
         asked = [PROBES[name] for name in self.read]
         for probe in sorted(asked, key=lambda each: each.alone):
@@ -141,14 +149,16 @@ def _read(config: EvalConfig, source: str) -> Inputs:
 
 def _require_known(
     checks: list[Check],
-    probes: list[Probe[Any, Any, Any]],
+    probes: list[AnyProbe],
     teacher: str | None,
     read: JsonObject,
 ) -> None:
     found = [probe.known(read[probe.name], teacher) for probe in probes]
     # where one does not know, only the measurement tells
     if all(known is not None for known in found):
-        require_known(checks, {group: keys for known in found for group, keys in known.items()})
+        require_known(
+            checks, {group: keys for known in found for group, keys in (known or {}).items()}
+        )
 
 
 def _warn_of_length(asked: Asked) -> None:
@@ -162,7 +172,7 @@ def _warn_of_length(asked: Asked) -> None:
         )
 
 
-def _teacher(config: EvalConfig, source: str, probes: list[Probe[Any, Any, Any]]) -> str | None:
+def _teacher(config: EvalConfig, source: str, probes: list[AnyProbe]) -> str | None:
     """Teacher for the comparison; some probes do without one that cannot be found."""
     asked = {probe.teacher for probe in probes}
     needed = "needed" in asked or config.control
@@ -209,13 +219,13 @@ def _subject(config: EvalConfig, inputs: Inputs, source: str) -> Subject:
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     teacher = other = None
     if inputs.teacher is not None:
-        same = resolve(inputs.teacher).path == resolve(source).path
+        same = resolve(present(inputs.teacher)).path == resolve(source).path
         teacher = model if same else _load(config, inputs.teacher)
         if not config.trust_remote_code:
             # compared in the tokens that both have
             teacher = without_padding(teacher, model.config.vocab_size)
     if config.against is not None:
-        shared = teacher is not None and resolve(config.against) == resolve(inputs.teacher)
+        shared = teacher is not None and resolve(config.against) == resolve(present(inputs.teacher))
         other = teacher if shared else _load(config, config.against)
     variants = _variants(config, inputs, model, teacher, other)
     return Subject(
@@ -240,7 +250,10 @@ def _variants(
     if config.control:
         size = (config.control_window, config.control_sinks)
         changes.append(
-            Variant(teacher, partial(windowed_attention, teacher, inputs.replaced, *size))
+            Variant(
+                present(teacher),
+                partial(windowed_attention, present(teacher), inputs.replaced, *size),
+            )
         )
     changes += [Variant(model, partial(ablated, model, branch)) for branch in config.ablate]
     students = {STUDENT: Variant(model)} | ({AGAINST: Variant(other)} if other else {})

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
@@ -16,6 +17,7 @@ from mambactl.errors import UsageError
 from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import SftConfig
+from mambactl.present import of_kind, present
 from mambactl.ranks import processes, sharded
 from mambactl.stage_result import StageResult
 from mambactl.train.compiled import compile_blocks, release_blocks
@@ -33,6 +35,8 @@ from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from mambactl.train.matching import MatchingTrainer
 
 STAGE = "sft"
 
@@ -53,7 +57,7 @@ def run(
     tokenizer = job.tokenizer()
     rows = training_rows(job, tokenizer, config.assistant_only_loss)
     job = with_steps(job, len(rows))
-    config = job.config
+    config = of_kind(SftConfig, job.config)
     held_out = held_out_rows(job, tokenizer, config.assistant_only_loss)
     # frozen weights need no fp32 masters
     student = job.student(torch.float32 if config.lora is None else job.dtype)
@@ -74,7 +78,7 @@ def run(
         draw_ledger(folder, asked=bool(held_out) and teacher is not None)
         release_blocks(student)
         named = _teacher_name(job, config, teacher)
-        result = merged(trainer.model)
+        result = merged(of_kind(nn.Module, trainer.model))
         if config.lora is not None:
             # what has no adapter was held in the type of products
             put_back(result, unadapted(result, config.freeze_kept), job.source)
@@ -87,7 +91,7 @@ def plan(config: SftConfig, source: str) -> JsonObject:
     _require(config)
     job = Job.of(STAGE, config, source)
     if config.teacher_cache:
-        read_record(Path(config.teacher_cache).expanduser())
+        read_record(Path(present(config.teacher_cache)).expanduser())
     needs_teacher = config.kl_weight > 0 and not config.teacher_cache
     found = plan_training(job, with_teacher=needs_teacher, counts=False)
     if config.lora is not None:
@@ -98,10 +102,12 @@ def plan(config: SftConfig, source: str) -> JsonObject:
 def _adapter_plan(job: Job, config: SftConfig, estimated: int, parameters: int) -> JsonObject:
     """Parameters that train, and bytes where everything else is frozen."""
     model = shapes_of(model_config(job.source))
-    sizes = [
-        model.get_submodule(name).weight.shape for name in projections(model, config.freeze_kept)
-    ]
-    count = config.lora * sum(map(sum, sizes))
+    linears = (
+        of_kind(nn.Linear, model.get_submodule(name))
+        for name in projections(model, config.freeze_kept)
+    )
+    rank = present(config.lora)
+    count = rank * sum(each.in_features + each.out_features for each in linears)
     frozen = parameters * (TRAINED_BYTES - job.dtype.itemsize)
     return {
         "trained_parameters": count,
@@ -140,7 +146,7 @@ def _teacher_name(job: Job, config: SftConfig, teacher: HybridForCausalLM | None
         return None
     if teacher is not None:
         return job.teacher_spec
-    return read_record(Path(config.teacher_cache).expanduser())["teacher"]
+    return read_record(Path(present(config.teacher_cache)).expanduser())["teacher"]
 
 
 def _trainer(
@@ -151,8 +157,8 @@ def _trainer(
     teacher: HybridForCausalLM | None,
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
-) -> Any:
-    from trl import SFTConfig
+) -> "MatchingTrainer":
+    from trl.trainer.sft_config import SFTConfig
 
     from mambactl.train.matching import MatchingTrainer, as_dataset, cached, collate_features
 

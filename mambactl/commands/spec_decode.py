@@ -99,7 +99,7 @@ def _show(
         share = speculative.seconds["draft"] / max(speculative.decode_seconds, 1e-9)
         columns += ("drafting",)
         extra = {"plain": ("", ""), "speculative": (*extra["speculative"], tight_percent(share))}
-    rows = [
+    rows: list[tuple[object, ...]] = [
         (
             name,
             stats.tokens,

@@ -30,6 +30,7 @@ from mambactl.foreign import fitted
 from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
+from mambactl.present import present
 from mambactl.stage_result import StageResult
 from mambactl.train.cached_teacher import (
     PATTERN,
@@ -136,7 +137,7 @@ def open_cache(
 
     Raises UsageError for a cache of another vocabulary, temperature, teacher or other rows.
     """
-    folder = Path(config.teacher_cache).expanduser()
+    folder = Path(present(config.teacher_cache)).expanduser()
     kept = read_record(folder)
     _require_same(job, config, student, folder, kept, temperature)
     cache = TeacherCache(folder, kept["vocab_size"])

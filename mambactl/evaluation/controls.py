@@ -16,6 +16,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import ATTENTION, MIXERS
 from mambactl.models.mixers.spec import StepContext
+from mambactl.present import of_kind
 
 
 @contextmanager
@@ -70,7 +71,8 @@ class Narrowed:
         self.last: tuple[StepContext, StepContext] | None = None
 
     def __call__(self, _: nn.Module, arguments: tuple[object, ...]) -> tuple[object, ...]:
-        hidden, context, cache = arguments
+        first, second, cache = arguments
+        hidden, context = of_kind(Tensor, first), of_kind(StepContext, second)
         if cache is not None:
             raise ValueError("a windowed control keeps no cache")
         if self.last is None or self.last[0] is not context:

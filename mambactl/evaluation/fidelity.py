@@ -4,14 +4,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mambactl import console
+from mambactl.data.encoding import TokenIds
 from mambactl.errors import ModelError, UsageError
 from mambactl.evaluation.calibration import COLUMNS as CONFIDENCES
 from mambactl.evaluation.calibration import confidences
+from mambactl.evaluation.output_head import output_head
 from mambactl.evaluation.predictions import MEANS, Predictions
 from mambactl.evaluation.statistics import Bootstrap
 from mambactl.json_values import JsonObject
@@ -46,7 +49,7 @@ class Head:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
         """The head of a model."""
-        head = model.get_output_embeddings()
+        head = output_head(model)
         bias = getattr(head, "bias", None)
         return cls(head.weight.float(), None if bias is None else bias.float())
 
@@ -99,7 +102,7 @@ def compare(
 def predict(
     variants: Mapping[str, Variant],
     teacher: PreTrainedModel,
-    documents: Sequence[Sequence[int]],
+    documents: Sequence[TokenIds],
     max_length: int = 512,
     batch_size: int = 4,
     chunk_elements: int = CHUNK_ELEMENTS,
@@ -129,7 +132,7 @@ def predict(
     positions = torch.cat([torch.arange(int(count)) for count in counts])
     origins = torch.tensor([(row.document, row.number) for row in rows])  # [R, 2]
     documents_of, rows_of = origins.repeat_interleave(counts, 0).T.numpy()
-    values = {
+    values: dict[str, dict[str, np.ndarray]] = {
         name: dict(zip(COLUMNS, torch.cat(parts).numpy().T, strict=True))
         for name, parts in measured.items()
     }
@@ -145,7 +148,7 @@ class _Row:
     number: int
 
 
-def cut_rows(documents: Iterable[Sequence[int]], max_length: int) -> list[Tensor]:
+def cut_rows(documents: Iterable[TokenIds], max_length: int) -> list[Tensor]:
     """Cut documents into rows of at most `max_length` tokens, longest first.
 
     A rest of one token is dropped: nothing in it can be predicted.
@@ -153,7 +156,7 @@ def cut_rows(documents: Iterable[Sequence[int]], max_length: int) -> list[Tensor
     return [row.ids for row in _located_rows(documents, max_length)]
 
 
-def _located_rows(documents: Iterable[Sequence[int]], max_length: int) -> list[_Row]:
+def _located_rows(documents: Iterable[TokenIds], max_length: int) -> list[_Row]:
     pieces = [
         (torch.as_tensor(document[start : start + max_length], dtype=torch.long), index)
         for index, document in enumerate(documents)
@@ -246,7 +249,7 @@ def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
+    sizes = [output_head(model).weight.shape[0] for model in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ModelError(
             f"the student has a vocabulary of {sizes[0]} tokens and the teacher one of {sizes[1]}",

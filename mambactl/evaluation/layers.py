@@ -5,18 +5,20 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from mambactl import console
+from mambactl.data.encoding import TokenIds
 from mambactl.errors import UsageError
 from mambactl.evaluation.fidelity import cut_rows
 from mambactl.kernels.divergence import relative_error
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.spec import Mixer
 
 
 @torch.inference_mode()
 def layer_errors(
     student: HybridForCausalLM,
     teacher: HybridForCausalLM,
-    documents: Iterable[Sequence[int]],
+    documents: Iterable[TokenIds],
     max_length: int = 512,
     batch_size: int = 4,
 ) -> dict[int, float]:
@@ -28,7 +30,7 @@ def layer_errors(
     """
     require_layers(student.config, teacher.config)
     layers = student.config.replaced_layers
-    mixers = {index: student.model.layers[index].mixer for index in layers}
+    mixers = {index: student.model.layers[index].replacing for index in layers}
     rows = cut_rows(documents, max_length)
     # on the device: a number that is read makes the host wait
     zero = torch.zeros((), dtype=torch.float64, device=teacher.device)
@@ -56,7 +58,7 @@ def require_layers(student: HybridConfig, teacher: HybridConfig) -> None:
 
 
 def _batch_errors(
-    mixers: dict[int, torch.nn.Module], teacher: HybridForCausalLM, rows: Sequence[torch.Tensor]
+    mixers: dict[int, Mixer], teacher: HybridForCausalLM, rows: Sequence[torch.Tensor]
 ) -> dict[int, torch.Tensor]:
     """Summed errors by layer; padding stands on the right, where no valid token sees it."""
     model, device = teacher.model, teacher.device

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -12,9 +12,12 @@ from mambactl.data.haystack import ANSWER, ANSWER_START, NEEDLE, Haystack, make_
 from mambactl.data.recall_documents import encode_words
 from mambactl.decode.backend import make_engine
 from mambactl.decode.sampler import SamplingParams
+from mambactl.evaluation.output_head import output_head
 from mambactl.evaluation.recall import read_answers
 from mambactl.json_values import JsonObject
 from mambactl.metrics import RETRIEVED
+from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.present import of_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +132,7 @@ def scores_by_depth(grid: Grid, found: Found, samples: bool = False) -> JsonObje
     return result
 
 
-def _at_depth(grid: Grid, row: Sequence[JsonObject], depth: int, name: str) -> list[object]:
+def _at_depth(grid: Grid, row: Sequence[JsonObject], depth: int, name: str) -> list[Any]:
     return [prompt[name] for prompt in row[depth * grid.texts :][: grid.texts]]
 
 
@@ -147,7 +150,7 @@ class _Generated:
         tokenizer: "PreTrainedTokenizerBase",
         end_tokens: Sequence[int],
     ):
-        self.engine = make_engine(model, None, 0)
+        self.engine = make_engine(of_kind(HybridForCausalLM, model), None, 0)
         self.tokenizer = tokenizer
         self.params = SamplingParams(max_new_tokens=NEW_TOKENS, eos_token_ids=tuple(end_tokens))
 
@@ -177,7 +180,7 @@ class _Forced:
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         asked = hidden[:, -size:].flatten(0, 1)  # [B * A, D]
         targets = torch.tensor(self.answer * len(prompts), device=device)
-        answers = read_answers(asked, self.model.get_output_embeddings(), targets)
+        answers = read_answers(asked, output_head(self.model), targets)
         right = answers[:, 0].view(len(prompts), size).double().cpu()  # [B, A]
         return [{RETRIEVED.name: float(row.min()), "tokens": float(row.mean())} for row in right]
 

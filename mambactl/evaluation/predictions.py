@@ -88,7 +88,8 @@ class Predictions:
             {name: np.bincount(units, weights=self.values[who][name]) for name in PAIRED}
             for who in (ours, theirs)
         ]
-        tests = paired(*sums, np.bincount(units), bootstrap)
+        mine, others = sums
+        tests = paired(mine, others, np.bincount(units), bootstrap)
         about = {"resampled": self.resampled, "confidence": bootstrap.confidence}
         return {**about, "bootstrap": bootstrap.replicates, "tests": tests}
 
@@ -110,7 +111,7 @@ class Predictions:
         # the logarithm of the ratio of perplexities is one more mean
         columns = [*(values[name] for name in MEANS), values["ce"] - values["teacher_ce"]]
         found = mean_intervals(unit_sums(np.stack(columns, -1), units), counts, bootstrap)
-        result = dict(zip(MEANS, found, strict=False))
+        result: dict[str, list[float]] = dict(zip(MEANS, found, strict=False))
         logs = {"perplexity": "ce", "teacher_perplexity": "teacher_ce"}
         ends = {name: result[log] for name, log in logs.items()} | {"perplexity_ratio": found[-1]}
         result |= {name: [_exp(end) for end in pair] for name, pair in ends.items()}

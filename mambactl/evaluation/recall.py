@@ -28,6 +28,7 @@ from mambactl.data.recall_documents import (
     write_pairs,
 )
 from mambactl.errors import UsageError
+from mambactl.evaluation.output_head import output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,7 +151,7 @@ def measure_answers(
     for ids, picked in zip(*chunks, strict=True):
         with torch.autocast(ids.device.type, dtype=amp, enabled=amp is not None):
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        targets, head = ids.roll(-1, 1)[picked], model.get_output_embeddings()  # [n]
+        targets, head = ids.roll(-1, 1)[picked], output_head(model)  # [n]
         found.append(read_answers(hidden[picked].to(head.weight.dtype), head, targets))
     return torch.cat(found)
 
@@ -162,7 +163,7 @@ def recalled_by_row(answers: Tensor, probe: RecallProbe) -> np.ndarray:
     return torch.zeros(len(probe.answers), dtype=torch.double).index_add(0, rows, right).numpy()
 
 
-def read_answers(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+def read_answers(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """Right (0 or 1) and loss of n value tokens [n, 2]; hidden [n, D] after the final norm.
 
     Long rows ask for thousands of values, so logits exist for a part of them at a time.
@@ -172,7 +173,7 @@ def read_answers(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     return torch.cat([_read(piece, head, wanted) for piece, wanted in pieces])
 
 
-def _read(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+def _read(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     logits = head(hidden).float()  # [n, V]
     right = (logits.argmax(-1) == targets).float()
     loss = nn.functional.cross_entropy(logits, targets, reduction="none")

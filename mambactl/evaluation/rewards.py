@@ -8,15 +8,16 @@ whole next-token distributions, at every token of both answers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mambactl import console, metrics
 from mambactl.data.encoding import Example
-from mambactl.data.pack import Batch, collate, pack_whole
+from mambactl.data.pack import Batch, Row, collate, pack_whole
 from mambactl.data.preferences import Pair
 from mambactl.evaluation.fidelity import MEANS, Head, compare_logits
 from mambactl.json_values import JsonObject
@@ -67,7 +68,9 @@ def documents(pairs: Sequence[Pair]) -> list[Example]:
 
 
 @torch.no_grad()
-def token_logps(model: Any, texts: Sequence[Example], layout: Layout) -> list[np.ndarray]:
+def token_logps(
+    model: PreTrainedModel, texts: Sequence[Example], layout: Layout
+) -> list[np.ndarray]:
     """Log-probabilities (fp32) of the learned tokens of every document, in their order."""
     head = Head.of(model)
     found = [np.zeros(0, np.float32) for _ in texts]
@@ -85,7 +88,7 @@ def token_logps(model: Any, texts: Sequence[Example], layout: Layout) -> list[np
     return found
 
 
-def read_reference(model: Any, texts: Sequence[Example], layout: Layout) -> Reference:
+def read_reference(model: PreTrainedModel, texts: Sequence[Example], layout: Layout) -> Reference:
     """Keep the states of `model` for `texts`, in the order of `answer_states`."""
     with torch.no_grad():
         states = [part.hidden.cpu() for part in answer_states(model, texts, layout)]
@@ -94,7 +97,11 @@ def read_reference(model: Any, texts: Sequence[Example], layout: Layout) -> Refe
 
 @torch.no_grad()
 def compare_preferences(
-    policy: Any, reference: Reference, pairs: Sequence[Pair], layout: Layout, beta: float = 1.0
+    policy: PreTrainedModel,
+    reference: Reference,
+    pairs: Sequence[Pair],
+    layout: Layout,
+    beta: float = 1.0,
 ) -> JsonObject:
     """Numbers of `SCALARS` over pairs that `reference` was read for, and how many there are.
 
@@ -146,7 +153,9 @@ def _rewards(
 
 
 @torch.no_grad()
-def answer_states(model: Any, texts: Sequence[Example], layout: Layout) -> Iterator[States]:
+def answer_states(
+    model: PreTrainedModel, texts: Sequence[Example], layout: Layout
+) -> Iterator[States]:
     """States that predict learned tokens, in one order for all models; owners on the host."""
     width = min(layout.width, max(len(text.input_ids) for text in texts))
     rows, members = pack_whole(texts, width, layout.packing)
@@ -161,7 +170,7 @@ def answer_states(model: Any, texts: Sequence[Example], layout: Layout) -> Itera
         yield States(hidden[predicted.to(device)], targets.to(device), owner)
 
 
-def _owners(members: Sequence[Sequence[int]], rows: Sequence[object]) -> Tensor:
+def _owners(members: Sequence[Sequence[int]], rows: Sequence[Row]) -> Tensor:
     """Number of the document at every position [B, T]; padding counts as the first."""
     owner = np.stack(
         [
@@ -172,9 +181,9 @@ def _owners(members: Sequence[Sequence[int]], rows: Sequence[object]) -> Tensor:
     return torch.from_numpy(owner)
 
 
-def _hidden(model: Any, batch: Batch, amp: torch.dtype | None) -> Tensor:
+def _hidden(model: PreTrainedModel, batch: Batch, amp: torch.dtype | None) -> Tensor:
     """States after the final norm [B, T, D]; packed rows need a model that resets where asked."""
-    extra = {}
+    extra: dict[str, Tensor] = {}
     if batch.seq_idx is not None:
         extra = {"position_ids": batch.position_ids, "seq_idx": batch.seq_idx}
     # padding stands behind everything, where no causal model sees it

@@ -159,7 +159,9 @@ def _answers(model: CausalModel, prompts: list[Tensor], task: console.Task) -> _
 
 def _continued(model: CausalModel, row: Tensor) -> Tensor:
     ids = row[None]
-    found = model.generate(
+    # of a mixin, which not every class of transformers has
+    generate: Callable[..., Tensor] = getattr(model, "generate")  # noqa: B009
+    found = generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=_NEW_TOKENS,

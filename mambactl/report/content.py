@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from mambactl.evaluation.probes.probe import Probe
+from mambactl.evaluation.probes.probe import AnyProbe
 from mambactl.json_values import AnyObject
 from mambactl.metrics import Metric
 from mambactl.report.charts import Series
@@ -85,7 +84,7 @@ class Material:
         return numbers
 
 
-def section_of(probe: Probe[Any, Any, Any]) -> Section:
+def section_of(probe: AnyProbe) -> Section:
     """The empty section of a probe."""
     return Section(probe.name, probe.title, probe.about)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mambactl.evaluation.harness.task_metrics import main_metric, metrics_of
 from mambactl.evaluation.probes import PROBES
-from mambactl.evaluation.probes.probe import STUDENT, TEACHER, Probe
+from mambactl.evaluation.probes.probe import STUDENT, TEACHER, AnyProbe
 from mambactl.evaluation.probes.task_probe import BY_TASK, DIFFERENCES, MEAN
 from mambactl.json_values import AnyObject
 from mambactl.metrics import columns, number, signed, span
@@ -78,14 +78,14 @@ def layers(material: Material) -> Section:
     return section
 
 
-def numbers(probe: Probe[Any, Any, Any], material: Material) -> Section:
+def numbers(probe: AnyProbe, material: Material) -> Section:
     """Tables of a probe without charts of its own, one per data set."""
     section = section_of(probe)
     section.tables += _tables(material, section, probe)
     return section
 
 
-def _tables(material: Material, section: Section, probe: Probe[Any, Any, Any]) -> Iterator[Table]:
+def _tables(material: Material, section: Section, probe: AnyProbe) -> Iterator[Table]:
     sets: dict[str, list[tuple[Entry, AnyObject]]] = {}
     for entry in material.entries:
         for name, found in present(entry.metrics, probe.name).items():

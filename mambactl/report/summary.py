@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from mambactl.evaluation.harness.task_metrics import main_metric
 from mambactl.evaluation.probes import PROBES, lower_is_better
-from mambactl.evaluation.probes.probe import TEACHER, Probe
+from mambactl.evaluation.probes.probe import TEACHER, AnyProbe
 from mambactl.json_values import AnyObject, JsonObject
 from mambactl.metrics import CACHE, Format, Metric, number, percent
 from mambactl.report.entries import Entry, against_of
@@ -131,7 +130,7 @@ def _columns(
                 yield from ((_column(probe, each, data, found), each, found) for each in shown)
 
 
-def _column(probe: Probe[Any, Any, Any], metric: Metric, data: str, found: AnyObject) -> Column:
+def _column(probe: AnyProbe, metric: Metric, data: str, found: AnyObject) -> Column:
     group = probe.group or ("" if probe.by_set else probe.name)
     # the only data set of a probe may bear its name, which says nothing
     named = "" if group and data == probe.name else data_set(data, found)

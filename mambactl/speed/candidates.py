@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model
-from mambactl.decode.backend import NGRAM
+from mambactl.decode.backend import NGRAM, Draft
 from mambactl.errors import ModelError, UsageError
 from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
@@ -30,7 +30,7 @@ class Source:
 
     name: str
     target: Callable[[], HybridForCausalLM]
-    draft: Callable[[], HybridForCausalLM | str] | None = None
+    draft: Callable[[], Draft] | None = None
     successor: Tensor | None = None
     period: int = 1
 
@@ -42,14 +42,18 @@ class Source:
         return Subject(self.target(), self.name, bandwidth, self.successor, self.period, rounded)
 
 
+def _ngram() -> Draft:
+    return NGRAM
+
+
 def checkpoint(
     config: BenchConfig, spec: str, device: torch.device, dtype: torch.dtype, draft: str | None
 ) -> Source:
     """A model that is read from disk."""
     load = partial(_load, config, device, dtype)
-    helper = None
+    helper: Callable[[], Draft] | None = None
     if draft is not None:
-        helper = partial(str, NGRAM) if draft == NGRAM else partial(load, draft)
+        helper = _ngram if draft == NGRAM else partial(load, draft)
     return Source(spec, partial(load, spec), helper)
 
 
@@ -82,7 +86,7 @@ def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch
         sizes.append(SHAPES[config.draft]().vocab_size)
     # only tokens that a draft of a trimmed vocabulary has
     successor = successors(max(sizes), config.seed, limit=min(sizes))
-    helper = partial(str, NGRAM) if config.draft == NGRAM else None
+    helper: Callable[[], Draft] | None = _ngram if config.draft == NGRAM else None
     # an answer takes a whole period, and a very short one still the drafts' share of many tokens
     period = min(max(config.output_len, LEAST_PERIOD), len(successor) // 2)
     if len(sizes) > 1:

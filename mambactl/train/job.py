@@ -16,7 +16,9 @@ from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import looks_up
 from mambactl.models.transformers_names import recompute_activations
-from mambactl.options import MixedRowsConfig, SpreadConfig, TrainConfig
+from mambactl.options import MixedRowsConfig, SpreadConfig
+from mambactl.options.training import RowsConfig, TrainConfig
+from mambactl.present import of_kind
 from mambactl.ranks import placement, sharded
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class Job:
     """One training run: `dtype` is what matrices multiply in, weights that train are fp32."""
 
     stage: str
-    config: TrainConfig
+    config: RowsConfig
     source: str
     device: torch.device
     dtype: torch.dtype
@@ -38,7 +40,7 @@ class Job:
     day: date | None = None
 
     @classmethod
-    def of(cls, stage: str, config: TrainConfig, source: str) -> "Job":
+    def of(cls, stage: str, config: RowsConfig, source: str) -> "Job":
         """Place a run; raises UsageError for a type that cannot be trained in, or short rows."""
         device, dtype = placement(config)
         if dtype == torch.float16:
@@ -60,9 +62,10 @@ class Job:
         # (a temperature without do_sample); the result keeps the file that the source has
         ids = {name: getattr(model.generation_config, name) for name in TOKEN_IDS}
         model.generation_config = GenerationConfig(**ids)
-        if self.config.grad_checkpointing:
+        config = of_kind(TrainConfig, self.config)
+        if config.grad_checkpointing:
             recompute_activations(model)
-        if self.config.freeze_kept:
+        if config.freeze_kept:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(not looks_up(name))
         return model
@@ -99,7 +102,8 @@ class Job:
     def teacher_spec(self) -> str:
         """The teacher that is asked for, else the model the lineage started from."""
         trusted = self.config.trust_remote_code
-        return teacher_of(self.source, self.config.teacher, "--teacher", trusted)
+        asked = of_kind(TrainConfig, self.config).teacher
+        return teacher_of(self.source, asked, "--teacher", trusted)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer the student carries."""

@@ -16,6 +16,8 @@ from mambactl.data.row_files import is_on_hub
 from mambactl.errors import UsageError
 from mambactl.json_values import JsonObject
 from mambactl.models.mixers.registry import looks_up
+from mambactl.options.training import TrainConfig
+from mambactl.present import of_kind
 from mambactl.train.epochs import with_steps
 from mambactl.train.job import Job
 from mambactl.train.phases import parts_of, shapes_of
@@ -61,7 +63,7 @@ def plan_training(
         "tokens_at_most": job.budget,
         "recall_tokens_at_most": job.recall_budget,
         "estimated_bytes": _estimate(found["parameters"], job.dtype, with_teacher),
-    } | ({"frozen": _frozen(job)} if job.config.freeze_kept else {})
+    } | ({"frozen": _frozen(job)} if of_kind(TrainConfig, job.config).freeze_kept else {})
 
 
 def _frozen(job: Job) -> list[JsonObject]:

@@ -29,6 +29,7 @@ from mambactl.foreign import open_regular
 from mambactl.json_values import AnyObject, JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import TrainConfig
+from mambactl.options.training import TrainConfig
 from mambactl.present import of_kind
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw
@@ -48,7 +49,7 @@ def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> Run
         return OtherFolder(Path(out), {})
     require_apart(Path(out), _teacher_of_lineage(job))
     folder = RunFolder(Path(out), identity(job))
-    follow_steps(job.config, folder)
+    follow_steps(of_kind(TrainConfig, job.config), folder)
     folder.check(resume, force)
     return folder
 
@@ -74,12 +75,13 @@ def _teacher_of_lineage(job: Job) -> list[tuple[str, str]]:
     """The teacher that the run takes where no other is given; options name theirs."""
     origin = load_lineage(job.source) or {}
     found = origin.get("teacher") or origin.get("source")
-    return [("the teacher", found)] if isinstance(found, str) and not job.config.teacher else []
+    asked = of_kind(TrainConfig, job.config).teacher
+    return [("the teacher", found)] if isinstance(found, str) and not asked else []
 
 
 def identity(job: Job) -> JsonObject:
     """Everything that a resumed run has to repeat: options, and digests of the files they name."""
-    given = job.config.teacher
+    given = of_kind(TrainConfig, job.config).teacher
     return {
         "stage": job.stage,
         **job.config.model_dump(

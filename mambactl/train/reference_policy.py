@@ -3,10 +3,10 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder, load_kept
@@ -32,7 +32,7 @@ PIECE = 1024
 
 
 def precomputed(
-    folder: RunFolder, model: Any, pairs: Sequence[Pair], layout: Layout
+    folder: RunFolder, model: PreTrainedModel, pairs: Sequence[Pair], layout: Layout
 ) -> list[np.ndarray]:
     """Log-probabilities of all answer tokens of `pairs` [2 N].
 
@@ -56,7 +56,9 @@ def _kept(path: Path, pairs: Sequence[Pair]) -> list[np.ndarray] | None:
         return np.split(kept["logps"].numpy(), np.cumsum(kept["lengths"].numpy())[:-1])
 
 
-def _asked(path: Path, model: Any, pairs: Sequence[Pair], layout: Layout) -> list[np.ndarray]:
+def _asked(
+    path: Path, model: PreTrainedModel, pairs: Sequence[Pair], layout: Layout
+) -> list[np.ndarray]:
     found = token_logps(model, documents(pairs), layout)
     if not is_main():
         return found
@@ -83,8 +85,8 @@ class HeldOutPreferences:
 
     def __init__(
         self,
-        policy: Any,
-        reference: Any,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel,
         sets: Mapping[str, Sequence[Pair]],
         layout: Layout,
         beta: float,

@@ -3,9 +3,8 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
     has_bos_prefix,
@@ -13,22 +12,70 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mambactl import console
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
-from mambactl.decode.backend import make_engine
+from mambactl.decode.backend import AnyEngine, make_engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
 from mambactl.evaluation.likelihood import BatchSize, Request, log_likelihoods
 from mambactl.generation.completion import complete, rows_together
+from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.present import of_kind
 
 # rows where "auto" has to be a number
 ROLLING_ROWS = 64
 LONGER = "give a larger --task-max-length"
 # what the decode engine takes; a request that asks for more goes to transformers
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
+
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+
+    class HFLM(LM):
+        """The part of the harness's class that is used here, whose own types a decorator hides."""
+
+        model: PreTrainedModel
+        tokenizer: PreTrainedTokenizerFast
+        max_length: int
+        max_gen_toks: int
+        eot_token_id: int | None
+        prefix_token_id: int
+        add_bos_token: bool | None
+        chat_template_args: JsonObject
+
+        def __init__(
+            self,
+            pretrained: PreTrainedModel,
+            tokenizer: PreTrainedTokenizerBase,
+            batch_size: BatchSize,
+            max_length: int | None,
+        ): ...
+
+        def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list: ...
+
+        def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list: ...
+
+        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list: ...
+
+        def _loglikelihood_tokens(
+            self, requests: list, disable_tqdm: bool, override_bs: int | None
+        ) -> list: ...
+
+        def tok_decode(self, tokens: object, skip_special_tokens: bool = True) -> str: ...
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]: ...
+
+        def _model_call(self, inps: Tensor, *args: object, **kwargs: object) -> Tensor: ...
+
+        def _model_generate(self, context: Tensor, *args: object, **kwargs: object) -> Tensor: ...
+
+else:
+    from lm_eval.models.huggingface import HFLM
 
 
 class HarnessModel(HFLM):
@@ -45,9 +92,9 @@ class HarnessModel(HFLM):
         batch_size: BatchSize = 1,
         max_length: int | None = None,
     ):
-        self._rows = batch_size
+        self._rows: BatchSize = batch_size
         self._bar: console.Task | None = None
-        self._engine: Any = None
+        self._engine: AnyEngine | None = None
         self._renderer = ChatRenderer(tokenizer)
         # whether an answer failed here, and not in a task
         self.failed = False
@@ -96,7 +143,13 @@ class HarnessModel(HFLM):
                 "are read",
                 hint=LONGER,
             )
-        answers = log_likelihoods(self.model, asked, self.max_length, self._rows, self._advance)
+        answers = log_likelihoods(
+            of_kind(HybridForCausalLM, self.model),
+            asked,
+            self.max_length,
+            self._rows,
+            self._advance,
+        )
         for (pair, _, _), answer in zip(requests, answers, strict=True):
             if pair is not None:
                 self.cache_hook.add_partial("loglikelihood", pair, answer)
@@ -115,11 +168,12 @@ class HarnessModel(HFLM):
                     texts[index] = text
             return texts
 
-    def _generate_alike(self, requests: Sequence[object]) -> list[str]:
+    def _generate_alike(self, requests: "Sequence[Instance]") -> list[str]:
         """Answers to requests that have the same options."""
-        options = dict(normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks))
+        _, asked = requests[0].arguments
+        options: JsonObject = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
         if not self._ours or not options.keys() <= SAMPLING:
-            return super().generate_until(requests, disable_tqdm=True)
+            return super().generate_until(list(requests), disable_tqdm=True)
         end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(options.get("until"), eos=end)
         room = self.max_length - options["max_gen_toks"]
@@ -139,7 +193,7 @@ class HarnessModel(HFLM):
             max_new_tokens=options["max_gen_toks"],
             eos_token_ids=self._end_tokens(until),
         )
-        self._engine = self._engine or make_engine(self.model, None, 0)
+        self._engine = self._engine or make_engine(of_kind(HybridForCausalLM, self.model), None, 0)
         rows = rows_together(self.model.device, self._rows)
         found = complete(self._engine, self.tokenizer, prompts, params, until, rows, self._advance)
         texts = [
@@ -152,7 +206,8 @@ class HarnessModel(HFLM):
     def _end_tokens(self, until: Sequence[str]) -> tuple[int, ...]:
         """The end of a text, and stop texts that are one special token."""
         special = set(self.tokenizer.all_special_tokens) & set(until)
-        found = {self.eot_token_id, *self.tokenizer.convert_tokens_to_ids(sorted(special))}
+        ids = of_kind(list, self.tokenizer.convert_tokens_to_ids(sorted(special)))
+        found = {self.eot_token_id, *ids}
         return tuple(sorted(token for token in found if token is not None))
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> tuple[list, list]:
@@ -191,7 +246,7 @@ class HarnessModel(HFLM):
             bare[has_bos_prefix(text, begin)][text] = None
         found: dict[str, list[int]] = {}
         for begins, some in bare.items():
-            special = (
+            special: JsonObject = (
                 {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
             )
             if begins:
@@ -211,11 +266,11 @@ class HarnessModel(HFLM):
         self._bar = None
         self.failed = False
 
-    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _model_call(self, inps: Tensor, *args: object, **kwargs: object) -> Tensor:
         self._advance(len(inps))
         return super()._model_call(inps, *args, **kwargs)
 
-    def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _model_generate(self, context: Tensor, *args: object, **kwargs: object) -> Tensor:
         self._advance(len(context))
         return super()._model_generate(context, *args, **kwargs)
 

@@ -56,7 +56,9 @@ def summary(
     found: dict[str, float | None] = {}
     for column in columns:
         values = [scores.get(task, {}).get(column.metric) for task in column.tasks]
-        found[column.label] = None if None in values else sum(values) / len(values)
+        given = [value for value in values if value is not None]
+        complete = len(given) == len(values)
+        found[column.label] = sum(given) / len(given) if complete else None
     known = [value for value in found.values() if value is not None]
     found["average"] = sum(known) / len(known) if known else None
     return found

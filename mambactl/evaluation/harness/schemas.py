@@ -240,7 +240,7 @@ SOLUTION_SCHEMA = Schema("gen", {**_LM_COLUMNS, "answer": _FILLED}, GEN_SOLUTION
 _MARK = "#### "
 
 
-def schema_of(path: str, number: int, row: object) -> Schema:
+def schema_of(path: str, number: int, row: Row) -> Schema:
     """The schema whose columns a row has; UsageError names the row."""
     _check_object(path, number, row)
     for schema in SCHEMAS:
@@ -270,7 +270,7 @@ def _check_object(path: str, number: int, row: object) -> None:
         )
 
 
-def check_row(path: str, number: int, row: object, schema: Schema) -> None:
+def check_row(path: str, number: int, row: Row, schema: Schema) -> None:
     """Raise UsageError that names the row and what is wrong with it."""
     _check_object(path, number, row)
     if missing := [name for name in schema.columns if name not in row]:

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partialmethod
@@ -18,6 +18,7 @@ import lm_eval
 from lm_eval.api.model import CachingLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.caching import cache as request_cache
+from lm_eval.evaluator import evaluate as _evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from tqdm import tqdm
@@ -31,6 +32,9 @@ from mambactl.evaluation.harness.task_files import sandboxed_templates
 from mambactl.evaluation.harness.tasks import SUBJECT, HarnessOptions, LocalTask, Wanted
 from mambactl.foreign import reason
 from mambactl.json_values import JsonObject
+
+# its parameters are lost behind a decorator, and what it returns has other keys than it says
+evaluate: Callable[..., Any] = _evaluate
 
 # resamples behind the standard error of metrics that have no closed form
 BOOTSTRAP_ITERS = 1000
@@ -60,7 +64,9 @@ class LocalConfigurableTask(ConfigurableTask):
         for row in task.pool.rows if task.pool is not None else ():
             self.by_subject.setdefault(row.get(SUBJECT), []).append(row)
 
-    def fewshot_context(self, doc: JsonObject, num_fewshot: int, **options: Any) -> Any:
+    def fewshot_context(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, doc: JsonObject, num_fewshot: int, **options: Any
+    ) -> Any:
         """The prompt of one row, as the harness makes it."""
         if len(self.by_subject) > 1 and num_fewshot:
             self.sampler.replace_df(self.by_subject[doc[SUBJECT]])
@@ -82,7 +88,7 @@ def score(
         as_turns = options.fewshot_as_multiturn
         # simple_evaluate is this plus seconds of collecting the versions of everything installed
         with _requests_kept(wanted, tokenizer, options), _tasks_blamed(wanted, ours, options):
-            results = lm_eval.evaluate(
+            results: JsonObject = evaluate(
                 lm=kept or ours,
                 task_dict=loaded,
                 limit=options.limit,
@@ -165,12 +171,10 @@ def _load(wanted: Sequence[Wanted], options: HarnessOptions) -> JsonObject:
     return whole
 
 
-def _load_named(
-    manager: TaskManager, task: Wanted, options: HarnessOptions
-) -> dict[str, JsonObject] | None:
+def _load_named(manager: TaskManager, task: Wanted, options: HarnessOptions) -> JsonObject | None:
     """The tasks behind a name, None where the others go on without it."""
     try:
-        part = manager.load([task.name])
+        part: JsonObject = {**manager.load([task.name])}
     except Exception as error:  # the harness and its data sets fail in many ways
         if task.optional:
             console.warn(f"{task.name} is left out: it cannot be loaded ({reason(error)})")
@@ -253,7 +257,7 @@ def _quiet() -> Iterator[None]:
     logger, start_bar, variable = logging.getLogger("lm_eval"), tqdm.__init__, "DISABLE_MULTIPROC"
     level, before = logger.level, os.environ.get(variable)
     logger.setLevel(logging.ERROR)
-    tqdm.__init__ = partialmethod(start_bar, disable=True)
+    tqdm.__init__ = partialmethod(start_bar, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
     os.environ[variable] = "1"
     try:
         with redirect_stdout(io.StringIO()):

@@ -10,6 +10,7 @@ from mambactl.evaluation.harness.presets import PRESETS
 from mambactl.evaluation.harness.task_metrics import main_metric
 from mambactl.evaluation.statistics import Bootstrap, estimate, mean_difference_of
 from mambactl.json_values import JsonObject
+from mambactl.present import present
 
 if TYPE_CHECKING:
     from mambactl.evaluation.harness.scoring import TaskScores
@@ -43,7 +44,9 @@ def compare_scores(
     }
     pairs = dict(_pairs(ours, theirs, chosen))
     paired = {name: each for name, each in pairs.items() if each.documents is not None}
-    found = estimate([each.documents for each in paired.values()], mean_difference_of, bootstrap)
+    found = estimate(
+        [present(each.documents) for each in paired.values()], mean_difference_of, bootstrap
+    )
     intervals = dict(zip(paired, (each.interval for each in found.each), strict=True))
     result: JsonObject = {
         "confidence": bootstrap.confidence,
@@ -57,8 +60,8 @@ def compare_scores(
         },
     }
     if paired:
-        means = tuple(float(np.mean([e.scores[i] for e in paired.values()])) for i in (0, 1))
-        result["mean"] = _numbers(means, found.mean.interval) | {"tasks": len(paired)}
+        mine, guide = (float(np.mean([e.scores[i] for e in paired.values()])) for i in (0, 1))
+        result["mean"] = _numbers((mine, guide), found.mean.interval) | {"tasks": len(paired)}
     return result
 
 

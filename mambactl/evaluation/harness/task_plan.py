@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from mambactl import console
 from mambactl.checkpoint.load import load_tokenizer
@@ -27,6 +27,8 @@ from mambactl.evaluation.harness.tasks import (
 )
 from mambactl.files import CARD, cache_dir
 from mambactl.json_values import JsonObject
+from mambactl.options.evaluation import EvalBase
+from mambactl.present import present
 from mambactl.ranks import placement
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ class TaskPlan:
         """Task -> scores, None where only the harness knows."""
         if any(task.local is None for task in self.wanted):
             return None
-        known = {task.name: task.local.schema.metrics for task in self.wanted}
+        local = {task.name: present(task.local) for task in self.wanted}
+        known = {name: task.schema.metrics for name, task in local.items()}
         return known | {name: list(summary(PRESETS[name], {})) for name in self.presets}
 
 
@@ -163,7 +166,11 @@ def _samples(config: TaskOptions, source: str) -> Path | None:
 
 
 def harness_options(
-    plan: TaskPlan, config: TaskOptions, source: str, model: Any, compared: bool = False
+    plan: TaskPlan,
+    config: TaskOptions,
+    source: str,
+    model: "PreTrainedModel",
+    compared: bool = False,
 ) -> HarnessOptions:
     """Options of the harness; `compared` with another model, document by document."""
     longest = config.task_max_length
@@ -202,12 +209,12 @@ def _fingerprint(config: TaskOptions, source: str, max_length: int | None) -> st
         # results in the card say nothing about the answers
         if file.is_file() and file.name != CARD
     ]
-    device, dtype = placement(config)
+    device, dtype = placement(cast(EvalBase, config))
     whole = repr((str(path.resolve()), facts, device.type, str(dtype), max_length))
     return f"{path.stem}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
 
 
-def write_samples(folder: Path, samples: dict[str, Sequence[JsonObject]]) -> None:
+def write_samples(folder: Path, samples: Mapping[str, Sequence[JsonObject]]) -> None:
     """Write a file of requests and answers per task."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in samples.items():

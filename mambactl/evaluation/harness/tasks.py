@@ -20,6 +20,7 @@ from mambactl.evaluation.harness.schemas import (
     schema_of,
 )
 from mambactl.json_values import JsonObject
+from mambactl.present import present
 from mambactl.requirements import install_line
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
@@ -158,8 +159,9 @@ def load_local_task(
     if shots and found is None:
         pool = Pool(rows, own=True)
     elif shots:
-        ordered = found.parent.name != POOLS
-        pool = Pool(_read(str(found), None, schema)[0], ordered=ordered)
+        beside = present(found)
+        ordered = beside.parent.name != POOLS
+        pool = Pool(_read(str(beside), None, schema)[0], ordered=ordered)
     if pool is not None:
         _check_pool(path, rows, pool, shots)
     name = name or _stem(Path(path))

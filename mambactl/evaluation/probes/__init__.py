@@ -5,26 +5,26 @@ of the console, pages, comparisons, cards and bounds follow from it. Loading the
 heavy library: probes import theirs when they measure.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from pydantic import create_model
 
 from mambactl.errors import UsageError
-from mambactl.evaluation.harness.task_options import TaskNames, TaskPrompts
+from mambactl.evaluation.harness.task_options import TaskNames, TaskOptions, TaskPrompts
 from mambactl.evaluation.probes.agreement_probe import AgreementOptions, AgreementProbe
 from mambactl.evaluation.probes.fidelity_probe import FidelityProbe
 from mambactl.evaluation.probes.layer_probe import LayerOptions, LayerProbe
 from mambactl.evaluation.probes.needle_probe import NeedleOptions, NeedleProbe
 from mambactl.evaluation.probes.position_probe import PositionOptions, PositionProbe
 from mambactl.evaluation.probes.preference_probe import PreferenceOptions, PreferenceProbe
-from mambactl.evaluation.probes.probe import Probe
+from mambactl.evaluation.probes.probe import AnyProbe
 from mambactl.evaluation.probes.recall_probe import RecallOptions, RecallProbe
 from mambactl.evaluation.probes.task_probe import TaskProbe
 from mambactl.options.evaluation import Certainty, Controls, EvalBase, Outcome, Sizes, Text
 
-_ROWS: tuple[Probe[Any, Any, Any], ...] = (
+_ROWS: tuple[AnyProbe, ...] = (
     FidelityProbe(),
     LayerProbe(),
     TaskProbe(),
@@ -34,7 +34,7 @@ _ROWS: tuple[Probe[Any, Any, Any], ...] = (
     PreferenceProbe(),
     AgreementProbe(),
 )
-PROBES = {probe.name: probe for probe in _ROWS}
+PROBES: dict[str, AnyProbe] = {probe.name: probe for probe in _ROWS}
 
 # the order of the help: options of a probe that is not named here come before the last ones
 HELP = (
@@ -65,7 +65,8 @@ class _Measured(EvalBase):
     def require_coherent(self) -> None:
         """Raise UsageError where nothing is asked for, or options of probes contradict others."""
         asked = [probe for probe in PROBES.values() if probe.asked(self)]
-        if (self.control or self.ablate) and not any(probe.controlled for probe in asked):
+        changes = cast(Controls, self)
+        if (changes.control or changes.ablate) and not any(probe.controlled for probe in asked):
             what = "--control and --ablate measure nothing by themselves"
             raise UsageError(what, "add --data FILE")
         for probe in PROBES.values():
@@ -77,7 +78,7 @@ class _Measured(EvalBase):
             )
 
 
-def eval_options(probes: Iterable[Probe[Any, Any, Any]]) -> type[EvalBase]:
+def eval_options(probes: Iterable[AnyProbe]) -> type[EvalBase]:
     """The options of an `eval` with these probes."""
     owned = [part for probe in probes for part in probe.options]
     others = [part for part in HELP if part in owned or part not in _PARTS]
@@ -88,17 +89,28 @@ def eval_options(probes: Iterable[Probe[Any, Any, Any]]) -> type[EvalBase]:
         for part in parts
         for name, annotation in part.__annotations__.items()
     }
-    return create_model(
-        "EvalConfig",
-        __base__=_Measured,
-        __doc__="Fidelity to a teacher, recall, and task accuracy.",
-        __module__=__name__,
-        **fields,
-    )
+    about = "Fidelity to a teacher, recall, and task accuracy."
+    made: Callable[..., type[EvalBase]] = create_model
+    return made("EvalConfig", __base__=_Measured, __doc__=about, __module__=__name__, **fields)
 
 
 _PARTS = frozenset(part for probe in _ROWS for part in probe.options)
-EvalConfig = eval_options(_ROWS)
+if TYPE_CHECKING:
+
+    class EvalConfig(
+        PreferenceOptions,
+        AgreementOptions,
+        RecallOptions,
+        LayerOptions,
+        NeedleOptions,
+        PositionOptions,
+        TaskOptions,
+        _Measured,
+    ):
+        """Options of `eval`, as type checkers see them."""
+
+else:
+    EvalConfig = eval_options(_ROWS)
 
 
 def lower_is_better(name: str) -> bool:

@@ -16,6 +16,7 @@ from mambactl.evaluation.probes.probe import (
 from mambactl.json_values import JsonObject
 from mambactl.options.evaluation import EvalOptions
 from mambactl.options.fields import Tokens
+from mambactl.present import present
 
 if TYPE_CHECKING:
     from mambactl.decode.prompts import Prompt
@@ -54,7 +55,7 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
         """Read `limit` prompts, which are one data set."""
         from mambactl.generation.decoding import read_prompts
 
-        return {self.name: read_prompts(config.generation_agreement)[: config.limit]}
+        return {self.name: read_prompts(present(config.generation_agreement))[: config.limit]}
 
     def plan(self, inputs: Prompts | None) -> JsonObject:
         """Number of prompts, for a dry run."""
@@ -70,12 +71,13 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
         from mambactl.evaluation.agreement import Pair, forced_agreement, generation_agreement
         from mambactl.generation.completion import complete, rows_together
         from mambactl.generation.decoding import end_tokens
+        from mambactl.generation.detokenizer import text_of
 
         tokenizer = subject.tokenizer
         encoded = encode_all(inputs[self.name], tokenizer)
         texts = []
         with console.progress("generated texts", 2 * len(encoded)) as task:
-            for model in (subject.model, subject.teacher):
+            for model in (subject.model, present(subject.teacher)):
                 params = SamplingParams(
                     max_new_tokens=config.generation_tokens,
                     eos_token_ids=end_tokens(model, tokenizer),
@@ -90,7 +92,7 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
             {
                 "prompt": str(prompt.messages[-1]["content"])[:LONGEST],
                 **{
-                    who: tokenizer.decode(tokens, skip_special_tokens=True).strip()[:LONGEST]
+                    who: text_of(tokenizer, tokens).strip()[:LONGEST]
                     for who, tokens in ((STUDENT, pair.student), (TEACHER, pair.teacher))
                 },
             }

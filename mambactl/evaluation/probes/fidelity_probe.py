@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mambactl import console
 from mambactl.evaluation.probes.probe import (
@@ -19,8 +20,12 @@ from mambactl.evaluation.probes.probe import (
 from mambactl.json_values import JsonObject
 from mambactl.metrics import AGREEMENT, KL, Metric, exact, signed, significant, span
 from mambactl.options.evaluation import EvalOptions, rows_per_pass
+from mambactl.present import present
 
-Texts = dict[str, list[JsonObject]]
+if TYPE_CHECKING:
+    from mambactl.data.sources import Document
+
+Texts = dict[str, "list[Document]"]
 # whose means by position are shown
 BY_POSITION = (KL, AGREEMENT)
 
@@ -73,7 +78,7 @@ class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
                 for example in encode_rows(rows, subject.tokenizer, rules=subject.rules)
             ]
             sizes = (config.max_length, rows_per_pass(config))
-            predictions = predict(subject.variants, subject.teacher, documents, *sizes)
+            predictions = predict(subject.variants, present(subject.teacher), documents, *sizes)
             counts = {
                 "documents": len(documents),
                 "rows": predictions.row_count,

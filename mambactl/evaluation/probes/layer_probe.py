@@ -17,6 +17,7 @@ from mambactl.evaluation.probes.probe import (
 from mambactl.json_values import JsonObject
 from mambactl.metrics import exact
 from mambactl.options.evaluation import EvalOptions, rows_per_pass
+from mambactl.present import of_kind, present
 
 
 class LayerOptions(EvalOptions):
@@ -57,7 +58,7 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
         from mambactl.evaluation.layers import require_layers
 
         for spec in filter(None, (asked.source, config.against)):
-            require_layers(model_config(spec), model_config(asked.teacher))
+            require_layers(model_config(spec), model_config(present(asked.teacher)))
 
     def labels(self, inputs: Texts) -> list[str]:
         """Return no labels: the data sets are named already."""
@@ -67,6 +68,7 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
         """Measure both students."""
         from mambactl.data.format import encode_rows
         from mambactl.evaluation.layers import layer_errors
+        from mambactl.models.hybrid import HybridForCausalLM
 
         found: dict[str, dict[str, Numbers]] = {}
         for name, rows in inputs.items():
@@ -78,8 +80,8 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
             found[name] = {}
             for who in (STUDENT, AGAINST):
                 if who in subject.variants:
-                    model = subject.variants[who].model
-                    errors = layer_errors(model, subject.teacher, documents, *sizes)
+                    model = of_kind(HybridForCausalLM, subject.variants[who].model)
+                    errors = layer_errors(model, present(subject.teacher), documents, *sizes)
                     found[name][who] = {str(layer): error for layer, error in errors.items()}
         return found
 

@@ -8,6 +8,7 @@ from mambactl import console
 from mambactl.evaluation.probes.probe import Asked, Numbers, Probe, Subject
 from mambactl.options.evaluation import EvalOptions, rows_per_pass
 from mambactl.options.fields import Names
+from mambactl.present import present
 
 if TYPE_CHECKING:
     from mambactl.data.preferences import PairSet
@@ -74,7 +75,9 @@ class PreferenceProbe(Probe[PreferenceOptions, "dict[str, PairSet]", "dict[str, 
         with console.progress(self.name, total) as task:
             for name, found in inputs.items():
                 if found.pairs:
-                    states = read_reference(subject.teacher, documents(found.pairs), layout)
+                    states = read_reference(
+                        present(subject.teacher), documents(found.pairs), layout
+                    )
                     numbers = compare_preferences(subject.model, states, found.pairs, layout)
                     left_out = {key: found.counts()[key] for key in ("bad", "too_long")}
                     measured[name] = numbers | left_out

@@ -5,18 +5,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, cast
 
 from mambactl import console, metrics
 from mambactl.errors import UsageError
 from mambactl.json_values import JsonObject
-from mambactl.metrics import Metric
+from mambactl.metrics import Metric, Numbers
 from mambactl.options.evaluation import EvalOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mambactl.data.format import Rules
+    from mambactl.data.sources import Document
     from mambactl.evaluation.fidelity import Variant
     from mambactl.evaluation.statistics import Bootstrap
     from mambactl.models.hybrid import HybridForCausalLM
@@ -26,7 +27,6 @@ STUDENT, AGAINST, TEACHER = "student", "against", "teacher"
 Options = TypeVar("Options", bound=EvalOptions)
 Inputs = TypeVar("Inputs")
 Found = TypeVar("Found")
-Numbers = JsonObject
 # data set -> student, teacher or control -> numbers
 ByVariant = Mapping[str, Mapping[str, Numbers]]
 
@@ -60,7 +60,7 @@ class Asked:
         return Rules(vocabulary=size)
 
     @cached_property
-    def texts(self) -> dict[str, list[JsonObject]]:
+    def texts(self) -> "dict[str, list[Document]]":
         """Rows of --data by data set."""
         from mambactl.data.sources import load_rows, set_names
 
@@ -162,7 +162,8 @@ class Probe(Generic[Options, Inputs, Found]):
 
     def labels(self, inputs: Inputs) -> list[str]:
         """Parts that the probe adds to the name of the results."""
-        return list(inputs)
+        # by data set, unless a probe says otherwise
+        return list(cast(Mapping[str, object], inputs))
 
     def known(self, inputs: Inputs, teacher: str | None) -> dict[str, Sequence[str]] | None:
         """Data set -> numbers that may have a bound; None where only the measurement knows.
@@ -177,9 +178,10 @@ class Probe(Generic[Options, Inputs, Found]):
 
     def show(self, subject: Subject, found: Found) -> None:
         """Print a table: a line per data set."""
-        numbers = list(self.present(found.values()))
+        by_set = cast(Mapping[str, Numbers], found)
+        numbers = list(self.present(by_set.values()))
         against = f" against {subject.teacher_name}" if self.teacher == "needed" else ""
-        lines = [(name, *(each.shown(one) for each in numbers)) for name, one in found.items()]
+        lines = [(name, *(each.shown(one) for each in numbers)) for name, one in by_set.items()]
         headings = (each.label or each.name for each in numbers)
         console.table(f"{self.name} of {subject.source}{against}", ("set", *headings), lines)
 
@@ -198,7 +200,7 @@ class Probe(Generic[Options, Inputs, Found]):
             if self.bounds
         }
 
-    def present(self, found: Iterator[Numbers] | Sequence[Numbers]) -> Iterator[Metric]:
+    def present(self, found: Iterable[Numbers]) -> Iterator[Metric]:
         """The numbers that some data set has."""
         every = list(found)
         return (each for each in self.metrics if any(each.name in one for one in every))
@@ -242,3 +244,7 @@ def require_text(asked: bool, config: EvalOptions) -> None:
     """Raise UsageError for a comparison on text without any."""
     if asked and not config.data:
         raise UsageError("--against and --per-layer compare on text", "add --data FILE")
+
+
+# a row of the table, whose options, inputs and results are its own
+AnyProbe: TypeAlias = Probe[Any, Any, Any]

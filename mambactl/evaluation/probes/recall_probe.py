@@ -100,7 +100,8 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
         if teacher is None:
             return dict.fromkeys(inputs, own)
         every = [each.name for each in RECALL_RATIOS]
-        return dict.fromkeys(inputs, [*own, RECALL_RATIO.name]) | {self.name: every}
+        known: dict[str, Sequence[str]] = dict.fromkeys(inputs, [*own, RECALL_RATIO.name])
+        return known | {self.name: every}
 
     def measure(
         self, config: RecallOptions, inputs: "dict[str, Rows]", subject: Subject
@@ -119,10 +120,11 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
                 for name, variant in models.items():
                     with variant.during():
                         answers = measure_answers(variant.model, rows, rows_per_pass(config))
-                    measured[data][name] = found = summarise_answers(answers, rows.width)
+                    kept: Numbers = {**summarise_answers(answers, rows.width)}
+                    measured[data][name] = kept
                     by_row[name].append(recalled_by_row(answers, rows))
                     if config.save_samples:
-                        found["samples"] = {"recalled": by_row[name][-1].tolist()}
+                        kept["samples"] = {"recalled": by_row[name][-1].tolist()}
                     task.advance()
         result = Recalled(measured, inputs)
         if subject.teacher is not None:

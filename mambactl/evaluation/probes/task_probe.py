@@ -18,10 +18,12 @@ from mambactl.evaluation.probes.probe import (
 )
 from mambactl.json_values import JsonObject
 from mambactl.metrics import MEAN_DIFFERENCE, exact, signed, span
+from mambactl.present import present
 
 if TYPE_CHECKING:
     from mambactl.evaluation.harness.scoring import TaskScores
     from mambactl.evaluation.harness.task_plan import TaskPlan
+    from mambactl.models.hybrid import HybridForCausalLM
 
 # the student's scores less the teacher's among the results
 DIFFERENCES, BY_TASK, MEAN = "task_differences", "by_task", "mean"
@@ -72,9 +74,10 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
     def known(self, inputs: "TaskPlan", teacher: str | None) -> dict[str, Sequence[str]] | None:
         """Scores of local tasks: only the harness knows those of its own, once it loads them."""
         found = inputs.metrics()
-        if found is None or teacher is None:
-            return found
-        return found | {self.name: [MEAN_DIFFERENCE.name]}
+        if found is None:
+            return None
+        known: dict[str, Sequence[str]] = {**found}
+        return known if teacher is None else {**known, self.name: [MEAN_DIFFERENCE.name]}
 
     def measure(self, config: TaskOptions, inputs: "TaskPlan", subject: Subject) -> Scored:
         """Score the student, and a teacher that is another model on the same documents."""
@@ -82,20 +85,17 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
         from mambactl.evaluation.harness.task_plan import harness_options, score_wanted
 
         teacher = subject.models.get(TEACHER)
-        every = [
-            score_wanted(
-                model,
-                subject.tokenizer,
-                inputs.wanted,
-                harness_options(inputs, config, name, model, compared=teacher is not None),
-            )
-            for name, model in ((subject.source, subject.model), (subject.teacher_name, teacher))
-            if model is not None
-        ]
+
+        def scored(name: str, model: "HybridForCausalLM") -> "TaskScores":
+            options = harness_options(inputs, config, name, model, compared=teacher is not None)
+            return score_wanted(model, subject.tokenizer, inputs.wanted, options)
+
+        ours = scored(subject.source, subject.model)
         if teacher is None:
-            return Scored(inputs, *every)
-        found = compare_scores(*every, inputs.presets, bootstrap_of(config))
-        return Scored(inputs, *every, found)
+            return Scored(inputs, ours)
+        theirs = scored(present(subject.teacher_name), teacher)
+        found = compare_scores(ours, theirs, inputs.presets, bootstrap_of(config))
+        return Scored(inputs, ours, theirs, found)
 
     def show(self, subject: Subject, found: Scored) -> None:
         """Print the harness's table, those of the presets, and one of student and teacher."""
