@@ -406,9 +406,8 @@ def _checkpoint(line: str) -> str:
     try:
         found = json_value(line)
     except ValueError as error:
-        raise UsageError(
-            f"stdin starts with {{ but is not one line of JSON ({reason(error)})"
-        ) from None
+        problem = f"stdin starts with {{ but is not one line of JSON ({reason(error)})"
+        raise UsageError(problem) from None
     checkpoint = found.get("checkpoint") if isinstance(found, dict) else None
     if not isinstance(checkpoint, str) or not checkpoint:
         raise UsageError("the JSON line on stdin has no `checkpoint`")
@@ -445,8 +444,7 @@ def drawn(block: str | Table) -> str:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 10_000
-    written = StringIO()
-    console = Console(file=written, width=width, no_color=True)
+    console = Console(file=(written := StringIO()), width=width, no_color=True)
     console.print(grid(block.title, block.columns, block.rows, block.numbers))
     lines = [line.rstrip() for line in written.getvalue().splitlines()]
     return "\n".join(line for line in lines if line)

@@ -1,9 +1,12 @@
 """Figures of matplotlib, which is no dependency of most commands."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mambactl.errors import ResourceError
 from mambactl.requirements import install_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # dots per inch of a picture
 DPI = 150
@@ -14,7 +17,7 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def new_figure(inches: tuple[float, float]) -> Any:
+def new_figure(inches: tuple[float, float]) -> "Figure":
     """An empty figure; ResourceError without matplotlib."""
     try:
         # no window system and no global state: the figure is drawn into a file

@@ -5,11 +5,12 @@ without end) is refused, as a damaged file is.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mambactl.bounds import YAML_BYTES, YAML_VALUES
 from mambactl.errors import UsageError
 from mambactl.foreign import blamed, excerpt, read_text
+from mambactl.json_values import Json
 
 if TYPE_CHECKING:
     from yaml import MappingNode, Node, ScalarNode
@@ -24,17 +25,17 @@ _PLAIN = {_MERGE, _INT, _TEXT} | {_TAG + name for name in ("null", "bool", "floa
 _DIGITS = 40
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Json:
     """The value in a YAML file; raises UsageError that names the file."""
     return parse_yaml(read_text(path, UsageError, YAML_BYTES, MEND), path)
 
 
-def parse_yaml(text: str, where: Path | str) -> Any:
+def parse_yaml(text: str, where: Path | str) -> Json:
     """The value of a YAML text; raises UsageError that names `where`."""
     return _construct(_compose(text, where), where)
 
 
-def read_with_functions(path: Path) -> tuple[Any, list[str]]:
+def read_with_functions(path: Path) -> tuple[Json, list[str]]:
     """The value in a YAML file, in which `!function NAME` is text, and all those names.
 
     Raises UsageError as `read_yaml` does.
@@ -57,7 +58,7 @@ def _compose(text: str, where: Path | str) -> "Node | None":
             raise UsageError(f"{where} is nested too deeply", MEND) from None
 
 
-def _construct(node: "Node | None", where: Path | str) -> Any:
+def _construct(node: "Node | None", where: Path | str) -> Json:
     import yaml
 
     if node is None:

@@ -185,7 +185,7 @@ def substitute(value: object, outputs: Mapping[str, str]) -> Any:
     return REFERENCE.sub(lambda match: outputs[match[1]], value)
 
 
-def resolved(recipe: Recipe) -> dict[str, dict[str, tuple[Any, str]]]:
+def resolved(recipe: Recipe) -> dict[str, dict[str, tuple[object, str]]]:
     """Return for each section every key with its value and its origin, `recipe` or `default`."""
     whole = {}
     for section in recipe.sections:
@@ -218,7 +218,7 @@ def _read(path: Path) -> dict[str, object]:
     return content
 
 
-def _named(value: object) -> Any:
+def _named(value: object) -> object:
     """The value with text for every key: `75:` and `"75":` are one name."""
     if isinstance(value, list):
         return [_named(item) for item in value]
@@ -227,7 +227,7 @@ def _named(value: object) -> Any:
     return value
 
 
-def _section(key: str, body: Any, seed: dict[str, object], path: Path) -> Section:
+def _section(key: str, body: object, seed: dict[str, object], path: Path) -> Section:
     stage, at, label = key.partition("@")
     if stage not in (known := stages()):
         raise UsageError(f"{path}: {excerpt(key)} is not a stage", nearest(stage, known))
@@ -277,7 +277,7 @@ def _placed(section: Section, values: dict[str, object], path: Path) -> Section:
     return section
 
 
-def _located(value: object, folder: Path) -> Any:
+def _located(value: object, folder: Path) -> object:
     if isinstance(value, list):
         return [_located(item, folder) for item in value]
     if isinstance(value, str) and _is_beside(folder, split_weight(value)[0]):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -34,7 +34,7 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.positions import RotaryEmbedding
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -324,7 +324,7 @@ def _listed(label: str, names: list[str]) -> str:
 
 def _generation_config(
     path: Path, files: Mapping[str, str | bytes], model: HybridForCausalLM
-) -> Any:
+) -> "GenerationConfig":
     from transformers import GenerationConfig
 
     if GENERATION not in files:

@@ -17,10 +17,10 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from mambactl import console
 from mambactl.checkpoint.exchange import exchange, rename_new
@@ -181,7 +181,7 @@ def signals_deferred() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[int, signal.Handlers | int | Callable[[int, FrameType | None], object] | None] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, lambda number, _: arrived.append(number))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from transformers import PretrainedConfig
@@ -23,6 +23,7 @@ from mambactl.checkpoint.publishing import WorkFolder
 from mambactl.errors import OutputError
 from mambactl.files import LEDGER, PLOT, explained
 from mambactl.json_values import AnyObject
+from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
 
@@ -142,7 +143,7 @@ class CheckpointWriter(TensorWriter):
 
 
 def save_model(
-    model: Any,
+    model: HybridForCausalLM,
     out: Path,
     side_files: Mapping[str, str | bytes],
     lineage: AnyObject | None,
@@ -157,7 +158,7 @@ def save_model(
 
 
 def write_model(
-    model: Any,
+    model: HybridForCausalLM,
     path: Path,
     single: bool,
     side_files: Mapping[str, str | bytes],
@@ -176,7 +177,7 @@ def write_model(
             file.release()
 
 
-def _write_tensors(target: TensorWriter | TensorFile, model: Any) -> None:
+def _write_tensors(target: TensorWriter | TensorFile, model: HybridForCausalLM) -> None:
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mambactl.bounds import TENSORS
 from mambactl.checkpoint.lineage_record import checked_lineage
@@ -18,7 +17,7 @@ def parse_config(text: str | bytes, where: Path) -> JsonObject:
     return json_object(text, where, CONFIG, object_hook=_special_float)
 
 
-def _special_float(value: JsonObject) -> Any:
+def _special_float(value: JsonObject) -> object:
     # how transformers spells infinity, which JSON lacks
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from mambactl import console
 from mambactl.units import decimal_size, duration
@@ -38,7 +38,7 @@ def show_plan(stage: str, plan: Mapping[str, object]) -> None:
         console.show(each, level=0)
 
 
-def _listed(title: str, rows: Sequence[Mapping[str, object]]) -> Any:
+def _listed(title: str, rows: Sequence[Mapping[str, object]]) -> object:
     """A row for each; a column for each where they say more than a line holds."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     cells = [
@@ -50,7 +50,7 @@ def _listed(title: str, rows: Sequence[Mapping[str, object]]) -> Any:
     return console.grid(title, headings, cells, numbers=True)
 
 
-def _flat(plan: Mapping[str, object], above: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(plan: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
     for key, value in plan.items():
         name = f"{above} {key}".strip()
         if isinstance(value, Mapping):
@@ -59,7 +59,7 @@ def _flat(plan: Mapping[str, object], above: str = "") -> Iterator[tuple[str, An
             yield name, value
 
 
-def _leaves(row: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
+def _leaves(row: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     return ((name, value) for name, value in _flat(row) if not _is_table(value))
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mambactl import console
 from mambactl.errors import ExitCode, MambactlError, ResourceError, UsageError
@@ -108,7 +108,7 @@ def of_this_run(stage: str, config: StageConfig) -> StageConfig:
 def signals_passed_to(children: Sequence[subprocess.Popen]) -> Iterator[None]:
     """Give SIGINT and SIGTERM to children that have process groups of their own."""
 
-    def forward(number: int, frame: Any) -> None:
+    def forward(number: int, frame: object) -> None:
         for child in children:
             child.send_signal(number)
 

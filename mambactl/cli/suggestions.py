@@ -111,7 +111,8 @@ def _variants(name: str) -> list[str]:
         content = read_yaml(recipe_folder() / f"{name}.yaml")
     except MambactlError:
         return []
-    return [str(variant) for variant in (content or {}).get("variants") or {}]
+    variants = content.get("variants") if isinstance(content, dict) else None
+    return list(variants) if isinstance(variants, dict) else []
 
 
 def _checkpoints(folder: Path) -> Iterator[str]:

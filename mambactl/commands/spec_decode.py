@@ -1,8 +1,7 @@
 """`spec-decode`: speculative decoding measured against plain decoding of the same prompts."""
 
-from typing import Any
-
 from mambactl import console
+from mambactl.decode.backend import AnyEngine
 from mambactl.decode.engine import Generation
 from mambactl.decode.equality import require_equal
 from mambactl.decode.sampler import SamplingParams
@@ -58,7 +57,7 @@ def plan(config: SpecDecodeConfig, source: str) -> JsonObject:
     return decoding.plan(config, source, prompts) | {"check": config.check}
 
 
-def _warm_up(setup: decoding.Setup, *engines: Any) -> None:
+def _warm_up(setup: decoding.Setup, *engines: AnyEngine) -> None:
     """Keep first-call costs out of the times."""
     few = SamplingParams(max_new_tokens=WARMUP_TOKENS)
     for engine in engines:

@@ -293,11 +293,11 @@ def _present(base: HybridConfig, section: str) -> Any:
     return None
 
 
-def _has_bias(settings: Any) -> bool:
+def _has_bias(settings: object) -> bool:
     return getattr(settings, "proj_bias", False)
 
 
-def _require_same_rotation(section: str, wanted: Any, present: Any) -> None:
+def _require_same_rotation(section: str, wanted: object, present: Any) -> None:
     """Raise UsageError where of the mixers of one model only some would be rotary."""
     if getattr(wanted, "rotary", False) != getattr(present, "rotary", False):
         raise UsageError(

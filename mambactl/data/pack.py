@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -264,7 +264,7 @@ def ahead(source: Iterator[Batch], pin: bool) -> Iterator[Iterator[Batch]]:
         thread.join()
 
 
-def _taken(ready: "queue.Queue[Any]") -> Iterator[Batch]:
+def _taken(ready: "queue.Queue[Batch | BaseException]") -> Iterator[Batch]:
     while True:
         item = ready.get()
         if isinstance(item, BaseException):

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from mambactl.checkpoint.hub_refusals import accept_terms, log_in, url_of
 from mambactl.checkpoint.resolve import hub_forbidden
@@ -62,7 +62,7 @@ def _names(path: Path) -> Iterator[str]:
         yield from names
 
 
-def read_folder(folder: Folder) -> Iterator[tuple[int, Any]]:
+def read_folder(folder: Folder) -> Iterator[tuple[int, object]]:
     """Rows of a folder, each with its number; raises UsageError for a folder without a set."""
     path = _snapshot(Path(folder.path))
     if (path / _SAVED).exists() or (path / _SAVED_SPLITS).exists():
@@ -138,7 +138,7 @@ def hub_parts(spec: str) -> re.Match[str]:
     return match
 
 
-def read_hub(spec: str) -> Iterator[tuple[int, Any]]:
+def read_hub(spec: str) -> Iterator[tuple[int, object]]:
     """Rows of a set on the hub, each with its number."""
     match = hub_parts(spec)
     split = match["split"] or TRAIN

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from mambactl import console
 from mambactl.data.bad_rows import BadRows
@@ -89,7 +89,10 @@ def _pool(
                 return
 
 
-def round_robin(sources: Sequence[Iterator[Any]]) -> Iterator[Any]:
+Item = TypeVar("Item")
+
+
+def round_robin(sources: Sequence[Iterator[Item]]) -> Iterator[Item]:
     """One item of every source, then the next of each, until all are empty."""
     waiting = list(sources)
     while waiting:

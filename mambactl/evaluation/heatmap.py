@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mambactl.figures import DPI, literal, new_figure
+from mambactl.present import present
 
 # even to the eye, in grey and to the colour-blind
 COLOURS = "cividis"
@@ -37,6 +38,6 @@ def draw_grids(
     every[0].set_ylabel("depth of the needle")
     figure.suptitle(literal(title))
     figure.tight_layout()
-    figure.colorbar(image, ax=list(every), label="retrieved")
+    figure.colorbar(present(image), ax=list(every), label="retrieved")
     # a format by name: the file is written under another one first
     figure.savefig(out, dpi=DPI, format="png")

@@ -172,10 +172,8 @@ class RecurrentCache(HeldTensors):
         `raw` [B, T, Ch] are the inputs of the convolution, None without one.
         """
         if cursor.settle and cursor.rolled_back:
-            y, kept, live = multi_step(
-                step, present(self.state), present(self.records), cursor.held, records, query,
-                cursor.n_new,
-            )  # fmt: skip
+            before = present(self.state), present(self.records), cursor.held
+            y, kept, live = multi_step(step, *before, records, query, cursor.n_new)
         else:
             y, live = run(step, present(self.live), records, query, cursor.n_new)
             kept = self.live if cursor.settle else self.state
@@ -293,7 +291,6 @@ class HybridCache(Cache):
         device: torch.device | str = "cpu",
         recording: bool = False,
     ):
-        # caches of this package in the place of those of transformers
         super().__init__(layers=config.layer_caches())  # pyright: ignore[reportArgumentType]
         self.recording = recording
         self._begin(batch_size, device)

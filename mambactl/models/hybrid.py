@@ -98,7 +98,7 @@ class HybridModel(HybridPreTrainedModel):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         cache: HybridCache | None = None,
-        **others: Any,
+        **others: object,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T] -> hidden states [B, T, D] after the final norm.
 

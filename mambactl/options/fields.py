@@ -29,11 +29,11 @@ WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 HEAD = re.compile(r"(\d{1,9})\.(\d{1,9})")
 
 
-def _as_list(value: object) -> Any:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _split_commas(value: object) -> Any:
+def _split_commas(value: object) -> object:
     parts = [value] if isinstance(value, str | int) else value
     if not isinstance(parts, list | tuple):
         return value
@@ -41,7 +41,7 @@ def _split_commas(value: object) -> Any:
     return [piece.strip() if isinstance(piece, str) else piece for row in split for piece in row]
 
 
-def _as_number(value: object) -> Any:
+def _as_number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
@@ -54,7 +54,7 @@ def head_numbers(heads: str) -> list[tuple[int, int]]:
     return [(int(match[1]), int(match[2])) for match in found if match is not None]
 
 
-def _head_names(value: object) -> Any:
+def _head_names(value: object) -> object:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = ",".join(value)
     if value is None:
@@ -95,7 +95,7 @@ class OpenChoice:
         return core_schema.no_info_wrap_validator_function(_name, handler(source))
 
 
-def _name(value: object, usual: Callable[[Any], Any]) -> Any:
+def _name(value: object, usual: Callable[[object], object]) -> Any:
     return value if isinstance(value, str) and value.isidentifier() else usual(value)
 
 

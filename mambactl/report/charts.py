@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mambactl.figures import new_figure
 from mambactl.json_values import JsonObject
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 # about as wide as a phone: text keeps its size there, and two fit side by side elsewhere
 INCHES = (4.9, 3.1)
@@ -177,7 +182,7 @@ def heat(
 
 
 @contextmanager
-def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
+def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple["Figure", "Axes"]]:
     new_figure(inches)  # says what is missing before matplotlib is imported here
     from matplotlib import rc_context
 
@@ -194,7 +199,7 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple[Any, Any]]:
         yield figure, figure.add_subplot()
 
 
-def _curve(axes: Any, each: Series) -> None:
+def _curve(axes: "Axes", each: Series) -> None:
     style: JsonObject = {"lw": 0.7, "alpha": 0.55}
     points = list(each.drawn())
     if not each.faint:
@@ -238,12 +243,12 @@ def _titled(texts: Iterator[str], found: re.Match[str]) -> str:
     return f"<use {found[1]}><title>{escape(next(texts))}</title></use>"
 
 
-def _label(axes: Any, x: str, y: str) -> None:
+def _label(axes: "Axes", x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
 
 
-def _ticks_at_points(axes: Any, series: Iterable[Series]) -> None:
+def _ticks_at_points(axes: "Axes", series: Iterable[Series]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
     ticks = sorted({x for each in series for x, _ in each.points})
@@ -254,7 +259,7 @@ def _ticks_at_points(axes: Any, series: Iterable[Series]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
 
 
-def _plain_ticks(axis: Any) -> None:
+def _plain_ticks(axis: "Axis") -> None:
     """Numbers as people write them, also between powers of ten where there are few of those."""
     from matplotlib.ticker import LogLocator
 
@@ -287,7 +292,7 @@ def named_apart(svg: str, prefix: str) -> str:
     return text.replace("url(#", f"url(#{prefix}").replace('href="#', f'href="#{prefix}')
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: "Figure") -> str:
     figure.tight_layout(pad=0.4)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

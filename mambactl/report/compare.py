@@ -5,7 +5,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ from mambactl.figures import new_figure
 from mambactl.files import RESULTS, explained
 from mambactl.json_values import JsonObject
 from mambactl.options import BenchConfig, StageConfig
-from mambactl.present import present
+from mambactl.present import of_kind, present
 from mambactl.report.collect import collect, kept_beside
 from mambactl.report.page import write_report
 from mambactl.report.results import file_name, write_results
@@ -31,15 +31,15 @@ class MeasuringCommand(Protocol):
 
     STAGE: str
 
-    def plan(self, config: Any, source: str | None) -> JsonObject:
+    def plan(self, config: StageConfig, source: str | None) -> JsonObject:
         """Resolve and check everything, measure nothing."""
         ...
 
-    def measure(self, config: Any, source: str | None) -> StageResult:
+    def measure(self, config: StageConfig, source: str | None) -> StageResult:
         """Measure one model and keep the numbers, whatever they are."""
         ...
 
-    def check(self, config: Any, metrics: JsonObject) -> None:
+    def check(self, config: StageConfig, metrics: JsonObject) -> None:
         """Raise CheckError where a bound does not hold."""
 
 
@@ -114,14 +114,14 @@ def show(files: Sequence[Path]) -> None:
 
 
 def _measure(
-    command: MeasuringCommand, config: Any, source: str | None, report: Path
+    command: MeasuringCommand, config: StageConfig, source: str | None, report: Path
 ) -> StageResult:
     result = command.measure(config, source)
     if result.kept is not None:
         return result
     folder = report.with_name(f"{report.stem}.{RESULTS}")
     stage = command.STAGE
-    path = folder / file_name(stage, source or _without_model(config))
+    path = folder / file_name(stage, source or _without_model(of_kind(BenchConfig, config)))
     with explained(path, "free some space", "give --report a place that can be written"):
         folder.mkdir(exist_ok=True)
         write_results(path, stage, source, config, result.metrics)
@@ -135,7 +135,7 @@ def _without_model(config: BenchConfig) -> str:
 
 def _check(
     command: MeasuringCommand,
-    config: Any,
+    config: StageConfig,
     sources: Sequence[str | None],
     results: Sequence[StageResult],
 ) -> None:

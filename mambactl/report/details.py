@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from mambactl.evaluation.harness.task_metrics import main_metric, metrics_of
 from mambactl.evaluation.probes import PROBES
@@ -34,7 +33,9 @@ MOST_TICKS = 18
 
 def students(entries: list[Entry]) -> Iterator[Entry]:
     """Every entry, and behind it the student that it was tested against, as one of its own."""
-    known: list[tuple[str, Any]] = [(each.model, each.metrics.get("fidelity")) for each in entries]
+    known: list[tuple[str, object]] = [
+        (each.model, each.metrics.get("fidelity")) for each in entries
+    ]
     for entry in entries:
         yield entry
         other = present(entry.metrics, "against")
@@ -110,7 +111,7 @@ def tasks(material: Material) -> Section:
     """Scores with their intervals, a row per task; its numbers have every score of every part."""
     section = section_of(PROBES["tasks"])
     names: dict[str, None] = {}
-    models: dict[str, list[tuple[str, float, Any]]] = {}
+    models: dict[str, list[tuple[str, float, tuple[float, float] | None]]] = {}
     rows = []
     for entry in material.entries:
         parts = parts_of_groups(entry.metrics)

@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mambactl.evaluation.probes import PROBES
 from mambactl.files import LEDGER, SINGLE_FILE_SUFFIXES
@@ -95,7 +94,7 @@ def _walk(node: object, above: Json, source: Source) -> Iterator[Entry]:
         yield from _walk(part, about | given, where)
 
 
-def _parts(node: AnyObject) -> Iterator[tuple[str, Any]]:
+def _parts(node: AnyObject) -> Iterator[tuple[str, object]]:
     """Members, the elements of lists, and sections, each with its path."""
     for key, value in node.items():
         if key == "sections" and isinstance(value, Mapping):

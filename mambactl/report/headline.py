@@ -4,7 +4,6 @@ picture, a table with the teacher's row, and texts of both.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from mambactl import metrics
 from mambactl.evaluation.probes.agreement_probe import SAMPLES
@@ -209,7 +208,7 @@ def _samples(material: Material, section: Section) -> Iterator[Table]:
     cites = []
     for entry in material.entries:
         for numbers in present(entry.metrics, "generation").values():
-            texts: Any = numbers.get(SAMPLES) if isinstance(numbers, Mapping) else None
+            texts: object = numbers.get(SAMPLES) if isinstance(numbers, Mapping) else None
             for one in texts or ():
                 cells = (entry.model, one["prompt"], one["student"], one["teacher"])
                 rows.append([Cell(text, number=False) for text in cells])

@@ -68,7 +68,7 @@ def _fields(metrics: Iterable[Metric]) -> JsonObject:
     return {each.name: (words.get(each.write, Number) | None, None) for each in metrics}
 
 
-def _read_intervals(found: object) -> Any:
+def _read_intervals(found: object) -> object:
     """Check the intervals that stand beside their numbers."""
     for name, value in found.items() if isinstance(found, Mapping) else ():
         if name.endswith("_ci"):
@@ -176,19 +176,19 @@ class _Config(_Kept):
     draft: str | None = None
 
 
-def _by_set(found: object) -> Any:
+def _by_set(found: object) -> object:
     """Fidelity by data set, also where a file has that of a single one without its name."""
     return {"": found} if isinstance(found, Mapping) and KL.name in found else found
 
 
-def _parts(found: object) -> Any:
+def _parts(found: object) -> object:
     """Measurements by name; words and numbers beside them are not read."""
     if not isinstance(found, Mapping):
         return found
     return {name: part for name, part in found.items() if isinstance(part, Mapping)}
 
 
-def _part(found: object) -> Any:
+def _part(found: object) -> object:
     """The name of a model stands where others have facts about it."""
     return found if isinstance(found, Mapping) else {}
 

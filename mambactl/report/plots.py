@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mambactl.errors import UsageError
 from mambactl.figures import DPI, literal, new_figure
 from mambactl.json_values import JsonObject
 from mambactl.metrics import KL
 from mambactl.report.kept_results import read_ledger
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # phases whose loss is a divergence from the teacher's logits
 LOGITS = ("stepwise", "logits")
@@ -58,6 +62,6 @@ def draw(ledgers: Mapping[str, Path], out: Path) -> None:
     figure.savefig(out, dpi=DPI, format="png")
 
 
-def _axes() -> tuple[Any, Any]:
+def _axes() -> tuple["Figure", "Axes"]:
     figure = new_figure(INCHES)
     return figure, figure.add_subplot()

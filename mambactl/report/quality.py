@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from mambactl.evaluation.probes import PROBES
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT
@@ -174,7 +173,7 @@ def _paired_tests(material: Material, section: Section) -> Iterator[Table]:
 
 
 def _by_position(
-    material: Material, section: Section, data: str, measured: list[tuple[Entry, Any]]
+    material: Material, section: Section, data: str, measured: list[tuple[Entry, AnyObject]]
 ) -> Iterator[Figure]:
     buckets = {bucket for _, found in measured for bucket in found.get("by_position", {})}
     labels = sorted(buckets, key=lambda bucket: int(re.findall(r"\d+", bucket)[0]))

@@ -2,8 +2,6 @@
 read at before and after it.
 """
 
-from typing import Any
-
 import torch
 
 from mambactl import console
@@ -15,7 +13,7 @@ from mambactl.speed.limits import Numbers, at_bandwidth
 
 
 def conditions(
-    config: StageConfig, device: torch.device, dtype: torch.dtype, **more: Any
+    config: StageConfig, device: torch.device, dtype: torch.dtype, **more: object
 ) -> JsonObject:
     """Machine, versions, date, type of the weights, read bandwidth and options; logs the bandwidth.
 

@@ -2,11 +2,14 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 from mambactl import console
 from mambactl.ranks import processes
+
+Handler = signal.Handlers | int | Callable[[int, FrameType | None], object]
 
 
 class StopRequest:
@@ -22,7 +25,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self.unsaved = False
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, Handler | None] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

@@ -29,7 +29,6 @@ from mambactl.foreign import open_regular
 from mambactl.json_values import AnyObject, JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import TrainConfig
-from mambactl.options.training import TrainConfig
 from mambactl.present import of_kind
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw

@@ -72,7 +72,9 @@ def add_inner_loss(model: nn.Module) -> None:
     plain = model.forward
 
     @functools.wraps(plain)
-    def forward(*args: Any, inner_loss: Callable[[nn.Module], Any] | None = None, **kwargs: Any):
+    def forward(
+        *args: object, inner_loss: Callable[[nn.Module], object] | None = None, **kwargs: object
+    ) -> object:
         return plain(*args, **kwargs) if inner_loss is None else inner_loss(model)
 
     model.forward = forward

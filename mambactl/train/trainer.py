@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -132,8 +131,8 @@ def _tolerate(tracker: TrainerCallback, folder: RunFolder) -> None:
     """Make the first failure of a tracker a warning, after which it is left alone."""
     failed: list[Exception] = []
 
-    def tolerant(event: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def tolerant(event: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
             if failed:
                 return None
             try:

@@ -1,7 +1,5 @@
 """Llama and Mistral: a hybrid that has only attention layers, under the same tensor names."""
 
-from typing import Any
-
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 from mambactl.checkpoint.adapted import Adapted, build_config, same_names
@@ -59,7 +57,7 @@ def window_of(reader: Reader, native: PretrainedConfig) -> int | None:
     return native.sliding_window if windows else None
 
 
-def all_attention(reader: Reader, native: PretrainedConfig, **own: Any) -> Adapted:
+def all_attention(reader: Reader, native: PretrainedConfig, **own: object) -> Adapted:
     """A Llama with the fields of `native`; keywords say where its family differs."""
     fields: JsonObject = {
         name: value for name in _FIELDS if (value := getattr(native, name, None)) is not None

@@ -4,8 +4,6 @@ Qwen2 (arXiv 2407.10671) has biases on queries, keys and values, Qwen3 (arXiv 25
 every head of queries and keys.
 """
 
-from typing import Any
-
 from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
 from mambactl.checkpoint.adapted import Adapted, build_config
@@ -23,7 +21,7 @@ def adapt_qwen3(reader: Reader) -> Adapted:
     return _adapt(reader, Qwen3Config, qk_norm=True)
 
 
-def _adapt(reader: Reader, family: type[PretrainedConfig], **own: Any) -> Adapted:
+def _adapt(reader: Reader, family: type[PretrainedConfig], **own: object) -> Adapted:
     native = build_config(reader, family, reader.config)
     window = window_of(reader, native)
     return all_attention(reader, native, sliding_window=window, **own_tokens(native), **own)

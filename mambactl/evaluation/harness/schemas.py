@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from mambactl.errors import UsageError
 from mambactl.json_values import AnyObject, JsonObject
@@ -186,7 +185,7 @@ class Column:
     """One column of a schema: how it is described to a user and what makes a value valid."""
 
     meaning: str
-    valid: Callable[[Any, Row], bool]
+    valid: Callable[[object, Row], bool]
 
 
 _TEXT = Column("text", _is_text)

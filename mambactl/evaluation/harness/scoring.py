@@ -60,13 +60,13 @@ class LocalConfigurableTask(ConfigurableTask):
 
     def __init__(self, task: LocalTask):
         super().__init__(config=task.config())
-        self.by_subject: dict[Any, list[JsonObject]] = {}
+        self.by_subject: dict[object, list[JsonObject]] = {}
         for row in task.pool.rows if task.pool is not None else ():
             self.by_subject.setdefault(row.get(SUBJECT), []).append(row)
 
     def fewshot_context(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, doc: JsonObject, num_fewshot: int, **options: Any
-    ) -> Any:
+    ) -> object:
         """The prompt of one row, as the harness makes it."""
         if len(self.by_subject) > 1 and num_fewshot:
             self.sampler.replace_df(self.by_subject[doc[SUBJECT]])
@@ -210,7 +210,7 @@ def _set_shots(leaf: Any, task: Wanted, options: HarnessOptions) -> None:
     leaf.set_fewshot_seed(options.fewshot_seed)
 
 
-def _manager(names: Sequence[str], folder: str | None) -> Any:
+def _manager(names: Sequence[str], folder: str | None) -> TaskManager:
     """Task manager of the harness: of a folder's tasks alone where they are enough."""
     if not names:
         folder = None

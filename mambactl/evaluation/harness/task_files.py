@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mambactl.errors import UsageError
 from mambactl.foreign import excerpt
@@ -71,7 +70,7 @@ def _code(content: object) -> Iterator[str]:
             yield f"writes into {shown}"
 
 
-def _pairs(content: object) -> Iterator[tuple[Any, Any]]:
+def _pairs(content: object) -> Iterator[tuple[object, object]]:
     """Every key and its value, at any depth, except in worked examples, whose keys are columns."""
     rest = [content]
     while rest:

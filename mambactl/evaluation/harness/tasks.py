@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from mambactl.data.row_containers import rows_of
 from mambactl.data.row_files import require_there
@@ -20,6 +19,7 @@ from mambactl.evaluation.harness.schemas import (
     schema_of,
 )
 from mambactl.json_values import JsonObject
+from mambactl.options.fields import BatchSize
 from mambactl.present import present
 from mambactl.requirements import install_line
 
@@ -103,7 +103,7 @@ class HarnessOptions:
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     limit: int | None = None
-    batch_size: Any = "auto"
+    batch_size: BatchSize = "auto"
     max_length: int | None = None
     seed: int = 0
     fewshot_seed: int = 1234
