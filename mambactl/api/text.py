@@ -170,9 +170,13 @@ def generate(
         raise UsageError(f"prompts are {prompts!r}", "give a text, or a list of texts")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     options = {
-        "k": k, "batch_size": batch_size, "chat": chat, "ignore_eos": ignore_eos,
-        "prefix_cache": prefix_cache, "prefix_cache_gb": prefix_cache_gb,
-    }  # fmt: skip
+        "k": k,
+        "batch_size": batch_size,
+        "chat": chat,
+        "ignore_eos": ignore_eos,
+        "prefix_cache": prefix_cache,
+        "prefix_cache_gb": prefix_cache_gb,
+    }
     handle, setup = _prepared(model, texts, params, draft, options)
     with handle.engine(setup) as engine:
         result = decoding.decode(engine, setup.prompts, setup.params, batch_size)
@@ -207,9 +211,12 @@ def stream(
     True
     """
     options = {
-        "k": k, "chat": chat, "ignore_eos": ignore_eos, "prefix_cache": prefix_cache,
+        "k": k,
+        "chat": chat,
+        "ignore_eos": ignore_eos,
+        "prefix_cache": prefix_cache,
         "prefix_cache_gb": prefix_cache_gb,
-    }  # fmt: skip
+    }
     return _pieces(*_prepared(model, [prompt], params, draft, options))
 
 

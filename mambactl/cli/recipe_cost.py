@@ -150,10 +150,15 @@ def cost_of(recipe: Recipe, sections: Sequence[Section] = ()) -> Total:
 def show_cost(total: Total) -> None:
     """Print what the sections take, and what is fetched for them."""
     rows = [
-        (each.key, f"{each.tokens:,}" if each.tokens else "", shown_hours(each.hours),
-         shown_bytes(each.memory), shown_bytes(each.disk))
+        (
+            each.key,
+            f"{each.tokens:,}" if each.tokens else "",
+            shown_hours(each.hours),
+            shown_bytes(each.memory),
+            shown_bytes(each.disk),
+        )
         for each in total.sections
-    ]  # fmt: skip
+    ]
     sums = (shown_hours(total.hours), shown_bytes(total.memory), shown_bytes(total.disk))
     rows.append(("together", f"{total.tokens:,}", *sums))
     columns = ("section", "tokens", "hours", "memory", "disk")

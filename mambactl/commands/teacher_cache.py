@@ -190,9 +190,13 @@ def _fill(
     per_shard = max(1, SHARD_TOKENS // config.max_length)
     drawing = Drawing(config.samples, config.temperature, config.power, config.seed)
     state = fitted(
-        _State, folder.load_state() or {}, folder.path, "its state", OutputError,
+        _State,
+        folder.load_state() or {},
+        folder.path,
+        "its state",
+        OutputError,
         "start again with --force",
-    )  # fmt: skip
+    )
     first = state.shards
     with console.progress("rows", len(rows)) as bar:
         bar.advance(min(len(rows), first * per_shard))

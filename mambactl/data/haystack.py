@@ -92,9 +92,10 @@ class Haystack:
         unique = sorted({token for row in self.documents for token in row})
         names = tokenizer.convert_ids_to_tokens(unique)
         self.ends = {
-            token for token, name in zip(unique, names, strict=True)
+            token
+            for token, name in zip(unique, names, strict=True)
             if name is not None and name.endswith(_SENTENCE_ENDS)
-        }  # fmt: skip
+        }
         self.seed = seed
 
     def read(self, length: int, name: str) -> list[int]:

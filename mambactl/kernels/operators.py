@@ -33,7 +33,7 @@ def ssd(
     from mambactl.kernels.sequence.ssd import BLOCKS, scan
 
     with torch.cuda.device_of(x):
-        return scan(x, dt, A, B, C, initial_state, documents, BLOCKS[x.dtype].tile, x.dtype)
+        return scan(x, dt, A, B, C, initial_state, documents, BLOCKS[x.dtype].tile, y_dtype=x.dtype)
 
 
 @ssd.register_fake
@@ -69,7 +69,7 @@ def _ssd_backward(
     from mambactl.kernels.sequence.ssd_backward import ssd_backward
 
     with torch.cuda.device_of(x):
-        return tuple(ssd_backward(dy, d_final, x, dt, A, B, C, documents, entering))
+        return tuple(ssd_backward(dy, d_final, x, dt, A, B, C, documents, entering=entering))
 
 
 @_ssd_backward.register_fake
@@ -90,7 +90,9 @@ def _return_ssd(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: None) ->
     x, dt, A, B, C, documents, entering = ctx.saved_tensors
     if dy is None:
         dy = x.new_zeros(*dt.shape, x.shape[3])
-    *gradients, initial_state = _ssd_backward(dy, d_final, x, dt, A, B, C, documents, entering)
+    *gradients, initial_state = _ssd_backward(
+        dy, d_final, x, dt, A, B, C, documents, entering=entering
+    )
     return *gradients, initial_state if ctx.started else None, None
 
 

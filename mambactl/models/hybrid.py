@@ -130,10 +130,14 @@ class HybridModel(HybridPreTrainedModel):
                 hidden[:, a:b],
                 None if attention_mask is None else attention_mask[:, :b],
                 None if position_ids is None else position_ids[:, a:b],
-                None, None, cache, use_cache, *outputs,
+                None,
+                None,
+                cache,
+                use_cache,
+                *outputs,
             )
             for a, b in ((0, start), (start, length))
-        )  # fmt: skip
+        )
         return joined(*parts)
 
     def _read(

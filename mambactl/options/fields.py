@@ -133,12 +133,25 @@ DistillPhases = Annotated[
 Losses = Annotated[
     list[
         Literal[
-            "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair",
-            "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+            "sigmoid",
+            "sigmoid_norm",
+            "hinge",
+            "ipo",
+            "robust",
+            "exo_pair",
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+            "aot",
+            "aot_unpaired",
+            "apo_zero",
+            "apo_down",
+            "discopop",
+            "sft",
         ]
     ],
     BeforeValidator(_split_commas),
-]  # fmt: skip
+]
 Weights = Annotated[list[Annotated[float, Field(ge=0)]], BeforeValidator(_split_commas)]
 
 

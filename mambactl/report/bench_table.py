@@ -51,9 +51,12 @@ def _results(name: str, content: JsonObject) -> Iterator[Result]:
 def _numbers(files: Sequence[tuple[str, JsonObject]]) -> list[Metric]:
     """The columns: all of a point, but for the first token's where no result has it."""
     points = [
-        point for name, content in files for result in _results(name, content)
-        for point in result["points"] if isinstance(point, dict)
-    ]  # fmt: skip
+        point
+        for name, content in files
+        for result in _results(name, content)
+        for point in result["points"]
+        if isinstance(point, dict)
+    ]
     timed = any(metrics.FIRST_TOKEN.name in point for point in points)
     return [each for each in metrics.group("point") if timed or each is not metrics.FIRST_TOKEN]
 

@@ -130,8 +130,15 @@ def dots(
                 if bounds:
                     axes.hlines(row + shift, *bounds, color=colour(each.colour), lw=1.2)
                 tip = f"{each.name}, {labels[int(row)]}: {value:,.4g}"
-                axes.plot([value], [row + shift], marker=marker(each.colour), ms=5.5, ls="",
-                          color=colour(each.colour), gid=_tips([tip]))  # fmt: skip
+                axes.plot(
+                    [value],
+                    [row + shift],
+                    marker=marker(each.colour),
+                    ms=5.5,
+                    ls="",
+                    color=colour(each.colour),
+                    gid=_tips([tip]),
+                )
         if mark is not None:
             axes.axvline(mark, color=SOFT, lw=1.2, ls=_LINES["dashed"])
         axes.set_yticks(range(len(labels)), labels)
@@ -171,8 +178,15 @@ def heat(
         for row, values in enumerate(scores):
             for column, value in enumerate(values):
                 light = value > 0.55
-                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
-                          color="#111111" if light else "#ffffff")  # fmt: skip
+                axes.text(
+                    column,
+                    row,
+                    f"{100 * value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="#111111" if light else "#ffffff",
+                )
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(length=0)
@@ -187,13 +201,26 @@ def _drawing(inches: tuple[float, float] = INCHES) -> Iterator[tuple["Figure", "
     from matplotlib import rc_context
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": "mambactl", "font.size": 10.5,
-        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "xtick.color": GRID,
-        "ytick.color": GRID, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True,
-        "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-        "axes.formatter.use_mathtext": False, "text.parse_math": False,
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": "mambactl",
+        "font.size": 10.5,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": GRID,
+        "xtick.color": GRID,
+        "ytick.color": GRID,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "axes.grid": True,
+        "grid.color": GRID,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "axes.formatter.use_mathtext": False,
+        "text.parse_math": False,
+    }
     with rc_context(style):  # pyright: ignore[reportArgumentType]
         figure = new_figure(inches)
         yield figure, figure.add_subplot()

@@ -164,24 +164,33 @@ def named_apart(found: Found) -> Found:
 
 def teachers_of(entries: Iterable[Entry]) -> list[str]:
     """Every teacher that something was measured by."""
-    return list(dict.fromkeys(
-        entry.metrics["teacher"] for entry in entries
-        if isinstance(entry.metrics.get("teacher"), str)
-        and any(map(_is_relative, entry.metrics))
-    ))  # fmt: skip
+    return list(
+        dict.fromkeys(
+            entry.metrics["teacher"]
+            for entry in entries
+            if isinstance(entry.metrics.get("teacher"), str)
+            and any(map(_is_relative, entry.metrics))
+        )
+    )
 
 
 def _others(metrics: AnyObject) -> Iterator[str]:
     """Names of a teacher, a baseline, and a student tested against."""
     against = metrics.get(AGAINST)
     other = against.get("model") if isinstance(against, Mapping) else None
-    yield from (name for name in (metrics.get("teacher"), metrics.get("baseline"), other)
-                if isinstance(name, str))  # fmt: skip
+    yield from (
+        name
+        for name in (metrics.get("teacher"), metrics.get("baseline"), other)
+        if isinstance(name, str)
+    )
 
 
 def _renamed(metrics: AnyObject, called: Mapping[str, str]) -> JsonObject:
-    new: JsonObject = {key: called[metrics[key]] for key in ("teacher", "baseline")
-           if isinstance(metrics.get(key), str)}  # fmt: skip
+    new: JsonObject = {
+        key: called[metrics[key]]
+        for key in ("teacher", "baseline")
+        if isinstance(metrics.get(key), str)
+    }
     against = metrics.get(AGAINST)
     if isinstance(against, Mapping) and isinstance(against.get("model"), str):
         new[AGAINST] = {**against, "model": called[against["model"]]}

@@ -75,8 +75,10 @@ def run(
     if len(sources) == 1:
         only = results[0]
         return StageResult(only.path, only.metrics | {"report": str(report)}, only.text, only.kept)
-    models = [{"checkpoint": each.path, "metrics": each.metrics, "results": str(each.kept)}
-              for each in results]  # fmt: skip
+    models = [
+        {"checkpoint": each.path, "metrics": each.metrics, "results": str(each.kept)}
+        for each in results
+    ]
     return StageResult(None, {"report": str(report), "models": models}, str(report))
 
 
@@ -104,11 +106,15 @@ def show(files: Sequence[Path]) -> None:
         (
             f"  {row.name}" if row.kind == CONTROL else row.name,
             # one word each, which is not broken where lines are short
-            *(column.write(row.cells[column].value).replace(" ", "") if column in row.cells else ""
-              for column in found.columns),
+            *(
+                column.write(row.cells[column].value).replace(" ", "")
+                if column in row.cells
+                else ""
+                for column in found.columns
+            ),
         )
         for row in found.rows
-    ]  # fmt: skip
+    ]
     title = f"{len(files)} models" + (f" on {', '.join(sets)}" if len(sets) == 1 else "")
     console.table(title, ("model", *columns), rows)
 

@@ -70,10 +70,15 @@ def layers(material: Material) -> Section:
         alt = f"Relative error of {len(every)} layers of {len(series)} models"
         cites = [material.cite(section, entry) for entry, _ in measured]
         texts = [
-            ((str(layer), *(number(e[str(layer)]) if str(layer) in e else "" for _, e in measured)),
-             sorted({n for each in cites for n in each}))
+            (
+                (
+                    str(layer),
+                    *(number(e[str(layer)]) if str(layer) in e else "" for _, e in measured),
+                ),
+                sorted({n for each in cites for n in each}),
+            )
             for layer in every
-        ]  # fmt: skip
+        ]
         table = numbers_of(title, ["layer", *(entry.model for entry, _ in measured)], texts)
         section.figures.append(Figure(title, svg, alt, legend(series), table=table))
     return section

@@ -47,11 +47,13 @@ def draw(ledgers: Mapping[str, Path], out: Path) -> None:
         if kinds["training"]:
             held = bool(kinds["held out"])
             label = None if held else f"{name} (training loss)"
-            axes.plot(*zip(*kinds["training"], strict=True), color=colour, lw=0.7, alpha=0.45,
-                      label=label)  # fmt: skip
+            axes.plot(
+                *zip(*kinds["training"], strict=True), color=colour, lw=0.7, alpha=0.45, label=label
+            )
         if kinds["held out"]:
-            axes.plot(*zip(*kinds["held out"], strict=True), color=colour, marker="o", ms=3,
-                      label=name)  # fmt: skip
+            axes.plot(
+                *zip(*kinds["held out"], strict=True), color=colour, marker="o", ms=3, label=name
+            )
     axes.set_yscale("log")
     axes.set_xlabel("tokens")
     axes.set_ylabel("KL to the teacher, nats per token")

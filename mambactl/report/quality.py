@@ -216,10 +216,13 @@ def controls(material: Material) -> Section:
     for data, models in sets.items():
         variants = list(dict.fromkeys(name for own in models.values() for name in own))
         series = [
-            Series(name, index, [(own[name][0], row) for row, own in enumerate(models.values())
-                                 if name in own])
+            Series(
+                name,
+                index,
+                [(own[name][0], row) for row, own in enumerate(models.values()) if name in own],
+            )
             for index, name in enumerate(variants)
-        ]  # fmt: skip
+        ]
         values = [value for own in models.values() for value, _ in own.values() if value > 0]
         spread = bool(values) and max(values) > SPREAD * min(values)
         title = f"Student and controls, {data}"
@@ -259,8 +262,17 @@ def training(material: Material) -> Section:
         svg = charts.lines(series, "M tokens trained on", KL.axis, log_y=True)
         alt = f"KL to the teacher over the tokens trained on, for {len(legend(series))} runs"
         note = "Marked: held-out text. Thin: the training loss, averaged over neighbouring batches."
-        if len({line.get("eval_tokens") for each in material.ledgers
-                for line in each.lines if KL.name in line}) > 1:  # fmt: skip
+        if (
+            len(
+                {
+                    line.get("eval_tokens")
+                    for each in material.ledgers
+                    for line in each.lines
+                    if KL.name in line
+                }
+            )
+            > 1
+        ):
             note += " The held-out text is not the same in all runs."
         table = numbers_of("Held-out KL", ["model", "M tokens", "KL"], rows) if rows else None
         section.figures.append(Figure(title, svg, alt, legend(series), note, table))
@@ -308,17 +320,22 @@ def recall(material: Material) -> Section:
             forms.setdefault(parts[1], []).append((int(parts[2]), column))
     for form, lengths in forms.items():
         lengths.sort(key=lambda pair: pair[0])
-        rows = [row for row in found.rows if row.kind != CONTROL
-                and any(column in row.cells for _, column in lengths)]  # fmt: skip
+        rows = [
+            row
+            for row in found.rows
+            if row.kind != CONTROL and any(column in row.cells for _, column in lengths)
+        ]
         title = f"Recall, {form}"
         texts = [
             (
-                (row.name, *(c.write(row.cells[c].value) if c in row.cells else ""
-                             for _, c in lengths)),
+                (
+                    row.name,
+                    *(c.write(row.cells[c].value) if c in row.cells else "" for _, c in lengths),
+                ),
                 material.cite(section, *_with(row, "recall")),
             )
             for row in rows
-        ]  # fmt: skip
+        ]
         table = numbers_of(title, ["model", *(f"{n:,} tokens" for n, _ in lengths)], texts)
         if len(lengths) < 2:
             section.tables.append(table)
@@ -369,8 +386,10 @@ def needle(material: Material) -> Section:
             svg = charts.heat(found.shares, rows, depths, "depth of the needle, %", "tokens")
             alt = f"{title}: {len(columns)} depths of {len(rows)} lengths"
             cites = material.cite(section, entry)
-            texts = [((f"{n:,}", *map(percent, row)), cites)
-                     for n, row in zip(found.lengths, found.shares, strict=True)]  # fmt: skip
+            texts = [
+                ((f"{n:,}", *map(percent, row)), cites)
+                for n, row in zip(found.lengths, found.shares, strict=True)
+            ]
             table = numbers_of(title, ["tokens", *columns], texts)
             section.figures.append(Figure(title, svg, alt, table=table))
     return section

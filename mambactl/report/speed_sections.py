@@ -87,11 +87,13 @@ def throughput(material: Material) -> Section:
     if points:
         drafted = [DRAFT] if any(_draft(point) for point in points) else []
         rows = [
-            [Cell(point.model, number=False),
-             *(Cell(_draft(point), number=False) for _ in drafted),
-             *written(point.numbers, columns)]
+            [
+                Cell(point.model, number=False),
+                *(Cell(_draft(point), number=False) for _ in drafted),
+                *written(point.numbers, columns),
+            ]
             for point in points
-        ]  # fmt: skip
+        ]
         cites = [material.cite(section, point.entry) for point in points]
         machines = "; ".join(dict.fromkeys(filter(None, (point.machine for point in points))))
         caption = f"Every measured point, on {machines}" if machines else "Every measured point"
@@ -122,8 +124,11 @@ def _rates(
         series = []
         for model in dict.fromkeys(point.model for point in own):
             for rate, line in RATES.items():
-                pairs = {p.numbers[over.name]: p.numbers[rate.name] for p in own
-                         if p.model == model and p.numbers.get(rate.name) is not None}  # fmt: skip
+                pairs = {
+                    p.numbers[over.name]: p.numbers[rate.name]
+                    for p in own
+                    if p.model == model and p.numbers.get(rate.name) is not None
+                }
                 if len(pairs) > 1:
                     shade = material.colour(model)
                     series.append(Series(model, shade, list(pairs.items()), line))
@@ -137,10 +142,12 @@ def _rates(
         svg = charts.lines(series, axis, "tokens/s", log_x=True, log_y=far)
         alt = f"{title} for {len(legend(series))} models"
         rows = [
-            ((point.model, f"{point.numbers[over.name]:,}", *_tenths(point.numbers)),
-             material.cite(section, point.entry))
+            (
+                (point.model, f"{point.numbers[over.name]:,}", *_tenths(point.numbers)),
+                material.cite(section, point.entry),
+            )
             for point in own
-        ]  # fmt: skip
+        ]
         table = numbers_of(title, ["model", axis, "plain", "with a draft", "byte limit"], rows)
         drawn = {each.line for each in series}
         note = " ".join(text for line, text in LINES.items() if line in drawn and len(drawn) > 1)
@@ -198,11 +205,14 @@ def _cache_figure(
     material: Material, section: Section, dtype: str, models: Mapping[str, _Caches]
 ) -> Figure:
     series = [
-        Series(model, material.colour(model),
-               [(length, size / 2**20) for length, size in sorted(each.sizes.items())],
-               "dashed" if each.computed else "solid")
+        Series(
+            model,
+            material.colour(model),
+            [(length, size / 2**20) for length, size in sorted(each.sizes.items())],
+            "dashed" if each.computed else "solid",
+        )
         for model, each in models.items()
-    ]  # fmt: skip
+    ]
     title = "Cache of one sequence over its length" + (f", {dtype}" if dtype else "")
     svg = charts.lines(series, "tokens of context", "MiB", log_x=True, log_y=True)
     rows = [
@@ -260,8 +270,10 @@ def benches(material: Material) -> Section:
                 continue
             where = filter(None, (entry.about.get("device"), entry.metrics.get("dtype")))
             columns = metrics.group(part)
-            cells = [[Cell(row.get("model", entry.model), number=False), *written(row, columns)]
-                     for row in found]  # fmt: skip
+            cells = [
+                [Cell(row.get("model", entry.model), number=False), *written(row, columns)]
+                for row in found
+            ]
             cites = [material.cite(section, entry)] * len(found)
             headings = ["", *(each.heading for each in columns)]
             section.tables.append(Table(f"{caption}, {', '.join(where)}", headings, cells, cites))

@@ -60,8 +60,11 @@ class Summary:
 
     def best(self, column: Column) -> float | None:
         """The best value among models, where they differ."""
-        own = [row.cells[column].value for row in self.rows
-               if row.kind == MODEL and column in row.cells]  # fmt: skip
+        own = [
+            row.cells[column].value
+            for row in self.rows
+            if row.kind == MODEL and column in row.cells
+        ]
         best = column.metric.best
         return best(own) if best and len(set(own)) > 1 else None
 

@@ -81,9 +81,7 @@ class _Format:
         return {**self._head, "object": self.kinds[1], "choices": choices}
 
     def _whole(self, choices: list[dict[str, object]], usage: Usage) -> dict[str, object]:
-        return {
-            **self._head, "object": self.kinds[0], "choices": choices, "usage": usage.content()
-        }  # fmt: skip
+        return {**self._head, "object": self.kinds[0], "choices": choices, "usage": usage.content()}
 
 
 class ChatFormat(_Format):

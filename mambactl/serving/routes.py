@@ -84,9 +84,12 @@ class Routes:
     def _model(self) -> dict[str, object]:
         service = self.service
         return {
-            "id": service.name, "object": "model", "created": service.created,
-            "owned_by": "mambactl", "max_model_len": service.max_length or None,
-        }  # fmt: skip
+            "id": service.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "mambactl",
+            "max_model_len": service.max_length or None,
+        }
 
     async def _body(self, request: Request) -> bytes:
         """The body; Refused where it is too large, or takes too long to arrive."""
@@ -152,9 +155,11 @@ def make_app(service: Service, lifespan: Lifespan) -> ASGIApp:
         Route("/metrics", routes.metrics),
     ]
     handlers = {
-        Refused: _on_refusal, HTTPException: _on_http, ClientDisconnect: _on_leaving,
+        Refused: _on_refusal,
+        HTTPException: _on_http,
+        ClientDisconnect: _on_leaving,
         Exception: _on_bug,
-    }  # fmt: skip
+    }
     app = Starlette(routes=table, exception_handlers=handlers, lifespan=lifespan)
     return Gate(app, service, frozenset(route.path for route in table))
 

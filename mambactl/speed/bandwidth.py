@@ -81,9 +81,12 @@ def _sum_rows(buffer: Tensor) -> int:
 
 
 def _stream(
-    read: Callable[[Tensor, Tensor, int, int], int], sums: Tensor, block: int, warps: int,
+    read: Callable[[Tensor, Tensor, int, int], int],
+    sums: Tensor,
+    block: int,
+    warps: int,
     buffer: Tensor,
-) -> int:  # fmt: skip
+) -> int:
     return read(buffer.view(-1), sums, block, warps) * buffer.element_size()
 
 

@@ -70,9 +70,16 @@ def _numbers(
     model = subject.model
     other = draft.config if isinstance(draft, HybridForCausalLM) else None
     allowed = speculative_limit(
-        model.config, other, used, total.acceptance_per_token, subject.bandwidth,
-        weight_size, rows, context, model.dtype.itemsize,
-    )  # fmt: skip
+        model.config,
+        other,
+        used,
+        total.acceptance_per_token,
+        subject.bandwidth,
+        weight_size,
+        rows,
+        context,
+        kv_bytes=model.dtype.itemsize,
+    )
     return {
         "k": used,
         **found,

@@ -42,11 +42,17 @@ def _llama(
 ) -> HybridConfig:
     """Configuration with attention alone, Llama-3's rotary base; `heads` of queries and of keys."""
     return HybridConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers, num_attention_heads=heads[0], num_key_value_heads=heads[1],
-        head_dim=hidden // heads[0], max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, **_COMMON,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=hidden // heads[0],
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        **_COMMON,
+    )
 
 
 def _hybrid(
@@ -84,11 +90,18 @@ def _native(
 ) -> HybridConfig:
     """Configuration of recurrent mixers alone, as `checkpoint.adapters.mamba` reads them."""
     return HybridConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden,
-        num_hidden_layers=layers, num_attention_heads=1, num_key_value_heads=1,
-        max_position_embeddings=1 << 20, mixers=[mixer] * layers, has_mlp=False,
-        **{mixer: asdict(sizes)}, **_COMMON,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=1 << 20,
+        mixers=[mixer] * layers,
+        has_mlp=False,
+        **{mixer: asdict(sizes)},
+        **_COMMON,
+    )
 
 
 def _mamba1(hidden: int, layers: int, vocabulary: int = 50_280) -> HybridConfig:

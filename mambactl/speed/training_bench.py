@@ -116,10 +116,18 @@ def _measure(
         found.append(point | about | {"gradient_error": error})
     if config.baseline is not None:
         found += [
-            _timed(config, stage, model, _objective("logits", (model, None), dtype, False), batch,
-                   device) | about | {"gradient_error": None}
+            _timed(
+                config,
+                stage,
+                model,
+                _objective("logits", (model, None), dtype, False),
+                batch,
+                device,
+            )
+            | about
+            | {"gradient_error": None}
             for stage, model in _alone(pair, device)
-        ]  # fmt: skip
+        ]
     return found
 
 

@@ -142,11 +142,18 @@ def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> JsonObje
         "training",
         ("phase", "steps", "first loss", "last loss", "tokens", "seconds", "held-out KL"),
         [
-            (r.name, r.steps, f"{r.first_loss:.4f}", f"{r.last_loss:.4f}", f"{r.tokens:,}",
-             f"{r.seconds:.1f}", "" if r.kl is None else f"{r.kl:.4f}")
+            (
+                r.name,
+                r.steps,
+                f"{r.first_loss:.4f}",
+                f"{r.last_loss:.4f}",
+                f"{r.tokens:,}",
+                f"{r.seconds:.1f}",
+                "" if r.kl is None else f"{r.kl:.4f}",
+            )
             for r in reports
         ],
-    )  # fmt: skip
+    )
     lines = folder.read_log() if is_main() else []
     for report in reports:
         losses = [x["loss"] for x in lines if x["phase"] == report.name and "loss" in x]

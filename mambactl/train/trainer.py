@@ -74,8 +74,9 @@ def require_trackers(config: TrainConfig) -> None:
     """Raise ResourceError where a package that `--log-to` names is missing."""
     for name in config.log_to if isinstance(config, TrackedConfig) else []:
         if not any(find_spec(package) for package in PACKAGES.get(name, (name,))):
-            raise ResourceError(f"--log-to {name} needs {name}, which is missing",
-                                f"pip install {name}")  # fmt: skip
+            raise ResourceError(
+                f"--log-to {name} needs {name}, which is missing", f"pip install {name}"
+            )
 
 
 def reporting(config: TrainConfig, folder: RunFolder) -> JsonObject:

@@ -131,10 +131,14 @@ class OpenSession:
             self.drafter.put(row, present(prompt.draft))
         b, length = self.batch, len(prompt.tokens)
         fields = {
-            Field.LENGTH: length - 1, Field.BASE: length, Field.NEXT: length,
-            Field.DRAFT_BASE: length - 1, Field.DRAFT_NEXT: length - 1,
-            Field.BUDGET: params.max_new_tokens, Field.STEP: self.number,
-        }  # fmt: skip
+            Field.LENGTH: length - 1,
+            Field.BASE: length,
+            Field.NEXT: length,
+            Field.DRAFT_BASE: length - 1,
+            Field.DRAFT_NEXT: length - 1,
+            Field.BUDGET: params.max_new_tokens,
+            Field.STEP: self.number,
+        }
         column = [fields.get(field, 0) for field in Field]
         self._write(b.progress[:, row], column, torch.int32)
         self._write(b.history[row, :length], prompt.tokens, torch.int32)
@@ -198,9 +202,14 @@ class OpenSession:
                 drafter = Pass(self.drafter.weights, self.drafter.first(rows), self.ops)
                 draft_limit = self.drafter.limit(rows)
             self.steps[rows] = Step(
-                batch, target, drafter, self.ops, limit=self.target.limit(rows),
-                draft_limit=draft_limit, distributions=whole and whole.distributions,
-            )  # fmt: skip
+                batch,
+                target,
+                drafter,
+                self.ops,
+                limit=self.target.limit(rows),
+                draft_limit=draft_limit,
+                distributions=whole and whole.distributions,
+            )
         return self.steps[rows]
 
     def _sent(self, rows: int, k: int, likely: bool) -> Sent:

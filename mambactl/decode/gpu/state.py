@@ -192,9 +192,13 @@ def _scratch(
     attentions = [mixer.attention for mixer in mixers if mixer.attention is not None]
     for m, size in product(attentions, sizes):
         need = ops.scratch(
-            size.batch * longest, size.batch, m.kv_heads, m.heads // m.kv_heads, m.width,
+            size.batch * longest,
+            size.batch,
+            m.kv_heads,
+            m.heads // m.kv_heads,
+            m.width,
             size.splits,
-        )  # fmt: skip
+        )
         partial, counter = max(partial, need[0]), max(counter, need[1])
     counts = [size.batch * tokens for size in sizes for tokens in range(1, longest + 1)]
     pieces = max(ops.square_pieces(m, width) * m for m in counts)

@@ -293,7 +293,7 @@ class Step:
             self.target.best(stream, k + 1, False, best, self.target_head)
             self.ops.verdict_greedy(best, drafts, drafted, b.accepted, b.following)
         self.ops.commit(
-            b.progress, b.feed, b.history, b.accepted, b.following, drafted, b.eos, b.mailbox, k,
+            b.progress, b.feed, b.history, b.accepted, b.following, drafted, b.eos, b.mailbox, k=k,
             **self.limits,
         )  # fmt: skip
         b.pinned.copy_(b.outbox, non_blocking=True)
@@ -320,7 +320,7 @@ class Step:
             self.ops.filter_rows(one.logits, b.settings, one.threshold, one.log_mass)
             self.ops.draw_rows(
                 one.logits, b.settings, one.threshold, one.log_mass, b.keys,
-                b.field(Field.WRITTEN), b.seed, int(Stream.PROPOSE), out, offset=i,
+                b.field(Field.WRITTEN), b.seed, int(Stream.PROPOSE), tokens=out, offset=i,
             )  # fmt: skip
 
     def _judge(self, stream: Residual, k: int, drafts: Tensor, drafted: Tensor | None) -> None:
@@ -341,8 +341,9 @@ class Step:
                 d.log_mass[:own].view(k, b.size),
             )
         self.ops.verdict_sampled(
-            logits, b.settings, threshold, log_mass, *draft, drafts, drafted, b.keys,
-            b.field(Field.WRITTEN), b.seed, b.accepted, b.following,
+            logits, b.settings, threshold, log_mass, *draft, drafts=drafts, lengths=drafted,
+            keys=b.keys, positions=b.field(Field.WRITTEN), seed=b.seed, accepted=b.accepted,
+            following=b.following,
         )  # fmt: skip
 
     def _distribution(self, name: str, rows: int) -> Distribution:

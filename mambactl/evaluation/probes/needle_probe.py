@@ -244,9 +244,12 @@ def _packaged() -> list[str]:
 
 
 def keep_heatmap(
-    config: NeedleOptions, source: str, needle: AnyObject, models: Sequence[str],
+    config: NeedleOptions,
+    source: str,
+    needle: AnyObject,
+    models: Sequence[str],
     results: Path | None,
-) -> Path | None:  # fmt: skip
+) -> Path | None:
     """Draw the needle beside `results`, or where `needle_plot` says; None where neither is."""
     from mambactl.evaluation.heatmap import draw_grids
 

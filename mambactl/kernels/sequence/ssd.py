@@ -246,7 +246,7 @@ def ssd(
     fp32, B and C [B, T, G, N] with a G each that divides H, T > 0, any strides. Chunks are
     rounded up to whole tiles. Returns y [B, T, H, P] and the final state [B, H, P, N], fp32.
     """
-    return scan(x, dt, A, B, C, initial_state, None, chunk_size, torch.float32)[:2]
+    return scan(x, dt, A, B, C, initial_state, None, chunk_size, y_dtype=torch.float32)[:2]
 
 
 def scan(

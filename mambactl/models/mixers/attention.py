@@ -271,13 +271,13 @@ class PackedAttention:
         where = {"T": at.T, "offset": at.offset, "sinks": args.sinks, "ring": args.ring}
         ops.project_qkv(
             s.scaled, s.squares, context.eps, self.qkv.weight, self.qkv.bias,
-            *projected_rotation(context, self), args.q, args.keys, args.values, at.start,
-            at.active, at.T, **where,
+            *projected_rotation(context, self), q=args.q, keys=args.keys, values=args.values,
+            start=at.start, count=at.active, scale=at.T, **where,
         )  # fmt: skip
         settle(context, segment, [self], [args])
         ops.attention(
             args.q, args.keys, args.values, at.start, at.active, at.T, args.out, args.partial,
-            args.counter, splits=args.splits, window=args.window, **where,
+            counter=args.counter, splits=args.splits, window=args.window, **where,
         )  # fmt: skip
         ops.add_residual(args.out, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)
 
@@ -288,7 +288,7 @@ class PackedAttention:
         columns = self.activations
         return AttentionArguments(
             q.view(-1, columns), state.keys, state.values, out.view(-1, columns), context.partial,
-            context.counter, state.splits, self.window, self.sinks, state.ring,
+            context.counter, state.splits, window=self.window, sinks=self.sinks, ring=state.ring,
         )  # fmt: skip
 
 

@@ -210,7 +210,7 @@ class PackedMamba1(PackedRecurrence):
         )
         ops.project(
             s.scaled, s.squares, context.eps, self.inner.weight, self.inner.bias, z, state.ring,
-            at.start, at.active, at.T, ring_lo=self.ring_lo, conv=conv, T=at.T,
+            at.start, count=at.active, scale=at.T, ring_lo=self.ring_lo, conv=conv, T=at.T,
             offset=at.offset,
         )  # fmt: skip
         if self.low is not None:
@@ -220,9 +220,10 @@ class PackedMamba1(PackedRecurrence):
             )  # fmt: skip
         ops.mamba1(
             state.ring, state.mixed, state.low, z, state.state, self.conv.weight,
-            present(self.conv.bias), self.dt.weight,
-            present(self.dt.bias), self.A, self.D, mixed, at.start, at.active, at.base,
-            at.base_next, at.T, piece=self.piece, repeat=self.repeat, T=at.T, offset=at.offset,
+            present(self.conv.bias), self.dt.weight, dt_bias=present(self.dt.bias), A=self.A,
+            D=self.D, out=mixed, start=at.start, count=at.active, base=at.base,
+            base_next=at.base_next, scale=at.T, piece=self.piece, repeat=self.repeat, T=at.T,
+            offset=at.offset,
         )  # fmt: skip
         out = self.out
         ops.add_residual(mixed, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)

@@ -164,9 +164,13 @@ class Mamba2Mixer(KeepsFloat32):
     def _start(self, cache: RecurrentCache, hidden: Tensor, raw: Tensor) -> None:
         s, batch = self.sizes, hidden.shape[0]
         state = torch.zeros(
-            batch, s.n_heads, s.head_dim, s.d_state,
-            dtype=kernels.state_dtype(hidden), device=hidden.device,
-        )  # fmt: skip
+            batch,
+            s.n_heads,
+            s.head_dim,
+            s.d_state,
+            dtype=kernels.state_dtype(hidden),
+            device=hidden.device,
+        )
         cache.start(state, raw.new_zeros(batch, s.d_conv - 1, s.conv_dim))
 
     def _recur(

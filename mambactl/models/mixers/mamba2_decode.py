@@ -93,7 +93,7 @@ class PackedMamba2(PackedRecurrence):
         where = {"T": at.T, "offset": at.offset, "beside": beside}
         ops.project(
             s.scaled, s.squares, context.eps, inner.weight, inner.bias, z, state.ring,
-            at.start, at.active, at.T, ring_lo=sizes.d_inner,
+            at.start, count=at.active, scale=at.T, ring_lo=sizes.d_inner,
             conv=(self.conv.weight, present(self.conv.bias), convolved),
             rotation=rotation, **where,
         )  # fmt: skip
@@ -106,9 +106,9 @@ class PackedMamba2(PackedRecurrence):
             )  # fmt: skip
         ops.mamba2(
             state.ring, convolved, z, state.state, self.A, self.D, self.dt_bias,
-            self.gain if self.norm_by_head else None, sizes.norm_eps, mixed, at.start, at.active,
-            at.base, at.base_next, at.T, x_heads=sizes.x_heads, b_groups=sizes.b_groups,
-            c_groups=sizes.c_groups, **where,
+            self.gain if self.norm_by_head else None, eps=sizes.norm_eps, out=mixed, start=at.start,
+            count=at.active, base=at.base, base_next=at.base_next, scale=at.T,
+            x_heads=sizes.x_heads, b_groups=sizes.b_groups, c_groups=sizes.c_groups, **where,
         )  # fmt: skip
         if not self.norm_by_head:
             ops.grouped_norm(mixed, self.gain, sizes.norm_eps, sizes.norm_groups)

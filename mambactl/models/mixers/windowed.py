@@ -210,8 +210,8 @@ class PackedWindowed:
         z, mixed = (flat.view(rows, -1) for flat in (z, mixed))
         self.recurrence.mix(
             context, state, s, segment, z, mixed, self.inner, beside,
-            projected_rotation(context, self.window),
-            partial(settle, context, segment, self.attentions, beside),
+            rotation=projected_rotation(context, self.window),
+            settle=partial(settle, context, segment, self.attentions, beside),
         )  # fmt: skip
         context.ops.add_residual(
             mixed, self.recurrence.out.weight, self.bias, s.hidden, gain, s.scaled, s.squares,

@@ -90,7 +90,7 @@ class CpuOps(ReferenceOps):
         """Compute queries, and write keys and values into the cache."""
         rows = self._where(start, count, T, offset)
         y = self._normed(scaled, squares, eps, w, bias)
-        args = AttentionArguments(q, keys, values, q, q, q, 1, 0, sinks, ring)
+        args = AttentionArguments(q, keys, values, q, q, q, 1, sinks=sinks, ring=ring)
         write_heads = _write_heads if rows.single is None else single.write_heads
         write_heads(rows, y, args, cos, sin)
 
@@ -145,15 +145,15 @@ class CpuOps(ReferenceOps):
         """Run the recurrence of Mamba-2, and attentions beside it."""
         for args in beside:
             self.attention(
-                args.q, args.keys, args.values, start, count, scale, args.out, None, None, T=T,
-                offset=offset, splits=1, window=args.window, sinks=args.sinks, ring=args.ring,
+                args.q, args.keys, args.values, start, count, scale, args.out, None, counter=None,
+                T=T, offset=offset, splits=1, window=args.window, sinks=args.sinks, ring=args.ring,
             )  # fmt: skip
         rows = self._where(start, count, T, offset)
         stored, following = base.tolist(), base_next.tolist()
         if rows.single is not None and stored == [rows.single] and following == [rows.single + 1]:
             single.recur(
-                rows.single % ring.shape[1], ring, mixed, z, state, A, D, dt_bias, gain, eps, out,
-                (x_heads, b_groups, c_groups),
+                rows.single % ring.shape[1], ring, mixed, z, state, A, D, dt_bias, gain=gain,
+                eps=eps, out=out, heads=(x_heads, b_groups, c_groups),
             )  # fmt: skip
             return
         heads, size, width = state.shape[1:]

@@ -106,8 +106,9 @@ def project(
             bias, shift = bias[: -args.rows], bias[-args.rows :]
         cos, sin = present(rotation)
         project_qkv(
-            scaled, squares, eps, own, shift, cos, sin, args.q, args.keys, args.values, start,
-            count, scale, T=T, offset=offset, sinks=args.sinks, ring=args.ring,
+            scaled, squares, eps, own, shift, cos, sin, args.q, keys=args.keys, values=args.values,
+            start=start, count=count, scale=scale, T=T, offset=offset, sinks=args.sinks,
+            ring=args.ring,
         )  # fmt: skip
     y = normed(scaled, squares, eps, w, bias).to(plain.dtype)  # [M, N]
     width, slots = ring.shape[2], ring.shape[1]

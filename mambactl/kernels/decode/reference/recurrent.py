@@ -56,7 +56,7 @@ def mamba2_segment(
     for args in beside:
         decode_attention(
             args.q, args.keys, args.values, start, count, scale, args.out, args.partial,
-            args.counter, T=T, offset=offset, splits=args.splits, window=args.window,
+            counter=args.counter, T=T, offset=offset, splits=args.splits, window=args.window,
             sinks=args.sinks, ring=args.ring,
         )  # fmt: skip
     batch, heads, size, width = state.shape

@@ -111,11 +111,18 @@ class TritonOps:
         tiles = tiles and tiles.within(*widths)
         self._run("project", tiles, scaled, *args, beside=beside, **keywords)
 
-    def project_qkv(self, scaled: Tensor, *args: object, **keywords: object) -> None:
+    def project_qkv(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
+        cos: Tensor, sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor,
+        count: Tensor, scale: int, **where: int,
+    ) -> None:  # fmt: skip
         """Queries, and keys and values into the cache."""
-        width = args[8].shape[3]
-        rows = len(scaled) if width % 16 == 0 else SOME_ROWS + 1
-        self._product("project_qkv", rows, scaled, *args, **keywords)
+        rows = len(scaled) if keys.shape[3] % 16 == 0 else SOME_ROWS + 1
+        cache = {"cos": cos, "sin": sin, "q": q, "keys": keys, "values": values}
+        self._product(
+            "project_qkv", rows, scaled, squares, eps, w, bias, **cache, start=start, count=count,
+            scale=scale, **where,
+        )  # fmt: skip
 
     def add_residual(self, x: Tensor, *args: object, **keywords: object) -> None:
         """Output projection into the stream, or the sum of up to three."""
@@ -129,13 +136,15 @@ class TritonOps:
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor, index: Tensor
     ) -> None:
         """Best token of every piece of the vocabulary."""
-        self._product("head", len(scaled), scaled, squares, eps, w, best, index, None)
+        found = {"best": best, "best_index": index, "logits": None}
+        self._product("head", len(scaled), scaled, squares, eps, w, **found)
 
     def head_logits(
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, logits: Tensor
     ) -> None:
         """Compute all logits of the head."""
-        self._product("head", len(scaled), scaled, squares, eps, w, None, None, logits)
+        found = {"best": None, "best_index": None, "logits": logits}
+        self._product("head", len(scaled), scaled, squares, eps, w, **found)
 
     def _product(self, name: str, rows: int, *args: object, **keywords: object) -> None:
         self._run(name, self._tiles(name, rows), *args, **keywords)
