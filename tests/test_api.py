@@ -16,6 +16,7 @@ from conftest import write_sentences
 import mambactl
 from mambactl import console
 from mambactl.api import FUNCTIONS, OTHERS, calls
+from mambactl.cli.app import FUNCTIONS as OF_THE_PROGRAM
 from mambactl.cli.app import GROUPS
 from mambactl.cli.main import run
 from mambactl.commands import COMMANDS
@@ -56,7 +57,7 @@ def here(folder: Path, monkeypatch) -> Path:
 
 
 def test_every_command_has_a_function() -> None:
-    assert sorted(FUNCTIONS) == sorted([*COMMANDS, *GROUPS])
+    assert sorted(FUNCTIONS) == sorted([*COMMANDS, *GROUPS, *OF_THE_PROGRAM])
     assert sorted(mambactl.__all__) == sorted(["__version__", *FUNCTIONS.values(), *OTHERS])
     # a package of this name would replace the function
     packages = {path.stem for path in Path(mambactl.__file__).parent.iterdir()}
