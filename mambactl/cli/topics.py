@@ -9,8 +9,12 @@ from mambactl.options.fields import nearest
 
 REFERENCE = "reference"
 SUFFIX = ".md"
-# in the order in which they are read first; others follow by name
-FIRST = ("tutorial", "one-gpu", "eight-gpus", "own-data", "rows", "choosing", "long-context")
+# guides, then background, in the order of the list; others follow by name
+FIRST = (
+    *("tutorial", "one-gpu", "eight-gpus", "own-data", "rows", "choosing", "long-context"),
+    *("serving", "exporting", "models", "conversion", "training", "measuring", "decoding"),
+    *("python", "promises", "glossary", "troubleshooting", "contributing", "changelog"),
+)
 TITLES = {REFERENCE: "Every command, recipe, exit code and environment variable"}
 
 
