@@ -11,7 +11,12 @@ import typer
 
 from mambactl import console
 from mambactl.cli import suggestions
+from mambactl.cli.topics import REFERENCE, files, pages, topics
+from mambactl.errors import UsageError
+from mambactl.foreign import excerpt
+from mambactl.options.fields import nearest
 
+REFERENCE_TITLE = "Every command, recipe, exit code and environment variable"
 # widest text that is still read with ease
 WIDEST = 110
 Topic = Annotated[
@@ -45,14 +50,44 @@ def docs(topic: Topic = None, man: Man = False) -> None:
 
 def document(topic: str | None = None, man: bool = False) -> str:
     """The text that `docs` shows: Markdown, or a manual page."""
-    from mambactl.cli.topics import contents, read
-
-    text = contents() if topic is None else read(topic)
+    text = _contents() if topic is None else _read(topic)
     if not man:
         return text
     from mambactl.cli.man_page import man_page
 
     return man_page(topic or "docs", text)
+
+
+def _read(topic: str) -> str:
+    """A document as Markdown; UsageError with the nearest name for an unknown one."""
+    if topic in (written := files()):
+        return written[topic].read_text("utf-8")
+    if topic not in pages():
+        raise UsageError(f"no document {excerpt(topic)!r}", nearest(topic, pages()))
+    # builds every command of the program
+    from mambactl.cli.command_reference import command_page, reference
+
+    return reference() if topic == REFERENCE else command_page(topic)
+
+
+def _contents() -> str:
+    """The list of all documents, each with its heading."""
+    lines = [f"- `{topic}`: {_title(topic)}" for topic in topics()]
+    return "\n".join(
+        [
+            "# Documents of mambactl",
+            "",
+            "`mambactl docs TOPIC` shows one; the name of a command shows its options.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _title(topic: str) -> str:
+    if topic == REFERENCE:
+        return REFERENCE_TITLE
+    return _read(topic).partition("\n")[0].removeprefix("# ")
 
 
 def _rendered(text: str) -> str:

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from fixtures.command_line import ROOT, flags_in
 
-from mambactl.cli.reference import VARIABLES, command_names
+from mambactl.cli.command_reference import VARIABLES, command_names
 from mambactl.cli.topics import FIRST, pages, topics
 from mambactl.commands import COMMANDS
 from mambactl.errors import EXIT_CODES, ExitCode
