@@ -23,6 +23,7 @@ Topic = Annotated[
     str | None,
     typer.Argument(
         help="document or command to read about; all are listed without one",
+        metavar="TOPIC",
         autocompletion=suggestions.documents,
     ),
 ]
