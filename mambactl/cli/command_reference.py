@@ -1,10 +1,10 @@
 """Reference of the command line in Markdown, read from the code whenever it is asked for."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
-from typer.main import get_command
+from typer.main import get_command, get_group
 
 from mambactl.cli import recipe
 from mambactl.cli.help import GroupedCommand, parameters_by_heading
@@ -13,6 +13,9 @@ from mambactl.cli.recipe_cost import listing, shipped
 from mambactl.commands import COMMANDS, Command
 from mambactl.errors import EXIT_CODES
 from mambactl.metrics import markdown_row
+
+if TYPE_CHECKING:
+    from typer._click import Command as ClickCommand
 
 # variables that a user may set; a test compares those of our own with the code
 VARIABLES: Mapping[str, str] = {
@@ -59,15 +62,15 @@ def command_page(name: str) -> str:
     """Summary, examples, arguments and options of one command, or of each command of a group."""
     if name in COMMANDS:
         return _page(name, _parsed(COMMANDS[name]), COMMANDS[name].examples)
-    group: Any = get_command(recipe.app)
+    group = get_group(recipe.app)
     pages = [
         _deeper(_page(f"{name} {part}", command, ())) for part, command in group.commands.items()
     ]
-    return "\n\n".join([f"# mambactl {name}", group.help, *pages])
+    return "\n\n".join([f"# mambactl {name}", group.help or "", *pages])
 
 
-def _parsed(command: Command) -> Any:
-    def function(**given: Any) -> None:
+def _parsed(command: Command) -> "ClickCommand":
+    def function(**given: object) -> None:
         """Stand for the command, whose parameters alone are read."""
 
     with_parameters(function, parameters_of(command))
@@ -76,7 +79,7 @@ def _parsed(command: Command) -> Any:
     return get_command(app)
 
 
-def _page(name: str, command: Any, examples: Sequence[str]) -> str:
+def _page(name: str, command: "ClickCommand", examples: Sequence[str]) -> str:
     summary, _, typed = (command.help or "").partition("\n\n\b\nExamples:\n")
     lines = list(examples) or [line.strip() for line in typed.splitlines()]
     parts = [f"# mambactl {name}", summary]

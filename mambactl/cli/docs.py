@@ -97,15 +97,16 @@ def _rendered(text: str) -> str:
     from rich.markdown import Markdown
 
     width = min(shutil.get_terminal_size().columns, WIDEST)
+    shown = StringIO()
     screen = Console(
-        file=StringIO(),
+        file=shown,
         width=width,
         force_terminal=_passes_colours(),
         no_color="NO_COLOR" in os.environ,
         emoji=False,
     )
     screen.print(Markdown(text, hyperlinks=False))
-    return screen.file.getvalue()
+    return shown.getvalue()
 
 
 def _passes_colours() -> bool:
