@@ -14,7 +14,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _HEREDOC = re.compile(r"<<'(\w+)'\n.*?^\1$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`(mambactl [^`]+)`")
 _ENDS = {"|", "||", "&&", ";", "&", ">", ">>", "<", "(", ")"}
-SHELL = "bash"
+SHELL, SESSION, PROMPT = "bash", "console", "$ "
 
 
 def blocks(text: str, language: str = SHELL) -> list[str]:
@@ -28,6 +28,11 @@ def commands(text: str) -> Iterator[list[str]]:
         script = _HEREDOC.sub("", block).replace("\\\n", " ")
         for line in script.splitlines():
             yield from _in_line(line)
+    for block in blocks(text, SESSION):
+        # lines without a prompt are output
+        for line in block.splitlines():
+            if line.startswith(PROMPT):
+                yield from _in_line(line.removeprefix(PROMPT))
 
 
 def _in_line(line: str) -> Iterator[list[str]]:
