@@ -11,6 +11,7 @@ import reprlib
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -78,7 +79,7 @@ def excerpt(text: str) -> str:
 @contextmanager
 def open_regular(
     path: Path, kind: type[MambactlError] = ModelError, hint: str = AGAIN
-) -> Iterator[BinaryIO]:
+) -> Iterator[BufferedReader]:
     """A regular file to read from; raises `kind` for one that cannot be opened or is none."""
     with blamed(path, kind=kind, hint=hint):
         # without O_NONBLOCK opening a pipe waits for whoever writes it

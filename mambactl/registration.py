@@ -11,6 +11,7 @@ weights, whose text is here too.
 """
 
 import sys
+from importlib.abc import Loader
 
 TYPE, CONFIG = "mambactl_hybrid", "HybridConfig"
 OURS = "mambactl.models.hybrid"
@@ -55,7 +56,7 @@ class _Completing:
         self._add(module)
 
 
-class _Renaming:
+class _Renaming(Loader):
     """The loader of `MODULE`: the public classes of mambactl's own module."""
 
     def create_module(self, spec) -> None:
@@ -80,7 +81,7 @@ class _Finder:
         if name == MODULE:
             from importlib.machinery import ModuleSpec
 
-            return ModuleSpec(name, _Renaming(), origin=OURS)  # pyright: ignore[reportArgumentType]
+            return ModuleSpec(name, _Renaming(), origin=OURS)
         return None
 
     def _of_others(self, name, path, target):

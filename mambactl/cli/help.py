@@ -75,7 +75,9 @@ def parameters_by_heading(
     return arguments, {name: sections[name] for name in sorted(sections, key=ORDER.index)}
 
 
-def _write_parameters(parameters: Iterable[Any], ctx: Any, formatter: Formatter) -> None:
+def _write_parameters(
+    parameters: "Iterable[Parameter]", ctx: "Context", formatter: "HelpFormatter"
+) -> None:
     arguments, sections = parameters_by_heading(parameters, ctx)
     if arguments:
         with formatter.section("Arguments"):

@@ -101,12 +101,13 @@ def parameters_of(command: Command) -> Parameters:
 def with_parameters(function: Callable[..., None], parameters: Parameters) -> None:
     """Give `function(**given)` the signature that Typer reads: name -> (annotation, default)."""
     keyword = Parameter.KEYWORD_ONLY
-    function.__signature__ = Signature(  # type: ignore[attr-defined]
+    signature = Signature(
         [
             Parameter(name, keyword, annotation=annotation, default=default)
             for name, (annotation, default) in parameters.items()
         ]
     )
+    setattr(function, "__signature__", signature)  # noqa: B010
 
 
 def _model(command: Command) -> Parameters:

@@ -43,8 +43,7 @@ class HybridGenerationMixin(GenerationMixin):
             )
         given = model_kwargs.get(CACHE)
         if given is not None:
-            own = require_own(given)
-            own._is_user_defined = True  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(require_own(given), "_is_user_defined", True)  # noqa: B010
         elif generation_config.use_cache is not False:
             copies = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             rows = batch_size * max(copies)

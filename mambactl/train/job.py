@@ -17,7 +17,7 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import looks_up
 from mambactl.models.transformers_names import recompute_activations
 from mambactl.options import MixedRowsConfig, SpreadConfig
-from mambactl.options.training import RowsConfig, TrainConfig
+from mambactl.options.training import TeacherCacheConfig, TrainConfig
 from mambactl.present import of_kind
 from mambactl.ranks import placement, sharded
 
@@ -32,7 +32,7 @@ class Job:
     """One training run: `dtype` is what matrices multiply in, weights that train are fp32."""
 
     stage: str
-    config: RowsConfig
+    config: TrainConfig | TeacherCacheConfig
     source: str
     device: torch.device
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class Job:
     day: date | None = None
 
     @classmethod
-    def of(cls, stage: str, config: RowsConfig, source: str) -> "Job":
+    def of(cls, stage: str, config: TrainConfig | TeacherCacheConfig, source: str) -> "Job":
         """Place a run; raises UsageError for a type that cannot be trained in, or short rows."""
         device, dtype = placement(config)
         if dtype == torch.float16:
@@ -102,8 +102,7 @@ class Job:
     def teacher_spec(self) -> str:
         """The teacher that is asked for, else the model the lineage started from."""
         trusted = self.config.trust_remote_code
-        asked = of_kind(TrainConfig, self.config).teacher
-        return teacher_of(self.source, asked, "--teacher", trusted)
+        return teacher_of(self.source, self.config.teacher, "--teacher", trusted)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer the student carries."""

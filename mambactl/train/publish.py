@@ -74,13 +74,13 @@ def _teacher_of_lineage(job: Job) -> list[tuple[str, str]]:
     """The teacher that the run takes where no other is given; options name theirs."""
     origin = load_lineage(job.source) or {}
     found = origin.get("teacher") or origin.get("source")
-    asked = of_kind(TrainConfig, job.config).teacher
+    asked = job.config.teacher
     return [("the teacher", found)] if isinstance(found, str) and not asked else []
 
 
 def identity(job: Job) -> JsonObject:
     """Everything that a resumed run has to repeat: options, and digests of the files they name."""
-    given = of_kind(TrainConfig, job.config).teacher
+    given = job.config.teacher
     return {
         "stage": job.stage,
         **job.config.model_dump(
@@ -218,4 +218,4 @@ def _file_digest(spec: str) -> str | None:
 
 def _content_digest(file: str) -> str:
     with open_regular(Path(file), UsageError) as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -228,9 +228,10 @@ def project(
         )  # fmt: skip
     for args in beside:
         _put_heads(
-            y[:, N : N + args.rows], squares, eps, None if bias is None else bias[N:], *rotation,
-            args.q, args.keys, args.values, start, count, scale, T=T, offset=offset,
-            sinks=args.sinks, ring=args.ring, depth=D, pdl=pdl,
+            y[:, N : N + args.rows], squares, eps, None if bias is None else bias[N:],
+            *present(rotation),
+            q=args.q, keys=args.keys, values=args.values, start=start, count=count, scale=scale,
+            T=T, offset=offset, sinks=args.sinks, ring=args.ring, depth=D, pdl=pdl,
         )  # fmt: skip
         N += args.rows
 
@@ -258,8 +259,9 @@ def project_qkv(
 ) -> None:  # fmt: skip
     """Write queries, keys and values; see `kernels.decode.reference.linear.project_qkv`."""
     _put_heads(
-        torch.mm(scaled, w.T), squares, eps, bias, cos, sin, q, keys, values, start, count, scale,
-        T=T, offset=offset, sinks=sinks, ring=ring, depth=scaled.shape[1], pdl=pdl,
+        torch.mm(scaled, w.T), squares, eps, bias, cos, sin, q, keys, values=values, start=start,
+        count=count, scale=scale, T=T, offset=offset, sinks=sinks, ring=ring,
+        depth=scaled.shape[1], pdl=pdl,
     )  # fmt: skip
 
 
