@@ -19,7 +19,7 @@ def man_page(topic: str, text: str) -> str:
     try:
         from docutils import nodes
         from docutils.core import publish_doctree, publish_from_doctree
-        from myst_parser.parsers.docutils_ import Parser
+        from myst_parser.docutils_ import Parser  # pyright: ignore[reportPrivateImportUsage]
     except ModuleNotFoundError:
         raise ResourceError(
             "manual pages need myst-parser, which is missing", install_line("myst_parser")
