@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from mambactl.kernels import operators, reference
+from mambactl.kernels import fp8, operators, reference
 from mambactl.kernels.reference import Spans
 from mambactl.requirements import install_line
 
@@ -138,6 +138,17 @@ def attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=True
     )
     return y.transpose(1, 2)
+
+
+def fp8_linear(x: Tensor, w: fp8.Fp8Matrix, bias: Tensor | None) -> Tensor:
+    """Run `fp8.linear` for x [..., K], fused where that is possible."""
+    if not fuses(x):
+        return fp8.linear(x, w, bias)
+    from mambactl.kernels.sequence import fp8 as kernel
+
+    with torch.cuda.device_of(x):
+        y = kernel.product(x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,6 +5,7 @@ itself. Stacking moves weights: the model's own parameters become views of the s
 is held twice and the model still computes what it did.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.linear import TAPS
+from mambactl.kernels.fp8 import Fp8Matrix, Matrix
 from mambactl.kernels.reference import still
 from mambactl.models.cache import LayerCache
 from mambactl.models.session_size import StateSize
@@ -50,7 +52,7 @@ class NotSupported(ValueError):
 class Projection:
     """y = x W^T + bias."""
 
-    weight: Tensor  # [N, K]
+    weight: Matrix  # [N, K]
     bias: Tensor | None  # [N]
 
 
@@ -219,20 +221,28 @@ class KeyReader(Protocol):
 
 def stack(linears: list[nn.Linear]) -> Projection:
     """One projection of several, which become its views; missing biases are zero."""
-    weight = _joined([linear.weight for linear in linears])
+    weight = _joined_weights([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
         return Projection(weight, None)
     if any(bias is None for bias in biases):
+        like = next(bias for bias in biases if bias is not None)
         parts = [
-            weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.data
+            like.new_zeros(linear.out_features) if linear.bias is None else linear.bias.data
             for linear in linears
         ]
         return Projection(weight, torch.cat(parts))
     return Projection(weight, _joined(biases))
 
 
-def _joined(parts: list[nn.Parameter]) -> Tensor:
+def _joined_weights(parts: Sequence[Matrix]) -> Matrix:
+    if all(isinstance(part, Fp8Matrix) for part in parts):
+        values, scale = ([getattr(part, name) for part in parts] for name in ("values", "scale"))
+        return Fp8Matrix(_joined(values), _joined(scale))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     first = parts[0].data
     rows = sum(len(part) for part in parts)
     if _adjoin([part.data for part in parts]):

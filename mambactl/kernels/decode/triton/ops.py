@@ -23,6 +23,7 @@ from mambactl.kernels.decode.triton import (
     verdict,
 )
 from mambactl.kernels.decode.triton.gemv import SOME_ROWS, Tiles, tiles_for
+from mambactl.kernels.fp8 import Matrix
 from mambactl.kernels.launch import INTERPRETED
 
 # rows up to which x_proj takes them one after the other
@@ -63,6 +64,11 @@ class TritonOps:
         tiles = tiles_for(name, rows, self.exact)
         return tiles and tiles.fitted(self.element_size, self.shared_memory)
 
+    def _tiles_of(self, name: str, rows: int, w: Matrix) -> Tiles | None:
+        """Tiles of a product with the weights `w`."""
+        tiles = self._tiles(name, rows)
+        return tiles and tiles.reading(w)
+
     def square_pieces(self, rows: int, width: int) -> int:
         """Columns of `squares` for a pass of that many rows."""
         tiles = self._tiles("add_residual", rows)
@@ -102,44 +108,51 @@ class TritonOps:
     def project(
         self,
         scaled: Tensor,
+        squares: Tensor,
+        eps: float,
+        w: Matrix,
         *args: Any,
         beside: Sequence[AttentionArguments] = (),
         **keywords: Any,
     ) -> None:
         """Input projection of a recurrent mixer, and of attentions beside it."""
-        tiles = self._tiles("project", len(scaled))
+        tiles = self._tiles_of("project", len(scaled), w)
         widths = [each.keys.shape[3] for each in beside]
         tiles = tiles and tiles.within(*widths)
-        self._run("project", tiles, scaled, *args, beside=beside, **keywords)
+        self._run("project", tiles, scaled, squares, eps, w, *args, beside=beside, **keywords)
 
-    def project_qkv(self, scaled: Tensor, *args: Any, **keywords: Any) -> None:
+    def project_qkv(
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, *args: Any, **keywords: Any
+    ) -> None:
         """Queries, and keys and values into the cache."""
-        width = args[8].shape[3]
+        width = args[5].shape[3]
         rows = len(scaled) if width % 16 == 0 else SOME_ROWS + 1
-        self._product("project_qkv", rows, scaled, *args, **keywords)
+        tiles = self._tiles_of("project_qkv", rows, w)
+        self._run("project_qkv", tiles, scaled, squares, eps, w, *args, **keywords)
 
-    def add_residual(self, x: Tensor, *args: Any, **keywords: Any) -> None:
+    def add_residual(self, x: Tensor, w: Matrix, *args: Any, **keywords: Any) -> None:
         """Output projection into the stream, or the sum of up to three."""
-        self._product("add_residual", len(x), x, *args, **keywords)
+        tiles = self._tiles_of("add_residual", len(x), w)
+        self._run("add_residual", tiles, x, w, *args, **keywords)
 
-    def swiglu(self, scaled: Tensor, *args: Any) -> None:
+    def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, out: Tensor) -> None:
         """The first half of an MLP."""
-        self._product("swiglu", len(scaled), scaled, *args)
+        tiles = self._tiles_of("swiglu", len(scaled), w)
+        self._run("swiglu", tiles, scaled, squares, eps, w, out)
 
     def head_best(
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor, index: Tensor
     ) -> None:
         """Best token of every piece of the vocabulary."""
-        self._product("head", len(scaled), scaled, squares, eps, w, best, index, None)
+        tiles = self._tiles("head", len(scaled))
+        self._run("head", tiles, scaled, squares, eps, w, best, index, None)
 
     def head_logits(
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, logits: Tensor
     ) -> None:
         """Compute all logits of the head."""
-        self._product("head", len(scaled), scaled, squares, eps, w, None, None, logits)
-
-    def _product(self, name: str, rows: int, *args: Any, **keywords: Any) -> None:
-        self._run(name, self._tiles(name, rows), *args, **keywords)
+        tiles = self._tiles("head", len(scaled))
+        self._run("head", tiles, scaled, squares, eps, w, None, None, logits)
 
     def _run(self, name: str, tiles: Tiles | None, *args: Any, **keywords: Any) -> None:
         if tiles is None:
