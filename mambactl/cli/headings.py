@@ -65,7 +65,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
     "Training steps": ("training", "train_rest", "bench.compile", "bench.capture"),
     "Result": ("fail_under", "min_speedup", "report", "save_samples"),
     "Machine": (
-        "device", "dtype", "nproc", "shard", "compile", "capture", "grad_checkpointing",
+        "device", "dtype", "weights", "nproc", "shard", "compile", "capture", "grad_checkpointing",
     ),
     "Output": ("out", "resume", "force", "max_shard_gb"),
     COMMON: (

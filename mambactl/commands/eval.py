@@ -14,14 +14,16 @@ from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.teacher import named_teacher, teacher_of
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens, without_padding
-from mambactl.errors import CheckError, MambactlError, UsageError
+from mambactl.errors import CheckError, MambactlError, ModelError, UsageError
 from mambactl.evaluation.controls import ablated, require_branch, windowed_attention
 from mambactl.evaluation.fidelity import Variant
 from mambactl.evaluation.probes import PROBES, EvalConfig
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
 from mambactl.evaluation.sequences import CACHE, SEQUENCES, sequences_of, show_sequences
+from mambactl.models.fp8_weights import round_to_fp8
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import placement
+from mambactl.report.entries import WEIGHTS
 from mambactl.report.results import save_results
 from mambactl.report.thresholds import Check, failures, parse_checks, require_known
 from mambactl.stage_result import StageResult
@@ -68,6 +70,8 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         metrics[TEACHER] = inputs.teacher
     if config.against is not None:
         metrics[AGAINST] = {"model": config.against}
+    if config.weights != "auto":
+        metrics[WEIGHTS] = config.weights
     parts = []
     for probe, own in inputs.probes():
         if probe.alone:
@@ -79,7 +83,8 @@ def measure(config: EvalConfig, source: str) -> StageResult:
     if cache:
         show_sequences(f"{source} in {dtype}", cache)
         metrics[CACHE] = {"dtype": dtype, SEQUENCES: cache}
-    kept = save_results(STAGE, source, "+".join(parts), config, metrics)
+    name = "+".join(parts) + ("" if config.weights == "auto" else f"-{config.weights}")
+    kept = save_results(STAGE, source, name, config, metrics)
     for probe, _ in inputs.probes():
         probe.draw(config, source, metrics, kept)
     return StageResult(path=source, metrics=metrics, kept=kept)
@@ -99,6 +104,7 @@ def plan(config: EvalConfig, source: str) -> dict[str, Any]:
         "mixers": found["mixers"],
         "teacher": inputs.teacher and describe(inputs.teacher)["checkpoint"],
         **probes,
+        "weights": config.weights,
         "controls": _control_names(config),
         "checks": [str(check) for check in inputs.checks],
         "device": str(device),
@@ -204,11 +210,11 @@ def _replaced(source: str, teacher: str) -> dict[int, tuple[int, ...]]:
 
 def _subject(config: EvalConfig, inputs: Inputs, source: str) -> Subject:
     """Load every model once, also where two are the same."""
-    model = _load(config, source)
+    model = _student(config, source)
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     teacher = other = None
     if inputs.teacher is not None:
-        same = resolve(inputs.teacher).path == resolve(source).path
+        same = resolve(inputs.teacher).path == resolve(source).path and config.weights == "auto"
         teacher = model if same else _load(config, inputs.teacher)
         if not config.trust_remote_code:
             # compared in the tokens that both have
@@ -244,6 +250,20 @@ def _variants(
     changes += [Variant(model, partial(ablated, model, branch)) for branch in config.ablate]
     students = {STUDENT: Variant(model)} | ({AGAINST: Variant(other)} if other else {})
     return students | dict(zip(_control_names(config), changes, strict=True))
+
+
+def _student(config: EvalConfig, source: str) -> HybridForCausalLM:
+    """The model that is measured, with the weights that it would decode with."""
+    model = _load(config, source)
+    if config.weights == "auto":
+        return model
+    if not isinstance(model, HybridForCausalLM):
+        raise ModelError(
+            f"{source} runs code of its own, whose weights stay as they are", "drop --weights"
+        )
+    round_to_fp8(model)
+    console.log("weights of linear layers rounded to fp8, in the student alone")
+    return model
 
 
 def _load(config: EvalConfig, spec: str) -> HybridForCausalLM:

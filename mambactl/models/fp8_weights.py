@@ -9,15 +9,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mambactl.errors import ResourceError
+from mambactl import console
+from mambactl.errors import ModelError, ResourceError
 from mambactl.kernels import dispatch
-from mambactl.kernels.fp8 import Fp8Matrix, quantise, rounded_to_fp8
+from mambactl.kernels.fp8 import E4M3, Fp8Matrix, quantise, rounded_to_fp8
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
+from mambactl.options.fields import StoredWeights
+from mambactl.units import decimal_size
 
 # below it a GPU converts no e4m3
 LEAST_CAPABILITY = (8, 9)
 # low-rank projections of Mamba-1, from which steps, B and C come
 KEPT = ("x_proj", "dt_proj")
+# numbers in a row that kernels read at once
+TOGETHER = 4
 
 
 class Fp8Linear(nn.Module):
@@ -48,9 +54,9 @@ def linears(model: HybridForCausalLM) -> Iterator[tuple[nn.Module, str, nn.Linea
                 yield parent, name, child
 
 
-def require_fp8(device: torch.device) -> None:
-    """Raise ResourceError for a GPU that has no instructions for e4m3."""
-    if device.type != "cuda":
+def require_weights(weights: StoredWeights, device: torch.device) -> None:
+    """Raise ResourceError where decoding on a device cannot read weights stored like that."""
+    if weights == "auto" or device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
@@ -62,11 +68,39 @@ def require_fp8(device: torch.device) -> None:
         )
 
 
+def for_decoding(model: HybridForCausalLM, weights: StoredWeights) -> HybridForCausalLM:
+    """The model itself, its weights stored as decoding is asked to read them.
+
+    A CPU multiplies no e4m3: it keeps the rounded values in the type that they have.
+    """
+    if weights == "auto":
+        return model
+    if model.device.type == "cuda":
+        before = sum(parameter.nbytes for parameter in model.parameters())
+        saved = store_in_fp8(model)
+        after = f"{decimal_size(saved)} of {decimal_size(before)} saved"
+        console.log(f"weights of linear layers in fp8: {after}")
+    else:
+        round_to_fp8(model)
+        kind = str(model.dtype).removeprefix("torch.")
+        console.log(f"weights rounded to fp8; a CPU keeps them in {kind}, so no memory is saved")
+    return model
+
+
 @torch.no_grad()
 def store_in_fp8(model: HybridForCausalLM) -> int:
-    """Replace the weights of `linears` by ones of 8 bits, in place; returns the bytes saved."""
-    saved = 0
-    for parent, name, child in list(linears(model)):
+    """Replace the weights of `linears` by ones of 8 bits, in place; returns the bytes saved.
+
+    Raises ModelError for rows that the kernels cannot read.
+    """
+    saved, found = 0, list(linears(model))
+    odd = {child.in_features for *_, child in found if child.in_features % TOGETHER}
+    if odd:
+        raise ModelError(
+            f"fp8 weights need rows of a multiple of {TOGETHER} numbers, here some have {min(odd)}",
+            "leave --weights out",
+        )
+    for parent, name, child in found:
         before = child.weight.nbytes
         matrix = quantise(child.weight)
         setattr(parent, name, Fp8Linear(matrix, child.bias))
@@ -79,3 +113,19 @@ def round_to_fp8(model: HybridForCausalLM) -> None:
     """Give the weights of `linears` the values that 8 bits hold, in place and in their own type."""
     for _, _, child in linears(model):
         child.weight.data.copy_(rounded_to_fp8(child.weight))
+
+
+def mean_bytes(model: HybridForCausalLM) -> float:
+    """Bytes of a weight that every step reads, on average; those that are always fp32 apart."""
+    modules = (model.model.layers, model.model.norm, model.lm_head)
+    read = [
+        parameter
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if name.rpartition(".")[2] not in FLOAT32_PARAMETERS
+    ]
+    if all(parameter.dtype == model.dtype for parameter in read):
+        return model.dtype.itemsize
+    # scales are no weights, but bytes
+    count = sum(each.numel() for each in read if each.dtype in (model.dtype, E4M3))
+    return sum(each.nbytes for each in read) / count

@@ -8,7 +8,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mambactl.options.fields import BatchSize, Branches, DataSpecs, Names, StageConfig, Tokens
+from mambactl.options.fields import (
+    BatchSize,
+    Branches,
+    DataSpecs,
+    Names,
+    StageConfig,
+    StoredWeights,
+    Tokens,
+)
 
 
 class EvalBase(StageConfig):
@@ -20,6 +28,10 @@ class EvalBase(StageConfig):
         default="auto",
         description="weights in memory; auto is bfloat16 on capable GPUs, else float32; float64 "
         "(on a CPU) scores alike in any batch",
+    )
+    weights: StoredWeights = Field(
+        default="auto",
+        description="fp8 measures MODEL with the weights that decoding with --weights fp8 reads",
     )
 
 

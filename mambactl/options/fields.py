@@ -108,6 +108,10 @@ Rows = Annotated[int, Field(ge=1, le=BATCH_ROWS.most)]
 Tokens = Annotated[int, Field(ge=1, le=ROW_TOKENS.most)]
 BatchSize = Annotated[Rows | Literal["auto"], BeforeValidator(_as_number)]
 Compile = bool | Literal["auto"]
+StoredWeights = Literal["auto", "fp8"]
+FP8_HELP = (
+    "fp8 reads those of linear layers in 8 bits, embedding and head apart; auto is as --dtype says"
+)
 DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]

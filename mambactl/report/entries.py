@@ -16,6 +16,8 @@ Json = dict[str, Any]
 
 # what is known of how a measurement was made, also where it stands among the numbers
 ABOUT = ("device", "date", "versions", "teacher")
+# how the measured model's weights were rounded, where they were
+WEIGHTS = "weights"
 # what a measurement of speed has at least one of
 SPEEDS = ("points", "speculative", "kernels", "loss")
 
@@ -137,7 +139,8 @@ def _model(metrics: Mapping[str, Any], about: Json) -> str:
     if about.get("name"):
         return str(about["name"])
     if about.get("checkpoint"):
-        return str(about["checkpoint"]).rstrip("/")
+        rounded = metrics.get(WEIGHTS)
+        return str(about["checkpoint"]).rstrip("/") + (f" in {rounded}" if rounded else "")
     config = metrics.get("config") or {}
     parts = [part for part in ("kernels", "loss") if config.get(part)]
     return ", ".join(config.get("synthetic") or parts or [str(about.get("stage", "model"))])

@@ -41,8 +41,9 @@ def speculation(
             engine = make_engine(subject.model, draft, k, share=False, rounded=subject.rounded)
             rounds += decode(engine, subject, prompts, grid, advance)
         runs = [each.stats for each in rounds]
-        size = weight_bytes(engine, subject.model)
-        numbers = _numbers(subject, draft, k, runs, rows, grid.mean_context(length), size)
+        models = [each for each in (subject.model, draft) if isinstance(each, HybridForCausalLM)]
+        sizes = [weight_bytes(engine, each) for each in models]
+        numbers = _numbers(subject, draft, k, runs, rows, grid.mean_context(length), sizes)
         return numbers | graph_numbers(engine, "speculative_")
 
     found = sweep(subject.label, grid, NUMBERS, measure)
@@ -61,7 +62,7 @@ def _numbers(
     runs: Sequence[DecodeStats],
     rows: int,
     context: int,
-    weight_size: int,
+    weight_sizes: Sequence[float],
 ) -> Numbers:
     total = DecodeStats()
     for run in runs:
@@ -72,7 +73,7 @@ def _numbers(
     other = draft.config if isinstance(draft, HybridForCausalLM) else None
     allowed = speculative_limit(
         model.config, other, used, total.acceptance_per_token, subject.bandwidth,
-        weight_size, rows, context, model.dtype.itemsize,
+        weight_sizes[0], rows, context, model.dtype.itemsize, weight_sizes[-1],
     )  # fmt: skip
     return {
         "k": used,
