@@ -68,6 +68,11 @@ def against_of(entry: Entry) -> str:
     return str(other.get("model", ""))
 
 
+def stored_name(model: str, metrics: Mapping[str, Any]) -> str:
+    """The name of a checkpoint whose weights may have been rounded for a measurement."""
+    return f"{model}@{metrics[WEIGHTS]}" if metrics.get(WEIGHTS) else model
+
+
 def read_entries(path: Path) -> Iterator[Entry]:
     """Every measurement of a JSON file; raises UsageError for what is none, or of another shape."""
     yield from _walk(read_content(path), {}, Source(str(path)))
@@ -139,8 +144,7 @@ def _model(metrics: Mapping[str, Any], about: Json) -> str:
     if about.get("name"):
         return str(about["name"])
     if about.get("checkpoint"):
-        rounded = metrics.get(WEIGHTS)
-        return str(about["checkpoint"]).rstrip("/") + (f" in {rounded}" if rounded else "")
+        return stored_name(str(about["checkpoint"]).rstrip("/"), metrics)
     config = metrics.get("config") or {}
     parts = [part for part in ("kernels", "loss") if config.get(part)]
     return ", ".join(config.get("synthetic") or parts or [str(about.get("stage", "model"))])
