@@ -19,6 +19,8 @@ def run(config: ServeConfig, source: str) -> StageResult:
 
     server = Server(config, source, announce)
     server.run()
+    if server.ended_by is not None:
+        console.log(f"{server.ended_by} ended the server")
     return StageResult(source, {"url": server.url}, written=True)
 
 

@@ -1,6 +1,5 @@
 """Chooses the engine: the GPU's kernels where they run, the PyTorch reference everywhere else."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -16,7 +15,7 @@ from mambactl.decode.open_batch import OpenBatch
 from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.row_by_row import RowByRow
 from mambactl.decode.sampler import SamplingParams
-from mambactl.kernels.dispatch import SWITCH, triton_missing
+from mambactl.kernels.dispatch import switch, triton_missing
 from mambactl.models.fp8_weights import mean_bytes
 from mambactl.models.hybrid import HybridForCausalLM
 
@@ -120,7 +119,7 @@ def _on_cpu(
     """The engine of whole steps with operations for a CPU, where they can run the models."""
     models = [model for model in (target, draft) if isinstance(model, HybridForCausalLM)]
     fits = all(model.dtype == torch.float32 for model in models)
-    if os.environ.get(SWITCH) == "reference" or not fits:
+    if switch() or not fits:
         return None
     from mambactl.decode.gpu.fused_engine import FusedEngine
     from mambactl.kernels.decode.cpu.cpu_ops import CpuOps

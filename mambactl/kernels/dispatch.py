@@ -10,14 +10,14 @@ On CUDA, bf16 or fp32:
   rounding. bf16 products round their operands, the reference multiplies in fp32.
 Norms, SwiGLU, rotations and windows of attention run as one kernel each in inference, fp16 too, and
 else as operations of PyTorch.
-`MAMBACTL_KERNELS=reference` in the environment turns all but the reference off.
+`MAMBACTL_KERNELS=reference` in the environment turns all but the reference off, and
+`MAMBACTL_KERNELS=mamba-ssm` all but mamba-ssm and causal-conv1d: calls that these cannot serve go
+to the reference, with one message each.
 """
 
 import importlib.util
-import math
 import os
 import shutil
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -25,20 +25,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from mambactl.kernels import fp8, operators, reference
+from mambactl import console
+from mambactl.errors import UsageError
+from mambactl.kernels import fp8, mamba_ssm_calls, operators, reference
+from mambactl.kernels.mamba_ssm_calls import CONV, SCAN, SSD
 from mambactl.kernels.reference import Spans
-from mambactl.requirements import install_line
 
 SWITCH = "MAMBACTL_KERNELS"
+REFERENCE, FORCED = "reference", "mamba-ssm"
 LEAST_CAPABILITY = (8, 0)
 # of tensors that a fused kernel reads: no subclass with operations of its own, sharded ones say
 PLAIN = (Tensor, torch.nn.Parameter)
 FUSED = (torch.bfloat16, torch.float16, torch.float32)
 # the state of every chunk passes through memory four times, so Triton's are long
 TRITON_CHUNK = 128
-# functions of mamba-ssm, each with its module
-SSD, SCAN = "mamba_chunk_scan_combined", "selective_scan_fn"
-MAMBA_SSM = {SSD: "triton.ssd_combined", SCAN: "selective_scan_interface"}
 
 
 def ssd(
@@ -69,8 +69,8 @@ def ssd(
                 x, dt.float(), A.float(), B, C, initial_state, max(chunk_size, TRITON_CHUNK)
             )
     x = x.repeat_interleave(dt.shape[2] // x.shape[2], dim=2) if x.shape[2] != dt.shape[2] else x
-    if x.dtype in (torch.bfloat16, torch.float16) and _fits_mamba_ssm(SSD, x, B, C):
-        return _mamba_ssm_ssd(x, dt, A, B, C, initial_state, seq_idx, chunk_size)
+    if _serves(SSD, x.device, mamba_ssm_calls.unfit_ssd(x, B, C)):
+        return mamba_ssm_calls.ssd(x, dt, A, B, C, initial_state, seq_idx, chunk_size)
     return reference.ssd(x, dt, A, B, C, initial_state, seq_idx, chunk_size)
 
 
@@ -91,8 +91,8 @@ def selective_scan(
 
             with torch.cuda.device_of(x):
                 return kernel.selective_scan(x, dt, A.float(), B, C, initial_state)
-        if initial_state is None and x.dtype != torch.float64 and _fits_mamba_ssm(SCAN, x, B, C):
-            return _mamba_ssm_scan(x, dt, A, B, C)
+    if _serves(SCAN, x.device, mamba_ssm_calls.unfit_scan(x, B, C, initial_state, seq_idx)):
+        return mamba_ssm_calls.selective_scan(x, dt, A, B, C)
     return reference.selective_scan(x, dt, A, B, C, initial_state, seq_idx)
 
 
@@ -111,6 +111,10 @@ def causal_conv1d_silu(
 
         with torch.cuda.device_of(x):
             return kernel.causal_conv1d_silu(x, weight, bias, previous)
+    # else ours serves what it could, and more
+    unfit = mamba_ssm_calls.unfit_conv(x, weight, previous, seq_idx)
+    if forced() and _serves(CONV, x.device, unfit):
+        return mamba_ssm_calls.conv_silu(x, weight, bias, previous, seq_idx)
     return F.silu(reference.causal_conv1d(x, weight, bias, previous, seq_idx))
 
 
@@ -210,7 +214,10 @@ def fuses(*inputs: Tensor) -> bool:
     """True if a fused kernel without gradients can replace the operations on these tensors."""
     x = inputs[0]
     return (
-        not _takes_operators(*inputs)
+        # first what is answered at once: a CPU asks hundreds of times a token
+        not torch.compiler.is_compiling()
+        and not _no_cuda(x.device)
+        and not _needs_gradient(*inputs)
         and all(type(t) in PLAIN and t.dtype in FUSED and t.device == x.device for t in inputs)
         and x.numel() > 0
         and triton_missing(x.device) is None
@@ -219,34 +226,56 @@ def fuses(*inputs: Tensor) -> bool:
 
 def backends(device: torch.device | str = "cuda") -> dict[str, str | None]:
     """Implementations besides the reference, each with why it is off (None when it is live)."""
-    return {"triton": triton_missing(device), "mamba-ssm": mamba_ssm_missing(device)}
+    packages = {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
+    found = {name: package_missing(package, device) for name, package in packages.items()}
+    if found["causal-conv1d"] is None and not forced():
+        found["causal-conv1d"] = f"used with {SWITCH}={FORCED} alone: ours serves every call"
+    return {"triton": triton_missing(device)} | found
 
 
 def triton_missing(device: torch.device | str = "cuda") -> str | None:
     """Reason why no Triton kernel runs on the device; None if they do."""
-    return _switched_off() or _no_cuda(torch.device(device)) or _no_triton()
+    return _disabled() or _no_cuda(torch.device(device)) or _no_triton()
 
 
-def mamba_ssm_missing(device: torch.device | str = "cuda") -> str | None:
-    """Reason why mamba-ssm serves no call on the device; None if it does."""
-    found, why = _mamba_ssm()
-    return _switched_off() or _no_cuda(torch.device(device)) or (None if found else why)
+def package_missing(package: str, device: torch.device | str = "cuda") -> str | None:
+    """Reason why mamba_ssm or causal_conv1d serves no call on the device; None if it does."""
+    off = _disabled() if switch() == REFERENCE else None
+    return off or _no_cuda(torch.device(device)) or mamba_ssm_calls.missing(package)
 
 
-def mamba_ssm_has(name: str, device: torch.device) -> bool:
-    """True if the function `name` of mamba-ssm serves calls on the device."""
-    return not _switched_off() and not _no_cuda(device) and name in _mamba_ssm()[0]
+def package_has(name: str, device: torch.device) -> bool:
+    """True if the function `name` of mamba-ssm or causal-conv1d serves calls on the device."""
+    usable = switch() != REFERENCE and not _no_cuda(device)
+    return usable and name in mamba_ssm_calls.loaded()
 
 
 def answer_while_tracing() -> None:
     """Let `torch.compile` ask what is installed once, when it traces, and not look inside."""
-    for question in (triton_missing, mamba_ssm_has):
+    for question in (triton_missing, package_has, forced):
         torch.compiler.assume_constant_result(question)
 
 
-def _switched_off() -> str | None:
+def switch() -> str:
+    """What the environment asks for: "" for the fastest, else `REFERENCE` or `FORCED`.
+
+    Raises UsageError for another word.
+    """
     value = os.environ.get(SWITCH, "").strip().lower()
-    return f"turned off by {SWITCH}=reference" if value == "reference" else None
+    if value not in ("", REFERENCE, FORCED):
+        raise UsageError(
+            f"{SWITCH}={value} is none of {REFERENCE}, {FORCED}", f"unset {SWITCH}, or use one"
+        )
+    return value
+
+
+def forced() -> bool:
+    """True if calls go to mamba-ssm and causal-conv1d wherever these can serve them."""
+    return switch() == FORCED
+
+
+def _disabled() -> str | None:
+    return f"turned off by {SWITCH}={value}" if (value := switch()) else None
 
 
 @cache
@@ -274,19 +303,20 @@ def _no_triton() -> str | None:
     return None if compiler else "needs a C compiler (gcc or clang) to build its launcher"
 
 
+def _serves(name: str, device: torch.device, unfit: str | None) -> bool:
+    """True if a package serves a call, which is `unfit` for it for a reason."""
+    usable = package_has(name, device)
+    if usable and unfit is None:
+        return True
+    if forced() and not _no_cuda(device):
+        package = mamba_ssm_calls.FUNCTIONS[name].package
+        _say_once(f"{name}: {unfit if usable else mamba_ssm_calls.missing(package)}")
+    return False
+
+
 @cache
-def _mamba_ssm() -> tuple[dict[str, Callable], str | None]:
-    """The functions of mamba-ssm that load, and why the first of the others does not."""
-    if importlib.util.find_spec("mamba_ssm") is None:
-        return {}, f"not installed: {install_line('mamba_ssm')}"
-    found, why = {}, None
-    for name, module in MAMBA_SSM.items():
-        try:
-            found[name] = getattr(importlib.import_module(f"mamba_ssm.ops.{module}"), name)
-        except (ImportError, OSError, AttributeError) as error:
-            # a missing compiled extension, or one built for another torch
-            why = why or f"does not load: {error}"
-    return found, why
+def _say_once(reason: str) -> None:
+    console.warn(f"{reason}; the reference serves such calls")
 
 
 def _documents(seq_idx: Tensor | None) -> Tensor | None:
@@ -309,58 +339,4 @@ def _fits_triton(x: Tensor, *others: Tensor) -> bool:
         and all(t.dtype == x.dtype for t in others)
         and x.numel() > 0
         and triton_missing(x.device) is None
-    )
-
-
-def _fits_mamba_ssm(name: str, x: Tensor, *others: Tensor) -> bool:
-    return (
-        all(t.dtype == x.dtype for t in others) and x.numel() > 0 and mamba_ssm_has(name, x.device)
-    )
-
-
-def _mamba_ssm_ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Run mamba-ssm's chunk scan, in bf16 or fp16 only: its products round fp32 to tf32."""
-    B, C = _same_groups(B, C)
-    if seq_idx is not None:
-        # an initial state belongs to document 0 there
-        seq_idx = reference.document_numbers(seq_idx).int().contiguous()
-    # powers of two from 64 on are what its kernels are tuned for
-    chunk = max(64, 1 << (chunk_size - 1).bit_length())
-    state = None if initial_state is None else initial_state.float()
-    with torch.cuda.device_of(x):
-        y, state = _mamba_ssm()[0][SSD](
-            x, dt.float(), A.float(), B, C, chunk,
-            initial_states=state, seq_idx=seq_idx, return_final_states=True,
-        )  # fmt: skip
-    return y.float(), state
-
-
-def _mamba_ssm_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Run mamba-ssm's scan in fp32: x and dt must share a dtype, and bf16 is too coarse for dt."""
-    B, C = _same_groups(B.float(), C.float())
-    x, dt, B, C = x.float().mT, dt.float().mT, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)
-    with torch.cuda.device_of(x):
-        y, state = _mamba_ssm()[0][SCAN](
-            *(t.contiguous() for t in (x, dt, A.float(), B, C)), return_last_state=True
-        )
-    return y.mT, state.detach()
-
-
-def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """B and C [B, T, G, N] repeated to the same number of groups."""
-    groups = math.lcm(B.shape[2], C.shape[2])
-    return (
-        B.repeat_interleave(groups // B.shape[2], dim=2),
-        C.repeat_interleave(groups // C.shape[2], dim=2),
     )

@@ -9,6 +9,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StringConstraints,
     ValidationError,
     model_validator,
@@ -42,6 +43,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
+# as far as the API's own go: a 64-bit integer
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Body = TypeVar("Body", bound="SamplingFields")
 
 
@@ -54,7 +57,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool = False
+    include_usage: StrictBool = False
 
 
 class ToolFunction(BaseModel):
@@ -96,11 +99,11 @@ class SamplingFields(BaseModel):
     max_tokens: Positive | None = None
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     stop: Annotated[list[Text] | None, Field(max_length=MOST_STOPS), BeforeValidator(_as_list)] = (
         None
     )
-    stream: bool | None = None
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
 
@@ -131,7 +134,7 @@ class ChatBody(SamplingFields):
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
-    logprobs: bool | None = None
+    logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Self
 
 import torch
@@ -48,6 +50,18 @@ SWITCH_SECONDS = 0.0005
 LAST_STEP = 5.0
 
 
+class _EndedBySignal(uvicorn.Server):
+    """uvicorn's server, which a signal ends as intended; a second SIGINT ends it at once."""
+
+    ended_by: str | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop listening and let running answers end."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+        self.ended_by = signal.Signals(sig).name
+
+
 class Server:
     """A model, its socket and its threads; `run` returns when all answers are given.
 
@@ -58,6 +72,8 @@ class Server:
         """Bind the socket and read what is small; raises ResourceError, ModelError, UsageError."""
         self.config, self.source, self.announce = config, source, announce
         self.socket = _listening(config)
+        # base URL of the API for clients
+        self.url = _url(self.socket)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
         decoding.require_draft(config, source)
         name = config.name or Path(source).name.removesuffix(".st") or source
@@ -67,7 +83,7 @@ class Server:
         self.failure: BaseException | None = None
         self._ready = threading.Event()
         self._background: threading.Thread | None = None
-        self._server = uvicorn.Server(
+        self._server = _EndedBySignal(
             uvicorn.Config(
                 make_app(self.service, self._lifespan),
                 log_level="warning",
@@ -78,10 +94,9 @@ class Server:
         )
 
     @property
-    def url(self) -> str:
-        """Base URL of the API for clients."""
-        host, port = self.socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    def ended_by(self) -> str | None:
+        """Name of the signal that ended the server."""
+        return self._server.ended_by
 
     def run(self) -> None:
         """Serve until a signal, or until decoding fails, whose error is raised then."""
@@ -207,6 +222,11 @@ def _read(target: HybridForCausalLM, draft: HybridForCausalLM | None, *lengths: 
     if target.device.type == "cuda":
         torch.cuda.synchronize(target.device)
     return time.perf_counter() - started
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def _listening(config: ServeConfig) -> socket.socket:

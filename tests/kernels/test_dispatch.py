@@ -7,44 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambactl.kernels import dispatch, reference
-
-FAKE_SCAN = """
-import torch
-from mambactl.kernels import reference
-
-def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-                      return_last_state=False):
-    assert u.dtype == delta.dtype == B.dtype == C.dtype and A.dtype == torch.float32
-    assert B.shape == C.shape and u.shape == delta.shape and u.shape[1] % B.shape[1] == 0
-    assert all(t.is_contiguous() for t in (u, delta, B, C))
-    y, state = reference.selective_scan(
-        u.mT, delta.mT, A, B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2)
-    )
-    return y.mT, state
-"""
-FAKE_SSD = """
-import torch
-from mambactl.kernels import reference
-
-def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None,
-                              initial_states=None, seq_idx=None, cu_seqlens=None,
-                              dt_softplus=False, dt_limit=(0.0, float("inf")),
-                              return_final_states=False, return_varlen_states=False):
-    assert x.shape[2] == dt.shape[2] == A.shape[0] and x.shape[2] % B.shape[2] == 0
-    assert B.shape == C.shape and dt.dtype == A.dtype == torch.float32 and return_final_states
-    if seq_idx is not None:
-        assert seq_idx.dtype == torch.int32 and (seq_idx[:, 0] == 0).all()
-    y, state = reference.ssd(x, dt, A, B, C, initial_states, seq_idx, chunk_size)
-    return y.to(x.dtype), state
-"""
+from mambactl.errors import UsageError
+from mambactl.kernels import dispatch, mamba_ssm_calls, reference
 
 
 def forget() -> None:
-    for cached in (dispatch._no_cuda, dispatch._no_triton, dispatch._mamba_ssm):
-        getattr(cached, "cache_clear", lambda: None)()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
-        del sys.modules[name]
+    cached = dispatch._no_cuda, dispatch._no_triton, mamba_ssm_calls._load, mamba_ssm_calls.loaded
+    for each in cached:
+        getattr(each, "cache_clear", lambda: None)()
 
 
 @pytest.fixture(autouse=True)
@@ -61,27 +31,7 @@ def everywhere(monkeypatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
     monkeypatch.setattr(dispatch, "_no_triton", lambda: None)
-    monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: ({}, "not installed"))
-
-
-@pytest.fixture
-def only_mamba_ssm(monkeypatch, tmp_path) -> None:
-    """A package with the functions and demands of mamba-ssm."""
-    ops = tmp_path / "mamba_ssm" / "ops"
-    (ops / "triton").mkdir(parents=True)
-    for folder in (ops.parent, ops, ops / "triton"):
-        (folder / "__init__.py").touch()
-    (ops / "selective_scan_interface.py").write_text(FAKE_SCAN)
-    (ops / "triton" / "ssd_combined.py").write_text(FAKE_SSD)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.invalidate_caches()
-    monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
-    monkeypatch.setattr(dispatch, "_no_triton", lambda: "off")
-
-
-def as_bf16(inputs):
-    x, dt, A, B, C, state = inputs
-    return x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), state
+    monkeypatch.setattr(mamba_ssm_calls, "loaded", dict)
 
 
 def forbid(monkeypatch, *names: str) -> None:
@@ -100,7 +50,7 @@ def test_on_a_cpu_everything_is_the_reference(draw_ssd, draw_scan) -> None:
     expected = F.silu(reference.causal_conv1d(x, weight, None))
     assert torch.equal(dispatch.causal_conv1d_silu(x, weight, None), expected)
     assert dispatch.triton_missing("cpu") == "needs a CUDA device"
-    assert set(dispatch.backends("cpu")) == {"triton", "mamba-ssm"}
+    assert set(dispatch.backends("cpu")) == {"triton", "mamba-ssm", "causal-conv1d"}
 
 
 def test_grouped_heads_are_repeated_for_the_reference(draw_ssd) -> None:
@@ -314,61 +264,6 @@ def test_another_activation_is_called(everywhere, no_fusion) -> None:
         assert torch.equal(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_mamba_ssm_trains_mamba2(monkeypatch, only_mamba_ssm, draw_ssd, packed) -> None:
-    x, dt, A, B, C, state = as_bf16(draw_ssd(1, 70, groups=2, heads=4))
-    x, C = x[:, :, :2].requires_grad_(), C.repeat_interleave(2, 2)
-    # number 7 comes back: those are two documents
-    seq_idx = torch.tensor([7] * 9 + [3] * 20 + [7] * 41)[None] if packed else None
-    wide = x.repeat_interleave(2, 2)
-    expected = reference.ssd(wide, dt, A, B, C, state, seq_idx)
-    y, final = dispatch.ssd(x, dt, A, B, C, state, seq_idx)
-    assert y.dtype == final.dtype == torch.float32 and y.requires_grad
-    torch.testing.assert_close(y, expected[0], rtol=2**-8, atol=1e-5)
-    torch.testing.assert_close(final, expected[1], rtol=1e-5, atol=1e-5)
-
-
-def test_mamba_ssm_trains_mamba1(only_mamba_ssm, draw_scan) -> None:
-    x, dt, A, B, C, _ = as_bf16(draw_scan(2, 9, groups=2))
-    x, C = x.requires_grad_(), C.repeat_interleave(3, 2)
-    expected = reference.selective_scan(x, dt, A, B, C)
-    y, final = dispatch.selective_scan(x, dt, A, B, C)
-    assert y.requires_grad and not final.requires_grad
-    torch.testing.assert_close(y, expected[0])
-    torch.testing.assert_close(final, expected[1])
-
-
-def test_mamba_ssm_gets_nothing_it_would_round_or_refuse(
-    monkeypatch, only_mamba_ssm, draw_ssd, draw_scan
-) -> None:
-    def refuse(*args, **keywords):
-        raise AssertionError("mamba-ssm was called")
-
-    both = {dispatch.SSD: refuse, dispatch.SCAN: refuse}
-    monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: (both, None))
-    dispatch.ssd(*draw_ssd(1, 5))
-    dispatch.selective_scan(*draw_scan(1, 3))  # from a state
-    dispatch.selective_scan(*draw_scan(1, 3)[:5], None, torch.zeros(1, 3))
-    with pytest.raises(AssertionError, match="mamba-ssm"):
-        dispatch.selective_scan(*draw_scan(1, 3)[:5])
-
-
-@pytest.mark.parametrize(
-    "source", ["import selective_scan_cuda_that_is_missing", "raise OSError('undefined symbol')"]
-)
-def test_a_broken_mamba_ssm_is_a_reason_not_an_error(
-    monkeypatch, tmp_path, draw_ssd, source
-) -> None:
-    (tmp_path / "mamba_ssm").mkdir()
-    (tmp_path / "mamba_ssm" / "__init__.py").write_text(source)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.invalidate_caches()
-    monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
-    monkeypatch.setattr(dispatch, "_no_triton", lambda: "off")
-    assert dispatch.backends()["mamba-ssm"].startswith("does not load: ")
-    dispatch.ssd(*as_bf16(draw_ssd(1, 5)))
-
-
 def test_reasons_name_what_is_missing(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -377,7 +272,7 @@ def test_reasons_name_what_is_missing(monkeypatch) -> None:
     dispatch._no_cuda.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert dispatch.triton_missing().startswith("not installed")
-    assert dispatch.mamba_ssm_missing().startswith("not installed")
+    assert dispatch.package_missing("mamba_ssm").startswith("not installed")
 
 
 def test_importing_the_dispatcher_does_not_import_triton() -> None:
@@ -389,3 +284,9 @@ def test_importing_the_dispatcher_does_not_import_triton() -> None:
         "assert not {f'mambactl.kernels.{part}' for part in parts} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_another_word_is_refused(monkeypatch, draw_ssd) -> None:
+    monkeypatch.setenv(dispatch.SWITCH, "mambassm")
+    with pytest.raises(UsageError, match="MAMBACTL_KERNELS=mambassm is none of reference"):
+        dispatch.ssd(*draw_ssd(1, 5))

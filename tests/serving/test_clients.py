@@ -171,6 +171,9 @@ def test_models(client, server) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"messages": []}, "messages"),
+        ({"extra_body": {"stream": "yes"}}, "stream"),
+        ({"logprobs": "yes"}, "logprobs"),
+        ({"seed": 2**63}, "seed"),
     ],
 )
 def test_a_field_that_is_wrong_or_unknown_is_named(client, field, named) -> None:

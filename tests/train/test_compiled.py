@@ -9,7 +9,7 @@ from conftest import tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mambactl.data.pack import collate
-from mambactl.kernels import dispatch
+from mambactl.kernels import dispatch, mamba_ssm_calls
 from mambactl.models.key_ring import WindowSettings
 from mambactl.models.mixers.mamba2 import mamba2_from_attention
 from mambactl.models.transformers_names import recompute_activations
@@ -33,7 +33,7 @@ def triton_everywhere(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
     monkeypatch.setattr(dispatch, "_no_triton", lambda: None)
-    monkeypatch.setattr(dispatch, "_mamba_ssm", lambda: ({}, "not installed"))
+    monkeypatch.setattr(mamba_ssm_calls, "loaded", dict)
 
 
 def models(make_hybrid, layers, amp, mixers=MIXERS, rotary=False):

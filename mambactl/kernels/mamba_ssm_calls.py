@@ -1,0 +1,170 @@
+"""Functions of mamba-ssm and causal-conv1d behind the signatures of `reference`.
+
+Each raises nothing of its own: `unfit` says beforehand which calls the package cannot serve.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambactl.kernels import reference
+from mambactl.requirements import install_line
+
+
+class Provided(NamedTuple):
+    """A function, with the package and the module that it comes from."""
+
+    package: str
+    module: str
+
+
+# functions that calls can go to
+SSD, SCAN, CONV = "mamba_chunk_scan_combined", "selective_scan_fn", "causal_conv1d_fn"
+FUNCTIONS: Mapping[str, Provided] = {
+    SSD: Provided("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined"),
+    SCAN: Provided("mamba_ssm", "mamba_ssm.ops.selective_scan_interface"),
+    CONV: Provided("causal_conv1d", "causal_conv1d"),
+}
+HALVES = (torch.bfloat16, torch.float16)
+# channels of an input whose channels are next to each other, and widths of a convolution
+CONV_CHANNELS, CONV_WIDTHS = 8, (2, 3, 4)
+
+
+@cache
+def loaded() -> dict[str, Callable]:
+    """The functions that load."""
+    return {name: found for name in FUNCTIONS if callable(found := _load(name))}
+
+
+def missing(package: str) -> str | None:
+    """Reason why a package lacks a function; None if it has all that calls go to."""
+    names = (name for name, provided in FUNCTIONS.items() if provided.package == package)
+    return next((why for name in names if isinstance(why := _load(name), str)), None)
+
+
+@cache
+def _load(name: str) -> Callable | str:
+    """The function, or why there is none."""
+    package, module = FUNCTIONS[name]
+    if importlib.util.find_spec(package) is None:
+        return f"not installed: {install_line(package)}"
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, OSError, AttributeError) as error:
+        # a missing compiled extension, or one built for another torch
+        return f"does not load: {error}"
+
+
+def unfit_ssd(x: Tensor, *others: Tensor) -> str | None:
+    """Reason why mamba-ssm's chunk scan does not serve a call; None if it does."""
+    if x.dtype not in HALVES:
+        # its products round fp32 to tf32
+        return f"it computes in bf16 or fp16, not {_name(x)}"
+    return _unlike(x, *others)
+
+
+def unfit_scan(
+    x: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None
+) -> str | None:
+    """Reason why mamba-ssm's selective scan does not serve a call; None if it does."""
+    if seq_idx is not None:
+        return "it knows no documents"
+    if initial_state is not None:
+        return "it takes no initial state"
+    return "it has no fp64" if x.dtype == torch.float64 else _unlike(x, B, C)
+
+
+def unfit_conv(
+    x: Tensor, weight: Tensor, previous: Tensor | None, seq_idx: Tensor | None
+) -> str | None:
+    """Reason why causal-conv1d does not serve a call; None if it does."""
+    if x.dtype == torch.float64:
+        return "it has no fp64"
+    if x.shape[2] % CONV_CHANNELS:
+        return f"it takes a multiple of {CONV_CHANNELS} channels, not {x.shape[2]}"
+    if weight.shape[1] not in CONV_WIDTHS:
+        return f"it takes widths of 2 to 4, not {weight.shape[1]}"
+    if previous is not None and seq_idx is not None:
+        return "it takes either documents or an initial state"
+    return _unlike(x)
+
+
+def _unlike(x: Tensor, *others: Tensor) -> str | None:
+    if any(t.dtype != x.dtype for t in others):
+        return "its inputs share one dtype"
+    return None if x.numel() else "it takes no empty input"
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Run mamba-ssm's chunk scan as `reference.ssd`, in bf16 or fp16."""
+    B, C = _same_groups(B, C)
+    if seq_idx is not None:
+        # an initial state belongs to document 0 there
+        seq_idx = reference.document_numbers(seq_idx).int().contiguous()
+    # powers of two from 64 on are what its kernels are tuned for
+    chunk = max(64, 1 << (chunk_size - 1).bit_length())
+    state = None if initial_state is None else initial_state.float()
+    with torch.cuda.device_of(x):
+        y, state = loaded()[SSD](
+            x, dt.float(), A.float(), B, C, chunk,
+            initial_states=state, seq_idx=seq_idx, return_final_states=True,
+        )  # fmt: skip
+    return y.float(), state
+
+
+def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Run mamba-ssm's scan in fp32: x and dt must share a dtype, and bf16 is too coarse for dt."""
+    B, C = _same_groups(B.float(), C.float())
+    x, dt, B, C = x.float().mT, dt.float().mT, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)
+    with torch.cuda.device_of(x):
+        y, state = loaded()[SCAN](
+            *(t.contiguous() for t in (x, dt, A.float(), B, C)), return_last_state=True
+        )
+    return y.mT, state.detach()
+
+
+def conv_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    previous: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    """Run causal-conv1d as the SiLU of `reference.causal_conv1d`: x [B, T, Ch], weight [Ch, W]."""
+    # channels next to each other, as documents and an initial state need them
+    entering = x.contiguous().mT  # [B, Ch, T]
+    start = None if previous is None else previous.to(x.dtype).contiguous().mT  # [B, Ch, W-1]
+    numbers = None if seq_idx is None else seq_idx.int().contiguous()
+    with torch.cuda.device_of(x):
+        y = loaded()[CONV](
+            entering, weight, bias, seq_idx=numbers, initial_states=start, activation="silu"
+        )
+    return y.mT
+
+
+def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """B and C [B, T, G, N] repeated to the same number of groups."""
+    groups = math.lcm(B.shape[2], C.shape[2])
+    return (
+        B.repeat_interleave(groups // B.shape[2], dim=2),
+        C.repeat_interleave(groups // C.shape[2], dim=2),
+    )
