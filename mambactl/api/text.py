@@ -22,7 +22,7 @@ from mambactl.generation import decoding
 from mambactl.generation.detokenizer import Detokenizer
 from mambactl.generation.dialogue import Chat
 from mambactl.generation.on_demand import on_demand
-from mambactl.models.fp8_weights import for_decoding, require_weights
+from mambactl.models.byte_weights import for_decoding, require_weights
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import PREFIX_CACHE_GB, ChatConfig, ServeConfig
 from mambactl.options.fields import StoredWeights

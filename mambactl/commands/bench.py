@@ -10,8 +10,8 @@ from mambactl.checkpoint.teacher import teacher_of
 from mambactl.errors import CheckError
 from mambactl.generation import decoding
 from mambactl.metrics import CACHE, DECODE_GAIN, DECODE_RATE, FIRST_TOKEN, PREFILL_RATE, Metric
+from mambactl.models.byte_weights import require_weights
 from mambactl.models.config import HybridConfig
-from mambactl.models.fp8_weights import require_weights
 from mambactl.options import BenchConfig
 from mambactl.options.measurement import TRANSFORMERS
 from mambactl.ranks import placement

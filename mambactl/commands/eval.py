@@ -20,7 +20,7 @@ from mambactl.evaluation.fidelity import Variant
 from mambactl.evaluation.probes import PROBES, EvalConfig
 from mambactl.evaluation.probes.probe import AGAINST, STUDENT, TEACHER, Asked, Probe, Subject
 from mambactl.evaluation.sequences import CACHE, SEQUENCES, sequences_of, show_sequences
-from mambactl.models.fp8_weights import round_to_fp8
+from mambactl.models.byte_weights import round_to_bytes
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.ranks import placement
 from mambactl.report.entries import WEIGHTS
@@ -261,8 +261,8 @@ def _student(config: EvalConfig, source: str) -> HybridForCausalLM:
         raise ModelError(
             f"{source} runs code of its own, whose weights stay as they are", "drop --weights"
         )
-    round_to_fp8(model)
-    console.log("weights of linear layers rounded to fp8, in the student alone")
+    round_to_bytes(model, config.weights)
+    console.log(f"weights of linear layers rounded to {config.weights}, in the student alone")
     return model
 
 

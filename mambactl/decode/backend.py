@@ -16,7 +16,7 @@ from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.row_by_row import RowByRow
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.dispatch import switch, triton_missing
-from mambactl.models.fp8_weights import mean_bytes
+from mambactl.models.byte_weights import mean_bytes
 from mambactl.models.hybrid import HybridForCausalLM
 
 if TYPE_CHECKING:

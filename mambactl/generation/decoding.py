@@ -20,8 +20,8 @@ from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import ModelError, UsageError
+from mambactl.models.byte_weights import for_decoding, require_weights
 from mambactl.models.config import HybridConfig
-from mambactl.models.fp8_weights import for_decoding, require_weights
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import (
     BenchConfig,

@@ -27,7 +27,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from mambactl import console
 from mambactl.errors import UsageError
-from mambactl.kernels import fp8, mamba_ssm_calls, operators, reference
+from mambactl.kernels import byte_matrix, mamba_ssm_calls, operators, reference
 from mambactl.kernels.mamba_ssm_calls import CONV, SCAN, SSD
 from mambactl.kernels.reference import Spans
 
@@ -144,11 +144,11 @@ def attention(
     return y.transpose(1, 2)
 
 
-def fp8_linear(x: Tensor, w: fp8.Fp8Matrix, bias: Tensor | None) -> Tensor:
-    """Run `fp8.linear` for x [..., K], fused where that is possible."""
+def byte_linear(x: Tensor, w: byte_matrix.ByteMatrix, bias: Tensor | None) -> Tensor:
+    """Run `byte_matrix.linear` for x [..., K], fused where that is possible."""
     if not fuses(x):
-        return fp8.linear(x, w, bias)
-    from mambactl.kernels.sequence import fp8 as kernel
+        return byte_matrix.linear(x, w, bias)
+    from mambactl.kernels.sequence import byte_matrix as kernel
 
     with torch.cuda.device_of(x):
         y = kernel.product(x.flatten(0, -2), w).unflatten(0, x.shape[:-1])

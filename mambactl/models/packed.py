@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from mambactl.kernels.byte_matrix import ByteMatrix, Matrix
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.linear import TAPS
-from mambactl.kernels.fp8 import Fp8Matrix, Matrix
 from mambactl.kernels.reference import still
 from mambactl.models.cache import LayerCache
 from mambactl.models.session_size import StateSize
@@ -236,9 +236,9 @@ def stack(linears: list[nn.Linear]) -> Projection:
 
 
 def _joined_weights(parts: Sequence[Matrix]) -> Matrix:
-    if all(isinstance(part, Fp8Matrix) for part in parts):
+    if all(isinstance(part, ByteMatrix) for part in parts):
         values, scale = ([getattr(part, name) for part in parts] for name in ("values", "scale"))
-        return Fp8Matrix(_joined(values), _joined(scale))
+        return ByteMatrix(_joined(values), _joined(scale))
     return _joined(parts)
 
 

@@ -31,7 +31,7 @@ class EvalBase(StageConfig):
     )
     weights: StoredWeights = Field(
         default="auto",
-        description="fp8 measures MODEL with the weights that decoding with --weights fp8 reads",
+        description="fp8 or int8 measure MODEL with the weights that decoding would read then",
     )
 
 

@@ -108,9 +108,9 @@ Rows = Annotated[int, Field(ge=1, le=BATCH_ROWS.most)]
 Tokens = Annotated[int, Field(ge=1, le=ROW_TOKENS.most)]
 BatchSize = Annotated[Rows | Literal["auto"], BeforeValidator(_as_number)]
 Compile = bool | Literal["auto"]
-StoredWeights = Literal["auto", "fp8"]
-FP8_HELP = (
-    "fp8 reads those of linear layers in 8 bits, embedding and head apart; auto is as --dtype says"
+StoredWeights = Literal["auto", "fp8", "int8"]
+WEIGHTS_HELP = (
+    "fp8 and int8 hold linear layers, embedding and head apart, in 8 bits; auto is as --dtype says"
 )
 DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]

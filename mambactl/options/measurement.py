@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mambactl.errors import UsageError
 from mambactl.options.fields import (
-    FP8_HELP,
+    WEIGHTS_HELP,
     BatchSizes,
     Compile,
     Drafts,
@@ -40,7 +40,7 @@ class BenchConfig(StageConfig):
         default=None, description="decode with it too: checkpoint, ngram or shape"
     )
     k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
-    weights: StoredWeights = Field(default="auto", description=FP8_HELP)
+    weights: StoredWeights = Field(default="auto", description=WEIGHTS_HELP)
     baseline: str | None = Field(
         default=None,
         description="second model; `teacher` is the lineage's, `transformers` a Llama of this "

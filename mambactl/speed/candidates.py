@@ -15,7 +15,7 @@ from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model
 from mambactl.decode.backend import NGRAM
 from mambactl.errors import ModelError, UsageError
-from mambactl.models.fp8_weights import for_decoding
+from mambactl.models.byte_weights import for_decoding
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
 from mambactl.speed.limits import parameters_read

@@ -7,8 +7,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mambactl.kernels.byte_matrix import Matrix
 from mambactl.kernels.decode.operations import DecodeOps
-from mambactl.kernels.fp8 import Matrix
 from mambactl.models.block import HybridBlock
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridForCausalLM, HybridModel

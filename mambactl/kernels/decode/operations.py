@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from mambactl.kernels.fp8 import Matrix
+from mambactl.kernels.byte_matrix import Matrix
 
 
 class AttentionArguments(NamedTuple):

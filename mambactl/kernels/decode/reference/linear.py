@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambactl.kernels import reference
+from mambactl.kernels.byte_matrix import ByteMatrix, Matrix
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.slots import slot_of
-from mambactl.kernels.fp8 import Fp8Matrix, Matrix
 
 TAPS = 4
 
@@ -29,7 +29,7 @@ def wide(x: Tensor) -> Tensor:
 def times(x: Tensor, w: Matrix) -> Tensor:
     """x W^T [M, N] in fp32, or fp64 for fp64 input."""
     x = wide(x)
-    return x @ (w.dense(x.dtype) if isinstance(w, Fp8Matrix) else wide(w)).T
+    return x @ (w.dense(x.dtype) if isinstance(w, ByteMatrix) else wide(w)).T
 
 
 def segment_positions(

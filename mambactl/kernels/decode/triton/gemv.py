@@ -5,22 +5,21 @@ Two ways, both in one fixed order per element of y, so that a row depends on no 
   and the first tile of weights is on its way before the kernel that writes x has ended;
 - tensor cores for up to 32 rows, K dealt out to the warps (a batched product summed at the end),
   because one chain of dependent products over all of K takes longer than reading W.
-Weights of 8 bits (`kernels.fp8`) arrive as bytes with a scale for each row of a multiple of four
-numbers. On the ordinary units they widen to fp32, as others do. A tensor core gets them in fp16,
-to which one instruction takes two, and x in fp16 times a power of two, `input_factor`, that keeps
-it in range: of bf16 that loses 2^-20 of the row's norm at most. x in fp32 stays fp32.
+Weights of 8 bits (`kernels.byte_matrix`) have a scale for each row of a multiple of four numbers.
+On the ordinary units they widen to fp32, as others do. A tensor core gets them in fp16, to which
+few instructions take two, and x in fp16 times a power of two, `input_factor`, that keeps it in
+range: of bf16 that loses 2^-20 of the row's norm at most. x in fp32 stays fp32.
 """
 
 import math
 from dataclasses import dataclass, replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambactl.kernels.fp8 import Fp8Matrix, Matrix
-from mambactl.kernels.launch import dot, four_e4m3, gdc_launch_dependents
+from mambactl.kernels.byte_matrix import ByteMatrix, Matrix
+from mambactl.kernels.launch import dot, four_numbers, gdc_launch_dependents, widened
 
 # more rows are a library's business
 SOME_ROWS = 32
@@ -70,7 +69,7 @@ class Tiles:
 
         A tensor core's keep their depth, for x takes its part of it.
         """
-        deeper = isinstance(w, Fp8Matrix) and not self.slices
+        deeper = isinstance(w, ByteMatrix) and not self.slices
         return replace(self, depth=2 * self.depth) if deeper else self
 
 
@@ -108,7 +107,7 @@ def tiles_for(name: str, rows: int, exact: bool = False) -> Tiles | None:
 
 def operand(w: Matrix) -> tuple[Tensor, Tensor]:
     """Weights as kernels read them and the scales of their rows; only bytes have scales."""
-    return (w.values.view(torch.uint8), w.scale) if isinstance(w, Fp8Matrix) else (w, w)
+    return (w.bytes, w.scale) if isinstance(w, ByteMatrix) else (w, w)
 
 
 @triton.jit
@@ -141,10 +140,10 @@ def _four_columns(x, at, ok):
 
 
 @triton.jit
-def _add_row_of_words(acc, x, at, ok, w_words):
+def _add_row_of_words(acc, x, at, ok, w_words, KIND: tl.constexpr):
     """acc [BN, DEPTH / 4] + the sums of four neighbouring products, whose weights are a word."""
     a, b, c, d = _four_columns(x, at, ok)
-    first, second, third, fourth = four_e4m3(w_words)
+    first, second, third, fourth = four_numbers(w_words, KIND)
     acc = acc + first * a[None, :]
     acc = acc + second * b[None, :]
     acc = acc + third * c[None, :]
@@ -169,7 +168,7 @@ def first_tile(
     """Tile of w that a product can read before x is there; hand it to `product`."""
     if PDL:
         gdc_launch_dependents()
-    if SLICES == 0 and w.dtype.element_ty == tl.uint8:
+    if SLICES == 0 and w.dtype.element_ty.primitive_bitwidth == 8:
         tl.static_assert(K % 4 == 0)
         at = word_columns(DEPTH // 4)
         tile = tl.load(
@@ -197,7 +196,7 @@ def input_factor(w, rate, SLICES: tl.constexpr):
     """Powers of two [BM] that x is multiplied by beside weights of 8 bits, of which the norm's
     factor `rate` is all but a factor of 2: entries of up to 2^20 times the norm stay in fp16.
     """
-    if SLICES == 0 or w.dtype.element_ty != tl.uint8:
+    if SLICES == 0 or w.dtype.element_ty.primitive_bitwidth != 8:
         factor = tl.full(rate.shape, 1.0, tl.float32)
     else:
         factor = (rate.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -206,27 +205,26 @@ def input_factor(w, rate, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _over(above, below):
-    """above / below of powers of two, exact."""
-    bits = above.to(tl.int32, bitcast=True) - below.to(tl.int32, bitcast=True) + 0x3F800000
-    return bits.to(tl.float32, bitcast=True)
+def _inverse(power):
+    """1 / power of a power of two, exact."""
+    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scaled_sums(y, w, scale, factor, w_index, col_ok):
     """Products y [BM, BN] with weights of 8 bits, their scales applied and `factor` taken back."""
-    if w.dtype.element_ty == tl.uint8:
+    if w.dtype.element_ty.primitive_bitwidth == 8:
         by_column = tl.load(scale + w_index, mask=col_ok, other=1.0)
-        y = y * by_column[None, :] * _over(tl.full(factor.shape, 1.0, tl.float32), factor)[:, None]
+        y = y * by_column[None, :] * _inverse(factor)[:, None]
     return y
 
 
 @triton.jit
 def rescale(one, two, w, scale, following, w_index, col_ok, BM: tl.constexpr, SLICES: tl.constexpr):
     """Partial sums of products under the scales of the weights that are multiplied next."""
-    if w.dtype.element_ty == tl.uint8:
+    if w.dtype.element_ty.primitive_bitwidth == 8:
         here = tl.load(scale + w_index, mask=col_ok, other=1.0)
-        by_column = _over(here, tl.load(following + w_index, mask=col_ok, other=1.0))
+        by_column = tl.div_rn(here, tl.load(following + w_index, mask=col_ok, other=1.0))
         if SLICES == 0:
             by_column = by_column[:, None]
         elif BM == 8:
@@ -261,7 +259,7 @@ def _multiply_add(
 @triton.jit
 def _multiply_add_words(
     one, two, x, stride, w_rows, ahead, col_ok, M, K: tl.constexpr, BM: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """As `_multiply_add` for weights of 8 bits, four of them at a time; x is `K` words long."""
     for k in range(0, K, DEPTH):
@@ -272,9 +270,9 @@ def _multiply_add_words(
         ahead = tl.load(
             w_rows[:, None] + (at + DEPTH)[None, :], mask=col_ok[:, None] & more[None, :], other=0
         )
-        one = _add_row_of_words(one, x, at, ok, words)
+        one = _add_row_of_words(one, x, at, ok, words, KIND)
         if BM == 2:
-            two = _add_row_of_words(two, x + stride, at, ok & (M > 1), words)
+            two = _add_row_of_words(two, x + stride, at, ok & (M > 1), words, KIND)
     return one, two
 
 
@@ -293,9 +291,9 @@ def _tensor_cores(
         x_tile = tl.load(
             x_rows[None, :, None] + at, mask=row_ok[None, :, None] & ok, other=0.0
         )  # [S, BM, DEPTH]
-        if w_tile.dtype == tl.uint8:
+        if w_tile.dtype.primitive_bitwidth == 8:
             kind = tl.float32 if x_tile.dtype == tl.float32 else tl.float16
-            w_tile = w_tile.to(tl.float8e4nv, bitcast=True).to(kind)
+            w_tile = widened(w_tile, kind)
             x_tile = (x_tile.to(tl.float32) * factor[None, :, None]).to(kind)
         if BM == 8:
             acc = dot(w_tile, tl.permute(x_tile, (0, 2, 1)), acc)
@@ -312,7 +310,9 @@ def no_sums(w, BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: 
     """
     # up to eight rows of x are the narrow side of a tensor core's product, sixteen the other one
     if SLICES == 0:
-        one = tl.zeros([BN, DEPTH // (4 if w.dtype.element_ty == tl.uint8 else 8)], tl.float32)
+        one = tl.zeros(
+            [BN, DEPTH // (4 if w.dtype.element_ty.primitive_bitwidth == 8 else 8)], tl.float32
+        )
     elif BM == 8:
         one = tl.zeros([SLICES, BN, BM], tl.float32)
     else:
@@ -332,10 +332,10 @@ def add_product(
     is false nothing is read.
     """
     w_rows = w + w_index.to(tl.int64) * K
-    if SLICES == 0 and w.dtype.element_ty == tl.uint8:
+    if SLICES == 0 and w.dtype.element_ty.primitive_bitwidth == 8:
         words = w_rows.to(tl.pointer_type(tl.int32), bitcast=True)
         one, two = _multiply_add_words(
-            one, two, x, stride, words, first, col_ok, M, K // 4, BM, DEPTH // 4
+            one, two, x, stride, words, first, col_ok, M, K // 4, BM, DEPTH // 4, w.dtype.element_ty
         )
     elif SLICES == 0:
         one, two = _multiply_add(one, two, x, stride, w_rows, first, col_ok, M, K, BM, BN, DEPTH)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambactl.kernels.byte_matrix import Matrix
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import slot_of
 from mambactl.kernels.decode.triton.gemv import (
@@ -28,7 +29,6 @@ from mambactl.kernels.decode.triton.gemv import (
     whole_sums,
 )
 from mambactl.kernels.decode.triton.taps import add_tap, behind, tap
-from mambactl.kernels.fp8 import Matrix
 from mambactl.kernels.launch import gdc_wait, launch_options, rounded
 
 
@@ -42,7 +42,7 @@ def _normed_product(
     rate = tl.full([BM], 1.0, tl.float32)
     if TILES > 0:
         parts = square_parts(squares, s_stride, rows, rows < M, TILES)
-        if w.dtype.element_ty == tl.uint8:
+        if w.dtype.element_ty.primitive_bitwidth == 8:
             rate = norm_rate(parts, eps, K)
     factor = input_factor(w, rate, SLICES)
     y = product(

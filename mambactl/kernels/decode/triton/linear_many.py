@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambactl.kernels.byte_matrix import ByteMatrix, Matrix
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import slot_of
 from mambactl.kernels.decode.triton.gemv import norm_rate, square_parts
-from mambactl.kernels.fp8 import Fp8Matrix, Matrix
 from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
-from mambactl.kernels.sequence import fp8
+from mambactl.kernels.sequence import byte_matrix
 
 
 @triton.jit
@@ -207,8 +207,8 @@ def _common(squares: Tensor, width: int, pdl: bool) -> dict:
 
 def _times(x: Tensor, w: Matrix, before: Tensor | None = None) -> Tensor:
     """x W^T [M, N] plus `before`, rounded to the type of x."""
-    if isinstance(w, Fp8Matrix):
-        return fp8.product(x, w, before)
+    if isinstance(w, ByteMatrix):
+        return byte_matrix.product(x, w, before)
     return torch.mm(x, w.T) if before is None else torch.addmm(before, x, w.T)
 
 

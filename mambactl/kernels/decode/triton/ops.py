@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from mambactl.kernels.byte_matrix import Matrix
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton import (
     decode_attention,
@@ -23,7 +24,6 @@ from mambactl.kernels.decode.triton import (
     verdict,
 )
 from mambactl.kernels.decode.triton.gemv import SOME_ROWS, Tiles, tiles_for
-from mambactl.kernels.fp8 import Matrix
 from mambactl.kernels.launch import INTERPRETED
 
 # rows up to which x_proj takes them one after the other

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from mambactl import console
 from mambactl.errors import CheckError
+from mambactl.kernels.byte_matrix import Kind, Matrix, quantise
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.ops import ReferenceOps
 from mambactl.kernels.decode.triton.ops import TritonOps
-from mambactl.kernels.fp8 import Matrix, quantise
 from mambactl.metrics import tenths, tight_percent
 from mambactl.speed.limits import Numbers
 from mambactl.speed.synthetic import SHAPES, STD
@@ -25,9 +25,11 @@ MOST_ERROR = 2**-6
 class _Case:
     """One product with several weights, its inputs and room for its results."""
 
-    def __init__(self, name: str, rows: int, weights: Sequence[Matrix], ops: DecodeOps):
+    def __init__(
+        self, name: str, rows: int, weights: Sequence[Matrix], ops: DecodeOps, device: torch.device
+    ):
         self.name, self.weights, self.ops = name, weights, ops
-        (N, K), device = weights[0].shape, torch.device("cuda")
+        N, K = weights[0].shape
         g = torch.Generator(device).manual_seed(rows)
 
         def draw(width: int) -> Tensor:
@@ -71,7 +73,7 @@ class _Case:
 
 
 def products(
-    name: str, rows: Sequence[int], bandwidth: float, device: torch.device
+    name: str, rows: Sequence[int], bandwidth: float, weights: Kind, device: torch.device
 ) -> list[Numbers]:
     """Microseconds of both halves of an MLP, and their share of what bandwidth allows.
 
@@ -85,9 +87,9 @@ def products(
     for product, shape in (("swiglu", (2 * inner, width)), ("add_residual", (width, inner))):
         count = max(1, round(DISTINCT_BYTES / shape[0] / shape[1]))
         dense = [_weight(shape, seed, device) for seed in range(count)]
-        stored = [quantise(weight) for weight in dense]
+        stored = [quantise(weight, weights) for weight in dense]
         for M in rows:
-            cases = [_Case(product, M, weights, ops) for weights in (dense, stored)]
+            cases = [_Case(product, M, each, ops, device) for each in (dense, stored)]
             seconds = median_seconds([capture(case.all) for case in cases])
             floor = shape[0] * shape[1] / bandwidth
             found.append(
@@ -97,15 +99,15 @@ def products(
                     "shape": list(shape),
                     "rows": M,
                     "bf16_us": 1e6 * seconds[0] / count,
-                    "fp8_us": 1e6 * seconds[1] / count,
-                    "fp8_share": floor * count / seconds[1],
-                    "fp8_error": cases[1].error(),
+                    "bytes_us": 1e6 * seconds[1] / count,
+                    "bytes_share": floor * count / seconds[1],
+                    "bytes_error": cases[1].error(),
                 }
             )
     show(name, found)
-    wrong = [each for each in found if not each["fp8_error"] <= MOST_ERROR]
+    wrong = [each for each in found if not each["bytes_error"] <= MOST_ERROR]
     if wrong:
-        worst = max(wrong, key=lambda each: each["fp8_error"])
+        worst = max(wrong, key=lambda each: each["bytes_error"])
         where = f"{worst['product']} of {worst['rows']} rows"
         raise CheckError(f"{where} is off by {worst['fp8_error']:.1e} of its largest value")
     return found
@@ -123,11 +125,11 @@ def show(name: str, found: Sequence[Numbers]) -> None:
             f"{each['product']} {each['shape'][0]:,} x {each['shape'][1]:,}",
             each["rows"],
             tenths(each["bf16_us"]),
-            tenths(each["fp8_us"]),
-            tight_percent(each["fp8_share"]),
+            tenths(each["bytes_us"]),
+            tight_percent(each["bytes_share"]),
             f"{each['fp8_error']:.1e}",
         )
         for each in found
     ]
-    columns = ("", "rows", "bf16 us", "fp8 us", "of the byte limit", "error")
+    columns = ("", "rows", "bf16 us", "8 bits us", "of the byte limit", "error")
     console.table(f"products of {name}", columns, rows)

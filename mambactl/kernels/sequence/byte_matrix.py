@@ -2,7 +2,7 @@
 
 x is taken to fp16 first, each row times a power of two that brings its largest entry near fp16's
 largest: of bf16 nothing is lost above 2^-28 of that entry. Weights go to fp16 between memory and
-the tensor cores, exactly; sums are fp32. `kernels.fp8.linear` says what is computed.
+the tensor cores, exactly; sums are fp32. `kernels.byte_matrix.linear` says what is computed.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambactl.kernels.fp8 import Fp8Matrix, linear
-from mambactl.kernels.launch import dot, launch_options, rounded
+from mambactl.kernels.byte_matrix import ByteMatrix, linear
+from mambactl.kernels.launch import dot, launch_options, rounded, widened
 
 # from here on the tensor cores' time counts, and weights in the type of x are worth their writing
 MOST_ROWS = 256
@@ -77,10 +77,10 @@ def _product_kernel(
         x_tile = tl.load(
             x_rows[None, :] + at[:, None], mask=row_ok[None, :] & inside[:, None], other=0.0
         )  # [BK, BM]
-        total = dot(w_tile.to(tl.float8e4nv, bitcast=True).to(tl.float16), x_tile, total)
+        total = dot(widened(w_tile, tl.float16), x_tile, total)
     by_column = tl.load(scale + cols, mask=col_ok, other=0.0)
     by_row = tl.load(factor + rows, mask=row_ok, other=1.0)
-    # powers of two: the order does not matter
+    # by a power of two
     total = tl.trans(total * by_column[:, None]) / by_row[:, None]  # [BM, BN]
     elements = rows[:, None].to(tl.int64) * N + cols[None, :]
     ok = row_ok[:, None] & col_ok[None, :]
@@ -100,7 +100,7 @@ def halved(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, factor
 
 
-def product(x: Tensor, w: Fp8Matrix, before: Tensor | None = None) -> Tensor:
+def product(x: Tensor, w: ByteMatrix, before: Tensor | None = None) -> Tensor:
     """x W^T [M, N] for x [M, K], plus `before` [M, N], in the type of x."""
     M, N = len(x), len(w)
     if M > MOST_ROWS or x.dtype not in HALVES:
@@ -110,7 +110,7 @@ def product(x: Tensor, w: Fp8Matrix, before: Tensor | None = None) -> Tensor:
     y, tiles = x.new_empty(M, N), _tiles(M)
     grid = (triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.columns))
     _product_kernel[grid](
-        half, factor, w.values.view(torch.uint8), w.scale, y if before is None else before, y, M, N,
+        half, factor, w.bytes, w.scale, y if before is None else before, y, M, N,
         K=x.shape[1], ADD=before is not None, BM=tiles.rows, BN=tiles.columns, BK=tiles.depth,
         **launch_options(False, num_warps=4, num_stages=tiles.stages),
     )  # fmt: skip

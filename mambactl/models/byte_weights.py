@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from mambactl import console
 from mambactl.errors import ModelError, ResourceError
 from mambactl.kernels import dispatch
-from mambactl.kernels.fp8 import E4M3, Fp8Matrix, quantise, rounded_to_fp8
+from mambactl.kernels.byte_matrix import TYPES, ByteMatrix, Kind, quantise, rounded_to_bytes
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 from mambactl.options.fields import StoredWeights
 from mambactl.units import decimal_size
 
-# below it a GPU converts no e4m3
-LEAST_CAPABILITY = (8, 9)
+# below it a GPU converts no e4m3; the kernels that read integers are for all that have kernels
+LEAST_CAPABILITY = {"fp8": (8, 9), "int8": dispatch.LEAST_CAPABILITY}
 # low-rank projections of Mamba-1, from which steps, B and C come
 KEPT = ("x_proj", "dt_proj")
 # numbers in a row that kernels read at once
 TOGETHER = 4
 
 
-class Fp8Linear(nn.Module):
-    """A linear map with an `Fp8Matrix` in place of its weight."""
+class ByteLinear(nn.Module):
+    """A linear map with a `ByteMatrix` in place of its weight."""
 
-    def __init__(self, matrix: Fp8Matrix, bias: Tensor | None):
+    def __init__(self, matrix: ByteMatrix, bias: Tensor | None):
         super().__init__()
         self.out_features, self.in_features = matrix.shape
         self.values = nn.Parameter(matrix.values, requires_grad=False)
@@ -37,13 +37,13 @@ class Fp8Linear(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
-    def weight(self) -> Fp8Matrix:
+    def weight(self) -> ByteMatrix:
         """The matrix [N, K]; its tensors are the module's own."""
-        return Fp8Matrix(self.values, self.scale)
+        return ByteMatrix(self.values, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        return dispatch.fp8_linear(x, self.weight, self.bias)
+        return dispatch.byte_linear(x, self.weight, self.bias)
 
 
 def linears(model: HybridForCausalLM) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -59,10 +59,10 @@ def require_weights(weights: StoredWeights, device: torch.device) -> None:
     if weights == "auto" or device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)
-    if found < LEAST_CAPABILITY:
-        need = ".".join(map(str, LEAST_CAPABILITY))
+    if found < (least := LEAST_CAPABILITY[weights]):
+        need = ".".join(map(str, least))
         raise ResourceError(
-            f"fp8 weights need a GPU of compute capability {need}, {device} has "
+            f"{weights} weights need a GPU of compute capability {need}, {device} has "
             f"{found[0]}.{found[1]}",
             "leave --weights out",
         )
@@ -71,24 +71,25 @@ def require_weights(weights: StoredWeights, device: torch.device) -> None:
 def for_decoding(model: HybridForCausalLM, weights: StoredWeights) -> HybridForCausalLM:
     """The model itself, its weights stored as decoding is asked to read them.
 
-    A CPU multiplies no e4m3: it keeps the rounded values in the type that they have.
+    A CPU reads no bytes: it keeps the rounded values in the type that they have.
     """
     if weights == "auto":
         return model
     if model.device.type == "cuda":
         before = sum(parameter.nbytes for parameter in model.parameters())
-        saved = store_in_fp8(model)
+        saved = store_in_bytes(model, weights)
         after = f"{decimal_size(saved)} of {decimal_size(before)} saved"
-        console.log(f"weights of linear layers in fp8: {after}")
+        console.log(f"weights of linear layers in {weights}: {after}")
     else:
-        round_to_fp8(model)
+        round_to_bytes(model, weights)
         kind = str(model.dtype).removeprefix("torch.")
-        console.log(f"weights rounded to fp8; a CPU keeps them in {kind}, so no memory is saved")
+        rounded = f"weights rounded to {weights}; a CPU keeps them in {kind}"
+        console.log(f"{rounded}, so no memory is saved")
     return model
 
 
 @torch.no_grad()
-def store_in_fp8(model: HybridForCausalLM) -> int:
+def store_in_bytes(model: HybridForCausalLM, kind: Kind) -> int:
     """Replace the weights of `linears` by ones of 8 bits, in place; returns the bytes saved.
 
     Raises ModelError for rows that the kernels cannot read.
@@ -97,22 +98,23 @@ def store_in_fp8(model: HybridForCausalLM) -> int:
     odd = {child.in_features for *_, child in found if child.in_features % TOGETHER}
     if odd:
         raise ModelError(
-            f"fp8 weights need rows of a multiple of {TOGETHER} numbers, here some have {min(odd)}",
+            f"weights in 8 bits need rows of a multiple of {TOGETHER} numbers, here some have "
+            f"{min(odd)}",
             "leave --weights out",
         )
     for parent, name, child in found:
         before = child.weight.nbytes
-        matrix = quantise(child.weight)
-        setattr(parent, name, Fp8Linear(matrix, child.bias))
+        matrix = quantise(child.weight, kind)
+        setattr(parent, name, ByteLinear(matrix, child.bias))
         saved += before - matrix.values.nbytes - matrix.scale.nbytes
     return saved
 
 
 @torch.no_grad()
-def round_to_fp8(model: HybridForCausalLM) -> None:
+def round_to_bytes(model: HybridForCausalLM, kind: Kind) -> None:
     """Give the weights of `linears` the values that 8 bits hold, in place and in their own type."""
     for _, _, child in linears(model):
-        child.weight.data.copy_(rounded_to_fp8(child.weight))
+        child.weight.data.copy_(rounded_to_bytes(child.weight, kind))
 
 
 def mean_bytes(model: HybridForCausalLM) -> float:
@@ -127,5 +129,5 @@ def mean_bytes(model: HybridForCausalLM) -> float:
     if all(parameter.dtype == model.dtype for parameter in read):
         return model.dtype.itemsize
     # scales are no weights, but bytes
-    count = sum(each.numel() for each in read if each.dtype in (model.dtype, E4M3))
+    count = sum(each.numel() for each in read if each.dtype in (model.dtype, *TYPES.values()))
     return sum(each.nbytes for each in read) / count

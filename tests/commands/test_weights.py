@@ -1,4 +1,4 @@
-"""`--weights fp8` of commands that decode, and of `eval`; a CPU rounds the weights to it."""
+"""`--weights fp8` and `int8` of commands that decode, and of `eval`; a CPU rounds to them."""
 
 import json
 from copy import deepcopy
@@ -11,7 +11,7 @@ from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.save import save_model
 from mambactl.checkpoint.side_files import read_side_files
 from mambactl.generation.decoding import load_both
-from mambactl.models.fp8_weights import Fp8Linear, linears, round_to_fp8
+from mambactl.models.byte_weights import ByteLinear, linears, round_to_bytes
 from mambactl.options import ServeConfig
 from mambactl.report.collect import collect
 
@@ -28,7 +28,7 @@ def folder(save_student, tmp_path_factory):
 def rounded(folder, tmp_path_factory, tiny_llama_dir):
     """The same student with the weights that 8 bits hold, as a checkpoint of its own."""
     model = load_model(str(folder)).requires_grad_(False)
-    round_to_fp8(model)
+    round_to_bytes(model, "fp8")
     record = lineage("convert", None, tiny_llama_dir, str(tiny_llama_dir), {}, 0, {})
     out = tmp_path_factory.mktemp("fp8") / "rounded"
     return save_model(model, out, read_side_files(folder), record)
@@ -84,6 +84,10 @@ def test_eval_measures_the_rounded_student_alone(cli, folder, rounded, text) -> 
     assert own["weights"] == "fp8" and found["kl"] > 1e-5
     other = json.loads(cli("eval", str(rounded), "--teacher", str(folder), *words).out)["metrics"]
     assert "weights" not in other
+    finer = json.loads(
+        cli("eval", str(folder), "--teacher", str(folder), *words, "--weights", "int8").out
+    )["metrics"]
+    assert 0 < finer["fidelity"]["words"]["kl"] < found["kl"]
     assert found["kl"] == pytest.approx(other["fidelity"]["words"]["kl"], rel=1e-6)
     plain = json.loads(cli("eval", str(folder), "--teacher", str(folder), *words).out)["metrics"]
     assert plain["fidelity"]["words"]["kl"] == pytest.approx(0, abs=1e-9)
@@ -94,7 +98,7 @@ def test_results_of_rounded_weights_stand_apart(cli, folder, text) -> None:
     for more in ((), ("--weights", "fp8")):
         assert cli("eval", str(folder), *words, *more).code == 0
     names = {each.name for each in (folder / "results").glob("eval-words*.json")}
-    assert names == {"eval-words.json", "eval-words-fp8.json"}
+    assert names - {"eval-words-int8.json"} == {"eval-words.json", "eval-words-fp8.json"}
     card = (folder / "README.md").read_text("utf-8")
     assert "eval-words.json" in card and "eval-words-fp8.json" not in card
     models = {entry.model for entry in collect([folder]).entries if "fidelity" in entry.metrics}
@@ -140,9 +144,9 @@ def test_serving_rounds_both_models(folder) -> None:
     target, _, draft = load_both(config, str(folder), None)
     plain = load_model(str(folder)).requires_grad_(False)
     expected = deepcopy(plain)
-    round_to_fp8(expected)
+    round_to_bytes(expected, "fp8")
     for model in (target, draft):
-        assert not any(isinstance(each, Fp8Linear) for each in model.modules())
+        assert not any(isinstance(each, ByteLinear) for each in model.modules())
         pairs = zip(linears(model), linears(expected), linears(plain), strict=True)
         changed = [
             torch.equal(ours[2].weight, theirs[2].weight)
