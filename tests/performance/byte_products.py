@@ -109,7 +109,7 @@ def products(
     if wrong:
         worst = max(wrong, key=lambda each: each["bytes_error"])
         where = f"{worst['product']} of {worst['rows']} rows"
-        raise CheckError(f"{where} is off by {worst['fp8_error']:.1e} of its largest value")
+        raise CheckError(f"{where} is off by {worst['bytes_error']:.1e} of its largest value")
     return found
 
 
@@ -127,7 +127,7 @@ def show(name: str, found: Sequence[Numbers]) -> None:
             tenths(each["bf16_us"]),
             tenths(each["bytes_us"]),
             tight_percent(each["bytes_share"]),
-            f"{each['fp8_error']:.1e}",
+            f"{each['bytes_error']:.1e}",
         )
         for each in found
     ]

@@ -28,7 +28,7 @@ FIELDS = (
 )  # fmt: skip
 PARSER = command.parser("eight_bits", __doc__, FIELDS)
 PARSER.set_defaults(synthetic="llama3-8b-hybrid-50", weights="fp8")
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 4, 8, 16, 40, 160)
 
 
 def measure(given: Namespace) -> StageResult:

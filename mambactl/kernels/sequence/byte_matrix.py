@@ -21,7 +21,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class _Tiles:
+class ManyRowsTiles:
     """A program's share of the product: rows of x, rows of the weights, depth of a step."""
 
     rows: int
@@ -30,10 +30,11 @@ class _Tiles:
     stages: int
 
 
-def _tiles(rows: int) -> _Tiles:
+def tiles_of(rows: int) -> ManyRowsTiles:
+    """Tiles of a product with this many rows of x."""
     if rows <= 32:
-        return _Tiles(32, 32, 128, 6)
-    return _Tiles(64, 32, 128, 6) if rows <= 64 else _Tiles(64, 64, 128, 4)
+        return ManyRowsTiles(32, 32, 128, 6)
+    return ManyRowsTiles(64, 32, 128, 6) if rows <= 64 else ManyRowsTiles(64, 64, 128, 4)
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def product(x: Tensor, w: ByteMatrix, before: Tensor | None = None) -> Tensor:
         y = linear(x, w)
         return y if before is None else y + before
     half, factor = halved(x)
-    y, tiles = x.new_empty(M, N), _tiles(M)
+    y, tiles = x.new_empty(M, N), tiles_of(M)
     grid = (triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.columns))
     _product_kernel[grid](
         half, factor, w.bytes, w.scale, y if before is None else before, y, M, N,
