@@ -84,5 +84,6 @@ def linear(x: Tensor, w: ByteMatrix, bias: Tensor | None = None) -> Tensor:
     if x.dtype == torch.float16:
         # products with what is not scaled yet could leave the range of fp16
         return F.linear(x, w.dense(x.dtype), bias)
-    y = (F.linear(x, w.values.to(x.dtype)) * w.scale).to(x.dtype)
+    # in place: scaled in fp32, stored in the type of x
+    y = F.linear(x, w.values.to(x.dtype)).mul_(w.scale)
     return y if bias is None else y + bias
