@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from mambactl.api.showing import inspect as inspect
     from mambactl.api.showing import plot as plot
     from mambactl.api.showing import push as push
+    from mambactl.api.showing import read_docs as read_docs
     from mambactl.api.showing import table as table
     from mambactl.api.showing import write_report as write_report
     from mambactl.api.text import Completion as Completion
@@ -84,6 +85,7 @@ _HOMES = {
     "plan": "api.measuring",
     "plot": "api.showing",
     "push": "api.showing",
+    "read_docs": "api.showing",
     "run_recipe": "api.making",
     "serve": "api.text",
     "set_verbosity": "console",

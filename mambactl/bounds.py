@@ -1,6 +1,6 @@
 """Bounds on what an input may cost: beyond them a file is refused in a sentence.
 
-README's table "Limits" shows the same rows; a test compares both.
+The table "Limits" of `mambactl docs promises` shows the same rows; a test compares both.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ ROW_TOKENS = Bound(1 << 24, "tokens", "a row, a prompt or what is generated")
 BATCH_ROWS = Bound(1 << 16, "rows", "a batch")
 NEEDLE_TOKENS = Bound(1_000_000, "tokens", "a needle test")
 
-# in the order of README's table
+# in the order of the document's table
 BOUNDS = (
     TEMPLATE_SECONDS,
     TEMPLATE_BYTES,

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Process exit codes, documented in the README and frozen by a test."""
+    """Process exit codes, frozen by a test; `EXIT_CODES` says when each is returned."""
 
     DONE = 0
     BUG = 1
@@ -19,6 +19,23 @@ class ExitCode(IntEnum):
     CHECK = 7
     INTERRUPTED = 130
     TERMINATED = 143
+
+
+# for the reference of the command line
+EXIT_CODES = {
+    ExitCode.DONE: "success; the line on stdout is valid",
+    ExitCode.BUG: "a bug, reported with a traceback",
+    ExitCode.USAGE: "usage error: a wrong argument, recipe or data set",
+    ExitCode.MODEL: "the input model is missing, incomplete, not supported or refused by the hub",
+    ExitCode.UPSTREAM: "nothing arrived on stdin because the previous stage failed",
+    ExitCode.OUTPUT: "the output exists or is partial: use `--resume` or `--force`",
+    ExitCode.RESOURCE: "the machine cannot do it: memory, disk, device, a missing package or a "
+    "version outside the supported range; for `push` also the network, the token or the hub",
+    ExitCode.CHECK: "a requested check failed (`--fail-under`, `--check`, `--min-speedup`), "
+    "`bench` decoded a wrong token, or a training loss is not finite or stayed far above its best",
+    ExitCode.INTERRUPTED: "interrupted (Ctrl-C), after saving a state that can be resumed",
+    ExitCode.TERMINATED: "terminated (SIGTERM), after saving a state that can be resumed",
+}
 
 
 class MambactlError(Exception):

@@ -146,6 +146,11 @@ def recipe_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
+def document_folder() -> Path:
+    """Return the folder of the documents that `mambactl docs` shows."""
+    return Path(__file__).parent / "docs"
+
+
 def gib(size: float) -> str:
     """A size for people: GiB, or MiB where that would be next to nothing."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -34,6 +34,7 @@ EXTRAS = (
     Extra("serve", "starlette", "starlette", "serve"),
     Extra("serve", "uvicorn", "uvicorn", "serve"),
     Extra("serve", "prometheus-client", "prometheus_client", "serve"),
+    Extra("man", "myst-parser", "myst_parser", "docs --man"),
     Extra("cuda", "mamba-ssm", "mamba_ssm", "further GPU kernels", _WITH_TORCH),
     Extra("cuda", "causal-conv1d", "causal_conv1d", "further GPU kernels", _WITH_TORCH),
 )

@@ -4,6 +4,7 @@ import ast
 import doctest
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from conftest import write_sentences
 import mambactl
 from mambactl import console
 from mambactl.api import FUNCTIONS, OTHERS, calls
+from mambactl.cli.app import FUNCTIONS as OF_THE_PROGRAM
 from mambactl.cli.app import GROUPS
 from mambactl.cli.main import run
 from mambactl.commands import COMMANDS
@@ -56,7 +58,7 @@ def here(folder: Path, monkeypatch) -> Path:
 
 
 def test_every_command_has_a_function() -> None:
-    assert sorted(FUNCTIONS) == sorted([*COMMANDS, *GROUPS])
+    assert sorted(FUNCTIONS) == sorted([*COMMANDS, *GROUPS, *OF_THE_PROGRAM])
     assert sorted(mambactl.__all__) == sorted(["__version__", *FUNCTIONS.values(), *OTHERS])
     # a package of this name would replace the function
     packages = {path.stem for path in Path(mambactl.__file__).parent.iterdir()}
@@ -103,17 +105,21 @@ def test_examples_run(name: str, here: Path, capfd) -> None:
     assert capfd.readouterr().out == ""
 
 
-def test_the_readme_runs(here: Path, capfd) -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+@pytest.mark.parametrize("name", ["README.md", "mambactl/docs/python.md"])
+def test_documents_run(name: str, here: Path, capfd) -> None:
+    # what `convert` and `distill` write by default is there from the document before
+    for folder in ("runs", "runs.results"):
+        shutil.rmtree(here / folder, ignore_errors=True)
+    text = (Path(__file__).parent.parent / name).read_text("utf-8")
     code = text.split("```python\n")[1].split("```")[0]
-    for name, small in (("smollm2-135m", "llama"), ("=200", "=2"), ("held-out", "chat")):
-        assert name in code
-        code = code.replace(name, small)
-    exec(compile(code, "README.md", "exec"), {})
+    for written, small in (("smollm2-135m", "llama"), ("=200", "=2"), ("held-out", "chat")):
+        assert written in code
+        code = code.replace(written, small)
+    exec(compile(code, name, "exec"), {})
     fidelity, text = capfd.readouterr().out.split("\n", 1)
     assert "agreement" in fidelity
-    generated, streamed = text.split("\n")
-    assert generated and streamed
+    answers = text.rstrip("\n").split("\n")
+    assert all(answers) and len(answers) == (2 if "stream(" in code else 1)
 
 
 @pytest.mark.parametrize("flags", [(), ("--draft", "ngram", "-k", "3"), ("--draft", "llama")])

@@ -11,11 +11,11 @@ from mambactl.commands import COMMANDS
 from mambactl.errors import UsageError
 from mambactl.options.fields import validated
 
-README = Path(__file__).parent.parent / "README.md"
+DOCUMENT = Path(__file__).parent.parent / "mambactl" / "docs" / "promises.md"
 
 
-def test_the_table_in_the_readme_is_that_of_the_code() -> None:
-    section = README.read_text("utf-8").partition("## Limits\n")[2].partition("\n## ")[0]
+def test_the_table_in_the_document_is_that_of_the_code() -> None:
+    section = DOCUMENT.read_text("utf-8").partition("## Limits\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (.+) \| (.+) \|$", section, flags=re.MULTILINE)
     assert rows[1:] == [(bound.of, str(bound)) for bound in BOUNDS]
 

@@ -1,4 +1,4 @@
-"""The tests that README names for its promises are there."""
+"""The tests that a document names for its promises are there."""
 
 import ast
 import re
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROWS = re.findall(r"^\|.*\|$", (ROOT / "README.md").read_text("utf-8"), flags=re.MULTILINE)
+TEXT = (ROOT / "mambactl" / "docs" / "promises.md").read_text("utf-8")
+ROWS = re.findall(r"^\|.*\|$", TEXT, flags=re.MULTILINE)
 NAMED = sorted({name for row in ROWS for name in re.findall(r"`(tests/[\w/]+\.py::\w+)`", row)})
 
 
 def test_every_promise_has_a_test() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    section = text.split("## What is promised\n")[1].split("\n## ")[0]
+    section = TEXT.split("## What is promised\n")[1].split("\n## ")[0]
     _, _, *promises = [line for line in section.splitlines() if line.startswith("|")]
     assert len(promises) > 10
     assert [row for row in promises if "::test_" not in row.split("|")[3]] == []

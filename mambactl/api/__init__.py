@@ -21,6 +21,7 @@ FUNCTIONS = {
     "report": "write_report",
     "doctor": "doctor",
     "recipe": "run_recipe",
+    "docs": "read_docs",
 }
 # what has no command of its own
 OTHERS = (

@@ -2,6 +2,7 @@
 
 from mambactl.api.calls import Spec, show
 from mambactl.api.signatures import with_options
+from mambactl.cli.docs import document
 from mambactl.options.pushing import PushConfig
 from mambactl.options.reading import (
     DoctorConfig,
@@ -110,3 +111,15 @@ def doctor(config: DoctorConfig) -> StageResult:
     ('reference (PyTorch)', None)
     """
     return show("doctor", config)
+
+
+def read_docs(topic: str | None = None, *, man: bool = False) -> StageResult:
+    """Read a document that comes with the package, or the page of a command.
+
+    Returns Markdown as `text`, or roff with `man`; without a topic the list of all. Raises
+    UsageError for an unknown topic, and ResourceError for `man` without the extra of that name.
+
+    >>> mambactl.read_docs("convert").text.splitlines()[0]
+    '# mambactl convert'
+    """
+    return StageResult(None, text=document(topic, man))

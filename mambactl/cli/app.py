@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mambactl import console
-from mambactl.cli import recipe
+from mambactl.cli import docs, recipe
 from mambactl.cli.closing import Closing, in_pipe
 from mambactl.cli.headings import COMMAND_GROUPS
 from mambactl.cli.help import WIDEST, GroupedCommand, GroupedGroup
@@ -37,12 +37,14 @@ Examples:
   mambactl recipe run quickstart
 """
 _EXTRAS = ", ".join(f"{name} ({purpose})" for name, purpose in purposes().items())
-EPILOG = f"""Results go to stdout (one line), all else to stderr. More: README.md
+EPILOG = f"""Results go to stdout (one line), all else to stderr. More: mambactl docs
 
 Extras, by `pip install "mambactl[NAME]"`: {_EXTRAS}.
 `mambactl doctor` shows what is missing, and the whole line."""
 # commands with commands of their own
 GROUPS = {"recipe": recipe.app}
+# commands about the command line itself, which have no model and no configuration
+FUNCTIONS = {"docs": docs.docs}
 
 
 def make_app(asked: str | None = None) -> typer.Typer:
@@ -71,6 +73,8 @@ def make_app(asked: str | None = None) -> typer.Typer:
         made(_function(command) if command.name == asked else _listed)
     for name, group in GROUPS.items():
         app.add_typer(group, name=name, rich_help_panel=COMMAND_GROUPS["make"])
+    for name, function in FUNCTIONS.items():
+        app.command(name, cls=GroupedCommand, rich_help_panel=COMMAND_GROUPS["look"])(function)
     return app
 
 

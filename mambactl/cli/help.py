@@ -61,23 +61,32 @@ def _rank_of_group(heading: str) -> int:
     return known.index(heading) if heading in known else len(known)
 
 
-def _write_parameters(parameters: Iterable[Any], ctx: Any, formatter: Formatter) -> None:
-    arguments: list[tuple[str, str]] = []
-    sections: dict[str, list[tuple[str, str]]] = {}
+Rows = list[tuple[str, str]]
+
+
+def parameters_by_heading(parameters: Iterable[Any], ctx: Any) -> tuple[Rows, dict[str, Rows]]:
+    """Arguments, and options under their headings in the order of the help: names and texts."""
+    arguments: Rows = []
+    sections: dict[str, Rows] = {}
     for parameter in parameters:
         if parameter.param_type_name == "argument":
             arguments += filter(None, [parameter.get_help_record(ctx)])
         else:
             heading = heading_of(ctx.command.name, parameter.name)
             sections.setdefault(heading, []).append(_row(parameter, ctx))
+    return arguments, {name: sections[name] for name in sorted(sections, key=ORDER.index)}
+
+
+def _write_parameters(parameters: Iterable[Any], ctx: Any, formatter: Formatter) -> None:
+    arguments, sections = parameters_by_heading(parameters, ctx)
     if arguments:
         with formatter.section("Arguments"):
             formatter.write_dl(arguments, col_max=NAME_COLUMNS)
     longest = max(len(name) for rows in sections.values() for name, _ in rows)
     width = min(longest, NAME_COLUMNS)
-    for heading in sorted(sections, key=ORDER.index):
+    for heading, texts in sections.items():
         with formatter.section(heading):
-            rows = [(name.ljust(width), text) for name, text in sections[heading]]
+            rows = [(name.ljust(width), text) for name, text in texts]
             formatter.write_dl(rows, col_max=NAME_COLUMNS)
 
 

@@ -3,7 +3,6 @@
 import json
 import shlex
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,6 @@ from mambactl.cli import suggestions
 from mambactl.cli.help import GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import DryRun, Force, Json, Quiet, Resume, Settings, Verbose
 from mambactl.errors import UsageError
-from mambactl.stage_result import Table
 
 app = typer.Typer(help="Whole pipelines as YAML files.", cls=GroupedGroup)
 
@@ -32,10 +30,9 @@ def list_(as_json: Json = False) -> None:
 
     GPU is the memory for weights and optimiser, hours those of training on one H200.
     """
-    from mambactl.cli.recipe_cost import cost_of, shown_bytes, shown_gpu, shown_hours
-    from mambactl.recipes import list_recipes
+    from mambactl.cli.recipe_cost import listing, shipped
 
-    found = [(recipe, cost_of(recipe)) for recipe in list_recipes()]
+    found = shipped()
     if as_json:
         listed = [
             {
@@ -49,28 +46,7 @@ def list_(as_json: Json = False) -> None:
         ]
         console.write_json({"recipes": listed})
         return
-    rows = [
-        (
-            recipe.name,
-            shown_gpu(cost),
-            shown_hours(cost.hours),
-            shown_bytes(cost.disk),
-            _variants(recipe.variants),
-            recipe.description,
-        )
-        for recipe, cost in found
-    ]
-    columns = ("recipe", "GPU", "hours", "disk", "variants", "description")
-    console.write_out(console.drawn(Table("", columns, rows)))
-
-
-def _variants(names: Sequence[str]) -> str:
-    """`@50,75 @paper-50,75`: names that begin alike together."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        start, hyphen, rest = name.rpartition("-")
-        groups.setdefault(start + hyphen, []).append(rest)
-    return " ".join(f"@{start}{','.join(ends)}" for start, ends in groups.items())
+    console.write_out(console.drawn(listing(found)))
 
 
 @app.command("show", cls=GroupedCommand)

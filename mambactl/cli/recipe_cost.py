@@ -1,8 +1,8 @@
 """Sums of a recipe before it runs: tokens, hours, memory, disk and downloads.
 
-Hours are those of training on one H200, by operations and the speeds that were measured there (the
-README, "Quality from training"). Memory is that of weights, gradients and optimiser; activations
-come on top. What is not known of a model is None, never a guess.
+Hours are those of training on one H200, by operations and the speeds that were measured there
+("Training speed" in `recipes/results/by-layer.md`). Memory is that of weights, gradients and
+optimiser; activations come on top. What is not known of a model is None, never a guess.
 """
 
 import math
@@ -17,7 +17,8 @@ from mambactl.checkpoint.hub_names import PARAMETERS, hub_name
 from mambactl.errors import ModelError
 from mambactl.options import DistillConfig, DpoConfig, RowsConfig, SftConfig, TrainConfig
 from mambactl.options.phase_steps import phase_steps
-from mambactl.recipes import REFERENCE, Recipe, Section, substitute
+from mambactl.recipes import REFERENCE, Recipe, Section, list_recipes, substitute
+from mambactl.stage_result import Table
 
 # parameters and operations a second of training, measured on one H200
 SMALL, LARGE = (1.35e8, 2.7e14), (8.0e9, 5.6e14)
@@ -114,6 +115,36 @@ def shown_gpu(total: Total) -> str:
     if total.needs_gpu is False:
         return "none"
     return shown_bytes(total.memory) or "any"
+
+
+def shipped() -> list[tuple[Recipe, Total]]:
+    """Every recipe that comes with the package, and its cost."""
+    return [(recipe, cost_of(recipe)) for recipe in list_recipes()]
+
+
+def listing(found: Sequence[tuple[Recipe, Total]]) -> Table:
+    """A row per recipe: GPU memory, hours, disk, variants and description."""
+    rows = [
+        (
+            recipe.name,
+            shown_gpu(cost),
+            shown_hours(cost.hours),
+            shown_bytes(cost.disk),
+            _variants(recipe.variants),
+            recipe.description,
+        )
+        for recipe, cost in found
+    ]
+    return Table("", ("recipe", "GPU", "hours", "disk", "variants", "description"), rows)
+
+
+def _variants(names: Sequence[str]) -> str:
+    """`@50,75 @paper-50,75`: names that begin alike together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        start, hyphen, rest = name.rpartition("-")
+        groups.setdefault(start + hyphen, []).append(rest)
+    return " ".join(f"@{start}{','.join(ends)}" for start, ends in groups.items())
 
 
 def cost_of(recipe: Recipe, sections: Sequence[Section] = ()) -> Total:

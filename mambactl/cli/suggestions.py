@@ -94,6 +94,13 @@ def tasks(incomplete: str) -> list[str]:
     return listed([*PRESETS, *dict.fromkeys(known)])(incomplete)
 
 
+def documents(incomplete: str) -> list[str]:
+    """Topics of the documents, and commands, which have a page each."""
+    from mambactl.cli.topics import pages
+
+    return _offered(pages(), incomplete)
+
+
 def listed(names: Iterable[str]) -> Suggest:
     """Suggest the last of several names between commas, without those that stand there."""
     known = list(names)

@@ -259,7 +259,7 @@ _ROWS = (
         "mambactl.options.reading:TableConfig",
         (
             "mambactl bench --synthetic tiny --json > b.json && mambactl table b.json",
-            "mambactl table recipes/results/decode-h200.json --into README.md",
+            "mambactl table bench.json --into README.md",
         ),
         model="none",
         json="none",

@@ -173,8 +173,9 @@ class Server:
         config, service = self.config, self.service
         device, _ = placement(config)
         if device.type == "cuda":
-            # of this thread
-            torch.cuda.set_device(device)
+            # of this thread, which may have none yet
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.set_device(index)
         target, tokenizer, draft = decoding.load_both(
             config, self.source, service.renderer.tokenizer
         )

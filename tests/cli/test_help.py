@@ -75,6 +75,7 @@ FLAGS = {
     "plot": "--out --help",
     "report": "--out --title --help",
     "doctor": "--deep --json --help",
+    "docs": "--man --help",
     "recipe run": "--out --from --to --skip --data --held-out --set --trust-remote-code --resume "
     "--force --dry-run --json --quiet --verbose --help",
 }
@@ -104,7 +105,7 @@ def test_the_help_of_the_program_has_groups_and_whole_summaries(cli, monkeypatch
     assert shown.count("...") == 1  # of the usage
     assert max(map(len, shown.splitlines())) <= 80
     listed = re.findall(r"^  ([a-z][a-z-]+)  +\S", shown, re.MULTILINE)
-    assert sorted(listed) == sorted([*COMMANDS, "recipe"])
+    assert sorted(listed) == sorted([*COMMANDS, "recipe", "docs"])
 
 
 @pytest.mark.parametrize("command", ["convert", "distill", "sft", "dpo", "eval", "bench"])

@@ -1,4 +1,4 @@
-"""Measure every family that can be converted and print README's table of them.
+"""Measure every family that can be converted and print the table of recipes/results/families.md.
 
     PYTHONPATH=.:tests python tests/commands/family_table.py
 

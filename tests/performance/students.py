@@ -6,8 +6,13 @@
     python -m tests.performance.students "50 %=s.json" "50 %=s-tasks.json" "25 %=q.json" -o all.json
 
 Every FILE is what `eval --json` printed, or what a checkpoint keeps in its results; files with one
-NAME are about one student. The table (Markdown, a column per student) is on stdout. -o writes the
-numbers behind it, without those of single documents, as `mambactl report` reads them.
+NAME are about one student, as are the students in a file that -o wrote. The table (Markdown, a
+column per student) is on stdout. -o writes the numbers behind it, without those of single
+documents, as `mambactl report` reads them. --figure draws KL and recall over the bytes of the
+cache, and a curve through the best student of each size; the picture of the README is
+
+    python -m tests.performance.students recipes/results/smollm2-135m-students-h200.json \
+        --figure recipes/results/smollm2-135m-students-h200.png
 """
 
 import json
@@ -18,7 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mambactl.bounds import MIB
 from mambactl.errors import UsageError
+from mambactl.figures import new_figure
 from mambactl.files import NAMED_FILE, explained, replacing
 from mambactl.metrics import (
     AGREEMENT,
@@ -45,12 +52,17 @@ PARSER = ArgumentParser("python -m tests.performance.students", description=__do
 PARSER.add_argument("files", nargs="+", metavar="[NAME=]FILE", help="JSON of eval")
 PARSER.add_argument("-o", "--out", help="also write the numbers to this file (JSON)")
 PARSER.add_argument("--about", default="", help="a sentence about the runs, for that file")
+PARSER.add_argument("--figure", help="also draw KL and recall over cache into this file (PNG)")
 PARSER.set_defaults(json=False)
 
 MEAN_NEEDLE_RATIO = f"mean_{NEEDLE_RATIO.name}"
 WINDOW, ABLATED = "window ", "no recurrent"
 # numbers of every document or row, which a table has no use for
 SAMPLES = "samples"
+# tokens of the sequence whose cache is drawn, or the nearest that was counted; inches of a figure
+DRAWN_LENGTH, INCHES = 8192, (9.4, 3.6)
+# per inch: a README is read at this size
+PIXELS = 100
 # facts about a run, beside its numbers
 ABOUT = ("checkpoint", "created", "date", "device", "version", "versions", "command")
 
@@ -235,6 +247,74 @@ def markdown(students: Sequence[Student]) -> str:
     return "\n".join(markdown_row(row) for row in rows)
 
 
+def draw(students: Sequence[Student], out: Path) -> None:
+    """Draw KL and recall over the bytes of the cache as PNG; a curve through the best of each size.
+
+    Raises UsageError without a cache or a measurement, ResourceError without matplotlib.
+    """
+    lengths = [int(tokens) for tokens in _names(students, "cache", "sequences")]
+    if not lengths:
+        raise UsageError("no student has a cache", "measure with eval --data")
+    # long enough that keys and values outweigh states and windows
+    tokens = min(lengths, key=lambda length: abs(length - DRAWN_LENGTH))
+    figure = new_figure(INCHES)
+    panels = (
+        ("KL to the teacher, nats per token", ("fidelity", _names(students, "fidelity")[0]), KL),
+        ("recall over the teacher's", ("recall", "recall"), MEAN_RECALL_RATIO),
+    )
+    for axes, (title, path, metric) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        _panel(axes, students, str(tokens), path, metric)
+        axes.set_xlabel(f"cache of a sequence of {count(tokens)} tokens, MiB")
+        axes.set_title(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(out, dpi=PIXELS, format="png", metadata={"Software": None})
+
+
+def _panel(
+    axes: Any, students: Sequence[Student], tokens: str, path: Sequence[str], metric: Metric
+) -> None:
+    """One number over the cache, of students and of their controls, and the teacher's size."""
+    every = [(each, each.found("cache", "sequences", tokens)) for each in students]
+    sized = [(each, size) for each, size in every if size]
+    found = [(size["total"], each.found(*path, metric.name), each.name) for each, size in sized]
+    named = _curve(axes, found, metric, "o-", "C0", "student")
+    for size, value, name in named:
+        axes.annotate(name, (size, value), (0, -13), textcoords="offset points", fontsize=8,
+                      ha="center")  # fmt: skip
+    found = [(z["total"], each.control(WINDOW, *path, metric.name), "") for each, z in sized]
+    _curve(axes, found, metric, "s--", "C7", "untrained control")
+    teacher = sized[0][1]["teacher_total"] / MIB
+    axes.axvline(teacher, color="0.6", lw=1, ls=":")
+    axes.annotate("teacher's cache", (teacher, 0.5), (-11, 0), xycoords=("data", "axes fraction"),
+                  textcoords="offset points", fontsize=8, rotation=90, va="center")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(0.0, bottom) - 0.08 * top, 1.05 * top)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _curve(
+    axes: Any,
+    found: Sequence[tuple[int, float | None, str]],
+    metric: Metric,
+    style: str,
+    colour: str,
+    label: str,
+) -> list[tuple[float, float, str]]:
+    """Draw bytes and numbers, a line through the best of each size, which is returned in MiB."""
+    sign = 1 if metric.better == "lower" else -1
+    points = [(size / MIB, value, name) for size, value, name in found if value is not None]
+    best: dict[float, tuple[float, float, str]] = {}
+    for point in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        best.setdefault(point[0], point)
+    for marks, shown in ((style, [*best.values()]), (style[:1], points)):
+        xs, ys = [point[0] for point in shown], [point[1] for point in shown]
+        axes.plot(xs, ys, marks, color=colour, ms=4.5, label=label if marks == style else None)
+    return [*best.values()]
+
+
 def write_numbers(students: Sequence[Student], about: str, out: Path) -> None:
     """Write everything that was measured, a member of `students` each."""
     content = {
@@ -252,6 +332,10 @@ def measure(given: Namespace) -> StageResult:
     students = read_students(given.files)
     if given.out is not None:
         write_numbers(students, given.about, Path(given.out).expanduser())
+    if given.figure is not None:
+        path = Path(given.figure).expanduser()
+        with explained(path, *NAMED_FILE), replacing(path) as new:
+            draw(students, new)
     return StageResult(None, {}, markdown(students))
 
 

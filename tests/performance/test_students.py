@@ -126,6 +126,26 @@ def test_the_numbers_are_kept_for_a_report(files):
     assert entries[0].metrics["needle"] == NEEDLE["needle"]
 
 
+def test_the_figure_is_the_same_picture_each_time(files):
+    pytest.importorskip("matplotlib")
+    for cache in (files / "half.json", files / "quarter.json"):
+        content = json.loads(cache.read_text("utf-8"))
+        for each in content["metrics"]["cache"]["sequences"].values():
+            each |= {"total": 1000 * each["share"], "teacher_total": 1000}
+        cache.write_text(json.dumps(content), "utf-8")
+    first, second = files / "a.png", files / "b.png"
+    for out in (first, second):
+        made(files, "50 %=half", "25 %=quarter", figure=str(out))
+    assert first.read_bytes().startswith(b"\x89PNG") and first.read_bytes() == second.read_bytes()
+
+
+def test_a_figure_needs_a_cache(files):
+    (files / "none.json").write_text(json.dumps({"stage": "eval", "metrics": NEEDLE}), "utf-8")
+    with pytest.raises(UsageError, match="no student has a cache"):
+        made(files, "n=none", figure=str(files / "c.png"))
+    assert not (files / "c.png").exists()
+
+
 def test_runs_that_contradict_each_other_and_other_files_are_refused(files):
     with pytest.raises(UsageError, match="another file says something else of"):
         made(files, "50 %=half", "50 %=quarter")

@@ -1,8 +1,5 @@
 """The Markdown table: one row per point of everything that `bench` and `recipe run` print."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from mambactl.errors import UsageError
@@ -77,11 +74,3 @@ def test_older_results_and_baselines():
 def test_a_file_without_points_is_named(content):
     with pytest.raises(UsageError, match="e.json has no measured point"):
         markdown([("a.json", bench(point("a"))), ("e.json", content)])
-
-
-def test_the_readme_shows_the_results_that_are_kept():
-    root = Path(__file__).parents[2]
-    kept = json.loads((root / "recipes/results/decode-h200.json").read_text("utf-8"))
-    readme = (root / "README.md").read_text("utf-8")
-    shown = readme.partition("<!-- bench -->\n")[2].partition("\n<!-- /bench -->")[0]
-    assert shown == markdown([("decode-h200.json", kept)])

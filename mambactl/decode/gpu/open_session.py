@@ -110,6 +110,8 @@ class OpenSession:
             self._step(self.size.batch).run(self.k, sampled)
         if self.on_host:
             return
+        # a thread's first use of cuBLAS makes its handle, which no capture can hold
+        torch.cuda.current_blas_handle()
         pool = torch.cuda.graph_pool_handle()
         for rows in self.counts:
             step = self._step(rows)
