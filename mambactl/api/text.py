@@ -22,8 +22,10 @@ from mambactl.generation import decoding
 from mambactl.generation.detokenizer import Detokenizer
 from mambactl.generation.dialogue import Chat
 from mambactl.generation.on_demand import on_demand
+from mambactl.models.byte_weights import for_decoding, require_weights
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import PREFIX_CACHE_GB, ChatConfig, GenerateConfig, ServeConfig
+from mambactl.options.fields import StoredWeights
 from mambactl.present import of_kind
 from mambactl.ranks import placement
 
@@ -66,7 +68,8 @@ class Model:
 
     `source` is what was loaded, `model` a transformers model in evaluation mode, `lineage` how
     mambactl made it (None for a checkpoint of others). `generate` packs the weights at its first
-    call: what is changed in `model` later is not seen. `rounded`: a CPU may read them in bfloat16.
+    call: what is changed in `model` later is not seen. `rounded`: a CPU may read them in bfloat16;
+    `weights`: as `load` was asked for.
     """
 
     source: str
@@ -74,6 +77,7 @@ class Model:
     tokenizer: "PreTrainedTokenizerFast"
     lineage: dict[str, object] | None
     rounded: bool = False
+    weights: StoredWeights = "auto"
     _engines: _Engines = field(default_factory=_Engines, init=False, repr=False)
 
     @contextmanager
@@ -104,16 +108,22 @@ class Completion:
 
 
 def load(
-    model: Spec, *, device: str = "auto", dtype: Dtype = "auto", trust_remote_code: bool = False
+    model: Spec,
+    *,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    weights: StoredWeights = "auto",
 ) -> Model:
     """Load a checkpoint for use in Python: a folder, .st file, GGUF, hub id or alias.
 
     `device` is cpu, cuda, cuda:1 or auto; `dtype` is that of the weights in memory, where auto is
     bfloat16 on capable GPUs and else float32, of which decoding may read bfloat16 copies. Code that
-    a checkpoint ships runs only with `trust_remote_code`.
+    a checkpoint ships runs only with `trust_remote_code`. `weights` "fp8" are 8 bits in linear
+    layers on a GPU, and rounded to those on a CPU.
 
     Raises ModelError for a model that is missing, incomplete or not supported, UsageError for an
-    unknown device and ResourceError for one that this machine has not.
+    unknown device and ResourceError for one that this machine has not, or that cannot read fp8.
 
     >>> student = mambactl.load("student.st", device="cpu")
     >>> student.model.config.mixers
@@ -124,10 +134,14 @@ def load(
     'convert'
     """
     source = spec_of(model)
-    where, kind = placement(configure("generate", {"device": device, "dtype": dtype}))
+    options = {"device": device, "dtype": dtype, "weights": weights}
+    where, kind = placement(configure("generate", options))
+    require_weights(weights, where)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     loaded = load_model(source, where, kind, trust_remote_code)
-    return Model(source, loaded, tokenizer, load_lineage(source), dtype == "auto")
+    if weights != "auto":
+        loaded = for_decoding(loaded, weights)
+    return Model(source, loaded, tokenizer, load_lineage(source), dtype == "auto", weights)
 
 
 def generate(
@@ -285,7 +299,7 @@ def _prepared(
         decoding.require_draft_tokens(_source(model), _source(draft))
     handle = _loaded(model)
     if draft is not None:
-        own = NGRAM if draft == NGRAM else _beside(draft, handle.model)
+        own = NGRAM if draft == NGRAM else _beside(draft, handle.model, handle.weights)
     prompts = encode_all(map(Prompt.of, texts), handle.tokenizer, config.chat)
     setup = decoding.assemble(config, handle.model, handle.tokenizer, own, prompts)
     if params.eos_token_ids and not config.ignore_eos:
@@ -293,10 +307,12 @@ def _prepared(
     return handle, replace(setup, rounded=handle.rounded, folder=folder)
 
 
-def _beside(draft: Model | Spec, target: HybridForCausalLM) -> HybridForCausalLM:
+def _beside(
+    draft: Model | Spec, target: HybridForCausalLM, weights: StoredWeights
+) -> HybridForCausalLM:
     """A draft on the device of its target; one that is loaded here has the target's type, too."""
     if not isinstance(draft, Model):
-        return load_model(spec_of(draft), target.device, target.dtype)
+        return for_decoding(load_model(spec_of(draft), target.device, target.dtype), weights)
     if draft.model.device != target.device:
         raise UsageError(
             f"the draft is on {draft.model.device}, the model on {target.device}",

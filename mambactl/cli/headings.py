@@ -163,6 +163,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
     "Machine": (
         "device",
         "dtype",
+        "weights",
         "nproc",
         "shard",
         "compile",

@@ -10,6 +10,7 @@ from mambactl.errors import CheckError
 from mambactl.generation import decoding
 from mambactl.json_values import JsonObject
 from mambactl.metrics import CACHE, DECODE_GAIN, DECODE_RATE, FIRST_TOKEN, PREFILL_RATE, Metric
+from mambactl.models.byte_weights import require_weights
 from mambactl.models.config import HybridConfig
 from mambactl.options import BenchConfig
 from mambactl.options.measurement import TRANSFORMERS
@@ -46,6 +47,7 @@ def measure(config: BenchConfig, source: str | None) -> StageResult:
     """Measure, print tables and keep the numbers, whatever they are."""
     baseline = _prepare(config, source)
     device, dtype = placement(config)
+    require_weights(config.weights, device)
     metrics = conditions(config, device, dtype)
     if config.training:
         return _training(config, source, metrics, device, dtype)
@@ -58,7 +60,12 @@ def plan(config: BenchConfig, source: str | None) -> JsonObject:
     """Describe the measurements; reads headers only."""
     baseline = _prepare(config, source)
     device, dtype = placement(config)
-    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    require_weights(config.weights, device)
+    where = {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": config.weights,
+    }
     if config.training:
         about = candidates.about_shapes(config) if source is None else {"source": source}
         rows = {"input_len": config.input_len, "batch_sizes": config.batch_size}
@@ -146,7 +153,8 @@ def _checkpoint(
         metrics["points"] = compare(metrics["points"], others)
     measured_again(metrics, device, [*metrics["points"], *others])
     bench_tables.show(source, metrics)
-    kept = save_results(STAGE, source, device.type, config, metrics)
+    stored = "" if config.weights == "auto" else f"-{config.weights}"
+    kept = save_results(STAGE, source, f"{device.type}{stored}", config, metrics)
     return StageResult(path=source, metrics=metrics, kept=kept)
 
 

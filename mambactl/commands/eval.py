@@ -14,7 +14,7 @@ from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.resolve import resolve
 from mambactl.checkpoint.teacher import named_teacher, teacher_of
 from mambactl.checkpoint.vocabulary import model_config, require_same_tokens, without_padding
-from mambactl.errors import CheckError, MambactlError, UsageError
+from mambactl.errors import CheckError, MambactlError, ModelError, UsageError
 from mambactl.evaluation.controls import ablated, require_branch, windowed_attention
 from mambactl.evaluation.fidelity import Variant
 from mambactl.evaluation.probes import PROBES, EvalConfig
@@ -28,9 +28,11 @@ from mambactl.evaluation.probes.probe import (
 )
 from mambactl.evaluation.sequences import CACHE, SEQUENCES, sequences_of, show_sequences
 from mambactl.json_values import JsonObject
+from mambactl.models.byte_weights import round_to_bytes
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.present import present
 from mambactl.ranks import placement
+from mambactl.report.entries import WEIGHTS
 from mambactl.report.results import save_results
 from mambactl.report.thresholds import Check, failures, parse_checks, require_known
 from mambactl.stage_result import StageResult
@@ -77,6 +79,8 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         metrics[TEACHER] = inputs.teacher
     if config.against is not None:
         metrics[AGAINST] = {"model": config.against}
+    if config.weights != "auto":
+        metrics[WEIGHTS] = config.weights
     parts = []
     for probe, own in inputs.probes():
         if probe.alone:
@@ -88,7 +92,8 @@ def measure(config: EvalConfig, source: str) -> StageResult:
     if cache:
         show_sequences(f"{source} in {dtype}", cache)
         metrics[CACHE] = {"dtype": dtype, SEQUENCES: cache}
-    kept = save_results(STAGE, source, "+".join(parts), config, metrics)
+    name = "+".join(parts) + ("" if config.weights == "auto" else f"-{config.weights}")
+    kept = save_results(STAGE, source, name, config, metrics)
     for probe, _ in inputs.probes():
         probe.draw(config, source, metrics, kept)
     return StageResult(path=source, metrics=metrics, kept=kept)
@@ -108,6 +113,7 @@ def plan(config: EvalConfig, source: str) -> JsonObject:
         "mixers": found["mixers"],
         "teacher": inputs.teacher and describe(inputs.teacher)["checkpoint"],
         **probes,
+        "weights": config.weights,
         "controls": _control_names(config),
         "checks": [str(check) for check in inputs.checks],
         "device": str(device),
@@ -215,11 +221,11 @@ def _replaced(source: str, teacher: str) -> dict[int, tuple[int, ...]]:
 
 def _subject(config: EvalConfig, inputs: Inputs, source: str) -> Subject:
     """Load every model once, also where two are the same."""
-    model = _load(config, source)
+    model = _student(config, source)
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     teacher = other = None
     if inputs.teacher is not None:
-        same = resolve(present(inputs.teacher)).path == resolve(source).path
+        same = resolve(inputs.teacher).path == resolve(source).path and config.weights == "auto"
         teacher = model if same else _load(config, inputs.teacher)
         if not config.trust_remote_code:
             # compared in the tokens that both have
@@ -258,6 +264,20 @@ def _variants(
     changes += [Variant(model, partial(ablated, model, branch)) for branch in config.ablate]
     students = {STUDENT: Variant(model)} | ({AGAINST: Variant(other)} if other else {})
     return students | dict(zip(_control_names(config), changes, strict=True))
+
+
+def _student(config: EvalConfig, source: str) -> HybridForCausalLM:
+    """The model that is measured, with the weights that it would decode with."""
+    model = _load(config, source)
+    if config.weights == "auto":
+        return model
+    if not isinstance(model, HybridForCausalLM):
+        raise ModelError(
+            f"{source} runs code of its own, whose weights stay as they are", "drop --weights"
+        )
+    round_to_bytes(model, config.weights)
+    console.log(f"weights of linear layers rounded to {config.weights}, in the student alone")
+    return model
 
 
 def _load(config: EvalConfig, spec: str) -> HybridForCausalLM:

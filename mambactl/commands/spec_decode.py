@@ -46,7 +46,8 @@ def run(config: SpecDecodeConfig, source: str) -> StageResult:
             console.log("times are of exact passes: without --check plain decoding is faster")
     if config.prompt is not None:
         return StageResult(source, metrics, setup.text(result.tokens[0]))
-    save_results(STAGE, source, f"{config.draft}-k{config.k}", config, metrics)
+    stored = "" if config.weights == "auto" else f"-{config.weights}"
+    save_results(STAGE, source, f"{config.draft}-k{config.k}{stored}", config, metrics)
     return StageResult(source, metrics, _report(metrics))
 
 

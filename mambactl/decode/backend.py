@@ -16,6 +16,7 @@ from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.row_by_row import RowByRow
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.dispatch import switch, triton_missing
+from mambactl.models.byte_weights import mean_bytes
 from mambactl.models.hybrid import HybridForCausalLM
 
 if TYPE_CHECKING:
@@ -132,10 +133,12 @@ def _on_cpu(
         return FusedEngine(target, draft, k, ops, share, folder)
 
 
-def weight_bytes(engine: AnyEngine, model: HybridForCausalLM) -> int:
-    """Bytes of a weight of `model` as an engine's decode passes read it."""
+def weight_bytes(engine: AnyEngine, model: HybridForCausalLM) -> float:
+    """Bytes of a weight of `model` as an engine's decode passes read it, on average."""
     products = getattr(getattr(engine, "ops", None), "products", None)
-    return 2 if products is not None and products.bfloat16 else model.dtype.itemsize
+    if products is not None and products.bfloat16:
+        return 2
+    return mean_bytes(model)
 
 
 @cache

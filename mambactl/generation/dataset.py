@@ -115,7 +115,7 @@ class _Written:
             self.file.truncate(state.bytes)
             self.file.seek(state.bytes)
 
-    def add(self, answers: Sequence[tuple[int, Answer]], totals: Counter) -> None:
+    def add(self, answers: Sequence[tuple[int, Answer]], totals: Mapping[str, float]) -> None:
         """Append a whole batch; after this it is never decoded again."""
         with explained(self.folder.path, _FREE):
             for prompt, answer in answers:
@@ -173,8 +173,7 @@ def _decode(questions: QuestionSet, written: _Written, folder: PrefixFolder | No
         for batch in batches[written.batches :]:
             started = time.perf_counter()
             answers, totals = _answer(questions, setup, engine, batch, meter)
-            totals["seconds"] = time.perf_counter() - started  # pyright: ignore[reportArgumentType]
-            written.add(answers, totals)
+            written.add(answers, {**totals, "seconds": time.perf_counter() - started})
             meter.advance(len(batch))
 
 

@@ -21,6 +21,7 @@ from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
 from mambactl.errors import ModelError, UsageError
 from mambactl.generation.detokenizer import text_of
+from mambactl.models.byte_weights import for_decoding, require_weights
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import (
@@ -107,10 +108,11 @@ def load_both(
 ) -> tuple[HybridForCausalLM, "PreTrainedTokenizerBase", Draft]:
     """Target, its tokenizer and draft, on the device and in the type that are asked for."""
     device, dtype = placement(config)
-    target = load_model(source, device=device, dtype=dtype)
+    require_weights(config.weights, device)
+    target = for_decoding(load_model(source, device=device, dtype=dtype), config.weights)
     draft = config.draft
     if draft not in (None, NGRAM):
-        draft = load_model(draft, device=device, dtype=dtype)
+        draft = for_decoding(load_model(draft, device=device, dtype=dtype), config.weights)
     return target, tokenizer, draft
 
 
@@ -207,6 +209,7 @@ def plan(config: PromptConfig, source: str, prompts: Sequence[Prompt]) -> dict[s
 def plan_models(config: TokenConfig | ServeConfig, source: str) -> dict[str, object]:
     """Dry run: the models that would decode, and the device; reads headers only."""
     device, dtype = placement(config)
+    require_weights(config.weights, device)
     require_draft(config, source)
     target = describe(source)
     draft = describe(config.draft) if config.draft not in (None, NGRAM) else None
@@ -219,6 +222,7 @@ def plan_models(config: TokenConfig | ServeConfig, source: str) -> dict[str, obj
         "k": config.k if config.draft else 0,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "weights": config.weights,
     }
 
 

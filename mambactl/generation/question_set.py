@@ -85,7 +85,12 @@ class QuestionSet:
         return {
             "stage": "generate",
             **self.config.model_dump(
-                mode="json", exclude=set(self.config.placement_options | AFTERWARDS)
+                mode="json",
+                exclude={
+                    *self.config.placement_options,
+                    *AFTERWARDS,
+                    *self.config.since_later,
+                },
             ),
             "k": self.k,
             "source_sha256": header_digest(resolve(self.source).path),

@@ -27,7 +27,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from mambactl import console
 from mambactl.errors import UsageError
-from mambactl.kernels import mamba_ssm_calls, operators, reference
+from mambactl.kernels import byte_matrix, mamba_ssm_calls, operators, reference
 from mambactl.kernels.mamba_ssm_calls import CONV, SCAN, SSD
 from mambactl.kernels.reference import Spans
 
@@ -142,6 +142,17 @@ def attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=True
     )
     return y.transpose(1, 2)
+
+
+def byte_linear(x: Tensor, w: byte_matrix.ByteMatrix, bias: Tensor | None) -> Tensor:
+    """Run `byte_matrix.linear` for x [..., K], fused where that is possible."""
+    if not fuses(x):
+        return byte_matrix.linear(x, w, bias)
+    from mambactl.kernels.sequence import byte_matrix as kernel
+
+    with torch.cuda.device_of(x):
+        y = kernel.product(x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

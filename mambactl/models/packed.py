@@ -13,12 +13,13 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mambactl.kernels.byte_matrix import ByteMatrix, Matrix
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.linear import TAPS
 from mambactl.kernels.reference import still
 from mambactl.models.cache import LayerCache
 from mambactl.models.session_size import StateSize
-from mambactl.present import present
+from mambactl.present import of_kind, present
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class NotSupported(ValueError):
 class Projection:
     """y = x W^T + bias."""
 
-    weight: Tensor  # [N, K]
+    weight: Matrix  # [N, K]
     bias: Tensor | None  # [N]
 
 
@@ -239,17 +240,25 @@ class KeyReader(Protocol):
 
 def stack(linears: list[nn.Linear]) -> Projection:
     """One projection of several, which become its views; missing biases are zero."""
-    weight = _joined([linear.weight for linear in linears])
+    weight = _joined_weights([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
         return Projection(weight, None)
     if any(bias is None for bias in biases):
+        like = next(bias for bias in biases if bias is not None)
         parts = [
-            weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.data
+            like.new_zeros(linear.out_features) if linear.bias is None else linear.bias.data
             for linear in linears
         ]
         return Projection(weight, torch.cat(parts))
     return Projection(weight, _joined([present(bias) for bias in biases]))
+
+
+def _joined_weights(parts: Sequence[Matrix]) -> Matrix:
+    if all(isinstance(part, ByteMatrix) for part in parts):
+        values, scale = ([getattr(part, name) for part in parts] for name in ("values", "scale"))
+        return ByteMatrix(_joined(values), _joined(scale))
+    return _joined([of_kind(Tensor, part) for part in parts])
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

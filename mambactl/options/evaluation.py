@@ -8,7 +8,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mambactl.options.fields import BatchSize, Branches, DataSpecs, Names, StageConfig, Tokens
+from mambactl.options.fields import (
+    BatchSize,
+    Branches,
+    DataSpecs,
+    Names,
+    StageConfig,
+    StoredWeights,
+    Tokens,
+)
 
 
 class EvalBase(StageConfig):
@@ -22,6 +30,10 @@ class EvalBase(StageConfig):
         default="auto",
         description="weights in memory; auto is bfloat16 on capable GPUs, else float32; float64 "
         "(on a CPU) scores alike in any batch",
+    )
+    weights: StoredWeights = Field(
+        default="auto",
+        description="fp8 or int8 measure MODEL with the weights that decoding would read then",
     )
 
 

@@ -108,6 +108,10 @@ Rows = Annotated[int, Field(ge=1, le=BATCH_ROWS.most)]
 Tokens = Annotated[int, Field(ge=1, le=ROW_TOKENS.most)]
 BatchSize = Annotated[Rows | Literal["auto"], BeforeValidator(_as_number)]
 Compile = bool | Literal["auto"]
+StoredWeights = Literal["auto", "fp8", "int8"]
+WEIGHTS_HELP = (
+    "fp8 and int8 hold linear layers, embedding and head apart, in 8 bits; auto is as --dtype says"
+)
 DataSpecs = Annotated[list[str], BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Integers = Annotated[list[int], BeforeValidator(_split_commas)]

@@ -1,17 +1,20 @@
 """Options of the commands that write text."""
 
 import re
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from mambactl.errors import UsageError
 from mambactl.options.fields import (
+    WEIGHTS_HELP,
     BatchSize,
     DataSpecs,
     Drafts,
     Rows,
     StageConfig,
+    StoredWeights,
     Temperature,
     Tokens,
 )
@@ -31,6 +34,7 @@ class TokenConfig(StageConfig):
     top_p: float = Field(default=1.0, gt=0, le=1, description="1 is off")
     draft: str | None = Field(default=None, description="checkpoint, or ngram")
     k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
+    weights: StoredWeights = Field(default="auto", description=WEIGHTS_HELP)
 
 
 class SamplingConfig(TokenConfig):
@@ -84,6 +88,7 @@ class ServeConfig(StageConfig):
     )
     draft: str | None = Field(default=None, description="checkpoint, or ngram")
     k: int = Field(default=4, ge=1, le=32, description="draft tokens per step")
+    weights: StoredWeights = Field(default="auto", description=WEIGHTS_HELP)
     ignore_eos: bool = Field(
         default=False, description="go on behind tokens that end a text, to measure"
     )
@@ -141,6 +146,8 @@ class SharedPromptConfig(PromptConfig):
 
 class GenerateConfig(SharedPromptConfig):
     """Text from a prompt, or a file of answers (--dataset)."""
+
+    later: ClassVar[Mapping[str, object]] = {"weights": "auto"}
 
     dataset: DataSpecs = Field(
         default=[],

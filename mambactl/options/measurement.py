@@ -7,12 +7,14 @@ from pydantic import Field
 
 from mambactl.errors import UsageError
 from mambactl.options.fields import (
+    WEIGHTS_HELP,
     BatchSizes,
     Compile,
     Drafts,
     Lengths,
     Names,
     StageConfig,
+    StoredWeights,
     Tokens,
 )
 
@@ -38,6 +40,7 @@ class BenchConfig(StageConfig):
         default=None, description="decode with it too: checkpoint, ngram or shape"
     )
     k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
+    weights: StoredWeights = Field(default="auto", description=WEIGHTS_HELP)
     baseline: str | None = Field(
         default=None,
         description="second model; `teacher` is the lineage's, `transformers` a Llama of this "
@@ -78,6 +81,8 @@ class BenchConfig(StageConfig):
         """Raise UsageError for a training that is measured against something else than itself."""
         if self.training and self.draft:
             raise UsageError("--training goes without --draft", "drop it")
+        if self.training and self.weights != "auto":
+            raise UsageError("--weights is for decoding, not for --training", "drop it")
         if self.training and self.baseline not in (None, "teacher"):
             raise UsageError(
                 f"a hybrid is trained beside its own teacher, not {self.baseline}",

@@ -8,7 +8,7 @@ from mambactl.checkpoint.card import with_results
 from mambactl.files import CARD, LINEAGE, RESULTS, replacing
 from mambactl.metrics import markdown_row, span
 from mambactl.report.collect import named_apart
-from mambactl.report.entries import Entry, Found, read_entries
+from mambactl.report.entries import WEIGHTS, Entry, Found, read_entries
 from mambactl.report.summary import Column, Row, summarise
 
 
@@ -21,7 +21,10 @@ def update_card(folder: Path) -> None:
     if not card.is_file() or not (folder / LINEAGE).is_file():
         return
     files = sorted((folder / RESULTS).glob("eval-*.json"))
-    entries = [entry for file in files for entry in read_entries(file)]
+    # rounded for a measurement, a model is not the one in the folder
+    entries = [
+        entry for file in files for entry in read_entries(file) if WEIGHTS not in entry.metrics
+    ]
     text = with_results(card.read_text("utf-8"), markdown(entries, folder))
     with replacing(card) as new:
         new.write_text(text, "utf-8")

@@ -18,6 +18,7 @@ from mambactl.report.entries import (
     Ledger,
     ledger_of,
     read_entries,
+    stored_name,
 )
 from mambactl.report.kept_results import read_content
 
@@ -90,7 +91,7 @@ def _owned(entry: Entry, owner: Path | None, digest_of: Callable[[Path], str] | 
     if owner is None:
         return entry
     if entry.about.get("checkpoint"):
-        entry = replace(entry, model=str(owner))
+        entry = replace(entry, model=stored_name(str(owner), entry.metrics))
     if digest_of is None or not os.path.exists(owner):
         return entry
     return _marked(entry, digest_of(owner))

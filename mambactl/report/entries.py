@@ -16,6 +16,8 @@ Json = JsonObject
 
 # what is known of how a measurement was made, also where it stands among the numbers
 ABOUT = ("device", "date", "versions", "teacher")
+# how the measured model's weights were rounded, where they were
+WEIGHTS = "weights"
 # what a measurement of speed has at least one of
 SPEEDS = ("points", "speculative", "kernels", "loss")
 
@@ -64,6 +66,11 @@ def against_of(entry: Entry) -> str:
     """The name of the student that an entry was tested against, empty without one."""
     other = entry.metrics.get("against") or {}
     return str(other.get("model", ""))
+
+
+def stored_name(model: str, metrics: AnyObject) -> str:
+    """The name of a checkpoint whose weights may have been rounded for a measurement."""
+    return f"{model}@{metrics[WEIGHTS]}" if metrics.get(WEIGHTS) else model
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
@@ -137,7 +144,7 @@ def _model(metrics: AnyObject, about: Json) -> str:
     if about.get("name"):
         return str(about["name"])
     if about.get("checkpoint"):
-        return str(about["checkpoint"]).rstrip("/")
+        return stored_name(str(about["checkpoint"]).rstrip("/"), metrics)
     config = metrics.get("config") or {}
     parts = [part for part in ("kernels", "loss") if config.get(part)]
     return ", ".join(config.get("synthetic") or parts or [str(about.get("stage", "model"))])

@@ -15,6 +15,7 @@ from mambactl.checkpoint.load import load_model
 from mambactl.decode.backend import NGRAM, Draft
 from mambactl.errors import ModelError, UsageError
 from mambactl.json_values import JsonObject
+from mambactl.models.byte_weights import for_decoding
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
 from mambactl.speed.limits import parameters_read
@@ -68,7 +69,7 @@ def _load(
             f"{spec} runs code of its own, which the decode engine cannot drive",
             hint="bench a checkpoint that loads without --trust-remote-code",
         )
-    return model
+    return for_decoding(model, config.weights)
 
 
 def require_shapes(config: BenchConfig) -> None:
@@ -91,9 +92,20 @@ def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch
     period = min(max(config.output_len, LEAST_PERIOD), len(successor) // 2)
     if len(sizes) > 1:
         other = disagreeing(successor, 1 - config.acceptance, config.seed, period)
-        helper = partial(build, str(config.draft), device, dtype, config.seed + 1, other)
-    target = partial(build, name, device, dtype, config.seed, successor)
+        helper = partial(_build, config, str(config.draft), device, dtype, config.seed + 1, other)
+    target = partial(_build, config, name, device, dtype, config.seed, successor)
     return Source(name, target, helper, successor, period)
+
+
+def _build(
+    config: BenchConfig,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    successor: Tensor,
+) -> HybridForCausalLM:
+    return for_decoding(build(name, device, dtype, seed, successor), config.weights)
 
 
 def about_checkpoint(spec: str) -> JsonObject:

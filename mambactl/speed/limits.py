@@ -133,12 +133,15 @@ def speculative_limit(
     batch: int = 1,
     context: int = 0,
     kv_bytes: int = 2,
+    draft_bytes_per_param: float | None = None,
 ) -> float:
     """Tokens/s of speculative decoding, all rows together: one segment of k + 1 tokens through the
-    target and k single tokens through the draft; no draft model (None) is a free draft.
+    target and k single tokens through the draft; no draft model (None) is a free draft. Weights of
+    the draft are stored as the target's where nothing else is given.
     """
     shared = {"batch": batch, "context": context, "kv_bytes": kv_bytes}
     step = bytes_per_step(target, weight_bytes_per_param, tokens_per_pass=k + 1, **shared).total
     if draft is not None:
-        step += k * bytes_per_step(draft, weight_bytes_per_param, **shared).total
+        size = draft_bytes_per_param or weight_bytes_per_param
+        step += k * bytes_per_step(draft, size, **shared).total
     return batch * tokens_per_step(k, acceptance) * bandwidth / step

@@ -40,8 +40,9 @@ def speculation(
         make = partial(make_engine, subject.model, draft, k, share=False, rounded=subject.rounded)
         engine, rounds = rounds_of(make, subject, prompts, grid, advance)
         runs = [each.stats for each in rounds]
-        size = weight_bytes(engine, subject.model)
-        numbers = _numbers(subject, draft, k, runs, rows, grid.mean_context(length), size)
+        models = [each for each in (subject.model, draft) if isinstance(each, HybridForCausalLM)]
+        sizes = [weight_bytes(engine, each) for each in models]
+        numbers = _numbers(subject, draft, k, runs, rows, grid.mean_context(length), sizes)
         return numbers | graph_numbers(engine, "speculative_")
 
     found = sweep(subject.label, grid, NUMBERS, measure)
@@ -60,7 +61,7 @@ def _numbers(
     runs: Sequence[DecodeStats],
     rows: int,
     context: int,
-    weight_size: int,
+    weight_sizes: Sequence[float],
 ) -> Numbers:
     total = DecodeStats()
     for run in runs:
@@ -75,10 +76,11 @@ def _numbers(
         used,
         total.acceptance_per_token,
         subject.bandwidth,
-        weight_size,
+        weight_sizes[0],
         rows,
         context,
         kv_bytes=model.dtype.itemsize,
+        draft_bytes_per_param=weight_sizes[-1],
     )
     return {
         "k": used,

@@ -314,6 +314,7 @@ print((peak() - base) * 1024)
 TENSOR_BYTES, TENSORS, SHARD_BYTES = 16 << 20, 40, 128 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
 def test_memory_stays_at_a_fraction_of_the_model(tmp_path: Path) -> None:
     """640 MiB pass through with less than half of it resident: shards to shards, file to file."""

@@ -29,9 +29,9 @@ TRAINING = (
 )
 SAMPLING = (
     "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --batch-size --chat "
-    "--prompt --prompts"
+    "--prompt --prompts --weights"
 )
-TOKENS = "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k"
+TOKENS = "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --weights"
 FLAGS = {
     "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data "
     "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "
@@ -53,7 +53,7 @@ FLAGS = {
     "--recall-rows --control --control-window --control-sinks --ablate --against --confidence "
     "--bootstrap --save-samples --per-layer --needle --needle-depths --needle-texts --needle-text "
     "--needle-scoring --needle-plot --long-context-data --position-length --position-rows "
-    "--compare --report --preferences --task-dir --num-fewshot "
+    "--compare --report --preferences --task-dir --num-fewshot --weights "
     "--fewshot-seed --apply-chat-template --fewshot-as-multiturn --system-instruction "
     "--task-max-length --cache-requests --use-cache --log-samples --output-path "
     "--generation-agreement --generation-tokens "
@@ -64,10 +64,10 @@ FLAGS = {
     f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
     "chat": f"{TOKENS} --system {EVERY_STAGE}",
     "serve": "--host --port --name --draft --k --ignore-eos --batch-size --max-length --keep-gb "
-    f"--max-queue --max-body --read-timeout --grace {EVERY_STAGE}",
+    f"--max-queue --max-body --read-timeout --grace --weights {EVERY_STAGE}",
     "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --draft --k "
     "--baseline --min-speedup --synthetic --acceptance --training --train-rest --compile --capture "
-    f"--report {EVERY_STAGE}",
+    f"--report --weights {EVERY_STAGE}",
     "export": f"--to --layout --check --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "push": "--public --dry-run --json --help",
     "inspect": "--input-len --batch-size --k --tensors --lineage --json --help",

@@ -283,6 +283,7 @@ def test_weights_mix_data(student, data, held, capsys):
     assert known["data_shares"] == [0.25, 0.75] and None not in known["data_sha256"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_loss_of_a_whole_one(student, data, tmp_path):
     steps = 30
     config = cpu(data, max_steps=steps, save_every=6, kl_weight=0.5)

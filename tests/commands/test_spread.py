@@ -167,7 +167,10 @@ def alone(students, data, tmp_path_factory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    "shard",
+    [pytest.param(False, id="whole"), pytest.param(True, id="sharded", marks=pytest.mark.slow)],
+)
 def test_two_processes_write_what_one_writes(students, data, alone, tmp_path, monkeypatch, shard):
     save = publish.save_result
 
@@ -226,7 +229,11 @@ LOADS = pytest.mark.since_transformers("5.18", "loads no optimizer of several pr
 
 
 @pytest.mark.parametrize(
-    "shard", [pytest.param(False, id="whole", marks=LOADS), pytest.param(True, id="sharded")]
+    "shard",
+    [
+        pytest.param(False, id="whole", marks=[LOADS, pytest.mark.slow]),
+        pytest.param(True, id="sharded"),
+    ],
 )
 def test_a_signal_to_one_process_stops_all_and_resumes(
     students, data, alone, tmp_path, monkeypatch, shard

@@ -1,4 +1,4 @@
-"""Make the checkpoints that later versions must still make, bit for bit, where asked for that form.
+"""Make the checkpoints that later versions must still make where asked for that form.
 
 They come from commit 292ce5c, the last one without forms: a state alone, by layer, was what it
 made, and windows in whole layers with --window. To make others:
@@ -7,7 +7,6 @@ made, and windows in whole layers with --window. To make others:
     OMP_NUM_THREADS=1 PYTHONPATH=../old python tests/compatibility/make_conversions.py NEW_FOLDER
 """
 
-import json
 import os
 import shutil
 import sys
@@ -34,8 +33,6 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
 
 def main() -> None:
     """Make the source and every conversion of it in the folder that is named."""
-    import torch
-
     from mambactl.cli.main import run
 
     target = Path(sys.argv[1]).absolute()
@@ -50,8 +47,6 @@ def main() -> None:
             for file in FILES:
                 shutil.copy(Path(name) / file, target / name / file)
         shutil.copytree("llama", target / "llama")
-    made_with = {"cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
-    (target / "made-with.json").write_text(json.dumps(made_with) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from mambactl.cli.main import run
 
 KEPT = Path(__file__).parent / "fixtures" / "conversions"
 TEXT = Path(__file__).parent / "fixtures" / "text.jsonl"
-MADE_WITH = json.loads((KEPT / "made-with.json").read_text("utf-8"))
 FILES = ("config.json", "model.safetensors")
+# parameters that are logarithms
+LOGARITHMS = ("A_log", "dt_bias")
 FIT = f"--calibrate {TEXT} --max-length 32"
 # what was made -> ways to ask for it
 ASKED = {
@@ -40,31 +41,25 @@ def test_it_makes_what_it_made(name, options, tmp_path) -> None:
     out = tmp_path / "out"
     command = ["convert", str(KEPT / "llama"), *options.split(), "--device", "cpu", "-q"]
     assert run([*command, "-o", str(out)]) == 0
-    config, weights = ((out / file).read_bytes() for file in FILES)
-    kept_config, kept_weights = ((KEPT / name / file).read_bytes() for file in FILES)
+    config, kept_config = ((folder / FILES[0]).read_bytes() for folder in (out, KEPT / name))
     assert _settings(config) == _settings(kept_config)
-    if _as_then() and name != "fitted":
-        assert weights == kept_weights
-        return
-    # on other machines logarithms may end in another bit, and sums of a fit are rounded otherwise
     made, kept = (load_file(folder / FILES[1]) for folder in (out, KEPT / name))
     assert list(made) == list(kept)
     with safe_open(out / FILES[1], "pt") as ours, safe_open(KEPT / name / FILES[1], "pt") as theirs:
         assert ours.metadata() == theirs.metadata()
     for key, tensor in kept.items():
-        bound = 1e-4 if name == "fitted" else 1e-6
-        torch.testing.assert_close(made[key], tensor, rtol=bound, atol=bound)
+        if name == "fitted":
+            # sums are rounded otherwise on other machines, which a fit makes more of
+            bound = 1e-4 * float(tensor.abs().max())
+            torch.testing.assert_close(made[key], tensor, rtol=0, atol=bound)
+        elif key.endswith(LOGARITHMS):
+            # their last bit depends on the machine
+            torch.testing.assert_close(made[key], tensor, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(made[key], tensor)
 
 
 def _settings(config: bytes) -> dict:
     """A configuration without its library, and without what names classes: that came later."""
     named = ("architectures", "auto_map", "layer_types", "transformers_version")
     return {key: value for key, value in json.loads(config).items() if key not in named}
-
-
-def _as_then() -> bool:
-    """Whether this machine computes the same elementary functions as the one that made them."""
-    return {
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-    } == MADE_WITH

@@ -34,6 +34,7 @@ WINDOWED = {
 }  # fmt: skip
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", WINDOWED)
 def test_windows_in_rings_that_are_not_rounded_up(make_hybrid, monkeypatch, name) -> None:
     """Prompts read in pieces, kept in rings in which an earlier call left something."""

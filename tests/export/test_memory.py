@@ -37,6 +37,7 @@ def write_hybrid(folder: Path) -> int:
     return write_random(folder, config)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     size = write_hybrid(tmp_path / "source")

@@ -146,7 +146,7 @@ def draw_conv(g, where: Where, width: int, kind, device) -> Conv:
 
 def run_project(ops, stream, where, w, bias, width, ring_lo, conv=None, **others) -> list[Tensor]:
     """plain, its padding rows NaN, the ring of 16 slots, and the convolved rows if asked for."""
-    kind, device = w.dtype, w.device
+    kind, device = stream.scaled.dtype, stream.scaled.device
     columns = len(w) - sum(each.rows for each in others.get("beside", ()))
     plain = poisoned(device, kind, len(stream.scaled), columns - width)
     channels = 0 if conv is None else len(conv.weight)
@@ -184,7 +184,7 @@ def run_qkv(
     ops, stream, where, w, bias, rotations, H, HK, P, slots=64, **ring
 ) -> list[Tensor]:  # fmt: skip
     """q and both caches, NaN where not written."""
-    kind, device = w.dtype, w.device
+    kind, device = stream.scaled.dtype, stream.scaled.device
     q = poisoned(device, kind, len(stream.scaled), H * P)
     keys, values = (poisoned(device, kind, len(where.start), HK, slots, P) for _ in range(2))
     ops.project_qkv(
@@ -194,17 +194,17 @@ def run_qkv(
     return [q, keys, values]
 
 
-def run_residual(ops, x, w, bias, stream) -> list[Tensor]:
+def run_residual(ops, x, w, bias, stream, beside=()) -> list[Tensor]:
     """hidden, scaled and the sum of squares."""
     M, N = stream.hidden.shape
     hidden, scaled = stream.hidden.clone(), torch.full_like(stream.hidden, NAN)
-    squares = poisoned(w.device, stream.squares.dtype, M, ops.square_pieces(M, N))
-    ops.add_residual(x, w, bias, hidden, stream.gain, scaled, squares)
+    squares = poisoned(x.device, stream.squares.dtype, M, ops.square_pieces(M, N))
+    ops.add_residual(x, w, bias, hidden, stream.gain, scaled, squares, beside)
     return [hidden, scaled, squares.sum(1)]
 
 
 def run_swiglu(ops, stream, w) -> Tensor:
-    out = poisoned(w.device, w.dtype, len(stream.scaled), len(w) // 2)
+    out = poisoned(stream.scaled.device, stream.scaled.dtype, len(stream.scaled), len(w) // 2)
     ops.swiglu(stream.scaled, stream.squares, EPS, w, out)
     return out
 

@@ -67,6 +67,7 @@ def test_gradients_equal_the_reference(
         assert_near(actual.detach().cpu(), target.detach(), bound)
 
 
+@pytest.mark.slow
 def test_a_repeated_run_gives_the_same_bits(device) -> None:
     inputs, dy = draw(70, 20, 4, BF16, FP32)
     x, weight, bias = (t.to(device).requires_grad_() for t in inputs[:3])

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from mambactl.errors import ExitCode, ResourceError, UsageError
+from mambactl.errors import CheckError, ExitCode, ResourceError, UsageError
 from mambactl.report.collect import collect
-from tests.performance import command, kernels, loss, verification, verify
+from tests.performance import command, eight_bits, kernels, loss, verification, verify
 
 ROOT = Path(__file__).parents[2]
 KEPT = json.loads((ROOT / "recipes" / "results" / "decode-h200.json").read_text("utf-8"))
@@ -105,7 +106,8 @@ def test_verification_stands_beside_the_speed_of_decoding(monkeypatch, capfd, dr
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments"), [(verify, ["--synthetic", "tiny"]), (kernels, [])]
+    ("module", "arguments"),
+    [(verify, ["--synthetic", "tiny"]), (kernels, []), (eight_bits, ["--weights", "int8"])],
 )
 def test_what_needs_a_gpu_says_so(module, arguments, capfd):
     given = module.PARSER.parse_args([*arguments, "--device", "cpu"])
@@ -146,3 +148,40 @@ def test_options_are_checked_as_those_of_bench(capfd):
     given = verify.PARSER.parse_args(["--synthetic", "tiny", "--input-len", "8,0"])
     assert command.run(verify.measure, given) == ExitCode.USAGE
     assert "input-len: input should be greater" in capfd.readouterr().err
+
+
+def test_weights_of_8_bits_stand_beside_bf16(monkeypatch, capfd):
+    pytest.importorskip("triton")
+    from tests.performance import byte_products
+
+    monkeypatch.setattr(verification, "require_kernels", lambda _: None)
+    # graphs are a GPU's; what they run is not
+    monkeypatch.setattr(byte_products, "capture", lambda run: run() or run)
+    monkeypatch.setattr(byte_products, "median_seconds", lambda graphs: [2e-3, 1e-3])
+    monkeypatch.setattr(byte_products, "DISTINCT_BYTES", 1.0)
+    monkeypatch.setattr(eight_bits, "ROWS", (1, 5))
+    asked = ["--synthetic", "tiny-hybrid", "--input-len", "8", "--output-len", "4", "--iters", "1"]
+    given = eight_bits.PARSER.parse_args([*asked, "--device", "cpu", "--dtype", "float32"])
+    result = eight_bits.measure(given)
+    before, after = result.metrics["points"]
+    rates = [point["decode_tokens_per_second"] for point in (before, after)]
+    assert after["weights_gain"] == pytest.approx(rates[1] / rates[0])
+    assert result.text == f"tiny-hybrid {rates[0]:.1f} -> {rates[1]:.1f} tokens/s"
+    products = result.metrics["products"]
+    assert [(each["product"], each["rows"]) for each in products] == [
+        ("swiglu", 1), ("swiglu", 5), ("add_residual", 1), ("add_residual", 5),
+    ]  # fmt: skip
+    assert all(0 <= each["bytes_error"] < 2**-6 for each in products)
+    assert all(each["bytes_us"] == pytest.approx(1000) for each in products)
+    assert "products of tiny-hybrid" in capfd.readouterr().err
+
+
+def test_a_wrong_product_of_8_bits_fails(monkeypatch):
+    pytest.importorskip("triton")
+    from tests.performance import byte_products
+
+    monkeypatch.setattr(byte_products, "capture", lambda run: run)
+    monkeypatch.setattr(byte_products, "median_seconds", lambda graphs: [2e-3, 1e-3])
+    monkeypatch.setattr(byte_products._Case, "error", lambda case: 0.5)
+    with pytest.raises(CheckError, match="swiglu of 2 rows is off by 5.0e-01"):
+        byte_products.products("tiny", (2,), 1e9, "fp8", torch.device("cpu"))

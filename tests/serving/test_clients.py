@@ -35,7 +35,7 @@ def tools(narrow):
 
 @pytest.fixture(scope="module")
 def model(student):
-    return mambactl.load(student, device="cpu")
+    return mambactl.load(student, device="cpu", dtype="float32")
 
 
 def said(model, tokens: int, prompt: str = "the old house", chat: bool = True, **how) -> str:

@@ -49,7 +49,7 @@ def answered(url: str, request: dict) -> str:
 def check(served: Served, student: str, requests: list[dict], at_once: int) -> None:
     with ThreadPoolExecutor(at_once) as pool:
         texts = list(pool.map(lambda request: answered(served.url, request), requests))
-    model = mambactl.load(student, device="cpu")
+    model = mambactl.load(student, device="cpu", dtype="float32")
     engine = make_engine(model.model, "ngram", DRAFTS)
     for request, text in zip(requests, texts, strict=True):
         params = SamplingParams(

@@ -50,6 +50,7 @@ def gradients(objective, student, batch):
     return [loss, *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("mixers", "rotary"), [(MIXERS, False), (WINDOWED, False), (MIXERS, True)])
 @pytest.mark.parametrize("stage", ["align", "logits"])
 def test_one_compilation_per_kind_of_block(make_hybrid, rows, stage, mixers, rotary):
@@ -74,6 +75,7 @@ def test_one_compilation_per_kind_of_block(make_hybrid, rows, stage, mixers, rot
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_kernels_and_mixed_precision_pass_a_compiler_whole(make_hybrid, rows, triton_everywhere):
     student, teacher = models(make_hybrid, 1, torch.bfloat16)
     objective = LogitsObjective(student, teacher, amp=torch.bfloat16)

@@ -7,6 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mambactl.kernels.byte_matrix import Matrix
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.models.block import HybridBlock
 from mambactl.models.cache import HybridCache
@@ -32,8 +33,8 @@ class LayerWeights:
     gain: Tensor | None  # [D]
     mixer: AnyPacked
     mlp_gain: Tensor | None  # [D]
-    gate_up: Tensor | None  # [2 I, D]
-    down: Tensor | None  # [D, I]
+    gate_up: Matrix | None  # [2 I, D]
+    down: Matrix | None  # [D, I]
     behind: tuple[Tensor, ...] = ()  # [D], of the norms behind the mixer and the MLP
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from mambactl.kernels.byte_matrix import Matrix
+
 
 class AttentionArguments(NamedTuple):
     """Arguments of an attention that runs beside a recurrence, on the same stream.
@@ -72,7 +74,7 @@ class DecodeOps(Protocol):
         """Write tokens, times a factor, into the residual stream."""
 
     def project(
-        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None,
         plain: Tensor, ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
         offset: int, ring_lo: int, conv: tuple[Tensor, Tensor, Tensor] | None = None,
         rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
@@ -80,15 +82,15 @@ class DecodeOps(Protocol):
         """Run the input projection of a recurrent mixer, and of attentions beside it."""
 
     def project_qkv(
-        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None,
         cos: Tensor, sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor,
         count: Tensor, scale: int, *, T: int, offset: int, sinks: int = 0, ring: int = 0,
     ) -> None:  # fmt: skip
         """Compute queries, and write keys and values into the cache."""
 
     def add_residual(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor,
-        scaled: Tensor, squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (),
+        self, x: Tensor, w: Matrix, bias: Tensor | None, hidden: Tensor, gain: Tensor,
+        scaled: Tensor, squares: Tensor, beside: Sequence[tuple[Tensor, Matrix]] = (),
     ) -> None:  # fmt: skip
         """Add an output projection, or the sum of up to three, to the residual stream."""
 
@@ -105,7 +107,7 @@ class DecodeOps(Protocol):
     ) -> None:  # fmt: skip
         """Norm and rotate the queries and the newest keys of attentions, in place."""
 
-    def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor) -> None:
+    def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, out: Tensor) -> None:
         """Compute the first half of an MLP."""
 
     def attention(

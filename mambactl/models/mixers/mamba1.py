@@ -46,7 +46,7 @@ from mambactl.models.packed import (
     state_dtype,
 )
 from mambactl.models.session_size import StateSize
-from mambactl.present import present
+from mambactl.present import of_kind, present
 
 # operations per state element: those of Mamba-2, and every channel's own exponential
 STATE_OPERATIONS = 7
@@ -206,7 +206,7 @@ class PackedMamba1(PackedRecurrence):
         conv = (
             None
             if state.mixed is None
-            else (self.conv.weight, present(self.conv.bias), state.mixed)
+            else (of_kind(Tensor, self.conv.weight), present(self.conv.bias), state.mixed)
         )
         ops.project(
             s.scaled, s.squares, context.eps, self.inner.weight, self.inner.bias, z, state.ring,
@@ -219,11 +219,11 @@ class PackedMamba1(PackedRecurrence):
                 T=at.T, offset=at.offset,
             )  # fmt: skip
         ops.mamba1(
-            state.ring, state.mixed, state.low, z, state.state, self.conv.weight,
-            present(self.conv.bias), self.dt.weight, dt_bias=present(self.dt.bias), A=self.A,
-            D=self.D, out=mixed, start=at.start, count=at.active, base=at.base,
-            base_next=at.base_next, scale=at.T, piece=self.piece, repeat=self.repeat, T=at.T,
-            offset=at.offset,
+            state.ring, state.mixed, state.low, z, state.state, of_kind(Tensor, self.conv.weight),
+            present(self.conv.bias), of_kind(Tensor, self.dt.weight),
+            dt_bias=present(self.dt.bias), A=self.A, D=self.D, out=mixed, start=at.start,
+            count=at.active, base=at.base, base_next=at.base_next, scale=at.T, piece=self.piece,
+            repeat=self.repeat, T=at.T, offset=at.offset,
         )  # fmt: skip
         out = self.out
         ops.add_residual(mixed, out.weight, out.bias, s.hidden, gain, s.scaled, s.squares)

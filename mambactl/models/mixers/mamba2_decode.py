@@ -19,7 +19,7 @@ from mambactl.models.packed import (
     state_dtype,
 )
 from mambactl.models.session_size import StateSize
-from mambactl.present import present
+from mambactl.present import of_kind, present
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PackedMamba2(PackedRecurrence):
         ops.project(
             s.scaled, s.squares, context.eps, inner.weight, inner.bias, z, state.ring,
             at.start, count=at.active, scale=at.T, ring_lo=sizes.d_inner,
-            conv=(self.conv.weight, present(self.conv.bias), convolved),
+            conv=(of_kind(Tensor, self.conv.weight), present(self.conv.bias), convolved),
             rotation=rotation, **where,
         )  # fmt: skip
         if settle is not None:

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambactl.kernels.byte_matrix import Matrix
 from mambactl.kernels.decode.cpu import single
 from mambactl.kernels.decode.cpu.pass_rows import Group, Rows
 from mambactl.kernels.decode.cpu.products import Products
 from mambactl.kernels.decode.cpu.recurrence import advance, gated, heads_of
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.ops import ReferenceOps
-from mambactl.present import present
+from mambactl.present import of_kind, present
 
 # where products are in bfloat16, which makes ties of logits that lie close, these are computed once
 # more in fp32: so many for sampling, and what is nearly the largest for the best token
@@ -48,7 +49,7 @@ class CpuOps(ReferenceOps):
         _scale(hidden, gain, scaled, squares)
 
     def project(
-        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None,
         plain: Tensor, ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int,
         offset: int, ring_lo: int, conv: tuple[Tensor, Tensor, Tensor] | None = None,
         rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
@@ -83,7 +84,7 @@ class CpuOps(ReferenceOps):
         mixed.index_put_((rows.sequence, index[:, -1]), made)
 
     def project_qkv(
-        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None,
         cos: Tensor, sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor,
         count: Tensor, scale: int, *, T: int, offset: int, sinks: int = 0, ring: int = 0,
     ) -> None:  # fmt: skip
@@ -95,18 +96,19 @@ class CpuOps(ReferenceOps):
         write_heads(rows, y, args, cos, sin)
 
     def add_residual(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor,
-        scaled: Tensor, squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (),
+        self, x: Tensor, w: Matrix, bias: Tensor | None, hidden: Tensor, gain: Tensor,
+        scaled: Tensor, squares: Tensor, beside: Sequence[tuple[Tensor, Matrix]] = (),
     ) -> None:  # fmt: skip
         """Add an output projection, or the sum of several, to the residual stream."""
         if beside:
             x = torch.cat([x, *[other for other, _ in beside]], 1)
-        hidden += self.products(x, w, *(weight for _, weight in beside))
+        weights = [w, *(weight for _, weight in beside)]
+        hidden += self.products(x, *(of_kind(Tensor, weight) for weight in weights))
         if bias is not None:
             hidden += bias
         _scale(hidden, gain, scaled, squares)
 
-    def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor) -> None:
+    def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, out: Tensor) -> None:
         """Compute the first half of an MLP."""
         gate, up = self._normed(scaled, squares, eps, w, None).chunk(2, 1)  # [M, I]
         torch.mul(F.silu(gate), up, out=out)
@@ -209,10 +211,10 @@ class CpuOps(ReferenceOps):
             drafts[row, : len(found)] = found
 
     def _normed(
-        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None
     ) -> Tensor:
         """norm(stream) W^T + bias [M, N]."""
-        y = self.products(_normalise(scaled, squares, eps), w)
+        y = self.products(_normalise(scaled, squares, eps), of_kind(Tensor, w))
         return y if bias is None else y.add_(bias)
 
     def _where(self, start: Tensor, count: Tensor, T: int, offset: int) -> Rows:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambactl.kernels import reference
+from mambactl.kernels.byte_matrix import ByteMatrix, Matrix
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.reference.slots import slot_of
 from mambactl.present import present
@@ -26,6 +27,12 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def times(x: Tensor, w: Matrix) -> Tensor:
+    """x W^T [M, N] in fp32, or fp64 for fp64 input."""
+    x = wide(x)
+    return x @ (w.dense(x.dtype) if isinstance(w, ByteMatrix) else wide(w)).T
+
+
 def segment_positions(
     start: Tensor, count: Tensor, scale: int, *, T: int, offset: int
 ) -> tuple[Tensor, Tensor]:
@@ -35,10 +42,10 @@ def segment_positions(
     return at, (t < count[:, None] * scale) & (at >= 0)
 
 
-def normed(scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None) -> Tensor:
+def normed(scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None) -> Tensor:
     """norm(stream) W^T + bias [M, N] in fp32."""
     rate = torch.rsqrt(wide(squares).sum(1, keepdim=True) / scaled.shape[1] + eps)  # [M, 1]
-    y = wide(scaled) @ wide(w).T * rate  # [M, N]
+    y = times(scaled, w) * rate  # [M, N]
     return y if bias is None else y + wide(bias)
 
 
@@ -86,7 +93,7 @@ def add_normed(
 
 
 def project(
-    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
+    scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None, plain: Tensor,
     ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
     conv: tuple[Tensor, Tensor, Tensor] | None = None,
     rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
@@ -136,7 +143,7 @@ def convolved(raw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def project_qkv(
-    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, cos: Tensor,
+    scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None, cos: Tensor,
     sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
     *, T: int, offset: int, sinks: int = 0, ring: int = 0,
 ) -> None:  # fmt: skip
@@ -160,18 +167,18 @@ def project_qkv(
 
 
 def add_residual(
-    x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
-    squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (),
+    x: Tensor, w: Matrix, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
+    squares: Tensor, beside: Sequence[tuple[Tensor, Matrix]] = (),
 ) -> None:  # fmt: skip
     """stream += x W^T + bias for x [M, K]; `beside` holds (x, w) of more products in the sum."""
-    y = wide(x) @ wide(w).T
+    y = times(x, w)
     for other, weight in beside:
-        y = y + wide(other) @ wide(weight).T
+        y = y + times(other, weight)
     y = y if bias is None else y + wide(bias)
     put_stream(hidden + y.to(hidden.dtype), gain, hidden, scaled, squares)
 
 
-def swiglu(scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor) -> None:
+def swiglu(scaled: Tensor, squares: Tensor, eps: float, w: Matrix, out: Tensor) -> None:
     """SiLU(gate) * up [M, I]; rows of w [2 I, K] are gate, then up."""
     gate, up = normed(scaled, squares, eps, w, None).to(out.dtype).chunk(2, 1)  # [M, I]
     out.copy_(F.silu(wide(gate)).to(out.dtype) * up)

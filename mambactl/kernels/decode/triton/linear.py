@@ -11,60 +11,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambactl.kernels.byte_matrix import Matrix
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import slot_of
 from mambactl.kernels.decode.triton.gemv import (
     Tiles,
     add_product,
     first_tile,
+    input_factor,
     no_sums,
     norm_rate,
+    operand,
     product,
+    rescale,
+    scaled_sums,
     square_parts,
     whole_sums,
 )
+from mambactl.kernels.decode.triton.taps import add_tap, behind, tap
 from mambactl.kernels.launch import gdc_wait, launch_options, rounded
 
 
 @triton.jit
 def _normed_product(
-    x, x_stride, squares, s_stride, eps, w, first, bias, rows, M, index, ok,
-    K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
-    SLICES: tl.constexpr,
+    x, x_stride, squares, s_stride, eps, w, w_scale, first, bias, rows, M, index, ok,
+    K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """norm(x) W^T + bias [BM, BN] in fp32; TILES = 0 leaves the norm out."""
+    rate = tl.full([BM], 1.0, tl.float32)
     if TILES > 0:
         parts = square_parts(squares, s_stride, rows, rows < M, TILES)
-    y = product(x, x_stride, w, first, rows, M, index, ok, K, BM, BN, DEPTH, SLICES)
+        if w.dtype.element_ty.primitive_bitwidth == 8:
+            rate = norm_rate(parts, eps, K)
+    factor = input_factor(w, rate, SLICES)
+    y = product(
+        x, x_stride, w, w_scale, first, factor, rows, M, index, ok, K, BM, BN, DEPTH, SLICES
+    )
     if TILES > 0:
         y = y * norm_rate(parts, eps, K)[:, None]
     if BIAS:
         y += tl.load(bias + index, mask=ok, other=0.0).to(tl.float32)[None, :]
     return y
-
-
-@triton.jit
-def _tap(weight, ch, ok, i: tl.constexpr):
-    return tl.load(weight + ch * 4 + i, mask=ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _add_tap(x, w, total):
-    return tl.fma(x, tl.broadcast_to(w[None, :], x.shape), total)
-
-
-@triton.jit
-def _behind(ring, width, b, at, ch, ok, back: tl.constexpr, SLOTS: tl.constexpr):
-    """Raw rows [BM, BN] `back` positions before `at`; zeros before position 0."""
-    earlier = at - back
-    rows = (b * SLOTS + (earlier + SLOTS) % SLOTS).to(tl.int64) * width
-    return tl.load(
-        ring + rows[:, None] + ch[None, :],
-        mask=ok & (earlier >= 0)[:, None],
-        other=0.0,
-        cache_modifier=".cg",
-    ).to(tl.float32)
 
 
 @triton.jit
@@ -112,8 +100,8 @@ def _put_heads(
 
 @triton.jit(do_not_specialize=["M", "T", "offset", "scale"])
 def _project_kernel(
-    x, x_stride, squares, s_stride, eps, w, bias, plain, ring, conv_weight, conv_bias, mixed,
-    start, count, M, N, T, offset, scale, ring_lo, ring_hi, conv_width,
+    x, x_stride, squares, s_stride, eps, w, w_scale, bias, plain, ring, conv_weight, conv_bias,
+    mixed, start, count, M, N, T, offset, scale, ring_lo, ring_hi, conv_width,
     cos, sin, q0, keys0, values0, slots0, q1, keys1, values1, slots1,
     K: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr,
     CONV: tl.constexpr, SINGLE: tl.constexpr, P: tl.constexpr, H0: tl.constexpr, HK0: tl.constexpr,
@@ -142,8 +130,8 @@ def _project_kernel(
     ringed = col_ok[None, :] & inside[None, :] & kept[:, None]
     if CONV:
         convolved = (ch >= 0) & (ch < conv_width)
-        w0, w1 = _tap(conv_weight, ch, convolved, 0), _tap(conv_weight, ch, convolved, 1)
-        w2, w3 = _tap(conv_weight, ch, convolved, 2), _tap(conv_weight, ch, convolved, 3)
+        w0, w1 = tap(conv_weight, ch, convolved, 0), tap(conv_weight, ch, convolved, 1)
+        w2, w3 = tap(conv_weight, ch, convolved, 2), tap(conv_weight, ch, convolved, 3)
         shift = tl.load(conv_bias + ch, mask=convolved, other=0.0).to(tl.float32)
     if H0 > 0:
         j = corner + tl.arange(0, BN // 2)
@@ -154,11 +142,11 @@ def _project_kernel(
         gdc_wait()
     if CONV and SINGLE:
         # what comes before a lone row is there already
-        x0 = _behind(ring, width, b, at, ch, ringed, 3, SLOTS)
-        x1 = _behind(ring, width, b, at, ch, ringed, 2, SLOTS)
-        x2 = _behind(ring, width, b, at, ch, ringed, 1, SLOTS)
+        x0 = behind(ring, width, b, at, ch, ringed, 3, SLOTS)
+        x1 = behind(ring, width, b, at, ch, ringed, 2, SLOTS)
+        x2 = behind(ring, width, b, at, ch, ringed, 1, SLOTS)
     y = _normed_product(
-        x, x_stride, squares, s_stride, eps, w, first, bias, rows, M, cols, col_ok,
+        x, x_stride, squares, s_stride, eps, w, w_scale, first, bias, rows, M, cols, col_ok,
         K, TILES, BIAS, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
     if H0 > 0:  # noqa: SIM102  the compiler knows the one condition, the GPU the other
@@ -183,12 +171,12 @@ def _project_kernel(
     if CONV:
         if not SINGLE:
             tl.debug_barrier()
-            x0 = _behind(ring, width, b, at, ch, ringed, 3, SLOTS)
-            x1 = _behind(ring, width, b, at, ch, ringed, 2, SLOTS)
-            x2 = _behind(ring, width, b, at, ch, ringed, 1, SLOTS)
+            x0 = behind(ring, width, b, at, ch, ringed, 3, SLOTS)
+            x1 = behind(ring, width, b, at, ch, ringed, 2, SLOTS)
+            x2 = behind(ring, width, b, at, ch, ringed, 1, SLOTS)
         # in a fixed order, whatever the compiler would fuse
-        total = _add_tap(x0, w0, tl.broadcast_to(shift[None, :], [BM, BN]))
-        total = _add_tap(y.to(tl.float32), w3, _add_tap(x2, w2, _add_tap(x1, w1, total)))
+        total = add_tap(x0, w0, tl.broadcast_to(shift[None, :], [BM, BN]))
+        total = add_tap(y.to(tl.float32), w3, add_tap(x2, w2, add_tap(x1, w1, total)))
         slots = (b * SLOTS + at % SLOTS).to(tl.int64) * conv_width
         out = rounded(total * tl.sigmoid(total), mixed.dtype.element_ty)
         tl.store(mixed + slots[:, None] + ch[None, :], out, mask=ringed & convolved[None, :])
@@ -196,7 +184,7 @@ def _project_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _residual_kernel(
-    x, w, x1, w1, x2, w2, bias, hidden, gain, scaled, squares, M, N,
+    x, w, s, x1, w1, s1, x2, w2, s2, bias, hidden, gain, scaled, squares, M, N,
     K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -215,19 +203,25 @@ def _residual_kernel(
     elements = rows[:, None].to(tl.int64) * N + cols[None, :]
     kind = hidden.dtype.element_ty
     before = tl.load(hidden + elements, mask=ok, other=0.0).to(tl.float32)
-    one, two = no_sums(BM, BN, DEPTH, SLICES)
+    factor = input_factor(w, tl.full([BM], 1.0, tl.float32), SLICES)
+    one, two = no_sums(w, BM, BN, DEPTH, SLICES)
     one, two = add_product(
-        one, two, x, K, w, first, rows, M, cols, col_ok, K, BM, BN, DEPTH, SLICES
+        one, two, x, K, w, first, factor, rows, M, cols, col_ok, K, BM, BN, DEPTH, SLICES
     )
+    last = s
     if K1 > 0:
+        one, two = rescale(one, two, w, s, s1, cols, col_ok, BM, SLICES)
         one, two = add_product(
-            one, two, x1, K1, w1, first1, rows, M, cols, col_ok, K1, BM, BN, DEPTH, SLICES
+            one, two, x1, K1, w1, first1, factor, rows, M, cols, col_ok, K1, BM, BN, DEPTH, SLICES
         )
+        last = s1
     if K2 > 0:
+        one, two = rescale(one, two, w, s1, s2, cols, col_ok, BM, SLICES)
         one, two = add_product(
-            one, two, x2, K2, w2, first2, rows, M, cols, col_ok, K2, BM, BN, DEPTH, SLICES
+            one, two, x2, K2, w2, first2, factor, rows, M, cols, col_ok, K2, BM, BN, DEPTH, SLICES
         )
-    y = whole_sums(one, two, BM, SLICES)
+        last = s2
+    y = scaled_sums(whole_sums(one, two, BM, SLICES), w, last, factor, cols, col_ok)
     if BIAS:
         y += tl.load(bias + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     # rounded where a separate layer would round
@@ -241,7 +235,7 @@ def _residual_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_kernel(
-    x, squares, eps, w, out, M, N,
+    x, squares, eps, w, w_scale, out, M, N,
     K: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +246,7 @@ def _swiglu_kernel(
     if PDL:
         gdc_wait()
     y = _normed_product(
-        x, K, squares, TILES, eps, w, first, x, rows, M, index, cols < N,
+        x, K, squares, TILES, eps, w, w_scale, first, x, rows, M, index, cols < N,
         K, TILES, False, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(y, [BM, BN // 2, 2]))
@@ -268,7 +262,8 @@ def _swiglu_kernel(
 
 @triton.jit(do_not_specialize=["M", "T", "offset", "scale"])
 def _qkv_kernel(
-    x, squares, eps, w, bias, cos, sin, q, keys, values, start, count, M, T, offset, scale, slots,
+    x, squares, eps, w, w_scale, bias, cos, sin, q, keys, values, start, count, M, T, offset, scale,
+    slots,
     K: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr, HK: tl.constexpr,
     P: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DEPTH: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
@@ -285,7 +280,7 @@ def _qkv_kernel(
     if PDL:
         gdc_wait()
     y = _normed_product(
-        x, K, squares, TILES, eps, w, first, bias, rows, M, cols, cols >= 0,
+        x, K, squares, TILES, eps, w, w_scale, first, bias, rows, M, cols, cols >= 0,
         K, TILES, BIAS, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
     _put_heads(
@@ -305,7 +300,7 @@ def _head_kernel(
     if PDL:
         gdc_wait()
     y = _normed_product(
-        x, x_stride, squares, s_stride, eps, w, first, x, rows, M, cols, cols < N,
+        x, x_stride, squares, s_stride, eps, w, w, first, x, rows, M, cols, cols < N,
         K, TILES, False, BM, BN, DEPTH, SLICES,
     )  # fmt: skip
     y = tl.where((cols < N)[None, :], y, float("-inf"))
@@ -330,7 +325,7 @@ def _sizes(tiles: Tiles, pdl: bool) -> dict:
 
 
 def project(
-    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
+    scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None, plain: Tensor,
     ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
     conv: tuple[Tensor, Tensor, Tensor] | None = None,
     rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
@@ -344,11 +339,13 @@ def project(
     head_rows = sum(args.rows for args in beside)
     N = w.shape[0] - head_rows
     programs = triton.cdiv(N, tiles.columns) + head_rows // tiles.columns
+    w, w_scale = operand(w)
     pointers, sizes = _head_arguments(beside, w)
     _project_kernel[(programs,)](
-        scaled, scaled.stride(0), squares, squares.stride(0), eps, w, w if bias is None else bias,
-        plain, ring, *(conv or (w, w, w)), start, count, M, N, T, offset, scale, ring_lo,
-        ring_lo + width, conv[2].shape[2] if conv else 0, *(rotation or (w, w)), *pointers,
+        scaled, scaled.stride(0), squares, squares.stride(0), eps, w, w_scale,
+        w if bias is None else bias, plain, ring, *(conv or (w, w, w)), start, count, M, N, T,
+        offset, scale, ring_lo, ring_lo + width, conv[2].shape[2] if conv else 0,
+        *(rotation or (w, w)), *pointers,
         K=K, TILES=squares.shape[1], SLOTS=slots, BIAS=bias is not None, CONV=conv is not None,
         SINGLE=T == 1, **sizes, **_sizes(tiles, pdl),
     )  # fmt: skip
@@ -376,7 +373,7 @@ def _head_arguments(
 
 
 def project_qkv(
-    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, cos: Tensor,
+    scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None, cos: Tensor,
     sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
     *, T: int, offset: int, sinks: int = 0, ring: int = 0, tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
@@ -385,36 +382,40 @@ def project_qkv(
     The head width must be a multiple of tiles.columns.
     """
     (M, K), (_, kv_heads, slots, width) = scaled.shape, keys.shape
+    w, w_scale = operand(w)
     _qkv_kernel[(w.shape[0] // tiles.columns,)](
-        scaled, squares, eps, w, w if bias is None else bias, cos, sin, q, keys, values, start,
-        count, M, T, offset, scale, slots, K=K, TILES=squares.shape[1], BIAS=bias is not None,
-        H=q.shape[1] // width, HK=kv_heads, P=width, SINKS=sinks, RING=ring, **_sizes(tiles, pdl),
+        scaled, squares, eps, w, w_scale, w if bias is None else bias, cos, sin, q, keys, values,
+        start, count, M, T, offset, scale, slots, K=K, TILES=squares.shape[1],
+        BIAS=bias is not None, H=q.shape[1] // width, HK=kv_heads, P=width, SINKS=sinks, RING=ring,
+        **_sizes(tiles, pdl),
     )  # fmt: skip
 
 
 def add_residual(
-    x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
-    squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (), *, tiles: Tiles, pdl: bool,
+    x: Tensor, w: Matrix, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
+    squares: Tensor, beside: Sequence[tuple[Tensor, Matrix]] = (), *, tiles: Tiles, pdl: bool,
 ) -> None:  # fmt: skip
     """Run `kernels.decode.reference.linear.add_residual`; a piece of `squares` for each program."""
     (M, K), N = x.shape, w.shape[0]
     absent = 2 - len(beside)
     depths = [other.shape[1] for other, _ in beside] + [0] * absent
-    operands = [tensor for pair in (*beside, *[(x, w)] * absent) for tensor in pair]
+    every = ((x, w), *beside, *[(x, w)] * absent)
+    operands = [tensor for other, matrix in every for tensor in (other, *operand(matrix))]
     _residual_kernel[(triton.cdiv(N, tiles.columns),)](
-        x, w, *operands, w if bias is None else bias, hidden, gain, scaled, squares, M, N,
+        *operands, gain if bias is None else bias, hidden, gain, scaled, squares, M, N,
         K=K, K1=depths[0], K2=depths[1], BIAS=bias is not None, **_sizes(tiles, pdl),
     )  # fmt: skip
 
 
 def swiglu(
-    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor, *, tiles: Tiles, pdl: bool
+    scaled: Tensor, squares: Tensor, eps: float, w: Matrix, out: Tensor, *, tiles: Tiles, pdl: bool
 ) -> None:
     """Compute the first half of an MLP; see `kernels.decode.reference.linear.swiglu`."""
     (M, K), N = scaled.shape, out.shape[1]
     _swiglu_kernel[(triton.cdiv(2 * N, tiles.columns),)](
-        scaled, squares, eps, w, out, M, N, K=K, TILES=squares.shape[1], **_sizes(tiles, pdl)
-    )
+        scaled, squares, eps, *operand(w), out, M, N, K=K, TILES=squares.shape[1],
+        **_sizes(tiles, pdl),
+    )  # fmt: skip
 
 
 def head(

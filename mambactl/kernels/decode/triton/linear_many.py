@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambactl.kernels.byte_matrix import ByteMatrix, Matrix
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton.decode_attention import slot_of
 from mambactl.kernels.decode.triton.gemv import norm_rate, square_parts
 from mambactl.kernels.launch import gdc_launch_dependents, gdc_wait, launch_options, rounded
+from mambactl.kernels.sequence import byte_matrix
 from mambactl.present import present
 
 
@@ -204,8 +206,15 @@ def _common(squares: Tensor, width: int, pdl: bool) -> dict:
     return {"D": width, "TILES": squares.shape[1], "PDL": pdl, **launch_options(pdl, num_warps=4)}
 
 
+def _times(x: Tensor, w: Matrix, before: Tensor | None = None) -> Tensor:
+    """x W^T [M, N] plus `before`, rounded to the type of x."""
+    if isinstance(w, ByteMatrix):
+        return byte_matrix.product(x, w, before)
+    return torch.mm(x, w.T) if before is None else torch.addmm(before, x, w.T)
+
+
 def project(
-    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, plain: Tensor,
+    scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None, plain: Tensor,
     ring: Tensor, start: Tensor, count: Tensor, scale: int, *, T: int, offset: int, ring_lo: int,
     conv: tuple[Tensor, Tensor, Tensor] | None = None,
     rotation: tuple[Tensor, Tensor] | None = None, beside: Sequence[AttentionArguments] = (),
@@ -214,7 +223,7 @@ def project(
     """Run an input projection; see `kernels.decode.reference.linear.project`."""
     (M, D), (_, slots, width) = scaled.shape, ring.shape
     N = w.shape[0] - sum(args.rows for args in beside)
-    y = torch.mm(scaled, w.T)  # [M, N + rows of the attentions]
+    y = _times(scaled, w)  # [M, N + rows of the attentions]
     _ring_kernel[(triton.cdiv(N, BLOCK), M)](
         y, y.stride(0), squares, squares.stride(0), eps, y if bias is None else bias, plain, ring,
         start, count, N, T, offset, scale, ring_lo, ring_lo + width, SLOTS=slots,
@@ -253,13 +262,13 @@ def mamba1_low(
 
 
 def project_qkv(
-    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, cos: Tensor,
+    scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None, cos: Tensor,
     sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, count: Tensor, scale: int,
     *, T: int, offset: int, sinks: int = 0, ring: int = 0, pdl: bool,
 ) -> None:  # fmt: skip
     """Write queries, keys and values; see `kernels.decode.reference.linear.project_qkv`."""
     _put_heads(
-        torch.mm(scaled, w.T), squares, eps, bias, cos, sin, q, keys, values=values, start=start,
+        _times(scaled, w), squares, eps, bias, cos, sin, q, keys, values=values, start=start,
         count=count, scale=scale, T=T, offset=offset, sinks=sinks, ring=ring,
         depth=scaled.shape[1], pdl=pdl,
     )  # fmt: skip
@@ -282,14 +291,14 @@ def _put_heads(
 
 
 def add_residual(
-    x: Tensor, w: Tensor, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
-    squares: Tensor, beside: Sequence[tuple[Tensor, Tensor]] = (), *, pdl: bool,
+    x: Tensor, w: Matrix, bias: Tensor | None, hidden: Tensor, gain: Tensor, scaled: Tensor,
+    squares: Tensor, beside: Sequence[tuple[Tensor, Matrix]] = (), *, pdl: bool,
 ) -> None:  # fmt: skip
     """Add an output projection; see `kernels.decode.reference.linear.add_residual`."""
     M, N = hidden.shape
-    y = torch.mm(x, w.T)  # [M, N]
+    y = _times(x, w)  # [M, N]
     for other, weight in beside:
-        y = torch.addmm(y, other, weight.T)
+        y = _times(other, weight, y)
     _stream_kernel[(M,)](
         y, y if bias is None else bias, hidden, gain, scaled, squares, squares.stride(0), N,
         BIAS=bias is not None, BLOCK=min(4096, triton.next_power_of_2(N)),
@@ -298,11 +307,11 @@ def add_residual(
 
 
 def swiglu(
-    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, out: Tensor, *, pdl: bool
+    scaled: Tensor, squares: Tensor, eps: float, w: Matrix, out: Tensor, *, pdl: bool
 ) -> None:
     """Compute the first half of an MLP; see `kernels.decode.reference.linear.swiglu`."""
     (M, D), N = scaled.shape, out.shape[1]
-    y = torch.mm(scaled, w.T)  # [M, 2 I]
+    y = _times(scaled, w)  # [M, 2 I]
     _swiglu_kernel[(triton.cdiv(N, BLOCK), M)](
         y, squares, squares.stride(0), eps, out, N, BLOCK=BLOCK, **_common(squares, D, pdl)
     )

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from mambactl.kernels.byte_matrix import Matrix
 from mambactl.kernels.decode.operations import AttentionArguments
 from mambactl.kernels.decode.triton import (
     decode_attention,
@@ -62,6 +63,11 @@ class TritonOps:
         tiles = tiles_for(name, rows, self.exact)
         return tiles and tiles.fitted(self.element_size, self.shared_memory)
 
+    def _tiles_of(self, name: str, rows: int, w: Matrix) -> Tiles | None:
+        """Tiles of a product with the weights `w`."""
+        tiles = self._tiles(name, rows)
+        return tiles and tiles.reading(w)
+
     def square_pieces(self, rows: int, width: int) -> int:
         """Columns of `squares` for a pass of that many rows."""
         tiles = self._tiles("add_residual", rows)
@@ -101,53 +107,56 @@ class TritonOps:
     def project(
         self,
         scaled: Tensor,
+        squares: Tensor,
+        eps: float,
+        w: Matrix,
         *args: object,
         beside: Sequence[AttentionArguments] = (),
         **keywords: object,
     ) -> None:
         """Input projection of a recurrent mixer, and of attentions beside it."""
-        tiles = self._tiles("project", len(scaled))
+        tiles = self._tiles_of("project", len(scaled), w)
         widths = [each.keys.shape[3] for each in beside]
         tiles = tiles and tiles.within(*widths)
-        self._run("project", tiles, scaled, *args, beside=beside, **keywords)
+        self._run("project", tiles, scaled, squares, eps, w, *args, beside=beside, **keywords)
 
     def project_qkv(
-        self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None,
+        self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, bias: Tensor | None,
         cos: Tensor, sin: Tensor, q: Tensor, keys: Tensor, values: Tensor, start: Tensor,
         count: Tensor, scale: int, **where: int,
     ) -> None:  # fmt: skip
         """Queries, and keys and values into the cache."""
         rows = len(scaled) if keys.shape[3] % 16 == 0 else SOME_ROWS + 1
+        tiles = self._tiles_of("project_qkv", rows, w)
         cache = {"cos": cos, "sin": sin, "q": q, "keys": keys, "values": values}
-        self._product(
-            "project_qkv", rows, scaled, squares, eps, w, bias, **cache, start=start, count=count,
+        self._run(
+            "project_qkv", tiles, scaled, squares, eps, w, bias, **cache, start=start, count=count,
             scale=scale, **where,
         )  # fmt: skip
 
-    def add_residual(self, x: Tensor, *args: object, **keywords: object) -> None:
+    def add_residual(self, x: Tensor, w: Matrix, *args: object, **keywords: object) -> None:
         """Output projection into the stream, or the sum of up to three."""
-        self._product("add_residual", len(x), x, *args, **keywords)
+        tiles = self._tiles_of("add_residual", len(x), w)
+        self._run("add_residual", tiles, x, w, *args, **keywords)
 
-    def swiglu(self, scaled: Tensor, *args: object, **keywords: object) -> None:
+    def swiglu(self, scaled: Tensor, squares: Tensor, eps: float, w: Matrix, out: Tensor) -> None:
         """The first half of an MLP."""
-        self._product("swiglu", len(scaled), scaled, *args, **keywords)
+        tiles = self._tiles_of("swiglu", len(scaled), w)
+        self._run("swiglu", tiles, scaled, squares, eps, w, out)
 
     def head_best(
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor, index: Tensor
     ) -> None:
         """Best token of every piece of the vocabulary."""
         found = {"best": best, "best_index": index, "logits": None}
-        self._product("head", len(scaled), scaled, squares, eps, w, **found)
+        self._run("head", self._tiles("head", len(scaled)), scaled, squares, eps, w, **found)
 
     def head_logits(
         self, scaled: Tensor, squares: Tensor, eps: float, w: Tensor, logits: Tensor
     ) -> None:
         """Compute all logits of the head."""
         found = {"best": None, "best_index": None, "logits": logits}
-        self._product("head", len(scaled), scaled, squares, eps, w, **found)
-
-    def _product(self, name: str, rows: int, *args: object, **keywords: object) -> None:
-        self._run(name, self._tiles(name, rows), *args, **keywords)
+        self._run("head", self._tiles("head", len(scaled)), scaled, squares, eps, w, **found)
 
     def _run(self, name: str, tiles: Tiles | None, *args: object, **keywords: object) -> None:
         if tiles is None:
