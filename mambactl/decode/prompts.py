@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mambactl.data.begin_token import begun_twice
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
+from mambactl.data.row_forms import TEMPLATE, TOOLS
+from mambactl.data.turns import ASSISTANT, USER
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +31,19 @@ class Prompt:
     def of(cls, text: str, category: str = "") -> "Prompt":
         """A single user turn."""
         return cls(({"role": "user", "content": text},), category)
+
+    @classmethod
+    def before_answer(cls, row: Mapping[str, Any]) -> "Prompt":
+        """What comes before the last answer of a row of chat turns, as data sets are read.
+
+        Raises UsageError where the user says nothing before it.
+        """
+        turns = list(row["messages"])
+        while turns and turns[-1]["role"] == ASSISTANT:
+            turns.pop()
+        if not any(turn["role"] == USER for turn in turns):
+            raise UsageError("has no user turn before the last answer")
+        return cls(tuple(turns), tools=row.get(TOOLS), template=row.get(TEMPLATE, {}))
 
 
 BUILTIN = (
