@@ -352,6 +352,10 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         LAST_LOSS,
         KL,
         AGREEMENT,
+        # of a student that writes the text it learns from
+        counted("written_tokens", "written"),
+        counted("answers", "answers"),
+        Metric("ended", "ended", percent),
         PEAK,
     ),
     "decoding": (

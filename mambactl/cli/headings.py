@@ -41,7 +41,10 @@ _NAMES: Mapping[str, Iterable[str]] = {
     "Steps": (
         "stages", "max_steps", "teacher-cache.batch_size", "distill.batch_size", "sft.batch_size",
         "dpo.batch_size", "grad_accum", "max_length", "align_steps", "align_share",
-        "stepwise_steps", "stepwise_groups", "stepwise_order", "save_every",
+        "stepwise_steps", "stepwise_groups", "stepwise_order", "onpolicy_steps", "save_every",
+    ),
+    "Text that the student writes": (
+        "onpolicy_share", "onpolicy_tokens", "onpolicy_temperature",
     ),
     "Learning": (
         "lr", "rest_lr", "align_lr", "stepwise_rest_lr", "schedule", "warmup", "grad_clip",
@@ -49,7 +52,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
     ),
     "Loss": (
         "distill.teacher", "sft.teacher", "dpo.teacher", "teacher_cache", "kl_weight", "ce_weight",
-        "distill.temperature", "divergence", "jsd_beta", "beta", "reference",
+        "distill.temperature", "divergence", "jsd_beta", "onpolicy_divergence", "beta", "reference",
         "precompute_reference", "loss_type", "loss_weights", "label_smoothing", "ld_alpha",
         "f_divergence", "sft_weight",
     ),

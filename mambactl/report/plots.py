@@ -10,7 +10,7 @@ from mambactl.metrics import KL
 from mambactl.report.kept_results import read_ledger
 
 # phases whose loss is a divergence from the teacher's logits
-LOGITS = ("stepwise", "logits")
+LOGITS = ("stepwise", "logits", "onpolicy")
 INCHES = (7.0, 4.2)
 
 
