@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mambactl.data.begin_token import begun_twice
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
 from mambactl.data.row_forms import TEMPLATE, TOOLS
+from mambactl.data.sources import Document
 from mambactl.data.turns import ASSISTANT, USER
 from mambactl.errors import UsageError
 
@@ -33,8 +34,8 @@ class Prompt:
         return cls(({"role": "user", "content": text},), category)
 
     @classmethod
-    def before_answer(cls, row: Mapping[str, Any]) -> "Prompt":
-        """What comes before the last answer of a row of chat turns, as data sets are read.
+    def before_answer(cls, row: Document) -> "Prompt":
+        """Turns before the last answer of a row of a chat.
 
         Raises UsageError where the user says nothing before it.
         """
