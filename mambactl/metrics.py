@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mambactl.json_values import AnyObject, JsonObject
+from mambactl.json_values import JsonObject
 
 Format = Callable[[Any], str]
 # results by the name of a metric, or of a part with numbers of its own
 Numbers = JsonObject
-AnyNumbers = AnyObject
 Better = Literal["higher", "lower"]
 
 
@@ -357,6 +356,10 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         LAST_LOSS,
         KL,
         AGREEMENT,
+        # of a student that writes the text it learns from
+        counted("written_tokens", "written"),
+        counted("answers", "answers"),
+        Metric("ended", "ended", percent),
         PEAK,
     ),
     "decoding": (

@@ -103,7 +103,13 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "stepwise_steps",
         "stepwise_groups",
         "stepwise_order",
+        "onpolicy_steps",
         "save_every",
+    ),
+    "Text that the student writes": (
+        "onpolicy_share",
+        "onpolicy_tokens",
+        "onpolicy_temperature",
     ),
     "Learning": (
         "lr",
@@ -127,6 +133,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "distill.temperature",
         "divergence",
         "jsd_beta",
+        "onpolicy_divergence",
         "beta",
         "reference",
         "precompute_reference",

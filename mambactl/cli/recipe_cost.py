@@ -16,6 +16,7 @@ from mambactl import console
 from mambactl.checkpoint.hub_names import PARAMETERS, hub_name
 from mambactl.errors import ModelError
 from mambactl.options import DistillConfig, DpoConfig, RowsConfig, SftConfig, TrainConfig
+from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.phase_steps import phase_steps
 from mambactl.recipes import REFERENCE, Recipe, Section, list_recipes, substitute
 from mambactl.stage_result import Table
@@ -238,6 +239,9 @@ def _cost(section: Section, origin: str | None) -> Cost:
     operations = sum(count * per_token for count, per_token in _passes(config, tokens, size, guide))
     trained = round(size * _trained_share(config))
     memory = STORED * (size - trained) + TRAINED * trained + STORED * guide
+    if isinstance(config, DistillConfig) and ON_POLICY in phase_steps(config):
+        # the copy that writes
+        memory += STORED * size
     hours = operations / _rate(size) / 3600
     return Cost(section.key, tokens, operations, hours, memory, disk, TRAINED * trained)
 
@@ -279,7 +283,7 @@ def _passes(
 def _trained_share(config: TrainConfig) -> float:
     if isinstance(config, DistillConfig):
         phases = phase_steps(config)
-        rests = config.rest_lr > 0 and "logits" in phases
+        rests = config.rest_lr > 0 and bool({"logits", ON_POLICY} & phases.keys())
         return 1.0 if rests or config.stepwise_rest_lr > 0 else MIXERS
     return 0.02 if getattr(config, "lora", None) else 1.0
 

@@ -125,6 +125,7 @@ _ROWS = (
         (
             "mambactl distill runs/llama3-8b-convert --data chat.jsonl",
             "mambactl convert llama3-8b | mambactl distill - --data chat.jsonl",
+            "mambactl distill s.st --data chat.jsonl --stages align,logits,onpolicy",
         ),
         writes="model",
         resumable=True,

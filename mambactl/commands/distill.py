@@ -1,6 +1,7 @@
 """`distill`: align every mixer with the attention it replaced, then match the teacher's logits.
 
-In between, if asked, layers become recurrent step by step.
+In between, if asked, layers become recurrent step by step; at the end the student may write the
+text on which it matches them.
 """
 
 from collections.abc import Sequence
@@ -22,10 +23,12 @@ from mambactl.json_values import JsonObject
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig
+from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.present import of_kind, present
 from mambactl.ranks import join
 from mambactl.stage_result import StageResult
 from mambactl.train.compiled import compile_blocks, compiles, release_blocks
+from mambactl.train.drawn_prompts import DrawnPrompts, drawn_prompts
 from mambactl.train.drawn_windows import DrawnWindows, with_window
 from mambactl.train.epochs import with_steps
 from mambactl.train.estimate import Estimate, estimate
@@ -48,6 +51,7 @@ from mambactl.train.rows import held_out_rows, training_rows
 from mambactl.train.run_lines import track
 from mambactl.train.sharing import put_back, share_frozen
 from mambactl.train.stepwise import StandIns
+from mambactl.train.student_rows import StudentRows
 from mambactl.train.trainer import require_trackers
 from mambactl.train.watched_recall import WatchedRecall, watched_probes
 
@@ -81,9 +85,10 @@ def run(
     config = of_kind(DistillConfig, job.config)
     planned = plan_phases(config, ours, theirs, _ranking(source))
     held_out, probes = held_out_rows(job, tokenizer), watched_probes(config, tokenizer)
+    prompts = drawn_prompts(job, config, tokenizer, planned)
     models = _models(job, config, planned, needs_teacher=bool(held_out or probes))
     console.log(f"{len(ours.replaced_layers)} mixers follow {models.name}")
-    phases = [_phase(job, config, models, theirs, plan, rows) for plan in planned]
+    phases = [_phase(job, config, models, theirs, plan, rows, prompts) for plan in planned]
     evaluation = _evaluation(job, config, models, held_out, probes)
     with folder.open(resume, force):
         trim = not (models.compiled or config.capture)
@@ -137,10 +142,22 @@ def plan(config: DistillConfig, source: str) -> JsonObject:
     model = shapes_of(ours)
     per_step = job.global_batch * config.max_length
     phases = [
-        plan.describe(model, per_step) | {"predicted": predicted[plan.name].as_metrics()}
+        plan.describe(model, per_step)
+        | (_writing(config) if plan.kind == ON_POLICY else {})
+        | {"predicted": predicted[plan.name].as_metrics()}
         for plan in planned
     ]
     return found | {"phases": phases, "predicted": Estimate.of_all(predicted)}
+
+
+def _writing(config: DistillConfig) -> dict[str, int | str]:
+    """Describe for `--dry-run` what the student writes of a batch."""
+    return {
+        "rows_written": config.rows_written(config.batch_size),
+        "rows_of_data": config.batch_size - config.rows_written(config.batch_size),
+        "new_tokens_at_most": config.onpolicy_tokens,
+        "divergence": config.onpolicy_divergence,
+    }
 
 
 def _counted(job: Job) -> Job:
@@ -236,8 +253,10 @@ def _phase(
     theirs: HybridConfig,
     plan: PhasePlan,
     rows: Sequence[Row],
+    prompts: DrawnPrompts | None,
 ) -> Phase:
     student, teacher = models.student, models.teacher
+    parts = plan.parameters(student)
 
     # rows of a phase have one shape, or few
     @cache
@@ -248,11 +267,16 @@ def _phase(
     windows = None
     if config.random_window:
         windows = DrawnWindows(student, config.random_window, config.seed)
+    feed = None
+    if plan.kind == ON_POLICY and prompts is not None:
+        trained = {name for members, _ in parts for name in members}
+        trim = not (models.compiled or config.capture)
+        feed = StudentRows(config, job.dtype, student, trained, prompts, rows, trim)
     return Phase(
         plan.name,
         plan.steps,
         _objective(job, config, models, plan, rows),
-        plan.parameters(student),
+        parts,
         context=StandIns(student, present(teacher), plan.waiting)
         if plan.waiting
         else nullcontext(),
@@ -260,6 +284,7 @@ def _phase(
         windows=windows,
         cure="lower --align-lr" if plan.kind == "align" else "lower --lr",
         whole=not plan.waiting,
+        feed=feed,
     )
 
 
@@ -271,13 +296,14 @@ def _objective(
         return AlignmentObjective(models.student, present(models.teacher), job.amp, models.compiled)
     if plan.kind == "logits" and config.teacher_cache:
         return cached_objective(job, config, models.student, rows)
+    own = plan.kind == ON_POLICY
     return LogitsObjective(
         models.student,
         models.teacher,
-        config.kl_weight,
-        config.ce_weight,
+        # to predict what it wrote itself teaches a student nothing
+        *((1.0, 0.0) if own else (config.kl_weight, config.ce_weight)),
         config.temperature,
         amp=job.amp,
-        divergence=config.divergence,
+        divergence=config.onpolicy_divergence if own else config.divergence,
         beta=config.jsd_beta,
     )

@@ -140,6 +140,14 @@ def batches(
     that together are one of n times the size. With `trim`, columns that are padding in every
     row are cut off in steps of `TRIM`; without, all batches have one shape, as compiled code needs.
     """
+    for members in drawn_rows(rows, batch_size, seed, start, share):
+        yield collate(members, trim)
+
+
+def drawn_rows(
+    rows: Sequence[Row], batch_size: int, seed: int, start: int, share: tuple[int, int]
+) -> Iterator[list[Row]]:
+    """Rows of the batches that `batches` yields."""
     epoch, order = -1, np.empty(0, np.int64)
     number, count = share
     position = (start * count + number) * batch_size
@@ -151,7 +159,7 @@ def batches(
                 order = np.random.default_rng([seed, epoch]).permutation(len(rows))
             members.append(rows[order[index % len(rows)]])
         position += count * batch_size
-        yield collate(members, trim)
+        yield members
 
 
 def collate(rows: Sequence[Row], trim: bool = True) -> Batch:
@@ -171,6 +179,11 @@ def collate(rows: Sequence[Row], trim: bool = True) -> Batch:
         torch.from_numpy(stacked.loss_mask),
         torch.from_numpy(stacked.valid),
     )
+
+
+def blank_row(max_length: int) -> Row:
+    """A row of padding, of which nothing is learned."""
+    return _row([], max_length)
 
 
 def _slice(example: Example, start: int, end: int) -> Example:

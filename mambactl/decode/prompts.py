@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from mambactl.data.begin_token import begun_twice
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
-from mambactl.data.turns import Record, Row
+from mambactl.data.row_forms import TEMPLATE, TOOLS
+from mambactl.data.sources import Document
+from mambactl.data.turns import ASSISTANT, USER, Record, Row
 from mambactl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +32,19 @@ class Prompt:
     def of(cls, text: str, category: str = "") -> "Prompt":
         """A single user turn."""
         return cls(({"role": "user", "content": text},), category)
+
+    @classmethod
+    def before_answer(cls, row: Document) -> "Prompt":
+        """Turns before the last answer of a row of a chat.
+
+        Raises UsageError where the user says nothing before it.
+        """
+        turns = list(row["messages"])
+        while turns and turns[-1]["role"] == ASSISTANT:
+            turns.pop()
+        if not any(turn["role"] == USER for turn in turns):
+            raise UsageError("has no user turn before the last answer")
+        return cls(tuple(turns), tools=row.get(TOOLS), template=row.get(TEMPLATE, {}))
 
 
 BUILTIN = (

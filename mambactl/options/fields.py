@@ -131,7 +131,7 @@ Trackers = Annotated[
 ]
 Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_split_commas)]
 DistillPhases = Annotated[
-    list[Literal["align", "stepwise", "logits"]], BeforeValidator(_split_commas)
+    list[Literal["align", "stepwise", "logits", "onpolicy"]], BeforeValidator(_split_commas)
 ]
 
 Losses = Annotated[

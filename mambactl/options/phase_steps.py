@@ -1,16 +1,18 @@
 """Division of the steps of `distill` among its stages."""
 
 from mambactl.errors import UsageError
+from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.training import DistillConfig
 
-ORDER = ("align", "stepwise", "logits")
+ORDER = ("align", "stepwise", "logits", ON_POLICY)
 
 
 def phase_steps(config: DistillConfig) -> dict[str, int]:
     """Optimiser steps of each stage, `max_steps` together; a stage of none is left out.
 
     Aligning takes its share if no steps are given. What else is not given is shared equally, and
-    the last stage takes what is left.
+    the last stage takes what is left; with steps of its own on-policy distillation leaves that to
+    the stage before.
     """
     order = list(dict.fromkeys(config.stages))
     if not order:
@@ -19,8 +21,16 @@ def phase_steps(config: DistillConfig) -> dict[str, int]:
         raise UsageError(
             f"stages {', '.join(order)} are not in their order", f"it is {', '.join(ORDER)}"
         )
-    given: dict[str, int | None] = {"align": config.align_steps, "stepwise": config.stepwise_steps}
-    fixed = {n: steps for n in order[:-1] if (steps := given[n]) is not None}
+    given: dict[str, int | None] = {
+        "align": config.align_steps,
+        "stepwise": config.stepwise_steps,
+        ON_POLICY: config.onpolicy_steps,
+    }
+    rest = order[-1]
+    if rest == ON_POLICY and config.onpolicy_steps is not None and len(order) > 1:
+        rest = order[-2]
+    others = [name for name in order if name != rest]
+    fixed = {name: count for name in others if (count := given.get(name)) is not None}
     left = config.max_steps - sum(fixed.values())
     if left < 0:
         raise UsageError(
@@ -28,12 +38,12 @@ def phase_steps(config: DistillConfig) -> dict[str, int]:
             f"than max_steps {config.max_steps}",
             "max_steps counts all stages",
         )
-    if "align" in order[:-1] and "align" not in fixed and config.align_share is not None:
+    if "align" in others and "align" not in fixed and config.align_share is not None:
         wanted = max(1, round(config.align_share * config.max_steps)) if config.align_share else 0
         # every other stage has a step, if there are enough
         fixed["align"] = max(0, min(wanted, left - (len(order) - len(fixed) - 1)))
         left -= fixed["align"]
     share = left // (len(order) - len(fixed))
-    steps = {name: fixed.get(name, share) for name in order[:-1]}
-    steps[order[-1]] = config.max_steps - sum(steps.values())
-    return {name: count for name, count in steps.items() if count}
+    steps = {name: fixed.get(name, share) for name in others}
+    steps[rest] = config.max_steps - sum(steps.values())
+    return {name: steps[name] for name in order if steps[name]}

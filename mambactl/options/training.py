@@ -22,6 +22,8 @@ from mambactl.options.fields import (
     Weights,
     Windows,
 )
+from mambactl.options.on_policy import STAGE as ON_POLICY
+from mambactl.options.on_policy import OnPolicyConfig
 
 # losses of dpo that label smoothing means something for
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
@@ -179,11 +181,12 @@ class ShardConfig(SpreadConfig):
     )
 
 
-class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig):
+class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig, OnPolicyConfig):
     """Align new mixers, then match the teacher's logits."""
 
     later: ClassVar[Mapping[str, object]] = {
         **TrainConfig.later,
+        **OnPolicyConfig.later,
         "append_eos": False,
         "eval_recall": [],
         "eval_recall_rows": 16,
@@ -268,8 +271,10 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig)
         return max(1, len({*self.random_window}))
 
     def require_coherent(self) -> None:
-        """Raise UsageError for steps that no CUDA graph can hold, or the best of nothing."""
+        """Raise UsageError for steps that no CUDA graph can hold, and for options without use."""
         super().require_coherent()
+        if ON_POLICY in self.stages:
+            self.require_room(self.max_length)
         if self.keep_best and not (self.eval_data or self.eval_recall):
             raise UsageError(
                 "--keep-best needs something that is measured while training",

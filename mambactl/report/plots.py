@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # phases whose loss is a divergence from the teacher's logits
-LOGITS = ("stepwise", "logits")
+LOGITS = ("stepwise", "logits", "onpolicy")
 INCHES = (7.0, 4.2)
 
 

@@ -10,6 +10,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import is_new
 from mambactl.options import DistillConfig
+from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.present import of_kind
 from mambactl.train.compiled import compiles
 from mambactl.train.job import Job
@@ -17,6 +18,7 @@ from mambactl.train.ledger import Work
 from mambactl.train.losses import CHUNK_ELEMENTS
 from mambactl.train.phases import PhasePlan, shapes_of
 from mambactl.train.step_timing import Measured, Setup, probe
+from mambactl.train.writing_cost import writing_bytes, writing_seconds
 
 MASTER, GRADIENT, MOMENTS = 4, 4, 8
 # fp32 tensors of one chunk of logits that are alive together: logits, log p, gradient, log q, q
@@ -87,8 +89,11 @@ def estimate(
         }
         if not work.aligns:
             memory["head"] = _head_bytes(student, plan, job)
-        flops = work.flops(rows, length) * config.grad_accum
-        found[plan.name] = Estimate(step * plan.steps, memory, flops / step, where)
+        rate = work.flops(rows, length) * config.grad_accum / step
+        if plan.kind == ON_POLICY:
+            memory |= writing_bytes(job, config, student, model)
+            step += config.grad_accum * writing_seconds(job, config, student, model, rate)
+        found[plan.name] = Estimate(step * plan.steps, memory, rate, where)
     return found
 
 

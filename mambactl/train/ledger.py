@@ -132,11 +132,39 @@ FACTOR, MARGIN = 2.0, 0.05
 PATIENCE = 50
 
 
+@dataclass(frozen=True)
+class Written:
+    """Tokens and answers that a student wrote, how many of them `ended` by themselves; seconds."""
+
+    tokens: int = 0
+    answers: int = 0
+    ended: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Written") -> "Written":
+        return Written(
+            self.tokens + other.tokens,
+            self.answers + other.answers,
+            self.ended + other.ended,
+            self.seconds + other.seconds,
+        )
+
+    def line(self) -> dict[str, float]:
+        """Fields of a line of metrics.jsonl."""
+        return {
+            "written_tokens": self.tokens,
+            "answers": self.answers,
+            "ended": round(self.ended / max(1, self.answers), 4),
+            "writing_seconds": round(self.seconds, 4),
+        }
+
+
 @dataclass
 class PhaseReport:
-    """Report of a phase; tokens are those the loss counted, `flops` those of the model.
+    """Report of a phase; tokens are those the loss counted, `flops` those of the model in training.
 
-    `starting_seconds`, the first step of every process, holds what compilation took.
+    `starting_seconds`, the first step of every process, holds what compilation took. Of a phase
+    whose student writes there are the tokens, the answers, and the share of those that `ended`.
     """
 
     name: str
@@ -153,6 +181,17 @@ class PhaseReport:
     perplexity_ratio: float | None = None
     ce: float | None = None
     recall_kept: float | None = None
+    written_tokens: int | None = None
+    answers: int | None = None
+    ended: float | None = None
+
+    def add(self, written: Written) -> None:
+        """Count what the student wrote in a step."""
+        answers = self.answers or 0
+        ended = round((self.ended or 0.0) * answers) + written.ended
+        self.written_tokens = (self.written_tokens or 0) + written.tokens
+        self.answers = answers + written.answers
+        self.ended = ended / max(1, self.answers)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from mambactl.train.ledger import (
     Pending,
     PhaseReport,
     Progress,
+    Written,
     peak_of,
     restart_peak,
     shown,
@@ -47,13 +48,26 @@ Parameters = dict[str, nn.Parameter]
 MEASURED = ("kl", "agreement", "perplexity_ratio", "recall_kept")
 
 
+class Feed(Protocol):
+    """Batches that a phase makes of the model itself, each when it is asked for."""
+
+    def open(self, done: int) -> AbstractContextManager[Iterator[Batch]]:
+        """Batches of this process from number `done` on, counted from the start of the run."""
+        ...
+
+    def told(self) -> Written:
+        """What was written for the oldest step that was not asked about."""
+        ...
+
+
 @dataclass(frozen=True)
 class Phase:
     """Steps with one objective; only parameters in `parts`, each with its peak rate, train.
 
     `context` is how the model is while the phase lasts, and `whole` says that it is as it will be
     saved; `windows` draws their size for every step; `flops(rows, length, window)` counts a batch;
-    `cure` is what to change when the loss leaves what it had reached.
+    `cure` is what to change when the loss leaves what it had reached; without a `feed` batches are
+    rows of the data.
     """
 
     name: str
@@ -65,6 +79,7 @@ class Phase:
     cure: str = "lower --lr"
     whole: bool = True
     windows: DrawnWindows | None = None
+    feed: Feed | None = None
 
     @property
     def parameters(self) -> Parameters:
@@ -113,9 +128,14 @@ def train(
         for number in range(progress.phase, len(phases)):
             run = _PhaseRun(model, phases, number, config, folder, progress, evaluation, best)
             done = progress.total * config.grad_accum
-            share = rank(), processes()
-            source = batches(rows, config.batch_size, config.seed, done, trim, share)
-            with phases[number].context, ahead(source, pin=run.device.type == "cuda") as feed:
+            own = phases[number].feed
+            if own is not None:
+                opened = own.open(done)
+            else:
+                share = rank(), processes()
+                source = batches(rows, config.batch_size, config.seed, done, trim, share)
+                opened = ahead(source, pin=run.device.type == "cuda")
+            with phases[number].context, opened as feed:
                 run.follow(feed, optimizer_state, stop)
             optimizer_state = None
         # asked for while the last state was saved
@@ -287,6 +307,10 @@ class _PhaseRun:
             **self.progress.sums(),
             "tokens_per_second": round(pending.tokens / max(seconds, 1e-9), 1),
         }
+        if self.phase.feed is not None:
+            written = self.phase.feed.told()
+            report.add(written)
+            line |= written.line()
         if (peak := peak_of(self.device)) is not None:
             report.peak_bytes = line["peak_bytes"] = peak
         return line

@@ -13,6 +13,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import ATTENTION, looks_up, part_of
 from mambactl.options import DistillConfig
+from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.phase_steps import phase_steps
 from mambactl.train.ledger import Work
 from mambactl.train.optimization import mixer_parameters, rest_parameters
@@ -97,10 +98,10 @@ def plan_phases(
         order = replacement_order(student, config.stepwise_order, ranking)
         found = groups(order, student.num_hidden_layers, config.stepwise_groups)
         planned += _stepwise(config, found, steps["stepwise"])
-    if "logits" in steps:
-        planned.append(
-            PhasePlan("logits", "logits", steps["logits"], replaced, config.lr, config.rest_lr)
-        )
+    for name in ("logits", ON_POLICY):
+        if name in steps:
+            rates = (config.lr, config.rest_lr)
+            planned.append(PhasePlan(name, name, steps[name], replaced, *rates))
     return [replace(plan, freeze_kept=config.freeze_kept) for plan in planned]
 
 

@@ -40,7 +40,8 @@ FLAGS = {
     "--align-share --align-lr --stepwise-steps --stepwise-groups --stepwise-order "
     "--stepwise-rest-lr --lr --rest-lr --schedule --kl-weight --ce-weight --temperature "
     "--divergence --jsd-beta --capture --random-window --eval-recall --eval-recall-rows "
-    "--keep-best "
+    "--keep-best --onpolicy-steps --onpolicy-share --onpolicy-tokens --onpolicy-temperature "
+    "--onpolicy-divergence "
     f"{HELD_OUT} {OUTPUT} {EVERY_STAGE}",
     "sft": f"{TRAINING} {TEXT} {SPREAD} {HELD_OUT} --lr --ce-weight --kl-weight "
     f"--assistant-only-loss --lora --lora-alpha --log-to --compile {OUTPUT} {EVERY_STAGE}",

@@ -303,3 +303,18 @@ def test_distilling_in_two_processes(students, data, tmp_path, monkeypatch):
     assert curve(two, *keys) == expected
     tokens = [load_lineage(str(out))["metrics"]["logits"]["tokens"] for out in (one, two)]
     assert tokens[0] == tokens[1] > 0
+
+
+def test_students_write_in_two_processes_what_they_write_in_one(students, data, tmp_path):
+    def config(processes: int) -> DistillConfig:
+        fields = {"stages": ["onpolicy"], "onpolicy_tokens": 8, "onpolicy_share": 0.5}
+        return align(data, processes, max_length=48).model_copy(update=fields)
+
+    source, one, two = students["tied"], tmp_path / "one", tmp_path / "two"
+    distill.run(config(1), source, one)
+    work = partial(distill.run, config(2), source, two)
+    assert together(work, tmp_path / "log", shard=False) == [0, 0]
+    assert_same(one, two)
+    keys = ("step", "loss", "tokens", "written_tokens", "answers", "ended")
+    assert curve(two, *keys) == [pytest.approx(row, rel=1e-4) for row in curve(one, *keys)]
+    assert all(row[3] > 0 for row in curve(one, *keys))

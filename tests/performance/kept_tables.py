@@ -251,6 +251,44 @@ def _points(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[st
             yield "transformers' Llama", point
 
 
+def eight_bits(path: Path) -> str:
+    """Microseconds of an MLP's products by rows, with weights in bf16 and in 8 bits."""
+    runs = {run["config"]["weights"]: run for run in _read(path)["runs"]}
+    found = {
+        (each["rows"], each["product"], kind): each
+        for kind, run in runs.items()
+        for each in run["products"]
+    }
+    products = ("swiglu", "add_residual")
+    names = ("up and gate", "down")
+    columns = [f"{name}, {kind}" for name in names for kind in ("bf16", *runs)]
+    rows = [
+        (
+            count(rows),
+            *(
+                tenths(found[rows, product, kind or "int8"]["bytes_us" if kind else "bf16_us"])
+                for product in products
+                for kind in ("", *runs)
+            ),
+        )
+        for rows in sorted({key[0] for key in found})
+    ]
+    return _table(("rows", *columns), rows)
+
+
+def eight_bit_steps(path: Path) -> str:
+    """Plain decoding with weights in bf16 and in 8 bits."""
+    rows = [
+        (
+            run["config"]["weights"],
+            *(tenths(point["decode_tokens_per_second"]) for point in run["points"]),
+            f"{hundredths(run['points'][1]['weights_gain'])}x",
+        )
+        for run in _read(path)["runs"]
+    ]
+    return _table(("weights", "bf16, tokens/s", "8 bits, tokens/s", "gain"), rows)
+
+
 def training_speed(path: Path) -> str:
     """Tokens per second and memory of training steps."""
     speeds = _read(path)["speed"]
@@ -296,6 +334,8 @@ TABLES = {
     "answers": KeptTable("alignment.md", (ALIGNMENT,), answers),
     "preferences": KeptTable("alignment.md", (ALIGNMENT,), preferences),
     "first token": KeptTable("decoding.md", ("first-token-h200.json",), first_token),
+    "8 bits": KeptTable("decoding.md", ("eight-bits-h200.json",), eight_bit_steps),
+    "products of 8 bits": KeptTable("decoding.md", ("eight-bits-h200.json",), eight_bits),
     # the marks of `mambactl table --into`
     "bench": KeptTable("decoding.md", ("decode-h200.json",), decoding),
 }  # fmt: skip

@@ -65,6 +65,7 @@ class FusedEngine:
         self.packed: tuple[PackedModel, PackedModel | str | None] | None = None
         self.positions = 0
         self.sessions: dict[int, Session] = {}
+        self.reserved: Session | None = None
         prefixes = Prefixes(target.model, share, folder)
         self.prefixes: tuple[Prefixes, Prefixes | None] = prefixes, None
         self.times: dict[int, StepTimes] = {}
@@ -100,6 +101,15 @@ class FusedEngine:
             session = OpenSession(*present(self.packed), self.ops, size, eos)
             session.prepare()
         return FusedBatch(session)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Decode every later batch of up to `rows` rows of `tokens` tokens in the same memory.
+
+        The graphs that a batch takes then follow from it alone, and not from the batches before.
+        """
+        device = self.target.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.reserved = self._session(rows, tokens)
 
     def converse(self) -> Conversation:
         """Treat later prompts as one conversation, in which each is read from the last one on.
@@ -170,12 +180,16 @@ class FusedEngine:
     def _session(self, rows: int, longest: int) -> Session:
         """Memory and graphs for at least `rows` rows of `longest` tokens, kept between calls."""
         size = SessionSize.holding(rows, longest, self.most)
+        kept = self.reserved
+        if kept is not None and rows <= kept.size and size.capacity <= kept.capacity:
+            return kept
         # idle rows cost less than new memory and graphs, up to as many as there are others
         for known in self.sessions.values():
             if rows <= known.size <= 2 * rows and known.capacity >= size.capacity:
                 return known
         # two batches' caches need not fit at the same time
         self.sessions.clear()
+        self.reserved = None
         self._pack(size.capacity)
         session = Session(*present(self.packed), self.ops, size, self.prefixes)
         self.sessions[size.batch] = session
