@@ -96,9 +96,9 @@ def held_out_rows(
 
 def read_documents(job: Job, bad: BadRows) -> list[Document]:
     """The documents of `data` that the run can see, checked; malformed rows are noted in `bad`."""
-    packs, specs = job.config.packing, names(job.config.data)
-    tokens, examples = (job.budget, None) if packs else (None, job.examples)
-    return load_rows(specs, job.config.max_samples, bad=bad, used_tokens=tokens, used_rows=examples)
+    config = job.config
+    limit = {"used_tokens": job.budget} if config.packing else {"used_rows": job.examples}
+    return load_rows(names(config.data), config.max_samples, bad=bad, **limit)
 
 
 def count_documents(job: Job) -> int | None:
