@@ -32,7 +32,7 @@ from mambactl.kernels.mamba_ssm_calls import CONV, SCAN, SSD
 from mambactl.kernels.reference import Spans
 
 SWITCH = "MAMBACTL_KERNELS"
-REFERENCE, FORCED = "reference", "mamba-ssm"
+AUTO, REFERENCE, FORCED = "auto", "reference", "mamba-ssm"
 LEAST_CAPABILITY = (8, 0)
 # of tensors that a fused kernel reads: no subclass with operations of its own, sharded ones say
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -257,14 +257,16 @@ def answer_while_tracing() -> None:
 
 
 def switch() -> str:
-    """What the environment asks for: "" for the fastest, else `REFERENCE` or `FORCED`.
+    """What the environment asks for: "" for the fastest (`auto`), else `REFERENCE` or `FORCED`.
 
     Raises UsageError for another word.
     """
     value = os.environ.get(SWITCH, "").strip().lower()
+    value = "" if value == AUTO else value
     if value not in ("", REFERENCE, FORCED):
         raise UsageError(
-            f"{SWITCH}={value} is none of {REFERENCE}, {FORCED}", f"unset {SWITCH}, or use one"
+            f"{SWITCH}={value} is none of {AUTO}, {REFERENCE}, {FORCED}",
+            f"unset {SWITCH}, or use one",
         )
     return value
 

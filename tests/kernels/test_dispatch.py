@@ -288,5 +288,5 @@ def test_importing_the_dispatcher_does_not_import_triton() -> None:
 
 def test_another_word_is_refused(monkeypatch, draw_ssd) -> None:
     monkeypatch.setenv(dispatch.SWITCH, "mambassm")
-    with pytest.raises(UsageError, match="MAMBACTL_KERNELS=mambassm is none of reference"):
+    with pytest.raises(UsageError, match="MAMBACTL_KERNELS=mambassm is none of auto, reference"):
         dispatch.ssd(*draw_ssd(1, 5))
