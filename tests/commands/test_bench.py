@@ -52,6 +52,7 @@ def wide(monkeypatch):
     console.stderr.cache_clear()
 
 
+@pytest.mark.slow
 def test_against_transformers_own_generate(student, capsys, wide):
     """Of a checkpoint and of shapes: a Llama for all hybrids of one, warnings of long prompts."""
     settings = {"baseline": "transformers", "input_len": [8], "output_len": 3}

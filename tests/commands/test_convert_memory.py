@@ -35,6 +35,7 @@ def write_large_llama(folder: Path) -> int:
     return write_random(folder, config, SHARD_BYTES)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
 def test_memory_does_not_grow_with_the_model(tmp_path) -> None:
     """A checkpoint of 16 GB must fit in one shard plus 1 GiB, so a small one in far less."""

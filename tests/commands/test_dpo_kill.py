@@ -14,6 +14,7 @@ from mambactl.commands.dpo import run
 from mambactl.options import DpoConfig
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_end(save_student, tmp_path):
     student = str(save_student(tmp_path / "student"))
     data = tmp_path / "pairs.jsonl"

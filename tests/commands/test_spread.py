@@ -198,6 +198,7 @@ def test_two_processes_write_what_one_writes(students, data, alone, tmp_path, mo
     assert load_lineage(str(tmp_path / "matched"))["recipe"]["nproc"] == 2
 
 
+@pytest.mark.slow
 def test_mixed_precision_rounds_the_same_sharded_or_not(students, data, tmp_path, monkeypatch):
     mix, made = Mamba2Mixer.forward, FullyShardedDataParallelPlugin.__post_init__
 

@@ -367,7 +367,7 @@ def test_states_never_hear_of_rejected_drafts(models, monkeypatch, name, k) -> N
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("mixers", [["mamba2", "attention", "mamba1"], ["mamba2_mixed"]])
+@pytest.mark.parametrize("mixers", [["mamba2_mixed"], ["mamba2", "attention", "mamba1"]])
 def test_device_kernels_in_the_interpreter(make_hybrid, monkeypatch, mixers) -> None:
     """The only test here of the real kernels: slow, so tiny. Tokens, and memory bit for bit, in
     memory that holds NaN.

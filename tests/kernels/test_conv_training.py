@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 
 from mambactl.kernels import operators, reference  # noqa: E402
 
-pytestmark = pytest.mark.one_in(3)
+pytestmark = pytest.mark.one_in(6)
 
 
 @pytest.fixture(autouse=True)

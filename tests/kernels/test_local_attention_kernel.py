@@ -130,6 +130,7 @@ def asked(monkeypatch):
 
 def test_which_calls_the_kernel_serves(monkeypatch, asked, draw) -> None:
     monkeypatch.setattr(dispatch, "triton_missing", lambda device: None)
+    monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
     q, k, v = draw(40, FP32)
     packed = torch.zeros(2, 40, dtype=torch.long, device=q.device)
     wanted = local.local_attention(q.double(), k.double(), v.double(), 8, 2)

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 
 from mambactl.kernels import operators, reference  # noqa: E402
 
-pytestmark = pytest.mark.one_in(3)
+pytestmark = pytest.mark.one_in(6)
 
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 2**-6}
 NAMES = ("y", "final", "dx", "ddt", "dA", "dB", "dC", "dstate")

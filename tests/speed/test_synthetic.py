@@ -191,6 +191,7 @@ def walk(successor: torch.Tensor, draft: torch.Tensor, start: int, count: int) -
     return accepted
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("target", ["tiny-mamba", "tiny-hybrid"])
 def test_drafts_are_accepted_as_often_as_scripted(target: str, dtype: torch.dtype) -> None:
