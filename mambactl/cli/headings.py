@@ -28,6 +28,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "max_samples",
         "packing",
         "skip_bad_rows",
+        "append_eos",
         "recall_share",
         "random_window",
         "eval.max_length",
@@ -92,6 +93,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
     "Steps": (
         "stages",
         "max_steps",
+        "epochs",
         "teacher-cache.batch_size",
         "distill.batch_size",
         "sft.batch_size",
@@ -154,6 +156,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "eval_recall_rows",
         "keep_best",
         "max_kl",
+        "log_every",
         "log_to",
     ),
     "Choice of tokens": (
@@ -195,6 +198,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
 }
 ORDER = tuple(_NAMES)
 _HEADINGS = {name: heading for heading, names in _NAMES.items() for name in names}
+_PLACES = {name: place for place, name in enumerate(_HEADINGS)}
 # commands in the help of the program, as their rows name the group
 COMMAND_GROUPS = {
     "make": "Make a student",
@@ -208,6 +212,11 @@ def heading_of(command: str, option: str) -> str:
     """The heading under which the help of `command` shows an option."""
     own = _HEADINGS.get(f"{command}.{option}")
     return own or _HEADINGS.get(option, OWN)
+
+
+def place_of(command: str, option: str) -> int:
+    """Number by which the options of a heading are sorted; -1 for all of `OWN`, as declared."""
+    return _PLACES.get(f"{command}.{option}", _PLACES.get(option, -1))
 
 
 def named_options() -> frozenset[str]:

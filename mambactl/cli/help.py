@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from mambactl.cli.headings import COMMAND_GROUPS, ORDER, heading_of
+from mambactl.cli.headings import COMMAND_GROUPS, ORDER, heading_of, place_of
 from mambactl.present import present
 
 if TYPE_CHECKING:
@@ -66,12 +66,15 @@ def parameters_by_heading(
     """Arguments, and options under their headings in the order of the help: names and texts."""
     arguments: Rows = []
     sections: dict[str, Rows] = {}
+    command, options = str(ctx.command.name), []
     for parameter in parameters:
-        if not isinstance(parameter, TyperOption):
-            arguments += filter(None, [parameter.get_help_record(ctx)])
+        if isinstance(parameter, TyperOption):
+            options.append(parameter)
         else:
-            heading = heading_of(str(ctx.command.name), parameter.name)
-            sections.setdefault(heading, []).append(_row(parameter, ctx))
+            arguments += filter(None, [parameter.get_help_record(ctx)])
+    for option in sorted(options, key=lambda each: place_of(command, str(each.name))):
+        heading = heading_of(command, str(option.name))
+        sections.setdefault(heading, []).append(_row(option, ctx))
     return arguments, {name: sections[name] for name in sorted(sections, key=ORDER.index)}
 
 
