@@ -198,7 +198,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
 }
 ORDER = tuple(_NAMES)
 _HEADINGS = {name: heading for heading, names in _NAMES.items() for name in names}
-_PLACES = {name: place for place, name in enumerate(_HEADINGS)}
+_NUMBERS = {name: number for number, name in enumerate(_HEADINGS)}
 # commands in the help of the program, as their rows name the group
 COMMAND_GROUPS = {
     "make": "Make a student",
@@ -214,9 +214,9 @@ def heading_of(command: str, option: str) -> str:
     return own or _HEADINGS.get(option, OWN)
 
 
-def place_of(command: str, option: str) -> int:
+def number_of(command: str, option: str) -> int:
     """Number by which the options of a heading are sorted; -1 for all of `OWN`, as declared."""
-    return _PLACES.get(f"{command}.{option}", _PLACES.get(option, -1))
+    return _NUMBERS.get(f"{command}.{option}", _NUMBERS.get(option, -1))
 
 
 def named_options() -> frozenset[str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from mambactl.cli.headings import COMMAND_GROUPS, ORDER, heading_of, place_of
+from mambactl.cli.headings import COMMAND_GROUPS, ORDER, heading_of, number_of
 from mambactl.present import present
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def parameters_by_heading(
             options.append(parameter)
         else:
             arguments += filter(None, [parameter.get_help_record(ctx)])
-    for option in sorted(options, key=lambda each: place_of(command, str(each.name))):
+    for option in sorted(options, key=lambda each: number_of(command, str(each.name))):
         heading = heading_of(command, str(option.name))
         sections.setdefault(heading, []).append(_row(option, ctx))
     return arguments, {name: sections[name] for name in sorted(sections, key=ORDER.index)}
