@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 VARIABLES: Mapping[str, str] = {
     "MAMBACTL_CACHE": "folder of fetched weights, kept tokens and prompts "
     "(default: `~/.cache/mambactl`)",
-    "MAMBACTL_KERNELS": "`reference` turns every GPU kernel off and computes in plain PyTorch; "
-    "`mamba-ssm` computes scans and convolutions with the packages mamba-ssm and causal-conv1d",
+    "MAMBACTL_KERNELS": "`auto`, or unset, takes the fastest; `reference` turns every GPU "
+    "kernel off and computes in plain PyTorch; `mamba-ssm` computes scans and convolutions on a "
+    "GPU with the packages mamba-ssm and causal-conv1d, and decodes with the reference",
     "MAMBACTL_API_KEY": "the key that clients of `serve` have to send; without it none is asked",
     "MAMBACTL_DEBUG": "`1` shows the traceback of expected errors as well",
     "HF_TOKEN": "token of the model hub for gated and private repositories, and for `push`",

@@ -314,7 +314,8 @@ def validated(command: str, options: type[Options], values: Mapping[str, object]
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else command
-        reason = first["msg"][0].lower() + first["msg"][1:]
+        text = first["msg"].removeprefix("Value error, ")
+        reason = text[0].lower() + text[1:]
         given = values.get(key)
         raise UsageError(
             f"{command}: {key.replace('_', '-')}: {reason} (got {excerpt(repr(given))})",

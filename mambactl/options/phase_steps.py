@@ -1,5 +1,7 @@
 """Division of the steps of `distill` among its stages."""
 
+from collections.abc import Sequence
+
 from mambactl.errors import UsageError
 from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.training import DistillConfig
@@ -21,6 +23,7 @@ def phase_steps(config: DistillConfig) -> dict[str, int]:
         raise UsageError(
             f"stages {', '.join(order)} are not in their order", f"it is {', '.join(ORDER)}"
         )
+    _require_onpolicy_steps(config, order)
     given: dict[str, int | None] = {
         "align": config.align_steps,
         "stepwise": config.stepwise_steps,
@@ -46,4 +49,26 @@ def phase_steps(config: DistillConfig) -> dict[str, int]:
     share = left // (len(order) - len(fixed))
     steps = {name: fixed.get(name, share) for name in others}
     steps[rest] = config.max_steps - sum(steps.values())
+    if rest != order[-1] and not steps[rest]:
+        raise UsageError(
+            f"onpolicy_steps {config.onpolicy_steps} leave no step of max_steps "
+            f"{config.max_steps} to {rest}",
+            "raise --max-steps, or lower --onpolicy-steps",
+        )
     return {name: steps[name] for name in order if steps[name]}
+
+
+def _require_onpolicy_steps(config: DistillConfig, order: Sequence[str]) -> None:
+    """Raise UsageError for steps of on-policy distillation that are not a part of the run's."""
+    if config.onpolicy_steps is None:
+        return
+    if ON_POLICY not in order:
+        raise UsageError(
+            f"onpolicy_steps are of the stage {ON_POLICY}, which is not asked for",
+            f"add it: --stages {','.join([*order, ON_POLICY])}",
+        )
+    if order == [ON_POLICY] and config.onpolicy_steps != config.max_steps:
+        raise UsageError(
+            f"{ON_POLICY} is the only stage: all steps are its own",
+            "give --max-steps alone, or a stage before it",
+        )

@@ -43,9 +43,11 @@ MOST_CHOICES, MOST_STOPS = 128, 16
 DEFAULT_COMPLETION_TOKENS = 16
 
 Text = Annotated[str, StringConstraints(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 # as far as the API's own go: a 64-bit integer
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
+Alternatives = Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES, strict=True)]
+Token = Annotated[int, Field(strict=True)]
 Body = TypeVar("Body", bound="SamplingFields")
 
 
@@ -98,15 +100,15 @@ class SamplingFields(BaseModel):
 
     model: Text
     max_tokens: Positive | None = None
-    temperature: Temperature | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[Temperature, Field(strict=True)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     seed: Seed | None = None
     stop: Annotated[list[Text] | None, Field(max_length=MOST_STOPS), BeforeValidator(_as_list)] = (
         None
     )
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES, strict=True)] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "SamplingFields":
@@ -146,7 +148,7 @@ class ChatBody(SamplingFields):
     messages: Annotated[list[JsonObject], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    top_logprobs: Alternatives | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
 
@@ -185,8 +187,8 @@ class ChatBody(SamplingFields):
 class CompletionBody(SamplingFields):
     """A request to /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    prompt: str | list[str] | list[Token] | list[list[Token]]
+    logprobs: Alternatives | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -222,7 +224,8 @@ def parsed(kind: type[Body], body: bytes) -> Body:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"] if not _is_kind(part))
-        reason = first["msg"][:1].lower() + first["msg"][1:]
+        text = first["msg"].removeprefix("Value error, ")
+        reason = text[:1].lower() + text[1:]
         raise Refused(f"{name}: {reason}", param=str(first["loc"][0])) from None
 
 

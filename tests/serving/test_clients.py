@@ -174,6 +174,10 @@ def test_models(client, server) -> None:
         ({"extra_body": {"stream": "yes"}}, "stream"),
         ({"logprobs": "yes"}, "logprobs"),
         ({"seed": 2**63}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"temperature": "0"}, "temperature"),
+        ({"n": "2"}, "n"),
     ],
 )
 def test_a_field_that_is_wrong_or_unknown_is_named(client, field, named) -> None:
