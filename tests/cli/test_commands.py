@@ -100,8 +100,8 @@ def test_help_has_the_summary_the_flags_and_the_examples(cli) -> None:
     assert "Heads that tell the least are taken out." in shown
     assert "  Examples:\n    mambactl prune-heads t.st --heads 2,3\n" in shown
     assert " ".join(flags_in(shown)) == (
-        "--victim --heads --data --device --dtype --out --resume --force --seed "
-        "--trust-remote-code --recipe --set --dry-run --json --quiet --verbose --help"
+        "--victim --heads --data --device --dtype --out --resume --force --recipe --set "
+        "--seed --trust-remote-code --dry-run --json --quiet --verbose --help"
     )
     assert "another way to give the victim" in shown
     plain = cli("count-words", "--help").out
