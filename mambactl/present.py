@@ -1,4 +1,4 @@
-"""Values that are more by what the caller knows than by their types: not None, or of a class."""
+"""Checked narrowing of values to what the caller knows of them: not None, or of a class."""
 
 from typing import TypeVar
 

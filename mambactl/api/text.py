@@ -119,11 +119,12 @@ def load(
 
     `device` is cpu, cuda, cuda:1 or auto; `dtype` is that of the weights in memory, where auto is
     bfloat16 on capable GPUs and else float32, of which decoding may read bfloat16 copies. Code that
-    a checkpoint ships runs only with `trust_remote_code`. `weights` "fp8" are 8 bits in linear
-    layers on a GPU, and rounded to those on a CPU.
+    a checkpoint ships runs only with `trust_remote_code`. `weights` "int8" and "fp8" hold linear
+    layers in 8 bits on a GPU; a CPU rounds them to the same numbers.
 
     Raises ModelError for a model that is missing, incomplete or not supported, UsageError for an
-    unknown device and ResourceError for one that this machine has not, or that cannot read fp8.
+    unknown device and ResourceError for one that this machine has not, or that cannot decode with
+    such weights.
 
     >>> student = mambactl.load("student.st", device="cpu")
     >>> student.model.config.mixers

@@ -122,7 +122,7 @@ def _machine_names() -> tuple[str, ...]:
 def members_without_local_names(
     values: Mapping[str, Json], known: tuple[str, ...] = ()
 ) -> dict[str, Json]:
-    """An object without the names that must not leave this machine."""
+    """Copy an object without names that must not leave this machine."""
     return {
         str(without_local_names(key, known)): without_local_names(each, known)
         for key, each in values.items()

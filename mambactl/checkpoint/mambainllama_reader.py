@@ -196,7 +196,7 @@ class ReleasedReader(Reader):
 
     @property
     def _heads(self) -> int:
-        """Query heads of the base."""
+        """Number of query heads of the base model."""
         if not self.base.hidden_size or not self.base.num_attention_heads:
             raise ModelError(f"{self.path} names no hidden_size or heads", _DAMAGED)
         return self.base.num_attention_heads

@@ -215,7 +215,7 @@ def heading_of(command: str, option: str) -> str:
 
 
 def number_of(command: str, option: str) -> int:
-    """Number by which the options of a heading are sorted; -1 for all of `OWN`, as declared."""
+    """Sort key of an option within its heading; -1 leaves the options of `OWN` as declared."""
     return _NUMBERS.get(f"{command}.{option}", _NUMBERS.get(option, -1))
 
 

@@ -143,7 +143,7 @@ def listing(found: Sequence[tuple[Recipe, Total]]) -> Table:
 
 
 def _variants(names: Sequence[str]) -> str:
-    """`@50,75 @paper-50,75`: names that begin alike together."""
+    """Join names that begin alike: `@50,75 @paper-50,75`."""
     groups: dict[str, list[str]] = {}
     for name in names:
         start, hyphen, rest = name.rpartition("-")
@@ -296,7 +296,7 @@ def _rate(size: int) -> float:
 
 
 def _known(parts: Iterable[N | None]) -> list[N] | None:
-    """All of the numbers; None where one is not known."""
+    """List the numbers; return None if any of them is unknown."""
     found = list(parts)
     known = [part for part in found if part is not None]
     return known if len(known) == len(found) else None

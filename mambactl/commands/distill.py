@@ -291,7 +291,7 @@ def _phase(
 def _objective(
     job: Job, config: DistillConfig, models: _Models, plan: PhasePlan, rows: Sequence[Row]
 ) -> AnyObjective:
-    """AnyObjective of a phase; each kind of phase has its own."""
+    """Objective of a phase; each kind of phase has its own."""
     if plan.kind == "align":
         return AlignmentObjective(models.student, present(models.teacher), job.amp, models.compiled)
     if plan.kind == "logits" and config.teacher_cache:

@@ -57,7 +57,7 @@ class Batch(NamedTuple):
         return self.each(torch.Tensor.pin_memory)
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """A batch of `change` of every tensor."""
+        """Apply `change` to every tensor."""
         return Batch(
             change(self.input_ids),
             None if self.seq_idx is None else change(self.seq_idx),

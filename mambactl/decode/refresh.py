@@ -1,4 +1,4 @@
-"""A copy of a model in training that decodes, and takes over new weights where the old ones lie."""
+"""Copy of a model in training that decodes; new weights overwrite the old ones in place."""
 
 from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
@@ -60,7 +60,7 @@ class DecodingCopy:
 
 @torch.no_grad()
 def renew(kept: PackedModel, fresh: PackedModel) -> None:
-    """Write what was computed from weights (`-exp(A_log)`, padded taps) where it lay before.
+    """Overwrite what is computed from weights (`-exp(A_log)`, padded taps) in place.
 
     Stacks are the weights themselves: `fresh` has the same memory there, and nothing is copied.
     """

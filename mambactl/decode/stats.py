@@ -10,7 +10,7 @@ import torch
 
 
 class Seconds(dict[str, float]):
-    """Seconds by phase, 0 of one that was not timed."""
+    """Seconds by phase; 0 for a phase that was not timed."""
 
     def __missing__(self, phase: str) -> float:
         return 0.0

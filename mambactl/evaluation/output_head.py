@@ -1,4 +1,4 @@
-"""The head of any model of transformers, of which its own class says less."""
+"""Output head of any language model of transformers, with its type."""
 
 from typing import cast
 

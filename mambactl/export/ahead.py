@@ -24,5 +24,5 @@ def made_ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _next(items: Iterator[Item]) -> list[Item]:
-    """The next item, which whoever takes it out is the last to hold; nothing at the end."""
+    """The next item in a list, empty at the end: popping it drops the last reference here."""
     return list(islice(items, 1))

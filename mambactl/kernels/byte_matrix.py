@@ -29,7 +29,7 @@ class ByteMatrix:
 
     @property
     def shape(self) -> torch.Size:
-        """(N, K)."""
+        """Shape (N, K) of the matrix."""
         return self.values.shape
 
     @property
@@ -41,7 +41,7 @@ class ByteMatrix:
         return len(self.values)
 
     def __getitem__(self, rows: slice) -> "ByteMatrix":
-        """Some of the rows, in the same memory."""
+        """Slice of rows that shares the memory."""
         return ByteMatrix(self.values[rows], self.scale[rows])
 
     def dense(self, kind: torch.dtype) -> Tensor:
@@ -68,7 +68,7 @@ def row_scales(weight: Tensor, kind: Kind) -> Tensor:
 
 @torch.no_grad()
 def quantise(weight: Tensor, kind: Kind) -> ByteMatrix:
-    """weight [N, K], each number rounded to the nearest that its row can hold."""
+    """Round each number of weight [N, K] to the nearest that its row can hold."""
     scale = row_scales(weight, kind)
     wanted = weight.float() / scale[:, None]
     return ByteMatrix((wanted.round() if kind == "int8" else wanted).to(TYPES[kind]), scale)
@@ -80,7 +80,7 @@ def rounded_to_bytes(weight: Tensor, kind: Kind) -> Tensor:
 
 
 def linear(x: Tensor, w: ByteMatrix, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias [..., N] in the type of x [..., K]."""
+    """Multiply x [..., K] by W^T and add the bias: [..., N] in the type of x."""
     if x.dtype == torch.float16:
         # products with what is not scaled yet could leave the range of fp16
         return F.linear(x, w.dense(x.dtype), bias)

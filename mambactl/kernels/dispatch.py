@@ -257,7 +257,7 @@ def answer_while_tracing() -> None:
 
 
 def switch() -> str:
-    """What the environment asks for: "" for the fastest (`auto`), else `REFERENCE` or `FORCED`.
+    """Value of MAMBACTL_KERNELS: `REFERENCE`, `FORCED`, or "" where it is unset or `auto`.
 
     Raises UsageError for another word.
     """
@@ -306,7 +306,7 @@ def _no_triton() -> str | None:
 
 
 def _serves(name: str, device: torch.device, unfit: str | None) -> bool:
-    """True if a package serves a call, which is `unfit` for it for a reason."""
+    """True if the package's function takes a call; `unfit` is the reason why it cannot, or None."""
     usable = package_has(name, device)
     if usable and unfit is None:
         return True

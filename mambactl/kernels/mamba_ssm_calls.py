@@ -1,6 +1,6 @@
 """Functions of mamba-ssm and causal-conv1d behind the signatures of `reference`.
 
-Each raises nothing of its own: `unfit` says beforehand which calls the package cannot serve.
+A function `unfit_*` says beforehand why a call cannot be served, where there is a reason.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from mambactl.requirements import install_line
 
 
 class Provided(NamedTuple):
-    """A function, with the package and the module that it comes from."""
+    """Package and module of a function."""
 
     package: str
     module: str
@@ -38,19 +38,19 @@ CONV_CHANNELS, CONV_WIDTHS = 8, (2, 3, 4)
 
 @cache
 def loaded() -> dict[str, Callable]:
-    """The functions that load."""
+    """Functions that could be imported, by name."""
     return {name: found for name in FUNCTIONS if callable(found := _load(name))}
 
 
 def missing(package: str) -> str | None:
-    """Reason why a package lacks a function; None if it has all that calls go to."""
+    """Reason why a function of the package cannot be imported; None if all can."""
     names = (name for name, provided in FUNCTIONS.items() if provided.package == package)
     return next((why for name in names if isinstance(why := _load(name), str)), None)
 
 
 @cache
 def _load(name: str) -> Callable | str:
-    """The function, or why there is none."""
+    """Import the function of that name; returns the reason where that fails."""
     package, module = FUNCTIONS[name]
     if importlib.util.find_spec(package) is None:
         return f"not installed: {install_line(package)}"

@@ -49,7 +49,7 @@ class ByteLinear(nn.Module):
 
 
 def linears(model: HybridForCausalLM) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every linear layer of the blocks that 8 bits are for, with its parent and its name there."""
+    """Linear layers of the blocks to be stored in 8 bits, with their parents and names there."""
     for parent in model.model.layers.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear) and name not in KEPT:
@@ -57,7 +57,7 @@ def linears(model: HybridForCausalLM) -> Iterator[tuple[nn.Module, str, nn.Linea
 
 
 def require_weights(weights: StoredWeights, device: torch.device) -> None:
-    """Raise ResourceError where decoding on a device cannot read weights stored like that."""
+    """Raise ResourceError where a device cannot decode with weights stored like that."""
     if weights == "auto" or device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)
@@ -71,7 +71,7 @@ def require_weights(weights: StoredWeights, device: torch.device) -> None:
 
 
 def for_decoding(model: HybridForCausalLM, weights: StoredWeights) -> HybridForCausalLM:
-    """The model itself, its weights stored as decoding is asked to read them.
+    """Store the weights in place as `weights` asks, and return the model.
 
     A CPU reads no bytes: it keeps the rounded values in the type that they have.
     """
@@ -120,7 +120,7 @@ def round_to_bytes(model: HybridForCausalLM, kind: Kind) -> None:
 
 
 def mean_bytes(model: HybridForCausalLM) -> float:
-    """Bytes of a weight that every step reads, on average; those that are always fp32 apart."""
+    """Mean bytes of a weight that a decode pass reads, without parameters that are always fp32."""
     modules = (model.model.layers, model.model.norm, model.lm_head)
     read = [
         parameter

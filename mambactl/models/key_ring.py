@@ -55,7 +55,7 @@ class KeyRing:
 
     @property
     def held_keys(self) -> Tensor:
-        """Keys once there are any."""
+        """Keys of the ring; TypeError before the first ones are written."""
         return present(self.keys)
 
     @property

@@ -187,7 +187,7 @@ def rounds_of(
     grid: Grid,
     advance: Callable[[], None],
 ) -> tuple[Made, list[Round]]:
-    """The last of the engines that `make` makes, one a repetition, and the rounds of all."""
+    """Make an engine per repetition; return the last one, and the rounds of all."""
     engine, rounds = make(), []
     for number in range(grid.repeats):
         engine = make() if number else engine

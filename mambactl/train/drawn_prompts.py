@@ -38,7 +38,7 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class DrawnPrompts:
-    """Prompts of at least one token, each with the chance [n] to be drawn next.
+    """Prompts of at least one token, with the probabilities [n] that each is drawn next.
 
     `ends` are the tokens that end what is written behind them.
     """
@@ -187,7 +187,7 @@ def _question(row: Document, renderer: ChatRenderer) -> Tokens | UsageError:
 
 
 def _prompt_alone(document: Document) -> Document:
-    """A text as it is; of a prompt with a completion the prompt as a text."""
+    """Keep a text as it is, and the prompt of a pair as a text."""
     if PROMPT not in document:
         return document
     row = {TEXT: document[PROMPT], PROMPT: document[PROMPT]}

@@ -134,7 +134,7 @@ PATIENCE = 50
 
 @dataclass(frozen=True)
 class Written:
-    """Tokens and answers that a student wrote, how many of them `ended` by themselves; seconds."""
+    """Counts of what a student wrote: tokens, answers, those that ended by themselves; seconds."""
 
     tokens: int = 0
     answers: int = 0

@@ -49,14 +49,14 @@ MEASURED = ("kl", "agreement", "perplexity_ratio", "recall_kept")
 
 
 class Feed(Protocol):
-    """Batches that a phase makes of the model itself, each when it is asked for."""
+    """Source of batches that a phase makes with the model in training, each on demand."""
 
     def open(self, done: int) -> AbstractContextManager[Iterator[Batch]]:
         """Batches of this process from number `done` on, counted from the start of the run."""
         ...
 
-    def told(self) -> Written:
-        """What was written for the oldest step that was not asked about."""
+    def take_counts(self) -> Written:
+        """Return the counts of written text of the oldest step that is not logged yet."""
         ...
 
 
@@ -308,7 +308,7 @@ class _PhaseRun:
             "tokens_per_second": round(pending.tokens / max(seconds, 1e-9), 1),
         }
         if self.phase.feed is not None:
-            written = self.phase.feed.told()
+            written = self.phase.feed.take_counts()
             report.add(written)
             line |= written.line()
         if (peak := peak_of(self.device)) is not None:

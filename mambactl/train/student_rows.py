@@ -91,8 +91,8 @@ class StudentRows:
             # it holds the copy
             batches.close()
 
-    def told(self) -> Written:
-        """Counts of the oldest step that nobody has asked about, of all processes."""
+    def take_counts(self) -> Written:
+        """Return the counts of the oldest step that is not logged yet, over all processes."""
         return self._counts.popleft()
 
     def _batches(self, copy: DecodingCopy, done: int) -> Generator[Batch, None, None]:
@@ -147,7 +147,7 @@ class StudentRows:
 
 
 def _counted(answers: Sequence[Answered], seconds: float) -> Written:
-    """What all processes wrote of a batch."""
+    """Sum the answers of a batch over all processes."""
     tokens = sum(len(each.answer) for each in answers)
     ended = sum(each.ended for each in answers)
     tokens, number, ended = total(torch.tensor([tokens, len(answers), ended])).tolist()

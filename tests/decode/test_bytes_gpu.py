@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from decode.exact_speculation import close_pair, require_exact
 
 from mambactl.decode.engine import Engine
 from mambactl.decode.gpu.fused_engine import FusedEngine
@@ -49,24 +50,10 @@ def test_every_token_of_a_long_run_is_right(ops, kind, name, k) -> None:
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("other", ["mamba1", "mamba2_window", "mamba2_mixed"])
 def test_exact_speculation_equals_plain_decoding(ops, make_hybrid, kind, weights, other) -> None:
-    """Models without a script, whose logits may lie as close as they like."""
-    mixers = ["mamba2", "attention", other]
-    target, close = (make_hybrid(mixers, seed=3).to("cuda", weights) for _ in range(2))
-    g = torch.Generator("cuda").manual_seed(1)
-    with torch.no_grad():
-        for parameter in close.parameters():
-            noise = torch.randn(parameter.shape, generator=g, device="cuda")
-            parameter.add_((0.02 * noise).to(parameter.dtype))
+    target, close = close_pair(make_hybrid, other, weights)
     for model in (target, close):
         for_decoding(model.requires_grad_(False), kind)
-    g = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(3, 97, (n,), generator=g).tolist() for n in (5, 1, 33, 2)]
-    params = SamplingParams(max_new_tokens=600)
-    plain = FusedEngine(target, None, 0, ops(exact=True)).generate(prompts, params)
-    for k in (1, 3):
-        done = FusedEngine(target, close, k, ops(exact=True)).generate(prompts, params)
-        assert done.tokens == plain.tokens
-        assert done.stats.rejections > 50 and done.stats.accepted > 50
+    require_exact(ops, target, close)
 
 
 def test_tokens_are_those_of_rounded_weights(ops, make_hybrid, kind) -> None:

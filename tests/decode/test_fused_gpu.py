@@ -6,6 +6,7 @@ of a long run is checked, whatever the precision.
 
 import pytest
 import torch
+from decode.exact_speculation import close_pair, require_exact
 
 from mambactl.decode.engine import Engine
 from mambactl.decode.gpu import fused_engine as fused_engine
@@ -115,22 +116,7 @@ def test_eos_ends_rows_while_steps_are_under_way(ops, successor, draft) -> None:
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("other", ["mamba1", "mamba2_window", "mamba2_mixed"])
 def test_exact_speculation_equals_plain_decoding(ops, make_hybrid, kind, other) -> None:
-    """Models without a script, whose logits may lie as close as they like."""
-    mixers = ["mamba2", "attention", other]
-    target, close = (make_hybrid(mixers, seed=3).to("cuda", kind) for _ in range(2))
-    g = torch.Generator("cuda").manual_seed(1)
-    with torch.no_grad():
-        for parameter in close.parameters():
-            noise = torch.randn(parameter.shape, generator=g, device="cuda")
-            parameter.add_((0.02 * noise).to(parameter.dtype))
-    g = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(3, 97, (n,), generator=g).tolist() for n in (5, 1, 33, 2)]
-    params = SamplingParams(max_new_tokens=600)
-    plain = FusedEngine(target, None, 0, ops(exact=True)).generate(prompts, params)
-    for k in (1, 3):
-        done = FusedEngine(target, close, k, ops(exact=True)).generate(prompts, params)
-        assert done.tokens == plain.tokens
-        assert done.stats.rejections > 50 and done.stats.accepted > 50
+    require_exact(ops, *close_pair(make_hybrid, other, kind))
 
 
 @pytest.mark.parametrize("mixers", [["mamba2_window", "attention"], ["mamba2_window"] * 2])

@@ -1,13 +1,9 @@
-"""Products with weights of 8 bits: Triton against the reference, which multiplies in fp32 by the
-same numbers.
+"""Products with weights of 8 bits: Triton against the reference in fp32 with the same numbers.
 
 Errors are relative to the largest expected value, with the bounds of `test_linear_kernels`: 1e-5
 where x is fp32, and 2^-7 where it is bf16 (SiLU(gate) * up of products that are rounded once more:
 2^-6). The reference is compared with fp64 there and in `test_byte_matrix`.
 """
-
-from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -39,32 +35,15 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from kernels.ways import WAYS, Case  # noqa: E402
+
 from mambactl.kernels.byte_matrix import ByteMatrix, quantise  # noqa: E402
-from mambactl.kernels.decode.triton.gemv import Tiles  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 from mambactl.kernels.sequence import byte_matrix as kernel  # noqa: E402
 
 pytestmark = pytest.mark.one_in(3)
 
 
-class Steps(TritonOps):
-    """The tables' ways with K in several steps, as models have it."""
-
-    def _tiles(self, name: str, rows: int) -> Tiles | None:
-        tiles = super()._tiles(name, rows)
-        return tiles and replace(tiles, columns=16, depth=16 if tiles.slices else 64)
-
-
-class Case(NamedTuple):
-    """Operations, how many rows they have, precision, and whether there is a bias."""
-
-    ops: TritonOps
-    M: int
-    kind: torch.dtype
-    bias: bool
-
-
-WAYS = {"fast": TritonOps, "exact": lambda: TritonOps(exact=True), "steps": Steps}
 CASES = [
     ("fast", 1, BF16, True), ("fast", 2, FP32, False), ("fast", 3, BF16, True),
     ("fast", 16, FP32, False), ("exact", 1, BF16, True), ("exact", 2, FP32, False),
@@ -168,7 +147,7 @@ def test_a_stream_of_any_magnitude_stays_in_range(device, stored, M, power) -> N
 
 @pytest.mark.parametrize("M", [1, 3, 17])
 def test_large_activations_of_an_output_projection(device, stored, M) -> None:
-    """500,000 is beyond fp16."""
+    """Activations of 500,000, beyond the range of fp16, do not overflow."""
     ops, g, K, N = TritonOps(), generator(M, 26), 72, 40
     stream = draw_stream(g, M, N, BF16, device)
     x = torch.randn(M, K, generator=g).to(device, BF16)

@@ -6,9 +6,6 @@ bf16: 2^-7, two roundings of half an ulp each; the library's products round once
 which for SiLU(gate) * up, of two such factors, makes 2^-6. Logits 1e-5, as they are not rounded.
 """
 
-from dataclasses import replace
-from typing import NamedTuple
-
 import pytest
 import torch
 from kernels.products import (
@@ -40,30 +37,14 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mambactl.kernels.decode.triton.gemv import Tiles, tiles_for  # noqa: E402
+from kernels.ways import WAYS, Case  # noqa: E402
+
+from mambactl.kernels.decode.triton.gemv import tiles_for  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 
 pytestmark = pytest.mark.one_in(6)
 
 
-class Steps(TritonOps):
-    """The tables' ways with K in several steps, as models have it."""
-
-    def _tiles(self, name: str, rows: int) -> Tiles | None:
-        tiles = super()._tiles(name, rows)
-        return tiles and replace(tiles, columns=16, depth=16 if tiles.slices else 64)
-
-
-class Case(NamedTuple):
-    """Operations, how many rows they have, precision, and whether there is a bias."""
-
-    ops: TritonOps
-    M: int
-    kind: torch.dtype
-    bias: bool
-
-
-WAYS = {"fast": TritonOps, "exact": lambda: TritonOps(exact=True), "steps": Steps}
 CASES = [
     ("fast", 1, BF16, True), ("fast", 2, FP32, False), ("fast", 3, BF16, True),
     ("fast", 16, FP32, False), ("exact", 1, FP32, True), ("exact", 2, BF16, False),

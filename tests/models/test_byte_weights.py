@@ -126,7 +126,7 @@ def test_stacked_weights_are_held_once(make_hybrid, kind) -> None:
 
 
 def test_rounding_of_logits_is_measured_with_stored_weights(make_hybrid, kind) -> None:
-    """What `spec-decode --check` takes for a tie: the same weights in float32."""
+    """The float32 logits that `spec-decode --check` compares with use the stored weights."""
     stored = make_hybrid(["mamba2", "attention"], seed=3).requires_grad_(False)
     rounded = deepcopy(stored)
     store_in_bytes(stored, kind)

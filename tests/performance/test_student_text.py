@@ -1,4 +1,4 @@
-"""The measurement of steps that write takes them, on shapes for a CPU."""
+"""The script that measures on-policy steps runs, on shapes small enough for a CPU."""
 
 from tests.performance.student_text import measure, options_of
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from train.abrupt_stop import abrupt_stop
 from train.test_captured import Recorder
 
 from mambactl.checkpoint.load import load_model
-from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.commands import convert, distill
 from mambactl.errors import UsageError
 from mambactl.kernels.local_attention import LocalSpan
@@ -74,22 +74,13 @@ def test_a_model_looks_through_the_size_that_is_drawn(student) -> None:
 
 
 def test_every_step_draws_and_a_resumed_run_draws_the_same(
-    student, random_texts, tmp_path, seen, monkeypatch
+    student, random_texts, tmp_path, seen
 ) -> None:
     config = options(random_texts, eval_recall=[64], eval_recall_rows=2, eval_every=4)
     distill.run(config, student, tmp_path / "whole")
     assert set(seen) == {0, *SIZES}
-    log = RunFolder.log
-
-    def fails(self, entry):
-        if (entry["phase"], entry["step"]) == ("logits", 5):
-            raise RuntimeError("abrupt")
-        log(self, entry)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", fails)
-        with pytest.raises(RuntimeError, match="abrupt"):
-            distill.run(config, student, tmp_path / "again")
+    with abrupt_stop(lambda _, entry: (entry["phase"], entry["step"]) == ("logits", 5)):
+        distill.run(config, student, tmp_path / "again")
     distill.run(config, student, tmp_path / "again", resume=True)
     ours, theirs = (load_model(str(tmp_path / name)) for name in ("again", "whole"))
     for name, tensor in theirs.state_dict().items():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from train.abrupt_stop import abrupt_stop
 
 from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.checkpoint.run_folder import RunFolder
@@ -151,25 +152,14 @@ def _weights_at(student, options, tmp_path, recalled, where) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("stops_at", [("align", 2), ("logits", 5)])
-def test_a_stop_keeps_what_was_best(
-    student, options, tmp_path, recalled, monkeypatch, stops_at
-) -> None:
+def test_a_stop_keeps_what_was_best(student, options, tmp_path, recalled, stops_at) -> None:
     where = ("logits", 2)
     recalled(*BEST[where])
     whole = distill.run(options(keep_best=True), student, tmp_path / "whole")
-    log = RunFolder.log
-
-    def fails(self, entry):
-        if (entry["phase"], entry["step"]) == stops_at:
-            raise RuntimeError("abrupt")
-        log(self, entry)
-
     recalled(*BEST[where])
     config = options(keep_best=True, save_every=1)
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", fails)
-        with pytest.raises(RuntimeError, match="abrupt"):
-            distill.run(config, student, tmp_path / "again")
+    with abrupt_stop(lambda _, entry: (entry["phase"], entry["step"]) == stops_at):
+        distill.run(config, student, tmp_path / "again")
     # what is left to measure, the teacher once more
     done = {("align", 2): 1, ("logits", 5): 4}[stops_at]
     recalled(0.5, *BEST[where][1 + done :])

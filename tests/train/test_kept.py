@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WORDS
+from train.abrupt_stop import abrupt_stop
 
 from mambactl.checkpoint.load import open_checkpoint
-from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.checkpoint.vocabulary import model_config
 from mambactl.commands import convert, distill, dpo, sft
 from mambactl.models.mixers.registry import looks_up
@@ -73,7 +73,7 @@ def test_names_of_what_is_kept(student) -> None:
         assert not looks_up(f"model.layers.{other}.weight")
 
 
-def test_distilling_leaves_them_alone(student, files, tmp_path, monkeypatch) -> None:
+def test_distilling_leaves_them_alone(student, files, tmp_path) -> None:
     config = DistillConfig(
         **SIZES | {"max_steps": 6}, data=[files["text"]], stages=["align", "stepwise", "logits"],
         stepwise_groups=[1.0], stepwise_rest_lr=1e-2, rest_lr=1e-2, save_every=1,
@@ -89,17 +89,8 @@ def test_distilling_leaves_them_alone(student, files, tmp_path, monkeypatch) -> 
     with open_checkpoint(student) as reader:
         assert changed(student, whole) == set(reader.names()) - lookups(student)
 
-    log = RunFolder.log
-
-    def stops(self, entry):
-        if (entry["phase"], entry["step"]) == ("logits", 1):
-            raise RuntimeError("abrupt")
-        log(self, entry)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", stops)
-        with pytest.raises(RuntimeError, match="abrupt"):
-            distill.run(config, student, tmp_path / "again")
+    with abrupt_stop(lambda _, entry: (entry["phase"], entry["step"]) == ("logits", 1)):
+        distill.run(config, student, tmp_path / "again")
     distill.run(config, student, tmp_path / "again", resume=True)
     assert changed(whole, tmp_path / "again") == set()
 

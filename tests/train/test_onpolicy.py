@@ -1,4 +1,4 @@
-"""The student writes with the weights of the step what it learns from; the teacher scores it."""
+"""On-policy distillation: rows written with the weights of the step, scored by the teacher."""
 
 import json
 import math
@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from train.abrupt_stop import abrupt_stop
 
 from mambactl.checkpoint.load import load_lineage, load_model
-from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.commands.distill import plan, run
 from mambactl.decode.backend import make_engine
 from mambactl.decode.refresh import DecodingCopy, tensors_of
@@ -236,24 +236,12 @@ def test_answers_fill_rows_and_no_document_is_cut(make_hybrid) -> None:
 
 # before the first state, behind one, and in the last step
 @pytest.mark.parametrize("line", [1, 4, 7])
-def test_a_stop_at_any_line_ends_at_the_same_weights(
-    student, random_texts, tmp_path, monkeypatch, line
-) -> None:
+def test_a_stop_at_any_line_ends_at_the_same_weights(student, random_texts, tmp_path, line) -> None:
     config = settings(random_texts, grad_accum=2, onpolicy_share=0.5)
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(config, student, whole)
-    log, count = RunFolder.log, [0]
-
-    def fails(self, entry):
-        if count[0] == line:
-            raise RuntimeError("abrupt")
-        count[0] += 1
-        log(self, entry)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", fails)
-        with pytest.raises(RuntimeError, match="abrupt"):
-            run(config, student, out)
+    with abrupt_stop(lambda number, _: number == line):
+        run(config, student, out)
     run(config, student, out, resume=True)
     assert ledger(out / "metrics.jsonl") == ledger(whole / "metrics.jsonl")
     assert same_weights(out, whole)
@@ -263,7 +251,7 @@ def test_a_stop_at_any_line_ends_at_the_same_weights(
 
 
 def test_prompts_are_those_of_generate(student, tmp_path) -> None:
-    """Of a chat up to the last answer, of a pair the prompt, of a text its beginning."""
+    """A chat without its last answer, the prompt of a pair, the beginning of a text."""
     from mambactl.data.conversations import conversation
     from mambactl.decode.prompts import encode
     from mambactl.generation.question_set import as_prompt
@@ -347,7 +335,7 @@ def test_what_cannot_be_done_is_a_sentence(student, random_texts, tmp_path) -> N
 
 
 def test_a_run_from_before_the_stage_resumes() -> None:
-    """Its mark names none of the options, which then ask for nothing."""
+    """The record of such a run names none of the options; they take values that change nothing."""
     config = DistillConfig(max_steps=4)
     options = {name for name in DistillConfig.model_fields if name.startswith("onpolicy")}
     assert len(options) == 5 and options <= config.since_later

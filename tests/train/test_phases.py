@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from conftest import WORDS
+from train.abrupt_stop import abrupt_stop
 
 from mambactl.checkpoint.load import load_lineage, load_model
-from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.commands.distill import plan, run
 from mambactl.errors import UsageError
 from mambactl.options import DistillConfig
@@ -101,22 +101,10 @@ def test_held_out_numbers_are_those_of_eval(whole, student, texts, tiny_llama_di
 
 # before the first step, while aligning, in both groups, and in the last phase
 @pytest.mark.parametrize("line", [0, 3, 6, 9, 13])
-def test_a_stop_at_any_line_ends_at_the_same_weights(
-    whole, student, texts, tmp_path, monkeypatch, line
-) -> None:
-    log, count = RunFolder.log, [0]
-
-    def fails(self, entry):
-        if count[0] == line:
-            raise RuntimeError("abrupt")
-        count[0] += 1
-        log(self, entry)
-
+def test_a_stop_at_any_line_ends_at_the_same_weights(whole, student, texts, tmp_path, line) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", fails)
-        with pytest.raises(RuntimeError, match="abrupt"):
-            run(every_stage(texts), student, out)
+    with abrupt_stop(lambda number, _: number == line):
+        run(every_stage(texts), student, out)
     run(every_stage(texts), student, out, resume=True)
     assert ledger(out / "metrics.jsonl") == ledger(whole[1] / "metrics.jsonl")
     ours, theirs = (load_model(str(path)).state_dict() for path in (out, whole[1]))

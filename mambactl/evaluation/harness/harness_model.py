@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
     class HFLM(LM):
-        """The part of the harness's class that is used here, whose own types a decorator hides."""
+        """Interface of the harness's class that is used here; a decorator hides its types."""
 
         model: PreTrainedModel
         tokenizer: PreTrainedTokenizerFast

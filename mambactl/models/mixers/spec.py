@@ -345,7 +345,7 @@ class MixerSpec(MixerSizes[S], ABC, Generic[S, W]):
         return self.built(config, settings)
 
     def built(self, config: DecoderConfig, settings: S, **options: object) -> W:
-        """`module_type` of these sizes."""
+        """Build `module_type` for a configuration and its settings."""
         # a class variable cannot name the type of the class
         build = cast(Callable[..., W], self.module_type)
         return build(config, settings, **options)

@@ -275,7 +275,7 @@ class BesideSpec(BesideSizes[S], MixerSpec[S, W]):
     def basis(
         self, mixer: W, attention: AttentionWeights, hidden: Tensor, context: StepContext
     ) -> Basis:
-        """Each head's v, and its scored and plain running sums."""
+        """Basis of the closed-form fit: each head's v, and its scored and plain running sums."""
         return RECURRENCE.basis(mixer, attention, hidden, context)
 
     def apply_fit(self, mixer: W, attention: AttentionWeights, fit: HeadFit) -> None:

@@ -28,7 +28,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def times(x: Tensor, w: Matrix) -> Tensor:
-    """x W^T [M, N] in fp32, or fp64 for fp64 input."""
+    """Multiply x [M, K] by W^T: [M, N] in fp32, or fp64 for fp64 input."""
     x = wide(x)
     return x @ (w.dense(x.dtype) if isinstance(w, ByteMatrix) else wide(w)).T
 

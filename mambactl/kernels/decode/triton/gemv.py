@@ -65,7 +65,7 @@ class Tiles:
         return None if self.slices and columns < 16 else replace(self, columns=columns)
 
     def reading(self, w: Matrix) -> "Tiles":
-        """Tiles for weights in memory: of 8 bits twice as many, or too few bytes are on their way.
+        """Tiles for the type of the weights: 8 bits take twice the depth, for as many bytes in flight.
 
         A tensor core's keep their depth, for x takes its part of it.
         """
@@ -152,7 +152,7 @@ def _add_row_of_words(acc, x, at, ok, w_words, KIND: tl.constexpr):
 
 @triton.jit
 def word_columns(COUNT: tl.constexpr):
-    """Numbers of words in a row, of which a thread loads two next to each other.
+    """Indices 0 to COUNT - 1 of words, laid out so that a thread loads two neighbours.
 
     Of x those are 16 bytes. With four words a thread, x would pass through shared memory at every
     step to get to the threads that need it.
@@ -193,8 +193,9 @@ def first_tile(
 
 @triton.jit
 def input_factor(w, rate, SLICES: tl.constexpr):
-    """Powers of two [BM] that x is multiplied by beside weights of 8 bits, of which the norm's
-    factor `rate` is all but a factor of 2: entries of up to 2^20 times the norm stay in fp16.
+    """Powers of two [BM] that keep x in the range of fp16 beside weights of 8 bits.
+
+    They follow the norm's factor `rate`, so that entries of up to 2^20 times the norm fit.
     """
     if SLICES == 0 or w.dtype.element_ty.primitive_bitwidth != 8:
         factor = tl.full(rate.shape, 1.0, tl.float32)
@@ -221,7 +222,7 @@ def scaled_sums(y, w, scale, factor, w_index, col_ok):
 
 @triton.jit
 def rescale(one, two, w, scale, following, w_index, col_ok, BM: tl.constexpr, SLICES: tl.constexpr):
-    """Partial sums of products under the scales of the weights that are multiplied next."""
+    """Convert partial sums from the scales of w to those of the weights that come next."""
     if w.dtype.element_ty.primitive_bitwidth == 8:
         here = tl.load(scale + w_index, mask=col_ok, other=1.0)
         by_column = tl.div_rn(here, tl.load(following + w_index, mask=col_ok, other=1.0))
@@ -304,7 +305,7 @@ def _tensor_cores(
 
 @triton.jit
 def no_sums(w, BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr):
-    """Partial sums of no product with w yet, for up to two rows without tensor cores a tensor each.
+    """Zeroed partial sums of products with w; without tensor cores a tensor for each of two rows.
 
     Several products share them, and with them the sum over threads that `whole_sums` takes.
     """
@@ -325,9 +326,10 @@ def add_product(
     one, two, x, stride, w, first, factor, rows, M, w_index, col_ok, K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums plus those of x[rows] w[w_index]^T; `first` comes from `first_tile`, and
-    `factor` from `input_factor`: sums with weights of 8 bits are those of x times it.
+    """Add those of x[rows] w[w_index]^T to partial sums.
 
+    `first` comes from `first_tile`, and `factor` from `input_factor`: sums with weights of 8 bits
+    are those of x times it.
     `rows` and `w_index` number the rows of x (`stride` apart) and w; beyond M and where `col_ok`
     is false nothing is read.
     """
