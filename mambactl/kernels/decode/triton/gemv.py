@@ -65,7 +65,7 @@ class Tiles:
         return None if self.slices and columns < 16 else replace(self, columns=columns)
 
     def reading(self, w: Matrix) -> "Tiles":
-        """Tiles for the type of the weights: 8 bits take twice the depth, for as many bytes in flight.
+        """Tiles for the type of w: 8 bits take twice the depth, for as many bytes in flight.
 
         A tensor core's keep their depth, for x takes its part of it.
         """
