@@ -269,9 +269,6 @@ class OtherFolder(RunFolder):
     def save_best(self, state: JsonObject) -> None:
         """Do nothing: the main process writes the result."""
 
-    def load_best(self) -> JsonObject | None:
-        """Return None: only the main process keeps the best state."""
-
     def log(self, entry: JsonObject) -> None:
         """Do nothing: the main process writes the metrics."""
 

@@ -16,15 +16,13 @@ from typing import NamedTuple
 from mambactl import console
 from mambactl.errors import ExitCode, MambactlError, ResourceError, UsageError
 from mambactl.files import recipe_folder
-from mambactl.options import ShardConfig, SpreadConfig, StageConfig
+from mambactl.options import SpreadConfig, StageConfig
 from mambactl.options.fields import settings
-from mambactl.ranks import REPORTS, child_environment, processes, sharded
+from mambactl.ranks import REPORTS, child_environment, processes
 
 # seconds for the other processes to say what they met once one has failed, and to end
 GRACE = 5.0
 POLL = 0.05
-# fp32 weight, gradient, its bucket, two Adam moments, and a bf16 teacher
-WHOLE_BYTES = 22
 # of a GPU's memory; the rest is for activations
 WEIGHTS_SHARE = 0.6
 
@@ -99,8 +97,6 @@ def of_this_run(stage: str, config: StageConfig) -> StageConfig:
             f"--nproc {config.nproc} in a run of {count} processes",
             "leave it out: they are counted",
         )
-    if sharded() and not isinstance(config, ShardConfig):
-        raise UsageError(f"{stage} splits no weights", f"mambactl {stage} --nproc {count} ...")
     return config.model_copy(update={"nproc": count})
 
 
@@ -127,7 +123,7 @@ def shards(config: SpreadConfig, source: str) -> bool:
             f"--nproc {config.processes} does not fit --device {config.device}",
             "use cpu, cuda or auto; CUDA_VISIBLE_DEVICES chooses among GPUs",
         )
-    asked = config.shard if isinstance(config, ShardConfig) else False
+    asked = config.shard
     if _on_cpu(config):
         return bool(asked)
     import torch
@@ -144,7 +140,7 @@ def shards(config: SpreadConfig, source: str) -> bool:
     if asked is not None:
         return asked
     room = WEIGHTS_SHARE * torch.cuda.get_device_properties(0).total_memory
-    return WHOLE_BYTES * describe(source)["parameters"] > room
+    return config.parameter_bytes * describe(source)["parameters"] > room
 
 
 def _on_cpu(config: SpreadConfig) -> bool:

@@ -6,9 +6,11 @@ text on which it matches them.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from mambactl import console
 from mambactl.checkpoint.load import load_lineage
@@ -25,7 +27,7 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig
 from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.present import of_kind, present
-from mambactl.ranks import join
+from mambactl.ranks import join, sharded
 from mambactl.stage_result import StageResult
 from mambactl.train.compiled import compile_blocks, compiles, release_blocks
 from mambactl.train.drawn_prompts import DrawnPrompts, drawn_prompts
@@ -49,7 +51,8 @@ from mambactl.train.publish import (
 )
 from mambactl.train.rows import held_out_rows, training_rows
 from mambactl.train.run_lines import track
-from mambactl.train.sharing import put_back, share_frozen
+from mambactl.train.sharding import split_pair
+from mambactl.train.sharing import share_frozen
 from mambactl.train.stepwise import StandIns
 from mambactl.train.student_rows import StudentRows
 from mambactl.train.trainer import require_trackers
@@ -70,6 +73,8 @@ def run(
     config = as_begun(config, out, resume)
     job = Job.of(STAGE, config, source)
     _check_capture(job, config)
+    if sharded():
+        config.require_splittable()
     require_trackers(config)
     join(job.device)
     whole = job = dated(job, out, resume)
@@ -98,8 +103,8 @@ def run(
             console.log(f"kept: step {best['step']} of {best['phase']}{shown(best)}")
             metrics["best"] = best
         draw_ledger(folder, asked=bool(held_out))
-        models.put_back(job)
-        save_result(whole, models.student, folder, models.name, metrics)
+        release_blocks(models.student)
+        save_result(whole, models.student, folder, models.name, metrics, models.rounded)
     return StageResult(str(out), metrics)
 
 
@@ -214,18 +219,16 @@ class _Models:
     compiled: bool
     rounded: list[str]
 
-    def put_back(self, job: Job) -> None:
-        """Make the student ready to be saved: plain blocks, and frozen weights as stored."""
-        release_blocks(self.student)
-        if self.rounded:
-            put_back(self.student, self.rounded, job.source)
-
 
 def _models(
     job: Job, config: DistillConfig, planned: Sequence[PhasePlan], needs_teacher: bool
 ) -> _Models:
-    """Load both models; what no phase trains exists once, in the type products take."""
-    student = job.student(None)
+    """Load both models; what no phase trains exists once, in the type products take.
+
+    Models that are split come from the CPU, block by block, and each has all of its own weights.
+    """
+    loading = replace(job, device=torch.device("cpu")) if sharded() else job
+    student = loading.student(None)
     cached = config.teacher_cache and all(plan.kind == "logits" for plan in planned)
     if cached and not needs_teacher:
         teacher, name = (
@@ -233,17 +236,21 @@ def _models(
             read_record(Path(present(config.teacher_cache)).expanduser())["teacher"],
         )
     else:
-        teacher, name = job.teacher(), job.teacher_spec
+        teacher, name = loading.teacher(), job.teacher_spec
     trained = {
         key for plan in planned for members, _ in plan.parameters(student) for key in members
     }
-    sharing = share_frozen(student, teacher, trained, job.dtype)
+    if sharded():
+        waiting = {index for plan in planned for index in plan.waiting}
+        rounded = split_pair(student, teacher, trained, job.dtype, job.device, waiting)
+    else:
+        rounded = share_frozen(student, teacher, trained, job.dtype).rounded
     compiling = compiles(config.compile, job.device)
     if compiling:
         for model in (student, teacher):
             if model is not None:
                 compile_blocks(model)
-    return _Models(student, teacher, name, compiling, sharing.rounded)
+    return _Models(student, teacher, name, compiling, rounded)
 
 
 def _phase(

@@ -21,7 +21,7 @@ from mambactl.train.epochs import with_steps
 from mambactl.train.job import Job, require_whole_weights
 from mambactl.train.preference_data import Preferences, preview, read_preferences
 from mambactl.train.preview import plan_training
-from mambactl.train.publish import dated, report_phases, save_result, working_folder
+from mambactl.train.publish import as_begun, dated, report_phases, save_result, working_folder
 from mambactl.train.reference_policy import HeldOutPreferences, precomputed, show_held_out
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
 
@@ -40,6 +40,7 @@ def run(
     force: bool = False,
 ) -> StageResult:
     """Tune the model at `source` on preferences and write the result to `out`."""
+    config = as_begun(config, out, resume)
     _require(config)
     job = Job.of(STAGE, config, source)
     whole = job = dated(job, out, resume)

@@ -28,7 +28,14 @@ from mambactl.train.ledger import Evaluation
 from mambactl.train.lora import adapted, merged, projections, require_peft, unadapted
 from mambactl.train.phases import shapes_of
 from mambactl.train.preview import TRAINED_BYTES, plan_training, preview
-from mambactl.train.publish import dated, draw_ledger, report_phases, save_result, working_folder
+from mambactl.train.publish import (
+    as_begun,
+    dated,
+    draw_ledger,
+    report_phases,
+    save_result,
+    working_folder,
+)
 from mambactl.train.rows import held_out_rows, training_rows
 from mambactl.train.sharing import put_back
 from mambactl.train.trainer import follow, require_trackers, trainer_arguments
@@ -50,6 +57,7 @@ def run(
     force: bool = False,
 ) -> StageResult:
     """Fine-tune the model at `source` and write the result to `out`."""
+    config = as_begun(config, out, resume)
     job = Job.of(STAGE, config, source)
     _require(config)
     whole = job = dated(job, out, resume)

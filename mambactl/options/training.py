@@ -25,6 +25,10 @@ from mambactl.options.fields import (
 from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.on_policy import OnPolicyConfig
 
+# fp32 weight, gradient, its bucket, two Adam moments, and a bf16 teacher
+WHOLE_BYTES = 22
+# a bf16 teacher, whose frozen weights are the student's too, and what mixers of their own add
+MIXER_BYTES = 8
 # losses of dpo that label smoothing means something for
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 # the one loss that has no rejected answer
@@ -156,7 +160,9 @@ def _several(count: int | None) -> int | None:
 
 
 class SpreadConfig(TrainConfig):
-    """Training that several processes share, each with rows of its own."""
+    """Training that several processes share, each with rows of its own, and maybe the weights."""
+
+    placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"shard"}
 
     nproc: Annotated[int | None, AfterValidator(_several)] = Field(
         default=None,
@@ -164,21 +170,20 @@ class SpreadConfig(TrainConfig):
         description="processes, one per GPU; each takes --batch-size rows a step",
     )
 
+    shard: bool | None = Field(
+        default=None,
+        description="split weights over them (FSDP2); default: where a GPU cannot hold all",
+    )
+
     @property
     def processes(self) -> int:
         """Number of processes that train together."""
         return self.nproc or 1
 
-
-class ShardConfig(SpreadConfig):
-    """Options of training whose processes can share the weights, too."""
-
-    placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"shard"}
-
-    shard: bool | None = Field(
-        default=None,
-        description="split weights over them (FSDP2); default: where a GPU cannot hold all",
-    )
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of a GPU per parameter of the model, whole; 0 for a run that cannot be split."""
+        return WHOLE_BYTES
 
 
 class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig, OnPolicyConfig):
@@ -270,9 +275,32 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
         """Graphs that a replayed step has: one for every size of windows that is drawn."""
         return max(1, len({*self.random_window}))
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of a GPU per parameter of the model; see `SpreadConfig`."""
+        if self.capture or ON_POLICY in self.stages:
+            return 0
+        whole = bool("logits" in self.stages and self.rest_lr)
+        return WHOLE_BYTES if whole or self.stepwise_rest_lr else MIXER_BYTES
+
+    def require_splittable(self) -> None:
+        """Raise UsageError for what cannot be done with weights that are split."""
+        if self.capture:
+            raise UsageError(
+                "--shard gathers weights from other processes, which a CUDA graph cannot hold",
+                "drop --capture or --shard",
+            )
+        if ON_POLICY in self.stages:
+            raise UsageError(
+                "a student whose weights are split writes no text",
+                f"drop --shard, or {ON_POLICY} from --stages",
+            )
+
     def require_coherent(self) -> None:
         """Raise UsageError for steps that no CUDA graph can hold, and for options without use."""
         super().require_coherent()
+        if self.shard and self.processes > 1:
+            self.require_splittable()
         if ON_POLICY in self.stages:
             self.require_room(self.max_length)
         if self.keep_best and not (self.eval_data or self.eval_recall):
@@ -306,7 +334,7 @@ class TeacherCacheConfig(MixedRowsConfig):
         return None
 
 
-class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig, TextRowsConfig):
+class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, SpreadConfig, TextRowsConfig):
     """Fine-tune on text or chats, with a teacher if wanted."""
 
     later: ClassVar[Mapping[str, object]] = {**TrainConfig.later, "append_eos": False}
@@ -339,7 +367,7 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, ShardConfig, TextRo
             raise UsageError("--lora-alpha scales adapters, and there are none", "add --lora RANK")
 
 
-class DpoConfig(TrackedConfig, ShardConfig):
+class DpoConfig(TrackedConfig, SpreadConfig):
     """Learn preferences (DPO and its relatives)."""
 
     lr: float = Field(default=5e-7, gt=0, description="learning rate")

@@ -5,9 +5,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.json_values import AnyObject, JsonObject
+from mambactl.ranks import from_main
+from mambactl.train.consolidate import gathered, part
 
 # a student that recalls nothing is a hundred times as bad as one that recalls all
 LEAST_RECALL = 0.01
@@ -33,17 +36,21 @@ class BestWeights:
         self.folder, self.parameters = folder, parameters
         kept = folder.load_best()
         self.score = math.inf if kept is None else kept["measured"]["score"]
+        self.split = any(isinstance(p, DTensor) for p in parameters.values())
 
     def offer(self, phase: str, step: int, measured: AnyObject) -> float:
         """Keep the weights as they are now if they are the best so far; return their score."""
-        found = score(measured)
+        # last bits may differ between processes, but parts are gathered by all of them or by none
+        found = from_main(score(measured)) if self.split else score(measured)
         if found < self.score:
             self.score = found
             self.folder.save_best(
-                {
-                    "measured": {"phase": phase, "step": step, "score": found, **measured},
-                    "parameters": {name: p.detach() for name, p in self.parameters.items()},
-                }
+                gathered(
+                    {
+                        "measured": {"phase": phase, "step": step, "score": found, **measured},
+                        "parameters": {name: p.detach() for name, p in self.parameters.items()},
+                    }
+                )
             )
         return found
 
@@ -54,5 +61,5 @@ class BestWeights:
         if kept is None:
             return None
         for name, value in kept["parameters"].items():
-            self.parameters[name].copy_(value)
+            self.parameters[name].copy_(part(value, self.parameters[name]))
         return kept["measured"]

@@ -31,6 +31,7 @@ from mambactl.kernels.random import uniform
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.train.losses import SampledTeacher, distillation_loss, product
 from mambactl.train.optimization import autocast, last_hidden, next_tokens
+from mambactl.train.sharding import inside
 
 PATTERN = "samples-*.safetensors"
 _AGAIN = "make the cache again"
@@ -286,20 +287,23 @@ class CachedObjective:
         found = (part.to(device, non_blocking=True) for part in (counted, *held))
         return CachedBatch(*batch.to(device), *found)
 
-    def backward(self, batch: CachedBatch, tokens: int | Tensor) -> Tensor:
+    def backward(self, batch: CachedBatch, tokens: float | Tensor) -> Tensor:
         """One student pass; see `train.optimization.Objective`."""
         with autocast(batch.input_ids.device, self.amp):
-            loss = distillation_loss(
-                last_hidden(self.student, batch),
-                self.student.lm_head.weight,
-                *next_tokens(batch),
-                SampledTeacher(batch.ids, batch.masses, batch.entropy),
-                kl_weight=self.weights["kl_weight"],
-                ce_weight=self.weights["ce_weight"],
-                temperature=self.weights["temperature"],
-            ).total
+            loss = inside(self.student, lambda student: self._loss(student, batch))
         # a batch out of order would be trained on another's targets: the device can see that
         same = (batch.counted == batch.input_ids).all()
         share = torch.where(same, loss / tokens, math.nan)
         share.backward()
         return share.detach()
+
+    def _loss(self, student: HybridForCausalLM, batch: CachedBatch) -> Tensor:
+        return distillation_loss(
+            last_hidden(student, batch),
+            student.lm_head.weight,
+            *next_tokens(batch),
+            SampledTeacher(batch.ids, batch.masses, batch.entropy),
+            kl_weight=self.weights["kl_weight"],
+            ce_weight=self.weights["ce_weight"],
+            temperature=self.weights["temperature"],
+        ).total

@@ -124,7 +124,7 @@ class CapturedObjective:
         """Delegate to the inner objective; see `Objective`."""
         return self.inner.inputs(batch, device)
 
-    def backward(self, inputs: Inputs, tokens: int | Tensor) -> Tensor:
+    def backward(self, inputs: Inputs, tokens: float | Tensor) -> Tensor:
         """See `Objective`; raises ValueError where gradients were replaced since the recording."""
         if not self.adds and any(parameter.grad is not None for parameter in self.parameters):
             raise ValueError("gradients that a recording would replace: set them to None first")

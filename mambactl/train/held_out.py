@@ -11,6 +11,7 @@ from mambactl.evaluation.fidelity import CHUNK_ELEMENTS, MEANS, compare_logits
 from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.train.optimization import autocast, last_hidden
+from mambactl.train.sharding import inside
 
 
 class HeldOut:
@@ -45,7 +46,15 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self) -> JsonObject:
-        """Means per predicted token, in nats for `kl`; a forward pass of both models."""
+        """Means per predicted token, in nats for `kl`; a forward pass of both models.
+
+        Of models that are split every process must measure.
+        """
+        if self.teacher is None:
+            return inside(self.student, lambda _: self._measure())
+        return inside(self.teacher, lambda _: inside(self.student, lambda _: self._measure()))
+
+    def _measure(self) -> JsonObject:
         device = self.student.device
         # fp32 logits: in bf16 the rounding alone would be worth hundredths of a nat
         heads = [model.lm_head.weight.float() for model in self._models]

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
@@ -20,6 +21,7 @@ from mambactl.present import present
 from mambactl.ranks import add_up, from_main, largest, processes, rank, total
 from mambactl.train.best_weights import BestWeights
 from mambactl.train.captured import CapturedObjective, recorder_for
+from mambactl.train.consolidate import gathered, part, scatter_moments, whole
 from mambactl.train.drawn_windows import DrawnWindows
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import (
@@ -42,6 +44,7 @@ from mambactl.train.optimization import (
     set_learning_rate,
     warmup_of,
 )
+from mambactl.train.sharding import regather
 
 Parameters = dict[str, nn.Parameter]
 # measurements that a report keeps
@@ -164,6 +167,7 @@ class _PhaseRun:
         # a later phase resumes with what earlier ones trained
         self.changed = {k: p for phase in phases[: number + 1] for k, p in phase.parameters.items()}
         self.parameters = list(self.phase.parameters.values())
+        self.split = isinstance(model, FSDPModule)
         self.device = self.parameters[0].device
         self.optimizer = build_optimizer(self.phase.parts)
         # by size of the windows: each has launches of its own
@@ -190,7 +194,7 @@ class _PhaseRun:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         if optimizer_state is not None:
-            self.optimizer.load_state_dict(optimizer_state)
+            self.optimizer.load_state_dict(scatter_moments(self.optimizer, optimizer_state))
         if self.progress.lines == 0 and self.evaluation is not None:
             self._log({"phase": self.phase.name, "step": 0, **self.progress.sums()}, evaluates=True)
         try:
@@ -243,9 +247,12 @@ class _PhaseRun:
             size = windows.draw(self.phase.name, step)
         try:
             with nullcontext() if size is None else present(windows).of(size):
-                loss, tokens = _gradients(self._objective(size), members, self.device)
-            add_up([loss, *(p.grad for p in self.parameters if p.grad is not None)])
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+                objective = self._objective(size)
+                loss, tokens = _gradients(objective, members, self.device, self.split)
+            # those of weights that are split are added up on their way back
+            own = [] if self.split else [p.grad for p in self.parameters if p.grad is not None]
+            add_up([loss, *own])
+            norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
             # fused AdamW looks at this on the device, and changes nothing where it is 1
             unusable = (~(loss.isfinite() & norm.isfinite())).float()
             self.optimizer.found_inf = unusable  # pyright: ignore[reportAttributeAccessIssue]
@@ -319,6 +326,7 @@ class _PhaseRun:
         if evaluates:
             self.model.eval()
             found = present(self.evaluation).measure()
+            regather(self.model)
             self.model.train()
             if self.best is not None and self.phase.whole:
                 found["score"] = self.best.offer(self.phase.name, line["step"], found)
@@ -350,47 +358,49 @@ class _PhaseRun:
 
     def _save(self, optimizer_state: dict | None) -> None:
         progress = self.progress
-        self.folder.save_state(
-            {
-                "phase": progress.phase,
-                "step": progress.step,
-                "lines": progress.lines,
-                "reports": [asdict(report) for report in progress.reports],
-                "watch": asdict(progress.watch),
-                "parameters": {name: p.detach() for name, p in self.changed.items()},
-                "optimizer": optimizer_state,
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            }
-        )
+        state: JsonObject = {
+            "phase": progress.phase,
+            "step": progress.step,
+            "lines": progress.lines,
+            "reports": [asdict(report) for report in progress.reports],
+            "watch": asdict(progress.watch),
+            "parameters": {name: p.detach() for name, p in self.changed.items()},
+            "optimizer": optimizer_state,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        # whole, so that any number of processes can go on from it
+        self.folder.save_state(gathered(state))
         self.clock.restart()
 
 
 def _gradients(
-    objective: AnyObjective, members: Sequence[Batch], device: torch.device
+    objective: AnyObjective, members: Sequence[Batch], device: torch.device, split: bool
 ) -> tuple[torch.Tensor, int]:
     """This process's share of a mean over all tokens of all processes' batches; those tokens.
 
-    Gradients are of the share, too.
+    Gradients are of the share, too; those of weights that are `split`, of the whole.
     """
     # a batch may hold no target at all; the mean is over the step, so that only it must hold one.
     # counted before the copy: on the device it would have to be waited for
     counted = sum(objective.count(batch) for batch in members)
     tokens = int(total(torch.tensor(counted)))
-    shares = [
-        objective.backward(objective.inputs(batch, device), max(1, tokens)) for batch in members
-    ]
-    return torch.stack(shares).sum(), tokens
+    # FSDP takes the mean over processes, where the sum is meant
+    averaged = processes() if split else 1
+    divisor = max(1, tokens) / averaged
+    shares = [objective.backward(objective.inputs(batch, device), divisor) for batch in members]
+    return torch.stack(shares).sum() / averaged, tokens
 
 
 def _restore(model: nn.Module, state: dict) -> Progress:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in state["parameters"].items():
-            parameters[name].copy_(value)
+            parameters[name].copy_(part(value, parameters[name]))
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        # it may have been saved beside more GPUs
+        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
     reports = [PhaseReport(**report) for report in state["reports"]]
     watch = LossWatch(**state["watch"])
     return Progress(state["phase"], state["step"], state["lines"], reports, watch)

@@ -17,7 +17,8 @@ from mambactl.train.cached_teacher import TeacherCache
 from mambactl.train.lora import plain
 from mambactl.train.losses import Losses, SampledTeacher, Teacher, distillation_loss
 from mambactl.train.optimization import autocast, last_hidden, next_tokens
-from mambactl.train.spread import SpreadTrainer, add_inner_loss, shard_frozen
+from mambactl.train.sharding import add_inner_loss, shard_frozen
+from mambactl.train.spread import SpreadTrainer
 
 IGNORED = -100
 # of a batch, what a cache holds for it: the fields of a `SampledTeacher`

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 
 from mambactl.data.pack import Batch
 from mambactl.kernels.divergence import relative_error
+from mambactl.models.block import HybridBlock
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import is_new, looks_up
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 from mambactl.models.mixers.spec import AnySpec, Mixer, StepContext
 from mambactl.train.compiled import compiled
 from mambactl.train.losses import Teacher, distillation_loss
+from mambactl.train.sharding import inside
 
 
 class Inputs(Protocol):
@@ -53,7 +56,7 @@ class Objective(Protocol[Given]):
         """Inputs of `backward` for a batch on the host, copied without waiting."""
         ...
 
-    def backward(self, inputs: Given, tokens: int | Tensor, /) -> Tensor:
+    def backward(self, inputs: Given, tokens: float | Tensor, /) -> Tensor:
         """Add the gradient of the batch's share of a mean over `tokens`; return that share.
 
         `tokens` may be a scalar on the device, for which nothing waits.
@@ -100,26 +103,27 @@ class LogitsObjective:
         """Copy the batch to the device."""
         return batch.to(device)
 
-    def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
+    def backward(self, batch: Batch, tokens: float | Tensor) -> Tensor:
         """One teacher and one student pass; see `Objective`."""
         with autocast(batch.input_ids.device, self.amp):
             guide = self._guide(batch)
-            loss = distillation_loss(
-                last_hidden(self.student, batch),
-                self.student.lm_head.weight,
-                *next_tokens(batch),
-                guide,
-                **self.weights,
-            ).total
+            loss = inside(self.student, lambda student: self._loss(student, batch, guide))
         share = loss / tokens
         share.backward()
         return share.detach()
+
+    def _loss(self, student: HybridForCausalLM, batch: Batch, guide: Teacher | None) -> Tensor:
+        hidden, head = last_hidden(student, batch), student.lm_head.weight
+        return distillation_loss(hidden, head, *next_tokens(batch), guide, **self.weights).total
 
     @torch.no_grad()
     def _guide(self, batch: Batch) -> Teacher | None:
         if self.teacher is None:
             return None
-        return Teacher(last_hidden(self.teacher, batch), self.teacher.lm_head.weight)
+        # a head that was split stays whole behind the pass: nothing frees it without a backward one
+        return inside(
+            self.teacher, lambda model: Teacher(last_hidden(model, batch), model.lm_head.weight)
+        )
 
 
 def next_tokens(batch: Inputs) -> tuple[Tensor, Tensor]:
@@ -170,7 +174,6 @@ class AlignmentObjective:
             raise ValueError(problem)
         self.student, self.teacher, self.amp = student, teacher, amp
         self.layers = student.config.replaced_layers
-        self.mixers = {index: student.model.layers[index].replacing for index in self.layers}
         self.specs = {index: student.config.layer(index).spec for index in self.layers}
         self._error = compiled(mixer_error) if compile else mixer_error
 
@@ -182,29 +185,49 @@ class AlignmentObjective:
         """Copy the batch to the device."""
         return batch.to(device)
 
-    def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
+    def backward(self, batch: Batch, tokens: float | Tensor) -> Tensor:
         """One teacher pass as far as the last mixer; gradients are made on the way."""
-        model, shares = self.teacher.model, []
-        kind = batch.input_ids.device.type
+        with torch.no_grad(), autocast(batch.input_ids.device, self.amp):
+            return inside(self.teacher, lambda teacher: self._follow(teacher, batch, tokens))
+
+    def _follow(self, teacher: HybridForCausalLM, batch: Batch, tokens: float | Tensor) -> Tensor:
+        model, shares = teacher.model, []
         # where rows are one document each, positions say nothing that a mask would need
         positions = None if batch.seq_idx is None else batch.position_ids
-        with torch.no_grad(), autocast(batch.input_ids.device, self.amp):
-            hidden, context = model.enter(batch.input_ids, positions, batch.seq_idx)
-            context = self.student.model.with_windows(context)
-            for index, block in enumerate(model.layers[: self.layers[-1] + 1]):
-                if index not in self.mixers:
-                    hidden = block(hidden, context, None)
-                    continue
-                hidden, entered, wanted = block.observe(hidden, context)
-                with torch.enable_grad():
-                    mixer = self.specs[index], self.mixers[index]
-                    error = self._error(*mixer, entered, context, wanted, batch.valid)
-                    share = error / (tokens * len(self.mixers))
-                # a backward pass must not run under autocast
-                with torch.autocast(kind, enabled=False):
-                    share.backward()
-                shares.append(share.detach())
+        hidden, context = model.enter(batch.input_ids, positions, batch.seq_idx)
+        context = self.student.model.with_windows(context)
+        for index, block in enumerate(model.layers[: self.layers[-1] + 1]):
+            if index not in self.specs:
+                hidden = block(hidden, context, None)
+                continue
+            hidden, entered, wanted = inside(block, partial(_observed, hidden, context))
+            own = self.student.model.layers[index]
+            with torch.enable_grad():
+                given = self.specs[index], entered, context, wanted, batch.valid
+                error = inside(own, partial(self._missed, *given))
+                share = error / (tokens * len(self.specs))
+            # a backward pass must not run under autocast
+            with torch.autocast(hidden.device.type, enabled=False):
+                share.backward()
+            shares.append(share.detach())
         return torch.stack(shares).sum()
+
+    def _missed(
+        self,
+        spec: AnySpec,
+        entered: Tensor,
+        context: StepContext,
+        wanted: Tensor,
+        valid: Tensor,
+        block: HybridBlock,
+    ) -> Tensor:
+        return self._error(spec, block.replacing, entered, context, wanted, valid)
+
+
+def _observed(
+    hidden: Tensor, context: StepContext, block: HybridBlock
+) -> tuple[Tensor, Tensor, Tensor]:
+    return block.observe(hidden, context)
 
 
 def mixer_error(

@@ -22,7 +22,8 @@ from mambactl.data.preferences import Pair
 from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.present import of_kind
-from mambactl.train.spread import SpreadTrainer, shard_frozen
+from mambactl.train.sharding import shard_frozen
+from mambactl.train.spread import SpreadTrainer
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # what TRL logs for every token, and the entropy whose mean is a sign of collapse

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import date
@@ -28,7 +28,7 @@ from mambactl.files import canonical, replacing
 from mambactl.foreign import open_regular
 from mambactl.json_values import AnyObject, JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import TrainConfig
+from mambactl.options import SpreadConfig, TrainConfig
 from mambactl.present import of_kind
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw
@@ -36,6 +36,7 @@ from mambactl.train.consolidate import consolidated
 from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
 from mambactl.train.run_lines import follow_steps
+from mambactl.train.sharing import put_back
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -47,7 +48,8 @@ def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> Run
     if not is_main():
         return OtherFolder(Path(out), {})
     require_apart(Path(out), _teacher_of_lineage(job))
-    folder = RunFolder(Path(out), identity(job))
+    before = RunFolder(Path(out), {}).read_mark() if resume else None
+    folder = RunFolder(Path(out), identity(job) | _as_shared(job, before or {}))
     follow_steps(of_kind(TrainConfig, job.config), folder)
     folder.check(resume, force)
     return folder
@@ -56,7 +58,48 @@ def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> Run
 def as_begun(config: Config, out: Path | None, resume: bool) -> Config:
     """The options with which a run that stopped at `out` goes on; see `StageConfig.as_begun`."""
     record = RunFolder(Path(out), {}).read_mark() if resume and out is not None else None
-    return config if record is None else config.as_begun(record)
+    return config if record is None else regrouped(config.as_begun(record), record)
+
+
+def regrouped(config: Config, record: AnyObject) -> Config:
+    """The options with the rows a step of a run that `record` describes, on other processes.
+
+    Where their number changed, batches per step do, too. Raises UsageError where they cannot.
+    """
+    begun = _sharing(record)
+    if not isinstance(config, SpreadConfig) or begun is None:
+        return config
+    batches, before = begun
+    if config.processes == before or config.grad_accum * config.processes == batches * before:
+        return config
+    if config.grad_accum != batches or batches * before % config.processes:
+        raise UsageError(
+            f"{before} {'process' if before == 1 else 'processes'} with --grad-accum {batches} "
+            f"began the run, of whose {batches * before} batches a step {config.processes} "
+            "processes cannot take equal shares",
+            f"resume with --nproc {before}, or another divisor of {batches * before}",
+        )
+    console.log(
+        f"--grad-accum is {batches * before // config.processes} now: "
+        f"a step keeps the rows that {before} processes took"
+    )
+    return config.model_copy(update={"grad_accum": batches * before // config.processes})
+
+
+def _sharing(record: AnyObject) -> tuple[int, int] | None:
+    """Batches per step and process, and processes, of a run; None for a record that has none."""
+    batches, count = record.get("grad_accum"), record.get("nproc", 0) or 1
+    return (batches, count) if isinstance(batches, int) and isinstance(count, int) else None
+
+
+def _as_shared(job: Job, record: AnyObject) -> JsonObject:
+    """Of a run that goes on with as many rows a step, how its processes shared them at first."""
+    begun, config = _sharing(record), job.config
+    if not isinstance(config, SpreadConfig) or begun is None:
+        return {}
+    if config.grad_accum * config.processes != begun[0] * begun[1]:
+        return {}
+    return {name: record.get(name) for name in ("grad_accum", "nproc")}
 
 
 def dated(job: Job, out: Path | None, resume: bool) -> Job:
@@ -95,8 +138,8 @@ def identity(job: Job) -> JsonObject:
         "data_shares": shares(job.config.data),
         **_held_out_identity(job),
         **({DAY: job.day.isoformat()} if job.day else {}),
-        # a state that is split cannot be read whole, nor the other way round
-        **({"sharded": True} if sharded() else {}),
+        # a trainer's state that is split cannot be read whole, nor the other way round
+        **({"sharded": True} if sharded() and job.stage != "distill" else {}),
     }
 
 
@@ -106,14 +149,18 @@ def save_result(
     folder: RunFolder,
     teacher: str | None,
     metrics: AnyObject,
+    rounded: Collection[str] = (),
 ) -> None:
     """Write the result in the source's type and let it appear under its name.
 
-    Every process must call it; the main one writes.
+    Parameters in `rounded` are written as the source has them. Every process must call it; the main
+    one writes.
     """
     whole = consolidated(model)
     if whole is None:
         return
+    if rounded:
+        put_back(whole, rounded, job.source)
     stored = getattr(torch, describe(job.source)["dtype"])
     with open_checkpoint(job.source) as reader:
         record = lineage(

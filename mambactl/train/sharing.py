@@ -17,6 +17,30 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
 
 
+class Casts:
+    """Types of a student's parameters: fp32 for `trained`, `dtype` for the frozen ones.
+
+    A_log, D and dt_bias are fp32. `rounded` names those that lost digits so far.
+    """
+
+    def __init__(self, trained: Collection[str], dtype: torch.dtype):
+        self.trained, self.dtype = trained, dtype
+        self.rounded: list[str] = []
+
+    def masters(self, name: str) -> bool:
+        """True if a parameter keeps fp32."""
+        return name in self.trained or name.rpartition(".")[2] in FLOAT32_PARAMETERS
+
+    def __call__(self, name: str, own: Tensor) -> Tensor:
+        """The value in the type of its parameter."""
+        if self.masters(name):
+            return own.float()
+        cast = own.to(self.dtype)
+        if not torch.equal(cast.to(own.dtype), own):
+            self.rounded.append(name)
+        return cast
+
+
 class Sharing(NamedTuple):
     """Names of frozen parameters that share the teacher's memory, and that the cast rounded."""
 
@@ -41,16 +65,11 @@ def share_frozen(
     if unknown:
         raise ValueError(f"the student has no parameters {', '.join(unknown)}")
     theirs = {} if teacher is None else dict(teacher.named_parameters())
-    found = Sharing([], [])
+    casts = Casts(trained, dtype)
+    found = Sharing([], casts.rounded)
     for name, parameter in parameters.items():
-        own = parameter.data
-        if name in trained or name.rpartition(".")[2] in FLOAT32_PARAMETERS:
-            parameter.data = own.float()
-            continue
-        cast = own.to(dtype)
-        if not torch.equal(cast.to(own.dtype), own):
-            found.rounded.append(name)
-        other = theirs.get(name)
+        cast = casts(name, parameter.data)
+        other = None if casts.masters(name) else theirs.get(name)
         if other is not None and _same(cast, other.data):
             cast = other.data
             found.shared.append(name)

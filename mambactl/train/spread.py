@@ -1,12 +1,9 @@
 """TRL's trainers over several processes: data parallel, or with FSDP2 that splits the weights."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
 from mambactl.errors import UsageError
@@ -62,29 +59,3 @@ class SpreadTrainer(Trainer):
         if not (sharded() and self.args.bf16):
             return super().autocast_smart_context_manager(cache_enabled)
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
-
-
-def add_inner_loss(model: nn.Module) -> None:
-    """Let `model(inner_loss=function)` be `function(model)`, computed inside of its forward.
-
-    Only there DDP and FSDP see what is computed, and only there FSDP has the head's whole weight.
-    """
-    plain = model.forward
-
-    @functools.wraps(plain)
-    def forward(
-        *args: object, inner_loss: Callable[[nn.Module], object] | None = None, **kwargs: object
-    ) -> object:
-        return plain(*args, **kwargs) if inner_loss is None else inner_loss(model)
-
-    model.forward = forward
-
-
-def shard_frozen(model: nn.Module) -> None:
-    """Shard a teacher or reference block by block where students are sharded."""
-    blocks = getattr(getattr(model, "model", None), "layers", None)
-    if not sharded() or blocks is None:
-        return
-    for block in blocks:
-        fully_shard(block)
-    fully_shard(model)

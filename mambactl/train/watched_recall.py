@@ -10,6 +10,7 @@ from mambactl import console
 from mambactl.evaluation.recall import RecallProbe, measure_recall, recall_probes
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig
+from mambactl.train.sharding import inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,11 +57,14 @@ class WatchedRecall:
         return {"recall": found, **kept}
 
     def _recall(self, model: HybridForCausalLM) -> dict[str, float]:
-        with self._plain_code():
-            return {
-                probe.name: measure_recall(model, probe, len(probe.input_ids), self.amp)["recall"]
-                for probe in self.probes
-            }
+        with torch.no_grad(), self._plain_code():
+            return inside(model, self._each)
+
+    def _each(self, model: HybridForCausalLM) -> dict[str, float]:
+        return {
+            probe.name: measure_recall(model, probe, len(probe.input_ids), self.amp)["recall"]
+            for probe in self.probes
+        }
 
     def _plain_code(self) -> AbstractContextManager[object]:
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()

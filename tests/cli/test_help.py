@@ -36,7 +36,7 @@ FLAGS = {
     "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data "
     "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "
     f"--init --calibrate --calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
-    "distill": f"{TRAINING} {MIXED} --log-to --compile --nproc --stages --align-steps "
+    "distill": f"{TRAINING} {MIXED} {SPREAD} --log-to --compile --stages --align-steps "
     "--align-share --align-lr --stepwise-steps --stepwise-groups --stepwise-order "
     "--stepwise-rest-lr --lr --rest-lr --schedule --kl-weight --ce-weight --temperature "
     "--divergence --jsd-beta --capture --random-window --eval-recall --eval-recall-rows "

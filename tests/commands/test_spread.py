@@ -278,7 +278,8 @@ def test_the_command_line_shows_one_run(students, data, tmp_path):
     assert load_lineage(str(out))["recipe"]["nproc"] == 2
 
 
-def test_distilling_in_two_processes(students, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_distilling_in_two_processes(students, data, tmp_path, monkeypatch, shard):
     source, one, two = students["tied"], tmp_path / "one", tmp_path / "two"
     distill.run(align(data, 1), source, one)
     steps = _PhaseRun._launch
@@ -293,11 +294,11 @@ def test_distilling_in_two_processes(students, data, tmp_path, monkeypatch):
         distill.run(align(data, 2), source, two, resume=resume)
 
     monkeypatch.setattr(_PhaseRun, "_launch", signalled)
-    codes = together(partial(work, False), tmp_path / "log", shard=False)
+    codes = together(partial(work, False), tmp_path / "log", shard=shard)
     assert codes == [-signal.SIGTERM, -signal.SIGTERM]
     assert RunFolder(two, {}).load_state()["step"] == 1
     monkeypatch.undo()
-    assert together(partial(work, True), tmp_path / "log", shard=False) == [0, 0]
+    assert together(partial(work, True), tmp_path / "log", shard=shard) == [0, 0]
     assert_same(one, two)
     keys = ("step", "loss", "gradient_norm", "lr")
     expected = [pytest.approx(row, rel=1e-4) for row in curve(one, *keys)]
