@@ -28,7 +28,7 @@ from mambactl.options.on_policy import OnPolicyConfig
 # fp32 weight, gradient, its bucket, two Adam moments, and a bf16 teacher
 WHOLE_BYTES = 22
 # a bf16 teacher, whose frozen weights are the student's too, and what mixers of their own add
-MIXER_BYTES = 8
+MIXER_BYTES = 5
 # losses of dpo that label smoothing means something for
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 # the one loss that has no rejected answer
@@ -163,6 +163,8 @@ class SpreadConfig(TrainConfig):
     """Training that several processes share, each with rows of its own, and maybe the weights."""
 
     placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"shard"}
+    # any number of processes can go on from a state, whether their weights are split or not
+    whole_state: ClassVar[bool] = False
 
     nproc: Annotated[int | None, AfterValidator(_several)] = Field(
         default=None,
@@ -200,6 +202,8 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
         # equal shares for all stages
         "align_share": None,
     }
+
+    whole_state: ClassVar[bool] = True
 
     compile: Compile = Field(
         default="auto", description="compile blocks; auto: on CUDA where it can be"

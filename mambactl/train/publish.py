@@ -139,7 +139,7 @@ def identity(job: Job) -> JsonObject:
         **_held_out_identity(job),
         **({DAY: job.day.isoformat()} if job.day else {}),
         # a trainer's state that is split cannot be read whole, nor the other way round
-        **({"sharded": True} if sharded() and job.stage != "distill" else {}),
+        **({"sharded": True} if sharded() and not _keeps_whole_state(job) else {}),
     }
 
 
@@ -232,6 +232,10 @@ def draw_ledger(folder: RunFolder, asked: bool) -> None:
         except (ResourceError, UsageError) as error:
             if asked:
                 console.log(f"no plot: {error} ({error.hint})")
+
+
+def _keeps_whole_state(job: Job) -> bool:
+    return isinstance(job.config, SpreadConfig) and job.config.whole_state
 
 
 def _held_out_identity(job: Job) -> JsonObject:

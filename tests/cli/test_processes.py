@@ -144,8 +144,10 @@ def test_weights_are_split_where_a_gpu_cannot_hold_all(monkeypatch, parameters, 
     monkeypatch.setattr(contents, "describe", lambda source: {"parameters": parameters})
     assert shards(SftConfig(device="cuda", nproc=8), "model") == split
     assert shards(SftConfig(device="cuda", nproc=8, shard=not split), "model") != split
-    # its own loop keeps all of them on every GPU
-    assert not shards(DistillConfig(device="cuda", nproc=8), "model")
+    assert shards(DistillConfig(device="cuda", nproc=8), "model") == split
+    # mixers alone have gradients and moments
+    assert not shards(DistillConfig(device="cuda", nproc=8, rest_lr=0.0, stages=["align"]), "model")
+    assert not shards(DistillConfig(device="cuda", nproc=8, capture=True), "model")
     with pytest.raises(ResourceError, match="this machine has 8"):
         shards(SftConfig(device="cuda", nproc=9), "model")
     with pytest.raises(UsageError, match="cuda:1"):
@@ -163,8 +165,7 @@ def test_the_number_of_processes_is_that_of_the_run(monkeypatch):
         of_this_run("convert", ConvertConfig())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert of_this_run("sft", SftConfig()).processes == 4
-    with pytest.raises(UsageError, match="distill splits no weights"):
-        of_this_run("distill", DistillConfig())
+    assert of_this_run("distill", DistillConfig()).processes == 4
 
 
 def test_processes_take_no_module_from_the_current_folder(tmp_path, monkeypatch):

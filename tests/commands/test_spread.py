@@ -1,151 +1,52 @@
 """Two processes that share a run: what they write is what one process writes."""
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from conftest import WORDS
+from fixtures.shared_runs import (
+    STEPS,
+    align,
+    assert_same,
+    curve,
+    prefer,
+    saved_students,
+    together,
+    tune,
+    written_data,
+)
 from torch.distributed.tensor import DTensor
 
 from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.checkpoint.run_folder import RunFolder
-from mambactl.cli.processes import sharding
 from mambactl.commands import distill, dpo, sft
 from mambactl.models.mixers.mamba2 import Mamba2Mixer
 from mambactl.models.mixers.sizes import FLOAT32_PARAMETERS
-from mambactl.options import DistillConfig, DpoConfig, SftConfig
+from mambactl.options import DistillConfig
 from mambactl.train import publish
 from mambactl.train.loop import _PhaseRun
 from mambactl.train.trainer import _Watch
 
-STEPS = 4
 # a process that has used a GPU cannot be forked
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a GPU forbids")
 
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory, save_student, make_hybrid, tiny_llama_dir) -> dict[str, str]:
-    """A student whose head is its embedding, and one with a head of its own."""
-    from mambactl.checkpoint.provenance import lineage
-    from mambactl.checkpoint.save import save_model
-    from mambactl.checkpoint.side_files import read_side_files
-
     folder = tmp_path_factory.mktemp("spread")
-    untied = make_hybrid(["mamba2", "attention", "mamba1", "attention"], seed=3)
-    record = lineage("convert", None, tiny_llama_dir, str(tiny_llama_dir), {}, 0, {})
-    side = read_side_files(tiny_llama_dir)
-    return {
-        "tied": str(save_student(folder / "tied")),
-        "untied": str(save_model(untied, folder / "untied", side, record)),
-    }
+    return saved_students(folder, save_student, make_hybrid, tiny_llama_dir)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, str]:
-    """Chats and preferences of different lengths."""
-    draw = torch.Generator().manual_seed(0)
-
-    def text(low: int, high: int) -> str:
-        count = int(torch.randint(low, high, (1,), generator=draw))
-        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=draw))
-
-    def turn(role: str, high: int) -> dict[str, str]:
-        return {"role": role, "content": text(2, high)}
-
-    def pair() -> dict[str, list]:
-        answers = {key: [turn("assistant", 6)] for key in ("chosen", "rejected")}
-        return {"prompt": [turn("user", 8)], **answers}
-
-    rows = {
-        "sft": [{"messages": [turn("user", 8), turn("assistant", 12)]} for _ in range(80)],
-        "dpo": [pair() for _ in range(24)],
-    }
-    folder = tmp_path_factory.mktemp("data")
-    for name, lines in rows.items():
-        (folder / name).with_suffix(".jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return {name: str(folder / f"{name}.jsonl") for name in rows}
-
-
-def tune(data, processes: int, **fields) -> SftConfig:
-    settings = {"max_steps": STEPS, "max_length": 32, "save_every": 50, "warmup": 1, "lr": 3e-3}
-    batch = {"batch_size": 4 // processes, "nproc": processes, "device": "cpu"}
-    return SftConfig(data=[data["sft"]], **{**settings, **batch, **fields})
-
-
-def prefer(data, processes: int, **fields) -> DpoConfig:
-    settings = {"max_steps": 3, "max_length": 48, "save_every": 50, "warmup": 1, "lr": 3e-4}
-    batch = {"batch_size": 4 // processes, "nproc": processes, "device": "cpu"}
-    return DpoConfig(data=[data["dpo"]], **{**settings, **batch, **fields})
-
-
-def align(data, processes: int, **fields) -> DistillConfig:
-    settings = {"max_steps": STEPS, "max_length": 32, "save_every": 50, "warmup": 1}
-    # an alignment is relative to the states of its own batch, so that batches stay what they are
-    batch = {"batch_size": 2, "grad_accum": 4 // processes, "nproc": processes, "device": "cpu"}
-    return DistillConfig(data=[data["sft"]], **{**settings, **batch, **fields})
-
-
-def together(work: Callable[[], None], log: Path, shard: bool, count: int = 2) -> Sequence[int]:
-    """Exit codes of `work` in several forks of this process that know of each other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def child(rank: int) -> None:
-        from accelerate.state import AcceleratorState, GradientState
-
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-        os.environ |= {name: str(value) for name, value in place.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= sharding() if shard else {}
-        # of the runs before the fork
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        try:
-            work()
-        except BaseException:
-            log.with_suffix(f".{rank}").write_text(traceback.format_exc())
-            os._exit(1)
-        os._exit(0)
-
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=child, args=(rank,)) for rank in range(count)]
-    for process in children:
-        process.start()
-    for process in children:
-        process.join(120)
-        process.kill()
-    said = [file.read_text() for file in sorted(log.parent.glob(f"{log.name}.*"))]
-    assert not said, "\n".join(said)
-    return [process.exitcode for process in children]
-
-
-def assert_same(ours: Path, theirs: Path) -> None:
-    one, two = (load_model(str(path)).state_dict() for path in (ours, theirs))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == two[name].dtype, name
-        torch.testing.assert_close(
-            two[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: n + m
-        )
-    files = [sorted(file.name for file in path.iterdir()) for path in (ours, theirs)]
-    assert files[0] == files[1]
-
-
-def curve(out: Path, *keys: str) -> list[list[float]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [[line[key] for key in keys] for line in lines]
+    return written_data(tmp_path_factory.mktemp("data"))
 
 
 def run_all(students, data, processes: int, place: Path) -> None:
