@@ -51,7 +51,7 @@ def make(
         if made is not None:
             return StageResult(str(path.absolute()), made.get("metrics", {}))
         require_found(config, [source])
-        if isinstance(config, SpreadConfig) and config.nproc and not launched():
+        if isinstance(config, SpreadConfig) and config.is_launched and not launched():
             return _spread(command, config, source, flags)
         with heartbeat(name):
             result = import_module(command.module).run(config, source, path, **again)

@@ -232,7 +232,7 @@ def _call(
 
     with console.guarded_stdout(), heartbeat(command.name):
         require_found(config, [source, *others])
-    spread = config if isinstance(config, SpreadConfig) and config.nproc else None
+    spread = config if isinstance(config, SpreadConfig) and config.is_launched else None
     if launched():
         spread = None
     if spread is not None and not shared.dry_run:

@@ -183,6 +183,11 @@ class SpreadConfig(TrainConfig):
         return self.nproc or 1
 
     @property
+    def is_launched(self) -> bool:
+        """True if processes are started for it: one alone where a split state is read by one."""
+        return self.processes > 1 or (bool(self.shard) and not self.whole_state)
+
+    @property
     def parameter_bytes(self) -> int:
         """Bytes of a GPU per parameter of the model, whole; 0 for a run that cannot be split."""
         return WHOLE_BYTES

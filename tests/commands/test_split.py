@@ -16,9 +16,11 @@ import torch
 from fixtures.shared_runs import (
     align,
     curve,
+    prefer,
     read_curve,
     saved_students,
     together,
+    tune,
     written_data,
 )
 from torch import Tensor
@@ -26,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mambactl.checkpoint.load import load_model
 from mambactl.checkpoint.run_folder import RunFolder
-from mambactl.commands import distill
+from mambactl.commands import distill, dpo, sft
 from mambactl.errors import UsageError
 from mambactl.options import DistillConfig
 from mambactl.train.consolidate import consolidated
@@ -34,6 +36,7 @@ from mambactl.train.job import Job
 from mambactl.train.loop import _PhaseRun
 from mambactl.train.publish import regrouped
 from mambactl.train.sharing import Casts
+from mambactl.train.trainer import _Watch
 
 TEXT = "the cat sat on a mat and the dog ran "
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a GPU forbids")
@@ -169,6 +172,42 @@ def test_a_killed_process_ends_all_and_the_run_resumes(
         assert together(again, tmp_path / "log", shard=True) == [0, 0]
     assert farthest(weights(one), weights(two)) < 1e-5
     keys = ("step", "loss", "gradient_norm", "lr", "tokens")
+    assert curve(two, *keys) == [pytest.approx(row, rel=1e-4) for row in curve(one, *keys)]
+
+
+@pytest.mark.slow
+@forks
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_trainer_killed_in_one_process_goes_on_in_others(
+    students, data, tmp_path, monkeypatch, stage, count
+):
+    module, options = {"sft": (sft, tune), "dpo": (dpo, prefer)}[stage]
+    fields = {"batch_size": 2, "max_steps": 6, "save_every": 2}
+    if stage == "sft":
+        fields["kl_weight"] = 0.5
+    source, one, two = students["untied"], tmp_path / "one", tmp_path / "two"
+    module.run(options(data, 1, grad_accum=4, **fields), source, one)
+    begun = options(data, 2, grad_accum=2, **fields)
+    log = _Watch.on_log
+
+    def killed(self, args, state, control, logs, **others):
+        if state.global_step == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        log(self, args, state, control, logs, **others)
+
+    monkeypatch.setattr(_Watch, "on_log", killed)
+    with pytest.raises(AssertionError, match=r"Connection|peer|bytes"):
+        together(partial(module.run, begun, source, two), tmp_path / "log", shard=True)
+    for file in tmp_path.glob("log.*"):
+        file.unlink()
+    monkeypatch.undo()
+    config = begun.model_copy(update={"nproc": None if count == 1 else count})
+    again = partial(module.run, config, source, two, resume=True)
+    codes = together(again, tmp_path / "log", shard=True, count=count)
+    assert codes == [0] * count
+    assert farthest(weights(one), weights(two)) < 1e-5
+    keys = ("step", "loss", "grad_norm", "tokens")
     assert curve(two, *keys) == [pytest.approx(row, rel=1e-4) for row in curve(one, *keys)]
 
 
