@@ -87,7 +87,8 @@ def _require(config: DpoConfig) -> None:
     """Raise for what cannot be trained, before anything is loaded."""
     config.require_coherent()
     require_trackers(config)
-    require_whole_weights(bool(config.eval_data or config.eval_share))
+    held_out = {"--eval-data": config.eval_data, "--eval-share": config.eval_share}
+    require_whole_weights(held_out, "measure what was trained: mambactl eval --preferences")
 
 
 def _losses(config: DpoConfig) -> list[tuple[str, float]]:

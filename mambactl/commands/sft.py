@@ -132,7 +132,7 @@ def _require(config: SftConfig) -> None:
         )
     require_peft(config)
     require_trackers(config)
-    require_whole_weights(bool(config.eval_data or config.lora))
+    require_whole_weights({"--lora": config.lora}, "train the weights themselves")
 
 
 def _teacher(job: Job, config: SftConfig, measures: bool) -> HybridForCausalLM | None:

@@ -56,12 +56,10 @@ class HeldOut:
 
     def _measure(self) -> JsonObject:
         device = self.student.device
-        # fp32 logits: in bf16 the rounding alone would be worth hundredths of a nat
-        heads = [model.lm_head.weight.float() for model in self._models]
         sums, count = torch.zeros(len(MEANS), dtype=torch.float64, device=device), 0
         for batch in self.batches:
             count += int(batch.loss_mask[:, 1:].sum())
-            sums += self._sums(batch.to(device), heads)
+            sums += self._sums(batch.to(device))
         means = dict(zip(MEANS, (sums / count).tolist(), strict=True))
         if self.teacher is None:
             return {"ce": means["ce"], "eval_tokens": count}
@@ -75,13 +73,16 @@ class HeldOut:
             "eval_tokens": count,
         }
 
-    def _sums(self, batch: Batch, heads: list[Tensor]) -> Tensor:
+    def _sums(self, batch: Batch) -> Tensor:
         """Sums over the batch of what `compare_logits` measures, [7]."""
         predicted = batch.loss_mask[:, 1:]  # [B, T-1]
         with autocast(batch.input_ids.device, self.amp):
             hidden = [
                 last_hidden(model, batch)[:, :-1][predicted] for model in self._models
             ]  # [N, D]
+        # fp32 logits: in bf16 the rounding alone would be worth hundredths of a nat. Taken behind
+        # the pass: Accelerate gathers a head that is split together with the last norm
+        heads = [model.lm_head.weight.float() for model in self._models]
         targets = batch.input_ids[:, 1:][predicted]  # [N]
         size = max(1, CHUNK_ELEMENTS // heads[0].shape[0])
         total = torch.zeros(len(MEANS), dtype=torch.float64, device=targets.device)

@@ -1,5 +1,6 @@
 """A training run: its options, its placement, its student and its teacher."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -139,10 +140,11 @@ class Job:
         return None if self.budget is None else round(self.recall_share * self.budget)
 
 
-def require_whole_weights(needed: bool) -> None:
-    """Raise UsageError where adapters or held-out measurements meet weights that are split."""
-    if needed and sharded():
+def require_whole_weights(options: Mapping[str, object], instead: str) -> None:
+    """Raise UsageError where one of these options is given and weights are split."""
+    given = [flag for flag, value in options.items() if value]
+    if given and sharded():
         raise UsageError(
-            "--lora, --eval-data and --eval-share need whole weights on every GPU",
-            "add --no-shard, or evaluate what was trained: mambactl eval",
+            f"{' and '.join(given)} need whole weights on every GPU",
+            f"add --no-shard, or {instead}",
         )

@@ -45,8 +45,9 @@ def inside(module: Module, work: Callable[[Module], Result]) -> Result:
 
 def regather(module: nn.Module) -> None:
     """Free what a pass without gradients left whole: what is registered is the parts again."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
 
 
 def shard_frozen(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from mambactl.ranks import from_main, is_main, largest
 from mambactl.train.interrupt import StopRequest
 from mambactl.train.ledger import Evaluation, PhaseReport
 from mambactl.train.run_lines import PROJECT, send_files
+from mambactl.train.sharding import regather
 
 # what transformers' callbacks take for a tracker, where that is not the package of its name
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
@@ -229,6 +230,7 @@ class _Watch(TrainerCallback):
         model = present(self.trainer.model)
         model.eval()
         found = present(self.evaluation).measure()
+        regather(model)
         # still in eval mode: the trainer's own means of a step are being written
         self.trainer.log({f"eval_{key}": value for key, value in found.items()})
         model.train()

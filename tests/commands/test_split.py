@@ -211,6 +211,21 @@ def test_a_trainer_killed_in_one_process_goes_on_in_others(
     assert curve(two, *keys) == [pytest.approx(row, rel=1e-4) for row in curve(one, *keys)]
 
 
+@pytest.mark.slow
+@forks
+def test_split_weights_are_measured_while_sft_trains(students, data, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("\n".join([json.dumps({"text": TEXT * 3})] * 4))
+    fields = {"kl_weight": 0.5, "eval_data": [str(held_out)], "eval_every": 1}
+    one, two = tmp_path / "one", tmp_path / "two"
+    sft.run(tune(data, 1, **fields), students["untied"], one)
+    work = partial(sft.run, tune(data, 2, **fields), students["untied"], two)
+    assert together(work, tmp_path / "log", shard=True) == [0, 0]
+    keys = ("step", "kl", "agreement", "ce")
+    assert curve(two, *keys) == [pytest.approx(row, rel=1e-4) for row in curve(one, *keys)]
+    assert farthest(weights(one), weights(two)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("begun", "now", "expected"),
     [
