@@ -117,6 +117,11 @@ def train(
     from_main(None)
     torch.manual_seed(config.seed)
     state = folder.load_state()
+    if from_main(state is None) != (state is None):
+        raise ResourceError(
+            f"the state in {folder.path} is not seen by every process of the run",
+            "give an -o OUT on a file system that all machines share",
+        )
     progress = _restore(model, state) if state else Progress()
     folder.truncate_log(progress.lines)
     optimizer_state = state["optimizer"] if state else None
