@@ -197,16 +197,16 @@ def _start(
 
 
 def _wait(children: Sequence[subprocess.Popen]) -> list[int]:
-    """The processes that failed first, once all have ended or had some time to notice."""
+    """The processes that failed, first ones first, once all ended or had some time to notice."""
     failed: list[int] = []
     deadline = 0.0
     while any(child.poll() is None for child in children):
         if failed and time.monotonic() > deadline:
-            return failed
+            break
         time.sleep(POLL)
         if not failed and (failed := _failed(children)):
             deadline = time.monotonic() + GRACE
-    return failed or _failed(children)
+    return list(dict.fromkeys([*failed, *_failed(children)]))
 
 
 def _failed(children: Sequence[subprocess.Popen]) -> list[int]:

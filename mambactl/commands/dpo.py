@@ -18,7 +18,7 @@ from mambactl.present import of_kind
 from mambactl.ranks import from_main, is_main, join, largest, sharded
 from mambactl.stage_result import StageResult
 from mambactl.train.epochs import with_steps
-from mambactl.train.job import Job, require_whole_weights
+from mambactl.train.job import Job
 from mambactl.train.preference_data import Preferences, preview, read_preferences
 from mambactl.train.preview import plan_training
 from mambactl.train.publish import as_begun, dated, report_phases, save_result, working_folder
@@ -86,9 +86,9 @@ def plan(config: DpoConfig, source: str) -> JsonObject:
 def _require(config: DpoConfig) -> None:
     """Raise for what cannot be trained, before anything is loaded."""
     config.require_coherent()
+    if sharded():
+        config.require_splittable()
     require_trackers(config)
-    held_out = {"--eval-data": config.eval_data, "--eval-share": config.eval_share}
-    require_whole_weights(held_out, "measure what was trained: mambactl eval --preferences")
 
 
 def _losses(config: DpoConfig) -> list[tuple[str, float]]:

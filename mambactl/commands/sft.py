@@ -23,7 +23,7 @@ from mambactl.stage_result import StageResult
 from mambactl.train.compiled import compile_blocks, release_blocks
 from mambactl.train.epochs import with_steps
 from mambactl.train.held_out import HeldOut
-from mambactl.train.job import Job, require_whole_weights
+from mambactl.train.job import Job
 from mambactl.train.ledger import Evaluation
 from mambactl.train.lora import adapted, merged, projections, require_peft, unadapted
 from mambactl.train.phases import shapes_of
@@ -126,13 +126,10 @@ def _adapter_plan(job: Job, config: SftConfig, estimated: int, parameters: int) 
 def _require(config: SftConfig) -> None:
     """Raise for what cannot be trained, before anything is loaded."""
     config.require_coherent()
-    if config.compile and sharded():
-        raise UsageError(
-            "--compile takes whole packed rows, without --lora and --shard", "drop --compile"
-        )
+    if sharded():
+        config.require_splittable()
     require_peft(config)
     require_trackers(config)
-    require_whole_weights({"--lora": config.lora}, "train the weights themselves")
 
 
 def _teacher(job: Job, config: SftConfig, measures: bool) -> HybridForCausalLM | None:

@@ -20,13 +20,12 @@ from mambactl.options.generation import (
     TokenConfig,
 )
 from mambactl.options.measurement import BenchConfig
+from mambactl.options.row_options import MixedRowsConfig, RowsConfig
 from mambactl.options.training import (
     AdaptedConfig,
     DistillConfig,
     DpoConfig,
     HeldOutConfig,
-    MixedRowsConfig,
-    RowsConfig,
     SftConfig,
     SpreadConfig,
     TeacherCacheConfig,

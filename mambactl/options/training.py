@@ -17,13 +17,13 @@ from mambactl.options.fields import (
     Shares,
     Softness,
     StageConfig,
-    Tokens,
     Trackers,
     Weights,
     Windows,
 )
 from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.on_policy import OnPolicyConfig
+from mambactl.options.row_options import MixedRowsConfig, RowsConfig, TextRowsConfig
 
 # fp32 weight, gradient, its bucket, two Adam moments, and a bf16 teacher
 WHOLE_BYTES = 22
@@ -35,61 +35,6 @@ SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 TEXT_LOSS = "sft"
 # losses of the difference of rewards, in which what a divergence leaves open cancels
 DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-
-
-class RowsConfig(StageConfig):
-    """Options for the rows of tokens that a stage sees."""
-
-    data: DataSpecs = Field(
-        default=[],
-        description="file (.jsonl, .json, .csv, .parquet, .txt), 'PATTERN', FOLDER[@split] or "
-        "ID[:config][@split]; DATA=0.7 weighs it",
-    )
-    max_steps: int = Field(default=200, ge=1, description="optimiser steps")
-    epochs: float | None = Field(
-        default=None,
-        gt=0,
-        description="how often the data is seen, in place of max_steps; in a mixture by weight, "
-        "the set that is the smallest for its share",
-    )
-    batch_size: Rows = Field(default=8, description="rows per step, of each process")
-    grad_accum: int = Field(default=1, ge=1, description="batches per optimiser step")
-    max_length: Tokens = Field(default=512, ge=16, description="tokens per row")
-    max_samples: int | None = Field(
-        default=None, ge=1, description="use at most this many documents"
-    )
-    packing: bool = Field(default=True, description="fill rows with several documents")
-    skip_bad_rows: bool = Field(
-        default=False, description="go on without rows that cannot be learned"
-    )
-
-    def require_coherent(self) -> None:
-        """Raise UsageError for two lengths of one run."""
-        if self.epochs is not None and "max_steps" in self.model_fields_set:
-            raise UsageError(
-                "--epochs and --max-steps both say how long a run is",
-                "drop one of them, also where a recipe gives it",
-            )
-
-
-class TextRowsConfig(RowsConfig):
-    """Rows of text, whose end says nothing unless they are whole."""
-
-    append_eos: bool = Field(
-        default=False,
-        description="end `text` rows with the end token: without it they teach no end",
-    )
-
-
-class MixedRowsConfig(TextRowsConfig):
-    """Rows of text with generated documents among them."""
-
-    recall_share: float = Field(
-        default=0.0,
-        ge=0,
-        le=0.5,
-        description="of the tokens: generated key-value, MQAR and copy documents",
-    )
 
 
 class TrainConfig(RowsConfig):
@@ -186,6 +131,15 @@ class SpreadConfig(TrainConfig):
     def is_launched(self) -> bool:
         """True if processes are started for it: one alone where a split state is read by one."""
         return self.processes > 1 or (bool(self.shard) and not self.whole_state)
+
+    def require_splittable(self) -> None:
+        """Raise UsageError for what cannot be done with weights that are split."""
+
+    def require_coherent(self) -> None:
+        """Raise UsageError for options that do not go with --shard, too."""
+        super().require_coherent()
+        if self.shard and self.is_launched:
+            self.require_splittable()
 
     @property
     def parameter_bytes(self) -> int:
@@ -308,8 +262,6 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
     def require_coherent(self) -> None:
         """Raise UsageError for steps that no CUDA graph can hold, and for options without use."""
         super().require_coherent()
-        if self.shard and self.processes > 1:
-            self.require_splittable()
         if ON_POLICY in self.stages:
             self.require_room(self.max_length)
         if self.keep_best and not (self.eval_data or self.eval_recall):
@@ -360,6 +312,12 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, SpreadConfig, TextR
     )
     assistant_only_loss: bool = Field(default=True, description="train on assistant turns only")
 
+    def require_splittable(self) -> None:
+        """Raise UsageError for what cannot be done with weights that are split."""
+        if self.compile or self.lora:
+            option = "--compile" if self.compile else "--lora"
+            raise UsageError(f"{option} needs whole weights on every GPU", "add --no-shard")
+
     def require_coherent(self) -> None:
         """Raise UsageError for a loss of nothing, and for options without what they apply to."""
         super().require_coherent()
@@ -367,11 +325,8 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, SpreadConfig, TextR
             raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
         if self.teacher_cache and not self.kl_weight:
             raise UsageError("--teacher-cache is of no use without a KL", "add --kl-weight 1")
-        shares = self.shard and self.processes > 1
-        if self.compile and (not self.packing or self.lora or shares):
-            raise UsageError(
-                "--compile takes whole packed rows, without --lora and --shard", "drop --compile"
-            )
+        if self.compile and (not self.packing or self.lora):
+            raise UsageError("--compile takes whole packed rows, without --lora", "drop --compile")
         if self.lora_alpha is not None and self.lora is None:
             raise UsageError("--lora-alpha scales adapters, and there are none", "add --lora RANK")
 
@@ -417,6 +372,13 @@ class DpoConfig(TrackedConfig, SpreadConfig):
         gt=0,
         description="stop at this KL of a held-out set to the reference, per token",
     )
+
+    def require_splittable(self) -> None:
+        """Raise UsageError for what cannot be done with weights that are split."""
+        if self.eval_data or self.eval_share:
+            option = "--eval-data" if self.eval_data else "--eval-share"
+            hint = "add --no-shard, or measure what was trained: mambactl eval --preferences"
+            raise UsageError(f"{option} of dpo needs whole weights on every GPU", hint)
 
     def require_coherent(self) -> None:
         """Raise UsageError for settings that TRL would refuse, or take and ignore."""

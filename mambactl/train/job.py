@@ -1,6 +1,5 @@
 """A training run: its options, its placement, its student and its teacher."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -20,7 +19,7 @@ from mambactl.models.transformers_names import recompute_activations
 from mambactl.options import MixedRowsConfig, SpreadConfig
 from mambactl.options.training import TeacherCacheConfig, TrainConfig
 from mambactl.present import of_kind
-from mambactl.ranks import placement, sharded
+from mambactl.ranks import placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,13 +137,3 @@ class Job:
     def recall_budget(self) -> int | None:
         """The most tokens of recall documents that the run can see; None where epochs decide."""
         return None if self.budget is None else round(self.recall_share * self.budget)
-
-
-def require_whole_weights(options: Mapping[str, object], instead: str) -> None:
-    """Raise UsageError where one of these options is given and weights are split."""
-    given = [flag for flag, value in options.items() if value]
-    if given and sharded():
-        raise UsageError(
-            f"{' and '.join(given)} need whole weights on every GPU",
-            f"add --no-shard, or {instead}",
-        )

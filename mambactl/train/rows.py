@@ -22,7 +22,8 @@ from mambactl.data.sources import Document, count_rows, load_rows
 from mambactl.errors import UsageError
 from mambactl.files import canonical
 from mambactl.generation.decoding import warn_beyond_positions
-from mambactl.options.training import HeldOutConfig, TextRowsConfig
+from mambactl.options.row_options import TextRowsConfig
+from mambactl.options.training import HeldOutConfig
 from mambactl.present import of_kind
 from mambactl.train.job import Job
 

@@ -30,7 +30,7 @@ from mambactl.checkpoint.load import load_model
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.commands import distill, dpo, sft
 from mambactl.errors import UsageError
-from mambactl.options import DistillConfig
+from mambactl.options import DistillConfig, DpoConfig, SftConfig
 from mambactl.train.consolidate import consolidated
 from mambactl.train.job import Job
 from mambactl.train.loop import _PhaseRun
@@ -250,10 +250,17 @@ def test_a_step_keeps_its_rows_on_other_processes(begun, now, expected):
 
 
 @pytest.mark.parametrize(
-    ("fields", "match"),
-    [({"capture": True}, "CUDA graph"), ({"stages": ["logits", "onpolicy"]}, "writes no text")],
+    ("stage", "fields", "match"),
+    [
+        (DistillConfig, {"capture": True}, "CUDA graph"),
+        (DistillConfig, {"stages": ["logits", "onpolicy"]}, "writes no text"),
+        (SftConfig, {"lora": 4}, "--lora needs whole weights"),
+        (SftConfig, {"compile": True}, "--compile needs whole weights"),
+        (DpoConfig, {"eval_data": ["y"]}, "--eval-data of dpo needs whole weights"),
+        (DpoConfig, {"eval_share": 0.1}, "--eval-share of dpo needs whole weights"),
+    ],
 )
-def test_what_split_weights_cannot_do_is_refused(fields, match):
-    DistillConfig(data=["x"], nproc=2, **fields).require_coherent()
+def test_what_split_weights_cannot_do_is_refused(stage, fields, match):
+    stage(data=["x"], nproc=2, **fields).require_coherent()
     with pytest.raises(UsageError, match=match):
-        DistillConfig(data=["x"], nproc=2, shard=True, **fields).require_coherent()
+        stage(data=["x"], nproc=2, shard=True, **fields).require_coherent()

@@ -158,8 +158,9 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     }
     if options.check:
         found["check"] = {name: _check(options, name, device, shares) for name in options.parts}
+        _say(found["check"])
     compiling, parts = compiles(options.compile, device), {}
-    for name in options.parts:
+    for name in [] if options.only_check else options.parts:
         recomputes = options.grad_checkpointing or name.endswith("whole")
         place = Place(device, dtype, shares, compiling, recomputes)
         try:
@@ -170,6 +171,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
                 raise
             parts[name] = {"out_of_memory": str(error).partition(".")[0]}
             release(device)
+        _say({name: parts[name]})
     leave()
     return found | {"parts": parts}
 
@@ -270,6 +272,12 @@ def _made(config: HybridConfig, place: Place, trained: set[str]) -> HybridForCau
     return model
 
 
+def _say(found: object) -> None:
+    """Tell the person who waits, and who may stop the run, how far it is."""
+    if rank() == 0:
+        sys.stderr.write(f"{json.dumps(found)}\n")
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -296,6 +304,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--together", action="store_true", help="all weights on every GPU")
     parser.add_argument("--grad-checkpointing", action="store_true", help="also for mixers")
+    parser.add_argument("--only-check", action="store_true", help="time nothing")
     parser.add_argument("--no-compile", dest="compile", action="store_const", const=False)
     parser.set_defaults(compile="auto")
     found = parser.parse_args(arguments)
