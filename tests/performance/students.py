@@ -151,10 +151,10 @@ def lines(students: Sequence[Student]) -> Iterator[Line]:
             yield Line(f"{heading}{suffix}", _number(metric, "fidelity", data))
         yield Line(f"KL of the window control{suffix}", _of_control(WINDOW, KL, "fidelity", data))
         yield Line(
-            f"KL with the state put to zero{suffix}", _of_control(ABLATED, KL, "fidelity", data)
+            f"KL with the state set to zero{suffix}", _of_control(ABLATED, KL, "fidelity", data)
         )
-    yield Line("recall over the teacher's", _number(MEAN_RECALL_RATIO, "recall", "recall"))
-    yield Line("least of it", _least)
+    yield Line("mean recall over the teacher's", _number(MEAN_RECALL_RATIO, "recall", "recall"))
+    yield Line("lowest of the six", _least)
     yield Line(
         "recall of the window control",
         _of_control(WINDOW, MEAN_RECALL_RATIO, "recall", "recall"),
@@ -164,8 +164,8 @@ def lines(students: Sequence[Student]) -> Iterator[Line]:
             yield Line(f"recall, {probe}", _number(RECALL_RATIO, "recall", probe))
     yield Line("needle over the teacher's", _needle)
     for length in _names(students, "needle", "student", "by_length"):
-        yield Line(f"needle, {int(length):,} (found; the teacher's)", _needle_at(length))
-    yield Line("tasks, points beside the teacher", _task_points)
+        yield Line(f"needles found at {int(length):,}; by the teacher", _needle_at(length))
+    yield Line("difference of tasks to the teacher, points", _task_points)
 
 
 def _cache_lines(students: Sequence[Student]) -> Iterator[Line]:
