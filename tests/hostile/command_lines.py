@@ -68,6 +68,7 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "dpo": ("model", "--data", "pairs.jsonl", "--device", "cpu", "--max-steps", "1"),
     "eval": ("model", "--data", "text.jsonl", "--device", "cpu"),
     "spec-decode": ("model", "--draft", "ngram", "--max-new-tokens", "2", "--device", "cpu"),
+    "synthetic": ("tiny", "--device", "cpu"),
     "bench": ("model", "--input-len", "4", "--output-len", "2", "--iters", "1", "--device", "cpu"),
     "generate": ("model", "-p", "the river", "--max-new-tokens", "2", "--device", "cpu"),
     "chat": ("model", "--max-new-tokens", "2", "--device", "cpu"),
@@ -136,7 +137,7 @@ def _file(draw: Random) -> Line:
 
 
 def _stdin(draw: Random) -> Line:
-    command = _command(draw, lambda each: each.model != "none")
+    command = _command(draw, lambda each: each.reads_model)
     return (command.name, "-", *WHOLE[command.name][1:]), draw.choice(INPUTS)
 
 

@@ -26,7 +26,7 @@ from mambactl.models.cache_bytes import session_bytes
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.session_size import SessionSize
 from mambactl.options import DistillConfig
-from mambactl.speed.synthetic import SHAPES, build
+from mambactl.speed.shapes import SHAPES, build
 from mambactl.train.compiled import compile_blocks, compiles
 from mambactl.train.drawn_prompts import DrawnPrompts, answers_at_most
 from mambactl.train.loop import Phase, train
