@@ -78,6 +78,7 @@ FLAGS = {
     "report": "--out --title --help",
     "doctor": "--deep --json --help",
     "docs": "--man --help",
+    "recipe plan": "--gpus --memory --set --json --help",
     "recipe run": "--out --from --to --skip --data --held-out --set --trust-remote-code --resume "
     "--force --dry-run --json --quiet --verbose --help",
 }
