@@ -19,10 +19,10 @@ from mambactl.options import (
     DistillConfig,
     DpoConfig,
     SftConfig,
-    ShardConfig,
     SpreadConfig,
     TrainConfig,
 )
+from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.recipes import Recipe, Section
 from mambactl.stage_result import Table
 
@@ -118,7 +118,7 @@ def _planned(section: Section, config: TrainConfig, start: Start, gpus: Gpus) ->
     sharded, phases = of(config, count)
     remedies, fitting = remedies_for(count)
     enough = None
-    if remedies is None and isinstance(config, ShardConfig):
+    if remedies is None and _can_share(config):
         more = (each for each in MORE_GPUS if each > count)
         enough = next((each for each in more if remedies_for(each)[0] is not None), None)
     # a token of every GPU at a time
@@ -142,11 +142,19 @@ def _planned(section: Section, config: TrainConfig, start: Start, gpus: Gpus) ->
 def _spread(config: TrainConfig, subject: Subject, gpus: Gpus) -> tuple[bool, dict[str, Needs]]:
     """Decide if GPUs share the weights; needs of every phase then."""
     whole = needs(config, subject, gpus.count, shards=False)
-    if gpus.count == 1 or not isinstance(config, ShardConfig) or config.shard is False:
+    asked = getattr(config, "shard", None)
+    if gpus.count == 1 or asked is False or not _can_share(config):
         return False, whole
-    if config.shard is None and gpus.hold(list(whole.values())):
+    if asked is None and gpus.hold(list(whole.values())):
         return False, whole
     return True, needs(config, subject, gpus.count, shards=True)
+
+
+def _can_share(config: TrainConfig) -> bool:
+    """True if the processes of a stage can share the weights: steps of one graph cannot."""
+    if isinstance(config, DistillConfig) and (config.capture or ON_POLICY in config.stages):
+        return False
+    return "shard" in type(config).model_fields
 
 
 def _remedies(
@@ -188,7 +196,7 @@ def _smaller_flag(config: TrainConfig) -> str:
 
 
 def _sharded(config: TrainConfig) -> TrainConfig | None:
-    if not isinstance(config, ShardConfig) or config.shard:
+    if getattr(config, "shard", None) or not _can_share(config):
         return None
     return config.model_copy(update={"shard": True})
 
