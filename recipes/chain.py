@@ -8,7 +8,7 @@
 Options of the stages are those of `recipes/llama3-8b.yaml`, but for the numbers of steps and the
 data. What the next stage does not need is deleted. A stage that fails is reported, and the next one
 goes on with the checkpoint before it. Weights are random, so no quality is measured. On standard
-output is one table; `--json` keeps the figures.
+output is one table; `--json` keeps the figures, stage by stage.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -40,7 +41,7 @@ class Chain:
     """The stages in order; `student` is the checkpoint that the next one takes."""
 
     def __init__(self, asked: argparse.Namespace):
-        self.asked, self.rows = asked, []
+        self.asked, self.rows, self.started = asked, [], time.monotonic()
         self.work = Path(asked.work).absolute()
         self.teacher = (Path(asked.teacher_in).absolute() if asked.teacher_in else self.work) / (
             "mambactl-chain-teacher"
@@ -76,11 +77,15 @@ class Chain:
         """One stage; deletes what is `finished` after it, and returns None if it failed."""
         if name in self.asked.skip:
             return None
+        left = self.asked.total - (time.monotonic() - self.started)
+        if left <= 0:
+            self.keep(Row(name, "", 0.0, 0, Peak(), note="left out: no time is left"))
+            return None
         more = shlex.split(self.asked.more.get(name, ""))
         line = ["mambactl", *words, *more, "--json"]
         line += ["-o", str(out), "--force"] if out else []
-        row = run(name, line, self.folders, self.asked.limit)
-        self.rows.append(row)
+        row = run(name, line, [self.work], min(self.asked.limit, left))
+        self.keep(row)
         if row.code:
             say(f"== {name} failed: {row.note}")
             remove(out)
@@ -90,10 +95,15 @@ class Chain:
         say(f"== {name}: {line_of(row)}")
         return row
 
-    @property
-    def folders(self) -> list[Path]:
-        """Folders whose bytes are counted as disk."""
-        return [self.work]
+    def keep(self, row: Row) -> None:
+        """Add a row, and write the figures so far where they are asked for."""
+        self.rows.append(row)
+        if not self.asked.json:
+            return
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        content = {"options": vars(self.asked), "gpus": gpus("name"), "versions": versions}
+        content["stages"] = [asdict(each) for each in self.rows]
+        Path(self.asked.json).write_text(json.dumps(content, indent=1), "utf-8")
 
     @property
     def spread(self) -> list[str]:
@@ -111,8 +121,8 @@ class Chain:
     def copies(self) -> None:
         """Time `cp` of the teacher, and `convert` by rule, which reads and writes as much."""
         copy = self.work / "copy"
-        row = run("cp", ["cp", "-r", str(self.teacher), str(copy)], self.folders, self.asked.limit)
-        self.rows.append(row)
+        line = ["cp", "-r", str(self.teacher), str(copy)]
+        self.keep(run("cp", line, [self.work], self.asked.limit))
         remove(copy)
         by_rule = ["convert", str(self.teacher), "--ratio", "0.5", "--device", "cpu"]
         self.stage("convert by rule", by_rule, copy, [copy])
@@ -153,7 +163,7 @@ class Chain:
         """Preferences, the teacher the reference; the whole model trains."""
         if not self.holds_states:
             why = "left out: the GPUs do not hold weights, gradients and moments of the whole model"
-            self.rows.append(Row("dpo", "", 0.0, 0, Peak(), note=why))
+            self.keep(Row("dpo", "", 0.0, 0, Peak(), note=why))
             return
         words = ["--recipe", PAPER, "--data", str(self.pairs), "--max-steps", str(self.asked.steps)]
         self.train("dpo", [*words, *FEW])
@@ -287,6 +297,7 @@ def options() -> argparse.Namespace:
     add("--select", choices=("recall", "kl", "uniform"), default="recall")
     add("--lora", type=int, help="rank of sft's adapters; default: where states do not fit")
     add("--limit", type=float, default=300, help="seconds after which a stage is stopped")
+    add("--total", type=float, default=86_400, help="seconds after which no stage begins")
     add("--skip", action="append", default=[], metavar="STAGE", help="leave a stage out")
     more = "more options of a stage: --more 'distill=--no-compile'"
     add("--more", type=pair, action="append", default=[], metavar="STAGE=OPTIONS", help=more)
@@ -313,11 +324,6 @@ def main() -> int:
     finally:
         if not asked.keep:
             remove(chain.teacher)
-        if asked.json:
-            versions = {name: version(name) for name in ("torch", "transformers")}
-            content = {"options": vars(asked), "gpus": gpus("name"), "versions": versions}
-            content["stages"] = [asdict(row) for row in chain.rows]
-            Path(asked.json).write_text(json.dumps(content, indent=1), "utf-8")
         sys.stdout.write(table(chain.rows) + "\n")
     return int(any(row.code for row in chain.rows))
 
