@@ -105,18 +105,14 @@ class Chain:
         content["stages"] = [asdict(each) for each in self.rows]
         Path(self.asked.json).write_text(json.dumps(content, indent=1), "utf-8")
 
-    @property
-    def spread(self) -> list[str]:
-        """Options of training on several processes."""
-        count = self.asked.nproc
-        return ["--nproc", str(count), "--shard"] if count > 1 else []
-
-    @property
-    def rows_of_steps(self) -> list[str]:
-        """Options for the rows of a step."""
+    def options(self, splits: bool) -> list[str]:
+        """Options for the rows of a step, and for the processes that take it."""
         asked = self.asked
         sizes = ["--batch-size", asked.rows, "--grad-accum", 1, "--max-length", asked.length]
-        return [*map(str, sizes), *self.device, *self.spread]
+        words = [*map(str, sizes), *self.device]
+        if asked.nproc > 1:
+            words += ["--nproc", str(asked.nproc), "--shard" if splits else "--no-shard"]
+        return words
 
     def copies(self) -> None:
         """Time `cp` of the teacher, and `convert` by rule, which reads and writes as much."""
@@ -157,7 +153,9 @@ class Chain:
         )
         words = ["--recipe", PAPER, "--data", str(TEXT), "--kl-weight", "1"]
         words += ["--max-steps", str(self.asked.steps), *FEW]
-        self.train("sft", words + (["--lora", str(rank)] if rank else []))
+        # a model with adapters is whole on every GPU
+        more = ["--lora", str(rank)] if rank else []
+        self.train("sft", words + more, splits=not rank)
 
     def dpo(self) -> None:
         """Preferences, the teacher the reference; the whole model trains."""
@@ -176,10 +174,10 @@ class Chain:
             return True
         return STATES * GROWN * self.parameters < 0.9 * sum(sizes)
 
-    def train(self, name: str, words: Sequence[str]) -> None:
+    def train(self, name: str, words: Sequence[str], splits: bool = True) -> None:
         """A training stage of the student."""
         if self.student is not None:
-            self.follow(name, [name, str(self.student), *words, *self.rows_of_steps])
+            self.follow(name, [name, str(self.student), *words, *self.options(splits)])
 
     def follow(self, name: str, words: Sequence[str]) -> None:
         """A stage whose result takes the student's name; the student before it is deleted."""

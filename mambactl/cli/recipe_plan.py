@@ -151,10 +151,13 @@ def _spread(config: TrainConfig, subject: Subject, gpus: Gpus) -> tuple[bool, di
 
 
 def _can_share(config: TrainConfig) -> bool:
-    """True if the processes of a stage can share the weights: steps of one graph cannot."""
-    if isinstance(config, DistillConfig) and (config.capture or ON_POLICY in config.stages):
-        return False
-    return "shard" in type(config).model_fields
+    """True if the processes of a stage can share the weights, as the stage itself decides."""
+    whole = isinstance(config, SftConfig) and (config.lora or config.compile)
+    if isinstance(config, DistillConfig):
+        whole = config.capture or ON_POLICY in config.stages
+    if isinstance(config, DpoConfig):
+        whole = config.eval_data or config.eval_share
+    return not whole and "shard" in type(config).model_fields
 
 
 def _remedies(

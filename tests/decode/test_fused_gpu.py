@@ -1,6 +1,6 @@
 """The engine on a GPU: device kernels, whole steps as CUDA graphs, scripted models.
 
-Scripted models know the right token after every token (see `speed.synthetic`), so every token
+Scripted models know the right token after every token (see `speed.shapes`), so every token
 of a long run is checked, whatever the precision.
 """
 
