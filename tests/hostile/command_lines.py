@@ -59,7 +59,8 @@ FLAGS = (
     ("--recipe", "n" * 5000), ("--recipe", "quickstart@x"), ("more", "words"), ("--dev", "cpu"),
     ("-o",), ("-o", "a", "-o", "b"), ("--device=cpu=gpu",), ("--version",), ("--json", "--dry-run"),
 )  # fmt: skip
-# a whole and cheap command line of every command but `serve`, which a signal alone ends
+# a whole and cheap command line of every command but `serve`, which a signal alone ends, and
+# `synthetic`, which fetches a tokenizer
 WHOLE: dict[str, tuple[str, ...]] = {
     "convert": ("model", "--device", "cpu"),
     "teacher-cache": ("llama", "--data", "text.jsonl", "--device", "cpu", "--max-steps", "1"),
@@ -68,7 +69,6 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "dpo": ("model", "--data", "pairs.jsonl", "--device", "cpu", "--max-steps", "1"),
     "eval": ("model", "--data", "text.jsonl", "--device", "cpu"),
     "spec-decode": ("model", "--draft", "ngram", "--max-new-tokens", "2", "--device", "cpu"),
-    "synthetic": ("tiny", "--device", "cpu"),
     "bench": ("model", "--input-len", "4", "--output-len", "2", "--iters", "1", "--device", "cpu"),
     "generate": ("model", "-p", "the river", "--max-new-tokens", "2", "--device", "cpu"),
     "chat": ("model", "--max-new-tokens", "2", "--device", "cpu"),
