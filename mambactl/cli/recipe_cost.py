@@ -18,16 +18,16 @@ from mambactl.cli.training_needs import (
     MIXERS,
     STORED,
     TRAINED,
+    Subject,
     has_guide,
+    needs,
     operations,
     phases_of,
     rate,
     trained_share,
 )
 from mambactl.errors import ModelError
-from mambactl.options import ConvertConfig, DistillConfig, DpoConfig, RowsConfig, TrainConfig
-from mambactl.options.on_policy import STAGE as ON_POLICY
-from mambactl.options.phase_steps import phase_steps
+from mambactl.options import ConvertConfig, DpoConfig, RowsConfig, TrainConfig
 from mambactl.recipes import REFERENCE, Recipe, Section, list_recipes, substitute
 from mambactl.stage_result import Table
 
@@ -266,9 +266,9 @@ def _cost(section: Section, start: Start) -> Cost:
     )
     trained = round(size * trained_share(config))
     memory = STORED * (size - trained) + TRAINED * trained + STORED * guide
-    if isinstance(config, DistillConfig) and ON_POLICY in phase_steps(config):
-        # the copy that writes
-        memory += STORED * size
+    if sizes is not None:
+        phases = needs(config, Subject(sizes, start.ratio, guide), 1, shards=False)
+        memory = max(each.total for each in phases.values())
     hours = total / rate(size) / 3600
     return Cost(section.key, tokens, total, hours, memory, disk, TRAINED * trained)
 
