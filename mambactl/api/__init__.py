@@ -9,6 +9,7 @@ FUNCTIONS = {
     "dpo": "dpo",
     "eval": "evaluate",
     "spec-decode": "spec_decode",
+    "synthetic": "synthetic",
     "bench": "bench",
     "generate": "generate",
     "chat": "chat",

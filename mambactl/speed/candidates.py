@@ -13,14 +13,14 @@ from torch import Tensor
 from mambactl.checkpoint.contents import describe
 from mambactl.checkpoint.load import load_model
 from mambactl.decode.backend import NGRAM, Draft
-from mambactl.errors import ModelError, UsageError
+from mambactl.errors import ModelError
 from mambactl.json_values import JsonObject
 from mambactl.models.byte_weights import for_decoding
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
 from mambactl.speed.limits import parameters_read
+from mambactl.speed.shapes import SHAPES, build, disagreeing, require_shape, successors
 from mambactl.speed.subject import Subject
-from mambactl.speed.synthetic import SHAPES, build, disagreeing, successors
 
 LEAST_PERIOD = 64
 
@@ -76,8 +76,7 @@ def require_shapes(config: BenchConfig) -> None:
     """Raise UsageError for a synthetic model that nobody knows."""
     drafts = [config.draft] if config.draft not in (None, NGRAM) else []
     for name in [*config.synthetic, *drafts]:
-        if name not in SHAPES:
-            raise UsageError(f"no synthetic model {name}", f"known: {', '.join(SHAPES)}")
+        require_shape(name)
 
 
 def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch.dtype) -> Source:
