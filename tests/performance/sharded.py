@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from mambactl.speed.synthetic import SHAPES, STD, _fill
 from torch import nn
 
 from mambactl.checkpoint.load import empty_model
@@ -52,7 +53,6 @@ from mambactl.ranks import (
     rank,
 )
 from mambactl.speed.memory import peak_bytes, release, reset_peak
-from mambactl.speed.synthetic import SHAPES, STD, _fill
 from mambactl.speed.training_speed import random_batch
 from mambactl.train.compiled import compile_blocks, compiles
 from mambactl.train.consolidate import part, whole
