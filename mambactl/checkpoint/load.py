@@ -16,6 +16,7 @@ from mambactl.checkpoint.adapted import Adapted, in_dtype, require_finite
 from mambactl.checkpoint.adapters import granite, llama, mamba, olmo, own, qwen, smollm
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.config_fields import GenerationFields, Identity, read_fields
+from mambactl.checkpoint.head_layout import is_head
 from mambactl.checkpoint.opening import open_checkpoint
 from mambactl.checkpoint.plain_config import PLAIN
 from mambactl.checkpoint.reader import Reader
@@ -67,6 +68,11 @@ def adapt(reader: Reader) -> Adapted:
     """Our config and names for an open checkpoint; raises ModelError for other architectures."""
     identity = read_fields(Identity, reader.config, reader.path)
     kind = _kind(identity)
+    if is_head(reader):
+        raise ModelError(
+            f"{reader.path} is a draft head, which is no model of its own",
+            "give it to spec-decode, generate, chat or serve as --draft, beside its target",
+        )
     known = FORMATS.get(kind or "")
     named = (identity.architectures or [known and known.architecture])[0]
     if known is None:

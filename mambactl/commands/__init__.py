@@ -158,6 +158,19 @@ _ROWS = (
         next_command="mambactl eval {path} --data FILE",
     ),
     Command(
+        "draft",
+        "mambactl.options.drafting:DraftConfig",
+        (
+            "mambactl draft t.st --data prompts.jsonl -o d.st",
+            "mambactl draft t.st --data answers.jsonl --text data --vocabulary 16384 -o d.st",
+            "mambactl draft t.st --kind model --layers 4 --data prompts.jsonl -o d.st",
+        ),
+        writes="model",
+        resumable=True,
+        group="make",
+        next_command="mambactl spec-decode --draft {path} --target TARGET",
+    ),
+    Command(
         "eval",
         "mambactl.evaluation.probes:EvalConfig",
         (

@@ -11,12 +11,14 @@ from mambactl import console
 from mambactl.decode.conversation import Conversation
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine, Generation, OnTokens
+from mambactl.decode.head_drafter import HeadDrafter
 from mambactl.decode.open_batch import OpenBatch
 from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.row_by_row import RowByRow
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.dispatch import switch, triton_missing
 from mambactl.models.byte_weights import mean_bytes
+from mambactl.models.draft_head import DraftHead
 from mambactl.models.hybrid import HybridForCausalLM
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ NGRAM = "ngram"
 # what "auto" means where nothing is measured
 REFERENCE_K = 4
 
-Draft = HybridForCausalLM | Literal["ngram"] | None
+Draft = HybridForCausalLM | DraftHead | Literal["ngram"] | None
 K = int | Literal["auto"]
 
 
@@ -76,7 +78,9 @@ def make_engine(
         if engine is not None:
             return engine
     reason = why_not(target.device)
-    if reason is None:
+    if isinstance(draft, DraftHead):
+        reason = "they run no draft head yet"
+    if reason is None and not isinstance(draft, DraftHead):
         from mambactl.decode.gpu.fused_engine import FusedEngine
         from mambactl.kernels.decode.triton.ops import TritonOps
         from mambactl.models.packed import NotSupported
@@ -121,7 +125,7 @@ def _on_cpu(
     """The engine of whole steps with operations for a CPU, where they can run the models."""
     models = [model for model in (target, draft) if isinstance(model, HybridForCausalLM)]
     fits = all(model.dtype == torch.float32 for model in models)
-    if switch() or not fits:
+    if switch() or not fits or isinstance(draft, DraftHead):
         return None
     from mambactl.decode.gpu.fused_engine import FusedEngine
     from mambactl.kernels.decode.cpu.cpu_ops import CpuOps
@@ -151,4 +155,6 @@ def _drafter(draft: Draft, target: HybridForCausalLM) -> Drafter | None:
         return None
     if isinstance(draft, str):
         return NgramDrafter()
+    if isinstance(draft, DraftHead):
+        return HeadDrafter(draft)
     return ModelDrafter(draft, target.config.vocab_size)

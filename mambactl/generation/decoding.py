@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mambactl import console
 from mambactl.checkpoint import vocabulary
 from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.head_layout import describe_head, is_draft_head
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.bad_rows import BadRows
@@ -15,6 +16,7 @@ from mambactl.data.conversations import read_conversations
 from mambactl.data.row_files import require_prompts
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation, OnTokens
+from mambactl.decode.head_files import load_head
 from mambactl.decode.prefix_files import GB, PrefixFolder
 from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
@@ -109,8 +111,12 @@ def load_both(
     """Target, its tokenizer and draft, on the device and in the type that are asked for."""
     device, dtype = placement(config)
     require_weights(config.weights, device)
-    target = for_decoding(load_model(source, device=device, dtype=dtype), config.weights)
+    target = load_model(source, device=device, dtype=dtype)
     draft = config.draft
+    if draft not in (None, NGRAM) and is_draft_head(draft):
+        # of the weights as they are stored
+        return for_decoding(target, config.weights), tokenizer, load_head(draft, target, source)
+    target = for_decoding(target, config.weights)
     if draft not in (None, NGRAM):
         draft = for_decoding(load_model(draft, device=device, dtype=dtype), config.weights)
     return target, tokenizer, draft
@@ -152,7 +158,12 @@ def require_draft(config: TokenConfig | BenchConfig | ServeConfig, source: str) 
 
 
 def require_draft_tokens(source: str, draft: str, trust_remote_code: bool = False) -> None:
-    """Raise ModelError when a draft model means other tokens than the target."""
+    """Raise ModelError when a draft model means other tokens than the target.
+
+    The tokens of a draft head are those of its target, by whose weights it is checked later.
+    """
+    if is_draft_head(draft):
+        return
     hint = "take a draft of the target's family, or --draft ngram"
     require_same_tokens(source, draft, "draft", hint, False, trust_remote_code)
 
@@ -212,7 +223,9 @@ def plan_models(config: TokenConfig | ServeConfig, source: str) -> dict[str, obj
     require_weights(config.weights, device)
     require_draft(config, source)
     target = describe(source)
-    draft = describe(config.draft) if config.draft not in (None, NGRAM) else None
+    draft = None
+    if config.draft not in (None, NGRAM):
+        draft = (describe_head if is_draft_head(config.draft) else describe)(config.draft)
     return {
         "source": target["checkpoint"],
         "parameters": target["parameters"],

@@ -104,7 +104,7 @@ def drawn_prompts(
     reading.bad.settle()
     if not found:
         raise UsageError("the data holds no prompt to write on from", "give chats, or longer texts")
-    console.log(f"{len(found):,} prompts for the student to write on from")
+    console.log(f"{len(found):,} prompts to write on from")
     ends = stored_end_tokens(job.source, tokenizer)
     return DrawnPrompts(found, np.array(chances) / sum(chances), ends)
 

@@ -28,7 +28,7 @@ from mambactl.files import canonical, replacing
 from mambactl.foreign import open_regular
 from mambactl.json_values import AnyObject, JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import TrainConfig
+from mambactl.options import StepsConfig
 from mambactl.present import of_kind
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw
@@ -37,7 +37,7 @@ from mambactl.train.job import Job
 from mambactl.train.ledger import PhaseReport
 from mambactl.train.run_lines import follow_steps
 
-Config = TypeVar("Config", bound=TrainConfig)
+Config = TypeVar("Config", bound=StepsConfig)
 
 
 def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
@@ -48,7 +48,7 @@ def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> Run
         return OtherFolder(Path(out), {})
     require_apart(Path(out), _teacher_of_lineage(job))
     folder = RunFolder(Path(out), identity(job))
-    follow_steps(of_kind(TrainConfig, job.config), folder)
+    follow_steps(of_kind(StepsConfig, job.config), folder)
     folder.check(resume, force)
     return folder
 
