@@ -141,9 +141,7 @@ def _facts(draft: Draft, digest: str) -> JsonObject:
     return found | ({"vocabulary": len(draft.ids)} if isinstance(draft, DraftHead) else {})
 
 
-def _save(
-    job: Job, draft: Draft, folder: RunFolder, own_output: bool, metrics: JsonObject
-) -> None:
+def _save(job: Job, draft: Draft, folder: RunFolder, own_output: bool, metrics: JsonObject) -> None:
     """Write the draft in its target's type and let it appear under its name."""
     stored = getattr(torch, describe(job.source)["dtype"])
     with open_checkpoint(job.source) as reader:
@@ -158,9 +156,7 @@ def _save(
         )
         if isinstance(draft, DraftHead):
             target = job.source, metrics["target_sha256"]
-            write_head(
-                draft.to(stored), folder.result, folder.single, target, record, own_output
-            )
+            write_head(draft.to(stored), folder.result, folder.single, target, record, own_output)
         else:
             draft.config.dtype = stored
             write_model(draft.to(stored), folder.result, folder.single, reader.files, record)

@@ -78,9 +78,7 @@ def make_engine(
         if engine is not None:
             return engine
     reason = why_not(target.device)
-    if isinstance(draft, DraftHead):
-        reason = "they run no draft head yet"
-    if reason is None and not isinstance(draft, DraftHead):
+    if reason is None:
         from mambactl.decode.gpu.fused_engine import FusedEngine
         from mambactl.kernels.decode.triton.ops import TritonOps
         from mambactl.models.packed import NotSupported
@@ -123,9 +121,10 @@ def _on_cpu(
     folder: PrefixFolder | None,
 ) -> "FusedEngine | None":
     """The engine of whole steps with operations for a CPU, where they can run the models."""
-    models = [model for model in (target, draft) if isinstance(model, HybridForCausalLM)]
+    own = draft.body if isinstance(draft, DraftHead) else draft
+    models = [model for model in (target, own) if isinstance(model, HybridForCausalLM)]
     fits = all(model.dtype == torch.float32 for model in models)
-    if switch() or not fits or isinstance(draft, DraftHead):
+    if switch() or not fits:
         return None
     from mambactl.decode.gpu.fused_engine import FusedEngine
     from mambactl.kernels.decode.cpu.cpu_ops import CpuOps

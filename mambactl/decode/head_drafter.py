@@ -31,6 +31,8 @@ class HeadReading:
     def start(cls, head: DraftHead, rows: int) -> "HeadReading":
         """Begin with rows that hold no token."""
         cache = HybridCache(head.config, rows, head.device)
+        # as the target's, whose rows stand level until all prompts are read
+        cache.level = True
         before = head.fc.weight.new_zeros(rows, head.config.hidden_size)
         return cls(head, cache, before)
 

@@ -62,6 +62,7 @@ class PromptReading:
             along = HeadReading.start(draft, len(rest))
             if start is not None:
                 along.cache = _cache(draft.body.model, start.draft, len(rest))
+                along.cache.level = True
                 along.before = start.hidden.expand(len(rest), -1)
             self._draft, self._unread = along.cache, 0
         pieces = piece_by_piece(target.model, self._target, rest, size, along)

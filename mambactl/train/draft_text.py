@@ -55,9 +55,7 @@ class DraftText:
             return None
         return CountedRows(StudentRows(self.config, job.dtype, target, (), self.prompts, []))
 
-    def tokens(
-        self, feed: CountedRows | None, size: int, most: int, folder: RunFolder
-    ) -> Tensor:
+    def tokens(self, feed: CountedRows | None, size: int, most: int, folder: RunFolder) -> Tensor:
         """The `most` tokens that the target writes most often, of a vocabulary of `size`.
 
         A run that goes on has those that it began with.

@@ -30,7 +30,9 @@ class _Passes(AttentionCache):
 
     def update(self, keys: Tensor, values: Tensor, positions: Tensor | None, slots: int) -> tuple:
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 2)
-        self.values = values if self.values is None else torch.cat([present(self.values), values], 2)
+        self.values = (
+            values if self.values is None else torch.cat([present(self.values), values], 2)
+        )
         return self.keys, self.values
 
 

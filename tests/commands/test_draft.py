@@ -6,7 +6,7 @@ import pytest
 import torch
 from train.abrupt_stop import abrupt_stop
 
-from mambactl.checkpoint.load import load_lineage, load_model
+from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.commands.draft import plan, run
 from mambactl.decode.head_files import load_head, weights_digest
 from mambactl.errors import ModelError, UsageError
@@ -37,3 +37,89 @@ def test_a_head_learns_from_what_its_target_writes(target, random_texts, tmp_pat
     rows = model.lm_head.weight[head.ids]
     assert torch.equal(head.body.lm_head.weight, rows)
     assert load_lineage(str(out))["stage"] == "draft"
+
+
+def test_a_target_that_changed_is_refused(target, random_texts, tmp_path, cli) -> None:
+    out, other = tmp_path / "d.st", tmp_path / "other"
+    run(settings(random_texts, max_steps=2), target, out)
+    with_draft = ["--draft", str(out), "--max-new-tokens", "6", "--device", "cpu", "--no-chat"]
+    done = cli("spec-decode", "--target", target, *with_draft, "-p", "w1 w2", "--check")
+    assert done.code == 0, done.err
+    changed = load_model(target)
+    with torch.no_grad():
+        changed.model.norm.weight[0] += 0.5
+    changed.save_pretrained(other)
+    load_tokenizer(target).save_pretrained(other)
+    for words in (
+        ["spec-decode", "--target", str(other), "-p", "w1"],
+        ["generate", str(other), "w1"],
+    ):
+        refused = cli(*words, *with_draft)
+        assert refused.code == 3
+        assert "was made for other weights than those of" in refused.err
+        assert "mambactl draft" in refused.err
+    inspected = cli("inspect", str(out))
+    assert inspected.code == 3 and "draft head" in inspected.err
+
+
+def test_a_model_of_some_layers_is_an_ordinary_checkpoint(target, random_texts, tmp_path) -> None:
+    out = tmp_path / "m.st"
+    found = run(settings(random_texts, kind="model", layers=2), target, out).metrics
+    assert found["model"]["steps"] == 4
+    whole, small = load_model(target), load_model(str(out))
+    assert small.config.mixers == [whole.config.mixers[n] for n in (0, -1)]
+    assert torch.equal(small.model.embed_tokens.weight, whole.model.embed_tokens.weight)
+    assert not torch.equal(
+        small.model.layers[1].mlp.up_proj.weight, whole.model.layers[-1].mlp.up_proj.weight
+    )
+    with pytest.raises(UsageError, match="no smaller than its target"):
+        plan(settings(random_texts, kind="model", layers=whole.config.num_hidden_layers), target)
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    target, random_texts, tmp_path
+) -> None:
+    config = settings(random_texts, max_steps=6)
+    whole, halves = tmp_path / "whole.st", tmp_path / "halves.st"
+    run(config, target, whole)
+    with abrupt_stop(lambda number, _: number == 3):
+        run(config, target, halves)
+    run(config, target, halves, resume=True)
+    model = load_model(target)
+    one, two = (load_head(str(path), model, target).state_dict() for path in (whole, halves))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_text_that_is_there_is_taken_as_it_is(target, random_texts, tmp_path) -> None:
+    out = tmp_path / "d"
+    config = settings(random_texts, text="data", output_lr=1e-3, max_steps=2)
+    found = run(config, target, out).metrics["head"]
+    assert "written_tokens" not in found
+    model = load_model(target)
+    head = load_head(str(out), model, target)
+    assert not torch.equal(head.body.lm_head.weight, model.lm_head.weight[head.ids])
+
+
+def test_damaged_heads_are_refused(target, random_texts, tmp_path) -> None:
+    out = tmp_path / "d"
+    run(settings(random_texts, max_steps=1), target, out)
+    model = load_model(target)
+    content = json.loads((out / "config.json").read_text())
+    for key, value in (("hidden_size", 48), ("target_sha256", "0" * 64), ("num_hidden_layers", 2)):
+        (out / "config.json").write_text(json.dumps(content | {key: value}))
+        with pytest.raises(ModelError):
+            load_head(str(out), model, target)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"kl_weight": 0.0, "ce_weight": 0.0}, "are both 0"),
+        ({"epochs": 1.0, "max_steps": None}, "--epochs count text that is there"),
+        ({"answer_tokens": 48}, "leave no room"),
+    ],
+)
+def test_options_without_sense_are_refused(options, problem) -> None:
+    given = {key: value for key, value in options.items() if value is not None}
+    with pytest.raises(UsageError, match=problem):
+        DraftConfig(**{"max_length": 48, "answer_tokens": 12, **given}).require_coherent()
