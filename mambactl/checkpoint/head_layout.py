@@ -1,4 +1,4 @@
-"""Draft heads as checkpoints: which one is, for which weights, and the fields of its config.json."""
+"""Draft heads as checkpoints: the fields of their config.json, and how they are recognised."""
 
 import math
 

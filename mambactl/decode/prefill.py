@@ -13,7 +13,7 @@ from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 CHUNK_TOKENS = 8192
 # a piece is no shorter, however many rows there are
 LEAST_CHUNK = 16
-# takes a piece of tokens [B, T], the model's stream behind each [B, T, D], and the n_new [B] of them
+# takes a piece of tokens [B, T], the streams behind them [B, T, D], and how many are new [B]
 Along = Callable[[Tensor, Tensor, Tensor | None], None]
 
 

@@ -1,4 +1,4 @@
-"""The first weights of a draft: a head from its target's last attention, a model from some layers."""
+"""The first weights of a draft: a head with the target's last attention, a model of some layers."""
 
 import torch
 from torch import nn

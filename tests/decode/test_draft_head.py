@@ -88,10 +88,10 @@ def test_sampled_text_is_the_same_in_both_engines(target) -> None:
 
 
 def test_a_number_of_drafts_may_change_between_steps(target, monkeypatch) -> None:
-    numbers = cycle((1, 6, 2, 3))
-    monkeypatch.setattr(Choice, "update", lambda self: next(numbers))
     params, head = SamplingParams(max_new_tokens=40), head_for(target)
     plain = FusedEngine(target, None, 0, ReferenceOps()).generate(PROMPTS, params)
+    numbers = cycle((1, 6, 2, 3))
+    monkeypatch.setattr(Choice, "update", lambda self: next(numbers))
     auto = FusedEngine(target, head, "auto", ReferenceOps()).generate(PROMPTS, params)
     assert auto.tokens == plain.tokens
     assert auto.stats.accepted > 10 and len(auto.stats.lengths) == 4

@@ -24,7 +24,7 @@ from mambactl.models.session_size import SessionSize
 
 @dataclass(frozen=True)
 class PackedHead:
-    """A head with its layer packed for decode passes; `source` is the module of the same weights."""
+    """A head with its layer packed for decode passes; `source` is the module itself."""
 
     source: DraftHead
     body: PackedModel
