@@ -36,7 +36,7 @@ class Command:
     metrics alone. `argument` is an option that may also be typed behind MODEL, without its flag.
     `needs_torch` is for commands that are no stages, which all do. `group` is where the help of the
     program lists it; `next_command` is what is typed next, with `{path}` for what was written, or
-    measured.
+    measured, and `{source}` for MODEL.
     """
 
     name: str
@@ -168,7 +168,7 @@ _ROWS = (
         writes="model",
         resumable=True,
         group="make",
-        next_command="mambactl spec-decode --draft {path} --target TARGET",
+        next_command="mambactl spec-decode --draft {path} --target {source}",
     ),
     Command(
         "eval",

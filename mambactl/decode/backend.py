@@ -18,7 +18,7 @@ from mambactl.decode.row_by_row import RowByRow
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.dispatch import switch, triton_missing
 from mambactl.models.byte_weights import mean_bytes
-from mambactl.models.draft_head import DraftHead
+from mambactl.models.draft_head import DraftHead, DraftModel
 from mambactl.models.hybrid import HybridForCausalLM
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ NGRAM = "ngram"
 # what "auto" means where nothing is measured
 REFERENCE_K = 4
 
-Draft = HybridForCausalLM | DraftHead | Literal["ngram"] | None
+Draft = DraftModel | Literal["ngram"]
 K = int | Literal["auto"]
 
 

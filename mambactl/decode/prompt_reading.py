@@ -10,7 +10,7 @@ from torch import Tensor
 from mambactl.decode.head_drafter import HeadReading
 from mambactl.decode.prefill import piece_by_piece
 from mambactl.models.cache import HybridCache
-from mambactl.models.draft_head import DraftHead
+from mambactl.models.draft_head import DraftHead, DraftModel
 from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 from mambactl.present import present
 
@@ -43,7 +43,7 @@ class PromptReading:
     def __init__(
         self,
         target: HybridForCausalLM,
-        draft: HybridForCausalLM | DraftHead | None,
+        draft: DraftModel,
         prompts: Sequence[Sequence[int]],
         start: ReadPrompt | None,
         piece: int,

@@ -71,6 +71,10 @@ class DraftHead(nn.Module):
         return whole.index_copy_(-1, self.ids, own)
 
 
+# a draft that has weights, or none
+DraftModel = HybridForCausalLM | DraftHead | None
+
+
 def layer_config(target: HybridConfig, index: int) -> HybridConfig:
     """Configuration of a head's layer: layer `index` of the target, as attention to all tokens."""
     whole = target.with_layers({index: (ATTENTION, None)})

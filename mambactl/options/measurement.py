@@ -74,8 +74,8 @@ class BenchConfig(StageConfig):
     @property
     def other_models(self) -> list[tuple[str, str]]:
         """Options that name a model beside MODEL; a synthetic draft is none."""
-        named = super().other_models
-        return [each for each in named if self.needs_model or each[0] != "draft"]
+        synthetic = {("draft", self.draft)} if not self.needs_model else set()
+        return [each for each in super().other_models if each not in synthetic]
 
     def require_coherent(self) -> None:
         """Raise UsageError for a training that is measured against something else than itself."""

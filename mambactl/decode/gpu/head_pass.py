@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from mambactl.decode.gpu.state import ModelState, PackedModel, pack
-from mambactl.decode.gpu.step import Batch, Distribution, Guide, HeadScratch, Pass, head_scratch
+from mambactl.decode.gpu.step import Batch, Distribution, Guide, HeadScratch, Pass, draw_draft, head_scratch
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Field
-from mambactl.kernels.random import Stream
 from mambactl.models.draft_head import DraftHead
 from mambactl.models.packed import Residual, Segment
 from mambactl.models.session_size import SessionSize
@@ -132,15 +131,11 @@ class HeadPass(Guide):
             self.model.best(s, 1, True, self.token, self.scratch)
             out.copy_(self.ids[self.token.long()])
             return
-        ops, ids = self.model.ops, self.head.source.ids
+        ids = self.head.source.ids
         own = one.logits.new_empty(len(out), len(ids))
         self.model.logits(s, 1, True, own)
         one.logits.fill_(float("-inf")).index_copy_(1, ids, own)
-        ops.filter_rows(one.logits, b.settings, one.threshold, one.log_mass)
-        ops.draw_rows(
-            one.logits, b.settings, one.threshold, one.log_mass, b.keys, b.field(Field.WRITTEN),
-            b.seed, int(Stream.PROPOSE), tokens=out, offset=i,
-        )  # fmt: skip
+        draw_draft(self.model.ops, b, one, i)
 
 
 def _rows(s: Residual, index: Tensor) -> Residual:

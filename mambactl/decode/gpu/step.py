@@ -246,6 +246,15 @@ class Distribution:
     log_mass: Tensor
 
 
+def draw_draft(ops: DecodeOps, b: Batch, one: Distribution, i: int) -> None:
+    """Draw draft i of every sequence from logits that are written."""
+    ops.filter_rows(one.logits, b.settings, one.threshold, one.log_mass)
+    ops.draw_rows(
+        one.logits, b.settings, one.threshold, one.log_mass, b.keys, b.field(Field.WRITTEN),
+        b.seed, int(Stream.PROPOSE), tokens=b.feed[:, 2 + i], offset=i,
+    )  # fmt: skip
+
+
 class Guide(ABC):
     """A draft that reads the target's stream, and what it remembers of the last step."""
 
@@ -365,11 +374,7 @@ class Step:
                 continue
             one = self._drafted(i)
             model.logits(stream, segment.T, True, one.logits)
-            self.ops.filter_rows(one.logits, b.settings, one.threshold, one.log_mass)
-            self.ops.draw_rows(
-                one.logits, b.settings, one.threshold, one.log_mass, b.keys,
-                b.field(Field.WRITTEN), b.seed, int(Stream.PROPOSE), tokens=out, offset=i,
-            )  # fmt: skip
+            draw_draft(self.ops, b, one, i)
 
     def _judge(self, stream: Residual, k: int, drafts: Tensor, drafted: Tensor | None) -> None:
         b = self.batch
