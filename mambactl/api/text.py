@@ -319,7 +319,7 @@ def _beside(draft: Model | Spec, handle: Model) -> Draft:
             return for_decoding(load_model(spec, target.device, target.dtype), weights)
         if weights != "auto":
             raise UsageError(
-                f"a draft head knows its target by the weights as they are stored, not in {weights}",
+                f"a draft head knows its target by the stored weights, not by those in {weights}",
                 "load the model without weights, or give another draft",
             )
         return load_head(spec, target, handle.source)

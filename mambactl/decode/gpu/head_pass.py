@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from mambactl.decode.gpu.state import ModelState, PackedModel, pack
-from mambactl.decode.gpu.step import Batch, Distribution, Guide, HeadScratch, Pass, draw_draft, head_scratch
+from mambactl.decode.gpu.step import (
+    Batch,
+    Distribution,
+    Guide,
+    HeadScratch,
+    Pass,
+    draw_draft,
+    head_scratch,
+)
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.models.draft_head import DraftHead
