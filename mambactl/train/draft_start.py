@@ -10,6 +10,9 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.draft_head import DraftHead, layer_config
 from mambactl.models.hybrid import HybridForCausalLM
 
+# tokens whose streams say how large streams are
+SAMPLED_TOKENS = 128
+
 
 def spread_layers(whole: int, count: int) -> list[int]:
     """Indices of `count` of `whole` layers at equal distances, the first and the last among them.
@@ -46,7 +49,8 @@ def begun_head(target: HybridForCausalLM, ids: torch.Tensor, own_output: bool) -
     """A head for the tokens `ids`, in fp32 where it trains.
 
     Its layer starts as the target's last layer that is attention alone, or at random where no
-    layer is, with the MLP of the last one; the product adds stream and embedding up.
+    layer is, with the MLP of the last one. The product adds both inputs up: the stream as large as
+    the target's is, for which that layer was made, and the embedding at a size of 1.
     """
     config = target.config
     attention = config.attention_layers
@@ -55,8 +59,8 @@ def begun_head(target: HybridForCausalLM, ids: torch.Tensor, own_output: bool) -
     for module in (head.stream_norm, head.token_norm, head.fc, head.body.model.layers):
         module.float()
     head.body.model.norm.float().load_state_dict(target.model.norm.state_dict())
-    for norm in (head.stream_norm, head.token_norm):
-        norm.weight.fill_(1.0)
+    head.stream_norm.weight.fill_(_stream_size(target, ids))
+    head.token_norm.weight.fill_(1.0)
     width = config.hidden_size
     head.fc.weight.copy_(torch.eye(width).repeat(1, 2))
     theirs = target.model.layers[index].state_dict()
@@ -72,6 +76,15 @@ def begun_head(target: HybridForCausalLM, ids: torch.Tensor, own_output: bool) -
         output = head.body.lm_head
         output.weight = nn.Parameter(output.weight.detach().float())
     return head
+
+
+def _stream_size(target: HybridForCausalLM, ids: torch.Tensor) -> float:
+    """The rms of the target's stream behind its last layer, at the median of some tokens."""
+    tokens = ids[None, :SAMPLED_TOKENS].to(target.device)
+    hidden, context = target.model.enter(tokens)
+    for block in target.model.layers:
+        hidden = block(hidden, context, None)
+    return hidden.float().square().mean(-1).sqrt().median().item()
 
 
 def _with_mlp(config: HybridConfig) -> HybridConfig:

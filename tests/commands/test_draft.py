@@ -6,6 +6,7 @@ import pytest
 import torch
 from train.abrupt_stop import abrupt_stop
 
+import mambactl
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.commands.draft import plan, run
 from mambactl.decode.head_files import load_head, weights_digest
@@ -62,6 +63,27 @@ def test_a_target_that_changed_is_refused(target, random_texts, tmp_path, cli) -
     assert inspected.code == 3 and "draft head" in inspected.err
 
 
+def test_chat_and_generate_write_what_they_write_without_it(
+    target, random_texts, tmp_path, cli
+) -> None:
+    out = tmp_path / "d.st"
+    run(settings(random_texts, max_steps=2), target, out)
+    words = ["--max-new-tokens", "8", "--dtype", "float32", "--device", "cpu"]
+    lines = f"w1 w2\nw3\n/save {tmp_path / 'kept.st'}\n"
+    plain = cli("chat", target, *words, stdin="w1 w2\nw3\n")
+    drafted = cli("chat", target, *words, "--draft", str(out), "-k", "2", stdin=lines)
+    assert plain.code == 0 and drafted.out.splitlines()[:2] == plain.out.splitlines()[:2]
+    assert "no state is kept" in drafted.err + drafted.out
+    model = mambactl.load(target, device="cpu", dtype="float32")
+    params = mambactl.SamplingParams(max_new_tokens=8)
+    (one,) = mambactl.generate(model, "w5 w6", params, draft=str(out), k=3)
+    (two,) = mambactl.generate(model, "w5 w6", params)
+    assert one.text == two.text and one.stats.drafted > 0
+    with pytest.raises(UsageError, match="by the stored weights"):
+        rounded = mambactl.load(target, device="cpu", weights="int8")
+        mambactl.generate(rounded, "w5", params, draft=str(out))
+
+
 def test_a_model_of_some_layers_is_an_ordinary_checkpoint(target, random_texts, tmp_path) -> None:
     out = tmp_path / "m.st"
     found = run(settings(random_texts, kind="model", layers=2), target, out).metrics
@@ -105,7 +127,7 @@ def test_damaged_heads_are_refused(target, random_texts, tmp_path) -> None:
     run(settings(random_texts, max_steps=1), target, out)
     model = load_model(target)
     content = json.loads((out / "config.json").read_text())
-    for key, value in (("hidden_size", 48), ("target_sha256", "0" * 64), ("num_hidden_layers", 2)):
+    for key, value in (("hidden_size", 64), ("target_sha256", "0" * 64), ("num_hidden_layers", 2)):
         (out / "config.json").write_text(json.dumps(content | {key: value}))
         with pytest.raises(ModelError):
             load_head(str(out), model, target)
