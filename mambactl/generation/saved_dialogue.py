@@ -37,8 +37,8 @@ _HINT = "give a file that /save wrote"
 def save(chat: Chat, name: str) -> None:
     """Write a conversation into a new file, or in the place of one that was saved before.
 
-    Raises UsageError where nothing was said, or no state is kept, OutputError for a file of another kind and for one
-    that cannot be written, ResourceError on a full disk.
+    Raises UsageError where nothing was said and where no state is kept, OutputError for a file of
+    another kind and for one that cannot be written, ResourceError on a full disk.
     """
     if isinstance(chat.setup.draft, DraftHead):
         raise UsageError(

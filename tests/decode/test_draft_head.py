@@ -6,6 +6,7 @@ from itertools import cycle
 import pytest
 import torch
 from decode.heads import guided, head_for
+from decode.memory import poisoned
 
 from mambactl.decode.draft_count import Choice
 from mambactl.decode.engine import Engine
@@ -130,3 +131,24 @@ def read_whole(target, head, prompts, start, piece):
     while not reading.read():
         pass
     return reading.results()
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("temperature", [0.0, 4.0])
+def test_device_kernels_in_the_interpreter(make_hybrid, monkeypatch, temperature) -> None:
+    """The kernels of a GPU, tiny as they are slow here, in memory that holds NaN."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here: see test_head_gpu.py")
+    from mambactl.kernels.decode.triton.ops import TritonOps
+
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 40,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    target = guided(make_hybrid(["attention"], seed=4, **sizes))
+    head, params = head_for(target, 30), SamplingParams(temperature, max_new_tokens=5)
+    wanted = Engine(target, HeadDrafter(head), 2).generate([PROMPTS[0][:3]], params)
+    with poisoned(monkeypatch):
+        engine = FusedEngine(target, head, 2, TritonOps(exact=True))
+        found = engine.generate([PROMPTS[0][:3]], params)
+    assert found.tokens[0][:-1] == wanted.tokens[0][:-1]
+    assert found.stats.drafted > 0
