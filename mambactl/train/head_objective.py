@@ -53,14 +53,15 @@ class HeadObjective:
         amp: torch.dtype | None = None,
     ):
         self.head, self.target, self.amp = head, target, amp
-        self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight}
+        self.kl_weight, self.ce_weight = kl_weight, ce_weight
         shares = torch.tensor([DECAY**number for number in range(passes)])
         self.shares = (shares / shares.sum()).tolist()
         # the target's own rows; those of the head may come to differ
         self.rows = target.lm_head.weight.detach()[head.ids]  # [Vt, D]
         row_of = torch.full((target.config.vocab_size,), -1)
         row_of[head.ids.cpu()] = torch.arange(len(head.ids))
-        self.row_of = row_of  # [V]
+        # [V], for batches on the host, and for those on the device
+        self.row_of, self.row_there = row_of, row_of.to(self.rows.device)
 
     def count(self, batch: Batch) -> int:
         """Tokens that some position of the row predicts, and the head can draft."""
@@ -73,7 +74,6 @@ class HeadObjective:
 
     def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
         """One pass of the target and several of the head; see `Objective`."""
-        self.row_of = self.row_of.to(batch.input_ids.device)
         with autocast(batch.input_ids.device, self.amp):
             streams = self._streams(batch)
             with torch.no_grad():
@@ -96,30 +96,37 @@ class HeadObjective:
     def _losses(self, batch: Batch, streams: Tensor, guide: Teacher) -> Tensor:
         head, model = self.head, self.head.body.model
         targets, mask = next_tokens(batch)
-        rows = self.row_of[targets]  # [B, T]
+        rows = self.row_there[targets]  # [B, T]
         learned, rows = mask & (rows >= 0), rows.clamp(min=0)
         positions = None if batch.seq_idx is None else batch.position_ids
         opening = (batch.position_ids == 0)[..., None]
         cache = HybridCache(head.config, len(rows), head.device)
         cache.layers = [_Passes()]
-        context: StepContext | None = None
+        context = model.context(self._wide(streams), positions, seq_idx=batch.seq_idx)
+        seen = visible(context, streams)
         total = streams.new_zeros((), dtype=torch.float32)
         for number, weight in enumerate(self.shares):
             before = shifted(streams, torch.zeros_like(streams[:, 0])).masked_fill(opening, 0)
-            hidden = head.entering(before, batch.input_ids)
-            hidden = hidden if self.amp is None else hidden.float()
-            if context is None:
-                context = model.context(hidden, positions, seq_idx=batch.seq_idx)
-                seen = visible(context, hidden)
+            hidden = self._wide(head.entering(before, batch.input_ids))
             masked = replace(context, mask=pass_mask(seen, number)[:, None], spans=None)
             streams = model.layers[0](hidden, masked, cache)
             # a position cannot follow more drafts than there are tokens before it
             counted = learned & (batch.position_ids >= number)
             loss = distillation_loss(
-                model.norm(streams), head.body.lm_head.weight, rows, counted, guide, **self.weights
+                model.norm(streams),
+                head.body.lm_head.weight,
+                rows,
+                counted,
+                guide,
+                self.kl_weight,
+                self.ce_weight,
             )
             total = total + weight * loss.total
         return total
+
+    def _wide(self, stream: Tensor) -> Tensor:
+        """The stream in fp32 where autocast trains, as the model's own."""
+        return stream if self.amp is None else stream.float()
 
 
 def visible(context: StepContext, hidden: Tensor) -> Tensor:

@@ -9,7 +9,11 @@ from train.abrupt_stop import abrupt_stop
 import mambactl
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.commands.draft import plan, run
+from mambactl.decode.backend import make_engine
+from mambactl.decode.engine import Engine
+from mambactl.decode.head_drafter import HeadDrafter
 from mambactl.decode.head_files import load_head, weights_digest
+from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import ModelError, UsageError
 from mambactl.options import DraftConfig
 
@@ -110,6 +114,43 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     model = load_model(target)
     one, two = (load_head(str(path), model, target).state_dict() for path in (whole, halves))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+FORMS = {
+    "no attention and no mlp": (["mamba2"] * 2, {"has_mlp": False}),
+    "norms of heads": (["mamba1", "attention"], {"qk_norm": True, "attention_bias": True}),
+    "multipliers": (["attention"] * 2, {"residual_multiplier": 0.25, "logits_scaling": 4.0}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_targets_of_other_forms(make_hybrid, tiny_tokenizer, random_texts, tmp_path, form) -> None:
+    mixers, fields = FORMS[form]
+    source = tmp_path / "t"
+    make_hybrid(mixers, seed=1, **fields).save_pretrained(source)
+    tiny_tokenizer.save_pretrained(source)
+    run(settings(random_texts, max_steps=2, dtype="bfloat16"), str(source), tmp_path / "d.st")
+    model = load_model(str(source))
+    head = load_head(str(tmp_path / "d.st"), model, str(source))
+    params, prompts = SamplingParams(max_new_tokens=20), [[5, 6, 7], [8]]
+    plain = make_engine(model, None, 0).generate(prompts, params)
+    found = make_engine(model, head, 3).generate(prompts, params)
+    again = Engine(model, HeadDrafter(head), 3).generate(prompts, params)
+    assert found.tokens == plain.tokens == again.tokens
+    assert found.stats.row_steps == again.stats.row_steps
+
+
+def test_the_command_line_says_who_can_use_it(target, random_texts, tmp_path, cli) -> None:
+    out = tmp_path / "d.st"
+    words = ["draft", target, "--data", str(random_texts), "--max-steps", "2", "--max-length", "48"]
+    words += ["--answer-tokens", "8", "--batch-size", "2", "--device", "cpu", "-o", str(out)]
+    planned = cli(*words, "--vocabulary", "60", "--dry-run", "--json")
+    assert planned.code == 0 and json.loads(planned.out)["vocabulary"] == 60 and not out.exists()
+    done = cli(*words)
+    assert done.code == 0 and done.out.strip() == str(out)
+    assert "only mambactl decodes with it, and only" in done.err
+    assert f"next: mambactl spec-decode --draft {out} --target {target}" in done.err
+    assert cli(*words).code == 5 and cli(*words, "--resume").code == 0
 
 
 def test_text_that_is_there_is_taken_as_it_is(target, random_texts, tmp_path) -> None:
