@@ -171,7 +171,7 @@ class _Reading:
         if length <= self.room:
             return True
         problem = f"has a prompt of {length} tokens, and a row leaves it {self.room}"
-        cure = "raise --max-length, or ask for shorter answers"
+        cure = "raise --max-length, or lower --onpolicy-tokens (of draft: --answer-tokens)"
         self.bad.add(LONG, row.where, problem, cure)
         return False
 

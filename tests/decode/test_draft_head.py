@@ -5,12 +5,14 @@ from itertools import cycle
 
 import pytest
 import torch
+from decode.engines import rows_one_by_one
 from decode.heads import guided, head_for
 from decode.memory import poisoned
 
 from mambactl.decode.draft_count import Choice
 from mambactl.decode.engine import Engine
 from mambactl.decode.gpu.fused_engine import FusedEngine
+from mambactl.decode.gpu.head_pass import HeadPass
 from mambactl.decode.head_drafter import HeadDrafter, HeadReading
 from mambactl.decode.open_batch import RowRequest
 from mambactl.decode.prompt_reading import PromptReading
@@ -18,7 +20,9 @@ from mambactl.decode.row_by_row import RowByRow
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.cpu.cpu_ops import CpuOps
 from mambactl.kernels.decode.reference.ops import ReferenceOps
+from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.models.cache import HybridCache
+from mambactl.models.draft_head import DraftHead
 
 MIXERS = ["mamba2", "attention", "mamba2_window"]
 PROMPTS = [[5, 9, 11, 30, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9, 10, 40, 41, 42]]
@@ -39,7 +43,7 @@ def test_every_greedy_token_is_that_of_plain_decoding(target, k, tokens) -> None
 
 
 def test_rejected_drafts_leave_no_trace(target) -> None:
-    """After many steps the head's keys are bit for bit those of a head that read the text alone."""
+    """After many steps the head's keys are those of a head that read the text alone."""
     head = head_for(target)
     engine = Engine(target, HeadDrafter(head), 4)
     texts = engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=40)).tokens
@@ -96,6 +100,34 @@ def test_a_number_of_drafts_may_change_between_steps(target, monkeypatch) -> Non
     auto = FusedEngine(target, head, "auto", ReferenceOps()).generate(PROMPTS, params)
     assert auto.tokens == plain.tokens
     assert auto.stats.accepted > 10 and len(auto.stats.lengths) == 4
+
+
+def test_what_was_rejected_leaves_no_bit(target, monkeypatch) -> None:
+    """Keys of the head behind a text are the same bits whatever was drafted on the way."""
+    rows_one_by_one(monkeypatch)
+    whole = DraftHead.joined
+
+    def by_row(self, streams, embedded):
+        if streams.ndim > 2:
+            return whole(self, streams, embedded)
+        pairs = zip(streams.split(1), embedded.split(1), strict=True)
+        return torch.cat([whole(self, *pair) for pair in pairs])
+
+    monkeypatch.setattr(DraftHead, "joined", by_row)
+    head, prompt, held = head_for(target), PROMPTS[0], []
+    for k in (1, 4):
+        engine = FusedEngine(target, head, k, ReferenceOps())
+        done = engine.generate([prompt], SamplingParams(max_new_tokens=40))
+        assert done.stats.rejections > 5
+        session = engine.sessions[1]
+        guide = session.step.draft
+        assert isinstance(guide, HeadPass) and session.draft is not None
+        known = int(session.batch.field(Field.LENGTH)[0] - guide.behind[0])
+        held.append((known, session.draft.tensors()))
+    known = min(length for length, _ in held)
+    assert known > 40
+    for one, other in zip(*(tensors for _, tensors in held), strict=True):
+        assert torch.equal(one[:, :, :known], other[:, :, :known])
 
 
 @pytest.mark.parametrize("piece", [2, 64])
