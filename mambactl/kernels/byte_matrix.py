@@ -80,10 +80,6 @@ def rounded_to_bytes(weight: Tensor, kind: Kind) -> Tensor:
 
 
 def linear(x: Tensor, w: ByteMatrix, bias: Tensor | None = None) -> Tensor:
-    """Multiply x [..., K] by W^T and add the bias: [..., N] in the type of x."""
-    if x.dtype == torch.float16:
-        # products with what is not scaled yet could leave the range of fp16
-        return F.linear(x, w.dense(x.dtype), bias)
-    # in place: scaled in fp32, stored in the type of x
-    y = F.linear(x, w.values.to(x.dtype)).mul_(w.scale)
-    return y if bias is None else y + bias
+    """Multiply x [..., K] by W^T, rounded to the type of x, and add the bias: [..., N]."""
+    # in place: the values are exact in every type, and are scaled in fp32
+    return F.linear(x, w.values.to(x.dtype).mul_(w.scale[:, None]), bias)

@@ -192,19 +192,24 @@ def test_a_cpu_keeps_rounded_weights(make_hybrid, kind, capsys) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", MODELS)
 def test_gpu_logits_are_those_of_rounded_weights(make_hybrid, name, kind, capsys) -> None:
-    """In bf16, prompts of few and of many tokens: 2^-5 of the largest logit, for sums and roundings
-    of three layers that run in another order.
+    """In bf16, prompts of few and of many tokens: as near to fp64 as dense layers in bf16 are.
+
+    Root mean squares of the differences; those of two orders of rounding vary by less than a half.
     """
     settings = {"mamba2": BIASED} if "mamba1" not in name else {}
     model = make_hybrid(**{**MODELS[name], **settings}, seed=11).requires_grad_(False)
     model = model.to("cuda", torch.bfloat16)
     rounded = deepcopy(model)
     round_to_bytes(rounded, kind)
+    exact = deepcopy(rounded).double()
     for_decoding(model, kind)
     assert "saved" in capsys.readouterr().err
     g = torch.Generator().manual_seed(0)
     for batch, length in ((1, 1), (2, 9), (3, 40), (5, 100)):
         ids = torch.randint(3, 97, (batch, length), generator=g).cuda()
         with torch.no_grad():
-            one, other = (each(input_ids=ids).logits.double() for each in (model, rounded))
-        assert (one - other).abs().max() <= 2**-5 * other.abs().max()
+            logits, dense, expected = (
+                each(input_ids=ids).logits.double() for each in (model, rounded, exact)
+            )
+        error, common = ((each - expected).square().mean().sqrt() for each in (logits, dense))
+        assert error <= 1.5 * common
