@@ -37,7 +37,8 @@ class BenchConfig(StageConfig):
         default=1, ge=1, description="measure every point so often, with a new engine each time"
     )
     draft: str | None = Field(
-        default=None, description="decode with it too: checkpoint, ngram or shape"
+        default=None,
+        description="decode with it too: checkpoint, ngram, or beside --synthetic a shape or head",
     )
     k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
     weights: StoredWeights = Field(default="auto", description=WEIGHTS_HELP)

@@ -192,12 +192,12 @@ def materialise(
     generator = torch.Generator(device).manual_seed(seed)
     additions = config.num_hidden_layers * (2 if config.has_mlp else 1)
     for name, parameter in model.named_parameters():
-        _fill(name, parameter, additions, generator)
+        fill(name, parameter, additions, generator)
     return model.eval().requires_grad_(False)
 
 
-def _fill(name: str, parameter: nn.Parameter, additions: int, generator: torch.Generator) -> None:
-    """Initial values as Mamba's and Llama's; `additions` is how often the stream is added to."""
+def fill(name: str, parameter: nn.Parameter, additions: int, generator: torch.Generator) -> None:
+    """Fill with initial values as Mamba's and Llama's, of a stream with so many `additions`."""
     owner, _, kind = f".{name}".rpartition(".")
     owner = owner.rpartition(".")[2]
     if kind == "D" or owner.endswith("norm"):
