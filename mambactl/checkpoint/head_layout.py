@@ -1,12 +1,14 @@
 """Draft heads as checkpoints: the fields of their config.json, and how they are recognised."""
 
 import math
+from pathlib import Path
 
 from mambactl.checkpoint.config_fields import Fields, read_fields
 from mambactl.checkpoint.opening import open_checkpoint
 from mambactl.checkpoint.reader import Reader
+from mambactl.errors import ModelError
 from mambactl.files import Source
-from mambactl.json_values import JsonObject
+from mambactl.json_values import AnyObject, JsonObject
 
 # `model_type` of a draft head, in which other programs and commands see no model
 HEAD_TYPE, HEAD_CLASS = "mambactl_draft_head", "DraftHead"
@@ -30,6 +32,15 @@ def is_draft_head(spec: str | Source) -> bool:
 def is_head(reader: Reader) -> bool:
     """Return whether an open checkpoint is a draft head."""
     return reader.config.get("model_type") == HEAD_TYPE
+
+
+def require_model(config: AnyObject, path: Path) -> None:
+    """Raise ModelError where a config.json is that of a draft head."""
+    if config.get("model_type") == HEAD_TYPE:
+        raise ModelError(
+            f"{path} is a draft head, which is no model of its own",
+            "give it to spec-decode, generate, chat or serve as --draft, beside its target",
+        )
 
 
 def head_fields(reader: Reader) -> HeadFields:

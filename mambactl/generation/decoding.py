@@ -25,6 +25,7 @@ from mambactl.errors import ModelError, UsageError
 from mambactl.generation.detokenizer import text_of
 from mambactl.models.byte_weights import for_decoding, require_weights
 from mambactl.models.config import HybridConfig
+from mambactl.models.draft_head import DraftHead
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import (
     BenchConfig,
@@ -55,6 +56,8 @@ class Setup:
 
     def engine(self, plain: bool = False, exact: bool = False, share: bool = True) -> AnyEngine:
         """The engine that was asked for, or one for plain decoding."""
+        if isinstance(self.draft, DraftHead) and self.folder is not None:
+            console.warn("--prefix-cache gives nothing: a draft head reads prompts from the start")
         if plain or self.draft is None:
             return make_engine(self.target, None, 0, exact, share, self.rounded, self.folder)
         return make_engine(self.target, self.draft, self.k, exact, share, self.rounded, self.folder)

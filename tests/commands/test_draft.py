@@ -63,8 +63,11 @@ def test_a_target_that_changed_is_refused(target, random_texts, tmp_path, cli) -
         assert refused.code == 3
         assert "was made for other weights than those of" in refused.err
         assert "mambactl draft" in refused.err
-    inspected = cli("inspect", str(out))
-    assert inspected.code == 3 and "draft head" in inspected.err
+    for words in (["inspect", str(out)], ["generate", str(out), "w1"]):
+        refused = cli(*words)
+        assert refused.code == 3 and "is a draft head" in refused.err
+    kept = cli("generate", target, "w1", *with_draft, "--prefix-cache", str(tmp_path / "kept"))
+    assert kept.code == 0 and "--prefix-cache gives nothing" in kept.err
 
 
 def test_chat_and_generate_write_what_they_write_without_it(
