@@ -66,7 +66,8 @@ def engine_of(models, draft: str | None) -> Engine:
     return Engine(models["target"], drafter, 2)
 
 
-DRAFTS = ["close", "unrelated", "ngram", "head", "trimmed head"]
+HEAD = pytest.param("head", marks=pytest.mark.slow)
+DRAFTS = ["close", "unrelated", "ngram", "trimmed head", HEAD]
 
 
 @pytest.mark.parametrize("draft", [None, *DRAFTS])
