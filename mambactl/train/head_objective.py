@@ -7,6 +7,7 @@ last verified token, and one key of each pass since. This is the training-time t
 (arXiv 2503.01840, section 3.2) with a plain mask.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,6 @@ from mambactl.models.cache import AttentionCache, HybridCache
 from mambactl.models.draft_head import DraftHead, shifted
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.spec import StepContext
-from mambactl.present import present
 from mambactl.train.losses import Teacher, distillation_loss
 from mambactl.train.optimization import autocast, next_tokens
 
@@ -26,13 +26,21 @@ DECAY = 0.8
 
 
 class _Passes(AttentionCache):
-    """Keys and values of every pass so far, one pass behind the other, with their gradients."""
+    """Keys and values of every pass so far, one pass behind the other, with their gradients.
+
+    Each is repeated for the `shared` query heads that read it: fused attention with a mask takes
+    as many of both.
+    """
+
+    def __init__(self, shared: int):
+        super().__init__()
+        self.shared = shared
 
     def update(self, keys: Tensor, values: Tensor, positions: Tensor | None, slots: int) -> tuple:
-        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 2)
-        self.values = (
-            values if self.values is None else torch.cat([present(self.values), values], 2)
-        )
+        new = [part.repeat_interleave(self.shared, 1) for part in (keys, values)]
+        if self.keys is not None:
+            new = [torch.cat(both, 2) for both in zip(self.tensors(), new, strict=True)]
+        self.keys, self.values = new
         return self.keys, self.values
 
 
@@ -94,35 +102,42 @@ class HeadObjective:
         return hidden
 
     def _losses(self, batch: Batch, streams: Tensor, guide: Teacher) -> Tensor:
-        head, model = self.head, self.head.body.model
         targets, mask = next_tokens(batch)
         rows = self.row_there[targets]  # [B, T]
         learned, rows = mask & (rows >= 0), rows.clamp(min=0)
-        positions = None if batch.seq_idx is None else batch.position_ids
-        opening = (batch.position_ids == 0)[..., None]
-        cache = HybridCache(head.config, len(rows), head.device)
-        cache.layers = [_Passes()]
-        context = model.context(self._wide(streams), positions, seq_idx=batch.seq_idx)
-        seen = visible(context, streams)
+        body = self.head.body
         total = streams.new_zeros((), dtype=torch.float32)
-        for number, weight in enumerate(self.shares):
-            before = shifted(streams, torch.zeros_like(streams[:, 0])).masked_fill(opening, 0)
-            hidden = self._wide(head.entering(before, batch.input_ids))
-            masked = replace(context, mask=pass_mask(seen, number)[:, None], spans=None)
-            streams = model.layers[0](hidden, masked, cache)
+        for number, stream in enumerate(self.passes(batch, streams)):
             # a position cannot follow more drafts than there are tokens before it
             counted = learned & (batch.position_ids >= number)
             loss = distillation_loss(
-                model.norm(streams),
-                head.body.lm_head.weight,
+                body.model.norm(stream),
+                body.lm_head.weight,
                 rows,
                 counted,
                 guide,
                 self.kl_weight,
                 self.ce_weight,
             )
-            total = total + weight * loss.total
+            total = total + self.shares[number] * loss.total
         return total
+
+    def passes(self, batch: Batch, streams: Tensor) -> Iterator[Tensor]:
+        """Own streams [B, T, D] of every pass, for the target's behind the same tokens."""
+        head, model = self.head, self.head.body.model
+        positions = None if batch.seq_idx is None else batch.position_ids
+        opening = (batch.position_ids == 0)[..., None]
+        cache = HybridCache(head.config, len(streams), head.device)
+        sizes = head.config.num_attention_heads, head.config.num_key_value_heads
+        cache.layers = [_Passes(sizes[0] // sizes[1])]
+        context = model.context(self._wide(streams), positions, seq_idx=batch.seq_idx)
+        seen = visible(context, streams)
+        for number in range(len(self.shares)):
+            before = shifted(streams, torch.zeros_like(streams[:, 0])).masked_fill(opening, 0)
+            hidden = self._wide(head.entering(before, batch.input_ids))
+            masked = replace(context, mask=pass_mask(seen, number)[:, None], spans=None)
+            streams = model.layers[0](hidden, masked, cache)
+            yield streams
 
     def _wide(self, stream: Tensor) -> Tensor:
         """The stream in fp32 where autocast trains, as the model's own."""
