@@ -1,6 +1,7 @@
 """`draft`: heads and small models made of a target, which is refused once it changes."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -89,6 +90,39 @@ def test_chat_and_generate_write_what_they_write_without_it(
     with pytest.raises(UsageError, match="by the stored weights"):
         rounded = mambactl.load(target, device="cpu", weights="int8")
         mambactl.generate(rounded, "w5", params, draft=str(out))
+
+
+def test_a_server_writes_what_it_writes_without_it(target, random_texts, tmp_path) -> None:
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("uvicorn")
+    out = tmp_path / "d.st"
+    run(settings(random_texts, max_steps=2), target, out)
+    place = {"device": "cpu", "dtype": "float32"}
+    prompts = ["w1 w2 w3", "w1 w2 w3 w4 w5", "w9", "w1 w2 w3"]
+    found: dict[int, str] = {}
+    with mambactl.serve(
+        target, port=0, batch_size=2, max_length=64, draft=str(out), k=2, **place
+    ) as server:
+
+        def ask(number: int) -> None:
+            body = {
+                "model": "target",
+                "prompt": prompts[number],
+                "max_tokens": 10,
+                "temperature": 0,
+            }
+            reply = httpx.post(f"{server.url}/completions", json=body, timeout=60)
+            found[number] = reply.raise_for_status().json()["choices"][0]["text"]
+
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    model, params = mambactl.load(target, **place), mambactl.SamplingParams(max_new_tokens=10)
+    for number, prompt in enumerate(prompts):
+        (wanted,) = mambactl.generate(model, prompt, params, chat=False)
+        assert found[number] == wanted.text
 
 
 def test_a_model_of_some_layers_is_an_ordinary_checkpoint(target, random_texts, tmp_path) -> None:
