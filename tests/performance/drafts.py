@@ -177,6 +177,7 @@ def show(runs: Sequence[dict[str, Any]], hot: float) -> None:
 def measure(given: Namespace) -> StageResult:
     """Decode all prompts twice at each temperature."""
     from mambactl.commands import configured
+    from mambactl.decode.gpu.fused_engine import FusedEngine
     from mambactl.generation import decoding
     from mambactl.options import SpecDecodeConfig
     from mambactl.present import of_kind
@@ -195,6 +196,11 @@ def measure(given: Namespace) -> StageResult:
         setup.engine(plain=True, exact=config.check, share=False),
         setup.engine(exact=config.check, share=False),
     )
+    # the same memory and graphs for all prompts: none is captured while others are timed
+    longest = max(map(len, setup.prompts)) + config.max_new_tokens
+    for engine in engines:
+        if isinstance(engine, FusedEngine):
+            engine.reserve(1, longest)
     found: list[dict[str, Any]] = []
     for hot in [float(text) for text in given.temperature or ("0", "1")]:
         runs = decode(setup, engines, [name for name, _ in named], hot, config.check)
