@@ -120,7 +120,7 @@ class HeadPass(Guide):
     def _joined(self, streams: Tensor, tokens: Tensor) -> Tensor:
         """Input of the layer [M, D] for streams [M, D] and tokens [M].
 
-        Streams of a pass are the models' over a factor, and so is what their norm leaves out.
+        A pass holds its stream over the residual multiplier, which is undone here.
         """
         source = self.head.source
         scale = self.head.body.entrance
