@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mambactl.api.making import generate_dataset as generate_dataset
     from mambactl.api.making import run_recipe as run_recipe
     from mambactl.api.making import sft as sft
+    from mambactl.api.making import synthetic as synthetic
     from mambactl.api.making import teacher_cache as teacher_cache
     from mambactl.api.measuring import bench as bench
     from mambactl.api.measuring import evaluate as evaluate
@@ -94,6 +95,7 @@ _HOMES = {
     "sft": "api.making",
     "spec_decode": "api.measuring",
     "stream": "api.text",
+    "synthetic": "api.making",
     "table": "api.showing",
     "teacher_cache": "api.making",
     "write_report": "api.showing",

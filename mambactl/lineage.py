@@ -39,7 +39,8 @@ def stage_record(
         "schema": SCHEMA,
         "stage": stage,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "source": (parent or {}).get("source", link["path"]),
+        # a synthetic model has no source, and is that of what follows
+        "source": (parent or {}).get("source") or link["path"],
         "teacher": teacher or (parent or {}).get("teacher"),
         "parent": dict(link),
         # the key that checkpoints have always had

@@ -17,6 +17,7 @@ from conftest import write_sentences
 import mambactl
 from mambactl import console
 from mambactl.api import FUNCTIONS, OTHERS, calls
+from mambactl.checkpoint import embedded
 from mambactl.cli.app import FUNCTIONS as OF_THE_PROGRAM
 from mambactl.cli.app import GROUPS
 from mambactl.cli.main import run
@@ -52,7 +53,9 @@ def folder(tmp_path_factory, save_student, tiny_llama_dir) -> Path:
 
 
 @pytest.fixture
-def here(folder: Path, monkeypatch) -> Path:
+def here(folder: Path, tiny_llama_dir: Path, monkeypatch) -> Path:
+    # of the package whose tokenizer synthetic models get
+    monkeypatch.setattr(embedded, "fetch", lambda: tiny_llama_dir)
     monkeypatch.chdir(folder)
     return folder
 

@@ -301,7 +301,7 @@ ATTENTION = {
     *("models/mixers/settings.py", "models/mixers/sizes.py"),
     *("train/drawn_windows.py", "train/loop.py"),
     *("checkpoint", "commands", "conversion", "evaluation", "export", "options"),
-    *("models/cache_bytes.py", "models/session_size.py", "speed/synthetic.py"),
+    *("models/cache_bytes.py", "models/session_size.py", "speed/shapes.py"),
 }
 MEANINGS = {
     "place": set(),

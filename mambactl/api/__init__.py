@@ -10,6 +10,7 @@ FUNCTIONS = {
     "draft": "draft",
     "eval": "evaluate",
     "spec-decode": "spec_decode",
+    "synthetic": "synthetic",
     "bench": "bench",
     "generate": "generate",
     "chat": "chat",

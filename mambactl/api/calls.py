@@ -50,7 +50,7 @@ def make(
         made = made_before(path, command, config, source, resume=resume, force=force)
         if made is not None:
             return StageResult(str(path.absolute()), made.get("metrics", {}))
-        require_found(config, [source])
+        require_found(config, [source] if command.reads_model else [])
         if isinstance(config, SpreadConfig) and config.nproc and not launched():
             return _spread(command, config, source, flags)
         with heartbeat(name):
@@ -90,9 +90,9 @@ def show(name: str, config: CommandConfig, *models: Spec) -> StageResult:
 
 def show_plan(name: str, config: StageConfig, model: Spec | None) -> dict[str, object]:
     """The plan of a command, which writes nothing."""
-    source = None if model is None else spec_of(model)
-    require_found(config, [source])
-    return import_module(COMMANDS[name].module).plan(config, source)
+    source, command = None if model is None else spec_of(model), COMMANDS[name]
+    require_found(config, [source] if command.reads_model else [])
+    return import_module(command.module).plan(config, source)
 
 
 def _words(config: CommandConfig) -> Iterator[str]:

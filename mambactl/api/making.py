@@ -20,6 +20,7 @@ from mambactl.options import (
     SftConfig,
     TeacherCacheConfig,
 )
+from mambactl.options.measurement import SyntheticConfig
 from mambactl.recipes import load_recipe
 from mambactl.stage_result import StageResult
 
@@ -238,6 +239,31 @@ def export_model(
     0
     """
     return make("export", config, model, out, resume, force)
+
+
+@with_options("synthetic", SyntheticConfig)
+def synthetic(
+    config: SyntheticConfig,
+    model: Spec,
+    out: Spec | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> StageResult:
+    """Write random weights of a published shape as a checkpoint, to try and to time stages with.
+
+    `model` is the name of a shape, such as `llama3-8b`. `out` is by default
+    `runs/<name>-synthetic`; `resume` and `force` are those of `convert`.
+
+    Returns the new checkpoint as `path`, and its size as `metrics`.
+
+    Raises UsageError for a shape that nobody knows, OutputError for a place that is taken or cannot
+    be written, ResourceError for a full disk, and ModelError where the tokenizer cannot be fetched.
+
+    >>> made = mambactl.synthetic("tiny", "tiny.st", seed=1)
+    >>> made.metrics["shape"]
+    'tiny'
+    """
+    return make("synthetic", config, model, out, resume, force)
 
 
 def run_recipe(

@@ -40,6 +40,7 @@ def model_card(lineage: AnyObject, config: HybridConfig | AnyObject) -> str:
     fields = config if isinstance(config, Mapping) else config.to_dict()
     mixers = fields.get("mixers") or []
     source = lineage.get("source")
+    shape = (lineage.get("recipe") or {}).get("shape")
     front = ModelCardData(
         library_name="mambactl",
         pipeline_tag="text-generation",
@@ -52,9 +53,9 @@ def model_card(lineage: AnyObject, config: HybridConfig | AnyObject) -> str:
         front.to_yaml(),
         "---",
         "",
-        f"# {_title(source)}: hybrid Mamba",
+        f"# {_title(source or shape)}: {'hybrid Mamba' if source else 'random weights'}",
         "",
-        f"Made by `mambactl {' -> '.join(stages)}` from `{source}`.",
+        f"Made by `mambactl {' -> '.join(stages)}` from `{source or shape}`.",
         "",
         *_layer_lines(mixers),
         *_window_lines(config),
@@ -91,7 +92,8 @@ def _use(name: str) -> list[str]:
 def _training(lineage: AnyObject) -> list[str]:
     rows = [row for entry in (*lineage.get("ancestors", []), lineage) for row in _phases(entry)]
     if not rows:
-        return ["", "## Training", "", "No step of training: the weights are those of its source."]
+        whose = "those of its source" if lineage.get("source") else "random"
+        return ["", "## Training", "", f"No step of training: the weights are {whose}."]
     return [
         *("", "## Training", ""),
         *("| stage | steps | tokens | seconds | data |", "|---|--:|--:|--:|---|"),

@@ -18,18 +18,6 @@ ALIASES = {
     "mamba2-130m": "state-spaces/mamba2-130m",
     "mamba2-2.7b": "state-spaces/mamba2-2.7b",
 }
-# published numbers of parameters, for estimates before a model is fetched
-PARAMETERS = {
-    "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
-    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
-    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
-    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
-    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
-    "HuggingFaceH4/zephyr-7b-beta": 7_241_732_096,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
-    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
-}
 # the alias whose weights need no hub
 EMBEDDED = "smollm2-135m"
 

@@ -18,6 +18,8 @@ from mambactl.ranks import is_main
 
 _HEAD_BYTES = 1 << 20
 _SAMPLE_BYTES, _SAMPLES = 1 << 16, 64
+# in the record of a synthetic model, which has no parent: the name of its shape
+SHAPE = "shape"
 _OTHERWISE = "--force replaces it, -o writes elsewhere"
 
 
@@ -103,7 +105,8 @@ def made_before(
     that is there without `resume`, or was made differently, or that holds an input: MODEL, what
     options name, or one of `others`, each given by its option and text.
     """
-    require_apart(out, [("MODEL", source), *inputs_of(config), *others])
+    models = [("MODEL", source)] if command.reads_model else []
+    require_apart(out, [*models, *inputs_of(config), *others])
     writes = is_main() and not dry_run
     if writes:
         settle(out)
@@ -149,7 +152,8 @@ def _changes(found: AnyObject, command: Command, config: StageConfig, source: st
     completed = config.completed(source, model_config)
     asked = {
         "stage": command.name,
-        "parent": header_digest(resolve(source).path),
+        "parent": header_digest(resolve(source).path) if command.reads_model else None,
+        **({} if command.reads_model else {SHAPE: source}),
         **completed.model_dump(mode="json", exclude=set(config.placement_options)),
     }
     defaults = type(config).model_fields.keys() - config.model_fields_set

@@ -231,7 +231,7 @@ def _call(
     from mambactl.cli.preflight import LOADING, announce, require_found
 
     with console.guarded_stdout(), heartbeat(command.name):
-        require_found(config, [source, *others])
+        require_found(config, [source, *others] if command.reads_model else [])
     spread = config if isinstance(config, SpreadConfig) and config.nproc else None
     if launched():
         spread = None

@@ -22,6 +22,8 @@ Typed = JsonObject
 Parameters = Mapping[str, tuple[Any, Any]]
 
 MODEL_HELP = "folder, .st file, GGUF, hub id, alias, or - for stdin"
+# their table needs torch
+SHAPE_HELP = "shape of `bench --synthetic`, such as llama3-8b; a wrong name lists all"
 Compare = Annotated[
     bool, typer.Option("--compare", help="several MODELs in one table, and on one page (--report)")
 ]
@@ -114,6 +116,8 @@ def _model(command: Command) -> Parameters:
     text, other = MODEL_HELP, command.model_option
     if command.model == "none":
         return {}
+    if command.model == "shape":
+        return {"model": (Annotated[str, typer.Argument(help=SHAPE_HELP, metavar="NAME")], ...)}
     if command.model == "many":
         many = typer.Argument(
             help=f"{text}; several with --compare", metavar="MODEL", autocompletion=models

@@ -66,6 +66,36 @@ def show(name: Name, settings: Settings = None) -> None:
     console.write_out(console.drawn("\n".join(lines)))
 
 
+@app.command("plan", cls=GroupedCommand)
+def plan(
+    name: Name,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs that share each step")] = 1,
+    memory: Annotated[
+        float, typer.Option("--memory", min=1, help="memory of each, in 10^9 bytes")
+    ] = 141,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Predict memory by use, tokens a second, hours and disk of a recipe's training.
+
+    \b
+    Examples:
+      mambactl recipe plan llama3-8b --gpus 8 --memory 80
+      mambactl recipe plan llama3-8b --set convert.model=meta-llama/Llama-3.1-70B-Instruct --gpus 8
+    """
+    from mambactl.cli.recipe_plan import Gpus, as_metrics, plan_of, remarks, table_of
+    from mambactl.recipes import load_recipe
+
+    recipe, machine = load_recipe(name, settings or ()), Gpus(gpus, memory * 1e9)
+    planned, unknown = plan_of(recipe, machine)
+    if as_json:
+        console.write_json(as_metrics(recipe, planned, unknown, machine))
+        return
+    console.write_out(console.drawn(table_of(recipe, planned, machine)))
+    for line in remarks(recipe, planned, unknown, machine):
+        console.log(line)
+
+
 @app.command("schema", cls=GroupedCommand)
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors."""

@@ -5,30 +5,34 @@ Hours are those of training on one H200, by operations and the speeds that were 
 optimiser; activations come on top. What is not known of a model is None, never a guess.
 """
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from mambactl import console
-from mambactl.checkpoint.hub_names import PARAMETERS, hub_name
+from mambactl.checkpoint.decoder_sizes import PUBLISHED, decoder_sizes
+from mambactl.checkpoint.hub_names import hub_name
+from mambactl.cli.training_needs import (
+    MIXERS,
+    STORED,
+    TRAINED,
+    Subject,
+    has_guide,
+    needs,
+    operations,
+    phases_of,
+    rate,
+    trained_share,
+)
 from mambactl.errors import ModelError
-from mambactl.options import DistillConfig, DpoConfig, RowsConfig, SftConfig, TrainConfig
-from mambactl.options.on_policy import STAGE as ON_POLICY
-from mambactl.options.phase_steps import phase_steps
+from mambactl.options import ConvertConfig, DpoConfig, RowsConfig, TrainConfig
 from mambactl.recipes import REFERENCE, Recipe, Section, list_recipes, substitute
 from mambactl.stage_result import Table
 
-# parameters and operations a second of training, measured on one H200
-SMALL, LARGE = (1.35e8, 2.7e14), (8.0e9, 5.6e14)
 # operations a second of two CPU cores, and hours there that a person waits for
 CPU_RATE, CPU_HOURS = 1e11, 0.5
-# bytes of a parameter: in bfloat16; in fp32 with its gradient and both moments
-STORED, TRAINED = 2, 16
-# share of a Llama's parameters in its attention, about which new mixers have
-MIXERS = 1 / 6
 
 
 @dataclass(frozen=True)
@@ -151,31 +155,49 @@ def _variants(names: Sequence[str]) -> str:
     return " ".join(f"@{start}{','.join(ends)}" for start, ends in groups.items())
 
 
-def cost_of(recipe: Recipe, sections: Sequence[Section] = ()) -> Total:
-    """Add up a recipe, or some of its sections."""
+@dataclass(frozen=True)
+class Start:
+    """Model that a section's own came from, and the share of its attention replaced since."""
+
+    origin: str | None = None
+    ratio: float = 0.0
+
+
+def started(recipe: Recipe) -> Iterator[tuple[Section, Start]]:
+    """Every section, with what its model came from."""
     outputs = {section.key: f"${{{section.key}}}" for section in recipe.sections}
-    # what a model started from, by the section that wrote it
-    origins: dict[str, str | None] = {}
+    # by the section that wrote it
+    starts: dict[str, Start] = {}
     source: str | None = None
-    costs, models, data = [], {}, {}
     for section in recipe.sections:
-        config = section.config
         named = substitute(section.model, outputs) or source
-        origin = origins.get(named, named) if named else None
+        start = starts.get(named, Start(named)) if named else Start()
+        if isinstance(section.config, ConvertConfig):
+            start = replace(start, ratio=section.config.ratio)
         if section.command.writes == "model":
             source = outputs[section.key]
-            origins[source] = origin
+            starts[source] = start
+        yield section, start
+
+
+def cost_of(recipe: Recipe, sections: Sequence[Section] = ()) -> Total:
+    """Add up a recipe, or some of its sections."""
+    costs, models, data = [], {}, {}
+    for section, start in started(recipe):
+        config = section.config
         if sections and section not in sections:
             continue
-        costs.append(_cost(section, origin))
+        costs.append(_cost(section, start))
         others = [spec for _, spec in config.other_models]
-        for spec in filter(None, (origin, *others)):
+        # the name of a shape is no model to fetch
+        named = start.origin if section.command.reads_model else None
+        for spec in filter(None, (named, *others)):
             if hub_name(spec):
                 models[hub_name(spec)] = None
         data |= dict.fromkeys(spec for spec in config.named_data if _is_fetched(spec))
     cuda = any(str(section.config.device).startswith("cuda") for section in recipe.sections)
-    sizes = [PARAMETERS.get(name) for name in models]
-    download = _total(None if size is None else STORED * size for size in sizes)
+    sizes = [PUBLISHED.get(name) for name in models]
+    download = _total(None if size is None else STORED * size.parameters for size in sizes)
     return Total(tuple(costs), tuple(models), download, tuple(data), cuda)
 
 
@@ -208,8 +230,8 @@ def show_cost(total: Total) -> None:
 def parameters_of(spec: str | None) -> int | None:
     """Parameters of a model: published, or counted in headers on this disk."""
     name = hub_name(spec)
-    if name in PARAMETERS:
-        return PARAMETERS[name]
+    if name in PUBLISHED:
+        return PUBLISHED[name].parameters
     if spec is None or not Path(spec).expanduser().exists():
         return None
     from mambactl.checkpoint.contents import describe
@@ -225,74 +247,45 @@ def _is_fetched(data: str) -> bool:
     return not (os.path.exists(data) or REFERENCE.search(data))
 
 
-def _cost(section: Section, origin: str | None) -> Cost:
-    config, size = section.config, parameters_of(origin)
+def _cost(section: Section, start: Start) -> Cost:
+    config, size = section.config, parameters_of(start.origin)
     written = section.command.writes == "model"
     stored = None if size is None else STORED * size
     disk = stored if written else 0
     if not isinstance(config, TrainConfig):
         return Cost(section.key, memory=stored if section.needs_model else 0, disk=disk)
-    tokens = _tokens(config)
-    guide = _guide(config, size)
+    tokens = tokens_of(config)
+    guide = guide_of(config, size)
     if size is None or guide is None:
         return Cost(section.key, tokens, None, None, None, None)
-    operations = sum(count * per_token for count, per_token in _passes(config, tokens, size, guide))
-    trained = round(size * _trained_share(config))
+    sizes = decoder_sizes(start.origin)
+    mixers = size * MIXERS if sizes is None else start.ratio * sizes.layers * sizes.mixer
+    total = sum(
+        tokens * steps / config.max_steps * operations(config, phase, size, guide, mixers)
+        for phase, steps in phases_of(config).items()
+    )
+    trained = round(size * trained_share(config))
     memory = STORED * (size - trained) + TRAINED * trained + STORED * guide
-    if isinstance(config, DistillConfig) and ON_POLICY in phase_steps(config):
-        # the copy that writes
-        memory += STORED * size
-    hours = operations / _rate(size) / 3600
-    return Cost(section.key, tokens, operations, hours, memory, disk, TRAINED * trained)
+    if sizes is not None:
+        phases = needs(config, Subject(sizes, start.ratio, guide), 1, shards=False)
+        memory = max(each.total for each in phases.values())
+    hours = total / rate(size) / 3600
+    return Cost(section.key, tokens, total, hours, memory, disk, TRAINED * trained)
 
 
-def _tokens(config: RowsConfig) -> int:
+def tokens_of(config: RowsConfig) -> int:
+    """Tokens of all rows that a section takes, of every process."""
     processes = getattr(config, "processes", 1)
     rows = config.max_steps * config.batch_size * config.grad_accum * processes
     # a preference is two rows
     return rows * config.max_length * (2 if isinstance(config, DpoConfig) else 1)
 
 
-def _guide(config: TrainConfig, size: int | None) -> int | None:
+def guide_of(config: TrainConfig, size: int | None) -> int | None:
     """Parameters of the teacher or reference in memory; None where they are not known."""
-    if isinstance(config, SftConfig) and (config.kl_weight == 0 or config.teacher_cache):
-        return 0
-    if isinstance(config, DpoConfig) and config.precompute_reference:
-        # asked once, then freed
+    if not has_guide(config):
         return 0
     return parameters_of(config.teacher) if config.teacher else size
-
-
-def _passes(
-    config: TrainConfig, tokens: int, size: int, guide: int
-) -> Iterator[tuple[float, float]]:
-    """Tokens with the operations that each takes: two a parameter forward, four backward."""
-    again = 2 * size * config.grad_checkpointing
-    whole = 2 * guide + 6 * size + again
-    if isinstance(config, DpoConfig):
-        yield tokens, whole + 2 * size * config.precompute_reference
-    elif isinstance(config, DistillConfig):
-        for phase, steps in phase_steps(config).items():
-            share = tokens * steps / config.max_steps
-            frozen = 2 * size * (config.rest_lr == 0)
-            yield share, 2 * guide if phase == "align" else whole - frozen
-    else:
-        yield tokens, whole
-
-
-def _trained_share(config: TrainConfig) -> float:
-    if isinstance(config, DistillConfig):
-        phases = phase_steps(config)
-        rests = config.rest_lr > 0 and bool({"logits", ON_POLICY} & phases.keys())
-        return 1.0 if rests or config.stepwise_rest_lr > 0 else MIXERS
-    return 0.02 if getattr(config, "lora", None) else 1.0
-
-
-def _rate(size: int) -> float:
-    """Operations a second for a model of a size, between the two that were measured."""
-    low, high = (math.log(parameters) for parameters, _ in (SMALL, LARGE))
-    part = min(1.0, max(0.0, (math.log(size) - low) / (high - low)))
-    return SMALL[1] ** (1 - part) * LARGE[1] ** part
 
 
 def _known(parts: Iterable[N | None]) -> list[N] | None:

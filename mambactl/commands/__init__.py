@@ -29,11 +29,12 @@ class Command:
     """All that the command line, recipes and reports know of a command.
 
     `model` says what MODEL is: `optional` where options may take its place, `many` where
-    `--compare` takes several. `writes` is what `-o` names: `model` for a checkpoint that later
-    commands take, `data` for a folder of another kind, `rows` for a file of rows; `writes_with` is
-    the option without which nothing is written. `resumable` commands continue with `--resume` what
-    a signal stopped. `json` is what `--json` prints: the result with its checkpoint, or the
-    metrics alone. `argument` is an option that may also be typed behind MODEL, without its flag.
+    `--compare` takes several, `shape` where it is the name of a synthetic model. `writes` is what
+    `-o` names: `model` for a checkpoint that later commands take, `data` for a folder of another
+    kind, `rows` for a file of rows; `writes_with` is the option without which nothing is written.
+    `resumable` commands continue with `--resume` what a signal stopped. `json` is what `--json`
+    prints: the result with its checkpoint, or the metrics alone. `argument` is an option that may
+    also be typed behind MODEL, without its flag.
     `needs_torch` is for commands that are no stages, which all do. `group` is where the help of the
     program lists it; `next_command` is what is typed next, with `{path}` for what was written, or
     measured, and `{source}` for MODEL.
@@ -43,7 +44,7 @@ class Command:
     # the class, or where it is: `module:Class`
     options_at: type[CommandConfig] | str
     examples: tuple[str, ...] = ()
-    model: Literal["one", "optional", "many", "none"] = "one"
+    model: Literal["one", "optional", "many", "shape", "none"] = "one"
     model_option: ModelOption | None = None
     writes: Literal["model", "data", "rows", "nothing"] = "nothing"
     writes_with: str | None = None
@@ -78,6 +79,11 @@ class Command:
         if not issubclass(self.options, StageConfig):
             raise TypeError(f"{self.name} is no stage")
         return self.options
+
+    @property
+    def reads_model(self) -> bool:
+        """True if what is typed as MODEL is a checkpoint, or the name of one."""
+        return self.model not in ("shape", "none")
 
     @property
     def model_keys(self) -> tuple[str, ...]:
@@ -199,6 +205,15 @@ _ROWS = (
             usage="mambactl spec-decode --draft DRAFT --target MODEL",
         ),
         group="measure",
+    ),
+    Command(
+        "synthetic",
+        "mambactl.options.measurement:SyntheticConfig",
+        ("mambactl synthetic llama3-8b -o random", "mambactl synthetic tiny -o tiny.st"),
+        model="shape",
+        writes="model",
+        group="measure",
+        next_command="mambactl convert {path}",
     ),
     Command(
         "bench",

@@ -20,9 +20,9 @@ from mambactl.speed import bench_tables, candidates
 from mambactl.speed.candidates import Source
 from mambactl.speed.conditions import conditions, measured_again
 from mambactl.speed.memory import release
+from mambactl.speed.shapes import SHAPES
 from mambactl.speed.speculation import speculation
 from mambactl.speed.subject import Grid, Subject
-from mambactl.speed.synthetic import SHAPES
 from mambactl.speed.throughput import throughput
 from mambactl.speed.training_bench import TEACHER_TEXT, TEXT, require_hybrids, training_points
 from mambactl.speed.transformers_baseline import llama_shape, transformers_points

@@ -48,7 +48,7 @@ def _blocks(found: JsonObject, options: InspectConfig) -> Iterator[str | Table]:
     if found["rotary"]:
         yield "rotary: B and C of the mamba2 layers turn with the position"
     if found["lineage"]:
-        steps = [str(found["lineage"].get("source")), *found["stages"]]
+        steps = [str(found["lineage"].get("source") or "random weights"), *found["stages"]]
         yield f"lineage: {' -> '.join(steps)}"
     if options.lineage:
         yield yaml.safe_dump(found["lineage"], sort_keys=False).rstrip()

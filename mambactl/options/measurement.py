@@ -1,7 +1,7 @@
-"""Options of `bench`."""
+"""Options of `bench`, and of the synthetic models to measure with."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -101,3 +101,14 @@ class BenchConfig(StageConfig):
                 "--baseline compares checkpoints",
                 f"compare shapes with --synthetic NAME,NAME, or with --baseline {TRANSFORMERS}",
             )
+
+
+class SyntheticConfig(StageConfig):
+    """Write random weights of a published shape as a checkpoint."""
+
+    max_shard_gb: float = Field(
+        default=5.0, gt=0, description="largest file of a folder, in 10^9 bytes"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the weights; auto is bfloat16"
+    )

@@ -22,8 +22,8 @@ from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
 from mambactl.speed.limits import parameters_read
 from mambactl.speed.scripted_head import HEAD, TOKENS, scripted_head
+from mambactl.speed.shapes import SHAPES, build, disagreeing, require_shape, successors
 from mambactl.speed.subject import Subject
-from mambactl.speed.synthetic import SHAPES, build, disagreeing, successors
 
 LEAST_PERIOD = 64
 
@@ -96,8 +96,7 @@ def _load(
 def require_shapes(config: BenchConfig) -> None:
     """Raise UsageError for a synthetic model that nobody knows."""
     for name in [*config.synthetic, *_shapes_of_drafts(config)]:
-        if name not in SHAPES:
-            raise UsageError(f"no synthetic model {name}", f"known: {', '.join(SHAPES)}")
+        require_shape(name)
 
 
 def _shapes_of_drafts(config: BenchConfig) -> list[str]:

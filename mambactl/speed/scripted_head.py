@@ -7,7 +7,7 @@ from mambactl.decode.head_files import new_head
 from mambactl.models.config import HybridConfig
 from mambactl.models.draft_head import DraftHead, layer_config
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.speed.synthetic import cycle_of, fill
+from mambactl.speed.shapes import cycle_of, fill
 
 # the name that asks for one, and the tokens that it can draft, at most
 HEAD, TOKENS = "head", 32_000

@@ -17,7 +17,7 @@ from mambactl.errors import CheckError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
 from mambactl.speed.limits import Numbers
-from mambactl.speed.synthetic import cycle_of, first_wrong
+from mambactl.speed.shapes import cycle_of, first_wrong
 
 Prompts = list[list[int]]
 

@@ -23,7 +23,7 @@ from mambactl.models.mixers.registry import ATTENTION
 from mambactl.options import BenchConfig, DistillConfig
 from mambactl.present import present
 from mambactl.speed.memory import release
-from mambactl.speed.synthetic import SHAPES, STD, build, materialise
+from mambactl.speed.shapes import SHAPES, STD, build, materialise
 from mambactl.speed.training_speed import (
     Step,
     gradient_error,

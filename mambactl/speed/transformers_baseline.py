@@ -14,8 +14,8 @@ from mambactl.models.config import HybridConfig
 from mambactl.options.measurement import TRANSFORMERS
 from mambactl.speed.limits import Numbers
 from mambactl.speed.memory import peak_bytes, release, reset_peak
+from mambactl.speed.shapes import STD
 from mambactl.speed.subject import Grid, random_prompts, spread, sweep
-from mambactl.speed.synthetic import STD
 
 # what a Llama's shape consists of
 FIELDS = (

@@ -70,6 +70,7 @@ FLAGS = {
     "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --draft --k "
     "--baseline --min-speedup --synthetic --acceptance --training --train-rest --compile --capture "
     f"--report --weights {EVERY_STAGE}",
+    "synthetic": f"--max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "export": f"--to --layout --check --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "push": "--public --dry-run --json --help",
     "inspect": "--input-len --batch-size --k --tensors --lineage --json --help",
@@ -78,6 +79,7 @@ FLAGS = {
     "report": "--out --title --help",
     "doctor": "--deep --json --help",
     "docs": "--man --help",
+    "recipe plan": "--gpus --memory --set --json --help",
     "recipe run": "--out --from --to --skip --data --held-out --set --trust-remote-code --resume "
     "--force --dry-run --json --quiet --verbose --help",
 }

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from mambactl.cli.recipe_cost import cost_of, parameters_of
+from mambactl.cli.training_needs import OTHER
 from mambactl.recipes import load_recipe
+from tests.performance.kept_tables import RESULTS
 
 TINY = """
 stages:
@@ -43,11 +45,12 @@ def test_memory_and_disk_follow_what_trains(tiny, tiny_llama_dir) -> None:
     total = cost_of(tiny)
     by_key = {each.key: each for each in total.sections}
     assert by_key["eval"].memory == by_key["convert"].disk == 2 * size
-    # everything trains, no teacher, and the reference is asked once
-    assert by_key["sft"].memory == by_key["dpo"].memory == 16 * size
+    beyond = {key: by_key[key].memory - OTHER for key in ("distill", "sft", "dpo")}
+    # everything trains, no teacher, and the reference is asked once; activations on top
+    assert 16 * size < beyond["sft"] < beyond["dpo"] < 64 * size
     # the mixers alone train, beside a teacher
-    assert 4 * size < by_key["distill"].memory < 8 * size
-    assert total.memory == 16 * size
+    assert 4 * size < beyond["distill"] < beyond["sft"]
+    assert total.memory == OTHER + beyond["dpo"]
     assert total.disk == 4 * 2 * size + 16 * size
 
 
@@ -60,13 +63,16 @@ def test_an_unknown_model_has_no_numbers(tmp_path) -> None:
 
 
 def test_hours_are_near_those_that_were_measured() -> None:
-    """Speeds that were measured: 8B aligns at 29,100 tokens a second, 135M learns at 254,000."""
+    """Speeds that were measured: 8B aligns at 29,100 tokens a second; 135M as it is kept."""
     large = {each.key: each for each in cost_of(load_recipe("llama3-8b")).sections}
     measured = (4000 * 8 * 2048 / 11_700 + 2000 * 8 * 2048 / 29_100) / 3600
     # activations are computed twice there, which was not so in the measurement
     assert measured < large["distill"].hours < 1.6 * measured
     small = {each.key: each for each in cost_of(load_recipe("smollm2-135m")).sections}
-    assert small["distill"].hours == pytest.approx(1500 * 4 * 2048 / 254_000 / 3600, rel=0.3)
+    kept = json.loads((RESULTS / "smollm2-135m-students-h200.json").read_text("utf-8"))
+    students = [each["training"]["seconds_of_steps"] / 3600 for each in kept["students"]]
+    # other runs shared their machine
+    assert small["distill"].hours < min(students) < 1.6 * small["distill"].hours
 
 
 def test_the_list_has_a_row_for_each_recipe(cli) -> None:

@@ -10,7 +10,7 @@ from mambactl.decode.engine import Engine
 from mambactl.decode.gpu.fused_engine import FusedEngine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.models.byte_weights import for_decoding, round_to_bytes
-from mambactl.speed.synthetic import build, disagreeing, first_wrong, successors
+from mambactl.speed.shapes import build, disagreeing, first_wrong, successors
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,6 +1,6 @@
 """The engine on a GPU: device kernels, whole steps as CUDA graphs, scripted models.
 
-Scripted models know the right token after every token (see `speed.synthetic`), so every token
+Scripted models know the right token after every token (see `speed.shapes`), so every token
 of a long run is checked, whatever the precision.
 """
 
@@ -14,7 +14,7 @@ from mambactl.decode.gpu.fused_engine import FusedEngine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.models.mixers.mamba2_decode import Mamba2Settings
 from mambactl.models.packed import RecurrentState
-from mambactl.speed.synthetic import build, disagreeing, first_wrong, successors
+from mambactl.speed.shapes import build, disagreeing, first_wrong, successors
 
 pytestmark = [
     pytest.mark.gpu,

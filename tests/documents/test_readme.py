@@ -40,7 +40,7 @@ def test_headline_numbers_are_those_that_are_kept() -> None:
     assert heads[1] == f"{recall:.2f}" and cache[1] == share("11 heads")
     least = students["11 heads"]["recall"]["recall"]["least_recall_ratio"]
     assert f"(least {least:.2f})" in heads[0]
-    assert f"{share('6 heads')} of its cache at 8,192 tokens" in " ".join(TEXT.split())
+    assert f"{share('11 heads')} of the teacher's cache at 8,192 tokens" in " ".join(TEXT.split())
     shown = {
         name: (RESULTS / f"{name}.md").read_text("utf-8") for name in ("quickstart", "decoding")
     }

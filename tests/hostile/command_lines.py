@@ -59,7 +59,8 @@ FLAGS = (
     ("--recipe", "n" * 5000), ("--recipe", "quickstart@x"), ("more", "words"), ("--dev", "cpu"),
     ("-o",), ("-o", "a", "-o", "b"), ("--device=cpu=gpu",), ("--version",), ("--json", "--dry-run"),
 )  # fmt: skip
-# a whole and cheap command line of every command but `serve`, which a signal alone ends
+# a whole and cheap command line of every command but `serve`, which a signal alone ends, and
+# `synthetic`, which fetches a tokenizer
 WHOLE: dict[str, tuple[str, ...]] = {
     "convert": ("model", "--device", "cpu"),
     "teacher-cache": ("llama", "--data", "text.jsonl", "--device", "cpu", "--max-steps", "1"),
@@ -136,7 +137,7 @@ def _file(draw: Random) -> Line:
 
 
 def _stdin(draw: Random) -> Line:
-    command = _command(draw, lambda each: each.model != "none")
+    command = _command(draw, lambda each: each.reads_model)
     return (command.name, "-", *WHOLE[command.name][1:]), draw.choice(INPUTS)
 
 

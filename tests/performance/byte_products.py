@@ -13,7 +13,7 @@ from mambactl.kernels.decode.reference.ops import ReferenceOps
 from mambactl.kernels.decode.triton.ops import TritonOps
 from mambactl.metrics import tenths, tight_percent
 from mambactl.speed.limits import Numbers
-from mambactl.speed.synthetic import SHAPES, STD
+from mambactl.speed.shapes import SHAPES, STD
 from tests.performance.graphs import capture, median_seconds
 
 DISTINCT_BYTES = 240e6

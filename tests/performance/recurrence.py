@@ -19,8 +19,8 @@ from mambactl.kernels.decode.triton.ops import TritonOps
 from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.mamba2_decode import PackedMamba2
 from mambactl.models.session_size import SessionSize
+from mambactl.speed.shapes import SHAPES, materialise
 from mambactl.speed.subject import Numbers
-from mambactl.speed.synthetic import SHAPES, materialise
 from tests.performance.graphs import Timer, capture
 from tests.performance.snapshots import snapshot_segment
 from tests.performance.verification import supported

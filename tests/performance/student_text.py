@@ -3,7 +3,7 @@
     python -m tests.performance.student_text --model llama3-8b-hybrid-50 --teacher llama3-8b \\
         --rows 4 --length 1024 --tokens 256
 
-Both kinds of step train a random student of a shape in `speed.synthetic` towards a random teacher,
+Both kinds of step train a random student of a shape in `speed.shapes` towards a random teacher,
 through the loop of `distill`: mixers alone, or with `--rest` everything. No answer ends early. The
 step that writes may need what the other does, a copy of the student in the type of the run, keys,
 values and states of the answers: `allowed_bytes`. One line of JSON; the first step, which compiles
@@ -26,7 +26,7 @@ from mambactl.models.cache_bytes import session_bytes
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.session_size import SessionSize
 from mambactl.options import DistillConfig
-from mambactl.speed.synthetic import SHAPES, build
+from mambactl.speed.shapes import SHAPES, build
 from mambactl.train.compiled import compile_blocks, compiles
 from mambactl.train.drawn_prompts import DrawnPrompts, answers_at_most
 from mambactl.train.loop import Phase, train

@@ -9,7 +9,7 @@ Every FILE is what `eval --json` printed, or what a checkpoint keeps in its resu
 NAME are about one student, as are the students in a file that -o wrote. The table (Markdown, a
 column per student) is on stdout. -o writes the numbers behind it, without those of single
 documents, as `mambactl report` reads them. --figure draws KL and recall over the bytes of the
-cache, and a curve through the best student of each size; the picture of the README is
+cache, and a curve through the best student of about each size; the picture of the README is
 
     python -m tests.performance.students recipes/results/smollm2-135m-students-h200.json \
         --figure recipes/results/smollm2-135m-students-h200.png
@@ -61,6 +61,8 @@ WINDOW, ABLATED = "window ", "no recurrent"
 SAMPLES = "samples"
 # tokens of the sequence whose cache is drawn, or the nearest that was counted; inches of a figure
 DRAWN_LENGTH, INCHES = 8192, (9.4, 3.6)
+# caches that differ by less are drawn as one size
+NEAR = 1.1
 # per inch: a README is read at this size
 PIXELS = 100
 # facts about a run, beside its numbers
@@ -149,10 +151,10 @@ def lines(students: Sequence[Student]) -> Iterator[Line]:
             yield Line(f"{heading}{suffix}", _number(metric, "fidelity", data))
         yield Line(f"KL of the window control{suffix}", _of_control(WINDOW, KL, "fidelity", data))
         yield Line(
-            f"KL with the state put to zero{suffix}", _of_control(ABLATED, KL, "fidelity", data)
+            f"KL with the state set to zero{suffix}", _of_control(ABLATED, KL, "fidelity", data)
         )
-    yield Line("recall over the teacher's", _number(MEAN_RECALL_RATIO, "recall", "recall"))
-    yield Line("least of it", _least)
+    yield Line("mean recall over the teacher's", _number(MEAN_RECALL_RATIO, "recall", "recall"))
+    yield Line("lowest of the six", _least)
     yield Line(
         "recall of the window control",
         _of_control(WINDOW, MEAN_RECALL_RATIO, "recall", "recall"),
@@ -162,8 +164,8 @@ def lines(students: Sequence[Student]) -> Iterator[Line]:
             yield Line(f"recall, {probe}", _number(RECALL_RATIO, "recall", probe))
     yield Line("needle over the teacher's", _needle)
     for length in _names(students, "needle", "student", "by_length"):
-        yield Line(f"needle, {int(length):,} (found; the teacher's)", _needle_at(length))
-    yield Line("tasks, points beside the teacher", _task_points)
+        yield Line(f"needles found at {int(length):,}; by the teacher", _needle_at(length))
+    yield Line("difference of tasks to the teacher, points", _task_points)
 
 
 def _cache_lines(students: Sequence[Student]) -> Iterator[Line]:
@@ -248,7 +250,7 @@ def markdown(students: Sequence[Student]) -> str:
 
 
 def draw(students: Sequence[Student], out: Path) -> None:
-    """Draw KL and recall over the bytes of the cache as PNG; a curve through the best of each size.
+    """Draw KL and recall over the cache as PNG; a curve through the best of about each size.
 
     Raises UsageError without a cache or a measurement, ResourceError without matplotlib.
     """
@@ -279,7 +281,8 @@ def _panel(
     found = [(size["total"], each.found(*path, metric.name), each.name) for each, size in sized]
     named = _curve(axes, found, metric, "o-", "C0", "student")
     for size, value, name in named:
-        axes.annotate(name, (size, value), (0, -13), textcoords="offset points", fontsize=8,
+        short = name.partition(",")[0]
+        axes.annotate(short, (size, value), (0, -13), textcoords="offset points", fontsize=8,
                       ha="center")  # fmt: skip
     found = [(z["total"], each.control(WINDOW, *path, metric.name), "") for each, z in sized]
     _curve(axes, found, metric, "s--", "C7", "untrained control")
@@ -303,16 +306,21 @@ def _curve(
     colour: str,
     label: str,
 ) -> list[tuple[float, float, str]]:
-    """Draw bytes and numbers, a line through the best of each size, which is returned in MiB."""
+    """Draw bytes and numbers, a line through the best of about each size, returned in MiB."""
     sign = 1 if metric.better == "lower" else -1
     points = [(size / MIB, value, name) for size, value, name in found if value is not None]
-    best: dict[float, tuple[float, float, str]] = {}
-    for point in sorted(points, key=lambda point: (point[0], sign * point[1])):
-        best.setdefault(point[0], point)
-    for marks, shown in ((style, [*best.values()]), (style[:1], points)):
+    best: list[tuple[float, float, str]] = []
+    first = 0.0
+    for point in sorted(points):
+        if not best or point[0] > NEAR * first:
+            first = point[0]
+            best.append(point)
+        else:
+            best[-1] = min(best[-1], point, key=lambda each: sign * each[1])
+    for marks, shown in ((style, best), (style[:1], points)):
         xs, ys = [point[0] for point in shown], [point[1] for point in shown]
         axes.plot(xs, ys, marks, color=colour, ms=4.5, label=label if marks == style else None)
-    return [*best.values()]
+    return best
 
 
 def write_numbers(students: Sequence[Student], about: str, out: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from mambactl.speed.synthetic import SHAPES
+from mambactl.speed.shapes import SHAPES
 from tests.performance import recurrence
 from tests.performance.recurrence import Contest, one_layer, period, walk
 

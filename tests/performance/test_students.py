@@ -98,15 +98,15 @@ def test_every_student_is_a_column_and_files_of_one_name_are_one(files):
         "agreement": ["95.0 %", "95.0 %"],
         "perplexity ratio": ["1.004", "1.004"],
         "KL of the window control": ["0.0225", "0.0600"],
-        "KL with the state put to zero": ["0.0150", "0.0400"],
-        "recall over the teacher's": ["1.020 [0.750 to 1.250]", "0.900 [0.750 to 1.250]"],
-        "least of it": ["0.770 (mqar-256)", "0.650 (mqar-256)"],
+        "KL with the state set to zero": ["0.0150", "0.0400"],
+        "mean recall over the teacher's": ["1.020 [0.750 to 1.250]", "0.900 [0.750 to 1.250]"],
+        "lowest of the six": ["0.770 (mqar-256)", "0.650 (mqar-256)"],
         "recall of the window control": ["0.510", "0.450"],
         "recall, kv-256": ["1.020 [0.500 to 1.500]", "0.900 [0.500 to 1.500]"],
         "needle over the teacher's": ["0.975 [0.950 to 1.000]", ""],
-        "needle, 512 (found; the teacher's)": ["0.97; 1.00", ""],
-        "needle, 2,048 (found; the teacher's)": ["(0.25; 0.30)", ""],
-        "tasks, points beside the teacher": ["-0.25 [-0.75 to +0.25] (7 tasks)", ""],
+        "needles found at 512; by the teacher": ["0.97; 1.00", ""],
+        "needles found at 2,048; by the teacher": ["(0.25; 0.30)", ""],
+        "difference of tasks to the teacher, points": ["-0.25 [-0.75 to +0.25] (7 tasks)", ""],
     }
 
 

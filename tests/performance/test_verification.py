@@ -40,8 +40,8 @@ def test_a_machine_without_a_gpu_says_what_is_missing():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_ratio_of_both_passes():
+    from mambactl.speed.shapes import build
     from mambactl.speed.subject import Subject
-    from mambactl.speed.synthetic import build
 
     subject = Subject(build("mamba2-130m", "cuda", torch.bfloat16), "m", 1e12)
     (point,) = verify(subject, 4, Grid([64], [1], 8), [{"input_len": 64}])

@@ -15,7 +15,7 @@ from mambactl.speed.limits import (
     speculative_limit,
     tokens_per_step,
 )
-from mambactl.speed.synthetic import SHAPES
+from mambactl.speed.shapes import SHAPES
 
 BANDWIDTH = 4.3e12
 TINY = ["tiny", "tiny-mamba", "tiny-mamba2", "tiny-hybrid", "tiny-draft"]

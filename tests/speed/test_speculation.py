@@ -10,9 +10,9 @@ from mambactl.decode.engine import Engine
 from mambactl.decode.stats import DecodeStats
 from mambactl.models.config import HybridConfig
 from mambactl.speed.limits import speculative_limit
+from mambactl.speed.shapes import SHAPES, build, materialise, script, successors
 from mambactl.speed.speculation import NUMBERS, speculation
 from mambactl.speed.subject import Grid, Subject
-from mambactl.speed.synthetic import SHAPES, build, materialise, script, successors
 
 PLAIN = {"input_len": 8, "batch_size": 2, "decode_tokens_per_second": 10.0}
 

@@ -8,8 +8,8 @@ from mambactl.decode import backend
 from mambactl.decode.engine import Engine
 from mambactl.errors import CheckError
 from mambactl.speed import subject as subject_module
+from mambactl.speed.shapes import cycle_of, follows, successors
 from mambactl.speed.subject import Grid, random_prompts, scripted_prompts
-from mambactl.speed.synthetic import cycle_of, follows, successors
 from mambactl.speed.throughput import throughput
 
 

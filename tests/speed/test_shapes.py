@@ -9,7 +9,7 @@ from mambactl.decode.drafters import ModelDrafter
 from mambactl.decode.engine import Engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.models.hybrid import HybridForCausalLM, HybridModel
-from mambactl.speed.synthetic import (
+from mambactl.speed.shapes import (
     SHAPES,
     build,
     cycle_of,

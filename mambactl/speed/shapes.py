@@ -11,9 +11,11 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambactl.conversion.replace import kept_attention
+from mambactl.errors import UsageError
+from mambactl.foreign import excerpt
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import MIXERS
@@ -161,6 +163,12 @@ SHAPES: dict[str, Callable[[], HybridConfig]] = {
 }
 
 
+def require_shape(name: str) -> None:
+    """Raise UsageError for the name of a model that nobody knows."""
+    if name not in SHAPES:
+        raise UsageError(f"no synthetic model {excerpt(name)}", f"known: {', '.join(SHAPES)}")
+
+
 def build(
     name: str,
     device: torch.device | str,
@@ -190,14 +198,21 @@ def materialise(
     model.model.rotary_emb = RotaryEmbedding(config).to(device)
     model.config.dtype = dtype
     generator = torch.Generator(device).manual_seed(seed)
-    additions = config.num_hidden_layers * (2 if config.has_mlp else 1)
     for name, parameter in model.named_parameters():
-        fill(name, parameter, additions, generator)
+        fill(name, parameter, additions(config), generator)
     return model.eval().requires_grad_(False)
 
 
-def fill(name: str, parameter: nn.Parameter, additions: int, generator: torch.Generator) -> None:
-    """Fill with initial values as Mamba's and Llama's, of a stream with so many `additions`."""
+def additions(config: HybridConfig) -> int:
+    """Number of times that a model adds to its residual stream."""
+    return config.num_hidden_layers * (2 if config.has_mlp else 1)
+
+
+def fill(name: str, parameter: Tensor, additions: int, generator: torch.Generator) -> None:
+    """Give a parameter its initial values, as Mamba and Llama do, in place.
+
+    `additions` is how often the model adds to its residual stream.
+    """
     owner, _, kind = f".{name}".rpartition(".")
     owner = owner.rpartition(".")[2]
     if kind == "D" or owner.endswith("norm"):
@@ -220,7 +235,7 @@ def fill(name: str, parameter: nn.Parameter, additions: int, generator: torch.Ge
         parameter.normal_(0, STD / additions**0.5 if last else STD, generator=generator)
 
 
-def _fill_decay(A_log: nn.Parameter, generator: torch.Generator) -> None:
+def _fill_decay(A_log: Tensor, generator: torch.Generator) -> None:
     if A_log.ndim == 1:  # [H], Mamba-2
         A_log.uniform_(1, 16, generator=generator).log_()
     else:  # [Ch, N], Mamba-1
