@@ -130,7 +130,7 @@ def test_what_was_rejected_leaves_no_bit(target, monkeypatch) -> None:
         assert torch.equal(one[:, :, :known], other[:, :, :known])
 
 
-@pytest.mark.parametrize("piece", [2, 64])
+@pytest.mark.parametrize("piece", [2, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fused", [True, False])
 def test_rows_come_and_go(target, fused, piece) -> None:
     """Rows of an open batch get the tokens that they get alone, and draft as they do there."""
