@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mambactl.api.making import convert as convert
     from mambactl.api.making import distill as distill
     from mambactl.api.making import dpo as dpo
+    from mambactl.api.making import draft as draft
     from mambactl.api.making import export_model as export_model
     from mambactl.api.making import generate_dataset as generate_dataset
     from mambactl.api.making import run_recipe as run_recipe
@@ -77,6 +78,7 @@ _HOMES = {
     "distill": "api.making",
     "doctor": "api.showing",
     "dpo": "api.making",
+    "draft": "api.making",
     "evaluate": "api.measuring",
     "export_model": "api.making",
     "generate": "api.text",

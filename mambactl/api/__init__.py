@@ -7,6 +7,7 @@ FUNCTIONS = {
     "distill": "distill",
     "sft": "sft",
     "dpo": "dpo",
+    "draft": "draft",
     "eval": "evaluate",
     "spec-decode": "spec_decode",
     "synthetic": "synthetic",

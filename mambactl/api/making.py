@@ -14,6 +14,7 @@ from mambactl.options import (
     ConvertConfig,
     DistillConfig,
     DpoConfig,
+    DraftConfig,
     ExportConfig,
     GenerateConfig,
     SftConfig,
@@ -155,6 +156,30 @@ def dpo(
     2
     """
     return make("dpo", config, model, out, resume, force)
+
+
+@with_options("draft", DraftConfig)
+def draft(
+    config: DraftConfig,
+    model: Spec,
+    out: Spec | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> StageResult:
+    """Train a draft for speculative decoding on a model's own text; the model stays as it is.
+
+    A head, by default, reads the model's last stream, and works in mambactl and with these weights
+    alone; a model of some of its layers is a checkpoint like any other. Parameters, result and
+    errors are otherwise those of `distill`; `out` is by default `runs/<model>-draft`.
+
+    >>> head = mambactl.draft(
+    ...     "student.st", "draft.st", data=["chat.jsonl"], max_steps=2, batch_size=2,
+    ...     max_length=48, answer_tokens=8, vocabulary=64,
+    ... )
+    >>> head.metrics["vocabulary"], head.metrics["head"]["steps"]
+    (64, 2)
+    """
+    return make("draft", config, model, out, resume, force)
 
 
 @with_options("generate", GenerateConfig)

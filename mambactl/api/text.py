@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Literal
 from mambactl import console
 from mambactl.api.calls import Spec, spec_of
 from mambactl.api.signatures import with_options
+from mambactl.checkpoint.head_layout import is_draft_head
 from mambactl.checkpoint.load import load_lineage, load_model, load_tokenizer
 from mambactl.commands import configure
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K
 from mambactl.decode.engine import Finish, Generation
+from mambactl.decode.head_files import load_head
 from mambactl.decode.prompts import Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.stats import DecodeStats
@@ -300,7 +302,7 @@ def _prepared(
         decoding.require_draft_tokens(_source(model), _source(draft))
     handle = _loaded(model)
     if draft is not None:
-        own = NGRAM if draft == NGRAM else _beside(draft, handle.model, handle.weights)
+        own = NGRAM if draft == NGRAM else _beside(draft, handle)
     prompts = encode_all(map(Prompt.of, texts), handle.tokenizer, config.chat)
     setup = decoding.assemble(config, handle.model, handle.tokenizer, own, prompts)
     if params.eos_token_ids and not config.ignore_eos:
@@ -308,12 +310,19 @@ def _prepared(
     return handle, replace(setup, rounded=handle.rounded, folder=folder)
 
 
-def _beside(
-    draft: Model | Spec, target: HybridForCausalLM, weights: StoredWeights
-) -> HybridForCausalLM:
+def _beside(draft: Model | Spec, handle: Model) -> Draft:
     """A draft on the device of its target; one that is loaded here has the target's type, too."""
+    target, weights = handle.model, handle.weights
     if not isinstance(draft, Model):
-        return for_decoding(load_model(spec_of(draft), target.device, target.dtype), weights)
+        spec = spec_of(draft)
+        if not is_draft_head(spec):
+            return for_decoding(load_model(spec, target.device, target.dtype), weights)
+        if weights != "auto":
+            raise UsageError(
+                f"a draft head knows its target by the stored weights, not by those in {weights}",
+                "load the model without weights, or give another draft",
+            )
+        return load_head(spec, target, handle.source)
     if draft.model.device != target.device:
         raise UsageError(
             f"the draft is on {draft.model.device}, the model on {target.device}",

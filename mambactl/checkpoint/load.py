@@ -16,6 +16,7 @@ from mambactl.checkpoint.adapted import Adapted, in_dtype, require_finite
 from mambactl.checkpoint.adapters import granite, llama, mamba, olmo, own, qwen, smollm
 from mambactl.checkpoint.card import model_card
 from mambactl.checkpoint.config_fields import GenerationFields, Identity, read_fields
+from mambactl.checkpoint.head_layout import require_model
 from mambactl.checkpoint.opening import open_checkpoint
 from mambactl.checkpoint.plain_config import PLAIN
 from mambactl.checkpoint.reader import Reader
@@ -67,6 +68,7 @@ def adapt(reader: Reader) -> Adapted:
     """Our config and names for an open checkpoint; raises ModelError for other architectures."""
     identity = read_fields(Identity, reader.config, reader.path)
     kind = _kind(identity)
+    require_model(reader.config, reader.path)
     known = FORMATS.get(kind or "")
     named = (identity.architectures or [known and known.architecture])[0]
     if known is None:
@@ -300,6 +302,7 @@ def _tokenizer_files(source: Source) -> tuple[Mapping[str, str | bytes], AnyObje
         # state-spaces publishes weights alone; all its models share this tokenizer, and pad their
         # vocabularies beyond what their configs say
         return read_side_files(tokenizer_folder(_NEOX)), {}
+    require_model(raw, source.path)
     raise ModelError(
         f"{source.path} has no tokenizer", "copy tokenizer.json of the original model into it"
     )

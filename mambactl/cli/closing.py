@@ -39,5 +39,7 @@ class Closing:
             line += f", wrote {out}"
         path = source if out is None else str(out)
         if self.command.next_command and path and not self.piped:
-            line += f"; next: {self.command.next_command.format(path=shlex.quote(path))}"
+            names = {"path": path, "source": source or path}
+            quoted = {key: shlex.quote(name) for key, name in names.items()}
+            line += f"; next: {self.command.next_command.format(**quoted)}"
         console.log(line)

@@ -98,6 +98,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "distill.batch_size",
         "sft.batch_size",
         "dpo.batch_size",
+        "draft.batch_size",
         "grad_accum",
         "max_length",
         "align_steps",
@@ -108,6 +109,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "onpolicy_steps",
         "save_every",
     ),
+    "Text that the target writes": ("draft.text", "answer_tokens", "answer_temperature"),
     "Text that the student writes": (
         "onpolicy_share",
         "onpolicy_tokens",
@@ -115,6 +117,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
     ),
     "Learning": (
         "lr",
+        "output_lr",
         "rest_lr",
         "align_lr",
         "stepwise_rest_lr",
@@ -130,6 +133,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "sft.teacher",
         "dpo.teacher",
         "teacher_cache",
+        "unroll",
         "kl_weight",
         "ce_weight",
         "distill.temperature",

@@ -189,12 +189,16 @@ def _flag(name: str, field: FieldInfo) -> Any:
     return Annotated[kind | None, option]
 
 
+# completions of options that name a model, but not any
+_MODELS = {"draft": drafts}
+
+
 def _suggest(name: str, annotation: Any) -> Suggest | None:
     """Completion for an option's value; None for files."""
     if name == "tasks":
         return tasks
     if name in StageConfig.models:
-        return drafts if name == "draft" else models
+        return _MODELS.get(name, models)
     # a list whose members are words of a kind
     for part in _parts_of(annotation):
         if get_origin(part) is list and get_origin(get_args(part)[0]) is Literal:

@@ -37,7 +37,7 @@ class Command:
     also be typed behind MODEL, without its flag.
     `needs_torch` is for commands that are no stages, which all do. `group` is where the help of the
     program lists it; `next_command` is what is typed next, with `{path}` for what was written, or
-    measured.
+    measured, and `{source}` for MODEL.
     """
 
     name: str
@@ -162,6 +162,19 @@ _ROWS = (
         resumable=True,
         group="make",
         next_command="mambactl eval {path} --data FILE",
+    ),
+    Command(
+        "draft",
+        "mambactl.options.drafting:DraftConfig",
+        (
+            "mambactl draft t.st --data prompts.jsonl -o d.st",
+            "mambactl draft t.st --data answers.jsonl --text data --vocabulary 16384 -o d.st",
+            "mambactl draft t.st --kind model --layers 4 --data prompts.jsonl -o d.st",
+        ),
+        writes="model",
+        resumable=True,
+        group="make",
+        next_command="mambactl spec-decode --draft {path} --target {source}",
     ),
     Command(
         "eval",

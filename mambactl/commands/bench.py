@@ -211,7 +211,7 @@ def measure_points(config: BenchConfig, source: Source, subject: Subject, grid: 
     """Plain decoding of a model at every point, and decoding with the draft of its source."""
     points = throughput(subject, grid)
     if source.draft is not None:
-        points = speculation(subject, source.draft(), config.k, grid, points)
+        points = speculation(subject, source.draft(subject.model), config.k, grid, points)
     return [{"model": source.name, **point} for point in points]
 
 

@@ -11,12 +11,14 @@ from mambactl import console
 from mambactl.decode.conversation import Conversation
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine, Generation, OnTokens
+from mambactl.decode.head_drafter import HeadDrafter
 from mambactl.decode.open_batch import OpenBatch
 from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.row_by_row import RowByRow
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.dispatch import switch, triton_missing
 from mambactl.models.byte_weights import mean_bytes
+from mambactl.models.draft_head import DraftHead, DraftModel
 from mambactl.models.hybrid import HybridForCausalLM
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ NGRAM = "ngram"
 # what "auto" means where nothing is measured
 REFERENCE_K = 4
 
-Draft = HybridForCausalLM | Literal["ngram"] | None
+Draft = DraftModel | Literal["ngram"]
 K = int | Literal["auto"]
 
 
@@ -119,7 +121,8 @@ def _on_cpu(
     folder: PrefixFolder | None,
 ) -> "FusedEngine | None":
     """The engine of whole steps with operations for a CPU, where they can run the models."""
-    models = [model for model in (target, draft) if isinstance(model, HybridForCausalLM)]
+    own = draft.body if isinstance(draft, DraftHead) else draft
+    models = [model for model in (target, own) if isinstance(model, HybridForCausalLM)]
     fits = all(model.dtype == torch.float32 for model in models)
     if switch() or not fits:
         return None
@@ -151,4 +154,6 @@ def _drafter(draft: Draft, target: HybridForCausalLM) -> Drafter | None:
         return None
     if isinstance(draft, str):
         return NgramDrafter()
+    if isinstance(draft, DraftHead):
+        return HeadDrafter(draft)
     return ModelDrafter(draft, target.config.vocab_size)

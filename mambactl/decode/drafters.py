@@ -77,12 +77,8 @@ class ModelDrafter:
             logits = self._last_logits(feed, n_new)  # [B, V]
             if index == 0:
                 self.known = self.cache.lengths.clone()  # [B], everything certain is read
-            if self.sampler.params.greedy:
-                token = logits.argmax(-1)  # [B]
-            else:
-                distribution = self.sampler.probs(logits)  # [B, V]
-                uniforms = self.sampler.uniform(positions + index, Stream.PROPOSE)
-                token = draw(distribution, uniforms)  # [B]
+            token, distribution = draft_token(self.sampler, logits, positions + index)
+            if distribution is not None:
                 probs.append(distribution)
             tokens.append(token)
             feed, n_new = token[:, None], (lengths > index + 1).long()
@@ -124,6 +120,19 @@ class ModelDrafter:
         known = [[min(token, self.own_size - 1) for token in prompt] for prompt in prompts]
         prefix = self.prefix if self.conversation is None else self.conversation.of(known)
         return prefill(self.model, known, recording=True, prefix=prefix)[0]
+
+
+def draft_token(
+    sampler: Sampler, logits: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A token [B] by logits [B, V] for text positions [B], and what it was drawn from [B, V].
+
+    A greedy one was not drawn: None.
+    """
+    if sampler.params.greedy:
+        return logits.argmax(-1), None
+    distribution = sampler.probs(logits)  # [B, V]
+    return draw(distribution, sampler.uniform(positions, Stream.PROPOSE)), distribution
 
 
 class NgramDrafter:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mambactl.decode.accept import Proposal, Verdict, accept_greedy, accept_sampled
 from mambactl.decode.conversation import Conversation
 from mambactl.decode.drafters import Drafter
+from mambactl.decode.head_drafter import HeadDrafter
 from mambactl.decode.prefill import prefill
 from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.sampler import Sampler, SamplingParams, Stream
@@ -97,7 +98,10 @@ class Engine:
                 hint="take a draft of the target's family, or `--draft ngram`",
             )
         self.target, self.drafter, self.k = target, drafter, k
-        self.prefixes = Prefixes(target.model, share, folder)
+        # a head reads along from the first token on: what was read without it is of no use
+        self.along = drafter.along if isinstance(drafter, HeadDrafter) else None
+        alone = self.along is None
+        self.prefixes = Prefixes(target.model, share and alone, folder if alone else None)
 
     @torch.no_grad()
     def generate(
@@ -129,7 +133,9 @@ class Engine:
 
     def converse(self) -> Conversation:
         """Treat later prompts as one conversation, in which each is read from the last one on."""
-        self.prefixes = conversation = Conversation(self.target.model)
+        conversation = Conversation(self.target.model)
+        if self.along is None:
+            self.prefixes = conversation
         if self.drafter is not None:
             self.drafter.converse()
         return conversation
@@ -137,7 +143,8 @@ class Engine:
     def _start(self, prompts: Sequence[Sequence[int]], sampler: Sampler) -> RunningBatch:
         """Read the prompts and choose the first token of each, which is pending then."""
         prefix = self.prefixes.of(prompts)
-        cache, hidden = prefill(self.target, prompts, recording=self.k > 0, prefix=prefix)
+        along = None if self.along is None else self.along(len(prompts))
+        cache, hidden = prefill(self.target, prompts, self.k > 0, prefix, along)
         return self.begin(cache, hidden, sampler)
 
     @torch.no_grad()
@@ -163,7 +170,9 @@ class Engine:
         params = batch.sampler.params
         survivors = [row for row in batch.rows if _emit(row, first[row], params, output, on_tokens)]
         if len(survivors) < len(batch.rows):
-            batch.keep(survivors)
+            index = batch.keep(survivors)
+            if isinstance(self.drafter, HeadDrafter):
+                self.drafter.keep(index)
         if self.drafter is not None and survivors:
             with output.stats.timed("prefill", self.target.device):
                 self.drafter.start([[*prompts[r], *first[r]] for r in survivors], batch.sampler)
@@ -217,12 +226,11 @@ class Engine:
     def _verify(self, batch: RunningBatch, proposal: Proposal, written: list[int]) -> Verdict:
         """One target pass over [pending, drafts]; the cache ends at the last accepted token."""
         held = batch.cache.lengths.clone()  # [B]
-        logits = self.target(
-            input_ids=torch.cat([batch.pending[:, None], proposal.tokens], 1),  # [B, K + 1]
-            past_key_values=batch.cache,
-            n_new=1 + proposal.lengths,
-            use_cache=True,
-        ).logits  # [B, K + 1, V]
+        tokens = torch.cat([batch.pending[:, None], proposal.tokens], 1)  # [B, K + 1]
+        stream = self.target.model.read(tokens, batch.cache, 1 + proposal.lengths)
+        logits = self.target.lm_head(self.target.model.norm(stream))  # [B, K + 1, V]
+        if isinstance(self.drafter, HeadDrafter):
+            self.drafter.see(stream)
         verdict = self._judge(batch.sampler, logits, proposal, written)
         if self.k > 0:
             batch.cache.rollback(held + 1 + verdict.accepted)

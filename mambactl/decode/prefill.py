@@ -1,6 +1,6 @@
 """Reading prompts of different lengths into a cache, in pieces."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 CHUNK_TOKENS = 8192
 # a piece is no shorter, however many rows there are
 LEAST_CHUNK = 16
+# takes a piece of tokens [B, T], the streams behind them [B, T, D], and how many are new [B]
+Along = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 def prefill(
@@ -20,8 +22,9 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     recording: bool,
     prefix: HybridCache | None = None,
+    along: Along | None = None,
 ) -> tuple[HybridCache, Tensor]:
-    """Run every prompt (possibly empty) through the model.
+    """Run every prompt (possibly empty) through the model, and what goes `along` piece by piece.
 
     Returns the cache, which may be rolled back to any later point than the prompts' ends when
     `recording`, and the hidden states [B, D] of the last tokens, those of an empty stream for
@@ -34,26 +37,33 @@ def prefill(
     else:
         cache = prefix.select(torch.zeros(rows, dtype=torch.long, device=prefix.lengths.device))
         prompts = [prompt[prefix.seen :] for prompt in prompts]
-    last = read_in_pieces(model.model, cache, prompts)
+    last = read_in_pieces(model.model, cache, prompts, along)
     # what was read without recording is permanent
     cache.recording = recording
     return cache, model.model.norm(last)
 
 
 def read_in_pieces(
-    model: HybridModel, cache: HybridCache, prompts: Sequence[Sequence[int]]
+    model: HybridModel,
+    cache: HybridCache,
+    prompts: Sequence[Sequence[int]],
+    along: Along | None = None,
 ) -> Tensor:
     """Read prompts, possibly empty, behind what all rows of a cache hold alike.
 
     Returns the stream [B, D] behind the last tokens, 0 for empty prompts.
     """
     size = max(CHUNK_TOKENS // len(prompts), LEAST_CHUNK)
-    *_, last = piece_by_piece(model, cache, prompts, size)
+    *_, last = piece_by_piece(model, cache, prompts, size, along)
     return last
 
 
 def piece_by_piece(
-    model: HybridModel, cache: HybridCache, prompts: Sequence[Sequence[int]], size: int
+    model: HybridModel,
+    cache: HybridCache,
+    prompts: Sequence[Sequence[int]],
+    size: int,
+    along: Along | None = None,
 ) -> Iterator[Tensor]:
     """Read prompts as `read_in_pieces` does, `size` tokens of each between two items.
 
@@ -74,7 +84,10 @@ def piece_by_piece(
         ragged = min(counts) < start + piece.shape[1]
         n_new = (lengths - start).clamp(0, piece.shape[1]) if ragged else None
         with console.doing(f"reading the prompt from token {start:,} of {width:,}"):
-            last = newest(model.read(piece, cache, n_new), n_new, last)
+            stream = model.read(piece, cache, n_new)
+            last = newest(stream, n_new, last)
+            if along is not None:
+                along(piece, stream, n_new)
         if start + size >= width:
             # decoding takes rows to different lengths
             cache.level = False

@@ -7,8 +7,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from mambactl.decode.head_drafter import HeadReading
 from mambactl.decode.prefill import piece_by_piece
 from mambactl.models.cache import HybridCache
+from mambactl.models.draft_head import DraftHead, DraftModel
 from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 from mambactl.present import present
 
@@ -17,8 +19,8 @@ from mambactl.present import present
 class ReadPrompt:
     """A prompt that was read: what the models hold after it, one row, not to be written to.
 
-    A draft model has read all but the last token, which it reads with the first new one. `hidden`
-    is the target's stream behind the last token.
+    A draft model has read all but the last token, which it reads with the first new one; a head
+    has read all. `hidden` is the target's stream behind the last token.
     """
 
     tokens: list[int]
@@ -41,7 +43,7 @@ class PromptReading:
     def __init__(
         self,
         target: HybridForCausalLM,
-        draft: HybridForCausalLM | None,
+        draft: DraftModel,
         prompts: Sequence[Sequence[int]],
         start: ReadPrompt | None,
         piece: int,
@@ -52,9 +54,19 @@ class PromptReading:
         rest = [prompt[self.known :] for prompt in self.prompts]
         size = max(piece // len(rest), 1)
         self._target = _cache(target.model, start and start.target, len(rest))
-        pieces = piece_by_piece(target.model, self._target, rest, size)
         self._draft: HybridCache | None = None
-        if draft is not None:
+        # tokens of a prompt that a draft reads later
+        self._unread = 1
+        along = None
+        if isinstance(draft, DraftHead):
+            along = HeadReading.start(draft, len(rest))
+            if start is not None:
+                along.cache = _cache(draft.body.model, start.draft, len(rest))
+                along.cache.level = True
+                along.before = start.hidden.expand(len(rest), -1)
+            self._draft, self._unread = along.cache, 0
+        pieces = piece_by_piece(target.model, self._target, rest, size, along)
+        if isinstance(draft, HybridForCausalLM):
             # the last token of the beginning it has yet to read
             last, known = draft.config.vocab_size - 1, max(self.known - 1, 0)
             own = [[min(t, last) for t in prompt[known:-1]] for prompt in self.prompts]
@@ -78,7 +90,8 @@ class PromptReading:
         alone = len(self.prompts) == 1
         index = torch.tensor([row], device=self._target.lengths.device)
         caches = []
-        for cache, length in ((self._target, len(prompt)), (self._draft, len(prompt) - 1)):
+        read = (self._target, len(prompt)), (self._draft, len(prompt) - self._unread)
+        for cache, length in read:
             own = cache
             if cache is not None:
                 own = cache if alone else cache.select(index)

@@ -45,6 +45,8 @@ class DecodingCopy:
 
         Every tensor keeps its address: captured graphs read the new values.
         """
+        if not self._changing:
+            return
         for ours, theirs in self._changing:
             ours.copy_(theirs)
         if isinstance(self._engine, FusedEngine) and self._engine.packed is not None:

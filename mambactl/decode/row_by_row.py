@@ -7,10 +7,12 @@ import torch
 
 from mambactl.decode.drafters import Drafter, ModelDrafter
 from mambactl.decode.engine import Engine, Generation, RunningBatch
+from mambactl.decode.head_drafter import HeadDrafter, HeadReading
 from mambactl.decode.open_batch import Likely, LikelyTable, RowRequest, Written
 from mambactl.decode.prompt_reading import ReadPrompt
 from mambactl.decode.sampler import Sampler
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.present import present
 
 
 @dataclass
@@ -39,6 +41,8 @@ class RowByRow:
         self.target, self.make_drafter, self.k, self.most = target, make_drafter, k, rows
         self.eos = tuple(eos)
         self.rows: dict[int, _Row] = {}
+        # the only row of what was read
+        self.first = torch.zeros(1, dtype=torch.long, device=target.device)
 
     @property
     def room(self) -> int:
@@ -56,8 +60,11 @@ class RowByRow:
         drafter = self.make_drafter()
         if isinstance(drafter, ModelDrafter):
             drafter.prefix = prompt.draft
+        if isinstance(drafter, HeadDrafter):
+            own = present(prompt.draft).select(self.first)
+            drafter.reading = HeadReading(drafter.head, own, prompt.hidden)
         engine = Engine(self.target, drafter, self.k, share=False)
-        cache = prompt.target.select(torch.zeros(1, dtype=torch.long, device=self.target.device))
+        cache = prompt.target.select(self.first)
         # what was read without recording is permanent
         cache.recording = self.k > 0
         hidden = self.target.model.norm(prompt.hidden)

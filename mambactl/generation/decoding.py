@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mambactl import console
 from mambactl.checkpoint import vocabulary
 from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.head_layout import describe_head, is_draft_head
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.vocabulary import require_same_tokens
 from mambactl.data.bad_rows import BadRows
@@ -15,6 +16,7 @@ from mambactl.data.conversations import read_conversations
 from mambactl.data.row_files import require_prompts
 from mambactl.decode.backend import NGRAM, AnyEngine, Draft, K, make_engine
 from mambactl.decode.engine import Generation, OnTokens
+from mambactl.decode.head_files import load_head
 from mambactl.decode.prefix_files import GB, PrefixFolder
 from mambactl.decode.prompts import BUILTIN, Prompt, encode_all
 from mambactl.decode.sampler import SamplingParams
@@ -23,6 +25,7 @@ from mambactl.errors import ModelError, UsageError
 from mambactl.generation.detokenizer import text_of
 from mambactl.models.byte_weights import for_decoding, require_weights
 from mambactl.models.config import HybridConfig
+from mambactl.models.draft_head import DraftHead
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import (
     BenchConfig,
@@ -53,6 +56,8 @@ class Setup:
 
     def engine(self, plain: bool = False, exact: bool = False, share: bool = True) -> AnyEngine:
         """The engine that was asked for, or one for plain decoding."""
+        if isinstance(self.draft, DraftHead) and self.folder is not None:
+            console.warn("--prefix-cache gives nothing: a draft head reads prompts from the start")
         if plain or self.draft is None:
             return make_engine(self.target, None, 0, exact, share, self.rounded, self.folder)
         return make_engine(self.target, self.draft, self.k, exact, share, self.rounded, self.folder)
@@ -109,8 +114,12 @@ def load_both(
     """Target, its tokenizer and draft, on the device and in the type that are asked for."""
     device, dtype = placement(config)
     require_weights(config.weights, device)
-    target = for_decoding(load_model(source, device=device, dtype=dtype), config.weights)
+    target = load_model(source, device=device, dtype=dtype)
     draft = config.draft
+    if draft not in (None, NGRAM) and is_draft_head(draft):
+        # of the weights as they are stored
+        return for_decoding(target, config.weights), tokenizer, load_head(draft, target, source)
+    target = for_decoding(target, config.weights)
     if draft not in (None, NGRAM):
         draft = for_decoding(load_model(draft, device=device, dtype=dtype), config.weights)
     return target, tokenizer, draft
@@ -152,7 +161,12 @@ def require_draft(config: TokenConfig | BenchConfig | ServeConfig, source: str) 
 
 
 def require_draft_tokens(source: str, draft: str, trust_remote_code: bool = False) -> None:
-    """Raise ModelError when a draft model means other tokens than the target."""
+    """Raise ModelError when a draft model means other tokens than the target.
+
+    The tokens of a draft head are those of its target, by whose weights it is checked later.
+    """
+    if is_draft_head(draft):
+        return
     hint = "take a draft of the target's family, or --draft ngram"
     require_same_tokens(source, draft, "draft", hint, False, trust_remote_code)
 
@@ -212,7 +226,9 @@ def plan_models(config: TokenConfig | ServeConfig, source: str) -> dict[str, obj
     require_weights(config.weights, device)
     require_draft(config, source)
     target = describe(source)
-    draft = describe(config.draft) if config.draft not in (None, NGRAM) else None
+    draft = None
+    if config.draft not in (None, NGRAM):
+        draft = (describe_head if is_draft_head(config.draft) else describe)(config.draft)
     return {
         "source": target["checkpoint"],
         "parameters": target["parameters"],

@@ -26,6 +26,7 @@ from mambactl.files import explained, replacing
 from mambactl.foreign import blamed, json_value
 from mambactl.generation.dialogue import Chat, Message
 from mambactl.models.cache import AttentionCache, HybridCache
+from mambactl.models.draft_head import DraftHead
 from mambactl.models.key_ring import KeyRing
 
 FORMAT = "mambactl conversation 1"
@@ -36,9 +37,13 @@ _HINT = "give a file that /save wrote"
 def save(chat: Chat, name: str) -> None:
     """Write a conversation into a new file, or in the place of one that was saved before.
 
-    Raises UsageError where nothing was said, OutputError for a file of another kind and for one
-    that cannot be written, ResourceError on a full disk.
+    Raises UsageError where nothing was said and where no state is kept, OutputError for a file of
+    another kind and for one that cannot be written, ResourceError on a full disk.
     """
+    if isinstance(chat.setup.draft, DraftHead):
+        raise UsageError(
+            "beside a draft head no state is kept between messages", "chat without it to save"
+        )
     points = chat.conversation.points
     point = next((each for each in reversed(points) if not each.answered), None)
     if point is None:

@@ -247,17 +247,30 @@ class HybridConfig(MixerLayout[AnySpec], LlamaConfig):
 
     def only(self, index: int, **fields: Any) -> "HybridConfig":
         """A model of one layer alone; keywords give other fields."""
-        spec, settings = self.layer(index).spec, self.layer(index).settings
+        return self.cut([index], **fields)
+
+    def cut(self, indices: Sequence[int], **fields: Any) -> "HybridConfig":
+        """A model of these layers, in this order; keywords give other fields."""
         names = {name for other in MIXERS.values() for name in other.sections}
-        own = {name: _stored(part) for name, part in spec.parts(settings).items()}
+        sections: dict[str, list[object]] = {}
+        for number, index in enumerate(indices):
+            layer = self.layer(index)
+            for name, part in layer.spec.parts(layer.settings).items():
+                sections.setdefault(name, [None] * len(indices))[number] = part
         kept = {
             key: value
             for key, value in self.to_dict().items()
             if key not in ("model_type", "unrotated_layers") and key not in names
         }
-        changed: dict[str, Any] = {"num_hidden_layers": 1, "mixers": [spec.name]} | own | fields
-        if not self.rotated(index):
-            changed["unrotated_layers"] = [0]
+        changed: dict[str, Any] = {
+            "num_hidden_layers": len(indices),
+            "mixers": [self.layer(index).spec.name for index in indices],
+            **{name: _stored(parts) for name, parts in sections.items()},
+            **fields,
+        }
+        still = [number for number, index in enumerate(indices) if not self.rotated(index)]
+        if still:
+            changed["unrotated_layers"] = still
         return HybridConfig(**{**kept, **changed})
 
     def with_mixers(self, mixers: Sequence[str], **sections: Any) -> "HybridConfig":

@@ -217,7 +217,10 @@ class HybridModel(HybridPreTrainedModel):
 
         Asks the device for nothing where `cache.level`, so that a CUDA graph can hold it.
         """
-        hidden = self.embedded(input_ids)
+        return self.read_on(self.embedded(input_ids), cache, n_new)
+
+    def read_on(self, hidden: Tensor, cache: HybridCache, n_new: Tensor | None) -> Tensor:
+        """The stream behind the last block for the stream [B, T, D] in front of the first."""
         context = self.context(hidden, cache=cache, n_new=n_new)
         for layer in self.layers:
             hidden = layer(hidden, context, cache)

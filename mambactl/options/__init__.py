@@ -5,6 +5,7 @@ which class belongs to which command; here are those that several modules import
 """
 
 from mambactl.options.conversion import ConvertConfig
+from mambactl.options.drafting import DraftConfig
 from mambactl.options.exporting import ExportConfig
 from mambactl.options.fields import CommandConfig, StageConfig, split_weight
 from mambactl.options.generation import (
@@ -28,6 +29,7 @@ from mambactl.options.training import (
     HeldOutConfig,
     SftConfig,
     SpreadConfig,
+    StepsConfig,
     TeacherCacheConfig,
     TrackedConfig,
     TrainConfig,
@@ -43,6 +45,7 @@ __all__ = [
     "ConvertConfig",
     "DistillConfig",
     "DpoConfig",
+    "DraftConfig",
     "ExportConfig",
     "GenerateConfig",
     "HeldOutConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "SpecDecodeConfig",
     "SpreadConfig",
     "StageConfig",
+    "StepsConfig",
     "TeacherCacheConfig",
     "TokenConfig",
     "TrackedConfig",

@@ -37,7 +37,8 @@ class BenchConfig(StageConfig):
         default=1, ge=1, description="measure every point so often, with a new engine each time"
     )
     draft: str | None = Field(
-        default=None, description="decode with it too: checkpoint, ngram or shape"
+        default=None,
+        description="decode with it too: checkpoint, ngram, or beside --synthetic a shape or head",
     )
     k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
     weights: StoredWeights = Field(default="auto", description=WEIGHTS_HELP)
@@ -74,8 +75,8 @@ class BenchConfig(StageConfig):
     @property
     def other_models(self) -> list[tuple[str, str]]:
         """Options that name a model beside MODEL; a synthetic draft is none."""
-        named = super().other_models
-        return [each for each in named if self.needs_model or each[0] != "draft"]
+        synthetic = {("draft", self.draft)} if not self.needs_model else set()
+        return [each for each in super().other_models if each not in synthetic]
 
     def require_coherent(self) -> None:
         """Raise UsageError for a training that is measured against something else than itself."""

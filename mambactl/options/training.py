@@ -37,19 +37,24 @@ TEXT_LOSS = "sft"
 DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
 
-class TrainConfig(RowsConfig):
-    """Options that the stages which follow gradients share."""
+class StepsConfig(RowsConfig):
+    """Options that all stages which follow gradients share."""
 
-    later: ClassVar[Mapping[str, object]] = {"freeze_kept": False, "epochs": None}
-
-    teacher: str | None = Field(default=None, description="default: where the lineage started")
     warmup: int = Field(default=10, ge=0, description="warm-up steps")
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    grad_checkpointing: bool = Field(default=False, description="recompute activations in backward")
     log_every: int = Field(
         default=0, ge=0, description="steps between lines of loss, rate and gradient norm; 0: none"
     )
     save_every: int = Field(default=100, ge=1, description="steps between resumable states")
+
+
+class TrainConfig(StepsConfig):
+    """Options that the stages which train a student share."""
+
+    later: ClassVar[Mapping[str, object]] = {"freeze_kept": False, "epochs": None}
+
+    teacher: str | None = Field(default=None, description="default: where the lineage started")
+    grad_checkpointing: bool = Field(default=False, description="recompute activations in backward")
     freeze_kept: bool = Field(
         default=False, description="leave queries and keys of kept attention as they are"
     )

@@ -27,6 +27,7 @@ from mambactl.decode.prefix_files import GB
 from mambactl.decode.prompt_reading import PromptReading
 from mambactl.errors import ResourceError
 from mambactl.generation import decoding
+from mambactl.models.draft_head import DraftModel
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import ServeConfig
 from mambactl.ranks import placement
@@ -189,7 +190,7 @@ class Server:
         k = config.k if draft is not None else 0
         started = time.perf_counter()
         batch = open_batch(target, draft, k, rows, length, eos, config.dtype == "auto")
-        model = draft if isinstance(draft, HybridForCausalLM) else None
+        model = None if isinstance(draft, str) else draft
         piece = fitting_piece(target, model, length)
         console.log(
             f"{rows} rows of {length} tokens, prompts in pieces of {piece}, warm in "
@@ -200,7 +201,7 @@ class Server:
         return Decoding(target, model, batch, KeptPrompts(int(config.keep_gb * GB)), piece)
 
 
-def fitting_piece(target: HybridForCausalLM, draft: HybridForCausalLM | None, most: int) -> int:
+def fitting_piece(target: HybridForCausalLM, draft: DraftModel, most: int) -> int:
     """Tokens of a prompt that are read in about `STALL_SECONDS`; reads some, which warms up."""
     for lengths in WARM_LENGTHS:
         _read(target, draft, *(min(length, most) for length in lengths))
@@ -214,7 +215,7 @@ def fitting_piece(target: HybridForCausalLM, draft: HybridForCausalLM | None, mo
     return piece
 
 
-def _read(target: HybridForCausalLM, draft: HybridForCausalLM | None, *lengths: int) -> float:
+def _read(target: HybridForCausalLM, draft: DraftModel, *lengths: int) -> float:
     """Seconds of reading prompts of these lengths, all of them together and at once."""
     started = time.perf_counter()
     prompts = [[0] * length for length in lengths]

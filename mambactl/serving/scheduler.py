@@ -14,6 +14,7 @@ from mambactl.decode.kept_prompts import KeptPrompts
 from mambactl.decode.open_batch import OpenBatch, Written
 from mambactl.decode.prefill import CHUNK_TOKENS
 from mambactl.decode.prompt_reading import PromptReading, ReadPrompt
+from mambactl.models.draft_head import DraftModel
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.serving.prometheus import ServerMetrics
 from mambactl.serving.refusals import Refused, not_ready, queue_full
@@ -30,7 +31,7 @@ class Decoding:
     """Loaded models, and the batch that decodes with them."""
 
     target: HybridForCausalLM
-    draft: HybridForCausalLM | None
+    draft: DraftModel
     batch: OpenBatch
     kept: KeptPrompts
     # tokens of prompts between two steps

@@ -11,18 +11,24 @@ import torch
 from torch import Tensor
 
 from mambactl.checkpoint.contents import describe
+from mambactl.checkpoint.head_layout import is_draft_head
 from mambactl.checkpoint.load import load_model
 from mambactl.decode.backend import NGRAM, Draft
-from mambactl.errors import ModelError
+from mambactl.decode.head_files import load_head
+from mambactl.errors import ModelError, UsageError
 from mambactl.json_values import JsonObject
 from mambactl.models.byte_weights import for_decoding
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
 from mambactl.speed.limits import parameters_read
+from mambactl.speed.scripted_head import HEAD, TOKENS, scripted_head
 from mambactl.speed.shapes import SHAPES, build, disagreeing, require_shape, successors
 from mambactl.speed.subject import Subject
 
 LEAST_PERIOD = 64
+
+
+Helper = Callable[[HybridForCausalLM], Draft]
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Source:
 
     name: str
     target: Callable[[], HybridForCausalLM]
-    draft: Callable[[], Draft] | None = None
+    # of the model itself, which a head needs
+    draft: Helper | None = None
     successor: Tensor | None = None
     period: int = 1
 
@@ -43,7 +50,7 @@ class Source:
         return Subject(self.target(), self.name, bandwidth, self.successor, self.period, rounded)
 
 
-def _ngram() -> Draft:
+def _ngram(_: HybridForCausalLM) -> Draft:
     return NGRAM
 
 
@@ -52,10 +59,24 @@ def checkpoint(
 ) -> Source:
     """A model that is read from disk."""
     load = partial(_load, config, device, dtype)
-    helper: Callable[[], Draft] | None = None
-    if draft is not None:
-        helper = _ngram if draft == NGRAM else partial(load, draft)
+    helper = None if draft is None else _helper(config, spec, load, draft)
     return Source(spec, partial(load, spec), helper)
+
+
+def _helper(
+    config: BenchConfig, spec: str, load: Callable[[str], HybridForCausalLM], draft: str
+) -> Helper:
+    """Constructor of a draft from disk; UsageError for a head beside weights it does not know."""
+    if draft == NGRAM:
+        return _ngram
+    if not is_draft_head(draft):
+        return lambda _: load(draft)
+    if config.weights != "auto":
+        raise UsageError(
+            f"a draft head knows its target by the stored weights, not by {config.weights}",
+            "drop --weights, or give another draft",
+        )
+    return lambda target: load_head(draft, target, spec)
 
 
 def _load(
@@ -74,26 +95,44 @@ def _load(
 
 def require_shapes(config: BenchConfig) -> None:
     """Raise UsageError for a synthetic model that nobody knows."""
-    drafts = [config.draft] if config.draft not in (None, NGRAM) else []
-    for name in [*config.synthetic, *drafts]:
+    for name in [*config.synthetic, *_shapes_of_drafts(config)]:
         require_shape(name)
+
+
+def _shapes_of_drafts(config: BenchConfig) -> list[str]:
+    """Name of the draft's shape, if it has one."""
+    return [] if config.draft in (None, NGRAM, HEAD) else [config.draft]
 
 
 def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch.dtype) -> Source:
     """A scripted model; the draft, if any, goes wrong as often as `config.acceptance` says."""
-    sizes = [SHAPES[name]().vocab_size]
-    if config.draft not in (None, NGRAM):
-        sizes.append(SHAPES[config.draft]().vocab_size)
+    whole = SHAPES[name]().vocab_size
+    sizes = [whole, *(SHAPES[draft]().vocab_size for draft in _shapes_of_drafts(config))]
+    if config.draft == HEAD:
+        sizes.append(min(whole, TOKENS))
     # only tokens that a draft of a trimmed vocabulary has
     successor = successors(max(sizes), config.seed, limit=min(sizes))
-    helper: Callable[[], Draft] | None = _ngram if config.draft == NGRAM else None
+    helper: Helper | None = _ngram if config.draft == NGRAM else None
     # an answer takes a whole period, and a very short one still the drafts' share of many tokens
     period = min(max(config.output_len, LEAST_PERIOD), len(successor) // 2)
     if len(sizes) > 1:
         other = disagreeing(successor, 1 - config.acceptance, config.seed, period)
-        helper = partial(_build, config, str(config.draft), device, dtype, config.seed + 1, other)
+        helper = partial(_scripted, config, dtype, successor, other)
     target = partial(_build, config, name, device, dtype, config.seed, successor)
     return Source(name, target, helper, successor, period)
+
+
+def _scripted(
+    config: BenchConfig,
+    dtype: torch.dtype,
+    successor: Tensor,
+    other: Tensor,
+    target: HybridForCausalLM,
+) -> Draft:
+    """A draft that goes wrong where `other` parts from `successor`."""
+    if config.draft == HEAD:
+        return scripted_head(target, successor, other, config.seed + 1)
+    return _build(config, str(config.draft), target.device, dtype, config.seed + 1, other)
 
 
 def _build(
@@ -115,7 +154,7 @@ def about_checkpoint(spec: str) -> JsonObject:
 
 def about_shapes(config: BenchConfig) -> JsonObject:
     """Description of synthetic models for a dry run; makes none."""
-    names = [*config.synthetic, *([] if config.draft in (None, NGRAM) else [config.draft])]
+    names = [*config.synthetic, *_shapes_of_drafts(config)]
     return {
         "synthetic": config.synthetic,
         "parameters_read": {name: parameters_read(SHAPES[name]()) for name in names},

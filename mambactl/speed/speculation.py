@@ -6,8 +6,10 @@ from functools import partial
 from mambactl.decode.backend import Draft, K, make_engine, weight_bytes
 from mambactl.decode.stats import DecodeStats
 from mambactl.metrics import DECODE_RATE, DRAFTED_RATE
+from mambactl.models.draft_head import DraftHead
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.speed.limits import Numbers, speculative_limit
+from mambactl.speed.scripted_head import config_read
 from mambactl.speed.subject import Grid, Subject, rounds_of, spread, sweep
 from mambactl.speed.throughput import graph_numbers
 
@@ -40,7 +42,8 @@ def speculation(
         make = partial(make_engine, subject.model, draft, k, share=False, rounded=subject.rounded)
         engine, rounds = rounds_of(make, subject, prompts, grid, advance)
         runs = [each.stats for each in rounds]
-        models = [each for each in (subject.model, draft) if isinstance(each, HybridForCausalLM)]
+        own = draft.body if isinstance(draft, DraftHead) else draft
+        models = [each for each in (subject.model, own) if isinstance(each, HybridForCausalLM)]
         sizes = [weight_bytes(engine, each) for each in models]
         numbers = _numbers(subject, draft, k, runs, rows, grid.mean_context(length), sizes)
         return numbers | graph_numbers(engine, "speculative_")
@@ -70,6 +73,8 @@ def _numbers(
     found = spread(speculative_tokens_per_second=[run.tokens_per_second for run in runs])
     model = subject.model
     other = draft.config if isinstance(draft, HybridForCausalLM) else None
+    if isinstance(draft, DraftHead):
+        other = config_read(draft)
     allowed = speculative_limit(
         model.config,
         other,

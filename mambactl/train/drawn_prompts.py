@@ -104,7 +104,7 @@ def drawn_prompts(
     reading.bad.settle()
     if not found:
         raise UsageError("the data holds no prompt to write on from", "give chats, or longer texts")
-    console.log(f"{len(found):,} prompts for the student to write on from")
+    console.log(f"{len(found):,} prompts to write on from")
     ends = stored_end_tokens(job.source, tokenizer)
     return DrawnPrompts(found, np.array(chances) / sum(chances), ends)
 
@@ -171,7 +171,7 @@ class _Reading:
         if length <= self.room:
             return True
         problem = f"has a prompt of {length} tokens, and a row leaves it {self.room}"
-        cure = "raise --max-length, or lower --onpolicy-tokens"
+        cure = "raise --max-length, or lower --onpolicy-tokens (of draft: --answer-tokens)"
         self.bad.add(LONG, row.where, problem, cure)
         return False
 

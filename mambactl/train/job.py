@@ -16,7 +16,7 @@ from mambactl.errors import UsageError
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import looks_up
 from mambactl.models.transformers_names import recompute_activations
-from mambactl.options import MixedRowsConfig, SpreadConfig
+from mambactl.options import DraftConfig, MixedRowsConfig, SpreadConfig
 from mambactl.options.training import TeacherCacheConfig, TrainConfig
 from mambactl.present import of_kind
 from mambactl.ranks import placement
@@ -32,7 +32,7 @@ class Job:
     """One training run: `dtype` is what matrices multiply in, weights that train are fp32."""
 
     stage: str
-    config: TrainConfig | TeacherCacheConfig
+    config: TrainConfig | TeacherCacheConfig | DraftConfig
     source: str
     device: torch.device
     dtype: torch.dtype
@@ -40,7 +40,9 @@ class Job:
     day: date | None = None
 
     @classmethod
-    def of(cls, stage: str, config: TrainConfig | TeacherCacheConfig, source: str) -> "Job":
+    def of(
+        cls, stage: str, config: TrainConfig | TeacherCacheConfig | DraftConfig, source: str
+    ) -> "Job":
         """Place a run; raises UsageError for a type that cannot be trained in, or short rows."""
         device, dtype = placement(config)
         if dtype == torch.float16:

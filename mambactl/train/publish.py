@@ -28,7 +28,7 @@ from mambactl.files import canonical, replacing
 from mambactl.foreign import open_regular
 from mambactl.json_values import AnyObject, JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.options import SpreadConfig, TrainConfig
+from mambactl.options import SpreadConfig, StepsConfig
 from mambactl.present import of_kind
 from mambactl.ranks import is_main, sharded
 from mambactl.report.plots import draw
@@ -38,7 +38,7 @@ from mambactl.train.ledger import PhaseReport
 from mambactl.train.run_lines import follow_steps
 from mambactl.train.sharing import put_back
 
-Config = TypeVar("Config", bound=TrainConfig)
+Config = TypeVar("Config", bound=StepsConfig)
 
 
 def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
@@ -50,7 +50,7 @@ def working_folder(job: Job, out: Path | None, resume: bool, force: bool) -> Run
     require_apart(Path(out), _teacher_of_lineage(job))
     before = RunFolder(Path(out), {}).read_mark() if resume else None
     folder = RunFolder(Path(out), identity(job) | _as_shared(job, before or {}))
-    follow_steps(of_kind(TrainConfig, job.config), folder)
+    follow_steps(of_kind(StepsConfig, job.config), folder)
     folder.check(resume, force)
     return folder
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.json_values import AnyObject
-from mambactl.options import TrackedConfig, TrainConfig
+from mambactl.options import StepsConfig, TrackedConfig
 from mambactl.ranks import is_main
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Listener(Protocol):
         ...
 
 
-def follow_steps(config: TrainConfig, folder: RunFolder) -> None:
+def follow_steps(config: StepsConfig, folder: RunFolder) -> None:
     """Report the progress of the run every few steps, if asked."""
     if config.log_every:
         folder.listeners.append(StepLines(config.log_every))

@@ -123,7 +123,8 @@ class StudentRows:
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"out of memory while the student writes {len(prompts)} answers: {error}",
-                "lower --onpolicy-tokens, or halve --batch-size and double --grad-accum",
+                "lower --onpolicy-tokens (of draft: --answer-tokens), or halve --batch-size and "
+                "double --grad-accum",
             ) from error
         written = zip(prompts, found.tokens, found.finish, strict=True)
         return [Answered(prompt, answer, end == "eos") for prompt, answer, end in written]

@@ -227,7 +227,15 @@ def test_only_what_resumes_says_so_when_it_is_stopped() -> None:
     assert not continues(["generate", "m", "-p", "x"])
     assert continues(["generate", "m", "--dataset=x"])
     resuming = {name for name, command in COMMANDS.items() if command.resumable}
-    assert resuming == {"teacher-cache", "distill", "sft", "dpo", "generate", "prune-heads"}
+    assert resuming == {
+        "teacher-cache",
+        "distill",
+        "sft",
+        "dpo",
+        "draft",
+        "generate",
+        "prune-heads",
+    }
 
 
 def test_every_row_agrees_with_itself() -> None:

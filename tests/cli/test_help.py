@@ -23,10 +23,8 @@ HELD_OUT = "--teacher-cache --eval-data --eval-every --eval-tokens"
 TEXT = "--append-eos"
 MIXED = f"{TEXT} --recall-share"
 SPREAD = "--nproc --shard"
-TRAINING = (
-    f"{ROWS} --teacher --warmup --grad-clip --grad-checkpointing --log-every --save-every "
-    "--freeze-kept"
-)
+STEPS = f"{ROWS} --warmup --grad-clip --log-every --save-every"
+TRAINING = f"{STEPS} --teacher --grad-checkpointing --freeze-kept"
 SAMPLING = (
     "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --batch-size --chat "
     "--prompt --prompts --weights"
@@ -48,6 +46,9 @@ FLAGS = {
     "dpo": f"{TRAINING} {SPREAD} --log-to --lr --beta --reference --precompute-reference "
     "--loss-type --loss-weights --label-smoothing --ld-alpha --f-divergence --sft-weight --chat "
     f"--eval-data --eval-share --eval-every --eval-pairs --max-kl {OUTPUT} {EVERY_STAGE}",
+    "draft": f"{STEPS} --kind --layers --vocabulary --unroll --text --answer-tokens "
+    "--answer-temperature --lr --output-lr --schedule --kl-weight --ce-weight "
+    f"{OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power --assistant-only-loss "
     f"{OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "

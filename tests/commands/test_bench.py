@@ -204,10 +204,11 @@ def test_synthetic_models_one_after_the_other(capsys):
     assert shown.out == "" and "tiny-mamba2 with tiny-draft on cpu" in shown.err
 
 
-def test_acceptance_is_what_was_asked_for():
-    asked = {"draft": "tiny-draft", "k": 3, "input_len": [8], "output_len": 120}
+@pytest.mark.parametrize(("draft", "model"), [("tiny-draft", "tiny"), ("head", "tiny-heads")])
+def test_acceptance_is_what_was_asked_for(draft, model):
+    asked = {"draft": draft, "k": 3, "input_len": [8], "output_len": 120}
     for share in (0.3, 0.8):
-        config = cpu(synthetic=["tiny"], acceptance=share, batch_size=[8], **asked)
+        config = cpu(synthetic=[model], acceptance=share, batch_size=[8], **asked)
         (point,) = bench.run(config, None).metrics["points"]
         assert point["acceptance"] == pytest.approx(share, abs=0.07)
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from decode.heads import head_for
 
 from mambactl.decode import accept
 from mambactl.decode.drafters import ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine
+from mambactl.decode.head_drafter import HeadDrafter
 from mambactl.decode.sampler import SamplingParams, filtered_probs
 
 V = 5
@@ -30,6 +32,8 @@ def models(make_hybrid):
         "target": make_hybrid(mixers, seed=3, vocab_size=V),
         "close": close,
         "unrelated": make_hybrid(["attention", "mamba2"], seed=21, vocab_size=V),
+        "head": head_for(make_hybrid(mixers, seed=3, vocab_size=V)),
+        "trimmed head": head_for(make_hybrid(mixers, seed=3, vocab_size=V), 3),
     }
 
 
@@ -55,11 +59,18 @@ def sample(engine: Engine, params: SamplingParams) -> tuple[torch.Tensor, float]
 def engine_of(models, draft: str | None) -> Engine:
     if draft is None:
         return Engine(models["target"])
-    drafter = NgramDrafter() if draft == "ngram" else ModelDrafter(models[draft])
+    if draft == "ngram":
+        drafter = NgramDrafter()
+    else:
+        drafter = (HeadDrafter if draft.endswith("head") else ModelDrafter)(models[draft])
     return Engine(models["target"], drafter, 2)
 
 
-@pytest.mark.parametrize("draft", [None, "close", "unrelated", "ngram"])
+HEAD = pytest.param("head", marks=pytest.mark.slow)
+DRAFTS = ["close", "unrelated", "ngram", "trimmed head", HEAD]
+
+
+@pytest.mark.parametrize("draft", [None, *DRAFTS])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_sequences_follow_the_target(models, setting, draft, p_value):
     params = SETTINGS[setting]
@@ -71,7 +82,7 @@ def test_sequences_follow_the_target(models, setting, draft, p_value):
         assert 0.05 < acceptance < 0.98
 
 
-@pytest.mark.parametrize("draft", ["close", "unrelated", "ngram"])
+@pytest.mark.parametrize("draft", [*DRAFTS[:3], HEAD])
 def test_always_accepting_is_caught(models, draft, p_value, monkeypatch):
     monkeypatch.setattr(accept, "_leading", lambda matches, lengths: lengths)
     params = SETTINGS["plain"]
@@ -79,7 +90,7 @@ def test_always_accepting_is_caught(models, draft, p_value, monkeypatch):
     assert p_value(counts, truth(models["target"], params)) < 1e-6
 
 
-@pytest.mark.parametrize("draft", [None, "close", "ngram"])
+@pytest.mark.parametrize("draft", [None, "close", "ngram", "trimmed head"])
 def test_a_row_does_not_depend_on_its_batch(models, draft):
     params = SamplingParams(temperature=6.0, top_p=0.95, max_new_tokens=20, eos_token_ids=(0,))
     prompts = [PROMPT, PROMPT[:1], PROMPT * 9, PROMPT[:4]]

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mambactl.speed.synthetic import SHAPES, STD, _fill
+from mambactl.speed.shapes import SHAPES, STD, fill
 from torch import nn
 
 from mambactl.checkpoint.load import empty_model
@@ -262,7 +262,7 @@ def _made(config: HybridConfig, place: Place, trained: set[str]) -> HybridForCau
         for name, parameter in model.named_parameters():
             drawn = torch.Generator(place.device).manual_seed(zlib.crc32(name.encode()))
             full = torch.empty(parameter.shape, dtype=parameter.dtype, device=place.device)
-            _fill(name, nn.Parameter(full, requires_grad=False), additions, drawn)
+            fill(name, nn.Parameter(full, requires_grad=False), additions, drawn)
             if "embed_tokens" in name:
                 # what blocks add must not drown it; see `speed.training_bench`
                 full.div_(STD)

@@ -14,6 +14,7 @@ from mambactl.decode.conversation import Conversation
 from mambactl.decode.draft_count import CHOICES, Choice, ExpectedTimes, LearnedChoice, StepTimes
 from mambactl.decode.engine import Generation, OnTokens, check_prompts
 from mambactl.decode.gpu.fused_batch import LAG, POLL_SECONDS, FusedBatch
+from mambactl.decode.gpu.head_pass import PackedHead
 from mambactl.decode.gpu.open_session import OpenSession
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import PackedModel, pack
@@ -24,6 +25,7 @@ from mambactl.decode.shared_prefix import Prefixes
 from mambactl.errors import UsageError
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Finish, Letter
+from mambactl.models.draft_head import DraftHead
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.session_size import SessionSize
 from mambactl.present import present
@@ -42,7 +44,7 @@ class _Launched:
 
 
 class FusedEngine:
-    """Decodes with `target`, helped by `draft`: a model, "ngram" or None (plain decoding).
+    """Decodes with `target`, helped by `draft`: a model, a head, "ngram" or None (plain decoding).
 
     `k` drafts a step, or "auto": as many as pay, perhaps none. `ops` are the operations of a step:
     the GPU's, or the reference's on any device. Raises NotSupported for what they cannot run.
@@ -51,7 +53,7 @@ class FusedEngine:
     def __init__(
         self,
         target: HybridForCausalLM,
-        draft: HybridForCausalLM | str | None,
+        draft: HybridForCausalLM | DraftHead | str | None,
         k: K,
         ops: DecodeOps,
         share: bool = True,
@@ -62,11 +64,13 @@ class FusedEngine:
         self.target, self.draft, self.ops = target, draft, ops
         self.k: K = k
         self.most = max(CHOICES) if k == "auto" else k
-        self.packed: tuple[PackedModel, PackedModel | str | None] | None = None
+        self.packed: tuple[PackedModel, PackedModel | PackedHead | str | None] | None = None
         self.positions = 0
         self.sessions: dict[int, Session] = {}
         self.reserved: Session | None = None
-        prefixes = Prefixes(target.model, share, folder)
+        # a head reads along from the first token on: what was read without it is of no use
+        alone = not isinstance(draft, DraftHead)
+        prefixes = Prefixes(target.model, share and alone, folder if alone else None)
         self.prefixes: tuple[Prefixes, Prefixes | None] = prefixes, None
         self.times: dict[int, StepTimes] = {}
         self.said = ""
@@ -74,6 +78,8 @@ class FusedEngine:
         if isinstance(draft, HybridForCausalLM):
             pack(draft, 1)
             self.prefixes = prefixes, Prefixes(draft.model, share, folder)
+        elif isinstance(draft, DraftHead):
+            PackedHead.of(draft, 1)
 
     @torch.no_grad()
     def generate(
@@ -115,12 +121,15 @@ class FusedEngine:
         """Treat later prompts as one conversation, in which each is read from the last one on.
 
         What was read while an answer was written stays in the session: the next prompt reads the
-        answer again, in one pass.
+        answer again, in one pass. With a draft head, which has to read along, every prompt is read
+        whole.
         """
         drafter = None
         if isinstance(self.draft, HybridForCausalLM):
             drafter = Conversation(self.draft.model)
         conversation = Conversation(self.target.model)
+        if isinstance(self.draft, DraftHead):
+            return conversation
         self.prefixes = conversation, drafter
         # they hold what prefixes there were
         self.sessions.clear()
@@ -159,11 +168,14 @@ class FusedEngine:
             return Choice({ks[0]: 1.0})
         if not self.ops.on_host:
             return Choice(session.time_steps(ks, sampled))
-        model = isinstance(self.draft, HybridForCausalLM)
+        model = isinstance(self.draft, HybridForCausalLM | DraftHead)
         if sampled:
             share = 0.0
             if isinstance(self.draft, HybridForCausalLM):
                 share = _weights_read(self.draft) / _weights_read(self.target)
+            elif isinstance(self.draft, DraftHead):
+                own = _weights_read(self.draft.body) + self.draft.fc.weight.numel()
+                share = own / _weights_read(self.target)
             return LearnedChoice(ks, ExpectedTimes(share), model)
         times = self.times.setdefault(session.size, StepTimes())
         if model and not times.count(0):
@@ -201,6 +213,8 @@ class FusedEngine:
             draft = self.draft
             if isinstance(draft, HybridForCausalLM):
                 draft = pack(draft, positions)
+            elif isinstance(draft, DraftHead):
+                draft = PackedHead.of(draft, positions)
             self.packed, self.positions = (pack(self.target, positions), draft), positions
 
 

@@ -12,8 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mambactl.decode.gpu.head_pass import HeadPass, PackedHead
 from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
-from mambactl.decode.gpu.step import DEPTH, Batch, Pass, Step
+from mambactl.decode.gpu.step import DEPTH, Batch, Guide, Pass, Step
 from mambactl.decode.open_batch import LikelyTable
 from mambactl.decode.prompt_reading import ReadPrompt
 from mambactl.decode.sampler import SamplingParams
@@ -78,7 +79,7 @@ class OpenSession:
     def __init__(
         self,
         target: PackedModel,
-        draft: PackedModel | str | None,
+        draft: PackedModel | PackedHead | str | None,
         ops: DecodeOps,
         size: SessionSize,
         eos: Sequence[int],
@@ -89,7 +90,13 @@ class OpenSession:
         self.batch.eos[: len(eos)] = torch.tensor(eos, dtype=torch.int32)
         self.target = _Model(target, ops, size, size.k + 1)
         self.draft = draft
-        self.drafter = _Model(draft, ops, size, 2) if isinstance(draft, PackedModel) else None
+        self.drafter: _Model | None = None
+        self.guide: HeadPass | None = None
+        if isinstance(draft, PackedModel):
+            self.drafter = _Model(draft, ops, size, 2)
+        elif isinstance(draft, PackedHead):
+            self.drafter = _Model(draft.body, ops, size, size.k + 1)
+            self.guide = HeadPass.of(draft, self.drafter.state, ops, size)
         self.steps: dict[int, Step] = {}
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self.number = 0
@@ -186,7 +193,8 @@ class OpenSession:
                 model.move(source, target)
         b = self.batch
         b.progress[:, target] = b.progress[:, source]
-        for tensor in (b.feed, b.history, b.keys, b.settings):
+        own = [] if self.guide is None else self.guide.memory
+        for tensor in (b.feed, b.history, b.keys, b.settings, *own):
             tensor[target].copy_(tensor[source])
 
     def _rows(self, rows: int) -> int:
@@ -198,9 +206,11 @@ class OpenSession:
             whole = self.steps.get(self.size.batch)
             batch = self.batch.first(rows)
             target = Pass(self.target.weights, self.target.first(rows), self.ops)
-            drafter: Pass | str | None = self.draft if isinstance(self.draft, str) else None
+            drafter: Pass | Guide | str | None = self.draft if isinstance(self.draft, str) else None
             draft_limit = 0
-            if self.drafter is not None:
+            if self.drafter is not None and self.guide is not None:
+                drafter = self.guide.first(rows, self.drafter.first(rows))
+            elif self.drafter is not None:
                 drafter = Pass(self.drafter.weights, self.drafter.first(rows), self.ops)
                 draft_limit = self.drafter.limit(rows)
             self.steps[rows] = Step(

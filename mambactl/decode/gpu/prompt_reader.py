@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mambactl.decode.gpu.head_pass import PackedHead
 from mambactl.decode.gpu.state import ModelState, PackedModel
+from mambactl.decode.head_drafter import HeadReading
 from mambactl.decode.prefill import newest, pad, read_in_pieces
 from mambactl.decode.shared_prefix import Prefixes
 from mambactl.models.cache import HybridCache
@@ -47,7 +49,10 @@ class Reader:
         batch: int,
         prefixes: Prefixes | None = None,
         pool: "torch.cuda._POOL_HANDLE | None" = None,
+        along: tuple[PackedHead, ModelState] | None = None,
     ):
+        """Let a draft head read `along`, into a state of its own."""
+        self.along = along
         self.weights, self.state, self.batch = weights, state, batch
         self.prefixes, self.pool = prefixes, pool
         self.device = weights.table.device
@@ -84,9 +89,26 @@ class Reader:
     def _in_pieces(self, rows: Sequence[Sequence[int]], prefix: HybridCache | None) -> Tensor:
         cache = self._cache(prefix)
         known = 0 if prefix is None else prefix.seen
-        last = read_in_pieces(self.weights.source, cache, [row[known:] for row in rows])
-        self.state.load(cache, self.weights)
+        along = self._along()
+        last = read_in_pieces(self.weights.source, cache, [row[known:] for row in rows], along)
+        self._load(cache, along)
         return last
+
+    def _along(self) -> HeadReading | None:
+        """Reading of the draft head, which writes its keys where decoding reads them."""
+        if self.along is None:
+            return None
+        head, state = self.along
+        reading = HeadReading.start(head.source, self.batch)
+        state.lend(reading.cache, head.body)
+        return reading
+
+    def _load(self, cache: HybridCache, along: HeadReading | None) -> None:
+        """Take over what reading left in the caches."""
+        self.state.load(cache, self.weights)
+        if self.along is not None and along is not None:
+            head, state = self.along
+            state.load(along.cache, head.body)
 
     def _cache(self, prefix: HybridCache | None = None) -> HybridCache:
         """A cache that shares the memory of `state` where the two hold the same.
@@ -106,9 +128,12 @@ class Reader:
         """Read the first n_new [B] of tokens [B, L]."""
         cache = self._cache()
         cache.level = True
-        last = newest(self.weights.source.read(tokens, cache, n_new), n_new)
-        self.state.load(cache, self.weights)
-        return last
+        along = self._along()
+        stream = self.weights.source.read(tokens, cache, n_new)
+        if along is not None:
+            along(tokens, stream, n_new)
+        self._load(cache, along)
+        return newest(stream, n_new)
 
     def _capture(self, length: int) -> _Graph:
         tokens = torch.zeros(self.batch, length, dtype=torch.long, device=self.device)

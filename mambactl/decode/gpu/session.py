@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from mambactl.decode.gpu.head_pass import HeadPass, PackedHead
 from mambactl.decode.gpu.prompt_reader import Reader
 from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
-from mambactl.decode.gpu.step import Batch, Pass, Step
+from mambactl.decode.gpu.step import Batch, Guide, Pass, Step
 from mambactl.decode.sampler import SamplingParams
 from mambactl.decode.shared_prefix import Prefixes
 from mambactl.kernels.decode.operations import DecodeOps
@@ -35,7 +36,7 @@ class Session:
     def __init__(
         self,
         target: PackedModel,
-        draft: PackedModel | str | None,
+        draft: PackedModel | PackedHead | str | None,
         ops: DecodeOps,
         size: SessionSize,
         prefixes: tuple[Prefixes | None, Prefixes | None] = (None, None),
@@ -50,9 +51,14 @@ class Session:
         self.draft_weights = draft if isinstance(draft, PackedModel) else None
         self.target = _state(target, ops, size, self.k + 1)
         self.draft: ModelState | None = None
-        drafter: Pass | str | None = None
+        drafter: Pass | Guide | str | None = None
+        along: tuple[PackedHead, ModelState] | None = None
         if isinstance(draft, str):
             drafter = draft
+        elif isinstance(draft, PackedHead):
+            self.draft = _state(draft.body, ops, size, self.k + 1)
+            drafter = HeadPass.of(draft, self.draft, ops, size)
+            along = draft, self.draft
         elif draft is not None:
             if not ops.on_host:
                 self.limits["draft_limit"] = size.ring_limit(draft.stores_every_step)
@@ -71,7 +77,7 @@ class Session:
         self.seconds: dict[tuple[int, bool], float] = {}
         self.warm = False
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.reader = Reader(target, self.target, self.size, prefixes[0], self.pool)
+        self.reader = Reader(target, self.target, self.size, prefixes[0], self.pool, along)
         self.draft_reader: Reader | None = None
         if self.draft_weights is not None and self.draft is not None:
             self.draft_reader = Reader(
@@ -133,7 +139,7 @@ class Session:
     def time_plain(self, sampled: bool) -> float:
         """Seconds of a step without drafts on the batch just started, which it leaves as it is."""
         b = self.batch
-        saved = [(t, t.clone()) for t in (b.progress, b.feed, b.history, b.mailbox)]
+        saved = [(t, t.clone()) for t in self.step.memory]
         # no state is stored where the next one is the present one
         b.progress[Field.NEXT] = b.field(Field.BASE)
         seconds = self._seconds(lambda k: self.launch(k, sampled), 0)
@@ -163,8 +169,7 @@ class Session:
         Just after the start no pass stores a state, so repeating a step only writes ring slots and
         cache slots that hold nothing a real step sees before it has written them itself.
         """
-        b = self.batch
-        saved = [(t, t.clone()) for t in (b.progress, b.feed, b.history, b.mailbox)]
+        saved = [(t, t.clone()) for t in self.step.memory]
 
         def again(k: int) -> None:
             for tensor, copy in saved:

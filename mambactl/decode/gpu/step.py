@@ -1,5 +1,6 @@
 """One decode step on the device: draft, verify, accept, commit, with no question to the host."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -110,10 +111,19 @@ class Pass:
 
     def run(self, tokens: Tensor, segment: Segment) -> Residual:
         """Run tokens int32 [B, T]; the stream after the last layer, scaled by the final norm."""
-        w, rows = self.weights, segment.rows
-        s = self._stream(rows)
-        gains = [layer.gain for layer in w.layers] + [w.gain]
-        self._start(tokens, w.table, gains.pop(0), s, w.factor)
+        w, s = self.weights, self._stream(segment.rows)
+        self._start(tokens, w.table, w.layers[0].gain if w.layers else w.gain, s, w.factor)
+        return self._through(s, segment)
+
+    def run_on(self, hidden: Tensor, segment: Segment) -> Residual:
+        """Run the layers over a stream [M, D] of the model's own in place of embeddings."""
+        w, s = self.weights, self._stream(segment.rows)
+        self._start(_every_row(hidden), hidden, w.layers[0].gain, s, w.entrance)
+        return self._through(s, segment)
+
+    def _through(self, s: Residual, segment: Segment) -> Residual:
+        w = self.weights
+        gains = [layer.gain for layer in w.layers[1:]] + [w.gain]
         for layer, held, gain in zip(w.layers, self.state.layers, gains, strict=True):
             self._layer(layer, held, gain, s, segment)
         return s
@@ -121,8 +131,7 @@ class Pass:
     def enter(self, hidden: Tensor) -> Residual:
         """The stream of hidden [B, D], scaled by the final norm."""
         s = self._stream(len(hidden))
-        rows = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)[:, None]
-        self._start(rows, hidden, self.weights.gain, s, self.weights.entrance)
+        self._start(_every_row(hidden), hidden, self.weights.gain, s, self.weights.entrance)
         return s
 
     def _start(
@@ -205,6 +214,11 @@ class Pass:
         return s.scaled[step], s.squares[step]
 
 
+def _every_row(table: Tensor) -> Tensor:
+    """Numbers of all rows of a table [M, D], int32 [M, 1]."""
+    return torch.arange(len(table), dtype=torch.int32, device=table.device)[:, None]
+
+
 @dataclass
 class HeadScratch:
     """Pieces of the vocabulary's best tokens, flat."""
@@ -232,14 +246,46 @@ class Distribution:
     log_mass: Tensor
 
 
+def draw_draft(ops: DecodeOps, b: Batch, one: Distribution, i: int) -> None:
+    """Draw draft i of every sequence from logits that are written."""
+    ops.filter_rows(one.logits, b.settings, one.threshold, one.log_mass)
+    ops.draw_rows(
+        one.logits, b.settings, one.threshold, one.log_mass, b.keys, b.field(Field.WRITTEN),
+        b.seed, int(Stream.PROPOSE), tokens=b.feed[:, 2 + i], offset=i,
+    )  # fmt: skip
+
+
+class Guide(ABC):
+    """A draft that reads the target's stream, and what it remembers of the last step."""
+
+    @property
+    @abstractmethod
+    def memory(self) -> list[Tensor]:
+        """Tensors that outlive a step; a sequence is a row of each."""
+
+    @abstractmethod
+    def remember(self, stream: Residual, b: Batch, k: int) -> None:
+        """Take note of the target's stream behind [pending, k drafts], before they are committed.
+
+        Sequences that are not active keep what they have.
+        """
+
+    @abstractmethod
+    def draft(self, b: Batch, k: int, sampled: bool, drafted: "list[Distribution]") -> None:
+        """Write k drafts into the feed, with the distributions that they were drawn from."""
+
+
 class Step:
-    """The kernels of a step for one batch; `draft` is a second model, "ngram" or None."""
+    """The kernels of a step for one batch.
+
+    `draft` is a second model, a guide, "ngram" or None.
+    """
 
     def __init__(
         self,
         batch: Batch,
         target: Pass,
-        draft: Pass | str | None,
+        draft: Pass | Guide | str | None,
         ops: DecodeOps,
         *,
         limit: int,
@@ -255,6 +301,13 @@ class Step:
         # drafts per sequence of the last step that ran outside a graph
         self.width = 0
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """Tensors of the batch, and of a draft beside its state, that a step changes."""
+        b = self.batch
+        own = self.draft.memory if isinstance(self.draft, Guide) else []
+        return [b.progress, b.feed, b.history, b.mailbox, *own]
+
     def _head(self, model: Pass, rows: list[int]) -> HeadScratch:
         head = model.weights.head
         return head_scratch(self.ops, len(head), rows, head.device)
@@ -265,6 +318,8 @@ class Step:
         drafted = None
         if k and isinstance(self.draft, Pass):
             self._draft(self.draft, k, sampled)
+        elif k and isinstance(self.draft, Guide):
+            self.draft.draft(b, k, sampled, [self._drafted(i) for i in range(k * sampled)])
         elif k:
             drafted = b.drafted
             torch.add(b.field(Field.LENGTH), 1, out=b.present)
@@ -292,6 +347,8 @@ class Step:
             best = b.best[: b.size * (k + 1)]
             self.target.best(stream, k + 1, False, best, self.target_head)
             self.ops.verdict_greedy(best, drafts, drafted, b.accepted, b.following)
+        if isinstance(self.draft, Guide):
+            self.draft.remember(stream, b, k)
         self.ops.commit(
             b.progress, b.feed, b.history, b.accepted, b.following, drafted, b.eos, b.mailbox, k=k,
             **self.limits,
@@ -317,11 +374,7 @@ class Step:
                 continue
             one = self._drafted(i)
             model.logits(stream, segment.T, True, one.logits)
-            self.ops.filter_rows(one.logits, b.settings, one.threshold, one.log_mass)
-            self.ops.draw_rows(
-                one.logits, b.settings, one.threshold, one.log_mass, b.keys,
-                b.field(Field.WRITTEN), b.seed, int(Stream.PROPOSE), tokens=out, offset=i,
-            )  # fmt: skip
+            draw_draft(self.ops, b, one, i)
 
     def _judge(self, stream: Residual, k: int, drafts: Tensor, drafted: Tensor | None) -> None:
         b = self.batch
@@ -333,7 +386,7 @@ class Step:
         self.target.logits(stream, k + 1, False, logits)
         self.ops.filter_rows(logits, b.settings, threshold, log_mass)
         draft: tuple[Tensor | None, ...] = (None, None, None)
-        if k and isinstance(self.draft, Pass):
+        if k and isinstance(self.draft, Pass | Guide):
             d, own = self._distribution("draft", b.k * b.size), k * b.size
             draft = (
                 d.logits[:own].view(k, b.size, -1),

@@ -1,0 +1,92 @@
+"""Options of the command that makes a draft of a model."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from mambactl.errors import UsageError
+from mambactl.options.fields import Temperature, Tokens
+from mambactl.options.on_policy import STAGE as ON_POLICY
+from mambactl.options.training import DistillConfig, StepsConfig
+
+
+class DraftConfig(StepsConfig):
+    """Train a draft on a model's own text, for speculative decoding."""
+
+    kind: Literal["head", "model"] = Field(
+        default="head",
+        description="head: one layer that reads the target's last stream, for mambactl alone; "
+        "model: a checkpoint of some of its layers",
+    )
+    layers: int = Field(default=4, ge=1, description="layers of a draft model, evenly spread")
+    vocabulary: int = Field(
+        default=24576,
+        ge=1,
+        description="tokens a head can draft: those the target writes most often",
+    )
+    unroll: int = Field(
+        default=5, ge=1, le=16, description="drafts in a row that the training of a head follows"
+    )
+    text: Literal["target", "data"] = Field(
+        default="target",
+        description="target: it answers the prompts of data; data: as generate --dataset wrote it",
+    )
+    answer_tokens: Tokens = Field(default=256, description="most new tokens of an answer")
+    answer_temperature: Temperature = Field(
+        default=1.0, description="temperature of the target's answers; 0 is greedy"
+    )
+    lr: float = Field(default=1e-3, gt=0, description="learning rate")
+    output_lr: float = Field(
+        default=0.0,
+        ge=0,
+        description="learning rate of a head's output; 0: it stays the target's rows",
+    )
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine",
+        description="wsd holds the rate and lowers it over the last 15 % of a phase",
+    )
+    kl_weight: float = Field(
+        default=1.0, ge=0, description="weight of the KL to the target's logits"
+    )
+    ce_weight: float = Field(
+        default=0.1, ge=0, description="weight of the cross entropy on the text"
+    )
+
+    @property
+    def teacher(self) -> None:
+        """Always None: the target is MODEL, and a name of its own would be a second one."""
+        return None
+
+    @property
+    def own_output(self) -> bool:
+        """True if a head has rows of its own in the place of the target's."""
+        return self.output_lr > 0
+
+    def require_coherent(self) -> None:
+        """Raise UsageError for a loss of nothing, and for text that has no epochs or no room."""
+        super().require_coherent()
+        if not self.ce_weight and not self.kl_weight:
+            raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
+        if self.text == "target" and self.epochs is not None:
+            raise UsageError(
+                "--epochs count text that is there, and the target writes its own",
+                "give --max-steps, or --text data",
+            )
+        if self.text == "target" and self.answer_tokens >= self.max_length:
+            raise UsageError(
+                f"answers of up to {self.answer_tokens} tokens leave no room for a prompt in rows "
+                f"of {self.max_length}",
+                "lower --answer-tokens, or raise --max-length",
+            )
+
+    def of_the_loop(self) -> DistillConfig:
+        """The same options as the training loop and its feeds call them."""
+        names = DistillConfig.model_fields.keys() & DraftConfig.model_fields.keys()
+        shared = {name: getattr(self, name) for name in names}
+        return DistillConfig(
+            **shared,
+            stages=[ON_POLICY],
+            compile=False,
+            onpolicy_tokens=self.answer_tokens,
+            onpolicy_temperature=self.answer_temperature,
+        )
