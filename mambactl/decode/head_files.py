@@ -41,7 +41,7 @@ def new_head(target: HybridForCausalLM, config: HybridConfig, ids: Tensor) -> Dr
     head.ids = ids.to(target.device)
     table, rows = target.model.embed_tokens.weight, target.lm_head.weight.detach()
     # modules of its own: those of the target may become matrices in 8 bits
-    head.body.model.embed_tokens = nn.Embedding(*table.shape, device="meta")
+    head.body.model.embed_tokens = nn.Embedding(len(table), table.shape[1], device="meta")
     head.body.model.embed_tokens.weight = table
     head.body.lm_head = nn.Linear(rows.shape[1], len(ids), bias=False, device="meta")
     head.body.lm_head.weight = nn.Parameter(rows[head.ids], requires_grad=False)

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mambactl.speed.shapes import SHAPES, STD, fill
 from torch import nn
 
 from mambactl.checkpoint.load import empty_model
@@ -53,6 +52,7 @@ from mambactl.ranks import (
     rank,
 )
 from mambactl.speed.memory import peak_bytes, release, reset_peak
+from mambactl.speed.shapes import SHAPES, STD, fill
 from mambactl.speed.training_speed import random_batch
 from mambactl.train.compiled import compile_blocks, compiles
 from mambactl.train.consolidate import part, whole
