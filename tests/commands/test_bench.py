@@ -128,7 +128,12 @@ def test_ratios_are_above_one_where_the_model_is_better():
 
 @pytest.mark.parametrize(
     ("mine", "theirs", "fails"),
-    [(30.0, 20.0, False), (20.0, 20.0, True), (None, 20.0, True), (20.0, None, False)],
+    [
+        pytest.param(30.0, 20.0, False, marks=pytest.mark.slow),
+        (20.0, 20.0, True),
+        pytest.param(None, 20.0, True, marks=pytest.mark.slow),
+        pytest.param(20.0, None, False, marks=pytest.mark.slow),
+    ],
 )
 def test_the_bound_on_the_speed_up(student, monkeypatch, mine, theirs, fails):
     measured = iter([[point(mine)], [point(theirs)]])

@@ -22,7 +22,11 @@ from mambactl.train.phases import PhasePlan, shapes_of
 WINDOW, SINKS, LENGTH = 5, 2, 64
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
+@pytest.fixture(
+    scope="module",
+    params=[False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["plain", "biases"],
+)
 def llama(request, save_llama) -> str:
     """A folder with a Llama of four layers and two KV heads in bf16."""
     return save_llama(torch.bfloat16, attention_bias=request.param)

@@ -41,7 +41,7 @@ from mambactl.kernels.byte_matrix import ByteMatrix, quantise  # noqa: E402
 from mambactl.kernels.decode.triton.ops import TritonOps  # noqa: E402
 from mambactl.kernels.sequence import byte_matrix as kernel  # noqa: E402
 
-pytestmark = pytest.mark.one_in(3)
+pytestmark = pytest.mark.one_in(8)
 
 
 CASES = [

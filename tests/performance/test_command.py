@@ -80,7 +80,10 @@ def test_the_kernels_table(capsys):
     assert "2.50x" in shown and "400" in shown and "Mamba-2 layer on gpu" in shown
 
 
-@pytest.mark.parametrize("draft", [[], ["--draft", "tiny-draft", "-k", "2"]])
+@pytest.mark.parametrize(
+    "draft",
+    [pytest.param([], marks=pytest.mark.slow), ["--draft", "tiny-draft", "-k", "2"]],
+)
 def test_verification_stands_beside_the_speed_of_decoding(monkeypatch, capfd, draft):
     monkeypatch.setattr(verification, "require_kernels", lambda _: None)
 
@@ -150,6 +153,7 @@ def test_options_are_checked_as_those_of_bench(capfd):
     assert "input-len: input should be greater" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_of_8_bits_stand_beside_bf16(monkeypatch, capfd):
     pytest.importorskip("triton")
     from tests.performance import byte_products
@@ -176,6 +180,7 @@ def test_weights_of_8_bits_stand_beside_bf16(monkeypatch, capfd):
     assert "products of tiny-hybrid" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_wrong_product_of_8_bits_fails(monkeypatch):
     pytest.importorskip("triton")
     from tests.performance import byte_products

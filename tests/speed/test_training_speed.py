@@ -98,7 +98,9 @@ def test_both_stages_of_a_tiny_hybrid(capsys):
     json.dumps(result.metrics)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_kernels_pass_the_check_that_goes_with_the_time(monkeypatch, dtype):
     from mambactl.speed import training_bench
 

@@ -235,7 +235,9 @@ def test_answers_fill_rows_and_no_document_is_cut(make_hybrid) -> None:
 
 
 # before the first state, behind one, and in the last step
-@pytest.mark.parametrize("line", [1, 4, 7])
+@pytest.mark.parametrize(
+    "line", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_a_stop_at_any_line_ends_at_the_same_weights(student, random_texts, tmp_path, line) -> None:
     config = settings(random_texts, grad_accum=2, onpolicy_share=0.5)
     whole, out = tmp_path / "whole", tmp_path / "out"
