@@ -15,6 +15,7 @@ from mambactl.cli.recipe_cost import (
     tokens_of,
 )
 from mambactl.cli.training_needs import Needs, Subject, needs, rate
+from mambactl.metrics import STEP_RATE
 from mambactl.options import (
     DistillConfig,
     DpoConfig,
@@ -322,7 +323,7 @@ def as_metrics(
                     {
                         "phase": phase or each.key,
                         "bytes": {**found.memory, "total": found.total},
-                        "tokens_per_second": round(each.tokens_per_second[phase]),
+                        STEP_RATE.name: round(each.tokens_per_second[phase]),
                         "hours": each.seconds(phase) / 3600,
                     }
                     for phase, found in each.phases.items()

@@ -80,7 +80,7 @@ class HeadObjective:
         """Copy the batch to the device."""
         return batch.to(device)
 
-    def backward(self, batch: Batch, tokens: int | Tensor) -> Tensor:
+    def backward(self, batch: Batch, tokens: float | Tensor) -> Tensor:
         """One pass of the target and several of the head; see `Objective`."""
         with autocast(batch.input_ids.device, self.amp):
             streams = self._streams(batch)
