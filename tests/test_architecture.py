@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -80,6 +81,12 @@ MAY_IMPORT[TABLE] = {"evaluation"}
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "numpy", "safetensors"}
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file, parsed once for all tests."""
+    return ast.parse(path.read_text())
+
+
 def part(path: Path) -> str:
     if path == PACKAGE / "commands" / "__init__.py":
         return TABLE
@@ -108,7 +115,7 @@ def test_imports_point_one_way(path) -> None:
     own = part(path)
     allowed = LEAVES | {own} | MAY_IMPORT.get(own, set())
     modules = {_dotted(module): module for module in MODULES}
-    for name in _targets(ast.parse(path.read_text()), modules):
+    for name in _targets(tree_of(path), modules):
         assert part(modules[name]) in allowed, f"{own} imports {name}"
 
 
@@ -116,7 +123,7 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     light = LEAVES | {"cli", "__main__", "__init__"}
     light_modules = [path for path in MODULES if part(path) in light]
     for path in [*light_modules, *(PACKAGE / "evaluation" / "probes").glob("*.py")]:
-        loaded = {name.partition(".")[0] for name in imported_at_load(ast.parse(path.read_text()))}
+        loaded = {name.partition(".")[0] for name in imported_at_load(tree_of(path))}
         assert not loaded & HEAVY, path
 
 
@@ -133,7 +140,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
     modules = {_dotted(path): path for path in MODULES}
     graph = {}
     for name, path in modules.items():
-        every = set(_targets(ast.parse(path.read_text()), modules)) - {name}
+        every = set(_targets(tree_of(path), modules)) - {name}
         graph[name] = sorted(every)
     order = TopologicalSorter(graph)
     try:
@@ -171,7 +178,7 @@ def test_nobody_asks_for_a_command_by_name() -> None:
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in MODULES
         if part(path) in {"cli", "options", "recipes", "report", "train", TABLE}
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Compare) and COMMANDS.keys() & set(_words(node))
     ]
     assert asking == []
@@ -204,7 +211,7 @@ def test_only_mixers_know_mixers_apart() -> None:
     for path in MODULES:
         if path.is_relative_to(PACKAGE / "models" / "mixers"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Compare) and not _asks_a_dict(node):
                 words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
                 assert not words & MIXER_NAMES, f"{path}:{node.lineno}"
@@ -221,7 +228,7 @@ def _asks_a_dict(node: ast.Compare) -> bool:
 
 def test_kernels_know_nothing_of_the_rest() -> None:
     for path in (PACKAGE / "kernels").rglob("*.py"):
-        names = set(imports(ast.parse(path.read_text())))
+        names = set(imports(tree_of(path)))
         assert not {name for name in names if name.startswith("transformers")}, path
 
 
@@ -234,7 +241,7 @@ def test_files_stay_readable(path) -> None:
 def test_every_module_and_public_name_is_described() -> None:
     missing = []
     for path in MODULES:
-        tree = ast.parse(path.read_text())
+        tree = tree_of(path)
         if not ast.get_docstring(tree):
             missing.append(str(path))
         public = [
@@ -250,7 +257,7 @@ def test_descriptions_stand_alone() -> None:
     """They say a thing or what to do, in three words or more: at most one in a hundred does not."""
     described, fragments = 0, []
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 words = (ast.get_docstring(node) or "").split()
                 described += bool(words)
@@ -261,7 +268,7 @@ def test_descriptions_stand_alone() -> None:
 
 def test_nobody_prints() -> None:
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != "print", f"{path}:{node.lineno}"
 
@@ -345,7 +352,7 @@ def misused(tree: ast.AST, path: str) -> set[str]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_words_of_the_glossary_have_one_meaning(path) -> None:
     own = str(path.relative_to(PACKAGE))
-    assert misused(ast.parse(path.read_text()), own) == set()
+    assert misused(tree_of(path), own) == set()
 
 
 def test_a_window_of_the_reference_kernels_is_that_of_attention() -> None:
