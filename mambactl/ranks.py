@@ -6,6 +6,8 @@ Collectives are no-ops in a single process; torch is imported where it is first 
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
 from mambactl.errors import ResourceError, UsageError
@@ -14,6 +16,7 @@ from mambactl.present import present
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch._C._distributed_c10d import Store
 
     from mambactl.options import StageConfig
 
@@ -24,6 +27,8 @@ REPORTS = "_MAMBACTL_REPORTS"
 # chunks of a scan, and chances of tokens, are added up in it
 NO_MPS = "MPS computes no float64, which the kernels sum in"
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+# of the stores that were asked for
+_NUMBERS = count()
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -73,6 +78,25 @@ def join(device: "torch.device") -> None:
         cuda = device.type == "cuda"
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         torch.distributed.init_process_group(backend, device_id=device if cuda else None)
+
+
+def store() -> "Store":
+    """A new store of keys and numbers that the processes share; each asks for as many of them.
+
+    The main process holds it: without that one, the others' calls fail.
+    """
+    # where types are declared, too
+    from torch._C._distributed_c10d import PrefixStore
+
+    return PrefixStore(f"mambactl-{next(_NUMBERS)}", _whole_store())
+
+
+@cache
+def _whole_store() -> "Store":
+    from torch.distributed.rendezvous import rendezvous
+
+    found, _, _ = next(rendezvous("env://"))
+    return found
 
 
 def add_up(tensors: Sequence["Tensor"]) -> None:

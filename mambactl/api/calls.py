@@ -16,7 +16,7 @@ from mambactl.commands import COMMANDS, Command
 from mambactl.errors import ModelError, UsageError
 from mambactl.files import default_out
 from mambactl.heartbeat import heartbeat
-from mambactl.options import CommandConfig, SpreadConfig, StageConfig
+from mambactl.options import CommandConfig, LaunchConfig, StageConfig
 from mambactl.options.fields import Shown, settings
 from mambactl.ranks import launched
 from mambactl.stage_result import StageResult
@@ -51,7 +51,7 @@ def make(
         if made is not None:
             return StageResult(str(path.absolute()), made.get("metrics", {}))
         require_found(config, [source] if command.reads_model else [])
-        if isinstance(config, SpreadConfig) and config.is_launched and not launched():
+        if isinstance(config, LaunchConfig) and config.is_launched and not launched():
             return _spread(command, config, source, flags)
         with heartbeat(name):
             result = import_module(command.module).run(config, source, path, **again)
@@ -106,7 +106,7 @@ def _words(config: CommandConfig) -> Iterator[str]:
 
 
 def _spread(
-    command: Command, config: SpreadConfig, source: str, flags: Sequence[str]
+    command: Command, config: LaunchConfig, source: str, flags: Sequence[str]
 ) -> StageResult:
     """The result of several processes that run the command together."""
     loudness = {0: ["-q"], 2: ["-v"]}.get(console.verbosity(), [])

@@ -193,7 +193,8 @@ def generate_dataset(
     """Answer every prompt of `dataset` into a file that `sft` and judges read.
 
     It is `mambactl generate --dataset`. `out` is by default `runs/<model>-generate.jsonl`; `resume`
-    and `force` are those of `convert`, and `resume` also continues a run that was stopped.
+    and `force` are those of `convert`, and `resume` also continues a run that was stopped. `nproc`
+    processes are started as the command line starts them.
 
     Returns the file as `path`, and counts and speed as `metrics`.
 

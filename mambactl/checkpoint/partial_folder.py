@@ -38,7 +38,15 @@ _OURS = {REPLACES, "source_sha256"}
 # of what a command keeps in the folder: everything that may be deleted with it
 KEPT = (
     *("result", "replaced", "state.pt", "best.pt", "trainer", "before.json", "tokens.json"),
-    *("reference-*.pt", "decoded.partial", LEDGER, PLOT, LINEAGE, temporary_of(Path("*")).name),
+    *(
+        "reference-*.pt",
+        "decoded.partial",
+        "batch-*.jsonl",
+        LEDGER,
+        PLOT,
+        LINEAGE,
+        temporary_of(Path("*")).name,
+    ),
 )
 _FOREIGN_HINT = "move it away, or choose another -o"
 

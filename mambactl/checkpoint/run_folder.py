@@ -140,13 +140,20 @@ class RunFolder(WorkFolder):
 
     @property
     def resumable(self) -> bool:
-        """True if a state, a reference's answers, a trainer's checkpoint or the result is there."""
+        """True if a state, answers, a trainer's checkpoint or the result is there."""
         saved = self._state.exists() or self.reference(0).exists() or self.complete
-        return saved or self.trainer_checkpoint() is not None
+        if saved or self.trainer_checkpoint() is not None:
+            return True
+        # of processes that are ahead of the main one
+        return any(self.path.glob("batch-*.jsonl")) or any(self.result.glob("samples-*"))
 
     def reference(self, piece: int) -> Path:
         """Path of one piece of a reference model's answers."""
         return self.path / f"reference-{piece:05}.pt"
+
+    def batch(self, number: int) -> Path:
+        """Path of a batch of answers whose number has not come yet."""
+        return self.path / f"batch-{number:05}.jsonl"
 
     def trainer_checkpoint(self) -> Path | None:
         """The newest complete checkpoint that a TRL trainer left under `trainer`."""

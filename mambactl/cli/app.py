@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ from mambactl.commands import COMMANDS, Command, configure
 from mambactl.errors import UsageError
 from mambactl.files import default_out
 from mambactl.heartbeat import heartbeat
-from mambactl.options import CommandConfig, SpreadConfig, StageConfig
+from mambactl.options import CommandConfig, LaunchConfig, SpreadConfig, StageConfig
 from mambactl.options.fields import parse_settings, validated
 from mambactl.present import present
 from mambactl.ranks import is_main, launched
@@ -87,6 +88,8 @@ def continues(arguments: Sequence[str]) -> bool:
         # the sections of a recipe are kept one by one
         return name in GROUPS
     words = {word.partition("=")[0] for word in rest}
+    # as the processes of `--nproc` are started
+    words |= {f"--{word.partition('=')[0]}" for flag, word in pairwise(rest) if flag == "--set"}
     needed = command.writes_with
     return command.resumable and (needed is None or f"--{needed}" in words)
 
@@ -232,7 +235,7 @@ def _call(
 
     with console.guarded_stdout(), heartbeat(command.name):
         require_found(config, [source, *others] if command.reads_model else [])
-    spread = config if isinstance(config, SpreadConfig) and config.is_launched else None
+    spread = config if isinstance(config, LaunchConfig) and config.is_launched else None
     if launched():
         spread = None
     if spread is not None and not shared.dry_run:
@@ -262,7 +265,9 @@ def _call(
             if spread is not None:
                 from mambactl.cli.processes import shards
 
-                planned = planned | {"sharded": shards(spread, present(source))}
+                split = shards(spread, present(source))
+                splits = isinstance(spread, SpreadConfig)
+                planned |= {"sharded": split} if splits else {"processes": spread.processes}
         elif out is not None:
             result = call(out, resume=shared.resume, force=shared.force)
         else:

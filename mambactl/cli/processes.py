@@ -16,7 +16,7 @@ from typing import NamedTuple
 from mambactl import console
 from mambactl.errors import ExitCode, MambactlError, ResourceError, UsageError
 from mambactl.files import recipe_folder
-from mambactl.options import SpreadConfig, StageConfig
+from mambactl.options import LaunchConfig, StageConfig
 from mambactl.options.fields import settings
 from mambactl.ranks import REPORTS, child_environment, processes
 
@@ -45,7 +45,7 @@ class RunFailure(MambactlError):
         self.code, self.trace = report.code, report.trace
 
 
-def launch(config: SpreadConfig, stage: str, source: str, flags: Sequence[str]) -> str:
+def launch(config: LaunchConfig, stage: str, source: str, flags: Sequence[str]) -> str:
     """Run the stage in `config.nproc` processes on this machine; returns what it says on stdout.
 
     Raises RunFailure with the exit code of the process that failed first of itself.
@@ -54,7 +54,7 @@ def launch(config: SpreadConfig, stage: str, source: str, flags: Sequence[str]) 
     how = "weights split over them" if split else "data parallel"
     console.log(f"{stage}: {config.processes} processes, {how}")
     # how many processes there are, each of them knows from its environment
-    given = settings(config, {"nproc", "shard"})
+    given = settings(config, config.launcher_options)
     command = [sys.executable, "-m", "mambactl", stage, source, *flags, *given]
     return run_processes(command, _environment(config, split), config.processes)
 
@@ -90,7 +90,7 @@ def of_this_run(stage: str, config: StageConfig) -> StageConfig:
     count = processes()
     if count == 1:
         return config
-    if not isinstance(config, SpreadConfig):
+    if not isinstance(config, LaunchConfig):
         raise UsageError(f"{stage} runs in one process, not in {count}", f"mambactl {stage} ...")
     if config.nproc not in (None, count):
         raise UsageError(
@@ -116,14 +116,14 @@ def signals_passed_to(children: Sequence[subprocess.Popen]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def shards(config: SpreadConfig, source: str) -> bool:
+def shards(config: LaunchConfig, source: str) -> bool:
     """Return True if weights are split; raises a MambactlError for processes that cannot be had."""
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"--nproc {config.processes} does not fit --device {config.device}",
             "use cpu, cuda or auto; CUDA_VISIBLE_DEVICES chooses among GPUs",
         )
-    asked = config.shard
+    asked = config.splits_weights
     if _on_cpu(config):
         return bool(asked)
     import torch
@@ -143,7 +143,7 @@ def shards(config: SpreadConfig, source: str) -> bool:
     return config.parameter_bytes * describe(source)["parameters"] > room
 
 
-def _on_cpu(config: SpreadConfig) -> bool:
+def _on_cpu(config: LaunchConfig) -> bool:
     if config.device != "auto":
         return config.device == "cpu"
     import torch
@@ -151,7 +151,7 @@ def _on_cpu(config: SpreadConfig) -> bool:
     return not torch.cuda.is_available()
 
 
-def _environment(config: SpreadConfig, split: bool) -> dict[str, str]:
+def _environment(config: LaunchConfig, split: bool) -> dict[str, str]:
     environment = child_environment()
     if _on_cpu(config):
         # a GPU that is there would be taken for what is sharded
@@ -243,6 +243,6 @@ def _unreported(rank: int, code: int, reports: Path) -> Report:
         return Report(128 + number, f"stopped by {signal.Signals(number).name}", None, None, False)
     tail = (reports / f"{rank}.err").read_text("utf-8", errors="replace")[-4000:]
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-    hint = "if memory ran out: --shard, or a smaller --batch-size" if code < 0 else None
+    hint = "if memory ran out: a smaller --batch-size, or in training --shard" if code < 0 else None
     message = f"process {rank} of the run {ended}" + (f":\n{tail.rstrip()}" if tail else "")
     return Report(ExitCode.RESOURCE, message, hint, None, False)

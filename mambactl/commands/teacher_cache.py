@@ -9,6 +9,7 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,12 @@ from mambactl.data.sources import count_rows
 from mambactl.errors import ModelError, OutputError, UsageError
 from mambactl.files import LINEAGE, explained, gib, replacing
 from mambactl.foreign import fitted
+from mambactl.generation.dealing import Deal
 from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.present import present
+from mambactl.ranks import is_main
 from mambactl.stage_result import StageResult
 from mambactl.train.cached_teacher import (
     PATTERN,
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 STAGE = "teacher-cache"
 # what a kill loses at most: a minute of an 8B teacher on one GPU
 SHARD_TOKENS = 1 << 20
+_FREE = "free some disk space, then use --resume"
 # what has to be equal for rows to be equal, where not all of the data fits
 ROW_OPTIONS = (
     *("max_steps", "epochs", "batch_size", "grad_accum", "append_eos"),
@@ -69,16 +73,22 @@ def run(
 ) -> StageResult:
     """Draw from the model at `source` for every row of the data, and write the folder `out`."""
     config.require_coherent()
+    deal = Deal()
     job = dated(Job.of(STAGE, config, source), out, resume)
+    job = replace(job, day=deal.day(job.day))
     folder = _folder(job, out, resume, force)
     tokenizer = job.tokenizer()
     rows = _distinct(training_rows(job, tokenizer, config.assistant_only_loss))
     teacher = load_model(source, job.device, job.dtype).requires_grad_(False)
     started = time.perf_counter()
+    if not is_main():
+        with explained(folder.path, _FREE):
+            _fill(job, config, folder, deal, teacher, rows)
+        return StageResult(str(out), {})
     with folder.open(resume, force):
-        with explained(folder.path, "free some disk space, then use --resume"):
+        with explained(folder.path, _FREE):
             folder.result.mkdir(exist_ok=True)
-            _fill(job, config, folder, teacher, rows)
+            _fill(job, config, folder, deal, teacher, rows)
             tokens = sum(int(row.loss_mask.sum()) for _, row in rows)
             size = sum(file.stat().st_size for file in folder.result.glob(PATTERN))
             metrics = {
@@ -183,12 +193,44 @@ def _fill(
     job: Job,
     config: TeacherCacheConfig,
     folder: RunFolder,
+    deal: Deal,
     teacher: HybridForCausalLM,
     rows: Sequence[tuple[bytes, Row]],
 ) -> None:
-    """Write every shard that is not done yet."""
+    """Write every shard that is not done yet, as one of the processes of the run."""
     per_shard = max(1, SHARD_TOKENS // config.max_length)
+    shards = -(-len(rows) // per_shard)
     drawing = Drawing(config.samples, config.temperature, config.power, config.seed)
+    digest = hashlib.sha256(b"".join(key for key, _ in rows)).hexdigest()
+    left = deal.left(digest, _missing(folder, shards) if is_main() else [])
+    sizes = [len(rows[number * per_shard : (number + 1) * per_shard]) for number in left]
+    with console.progress("rows", len(rows)) as bar:
+        bar.advance(len(rows) - sum(sizes))
+        for number in deal.numbers(left):
+            members = rows[number * per_shard : (number + 1) * per_shard]
+            drawn = []
+            for start in range(0, len(members), config.batch_size):
+                keys, some = zip(*members[start : start + config.batch_size], strict=True)
+                batch = collate(some).to(job.device)
+                drawn += draw_batch(teacher, batch, keys, drawing, job.amp)
+                bar.advance(deal.done(len(some)))
+            keys = [key for key, _ in members]
+            path = _shard(folder, number)
+            write_shard(path, keys, drawn, teacher.config.vocab_size, config.power != 1)
+            _save_state(folder, shards)
+        deal.leave()
+        for _ in deal.others():
+            bar.advance(deal.done())
+    if is_main() and (lost := _missing(folder, shards)):
+        raise OutputError(f"{_shard(folder, lost[0])} is gone", "--resume draws it again")
+
+
+def _shard(folder: RunFolder, number: int) -> Path:
+    return folder.result / f"samples-{number:05d}.safetensors"
+
+
+def _missing(folder: RunFolder, shards: int) -> list[int]:
+    """Numbers of the shards that are not written: those of a state are, and others appear whole."""
     state = fitted(
         _State,
         folder.load_state() or {},
@@ -197,21 +239,13 @@ def _fill(
         OutputError,
         "start again with --force",
     )
-    first = state.shards
-    with console.progress("rows", len(rows)) as bar:
-        bar.advance(min(len(rows), first * per_shard))
-        for number in range(first, -(-len(rows) // per_shard)):
-            members = rows[number * per_shard : (number + 1) * per_shard]
-            drawn = []
-            for start in range(0, len(members), config.batch_size):
-                keys, some = zip(*members[start : start + config.batch_size], strict=True)
-                batch = collate(some).to(job.device)
-                drawn += draw_batch(teacher, batch, keys, drawing, job.amp)
-                bar.advance(len(some))
-            keys = [key for key, _ in members]
-            path = folder.result / f"samples-{number:05d}.safetensors"
-            write_shard(path, keys, drawn, teacher.config.vocab_size, config.power != 1)
-            folder.save_state({"shards": number + 1})
+    return [n for n in range(state.shards, shards) if not _shard(folder, n).exists()]
+
+
+def _save_state(folder: RunFolder, shards: int) -> None:
+    """Record the shards up to the first one that is missing."""
+    if is_main():
+        folder.save_state({"shards": next(iter(_missing(folder, shards)), shards)})
 
 
 def _distinct(rows: Sequence[Row]) -> list[tuple[bytes, Row]]:
@@ -223,7 +257,8 @@ def _folder(job: Job, out: Path | None, resume: bool, force: bool) -> RunFolder:
     if out is None:
         raise UsageError(f"{STAGE} needs a place for its result", "give -o DIR")
     folder = RunFolder(out, identity(job))
-    folder.check(resume, force)
+    if is_main():
+        folder.check(resume, force)
     return folder
 
 

@@ -3,7 +3,8 @@
 Sequence-level knowledge distillation (Kim and Rush, arXiv 1606.07947) trains the student on these
 pseudo-labels. What is decoded together is fixed by the set and the options alone, and every batch
 is on disk before the next begins: a run that was killed continues at the batch it lost, and its
-file is that of a run that was not. Random numbers belong to a prompt, sample and turn.
+file is that of a run that was not. Random numbers belong to a prompt, sample and turn. Several
+processes answer the same batches, each the next one when it is free, and the main one writes OUT.
 """
 
 import json
@@ -11,28 +12,27 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
-
-from pydantic import BaseModel, Field
 
 from mambactl import console
 from mambactl.checkpoint.load import open_checkpoint
 from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.run_folder import RunFolder, begun_on
 from mambactl.data.answers import Answer, Group, write_answers
-from mambactl.data.conversations import Conversation
 from mambactl.decode.backend import AnyEngine
 from mambactl.decode.prefix_files import PrefixFolder
 from mambactl.decode.prompts import encode_all
 from mambactl.errors import OutputError, UsageError
 from mambactl.files import LINEAGE, explained, replacing
-from mambactl.foreign import fitted, json_object
 from mambactl.generation import decoding
+from mambactl.generation.answer_files import FREE, OtherAnswers, WrittenAnswers
+from mambactl.generation.dealing import Deal
 from mambactl.generation.question_set import QuestionSet, Task, as_prompt
 from mambactl.metrics import Numbers
 from mambactl.options import ROW_SUFFIXES, GenerateConfig
+from mambactl.ranks import is_main, processes
 from mambactl.stage_result import StageResult
 
 STAGE = "generate"
@@ -41,8 +41,6 @@ STATUS_SECONDS = 0.5
 COUNTED = ("prompt_tokens", "prompt_from_files", "tokens", "drafted", "accepted")
 # answers worth a word about a batch size of 1
 FEW = 16
-_FREE = "free some disk space, then use --resume"
-_AGAIN = "start again with --force"
 
 
 def run(
@@ -58,15 +56,20 @@ def run(
         raise UsageError(f"{STAGE} --dataset needs a place for its result", "give -o FILE.jsonl")
     _require_name(config, out)
     prefix_folder = decoding.prefix_folder(config)
-    questions = QuestionSet.of(config, source, begun_on(out, resume))
+    deal = Deal()
+    day = deal.day(begun_on(out, resume))
+    questions = QuestionSet.of(config, source, day)
     folder = RunFolder(out, questions.identity)
+    if not is_main():
+        _decode(questions, OtherAnswers(folder, questions.digest), deal, prefix_folder)
+        return StageResult(str(out), {})
     folder.side = (LINEAGE,)
     folder.check(resume, force)
     with folder.open(resume, force):
-        written = _Written(folder)
+        written = WrittenAnswers(folder, questions.digest)
         with written.file:
-            _decode(questions, written, prefix_folder)
-            with explained(folder.path, _FREE):
+            _decode(questions, written, deal, prefix_folder)
+            with explained(folder.path, FREE):
                 metrics = _write_result(questions, written, folder)
                 folder.finish()
         folder.publish()
@@ -74,145 +77,96 @@ def run(
     return StageResult(str(out), metrics)
 
 
-class _State(BaseModel):
-    """Batches and bytes that are on disk, and what they took."""
-
-    batches: int = Field(default=0, ge=0)
-    bytes: int = Field(default=0, ge=0)
-    totals: dict[str, float] = {}
-
-
-class _Line(BaseModel):
-    """One answer as a line of the working file holds it."""
-
-    prompt: int
-    sample: int
-    texts: tuple[str, ...]
-    finish: str
-    tokens: int
-    time: float
-
-
-class _Written:
-    """The answers that are on disk, in the order they were decoded, and what they took.
-
-    A line holds a prompt's number and one Answer. What follows the last state is forgotten.
-    """
-
-    def __init__(self, folder: RunFolder):
-        self.folder = folder
-        found = folder.load_state() or {}
-        state = fitted(_State, found, folder.path, "its state", OutputError, _AGAIN)
-        self.batches = state.batches
-        self.totals = Counter(state.totals)
-        # no name that the result itself may have
-        path = folder.path / "decoded.partial"
-        with explained(path, _FREE):
-            path.touch()
-            if path.stat().st_size < state.bytes:
-                raise OutputError(f"{path} lost what was written", _AGAIN)
-            self.file: BinaryIO = path.open("r+b")
-            self.file.truncate(state.bytes)
-            self.file.seek(state.bytes)
-
-    def add(self, answers: Sequence[tuple[int, Answer]], totals: Mapping[str, float]) -> None:
-        """Append a whole batch; after this it is never decoded again."""
-        with explained(self.folder.path, _FREE):
-            for prompt, answer in answers:
-                line = json.dumps({"prompt": prompt, **asdict(answer)}, ensure_ascii=False)
-                self.file.write(line.encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.batches += 1
-        self.totals.update(totals)
-        self.folder.save_state(
-            {"batches": self.batches, "bytes": self.file.tell(), "totals": dict(self.totals)}
-        )
-
-    def groups(self, conversations: Sequence[Conversation]) -> Iterator[Group]:
-        """Every prompt with its samples, in the order of the set; one prompt in memory."""
-        offsets: dict[int, list[int]] = {}
-        self.file.seek(0)
-        offset = 0
-        for line in self.file:
-            offsets.setdefault(self._parsed(line).prompt, []).append(offset)
-            offset += len(line)
-        for prompt, conversation in enumerate(conversations):
-            answers = []
-            for begin in offsets.get(prompt, ()):
-                self.file.seek(begin)
-                found = self._parsed(self.file.readline())
-                answers.append(Answer(**found.model_dump(exclude={"prompt"})))
-            yield conversation, sorted(answers, key=lambda answer: answer.sample)
-
-    def _parsed(self, line: bytes) -> _Line:
-        where = (self.file.name, "an answer", OutputError, _AGAIN)
-        return fitted(_Line, json_object(line, *where), *where)
-
-
-def _decode(questions: QuestionSet, written: _Written, folder: PrefixFolder | None) -> None:
-    """Answer every batch that is not done yet."""
-    batches = questions.batches()
-    total, done = sum(map(len, batches)), sum(map(len, batches[: written.batches]))
-    if done:
-        console.log(f"{done} of {total} answers were written before")
-    if written.batches == len(batches):
-        return
-    if questions.config.draft and questions.config.k == "auto":
-        console.log(
-            f"k is {questions.k}: an automatic one follows the clock, and text may follow it"
-        )
-    if len(batches) == total > FEW:
-        console.log("one answer at a time: a --batch-size of 16, say, is faster")
-    setup = decoding.prepare(questions.config, questions.source, [])
-    setup = replace(setup, k=questions.k, folder=folder)
-    engine = setup.engine()
-    with console.progress("answers", total) as bar:
-        meter = _Meter(bar)
-        meter.advance(done)
-        for batch in batches[written.batches :]:
-            started = time.perf_counter()
-            answers, totals = _answer(questions, setup, engine, batch, meter)
-            written.add(answers, {**totals, "seconds": time.perf_counter() - started})
-            meter.advance(len(batch))
-
-
-def _answer(
+def _decode(
     questions: QuestionSet,
-    setup: decoding.Setup,
-    engine: AnyEngine,
-    batch: Sequence[Task],
-    meter: "_Meter",
-) -> tuple[list[tuple[int, Answer]], Counter]:
-    """Write every turn of a batch, all conversations together, the next turn on the last one's."""
-    texts: list[list[str]] = [[] for _ in batch]
-    finish, tokens = ["eos"] * len(batch), [0] * len(batch)
-    totals: Counter = Counter()
-    temperature = questions.temperature(batch[0].prompt)
-    params = replace(setup.params, temperature=temperature)
-    asked = [questions.conversations[task.prompt] for task in batch]
-    for turn in range(max(each.n_answers for each in asked)):
-        rows = [row for row, each in enumerate(asked) if turn < each.n_answers]
-        given = (as_prompt(asked[row], texts[row]) for row in rows)
-        prompts = encode_all(given, setup.tokenizer, questions.config.chat, questions.day)
-        keys = [asked[row].key(batch[row].sample, turn) for row in rows]
-        result = engine.generate(prompts, params, meter.heard, keys)
-        for row, new, reason in zip(rows, result.tokens, result.finish, strict=True):
-            texts[row].append(setup.text(new))
-            tokens[row] += len(new)
-            if reason == "length":
-                finish[row] = reason
-        for name in COUNTED:
-            totals[name] += getattr(result.stats, name)
-    now = time.time()
-    return [
-        (task.prompt, Answer(task.sample, tuple(texts[row]), finish[row], tokens[row], now))
-        for row, task in enumerate(batch)
-    ], totals
+    files: WrittenAnswers | OtherAnswers,
+    deal: Deal,
+    folder: PrefixFolder | None,
+) -> None:
+    """Answer every batch that is not done yet, as one of the processes of the run."""
+    batches = questions.batches()
+    files.gather()
+    left = deal.left(files.run, files.left(len(batches)))
+    mine = deal.numbers(left)
+    total = sum(map(len, batches))
+    before = total - sum(len(batches[number]) for number in left)
+    if before:
+        console.log(f"{before} of {total} answers were written before")
+    # a process without a batch needs no model
+    first = next(mine, None)
+    decoder = None if first is None else _Decoder.of(questions, folder)
+    with console.progress("answers", total) as bar:
+        meter = _Meter(bar, deal, before)
+        if decoder is not None and first is not None:
+            for number in chain([first], mine):
+                files.add(number, *decoder.answer(batches[number], meter))
+                meter.show(len(batches[number]))
+        deal.leave()
+        for _ in deal.others():
+            files.gather()
+            meter.show()
+    files.require_all(len(batches))
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """The engine that answers batches, and what prompts are encoded with."""
+
+    questions: QuestionSet
+    setup: decoding.Setup
+    engine: AnyEngine
+
+    @classmethod
+    def of(cls, questions: QuestionSet, folder: PrefixFolder | None) -> "_Decoder":
+        """Load the models."""
+        config = questions.config
+        if config.draft and config.k == "auto":
+            console.log(
+                f"k is {questions.k}: an automatic one follows the clock, and text may follow it"
+            )
+        answers = len(questions.conversations) * config.samples_per_prompt
+        if len(questions.batches()) == answers > FEW:
+            console.log("one answer at a time: a --batch-size of 16, say, is faster")
+        setup = decoding.prepare(config, questions.source, [])
+        setup = replace(setup, k=questions.k, folder=folder)
+        return cls(questions, setup, setup.engine())
+
+    def answer(
+        self, batch: Sequence[Task], meter: "_Meter"
+    ) -> tuple[list[tuple[int, Answer]], dict[str, float]]:
+        """Write every turn of a batch, all conversations together, the next on the last one's."""
+        started = time.perf_counter()
+        questions, setup = self.questions, self.setup
+        texts: list[list[str]] = [[] for _ in batch]
+        finish, tokens = ["eos"] * len(batch), [0] * len(batch)
+        totals: Counter = Counter()
+        temperature = questions.temperature(batch[0].prompt)
+        params = replace(setup.params, temperature=temperature)
+        asked = [questions.conversations[task.prompt] for task in batch]
+        for turn in range(max(each.n_answers for each in asked)):
+            rows = [row for row, each in enumerate(asked) if turn < each.n_answers]
+            given = (as_prompt(asked[row], texts[row]) for row in rows)
+            prompts = encode_all(given, setup.tokenizer, questions.config.chat, questions.day)
+            keys = [asked[row].key(batch[row].sample, turn) for row in rows]
+            result = self.engine.generate(prompts, params, meter.heard, keys)
+            for row, new, reason in zip(rows, result.tokens, result.finish, strict=True):
+                texts[row].append(setup.text(new))
+                tokens[row] += len(new)
+                if reason == "length":
+                    finish[row] = reason
+            for name in COUNTED:
+                totals[name] += getattr(result.stats, name)
+        # processes decode at the same time
+        seconds = (time.perf_counter() - started) / processes()
+        now = time.time()
+        return [
+            (task.prompt, Answer(task.sample, tuple(texts[row]), finish[row], tokens[row], now))
+            for row, task in enumerate(batch)
+        ], {**totals, "seconds": seconds}
 
 
 def _write_result(
-    questions: QuestionSet, written: _Written, folder: RunFolder
+    questions: QuestionSet, written: WrittenAnswers, folder: RunFolder
 ) -> dict[str, object]:
     """Write the file and what it was made from; returns the counts."""
     config, counts = questions.config, Counter()
@@ -290,11 +244,12 @@ def _summary(metrics: Numbers, prefix_cache: str | None) -> str:
 
 
 class _Meter:
-    """Answers done, and how fast tokens come in this process."""
+    """Answers done in all processes, and how fast tokens come in this one."""
 
-    def __init__(self, bar: console.Task):
-        self.bar, self.tokens = bar, 0
+    def __init__(self, bar: console.Task, deal: Deal, before: int):
+        self.bar, self.deal, self.tokens = bar, deal, 0
         self.started = self.shown = time.monotonic()
+        bar.advance(before)
 
     def heard(self, row: int, new: list[int]) -> None:
         """Count a step's tokens of one row."""
@@ -302,13 +257,14 @@ class _Meter:
         now = time.monotonic()
         if now - self.shown >= STATUS_SECONDS:
             self.shown = now
-            self.advance(0)
+            self.show()
 
-    def advance(self, answers: int) -> None:
-        """Show `answers` more."""
+    def show(self, more: int = 0) -> None:
+        """Show what is done, with `more` answers of this process."""
         seconds = time.monotonic() - self.started
         rate = self.tokens / seconds if seconds else 0.0
-        self.bar.advance(answers, f"{self.tokens:,} tokens, {rate:.1f} tokens/s")
+        status = f"{self.tokens:,} tokens, {rate:.1f} tokens/s"
+        self.bar.advance(self.deal.done(more), status)
 
 
 def _require_name(config: GenerateConfig, out: Path) -> None:

@@ -1,6 +1,7 @@
 """The prompts that `generate --dataset` answers: read, checked, each once, dealt and batched."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -98,6 +99,11 @@ class QuestionSet:
             "prompts_sha256": digest.hexdigest(),
             **({DAY: self.day.isoformat()} if self.day else {}),
         }
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def k(self) -> int:

@@ -20,6 +20,7 @@ from mambactl.options.generation import (
     SpecDecodeConfig,
     TokenConfig,
 )
+from mambactl.options.launching import LaunchConfig
 from mambactl.options.measurement import BenchConfig
 from mambactl.options.row_options import MixedRowsConfig, RowsConfig
 from mambactl.options.training import (
@@ -49,6 +50,7 @@ __all__ = [
     "ExportConfig",
     "GenerateConfig",
     "HeldOutConfig",
+    "LaunchConfig",
     "MixedRowsConfig",
     "PromptConfig",
     "RowsConfig",

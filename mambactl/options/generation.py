@@ -18,6 +18,7 @@ from mambactl.options.fields import (
     Temperature,
     Tokens,
 )
+from mambactl.options.launching import LaunchConfig, Processes
 
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})")
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
@@ -144,9 +145,11 @@ class SharedPromptConfig(PromptConfig):
             raise UsageError("--prefix-cache-gb goes with --prefix-cache", hint)
 
 
-class GenerateConfig(SharedPromptConfig):
+class GenerateConfig(SharedPromptConfig, LaunchConfig):
     """Text from a prompt, or a file of answers (--dataset)."""
 
+    # batches are formed before they are dealt to processes, so their number decides no answer
+    placement_options: ClassVar[frozenset[str]] = SharedPromptConfig.placement_options | {"nproc"}
     later: ClassVar[Mapping[str, object]] = {"weights": "auto"}
 
     dataset: DataSpecs = Field(
@@ -158,6 +161,9 @@ class GenerateConfig(SharedPromptConfig):
     samples_per_prompt: Rows = Field(default=1, description="answers drawn for each prompt")
     shard: str | None = Field(
         default=None, description="I/N: only the I-th of N parts, from 1/N to N/N"
+    )
+    nproc: Processes = Field(
+        default=None, ge=1, description="processes, one per GPU, that answer the batches of a set"
     )
     format: Literal["jsonl", "alpaca-eval", "mt-bench"] = Field(
         default="jsonl", description="jsonl is what --data reads, the others what their judges read"

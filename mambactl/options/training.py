@@ -1,9 +1,9 @@
 """Options of the stages that follow gradients, and of what they read in a teacher's place."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from mambactl.errors import UsageError
 from mambactl.options.fields import (
@@ -21,6 +21,7 @@ from mambactl.options.fields import (
     Weights,
     Windows,
 )
+from mambactl.options.launching import LaunchConfig, Processes
 from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.on_policy import OnPolicyConfig
 from mambactl.options.row_options import MixedRowsConfig, RowsConfig, TextRowsConfig
@@ -105,18 +106,15 @@ class AdaptedConfig(TrainConfig):
         return [*super().packages, *(["peft"] if self.lora else [])]
 
 
-def _several(count: int | None) -> int | None:
-    return None if count == 1 else count
-
-
-class SpreadConfig(TrainConfig):
+class SpreadConfig(LaunchConfig, TrainConfig):
     """Training that several processes share, each with rows of its own, and maybe the weights."""
 
     placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"shard"}
+    launcher_options: ClassVar[frozenset[str]] = LaunchConfig.launcher_options | {"shard"}
     # any number of processes can go on from a state, whether their weights are split or not
     whole_state: ClassVar[bool] = False
 
-    nproc: Annotated[int | None, AfterValidator(_several)] = Field(
+    nproc: Processes = Field(
         default=None,
         ge=1,
         description="processes, one per GPU; each takes --batch-size rows a step",
@@ -128,14 +126,14 @@ class SpreadConfig(TrainConfig):
     )
 
     @property
-    def processes(self) -> int:
-        """Number of processes that train together."""
-        return self.nproc or 1
-
-    @property
     def is_launched(self) -> bool:
         """True if processes are started for it: one alone where a split state is read by one."""
-        return self.processes > 1 or (bool(self.shard) and not self.whole_state)
+        return super().is_launched or (bool(self.shard) and not self.whole_state)
+
+    @property
+    def splits_weights(self) -> bool | None:
+        """True if weights are split over the processes; None: where a GPU cannot hold all."""
+        return self.shard
 
     def require_splittable(self) -> None:
         """Raise UsageError for what cannot be done with weights that are split."""
@@ -282,8 +280,11 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
             )
 
 
-class TeacherCacheConfig(MixedRowsConfig):
+class TeacherCacheConfig(MixedRowsConfig, LaunchConfig):
     """Keep ids drawn by a teacher, for distill without it."""
+
+    # rows and files are those of one process
+    placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"nproc"}
 
     samples: int = Field(default=12, ge=1, le=1024, description="ids drawn per token")
     temperature: Softness = Field(default=1.0, description="softens the distribution to be matched")

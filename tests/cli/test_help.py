@@ -49,8 +49,8 @@ FLAGS = {
     "draft": f"{STEPS} --kind --layers --vocabulary --unroll --text --answer-tokens "
     "--answer-temperature --lr --output-lr --schedule --kl-weight --ce-weight "
     f"{OUTPUT} {EVERY_STAGE}",
-    "teacher-cache": f"{ROWS} {MIXED} --samples --temperature --power --assistant-only-loss "
-    f"{OUTPUT} {EVERY_STAGE}",
+    "teacher-cache": f"{ROWS} {MIXED} --nproc --samples --temperature --power "
+    f"--assistant-only-loss {OUTPUT} {EVERY_STAGE}",
     "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
     "--recall-rows --control --control-window --control-sinks --ablate --against --confidence "
     "--bootstrap --save-samples --per-layer --needle --needle-depths --needle-texts --needle-text "
@@ -61,7 +61,7 @@ FLAGS = {
     "--generation-agreement --generation-tokens "
     f"{EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
-    "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --format "
+    "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --nproc --format "
     "--prefix-cache --prefix-cache-gb "
     f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
     "chat": f"{TOKENS} --system {EVERY_STAGE}",

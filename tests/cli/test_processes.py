@@ -14,6 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from mambactl.checkpoint import contents
+from mambactl.cli import processes as program
 from mambactl.cli.processes import (
     RunFailure,
     _environment,
@@ -24,7 +25,7 @@ from mambactl.cli.processes import (
 )
 from mambactl.errors import ResourceError, UsageError
 from mambactl.files import recipe_folder
-from mambactl.options import ConvertConfig, DistillConfig, SftConfig
+from mambactl.options import ConvertConfig, DistillConfig, GenerateConfig, SftConfig
 
 FAIL = """
     from mambactl.cli import main as program
@@ -166,6 +167,18 @@ def test_the_number_of_processes_is_that_of_the_run(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert of_this_run("sft", SftConfig()).processes == 4
     assert of_this_run("distill", DistillConfig()).processes == 4
+
+
+def test_the_part_of_a_set_stays_an_option_of_every_process(monkeypatch):
+    seen = []
+    monkeypatch.setattr(program, "run_processes", lambda command, *_: seen.extend(command) or "a")
+    config = GenerateConfig(dataset=["x"], shard="1/3", nproc=2, device="cpu")
+    assert program.launch(config, "generate", "model", ["-o", "a.jsonl"]) == "a"
+    assert {'shard="1/3"', 'dataset=["x"]'} <= set(seen)
+    assert not [word for word in seen if "nproc" in word]
+    training = SftConfig(data=["x"], shard=True, nproc=2, device="cpu")
+    program.launch(training, "sft", "model", [])
+    assert "shard=true" not in seen
 
 
 def test_processes_take_no_module_from_the_current_folder(tmp_path, monkeypatch):

@@ -1,7 +1,13 @@
 """The `teacher-cache` stage, and the objective that `distill` makes of what it wrote."""
 
+import os
+import signal
+import time
+from functools import partial
+
 import pytest
 import torch
+from fixtures.shared_runs import together
 
 from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.commands import teacher_cache
@@ -97,6 +103,51 @@ def test_a_broken_run_resumes_to_the_same_bytes(data, cache, tiny_llama_dir, tmp
     assert sorted(path.name for path in broken.glob("samples-*")) == shards
     for name in shards:
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a GPU forbids")
+def test_two_processes_write_the_files_of_one(data, tiny_llama_dir, tmp_path, monkeypatch):
+    """Also where one of them finds a file that a killed run had not recorded."""
+    monkeypatch.setattr(teacher_cache, "SHARD_TOKENS", 4 * 32)
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    run(config(data), str(tiny_llama_dir), whole)
+    shards = sorted(path.name for path in whole.glob("samples-*"))
+    write = teacher_cache.write_shard
+
+    def watched(path, *rest):
+        write(path, *rest)
+        rank = os.environ["RANK"]
+        (tmp_path / f"{rank}-{path.name}").touch()
+        if rank == "1" and killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("1-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if killed:
+            raise RuntimeError("as the launcher would end it")
+
+    def work(resume):
+        try:
+            run(config(data), str(tiny_llama_dir), shared, resume=resume)
+        except RuntimeError as error:
+            assert "launcher" in str(error)
+
+    killed = True
+    monkeypatch.setattr(teacher_cache, "write_shard", watched)
+    assert together(partial(work, False), tmp_path / "log", shard=False) == [0, -signal.SIGKILL]
+    assert not shared.exists()
+    killed = False
+    before = len(list(tmp_path.glob("?-samples*")))
+    assert before == 2
+    assert together(partial(work, True), tmp_path / "log", shard=False) == [0, 0]
+    assert len(list(tmp_path.glob("?-samples*"))) == len(shards)
+    assert sorted(path.name for path in shared.glob("samples-*")) == shards
+    for name in shards:
+        assert (shared / name).read_bytes() == (whole / name).read_bytes()
+    kept = [load_lineage(str(each))["metrics"] for each in (whole, shared)]
+    assert [kept[0][key] for key in ("rows", "tokens", "bytes")] == [
+        kept[1][key] for key in ("rows", "tokens", "bytes")
+    ]
 
 
 def test_another_run_is_told_which_command_makes_its_cache(data, cache, student):
