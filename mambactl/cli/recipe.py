@@ -71,7 +71,7 @@ def plan(
     name: Name,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs that share each step")] = 1,
     memory: Annotated[
-        float, typer.Option("--memory", min=1, help="memory of each, in 10^9 bytes")
+        float, typer.Option("--memory", min=1, max=1e6, help="memory of each, in 10^9 bytes")
     ] = 141,
     settings: Settings = None,
     as_json: Json = False,

@@ -167,9 +167,9 @@ _ROWS = (
         "draft",
         "mambactl.options.drafting:DraftConfig",
         (
-            "mambactl draft t.st --data prompts.jsonl -o d.st",
+            "mambactl draft t.st --data chats.jsonl -o d.st",
             "mambactl draft t.st --data answers.jsonl --text data --vocabulary 16384 -o d.st",
-            "mambactl draft t.st --kind model --layers 4 --data prompts.jsonl -o d.st",
+            "mambactl draft t.st --kind model --layers 4 --data chats.jsonl -o d.st",
         ),
         writes="model",
         resumable=True,

@@ -117,8 +117,9 @@ def load_both(
     target = load_model(source, device=device, dtype=dtype)
     draft = config.draft
     if draft not in (None, NGRAM) and is_draft_head(draft):
-        # of the weights as they are stored
-        return for_decoding(target, config.weights), tokenizer, load_head(draft, target, source)
+        # before the weights that it was made for are rounded
+        head = load_head(draft, target, source)
+        return for_decoding(target, config.weights), tokenizer, head
     target = for_decoding(target, config.weights)
     if draft not in (None, NGRAM):
         draft = for_decoding(load_model(draft, device=device, dtype=dtype), config.weights)

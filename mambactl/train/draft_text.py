@@ -47,7 +47,7 @@ class DraftText:
             rows = training_rows(reading, tokenizer)
             return cls(of_kind(DistillConfig, with_steps(reading, len(rows)).config), rows, None)
         answering = PhasePlan(ON_POLICY, ON_POLICY, config.max_steps, (), 0.0, 0.0)
-        return cls(loop, [], drawn_prompts(reading, loop, tokenizer, [answering]))
+        return cls(loop, [], drawn_prompts(reading, loop, tokenizer, [answering], checked=False))
 
     def feed(self, job: Job, target: HybridForCausalLM) -> CountedRows | None:
         """Source of what the target writes, None where rows are there."""

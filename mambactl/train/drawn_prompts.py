@@ -79,11 +79,12 @@ def drawn_prompts(
     config: DistillConfig,
     tokenizer: "PreTrainedTokenizerBase",
     planned: Sequence[PhasePlan],
+    checked: bool = True,
 ) -> DrawnPrompts | None:
     """Prompts from `data`, as many as the run can answer; None for a run that answers none.
 
     A mixture keeps its weights. Rows that give no prompt are left out and named; raises UsageError
-    where nothing is left.
+    where nothing is left, and for malformed rows unless they are `checked` or to be skipped.
     """
     steps = sum(plan.steps for plan in planned if plan.kind == ON_POLICY)
     if not steps:
@@ -92,8 +93,11 @@ def drawn_prompts(
     found: list[Tokens] = []
     chances: list[float] = []
     reading = _Reading(job, config, tokenizer, BadRows(skip=True))
-    # what is malformed has been reported with the rows to train on
-    documents = read_documents(job, BadRows(skip=True))
+    malformed = BadRows(skip=checked or config.skip_bad_rows)
+    documents = read_documents(job, malformed)
+    if not checked:
+        # else they have been reported with the rows to train on
+        malformed.settle()
     order = np.random.default_rng(config.seed).permutation(len(documents))
     weights = shares(config.data)
     for part, weight in enumerate(weights or [1.0]):

@@ -45,11 +45,23 @@ def test_a_head_learns_from_what_its_target_writes(target, random_texts, tmp_pat
     assert load_lineage(str(out))["stage"] == "draft"
 
 
+def test_malformed_rows_are_an_error_unless_they_are_skipped(target, tmp_path) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"text": "the old house"}\n{"text": 3}\n' * 4)
+    with pytest.raises(UsageError, match="bad.jsonl"):
+        run(settings(data), target, tmp_path / "d.st")
+    assert not (tmp_path / "d.st").exists()
+    run(settings(data, skip_bad_rows=True, max_steps=1), target, tmp_path / "d.st")
+
+
 def test_a_target_that_changed_is_refused(target, random_texts, tmp_path, cli) -> None:
     out, other = tmp_path / "d.st", tmp_path / "other"
     run(settings(random_texts, max_steps=2), target, out)
     with_draft = ["--draft", str(out), "--max-new-tokens", "6", "--device", "cpu", "--no-chat"]
     done = cli("spec-decode", "--target", target, *with_draft, "-p", "w1 w2", "--check")
+    assert done.code == 0, done.err
+    # the digest is that of the weights before they are rounded
+    done = cli("spec-decode", "--target", target, *with_draft, "-p", "w1", "--weights", "int8")
     assert done.code == 0, done.err
     changed = load_model(target)
     with torch.no_grad():
