@@ -292,14 +292,17 @@ def remarks(
         if each.gpus < gpus.count:
             yield f"{each.key} runs on one GPU"
     for key in unknown:
-        yield f"{key}: nothing is known of its model, which is neither published nor on this disk"
+        yield f"{key}: the shape of its model is not known here, and it is not on this disk"
     if gpus.count > 1:
         yield (
             "speeds grow with the GPUs as if none waited for another, which is the most they can; "
             f"hours are those of the recipe's own tokens: divide --grad-accum by {gpus.count}, or "
             "--max-steps"
         )
-    yield f"disk for all checkpoints and one state: {shown_bytes(cost_of(recipe).disk)}"
+    if not planned and not unknown:
+        yield f"nothing in {recipe.name} trains"
+    if disk := shown_bytes(cost_of(recipe).disk):
+        yield f"disk for all checkpoints and one state: {disk}"
 
 
 def as_metrics(

@@ -76,10 +76,11 @@ class Choice:
         gain = self.promise(best) / self.promise(0)
         step = self.seconds[best] / self.seconds[0]
         facts = (
-            f"{self.acceptance:.0%} of drafted tokens are accepted, and a step with {best} takes "
+            f"at {self.acceptance:.0%} of drafted tokens accepted, a step with {best} takes "
             f"{step:.2f} times a plain one: {gain:.2f}x plain decoding"
         )
-        return f"drafts {best} tokens a step: {facts}" if self.k else f"drafts nothing: {facts}"
+        tokens = "token" if best == 1 else "tokens"
+        return f"drafts {best} {tokens} a step: {facts}" if self.k else f"drafts nothing: {facts}"
 
 
 @dataclass
