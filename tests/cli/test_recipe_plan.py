@@ -157,4 +157,4 @@ def test_a_model_of_unknown_sizes_is_named(cli, tmp_path) -> None:
         "stages: {convert: {model: org/other}, sft: {data: [org/set]}}"
     )
     assert plan(cli, "r.yaml")["unknown"] == ["sft"]
-    assert "nothing is known of its model" in cli("recipe", "plan", "r.yaml").err
+    assert "the shape of its model is not known" in cli("recipe", "plan", "r.yaml").err
