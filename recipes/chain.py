@@ -277,7 +277,7 @@ def phases(row: Row) -> list[tuple[str, dict]]:
 
 
 def options() -> argparse.Namespace:
-    """What was asked for."""
+    """Read the command line."""
     text = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=text[0], epilog=text[2], formatter_class=argparse.RawDescriptionHelpFormatter

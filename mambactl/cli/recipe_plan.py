@@ -15,6 +15,7 @@ from mambactl.cli.recipe_cost import (
     tokens_of,
 )
 from mambactl.cli.training_needs import Needs, Subject, needs, rate
+from mambactl.errors import UsageError
 from mambactl.metrics import STEP_RATE
 from mambactl.options import (
     DistillConfig,
@@ -23,7 +24,6 @@ from mambactl.options import (
     SpreadConfig,
     TrainConfig,
 )
-from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.recipes import Recipe, Section
 from mambactl.stage_result import Table
 
@@ -153,12 +153,13 @@ def _spread(config: TrainConfig, subject: Subject, gpus: Gpus) -> tuple[bool, di
 
 def _can_share(config: TrainConfig) -> bool:
     """True if the processes of a stage can share the weights, as the stage itself decides."""
-    whole = isinstance(config, SftConfig) and (config.lora or config.compile)
-    if isinstance(config, DistillConfig):
-        whole = config.capture or ON_POLICY in config.stages
-    if isinstance(config, DpoConfig):
-        whole = config.eval_data or config.eval_share
-    return not whole and "shard" in type(config).model_fields
+    if not isinstance(config, SpreadConfig):
+        return False
+    try:
+        config.require_splittable()
+    except UsageError:
+        return False
+    return True
 
 
 def _remedies(
@@ -296,8 +297,8 @@ def remarks(
     if gpus.count > 1:
         yield (
             "speeds grow with the GPUs as if none waited for another, which is the most they can; "
-            f"hours are those of the recipe's own tokens: divide --grad-accum by {gpus.count}, or "
-            "--max-steps"
+            f"hours are those of the recipe's own tokens: a step has {gpus.count} times the "
+            "rows, so divide --grad-accum or --max-steps by as much"
         )
     if not planned and not unknown:
         yield f"nothing in {recipe.name} trains"

@@ -50,7 +50,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Subject:
-    """What trains: a decoder of which `ratio` of the attention was replaced, and its teacher."""
+    """A student, which is a decoder with `ratio` of its attention replaced, and its teacher."""
 
     sizes: DecoderSizes
     ratio: float

@@ -85,7 +85,7 @@ class BatchFiles:
 
 
 class OtherAnswers(BatchFiles):
-    """The same for processes that leave all but their own batches to the main one."""
+    """Files of the batches that a process beside the main one answers; the main one gathers."""
 
     def gather(self) -> None:
         """Do nothing: the main process gathers."""

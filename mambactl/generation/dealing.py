@@ -19,7 +19,7 @@ POLL = 0.05
 
 
 class Deal:
-    """What the processes of a run agree on, which batch is whose, and how much is done.
+    """Shared counters of a run's processes: facts to agree on, the next batch, answers done.
 
     One process makes no store. All of them make their deals in the same order.
     """

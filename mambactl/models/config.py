@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
+from mambactl.json_values import JsonObject
 from mambactl.kernels.local_attention import LocalSpan
 from mambactl.models.cache import LayerCache
 from mambactl.models.layout import MixerLayout, Section
@@ -245,11 +246,11 @@ class HybridConfig(MixerLayout[AnySpec], LlamaConfig):
         """An empty cache for every layer."""
         return [layer.spec.cache(layer.settings) for layer in self.layers]
 
-    def only(self, index: int, **fields: Any) -> "HybridConfig":
+    def only(self, index: int, **fields: object) -> "HybridConfig":
         """A model of one layer alone; keywords give other fields."""
         return self.cut([index], **fields)
 
-    def cut(self, indices: Sequence[int], **fields: Any) -> "HybridConfig":
+    def cut(self, indices: Sequence[int], **fields: object) -> "HybridConfig":
         """A model of these layers, in this order; keywords give other fields."""
         names = {name for other in MIXERS.values() for name in other.sections}
         sections: dict[str, list[object]] = {}
@@ -262,7 +263,7 @@ class HybridConfig(MixerLayout[AnySpec], LlamaConfig):
             for key, value in self.to_dict().items()
             if key not in ("model_type", "unrotated_layers") and key not in names
         }
-        changed: dict[str, Any] = {
+        changed: JsonObject = {
             "num_hidden_layers": len(indices),
             "mixers": [self.layer(index).spec.name for index in indices],
             **{name: _stored(parts) for name, parts in sections.items()},

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from mambactl.errors import UsageError
-from mambactl.options.fields import Temperature, Tokens
+from mambactl.options.fields import Schedule, Temperature, Tokens
 from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.training import DistillConfig, StepsConfig
 
@@ -41,10 +41,7 @@ class DraftConfig(StepsConfig):
         ge=0,
         description="learning rate of a head's output; 0: it stays the target's rows",
     )
-    schedule: Literal["cosine", "wsd"] = Field(
-        default="cosine",
-        description="wsd holds the rate and lowers it over the last 15 % of a phase",
-    )
+    schedule: Schedule = "cosine"
     kl_weight: float = Field(
         default=1.0, ge=0, description="weight of the KL to the target's logits"
     )

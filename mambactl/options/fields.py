@@ -175,6 +175,10 @@ def _temperature(value: float) -> float:
 
 
 Temperature = Annotated[float, AfterValidator(_temperature)]
+Schedule = Annotated[
+    Literal["cosine", "wsd"],
+    Field(description="wsd holds the rate and lowers it over the last 15 % of a phase"),
+]
 # of a distribution that is matched, where 0 has no meaning
 Softness = Annotated[float, Field(ge=COOLEST)]
 

@@ -14,6 +14,7 @@ from mambactl.options.fields import (
     Lengths,
     Losses,
     Rows,
+    Schedule,
     Shares,
     Softness,
     StageConfig,
@@ -205,10 +206,7 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
     freeze_kept: bool = Field(
         default=True, description="leave queries and keys of kept attention as they are"
     )
-    schedule: Literal["cosine", "wsd"] = Field(
-        default="cosine",
-        description="wsd holds the rate and lowers it over the last 15 % of a phase",
-    )
+    schedule: Schedule = "cosine"
     kl_weight: float = Field(
         default=1.0, ge=0, description="weight of the KL to the teacher's logits"
     )

@@ -93,7 +93,7 @@ def _sharing(record: AnyObject) -> tuple[int, int] | None:
 
 
 def _as_shared(job: Job, record: AnyObject) -> JsonObject:
-    """Of a run that goes on with as many rows a step, how its processes shared them at first."""
+    """Return how processes first shared the rows of a step, where a run keeps their number."""
     begun, config = _sharing(record), job.config
     if not isinstance(config, SpreadConfig) or begun is None:
         return {}

@@ -16,10 +16,11 @@ fails where a token differs at no tie of two logits. `--json` prints everything 
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mambactl.json_values import JsonObject
 from mambactl.metrics import hundredths, percent, tenths, times
 from mambactl.stage_result import StageResult
 from tests.performance import command
@@ -42,6 +43,26 @@ PARSER.add_argument("--temperature", action="append", help="several times; defau
 PARSER.add_argument("--check", action="store_true", help="exact passes; fail where tokens differ")
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Numbers of all prompts of a category together."""
+
+    category: str
+    temperature: float
+    prompts: int
+    tokens_per_step: float
+    accepted_by_position: list[float]
+    acceptance_per_token: float | None
+    drafts_per_step: float
+    tokens_per_second: float
+    plain_tokens_per_second: float
+    speedup: float
+    speedup_with_prefill: float
+    different: int
+    drafted: JsonObject
+    plain: JsonObject
+
+
 @dataclass
 class Runs:
     """Plain and drafted decodings of one category at one temperature."""
@@ -52,8 +73,9 @@ class Runs:
     drafted: "list[Generation]" = field(default_factory=list)
     different: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able numbers of all prompts together."""
+    @property
+    def totals(self) -> Totals:
+        """Sums and rates over all prompts."""
         from mambactl.decode.stats import DecodeStats
 
         plain, drafted = DecodeStats(), DecodeStats()
@@ -62,24 +84,22 @@ class Runs:
                 total.add(run.stats)
         rate, own = plain.tokens_per_second, drafted.tokens_per_second
         whole = plain.tokens_per_second_with_prefill
-        return {
-            "category": self.category,
-            "temperature": self.temperature,
-            "prompts": len(self.plain),
-            "tokens_per_step": drafted.tokens_per_step,
-            "accepted_by_position": by_position(drafted.histogram, drafted.row_steps),
-            "acceptance_per_token": drafted.acceptance_per_token,
-            "drafts_per_step": drafted.drafted / max(1, drafted.row_steps),
-            "tokens_per_second": own,
-            "plain_tokens_per_second": rate,
-            "speedup": own / rate if rate else 0.0,
-            "speedup_with_prefill": (
-                drafted.tokens_per_second_with_prefill / whole if whole else 0.0
-            ),
-            "different": self.different,
-            "drafted": drafted.as_dict(),
-            "plain": plain.as_dict(),
-        }
+        return Totals(
+            self.category,
+            self.temperature,
+            prompts=len(self.plain),
+            tokens_per_step=drafted.tokens_per_step,
+            accepted_by_position=by_position(drafted.histogram, drafted.row_steps),
+            acceptance_per_token=drafted.acceptance_per_token,
+            drafts_per_step=drafted.drafted / max(1, drafted.row_steps),
+            tokens_per_second=own,
+            plain_tokens_per_second=rate,
+            speedup=own / rate if rate else 0.0,
+            speedup_with_prefill=drafted.tokens_per_second_with_prefill / whole if whole else 0.0,
+            different=self.different,
+            drafted=drafted.as_dict(),
+            plain=plain.as_dict(),
+        )
 
 
 def by_position(histogram: Mapping[int, int], steps: int) -> list[float]:
@@ -122,9 +142,9 @@ def decode(
     hot: float,
     check: bool,
 ) -> list[Runs]:
-    """Both decodings of every prompt at a temperature, by category; greedy tokens may be checked.
+    """Decode every prompt plainly and with the draft at temperature `hot`; group runs by category.
 
-    Raises CheckError for a token that differs then.
+    With `check`, raises CheckError for a greedy token that differs.
     """
     from mambactl import console
     from mambactl.decode.equality import first_differences, require_equal
@@ -149,26 +169,26 @@ def decode(
     return list(found.values())
 
 
-def show(runs: Sequence[dict[str, Any]], hot: float) -> None:
+def show(runs: Sequence[Totals], hot: float) -> None:
     """Print one table of a temperature."""
     from mambactl import console
 
-    deepest = max(len(each["accepted_by_position"]) for each in runs)
+    deepest = max(len(each.accepted_by_position) for each in runs)
     columns = ["category", "prompts", "tok/step"]
     columns += [*(str(n) for n in range(1, deepest + 1)), "tok/s", "plain", "gain"]
     rows = []
     for each in runs:
-        shares = [percent(share) for share in each["accepted_by_position"]]
+        shares = [percent(share) for share in each.accepted_by_position]
         rows.append(
             (
-                each["category"],
-                each["prompts"],
-                hundredths(each["tokens_per_step"]),
+                each.category,
+                each.prompts,
+                hundredths(each.tokens_per_step),
                 *shares,
                 *[""] * (deepest - len(shares)),
-                tenths(each["tokens_per_second"]),
-                tenths(each["plain_tokens_per_second"]),
-                times(each["speedup"]),
+                tenths(each.tokens_per_second),
+                tenths(each.plain_tokens_per_second),
+                times(each.speedup),
             )
         )
     console.table(f"temperature {hot:g}, steps by accepted draft", columns, rows)
@@ -201,24 +221,24 @@ def measure(given: Namespace) -> StageResult:
     for engine in engines:
         if isinstance(engine, FusedEngine):
             engine.reserve(1, longest)
-    found: list[dict[str, Any]] = []
+    found: list[Totals] = []
     for hot in [float(text) for text in given.temperature or ("0", "1")]:
         runs = decode(setup, engines, [name for name, _ in named], hot, config.check)
-        every = [each.as_dict() for each in [*runs, joined(runs, hot)]]
+        every = [each.totals for each in [*runs, joined(runs, hot)]]
         show(every, hot)
         found += every
     device = setup.target.device
-    metrics = {"draft": given.draft, "k": config.k, "runs": found}
-    text = "\n".join(sentence(each) for each in found if each["category"] == ALL)
+    metrics = {"draft": given.draft, "k": config.k, "runs": [asdict(each) for each in found]}
+    text = "\n".join(sentence(each) for each in found if each.category == ALL)
     return StageResult(given.target, metrics | conditions(config, device, setup.target.dtype), text)
 
 
-def sentence(whole: Mapping[str, Any]) -> str:
+def sentence(whole: Totals) -> str:
     """Result of a temperature in one line."""
     return (
-        f"temperature {whole['temperature']:g}: {whole['tokens_per_step']:.2f} tokens/step, "
-        f"{whole['tokens_per_second']:.1f} tokens/s, {whole['speedup']:.2f}x plain decoding "
-        f"({whole['prompts']} prompts)"
+        f"temperature {whole.temperature:g}: {whole.tokens_per_step:.2f} tokens/step, "
+        f"{whole.tokens_per_second:.1f} tokens/s, {whole.speedup:.2f}x plain decoding "
+        f"({whole.prompts} prompts)"
     )
 
 

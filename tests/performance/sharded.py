@@ -52,7 +52,7 @@ from mambactl.ranks import (
     rank,
 )
 from mambactl.speed.memory import peak_bytes, release, reset_peak
-from mambactl.speed.shapes import SHAPES, STD, fill
+from mambactl.speed.shapes import SHAPES, STD, additions, fill
 from mambactl.speed.training_speed import random_batch
 from mambactl.train.compiled import compile_blocks, compiles
 from mambactl.train.consolidate import part, whole
@@ -76,7 +76,7 @@ LARGEST_ERROR = 1e-4
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how models of a part live: `shares` their weights over processes."""
+    """Device, type and treatment of a part's models; with `shares` processes split the weights."""
 
     device: torch.device
     dtype: torch.dtype
@@ -257,12 +257,11 @@ def _made(config: HybridConfig, place: Place, trained: set[str]) -> HybridForCau
     model.to_empty(device=place.device)
     # never stored, and computed at construction
     model.model.rotary_emb = RotaryEmbedding(config).to(place.device)
-    additions = 2 * config.num_hidden_layers
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.Generator(place.device).manual_seed(zlib.crc32(name.encode()))
             full = torch.empty(parameter.shape, dtype=parameter.dtype, device=place.device)
-            fill(name, nn.Parameter(full, requires_grad=False), additions, drawn)
+            fill(name, full, additions(config), drawn)
             if "embed_tokens" in name:
                 # what blocks add must not drown it; see `speed.training_bench`
                 full.div_(STD)
