@@ -5,7 +5,7 @@ nothing about its text depends on the rows beside it.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,8 +37,7 @@ class Likely:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """Tokens that a step added to a row; after a `finish` the row has left.
 
     An eos token is part of the tokens.

@@ -238,18 +238,18 @@ class Scheduler:
         if not self._rows:
             return
         found = self.decoding.batch.step()
+        now = time.monotonic()
         for written in found:
             row = self._rows.get(written.row)
             if row is not None:
-                self._hand_on(row, written)
+                self._hand_on(row, written, now)
         metrics = self.metrics
         metrics.steps.inc()
         metrics.tokens.inc(sum(len(written.tokens) for written in found))
         metrics.drafted.inc(sum(written.drafted for written in found))
         metrics.accepted.inc(sum(written.accepted for written in found))
 
-    def _hand_on(self, row: _Row, written: Written) -> None:
-        now = time.monotonic()
+    def _hand_on(self, row: _Row, written: Written, now: float) -> None:
         if not row.heard:
             row.heard = True
             self.metrics.first_token.observe(now - row.job.began)

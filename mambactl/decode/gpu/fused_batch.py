@@ -7,6 +7,7 @@ more steps, unheard.
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -14,16 +15,16 @@ from mambactl.decode.gpu.open_session import OpenSession, Sent
 from mambactl.decode.gpu.step import DEPTH
 from mambactl.decode.open_batch import Likely, RowRequest, Written
 from mambactl.decode.prompt_reading import ReadPrompt
-from mambactl.kernels.decode.reference.verdict import Finish, Letter
+from mambactl.kernels.decode.reference.verdict import Finish
 from mambactl.present import present
 
 # steps in flight before the host waits for the oldest one's tokens
 LAG = 3
 POLL_SECONDS = 50e-6
-FINISHES = {Finish.EOS: "eos", Finish.LENGTH: "length"}
+FINISHES: dict[int, str] = {Finish.EOS: "eos", Finish.LENGTH: "length"}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A row and how many tokens of it have been read."""
 
@@ -32,7 +33,7 @@ class _Row:
     written: int = 0
     left: bool = False
 
-    @property
+    @cached_property
     def sampled(self) -> bool:
         """True if a step has to compute logits for the row."""
         return self.request.likely or not self.request.params.greedy
@@ -113,16 +114,17 @@ class FusedBatch:
             time.sleep(POLL_SECONDS)
         letters = self.session.letters(flight.sent)
         for index, (row, letter) in enumerate(zip(flight.rows, letters, strict=False)):
-            if row is None or row.left or letter[Letter.FINISH] == Finish.IDLE:
+            # tells the columns of a `Letter` apart at once: every token of every row comes by here
+            accepted, drafted, emitted, end, *tokens = letter
+            if row is None or row.left or end == Finish.IDLE:
                 continue
-            new = letter[len(Letter) : len(Letter) + letter[Letter.EMITTED]]
-            row.written += len(new)
+            row.written += emitted
             likely: list[Likely] | None = None
             if row.request.likely:
-                likely = present(flight.sent.likely).row(index, len(new))
-            finish = FINISHES.get(Finish(letter[Letter.FINISH]))
-            counts = letter[Letter.DRAFTED], letter[Letter.ACCEPTED]
-            self.found.append(Written(row.name, new, likely, finish, *counts))
+                likely = present(flight.sent.likely).row(index, emitted)
+            finish = FINISHES.get(end)
+            new = tokens[:emitted]
+            self.found.append(Written(row.name, new, likely, finish, drafted, accepted))
             if finish is not None:
                 self._remove(row)
 
