@@ -40,6 +40,10 @@ class Noting:
         self.notes.append(f"join {len(prompt.tokens)}")
         self.rows[row] = request.params.max_new_tokens
 
+    def join_all(self, rows, read) -> None:
+        for index, (row, request) in enumerate(rows):
+            self.join(row, request, read.prompt(index))
+
     def leave(self, row) -> None:
         self.notes.append("leave")
         self.rows.pop(row, None)

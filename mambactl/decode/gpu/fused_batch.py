@@ -6,6 +6,7 @@ more steps, unheard.
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,7 +15,7 @@ import torch
 from mambactl.decode.gpu.open_session import OpenSession, Sent
 from mambactl.decode.gpu.step import DEPTH
 from mambactl.decode.open_batch import Likely, RowRequest, Written
-from mambactl.decode.prompt_reading import ReadPrompt
+from mambactl.decode.prompt_reading import ReadPrompt, ReadRows
 from mambactl.kernels.decode.reference.verdict import Finish
 from mambactl.present import present
 
@@ -66,15 +67,21 @@ class FusedBatch:
         """Number of rows under way."""
         return len(self.rows)
 
-    @torch.no_grad()
     def join(self, row: int, request: RowRequest, prompt: ReadPrompt) -> None:
         """Add a row, whose first token comes with one of the next steps."""
+        self.join_all([(row, request)], ReadRows.of(prompt))
+
+    @torch.no_grad()
+    def join_all(self, rows: Sequence[tuple[int, RowRequest]], read: ReadRows) -> None:
+        """Add a row for each of the prompts that were read together."""
         self._make_room()
-        new, index = _Row(row, request), len(self.rows)
-        self.session.put(index, prompt, request.params, request.key)
-        self.rows.append(new)
-        sent = self.session.begin(index, prompt.hidden, new.sampled, request.likely)
-        self.waiting.append(_Flight(sent, [None] * index + [new]))
+        new, first = [_Row(row, request) for row, request in rows], len(self.rows)
+        requests = [row.request for row in new]
+        self.session.put(first, read, requests)
+        self.rows.extend(new)
+        sampled, likely = any(row.sampled for row in new), any(each.likely for each in requests)
+        sent = self.session.begin(first, read.hidden, sampled, likely)
+        self.waiting.append(_Flight(sent, [None] * first + new))
 
     def leave(self, row: int) -> None:
         """Drop a row before the next step; one that is not under way is ignored."""
