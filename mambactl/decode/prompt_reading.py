@@ -49,7 +49,7 @@ class ReadRows:
 
     @classmethod
     def of(cls, prompt: ReadPrompt) -> "ReadRows":
-        """One prompt."""
+        """A batch of one prompt."""
         return cls([prompt.tokens], prompt.target, prompt.draft, prompt.hidden)
 
     def select(self, rows: Sequence[int]) -> "ReadRows":

@@ -61,8 +61,8 @@ class Detokenizer:
             return ""
         piece = certain[len(self._given) :]
         self._given = certain
-        if len(self._tokens) >= self._full:
-            self._forget()
+        if len(self._tokens) >= self._full and not self._bytes:
+            self._forget(text)
         return piece
 
     def finish(self) -> str:
@@ -79,15 +79,15 @@ class Detokenizer:
                 return index
         return self._bytes + len(new)
 
-    def _forget(self) -> None:
-        """Drop the first tokens, if without them the text goes on in the same way.
+    def _forget(self, text: str) -> None:
+        """Drop the first tokens of a text, if without them it goes on in the same way.
 
         A tokenizer treats the start of a text in its own way: what is compared lies behind it.
         """
         start, middle = (len(self._tokens) - kept for kept in (KEPT_TOKENS, KEPT_TOKENS // 2))
         head, before = self._text(self._tokens[:middle]), self._text(self._tokens[start:middle])
         shorter = self._text(self._tokens[start:])
-        same = self._text(self._tokens)[len(head) :] == shorter[len(before) :]
+        same = text[len(head) :] == shorter[len(before) :]
         if same and self._given.startswith(head) and shorter.startswith(before):
             self._tokens = self._tokens[start:]
             self._given = before + self._given[len(head) :]
