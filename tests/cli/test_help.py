@@ -67,9 +67,9 @@ FLAGS = {
     "chat": f"{TOKENS} --system {EVERY_STAGE}",
     "serve": "--host --port --name --draft --k --ignore-eos --batch-size --max-length --keep-gb "
     f"--max-queue --max-body --read-timeout --grace --weights {EVERY_STAGE}",
-    "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --draft --k "
-    "--baseline --min-speedup --synthetic --acceptance --training --train-rest --compile --capture "
-    f"--report --weights {EVERY_STAGE}",
+    "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --same-prompt "
+    "--draft --k --baseline --min-speedup --synthetic --acceptance --training --train-rest "
+    f"--compile --capture --report --weights {EVERY_STAGE}",
     "synthetic": f"--max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "export": f"--to --layout --check --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "push": "--public --dry-run --json --help",
