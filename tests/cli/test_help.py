@@ -48,6 +48,7 @@ FLAGS = {
     f"--eval-data --eval-share --eval-every --eval-pairs --max-kl {OUTPUT} {EVERY_STAGE}",
     "draft": f"{STEPS} --kind --layers --vocabulary --unroll --text --answer-tokens "
     "--answer-temperature --lr --output-lr --schedule --kl-weight --ce-weight "
+    "--eval-data --eval-every --eval-tokens "
     f"{OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --nproc --samples --temperature --power "
     f"--assistant-only-loss {OUTPUT} {EVERY_STAGE}",
