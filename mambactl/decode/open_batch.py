@@ -4,13 +4,14 @@ A row brings its own sampling and its own prompt, which was read before (`Prompt
 nothing about its text depends on the rows beside it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mambactl.decode.prompt_reading import ReadPrompt
+from mambactl.decode.prompt_reading import ReadPrompt, ReadRows
 from mambactl.decode.sampler import SamplingParams
 
 # alternatives that are looked up where a row wants to know how likely tokens were
@@ -37,8 +38,7 @@ class Likely:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """Tokens that a step added to a row; after a `finish` the row has left.
 
     An eos token is part of the tokens.
@@ -67,6 +67,9 @@ class OpenBatch(Protocol):
 
     def join(self, row: int, request: RowRequest, prompt: ReadPrompt) -> None:
         """Add a row, whose first token comes with one of the next steps."""
+
+    def join_all(self, rows: Sequence[tuple[int, RowRequest]], read: ReadRows) -> None:
+        """Add a row for each of the prompts that were read together, as `join` does."""
 
     def leave(self, row: int) -> None:
         """Drop a row before the next step; one that is not under way is ignored."""

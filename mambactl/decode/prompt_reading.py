@@ -1,7 +1,7 @@
 """Reading prompts a piece at a time, so that what is being written goes on between the pieces."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -32,6 +32,60 @@ class ReadPrompt:
         """Bytes that it takes."""
         caches = [cache for cache in (self.target, self.draft) if cache is not None]
         return sum(cache.nbytes() for cache in caches)
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """Prompts that were read together, a row each; otherwise as `ReadPrompt`.
+
+    A draft has yet to read the last `unread` tokens of each.
+    """
+
+    prompts: list[list[int]]
+    target: HybridCache
+    draft: HybridCache | None
+    hidden: Tensor  # [B, D]
+    unread: int = 1
+
+    @classmethod
+    def of(cls, prompt: ReadPrompt) -> "ReadRows":
+        """One prompt."""
+        return cls([prompt.tokens], prompt.target, prompt.draft, prompt.hidden)
+
+    def select(self, rows: Sequence[int]) -> "ReadRows":
+        """Some of the rows (repeats allowed); these stay as they are."""
+        if list(rows) == list(range(len(self.prompts))):
+            return self
+        index = torch.tensor(rows, dtype=torch.long, device=self.hidden.device)
+        draft = self.draft and self.draft.select(index)
+        prompts = [self.prompts[row] for row in rows]
+        return replace(
+            self,
+            prompts=prompts,
+            target=self.target.select(index),
+            draft=draft,
+            hidden=self.hidden[index],
+        )
+
+    def prompt(self, row: int) -> ReadPrompt:
+        """One of the rows, without the memory of the others."""
+        tokens = self.prompts[row]
+        target = present(self._alone(self.target, row, len(tokens)))
+        draft = self._alone(self.draft, row, len(tokens) - self.unread)
+        return ReadPrompt(tokens, target, draft, self.hidden[row : row + 1])
+
+    def _alone(self, cache: HybridCache | None, row: int, length: int) -> HybridCache | None:
+        if cache is None:
+            return None
+        own = cache
+        if len(self.prompts) > 1:
+            own = cache.select(torch.tensor([row], device=self.hidden.device))
+        own.seen = length
+        for layer in own.layers:
+            layer.resize(length)
+            # what was cut off would be kept in memory
+            layer.replace_tensors(Tensor.contiguous)
+        return own
 
 
 class PromptReading:
@@ -82,27 +136,16 @@ class PromptReading:
         # the target comes after the draft
         return self._target.seen >= max(map(len, self.prompts))
 
+    def rows(self) -> ReadRows:
+        """All prompts, which were read."""
+        return ReadRows(
+            self.prompts, self._target, self._draft, present(self._hidden), self._unread
+        )
+
     def results(self) -> list[ReadPrompt]:
         """Prompts that were read, with their states, in order."""
-        return [self._result(row, prompt) for row, prompt in enumerate(self.prompts)]
-
-    def _result(self, row: int, prompt: list[int]) -> ReadPrompt:
-        alone = len(self.prompts) == 1
-        index = torch.tensor([row], device=self._target.lengths.device)
-        caches = []
-        read = (self._target, len(prompt)), (self._draft, len(prompt) - self._unread)
-        for cache, length in read:
-            own = cache
-            if cache is not None:
-                own = cache if alone else cache.select(index)
-                own.seen = length
-                for layer in own.layers:
-                    layer.resize(length)
-                    # what was cut off would be kept in memory
-                    layer.replace_tensors(Tensor.contiguous)
-            caches.append(own)
-        target, draft = caches
-        return ReadPrompt(prompt, target, draft, present(self._hidden)[row : row + 1])
+        rows = self.rows()
+        return [rows.prompt(row) for row in range(len(self.prompts))]
 
 
 def _cache(model: HybridModel, start: HybridCache | None, rows: int) -> HybridCache:

@@ -9,7 +9,7 @@ from mambactl.decode.drafters import Drafter, ModelDrafter
 from mambactl.decode.engine import Engine, Generation, RunningBatch
 from mambactl.decode.head_drafter import HeadDrafter, HeadReading
 from mambactl.decode.open_batch import Likely, LikelyTable, RowRequest, Written
-from mambactl.decode.prompt_reading import ReadPrompt
+from mambactl.decode.prompt_reading import ReadPrompt, ReadRows
 from mambactl.decode.sampler import Sampler
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.present import present
@@ -72,6 +72,11 @@ class RowByRow:
         sampler = Sampler(params, [request.key], self.target.device)
         batch = engine.begin(cache, hidden, sampler)
         self.rows[row] = _Row(engine, request, prompt, batch, Generation([[]], ["length"]))
+
+    def join_all(self, rows: Sequence[tuple[int, RowRequest]], read: ReadRows) -> None:
+        """Add a row for each of the prompts that were read together."""
+        for index, (row, request) in enumerate(rows):
+            self.join(row, request, read.prompt(index))
 
     def leave(self, row: int) -> None:
         """Drop a row; one that is not under way is ignored."""

@@ -8,8 +8,8 @@ from typing import Protocol
 INCOMPLETE = "\ufffd"
 # a token of one byte in a vocabulary of pieces
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# tokens whose text is made anew at every step, at most
-MOST_TOKENS = 64
+# tokens whose text is made anew at every step, at most, and those that are left of them then
+MOST_TOKENS, KEPT_TOKENS = 32, 12
 
 
 class Decoder(Protocol):
@@ -41,20 +41,27 @@ class Detokenizer:
     def __init__(self, tokenizer: Decoder):
         self._tokenizer = tokenizer
         self._tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        # leave no text, so that bytes on both sides of one are a run
+        self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
         self._tokens: list[int] = []
+        # at their end, those that are a byte each
+        self._bytes = 0
+        # tokens at which the first ones are to be forgotten
+        self._full = MOST_TOKENS
         # of the text of those tokens: what was handed out
         self._given = ""
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that has become certain with these tokens, perhaps none."""
         self._tokens.extend(tokens)
-        text = self._text(self._tokens[: len(self._tokens) - self._bytes_at_end()])
+        self._bytes = self._bytes_at_end(tokens)
+        text = self._text(self._tokens[: len(self._tokens) - self._bytes])
         certain = text[: max(text.rfind(" "), 0)] if self._tidies else text
         if certain.endswith(INCOMPLETE) or not certain.startswith(self._given):
             return ""
         piece = certain[len(self._given) :]
         self._given = certain
-        if len(self._tokens) >= MOST_TOKENS:
+        if len(self._tokens) >= self._full:
             self._forget()
         return piece
 
@@ -65,25 +72,27 @@ class Detokenizer:
         self._given = text
         return piece
 
-    def _bytes_at_end(self) -> int:
-        names = self._tokenizer.convert_ids_to_tokens(self._tokens)
-        others = (
-            index for index, name in enumerate(reversed(names)) if not BYTE.fullmatch(name or "")
-        )
-        return next(others, len(names))
+    def _bytes_at_end(self, new: Sequence[int]) -> int:
+        for index, token in enumerate(reversed(new)):
+            name = self._tokenizer.convert_ids_to_tokens([token])[0]
+            if token not in self._special and not BYTE.fullmatch(name or ""):
+                return index
+        return self._bytes + len(new)
 
     def _forget(self) -> None:
         """Drop the first tokens, if without them the text goes on in the same way.
 
         A tokenizer treats the start of a text in its own way: what is compared lies behind it.
         """
-        start, half = len(self._tokens) // 4, len(self._tokens) // 2
-        head, middle = self._text(self._tokens[:half]), self._text(self._tokens[start:half])
+        start, middle = (len(self._tokens) - kept for kept in (KEPT_TOKENS, KEPT_TOKENS // 2))
+        head, before = self._text(self._tokens[:middle]), self._text(self._tokens[start:middle])
         shorter = self._text(self._tokens[start:])
-        same = self._text(self._tokens)[len(head) :] == shorter[len(middle) :]
-        if same and self._given.startswith(head) and shorter.startswith(middle):
+        same = self._text(self._tokens)[len(head) :] == shorter[len(before) :]
+        if same and self._given.startswith(head) and shorter.startswith(before):
             self._tokens = self._tokens[start:]
-            self._given = middle + self._given[len(head) :]
+            self._given = before + self._given[len(head) :]
+        # where it was in vain, some more tokens come before the next time
+        self._full = len(self._tokens) + MOST_TOKENS - KEPT_TOKENS
 
     def _text(self, tokens: Sequence[int]) -> str:
         return text_of(self._tokenizer, tokens)

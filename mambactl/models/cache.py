@@ -353,12 +353,12 @@ class HybridCache(Cache):
         return other
 
     def copies(self, rows: int) -> "HybridCache":
-        """A cache of `rows` times the only row; views, which are not to be written to."""
+        """A cache of `rows` rows or times the only one; views, which are not to be written to."""
         other = copy(self)
         other.layers = [copy(layer) for layer in self.layers]
         for layer in other.layers:
             layer.replace_tensors(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
-        other.lengths, other.base = (t.repeat(rows) for t in (self.lengths, self.base))
+        other.lengths, other.base = (t.expand(rows) for t in (self.lengths, self.base))
         return other
 
     def nbytes(self) -> int:

@@ -50,8 +50,7 @@ class AnswerText:
 
     def add(self, arrived: Arrived) -> Piece:
         """The piece that has become certain with these tokens, perhaps empty."""
-        piece = Piece()
-        end = arrived.finish == "eos"
+        piece, before = Piece(), self.tokens
         # a stop text has to be found at the token that completes it
         parts = [[token] for token in arrived.tokens] if self.stops else [arrived.tokens]
         for part in filter(None, parts):
@@ -64,8 +63,10 @@ class AnswerText:
             piece.text += self._held
             self.finish = self.finish or REASONS[arrived.finish]
         if arrived.likely is not None and self.alternatives is not None:
-            # the token that ends a text is none of its tokens
-            shown = len(arrived.tokens) - end
+            # neither the token that ends a text nor what follows a stop text is shown
+            shown = self.tokens - before
+            if arrived.finish == "eos":
+                shown = min(shown, len(arrived.tokens) - 1)
             pairs = zip(arrived.tokens[:shown], arrived.likely, strict=False)
             piece.likely = [self._token(token, likely) for token, likely in pairs]
         piece.finish = self.finish

@@ -77,21 +77,22 @@ class Answering:
             self.service.renderer.tokenizer, self.body.stop or (), self.body.alternatives
         )
         tools = ToolText(self.tools)
+        pause = 0.0
         while answer.finish is None:
-            for arrived in await text.take():
-                if arrived.failure is not None:
-                    raise arrived.failure
-                before = answer.tokens
-                piece = answer.add(arrived)
-                self.tokens += answer.tokens - before
-                piece.text = tools.add(piece.text)
-                if piece.finish is not None:
-                    yield self._last(index, piece, tools)
-                    break
-                if piece.text or piece.likely:
-                    yield Part(index, piece)
-            if self.body.stream and answer.finish is None:
-                await asyncio.sleep(self.service.pace())
+            arrived = await text.take(pause)
+            before = answer.tokens
+            piece = answer.add(arrived)
+            self.tokens += answer.tokens - before
+            piece.text = tools.add(piece.text)
+            if piece.finish is not None:
+                yield self._last(index, piece, tools)
+                return
+            if piece.text or piece.likely:
+                yield Part(index, piece)
+            if arrived.failure is not None:
+                raise arrived.failure
+            if self.body.stream:
+                pause = self.service.pace()
 
     def _last(self, index: int, piece: Piece, tools: ToolText) -> Part:
         # the row may go on behind a stop text
@@ -181,7 +182,7 @@ async def _events(answering: Answering, form: ReplyFormat) -> AsyncIterator[byte
             if opening is not None:
                 yield sent_event(opening)
         async for part in answering.parts():
-            yield sent_event(form.event(part.index, part.piece, part.calls))
+            yield form.sent(part.index, part.piece, part.calls)
         if answering.body.usage_in_stream:
             yield sent_event(form.usage(answering.usage))
         yield DONE

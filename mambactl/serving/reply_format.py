@@ -3,14 +3,17 @@
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from mambactl.serving.answer_text import Piece, TokenLikely
 from mambactl.serving.tool_calls import ToolCall
 
 DONE = b"data: [DONE]\n\n"
+# stands for a text where an event is prepared
+SLOT = "\ue000"
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -39,28 +42,8 @@ class Answer:
     finish: str = ""
 
 
-class ReplyFormat(Protocol):
-    """The JSON of one route."""
-
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, object]:
-        """The reply with every answer."""
-        ...
-
-    def opening(self, index: int) -> dict[str, object] | None:
-        """The event in front of an answer's text, if there is one."""
-        ...
-
-    def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, object]:
-        """The event with a piece of an answer."""
-        ...
-
-    def usage(self, usage: Usage) -> dict[str, object]:
-        """The event with the numbers of tokens."""
-        ...
-
-
-class _Format:
-    """Fields that all objects of one reply have."""
+class ReplyFormat(ABC):
+    """The JSON of one route; a reply has an object of its own."""
 
     prefix = ""
     kinds = ("", "")
@@ -72,6 +55,31 @@ class _Format:
             "created": int(time.time()),
             "model": model,
         }
+        # by the index of an answer: an event with nothing but a text, in front of it and behind it
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    @abstractmethod
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, object]:
+        """The reply with every answer."""
+
+    @abstractmethod
+    def opening(self, index: int) -> dict[str, object] | None:
+        """The event in front of an answer's text, if there is one."""
+
+    @abstractmethod
+    def event(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> dict[str, object]:
+        """The event with a piece of an answer."""
+
+    def sent(self, index: int, piece: Piece, calls: Sequence[ToolCall]) -> bytes:
+        """The event with a piece of an answer, as it is sent."""
+        if not piece.text or piece.likely or piece.finish is not None:
+            return sent_event(self.event(index, piece, calls))
+        if index not in self._around:
+            event = sent_event(self.event(index, Piece(SLOT), ()))
+            before, _, after = event.partition(_ENCODER.encode(SLOT).encode())
+            self._around[index] = before, after
+        before, after = self._around[index]
+        return before + _ENCODER.encode(piece.text).encode() + after
 
     def usage(self, usage: Usage) -> dict[str, object]:
         """The event with the numbers of tokens."""
@@ -84,7 +92,7 @@ class _Format:
         return {**self._head, "object": self.kinds[0], "choices": choices, "usage": usage.content()}
 
 
-class ChatFormat(_Format):
+class ChatFormat(ReplyFormat):
     """Replies of /v1/chat/completions."""
 
     prefix = "chatcmpl"
@@ -135,7 +143,7 @@ class ChatFormat(_Format):
         return {"content": content, "refusal": None}
 
 
-class CompletionFormat(_Format):
+class CompletionFormat(ReplyFormat):
     """Replies of /v1/completions."""
 
     prefix = "cmpl"
@@ -182,7 +190,7 @@ class CompletionFormat(_Format):
 
 def sent_event(content: dict[str, object]) -> bytes:
     """An event of a stream."""
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
 
 
 def _entry(token: str, logprob: float) -> dict[str, object]:

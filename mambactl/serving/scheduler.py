@@ -73,6 +73,8 @@ class Scheduler:
         self._rows: dict[int, _Row] = {}
         self._numbers = 0
         self._reading: _Reading | None = None
+        # what was read and is not kept yet
+        self._read_last: PromptReading | None = None
         self._touched: set[WrittenText] = set()
 
     def submit(self, jobs: list[Job]) -> None:
@@ -110,6 +112,7 @@ class Scheduler:
                 self._read()
                 self._step()
                 self._wake()
+                self._keep()
                 self._count()
         finally:
             self._fail_all()
@@ -150,21 +153,36 @@ class Scheduler:
         if current is None:
             return
         try:
-            done = current.reading.read()
-            results = current.reading.results() if done else []
+            if not current.reading.read():
+                return
+            texts = [
+                (index, job, text)
+                for index, job in enumerate(current.jobs)
+                for text in job.texts
+                if not job.cancelled
+            ]
+            read = current.reading.rows().select([index for index, _, _ in texts])
         except (RuntimeError, MemoryError) as error:
             # too little memory for this prompt is enough for others
             console.warn(f"a prompt could not be read: {error}")
             self._reading = None
             self._fail(current.jobs, Refused(f"the prompt could not be read: {error}", 500))
             return
-        if not done:
+        self._reading, self._read_last = None, current.reading
+        if texts:
+            rows = [(self._row(text, job), text.request) for _, job, text in texts]
+            self.decoding.batch.join_all(rows, read)
+
+    def _keep(self) -> None:
+        """Keep the prompts read last; what they have begun goes on meanwhile."""
+        reading, self._read_last = self._read_last, None
+        if reading is None or not self.decoding.kept.most:
             return
-        self._reading = None
-        for result in results:
-            self.decoding.kept.keep(result)
-        for job, result in zip(current.jobs, results, strict=False):
-            self._join(job, result)
+        try:
+            for result in reading.results():
+                self.decoding.kept.keep(result)
+        except (RuntimeError, MemoryError) as error:
+            console.warn(f"a prompt could not be kept: {error}")
 
     def _next(self) -> _Reading | None:
         """The next prompts to read; those that are known join at once."""
@@ -230,26 +248,30 @@ class Scheduler:
         if job.cancelled:
             return
         for text in job.texts:
-            self._numbers += 1
-            self._rows[self._numbers] = _Row(text, job)
-            self.decoding.batch.join(self._numbers, text.request, prompt)
+            self.decoding.batch.join(self._row(text, job), text.request, prompt)
+
+    def _row(self, text: WrittenText, job: Job) -> int:
+        """Number of a new row."""
+        self._numbers += 1
+        self._rows[self._numbers] = _Row(text, job)
+        return self._numbers
 
     def _step(self) -> None:
         if not self._rows:
             return
         found = self.decoding.batch.step()
+        now = time.monotonic()
         for written in found:
             row = self._rows.get(written.row)
             if row is not None:
-                self._hand_on(row, written)
+                self._hand_on(row, written, now)
         metrics = self.metrics
         metrics.steps.inc()
         metrics.tokens.inc(sum(len(written.tokens) for written in found))
         metrics.drafted.inc(sum(written.drafted for written in found))
         metrics.accepted.inc(sum(written.accepted for written in found))
 
-    def _hand_on(self, row: _Row, written: Written) -> None:
-        now = time.monotonic()
+    def _hand_on(self, row: _Row, written: Written, now: float) -> None:
         if not row.heard:
             row.heard = True
             self.metrics.first_token.observe(now - row.job.began)

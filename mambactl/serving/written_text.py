@@ -2,15 +2,14 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mambactl.decode.open_batch import Likely, RowRequest
 from mambactl.serving.refusals import Refused
 
 
-@dataclass(frozen=True)
-class Arrived:
+class Arrived(NamedTuple):
     """Tokens that came together; the last of a text come with the reason of its end."""
 
     tokens: list[int]
@@ -30,25 +29,56 @@ class WrittenText:
         self.request = request
         self._arrived: deque[Arrived] = deque()
         self._changed = asyncio.Event()
-        self.awaited = False
+        self._waiting = self._ended = False
+
+    @property
+    def awaited(self) -> bool:
+        """True if the reply is to hear of what arrived at once."""
+        return self._waiting or self._ended
 
     def add(self, arrived: Arrived) -> None:
         """Note what arrived."""
         self._arrived.append(arrived)
+        self._ended |= arrived.finish is not None or arrived.failure is not None
 
-    async def take(self) -> Iterable[Arrived]:
-        """Wait for tokens; all that have arrived."""
-        self.awaited = True
+    async def take(self, pause: float = 0.0) -> Arrived:
+        """Wait for tokens; all that have arrived, together.
+
+        Before, `pause` seconds pass in which more arrive, or less where the text ends.
+        """
+        if pause and not self._ended:
+            await self._pause(pause)
+        self._waiting = True
         while not self._arrived:
             self._changed.clear()
             if not self._arrived:
                 await self._changed.wait()
-        self.awaited = False
-        return [self._arrived.popleft() for _ in range(len(self._arrived))]
+        self._waiting = False
+        return _joined([self._arrived.popleft() for _ in range(len(self._arrived))])
+
+    async def _pause(self, seconds: float) -> None:
+        self._changed.clear()
+        timer = asyncio.get_running_loop().call_later(seconds, self._changed.set)
+        # it may have ended just before the event was cleared
+        if not self._ended:
+            await self._changed.wait()
+        timer.cancel()
 
     def wake(self) -> None:
         """Wake the waiting reply because something arrived; call it in the event loop's thread."""
         self._changed.set()
+
+
+def _joined(parts: list[Arrived]) -> Arrived:
+    """All of the parts as one, with the end of the last."""
+    last = parts[-1]
+    if len(parts) == 1:
+        return last
+    tokens = [token for part in parts for token in part.tokens]
+    likely: list[Likely] | None = None
+    if parts[0].likely is not None:
+        likely = [each for part in parts for each in part.likely or ()]
+    return Arrived(tokens, likely, last.finish, last.failure)
 
 
 @dataclass

@@ -68,8 +68,8 @@ def test_pieces_add_up(kind: str, seed: int) -> None:
     """Random tokens: characters that never end, special tokens, several tokens in a step."""
     tokenizer, draw = KINDS[kind](), random.Random(seed)
     steps = [
-        [draw.randrange(len(tokenizer)) for _ in range(draw.choice((1, 1, 2, 5)))]
-        for _ in range(4 * MOST_TOKENS)
+        [draw.randrange(len(tokenizer)) for _ in range(draw.choice((1, 1, 2, 5, 30)))]
+        for _ in range(8 * MOST_TOKENS)
     ]
     tokens = [token for step in steps for token in step]
     whole = tokenizer.decode(tokens, skip_special_tokens=True)

@@ -37,8 +37,8 @@ PARSER = command.parser("serving", __doc__, FIELDS)
 PARSER.add_argument("model", metavar="MODEL")
 PARSER.add_argument("--streams", type=int, default=32, help="requests at once")
 PARSER.set_defaults(input_len=1024, output_len=256)
-# before the others have begun, and tokens that they go on for meanwhile
-SETTLING, MEANWHILE = 1.0, 4
+# seconds that others decode before one more request, and answers' lengths that they go on for
+SETTLING, MEANWHILE = 0.1, 4
 NAME = "served"
 
 
@@ -70,8 +70,13 @@ class Stream:
         return self.pieces[0] - self.asked
 
 
-async def stream(port: int, prompt: list[int], tokens: int) -> Stream:
-    """Ask for one answer. Plain sockets: a client library would take the time of the server."""
+async def stream(
+    port: int, prompt: list[int], tokens: int, begun: asyncio.Event | None = None
+) -> Stream:
+    """Ask for one answer, and say when it has `begun`.
+
+    Plain sockets: a client library would take the time of the server.
+    """
     asked = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps(
@@ -93,6 +98,8 @@ async def stream(port: int, prompt: list[int], tokens: int) -> Stream:
             written = event["usage"]["completion_tokens"]
         elif event.get("choices") and event["choices"][0]["finish_reason"] is None:
             pieces.append(time.perf_counter())
+            if begun is not None:
+                begun.set()
         else:
             last = time.perf_counter()
     writer.close()
@@ -129,10 +136,10 @@ async def alone(port: int, load: Load) -> dict[str, float]:
 
 async def beside(port: int, load: Load) -> float:
     """Milliseconds to the first token of a request while all other streams decode."""
-    others = [
-        asyncio.create_task(stream(port, load.prompt(), MEANWHILE * load.output_len))
-        for _ in range(load.streams - 1)
-    ]
+    begun = [asyncio.Event() for _ in range(load.streams - 1)]
+    tokens = MEANWHILE * load.output_len
+    others = [asyncio.create_task(stream(port, load.prompt(), tokens, each)) for each in begun]
+    await asyncio.gather(*(each.wait() for each in begun))
     await asyncio.sleep(SETTLING)
     found = await stream(port, load.prompt(), 1 + load.output_len // 8)
     running = sum(not task.done() for task in others)

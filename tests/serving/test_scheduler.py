@@ -40,6 +40,10 @@ class Noting:
         self.notes.append(f"join {len(prompt.tokens)}")
         self.rows[row] = request.params.max_new_tokens
 
+    def join_all(self, rows, read) -> None:
+        for index, (row, request) in enumerate(rows):
+            self.join(row, request, read.prompt(index))
+
     def leave(self, row) -> None:
         self.notes.append("leave")
         self.rows.pop(row, None)
@@ -102,12 +106,12 @@ def job(length: int, new: int, texts: int = 1, first: int = 3) -> Job:
 async def whole(text: WrittenText) -> list[int]:
     tokens = []
     while True:
-        for arrived in await text.take():
-            if arrived.failure is not None:
-                raise arrived.failure
-            tokens += arrived.tokens
-            if arrived.finish is not None:
-                return tokens
+        arrived = await text.take()
+        if arrived.failure is not None:
+            raise arrived.failure
+        tokens += arrived.tokens
+        if arrived.finish is not None:
+            return tokens
 
 
 def test_what_was_cancelled_leaves_before_the_next_step(run) -> None:

@@ -6,24 +6,26 @@ more steps, unheard.
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from mambactl.decode.gpu.open_session import OpenSession, Sent
 from mambactl.decode.gpu.step import DEPTH
 from mambactl.decode.open_batch import Likely, RowRequest, Written
-from mambactl.decode.prompt_reading import ReadPrompt
-from mambactl.kernels.decode.reference.verdict import Finish, Letter
+from mambactl.decode.prompt_reading import ReadPrompt, ReadRows
+from mambactl.kernels.decode.reference.verdict import Finish
 from mambactl.present import present
 
 # steps in flight before the host waits for the oldest one's tokens
 LAG = 3
 POLL_SECONDS = 50e-6
-FINISHES = {Finish.EOS: "eos", Finish.LENGTH: "length"}
+FINISHES: dict[int, str] = {Finish.EOS: "eos", Finish.LENGTH: "length"}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A row and how many tokens of it have been read."""
 
@@ -32,7 +34,7 @@ class _Row:
     written: int = 0
     left: bool = False
 
-    @property
+    @cached_property
     def sampled(self) -> bool:
         """True if a step has to compute logits for the row."""
         return self.request.likely or not self.request.params.greedy
@@ -65,15 +67,21 @@ class FusedBatch:
         """Number of rows under way."""
         return len(self.rows)
 
-    @torch.no_grad()
     def join(self, row: int, request: RowRequest, prompt: ReadPrompt) -> None:
         """Add a row, whose first token comes with one of the next steps."""
+        self.join_all([(row, request)], ReadRows.of(prompt))
+
+    @torch.no_grad()
+    def join_all(self, rows: Sequence[tuple[int, RowRequest]], read: ReadRows) -> None:
+        """Add a row for each of the prompts that were read together."""
         self._make_room()
-        new, index = _Row(row, request), len(self.rows)
-        self.session.put(index, prompt, request.params, request.key)
-        self.rows.append(new)
-        sent = self.session.begin(index, prompt.hidden, new.sampled, request.likely)
-        self.waiting.append(_Flight(sent, [None] * index + [new]))
+        new, first = [_Row(row, request) for row, request in rows], len(self.rows)
+        requests = [row.request for row in new]
+        self.session.put(first, read, requests)
+        self.rows.extend(new)
+        sampled, likely = any(row.sampled for row in new), any(each.likely for each in requests)
+        sent = self.session.begin(first, read.hidden, sampled, likely)
+        self.waiting.append(_Flight(sent, [None] * first + new))
 
     def leave(self, row: int) -> None:
         """Drop a row before the next step; one that is not under way is ignored."""
@@ -113,16 +121,17 @@ class FusedBatch:
             time.sleep(POLL_SECONDS)
         letters = self.session.letters(flight.sent)
         for index, (row, letter) in enumerate(zip(flight.rows, letters, strict=False)):
-            if row is None or row.left or letter[Letter.FINISH] == Finish.IDLE:
+            # tells the columns of a `Letter` apart at once: every token of every row comes by here
+            accepted, drafted, emitted, end, *tokens = letter
+            if row is None or row.left or end == Finish.IDLE:
                 continue
-            new = letter[len(Letter) : len(Letter) + letter[Letter.EMITTED]]
-            row.written += len(new)
+            row.written += emitted
             likely: list[Likely] | None = None
             if row.request.likely:
-                likely = present(flight.sent.likely).row(index, len(new))
-            finish = FINISHES.get(Finish(letter[Letter.FINISH]))
-            counts = letter[Letter.DRAFTED], letter[Letter.ACCEPTED]
-            self.found.append(Written(row.name, new, likely, finish, *counts))
+                likely = present(flight.sent.likely).row(index, emitted)
+            finish = FINISHES.get(end)
+            new = tokens[:emitted]
+            self.found.append(Written(row.name, new, likely, finish, drafted, accepted))
             if finish is not None:
                 self._remove(row)
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from mambactl.decode.gpu.head_pass import HeadPass, PackedHead
 from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
 from mambactl.decode.gpu.step import DEPTH, Batch, Guide, Pass, Step
-from mambactl.decode.open_batch import LikelyTable
-from mambactl.decode.prompt_reading import ReadPrompt
+from mambactl.decode.open_batch import LikelyTable, RowRequest
+from mambactl.decode.prefill import pad
+from mambactl.decode.prompt_reading import ReadRows
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Field
@@ -60,10 +61,11 @@ class _Model:
         size = SessionSize(rows, self.size.capacity, self.size.k)
         return 0 if self.ops.on_host else size.ring_limit(self.weights.stores_every_step)
 
-    def put(self, row: int, cache: HybridCache) -> None:
-        """Copy a cache of one row, which stays as it is, into the state of a row."""
-        own = cache.copies(1)
-        state = self.state.rows(slice(row, row + 1), 1)
+    def put(self, first: int, cache: HybridCache) -> None:
+        """Copy the rows of a cache, which stays as it is, into the state from row `first` on."""
+        count = len(cache.lengths)
+        own = cache.copies(count)
+        state = self.state.rows(slice(first, first + count), 1)
         state.lend(own, self.weights)
         state.load(own, self.weights)
 
@@ -133,12 +135,29 @@ class OpenSession:
                 self.graphs[rows, sampled] = graph
         torch.cuda.synchronize(self.device)
 
-    def put(self, row: int, prompt: ReadPrompt, params: SamplingParams, key: int) -> None:
-        """Write a row that has read its prompt; it is active after `begin`."""
-        self.target.put(row, prompt.target)
+    def put(self, first: int, read: ReadRows, requests: Sequence[RowRequest]) -> None:
+        """Write rows that have read their prompts, from `first` on; `begin` makes them active."""
+        self.target.put(first, read.target)
         if self.drafter is not None:
-            self.drafter.put(row, present(prompt.draft))
-        b, length = self.batch, len(prompt.tokens)
+            self.drafter.put(first, present(read.draft))
+        b, rows = self.batch, slice(first, first + len(requests))
+        params = [request.params for request in requests]
+        lengths = map(len, read.prompts)
+        columns = [self._progress(n, own) for n, own in zip(lengths, params, strict=True)]
+        history = pad(read.prompts, "cpu")
+        settings = [
+            MOST_LIKELY if own.greedy else (own.temperature, float(own.top_k), own.top_p)
+            for own in params
+        ]
+        keys = [key_under(0, request.params.seed, request.key) for request in requests]
+        self._write(b.progress[:, rows].T, columns, torch.int32)
+        self._write(b.history[rows, : history.shape[1]], history, torch.int32)
+        self._write(b.feed[rows, 1], [prompt[-1] for prompt in read.prompts], torch.int32)
+        self._write(b.keys[rows], keys, torch.long)
+        self._write(b.settings[rows], settings, torch.float32)
+
+    def _progress(self, length: int, params: SamplingParams) -> list[int]:
+        """Column of `progress` for a row that has read `length` tokens."""
         fields = {
             Field.LENGTH: length - 1,
             Field.BASE: length,
@@ -148,23 +167,18 @@ class OpenSession:
             Field.BUDGET: params.max_new_tokens,
             Field.STEP: self.number,
         }
-        column = [fields.get(field, 0) for field in Field]
-        self._write(b.progress[:, row], column, torch.int32)
-        self._write(b.history[row, :length], prompt.tokens, torch.int32)
-        self._write(b.feed[row, 1:2], prompt.tokens[-1:], torch.int32)
-        self._write(b.keys[row : row + 1], [key_under(0, params.seed, key)], torch.long)
-        settings = (params.temperature, float(params.top_k), params.top_p)
-        self._write(b.settings[row], MOST_LIKELY if params.greedy else settings, torch.float32)
+        return [fields.get(field, 0) for field in Field]
 
-    def begin(self, row: int, hidden: Tensor, sampled: bool, likely: bool) -> Sent:
-        """Write the first token of the last row, by the stream [1, D] behind its prompt."""
-        rows = self._rows(row + 1)
+    def begin(self, first: int, hidden: Tensor, sampled: bool, likely: bool) -> Sent:
+        """Write the first tokens of the last rows, by the streams [N, D] behind their prompts."""
+        new = slice(first, first + len(hidden))
+        rows = self._rows(new.stop)
         step, active = self._step(rows), self.batch.progress[Field.ACTIVE, :rows]
         others = active.clone()
         active.zero_()
-        active[row] = 1
+        active[new] = 1
         streams = hidden.new_zeros(rows, hidden.shape[1])
-        streams[row] = hidden[0]
+        streams[new] = hidden
         step.begin(streams, sampled)
         active += others
         return self._sent(rows, 0, likely)
@@ -245,8 +259,8 @@ class OpenSession:
         tokens.scatter_(1, b.accepted[:, None].clamp(0, k).long(), b.following[:, None])
         return LikelyTable.of(logits, tokens).on_host()
 
-    def _write(self, tensor: Tensor, values: Sequence[float], dtype: torch.dtype) -> None:
-        host = torch.tensor(values, dtype=dtype)
+    def _write(self, tensor: Tensor, values: Sequence[object] | Tensor, dtype: torch.dtype) -> None:
+        host = torch.as_tensor(values, dtype=dtype)
         # memory that is not pinned would be waited for, with all steps under way
         tensor.copy_(host if self.on_host else host.pin_memory(), non_blocking=True)
 
