@@ -171,7 +171,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "top_p",
     ),
     "Draft": ("draft", "k", "acceptance"),
-    "Rounds": ("bench.warmup", "iters", "repeats"),
+    "Rounds": ("bench.warmup", "iters", "repeats", "same_prompt"),
     "Training steps": ("training", "train_rest", "bench.compile", "bench.capture"),
     "Result": ("fail_under", "min_speedup", "report", "save_samples"),
     "Machine": (

@@ -11,6 +11,8 @@ from mambactl.checkpoint.provenance import lineage
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.checkpoint.save import write_model
 from mambactl.checkpoint.vocabulary import model_config
+from mambactl.data.mixture import names
+from mambactl.data.row_files import is_on_hub
 from mambactl.decode.head_files import weights_digest, write_head
 from mambactl.errors import UsageError
 from mambactl.json_values import JsonObject
@@ -23,9 +25,11 @@ from mambactl.train.draft_start import begun_head, cut_model, spread_layers
 from mambactl.train.draft_text import DraftText
 from mambactl.train.frequent_tokens import CountedRows
 from mambactl.train.head_objective import HeadObjective
+from mambactl.train.held_out_drafts import HeldOutDrafts, show_drafts
 from mambactl.train.job import Job
+from mambactl.train.ledger import Evaluation
 from mambactl.train.loop import Parameters, Phase, train
-from mambactl.train.optimization import AnyObjective, LogitsObjective
+from mambactl.train.optimization import LogitsObjective
 from mambactl.train.publish import as_begun, dated, draw_ledger, report_phases, working_folder
 
 STAGE = "draft"
@@ -44,20 +48,26 @@ def run(
     config = as_begun(config, out, resume)
     config.require_coherent()
     job = Job.of(STAGE, config, source)
-    _require_layers(config, model_config(source))
+    _require_fitting(config, model_config(source))
     job = dated(job, out, resume)
     folder = working_folder(job, out, resume, force)
     text = DraftText.of(job, config)
     target = load_model(source, job.device, job.dtype).requires_grad_(False)
     digest = weights_digest(target)
     with folder.open(resume, force):
-        feed = text.feed(job, target)
+        feed = text.feed(target)
         draft = _begun(config, target, text, feed, folder)
         objective = _objective(job, config, draft, target)
         steps = text.config.max_steps
         phase = Phase(config.kind, steps, objective, _trained(config, draft), feed=feed)
-        reports, _ = train(draft, [phase], text.rows, text.config, folder)
+        held = text.held_out(target)
+        measured = HeldOutDrafts(objective, held, config.unroll) if held else None
+        evaluation = Evaluation(config.eval_every, measured.measure) if measured else None
+        reports, _ = train(draft, [phase], text.rows, text.config, folder, evaluation)
         metrics = report_phases(reports, folder) | _facts(draft, digest)
+        if measured is not None:
+            metrics["held_out"] = measured.facts()
+            show_drafts(metrics["held_out"])
         draw_ledger(folder, asked=False)
         _save(job, draft, folder, config.own_output, metrics)
     if config.kind == "head":
@@ -66,10 +76,10 @@ def run(
 
 
 def plan(config: DraftConfig, source: str) -> JsonObject:
-    """Describe the draft and its training; reads headers only and writes nothing."""
+    """Describe the draft, its text and its training; reads no weights and writes nothing."""
     config.require_coherent()
     job, ours = Job.of(STAGE, config, source), model_config(source)
-    _require_layers(config, ours)
+    _require_fitting(config, ours)
     found: JsonObject = {
         "source": describe(source)["checkpoint"],
         "kind": config.kind,
@@ -80,13 +90,16 @@ def plan(config: DraftConfig, source: str) -> JsonObject:
         "max_steps": config.max_steps,
         "tokens_at_most": job.budget,
     }
+    if not any(is_on_hub(spec) for spec in names([*config.data, *config.eval_data])):
+        found |= DraftText.of(job, config).describe()
     if config.kind == "head":
         return found | {"vocabulary": min(config.vocabulary, ours.vocab_size)}
     return found | {"layers": spread_layers(ours.num_hidden_layers, config.layers)}
 
 
-def _require_layers(config: DraftConfig, target: HybridConfig) -> None:
-    """Raise UsageError for a draft model that would have all layers, or more."""
+def _require_fitting(config: DraftConfig, target: HybridConfig) -> None:
+    """Raise UsageError for a draft of more layers or tokens than its target has."""
+    config.require_vocabulary(target.vocab_size)
     if config.kind == "model" and config.layers >= target.num_hidden_layers:
         raise UsageError(
             f"a draft of {config.layers} layers is no smaller than its target, which has "
@@ -112,7 +125,7 @@ def _begun(
 
 def _objective(
     job: Job, config: DraftConfig, draft: Draft, target: HybridForCausalLM
-) -> AnyObjective:
+) -> HeadObjective | LogitsObjective:
     weights = config.kl_weight, config.ce_weight
     if isinstance(draft, DraftHead):
         return HeadObjective(draft, target, config.unroll, *weights, amp=job.amp)

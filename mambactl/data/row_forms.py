@@ -224,6 +224,18 @@ def document_of(reading: Reading) -> Row:
     return _chat(reading, [*question, *_turns(reading.said(answer), ASSISTANT)])
 
 
+def asked_of(reading: Reading) -> Row:
+    """Columns of a row whose answer is not needed: as `document_of`, or the turns of its question.
+
+    Raises BadRow.
+    """
+    whole = reading.first((*CHATS, TEXT, *ANSWERS))
+    if whole is not None or reading.first((TURNS, *PROMPTS)) is None:
+        return document_of(reading)
+    turns, _, extras = question_of(reading)
+    return {"messages": turns} | extras
+
+
 def _chat(reading: Reading, turns: Sequence[Row], first: int = 0) -> Row:
     before = len(turns)
     turns = reading.system(turns)

@@ -1,6 +1,6 @@
 """Rows of text or chat turns from files, folders and hub data sets, checked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +37,7 @@ def load_rows(
     used_rows: int | None = None,
     used_tokens: int | None = None,
     bad: BadRows | None = None,
+    form: Callable[[Reading], Row] = document_of,
 ) -> list[Document]:
     """Read and check every data set of `specs`, taking rows from them round-robin.
 
@@ -45,9 +46,10 @@ def load_rows(
 
     A spec is a file, a pattern of files, a folder or a hub id `ID[:config][@split]`; a .txt file is
     one document. `row_forms` has the forms of rows. Raises UsageError naming file and row; with
-    `bad` a row that holds something else is noted there and left out.
+    `bad` a row that holds something else is noted there and left out. `form` takes the columns that
+    are read.
     """
-    return list(_documents(specs, max_samples, used_rows, used_tokens, bad, Unread()))
+    return list(_documents(specs, max_samples, used_rows, used_tokens, bad, Unread(), form))
 
 
 @console.doing("counting rows of data")
@@ -65,13 +67,14 @@ def _documents(
     used_tokens: int | None = None,
     bad: BadRows | None = None,
     unread: Unread | None = None,
+    form: Callable[[Reading], Row] = document_of,
 ) -> Iterator[Document]:
     if not specs:
         raise UsageError("no data given", f"pass --data FILE with {EXPECTED} per row")
     sources = [
-        _pool(_checked(spec, part, bad, unread), used_rows, used_tokens)
+        _pool(_checked(spec, part, bad, unread, form), used_rows, used_tokens)
         if is_on_hub(spec)
-        else _checked(spec, part, bad, unread)
+        else _checked(spec, part, bad, unread, form)
         for part, spec in enumerate(specs)
     ]
     return islice(round_robin(sources), max_samples)
@@ -105,14 +108,18 @@ def round_robin(sources: Sequence[Iterator[Item]]) -> Iterator[Item]:
 
 
 def _checked(
-    spec: str, part: int, bad: BadRows | None, unread: Unread | None
+    spec: str,
+    part: int,
+    bad: BadRows | None,
+    unread: Unread | None,
+    form: Callable[[Reading], Row],
 ) -> Iterator[Document]:
     found = False
     for where, row, file in read_rows(spec, bad):
         found = True
         try:
             reading = Reading.of(row)
-            document = Document(where, document_of(reading), part, file)
+            document = Document(where, form(reading), part, file)
         except BadRow as error:
             cure = error.cure or f"expected {EXPECTED}"
             if bad is not None:

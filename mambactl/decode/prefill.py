@@ -11,6 +11,9 @@ from mambactl.models.hybrid import HybridForCausalLM, HybridModel
 
 # tokens of all rows that are read at once: they bound the memory of activations
 CHUNK_TOKENS = 8192
+# width of the models that this is for; a GPU reads more of narrower ones, for the same memory:
+# launching a piece's kernels takes longer than running them
+CHUNK_WIDTH = 4096
 # a piece is no shorter, however many rows there are
 LEAST_CHUNK = 16
 # takes a piece of tokens [B, T], the streams behind them [B, T, D], and how many are new [B]
@@ -53,9 +56,17 @@ def read_in_pieces(
 
     Returns the stream [B, D] behind the last tokens, 0 for empty prompts.
     """
-    size = max(CHUNK_TOKENS // len(prompts), LEAST_CHUNK)
+    size = piece_size(len(prompts), model.config.hidden_size, cache.lengths.device)
     *_, last = piece_by_piece(model, cache, prompts, size, along)
     return last
+
+
+def piece_size(rows: int, width: int, device: torch.device) -> int:
+    """Tokens of each of `rows` prompts to read at once, with a model of `width`."""
+    most = CHUNK_TOKENS
+    if device.type == "cuda":
+        most = max(most, most * CHUNK_WIDTH // width)
+    return min(max(most // rows, LEAST_CHUNK), CHUNK_TOKENS)
 
 
 def piece_by_piece(

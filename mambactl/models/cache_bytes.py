@@ -89,6 +89,19 @@ def cache_bytes(config: AnyLayout, itemsize: int) -> dict[str, object]:
     Keys and values take bytes per token; states, inputs of convolutions and keys and values of
     windows (`window_bytes` of it) bytes per sequence. Windows are described with it.
     """
+    per_token, per_sequence, windows = _bytes_read(config, itemsize)
+    found = {"bytes_per_token": per_token, "bytes_per_sequence": per_sequence}
+    return found | _windows(config.windows, windows)
+
+
+def bytes_behind(config: AnyLayout, itemsize: int, tokens: int) -> int:
+    """Bytes that a sequence takes once `tokens` of it are read; see `cache_bytes`."""
+    per_token, per_sequence, _ = _bytes_read(config, itemsize)
+    return per_sequence + tokens * per_token
+
+
+def _bytes_read(config: AnyLayout, itemsize: int) -> tuple[int, int, int]:
+    """Bytes per token, bytes per sequence, and those of windows among the latter."""
     per_token = inputs = windows = 0
     for layer in config.layers:
         spec, settings = layer.spec, layer.settings
@@ -99,8 +112,7 @@ def cache_bytes(config: AnyLayout, itemsize: int) -> dict[str, object]:
             slots = window.sinks + window.window
             windows += slots * spec.window_kv_elements(config, settings)
     per_sequence = _state_bytes(config, itemsize) + (inputs + windows) * itemsize
-    found = {"bytes_per_token": per_token * itemsize, "bytes_per_sequence": per_sequence}
-    return found | _windows(config.windows, windows * itemsize)
+    return per_token * itemsize, per_sequence, windows * itemsize
 
 
 def _windows(spans: list[WindowSettings], size: int) -> dict[str, object]:

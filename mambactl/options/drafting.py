@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from mambactl.errors import UsageError
-from mambactl.options.fields import Schedule, Temperature, Tokens
+from mambactl.options.fields import DataSpecs, Schedule, Temperature, Tokens
 from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.training import DistillConfig, StepsConfig
 
@@ -49,6 +49,12 @@ class DraftConfig(StepsConfig):
         default=0.1, ge=0, description="weight of the cross entropy on the text"
     )
 
+    eval_data: DataSpecs = Field(
+        default=[], description="data for measuring drafts; default: a twentieth of the data"
+    )
+    eval_every: int = Field(default=100, ge=1, description="steps between measurements of drafts")
+    eval_tokens: int = Field(default=4096, ge=64, description="tokens on which drafts are measured")
+
     @property
     def teacher(self) -> None:
         """Always None: the target is MODEL, and a name of its own would be a second one."""
@@ -74,6 +80,15 @@ class DraftConfig(StepsConfig):
                 f"answers of up to {self.answer_tokens} tokens leave no room for a prompt in rows "
                 f"of {self.max_length}",
                 "lower --answer-tokens, or raise --max-length",
+            )
+
+    def require_vocabulary(self, size: int) -> None:
+        """Raise UsageError for a head of more tokens than its target's `size`."""
+        usual = type(self).model_fields["vocabulary"].default
+        if self.kind == "head" and size < self.vocabulary != usual:
+            raise UsageError(
+                f"--vocabulary {self.vocabulary} is more than the {size:,} tokens of the target",
+                f"give {size} or less",
             )
 
     def of_the_loop(self) -> DistillConfig:

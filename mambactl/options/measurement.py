@@ -36,6 +36,10 @@ class BenchConfig(StageConfig):
     repeats: int = Field(
         default=1, ge=1, description="measure every point so often, with a new engine each time"
     )
+    same_prompt: bool = Field(
+        default=False,
+        description="all rows have one prompt, read once: decoding behind long contexts alone",
+    )
     draft: str | None = Field(
         default=None,
         description="decode with it too: checkpoint, ngram, or beside --synthetic a shape or head",

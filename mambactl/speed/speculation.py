@@ -38,8 +38,8 @@ def speculation(
     """
 
     def measure(length: int, rows: int, advance: Callable[[], None]) -> Numbers:
-        prompts = subject.prompts(length, rows, grid.seed)
-        make = partial(make_engine, subject.model, draft, k, share=False, rounded=subject.rounded)
+        prompts, share = subject.prompts(length, rows, grid), grid.same_prompt
+        make = partial(make_engine, subject.model, draft, k, share=share, rounded=subject.rounded)
         engine, rounds = rounds_of(make, subject, prompts, grid, advance)
         runs = [each.stats for each in rounds]
         own = draft.body if isinstance(draft, DraftHead) else draft

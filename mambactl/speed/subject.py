@@ -25,7 +25,7 @@ Prompts = list[list[int]]
 @dataclass(frozen=True)
 class Grid:
     """Every pair of context length and batch size, and how often each is measured: with a new
-    engine for each of `repeats`, then `iters` times.
+    engine for each of `repeats`, then `iters` times. All rows have one prompt if `same_prompt`.
     """
 
     input_len: Sequence[int]
@@ -35,6 +35,7 @@ class Grid:
     iters: int = 3
     seed: int = 0
     repeats: int = 1
+    same_prompt: bool = False
 
     @classmethod
     def of(cls, config: BenchConfig) -> "Grid":
@@ -47,6 +48,7 @@ class Grid:
             config.iters,
             config.seed,
             config.repeats,
+            config.same_prompt,
         )
 
     @property
@@ -79,11 +81,13 @@ class Subject:
     period: int = 1
     rounded: bool = False
 
-    def prompts(self, length: int, rows: int, seed: int) -> Prompts:
+    def prompts(self, length: int, rows: int, grid: Grid) -> Prompts:
         """Token ids [rows][length]."""
+        if grid.same_prompt and rows > 1:
+            return self.prompts(length, 1, grid) * rows
         if self.successor is not None:
-            return scripted_prompts(self.successor, rows, length, seed, self.period)
-        return random_prompts(self.model.config.vocab_size, rows, length, seed)
+            return scripted_prompts(self.successor, rows, length, grid.seed, self.period)
+        return random_prompts(self.model.config.vocab_size, rows, length, grid.seed)
 
     def check(self, prompts: Prompts, answers: Sequence[Sequence[int]]) -> None:
         """Raise CheckError that names the first token that is not the scripted one."""

@@ -5,11 +5,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from mambactl.decode.backend import make_engine, weight_bytes
 from mambactl.decode.engine import Engine
-from mambactl.decode.prefill import prefill
+from mambactl.models.cache_bytes import bytes_behind
 from mambactl.speed.limits import Numbers, limit
 from mambactl.speed.memory import peak_bytes, reset_peak
 from mambactl.speed.subject import Grid, Subject, rounds_of, spread, sweep
@@ -17,9 +15,10 @@ from mambactl.speed.subject import Grid, Subject, rounds_of, spread, sweep
 if TYPE_CHECKING:
     from mambactl.decode.gpu.fused_engine import FusedEngine
 
+# numbers that prompts read together do not have
+OF_PROMPTS = ("prefill_tokens_per_second", "first_token_ms")
 NUMBERS = (
-    "prefill_tokens_per_second",
-    "first_token_ms",
+    *OF_PROMPTS,
     "decode_tokens_per_second",
     "decode_byte_limit",
     "decode_share",
@@ -38,7 +37,7 @@ def throughput(subject: Subject, grid: Grid) -> list[Numbers]:
     the rate that bandwidth allows and `decode_share` what is reached of it. `cache_bytes` is the
     cache after the prompt, `peak_bytes` the most memory in use at a time, weights included: of the
     device on CUDA, of the process elsewhere. A pair that does not fit a GPU has None in every
-    column.
+    column, and rows of the same prompt have it for the prompt's speed.
     """
 
     def measure(length: int, rows: int, advance: Callable[[], None]) -> Numbers:
@@ -55,28 +54,26 @@ def _measure(
     subject: Subject, grid: Grid, length: int, rows: int, advance: Callable[[], None]
 ) -> Numbers:
     model = subject.model
-    prompts = subject.prompts(length, rows, grid.seed)
+    prompts, share = subject.prompts(length, rows, grid), grid.same_prompt
     reset_peak(model.device)
-    make = partial(make_engine, model, None, 0, share=False, rounded=subject.rounded)
+    make = partial(make_engine, model, None, 0, share=share, rounded=subject.rounded)
     engine, rounds = rounds_of(make, subject, prompts, grid, advance)
     runs = [each.stats for each in rounds]
     peak = peak_bytes(model.device)
-    read = rows * length
-    seconds = statistics.median(run.seconds["prefill"] for run in runs)
-    with torch.no_grad():
-        cache_bytes = prefill(model, prompts, recording=False)[0].nbytes()
-    found = spread(
-        first_token_ms=[1000 * each.first_token for each in rounds],
-        decode_tokens_per_second=[run.tokens_per_second for run in runs],
-    )
+    rates = {"decode_tokens_per_second": [run.tokens_per_second for run in runs]}
+    prompt: Numbers = dict.fromkeys(OF_PROMPTS)
+    if not share:
+        rates["first_token_ms"] = [1000 * each.first_token for each in rounds]
+        seconds = statistics.median(run.seconds["prefill"] for run in runs)
+        prompt["prefill_tokens_per_second"] = rows * length / seconds
+    found = prompt | spread(**rates)
     context, kv_bytes = grid.mean_context(length), model.dtype.itemsize
     size = weight_bytes(engine, model)
     allowed = limit(model.config, subject.bandwidth, size, rows, context, kv_bytes)
     found |= {
-        "prefill_tokens_per_second": read / seconds,
         "decode_byte_limit": allowed,
         "decode_share": found["decode_tokens_per_second"] / allowed,
-        "cache_bytes": cache_bytes,
+        "cache_bytes": rows * bytes_behind(model.config, kv_bytes, length),
         "peak_bytes": peak,
     }
     return {name: found[name] for name in NUMBERS} | graph_numbers(engine)

@@ -5,7 +5,7 @@ writes it; of a prompt with a completion the prompt; of a text its first half, a
 tokens as an answer may have.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,15 @@ class DrawnPrompts:
         )
         return [self.prompts[index] for index in chosen]
 
+    def divided(self, held: Collection[int]) -> tuple["DrawnPrompts", "DrawnPrompts"]:
+        """Prompts at the indices `held`, and all others."""
+        others = [number for number in range(len(self.prompts)) if number not in held]
+        return self._at(list(held)), self._at(others)
+
+    def _at(self, indices: Sequence[int]) -> "DrawnPrompts":
+        chances = self.chances[indices]
+        return DrawnPrompts([self.prompts[n] for n in indices], chances / chances.sum(), self.ends)
+
     @property
     def shortest(self) -> int:
         """Tokens of the shortest prompt."""
@@ -79,25 +88,36 @@ def drawn_prompts(
     config: DistillConfig,
     tokenizer: "PreTrainedTokenizerBase",
     planned: Sequence[PhasePlan],
-    checked: bool = True,
 ) -> DrawnPrompts | None:
     """Prompts from `data`, as many as the run can answer; None for a run that answers none.
 
-    A mixture keeps its weights. Rows that give no prompt are left out and named; raises UsageError
-    where nothing is left, and for malformed rows unless they are `checked` or to be skipped.
+    Malformed rows are left out: they were reported with the rows to train on.
     """
     steps = sum(plan.steps for plan in planned if plan.kind == ON_POLICY)
     if not steps:
         return None
+    documents = read_documents(job, BadRows(skip=True))
+    found = prompts_of(job, config, tokenizer, documents, steps)
+    console.log(f"{len(found.prompts):,} prompts to write on from")
+    return found
+
+
+def prompts_of(
+    job: Job,
+    config: DistillConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Sequence[Document],
+    steps: int,
+) -> DrawnPrompts:
+    """Prompts of documents of `data`, as many as a run of `steps` can answer.
+
+    A mixture keeps its weights. Rows that give no prompt are left out and named; raises UsageError
+    where nothing is left.
+    """
     wanted = steps * config.grad_accum * job.processes * answers_at_most(config, 1)
     found: list[Tokens] = []
     chances: list[float] = []
     reading = _Reading(job, config, tokenizer, BadRows(skip=True))
-    malformed = BadRows(skip=checked or config.skip_bad_rows)
-    documents = read_documents(job, malformed)
-    if not checked:
-        # else they have been reported with the rows to train on
-        malformed.settle()
     order = np.random.default_rng(config.seed).permutation(len(documents))
     weights = shares(config.data)
     for part, weight in enumerate(weights or [1.0]):
@@ -107,8 +127,8 @@ def drawn_prompts(
         chances += [weight / max(1, len(prompts))] * len(prompts)
     reading.bad.settle()
     if not found:
-        raise UsageError("the data holds no prompt to write on from", "give chats, or longer texts")
-    console.log(f"{len(found):,} prompts to write on from")
+        cures = [bad.cure for bad in reading.bad.found] or ["give chats, or longer texts"]
+        raise UsageError("the data holds no prompt to write on from", cures[0])
     ends = stored_end_tokens(job.source, tokenizer)
     return DrawnPrompts(found, np.array(chances) / sum(chances), ends)
 

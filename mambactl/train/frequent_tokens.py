@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
+from mambactl.data.encoding import Example
 from mambactl.data.pack import Batch, Row
 from mambactl.errors import OutputError
 from mambactl.files import replacing
@@ -17,8 +18,8 @@ from mambactl.foreign import read_object
 from mambactl.train.ledger import Written
 from mambactl.train.student_rows import StudentRows
 
-# steps whose text is counted before the first one
-COUNTED_STEPS = 16
+# steps whose text is counted before the first one, and tokens of the data behind it
+COUNTED_STEPS, COUNTED_TOKENS = 16, 1 << 22
 KEPT, AGAIN = "tokens.json", "start again with --force"
 
 
@@ -48,12 +49,15 @@ class CountedRows:
         return self.rows.take_counts()
 
 
-def frequent(counts: Tensor, size: int) -> Tensor:
-    """The `size` ids with the largest counts [V], in ascending order; of equal ones the lowest.
+def frequent(counts: Sequence[Tensor], size: int) -> Tensor:
+    """The `size` ids with the largest counts, in ascending order.
 
-    Vocabularies are numbered as their words were found, frequent ones first.
+    Of ids with equal counts [V] those count that come next, and last the lower id: vocabularies are
+    numbered as their words were found, frequent ones first.
     """
-    order = counts.argsort(descending=True, stable=True)
+    order = torch.arange(len(counts[0]))
+    for each in reversed(counts):
+        order = order[each[order].argsort(descending=True, stable=True)]
     return order[:size].sort().values
 
 
@@ -73,6 +77,12 @@ def of_batches(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
 def of_rows(rows: Sequence[Row]) -> Iterator[tuple[Tensor, Tensor]]:
     """Ids and masks of rows."""
     return ((torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows)
+
+
+def of_examples(examples: Sequence[Example]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids of examples with masks that leave nothing out."""
+    ids = (torch.from_numpy(example.input_ids) for example in examples)
+    return ((each, torch.ones_like(each, dtype=torch.bool)) for each in ids)
 
 
 def keep(folder: RunFolder, ids: Tensor) -> None:

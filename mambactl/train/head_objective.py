@@ -91,6 +91,13 @@ class HeadObjective:
         share.backward()
         return share.detach()
 
+    def states(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """States [B, T, D] after the final norm: the target's, and the head's of every pass."""
+        streams = self._streams(batch)
+        norm = self.head.body.model.norm
+        own = [norm(stream) for stream in self.passes(batch, streams)]
+        return self.target.model.norm(streams), own
+
     @torch.no_grad()
     def _streams(self, batch: Batch) -> Tensor:
         """The target's streams [B, T, D] behind every token, before its final norm."""

@@ -204,7 +204,7 @@ class Evaluation:
 
 def shown(measured: AnyObject) -> str:
     """The measurements that a progress line has room for."""
-    names = {"kl": "KL", "recall_kept": "recall"}
+    names = {"kl": "KL", "recall_kept": "recall", "tokens_per_step": "tokens/step"}
     return "".join(f", {names[k]} {measured[k]:.4f}" for k in names if k in measured)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from mambactl import console
 from mambactl.checkpoint.run_folder import RunFolder
 from mambactl.data.pack import Batch, Row, ahead, batches
-from mambactl.errors import CheckError, ResourceError
+from mambactl.errors import CheckError, ResourceError, UsageError
 from mambactl.json_values import JsonObject
 from mambactl.options import DistillConfig
 from mambactl.present import present
@@ -49,6 +49,8 @@ from mambactl.train.sharding import regather
 Parameters = dict[str, nn.Parameter]
 # measurements that a report keeps
 MEASURED = ("kl", "agreement", "perplexity_ratio", "recall_kept")
+# steps of a phase without a token to learn after which none is expected
+UNLEARNED_STEPS = 10
 
 
 class Feed(Protocol):
@@ -291,6 +293,7 @@ class _PhaseRun:
             loss, norm = pending.read()
             self._require_finite(pending.step, loss, norm)
             line = self._account(pending, loss, norm)
+            self._require_learned(pending.step)
             self._log(line, self._evaluates(pending.step))
             rate = f"{line['tokens_per_second']:,.0f} tokens/s"
             bar.advance(1, f"loss {loss:.4f}{self.shown}, {rate}")
@@ -348,6 +351,14 @@ class _PhaseRun:
                 f"the loss became {loss} (gradient norm {norm}) at step {step} of "
                 f"{self.phase.name}",
                 f"{self.phase.cure} or raise --warmup, and start again with --force",
+            )
+
+    def _require_learned(self, step: int) -> None:
+        if self.report.tokens == 0 and step >= min(UNLEARNED_STEPS, self.phase.steps):
+            raise UsageError(
+                f"{step} {'steps' if step > 1 else 'step'} of {self.phase.name} held no token to "
+                "learn: labels are masked, or rows hold one token each",
+                "give other data (to draft also a larger --vocabulary)",
             )
 
     def _require_progress(self, step: int) -> None:

@@ -185,22 +185,23 @@ def report_phases(reports: Sequence[PhaseReport], folder: RunFolder) -> JsonObje
 
     Warns of a phase whose losses, in the folder's metrics, are higher at its end.
     """
-    console.table(
-        "training",
-        ("phase", "steps", "first loss", "last loss", "tokens", "seconds", "held-out KL"),
+    columns = ["phase", "steps", "first loss", "last loss", "tokens", "seconds"]
+    rows = [
         [
-            (
-                r.name,
-                r.steps,
-                f"{r.first_loss:.4f}",
-                f"{r.last_loss:.4f}",
-                f"{r.tokens:,}",
-                f"{r.seconds:.1f}",
-                "" if r.kl is None else f"{r.kl:.4f}",
-            )
-            for r in reports
-        ],
-    )
+            r.name,
+            r.steps,
+            f"{r.first_loss:.4f}",
+            f"{r.last_loss:.4f}",
+            f"{r.tokens:,}",
+            f"{r.seconds:.1f}",
+        ]
+        for r in reports
+    ]
+    if any(r.kl is not None for r in reports):
+        columns.append("held-out KL")
+        for r, row in zip(reports, rows, strict=True):
+            row.append("" if r.kl is None else f"{r.kl:.4f}")
+    console.table("training", columns, rows)
     lines = folder.read_log() if is_main() else []
     for report in reports:
         losses = [x["loss"] for x in lines if x["phase"] == report.name and "loss" in x]

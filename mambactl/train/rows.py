@@ -1,6 +1,6 @@
 """The rows that a run trains on and those it is measured on: reading, mixing, packing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
@@ -18,7 +18,9 @@ from mambactl.data.format import Rules, encode_rows
 from mambactl.data.mixture import mixed, names, shares
 from mambactl.data.pack import Row, pack
 from mambactl.data.recall_documents import recall_documents, recall_tokens
+from mambactl.data.row_forms import Reading, document_of
 from mambactl.data.sources import Document, count_rows, load_rows
+from mambactl.data.turns import Row as Columns
 from mambactl.errors import UsageError
 from mambactl.files import canonical
 from mambactl.generation.decoding import warn_beyond_positions
@@ -73,12 +75,7 @@ def held_out_rows(
     config = of_kind(HeldOutConfig, job.config)
     if not config.eval_data:
         return []
-    if shared := sorted(
-        {canonical(s) for s in names(config.data)} & {canonical(s) for s in config.eval_data}
-    ):
-        raise UsageError(
-            f"{', '.join(shared)} is training data and held out", "give other --eval-data"
-        )
+    require_held_out(config)
     bad, budget = BadRows(skip=True), 2 * config.eval_tokens
     documents = load_rows(config.eval_data, used_tokens=budget, bad=bad)
     checks = Checks.of(job, tokenizer, bad)
@@ -95,11 +92,26 @@ def held_out_rows(
     return chosen
 
 
-def read_documents(job: Job, bad: BadRows) -> list[Document]:
-    """The documents of `data` that the run can see, checked; malformed rows are noted in `bad`."""
+def require_held_out(config: HeldOutConfig) -> None:
+    """Raise UsageError for `eval_data` that the run trains on."""
+    if shared := sorted(
+        {canonical(s) for s in names(config.data)} & {canonical(s) for s in config.eval_data}
+    ):
+        raise UsageError(
+            f"{', '.join(shared)} is training data and held out", "give other --eval-data"
+        )
+
+
+def read_documents(
+    job: Job, bad: BadRows, form: Callable[[Reading], Columns] = document_of
+) -> list[Document]:
+    """The documents of `data` that the run can see, checked; malformed rows are noted in `bad`.
+
+    `form` takes the columns that are read.
+    """
     config = job.config
     limit = {"used_tokens": job.budget} if config.packing else {"used_rows": job.examples}
-    return load_rows(names(config.data), config.max_samples, bad=bad, **limit)
+    return load_rows(names(config.data), config.max_samples, bad=bad, form=form, **limit)
 
 
 def count_documents(job: Job) -> int | None:

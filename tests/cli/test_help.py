@@ -48,6 +48,7 @@ FLAGS = {
     f"--eval-data --eval-share --eval-every --eval-pairs --max-kl {OUTPUT} {EVERY_STAGE}",
     "draft": f"{STEPS} --kind --layers --vocabulary --unroll --text --answer-tokens "
     "--answer-temperature --lr --output-lr --schedule --kl-weight --ce-weight "
+    "--eval-data --eval-every --eval-tokens "
     f"{OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --nproc --samples --temperature --power "
     f"--assistant-only-loss {OUTPUT} {EVERY_STAGE}",
@@ -67,9 +68,9 @@ FLAGS = {
     "chat": f"{TOKENS} --system {EVERY_STAGE}",
     "serve": "--host --port --name --draft --k --ignore-eos --batch-size --max-length --keep-gb "
     f"--max-queue --max-body --read-timeout --grace --weights {EVERY_STAGE}",
-    "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --draft --k "
-    "--baseline --min-speedup --synthetic --acceptance --training --train-rest --compile --capture "
-    f"--report --weights {EVERY_STAGE}",
+    "bench": "--input-len --output-len --batch-size --warmup --iters --repeats --same-prompt "
+    "--draft --k --baseline --min-speedup --synthetic --acceptance --training --train-rest "
+    f"--compile --capture --report --weights {EVERY_STAGE}",
     "synthetic": f"--max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "export": f"--to --layout --check --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "push": "--public --dry-run --json --help",

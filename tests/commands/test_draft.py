@@ -28,6 +28,7 @@ def settings(data, **fields):
     given = {
         "device": "cpu", "data": [str(data)], "max_steps": 4, "batch_size": 2, "max_length": 48,
         "answer_tokens": 12, "warmup": 1, "save_every": 2, "vocabulary": 50, "unroll": 3,
+        "eval_tokens": 64,
     }  # fmt: skip
     return DraftConfig(**{**given, **fields})
 
@@ -43,6 +44,48 @@ def test_a_head_learns_from_what_its_target_writes(target, random_texts, tmp_pat
     rows = model.lm_head.weight[head.ids]
     assert torch.equal(head.body.lm_head.weight, rows)
     assert load_lineage(str(out))["stage"] == "draft"
+
+
+def test_drafts_are_measured_on_text_that_was_held_out(target, random_texts, tmp_path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"w{n} w{n + 1}"}) + "\n" for n in range(9)))
+    measured = {"eval_data": [str(asked)], "eval_every": 2}
+    for kind, text in (("head", "target"), ("model", "target"), ("head", "data")):
+        # a twentieth is one row of so many
+        held = measured if text == "target" else {"max_steps": 12}
+        config = settings(random_texts, kind=kind, text=text, layers=1, **held)
+        out = tmp_path / f"{kind}-{text}"
+        found = run(config, target, out).metrics
+        drafts = found["held_out"]["drafts"]
+        assert [row["k"] for row in drafts] == [1, 2, 3]
+        kept = [1 + drafts[0]["agreement"], 1 + drafts[0]["acceptance"]]
+        names = "tokens_per_step", "sampled_tokens_per_step"
+        assert [drafts[0][name] for name in names] == pytest.approx(kept)
+        assert 1 <= drafts[0][names[1]] < drafts[2][names[1]] <= 4
+        assert found["held_out"]["eval_tokens"] >= 64
+        assert 0 < found["held_out"]["covered"] <= 1
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        measured_at = [line["step"] for line in lines if "kl" in line]
+        assert measured_at == ([0, 2, 4] if text == "target" else [0, 12])
+        assert found[kind]["kl"] == lines[-1]["kl"] > 0
+
+
+def test_prompts_need_no_answers(target, tmp_path) -> None:
+    rows = [{"prompt": "w1 w2"}, {"turns": ["w3", "w4"]}, {"instruction": "w5", "input": "w6"}]
+    rows += [{"prompt": "w7", "chosen": "w8", "rejected": "w9"}]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = plan(settings(data), target)
+    assert (found["prompts"], found["held_out_prompts"]) == (4, 0)
+    assert run(settings(data, max_steps=1), target, tmp_path / "d.st").metrics["head"]["steps"] == 1
+    # what would stop the run stops a dry run
+    for given, problem in (
+        ({"max_length": 16, "answer_tokens": 15}, "no prompt to write on from"),
+        ({"vocabulary": 98}, "--vocabulary 98 is more than the 97 tokens"),
+        ({"eval_data": [str(data)]}, "is training data and held out"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            plan(settings(data, **given), target)
 
 
 def test_malformed_rows_are_an_error_unless_they_are_skipped(target, tmp_path) -> None:
@@ -193,6 +236,7 @@ def test_the_command_line_says_who_can_use_it(target, random_texts, tmp_path, cl
     out = tmp_path / "d.st"
     words = ["draft", target, "--data", str(random_texts), "--max-steps", "2", "--max-length", "48"]
     words += ["--answer-tokens", "8", "--batch-size", "2", "--device", "cpu", "-o", str(out)]
+    words += ["--eval-tokens", "64"]
     planned = cli(*words, "--vocabulary", "60", "--dry-run", "--json")
     assert planned.code == 0 and json.loads(planned.out)["vocabulary"] == 60 and not out.exists()
     done = cli(*words)

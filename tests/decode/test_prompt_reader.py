@@ -161,6 +161,8 @@ def test_graphs_leave_what_eager_reading_leaves(model, ops, monkeypatch) -> None
 def test_full_rows_have_the_tokens_of_rows_alone(model, ops, monkeypatch, length) -> None:
     """As a graph, twice in pieces without padding, and after a graph that was made elsewhere."""
     monkeypatch.setattr(prefill_module, "CHUNK_TOKENS", 1024)
+    # as of models that are no narrower than this
+    monkeypatch.setattr(prefill_module, "CHUNK_WIDTH", 1)
     model = model.to("cuda")
     prompts, params = prompts_of([length] * 8, seed=6), SamplingParams(max_new_tokens=4)
     alone = FusedEngine(model, None, 0, ops(exact=True), share=False)

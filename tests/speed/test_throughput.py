@@ -17,10 +17,9 @@ MIXERS = ["mamba2", "attention"]
 BANDWIDTH = 1e9
 
 
-def measure(model, lengths, rows, output_len=2, warmup=0, iters=1):
-    return throughput(
-        Subject(model, "m", BANDWIDTH), Grid(lengths, rows, output_len, warmup, iters)
-    )
+def measure(model, lengths, rows, output_len=2, warmup=0, iters=1, same_prompt=False):
+    grid = Grid(lengths, rows, output_len, warmup, iters, same_prompt=same_prompt)
+    return throughput(Subject(model, "m", BANDWIDTH), grid)
 
 
 def test_every_pair_is_measured(make_hybrid, monkeypatch):
@@ -88,6 +87,22 @@ def test_cache_bytes_are_those_of_the_layers(make_hybrid):
     recurrent = make_hybrid(["mamba2"] * 2)
     (short, long) = measure(recurrent, [64, 128], [2], output_len=1)
     assert 0 < short["cache_bytes"] == long["cache_bytes"]
+
+
+@pytest.mark.parametrize("kernels", ["reference", ""])
+def test_the_same_prompt_is_read_once(make_hybrid, monkeypatch, kernels):
+    monkeypatch.setenv("MAMBACTL_KERNELS", kernels)
+    model, read = make_hybrid(MIXERS), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    (apart,) = measure(model, [100], [3])
+    before = sum(map(torch.numel, read))
+    (point,) = measure(model, [100], [3], same_prompt=True)
+    again = sum(map(torch.numel, read)) - before
+    assert before >= 3 * 100 and 99 + 3 <= again < 2 * 100
+    assert point["decode_tokens_per_second"] > 0
+    assert point["cache_bytes"] == apart["cache_bytes"]
+    assert point["prefill_tokens_per_second"] is point["first_token_ms"] is None
+    assert list(point["intervals"]) == ["decode_tokens_per_second"]
 
 
 def test_one_token_prompts_have_rates_too(make_hybrid):

@@ -7,7 +7,9 @@ from decode.heads import guided, head_for
 from mambactl.data.pack import Batch
 from mambactl.decode.head_drafter import HeadReading
 from mambactl.models.cache import HybridCache
+from mambactl.train.frequent_tokens import frequent
 from mambactl.train.head_objective import HeadObjective
+from mambactl.train.held_out_drafts import HeldOutDrafts
 from mambactl.train.losses import Teacher
 
 TEXTS = [[5, 9, 11, 30, 9, 11, 8, 4, 60], [7, 3, 44, 9, 21]]
@@ -82,3 +84,39 @@ def test_the_loss_falls(target) -> None:
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
     assert target.model.embed_tokens.weight.grad is None
+
+
+def test_expected_tokens_are_those_of_steps_from_every_token(target) -> None:
+    head, batch = head_for(target, 60, noise=1.0), packed(TEXTS)
+    objective = HeadObjective(head, target, PASSES, 1.0, 0.0)
+    measured = HeldOutDrafts(objective, [batch], PASSES)
+    shown = measured.measure()
+    with torch.no_grad():
+        truth, states = objective.states(batch)
+        likely = target.lm_head(truth)[0].softmax(-1)  # [T, V]
+        drafted = [head.body.lm_head(state)[0].softmax(-1) for state in states]  # [T, Vt]
+    right, shared = [], []
+    for each in drafted:
+        right.append((head.ids[each.argmax(-1)] == likely.argmax(-1)).double())
+        shared.append(torch.minimum(each, likely[:, head.ids]).sum(-1).double())
+    ends = [len(TEXTS[0]), len(TEXTS[0]) + len(TEXTS[1])]
+    for row, drafts in enumerate(range(1, PASSES + 1)):
+        for name, rates in (("tokens_per_step", right), ("sampled_tokens_per_step", shared)):
+            tokens = 1.0
+            for count in range(1, drafts + 1):
+                wholes = [
+                    torch.stack([rates[n][start + n] for n in range(count)]).prod()
+                    for begin, end in ((0, ends[0]), (ends[0], ends[1]))
+                    for start in range(begin, end - count)
+                ]
+                tokens += torch.stack(wholes).mean().item()
+            assert measured.facts()["drafts"][row][name] == pytest.approx(tokens, abs=1e-5)
+    texts = sum((text[1:] for text in TEXTS), [])
+    assert shown["eval_tokens"] == len(texts)
+    covered = sum(token in head.ids.tolist() for token in texts) / len(texts)
+    assert measured.facts()["covered"] == pytest.approx(covered)
+
+
+def test_ties_of_counts_go_to_the_next_ones_and_then_to_lower_ids() -> None:
+    written, data = torch.tensor([0, 2, 0, 0, 5]), torch.tensor([1, 0, 1, 9, 0])
+    assert frequent([written, data], 4).tolist() == [0, 1, 3, 4]

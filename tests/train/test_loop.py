@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mambactl.checkpoint.run_folder import RunFolder
-from mambactl.errors import CheckError, OutputError
+from mambactl.errors import CheckError, OutputError, UsageError
 from mambactl.options import DistillConfig
 from mambactl.train.loop import Phase, train
 from mambactl.train.optimization import (
@@ -173,6 +173,12 @@ def test_a_signal_during_the_last_save_is_delivered(make_hybrid, rows, tmp_path,
     assert [report.steps for report in reports] == [6, 6]
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, student.get_parameter(name)), name
+
+
+def test_steps_without_a_token_to_learn_end_the_run(pair, rows, tmp_path):
+    masked = [row._replace(loss_mask=0 * row.loss_mask) for row in rows]
+    with pytest.raises(UsageError, match="6 steps of logits held no token to learn"):
+        _run(pair[0], _phases(*pair)[1:], masked, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(pair, rows, tmp_path):
