@@ -8,6 +8,7 @@ every power of two of rows, and rows without a sequence are idle.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -115,11 +116,11 @@ class OpenSession:
 
     def prepare(self) -> None:
         """Compile and capture every step, as long as no row is active."""
-        # what all share is made by the largest
-        for sampled in (False, True):
-            self._step(self.size.batch).run(self.k, sampled)
         if self.on_host:
+            for sampled in (False, True):
+                self._step(self.size.batch).run(self.k, sampled)
             return
+        self._compile()
         # a thread's first use of cuBLAS makes its handle, which no capture can hold
         torch.cuda.current_blas_handle()
         pool = torch.cuda.graph_pool_handle()
@@ -133,6 +134,17 @@ class OpenSession:
                 with torch.cuda.graph(graph, pool=pool):
                     step.run(self.k, sampled)
                 self.graphs[rows, sampled] = graph
+        torch.cuda.synchronize(self.device)
+
+    def _compile(self) -> None:
+        from mambactl.kernels.compiling import compiled_together
+
+        # what all share is made by the largest, which comes first
+        with compiled_together():
+            for rows, sampled in product(self.counts, (False, True)):
+                step = self._step(rows)
+                step.run(self.k, sampled)
+                step.begin(self.target.state.scratch.hidden[:rows], sampled)
         torch.cuda.synchronize(self.device)
 
     def put(self, first: int, read: ReadRows, requests: Sequence[RowRequest]) -> None:
