@@ -61,11 +61,16 @@ def read_in_pieces(
     return last
 
 
+def tokens_at_once(width: int, device: torch.device) -> int:
+    """Tokens of all prompts to read at once, with a model of `width`."""
+    if device.type != "cuda":
+        return CHUNK_TOKENS
+    return max(CHUNK_TOKENS, CHUNK_TOKENS * CHUNK_WIDTH // width)
+
+
 def piece_size(rows: int, width: int, device: torch.device) -> int:
     """Tokens of each of `rows` prompts to read at once, with a model of `width`."""
-    most = CHUNK_TOKENS
-    if device.type == "cuda":
-        most = max(most, most * CHUNK_WIDTH // width)
+    most = tokens_at_once(width, device)
     return min(max(most // rows, LEAST_CHUNK), CHUNK_TOKENS)
 
 

@@ -22,7 +22,7 @@ from mambactl.checkpoint.load import load_tokenizer
 from mambactl.data.chat_template import ChatRenderer
 from mambactl.decode.backend import open_batch
 from mambactl.decode.kept_prompts import KeptPrompts
-from mambactl.decode.prefill import CHUNK_TOKENS
+from mambactl.decode.prefill import tokens_at_once
 from mambactl.decode.prefix_files import GB
 from mambactl.decode.prompt_reading import PromptReading
 from mambactl.errors import ResourceError
@@ -191,25 +191,31 @@ class Server:
         started = time.perf_counter()
         batch = open_batch(target, draft, k, rows, length, eos, config.dtype == "auto")
         model = None if isinstance(draft, str) else draft
-        piece = fitting_piece(target, model, length)
+        at_once = tokens_at_once(target.config.hidden_size, target.device)
+        piece = fitting_piece(target, model, length, min(at_once, rows * length))
         console.log(
             f"{rows} rows of {length} tokens, prompts in pieces of {piece}, warm in "
             f"{time.perf_counter() - started:.1f} s"
         )
         service.max_length, service.rows = length, rows
         service.vocabulary = target.config.vocab_size
-        return Decoding(target, model, batch, KeptPrompts(int(config.keep_gb * GB)), piece)
+        kept = KeptPrompts(int(config.keep_gb * GB))
+        return Decoding(target, model, batch, kept, piece, at_once)
 
 
-def fitting_piece(target: HybridForCausalLM, draft: DraftModel, most: int) -> int:
-    """Tokens of a prompt that are read in about `STALL_SECONDS`; reads some, which warms up."""
+def fitting_piece(target: HybridForCausalLM, draft: DraftModel, longest: int, at_once: int) -> int:
+    """Tokens of prompts of up to `longest` that are read in about `STALL_SECONDS`.
+
+    They are `at_once` together at most. Reads some, which warms up.
+    """
     for lengths in WARM_LENGTHS:
-        _read(target, draft, *(min(length, most) for length in lengths))
+        _read(target, draft, *(min(length, longest) for length in lengths))
     piece = LEAST_PIECE
-    while piece < min(CHUNK_TOKENS, most):
+    while piece < at_once:
+        more = [min(2 * piece, longest)] * max(2 * piece // longest, 1)
         # what is compiled for it takes no part
-        _read(target, draft, 2 * piece)
-        if _read(target, draft, 2 * piece) > STALL_SECONDS:
+        _read(target, draft, *more)
+        if _read(target, draft, *more) > STALL_SECONDS:
             break
         piece *= 2
     return piece

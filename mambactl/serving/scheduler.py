@@ -34,8 +34,9 @@ class Decoding:
     draft: DraftModel
     batch: OpenBatch
     kept: KeptPrompts
-    # tokens of prompts between two steps
+    # tokens of prompts between two steps, and where there are none
     piece: int
+    at_once: int = CHUNK_TOKENS
 
 
 @dataclass
@@ -219,14 +220,15 @@ class Scheduler:
     def _alike(self, first: Job, start: ReadPrompt | None, known: int) -> list[Job]:
         """The first job, and those behind it whose prompts are read together with it."""
         found, rows = [first], len(first.texts)
-        tokens = longest = len(first.prompt) - known
+        tokens, at_once = len(first.prompt) - known, self.decoding.at_once
+        longest = tokens
         with self._changed:
             others = list(self._queue)[1:]
         for job in others:
             rest = len(job.prompt) - known
             rows += len(job.texts)
             width = max(longest, rest) * (len(found) + 1)
-            fits = rest > 0 and width <= min(MOST_PADDING * (tokens + rest), CHUNK_TOKENS)
+            fits = rest > 0 and width <= min(MOST_PADDING * (tokens + rest), at_once)
             if rows > self.decoding.batch.room or not fits:
                 break
             if self.decoding.kept.longest(job.prompt) is not start:
@@ -240,7 +242,7 @@ class Scheduler:
     def _started(self, prompts: list[list[int]], start: ReadPrompt | None) -> PromptReading:
         piece = self.decoding.piece
         if not self._rows:
-            piece = min(PIECES_ALONE * piece, CHUNK_TOKENS)
+            piece = min(PIECES_ALONE * piece, self.decoding.at_once)
         target, draft = self.decoding.target, self.decoding.draft
         return PromptReading(target, draft, prompts, start, piece)
 
