@@ -1,6 +1,7 @@
 """Rows that join and leave a batch between steps: each has the text that it has alone."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,47 @@ def test_rows_on_a_gpu_have_the_text_of_the_reference(models, draft) -> None:
     found = decoded(batch, target, model if draft == "model" else None, jobs)
     same = sum(found[n][0] == tokens for n, tokens in enumerate(expected))
     assert same >= len(jobs) - 1
+
+
+@pytest.mark.parametrize("engine", ["device", "reference"])
+@pytest.mark.parametrize("draft", [None, "model"])
+def test_rows_read_together_join_together(models, monkeypatch, engine, draft) -> None:
+    """Prompts of different lengths, one of them for two rows, beside a row that is under way."""
+    target, model = models
+    helper, k = (model, 3) if draft else (None, 0)
+    if engine == "reference":
+        monkeypatch.setenv(SWITCH, "reference")
+        batch = open_batch(target, helper, k, 9, LIMIT, EOS)
+    else:
+        batch = FusedEngine(target, helper, k, ReferenceOps()).open(9, LIMIT, EOS)
+    (first, *prompts), limits = prompts_of([9, 21, 4, 13]), (12, 9, 7, 8, 6)
+    drawn = SamplingParams(temperature=0.8, seed=5, eos_token_ids=EOS)
+    requests = [
+        RowRequest(replace(drawn, max_new_tokens=limit, temperature=0.8 * (row % 2)), row)
+        for row, limit in enumerate(limits)
+    ]
+    batch.join(0, requests[0], *read(target, helper, [first]))
+    texts = {row: [] for row in range(5)}
+    for written in batch.step():
+        texts[written.row] += written.tokens
+    reading = PromptReading(target, helper, prompts, None, 7)
+    while not reading.read():
+        pass
+    rows = reading.rows().select([0, 1, 2, 2])
+    batch.join_all([(row, requests[row]) for row in range(1, 5)], rows)
+    while batch.running:
+        for written in batch.step():
+            texts[written.row] += written.tokens
+    alone = make_engine(target, helper, k)
+    for row, prompt in enumerate([first, *prompts, prompts[2]]):
+        request = requests[row]
+        assert texts[row] == alone.generate([prompt], request.params, None, [request.key]).tokens[0]
+    # what is kept of them is as it was
+    batch.join(5, requests[2], reading.results()[1])
+    again = []
+    while batch.running:
+        again += [token for written in batch.step() for token in written.tokens]
+    assert again == texts[2]
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference"])
