@@ -1,8 +1,9 @@
 """Reading prompts a piece at a time, so that what is being written goes on between the pieces."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +89,22 @@ class ReadRows:
         return own
 
 
+class ReadsWhole(Protocol):
+    """Protocol of what reads prompts at once from their first tokens on (`WholePrompts`)."""
+
+    def length(self, prompts: Sequence[Sequence[int]], most: int) -> int | None:
+        """Padded length for these prompts of at most `most` tokens; None if it cannot read them."""
+        ...
+
+    def read(self, prompts: Sequence[Sequence[int]], length: int) -> tuple[HybridCache, Tensor]:
+        """Cache of the prompts, and the stream [B, D] behind their last tokens."""
+        ...
+
+
+# of the target, and of a draft model
+Whole = tuple[ReadsWhole, ReadsWhole | None]
+
+
 class PromptReading:
     """Several prompts being read together, on from a beginning that all have in common.
 
@@ -101,10 +118,24 @@ class PromptReading:
         prompts: Sequence[Sequence[int]],
         start: ReadPrompt | None,
         piece: int,
+        whole: Whole | None = None,
     ):
-        """Prepare to read `prompts` on from `start`, `piece` tokens of all of them at once."""
+        """Prepare to read `prompts` on from `start`, `piece` tokens of all of them at once.
+
+        Without a `start`, prompts of no more tokens are read by `whole`.
+        """
         self.prompts = [list(prompt) for prompt in prompts]
         self.known = 0 if start is None else len(start.tokens)
+        self._hidden: Tensor | None = None
+        at_once = None
+        if whole is not None and start is None and not isinstance(draft, DraftHead):
+            at_once = whole[0].length(self.prompts, piece)
+        if whole is not None and at_once is not None:
+            self._unread = 1
+            self._target = _cache(target.model, None, 0)
+            self._draft = None
+            self._pieces = self._at_once(whole, draft, at_once)
+            return
         rest = [prompt[self.known :] for prompt in self.prompts]
         size = max(piece // len(rest), 1)
         self._target = _cache(target.model, start and start.target, len(rest))
@@ -127,7 +158,16 @@ class PromptReading:
             self._draft = _cache(draft.model, start and start.draft, len(rest))
             pieces = chain(piece_by_piece(draft.model, self._draft, own, size), pieces)
         self._pieces = pieces
-        self._hidden: Tensor | None = None
+
+    def _at_once(self, whole: Whole, draft: DraftModel, length: int) -> Iterator[Tensor]:
+        """Read all prompts, padded to `length`, as one piece."""
+        target, other = whole
+        if isinstance(draft, HybridForCausalLM) and other is not None:
+            last = draft.config.vocab_size - 1
+            own = [[min(t, last) for t in prompt[:-1]] for prompt in self.prompts]
+            self._draft, _ = other.read(own, length)
+        self._target, hidden = target.read(self.prompts, length)
+        yield hidden
 
     @torch.no_grad()
     def read(self) -> bool:

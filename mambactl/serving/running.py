@@ -21,13 +21,14 @@ from mambactl import console
 from mambactl.checkpoint.load import load_tokenizer
 from mambactl.data.chat_template import ChatRenderer
 from mambactl.decode.backend import open_batch
+from mambactl.decode.gpu.prompt_graphs import WholePrompts
 from mambactl.decode.kept_prompts import KeptPrompts
 from mambactl.decode.prefill import tokens_at_once
 from mambactl.decode.prefix_files import GB
-from mambactl.decode.prompt_reading import PromptReading
+from mambactl.decode.prompt_reading import PromptReading, Whole
 from mambactl.errors import ResourceError
 from mambactl.generation import decoding
-from mambactl.models.draft_head import DraftModel
+from mambactl.models.draft_head import DraftHead, DraftModel
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import ServeConfig
 from mambactl.ranks import placement
@@ -42,6 +43,8 @@ MOST_LENGTH = {"cpu": 2048, "cuda": 8192}
 # reading a piece of a prompt makes running answers wait that long, at most, about
 STALL_SECONDS = 0.05
 LEAST_PIECE = 64
+# of a piece half as long, by which a piece may take longer where it makes answers wait for longer
+SLOWER = 1.5
 # lengths of prompts read together before the first request: kernels are compiled for some of their
 # properties
 WARM_LENGTHS = ((1,), (2,), (15,), (16,), (16, 7), (15, 8, 3))
@@ -191,6 +194,7 @@ class Server:
         started = time.perf_counter()
         batch = open_batch(target, draft, k, rows, length, eos, config.dtype == "auto")
         model = None if isinstance(draft, str) else draft
+        whole = whole_readers(target, model, rows, length)
         at_once = tokens_at_once(target.config.hidden_size, target.device)
         piece = fitting_piece(target, model, length, min(at_once, rows * length))
         console.log(
@@ -200,25 +204,48 @@ class Server:
         service.max_length, service.rows = length, rows
         service.vocabulary = target.config.vocab_size
         kept = KeptPrompts(int(config.keep_gb * GB))
-        return Decoding(target, model, batch, kept, piece, at_once)
+        return Decoding(target, model, batch, kept, piece, at_once, whole)
+
+
+def whole_readers(
+    target: HybridForCausalLM, draft: DraftModel, rows: int, longest: int
+) -> Whole | None:
+    """Readers of prompts as CUDA graphs, those of single prompts ready; None without a GPU.
+
+    A draft head reads along with its target, and has none.
+    """
+    if target.device.type != "cuda" or isinstance(draft, DraftHead):
+        return None
+    models = [target] if draft is None else [target, draft]
+    readers = [WholePrompts(model.model, rows) for model in models]
+    for reader in readers:
+        reader.prepare(longest)
+    return readers[0], (readers[1] if len(readers) > 1 else None)
 
 
 def fitting_piece(target: HybridForCausalLM, draft: DraftModel, longest: int, at_once: int) -> int:
     """Tokens of prompts of up to `longest` that are read in about `STALL_SECONDS`.
 
-    They are `at_once` together at most. Reads some, which warms up.
+    They are `at_once` together at most. Where launching a piece takes longer than running it, a
+    longer one costs nothing, and is taken however long that is. Reads some, which warms up.
     """
     for lengths in WARM_LENGTHS:
         _read(target, draft, *(min(length, longest) for length in lengths))
     piece = LEAST_PIECE
+    before = _seconds_of(target, draft, piece, longest)
     while piece < at_once:
-        more = [min(2 * piece, longest)] * max(2 * piece // longest, 1)
-        # what is compiled for it takes no part
-        _read(target, draft, *more)
-        if _read(target, draft, *more) > STALL_SECONDS:
+        seconds = _seconds_of(target, draft, 2 * piece, longest)
+        if seconds > max(STALL_SECONDS, SLOWER * before):
             break
-        piece *= 2
+        piece, before = 2 * piece, seconds
     return piece
+
+
+def _seconds_of(target: HybridForCausalLM, draft: DraftModel, piece: int, longest: int) -> float:
+    """Seconds of reading `piece` tokens in prompts of up to `longest`."""
+    lengths = [min(piece, longest)] * max(piece // longest, 1)
+    # what is compiled for it takes no part
+    return min(_read(target, draft, *lengths) for _ in range(2))
 
 
 def _read(target: HybridForCausalLM, draft: DraftModel, *lengths: int) -> float:

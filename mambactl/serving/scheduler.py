@@ -13,7 +13,7 @@ from mambactl import console
 from mambactl.decode.kept_prompts import KeptPrompts
 from mambactl.decode.open_batch import OpenBatch, Written
 from mambactl.decode.prefill import CHUNK_TOKENS
-from mambactl.decode.prompt_reading import PromptReading, ReadPrompt
+from mambactl.decode.prompt_reading import PromptReading, ReadPrompt, Whole
 from mambactl.models.draft_head import DraftModel
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.serving.prometheus import ServerMetrics
@@ -37,6 +37,8 @@ class Decoding:
     # tokens of prompts between two steps, and where there are none
     piece: int
     at_once: int = CHUNK_TOKENS
+    # reads short prompts as CUDA graphs
+    whole: Whole | None = None
 
 
 @dataclass
@@ -243,8 +245,8 @@ class Scheduler:
         piece = self.decoding.piece
         if not self._rows:
             piece = min(PIECES_ALONE * piece, self.decoding.at_once)
-        target, draft = self.decoding.target, self.decoding.draft
-        return PromptReading(target, draft, prompts, start, piece)
+        made = self.decoding
+        return PromptReading(made.target, made.draft, prompts, start, piece, made.whole)
 
     def _join(self, job: Job, prompt: ReadPrompt) -> None:
         if job.cancelled:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mambactl.decode import prefix_files
 from mambactl.decode.backend import make_engine
-from mambactl.decode.gpu.prompt_reader import GRAPH_TOKENS
+from mambactl.decode.gpu.prompt_graphs import GRAPH_TOKENS
 from mambactl.decode.model_key import fingerprint, model_key
 from mambactl.decode.prefill import prefill
 from mambactl.decode.prefix_files import PrefixFolder

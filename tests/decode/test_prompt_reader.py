@@ -8,8 +8,10 @@ from decode.engines import NATIVE1, NATIVE2, ROTARY, fused, plain, prompts_of
 from decode.memory import poisoned
 
 from mambactl.decode import prefill as prefill_module
+from mambactl.decode.gpu import prompt_graphs
 from mambactl.decode.gpu.fused_engine import FusedEngine
-from mambactl.decode.gpu.prompt_reader import GRAPH_TOKENS, LENGTHS, Reader, graph_length
+from mambactl.decode.gpu.prompt_graphs import GRAPH_TOKENS, LENGTHS, graph_length
+from mambactl.decode.gpu.prompt_reader import Reader
 from mambactl.decode.gpu.session import Session
 from mambactl.decode.gpu.state import pack
 from mambactl.decode.prefill import prefill
@@ -151,8 +153,9 @@ def test_graphs_leave_what_eager_reading_leaves(model, ops, monkeypatch) -> None
                     found.append([last, *held(session, rows)])
                     assert_alike(found[-1], found[0], 1e-4)
                     assert_alike(found[-1], found[1], 0)
-            captured = {graph_length(n, batch, 2304) for n in around} - {None}
-            assert set(session.reader.graphs) == captured
+            most = session.reader.most
+            captured = {graph_length(n, batch, 2304, most) for n in around} - {None}
+            assert set(session.reader.graphs.graphs) == {(batch, length) for length in captured}
 
 
 @pytest.mark.gpu
@@ -162,7 +165,8 @@ def test_full_rows_have_the_tokens_of_rows_alone(model, ops, monkeypatch, length
     """As a graph, twice in pieces without padding, and after a graph that was made elsewhere."""
     monkeypatch.setattr(prefill_module, "CHUNK_TOKENS", 1024)
     # as of models that are no narrower than this
-    monkeypatch.setattr(prefill_module, "CHUNK_WIDTH", 1)
+    for module in (prefill_module, prompt_graphs):
+        monkeypatch.setattr(module, "CHUNK_WIDTH", 1)
     model = model.to("cuda")
     prompts, params = prompts_of([length] * 8, seed=6), SamplingParams(max_new_tokens=4)
     alone = FusedEngine(model, None, 0, ops(exact=True), share=False)

@@ -1,45 +1,23 @@
 """Reading prompts into the memory that a session decodes in; short ones as CUDA graphs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mambactl.decode.gpu.head_pass import PackedHead
+from mambactl.decode.gpu.prompt_graphs import PromptGraphs, graph_length, graph_tokens
 from mambactl.decode.gpu.state import ModelState, PackedModel
 from mambactl.decode.head_drafter import HeadReading
-from mambactl.decode.prefill import newest, pad, read_in_pieces
+from mambactl.decode.prefill import newest, read_in_pieces
 from mambactl.decode.shared_prefix import Prefixes
 from mambactl.models.cache import HybridCache
-
-# lengths that graphs are made for; a shorter prompt is padded, below twice its tokens
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
-# tokens of all rows up to which launching kernels takes longer than running them
-GRAPH_TOKENS = 4096
-
-
-def graph_length(longest: int, batch: int, capacity: int) -> int | None:
-    """Padded length for prompts of up to `longest` tokens; None if no graph pays or fits."""
-    most = min(GRAPH_TOKENS // batch, capacity)
-    return next((n for n in LENGTHS if longest <= n <= most), None)
-
-
-@dataclass
-class _Graph:
-    """A captured reading of rows padded to one length."""
-
-    graph: torch.cuda.CUDAGraph
-    tokens: Tensor  # [B, L]
-    n_new: Tensor  # [B]
-    last: Tensor  # [B, D]
 
 
 class Reader:
     """Reads the prompts of a batch through one model, into `state`.
 
-    Keys and values that are kept for every token are written where decoding reads them. A length
-    is captured when it comes for the second time.
+    Keys and values that are kept for every token are written where decoding reads them.
     """
 
     def __init__(
@@ -54,10 +32,10 @@ class Reader:
         """Let a draft head read `along`, into a state of its own."""
         self.along = along
         self.weights, self.state, self.batch = weights, state, batch
-        self.prefixes, self.pool = prefixes, pool
+        self.prefixes = prefixes
         self.device = weights.table.device
-        self.graphs: dict[int, _Graph] = {}
-        self.met: set[int] = set()
+        self.most = graph_tokens(weights.table.shape[1])
+        self.graphs = PromptGraphs(self._at_once, self.device, pool)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts, which may be empty; returns the stream [B, D] behind each last token.
@@ -68,23 +46,13 @@ class Reader:
         length = None
         before = self.prefixes is not None and self.prefixes.before_graphs
         if self.device.type == "cuda" and not before:
-            length = graph_length(max(map(len, rows)), self.batch, self.state.capacity)
+            longest = max(map(len, rows))
+            length = graph_length(longest, self.batch, self.state.capacity, self.most)
         if length is None:
             # shared here alone: where there is a graph, it is faster than two passes
             prefix = None if self.prefixes is None else self.prefixes.of(prompts)
             return self._in_pieces(rows, prefix)
-        tokens, n_new = pad(rows, "cpu", least=length), torch.tensor([len(row) for row in rows])
-        if length not in self.met:
-            self.met.add(length)
-            # padded too, so that a graph changes no bit
-            return self._at_once(tokens.to(self.device), n_new.to(self.device))
-        if length not in self.graphs:
-            self.graphs[length] = self._capture(length)
-        graph = self.graphs[length]
-        graph.tokens.copy_(tokens)
-        graph.n_new.copy_(n_new)
-        graph.graph.replay()
-        return graph.last
+        return self.graphs.read(rows, length)
 
     def _in_pieces(self, rows: Sequence[Sequence[int]], prefix: HybridCache | None) -> Tensor:
         cache = self._cache(prefix)
@@ -134,14 +102,3 @@ class Reader:
             along(tokens, stream, n_new)
         self._load(cache, along)
         return newest(stream, n_new)
-
-    def _capture(self, length: int) -> _Graph:
-        tokens = torch.zeros(self.batch, length, dtype=torch.long, device=self.device)
-        n_new = torch.zeros(self.batch, dtype=torch.long, device=self.device)
-        graph = torch.cuda.CUDAGraph()
-        # a thread's first product makes a handle, which a capture does not allow
-        torch.cuda.current_blas_handle()
-        # what is launched was compiled when the length came for the first time
-        with torch.cuda.graph(graph, pool=self.pool):
-            last = self._at_once(tokens, n_new)
-        return _Graph(graph, tokens, n_new, last)
