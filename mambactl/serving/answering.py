@@ -91,8 +91,7 @@ class Answering:
                 yield Part(index, piece)
             if arrived.failure is not None:
                 raise arrived.failure
-            if self.body.stream:
-                pause = self.service.pace()
+            pause = self.service.pace()
 
     def _last(self, index: int, piece: Piece, tools: ToolText) -> Part:
         # the row may go on behind a stop text

@@ -102,6 +102,6 @@ class Service:
         return jobs
 
     def pace(self) -> float:
-        """Seconds that a stream waits before its next piece."""
+        """Seconds in which the tokens of an answer gather before its next piece."""
         running = self.ready().decoding.batch.running
         return PACE * running if running > 1 else 0.0

@@ -158,11 +158,28 @@ def test_rows_come_and_go(target, fused, piece) -> None:
     assert 0 <= accepted - sum(each.stats.accepted for each in alone) <= 3 * len(PROMPTS)
 
 
-def read_whole(target, head, prompts, start, piece):
+def test_rows_read_together_join_together(target) -> None:
+    head, params = head_for(target), SamplingParams(max_new_tokens=24)
+    batch = FusedEngine(target, head, 3, CpuOps(False)).open(3, 64, ())
+    alone = [Engine(target, HeadDrafter(head), 3).generate([p], params) for p in PROMPTS]
+    rows = [(row, RowRequest(params, key=0)) for row in range(len(PROMPTS))]
+    batch.join_all(rows, reading_of(target, head, PROMPTS, None, 7).rows())
+    found: dict[int, list[int]] = {row: [] for row, _ in rows}
+    while batch.running:
+        for written in batch.step():
+            found[written.row] += written.tokens
+    assert list(found.values()) == [each.tokens[0] for each in alone]
+
+
+def reading_of(target, head, prompts, start, piece):
     reading = PromptReading(target, head, prompts, start, piece)
     while not reading.read():
         pass
-    return reading.results()
+    return reading
+
+
+def read_whole(target, head, prompts, start, piece):
+    return reading_of(target, head, prompts, start, piece).results()
 
 
 @pytest.mark.one_in(2)
