@@ -33,6 +33,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 TRAINING = ("--data", "text.jsonl", "--max-steps", "1", "--device", "cpu")
 
 
+# what a dry run finds, too, beside inputs
+FOUND_EARLY = [("convert", "teacher", "-o", out) for out in ("link", "s", "folder", "text.jsonl")]
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -66,6 +70,9 @@ def test_refused_with_code_5_and_nothing_changes(cli, place, command, message) -
     assert message.format(place) in done.err and "hint: " in done.err
     assert "Traceback" not in done.err
     assert tree(place) == before
+    if command in FOUND_EARLY:
+        planned = cli(*command, "--force", "--dry-run")
+        assert planned.code == 5 and message.format(place) in planned.err
 
 
 def test_resume_publishes_what_is_complete_and_force_says_what_it_discards(
@@ -81,6 +88,8 @@ def test_resume_publishes_what_is_complete_and_force_says_what_it_discards(
     with monkeypatch.context() as patch:
         patch.setattr(WorkFolder, "publish", dies)
         assert cli(*command, "--force").code == 1
+    begun = cli("convert", str(tiny_llama_dir), "-o", "t.st", "--dry-run")
+    assert begun.code == 5 and "holds a finished run that is not published" in begun.err
     assert (tmp_path / "t.st").read_bytes() == older
     assert cli(*command, "--ratio", "0.25", "--resume").code == 5
     done = cli(*command, "--resume")
