@@ -231,9 +231,10 @@ def _call(
     others: Sequence[str] = (),
 ) -> None:
     # the help needs nothing of checkpoints
-    from mambactl.cli.preflight import LOADING, announce, require_found
+    from mambactl.cli.preflight import LOADING, announce, require_found, require_known
 
     with console.guarded_stdout(), heartbeat(command.name):
+        require_known(command, config, source)
         require_found(config, [source, *others] if command.reads_model else [])
     spread = config if isinstance(config, LaunchConfig) and config.is_launched else None
     if launched():

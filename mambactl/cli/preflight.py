@@ -7,9 +7,11 @@ from functools import cache
 from mambactl import console
 from mambactl.checkpoint.opening import require_container
 from mambactl.checkpoint.resolve import called_teacher, require_named, resolve
+from mambactl.commands import Command
 from mambactl.data.row_files import require_prompts, require_there
 from mambactl.errors import ModelError
 from mambactl.options import StageConfig
+from mambactl.speed.shape_table import require_shapes
 
 # of what every stage imports, the part that takes seconds
 HEAVY = "torch"
@@ -38,6 +40,11 @@ def require_found(config: StageConfig, sources: Sequence[str | None]) -> None:
         require_there(spec)
     if prompts := getattr(config, "prompts", None):
         require_prompts(prompts)
+
+
+def require_known(command: Command, config: StageConfig, source: str | None) -> None:
+    """Raise UsageError for a synthetic model that nobody knows, which MODEL or options name."""
+    require_shapes([*config.shapes, *([source] if source and command.model == "shape" else [])])
 
 
 def require_models(sources: Sequence[str | None]) -> None:

@@ -77,7 +77,6 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict memory by use, tokens a second, hours and disk of a recipe's training.
-
     The exit code is 6 if a section does not fit as it is.
 
     \b
