@@ -91,7 +91,7 @@ def _load(
             f"{spec} runs code of its own, which the decode engine cannot drive",
             hint="bench a checkpoint that loads without --trust-remote-code",
         )
-    return for_decoding(model, config.weights)
+    return for_decoding(model, config.weights, spec)
 
 
 def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch.dtype) -> Source:
@@ -133,7 +133,7 @@ def _build(
     seed: int,
     successor: Tensor,
 ) -> HybridForCausalLM:
-    return for_decoding(build(name, device, dtype, seed, successor), config.weights)
+    return for_decoding(build(name, device, dtype, seed, successor), config.weights, name)
 
 
 def about_checkpoint(spec: str) -> JsonObject:

@@ -81,6 +81,12 @@ def test_sizes_are_those_that_were_published(name: str, published: int) -> None:
     assert plan(SyntheticConfig(), name)["parameters"] == published
 
 
+def test_kernels_that_a_cpu_has_not_are_named(cli, monkeypatch) -> None:
+    monkeypatch.setenv("MAMBACTL_KERNELS", "mamba-ssm")
+    done = cli("synthetic", "tiny", "--device", "cpu", "-o", "t.st", "--dry-run", "-q")
+    assert "warning: MAMBACTL_KERNELS=mamba-ssm changes nothing on a CPU" in done.err
+
+
 def test_a_tied_head_is_stored_once(monkeypatch, tmp_path: Path) -> None:
     shape = LlamaShape(64, 2, (4, 2), 128, 512, tied=True)
     monkeypatch.setitem(TABLE, "tied", shape)
