@@ -86,9 +86,11 @@ def run(
         # what cannot be done is said before the data is read
         plan_phases(config, ours, theirs, _ranking(source))
     tokenizer = job.tokenizer()
-    rows = training_rows(job, tokenizer)
-    job = with_steps(job, len(rows))
-    config = of_kind(DistillConfig, job.config)
+    rows: list[Row] = []
+    if config.needs_answers:
+        rows = training_rows(job, tokenizer)
+        job = with_steps(job, len(rows))
+        config = of_kind(DistillConfig, job.config)
     planned = plan_phases(config, ours, theirs, _ranking(source))
     _warn_of_stages_without_steps(config)
     held_out, probes = held_out_rows(job, tokenizer), watched_probes(config, tokenizer)

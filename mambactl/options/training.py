@@ -240,6 +240,12 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
         return max(1, len({*self.random_window}))
 
     @property
+    def needs_answers(self) -> bool:
+        """True unless the student writes every row, and prompts are all that data is for."""
+        whole = self.rows_written(self.batch_size) == self.batch_size
+        return self.stages != [ON_POLICY] or not whole or self.epochs is not None
+
+    @property
     def parameter_bytes(self) -> int:
         """Bytes of a GPU per parameter of the model; see `SpreadConfig`."""
         if self.capture or ON_POLICY in self.stages:
