@@ -75,6 +75,16 @@ def test_refused_with_code_5_and_nothing_changes(cli, place, command, message) -
         assert planned.code == 5 and message.format(place) in planned.err
 
 
+def test_a_dry_run_finds_a_run_that_was_begun(cli, place) -> None:
+    work = WorkFolder(place / "new", {"stage": "distill"})
+    work.path.mkdir()
+    work.begin(False)
+    (work.path / "state.pt").touch()
+    done = cli("distill", "s", *TRAINING, "-o", "new", "--dry-run")
+    assert done.code == 5 and "new.partial holds an unfinished run" in done.err
+    assert cli("distill", "s", *TRAINING, "-o", "new", "--dry-run", "--force").code == 0
+
+
 def test_resume_publishes_what_is_complete_and_force_says_what_it_discards(
     cli, tiny_llama_dir, tmp_path, monkeypatch
 ) -> None:
@@ -88,8 +98,6 @@ def test_resume_publishes_what_is_complete_and_force_says_what_it_discards(
     with monkeypatch.context() as patch:
         patch.setattr(WorkFolder, "publish", dies)
         assert cli(*command, "--force").code == 1
-    begun = cli("convert", str(tiny_llama_dir), "-o", "t.st", "--dry-run")
-    assert begun.code == 5 and "holds a finished run that is not published" in begun.err
     assert (tmp_path / "t.st").read_bytes() == older
     assert cli(*command, "--ratio", "0.25", "--resume").code == 5
     done = cli(*command, "--resume")
