@@ -3,6 +3,7 @@
 The codes are part of the command-line contract and never change meaning.
 """
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 
@@ -39,9 +40,13 @@ EXIT_CODES = {
 
 
 class MambactlError(Exception):
-    """Base of all expected failures; `hint` says what to do, often a command to run."""
+    """Base of all expected failures; `hint` says what to do, often a command to run.
+
+    `made` is what was made before and would be lost, for the error object of `--json`.
+    """
 
     code = ExitCode.BUG
+    made: Mapping[str, object] = {}
 
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message)

@@ -308,6 +308,7 @@ ATTENTION = {
     *("train/drawn_windows.py", "train/loop.py"),
     *("checkpoint", "commands", "conversion", "evaluation", "export", "options"),
     *("models/cache_bytes.py", "models/session_size.py", "speed/shapes.py"),
+    "speed/shape_table.py",
 }
 MEANINGS = {
     "place": set(),

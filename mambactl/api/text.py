@@ -143,7 +143,7 @@ def load(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     loaded = load_model(source, where, kind, trust_remote_code)
     if weights != "auto":
-        loaded = for_decoding(loaded, weights)
+        loaded = for_decoding(loaded, weights, source)
     return Model(source, loaded, tokenizer, load_lineage(source), dtype == "auto", weights)
 
 
@@ -316,7 +316,7 @@ def _beside(draft: Model | Spec, handle: Model) -> Draft:
     if not isinstance(draft, Model):
         spec = spec_of(draft)
         if not is_draft_head(spec):
-            return for_decoding(load_model(spec, target.device, target.dtype), weights)
+            return for_decoding(load_model(spec, target.device, target.dtype), weights, spec)
         if weights != "auto":
             raise UsageError(
                 f"a draft head knows its target by the stored weights, not by those in {weights}",

@@ -117,6 +117,15 @@ class PartialFolder:
             return False
         return bool(found.get(REPLACES))
 
+    def refuse_begun(self) -> None:
+        """Raise OutputError where a run lies that could be resumed."""
+        if not self.disposable:
+            state = "a finished run that is not published" if self.complete else "an unfinished run"
+            raise OutputError(
+                f"{self.path} holds {state}",
+                "continue it with --resume, or start again with --force",
+            )
+
     def say_what_is_discarded(self) -> None:
         """Name the run whose work `wipe` would delete, if there is one."""
         if not self.disposable:

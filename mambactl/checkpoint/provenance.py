@@ -5,7 +5,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from mambactl.checkpoint.ownership import inputs_of, own_lineage, require_apart
+from mambactl.checkpoint.ownership import (
+    inputs_of,
+    own_lineage,
+    require_apart,
+    require_replaceable,
+)
 from mambactl.checkpoint.publishing import WorkFolder, settle
 from mambactl.commands import Command
 from mambactl.errors import ModelError, OutputError
@@ -110,9 +115,11 @@ def made_before(
     writes = is_main() and not dry_run
     if writes:
         settle(out)
+    work = WorkFolder(out, {})
+    if dry_run:
+        _require_usable(work, resume, force)
     if force:
         return None
-    work = WorkFolder(out, {})
     complete = resume and work.complete
     if not complete and (not os.path.lexists(work.out) or (resume and work.goes_on)):
         return None
@@ -130,6 +137,15 @@ def made_before(
             if work.complete:
                 work.publish()
     return found
+
+
+def _require_usable(work: WorkFolder, resume: bool, force: bool) -> None:
+    """Raise OutputError for what the command itself would not replace, or not go on from."""
+    work.require_free()
+    if force:
+        require_replaceable(work.out, force)
+    elif not resume:
+        work.refuse_begun()
 
 
 def _changes(found: AnyObject, command: Command, config: StageConfig, source: str) -> list[str]:

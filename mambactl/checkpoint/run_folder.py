@@ -84,11 +84,7 @@ class RunFolder(WorkFolder):
         if force or self.disposable:
             return
         if not resume:
-            state = "a finished run that is not published" if self.complete else "an unfinished run"
-            raise OutputError(
-                f"{self.path} holds {state}",
-                "continue it with --resume, or start again with --force",
-            )
+            self.refuse_begun()
         before = self.read_mark()
         if before is None:
             raise OutputError(f"{self.path} is no run of this stage", "start again with --force")

@@ -231,10 +231,11 @@ def _call(
     others: Sequence[str] = (),
 ) -> None:
     # the help needs nothing of checkpoints
-    from mambactl.cli.preflight import LOADING, announce, require_found
+    from mambactl.cli import preflight
 
     with console.guarded_stdout(), heartbeat(command.name):
-        require_found(config, [source, *others] if command.reads_model else [])
+        preflight.require_known(command, config, source)
+        preflight.require_found(config, [source, *others] if command.reads_model else [])
     spread = config if isinstance(config, LaunchConfig) and config.is_launched else None
     if launched():
         spread = None
@@ -248,9 +249,10 @@ def _call(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with console.guarded_stdout(texts=not shared.json), heartbeat(command.name):
-        announce()
-        with console.doing(LOADING):
+        preflight.announce()
+        with console.doing(preflight.LOADING):
             module = import_module(command.module)
+        preflight.warn_of_unused_kernels(config)
         call = module.plan if shared.dry_run else module.run
         if others or getattr(config, "report", None):
             compare = import_module("mambactl.report.compare")

@@ -214,7 +214,8 @@ def _report(
     if launched() and not _heard(error, code, message, hint, trace):
         return int(code)
     if "--json" in arguments and PLAIN_ERRORS not in os.environ:
-        lines = [json.dumps({"error": message, "hint": hint, "code": int(code)})]
+        made = getattr(error, "made", {})
+        lines = [json.dumps({"error": message, "hint": hint, "code": int(code), **made})]
     else:
         lines = [f"error: {message}"] + ([f"hint: {hint}"] if hint else [])
     sys.stderr.write(printable("\n".join(lines)) + "\n")

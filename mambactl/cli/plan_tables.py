@@ -10,6 +10,8 @@ from mambactl.units import decimal_size, duration
 # characters of a value beyond which a table is no help
 LONGEST = 400
 MOST_COLUMNS = 6
+# numbers that count nothing
+NAMES = ("port", "seed")
 
 
 def show_plan(stage: str, plan: Mapping[str, object]) -> None:
@@ -80,7 +82,7 @@ def _text(name: str, value: object) -> str:
         return decimal_size(value) if isinstance(value, int) else str(value)
     if name.endswith("seconds") and isinstance(value, int | float):
         return duration(value)
-    if isinstance(value, int):
+    if isinstance(value, int) and name not in NAMES:
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -7,9 +7,12 @@ from functools import cache
 from mambactl import console
 from mambactl.checkpoint.opening import require_container
 from mambactl.checkpoint.resolve import called_teacher, require_named, resolve
+from mambactl.commands import Command
 from mambactl.data.row_files import require_prompts, require_there
 from mambactl.errors import ModelError
+from mambactl.kernels.switch import FORCED, SWITCH, forced, switch
 from mambactl.options import StageConfig
+from mambactl.speed.shape_table import require_shapes
 
 # of what every stage imports, the part that takes seconds
 HEAVY = "torch"
@@ -38,6 +41,20 @@ def require_found(config: StageConfig, sources: Sequence[str | None]) -> None:
         require_there(spec)
     if prompts := getattr(config, "prompts", None):
         require_prompts(prompts)
+
+
+def require_known(command: Command, config: StageConfig, source: str | None) -> None:
+    """Raise UsageError for an unknown synthetic model, or another word in MAMBACTL_KERNELS."""
+    switch()
+    require_shapes([*config.shapes, *([source] if source and command.model == "shape" else [])])
+
+
+def warn_of_unused_kernels(config: StageConfig) -> None:
+    """Warn where MAMBACTL_KERNELS asks for what the device has not; torch is loaded already."""
+    import torch
+
+    if forced() and (config.device == "cpu" or not torch.cuda.is_available()):
+        console.warn(f"{SWITCH}={FORCED} changes nothing on a CPU, where the reference computes")
 
 
 def require_models(sources: Sequence[str | None]) -> None:

@@ -12,7 +12,7 @@ from mambactl import console
 from mambactl.cli import suggestions
 from mambactl.cli.help import GroupedCommand, GroupedGroup
 from mambactl.cli.parameters import DryRun, Force, Json, Quiet, Resume, Settings, Verbose
-from mambactl.errors import UsageError
+from mambactl.errors import ExitCode, UsageError
 
 app = typer.Typer(help="Whole pipelines as YAML files.", cls=GroupedGroup)
 
@@ -77,6 +77,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict memory by use, tokens a second, hours and disk of a recipe's training.
+    The exit code is 6 if a section does not fit as it is.
 
     \b
     Examples:
@@ -90,10 +91,12 @@ def plan(
     planned, unknown = plan_of(recipe, machine)
     if as_json:
         console.write_json(as_metrics(recipe, planned, unknown, machine))
-        return
-    console.write_out(console.drawn(table_of(recipe, planned, machine)))
-    for line in remarks(recipe, planned, unknown, machine):
-        console.log(line)
+    else:
+        console.write_out(console.drawn(table_of(recipe, planned, machine)))
+        for line in remarks(recipe, planned, unknown, machine):
+            console.log(line)
+    if any(each.remedies != () for each in planned):
+        raise typer.Exit(ExitCode.RESOURCE)
 
 
 @app.command("schema", cls=GroupedCommand)

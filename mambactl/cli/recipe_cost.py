@@ -106,7 +106,9 @@ def shown_hours(hours: float | None) -> str:
     """Hours for a table."""
     if hours is None:
         return "?"
-    return "" if hours == 0 else f"{hours:,.0f}" if hours >= 10 else f"{max(hours, 0.1):.1f}"
+    if hours == 0:
+        return ""
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.05 else "< 0.1"
 
 
 def shown_bytes(count: int | None) -> str:

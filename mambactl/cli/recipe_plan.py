@@ -52,10 +52,14 @@ class Gpus:
 
 @dataclass(frozen=True)
 class Remedy:
-    """An option that saves memory: how it is typed, and the configuration with it, if any."""
+    """An option that saves memory: how it is typed, and the configuration with it, if any.
+
+    `changes`: the result is another one with it.
+    """
 
     flag: Callable[[TrainConfig], str]
     apply: Callable[[TrainConfig], TrainConfig | None]
+    changes: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Planned:
     """One training section: its phases as it would run, and options that make it fit.
 
     `sharded`: its GPUs share the weights. `remedies` is None where nothing makes it fit, and empty
-    where it fits as it is; `enough` is then a number of GPUs that hold it, if there is one.
+    where it fits as it is; `enough` is a number of GPUs that hold it with options that change no
+    result, where it needs more than it has.
     """
 
     key: str
@@ -113,15 +118,20 @@ def _planned(section: Section, config: TrainConfig, start: Start, gpus: Gpus) ->
         subject = Subject(sizes, start.ratio, guide if asked is None else asked)
         return _spread(options, subject, Gpus(count, gpus.memory))
 
-    def remedies_for(count: int) -> tuple[tuple[str, ...] | None, int | None]:
-        return _remedies(config, lambda options: list(of(options, count)[1].values()), gpus)
+    def remedies_for(
+        count: int, among: Sequence[Remedy]
+    ) -> tuple[tuple[str, ...] | None, int | None]:
+        return _remedies(config, lambda options: list(of(options, count)[1].values()), gpus, among)
 
     sharded, phases = of(config, count)
-    remedies, fitting = remedies_for(count)
+    remedies, fitting = remedies_for(count, HARMLESS)
     enough = None
-    if remedies is None and _can_share(config):
-        more = (each for each in MORE_GPUS if each > count)
-        enough = next((each for each in more if remedies_for(each)[0] is not None), None)
+    if remedies is None:
+        if _can_share(config):
+            more = (each for each in MORE_GPUS if each > count)
+            holds = (each for each in more if remedies_for(each, HARMLESS)[0] is not None)
+            enough = next(holds, None)
+        remedies, fitting = remedies_for(count, REMEDIES)
     # a token of every GPU at a time
     speeds = {
         phase: count * rate(sizes.parameters) / each.operations for phase, each in phases.items()
@@ -163,11 +173,17 @@ def _can_share(config: TrainConfig) -> bool:
 
 
 def _remedies(
-    config: TrainConfig, of: Callable[[TrainConfig], list[Needs]], gpus: Gpus
+    config: TrainConfig,
+    of: Callable[[TrainConfig], list[Needs]],
+    gpus: Gpus,
+    among: Sequence[Remedy],
 ) -> tuple[tuple[str, ...] | None, int | None]:
-    """The fewest options with which a section fits, and the bytes it takes with them."""
-    for number in range(len(REMEDIES) + 1):
-        for chosen in combinations(REMEDIES, number):
+    """The fewest options `among` some with which a section fits, and the bytes it takes with them.
+
+    None where nothing makes it fit.
+    """
+    for number in range(len(among) + 1):
+        for chosen in combinations(among, number):
             flags, changed = [], config
             for remedy in chosen:
                 flags.append(remedy.flag(changed))
@@ -236,8 +252,10 @@ REMEDIES = (
     Remedy(
         lambda config: "--lora 16" if isinstance(config, SftConfig) else "--rest-lr 0",
         _less_trained,
+        changes=True,
     ),
 )
+HARMLESS = tuple(remedy for remedy in REMEDIES if not remedy.changes)
 
 
 def table_of(recipe: Recipe, planned: Sequence[Planned], gpus: Gpus) -> Table:
@@ -286,10 +304,9 @@ def remarks(
                 + (f"try --gpus {each.enough}" if each.enough else "it needs larger GPUs")
             )
         elif each.remedies:
-            yield (
-                f"{each.key} does not fit: {most / 1e9:,.1f} GB; "
-                f"with {' '.join(each.remedies)} it takes {(each.fitting or 0) / 1e9:,.1f} GB"
-            )
+            taken = f"{' '.join(each.remedies)} it takes {(each.fitting or 0) / 1e9:,.1f} GB"
+            more = f"try --gpus {each.enough}, or with less that trains, " if each.enough else ""
+            yield f"{each.key} does not fit: {most / 1e9:,.1f} GB; {more}with {taken}"
         if each.gpus < gpus.count:
             yield f"{each.key} runs on one GPU"
     for key in unknown:
@@ -302,6 +319,8 @@ def remarks(
         )
     if not planned and not unknown:
         yield f"nothing in {recipe.name} trains"
+    elif cost_of(recipe).needs_gpu is False:
+        yield f"{recipe.name} is made for a CPU and needs no GPU; what is planned is a run on GPUs"
     if disk := shown_bytes(cost_of(recipe).disk):
         yield f"disk for all checkpoints and one state: {disk}"
 
@@ -323,6 +342,7 @@ def as_metrics(
                 "fits": each.remedies == (),
                 "options": None if each.remedies is None else list(each.remedies),
                 "bytes_with_options": each.fitting,
+                "gpus_that_hold_it": each.enough,
                 "phases": [
                     {
                         "phase": phase or each.key,

@@ -20,6 +20,7 @@ from mambactl.speed import bench_tables, candidates
 from mambactl.speed.candidates import Source
 from mambactl.speed.conditions import conditions, measured_again
 from mambactl.speed.memory import release
+from mambactl.speed.shape_table import require_shapes
 from mambactl.speed.shapes import SHAPES
 from mambactl.speed.speculation import speculation
 from mambactl.speed.subject import Grid, Subject
@@ -113,7 +114,7 @@ def _prepare(config: BenchConfig, source: str | None) -> str | None:
     """Refuse what contradicts itself; returns the baseline."""
     config.require_coherent()
     if source is None:
-        candidates.require_shapes(config)
+        require_shapes(config.shapes)
         if config.baseline is not None:
             for name in config.synthetic:
                 llama_shape(SHAPES[name](), name)

@@ -31,7 +31,11 @@ def run(config: ChatConfig, source: str) -> StageResult:
             console.log(GREETING)
             _talk(chat, typed_lines(session), descriptor)
         else:
-            _answer_lines(chat, descriptor)
+            try:
+                _answer_lines(chat, descriptor)
+            except MambactlError as error:
+                error.made = {"answers": [answer.text for answer in chat.answers]}
+                raise
         said = chat.total()
         metrics = said.as_dict() | {
             "answers": [answer.text for answer in chat.answers],

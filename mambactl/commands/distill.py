@@ -26,6 +26,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig
 from mambactl.options.on_policy import STAGE as ON_POLICY
+from mambactl.options.phase_steps import without_steps
 from mambactl.present import of_kind, present
 from mambactl.ranks import join, sharded
 from mambactl.stage_result import StageResult
@@ -85,10 +86,13 @@ def run(
         # what cannot be done is said before the data is read
         plan_phases(config, ours, theirs, _ranking(source))
     tokenizer = job.tokenizer()
-    rows = training_rows(job, tokenizer)
-    job = with_steps(job, len(rows))
-    config = of_kind(DistillConfig, job.config)
+    rows: list[Row] = []
+    if config.needs_answers:
+        rows = training_rows(job, tokenizer)
+        job = with_steps(job, len(rows))
+        config = of_kind(DistillConfig, job.config)
     planned = plan_phases(config, ours, theirs, _ranking(source))
+    _warn_of_stages_without_steps(config)
     held_out, probes = held_out_rows(job, tokenizer), watched_probes(config, tokenizer)
     prompts = drawn_prompts(job, config, tokenizer, planned)
     models = _models(job, config, planned, needs_teacher=bool(held_out or probes))
@@ -143,6 +147,7 @@ def plan(config: DistillConfig, source: str) -> JsonObject:
     job = _counted(job)
     config = of_kind(DistillConfig, job.config)
     planned = plan_phases(config, ours, theirs, _ranking(source))
+    _warn_of_stages_without_steps(config)
     predicted = estimate(job, ours, theirs, planned)
     model = shapes_of(ours)
     per_step = job.global_batch * config.max_length
@@ -153,6 +158,14 @@ def plan(config: DistillConfig, source: str) -> JsonObject:
         for plan in planned
     ]
     return found | {"phases": phases, "predicted": Estimate.of_all(predicted)}
+
+
+def _warn_of_stages_without_steps(config: DistillConfig) -> None:
+    for name in without_steps(config):
+        console.warn(
+            f"{name} is left out: {config.max_steps} steps are too few for "
+            f"{', '.join(config.stages)}; raise --max-steps, or name its steps"
+        )
 
 
 def _writing(config: DistillConfig) -> dict[str, int | str]:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from mambactl.errors import UsageError
+from mambactl.kernels.switch import FORCED, SWITCH, switch
 from mambactl.options.reading import DoctorConfig
 from mambactl.ranks import NO_MPS
 from mambactl.requirements import EXTRAS, installed, outside
@@ -52,7 +54,7 @@ def run(options: DoctorConfig) -> StageResult:
         (name, f"{number}, {wrong[name]}" if name in wrong else number)
         for name, number in packages.items()
     ]
-    about += devices.items()
+    about += [*devices.items(), *_switches()]
     extras = [(name, *_state(name, found)) for name, found in optional.items()]
     blocks: list[str | Table] = [Table("machine", ("what", "value"), about)]
     if options.deep:
@@ -63,6 +65,16 @@ def run(options: DoctorConfig) -> StageResult:
     if not options.deep:
         blocks.append("mambactl doctor --deep loads torch and says which kernels are live")
     return StageResult(None, found, blocks=tuple(blocks))
+
+
+def _switches() -> list[tuple[str, str]]:
+    """MAMBACTL_KERNELS where it is set, and what it does here."""
+    try:
+        value = switch()
+    except UsageError as error:
+        return [(SWITCH, f"{error}: {error.hint}")]
+    needs_gpu = "; on a CPU it changes nothing" if value == FORCED else ""
+    return [(SWITCH, value + needs_gpu)] if value else []
 
 
 def _state(name: str, found: str | None) -> tuple[str, str]:

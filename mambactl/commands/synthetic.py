@@ -27,7 +27,8 @@ from mambactl.json_values import JsonObject
 from mambactl.models.config import HybridConfig
 from mambactl.options.measurement import SyntheticConfig
 from mambactl.ranks import placement
-from mambactl.speed.shapes import SHAPES, additions, fill, require_shape
+from mambactl.speed.shape_table import TABLE, require_shapes
+from mambactl.speed.shapes import additions, config_of, fill
 from mambactl.stage_result import StageResult
 
 # tensors that are made at once: with one being written, less than a shard of a large model
@@ -60,12 +61,13 @@ def plan(config: SyntheticConfig, name: str) -> JsonObject:
 
 
 def _work(config: SyntheticConfig, name: str) -> "_Work":
-    require_shape(name)
+    require_shapes([name])
     # it computes on the CPU, yet a missing device is an error everywhere
     placement(config)
     folder = embedded.fetch()
     known = read_config(folder)
-    target = SHAPES[name]()
+    target = config_of(TABLE[name])
+    target.tie_word_embeddings = TABLE[name].tied
     tokens = known["vocab_size"]
     if target.vocab_size < tokens:
         console.log(
@@ -94,9 +96,11 @@ class _Work:
     @property
     def shapes(self) -> dict[str, tuple[Shape, torch.dtype]]:
         """Shape and type of every tensor."""
+        left_out = HEAD if self.target.tie_word_embeddings else None
         return {
             name: (tuple(tensor.shape), stored_dtype(name, self.dtype))
             for name, tensor in empty_model(self.target).state_dict().items()
+            if name != left_out
         }
 
     @property

@@ -19,6 +19,10 @@ POOL = 4
 CHARACTERS_PER_TOKEN = 4
 
 
+# takes the columns of a row that are read
+Form = Callable[[Reading], Row]
+
+
 class Document(Row):
     """A checked row; `where` names its file and row, `part` numbers the data set it came from.
 
@@ -37,7 +41,7 @@ def load_rows(
     used_rows: int | None = None,
     used_tokens: int | None = None,
     bad: BadRows | None = None,
-    form: Callable[[Reading], Row] = document_of,
+    form: Form = document_of,
 ) -> list[Document]:
     """Read and check every data set of `specs`, taking rows from them round-robin.
 
@@ -53,9 +57,11 @@ def load_rows(
 
 
 @console.doing("counting rows of data")
-def count_rows(specs: Sequence[str], max_samples: int | None = None) -> int | None:
+def count_rows(
+    specs: Sequence[str], max_samples: int | None = None, form: Form = document_of
+) -> int | None:
     """Check files and count their rows; None where a set lies on the hub, which is not asked."""
-    found = sum(1 for _ in _documents(specs, max_samples, used_rows=0, unread=None))
+    found = sum(1 for _ in _documents(specs, max_samples, used_rows=0, unread=None, form=form))
     streamed = [hub_parts(spec) for spec in specs if is_on_hub(spec)]
     return None if streamed else found
 
@@ -67,7 +73,7 @@ def _documents(
     used_tokens: int | None = None,
     bad: BadRows | None = None,
     unread: Unread | None = None,
-    form: Callable[[Reading], Row] = document_of,
+    form: Form = document_of,
 ) -> Iterator[Document]:
     if not specs:
         raise UsageError("no data given", f"pass --data FILE with {EXPECTED} per row")
@@ -112,7 +118,7 @@ def _checked(
     part: int,
     bad: BadRows | None,
     unread: Unread | None,
-    form: Callable[[Reading], Row],
+    form: Form,
 ) -> Iterator[Document]:
     found = False
     for where, row, file in read_rows(spec, bad):

@@ -146,6 +146,13 @@ class LearnedChoice(Choice):
         self.lost = 0.0
         self._decide()
 
+    @property
+    def reason(self) -> str:
+        """Sentence that explains the number of drafted tokens; empty if there was no choice."""
+        if self.k or self.lost <= LOST_STEPS:
+            return super().reason
+        return f"drafts nothing: drafting took {self.lost:.1f} plain steps more than it gave"
+
     def timed(self, drafted: int, seconds: float, gained: float) -> None:
         """Take note of the step just observed, which gave `gained` tokens a sequence."""
         self.times.add(drafted, seconds)

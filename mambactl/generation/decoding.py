@@ -119,10 +119,11 @@ def load_both(
     if draft not in (None, NGRAM) and is_draft_head(draft):
         # before the weights that it was made for are rounded
         head = load_head(draft, target, source)
-        return for_decoding(target, config.weights), tokenizer, head
-    target = for_decoding(target, config.weights)
+        return for_decoding(target, config.weights, source), tokenizer, head
+    target = for_decoding(target, config.weights, source)
     if draft not in (None, NGRAM):
-        draft = for_decoding(load_model(draft, device=device, dtype=dtype), config.weights)
+        model = load_model(draft, device=device, dtype=dtype)
+        draft = for_decoding(model, config.weights, draft)
     return target, tokenizer, draft
 
 

@@ -26,13 +26,11 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from mambactl import console
-from mambactl.errors import UsageError
 from mambactl.kernels import byte_matrix, mamba_ssm_calls, operators, reference
 from mambactl.kernels.mamba_ssm_calls import CONV, SCAN, SSD
 from mambactl.kernels.reference import Spans
+from mambactl.kernels.switch import FORCED, REFERENCE, SWITCH, forced, switch
 
-SWITCH = "MAMBACTL_KERNELS"
-AUTO, REFERENCE, FORCED = "auto", "reference", "mamba-ssm"
 LEAST_CAPABILITY = (8, 0)
 # of tensors that a fused kernel reads: no subclass with operations of its own, sharded ones say
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -254,26 +252,6 @@ def answer_while_tracing() -> None:
     """Let `torch.compile` ask what is installed once, when it traces, and not look inside."""
     for question in (triton_missing, package_has, forced):
         torch.compiler.assume_constant_result(question)
-
-
-def switch() -> str:
-    """Value of MAMBACTL_KERNELS: `REFERENCE`, `FORCED`, or "" where it is unset or `auto`.
-
-    Raises UsageError for another word.
-    """
-    value = os.environ.get(SWITCH, "").strip().lower()
-    value = "" if value == AUTO else value
-    if value not in ("", REFERENCE, FORCED):
-        raise UsageError(
-            f"{SWITCH}={value} is none of {AUTO}, {REFERENCE}, {FORCED}",
-            f"unset {SWITCH}, or use one",
-        )
-    return value
-
-
-def forced() -> bool:
-    """True if calls go to mamba-ssm and causal-conv1d wherever these can serve them."""
-    return switch() == FORCED
 
 
 def _disabled() -> str | None:

@@ -70,8 +70,10 @@ def require_weights(weights: StoredWeights, device: torch.device) -> None:
         )
 
 
-def for_decoding(model: HybridForCausalLM, weights: StoredWeights) -> HybridForCausalLM:
-    """Store the weights in place as `weights` asks, and return the model.
+def for_decoding(
+    model: HybridForCausalLM, weights: StoredWeights, name: str = ""
+) -> HybridForCausalLM:
+    """Store the weights in place as `weights` asks, and return the model, called `name`.
 
     A CPU reads no bytes: it keeps the rounded values in the type that they have.
     """
@@ -81,13 +83,17 @@ def for_decoding(model: HybridForCausalLM, weights: StoredWeights) -> HybridForC
         before = sum(parameter.nbytes for parameter in model.parameters())
         saved = store_in_bytes(model, weights)
         after = f"{decimal_size(saved)} of {decimal_size(before)} saved"
-        console.log(f"weights of linear layers in {weights}: {after}")
+        console.log(f"{_of(name)}weights of linear layers in {weights}: {after}")
     else:
         round_to_bytes(model, weights)
         kind = str(model.dtype).removeprefix("torch.")
         rounded = f"weights rounded to {weights}; a CPU keeps them in {kind}"
-        console.log(f"{rounded}, so no memory is saved")
+        console.log(f"{_of(name)}{rounded}, so no memory is saved")
     return model
+
+
+def _of(name: str) -> str:
+    return f"{name}: " if name else ""
 
 
 @torch.no_grad()

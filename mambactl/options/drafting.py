@@ -97,7 +97,7 @@ class DraftConfig(StepsConfig):
         shared = {name: getattr(self, name) for name in names}
         return DistillConfig(
             **shared,
-            stages=[ON_POLICY],
+            stages=[ON_POLICY] if self.text == "target" else ["logits"],
             compile=False,
             onpolicy_tokens=self.answer_tokens,
             onpolicy_temperature=self.answer_temperature,

@@ -205,6 +205,11 @@ class CommandConfig(BaseModel):
         """True if the command works on a checkpoint."""
         return not any(getattr(self, name) for name in self.without_model)
 
+    @property
+    def shapes(self) -> list[str]:
+        """Names of synthetic models that options ask for."""
+        return []
+
     def require_coherent(self) -> None:
         """Raise UsageError for options that exclude each other, whatever files and models hold."""
 

@@ -20,6 +20,8 @@ from mambactl.options.fields import (
 
 # the baseline that is no checkpoint: a Llama of the model's shape in transformers' own generate
 TRANSFORMERS = "transformers"
+# the draft of a synthetic model that is a head of random weights
+HEAD = "head"
 
 
 class BenchConfig(StageConfig):
@@ -81,6 +83,17 @@ class BenchConfig(StageConfig):
         """Options that name a model beside MODEL; a synthetic draft is none."""
         synthetic = {("draft", self.draft)} if not self.needs_model else set()
         return [each for each in super().other_models if each not in synthetic]
+
+    @property
+    def draft_shapes(self) -> list[str]:
+        """Name of the draft, if it is a synthetic model."""
+        named = self.draft is None or self.draft in {HEAD, *self.no_models}
+        return [] if named or self.needs_model else [str(self.draft)]
+
+    @property
+    def shapes(self) -> list[str]:
+        """Synthetic models, a draft among them."""
+        return [*self.synthetic, *self.draft_shapes]
 
     def require_coherent(self) -> None:
         """Raise UsageError for a training that is measured against something else than itself."""

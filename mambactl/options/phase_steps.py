@@ -58,6 +58,17 @@ def phase_steps(config: DistillConfig) -> dict[str, int]:
     return {name: steps[name] for name in order if steps[name]}
 
 
+def without_steps(config: DistillConfig) -> list[str]:
+    """Stages that get no step because there are too few, and not because they are to have none."""
+    asked: dict[str, float | None] = {
+        "align": config.align_share if config.align_steps is None else config.align_steps,
+        "stepwise": config.stepwise_steps,
+        ON_POLICY: config.onpolicy_steps,
+    }
+    steps = phase_steps(config)
+    return [name for name in config.stages if name not in steps and asked.get(name) != 0]
+
+
 def _require_onpolicy_steps(config: DistillConfig, order: Sequence[str]) -> None:
     """Raise UsageError for steps of on-policy distillation that are not a part of the run's."""
     if config.onpolicy_steps is None:

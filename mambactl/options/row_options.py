@@ -32,6 +32,11 @@ class RowsConfig(StageConfig):
         default=False, description="go on without rows that cannot be learned"
     )
 
+    @property
+    def needs_answers(self) -> bool:
+        """True if rows are learned, which a prompt alone cannot be."""
+        return True
+
     def require_coherent(self) -> None:
         """Raise UsageError for two lengths of one run."""
         if self.epochs is not None and "max_steps" in self.model_fields_set:

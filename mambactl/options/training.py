@@ -240,6 +240,12 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
         return max(1, len({*self.random_window}))
 
     @property
+    def needs_answers(self) -> bool:
+        """True unless the student writes every row, and prompts are all that data is for."""
+        whole = self.rows_written(self.batch_size) == self.batch_size
+        return self.stages != [ON_POLICY] or not whole or self.epochs is not None
+
+    @property
     def parameter_bytes(self) -> int:
         """Bytes of a GPU per parameter of the model; see `SpreadConfig`."""
         if self.capture or ON_POLICY in self.stages:
@@ -263,6 +269,7 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
     def require_coherent(self) -> None:
         """Raise UsageError for steps that no CUDA graph can hold, and for options without use."""
         super().require_coherent()
+        self._require_stages()
         if ON_POLICY in self.stages:
             self.require_room(self.max_length)
         if self.keep_best and not (self.eval_data or self.eval_recall):
@@ -275,6 +282,23 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
                 "--grad-checkpointing reads the states of random number generators, which steps in "
                 "a CUDA graph cannot",
                 "drop --capture or --grad-checkpointing",
+            )
+
+    def _require_stages(self) -> None:
+        """Raise UsageError for a stage that is named twice, and for options of none of them."""
+        if twice := [name for name in self.stages if self.stages.count(name) > 1]:
+            raise UsageError(f"--stages names {twice[0]} twice", "each stage runs once")
+        usual = type(self).model_fields
+        matching = ("kl_weight", "ce_weight", "temperature", "divergence")
+        asked = [name for name in matching if getattr(self, name) != usual[name].default]
+        unused = asked if not {"stepwise", "logits"} & {*self.stages} else []
+        if self.teacher_cache and "logits" not in self.stages:
+            unused.append("teacher_cache")
+        if unused:
+            flag = unused[0].replace("_", "-")
+            raise UsageError(
+                f"--{flag} is of no use to --stages {','.join(self.stages)}",
+                f"drop it, or add the stage logits, which --{flag} is for",
             )
 
 

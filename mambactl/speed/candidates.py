@@ -20,9 +20,10 @@ from mambactl.json_values import JsonObject
 from mambactl.models.byte_weights import for_decoding
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import BenchConfig
+from mambactl.options.measurement import HEAD
 from mambactl.speed.limits import parameters_read
-from mambactl.speed.scripted_head import HEAD, TOKENS, scripted_head
-from mambactl.speed.shapes import SHAPES, build, disagreeing, require_shape, successors
+from mambactl.speed.scripted_head import TOKENS, scripted_head
+from mambactl.speed.shapes import SHAPES, build, disagreeing, successors
 from mambactl.speed.subject import Subject
 
 LEAST_PERIOD = 64
@@ -90,24 +91,13 @@ def _load(
             f"{spec} runs code of its own, which the decode engine cannot drive",
             hint="bench a checkpoint that loads without --trust-remote-code",
         )
-    return for_decoding(model, config.weights)
-
-
-def require_shapes(config: BenchConfig) -> None:
-    """Raise UsageError for a synthetic model that nobody knows."""
-    for name in [*config.synthetic, *_shapes_of_drafts(config)]:
-        require_shape(name)
-
-
-def _shapes_of_drafts(config: BenchConfig) -> list[str]:
-    """Name of the draft's shape, if it has one."""
-    return [] if config.draft in (None, NGRAM, HEAD) else [config.draft]
+    return for_decoding(model, config.weights, spec)
 
 
 def synthetic(config: BenchConfig, name: str, device: torch.device, dtype: torch.dtype) -> Source:
     """A scripted model; the draft, if any, goes wrong as often as `config.acceptance` says."""
     whole = SHAPES[name]().vocab_size
-    sizes = [whole, *(SHAPES[draft]().vocab_size for draft in _shapes_of_drafts(config))]
+    sizes = [whole, *(SHAPES[draft]().vocab_size for draft in config.draft_shapes)]
     if config.draft == HEAD:
         sizes.append(min(whole, TOKENS))
     # only tokens that a draft of a trimmed vocabulary has
@@ -143,7 +133,7 @@ def _build(
     seed: int,
     successor: Tensor,
 ) -> HybridForCausalLM:
-    return for_decoding(build(name, device, dtype, seed, successor), config.weights)
+    return for_decoding(build(name, device, dtype, seed, successor), config.weights, name)
 
 
 def about_checkpoint(spec: str) -> JsonObject:
@@ -154,7 +144,7 @@ def about_checkpoint(spec: str) -> JsonObject:
 
 def about_shapes(config: BenchConfig) -> JsonObject:
     """Description of synthetic models for a dry run; makes none."""
-    names = [*config.synthetic, *_shapes_of_drafts(config)]
+    names = config.shapes
     return {
         "synthetic": config.synthetic,
         "parameters_read": {name: parameters_read(SHAPES[name]()) for name in names},

@@ -9,8 +9,8 @@ from mambactl.models.draft_head import DraftHead, layer_config
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.speed.shapes import cycle_of, fill
 
-# the name that asks for one, and the tokens that it can draft, at most
-HEAD, TOKENS = "head", 32_000
+# the tokens that it can draft, at most
+TOKENS = 32_000
 
 
 @torch.no_grad()

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from mambactl.conversion.replace import kept_attention
-from mambactl.errors import UsageError
-from mambactl.foreign import excerpt
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.registry import MIXERS
@@ -23,6 +21,7 @@ from mambactl.models.mixers.settings import Mamba1Settings, Mamba2Settings
 from mambactl.models.mixers.spec import MixerForm
 from mambactl.models.positions import RotaryEmbedding
 from mambactl.present import present
+from mambactl.speed.shape_table import TABLE, HybridShape, LlamaShape, NativeShape, Shape
 
 # of every projection, as in Llama and GPT-2
 STD = 0.02
@@ -39,45 +38,31 @@ _COMMON = {
 }
 
 
-def _llama(
-    hidden: int, layers: int, heads: tuple[int, int], intermediate: int, vocabulary: int = 128_256
-) -> HybridConfig:
-    """Configuration with attention alone, Llama-3's rotary base; `heads` of queries and of keys."""
+def _llama(shape: LlamaShape) -> HybridConfig:
+    """Configuration with attention alone, Llama-3's rotary base."""
     return HybridConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        head_dim=hidden // heads[0],
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads[0],
+        num_key_value_heads=shape.heads[1],
+        head_dim=shape.hidden // shape.heads[0],
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         **_COMMON,
     )
 
 
-def _hybrid(
-    base: Callable[[], HybridConfig],
-    ratio: float,
-    mixer: str = "mamba2",
-    window: int = 0,
-    rotary: bool = False,
-    heads: tuple[int, ...] = (),
-) -> HybridConfig:
-    """`base` with a share `ratio` of its attention replaced, in the shapes of arXiv 2408.15237.
-
-    With `window` attention to so many tokens stays beside each Mamba-2 mixer, and with `heads`
-    these KV heads of its layer keep full attention.
-    """
-    config = base()
-    spec = MIXERS[mixer]
-    if window:
+def _hybrid(shape: HybridShape) -> HybridConfig:
+    config = _llama(shape.base)
+    spec = MIXERS[shape.mixer]
+    if shape.window:
         spec = MIXERS[present(spec.with_window)]
-    if heads:
+    if shape.heads:
         spec = MIXERS[present(spec.with_kept_heads)]
-    form = MixerForm(window=window, rotary=rotary, kept=heads)
-    kept = kept_attention(config.num_hidden_layers, ratio)
+    form = MixerForm(window=shape.window, rotary=shape.rotary, kept=shape.heads)
+    kept = kept_attention(config.num_hidden_layers, shape.ratio)
     return config.with_layers(
         {
             index: (spec, spec.from_attention(config, form, index))
@@ -87,86 +72,50 @@ def _hybrid(
     )
 
 
-def _native(
-    mixer: str, hidden: int, layers: int, vocabulary: int, sizes: Mamba1Settings | Mamba2Settings
-) -> HybridConfig:
+def _mamba1(hidden: int) -> Mamba1Settings:
+    return Mamba1Settings(d_inner=2 * hidden, dt_rank=-(-hidden // 16), native=True)
+
+
+def _mamba2(hidden: int) -> Mamba2Settings:
+    heads = 2 * hidden // 64
+    return Mamba2Settings(heads, 64, 128, x_heads=heads, b_groups=1, c_groups=1, norm_groups=1)
+
+
+_SIZES: dict[str, Callable[[int], Mamba1Settings | Mamba2Settings]] = {
+    "mamba1": _mamba1,
+    "mamba2": _mamba2,
+}
+
+
+def _native(shape: NativeShape) -> HybridConfig:
     """Configuration of recurrent mixers alone, as `checkpoint.adapters.mamba` reads them."""
+    hidden = shape.hidden
     return HybridConfig(
-        vocab_size=vocabulary,
+        vocab_size=shape.vocabulary,
         hidden_size=hidden,
         intermediate_size=hidden,
-        num_hidden_layers=layers,
+        num_hidden_layers=shape.layers,
         num_attention_heads=1,
         num_key_value_heads=1,
         max_position_embeddings=1 << 20,
-        mixers=[mixer] * layers,
+        mixers=[shape.mixer] * shape.layers,
         has_mlp=False,
-        **{mixer: asdict(sizes)},
+        **{shape.mixer: asdict(_SIZES[shape.mixer](hidden))},
         **_COMMON,
     )
 
 
-def _mamba1(hidden: int, layers: int, vocabulary: int = 50_280) -> HybridConfig:
-    sizes = Mamba1Settings(d_inner=2 * hidden, dt_rank=-(-hidden // 16), native=True)
-    return _native("mamba1", hidden, layers, vocabulary, sizes)
+def config_of(shape: Shape) -> HybridConfig:
+    """Configuration of a shape, with a head of its own."""
+    if isinstance(shape, LlamaShape):
+        return _llama(shape)
+    return _hybrid(shape) if isinstance(shape, HybridShape) else _native(shape)
 
-
-def _mamba2(hidden: int, layers: int, vocabulary: int = 50_288) -> HybridConfig:
-    heads = 2 * hidden // 64
-    sizes = Mamba2Settings(heads, 64, 128, x_heads=heads, b_groups=1, c_groups=1, norm_groups=1)
-    return _native("mamba2", hidden, layers, vocabulary, sizes)
-
-
-_LLAMA3_8B = partial(_llama, 4096, 32, (32, 8), 14336)
-_SMOLLM2 = partial(_llama, 576, 30, (9, 3), 1536, 49_152)
-_TINY = partial(_llama, 64, 3, (4, 2), 128, 512)
 
 # name -> the configuration of that shape
 SHAPES: dict[str, Callable[[], HybridConfig]] = {
-    "mamba-130m": partial(_mamba1, 768, 24),
-    "mamba-370m": partial(_mamba1, 1024, 48),
-    "mamba-790m": partial(_mamba1, 1536, 48),
-    "mamba-1.4b": partial(_mamba1, 2048, 48),
-    "mamba-2.8b": partial(_mamba1, 2560, 64),
-    "mamba2-130m": partial(_mamba2, 768, 24),
-    "mamba2-1.3b": partial(_mamba2, 2048, 48),
-    "mamba2-2.7b": partial(_mamba2, 2560, 64),
-    "llama3-8b": _LLAMA3_8B,
-    "llama3-8b-hybrid-50": partial(_hybrid, _LLAMA3_8B, 0.5),
-    "llama3-8b-hybrid-87.5": partial(_hybrid, _LLAMA3_8B, 0.875),
-    "llama3-8b-hybrid-50-window": partial(_hybrid, _LLAMA3_8B, 0.5, window=64),
-    "llama3-8b-hybrid-75-window": partial(_hybrid, _LLAMA3_8B, 0.75, window=64),
-    "llama3-8b-hybrid-87.5-window": partial(_hybrid, _LLAMA3_8B, 0.875, window=64),
-    # a quarter of the KV heads of every layer
-    "llama3-8b-heads-75": partial(_hybrid, _LLAMA3_8B, 1.0, window=64, heads=(2, 5)),
-    "llama3-8b-hybrid-50-mamba1": partial(_hybrid, _LLAMA3_8B, 0.5, "mamba1"),
-    "llama3-8b-hybrid-87.5-mamba1": partial(_hybrid, _LLAMA3_8B, 0.875, "mamba1"),
-    "smollm2-135m": _SMOLLM2,
-    "smollm2-135m-hybrid-50": partial(_hybrid, _SMOLLM2, 0.5),
-    "smollm2-135m-hybrid-50-window": partial(_hybrid, _SMOLLM2, 0.5, window=64),
-    "smollm2-135m-hybrid-87.5-window": partial(_hybrid, _SMOLLM2, 0.875, window=64),
-    # one of the three KV heads of every layer
-    "smollm2-135m-heads-67": partial(_hybrid, _SMOLLM2, 1.0, window=64, heads=(1,)),
-    # drafts for llama3-8b: few wide layers, at most 1 GB of bf16 read per token, head included
-    "draft-llama3-2l": partial(_hybrid, partial(_llama, 2048, 2, (16, 8), 16384), 1.0),
-    "draft-llama3-3l": partial(_hybrid, partial(_llama, 2048, 3, (16, 8), 9728), 1.0),
-    # the head of a trimmed vocabulary leaves room for the target's own width
-    "draft-llama3-2l-32k": partial(_hybrid, partial(_llama, 4096, 2, (32, 8), 9728, 32_000), 1.0),
-    "tiny": _TINY,
-    "tiny-mamba": partial(_mamba1, 64, 2, 512),
-    "tiny-mamba2": partial(_mamba2, 64, 2, 512),
-    "tiny-hybrid": partial(_hybrid, _TINY, 0.5),
-    "tiny-window": partial(_hybrid, _TINY, 0.5, window=24),
-    "tiny-heads": partial(_hybrid, _TINY, 1.0, window=24, heads=(1,)),
-    "tiny-rotary": partial(_hybrid, _TINY, 1.0, window=24, rotary=True),
-    "tiny-draft": partial(_hybrid, partial(_llama, 64, 2, (4, 2), 128, 512), 1.0),
+    name: partial(config_of, shape) for name, shape in TABLE.items()
 }
-
-
-def require_shape(name: str) -> None:
-    """Raise UsageError for the name of a model that nobody knows."""
-    if name not in SHAPES:
-        raise UsageError(f"no synthetic model {excerpt(name)}", f"known: {', '.join(SHAPES)}")
 
 
 def build(

@@ -5,7 +5,7 @@ from functools import partial
 
 from mambactl.decode.backend import Draft, K, make_engine, weight_bytes
 from mambactl.decode.stats import DecodeStats
-from mambactl.metrics import DECODE_RATE, DRAFTED_RATE
+from mambactl.metrics import DECODE_RATE, DRAFTED_RATE, DRAFTED_TOKENS
 from mambactl.models.draft_head import DraftHead
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.speed.limits import Numbers, speculative_limit
@@ -103,5 +103,6 @@ def _both(plain: Numbers, numbers: Numbers) -> Numbers | None:
 
 
 def _ratio(plain: Numbers, numbers: Numbers) -> float | None:
+    """Gain of drafting; None where nothing was drafted, and both are plain decoding."""
     before, after = plain[DECODE_RATE.name], numbers[DRAFTED_RATE.name]
-    return after / before if before and after else None
+    return after / before if before and after and numbers[DRAFTED_TOKENS.name] else None

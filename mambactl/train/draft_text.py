@@ -15,7 +15,6 @@ from mambactl.data.encoding import Example
 from mambactl.data.format import Rules, encode_rows
 from mambactl.data.mixture import shares
 from mambactl.data.pack import Batch, Row, collate
-from mambactl.data.row_forms import asked_of
 from mambactl.data.sources import Document
 from mambactl.errors import UsageError
 from mambactl.json_values import JsonObject
@@ -172,7 +171,7 @@ class DraftText:
 def _asked(job: Job, config: DistillConfig) -> tuple[list[Document], DrawnPrompts]:
     """Documents of `data`, which need no answers, and their prompts; UsageError for bad rows."""
     malformed, reading = BadRows(skip=config.skip_bad_rows), replace(job, config=config)
-    documents = read_documents(reading, malformed, asked_of)
+    documents = read_documents(reading, malformed)
     malformed.settle()
     prompts = prompts_of(reading, config, job.tokenizer(), documents, config.max_steps)
     return documents, prompts

@@ -91,12 +91,15 @@ def drawn_prompts(
 ) -> DrawnPrompts | None:
     """Prompts from `data`, as many as the run can answer; None for a run that answers none.
 
-    Malformed rows are left out: they were reported with the rows to train on.
+    Raises UsageError for malformed rows, unless they were reported with rows to train on.
     """
     steps = sum(plan.steps for plan in planned if plan.kind == ON_POLICY)
     if not steps:
         return None
-    documents = read_documents(job, BadRows(skip=True))
+    malformed = BadRows(skip=config.skip_bad_rows)
+    documents = read_documents(job, malformed)
+    if not config.needs_answers:
+        malformed.settle()
     found = prompts_of(job, config, tokenizer, documents, steps)
     console.log(f"{len(found.prompts):,} prompts to write on from")
     return found

@@ -1,10 +1,8 @@
 """Drafts of a draft in training, on text of its target that it never trains on.
 
-Every token is predicted behind the true text, by the first draft of a step, the second and so on.
-A draft counts if all drafts before it in its step are right, so that the tokens of a step are
-expected ones: 1 for the target's own, and for each further draft the chance of all up to it.
-Steps begin everywhere alike here, and in decoding behind a token that was hard to guess, so that
-real ones give a little less.
+Every token is predicted behind the true text, as the first draft of a step, the second and so on.
+From the chance that each is kept follows how many steps decoding would take to write the text: a
+step begins behind the first token that the step before did not draft right.
 """
 
 from collections.abc import Sequence
@@ -104,57 +102,79 @@ class HeldOutDrafts:
                 if number == 0:
                     wanted = logits[:, ids].log_softmax(-1)
                     found.kl += float((wanted.exp() * (wanted - drafted)).sum())
-        found.add_steps(mask, batch.position_ids, equal, shared)
+        found.add_steps(mask, batch.position_ids, [equal, shared])
 
 
 class _Sums:
-    """Sums over the batches: of each draft behind the true text, and of all drafts up to it."""
+    """Sums over the batches, by draft of a step: how often it is kept, and steps of so many."""
 
     def __init__(self, drafts: int):
-        self.tokens, self.covered, self.kl = 0, 0, 0.0
-        # number, equal, shared; alone, and with all drafts before it
-        self.alone = torch.zeros(drafts, 3, dtype=torch.float64)
-        self.whole = torch.zeros(drafts, 3, dtype=torch.float64)
+        self.tokens, self.covered, self.written, self.kl = 0, 0, 0, 0.0
+        # greedy and drawn
+        self.kept = torch.zeros(drafts, 2, dtype=torch.float64)
+        self.tested = torch.zeros(drafts, dtype=torch.float64)
+        self.steps = torch.zeros(drafts, 2, dtype=torch.float64)
 
-    def add_steps(self, mask: Tensor, positions: Tensor, equal: Tensor, shared: Tensor) -> None:
-        """Add the drafts of steps from every token; mask and positions [B, T], others [S, B, T].
+    def add_steps(self, mask: Tensor, positions: Tensor, chances: Sequence[Tensor]) -> None:
+        """Add a batch; mask and positions [B, T], chances of both kinds [S, B, T].
 
-        A model that drafts alike at any place of a step has them once, S is 1.
+        A model that drafts alike anywhere in a step has them once, S is 1.
         """
-        inside = torch.ones_like(mask)
-        chances = [torch.ones_like(equal[0]), torch.ones_like(shared[0])]
-        for number in range(len(self.alone)):
-            index = min(number, len(equal) - 1)
+        drafts = len(self.tested)
+        rates = [each.expand(drafts, -1, -1) if len(each) == 1 else each for each in chances]
+        for number in range(drafts):
             # a step of so many drafts does not begin before the document
             valid = mask & (positions >= number)
-            rates = [equal[index], shared[index]]
-            self._add(self.alone[number], valid, rates)
-            inside = inside & valid.roll(-number, 1)
-            chances = [
-                before * rate.roll(-number, 1) for before, rate in zip(chances, rates, strict=True)
-            ]
-            self._add(self.whole[number], inside, chances)
-
-    def _add(self, sums: Tensor, valid: Tensor, rates: Sequence[Tensor]) -> None:
-        sums += torch.stack([valid.sum(), *(rate[valid].sum() for rate in rates)]).cpu()
+            self.tested[number] += int(valid.sum())
+            self.kept[number] += torch.stack([each[number][valid].sum() for each in rates]).cpu()
+        # a text ends where nothing is learned, or another document begins
+        begins = mask & ~(mask.roll(1, 1) & (positions == positions.roll(1, 1) + 1))
+        for row, own in enumerate(mask):
+            numbers = own.nonzero()[:, 0]
+            starts = begins[row][numbers].nonzero()[:, 0].tolist()
+            for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+                # the first token comes with the prompt
+                text = numbers[start + 1 : end]
+                self.written += len(text)
+                for kind, each in enumerate(rates):
+                    given = each[:, row, text].tolist()
+                    for count in range(1, drafts + 1):
+                        self.steps[count - 1, kind] += steps_of(given, count)
 
     def rows(self) -> list[JsonObject]:
         """For each number of drafts: shares of the last one kept, and tokens of a step."""
-        found: list[JsonObject] = []
-        tokens = torch.ones(2, dtype=torch.float64)
-        for number, (alone, whole) in enumerate(zip(self.alone, self.whole, strict=True), 1):
-            tokens = tokens + whole[1:] / whole[0].clamp(min=1)
-            equal, shared = (alone[1:] / alone[0].clamp(min=1)).tolist()
-            found.append(
-                {
-                    DRAFTED_TOKENS.name: number,
-                    AGREEMENT.name: equal,
-                    ACCEPTANCE.name: shared,
-                    STEP_TOKENS.name: tokens[0].item(),
-                    f"sampled_{STEP_TOKENS.name}": tokens[1].item(),
-                }
+        kept = self.kept / self.tested.clamp(min=1)[:, None]
+        tokens = self.written / self.steps.clamp(min=1)
+        return [
+            {
+                DRAFTED_TOKENS.name: number,
+                AGREEMENT.name: equal,
+                ACCEPTANCE.name: shared,
+                STEP_TOKENS.name: greedy,
+                f"sampled_{STEP_TOKENS.name}": drawn,
+            }
+            for number, ((equal, shared), (greedy, drawn)) in enumerate(
+                zip(kept.tolist(), tokens.tolist(), strict=True), 1
             )
-        return found
+        ]
+
+
+def steps_of(chances: Sequence[Sequence[float]], drafts: int) -> float:
+    """Expected steps of so many drafts that write a text.
+
+    `chances[n][t]` is that of token t to be kept as draft n of a step.
+    """
+    length = len(chances[0])
+    # chance that a step begins at each token, and behind the last
+    begun = [1.0] + [0.0] * length
+    for token in range(length):
+        alive = begun[token]
+        for number in range(min(drafts, length - token)):
+            kept = chances[number][token + number]
+            begun[token + number + 1] += alive * (1 - kept)
+            alive *= kept
+        begun[min(token + drafts + 1, length)] += alive
+    return sum(begun[:length])
 
 
 def show_drafts(facts: JsonObject) -> None:

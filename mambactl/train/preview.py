@@ -75,7 +75,8 @@ def _frozen(job: Job) -> list[JsonObject]:
 def preview(job: Job, assistant_only: bool) -> JsonObject:
     """Counts of documents, rows, tokens, learned tokens and bad rows; shows the first example.
 
-    Nothing is counted where a set lies on the hub, which is not asked: values are None.
+    Raises UsageError for rows that would stop the run. Nothing is counted where a set lies on the
+    hub, which is not asked: values are None.
     """
     config = job.config
     if any(is_on_hub(spec) for spec in names(config.data)):
@@ -87,13 +88,11 @@ def preview(job: Job, assistant_only: bool) -> JsonObject:
     checks = Checks.of(job, tokenizer, bad)
     examples = encode_documents(job, documents, tokenizer, assistant_only, checks)
     checks.tell(job, tokenizer)
-    if bad.found:
-        what = "would be left out" if config.skip_bad_rows else "would stop the run"
-        console.warn(f"{bad.report()} {what}; {bad.found[0].cure}")
     rows = _rows(job, examples)
     if rows:
         with_steps(job, len(rows))
         show(examples[0], tokenizer)
+    bad.settle()
     return {
         "documents": len(documents),
         "used_documents": len(examples),

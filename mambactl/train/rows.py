@@ -1,6 +1,6 @@
 """The rows that a run trains on and those it is measured on: reading, mixing, packing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
@@ -18,13 +18,12 @@ from mambactl.data.format import Rules, encode_rows
 from mambactl.data.mixture import mixed, names, shares
 from mambactl.data.pack import Row, pack
 from mambactl.data.recall_documents import recall_documents, recall_tokens
-from mambactl.data.row_forms import Reading, document_of
-from mambactl.data.sources import Document, count_rows, load_rows
-from mambactl.data.turns import Row as Columns
+from mambactl.data.row_forms import asked_of, document_of
+from mambactl.data.sources import Document, Form, count_rows, load_rows
 from mambactl.errors import UsageError
 from mambactl.files import canonical
 from mambactl.generation.decoding import warn_beyond_positions
-from mambactl.options.row_options import TextRowsConfig
+from mambactl.options.row_options import RowsConfig, TextRowsConfig
 from mambactl.options.training import HeldOutConfig
 from mambactl.present import of_kind
 from mambactl.train.job import Job
@@ -102,22 +101,21 @@ def require_held_out(config: HeldOutConfig) -> None:
         )
 
 
-def read_documents(
-    job: Job, bad: BadRows, form: Callable[[Reading], Columns] = document_of
-) -> list[Document]:
-    """The documents of `data` that the run can see, checked; malformed rows are noted in `bad`.
-
-    `form` takes the columns that are read.
-    """
+def read_documents(job: Job, bad: BadRows) -> list[Document]:
+    """The documents of `data` that the run can see, checked; malformed rows are noted in `bad`."""
     config = job.config
     limit = {"used_tokens": job.budget} if config.packing else {"used_rows": job.examples}
-    return load_rows(names(config.data), config.max_samples, bad=bad, form=form, **limit)
+    return load_rows(names(config.data), config.max_samples, bad=bad, form=_form(config), **limit)
 
 
 def count_documents(job: Job) -> int | None:
     """Check the data's files and count rows; None where a set lies on the hub."""
     shares(job.config.data)
-    return count_rows(names(job.config.data), job.config.max_samples)
+    return count_rows(names(job.config.data), job.config.max_samples, _form(job.config))
+
+
+def _form(config: RowsConfig) -> Form:
+    return document_of if config.needs_answers else asked_of
 
 
 def encode_documents(

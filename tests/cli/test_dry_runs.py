@@ -19,6 +19,7 @@ PLAN = {
     "mixers": ["attention", "mamba2", "mamba2", "attention"],
     "bytes": 2_000_000_000,
     "tokens": 12345,
+    "port": 8000,
     "predicted": {"seconds": 192.4, "peak_bytes": 1500},
     "unknown": None,
     "parts": [{"part": "mlp", "parameters": 1000}, {"part": "head", "parameters": 7}],
@@ -36,7 +37,14 @@ def test_a_plan_is_tables_for_a_person(cli, fake_stage, monkeypatch) -> None:
     monkeypatch.setattr(module, "plan", lambda config, source: PLAN)
     shown = cli("convert", "m", "--dry-run", "-q")
     assert shown.out == "" and "{" not in shown.err
-    for text in ("attention, mamba2 x2, attention", "2 GB", "12,345", "3 min 12 s", "1.5 kB"):
+    for text in (
+        "attention, mamba2 x2, attention",
+        "2 GB",
+        "12,345",
+        "8000",
+        "3 min 12 s",
+        "1.5 kB",
+    ):
         assert text in shown.err
     assert "unknown" not in shown.err and "phases p2: trained" in shown.err
     # phases stand side by side where they say more than a line holds

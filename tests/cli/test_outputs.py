@@ -33,6 +33,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 TRAINING = ("--data", "text.jsonl", "--max-steps", "1", "--device", "cpu")
 
 
+# what a dry run finds, too, beside inputs
+FOUND_EARLY = [("convert", "teacher", "-o", out) for out in ("link", "s", "folder", "text.jsonl")]
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -66,6 +70,19 @@ def test_refused_with_code_5_and_nothing_changes(cli, place, command, message) -
     assert message.format(place) in done.err and "hint: " in done.err
     assert "Traceback" not in done.err
     assert tree(place) == before
+    if command in FOUND_EARLY:
+        planned = cli(*command, "--force", "--dry-run")
+        assert planned.code == 5 and message.format(place) in planned.err
+
+
+def test_a_dry_run_finds_a_run_that_was_begun(cli, place) -> None:
+    work = WorkFolder(place / "new", {"stage": "distill"})
+    work.path.mkdir()
+    work.begin(False)
+    (work.path / "state.pt").touch()
+    done = cli("distill", "s", *TRAINING, "-o", "new", "--dry-run")
+    assert done.code == 5 and "new.partial holds an unfinished run" in done.err
+    assert cli("distill", "s", *TRAINING, "-o", "new", "--dry-run", "--force").code == 0
 
 
 def test_resume_publishes_what_is_complete_and_force_says_what_it_discards(

@@ -101,8 +101,9 @@ def test_mixers_are_as_large_as_those_that_convert_makes() -> None:
 
 def plan(cli, *words: str) -> dict:
     done = cli("recipe", "plan", *words, "--json")
-    assert done.code == 0, done.err
-    return json.loads(done.out)
+    found = json.loads(done.out)
+    assert done.code == (0 if all(each["fits"] for each in found["sections"]) else 6), done.err
+    return found
 
 
 def test_one_eight_and_seventy_billion_parameters(cli) -> None:
@@ -130,12 +131,24 @@ def test_what_does_not_fit_is_named_with_options_that_make_it_fit(cli) -> None:
     assert not sft["fits"] and sft["options"] == ["--lora 16"]
     assert sft["bytes_with_options"] < 24e9 < sft["phases"][0]["bytes"]["total"]
     shown = cli("recipe", "plan", *words)
-    assert "sft does not fit" in shown.err and "with --lora 16" in shown.err
+    assert shown.code == 6 and "sft does not fit" in shown.err
+    # what changes no result comes first
+    assert f"try --gpus {sft['gpus_that_hold_it']}, or with less" in shown.err
+    assert "trains, with --lora 16" in shown.err
+    more = plan(cli, *words, "--gpus", str(sft["gpus_that_hold_it"]))
+    again = {each["section"]: each for each in more["sections"]}["sft"]
+    assert not {"--lora 16"} & set(again["options"])
     assert "predicted, not measured" in shown.out and "distill logits" in shown.out
     # the options that are named are options of the command
     lora = plan(cli, *words, "--set", "sft.lora=16", "--set", "sft.grad_checkpointing=true")
     again = {each["section"]: each for each in lora["sections"]}["sft"]
     assert again["fits"]
+
+
+def test_a_recipe_for_a_cpu_is_called_one_and_short_runs_take_no_tenth_of_an_hour(cli) -> None:
+    shown = cli("recipe", "plan", "quickstart")
+    assert shown.code == 0 and "quickstart is made for a CPU" in shown.err
+    assert "< 0.1" in shown.out
 
 
 def test_gpus_share_weights_that_one_does_not_hold(cli) -> None:

@@ -39,6 +39,9 @@ def test_what_cannot_be_answered_ends_it(cli, student) -> None:
     assert "line 2 of stdin: there is no /rest" in done.err
     assert done.code == 2 and len(done.out.splitlines()) == 1
     assert "hint: did you mean /reset?" in done.err
+    whole = cli("chat", student, *SHORT, "--json", stdin="red door\n/rest\nred door\n")
+    assert (whole.code, whole.out) == (2, "")
+    assert json.loads(whole.err.splitlines()[-1])["answers"] == done.out.splitlines()
     # as Python reads bytes that are no text
     done = cli("chat", student, *SHORT, stdin="caf\udce9\n")
     assert done.code == 2 and "a message on stdin is not UTF-8 text" in done.err

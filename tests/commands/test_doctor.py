@@ -26,6 +26,18 @@ def test_versions_and_devices_of_this_machine(cli) -> None:
     assert "mambactl doctor --deep" in cli("doctor").out
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("mamba-ssm", "changes nothing on a CPU"), ("mambassm", "is none of auto, reference")],
+)
+def test_kernels_that_the_environment_asks_for(cli, monkeypatch, value, said) -> None:
+    monkeypatch.setenv("MAMBACTL_KERNELS", value)
+    assert "MAMBACTL_KERNELS" in (shown := cli("doctor").out)
+    assert ("on a CPU it changes nothing" if value == "mamba-ssm" else said) in shown
+    done = cli("convert", "no-such-folder/x", "-o", "t.st")
+    assert (said in done.err) == (done.code == 2) == (value == "mambassm")
+
+
 def test_what_the_driver_says(tmp_path) -> None:
     found = driver_devices(program(tmp_path, f"print({ANSWER!r})"))
     about = "NVIDIA H200, 140 GiB, compute capability 9.0, driver 570.1"

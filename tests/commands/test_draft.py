@@ -49,24 +49,22 @@ def test_a_head_learns_from_what_its_target_writes(target, random_texts, tmp_pat
 def test_drafts_are_measured_on_text_that_was_held_out(target, random_texts, tmp_path) -> None:
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps({"prompt": f"w{n} w{n + 1}"}) + "\n" for n in range(9)))
-    measured = {"eval_data": [str(asked)], "eval_every": 2}
+    measured = {"eval_data": [str(asked)], "eval_every": 1, "max_steps": 2}
     for kind, text in (("head", "target"), ("model", "target"), ("head", "data")):
         # a twentieth is one row of so many
-        held = measured if text == "target" else {"max_steps": 12}
+        held = measured if text == "target" else {"max_steps": 1, "batch_size": 24}
         config = settings(random_texts, kind=kind, text=text, layers=1, **held)
         out = tmp_path / f"{kind}-{text}"
         found = run(config, target, out).metrics
         drafts = found["held_out"]["drafts"]
         assert [row["k"] for row in drafts] == [1, 2, 3]
-        kept = [1 + drafts[0]["agreement"], 1 + drafts[0]["acceptance"]]
-        names = "tokens_per_step", "sampled_tokens_per_step"
-        assert [drafts[0][name] for name in names] == pytest.approx(kept)
-        assert 1 <= drafts[0][names[1]] < drafts[2][names[1]] <= 4
+        for name in ("tokens_per_step", "sampled_tokens_per_step"):
+            assert 1 <= drafts[0][name] <= drafts[2][name] <= 4
         assert found["held_out"]["eval_tokens"] >= 64
         assert 0 < found["held_out"]["covered"] <= 1
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         measured_at = [line["step"] for line in lines if "kl" in line]
-        assert measured_at == ([0, 2, 4] if text == "target" else [0, 12])
+        assert measured_at == ([0, 1, 2] if text == "target" else [0, 1])
         assert found[kind]["kl"] == lines[-1]["kl"] > 0
 
 

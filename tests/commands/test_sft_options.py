@@ -258,7 +258,9 @@ def test_bad_rows_stop_the_run_or_are_left_out(student, tmp_path, capsys):
 
 def test_the_plan_counts_and_shows_an_example(student, tmp_path, capsys):
     data = write(tmp_path / "bad.jsonl", *["the river"] * 9, "", "the " * 40)
-    found = plan(cpu(data), student)
+    with pytest.raises(UsageError, match="2 bad rows"):
+        plan(cpu(data), student)
+    found = plan(cpu(data, skip_bad_rows=True), student)
     counts = {key: found[key] for key in ("documents", "used_documents", "rows", "tokens")}
     # 6 words and 2 of the answer, <|im_start|>, role and <|im_end|> of both turns
     assert counts == {"documents": 11, "used_documents": 9, "rows": 5, "tokens": 9 * 14}
@@ -266,7 +268,7 @@ def test_the_plan_counts_and_shows_an_example(student, tmp_path, capsys):
     assert found["bad_rows"] == {"empty answer": 1, "too long": 1}
     shown = capsys.readouterr().err
     assert "⟦the river <|im_end|>⟧" in shown
-    assert "2 bad rows" in shown and "would stop the run" in shown
+    assert "2 bad rows" in shown and "left out" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
     assert plan(cpu("some/set"), student)["rows"] is None
 

@@ -8,10 +8,11 @@ import torch
 from safetensors import safe_open
 
 from mambactl.checkpoint.load import load_model
-from mambactl.commands.synthetic import run
+from mambactl.commands.synthetic import plan, run
 from mambactl.errors import UsageError
 from mambactl.files import EMBEDDED_FOLDER
 from mambactl.options.measurement import SyntheticConfig
+from mambactl.speed.shape_table import TABLE, LlamaShape
 from mambactl.speed.shapes import SHAPES
 
 # of the tokenizer of the tests, which stands for the embedded one
@@ -29,6 +30,12 @@ def write(self, name, *parts):
         os.kill(os.getpid(), signal.SIGKILL)
 Container.write = write
 run(sys.argv[1:])
+"""
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from mambactl.cli.main import run
+sys.exit(run(sys.argv[1:]))
 """
 
 
@@ -65,6 +72,28 @@ def test_a_shape_becomes_a_checkpoint_that_stages_take(cli, name: str, tmp_path:
     assert not model.lm_head.weight[TOKENS:].any() and model.lm_head.weight[:TOKENS].any()
     said = cli("generate", "t.st", "-p", "the old", "--max-new-tokens", "4")
     assert said.code == 0 and said.out.strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("smollm2-135m", 134_515_008), ("mamba-130m", 129_135_360)]
+)
+def test_sizes_are_those_that_were_published(name: str, published: int) -> None:
+    assert plan(SyntheticConfig(), name)["parameters"] == published
+
+
+def test_kernels_that_a_cpu_has_not_are_named(cli, monkeypatch) -> None:
+    monkeypatch.setenv("MAMBACTL_KERNELS", "mamba-ssm")
+    done = cli("synthetic", "tiny", "--device", "cpu", "-o", "t.st", "--dry-run", "-q")
+    assert "warning: MAMBACTL_KERNELS=mamba-ssm changes nothing on a CPU" in done.err
+
+
+def test_a_tied_head_is_stored_once(monkeypatch, tmp_path: Path) -> None:
+    shape = LlamaShape(64, 2, (4, 2), 128, 512, tied=True)
+    monkeypatch.setitem(TABLE, "tied", shape)
+    made = run(SyntheticConfig(), "tied", tmp_path / "t.st").metrics
+    model = load_model(str(tmp_path / "t.st"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(each.numel() for each in model.parameters()) == made["parameters"]
 
 
 def test_a_chain_starts_from_it(cli, tmp_path: Path) -> None:
@@ -105,7 +134,7 @@ def test_the_vocabulary_holds_every_token(cli, monkeypatch, tmp_path: Path) -> N
     assert "tiny has 512 tokens and its tokenizer 600" in done.err
 
 
-def test_it_is_done_once_and_its_own_name_is_no_input(cli, tmp_path: Path) -> None:
+def test_it_is_done_once_and_its_own_name_is_no_input(cli, python, tmp_path: Path) -> None:
     # the name of the shape is a name beside it, which is replaced
     assert cli("synthetic", "tiny", "-o", "tiny").code == 0
     again = cli("synthetic", "tiny", "-o", "tiny", "--resume")
@@ -117,6 +146,10 @@ def test_it_is_done_once_and_its_own_name_is_no_input(cli, tmp_path: Path) -> No
     unknown = cli("synthetic", "llama9-8b", "-o", "other")
     assert (unknown.code, unknown.out) == (2, "")
     assert "no synthetic model llama9-8b" in unknown.err and "llama3-8b" in unknown.err
+    bench = ("bench", "--synthetic", "tiny", "--draft", "llama9-8b")
+    for words in (("synthetic", "llama9-8b", "-o", "other"), bench):
+        early = python("-c", WITHOUT_TORCH, *words)
+        assert early.code == 2 and "no synthetic model llama9-8b" in early.err
     with pytest.raises(UsageError, match="no synthetic model"):
         run(SyntheticConfig(), "llama9-8b", tmp_path / "other")
     assert not (tmp_path / "other").exists()

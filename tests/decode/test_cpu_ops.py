@@ -197,6 +197,7 @@ def test_what_is_lost_ends_drafting_whatever_drafts_promise() -> None:
         drafted.append(choice.update())
         choice.timed(6, 1.05, 0.3)
     assert drafted == [6, 6, 6, 0, 0]
+    assert choice.reason == "drafts nothing: drafting took 3.8 plain steps more than it gave"
 
 
 def test_sampled_text_does_not_follow_the_clock(targets) -> None:

@@ -9,6 +9,7 @@ from decode.engines import rows_one_by_one
 from decode.heads import guided, head_for
 from decode.memory import poisoned
 
+from mambactl.decode import prefill
 from mambactl.decode.draft_count import Choice
 from mambactl.decode.engine import Engine
 from mambactl.decode.gpu.fused_engine import FusedEngine
@@ -40,6 +41,24 @@ def test_every_greedy_token_is_that_of_plain_decoding(target, k, tokens) -> None
     found = Engine(target, HeadDrafter(head_for(target, tokens)), k).generate(PROMPTS, params)
     assert found.tokens == plain.tokens
     assert found.stats.accepted > 15 and found.stats.rejections > 15
+
+
+def test_a_prompt_is_read_in_pieces(target, monkeypatch) -> None:
+    """Of the head's memory, too: no pass is longer than a piece of the prompt."""
+    params, prompts = SamplingParams(max_new_tokens=12), [list(range(3, 90))]
+    head, lengths = head_for(target), []
+    whole = Engine(target, HeadDrafter(head), 3).generate(prompts, params)
+    read = DraftHead.read
+
+    def watched(self, streams, tokens, cache, n_new):
+        lengths.append(tokens.shape[1])
+        return read(self, streams, tokens, cache, n_new)
+
+    monkeypatch.setattr(DraftHead, "read", watched)
+    monkeypatch.setattr(prefill, "CHUNK_TOKENS", 20)
+    found = Engine(target, HeadDrafter(head), 3).generate(prompts, params)
+    assert found.tokens == whole.tokens and found.stats.row_steps == whole.stats.row_steps
+    assert max(lengths) == 20 and lengths.count(20) == 4
 
 
 def test_rejected_drafts_leave_no_trace(target) -> None:

@@ -182,10 +182,13 @@ def test_a_cpu_keeps_rounded_weights(make_hybrid, kind, capsys) -> None:
     round_to_bytes(rounded, kind)
     assert for_decoding(model, "auto") is model
     assert kind not in capsys.readouterr().err
-    assert for_decoding(model, kind) is model
+    assert for_decoding(model, kind, "t.st") is model
     assert all(map(torch.equal, model.parameters(), rounded.parameters()))
     told = capsys.readouterr().err
-    assert f"rounded to {kind}; a CPU keeps them in float32, so no memory is saved" in told
+    assert (
+        f"t.st: weights rounded to {kind}; a CPU keeps them in float32, so no memory is saved"
+        in told
+    )
 
 
 @pytest.mark.gpu

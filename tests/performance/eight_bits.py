@@ -36,8 +36,9 @@ def measure(given: Namespace) -> StageResult:
     from mambactl.metrics import Metric, times
     from mambactl.models.byte_weights import require_weights
     from mambactl.ranks import placement
-    from mambactl.speed import bench_tables, candidates
+    from mambactl.speed import bench_tables
     from mambactl.speed.conditions import conditions
+    from mambactl.speed.shape_table import require_shapes
     from tests.performance.byte_products import products
     from tests.performance.verification import require_kernels
 
@@ -47,7 +48,7 @@ def measure(given: Namespace) -> StageResult:
     device, dtype = placement(config)
     require_kernels(device)
     require_weights(config.weights, device)
-    candidates.require_shapes(config)
+    require_shapes(config.shapes)
     metrics = conditions(config, device, dtype) | {"points": [], "products": []}
     bandwidth = metrics["bandwidth_bytes_per_second"]
     columns = [Metric("weights_gain", "over bf16", better="higher", brief=times)]

@@ -32,6 +32,7 @@ def measure(given: Namespace) -> StageResult:
     from mambactl.speed import bench_tables, candidates
     from mambactl.speed.conditions import conditions
     from mambactl.speed.memory import release
+    from mambactl.speed.shape_table import require_shapes
     from mambactl.speed.subject import Grid
     from tests.performance.verification import require_kernels, verify
 
@@ -41,7 +42,7 @@ def measure(given: Namespace) -> StageResult:
     device, dtype = placement(config)
     require_kernels(device)
     if model is None:
-        candidates.require_shapes(config)
+        require_shapes(config.shapes)
         sources = [candidates.synthetic(config, name, device, dtype) for name in config.synthetic]
     else:
         require_draft(config, model)

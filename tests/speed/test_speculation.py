@@ -78,6 +78,8 @@ def test_automatic_k_reports_what_was_drafted_most(scripted, monkeypatch):
     (point,) = speculation(subject, "ngram", "auto", Grid([8], [1], 60, 0, 1), [PLAIN])
     # a cycle longer than the text repeats nothing
     assert (point["k"], point["acceptance"], point["tokens_per_step"]) == (0, 0, 1)
+    # both are plain decoding
+    assert point["speculative_speedup"] is None
 
 
 def test_a_draft_of_a_trimmed_vocabulary():

@@ -5,11 +5,14 @@ import torch
 from decode.heads import guided, head_for
 
 from mambactl.data.pack import Batch
-from mambactl.decode.head_drafter import HeadReading
+from mambactl.decode.engine import Engine
+from mambactl.decode.head_drafter import HeadDrafter, HeadReading
+from mambactl.decode.sampler import SamplingParams
 from mambactl.models.cache import HybridCache
+from mambactl.speed.limits import tokens_per_step
 from mambactl.train.frequent_tokens import frequent
 from mambactl.train.head_objective import HeadObjective
-from mambactl.train.held_out_drafts import HeldOutDrafts
+from mambactl.train.held_out_drafts import HeldOutDrafts, steps_of
 from mambactl.train.losses import Teacher
 
 TEXTS = [[5, 9, 11, 30, 9, 11, 8, 4, 60], [7, 3, 44, 9, 21]]
@@ -86,35 +89,29 @@ def test_the_loss_falls(target) -> None:
     assert target.model.embed_tokens.weight.grad is None
 
 
-def test_expected_tokens_are_those_of_steps_from_every_token(target) -> None:
-    head, batch = head_for(target, 60, noise=1.0), packed(TEXTS)
-    objective = HeadObjective(head, target, PASSES, 1.0, 0.0)
-    measured = HeldOutDrafts(objective, [batch], PASSES)
-    shown = measured.measure()
-    with torch.no_grad():
-        truth, states = objective.states(batch)
-        likely = target.lm_head(truth)[0].softmax(-1)  # [T, V]
-        drafted = [head.body.lm_head(state)[0].softmax(-1) for state in states]  # [T, Vt]
-    right, shared = [], []
-    for each in drafted:
-        right.append((head.ids[each.argmax(-1)] == likely.argmax(-1)).double())
-        shared.append(torch.minimum(each, likely[:, head.ids]).sum(-1).double())
-    ends = [len(TEXTS[0]), len(TEXTS[0]) + len(TEXTS[1])]
-    for row, drafts in enumerate(range(1, PASSES + 1)):
-        for name, rates in (("tokens_per_step", right), ("sampled_tokens_per_step", shared)):
-            tokens = 1.0
-            for count in range(1, drafts + 1):
-                wholes = [
-                    torch.stack([rates[n][start + n] for n in range(count)]).prod()
-                    for begin, end in ((0, ends[0]), (ends[0], ends[1]))
-                    for start in range(begin, end - count)
-                ]
-                tokens += torch.stack(wholes).mean().item()
-            assert measured.facts()["drafts"][row][name] == pytest.approx(tokens, abs=1e-5)
-    texts = sum((text[1:] for text in TEXTS), [])
-    assert shown["eval_tokens"] == len(texts)
-    covered = sum(token in head.ids.tolist() for token in texts) / len(texts)
-    assert measured.facts()["covered"] == pytest.approx(covered)
+@pytest.mark.parametrize("tokens", [None, 60])
+def test_expected_steps_are_those_of_decoding(target, tokens) -> None:
+    """Of greedy text, behind prompts in one row; each draft is right or wrong then."""
+    head, prompts = head_for(target, tokens), [[5, 9, 11], [7, 3, 44, 9]]
+    params = SamplingParams(max_new_tokens=20)
+    for drafts in (1, PASSES):
+        done = Engine(target, HeadDrafter(head), drafts).generate(prompts, params)
+        batch = packed([[*p, *text] for p, text in zip(prompts, done.tokens, strict=True)])
+        asked = torch.tensor([n < len(p) for p in prompts for n in range(len(p) + 20)])
+        batch = batch._replace(loss_mask=batch.loss_mask & ~asked)
+        measured = HeldOutDrafts(HeadObjective(head, target, PASSES, 1.0, 0.0), [batch], PASSES)
+        shown, found = measured.measure(), measured.facts()
+        assert shown["eval_tokens"] == 40
+        row = found["drafts"][drafts - 1]
+        assert row["tokens_per_step"] == pytest.approx(done.stats.tokens_per_step)
+        assert 1 <= row["sampled_tokens_per_step"] <= drafts + 1
+        covered = sum(token in head.ids.tolist() for text in done.tokens for token in text)
+        assert found["covered"] == pytest.approx(covered / 40)
+
+
+def test_steps_of_equal_chances_have_the_mean_of_a_geometric_distribution() -> None:
+    chances = [[0.7] * 4000] * 3
+    assert 4000 / steps_of(chances, 3) == pytest.approx(tokens_per_step(3, 0.7), rel=1e-3)
 
 
 def test_ties_of_counts_go_to_the_next_ones_and_then_to_lower_ids() -> None:

@@ -326,6 +326,35 @@ def test_steps_of_the_stage_come_off_the_stage_before() -> None:
         steps("onpolicy", "logits")
 
 
+def test_prompts_need_no_answers_where_the_student_writes_all(student, tmp_path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(6 * (json.dumps({"prompt": "the river and"}) + "\n"))
+    assert plan(settings(data, max_steps=2), student)["documents"] == 6
+    found = run(settings(data, max_steps=2), student, tmp_path / "out").metrics
+    assert found["onpolicy"]["answers"] > 0
+    for others in ({"onpolicy_share": 0.5}, {"stages": ["logits", "onpolicy"]}, {"epochs": 1.0}):
+        given = settings(data, **others)
+        assert given.needs_answers
+    data.write_text(json.dumps({"x": 1}) + "\n")
+    with pytest.raises(UsageError, match="row 1: has the columns `x`"):
+        run(settings(data), student, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"kl_weight": 2.0}, "--kl-weight is of no use to --stages onpolicy"),
+        ({"teacher_cache": "c"}, "--teacher-cache is of no use"),
+        ({"stages": ["align"], "divergence": "jsd"}, "--divergence is of no use to --stages align"),
+        ({"stages": ["logits", "logits"]}, "--stages names logits twice"),
+    ],
+)
+def test_options_of_other_stages_are_refused(given, problem) -> None:
+    with pytest.raises(UsageError, match=problem):
+        settings("none", **given).require_coherent()
+    settings("none", stages=["stepwise", "onpolicy"], kl_weight=2.0).require_coherent()
+
+
 def test_what_cannot_be_done_is_a_sentence(student, random_texts, tmp_path) -> None:
     with pytest.raises(UsageError, match="leave no room for a prompt in rows of 32"):
         run(settings(random_texts, onpolicy_tokens=32), student, tmp_path / "out")

@@ -11,7 +11,7 @@ from mambactl.checkpoint.load import load_lineage, load_model
 from mambactl.commands.distill import plan, run
 from mambactl.errors import UsageError
 from mambactl.options import DistillConfig
-from mambactl.options.phase_steps import phase_steps
+from mambactl.options.phase_steps import phase_steps, without_steps
 
 NAMES = ["align", "stepwise-1", "stepwise-2", "logits"]
 
@@ -196,6 +196,9 @@ def test_steps_are_dealt_to_the_stages() -> None:
     assert steps(stages=three, stepwise_steps=0) == {"align": 2, "logits": 9}
     assert steps(stages=["stepwise", "logits"]) == {"stepwise": 5, "logits": 6}
     assert steps(stages=["align", "stepwise"], align_steps=4) == {"align": 4, "stepwise": 7}
+    few = {n: without_steps(DistillConfig(max_steps=n, stages=three)) for n in (1, 2, 3)}
+    assert few == {1: ["align", "stepwise"], 2: ["align"], 3: []}
+    assert without_steps(DistillConfig(stages=three, align_share=0, stepwise_steps=0)) == []
     for wrong in (["logits", "stepwise"], ["stepwise", "align"]):
         with pytest.raises(UsageError, match="order"):
             steps(stages=wrong)
