@@ -29,6 +29,7 @@ from mambactl.data.recall_documents import (
 )
 from mambactl.errors import UsageError
 from mambactl.evaluation.output_head import output_head
+from mambactl.generation.dealer import ALONE, Dealer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,17 +144,20 @@ def measure_answers(
     probe: RecallProbe,
     batch_size: int = 4,
     amp: torch.dtype | None = None,
+    dealer: Dealer = ALONE,
 ) -> Tensor:
     """Right (0 or 1) and loss of every value token of a probe, in order [n, 2]."""
-    found = []
-    batch_size = max(1, min(batch_size, MOST_TOKENS // probe.input_ids.shape[1]))
-    chunks = (t.to(model.device).split(batch_size) for t in (probe.input_ids, probe.picked))
-    for ids, picked in zip(*chunks, strict=True):
+
+    def measure(batch: tuple[Tensor, Tensor]) -> Tensor:
+        ids, picked = batch
         with torch.autocast(ids.device.type, dtype=amp, enabled=amp is not None):
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         targets, head = ids.roll(-1, 1)[picked], output_head(model)  # [n]
-        found.append(read_answers(hidden[picked].to(head.weight.dtype), head, targets))
-    return torch.cat(found)
+        return read_answers(hidden[picked].to(head.weight.dtype), head, targets)
+
+    batch_size = max(1, min(batch_size, MOST_TOKENS // probe.input_ids.shape[1]))
+    chunks = (t.to(model.device).split(batch_size) for t in (probe.input_ids, probe.picked))
+    return torch.cat(dealer.results(list(zip(*chunks, strict=True)), measure))
 
 
 def recalled_by_row(answers: Tensor, probe: RecallProbe) -> np.ndarray:

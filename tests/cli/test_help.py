@@ -51,11 +51,11 @@ FLAGS = {
     f"{OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --nproc --samples --temperature --power "
     f"--assistant-only-loss {OUTPUT} {EVERY_STAGE}",
-    "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
-    "--recall-rows --control --control-window --control-sinks --ablate --against --confidence "
-    "--bootstrap --save-samples --per-layer --needle --needle-depths --needle-texts --needle-text "
-    "--needle-scoring --needle-plot --long-context-data --position-length --position-rows "
-    "--compare --report --preferences --task-dir --num-fewshot --weights "
+    "eval": "--teacher --nproc --data --tasks --limit --max-length --batch-size --fail-under "
+    "--recall --recall-rows --control --control-window --control-sinks --ablate --against "
+    "--confidence --bootstrap --save-samples --per-layer --needle --needle-depths --needle-texts "
+    "--needle-text --needle-scoring --needle-plot --long-context-data --position-length "
+    "--position-rows --compare --report --preferences --task-dir --num-fewshot --weights "
     "--fewshot-seed --apply-chat-template --fewshot-as-multiturn --system-instruction "
     "--task-max-length --cache-requests --use-cache --log-samples --output-path "
     "--generation-agreement --generation-tokens "

@@ -140,7 +140,7 @@ def test_recall_is_compared_with_the_teacher_row_by_row(folder, monkeypatch, cap
     """A student that recalls about half of what its teacher does."""
     from mambactl.evaluation import recall
 
-    def measured(model, probe, batch_size):
+    def measured(model, probe, batch_size, **_):
         teacher = all(name == "attention" for name in model.config.mixers)
         right = torch.ones(probe.queries, probe.width)
         if not teacher:

@@ -119,7 +119,9 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
             for data, rows in inputs.items():
                 for name, variant in models.items():
                     with variant.during():
-                        answers = measure_answers(variant.model, rows, rows_per_pass(config))
+                        answers = measure_answers(
+                            variant.model, rows, rows_per_pass(config), dealer=subject.dealer
+                        )
                     kept: Numbers = {**summarise_answers(answers, rows.width)}
                     measured[data][name] = kept
                     by_row[name].append(recalled_by_row(answers, rows))
