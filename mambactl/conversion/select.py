@@ -41,6 +41,7 @@ from mambactl.data.pack import Batch, Row, collate, pack
 from mambactl.data.sources import load_rows
 from mambactl.errors import UsageError
 from mambactl.evaluation.recall import kv_probe
+from mambactl.generation.dealer import Dealer
 from mambactl.json_values import JsonObject
 from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
@@ -170,9 +171,11 @@ def choose(
 ) -> Choice:
     """Measure and choose `keep` units; prints the table and returns what the lineage keeps.
 
-    `unit_bytes` is what one layer or KV head caches of a token.
+    `unit_bytes` is what one layer or KV head caches of a token. The processes of a run share what
+    is measured, and all choose alike.
     """
-    instruments = _instruments(config, source, texts)
+    dealer = Dealer.of_run()
+    instruments = _instruments(config, source, texts, dealer)
     metrics = {
         "select": config.select,
         "tokens": instruments.text_tokens,
@@ -186,16 +189,18 @@ def choose(
         metrics["recall_probe"] = ",".join(probe.name for probe in instruments.probes.values())
     if config.by == "head":
         heads, found = choose_heads(config, replacement, instruments, keep, unit_bytes)
-        return Choice(heads, metrics | found)
-    if config.mixers_from:
-        kept, found = _by_addition(config, replacement, instruments, layers, keep, unit_bytes)
     else:
-        kept, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
-    units = UNITS[present(config.by)].of(replacement.base)
-    return Choice([unit for unit in units if unit.layer in kept], metrics | found)
+        if config.mixers_from:
+            kept, found = _by_addition(config, replacement, instruments, layers, keep, unit_bytes)
+        else:
+            kept, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
+        units = UNITS[present(config.by)].of(replacement.base)
+        heads = [unit for unit in units if unit.layer in kept]
+    dealer.finish()
+    return Choice(heads, metrics | found)
 
 
-def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instruments:
+def _instruments(config: ConvertConfig, source: str, texts: Texts, dealer: Dealer) -> Instruments:
     device, dtype = _placement(config)
     probes = []
     tokenizer = load_tokenizer(source, config.trust_remote_code)
@@ -204,7 +209,7 @@ def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instrument
     elif config.select == "recall":
         probes = [kv_probe(tokenizer, config.select_recall, RECALL_ROWS, config.seed)]
     model = load_model(source, device, dtype).requires_grad_(False)
-    return Instruments(model, texts.held_out, probes, BATCH)
+    return Instruments(model, texts.held_out, probes, BATCH, dealer)
 
 
 def _placement(config: ConvertConfig) -> tuple[torch.device, torch.dtype]:

@@ -31,7 +31,7 @@ SAMPLING = (
 )
 TOKENS = "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --weights"
 FLAGS = {
-    "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data "
+    "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data --nproc "
     "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "
     f"--init --calibrate --calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "distill": f"{TRAINING} {MIXED} {SPREAD} --log-to --compile --stages --align-steps "
