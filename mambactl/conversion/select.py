@@ -8,7 +8,9 @@ aligned mixers, best layer first.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,7 +50,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridModel
 from mambactl.options import ConvertConfig
 from mambactl.present import present
-from mambactl.ranks import placement
+from mambactl.ranks import placement, processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,17 +189,29 @@ def choose(
     }
     if instruments.probes:
         metrics["recall_probe"] = ",".join(probe.name for probe in instruments.probes.values())
-    if config.by == "head":
-        heads, found = choose_heads(config, replacement, instruments, keep, unit_bytes)
-    else:
-        if config.mixers_from:
-            kept, found = _by_addition(config, replacement, instruments, layers, keep, unit_bytes)
+    with _cores_shared(dealer):
+        if config.by == "head":
+            chosen, found = choose_heads(config, replacement, instruments, keep, unit_bytes)
+        elif config.mixers_from:
+            chosen, found = _by_addition(config, replacement, instruments, layers, keep, unit_bytes)
         else:
-            kept, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
-        units = UNITS[present(config.by)].of(replacement.base)
-        heads = [unit for unit in units if unit.layer in kept]
-    dealer.finish()
-    return Choice(heads, metrics | found)
+            chosen, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
+        dealer.finish()
+    return Choice(chosen, metrics | found)
+
+
+@contextmanager
+def _cores_shared(dealer: Dealer) -> Iterator[None]:
+    """Leave the other processes their cores: fits run on the CPU, wherever models are measured."""
+    before = torch.get_num_threads()
+    share = max(1, (os.cpu_count() or 1) // processes())
+    if dealer.shared and share < before:
+        torch.set_num_threads(share)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def _instruments(config: ConvertConfig, source: str, texts: Texts, dealer: Dealer) -> Instruments:
@@ -224,7 +238,7 @@ def _by_swaps(
     texts: Texts,
     layers: Layers,
     keep: int,
-) -> tuple[list[int], JsonObject]:
+) -> tuple[list[Unit], JsonObject]:
     teacher = instruments.model
     candidates = replacement.base.attention_layers
     swap = _Fitted(replacement, teacher, _some(texts.fit), layers)
@@ -249,7 +263,7 @@ def _by_swaps(
         ],
     )
     found = {"measure": "swap", "ranking": ranking, "scores": _listed(scores)}
-    return kept, found
+    return _units(config, replacement, kept), found
 
 
 def _by_addition(
@@ -259,7 +273,7 @@ def _by_addition(
     layers: Layers,
     keep: int,
     unit_bytes: int,
-) -> tuple[list[int], JsonObject]:
+) -> tuple[list[Unit], JsonObject]:
     blocks = list(instruments.model.layers)
     attention = {index: blocks[index] for index in replacement.base.attention_layers}
     stack = [
@@ -299,7 +313,12 @@ def _by_addition(
         "scores": _listed(alone),
         "front": front,
     }
-    return sorted(added), found
+    return _units(config, replacement, added), found
+
+
+def _units(config: ConvertConfig, replacement: Replacement, layers: Sequence[int]) -> list[Unit]:
+    units = UNITS[present(config.by)].of(replacement.base)
+    return [unit for unit in units if unit.layer in layers]
 
 
 class _Fitted:

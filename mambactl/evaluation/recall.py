@@ -29,7 +29,6 @@ from mambactl.data.recall_documents import (
 )
 from mambactl.errors import UsageError
 from mambactl.evaluation.output_head import output_head
-from mambactl.generation.dealer import ALONE, Dealer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +78,11 @@ class RecallProbe:
     def length(self) -> int:
         """Tokens of a row."""
         return self.input_ids.shape[1]
+
+    def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """Ids and `picked` of rows that are read together, `size` at most and fewer long ones."""
+        size = max(1, min(size, MOST_TOKENS // self.length))
+        return list(zip(self.input_ids.split(size), self.picked.split(size), strict=True))
 
     @property
     def spoken(self) -> Tensor:
@@ -138,26 +142,26 @@ def measure_recall(
     return summarise_answers(measure_answers(model, probe, batch_size, amp), probe.width)
 
 
-@torch.no_grad()
 def measure_answers(
     model: PreTrainedModel,
     probe: RecallProbe,
     batch_size: int = 4,
     amp: torch.dtype | None = None,
-    dealer: Dealer = ALONE,
 ) -> Tensor:
     """Right (0 or 1) and loss of every value token of a probe, in order [n, 2]."""
+    return torch.cat([read_rows(model, rows, amp) for rows in probe.batches(batch_size)])
 
-    def measure(batch: tuple[Tensor, Tensor]) -> Tensor:
-        ids, picked = batch
-        with torch.autocast(ids.device.type, dtype=amp, enabled=amp is not None):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        targets, head = ids.roll(-1, 1)[picked], output_head(model)  # [n]
-        return read_answers(hidden[picked].to(head.weight.dtype), head, targets)
 
-    batch_size = max(1, min(batch_size, MOST_TOKENS // probe.input_ids.shape[1]))
-    chunks = (t.to(model.device).split(batch_size) for t in (probe.input_ids, probe.picked))
-    return torch.cat(dealer.results(list(zip(*chunks, strict=True)), measure))
+@torch.no_grad()
+def read_rows(
+    model: PreTrainedModel, rows: tuple[Tensor, Tensor], amp: torch.dtype | None = None
+) -> Tensor:
+    """`measure_answers` of a batch of rows: their ids [B, T], and what is picked [B, T]."""
+    ids, picked = (each.to(model.device) for each in rows)
+    with torch.autocast(ids.device.type, dtype=amp, enabled=amp is not None):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    targets, head = ids.roll(-1, 1)[picked], output_head(model)  # [n]
+    return read_answers(hidden[picked].to(head.weight.dtype), head, targets)
 
 
 def recalled_by_row(answers: Tensor, probe: RecallProbe) -> np.ndarray:

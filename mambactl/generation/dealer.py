@@ -15,7 +15,7 @@ import torch
 
 from mambactl.generation.dealing import Deal
 from mambactl.json_values import JsonObject
-from mambactl.ranks import is_main, processes
+from mambactl.ranks import is_main, processes, store
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,8 +41,12 @@ class Dealer:
 
     @classmethod
     def of_run(cls) -> "Dealer":
-        """The dealer of all processes of this run."""
-        return cls(processes() > 1)
+        """The dealer of all processes of this run, once all of them are there."""
+        shared = processes() > 1
+        if shared:
+            # while they are on their way alike: later one may have much to do before the others
+            store()
+        return cls(shared)
 
     @property
     def leads(self) -> bool:
