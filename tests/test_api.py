@@ -332,14 +332,18 @@ def test_several_processes_are_started_as_the_command_line_starts_them(
 ) -> None:
     seen = []
 
-    def launch(config, stage, source, flags):
-        seen.append((config.nproc, stage, source, flags))
+    def launch(config, stage, models, flags):
+        seen.append((config.nproc, stage, models, flags))
         return json.dumps({"checkpoint": "/x/out.st", "metrics": {"steps": 1}})
 
     monkeypatch.setattr(calls, "launch", launch)
     found = mambactl.distill("student.st", "out.st", force=True, data=["chat.jsonl"], nproc=2)
     assert (found.path, found.metrics) == ("/x/out.st", {"steps": 1})
-    assert seen == [(2, "distill", "student.st", ["-o", "out.st", "--force", "--json"])]
+    assert seen == [(2, "distill", ["student.st"], ["-o", "out.st", "--force", "--json"])]
+    seen.clear()
+    measured = mambactl.evaluate("student.st", ["llama"], data=["chat.jsonl"], nproc=3)
+    assert measured.metrics == {"steps": 1}
+    assert seen == [(3, "eval", ["student.st", "llama"], ["--compare", "--json"])]
 
 
 def test_functions_are_quiet_until_told(here: Path) -> None:

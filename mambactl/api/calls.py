@@ -52,7 +52,7 @@ def make(
             return StageResult(str(path.absolute()), made.get("metrics", {}))
         require_found(config, [source] if command.reads_model else [])
         if isinstance(config, LaunchConfig) and config.is_launched and not launched():
-            return _spread(command, config, source, flags)
+            return _spread(command, config, [source], flags)
         with heartbeat(name):
             result = import_module(command.module).run(config, source, path, **again)
     return _located(result)
@@ -71,6 +71,8 @@ def measure(name: str, config: StageConfig, models: Sequence[Spec | None]) -> St
     several = ["--compare"] if len(named) > 1 else []
     with invocation.standing_for([name, *named, *several, *settings(config)]):
         require_found(config, sources)
+        if isinstance(config, LaunchConfig) and config.is_launched and not launched():
+            return _spread(command, config, named, several)
         with heartbeat(name):
             module = import_module(command.module)
             if several or getattr(config, "report", None):
@@ -106,12 +108,12 @@ def _words(config: CommandConfig) -> Iterator[str]:
 
 
 def _spread(
-    command: Command, config: LaunchConfig, source: str, flags: Sequence[str]
+    command: Command, config: LaunchConfig, models: Sequence[str], flags: Sequence[str]
 ) -> StageResult:
     """The result of several processes that run the command together."""
     loudness = {0: ["-q"], 2: ["-v"]}.get(console.verbosity(), [])
-    found = json.loads(launch(config, command.name, source, [*flags, "--json", *loudness]))
-    return StageResult(found["checkpoint"], found["metrics"])
+    found = json.loads(launch(config, command.name, models, [*flags, "--json", *loudness]))
+    return StageResult(found["checkpoint"], found["metrics"], found.get("text"))
 
 
 def _located(result: StageResult) -> StageResult:

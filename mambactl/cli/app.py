@@ -243,7 +243,8 @@ def _call(
         from mambactl.cli.processes import launch
 
         with console.guarded_stdout():
-            line = launch(spread, command.name, present(source), shared.flags(present(out)))
+            flags = [*shared.flags(out), *(["--compare"] if others else [])]
+            line = launch(spread, command.name, [present(source), *others], flags)
         console.write_out(line)
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

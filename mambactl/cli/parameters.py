@@ -73,9 +73,9 @@ class Shared:
             force=given.pop("force", False),
         )
 
-    def flags(self, out: Path) -> list[str]:
+    def flags(self, out: Path | None) -> list[str]:
         """The same options on another command line, without what a configuration holds."""
-        found = ["-o", str(out)]
+        found = [] if out is None else ["-o", str(out)]
         asked = {"--json": self.json, "--resume": self.resume, "--force": self.force}
         asked |= {"-q": self.verbosity == 0, "-v": self.verbosity == 2}
         return found + [flag for flag, given in asked.items() if given]

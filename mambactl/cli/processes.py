@@ -45,17 +45,17 @@ class RunFailure(MambactlError):
         self.code, self.trace = report.code, report.trace
 
 
-def launch(config: LaunchConfig, stage: str, source: str, flags: Sequence[str]) -> str:
+def launch(config: LaunchConfig, stage: str, models: Sequence[str], flags: Sequence[str]) -> str:
     """Run the stage in `config.nproc` processes on this machine; returns what it says on stdout.
 
     Raises RunFailure with the exit code of the process that failed first of itself.
     """
-    split = shards(config, source)
+    split = shards(config, models[0])
     how = "weights split over them" if split else "data parallel"
     console.log(f"{stage}: {config.processes} processes, {how}")
     # how many processes there are, each of them knows from its environment
     given = settings(config, config.launcher_options)
-    command = [sys.executable, "-m", "mambactl", stage, source, *flags, *given]
+    command = [sys.executable, "-m", "mambactl", stage, *models, *flags, *given]
     return run_processes(command, _environment(config, split), config.processes)
 
 

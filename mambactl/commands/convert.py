@@ -38,7 +38,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.options import ConvertConfig
 from mambactl.options.fields import flags
 from mambactl.present import present
-from mambactl.ranks import placement
+from mambactl.ranks import is_main, placement
 from mambactl.stage_result import StageResult
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -61,6 +61,9 @@ def run(
         measures = config.calibrate or config.select != "uniform"
         texts = read_texts(config, source) if measures else Texts([], [])
         choice = work.choose(source, texts)
+        if not is_main():
+            # the first process fits and writes: its cores are those of all
+            return StageResult(str(out))
         if choice is not None:
             target = work.target(choice.kept)
         if not _replaced(adapted.config, target) and aligned is None:

@@ -27,11 +27,12 @@ from mambactl.evaluation.probes.probe import (
     Subject,
 )
 from mambactl.evaluation.sequences import CACHE, SEQUENCES, sequences_of, show_sequences
+from mambactl.generation.dealer import Dealer
 from mambactl.json_values import JsonObject
 from mambactl.models.byte_weights import round_to_bytes
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.present import present
-from mambactl.ranks import placement
+from mambactl.ranks import is_main, placement
 from mambactl.report.entries import WEIGHTS
 from mambactl.report.results import save_results
 from mambactl.report.thresholds import Check, failures, parse_checks, require_known
@@ -63,14 +64,16 @@ class Inputs:
 def run(config: EvalConfig, source: str) -> StageResult:
     """Measure and print tables; a bound of `fail_under` that does not hold is a CheckError."""
     result = measure(config, source)
-    check(config, result.metrics)
+    # several processes have one result
+    if is_main():
+        check(config, result.metrics)
     return result
 
 
 def measure(config: EvalConfig, source: str) -> StageResult:
     """Measure, print tables and keep the numbers, whatever they are."""
-    inputs = _read(config, source)
-    subject = _subject(config, inputs, source)
+    inputs, dealer = _read(config, source), Dealer.of_run()
+    subject = _subject(config, inputs, source, dealer)
     dtype = str(subject.model.dtype).removeprefix("torch.")
     # before models are let go of
     cache = sequences_of(subject.model, subject.teacher)
@@ -86,9 +89,14 @@ def measure(config: EvalConfig, source: str) -> StageResult:
         if probe.alone:
             subject = subject.alone()
         found = probe.measure(config, own, subject)
+        if not dealer.leads:
+            continue
         probe.show(subject, found)
         probe.keep(metrics, found)
         parts += probe.labels(own)
+    dealer.finish()
+    if not dealer.leads:
+        return StageResult(path=source)
     if cache:
         show_sequences(f"{source} in {dtype}", cache)
         metrics[CACHE] = {"dtype": dtype, SEQUENCES: cache}
@@ -219,7 +227,7 @@ def _replaced(source: str, teacher: str) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def _subject(config: EvalConfig, inputs: Inputs, source: str) -> Subject:
+def _subject(config: EvalConfig, inputs: Inputs, source: str, dealer: Dealer) -> Subject:
     """Load every model once, also where two are the same."""
     model = _student(config, source)
     tokenizer = load_tokenizer(source, config.trust_remote_code)
@@ -235,7 +243,15 @@ def _subject(config: EvalConfig, inputs: Inputs, source: str) -> Subject:
         other = teacher if shared else _load(config, config.against)
     variants = _variants(config, inputs, model, teacher, other)
     return Subject(
-        source, tokenizer, model, variants, inputs.teacher, teacher, config.against, other
+        source=source,
+        tokenizer=tokenizer,
+        model=model,
+        variants=variants,
+        teacher_name=inputs.teacher,
+        teacher=teacher,
+        other_name=config.against,
+        other=other,
+        dealer=dealer,
     )
 
 

@@ -22,6 +22,7 @@ from mambactl import console
 from mambactl.conversion.choice import Unit
 from mambactl.conversion.ranking import Instruments, PickedRows
 from mambactl.evaluation.controls import Narrowed
+from mambactl.json_values import JsonObject
 from mambactl.models.mixers.attention import AttentionMixer
 from mambactl.models.mixers.settings import WindowSettings
 from mambactl.models.mixers.spec import StepContext
@@ -129,6 +130,10 @@ def gate_worth(
     task: console.Task,
     steps: int = STEPS,
 ) -> dict[Unit, float]:
-    """Mean opening of each unit's gate over the training, in [0, 1]."""
-    found = GateTraining(instruments, window, seed).worth(steps, task).cpu()
-    return {unit: float(found[unit.layer, unit.heads[0]]) for unit in units}
+    """Mean opening of each unit's gate over the training, in [0, 1]; one process trains."""
+
+    def train() -> JsonObject:
+        return {"worth": GateTraining(instruments, window, seed).worth(steps, task).tolist()}
+
+    found = instruments.dealer.from_main(train)["worth"]
+    return {unit: found[unit.layer][unit.heads[0]] for unit in units}

@@ -9,8 +9,9 @@ Layers before a swap are not run again: the walk carries the hidden states that 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeVar
+from dataclasses import astuple, dataclass, replace
+from functools import reduce
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from mambactl import console
 from mambactl.data.pack import Batch
 from mambactl.evaluation.recall import RecallProbe, read_answers, summarise_answers
+from mambactl.generation.dealer import ALONE, Dealer, unheard
 from mambactl.models.block import HybridBlock
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.mixers.spec import StepContext
 from mambactl.options import ConvertConfig
+from mambactl.ranks import processes
 
 Criterion = Literal["kl", "recall"]
 
@@ -39,6 +42,8 @@ TOP = 8
 CHUNK_ELEMENTS = 2**24
 # swapped models whose last hidden states are held at a time
 TOGETHER = 32
+# groups of candidates for each of several processes: small ones, so that none waits for long
+SHARES = 4
 
 K = TypeVar("K", bound=Hashable)
 
@@ -137,21 +142,26 @@ class Instruments:
         batches: Sequence[Batch],
         recall: RecallProbe | Sequence[RecallProbe] | None = None,
         batch_size: int = 4,
+        dealer: Dealer = ALONE,
     ):
-        self.model = teacher.model
+        self.model, self.dealer = teacher.model, dealer
         self.head = teacher.lm_head
         probes = [recall] if isinstance(recall, RecallProbe) else recall or ()
         self.probes = dict(enumerate(probes))
         device = teacher.lm_head.weight.device
         # everything that has to go through the layers
-        self.rows = [self._read(batch.to(device)) for batch in batches]
+        rows = [self._read(batch.to(device)) for batch in batches]
         for index, probe in self.probes.items():
             parts = (
                 t.to(device).split(batch_size)
                 for t in (probe.input_ids, probe.picked, probe.spoken)
             )
             for ids, picked, spoken in zip(*parts, strict=True):
-                self.rows.append(self._rows(ids, picked | spoken, picked, probe=index))
+                rows.append(self._rows(ids, picked | spoken, picked, probe=index))
+        guides = dealer.results(rows, self._guide)
+        self.rows = [
+            replace(each, guide=guide.to(device)) for each, guide in zip(rows, guides, strict=True)
+        ]
 
     def only(self, wanted: Callable[[RecallProbe], bool], text: bool) -> "Instruments":
         """A part of the probes, with or without the text of its own."""
@@ -187,11 +197,14 @@ class Instruments:
         hidden = self.model.embedded(ids)
         context = self.model.context(hidden, position_ids, seq_idx=seq_idx)
         asked, targets = answers[picked], ids.roll(-1, 1)[answers]
-        rows = PickedRows(hidden, context, picked, asked, targets, hidden.new_zeros(0), probe)
-        if bool(asked.all()):
-            return rows
-        last = self.finish(rows, through(self.model.layers, hidden, context))
-        return replace(rows, guide=last[~asked])
+        return PickedRows(hidden, context, picked, asked, targets, hidden.new_zeros(0), probe)
+
+    def _guide(self, rows: PickedRows) -> Tensor:
+        """The teacher's last states where text is predicted."""
+        if bool(rows.asked.all()):
+            return rows.guide
+        last = through(self.model.layers, rows.hidden, rows.context)
+        return self.finish(rows, last)[~rows.asked]
 
     @torch.no_grad()
     def finish(self, rows: PickedRows, hidden: Tensor) -> Tensor:
@@ -204,24 +217,47 @@ class Instruments:
 
         All are read together, so that the teacher's logits are made once.
         """
+        parts = [
+            self.read(rows, [states[index] for states in found.values()])
+            for index, rows in enumerate(self.rows)
+        ]
+        return dict(zip(found, self.summed(parts, len(found)), strict=True))
+
+    @torch.no_grad()
+    def read(self, rows: PickedRows, students: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Read what `finish` gave of some rows: sums of the KL by piece of text [pieces, S], and
+        each student's answers [n, 2].
+        """
         weight = self.head.weight
-        totals = torch.zeros(len(found), dtype=torch.float64, device=weight.device)
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for index, rows in enumerate(self.rows):
-            students = [states[index][~rows.asked] for states in found.values()]
-            for start in range(0, len(rows.guide), size):
-                piece = slice(start, start + size)
-                log_p = self.head(rows.guide[piece]).float().log_softmax(-1)  # [n, V]
-                p = log_p.exp()
-                for i, student in enumerate(students):
-                    log_q = self.head(student[piece]).float().log_softmax(-1)
-                    totals[i] += (p * (log_p - log_q)).sum().double()
-        kl = (totals / max(1, self.text_tokens)).tolist()
-        recalled = [self._recall(states) for states in found.values()]
-        return {key: Score(kl[i], *recalled[i]) for i, key in enumerate(found)}
+        texts = [states[~rows.asked] for states in students]
+        shape = (-(-len(rows.guide) // size), len(students))
+        sums = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+        for number, guide in enumerate(rows.guide.split(size) if len(rows.guide) else ()):
+            piece = slice(number * size, (number + 1) * size)
+            log_p = self.head(guide).float().log_softmax(-1)  # [n, V]
+            p = log_p.exp()
+            for i, text in enumerate(texts):
+                log_q = self.head(text[piece]).float().log_softmax(-1)
+                sums[number, i] = (p * (log_p - log_q)).sum().double()
+        if rows.probe is None:
+            return sums, []
+        answers = [states[rows.asked] for states in students]
+        return sums, [read_answers(each, self.head, rows.targets) for each in answers]
+
+    def summed(
+        self, parts: Sequence[tuple[Tensor, Sequence[Tensor]]], students: int
+    ) -> list[Score]:
+        """Score of each student from what `read` gave of all rows, added in their order."""
+        pieces = [piece for sums, _ in parts for piece in sums]
+        kl = [0.0] * students
+        if pieces:
+            kl = (reduce(torch.add, pieces) / max(1, self.text_tokens)).tolist()
+        recalled = [self._recall([read for _, read in parts], i) for i in range(students)]
+        return [Score(kl[i], *recalled[i]) for i in range(students)]
 
     def _recall(
-        self, states: Sequence[Tensor]
+        self, answers: Sequence[Sequence[Tensor]], student: int
     ) -> tuple[float | None, float | None, tuple[float, ...]]:
         """Mean recall, mean loss and the loss of every probe."""
         if not self.probes:
@@ -229,8 +265,8 @@ class Instruments:
         found = []
         for index, probe in self.probes.items():
             read = [
-                read_answers(each[rows.asked], self.head, rows.targets)
-                for each, rows in zip(states, self.rows, strict=True)
+                each[student]
+                for each, rows in zip(answers, self.rows, strict=True)
                 if rows.probe == index
             ]
             found.append(summarise_answers(torch.cat(read), probe.width))
@@ -257,38 +293,73 @@ def swap_scores(
     """Score of the stack `blocks` with `swap(c)` in place of one block, for each candidate alone.
 
     `layer_of(c)` says which. `swap` is asked layer by layer and its block is dropped when it has
-    been run.
+    been run. Several processes share the candidates.
     """
-    scores: dict[K, Score] = {}
-    found: dict[K, list[Tensor]] = {}
-    states = [rows.hidden for rows in instruments.rows]
-    for index in range(max(map(layer_of, candidates)) + 1):
+    dealer = instruments.dealer
+    ordered = sorted(candidates, key=layer_of)
+    size = TOGETHER
+    if dealer.shared:
+        size = max(1, min(TOGETHER, len(ordered) // (SHARES * processes())))
+    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    walk = _Walk(blocks, swap, instruments, layer_of)
+    # where there is one process, a group may take minutes
+    steps, whole = (unheard, task.advance) if dealer.shared else (task.advance, unheard)
+
+    def measure(group: list[K]) -> list[tuple]:
+        return [astuple(score) for score in walk.scores(group, steps)]
+
+    found = dealer.results(groups, measure, whole, len)
+    return {
+        candidate: Score(*values)
+        for group, scores in zip(groups, found, strict=True)
+        for candidate, values in zip(group, scores, strict=True)
+    }
+
+
+class _Walk(Generic[K]):
+    """A walk through the layers of a stack, which stops where one is swapped."""
+
+    def __init__(
+        self,
+        blocks: Sequence[AnyBlock],
+        swap: Callable[[K], AnyBlock],
+        instruments: Instruments,
+        layer_of: Callable[[K], int],
+    ):
+        self.blocks, self.swap, self.instruments = blocks, swap, instruments
+        self.layer_of = layer_of
+        self.index, self.states = 0, [rows.hidden for rows in instruments.rows]
+
+    def scores(self, candidates: Sequence[K], advance: Callable[[int], None]) -> list[Score]:
+        """Scores of candidates at this layer or later ones, in their order."""
+        found = {}
         for candidate in candidates:
-            if layer_of(candidate) != index:
-                continue
-            other = [swap(candidate), *blocks[index + 1 :]]
+            self._reach(self.layer_of(candidate))
+            other = [self.swap(candidate), *self.blocks[self.index + 1 :]]
             found[candidate] = [
-                instruments.finish(rows, through(other, hidden, rows.context))
-                for rows, hidden in zip(instruments.rows, states, strict=True)
+                self.instruments.finish(rows, through(other, hidden, rows.context))
+                for rows, hidden in zip(self.instruments.rows, self.states, strict=True)
             ]
-            task.advance()
-        if len(found) >= TOGETHER:
-            scores |= instruments.scores(found)
-            found = {}
-        states = [
-            through([blocks[index]], hidden, rows.context)
-            for rows, hidden in zip(instruments.rows, states, strict=True)
+            advance(1)
+        return list(self.instruments.scores(found).values())
+
+    def _reach(self, layer: int) -> None:
+        passed = self.blocks[self.index : layer]
+        self.states = [
+            through(passed, hidden, rows.context)
+            for rows, hidden in zip(self.instruments.rows, self.states, strict=True)
         ]
-    return scores | instruments.scores(found) if found else scores
+        self.index = layer
 
 
 def score_of(blocks: Sequence[AnyBlock], instruments: Instruments) -> Score:
-    """Score of a stack as it is."""
-    states = [
-        instruments.finish(rows, through(blocks, rows.hidden, rows.context))
-        for rows in instruments.rows
-    ]
-    return instruments.scores({0: states})[0]
+    """Score of a stack as it is; several processes share the rows."""
+
+    def measure(rows: PickedRows) -> tuple[Tensor, list[Tensor]]:
+        last = through(blocks, rows.hidden, rows.context)
+        return instruments.read(rows, [instruments.finish(rows, last)])
+
+    return instruments.summed(instruments.dealer.results(instruments.rows, measure), 1)[0]
 
 
 def greedy_addition(

@@ -8,7 +8,9 @@ aligned mixers, best layer first.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,13 +43,14 @@ from mambactl.data.pack import Batch, Row, collate, pack
 from mambactl.data.sources import load_rows
 from mambactl.errors import UsageError
 from mambactl.evaluation.recall import kv_probe
+from mambactl.generation.dealer import Dealer
 from mambactl.json_values import JsonObject
 from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridModel
 from mambactl.options import ConvertConfig
 from mambactl.present import present
-from mambactl.ranks import placement
+from mambactl.ranks import placement, processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,9 +173,11 @@ def choose(
 ) -> Choice:
     """Measure and choose `keep` units; prints the table and returns what the lineage keeps.
 
-    `unit_bytes` is what one layer or KV head caches of a token.
+    `unit_bytes` is what one layer or KV head caches of a token. The processes of a run share what
+    is measured, and all choose alike.
     """
-    instruments = _instruments(config, source, texts)
+    dealer = Dealer.of_run()
+    instruments = _instruments(config, source, texts, dealer)
     metrics = {
         "select": config.select,
         "tokens": instruments.text_tokens,
@@ -184,18 +189,32 @@ def choose(
     }
     if instruments.probes:
         metrics["recall_probe"] = ",".join(probe.name for probe in instruments.probes.values())
-    if config.by == "head":
-        heads, found = choose_heads(config, replacement, instruments, keep, unit_bytes)
-        return Choice(heads, metrics | found)
-    if config.mixers_from:
-        kept, found = _by_addition(config, replacement, instruments, layers, keep, unit_bytes)
-    else:
-        kept, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
-    units = UNITS[present(config.by)].of(replacement.base)
-    return Choice([unit for unit in units if unit.layer in kept], metrics | found)
+    with _cores_shared(dealer):
+        if config.by == "head":
+            chosen, found = choose_heads(config, replacement, instruments, keep, unit_bytes)
+        elif config.mixers_from:
+            chosen, found = _by_addition(config, replacement, instruments, layers, keep, unit_bytes)
+        else:
+            chosen, found = _by_swaps(config, replacement, instruments, texts, layers, keep)
+        dealer.finish()
+    return Choice(chosen, metrics | found)
 
 
-def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instruments:
+@contextmanager
+def _cores_shared(dealer: Dealer) -> Iterator[None]:
+    """Leave the other processes their cores: fits run on the CPU, wherever models are measured."""
+    before = torch.get_num_threads()
+    share = max(1, (os.cpu_count() or 1) // processes())
+    if dealer.shared and share < before:
+        torch.set_num_threads(share)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def _instruments(config: ConvertConfig, source: str, texts: Texts, dealer: Dealer) -> Instruments:
     device, dtype = _placement(config)
     probes = []
     tokenizer = load_tokenizer(source, config.trust_remote_code)
@@ -204,7 +223,7 @@ def _instruments(config: ConvertConfig, source: str, texts: Texts) -> Instrument
     elif config.select == "recall":
         probes = [kv_probe(tokenizer, config.select_recall, RECALL_ROWS, config.seed)]
     model = load_model(source, device, dtype).requires_grad_(False)
-    return Instruments(model, texts.held_out, probes, BATCH)
+    return Instruments(model, texts.held_out, probes, BATCH, dealer)
 
 
 def _placement(config: ConvertConfig) -> tuple[torch.device, torch.dtype]:
@@ -219,7 +238,7 @@ def _by_swaps(
     texts: Texts,
     layers: Layers,
     keep: int,
-) -> tuple[list[int], JsonObject]:
+) -> tuple[list[Unit], JsonObject]:
     teacher = instruments.model
     candidates = replacement.base.attention_layers
     swap = _Fitted(replacement, teacher, _some(texts.fit), layers)
@@ -244,7 +263,7 @@ def _by_swaps(
         ],
     )
     found = {"measure": "swap", "ranking": ranking, "scores": _listed(scores)}
-    return kept, found
+    return _units(config, replacement, kept), found
 
 
 def _by_addition(
@@ -254,7 +273,7 @@ def _by_addition(
     layers: Layers,
     keep: int,
     unit_bytes: int,
-) -> tuple[list[int], JsonObject]:
+) -> tuple[list[Unit], JsonObject]:
     blocks = list(instruments.model.layers)
     attention = {index: blocks[index] for index in replacement.base.attention_layers}
     stack = [
@@ -294,7 +313,12 @@ def _by_addition(
         "scores": _listed(alone),
         "front": front,
     }
-    return sorted(added), found
+    return _units(config, replacement, added), found
+
+
+def _units(config: ConvertConfig, replacement: Replacement, layers: Sequence[int]) -> list[Unit]:
+    units = UNITS[present(config.by)].of(replacement.base)
+    return [unit for unit in units if unit.layer in layers]
 
 
 class _Fitted:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mambactl.evaluation.likelihood import BatchSize, Request, greedy_tokens
+from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.models.hybrid import HybridForCausalLM
 
 Tokens = Sequence[int]
@@ -31,7 +32,10 @@ def generation_agreement(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def forced_agreement(
-    model: HybridForCausalLM, pairs: Sequence[Pair], batch_size: BatchSize = "auto"
+    model: HybridForCausalLM,
+    pairs: Sequence[Pair],
+    batch_size: BatchSize = "auto",
+    dealer: Dealer = ALONE,
 ) -> float:
     """Share of the teacher's tokens that the model would have written next itself.
 
@@ -41,7 +45,7 @@ def forced_agreement(
     requests = [Request(pair.prompt, pair.teacher) for pair in pairs]
     longest = max(len(request.context) + len(request.continuation) for request in requests)
     written = sum(len(request.continuation) for request in requests)
-    return sum(greedy_tokens(model, requests, longest, batch_size)) / written
+    return sum(greedy_tokens(model, requests, longest, batch_size, dealer)) / written
 
 
 def _row(student: Tokens, teacher: Tokens) -> dict[str, float]:

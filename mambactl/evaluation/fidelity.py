@@ -17,6 +17,7 @@ from mambactl.evaluation.calibration import confidences
 from mambactl.evaluation.output_head import output_head
 from mambactl.evaluation.predictions import MEANS, Predictions
 from mambactl.evaluation.statistics import Bootstrap
+from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.json_values import JsonObject
 
 # logits of one model that may exist at a time, in elements
@@ -106,6 +107,7 @@ def predict(
     max_length: int = 512,
     batch_size: int = 4,
     chunk_elements: int = CHUNK_ELEMENTS,
+    dealer: Dealer = ALONE,
 ) -> Predictions:
     """Measure every prediction of several students beside one teacher's on the same rows.
 
@@ -119,22 +121,22 @@ def predict(
             "the data holds no document of two tokens or more, so there is nothing to predict",
             hint="pass text that is longer",
         )
-    measured: dict[str, list[Tensor]] = {name: [] for name in variants}
     heads = [Head.of(model) for model in (teacher, *(each.model for each in variants.values()))]
-    with console.progress("fidelity", sum(len(row.ids) for row in rows)) as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = [row.ids for row in rows[start : start + batch_size]]
-            found = _measure_batch(list(variants.values()), teacher, heads, batch, chunk_elements)
-            for name, part in zip(variants, found, strict=True):
-                measured[name].append(part)
-            progress.advance(sum(map(len, batch)))
+    ids = [row.ids for row in rows]
+    batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+
+    def measure(batch: list[Tensor]) -> list[Tensor]:
+        return _measure_batch(list(variants.values()), teacher, heads, batch, chunk_elements)
+
+    with console.progress("fidelity", sum(map(len, ids))) as task:
+        found = dealer.results(batches, measure, task.advance, tokens_of)
     counts = torch.tensor([len(row.ids) - 1 for row in rows])
     positions = torch.cat([torch.arange(int(count)) for count in counts])
     origins = torch.tensor([(row.document, row.number) for row in rows])  # [R, 2]
     documents_of, rows_of = origins.repeat_interleave(counts, 0).T.numpy()
     values: dict[str, dict[str, np.ndarray]] = {
         name: dict(zip(COLUMNS, torch.cat(parts).numpy().T, strict=True))
-        for name, parts in measured.items()
+        for name, parts in zip(variants, zip(*found, strict=True), strict=True)
     }
     return Predictions(values, positions.numpy(), documents_of, rows_of)
 
@@ -154,6 +156,11 @@ def cut_rows(documents: Iterable[TokenIds], max_length: int) -> list[Tensor]:
     A rest of one token is dropped: nothing in it can be predicted.
     """
     return [row.ids for row in _located_rows(documents, max_length)]
+
+
+def tokens_of(rows: Sequence[Tensor]) -> int:
+    """Number of tokens in some rows."""
+    return sum(map(len, rows))
 
 
 def _located_rows(documents: Iterable[TokenIds], max_length: int) -> list[_Row]:

@@ -1,13 +1,15 @@
 """Error of each new mixer's output relative to that of the attention it replaces."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 
 from mambactl import console
 from mambactl.data.encoding import TokenIds
 from mambactl.errors import UsageError
-from mambactl.evaluation.fidelity import cut_rows
+from mambactl.evaluation.fidelity import cut_rows, tokens_of
+from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.kernels.divergence import relative_error
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
@@ -21,6 +23,7 @@ def layer_errors(
     documents: Iterable[TokenIds],
     max_length: int = 512,
     batch_size: int = 4,
+    dealer: Dealer = ALONE,
 ) -> dict[int, float]:
     """Relative error of every replaced layer, teacher-forced: what the `align` phase minimises.
 
@@ -32,18 +35,15 @@ def layer_errors(
     layers = student.config.replaced_layers
     mixers = {index: student.model.layers[index].replacing for index in layers}
     rows = cut_rows(documents, max_length)
-    # on the device: a number that is read makes the host wait
-    zero = torch.zeros((), dtype=torch.float64, device=teacher.device)
-    totals = dict.fromkeys(layers, zero)
-    tokens = 0
-    with console.progress("layers", sum(map(len, rows))) as task:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            for index, error in _batch_errors(mixers, teacher, batch).items():
-                totals[index] = totals[index] + error.double()
-            tokens += sum(map(len, batch))
-            task.advance(sum(map(len, batch)))
-    return {index: float(total / tokens) for index, total in totals.items()}
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    with console.progress("layers", tokens_of(rows)) as task:
+        # they stay on the device: a number that is read makes the host wait
+        found = dealer.results(
+            batches, partial(_batch_errors, mixers, teacher), task.advance, tokens_of
+        )
+    zero = torch.zeros((), dtype=torch.float64)
+    totals = {index: sum((each[index].double() for each in found), zero) for index in layers}
+    return {index: float(total / tokens_of(rows)) for index, total in totals.items()}
 
 
 def require_layers(student: HybridConfig, teacher: HybridConfig) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mambactl.evaluation.prefixes import Group, group_by_prefix
+from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.kernels.reference import state_dtype
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridForCausalLM
@@ -50,7 +51,7 @@ class _Scored:
     def __init__(self, requests: Sequence[Request], max_length: int):
         known: dict[bytes, int] = {}
         self.inputs: list[np.ndarray] = []
-        rows, positions, tokens, owners = [], [], [], []
+        rows, positions, tokens, owners, asked = [], [], [], [], []
         for owner, request in enumerate(requests):
             whole = np.asarray([*request.context, *request.continuation], np.int64)
             read = whole[-(max_length + 1) : -1]
@@ -60,6 +61,7 @@ class _Scored:
             row = known.setdefault(read.tobytes(), len(self.inputs))
             if row == len(self.inputs):
                 self.inputs.append(read)
+            asked.append(row)
             rows.append(np.full(count, row))
             positions.append(np.arange(len(read) - count, len(read)))
             tokens.append(whole[len(whole) - count :])
@@ -69,6 +71,11 @@ class _Scored:
         self.position, self.row = position[order], row[order]
         self.token, self.owner = np.concatenate(tokens)[order], np.concatenate(owners)[order]
         self.first = np.searchsorted(self.row, np.arange(len(self.inputs) + 1))
+        self.requests = np.bincount(asked, minlength=len(self.inputs))
+
+    def requests_of(self, groups: Sequence[Group]) -> int:
+        """Number of requests whose tokens are read in some groups."""
+        return sum(int(self.requests[group.rows].sum()) for group in groups)
 
     def within(self, row: int, start: int, end: int) -> np.ndarray:
         """Scored tokens of an input whose position is in [start, end)."""
@@ -84,14 +91,15 @@ def log_likelihoods(
     max_length: int,
     batch_size: BatchSize = "auto",
     on_scored: Callable[[int], None] = lambda count: None,
+    dealer: Dealer = ALONE,
 ) -> list[tuple[float, bool]]:
     """Per request log p(continuation | context) in nats, and whether it is the greedy one.
 
     `batch_size` is rows per forward pass; "auto" fills passes by tokens and halves what does not
     fit a GPU. Contexts that are too long lose their beginning. `on_scored` hears how many
-    requests' tokens each pass has scored, the rest of them at the end.
+    requests each batch has scored.
     """
-    sums, greedy = _score(model, requests, max_length, batch_size, on_scored)
+    sums, greedy = _score(model, requests, max_length, batch_size, on_scored, dealer)
     lengths = [len(request.continuation) for request in requests]
     return [
         (float(total), int(count) == length)
@@ -105,9 +113,10 @@ def greedy_tokens(
     requests: Sequence[Request],
     max_length: int,
     batch_size: BatchSize = "auto",
+    dealer: Dealer = ALONE,
 ) -> list[int]:
     """Per request how many tokens of the continuation the model would have chosen itself."""
-    counts = _score(model, requests, max_length, batch_size, lambda count: None)[1]
+    counts = _score(model, requests, max_length, batch_size, lambda count: None, dealer)[1]
     return [int(count) for count in counts]
 
 
@@ -117,35 +126,42 @@ def _score(
     max_length: int,
     batch_size: BatchSize,
     on_scored: Callable[[int], None],
+    dealer: Dealer,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums of log-likelihoods and numbers of greedy tokens, per request."""
     if not requests:
         return np.zeros(0), np.zeros(0)
     scored = _Scored(requests, max_length)
-    run = _Run(model, scored, batch_size, len(requests), on_scored)
-    for groups in run.batches(group_by_prefix(scored.inputs)):
-        run.score(groups)
-    return run.totals()
+    run = _Run(model, scored, batch_size)
+    batches = list(run.batches(group_by_prefix(scored.inputs)))
+    found = dealer.results(batches, run.found_in, on_scored, scored.requests_of)
+    owners, chances, greedy = (torch.cat(parts) for parts in zip(*found, strict=True))
+    weights = (chances.double().cpu().numpy(), greedy.cpu().numpy())
+    sums, counts = (np.bincount(owners.numpy(), each, len(requests)) for each in weights)
+    return sums, counts
 
 
 class _Run:
     """Passes over a model and their results."""
 
-    def __init__(
-        self,
-        model: HybridForCausalLM,
-        scored: _Scored,
-        batch_size: BatchSize,
-        requests: int,
-        on_scored: Callable[[int], None],
-    ):
-        self.model, self.scored, self.on_scored = model, scored, on_scored
+    def __init__(self, model: HybridForCausalLM, scored: _Scored, batch_size: BatchSize):
+        self.model, self.scored = model, scored
         kind = model.device.type
         self.tokens = TOKENS[kind] if batch_size == "auto" else None
         self.rows = MOST_ROWS if batch_size == "auto" else batch_size
         self.positions = HEAD_POSITIONS[kind]
         self.found: list[tuple[np.ndarray, Tensor, Tensor]] = []
-        self.waiting = np.bincount(scored.owner, minlength=requests)
+
+    def found_in(self, groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
+        """Owners, log-likelihoods and greediness of the scored tokens of a batch [n]."""
+        nothing = torch.zeros(0, device=self.model.device)
+        self.found = [(np.zeros(0, np.int64), nothing, nothing.bool())]
+        # smaller ones, once something did not fit
+        for part in self.batches(groups):
+            self.score(part)
+        owners, chances, greedy = zip(*self.found, strict=True)
+        # on the device: the host waits for all batches at once
+        return torch.from_numpy(np.concatenate(owners)), torch.cat(chances), torch.cat(greedy)
 
     def batches(self, groups: list[Group]) -> Iterator[list[Group]]:
         """Groups to be read together: rows alone by their length, shared beginnings by theirs."""
@@ -173,11 +189,6 @@ class _Run:
         if not fits:
             del self.found[kept:]
             self._score_in_halves(groups)
-            return
-        for owners, _, _ in self.found[kept:]:
-            before = np.count_nonzero(self.waiting == 0)
-            np.subtract.at(self.waiting, owners, 1)
-            self.on_scored(int(np.count_nonzero(self.waiting == 0) - before))
 
     def _score_in_halves(self, groups: list[Group]) -> None:
         if self.model.device.type == "cuda":
@@ -189,17 +200,6 @@ class _Run:
         for half in (groups[:middle], groups[middle:]):
             if half:
                 self.score(half)
-
-    def totals(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sums over each request's tokens: log-likelihoods, and greedy ones."""
-        owners = np.concatenate([owners for owners, _, _ in self.found])
-        chances = torch.cat([found for _, found, _ in self.found]).double().cpu().numpy()
-        greedy = torch.cat([found for _, _, found in self.found]).cpu().numpy()
-        count = len(self.waiting)
-        return (
-            np.bincount(owners, chances, minlength=count),
-            np.bincount(owners, greedy, minlength=count),
-        )
 
     def _fitting(self, length: int, held: int = 0) -> int:
         """Rows of `length` new tokens behind `held` cached ones that one pass takes."""

@@ -14,6 +14,7 @@ from mambactl.decode.backend import make_engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.evaluation.output_head import output_head
 from mambactl.evaluation.recall import read_answers
+from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.json_values import JsonObject
 from mambactl.metrics import RETRIEVED
 from mambactl.models.hybrid import HybridForCausalLM
@@ -90,6 +91,7 @@ def measure_needle(
     grid: Grid,
     end_tokens: Sequence[int],
     advance: Callable[[int], None] = lambda prompts: None,
+    dealer: Dealer = ALONE,
 ) -> Found:
     """Scores by [length][prompt].
 
@@ -103,15 +105,18 @@ def measure_needle(
         if grid.scoring == "generate"
         else _Forced(model, grid.answer)
     )
-    found: Found = [[] for _ in grid.lengths]
+    batches: list[list[list[int]]] = []
+    origins: list[int] = []
     # the longest first: memory that holds it holds the others
     for index in sorted(range(len(grid.lengths)), key=lambda i: -grid.lengths[i]):
         prompts = grid.prompts[index]
         size = max(1, BATCH_TOKENS // grid.lengths[index])
-        for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            found[index] += measure(batch)
-            advance(len(batch))
+        parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        batches += parts
+        origins += [index] * len(parts)
+    found: Found = [[] for _ in grid.lengths]
+    for index, part in zip(origins, dealer.results(batches, measure, advance, len), strict=True):
+        found[index] += part
     return found
 
 

@@ -79,6 +79,11 @@ class RecallProbe:
         """Tokens of a row."""
         return self.input_ids.shape[1]
 
+    def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """Ids and `picked` of rows that are read together, `size` at most and fewer long ones."""
+        size = max(1, min(size, MOST_TOKENS // self.length))
+        return list(zip(self.input_ids.split(size), self.picked.split(size), strict=True))
+
     @property
     def spoken(self) -> Tensor:
         """Positions [R, T] whose next token is plain text."""
@@ -137,7 +142,6 @@ def measure_recall(
     return summarise_answers(measure_answers(model, probe, batch_size, amp), probe.width)
 
 
-@torch.no_grad()
 def measure_answers(
     model: PreTrainedModel,
     probe: RecallProbe,
@@ -145,15 +149,19 @@ def measure_answers(
     amp: torch.dtype | None = None,
 ) -> Tensor:
     """Right (0 or 1) and loss of every value token of a probe, in order [n, 2]."""
-    found = []
-    batch_size = max(1, min(batch_size, MOST_TOKENS // probe.input_ids.shape[1]))
-    chunks = (t.to(model.device).split(batch_size) for t in (probe.input_ids, probe.picked))
-    for ids, picked in zip(*chunks, strict=True):
-        with torch.autocast(ids.device.type, dtype=amp, enabled=amp is not None):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        targets, head = ids.roll(-1, 1)[picked], output_head(model)  # [n]
-        found.append(read_answers(hidden[picked].to(head.weight.dtype), head, targets))
-    return torch.cat(found)
+    return torch.cat([read_rows(model, rows, amp) for rows in probe.batches(batch_size)])
+
+
+@torch.no_grad()
+def read_rows(
+    model: PreTrainedModel, rows: tuple[Tensor, Tensor], amp: torch.dtype | None = None
+) -> Tensor:
+    """`measure_answers` of a batch of rows: their ids [B, T], and what is picked [B, T]."""
+    ids, picked = (each.to(model.device) for each in rows)
+    with torch.autocast(ids.device.type, dtype=amp, enabled=amp is not None):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    targets, head = ids.roll(-1, 1)[picked], output_head(model)  # [n]
+    return read_answers(hidden[picked].to(head.weight.dtype), head, targets)
 
 
 def recalled_by_row(answers: Tensor, probe: RecallProbe) -> np.ndarray:

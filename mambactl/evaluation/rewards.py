@@ -6,7 +6,7 @@ answer's tokens, beta * r is the reward that direct preference optimisation impl
 whole next-token distributions, at every token of both answers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from mambactl.data.encoding import Example
 from mambactl.data.pack import Batch, Row, collate, pack_whole
 from mambactl.data.preferences import Pair
 from mambactl.evaluation.fidelity import MEANS, Head, compare_logits
+from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.json_values import JsonObject
 from mambactl.metrics import KL, REVERSE_KL, group
 
@@ -43,6 +44,33 @@ class Layout:
     packing: bool = True
     amp: torch.dtype | None = None
 
+    def batches(self, texts: Sequence[Example]) -> list["AnswerRows"]:
+        """Rows of the documents that are read together, in one order for all models."""
+        width = min(self.width, max(len(text.input_ids) for text in texts))
+        rows, members = pack_whole(texts, width, self.packing)
+        pieces = [
+            slice(start, start + self.batch_size) for start in range(0, len(rows), self.batch_size)
+        ]
+        return [AnswerRows(rows[piece], members[piece]) for piece in pieces]
+
+    @torch.no_grad()
+    def states(self, model: PreTrainedModel, read: "AnswerRows") -> "States":
+        """States of a batch that predict learned tokens; owners on the host."""
+        batch = collate(read.rows)
+        predicted = batch.loss_mask[:, 1:]  # [B, T-1], position t predicts token t + 1
+        owner = _owners(read.members, read.rows)[:, 1 : batch.loss_mask.shape[1]][predicted]
+        hidden = _hidden(model, batch.to(model.device), self.amp)[:, :-1]
+        device = hidden.device
+        targets = batch.input_ids[:, 1:][predicted]
+        return States(hidden[predicted.to(device)], targets.to(device), owner)
+
+
+class AnswerRows(NamedTuple):
+    """Rows of one batch, and the numbers of the documents in each."""
+
+    rows: Sequence[Row]
+    members: Sequence[Sequence[int]]
+
 
 class States(NamedTuple):
     """Hidden states [N, D] that predict answer tokens [N] of documents number `owner` [N]."""
@@ -54,11 +82,11 @@ class States(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference's part in a comparison: states of the same tokens, batch by batch on the
-    host, and its head. The model itself may be freed.
+    """The reference's part in a comparison: states of the same tokens on the host, by the number
+    of the batch, and its head.
     """
 
-    states: list[Tensor]
+    states: Callable[[int], Tensor]
     head: Head
 
 
@@ -89,10 +117,18 @@ def token_logps(
 
 
 def read_reference(model: PreTrainedModel, texts: Sequence[Example], layout: Layout) -> Reference:
-    """Keep the states of `model` for `texts`, in the order of `answer_states`."""
+    """Keep the states of `model` for `texts`; the model itself may then be freed."""
     with torch.no_grad():
         states = [part.hidden.cpu() for part in answer_states(model, texts, layout)]
-        return Reference(states, Head.of(model))
+        return Reference(states.__getitem__, Head.of(model))
+
+
+def live_reference(model: PreTrainedModel, texts: Sequence[Example], layout: Layout) -> Reference:
+    """Read states of `model` for `texts` batch by batch, when they are asked for."""
+    batches = layout.batches(texts)
+    return Reference(
+        lambda number: layout.states(model, batches[number]).hidden.cpu(), Head.of(model)
+    )
 
 
 @torch.no_grad()
@@ -102,6 +138,7 @@ def compare_preferences(
     pairs: Sequence[Pair],
     layout: Layout,
     beta: float = 1.0,
+    dealer: Dealer = ALONE,
 ) -> JsonObject:
     """Numbers of `SCALARS` over pairs that `reference` was read for, and how many there are.
 
@@ -112,16 +149,22 @@ def compare_preferences(
     texts = documents(pairs)
     head = Head.of(policy)
     size = head.rows()
-    ours, theirs, counts = np.zeros((3, len(texts)))
-    sums, seen = torch.zeros(len(MEANS), dtype=torch.float64), 0
-    for states, other in zip(answer_states(policy, texts, layout), reference.states, strict=True):
+    batches = layout.batches(texts)
+
+    def measure(number: int) -> tuple[Tensor, Tensor]:
+        """Measurements of a batch's answer tokens [N, 7], and their documents [N]."""
+        states, other = layout.states(policy, batches[number]), reference.states(number)
         pieces = zip(*(t.split(size) for t in (states.hidden, other, states.targets)), strict=True)
         parts = [
             compare_logits(head(hidden), reference.head(kept.to(hidden.device)), targets)
             for hidden, kept, targets in pieces
         ]
-        measured = torch.cat(parts).double().cpu()  # [N, 7]
-        owner = states.owner.numpy()
+        return torch.cat(parts).double().cpu(), states.owner
+
+    ours, theirs, counts = np.zeros((3, len(texts)))
+    sums, seen = torch.zeros(len(MEANS), dtype=torch.float64), 0
+    for measured, owners in dealer.results(range(len(batches)), measure):
+        owner = owners.numpy()
         np.add.at(ours, owner, -measured[:, CE].numpy())
         np.add.at(theirs, owner, -measured[:, REFERENCE_CE].numpy())
         np.add.at(counts, owner, 1)
@@ -152,22 +195,11 @@ def _rewards(
     }
 
 
-@torch.no_grad()
 def answer_states(
     model: PreTrainedModel, texts: Sequence[Example], layout: Layout
 ) -> Iterator[States]:
     """States that predict learned tokens, in one order for all models; owners on the host."""
-    width = min(layout.width, max(len(text.input_ids) for text in texts))
-    rows, members = pack_whole(texts, width, layout.packing)
-    for start in range(0, len(rows), layout.batch_size):
-        piece = slice(start, start + layout.batch_size)
-        batch = collate(rows[piece])
-        predicted = batch.loss_mask[:, 1:]  # [B, T-1], position t predicts token t + 1
-        owner = _owners(members[piece], rows[piece])[:, 1 : batch.loss_mask.shape[1]][predicted]
-        hidden = _hidden(model, batch.to(model.device), layout.amp)[:, :-1]
-        device = hidden.device
-        targets = batch.input_ids[:, 1:][predicted]
-        yield States(hidden[predicted.to(device)], targets.to(device), owner)
+    return (layout.states(model, batch) for batch in layout.batches(texts))
 
 
 def _owners(members: Sequence[Sequence[int]], rows: Sequence[Row]) -> Tensor:

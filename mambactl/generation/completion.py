@@ -1,6 +1,7 @@
 """Texts behind many prompts, through the decode engine, each up to the first of its stop texts."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from mambactl.decode.backend import AnyEngine
 from mambactl.decode.engine import OnTokens
 from mambactl.decode.sampler import SamplingParams
+from mambactl.generation.dealer import ALONE, Dealer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,21 +33,22 @@ def complete(
     until: Sequence[str] = (),
     batch_size: int = 1,
     on_row: Callable[[int], None] = lambda rows: None,
+    dealer: Dealer = ALONE,
 ) -> list[list[int]]:
     """New tokens of every prompt; a row ends a few tokens behind the first text of `until`.
 
     Prompts of like length are decoded together; `on_row` hears how many a batch finished.
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    found: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def written(rows: list[int]) -> list[list[int]]:
         batch = [prompts[row] for row in rows]
-        output = engine.generate(batch, params, stop_at(tokenizer, until, len(rows)), rows)
-        for row, tokens in zip(rows, output.tokens, strict=True):
-            found[row] = tokens
-        on_row(len(rows))
-    return found
+        return engine.generate(batch, params, stop_at(tokenizer, until, len(rows)), rows).tokens
+
+    found = dealer.results(batches, written, on_row, len)
+    by_row = dict(zip(chain(*batches), chain(*found), strict=True))
+    return [by_row[row] for row in range(len(prompts))]
 
 
 def stop_at(

@@ -6,16 +6,19 @@ the short ones idle. A number in the run's store is all that has to be shared fo
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from itertools import count
 
 from mambactl.errors import UsageError
 from mambactl.json_values import JsonObject
+from mambactl.present import present
 from mambactl.ranks import is_main, processes, rank, store
 
 # seconds between two looks at the store; blocking calls of it would hear no signal
 POLL = 0.05
+# bytes of a value in the store, which takes 8 MiB
+PART = 1 << 22
 
 
 class Deal:
@@ -35,8 +38,7 @@ class Deal:
         if is_main():
             self.store.set(name, json.dumps(value))
             return value
-        while not self.store.check([name]):
-            time.sleep(POLL)
+        self._await(name)
         return json.loads(self.store.get(name))
 
     def day(self, found: date | None) -> date | None:
@@ -72,6 +74,29 @@ class Deal:
         self._done = before + more if self.store is None else self.store.add("done", more)
         return self._done - before
 
+    def put(self, name: str, body: bytes) -> None:
+        """Leave bytes for the other processes."""
+        store, parts = present(self.store), -(-len(body) // PART)
+        for part in range(parts):
+            store.set(f"{name}/{part}", body[part * PART : (part + 1) * PART])
+        store.set(name, str(parts))
+
+    def get(self, name: str, meanwhile: Callable[[], None] = lambda: None) -> bytes:
+        """Bytes that another process left, once they are there; the last reader clears them."""
+        self._await(name, meanwhile)
+        store = present(self.store)
+        names = [f"{name}/{part}" for part in range(int(store.get(name)))]
+        body = b"".join(map(store.get, names))
+        if store.add(f"{name}/read", 1) == processes() - 1:
+            for each in (*names, name):
+                store.delete_key(each)
+        return body
+
+    def _await(self, name: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+        while not present(self.store).check([name]):
+            meanwhile()
+            time.sleep(POLL)
+
     def leave(self) -> None:
         """Say that this process has done its part; it asks the store for nothing any more."""
         if self.store is not None and not is_main():
@@ -82,6 +107,8 @@ class Deal:
 
         The launcher ends a run of which a process failed.
         """
-        while self.store is not None and self.store.add("left", 0) < processes() - 1:
+        # others ask for nothing any more: the main process may be gone
+        waits = self.store is not None and is_main()
+        while waits and present(self.store).add("left", 0) < processes() - 1:
             yield
             time.sleep(POLL)

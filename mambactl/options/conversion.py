@@ -6,7 +6,8 @@ from typing import ClassVar, Literal, Protocol
 from pydantic import Field
 
 from mambactl.errors import UsageError
-from mambactl.options.fields import DataSpecs, HeadNames, Integers, MixerName, StageConfig, Tokens
+from mambactl.options.fields import DataSpecs, HeadNames, Integers, MixerName, Tokens
+from mambactl.options.launching import LaunchConfig, Processes
 
 Form = Literal["faithful", "portable"]
 
@@ -39,9 +40,11 @@ class Mixers(Protocol):
     def rotates(self) -> bool: ...
 
 
-class ConvertConfig(StageConfig):
+class ConvertConfig(LaunchConfig):
     """Replace attention layers or KV heads by Mamba mixers."""
 
+    # candidates are measured alike in any process, so that their number decides nothing
+    placement_options: ClassVar[frozenset[str]] = LaunchConfig.placement_options | {"nproc"}
     more_specific: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "ratio": ("keep_attention", "keep_heads", "kv_budget")
     }
@@ -104,6 +107,9 @@ class ConvertConfig(StageConfig):
     )
     calibrate_tokens: int = Field(default=10240, ge=512, description="tokens the fit may use")
     max_length: Tokens = Field(default=512, ge=16, description="tokens per calibration row")
+    nproc: Processes = Field(
+        default=None, ge=1, description="processes, one per GPU, that share what --select measures"
+    )
     max_shard_gb: float = Field(
         default=5.0, gt=0, description="largest file of a folder, in 10^9 bytes"
     )
@@ -158,6 +164,11 @@ class ConvertConfig(StageConfig):
 
     def require_coherent(self) -> None:
         """Raise UsageError for options that exclude each other whatever the models are."""
+        if self.is_launched and self.select == "uniform":
+            raise UsageError(
+                "--nproc shares what --select measures; one process does the rest",
+                "add --select recall, or drop --nproc",
+            )
         if self.keep_heads is not None and self.keep_attention is not None:
             raise UsageError(
                 "--keep-heads names KV heads and --keep-attention layers", "give one of them"

@@ -13,15 +13,17 @@ from mambactl.options.fields import (
     Branches,
     DataSpecs,
     Names,
-    StageConfig,
     StoredWeights,
     Tokens,
 )
+from mambactl.options.launching import LaunchConfig, Processes
 
 
-class EvalBase(StageConfig):
+class EvalBase(LaunchConfig):
     """Options that every `eval` has, whatever its probes are."""
 
+    # batches are formed before they are dealt to processes, so their number decides no result
+    placement_options: ClassVar[frozenset[str]] = LaunchConfig.placement_options | {"nproc"}
     on_card: ClassVar[bool] = True
 
     dtype: Literal[  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -34,6 +36,9 @@ class EvalBase(StageConfig):
     weights: StoredWeights = Field(
         default="auto",
         description="fp8 or int8 measure MODEL with the weights that decoding would read then",
+    )
+    nproc: Processes = Field(
+        default=None, ge=1, description="processes, one per GPU, that share what is measured"
     )
 
 

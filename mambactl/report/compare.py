@@ -17,6 +17,7 @@ from mambactl.files import RESULTS, explained
 from mambactl.json_values import JsonObject
 from mambactl.options import BenchConfig, StageConfig
 from mambactl.present import of_kind, present
+from mambactl.ranks import is_main
 from mambactl.report.collect import collect, kept_beside
 from mambactl.report.page import write_report
 from mambactl.report.results import file_name, write_results
@@ -65,6 +66,8 @@ def run(
             console.log(f"[{number + 1}/{len(sources)}] {source}")
         results.append(_measure(command, config, source, report))
         _free_memory()
+    if not is_main():
+        return results[0]
     files = [result.kept for result in results]
     if len(sources) > 1:
         show(files)
@@ -123,7 +126,7 @@ def _measure(
     command: MeasuringCommand, config: StageConfig, source: str | None, report: Path
 ) -> StageResult:
     result = command.measure(config, source)
-    if result.kept is not None:
+    if result.kept is not None or not is_main():
         return result
     folder = report.with_name(f"{report.stem}.{RESULTS}")
     stage = command.STAGE

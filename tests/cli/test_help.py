@@ -31,7 +31,7 @@ SAMPLING = (
 )
 TOKENS = "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --weights"
 FLAGS = {
-    "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data "
+    "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data --nproc "
     "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "
     f"--init --calibrate --calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "distill": f"{TRAINING} {MIXED} {SPREAD} --log-to --compile --stages --align-steps "
@@ -52,11 +52,11 @@ FLAGS = {
     f"{OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} --nproc --samples --temperature --power "
     f"--assistant-only-loss {OUTPUT} {EVERY_STAGE}",
-    "eval": "--teacher --data --tasks --limit --max-length --batch-size --fail-under --recall "
-    "--recall-rows --control --control-window --control-sinks --ablate --against --confidence "
-    "--bootstrap --save-samples --per-layer --needle --needle-depths --needle-texts --needle-text "
-    "--needle-scoring --needle-plot --long-context-data --position-length --position-rows "
-    "--compare --report --preferences --task-dir --num-fewshot --weights "
+    "eval": "--teacher --nproc --data --tasks --limit --max-length --batch-size --fail-under "
+    "--recall --recall-rows --control --control-window --control-sinks --ablate --against "
+    "--confidence --bootstrap --save-samples --per-layer --needle --needle-depths --needle-texts "
+    "--needle-text --needle-scoring --needle-plot --long-context-data --position-length "
+    "--position-rows --compare --report --preferences --task-dir --num-fewshot --weights "
     "--fewshot-seed --apply-chat-template --fewshot-as-multiturn --system-instruction "
     "--task-max-length --cache-requests --use-cache --log-samples --output-path "
     "--generation-agreement --generation-tokens "

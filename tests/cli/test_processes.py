@@ -173,11 +173,11 @@ def test_the_part_of_a_set_stays_an_option_of_every_process(monkeypatch):
     seen = []
     monkeypatch.setattr(program, "run_processes", lambda command, *_: seen.extend(command) or "a")
     config = GenerateConfig(dataset=["x"], shard="1/3", nproc=2, device="cpu")
-    assert program.launch(config, "generate", "model", ["-o", "a.jsonl"]) == "a"
+    assert program.launch(config, "generate", ["model"], ["-o", "a.jsonl"]) == "a"
     assert {'shard="1/3"', 'dataset=["x"]'} <= set(seen)
     assert not [word for word in seen if "nproc" in word]
     training = SftConfig(data=["x"], shard=True, nproc=2, device="cpu")
-    program.launch(training, "sft", "model", [])
+    program.launch(training, "sft", ["model"], [])
     assert "shard=true" not in seen
 
 

@@ -88,7 +88,7 @@ def test_a_needle_is_compared_with_the_teacher_prompt_by_prompt(folder, text, mo
     """Lengths at which the teacher finds too little are shown, and no part of the mean."""
     from mambactl.evaluation import needle
 
-    def measured(model, tokenizer, grid, ends, advance):
+    def measured(model, tokenizer, grid, ends, advance, dealer):
         teacher = all(name == "attention" for name in model.config.mixers)
         # of 12 prompts a length, by the rest of their number by 12
         shares = {200: (12, 10), 240: (8, 6), 280: (5, 9)}

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from mambactl import console
 from mambactl.data.chat_template import ChatRenderer, TemplateStopped
-from mambactl.decode.backend import AnyEngine, make_engine
 from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import UsageError
-from mambactl.evaluation.likelihood import BatchSize, Request, log_likelihoods
-from mambactl.generation.completion import complete, rows_together
+from mambactl.evaluation.harness.answerer import Answerer
+from mambactl.evaluation.likelihood import BatchSize, Request
+from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.json_values import JsonObject
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.present import of_kind
+from mambactl.present import of_kind, present
 
 # rows where "auto" has to be a number
 ROLLING_ROWS = 64
@@ -91,18 +91,25 @@ class HarnessModel(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: BatchSize = 1,
         max_length: int | None = None,
+        dealer: Dealer = ALONE,
     ):
-        self._rows: BatchSize = batch_size
         self._bar: console.Task | None = None
-        self._engine: AnyEngine | None = None
+        self._answerer: Answerer | None = None
         self._renderer = ChatRenderer(tokenizer)
         # whether an answer failed here, and not in a task
         self.failed = False
-        self._ours = isinstance(pretrained, HybridForCausalLM)
+        if isinstance(pretrained, HybridForCausalLM):
+            self._answerer = Answerer(pretrained, tokenizer, batch_size, dealer)
+        self._ours = self._answerer is not None
         rows = ROLLING_ROWS if self._ours and batch_size == "auto" else batch_size
         super().__init__(
             pretrained=pretrained, tokenizer=tokenizer, batch_size=rows, max_length=max_length
         )
+
+    def finish(self) -> None:
+        """Let the other processes of the run go on: nothing more is asked."""
+        if self._answerer is not None:
+            self._answerer.finish()
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -143,13 +150,7 @@ class HarnessModel(HFLM):
                 "are read",
                 hint=LONGER,
             )
-        answers = log_likelihoods(
-            of_kind(HybridForCausalLM, self.model),
-            asked,
-            self.max_length,
-            self._rows,
-            self._advance,
-        )
+        answers = present(self._answerer).likelihoods(asked, self.max_length, self._advance)
         for (pair, _, _), answer in zip(requests, answers, strict=True):
             if pair is not None:
                 self.cache_hook.add_partial("loglikelihood", pair, answer)
@@ -193,9 +194,7 @@ class HarnessModel(HFLM):
             max_new_tokens=options["max_gen_toks"],
             eos_token_ids=self._end_tokens(until),
         )
-        self._engine = self._engine or make_engine(of_kind(HybridForCausalLM, self.model), None, 0)
-        rows = rows_together(self.model.device, self._rows)
-        found = complete(self._engine, self.tokenizer, prompts, params, until, rows, self._advance)
+        found = present(self._answerer).texts(prompts, params, until, self._advance)
         texts = [
             postprocess_generated_text(self.tok_decode(tokens), until, None) for tokens in found
         ]

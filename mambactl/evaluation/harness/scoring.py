@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
 from functools import partialmethod
 from numbers import Real
 from pathlib import Path
@@ -29,8 +28,10 @@ from mambactl.errors import MambactlError, ResourceError, UsageError
 from mambactl.evaluation.harness.harness_model import HarnessModel
 from mambactl.evaluation.harness.schemas import plain_name
 from mambactl.evaluation.harness.task_files import sandboxed_templates
+from mambactl.evaluation.harness.task_metrics import TaskScores
 from mambactl.evaluation.harness.tasks import SUBJECT, HarnessOptions, LocalTask, Wanted
 from mambactl.foreign import reason
+from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.json_values import JsonObject
 
 # its parameters are lost behind a decorator, and what it returns has other keys than it says
@@ -38,21 +39,6 @@ evaluate: Callable[..., Any] = _evaluate
 
 # resamples behind the standard error of metrics that have no closed form
 BOOTSTRAP_ITERS = 1000
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """Scores by task and metric, and the harness's own table of them (markdown).
-
-    `samples` are requests and answers by task, and `documents` scores by task, metric and number of
-    the document, where they were asked for. `groups` are the parts of tasks that have any.
-    """
-
-    metrics: dict[str, dict[str, float]]
-    table: str
-    samples: dict[str, list[JsonObject]] = field(default_factory=dict)
-    groups: dict[str, list[str]] = field(default_factory=dict)
-    documents: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
 
 
 class LocalConfigurableTask(ConfigurableTask):
@@ -78,12 +64,13 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     wanted: Sequence[Wanted],
     options: HarnessOptions,
+    dealer: Dealer = ALONE,
 ) -> TaskScores:
     """Run tasks; UsageError for one that nobody knows, ResourceError for one that is not there."""
     set_seed(options.seed)
     with _quiet(), sandboxed_templates():
         loaded = _load(wanted, options)
-        ours = HarnessModel(model, tokenizer, options.batch_size, options.max_length)
+        ours = HarnessModel(model, tokenizer, options.batch_size, options.max_length, dealer)
         kept = None if options.answers is None else CachingLM(ours, str(options.answers))
         as_turns = options.fewshot_as_multiturn
         # simple_evaluate is this plus seconds of collecting the versions of everything installed
@@ -100,6 +87,7 @@ def score(
                 # as the harness's command line: with a chat template unless told otherwise
                 fewshot_as_multiturn=options.apply_chat_template if as_turns is None else as_turns,
             )
+        ours.finish()
     metrics = {name: _scores(entry) for name, entry in results["results"].items()}
     table = make_table(results)
     if results.get("groups"):

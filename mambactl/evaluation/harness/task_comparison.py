@@ -2,18 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mambactl.evaluation.harness.presets import PRESETS
-from mambactl.evaluation.harness.task_metrics import main_metric
+from mambactl.evaluation.harness.task_metrics import TaskScores, main_metric
 from mambactl.evaluation.statistics import Bootstrap, estimate, mean_difference_of
 from mambactl.json_values import JsonObject
 from mambactl.present import present
-
-if TYPE_CHECKING:
-    from mambactl.evaluation.harness.scoring import TaskScores
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class _Pairs:
 
 
 def compare_scores(
-    ours: "TaskScores", theirs: "TaskScores", presets: Sequence[str], bootstrap: Bootstrap
+    ours: TaskScores, theirs: TaskScores, presets: Sequence[str], bootstrap: Bootstrap
 ) -> JsonObject:
     """Compare two models by task: scores by its main metric (a preset's own), difference, interval.
 
@@ -71,7 +67,7 @@ def _numbers(scores: tuple[float, float], interval: list[float] | None) -> JsonO
 
 
 def _pairs(
-    ours: "TaskScores", theirs: "TaskScores", chosen: Mapping[str, str]
+    ours: TaskScores, theirs: TaskScores, chosen: Mapping[str, str]
 ) -> Iterator[tuple[str, _Pairs]]:
     parts = {part for found in ours.groups.values() for part in found}
     for name, scores in ours.metrics.items():
@@ -86,7 +82,7 @@ def _pairs(
 
 
 def _documents(
-    ours: "TaskScores", theirs: "TaskScores", name: str, metric: str, scores: tuple[float, float]
+    ours: TaskScores, theirs: TaskScores, name: str, metric: str, scores: tuple[float, float]
 ) -> np.ndarray | None:
     """(1, ours, theirs) of every document [N, 3], None where scores are no means over them."""
     rows = []

@@ -1,7 +1,24 @@
-"""Metrics of a task among its scores: all of them, and the one that it is known by."""
+"""Scores of tasks, and the metrics among them: all of them, and the one a task is known by."""
 
-from mambactl.json_values import AnyObject
+from dataclasses import dataclass, field
+
+from mambactl.json_values import AnyObject, JsonObject
 from mambactl.metrics import MAIN
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores by task and metric, and the harness's own table of them (markdown).
+
+    `samples` are requests and answers by task, and `documents` scores by task, metric and number of
+    the document, where they were asked for. `groups` are the parts of tasks that have any.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    table: str
+    samples: dict[str, list[JsonObject]] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    documents: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
 
 
 def main_metric(scores: AnyObject) -> str | None:

@@ -14,6 +14,7 @@ from mambactl.data.sources import set_name
 from mambactl.errors import UsageError
 from mambactl.evaluation.harness.presets import MAX_LENGTH, PRESETS, summary
 from mambactl.evaluation.harness.task_files import require_data
+from mambactl.evaluation.harness.task_metrics import TaskScores
 from mambactl.evaluation.harness.task_options import TaskOptions
 from mambactl.evaluation.harness.tasks import (
     HarnessOptions,
@@ -26,6 +27,7 @@ from mambactl.evaluation.harness.tasks import (
     require_harness,
 )
 from mambactl.files import CARD, cache_dir
+from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.json_values import JsonObject
 from mambactl.options.evaluation import EvalBase
 from mambactl.present import present
@@ -33,8 +35,6 @@ from mambactl.ranks import placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from mambactl.evaluation.harness.scoring import TaskScores
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,13 @@ def score_wanted(
     tokenizer: "PreTrainedTokenizerBase",
     wanted: Sequence[Wanted],
     options: HarnessOptions,
-) -> "TaskScores":
+    dealer: Dealer = ALONE,
+) -> TaskScores:
     """Score a model on tasks; ResourceError when the harness is missing."""
     require_harness()
     from mambactl.evaluation.harness.scoring import score
 
-    return score(model, tokenizer, wanted, options)
+    return score(model, tokenizer, wanted, options, dealer)
 
 
 def show_presets(plan: TaskPlan, source: str, scores: dict[str, dict[str, float]]) -> None:

@@ -84,9 +84,13 @@ class AgreementProbe(Probe[AgreementOptions, Prompts, "dict[str, Numbers]"]):
                 )
                 rows = rows_together(model.device, config.batch_size)
                 engine = make_engine(model, None, 0)
-                texts.append(complete(engine, tokenizer, encoded, params, (), rows, task.advance))
+                texts.append(
+                    complete(
+                        engine, tokenizer, encoded, params, (), rows, task.advance, subject.dealer
+                    )
+                )
         pairs = [Pair(*one) for one in zip(encoded, *texts, strict=True)]
-        forced = forced_agreement(subject.model, pairs, config.batch_size)
+        forced = forced_agreement(subject.model, pairs, config.batch_size, subject.dealer)
         numbers = {"prompts": len(pairs), "forced_agreement": forced}
         samples = [
             {

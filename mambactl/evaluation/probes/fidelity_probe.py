@@ -78,7 +78,13 @@ class FidelityProbe(Probe[EvalOptions, Texts, Fidelity]):
                 for example in encode_rows(rows, subject.tokenizer, rules=subject.rules)
             ]
             sizes = (config.max_length, rows_per_pass(config))
-            predictions = predict(subject.variants, present(subject.teacher), documents, *sizes)
+            predictions = predict(
+                subject.variants,
+                present(subject.teacher),
+                documents,
+                *sizes,
+                dealer=subject.dealer,
+            )
             counts = {
                 "documents": len(documents),
                 "rows": predictions.row_count,

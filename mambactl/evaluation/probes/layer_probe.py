@@ -81,7 +81,8 @@ class LayerProbe(Probe[LayerOptions, Texts, ByVariant]):
             for who in (STUDENT, AGAINST):
                 if who in subject.variants:
                     model = of_kind(HybridForCausalLM, subject.variants[who].model)
-                    errors = layer_errors(model, present(subject.teacher), documents, *sizes)
+                    teacher = present(subject.teacher)
+                    errors = layer_errors(model, teacher, documents, *sizes, subject.dealer)
                     found[name][who] = {str(layer): error for layer, error in errors.items()}
         return found
 

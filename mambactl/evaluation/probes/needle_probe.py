@@ -126,7 +126,9 @@ class NeedleProbe(Probe[NeedleOptions, "Grid", Numbers]):
         with console.progress(self.name, prompts) as task:
             for name, model in subject.models.items():
                 ends = end_tokens(model, subject.tokenizer)
-                found = measure_needle(model, subject.tokenizer, inputs, ends, task.advance)
+                found = measure_needle(
+                    model, subject.tokenizer, inputs, ends, task.advance, subject.dealer
+                )
                 scores[name] = scores_by_depth(inputs, found, config.save_samples)
                 by_prompt[name] = found_by_prompt(found)
         if subject.teacher is not None:

@@ -116,8 +116,9 @@ def _positions(config: PositionOptions, rows: "Sequence[np.ndarray]", subject: S
     students = {name: Variant(model) for name, model in models.items() if name != TEACHER}
     guide = models.get(TEACHER, models[STUDENT])
     # one row at a time: it is long enough to fill a device
-    found = predict(students, guide, rows, config.position_length, batch_size=1)
-    about = {"rows": len(rows), "max_length": config.position_length}
+    size = config.position_length
+    found = predict(students, guide, rows, size, batch_size=1, dealer=subject.dealer)
+    about = {"rows": len(rows), "max_length": size}
     bootstrap = bootstrap_of(config)
     return about | {
         name: found.summary(name, bootstrap, LONG_BUCKET_STARTS, config.save_samples)

@@ -63,7 +63,7 @@ class PreferenceProbe(Probe[PreferenceOptions, "dict[str, PairSet]", "dict[str, 
             Layout,
             compare_preferences,
             documents,
-            read_reference,
+            live_reference,
         )
         from mambactl.models.hybrid import HybridForCausalLM
 
@@ -75,10 +75,12 @@ class PreferenceProbe(Probe[PreferenceOptions, "dict[str, PairSet]", "dict[str, 
         with console.progress(self.name, total) as task:
             for name, found in inputs.items():
                 if found.pairs:
-                    states = read_reference(
+                    reference = live_reference(
                         present(subject.teacher), documents(found.pairs), layout
                     )
-                    numbers = compare_preferences(subject.model, states, found.pairs, layout)
+                    numbers = compare_preferences(
+                        subject.model, reference, found.pairs, layout, dealer=subject.dealer
+                    )
                     left_out = {key: found.counts()[key] for key in ("bad", "too_long")}
                     measured[name] = numbers | left_out
                 task.advance(len(found.pairs))

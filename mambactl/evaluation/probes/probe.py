@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mambactl.data.sources import Document
     from mambactl.evaluation.fidelity import Variant
     from mambactl.evaluation.statistics import Bootstrap
+    from mambactl.generation.dealer import Dealer
     from mambactl.models.hybrid import HybridForCausalLM
 
 STUDENT, AGAINST, TEACHER = "student", "against", "teacher"
@@ -69,9 +70,15 @@ class Asked:
         return {name: load_rows([spec], self.config.limit) for name, spec in names}
 
 
+def _alone() -> "Dealer":
+    from mambactl.generation.dealer import ALONE
+
+    return ALONE
+
+
 @dataclass(frozen=True)
 class Subject:
-    """The models of a run; `variants` are the students and their controls."""
+    """The models of a run, and the dealer of its batches; `variants` are students and controls."""
 
     source: str
     tokenizer: "PreTrainedTokenizerBase"
@@ -81,6 +88,7 @@ class Subject:
     teacher: "HybridForCausalLM | None" = None
     other_name: str | None = None
     other: "HybridForCausalLM | None" = None
+    dealer: "Dealer" = field(default_factory=_alone)
 
     @property
     def models(self) -> dict[str, "HybridForCausalLM"]:

@@ -1,6 +1,6 @@
 """`eval --recall`: recall of pairs that were stated once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,9 +34,12 @@ from mambactl.options.fields import Lengths
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
+    from mambactl.evaluation.fidelity import Variant
     from mambactl.evaluation.recall import RecallProbe as Rows
     from mambactl.evaluation.statistics import Bootstrap
+    from mambactl.generation.dealer import Dealer
 
 # numbers of one probe's rows, and of all probes together
 COMPARED = (RECALL_RATIO, *RECALL_RATIOS)
@@ -108,24 +111,21 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
     ) -> Recalled:
         """Measure students, controls and the teacher, and compare them row by row."""
         from mambactl.evaluation.fidelity import Variant
-        from mambactl.evaluation.recall import measure_answers, recalled_by_row, summarise_answers
+        from mambactl.evaluation.recall import recalled_by_row, summarise_answers
 
         models = dict(subject.variants)
         if subject.teacher is not None and subject.teacher is not subject.model:
             models[TEACHER] = Variant(subject.teacher)
         measured: dict[str, dict[str, Numbers]] = {name: {} for name in inputs}
         by_row: dict[str, list[np.ndarray]] = {name: [] for name in models}
-        with console.progress(self.name, len(inputs) * len(models)) as task:
-            for data, rows in inputs.items():
-                for name, variant in models.items():
-                    with variant.during():
-                        answers = measure_answers(variant.model, rows, rows_per_pass(config))
-                    kept: Numbers = {**summarise_answers(answers, rows.width)}
-                    measured[data][name] = kept
-                    by_row[name].append(recalled_by_row(answers, rows))
-                    if config.save_samples:
-                        kept["samples"] = {"recalled": by_row[name][-1].tolist()}
-                    task.advance()
+        found = _answers(inputs, models, rows_per_pass(config), subject.dealer)
+        for (data, name), answers in found.items():
+            rows = inputs[data]
+            kept: Numbers = {**summarise_answers(answers, rows.width)}
+            measured[data][name] = kept
+            by_row[name].append(recalled_by_row(answers, rows))
+            if config.save_samples:
+                kept["samples"] = {"recalled": by_row[name][-1].tolist()}
         result = Recalled(measured, inputs)
         if subject.teacher is not None:
             # a model is its own teacher where no other one was measured
@@ -160,6 +160,35 @@ class RecallProbe(Probe[RecallOptions, "dict[str, Rows]", Recalled]):
         for data, rows in found.rows.items():
             about = {"chance": rows.chance, "pairs": rows.pairs, "queries": rows.queries}
             kept[self.name][data] |= about
+
+
+def _answers(
+    probes: "Mapping[str, Rows]", models: "Mapping[str, Variant]", batch_size: int, dealer: "Dealer"
+) -> "dict[tuple[str, str], Tensor]":
+    """Answers [n, 2] of every model to every probe, by the names of both."""
+    import torch
+
+    from mambactl.evaluation.recall import read_rows
+
+    # all at once: the rows of one probe are too few for many processes
+    jobs = [
+        (data, name, batch)
+        for data, rows in probes.items()
+        for name in models
+        for batch in rows.batches(batch_size)
+    ]
+
+    def measure(job: "tuple[str, str, tuple[Tensor, Tensor]]") -> "Tensor":
+        variant = models[job[1]]
+        with variant.during():
+            return read_rows(variant.model, job[2])
+
+    with console.progress(RecallProbe.name, len(jobs)) as task:
+        found = dealer.results(jobs, measure, task.advance)
+    parts: dict[tuple[str, str], list[Tensor]] = {}
+    for (data, name, _), part in zip(jobs, found, strict=True):
+        parts.setdefault((data, name), []).append(part)
+    return {names: torch.cat(each) for names, each in parts.items()}
 
 
 def _compare(

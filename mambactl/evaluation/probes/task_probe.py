@@ -21,7 +21,7 @@ from mambactl.metrics import MEAN_DIFFERENCE, exact, signed, span
 from mambactl.present import present
 
 if TYPE_CHECKING:
-    from mambactl.evaluation.harness.scoring import TaskScores
+    from mambactl.evaluation.harness.task_metrics import TaskScores
     from mambactl.evaluation.harness.task_plan import TaskPlan
     from mambactl.models.hybrid import HybridForCausalLM
 
@@ -88,8 +88,10 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
 
         def scored(name: str, model: "HybridForCausalLM") -> "TaskScores":
             options = harness_options(inputs, config, name, model, compared=teacher is not None)
-            return score_wanted(model, subject.tokenizer, inputs.wanted, options)
+            return score_wanted(model, subject.tokenizer, inputs.wanted, options, subject.dealer)
 
+        if not subject.dealer.leads:
+            return _followed(config, inputs, subject)
         ours = scored(subject.source, subject.model)
         if teacher is None:
             return Scored(inputs, ours)
@@ -132,6 +134,20 @@ class TaskProbe(Probe[TaskOptions, "TaskPlan", Scored]):
         }
         mean = kept.get(DIFFERENCES, {}).get(MEAN)
         return found | ({self.name: {MEAN_DIFFERENCE.name: mean["difference"]}} if mean else {})
+
+
+def _followed(config: TaskOptions, inputs: "TaskPlan", subject: Subject) -> Scored:
+    """Answer what the process that scores the models is asked; it alone has the scores."""
+    from mambactl.evaluation.harness.answerer import Answerer
+    from mambactl.evaluation.harness.task_metrics import TaskScores
+    from mambactl.models.hybrid import HybridForCausalLM
+
+    for model in (subject.models.get(name) for name in (STUDENT, TEACHER)):
+        # others run code of their own, in one process
+        if isinstance(model, HybridForCausalLM):
+            tokenizer = subject.tokenizer
+            Answerer(model, tokenizer, config.batch_size, subject.dealer).follow()
+    return Scored(inputs, TaskScores({}, ""))
 
 
 def _with_presets(plan: "TaskPlan", scores: "TaskScores") -> dict[str, Numbers]:
