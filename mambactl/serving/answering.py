@@ -30,11 +30,12 @@ class Answering:
     """The answers to one request, piece by piece."""
 
     def __init__(
-        self, service: Service, body: SamplingFields, jobs: Sequence[Job], tools: Collection[str]
+        self, service: Service, body: SamplingFields, jobs: list[Job], tools: Collection[str]
     ):
         self.service, self.body, self.jobs, self.tools = service, body, jobs, tools
         self.texts = [text for job in jobs for text in job.texts]
         self.tokens = 0
+        self.begun = False
 
     @property
     def usage(self) -> Usage:
@@ -103,9 +104,18 @@ class Answering:
             piece.finish = "tool_calls"
         return Part(index, piece, calls)
 
+    def begin(self) -> None:
+        """Queue the jobs of the request; Refused where too many wait."""
+        self.service.ready().submit(self.jobs)
+        self.service.answering += 1
+        self.begun = True
+
     def end(self) -> None:
         """Cancel the jobs of the request."""
-        self.service.ready().cancel(self.jobs)
+        if self.begun:
+            self.begun = False
+            self.service.answering -= 1
+            self.service.ready().cancel(self.jobs)
 
 
 async def reply(
@@ -118,7 +128,7 @@ async def reply(
 ) -> Response:
     """Submit jobs and answer with what becomes of them; Refused where too many wait."""
     answering = Answering(service, body, jobs, tools)
-    service.ready().submit(jobs)
+    answering.begin()
     if body.stream:
         return TextStream(answering, _events(answering, form))
     try:

@@ -161,7 +161,9 @@ class Server:
         try:
             with console.doing(f"loading {self.source}"):
                 made = self._load()
-            scheduler = Scheduler(made, self.service.metrics, loop, self.config.max_queue)
+            scheduler = Scheduler(
+                made, self.service.metrics, loop, self.config.max_queue, self._arriving
+            )
             self.service.scheduler = scheduler
             self.announce(self.url)
             self._ready.set()
@@ -173,6 +175,11 @@ class Server:
             self.service.scheduler = None
             self._server.should_exit = True
             self._ready.set()
+
+    def _arriving(self) -> int:
+        """Number of requests that have come whole and are neither queued nor answered yet."""
+        service = self.service
+        return len(self._server.server_state.tasks) - service.receiving - service.answering
 
     def _load(self) -> Decoding:
         config, service = self.config, self.service
@@ -238,7 +245,7 @@ def fitting_piece(target: HybridForCausalLM, draft: DraftModel, longest: int, at
         if seconds > max(STALL_SECONDS, SLOWER * before):
             break
         piece, before = 2 * piece, seconds
-    return piece
+    return min(piece, at_once)
 
 
 def _seconds_of(target: HybridForCausalLM, draft: DraftModel, piece: int, longest: int) -> float:

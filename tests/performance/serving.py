@@ -51,9 +51,17 @@ class Load:
     output_len: int
     vocabulary: int
 
-    def prompt(self) -> list[int]:
-        """A random prompt, which begins like no other."""
-        return [random.randrange(self.vocabulary) for _ in range(self.input_len)]
+    def request(self, tokens: int) -> bytes:
+        """A request for `tokens` behind a random prompt, which begins like no other."""
+        prompt = [random.randrange(self.vocabulary) for _ in range(self.input_len)]
+        body = json.dumps(
+            {
+                "model": NAME, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
+                "stream": True, "stream_options": {"include_usage": True},
+            }
+        ).encode()  # fmt: skip
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        return f"{head}Connection: close\r\n\r\n".encode() + body
 
 
 @dataclass(frozen=True)
@@ -70,23 +78,14 @@ class Stream:
         return self.pieces[0] - self.asked
 
 
-async def stream(
-    port: int, prompt: list[int], tokens: int, begun: asyncio.Event | None = None
-) -> Stream:
+async def stream(port: int, request: bytes, begun: asyncio.Event | None = None) -> Stream:
     """Ask for one answer, and say when it has `begun`.
 
     Plain sockets: a client library would take the time of the server.
     """
     asked = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = json.dumps(
-        {
-            "model": NAME, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
-            "stream": True, "stream_options": {"include_usage": True},
-        }
-    ).encode()  # fmt: skip
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-    writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+    writer.write(request)
     pieces, written = [], 0
     async for line in reader:
         if not line.startswith(b"data: {"):
@@ -108,9 +107,9 @@ async def stream(
 
 async def together(port: int, load: Load) -> dict[str, float]:
     """All streams at once."""
-    prompts = [load.prompt() for _ in range(load.streams)]
+    requests = [load.request(load.output_len) for _ in range(load.streams)]
     begun = time.perf_counter()
-    found = await asyncio.gather(*(stream(port, each, load.output_len) for each in prompts))
+    found = await asyncio.gather(*(stream(port, each) for each in requests))
     ended = max(each.pieces[-1] for each in found)
     tokens = sum(each.tokens for each in found)
     # while every stream decodes
@@ -126,7 +125,7 @@ async def together(port: int, load: Load) -> dict[str, float]:
 
 async def alone(port: int, load: Load) -> dict[str, float]:
     """One stream with nothing beside it."""
-    found = await stream(port, load.prompt(), load.output_len)
+    found = await stream(port, load.request(load.output_len))
     decoding = found.pieces[-1] - found.pieces[0]
     return {
         "first_token_ms": 1000 * found.first,
@@ -138,10 +137,10 @@ async def beside(port: int, load: Load) -> float:
     """Milliseconds to the first token of a request while all other streams decode."""
     begun = [asyncio.Event() for _ in range(load.streams - 1)]
     tokens = MEANWHILE * load.output_len
-    others = [asyncio.create_task(stream(port, load.prompt(), tokens, each)) for each in begun]
+    others = [asyncio.create_task(stream(port, load.request(tokens), each)) for each in begun]
     await asyncio.gather(*(each.wait() for each in begun))
     await asyncio.sleep(SETTLING)
-    found = await stream(port, load.prompt(), 1 + load.output_len // 8)
+    found = await stream(port, load.request(1 + load.output_len // 8))
     running = sum(not task.done() for task in others)
     if running < len(others):
         raise ResourceError(f"{len(others) - running} of the other streams had ended already")
