@@ -134,10 +134,13 @@ def attention(
         if _fits_triton(q, k, v) and not dropout:
             return operators.attend(q, k, v, *spans)[0]
         mask = spans.mask()
-    if mask is None and q.shape[2] != k.shape[2]:
+    # a single query sees every key; with a mask its keys would be repeated for all heads
+    alone = mask is None and q.shape[2] == 1
+    if mask is None and not alone and q.shape[2] != k.shape[2]:
         mask = causal_lower_right(q.shape[2], k.shape[2])
+    causal = mask is None and not alone
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=True
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=True
     )
     return y.transpose(1, 2)
 

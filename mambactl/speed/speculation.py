@@ -9,6 +9,7 @@ from mambactl.metrics import DECODE_RATE, DRAFTED_RATE, DRAFTED_TOKENS
 from mambactl.models.draft_head import DraftHead
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.speed.limits import Numbers, speculative_limit
+from mambactl.speed.memory import release
 from mambactl.speed.scripted_head import config_read
 from mambactl.speed.subject import Grid, Subject, rounds_of, spread, sweep
 from mambactl.speed.throughput import graph_numbers
@@ -39,6 +40,7 @@ def speculation(
 
     def measure(length: int, rows: int, advance: Callable[[], None]) -> Numbers:
         prompts, share = subject.prompts(length, rows, grid), grid.same_prompt
+        release(subject.model.device)
         make = partial(make_engine, subject.model, draft, k, share=share, rounded=subject.rounded)
         engine, rounds = rounds_of(make, subject, prompts, grid, advance)
         runs = [each.stats for each in rounds]

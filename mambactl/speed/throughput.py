@@ -9,7 +9,7 @@ from mambactl.decode.backend import make_engine, weight_bytes
 from mambactl.decode.engine import Engine
 from mambactl.models.cache_bytes import bytes_behind
 from mambactl.speed.limits import Numbers, limit
-from mambactl.speed.memory import peak_bytes, reset_peak
+from mambactl.speed.memory import peak_bytes, release, reset_peak
 from mambactl.speed.subject import Grid, Subject, rounds_of, spread, sweep
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def _measure(
 ) -> Numbers:
     model = subject.model
     prompts, share = subject.prompts(length, rows, grid), grid.same_prompt
+    # the point before has objects that refer to each other, and to its memory
+    release(model.device)
     reset_peak(model.device)
     make = partial(make_engine, model, None, 0, share=share, rounded=subject.rounded)
     engine, rounds = rounds_of(make, subject, prompts, grid, advance)

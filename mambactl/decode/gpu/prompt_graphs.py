@@ -62,7 +62,8 @@ class PromptGraphs(Generic[Result]):
         most: int | None = None,
     ):
         """Keep `most` graphs, those that were used last; None keeps all."""
-        self._read, self.device, self.pool, self.most = read, device, pool, most
+        self._read, self.device, self.most = read, device, most
+        self._pools = () if pool is None else (pool,)
         self.graphs: dict[tuple[int, int], _Graph[Result]] = {}
         self.met: set[tuple[int, int]] = set()
 
@@ -87,12 +88,21 @@ class PromptGraphs(Generic[Result]):
     def _capture(self, rows: int, length: int) -> _Graph[Result]:
         tokens = torch.zeros(rows, length, dtype=torch.long, device=self.device)
         n_new = torch.zeros(rows, dtype=torch.long, device=self.device)
-        graph = torch.cuda.CUDAGraph()
         # a thread's first product makes a handle, which a capture does not allow
         torch.cuda.current_blas_handle()
-        # what is launched was compiled when the shape came for the first time
-        with torch.cuda.graph(graph, pool=self.pool):
-            result = self._read(tokens, n_new)
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        here = torch.cuda.current_stream(self.device)
+        aside.wait_stream(here)
+        # `torch.cuda.graph` collects garbage and waits for the device first: answers under way
+        # would stop for longer than the prompt takes
+        with torch.cuda.stream(aside):
+            graph.capture_begin(*self._pools, capture_error_mode="thread_local")
+            try:
+                # what is launched was compiled when the shape came for the first time
+                result = self._read(tokens, n_new)
+            finally:
+                graph.capture_end()
+        here.wait_stream(aside)
         return _Graph(graph, tokens, n_new, result)
 
 
