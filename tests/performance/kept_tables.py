@@ -243,6 +243,46 @@ def first_token(path: Path) -> str:
     return _table(("tokens of the prompt", *models), rows)
 
 
+def long_contexts(path: Path) -> str:
+    """Tokens per second of all rows behind long prompts, by length and rows."""
+    models: dict[str, dict[tuple[int, int], float]] = {}
+    for name, point in _points(_read(path)["runs"]):
+        at = point["input_len"], point["batch_size"]
+        models.setdefault(name, {})[at] = point["decode_tokens_per_second"]
+    every = sorted({at for found in models.values() for at in found})
+    whole, student = models.values()
+    rows = [
+        (
+            count(length),
+            count(batch),
+            *(tenths(found[at]) if at in found else "" for found in models.values()),
+            f"{hundredths(student[at] / whole[at])}x" if at in whole else "",
+        )
+        for at in every
+        for length, batch in [at]
+    ]
+    return _table(("tokens of the prompt", "rows", *models, "gain"), rows, left=0)
+
+
+def served(path: Path) -> str:
+    """A server beside `bench`: streams at once, one stream, and the first token."""
+    found = _read(path)["serving"]
+    many, one = found["streams"], found["one"]
+    rows = [
+        ("32 streams, tokens/s", count(round(many["tokens_per_second"]))),
+        ("`bench` with 32 rows, tokens/s", count(round(found["bench_tokens_per_second"]))),
+        ("32 streams over `bench`", f"{hundredths(found['of_bench'])}x"),
+        ("decoding alone, over `bench`", f"{hundredths(found['of_bench_decoding'])}x"),
+        ("one stream, ms a token", hundredths(one["ms_per_token"])),
+        ("`bench` with one row, ms a token", hundredths(found["bench_step_ms"])),
+        ("first token of one request, ms", tenths(one["first_token_ms"])),
+        ("the same while 31 others decode, ms", tenths(found["first_token_beside_ms"])),
+        ("first token of 32 requests at once, median and last, ms",
+         f"{tenths(many['first_token_ms'])}; {tenths(many['last_first_token_ms'])}"),
+    ]  # fmt: skip
+    return _table(("a server", "one H200"), rows)
+
+
 def _points(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for run in runs:
         for point in run["points"]:
@@ -334,6 +374,8 @@ TABLES = {
     "answers": KeptTable("alignment.md", (ALIGNMENT,), answers),
     "preferences": KeptTable("alignment.md", (ALIGNMENT,), preferences),
     "first token": KeptTable("decoding.md", ("first-token-h200.json",), first_token),
+    "long contexts": KeptTable("decoding.md", ("long-context-h200.json",), long_contexts),
+    "serving": KeptTable("decoding.md", ("serving-h200.json",), served),
     "8 bits": KeptTable("decoding.md", ("eight-bits-h200.json",), eight_bit_steps),
     "products of 8 bits": KeptTable("decoding.md", ("eight-bits-h200.json",), eight_bits),
     # the marks of `mambactl table --into`
