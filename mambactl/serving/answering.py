@@ -30,12 +30,11 @@ class Answering:
     """The answers to one request, piece by piece."""
 
     def __init__(
-        self, service: Service, body: SamplingFields, jobs: list[Job], tools: Collection[str]
+        self, service: Service, body: SamplingFields, jobs: Sequence[Job], tools: Collection[str]
     ):
         self.service, self.body, self.jobs, self.tools = service, body, jobs, tools
         self.texts = [text for job in jobs for text in job.texts]
         self.tokens = 0
-        self.begun = False
 
     @property
     def usage(self) -> Usage:
@@ -104,18 +103,9 @@ class Answering:
             piece.finish = "tool_calls"
         return Part(index, piece, calls)
 
-    def begin(self) -> None:
-        """Queue the jobs of the request; Refused where too many wait."""
-        self.service.ready().submit(self.jobs)
-        self.service.answering += 1
-        self.begun = True
-
     def end(self) -> None:
         """Cancel the jobs of the request."""
-        if self.begun:
-            self.begun = False
-            self.service.answering -= 1
-            self.service.ready().cancel(self.jobs)
+        self.service.ready().cancel(self.jobs)
 
 
 async def reply(
@@ -128,7 +118,7 @@ async def reply(
 ) -> Response:
     """Submit jobs and answer with what becomes of them; Refused where too many wait."""
     answering = Answering(service, body, jobs, tools)
-    answering.begin()
+    service.ready().submit(jobs)
     if body.stream:
         return TextStream(answering, _events(answering, form))
     try:

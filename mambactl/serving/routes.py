@@ -94,7 +94,6 @@ class Routes:
     async def _body(self, request: Request) -> bytes:
         """The body; Refused where it is too large, or takes too long to arrive."""
         config, parts, size = self.service.config, [], 0
-        self.service.receiving += 1
         try:
             async with asyncio.timeout(config.read_timeout):
                 async for part in request.stream():
@@ -107,8 +106,6 @@ class Routes:
             raise Refused(
                 f"the request did not arrive in {seconds}", 408, headers={"Connection": "close"}
             ) from None
-        finally:
-            self.service.receiving -= 1
         if size > config.max_body * MB:
             raise Refused(f"the body is larger than {config.max_body:g} MB", 413)
         return b"".join(parts)

@@ -161,9 +161,7 @@ class Server:
         try:
             with console.doing(f"loading {self.source}"):
                 made = self._load()
-            scheduler = Scheduler(
-                made, self.service.metrics, loop, self.config.max_queue, self._arriving
-            )
+            scheduler = Scheduler(made, self.service.metrics, loop, self.config.max_queue)
             self.service.scheduler = scheduler
             self.announce(self.url)
             self._ready.set()
@@ -175,11 +173,6 @@ class Server:
             self.service.scheduler = None
             self._server.should_exit = True
             self._ready.set()
-
-    def _arriving(self) -> int:
-        """Number of requests that have come whole and are neither queued nor answered yet."""
-        service = self.service
-        return len(self._server.server_state.tasks) - service.receiving - service.answering
 
     def _load(self) -> Decoding:
         config, service = self.config, self.service

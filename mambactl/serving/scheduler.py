@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +24,6 @@ from mambactl.serving.written_text import Arrived, Job, WrittenText
 MOST_PADDING = 1.25
 # pieces that are read at once where nothing else is to be done
 PIECES_ALONE = 8
-# seconds that a request waits for others that come with it, and how often it looks
-GATHER_SECONDS, GATHER_POLL = 0.02, 0.0005
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,8 @@ class Scheduler:
         metrics: ServerMetrics,
         loop: asyncio.AbstractEventLoop,
         max_queue: int,
-        arriving: Callable[[], int] = lambda: 0,
     ):
-        """Take `arriving` for the number of requests that are there and not submitted yet."""
         self.decoding, self.metrics, self.loop, self.max_queue = decoding, metrics, loop, max_queue
-        self.arriving = arriving
         self._changed = threading.Condition()
         self._queue: deque[Job] = deque()
         self._cancelled: list[Job] = []
@@ -156,7 +151,6 @@ class Scheduler:
     def _read(self) -> None:
         """Read a piece of a prompt, and let what was read join."""
         if self._reading is None:
-            self._gather()
             self._reading = self._next()
         current = self._reading
         if current is None:
@@ -181,12 +175,6 @@ class Scheduler:
         if texts:
             rows = [(self._row(text, job), text.request) for _, job, text in texts]
             self.decoding.batch.join_all(rows, read)
-
-    def _gather(self) -> None:
-        """Wait for what is arriving, to read it together, where nothing else is to be done."""
-        until = time.monotonic() + GATHER_SECONDS
-        while not self._rows and self.arriving() > 0 and time.monotonic() < until:
-            time.sleep(GATHER_POLL)
 
     def _keep(self) -> None:
         """Keep the prompts read last; what they have begun goes on meanwhile."""

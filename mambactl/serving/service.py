@@ -39,9 +39,6 @@ class Service:
     max_length: int = 0
     vocabulary: int = 0
     rows: int = 0
-    # requests whose bodies are on their way, and those being answered
-    receiving: int = 0
-    answering: int = 0
 
     def __post_init__(self) -> None:
         self._seeds = random.Random(self.config.seed)
