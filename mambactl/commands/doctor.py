@@ -54,7 +54,7 @@ def run(options: DoctorConfig) -> StageResult:
         (name, f"{number}, {wrong[name]}" if name in wrong else number)
         for name, number in packages.items()
     ]
-    about += [*devices.items(), *_switches()]
+    about += [*devices.items(), *_switches(), *_bytecode()]
     extras = [(name, *_state(name, found)) for name, found in optional.items()]
     blocks: list[str | Table] = [Table("machine", ("what", "value"), about)]
     if options.deep:
@@ -75,6 +75,14 @@ def _switches() -> list[tuple[str, str]]:
         return [(SWITCH, f"{error}: {error.hint}")]
     needs_gpu = "; on a CPU it changes nothing" if value == FORCED else ""
     return [(SWITCH, value + needs_gpu)] if value else []
+
+
+def _bytecode() -> list[tuple[str, str]]:
+    """Cost and cure where Python may not keep what it compiles of imported packages."""
+    if not sys.dont_write_bytecode:
+        return []
+    cure = "unset PYTHONDONTWRITEBYTECODE, and set PYTHONPYCACHEPREFIX if packages are read-only"
+    return [("bytecode", f"not kept, so every command starts seconds later: {cure}")]
 
 
 def _state(name: str, found: str | None) -> tuple[str, str]:

@@ -38,6 +38,12 @@ def test_kernels_that_the_environment_asks_for(cli, monkeypatch, value, said) ->
     assert (said in done.err) == (done.code == 2) == (value == "mambassm")
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_python_that_keeps_no_bytecode(cli, monkeypatch, kept) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", not kept)
+    assert ("unset PYTHONDONTWRITEBYTECODE" in cli("doctor").out) == (not kept)
+
+
 def test_what_the_driver_says(tmp_path) -> None:
     found = driver_devices(program(tmp_path, f"print({ANSWER!r})"))
     about = "NVIDIA H200, 140 GiB, compute capability 9.0, driver 570.1"
