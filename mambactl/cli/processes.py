@@ -23,6 +23,8 @@ from mambactl.ranks import REPORTS, child_environment, processes
 # seconds for the other processes to say what they met once one has failed, and to end
 GRACE = 5.0
 POLL = 0.05
+# processes of a core; tests and tries take more than one
+MOST_PER_CORE = 4
 # of a GPU's memory; the rest is for activations
 WEIGHTS_SHARE = 0.6
 
@@ -50,6 +52,7 @@ def launch(config: LaunchConfig, stage: str, models: Sequence[str], flags: Seque
 
     Raises RunFailure with the exit code of the process that failed first of itself.
     """
+    _require_cores(config.processes)
     split = shards(config, models[0])
     how = "weights split over them" if split else "data parallel"
     console.log(f"{stage}: {config.processes} processes, {how}")
@@ -57,6 +60,16 @@ def launch(config: LaunchConfig, stage: str, models: Sequence[str], flags: Seque
     given = settings(config, config.launcher_options)
     command = [sys.executable, "-m", "mambactl", stage, *models, *flags, *given]
     return run_processes(command, _environment(config, split), config.processes)
+
+
+def _require_cores(count: int) -> None:
+    """Raise UsageError for so many processes that they would only wait for each other."""
+    cores = os.cpu_count() or 1
+    if count > MOST_PER_CORE * cores:
+        raise UsageError(
+            f"{count} processes on {cores} cores would wait for each other",
+            "give --nproc the number of GPUs, or on a CPU at most that of cores",
+        )
 
 
 def run_processes(command: Sequence[str], environment: dict[str, str], count: int) -> str:

@@ -94,7 +94,7 @@ def plan(config: DraftConfig, source: str) -> JsonObject:
         found |= DraftText.of(job, config).describe()
     if config.kind == "head":
         return found | {"vocabulary": min(config.vocabulary, ours.vocab_size)}
-    return found | {"layers": spread_layers(ours.num_hidden_layers, config.layers)}
+    return found | {"kept_layers": spread_layers(ours.num_hidden_layers, config.layers)}
 
 
 def _require_fitting(config: DraftConfig, target: HybridConfig) -> None:

@@ -70,6 +70,11 @@ class DraftConfig(StepsConfig):
         super().require_coherent()
         if not self.ce_weight and not self.kl_weight:
             raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
+        other = {"head": "layers", "model": "vocabulary"}[self.kind]
+        if getattr(self, other) != type(self).model_fields[other].default:
+            raise UsageError(
+                f"--{other} is not for a draft {self.kind}", "drop it, or give another --kind"
+            )
         if self.text == "target" and self.epochs is not None:
             raise UsageError(
                 "--epochs count text that is there, and the target writes its own",

@@ -99,6 +99,8 @@ class BenchConfig(StageConfig):
         """Raise UsageError for a training that is measured against something else than itself."""
         if self.training and self.draft:
             raise UsageError("--training goes without --draft", "drop it")
+        if self.training and self.same_prompt:
+            raise UsageError("--same-prompt is for decoding, not for --training", "drop it")
         if self.training and self.weights != "auto":
             raise UsageError("--weights is for decoding, not for --training", "drop it")
         if self.training and self.baseline not in (None, "teacher"):

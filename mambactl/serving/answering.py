@@ -105,7 +105,10 @@ class Answering:
 
     def end(self) -> None:
         """Cancel the jobs of the request."""
-        self.service.ready().cancel(self.jobs)
+        scheduler = self.service.scheduler
+        # none where the server is ending, which has ended them
+        if scheduler is not None:
+            scheduler.cancel(self.jobs)
 
 
 async def reply(

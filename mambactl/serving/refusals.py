@@ -36,12 +36,17 @@ def not_ready() -> Refused:
     return Refused(message, 503, code="not_ready", headers={"Retry-After": "1"})
 
 
-def too_long(tokens: int, new: int, most: int) -> Refused:
+def ending() -> Refused:
+    """Refusal of what is under way when the server ends."""
+    return Refused("the server is ending", 503)
+
+
+def too_long(tokens: int, new: int, most: int, field: str) -> Refused:
     """Refusal of a prompt that with its answer is longer than rows may be."""
     asked = f"{tokens} tokens of the prompt and {new} of the answer"
     return Refused(
         f"this model takes at most {most} tokens; you asked for {asked}: shorten the prompt, or "
         "lower max_tokens",
-        param="messages",
+        param=field,
         code="context_length_exceeded",
     )

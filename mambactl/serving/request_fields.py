@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -97,6 +97,8 @@ class SamplingFields(BaseModel):
     """Fields of every request for text."""
 
     model_config = ConfigDict(extra="allow", strict=False, allow_inf_nan=False)
+    # the field that holds what is asked
+    asked_in: ClassVar[str] = "messages"
 
     model: Text
     max_tokens: Positive | None = None
@@ -186,6 +188,8 @@ class ChatBody(SamplingFields):
 
 class CompletionBody(SamplingFields):
     """A request to /v1/completions."""
+
+    asked_in: ClassVar[str] = "prompt"
 
     prompt: str | list[str] | list[Token] | list[list[Token]]
     logprobs: Alternatives | None = None

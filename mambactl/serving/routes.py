@@ -17,8 +17,8 @@ from mambactl.decode.prompts import Prompt
 from mambactl.foreign import reason
 from mambactl.serving.answering import reply
 from mambactl.serving.prometheus import CONTENT_TYPE
-from mambactl.serving.refusals import Refused
-from mambactl.serving.reply_format import ChatFormat, CompletionFormat
+from mambactl.serving.refusals import Refused, ending
+from mambactl.serving.reply_format import ChatFormat, CompletionFormat, sent_event
 from mambactl.serving.request_fields import ChatBody, CompletionBody, parsed
 from mambactl.serving.service import Service
 
@@ -123,9 +123,12 @@ class Gate:
             await self.app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in self.paths else "other"
+        started = False
 
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self.service.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
@@ -133,7 +136,16 @@ class Gate:
             refusal = Refused("the API key is missing or wrong", 401, code="invalid_api_key")
             await _refused(refusal)(scope, receive, counted)
             return
-        await self.app(scope, receive, counted)
+        try:
+            await self.app(scope, receive, counted)
+        except asyncio.CancelledError:
+            # the grace of a server that ends is over: the last that this task does
+            if not started:
+                await _refused(ending())(scope, receive, counted)
+                return
+            # replies that have begun and not ended are streams
+            body = sent_event(ending().content())
+            await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _allowed(self, request: Request) -> bool:
         key = self.service.key

@@ -17,7 +17,7 @@ from mambactl.decode.prompt_reading import PromptReading, ReadPrompt, Whole
 from mambactl.models.draft_head import DraftModel
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.serving.prometheus import ServerMetrics
-from mambactl.serving.refusals import Refused, not_ready, queue_full
+from mambactl.serving.refusals import Refused, ending, not_ready, queue_full
 from mambactl.serving.written_text import Arrived, Job, WrittenText
 
 # prompts are read together where padding adds no more than this
@@ -316,7 +316,7 @@ class Scheduler:
             jobs |= {id(job): job for job in self._reading.jobs}
         jobs |= {id(row.job): row.job for row in self._rows.values()}
         self._rows.clear()
-        self._fail(jobs.values(), Refused("the server is ending", 503))
+        self._fail(jobs.values(), ending())
 
     def _count_prompt(self, job: Job, known: int) -> None:
         """Count a prompt once; tokens of it that are read to be kept do not count as known."""

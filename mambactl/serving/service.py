@@ -88,7 +88,7 @@ class Service:
             room = self.max_length - len(ids)
             most = room if body.most_tokens is None else body.most_tokens
             if most > room or room < 1:
-                raise too_long(len(ids), max(most, 1), self.max_length)
+                raise too_long(len(ids), max(most, 1), self.max_length, body.asked_in)
             params = SamplingParams(
                 temperature=1.0 if body.temperature is None else body.temperature,
                 top_p=1.0 if body.top_p is None else body.top_p,

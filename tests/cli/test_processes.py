@@ -25,7 +25,7 @@ from mambactl.cli.processes import (
 )
 from mambactl.errors import ResourceError, UsageError
 from mambactl.files import recipe_folder
-from mambactl.options import ConvertConfig, DistillConfig, GenerateConfig, SftConfig
+from mambactl.options import BenchConfig, DistillConfig, GenerateConfig, SftConfig
 
 FAIL = """
     from mambactl.cli import main as program
@@ -45,6 +45,12 @@ def spread(monkeypatch):
         return run_processes([sys.executable, "-c", code], dict(os.environ), count)
 
     return run
+
+
+def test_many_more_processes_than_cores_are_refused(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(UsageError, match="99 processes on 2 cores"):
+        program.launch(SftConfig(nproc=99), "sft", ["s.st"], [])
 
 
 def test_one_line_of_the_main_process(spread, capfd):
@@ -162,8 +168,8 @@ def test_the_number_of_processes_is_that_of_the_run(monkeypatch):
     assert of_this_run("sft", SftConfig(nproc=4)).processes == 4
     with pytest.raises(UsageError, match="--nproc 2 in a run of 4"):
         of_this_run("sft", SftConfig(nproc=2))
-    with pytest.raises(UsageError, match="convert runs in one process, not in 4"):
-        of_this_run("convert", ConvertConfig())
+    with pytest.raises(UsageError, match="bench runs in one process, not in 4"):
+        of_this_run("bench", BenchConfig())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert of_this_run("sft", SftConfig()).processes == 4
     assert of_this_run("distill", DistillConfig()).processes == 4

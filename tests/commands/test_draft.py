@@ -18,6 +18,9 @@ from mambactl.decode.sampler import SamplingParams
 from mambactl.errors import ModelError, UsageError
 from mambactl.options import DraftConfig
 
+# what is no option of a draft model stays as it is by default
+WHOLE = DraftConfig.model_fields["vocabulary"].default
+
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory, save_student):
@@ -53,7 +56,8 @@ def test_drafts_are_measured_on_text_that_was_held_out(target, random_texts, tmp
     for kind, text in (("head", "target"), ("model", "target"), ("head", "data")):
         # a twentieth is one row of so many
         held = measured if text == "target" else {"max_steps": 1, "batch_size": 24}
-        config = settings(random_texts, kind=kind, text=text, layers=1, **held)
+        sizes = {"layers": 1, "vocabulary": WHOLE} if kind == "model" else {}
+        config = settings(random_texts, kind=kind, text=text, **sizes, **held)
         out = tmp_path / f"{kind}-{text}"
         found = run(config, target, out).metrics
         drafts = found["held_out"]["drafts"]
@@ -180,7 +184,9 @@ def test_a_server_writes_what_it_writes_without_it(target, random_texts, tmp_pat
 
 def test_a_model_of_some_layers_is_an_ordinary_checkpoint(target, random_texts, tmp_path) -> None:
     out = tmp_path / "m.st"
-    found = run(settings(random_texts, kind="model", layers=2), target, out).metrics
+    found = run(
+        settings(random_texts, kind="model", layers=2, vocabulary=WHOLE), target, out
+    ).metrics
     assert found["model"]["steps"] == 4
     whole, small = load_model(target), load_model(str(out))
     assert small.config.mixers == [whole.config.mixers[n] for n in (0, -1)]
@@ -189,7 +195,15 @@ def test_a_model_of_some_layers_is_an_ordinary_checkpoint(target, random_texts, 
         small.model.layers[1].mlp.up_proj.weight, whole.model.layers[-1].mlp.up_proj.weight
     )
     with pytest.raises(UsageError, match="no smaller than its target"):
-        plan(settings(random_texts, kind="model", layers=whole.config.num_hidden_layers), target)
+        plan(
+            settings(
+                random_texts,
+                kind="model",
+                layers=whole.config.num_hidden_layers,
+                vocabulary=WHOLE,
+            ),
+            target,
+        )
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
@@ -271,6 +285,8 @@ def test_damaged_heads_are_refused(target, random_texts, tmp_path) -> None:
         ({"kl_weight": 0.0, "ce_weight": 0.0}, "are both 0"),
         ({"epochs": 1.0, "max_steps": None}, "--epochs count text that is there"),
         ({"answer_tokens": 48}, "leave no room"),
+        ({"layers": 2}, "--layers is not for a draft head"),
+        ({"kind": "model", "vocabulary": 9}, "--vocabulary is not for a draft model"),
     ],
 )
 def test_options_without_sense_are_refused(options, problem) -> None:

@@ -1,5 +1,6 @@
 """Refusals of a server with their documented status, after each of which it goes on."""
 
+import json
 import signal
 import socket
 import threading
@@ -65,6 +66,7 @@ def test_a_prompt_beyond_the_context(post) -> None:
         refused = post(json=exact | change)
         assert refused.status_code == 400
         assert error_of(refused)["code"] == "context_length_exceeded"
+        assert error_of(refused)["param"] == "prompt"
     refused = post(json={"model": "scripted", "prompt": [97]})
     assert refused.status_code == 400 and "0 to 96" in error_of(refused)["message"]
 
@@ -141,3 +143,20 @@ def test_clients_leave_and_a_signal_lets_running_answers_end(scripted, tmp_path)
         assert "Traceback" not in (tmp_path / "log").read_text()
         # the URL is all that stdout has
         assert process.stdout.read() == ""
+
+
+def test_answers_end_with_an_error_when_the_grace_is_over(scripted, tmp_path) -> None:
+    options = ("--name", "scripted", "--max-length", "8192", "--grace", "0.2")
+    process = started(scripted, tmp_path / "log", *options)
+    with ending(process):
+        served = ready(process, tmp_path / "log")
+        asked = {"model": "scripted", "prompt": "the", "max_tokens": 8000, "stream": True}
+        with httpx.stream("POST", f"{served.url}/completions", json=asked, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            *texts, last = filter(None, lines)
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert len(texts) < 8000 and error["message"] == "the server is ending"
+        assert process.wait(60) == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
