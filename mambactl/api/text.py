@@ -55,7 +55,8 @@ class _Engines:
             kept, self._kept = self._kept, None
         if kept is None or kept[0].draft is not setup.draft:
             return None
-        return kept[1] if (kept[0].k, kept[0].folder) == (setup.k, setup.folder) else None
+        before, now = ((each.k, each.folder, each.ngram) for each in (kept[0], setup))
+        return kept[1] if before == now else None
 
     def put(self, setup: decoding.Setup, engine: AnyEngine) -> None:
         """Keep an engine that nobody uses any more."""

@@ -5,6 +5,7 @@ import torch
 from decode.heads import head_for
 
 from mambactl.decode import accept
+from mambactl.decode.copying import Copying
 from mambactl.decode.drafters import ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine
 from mambactl.decode.head_drafter import HeadDrafter
@@ -56,18 +57,28 @@ def sample(engine: Engine, params: SamplingParams) -> tuple[torch.Tensor, float]
     return torch.bincount(cells, minlength=V**3).view(V, V, V), result.stats.acceptance
 
 
+class CopiesAtFirst(Copying):
+    """Copies behind one token that was there before, and lets the draft go on from there."""
+
+    def due(self, rows, k) -> bool:
+        rows = list(rows)
+        return len(rows) == ROWS
+
+
 def engine_of(models, draft: str | None) -> Engine:
     if draft is None:
         return Engine(models["target"])
     if draft == "ngram":
         drafter = NgramDrafter()
+    elif draft == "close beside n-grams":
+        return Engine(models["target"], ModelDrafter(models["close"]), 2, copying=CopiesAtFirst(0.2, 2))
     else:
         drafter = (HeadDrafter if draft.endswith("head") else ModelDrafter)(models[draft])
     return Engine(models["target"], drafter, 2)
 
 
 HEAD = pytest.param("head", marks=pytest.mark.slow)
-DRAFTS = ["close", "unrelated", "ngram", "trimmed head", HEAD]
+DRAFTS = ["close", "close beside n-grams", "unrelated", "ngram", "trimmed head", HEAD]
 
 
 @pytest.mark.parametrize("draft", [None, *DRAFTS])
