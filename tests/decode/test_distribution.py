@@ -4,7 +4,7 @@ import pytest
 import torch
 from decode.heads import head_for
 
-from mambactl.decode import accept
+from mambactl.decode import accept, copying
 from mambactl.decode.copying import Copying
 from mambactl.decode.drafters import ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine
@@ -57,12 +57,16 @@ def sample(engine: Engine, params: SamplingParams) -> tuple[torch.Tensor, float]
     return torch.bincount(cells, minlength=V**3).view(V, V, V), result.stats.acceptance
 
 
-class CopiesAtFirst(Copying):
-    """Copies behind one token that was there before, and lets the draft go on from there."""
+class AlwaysCopying(Copying):
+    """Copies wherever anything can be copied."""
 
     def due(self, rows, k) -> bool:
-        rows = list(rows)
-        return len(rows) == ROWS
+        return True
+
+
+@pytest.fixture(autouse=True)
+def short_matches(monkeypatch) -> None:
+    monkeypatch.setattr(copying, "MATCH", 1)
 
 
 def engine_of(models, draft: str | None) -> Engine:
@@ -70,15 +74,16 @@ def engine_of(models, draft: str | None) -> Engine:
         return Engine(models["target"])
     if draft == "ngram":
         drafter = NgramDrafter()
-    elif draft == "close beside n-grams":
-        return Engine(models["target"], ModelDrafter(models["close"]), 2, copying=CopiesAtFirst(0.2, 2))
+    elif draft == "copied":
+        beside = ModelDrafter(models["close"])
+        return Engine(models["target"], beside, 2, copying=AlwaysCopying(0.2, 2))
     else:
         drafter = (HeadDrafter if draft.endswith("head") else ModelDrafter)(models[draft])
     return Engine(models["target"], drafter, 2)
 
 
 HEAD = pytest.param("head", marks=pytest.mark.slow)
-DRAFTS = ["close", "close beside n-grams", "unrelated", "ngram", "trimmed head", HEAD]
+DRAFTS = ["close", "unrelated", "ngram", "trimmed head", "copied", HEAD]
 
 
 @pytest.mark.parametrize("draft", [None, *DRAFTS])
