@@ -25,6 +25,15 @@ ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 PREFIX_CACHE_GB = 10.0
 
 
+def require_model_draft(ngram: bool, draft: object) -> None:
+    """Raise UsageError for n-grams beside no other draft."""
+    if ngram and draft in (None, "ngram"):
+        raise UsageError(
+            "--ngram goes beside a draft that is a checkpoint",
+            "give --draft MODEL, or --draft ngram alone",
+        )
+
+
 class TokenConfig(StageConfig):
     """Options for the choice of tokens."""
 
@@ -43,11 +52,7 @@ class TokenConfig(StageConfig):
     def require_coherent(self) -> None:
         """Raise UsageError for n-grams beside no other draft."""
         super().require_coherent()
-        if self.ngram and self.draft in (None, "ngram"):
-            raise UsageError(
-                "--ngram goes beside a draft that is a checkpoint",
-                "give --draft MODEL, or --draft ngram alone",
-            )
+        require_model_draft(self.ngram, self.draft)
 
 
 class SamplingConfig(TokenConfig):
