@@ -17,6 +17,7 @@ from mambactl.decode.head_drafter import HeadDrafter
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.cpu.cpu_ops import CpuOps
 from mambactl.kernels.decode.reference.ops import ReferenceOps
+from mambactl.models.draft_head import DraftHead
 
 MIXERS = ["mamba2", "attention", "mamba1"]
 PROMPTS = prompts_of([30, 17])
@@ -110,3 +111,24 @@ def test_a_batch_does_not_switch_without_matches(make_hybrid) -> None:
     engine = FusedEngine(target, target, K, CpuOps(False), copying=True)
     wanted = FusedEngine(target, target, K, CpuOps(False)).generate(prompts, GREEDY)
     assert engine.generate(prompts, GREEDY).tokens == wanted.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["mamba2", "attention"])
+@pytest.mark.parametrize("temperature", [0.0, 4.0])
+def test_device_kernels_in_the_interpreter(make_hybrid, in_turn, mixer, temperature) -> None:
+    """The kernels of a GPU, tiny as they are slow here."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    from mambactl.kernels.decode.triton.ops import TritonOps
+
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 40}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    target = guided(make_hybrid([mixer], seed=4, **sizes))
+    draft = head_for(target) if mixer == "attention" else target
+    beside = HeadDrafter(draft) if isinstance(draft, DraftHead) else ModelDrafter(target)
+    prompt, params = [5, 6, 7, 8, 5, 6, 7], SamplingParams(temperature, max_new_tokens=7)
+    wanted = Engine(target, beside, 2, copying=Copying(0.2, 2)).generate([prompt], params)
+    engine = FusedEngine(target, draft, 2, TritonOps(exact=True), copying=True)
+    assert engine.generate([prompt], params).tokens[0][:-1] == wanted.tokens[0][:-1]
