@@ -83,7 +83,8 @@ def engine_of(models, draft: str | None) -> Engine:
 
 
 HEAD = pytest.param("head", marks=pytest.mark.slow)
-DRAFTS = ["close", "unrelated", "ngram", "trimmed head", "copied", HEAD]
+COPIED = pytest.param("copied", marks=pytest.mark.slow)
+DRAFTS = ["close", "unrelated", "ngram", "trimmed head", COPIED, HEAD]
 
 
 @pytest.mark.parametrize("draft", [None, *DRAFTS])
