@@ -28,6 +28,7 @@ from mambactl.models.byte_weights import for_decoding, require_weights
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import PREFIX_CACHE_GB, ChatConfig, GenerateConfig, ServeConfig
 from mambactl.options.fields import StoredWeights
+from mambactl.options.generation import require_model_draft
 from mambactl.present import of_kind
 from mambactl.ranks import placement
 
@@ -55,7 +56,8 @@ class _Engines:
             kept, self._kept = self._kept, None
         if kept is None or kept[0].draft is not setup.draft:
             return None
-        return kept[1] if (kept[0].k, kept[0].folder) == (setup.k, setup.folder) else None
+        before, now = ((each.k, each.folder, each.ngram) for each in (kept[0], setup))
+        return kept[1] if before == now else None
 
     def put(self, setup: decoding.Setup, engine: AnyEngine) -> None:
         """Keep an engine that nobody uses any more."""
@@ -153,6 +155,7 @@ def generate(
     params: SamplingParams = GREEDY,
     *,
     draft: Model | Spec | None = None,
+    ngram: bool = False,
     k: K = "auto",
     batch_size: int = 1,
     chat: bool = True,
@@ -163,7 +166,8 @@ def generate(
     """Continue prompts, plainly or with a draft; the text is that of `mambactl generate`.
 
     `model` and `draft` are loaded models, or what `load` takes; a draft may also be `"ngram"`,
-    which repeats the text's own turns of phrase. `params` say how tokens are chosen; the model's
+    which repeats the text's own turns of phrase; with `ngram` that is done beside another draft,
+    where it does better. `params` say how tokens are chosen; the model's
     own tokens end a text unless `params` names others; with `ignore_eos` none does. `k` tokens are
     drafted in a step, auto is what is fastest. `batch_size` prompts are decoded together. With
     `chat` a prompt is a message inside the model's chat template, if it has one. `prefix_cache` is
@@ -187,6 +191,7 @@ def generate(
         raise UsageError(f"prompts are {prompts!r}", "give a text, or a list of texts")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     options = {
+        "ngram": ngram,
         "k": k,
         "batch_size": batch_size,
         "chat": chat,
@@ -209,6 +214,7 @@ def stream(
     params: SamplingParams = GREEDY,
     *,
     draft: Model | Spec | None = None,
+    ngram: bool = False,
     k: K = "auto",
     chat: bool = True,
     ignore_eos: bool = False,
@@ -228,6 +234,7 @@ def stream(
     True
     """
     options = {
+        "ngram": ngram,
         "k": k,
         "chat": chat,
         "ignore_eos": ignore_eos,
@@ -296,6 +303,7 @@ def _prepared(
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise UsageError(f"prompt {number} is empty", "give some text")
+    require_model_draft(config.ngram, draft)
     folder = decoding.prefix_folder(config)
     own: Draft = None
     if draft is not None and draft != NGRAM:

@@ -170,7 +170,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "top_k",
         "top_p",
     ),
-    "Draft": ("draft", "k", "acceptance"),
+    "Draft": ("draft", "ngram", "k", "acceptance"),
     "Rounds": ("bench.warmup", "iters", "repeats", "same_prompt"),
     "Training steps": ("training", "train_rest", "bench.compile", "bench.capture"),
     "Result": ("fail_under", "min_speedup", "report", "save_samples"),

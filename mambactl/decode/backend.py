@@ -9,6 +9,7 @@ import torch
 
 from mambactl import console
 from mambactl.decode.conversation import Conversation
+from mambactl.decode.copying import Copying, weight_share
 from mambactl.decode.drafters import Drafter, ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine, Generation, OnTokens
 from mambactl.decode.head_drafter import HeadDrafter
@@ -63,6 +64,7 @@ def make_engine(
     share: bool = True,
     rounded: bool = False,
     folder: PrefixFolder | None = None,
+    copying: bool = False,
 ) -> "Engine | FusedEngine":
     """An engine for `target` with `draft` (a model, "ngram" or None, which needs k = 0).
 
@@ -70,11 +72,12 @@ def make_engine(
     speculative and plain decoding agree bit for bit. `share`: what prompts, also of several calls,
     begin with together is read once; without it every call does the same work. `rounded`: a CPU
     that multiplies bfloat16 may read copies of fp32 weights in that type. `folder`: files in it
-    give beginnings that earlier processes read, and new ones are kept there. Whether both models
-    mean the same tokens is the caller's to check: their vocabularies may differ by padding.
+    give beginnings that earlier processes read, and new ones are kept there. `copying`: beside a
+    model or a head, drafts are copied where the text repeats itself. Whether both models mean the
+    same tokens is the caller's to check: their vocabularies may differ by padding.
     """
     if target.device.type == "cpu":
-        engine = _on_cpu(target, draft, k, share, rounded and not exact, folder)
+        engine = _on_cpu(target, draft, k, share, rounded and not exact, folder, copying)
         if engine is not None:
             return engine
     reason = why_not(target.device)
@@ -84,13 +87,16 @@ def make_engine(
         from mambactl.models.packed import NotSupported
 
         try:
-            return FusedEngine(target, draft, k, TritonOps.for_model(target, exact), share, folder)
+            ops = TritonOps.for_model(target, exact)
+            return FusedEngine(target, draft, k, ops, share, folder, copying)
         except NotSupported as error:
             reason = f"they do not support {error}"
     if target.device.type == "cuda":
         _say_once(f"GPU decode kernels are off ({reason}); the PyTorch reference decodes")
     k = REFERENCE_K if k == "auto" else k
-    return Engine(target, _drafter(draft, target), k, share, folder)
+    beside = copying and draft is not None and not isinstance(draft, str)
+    copies = Copying(weight_share(draft, target), k) if beside else None
+    return Engine(target, _drafter(draft, target), k, share, folder, copies)
 
 
 def open_batch(
@@ -119,6 +125,7 @@ def _on_cpu(
     share: bool,
     rounded: bool,
     folder: PrefixFolder | None,
+    copying: bool,
 ) -> "FusedEngine | None":
     """The engine of whole steps with operations for a CPU, where they can run the models."""
     own = draft.body if isinstance(draft, DraftHead) else draft
@@ -133,7 +140,7 @@ def _on_cpu(
 
     with suppress(NotSupported):
         ops = CpuOps(rounded and computes_bfloat16())
-        return FusedEngine(target, draft, k, ops, share, folder)
+        return FusedEngine(target, draft, k, ops, share, folder, copying)
 
 
 def weight_bytes(engine: AnyEngine, model: HybridForCausalLM) -> float:

@@ -31,6 +31,9 @@ class Drafter(Protocol):
         """Draft at most `limits[b]` tokens; positions [B] number the first of them."""
         ...
 
+    def follow(self, proposal: Proposal) -> None:
+        """Read along with tokens that were proposed in place of a draft's own."""
+
     def commit(self, proposal: Proposal, verdict: Verdict) -> None:
         """Take over what the target decided about the last proposal."""
 
@@ -85,6 +88,13 @@ class ModelDrafter:
         stacked = torch.stack(probs, 1) if probs else None  # [B, K, V]
         return Proposal(torch.stack(tokens, 1), lengths, stacked)
 
+    def follow(self, proposal: Proposal) -> None:
+        """Read what a proposal of its own puts into the cache: all but the last token."""
+        self._stream(self.backlog, self.behind)
+        self.known = self.cache.lengths.clone()  # [B]
+        if proposal.tokens.shape[1] > 1:
+            self._stream(proposal.tokens[:, :-1], (proposal.lengths - 1).clamp(min=0))
+
     def commit(self, proposal: Proposal, verdict: Verdict) -> None:
         """Forget rejected tokens; remember the ones not read yet."""
         read = torch.minimum(verdict.accepted, (proposal.lengths - 1).clamp(min=0))  # [B]
@@ -104,17 +114,21 @@ class ModelDrafter:
 
     def _last_logits(self, tokens: Tensor, n_new: Tensor) -> Tensor:
         """Read n_new [B] of tokens [B, T]; logits after the last of them, [B, V] of the target."""
-        hidden = self.model.model(
-            input_ids=tokens.clamp(max=self.own_size - 1),
-            past_key_values=self.cache,
-            n_new=n_new,
-            use_cache=True,
-        ).last_hidden_state  # [B, T, D]
+        hidden = self._stream(tokens, n_new)  # [B, T, D]
         rows = torch.arange(len(tokens), device=tokens.device)
         logits = self.model.lm_head(hidden[rows, (n_new - 1).clamp(min=0)])  # [B, own V]
         if self.own_size >= self.vocab_size:
             return logits[:, : self.vocab_size]
         return F.pad(logits, (0, self.vocab_size - self.own_size), value=float("-inf"))
+
+    def _stream(self, tokens: Tensor, n_new: Tensor) -> Tensor:
+        """Read n_new [B] of tokens [B, T]; the last stream behind each, [B, T, D]."""
+        return self.model.model(
+            input_ids=tokens.clamp(max=self.own_size - 1),
+            past_key_values=self.cache,
+            n_new=n_new,
+            use_cache=True,
+        ).last_hidden_state
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> HybridCache:
         known = [[min(token, self.own_size - 1) for token in prompt] for prompt in prompts]
@@ -163,6 +177,9 @@ class NgramDrafter:
         drafts = [self._lookup(row, limit) for row, limit in enumerate(limits)]
         lengths = torch.tensor([len(draft) for draft in drafts], device=self.device)
         return Proposal(pad(drafts, self.device), lengths)
+
+    def follow(self, proposal: Proposal) -> None:
+        """Do nothing: a text is indexed when it is committed."""
 
     def commit(self, proposal: Proposal, verdict: Verdict) -> None:
         """Append what the target kept and chose."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mambactl.decode.accept import Proposal, Verdict, accept_greedy, accept_sampled
 from mambactl.decode.conversation import Conversation
+from mambactl.decode.copying import Copying
 from mambactl.decode.drafters import Drafter
 from mambactl.decode.head_drafter import HeadDrafter
 from mambactl.decode.prefill import prefill
@@ -87,6 +88,7 @@ class Engine:
         k: int = 0,
         share: bool = True,
         folder: PrefixFolder | None = None,
+        copying: Copying | None = None,
     ):
         if (drafter is None) != (k == 0):
             raise ValueError("a drafter needs k >= 1, and k >= 1 needs a drafter")
@@ -98,6 +100,7 @@ class Engine:
                 hint="take a draft of the target's family, or `--draft ngram`",
             )
         self.target, self.drafter, self.k = target, drafter, k
+        self.copying = copying
         # a head reads along from the first token on: what was read without it is of no use
         self.along = drafter.along if isinstance(drafter, HeadDrafter) else None
         alone = self.along is None
@@ -173,6 +176,9 @@ class Engine:
             index = batch.keep(survivors)
             if isinstance(self.drafter, HeadDrafter):
                 self.drafter.keep(index)
+        if self.copying is not None:
+            texts = [[*prompt, *new] for prompt, new in zip(prompts, first, strict=True)]
+            self.copying.start(texts)
         if self.drafter is not None and survivors:
             with output.stats.timed("prefill", self.target.device):
                 self.drafter.start([[*prompts[r], *first[r]] for r in survivors], batch.sampler)
@@ -182,14 +188,17 @@ class Engine:
         """Advance every unfinished row by at least one token and drop the finished ones."""
         stats, device = output.stats, self.target.device
         written = [len(output.tokens[row]) for row in batch.rows]
+        copied = self.copying is not None and self.copying.due(batch.rows, self.k)
         with stats.timed("draft", device):
-            proposal = self._propose(batch, written)
+            proposal = self._propose(batch, written, copied)
         with stats.timed("verify", device):
             verdict = self._verify(batch, proposal, written)
         accepted = verdict.accepted.tolist()
         stats.count_step(proposal.lengths.tolist(), accepted)
         drafted, following = proposal.tokens.tolist(), verdict.following.tolist()
         survivors = []
+        if self.copying is not None:
+            self.copying.observe(batch.rows, proposal, verdict, copied)
         for index, row in enumerate(batch.rows):
             new = [*drafted[index][: accepted[index]], following[index]]
             if _emit(row, new, batch.sampler.params, output, on_tokens):
@@ -212,10 +221,15 @@ class Engine:
         if self.drafter is not None:
             self.drafter.keep(index)
 
-    def _propose(self, batch: RunningBatch, written: list[int]) -> Proposal:
+    def _propose(self, batch: RunningBatch, written: list[int], copied: bool) -> Proposal:
         """Ask for k tokens per row, fewer where the budget ends: a step adds one of its own."""
         budget = batch.sampler.params.max_new_tokens
         limits = [min(self.k, budget - count - 1) for count in written]
+        if self.drafter is not None and self.copying is not None and copied and max(limits) > 0:
+            proposal = self.copying.propose(batch.rows, limits, batch.pending.device)
+            if proposal.tokens.shape[1] > 0:
+                self.drafter.follow(proposal)
+                return proposal
         if self.drafter is not None and max(limits) > 0:
             positions = torch.tensor(written, device=batch.pending.device)  # [B]
             return self.drafter.propose(limits, positions)

@@ -94,6 +94,11 @@ class HeadDrafter:
         stacked = torch.stack(probs, 1) if probs else None  # [B, K, V]
         return Proposal(torch.stack(tokens, 1), lengths, stacked)
 
+    def follow(self, proposal: Proposal) -> None:
+        """Read what was accepted, and nothing of a proposal that is not its own."""
+        self.head.read(self.streams, self.backlog, self.cache, self.behind)
+        self.known = self.cache.lengths.clone()  # [B]
+
     def see(self, streams: Tensor) -> None:
         """Take note of the target's streams [B, K + 1, D] behind the tokens just verified."""
         self.streams = streams

@@ -53,6 +53,8 @@ class Setup:
     # whether a CPU may read the weights in bfloat16 copies
     rounded: bool = False
     folder: PrefixFolder | None = None
+    # beside a draft, tokens are copied where the text repeats itself
+    ngram: bool = False
 
     def engine(self, plain: bool = False, exact: bool = False, share: bool = True) -> AnyEngine:
         """The engine that was asked for, or one for plain decoding."""
@@ -60,7 +62,8 @@ class Setup:
             console.warn("--prefix-cache gives nothing: a draft head reads prompts from the start")
         if plain or self.draft is None:
             return make_engine(self.target, None, 0, exact, share, self.rounded, self.folder)
-        return make_engine(self.target, self.draft, self.k, exact, share, self.rounded, self.folder)
+        rest = (share, self.rounded, self.folder, self.ngram)
+        return make_engine(self.target, self.draft, self.k, exact, *rest)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Readable text of new tokens, without special ones."""
@@ -153,7 +156,7 @@ def assemble(
     longest = max(map(len, prompts), default=0) + config.max_new_tokens
     warn_beyond_positions(target.config, longest)
     rounded = config.dtype == "auto"
-    return Setup(target, tokenizer, draft, config.k, prompts, params, rounded)
+    return Setup(target, tokenizer, draft, config.k, prompts, params, rounded, ngram=config.ngram)
 
 
 def require_draft(config: TokenConfig | BenchConfig | ServeConfig, source: str) -> None:

@@ -25,6 +25,15 @@ ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
 PREFIX_CACHE_GB = 10.0
 
 
+def require_model_draft(ngram: bool, draft: object) -> None:
+    """Raise UsageError for n-grams beside no other draft."""
+    if ngram and draft in (None, "ngram"):
+        raise UsageError(
+            "--ngram goes beside a draft that is a checkpoint",
+            "give --draft MODEL, or --draft ngram alone",
+        )
+
+
 class TokenConfig(StageConfig):
     """Options for the choice of tokens."""
 
@@ -34,8 +43,16 @@ class TokenConfig(StageConfig):
     top_k: int = Field(default=0, ge=0, description="0 is off")
     top_p: float = Field(default=1.0, gt=0, le=1, description="1 is off")
     draft: str | None = Field(default=None, description="checkpoint, or ngram")
+    ngram: bool = Field(
+        default=False, description="beside a draft, copy where the text repeats itself"
+    )
     k: Drafts = Field(default="auto", description="draft tokens per step; auto is what is fastest")
     weights: StoredWeights = Field(default="auto", description=WEIGHTS_HELP)
+
+    def require_coherent(self) -> None:
+        """Raise UsageError for n-grams beside no other draft."""
+        super().require_coherent()
+        require_model_draft(self.ngram, self.draft)
 
 
 class SamplingConfig(TokenConfig):
@@ -57,6 +74,7 @@ class PromptConfig(SamplingConfig):
 
     def require_coherent(self) -> None:
         """Raise UsageError for two sources of prompts, and for an empty prompt."""
+        super().require_coherent()
         if self.prompt is not None and self.prompts is not None:
             raise UsageError(
                 "a prompt and a file of prompts exclude each other", "give one of them"
@@ -73,6 +91,7 @@ class ChatConfig(TokenConfig):
 
     def require_coherent(self) -> None:
         """Raise UsageError for a system message without text."""
+        super().require_coherent()
         if self.system is not None and not self.system.strip():
             raise UsageError("the system message is empty", "give some text with --system")
 
@@ -150,7 +169,7 @@ class GenerateConfig(SharedPromptConfig, LaunchConfig):
 
     # batches are formed before they are dealt to processes, so their number decides no answer
     placement_options: ClassVar[frozenset[str]] = SharedPromptConfig.placement_options | {"nproc"}
-    later: ClassVar[Mapping[str, object]] = {"weights": "auto"}
+    later: ClassVar[Mapping[str, object]] = {"weights": "auto", "ngram": False}
 
     dataset: DataSpecs = Field(
         default=[],
@@ -207,6 +226,9 @@ class GenerateConfig(SharedPromptConfig, LaunchConfig):
                 way = 'give -p "some text", -p - to read stdin, or --prompts FILE'
                 raise UsageError("no prompt", way)
             return
+        if self.ngram:
+            # rows of a batch switch together, so that an answer would depend on the others
+            raise UsageError("--ngram and --dataset exclude each other", "drop --ngram")
         if self.prompt is not None or self.prompts is not None:
             raise UsageError("--dataset and a prompt exclude each other", "give one of them")
         if self.category_temperature and self.temperature > 0:

@@ -108,6 +108,8 @@ def test_wrong_names_files_and_options(outcomes, tiny_llama_dir, tmp_path) -> No
             (["generate", llama], "no prompt"),
             (["generate", llama, "-p", "hi", "--shard", "1/2"], "goes with --dataset"),
             (["generate", llama, "--dataset", "data.txt", "--shard", "3/2"], "is no part"),
+            (["generate", llama, "-p", "hi", "--ngram"], "beside a draft that is a checkpoint"),
+            (["chat", llama, "--draft", "ngram", "--ngram"], "--draft ngram alone"),
             (["spec-decode", "--target", llama, "-p", "hi"], "no draft"),
             (["sft", llama, "--resume", "--force"], "exclude each other"),
             (["sft", llama, "--set", "nonsense=1"], "has no option nonsense"),

@@ -26,10 +26,10 @@ SPREAD = "--nproc --shard"
 STEPS = f"{ROWS} --warmup --grad-clip --log-every --save-every"
 TRAINING = f"{STEPS} --teacher --grad-checkpointing --freeze-kept"
 SAMPLING = (
-    "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --batch-size --chat "
-    "--prompt --prompts --weights"
+    "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --ngram --k --batch-size "
+    "--chat --prompt --prompts --weights"
 )
-TOKENS = "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --k --weights"
+TOKENS = "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --ngram --k --weights"
 FLAGS = {
     "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data --nproc "
     "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "

@@ -4,7 +4,8 @@ import pytest
 import torch
 from decode.heads import head_for
 
-from mambactl.decode import accept
+from mambactl.decode import accept, copying
+from mambactl.decode.copying import Copying
 from mambactl.decode.drafters import ModelDrafter, NgramDrafter
 from mambactl.decode.engine import Engine
 from mambactl.decode.head_drafter import HeadDrafter
@@ -56,18 +57,34 @@ def sample(engine: Engine, params: SamplingParams) -> tuple[torch.Tensor, float]
     return torch.bincount(cells, minlength=V**3).view(V, V, V), result.stats.acceptance
 
 
+class AlwaysCopying(Copying):
+    """Copies wherever anything can be copied."""
+
+    def due(self, rows, k) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def short_matches(monkeypatch) -> None:
+    monkeypatch.setattr(copying, "MATCH", 1)
+
+
 def engine_of(models, draft: str | None) -> Engine:
     if draft is None:
         return Engine(models["target"])
     if draft == "ngram":
         drafter = NgramDrafter()
+    elif draft == "copied":
+        beside = ModelDrafter(models["close"])
+        return Engine(models["target"], beside, 2, copying=AlwaysCopying(0.2, 2))
     else:
         drafter = (HeadDrafter if draft.endswith("head") else ModelDrafter)(models[draft])
     return Engine(models["target"], drafter, 2)
 
 
 HEAD = pytest.param("head", marks=pytest.mark.slow)
-DRAFTS = ["close", "unrelated", "ngram", "trimmed head", HEAD]
+COPIED = pytest.param("copied", marks=pytest.mark.slow)
+DRAFTS = ["close", "unrelated", "ngram", "trimmed head", COPIED, HEAD]
 
 
 @pytest.mark.parametrize("draft", [None, *DRAFTS])

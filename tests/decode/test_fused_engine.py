@@ -258,9 +258,9 @@ def launched(monkeypatch) -> list[int]:
     ks: list[int] = []
     launch = Session.launch
 
-    def heard(session, k, sampled):
+    def heard(session, k, sampled, copied=False):
         ks.append(k)
-        return launch(session, k, sampled)
+        return launch(session, k, sampled, copied)
 
     monkeypatch.setattr(Session, "launch", heard)
     return ks

@@ -303,6 +303,7 @@ def test_bad_rows_stop_before_decoding_unless_skipped(
         ({"prompt": "a"}, "a.jsonl", "exclude each other"),
         ({"temperature": 0.0, "samples_per_prompt": 2}, "a.jsonl", "all the same"),
         ({"category_temperature": True}, "a.jsonl", "exclude each other"),
+        ({"draft": "d.st", "ngram": True}, "a.jsonl", "exclude each other"),
         ({"shard": "0/2"}, "a.jsonl", "--shard 0/2"),
         ({"shard": "3/2"}, "a.jsonl", "--shard 3/2"),
         ({}, "a.txt", "does not end in .jsonl"),

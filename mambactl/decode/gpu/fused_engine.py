@@ -11,6 +11,7 @@ import torch
 
 from mambactl import console
 from mambactl.decode.conversation import Conversation
+from mambactl.decode.copying import Copying, weight_share
 from mambactl.decode.draft_count import CHOICES, Choice, ExpectedTimes, LearnedChoice, StepTimes
 from mambactl.decode.engine import Generation, OnTokens, check_prompts
 from mambactl.decode.gpu.fused_batch import LAG, POLL_SECONDS, FusedBatch
@@ -41,13 +42,15 @@ class _Launched:
     k: int
     event: torch.cuda.Event | None
     started: float
+    copied: bool = False
 
 
 class FusedEngine:
     """Decodes with `target`, helped by `draft`: a model, a head, "ngram" or None (plain decoding).
 
     `k` drafts a step, or "auto": as many as pay, perhaps none. `ops` are the operations of a step:
-    the GPU's, or the reference's on any device. Raises NotSupported for what they cannot run.
+    the GPU's, or the reference's on any device. `copying`: beside a model or a head, steps may take
+    their drafts from the text; see `Copying`. Raises NotSupported for what they cannot run.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class FusedEngine:
         ops: DecodeOps,
         share: bool = True,
         folder: PrefixFolder | None = None,
+        copying: bool = False,
     ):
         if (draft is None) != (k == 0):
             raise ValueError("a draft needs k >= 1 or auto, and k >= 1 needs a draft")
         self.target, self.draft, self.ops = target, draft, ops
         self.k: K = k
+        self.copying = copying and isinstance(draft, HybridForCausalLM | DraftHead)
         self.most = max(CHOICES) if k == "auto" else k
         self.packed: tuple[PackedModel, PackedModel | PackedHead | str | None] | None = None
         self.positions = 0
@@ -156,7 +161,8 @@ class FusedEngine:
         stats.at_once = len(prompts)
         with stats.timed("verify", self.target.device):
             choice = self._choice(session, ks, sampled)
-            run = _Run(session, choice, sampled, params.max_new_tokens, output, on_tokens)
+            copying = self._copying(session, prompts)
+            run = _Run(session, choice, sampled, params.max_new_tokens, output, on_tokens, copying)
             run.waiting.append(_Launched(0, 0, event, 0.0))
             run.finish()
         self._say(choice)
@@ -170,17 +176,19 @@ class FusedEngine:
             return Choice(session.time_steps(ks, sampled))
         model = isinstance(self.draft, HybridForCausalLM | DraftHead)
         if sampled:
-            share = 0.0
-            if isinstance(self.draft, HybridForCausalLM):
-                share = _weights_read(self.draft) / _weights_read(self.target)
-            elif isinstance(self.draft, DraftHead):
-                own = _weights_read(self.draft.body) + self.draft.fc.weight.numel()
-                share = own / _weights_read(self.target)
+            share = weight_share(self.draft, self.target)
             return LearnedChoice(ks, ExpectedTimes(share), model)
         times = self.times.setdefault(session.size, StepTimes())
         if model and not times.count(0):
             times.add(0, session.time_plain(sampled))
         return LearnedChoice(ks, times, model)
+
+    def _copying(self, session: Session, prompts: Sequence[Sequence[int]]) -> Copying | None:
+        if not self.copying:
+            return None
+        copying = Copying(weight_share(self.draft, self.target), session.k)
+        copying.start(prompts)
+        return copying
 
     def _say(self, choice: Choice) -> None:
         """Log the reason for the number of drafts when that number has changed."""
@@ -203,7 +211,7 @@ class FusedEngine:
         self.sessions.clear()
         self.reserved = None
         self._pack(size.capacity)
-        session = Session(*present(self.packed), self.ops, size, self.prefixes)
+        session = Session(*present(self.packed), self.ops, size, self.prefixes, self.copying)
         self.sessions[size.batch] = session
         return session
 
@@ -227,13 +235,6 @@ def _require_few(eos: Sequence[int]) -> None:
         )
 
 
-def _weights_read(model: HybridForCausalLM) -> int:
-    """Parameters that a step reads: all but the embedding table, where it is not the head too."""
-    table, head = model.model.embed_tokens.weight, model.lm_head.weight
-    every = sum(parameter.numel() for parameter in model.parameters())
-    return every if head is table else every - table.numel()
-
-
 class _Run:
     """The host's part of one generation: launch, look back, hand tokens on."""
 
@@ -245,26 +246,30 @@ class _Run:
         budget: int,
         output: Generation,
         on_tokens: OnTokens | None,
+        copying: Copying | None,
     ):
         self.session, self.choice, self.sampled = session, choice, sampled
         self.budget = budget
-        self.output, self.on_tokens = output, on_tokens
+        self.output, self.on_tokens, self.copying = output, on_tokens, copying
         self.running = set(range(len(output.tokens)))
         self.waiting: deque[_Launched] = deque()
 
     def finish(self) -> None:
         """Run until every row is done; the first tokens are on their way."""
         number = 1
-        lag = LAG if self.session.device.type == "cuda" else 0
+        # what a text repeats is known by its last token
+        lag = LAG if self.session.device.type == "cuda" and self.copying is None else 0
         if not lag:
             # nothing runs meanwhile
             self._read(self.waiting.popleft())
         while self.running:
             if self._more_needed():
                 k = self.choice.update()
+                copied = self.copying is not None and self.copying.due(self.running, k)
+                k = self.session.k if copied else k
                 started = time.perf_counter()
-                event = self.session.launch(k, self.sampled)
-                self.waiting.append(_Launched(number, k, event, started))
+                event = self.session.launch(k, self.sampled, copied)
+                self.waiting.append(_Launched(number, k, event, started, copied))
                 number += 1
                 # the first token is handed on while the first step runs
                 if number > 2 and len(self.waiting) <= lag:
@@ -290,8 +295,13 @@ class _Run:
             accepted.append(letter[Letter.ACCEPTED])
             # in a graph a draft that could not be made helps no more than a rejected one
             made = letter[Letter.DRAFTED] if self.session.on_host else step.k
-            self.choice.observe(made, accepted[-1])
+            if not step.copied:
+                self.choice.observe(made, accepted[-1])
             new = letter[len(Letter) : len(Letter) + letter[Letter.EMITTED]]
+            if self.copying is not None:
+                self.copying.add(row, new)
+                if not step.copied:
+                    self.copying.drafted.observe(made, accepted[-1])
             self.output.tokens[row].extend(new)
             stop = self.on_tokens is not None and self.on_tokens(row, new) is True
             if letter[Letter.FINISH] != Finish.RUNNING:
@@ -304,5 +314,5 @@ class _Run:
         # the first tokens are the prompts', not a step's
         if drafted and step.number:
             self.output.stats.count_step(drafted, accepted)
-            if isinstance(self.choice, LearnedChoice):
+            if isinstance(self.choice, LearnedChoice) and not step.copied:
                 self.choice.timed(max(drafted), seconds, 1 + sum(accepted) / len(accepted))

@@ -90,8 +90,7 @@ class HeadPass(Guide):
 
     def draft(self, b: Batch, k: int, sampled: bool, drafted: list[Distribution]) -> None:
         """Write k drafts into the feed; see `Guide`."""
-        hidden, T = self._unread(b)
-        start = b.field(Field.LENGTH) - self.behind
+        hidden, start, T = self._unread(b)
         # rows that are not active may be as far behind as they like
         last = torch.arange(len(start), device=start.device) * T + self.behind.clamp(max=T - 1)
         for i in range(k):
@@ -104,8 +103,13 @@ class HeadPass(Guide):
             if i + 1 < k:
                 hidden = self._joined(s.hidden, b.feed[:, 2 + i])
 
-    def _unread(self, b: Batch) -> tuple[Tensor, int]:
-        """Input of the first pass [B * T, D] over T tokens of every sequence.
+    def follow(self, b: Batch) -> None:
+        """Read what was accepted, and draft nothing; see `Guide`."""
+        hidden, start, T = self._unread(b)
+        self.model.run_on(hidden, self._segment(b, start, T, 0))
+
+    def _unread(self, b: Batch) -> tuple[Tensor, Tensor, int]:
+        """Input of the first pass [B * T, D] over T tokens of every sequence from `start` [B] on.
 
         A graph has room for as many as a step can accept; the host knows how many there are.
         """
@@ -115,7 +119,7 @@ class HeadPass(Guide):
         start = b.field(Field.LENGTH) - self.behind
         at = start[:, None] + torch.arange(T, device=start.device)
         tokens = b.history.gather(1, at.clamp(0, b.capacity - 1).long())
-        return self._joined(self.streams[:, :T].flatten(0, 1), tokens.flatten()), T
+        return self._joined(self.streams[:, :T].flatten(0, 1), tokens.flatten()), start, T
 
     def _joined(self, streams: Tensor, tokens: Tensor) -> Tensor:
         """Input of the layer [M, D] for streams [M, D] and tokens [M].

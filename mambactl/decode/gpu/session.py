@@ -17,6 +17,8 @@ from mambactl.kernels.decode.reference.verdict import Field
 from mambactl.models.session_size import SessionSize
 from mambactl.present import present
 
+# drafts, whether tokens are drawn, and whether the drafts are of the text beside another draft
+_Key = tuple[int, bool, bool]
 # steps of a timing
 TIMED_STEPS = 3
 
@@ -40,7 +42,9 @@ class Session:
         ops: DecodeOps,
         size: SessionSize,
         prefixes: tuple[Prefixes | None, Prefixes | None] = (None, None),
+        copying: bool = False,
     ):
+        """`copying`: there are also steps whose drafts are of the text, beside a draft."""
         self.size, self.capacity, self.k = size.batch, size.capacity, size.k
         self.device = device = target.table.device
         self.batch = Batch(self.size, self.capacity, self.k, device)
@@ -62,7 +66,7 @@ class Session:
         elif draft is not None:
             if not ops.on_host:
                 self.limits["draft_limit"] = size.ring_limit(draft.stores_every_step)
-            self.draft = _state(draft, ops, size, 2)
+            self.draft = _state(draft, ops, size, max(2, self.k + 1) if copying else 2)
             drafter = Pass(draft, self.draft, ops)
         self.step = Step(
             self.batch,
@@ -72,7 +76,8 @@ class Session:
             limit=self.limits["limit"],
             draft_limit=self.limits["draft_limit"],
         )
-        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.copying = copying
+        self.graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
         self.capture = Capture()
         self.seconds: dict[tuple[int, bool], float] = {}
         self.warm = False
@@ -104,7 +109,10 @@ class Session:
         if self.device.type != "cuda":
             self._warm(max(ks))
             return
-        missing = [k for k in ks if (k, sampled) not in self.graphs]
+        keys = [(k, sampled, False) for k in ks]
+        if self.copying:
+            keys.append((self.k, sampled, True))
+        missing = [key for key in keys if key not in self.graphs]
         if not missing:
             return
         # nobody is active, so a run changes nothing but scratch
@@ -113,16 +121,16 @@ class Session:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for k in missing:
-                self.step.run(k, sampled)
+            for key in missing:
+                self.step.run(*key)
             self.step.begin(self.target.scratch.hidden[: self.size], sampled)
         torch.cuda.synchronize()
         compiled = time.perf_counter()
-        for k in missing:
+        for key in missing:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                self.step.run(k, sampled)
-            self.graphs[k, sampled] = graph
+                self.step.run(*key)
+            self.graphs[key] = graph
         torch.cuda.synchronize()
         self.capture.graphs += len(missing)
         self.capture.compile_seconds += compiled - started
@@ -147,12 +155,12 @@ class Session:
             tensor.copy_(copy)
         return seconds
 
-    def launch(self, k: int, sampled: bool) -> torch.cuda.Event | None:
+    def launch(self, k: int, sampled: bool, copied: bool = False) -> torch.cuda.Event | None:
         """Start one step; the event tells when its results have arrived."""
         if self.device.type != "cuda":
-            self.step.run(k, sampled)
+            self.step.run(k, sampled, copied)
             return None
-        self.graphs[k, sampled].replay()
+        self.graphs[k, sampled, copied].replay()
         return self._sent()
 
     def _sent(self) -> torch.cuda.Event | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mambactl.decode.copying import MATCH, MATCH_ALONE
 from mambactl.decode.gpu.state import LayerWeights, ModelState, PackedModel
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
@@ -274,6 +275,10 @@ class Guide(ABC):
     def draft(self, b: Batch, k: int, sampled: bool, drafted: "list[Distribution]") -> None:
         """Write k drafts into the feed, with the distributions that they were drawn from."""
 
+    @abstractmethod
+    def follow(self, b: Batch) -> None:
+        """Read what was accepted, and draft nothing."""
+
 
 class Step:
     """The kernels of a step for one batch.
@@ -312,26 +317,45 @@ class Step:
         head = model.weights.head
         return head_scratch(self.ops, len(head), rows, head.device)
 
-    def run(self, k: int, sampled: bool) -> None:
-        """One step with k drafts per sequence."""
+    def run(self, k: int, sampled: bool, copied: bool = False) -> None:
+        """One step with k drafts per sequence, `copied` from its text beside another draft."""
         b = self.batch
         drafted = None
-        if k and isinstance(self.draft, Pass):
+        if k and (copied or isinstance(self.draft, str)):
+            drafted = b.drafted
+            k = self._copy(k, MATCH if copied else MATCH_ALONE, drafted)
+            if copied:
+                self._follow(k)
+        elif k and isinstance(self.draft, Pass):
             self._draft(self.draft, k, sampled)
         elif k and isinstance(self.draft, Guide):
             self.draft.draft(b, k, sampled, [self._drafted(i) for i in range(k * sampled)])
-        elif k:
-            drafted = b.drafted
-            torch.add(b.field(Field.LENGTH), 1, out=b.present)
-            self.ops.draft_ngram(b.history, b.present, b.feed[:, 2:], k, drafted)
-            if self.ops.on_host:
-                # a pass is as wide as what was found
-                k = int(drafted.mul_(b.field(Field.ACTIVE)).max())
         segment = Segment(
             b.field(Field.LENGTH), b.field(Field.ACTIVE), b.field(Field.BASE), b.field(Field.NEXT),
             T=k + 1,
         )  # fmt: skip
         self._conclude(self.target.run(b.feed[:, 1 : 2 + k], segment), k, sampled, drafted)
+
+    def _copy(self, k: int, longest: int, drafted: Tensor) -> int:
+        """Write up to k tokens of its text behind each sequence; the number a pass has to hold."""
+        b = self.batch
+        torch.add(b.field(Field.LENGTH), 1, out=b.present)
+        self.ops.draft_ngram(b.history, b.present, b.feed[:, 2:], k, drafted, longest=longest)
+        if not self.ops.on_host:
+            return k
+        # a pass is as wide as what was found
+        return int(drafted.mul_(b.field(Field.ACTIVE)).max())
+
+    def _follow(self, k: int) -> None:
+        """Let a draft read along with k tokens that are not its own, as far as it reads its own."""
+        b = self.batch
+        if isinstance(self.draft, Guide):
+            self.draft.follow(b)
+        elif isinstance(self.draft, Pass):
+            base, stored = b.field(Field.DRAFT_BASE), b.field(Field.DRAFT_NEXT)
+            length, active = b.field(Field.LENGTH), b.field(Field.ACTIVE)
+            segment = Segment(length, active, base, stored, T=k + 1, offset=-1)
+            self.draft.run(b.feed[:, : k + 1], segment)
 
     def begin(self, hidden: Tensor, sampled: bool) -> None:
         """The first token of every sequence, from the stream [B, D] behind its prompt."""
@@ -386,7 +410,7 @@ class Step:
         self.target.logits(stream, k + 1, False, logits)
         self.ops.filter_rows(logits, b.settings, threshold, log_mass)
         draft: tuple[Tensor | None, ...] = (None, None, None)
-        if k and isinstance(self.draft, Pass | Guide):
+        if k and drafted is None and isinstance(self.draft, Pass | Guide):
             d, own = self._distribution("draft", b.k * b.size), k * b.size
             draft = (
                 d.logits[:own].view(k, b.size, -1),

@@ -162,8 +162,9 @@ class DecodeOps(Protocol):
         """Choose the best token of every row."""
 
     def draft_ngram(
-        self, history: Tensor, lengths: Tensor, drafts: Tensor, width: int, n_drafted: Tensor
-    ) -> None:
+        self, history: Tensor, lengths: Tensor, drafts: Tensor, width: int, n_drafted: Tensor,
+        *, longest: int = 3,
+    ) -> None:  # fmt: skip
         """Draft from earlier occurrences in the text."""
 
     def filter_rows(

@@ -22,7 +22,6 @@ from mambactl.present import of_kind, present
 # where products are in bfloat16, which makes ties of logits that lie close, these are computed once
 # more in fp32: so many for sampling, and what is nearly the largest for the best token
 EXACT_LOGITS, CLOSE = 64, 2**-6
-LONGEST_SUFFIX = 3
 
 
 class CpuOps(ReferenceOps):
@@ -200,12 +199,13 @@ class CpuOps(ReferenceOps):
         logits[:, : y.shape[1]] = y[:, : logits.shape[1]]
 
     def draft_ngram(
-        self, history: Tensor, lengths: Tensor, drafts: Tensor, width: int, n_drafted: Tensor
-    ) -> None:
+        self, history: Tensor, lengths: Tensor, drafts: Tensor, width: int, n_drafted: Tensor,
+        *, longest: int = 3,
+    ) -> None:  # fmt: skip
         """Draft from earlier occurrences in the text."""
         for row, length in enumerate(lengths.tolist()):
             text = history[row, :length]
-            found = text[_follower(text) :][:width]
+            found = text[_follower(text, longest) :][:width]
             n_drafted[row] = len(found)
             drafts[row, :width] = 0
             drafts[row, : len(found)] = found
@@ -243,13 +243,13 @@ def _held(state: Tensor, group: Group) -> tuple[Tensor, bool]:
     return (state if alone else state[group.sequences]), alone
 
 
-def _follower(text: Tensor) -> int:
+def _follower(text: Tensor, longest: int) -> int:
     """Index after the latest earlier match of the longest suffix of text [S]; S if none.
 
-    As `kernels.decode.reference.ngram`, which tries suffixes of three tokens first.
+    As `kernels.decode.reference.ngram`, which tries suffixes of `longest` tokens first.
     """
     data, size = text.numpy().tobytes(), text.element_size()
-    for suffix in range(min(LONGEST_SUFFIX, len(text)), 0, -1):
+    for suffix in range(min(longest, len(text)), 0, -1):
         wanted, end = data[-suffix * size :], len(data) - size
         while (found := data.rfind(wanted, 0, end)) >= 0:
             if found % size == 0:
