@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from itertools import count
+from typing import cast
 
 from mambactl.errors import UsageError
 from mambactl.json_values import JsonObject
@@ -78,7 +79,8 @@ class Deal:
         """Leave bytes for the other processes."""
         store, parts = present(self.store), -(-len(body) // PART)
         for part in range(parts):
-            store.set(f"{name}/{part}", body[part * PART : (part + 1) * PART])
+            # it takes bytes as it takes texts, and its types do not say so
+            store.set(f"{name}/{part}", cast(str, body[part * PART : (part + 1) * PART]))
         store.set(name, str(parts))
 
     def get(self, name: str, meanwhile: Callable[[], None] = lambda: None) -> bytes:
