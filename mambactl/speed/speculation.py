@@ -40,7 +40,8 @@ def speculation(
 
     def measure(length: int, rows: int, advance: Callable[[], None]) -> Numbers:
         prompts, share = subject.prompts(length, rows, grid), grid.same_prompt
-        release(subject.model.device)
+        if subject.model.device.type == "cuda":
+            release(subject.model.device)
         make = partial(make_engine, subject.model, draft, k, share=share, rounded=subject.rounded)
         engine, rounds = rounds_of(make, subject, prompts, grid, advance)
         runs = [each.stats for each in rounds]

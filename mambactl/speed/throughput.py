@@ -55,8 +55,9 @@ def _measure(
 ) -> Numbers:
     model = subject.model
     prompts, share = subject.prompts(length, rows, grid), grid.same_prompt
-    # the point before has objects that refer to each other, and to its memory
-    release(model.device)
+    if model.device.type == "cuda":
+        # the point before has objects that refer to each other, and to its memory
+        release(model.device)
     reset_peak(model.device)
     make = partial(make_engine, model, None, 0, share=share, rounded=subject.rounded)
     engine, rounds = rounds_of(make, subject, prompts, grid, advance)

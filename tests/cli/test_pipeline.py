@@ -129,6 +129,7 @@ def test_without_resume_nothing_is_replaced(cli, children, recipe, tmp_path) -> 
     assert not any("--force" in command for command in children)
 
 
+@pytest.mark.slow
 def test_resume_with_the_real_convert(python, tiny_llama_dir, tmp_path) -> None:
     (tmp_path / "c.yaml").write_text(f"stages: {{convert: {{model: {tiny_llama_dir}}}}}")
     given = ("-m", "mambactl", "recipe", "run", "c.yaml", "--out", "w")

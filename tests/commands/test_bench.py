@@ -175,7 +175,7 @@ def test_a_model_that_is_not_there_shows_before_memory_is_measured(
         bench.run(config, gone if missing == "source" else str(student))
 
 
-@pytest.mark.parametrize("draft", ["ngram", "teacher"])
+@pytest.mark.parametrize("draft", [pytest.param("ngram", marks=pytest.mark.slow), "teacher"])
 def test_a_draft_adds_to_every_point(student, tiny_llama_dir, draft, capsys):
     draft = str(tiny_llama_dir) if draft == "teacher" else draft
     config = cpu(draft=draft, k=2, output_len=6, batch_size=[1, 2])
@@ -209,7 +209,10 @@ def test_synthetic_models_one_after_the_other(capsys):
     assert shown.out == "" and "tiny-mamba2 with tiny-draft on cpu" in shown.err
 
 
-@pytest.mark.parametrize(("draft", "model"), [("tiny-draft", "tiny"), ("head", "tiny-heads")])
+@pytest.mark.parametrize(
+    ("draft", "model"),
+    [pytest.param("tiny-draft", "tiny", marks=pytest.mark.slow), ("head", "tiny-heads")],
+)
 def test_acceptance_is_what_was_asked_for(draft, model):
     asked = {"draft": draft, "k": 3, "input_len": [8], "output_len": 120}
     for share in (0.3, 0.8):

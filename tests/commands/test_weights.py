@@ -105,6 +105,7 @@ def test_results_of_rounded_weights_stand_apart(cli, folder, text) -> None:
     assert {model.endswith("student@fp8") for model in models} == {True, False}
 
 
+@pytest.mark.slow
 def test_bench_counts_the_bytes_that_are_read(cli, folder) -> None:
     words = ("bench", str(folder), "--device", "cpu", "--input-len", "8", "--output-len", "4")
     done = cli(*words, "--weights", "fp8", "--json")

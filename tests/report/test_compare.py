@@ -95,6 +95,7 @@ def test_the_card_of_a_folder_holds_the_results(models, words, tmp_path):
     assert second.count("eval-words.json") == 1 and "eval-words+kv-96" in second
 
 
+@pytest.mark.slow
 def test_speeds_of_checkpoints_and_of_shapes(models, tmp_path):
     fields = {"device": "cpu", "input_len": [8, 16], "output_len": 2, "iters": 1, "warmup": 0}
     config = BenchConfig(report=str(tmp_path / "speed.html"), **fields)
