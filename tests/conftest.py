@@ -97,7 +97,7 @@ def _interruptible() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_buffers() -> None:
-    """What a bandwidth is measured with: no test goes by how fast this machine reads."""
+    """Measure read bandwidth with 10 MB, which takes no time: no test goes by the result."""
     from mambactl.speed import bandwidth
 
     bandwidth.CPU_GIGABYTES = 0.01

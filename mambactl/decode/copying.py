@@ -80,7 +80,7 @@ class _Text:
 
 
 class Copying:
-    """Tells whether the next step of a batch takes its drafts from the text itself.
+    """Decision whether the next step of a batch takes its drafts from the text itself.
 
     It costs one pass of the draft, which reads along, where k drafts cost k. What a copied token
     would have been worth is known at every match, taken or not. Costs are those of weights that

@@ -30,7 +30,7 @@ def unheard(count: int) -> None:
 
 
 class Dealer:
-    """Deals batches to the processes of the run, or (not `shared`) to this process alone.
+    """Dealer of batches to the processes of a run, or (not `shared`) to this process alone.
 
     All processes make the same calls in the same order. Results are tensors, texts, numbers, and
     lists, tuples or dictionaries of them; shared tensors arrive on the CPU.

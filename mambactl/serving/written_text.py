@@ -70,7 +70,7 @@ class WrittenText:
 
 
 def _joined(parts: list[Arrived]) -> Arrived:
-    """All of the parts as one, with the end of the last."""
+    """Join what arrived part by part: all tokens, and the finish or failure of the last part."""
     last = parts[-1]
     if len(parts) == 1:
         return last

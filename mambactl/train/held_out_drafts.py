@@ -1,4 +1,4 @@
-"""Drafts of a draft in training, on text of its target that it never trains on.
+"""Measurement of a draft in training, on text of its target that it never trains on.
 
 Every token is predicted behind the true text, as the first draft of a step, the second and so on.
 From the chance that each is kept follows how many steps decoding would take to write the text: a

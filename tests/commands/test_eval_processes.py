@@ -11,14 +11,13 @@ import time
 import pytest
 import torch
 from conftest import WORDS
-from fixtures.shared_runs import together
+from fixtures.shared_runs import others_first, together
 
 from mambactl import commands
 from mambactl.cli.processes import RunFailure, run_processes
 from mambactl.commands.eval import run
 from mambactl.errors import CheckError
 from mambactl.evaluation.probes import EvalConfig
-from mambactl.generation import dealing
 from mambactl.report import compare
 
 # a process that has used a GPU cannot be forked
@@ -93,22 +92,8 @@ def everything(sets, other, **fields):
 
 @pytest.fixture
 def shared(monkeypatch):
-    """The main process lets another one go first, and says who did what."""
-    monkeypatch.setattr(dealing, "POLL", 0.002)
-    numbers, done = dealing.Deal.numbers, []
-
-    def second(self, left):
-        deadline = time.monotonic() + 20
-        while os.environ["RANK"] == "0" and len(left) > 1 and time.monotonic() < deadline:
-            if self.store.add("claimed", 0):
-                break
-            time.sleep(0.002)
-        for number in numbers(self, left):
-            done.append(number)
-            yield number
-
-    monkeypatch.setattr(dealing.Deal, "numbers", second)
-    return done
+    """Numbers of the batches that this process measured; the main process lets others go first."""
+    return others_first(monkeypatch)
 
 
 def kept(folder):

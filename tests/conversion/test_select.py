@@ -21,16 +21,6 @@ LAYER_BYTES = 2 * 2 * 16 * 4
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_llama_dir) -> str:
-    return str(tiny_llama_dir)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    return write_sentences(tmp_path_factory.mktemp("text") / "fit.jsonl", 0, 60)
-
-
-@pytest.fixture(scope="module")
 def other_text(tmp_path_factory) -> str:
     return write_sentences(tmp_path_factory.mktemp("text") / "other.jsonl", 1, 30)
 

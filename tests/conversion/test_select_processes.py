@@ -4,33 +4,20 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import write_sentences
-from fixtures.shared_runs import together
+from fixtures.shared_runs import others_first, together
 
 from mambactl.checkpoint.load import load_lineage
 from mambactl.cli.processes import RunFailure, run_processes
 from mambactl.commands.convert import plan, run
 from mambactl.conversion import ranking
 from mambactl.errors import UsageError
-from mambactl.generation import dealing
 from mambactl.options import ConvertConfig
 
 # a process that has used a GPU cannot be forked
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a GPU forbids")
-
-
-@pytest.fixture(scope="module")
-def llama(tiny_llama_dir) -> str:
-    return str(tiny_llama_dir)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    return write_sentences(tmp_path_factory.mktemp("text") / "fit.jsonl", 0, 60)
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +31,13 @@ def aligned(llama, text, tmp_path_factory) -> str:
 @pytest.fixture(autouse=True)
 def groups(monkeypatch):
     """Groups of candidates that this process measured; the main process lets others go first."""
-    monkeypatch.setattr(dealing, "POLL", 0.002)
-    numbers, scores, done = dealing.Deal.numbers, ranking._Walk.scores, []
-
-    def second(self, left):
-        deadline = time.monotonic() + 20
-        while os.environ["RANK"] == "0" and len(left) > 1 and time.monotonic() < deadline:
-            if self.store.add("claimed", 0):
-                break
-            time.sleep(0.002)
-        yield from numbers(self, left)
+    others_first(monkeypatch)
+    scores, done = ranking._Walk.scores, []
 
     def counted(self, candidates, advance):
         done.append(list(candidates))
         return scores(self, candidates, advance)
 
-    monkeypatch.setattr(dealing.Deal, "numbers", second)
     monkeypatch.setattr(ranking._Walk, "scores", counted)
     return done
 
@@ -84,7 +62,7 @@ def asked(way: str, text: str, aligned: str) -> ConvertConfig:
     ["swaps", "addition", *(pytest.param(w, marks=pytest.mark.slow) for w in ("heads", "text"))],
 )
 def test_processes_choose_what_one_chooses(way, llama, text, aligned, tmp_path, groups):
-    """Two, and more of them than there is to measure."""
+    """Two processes, and more of them than there is to measure."""
     one = tmp_path / "one.st"
     alone = run(asked(way, text, aligned), llama, one).metrics
     count = 2 if way != "addition" else 3

@@ -40,7 +40,7 @@ def in_turn(monkeypatch) -> None:
     monkeypatch.setattr(step, "MATCH", 2)
 
     def due(self, rows, k) -> bool:
-        """By the tokens so far, which are the same in every engine."""
+        """Decide by the number of tokens so far, which is the same in every engine."""
         rows = list(rows)
         found = all(self.texts[row].next() is not None for row in rows)
         return found and sum(len(self.texts[row].tokens) for row in rows) % 3 > 0

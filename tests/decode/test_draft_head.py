@@ -44,7 +44,7 @@ def test_every_greedy_token_is_that_of_plain_decoding(target, k, tokens) -> None
 
 
 def test_a_prompt_is_read_in_pieces(target, monkeypatch) -> None:
-    """Of the head's memory, too: no pass is longer than a piece of the prompt."""
+    """The head reads along piece by piece: no pass of it is longer than a piece of the prompt."""
     params, prompts = SamplingParams(max_new_tokens=12), [list(range(3, 90))]
     head, lengths = head_for(target), []
     whole = Engine(target, HeadDrafter(head), 3).generate(prompts, params)

@@ -91,7 +91,7 @@ def test_the_loss_falls(target) -> None:
 
 @pytest.mark.parametrize("tokens", [None, 60])
 def test_expected_steps_are_those_of_decoding(target, tokens) -> None:
-    """Of greedy text, behind prompts in one row; each draft is right or wrong then."""
+    """On greedy text every draft is right or wrong, so that expected steps are whole numbers."""
     head, prompts = head_for(target, tokens), [[5, 9, 11], [7, 3, 44, 9]]
     params = SamplingParams(max_new_tokens=20)
     for drafts in (1, PASSES):
