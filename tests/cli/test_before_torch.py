@@ -1,4 +1,4 @@
-"""What is answered or refused before torch is imported, and what is said before that takes time."""
+"""Answers and refusals before torch is imported, and the line that says that it will be."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the real stages refuse up front, with its code and without a traceback."""
+"""Refusals of the real stages up front, with a code and without a traceback."""
 
 import json
 import shutil

@@ -54,7 +54,7 @@ def wide(monkeypatch):
 
 @pytest.mark.slow
 def test_against_transformers_own_generate(student, capsys, wide):
-    """Of a checkpoint and of shapes: a Llama for all hybrids of one, warnings of long prompts."""
+    """A checkpoint and shapes: one Llama serves all hybrids of it, and long prompts warn."""
     settings = {"baseline": "transformers", "input_len": [8], "output_len": 3}
     result = bench.run(cpu(**settings), str(student)).metrics
     (point,), (other,) = result["points"], result["baseline_points"]

@@ -1,4 +1,4 @@
-"""What `doctor` says without loading anything, and how long it waits for a driver."""
+"""`doctor` without loading anything: its lines, and its patience with a driver."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What `dpo` reports: held-out pairs by set, log-probabilities packed, padded and alone."""
+"""Reports of `dpo`: held-out pairs by set, log-probabilities packed, padded and alone."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What `sft` can do besides: caches, adapters, held-out text, trackers, previews, and a kill."""
+"""Further options of `sft`: caches, adapters, held-out text, trackers, previews, and a kill."""
 
 import json
 import os

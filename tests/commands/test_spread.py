@@ -62,7 +62,7 @@ def run_all(students, data, processes: int, place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(students, data, tmp_path_factory) -> Path:
-    """What one process makes of it."""
+    """Results of one process, to compare with."""
     place = tmp_path_factory.mktemp("one")
     run_all(students, data, 1, place)
     return place

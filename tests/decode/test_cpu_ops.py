@@ -144,7 +144,7 @@ def test_which_engine_decodes_on_a_cpu(targets, make_hybrid, monkeypatch) -> Non
 
 
 def steps(choice: LearnedChoice, costs: dict[int, float], kept: float, count: int) -> list[int]:
-    """What a choice drafts in `count` steps of a draft that is accepted with probability `kept`."""
+    """Numbers that a choice drafts in `count` steps, if a draft is kept with probability `kept`."""
     g, found = torch.Generator().manual_seed(1), []
     for _ in range(count):
         k = choice.update()

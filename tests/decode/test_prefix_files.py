@@ -254,7 +254,7 @@ def test_other_kernels_find_nothing(model, monkeypatch) -> None:
 
 
 def test_files_of_others_stay(model, folder, capfd) -> None:
-    """Of other names, and links, folders and pipes of names that ours could have."""
+    """Files of other names stay, and links, folders and pipes of names that ours could have."""
     (folder.path / "thesis.safetensors").write_text("mine")
     plain(model, folder=folder).generate([PROMPT], PARAMS)
     (path,) = folder.path.glob("prefix-*")
@@ -269,7 +269,7 @@ def test_files_of_others_stay(model, folder, capfd) -> None:
 
 
 def test_the_folder_keeps_to_its_size(other, folder) -> None:
-    """What was used longest ago goes; what a killed process left goes, too."""
+    """The files used longest ago go, and so do those that a killed process left."""
     prompts = [tokens(SHARED, seed) for seed in range(4)]
     plain(other, folder=folder).generate(prompts[:1], PARAMS)
     (path,) = folder.path.iterdir()

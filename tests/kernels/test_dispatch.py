@@ -1,4 +1,4 @@
-"""Which implementation serves which call, and that all of them mean the same."""
+"""Choice of the implementation of each call; all of them mean the same."""
 
 import importlib
 import sys
@@ -109,7 +109,7 @@ def test_triton_serves_gradients_and_documents(
     numbers = torch.tensor([7] * 5 + [3] * 8 + [7] * 7)[None] if packed else None
 
     def run(kernels, convolve, entry: str) -> list[torch.Tensor]:
-        """What comes out on that device, and the gradients if asked for."""
+        """Compute a result on that device, and the gradients if asked for."""
         # leaves of their own: on a CPU `to` would return those of the other run
         leaves = [t.to(entry).detach().requires_grad_(gradient) for t in (*inputs, weight)]
         documents = None if numbers is None else numbers.to(entry)
@@ -227,7 +227,7 @@ def test_pytorch_s_operations_serve_all_else(
 def test_a_model_s_blocks_are_those_of_pytorch(
     monkeypatch, everywhere, device, make_hybrid
 ) -> None:
-    """Of a prompt and of a token behind it, in bf16: as near to fp32."""
+    """A prompt and a token behind it, in bf16, come as near to fp32 as with PyTorch."""
     model = make_hybrid(["mamba2", "attention"]).bfloat16().to(device)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, 9), generator=draw).to(device)

@@ -179,7 +179,7 @@ def test_loud_blocks_do_not_matter() -> None:
 
 
 def walk(successor: torch.Tensor, draft: torch.Tensor, start: int, count: int) -> Counter[int]:
-    """How many drafts each step of speculative decoding keeps, from the maps alone."""
+    """Drafts kept by each step of speculative decoding, from the maps alone."""
     accepted, token = Counter(), start
     while count > 0:
         limit, kept = min(K, count - 1), 0
