@@ -31,8 +31,7 @@ class ReadPrompt:
 
     def nbytes(self) -> int:
         """Bytes that it takes."""
-        caches = [cache for cache in (self.target, self.draft) if cache is not None]
-        return sum(cache.nbytes() for cache in caches)
+        return _nbytes(self.target, self.draft)
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,10 @@ class ReadRows:
     def of(cls, prompt: ReadPrompt) -> "ReadRows":
         """A batch of one prompt."""
         return cls([prompt.tokens], prompt.target, prompt.draft, prompt.hidden)
+
+    def nbytes(self) -> int:
+        """Bytes that all rows take."""
+        return _nbytes(self.target, self.draft)
 
     def select(self, rows: Sequence[int]) -> "ReadRows":
         """Some of the rows (repeats allowed); these stay as they are."""
@@ -182,10 +185,9 @@ class PromptReading:
             self.prompts, self._target, self._draft, present(self._hidden), self._unread
         )
 
-    def results(self) -> list[ReadPrompt]:
-        """Prompts that were read, with their states, in order."""
-        rows = self.rows()
-        return [rows.prompt(row) for row in range(len(self.prompts))]
+
+def _nbytes(*caches: HybridCache | None) -> int:
+    return sum(cache.nbytes() for cache in caches if cache is not None)
 
 
 def _cache(model: HybridModel, start: HybridCache | None, rows: int) -> HybridCache:

@@ -182,8 +182,7 @@ class Scheduler:
         if reading is None or not self.decoding.kept.most:
             return
         try:
-            for result in reading.results():
-                self.decoding.kept.keep(result)
+            self.decoding.kept.keep(reading.rows())
         except (RuntimeError, MemoryError) as error:
             console.warn(f"a prompt could not be kept: {error}")
 

@@ -75,7 +75,7 @@ def test_rows_come_and_go(pair) -> None:
             reading = PromptReading(target, head, [PROMPTS[row]], None, 16)
             while not reading.read():
                 pass
-            batch.join(row, RowRequest(params), reading.results()[0])
+            batch.join(row, RowRequest(params), reading.rows().prompt(0))
         for written in batch.step():
             found[written.row] += written.tokens
             accepted += written.accepted

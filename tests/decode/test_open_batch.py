@@ -11,7 +11,7 @@ from mambactl.decode.backend import make_engine, open_batch
 from mambactl.decode.gpu.fused_engine import FusedEngine
 from mambactl.decode.kept_prompts import KeptPrompts
 from mambactl.decode.open_batch import RowRequest
-from mambactl.decode.prompt_reading import PromptReading
+from mambactl.decode.prompt_reading import PromptReading, ReadPrompt, ReadRows
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.reference.ops import ReferenceOps
 from mambactl.kernels.dispatch import SWITCH
@@ -21,11 +21,16 @@ EOS = (2, 5)
 LIMIT = 96
 
 
-def read(target, draft, prompts, start=None, piece=7):
+def read_rows(target, draft, prompts, start=None, piece=7) -> ReadRows:
     reading = PromptReading(target, draft, prompts, start, piece)
     while not reading.read():
         pass
-    return reading.results()
+    return reading.rows()
+
+
+def read(target, draft, prompts, start=None, piece=7) -> list[ReadPrompt]:
+    rows = read_rows(target, draft, prompts, start, piece)
+    return [rows.prompt(row) for row in range(len(prompts))]
 
 
 def jobs_of(count: int) -> list[tuple[list[int], SamplingParams, int]]:
@@ -168,7 +173,7 @@ def test_rows_read_together_join_together(models, monkeypatch, engine, draft) ->
         request = requests[row]
         assert texts[row] == alone.generate([prompt], request.params, None, [request.key]).tokens[0]
     # what is kept of them is as it was
-    batch.join(5, requests[2], reading.results()[1])
+    batch.join(5, requests[2], reading.rows().prompt(1))
     again = []
     while batch.running:
         again += [token for written in batch.step() for token in written.tokens]
@@ -244,8 +249,10 @@ def test_points_are_found_by_their_tokens_and_forgotten_by_age(models) -> None:
     points = [read(target, None, [tokens], piece=300)[0] for tokens in (long[:70], long, other)]
     kept = KeptPrompts(sum(point.nbytes() for point in points))
     for point in points:
-        kept.keep(point)
-    assert kept.longest(long) is points[1] and kept.longest(long[:199]) is points[0]
+        kept.keep(ReadRows.of(point))
+    assert kept.longest(long).tokens == long and kept.longest(long[:199]).tokens == long[:70]
+    # the same one each time
+    assert kept.longest(long) is kept.longest(long)
     assert kept.longest(long[:69]) is None
     # 100 tokens are shared, of which 70 are known: too few more to be worth a point
     parting = long[:100] + other
@@ -253,6 +260,54 @@ def test_points_are_found_by_their_tokens_and_forgotten_by_age(models) -> None:
     assert kept.branch(parting, known=0) == 100
     # what was used longest ago goes first
     kept.longest(other), kept.longest(long[:70])
-    kept.keep(read(target, None, [other[:149]], piece=300)[0])
-    assert kept.longest(long) is points[0]
-    assert kept.nbytes == sum(point.nbytes() for point in kept.points) <= kept.most
+    kept.keep(ReadRows.of(read(target, None, [other[:149]], piece=300)[0]))
+    assert kept.longest(long).tokens == long[:70]
+    assert kept.nbytes == sum(point.size for point in kept.points) <= kept.most
+
+
+def test_rows_read_together_are_kept_together_until_one_is_used(models) -> None:
+    target = models[0]
+    prompts = prompts_of([70, 50, 60])
+    rows = read_rows(target, None, [*prompts, prompts[0]], piece=1000)
+    alone = [read(target, None, [prompt])[0] for prompt in prompts]
+    kept = KeptPrompts(rows.nbytes() + sum(point.nbytes() for point in alone[1:]))
+    kept.keep(rows)
+    # twice the same prompt is one point, and all of them are held in the memory of the rows
+    assert [point.tokens for point in kept.points] == prompts
+    assert kept.nbytes == rows.nbytes()
+    for number in (1, 2):
+        found = kept.longest([*prompts[number], 5])
+        torch.testing.assert_close(found.hidden, alone[number].hidden, atol=2e-4, rtol=1e-3)
+        assert found.nbytes() == alone[number].nbytes()
+        assert found is kept.longest(prompts[number])
+    assert kept.nbytes == kept.most
+    # the last row of the others takes their memory with it, which is let go of for another prompt
+    kept.keep(ReadRows.of(alone[0]))
+    assert kept.nbytes == kept.most
+    longer = prompts_of([80])
+    kept.keep(ReadRows.of(read(target, None, longer, piece=300)[0]))
+    assert [point.tokens for point in kept.points] == [prompts[1], prompts[2], longer[0]]
+
+
+def test_rows_that_do_not_fit_together_are_kept_alone(models) -> None:
+    target = models[0]
+    prompts = prompts_of([70, 20])
+    rows, alone = read_rows(target, None, prompts, piece=1000), read(target, None, prompts[1:])[0]
+    kept = KeptPrompts(alone.nbytes())
+    kept.keep(rows)
+    assert [point.tokens for point in kept.points] == prompts[1:]
+    assert kept.nbytes == alone.nbytes() < rows.nbytes()
+
+
+def test_a_kept_prompt_that_memory_lacks_for_is_read_again(models, monkeypatch, capsys) -> None:
+    target = models[0]
+    rows = read_rows(target, None, prompts_of([30, 20]), piece=1000)
+    kept = KeptPrompts(10**9)
+    kept.keep(rows)
+
+    def lack(*_) -> ReadPrompt:
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(ReadRows, "prompt", lack)
+    assert kept.longest(rows.prompts[0]) is None and len(kept.points) == 1
+    assert "is read again" in capsys.readouterr().err
