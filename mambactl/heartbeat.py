@@ -45,4 +45,6 @@ def _beat(ended: threading.Event) -> None:
         now = time.monotonic()
         # silence before the block is not its own
         if min(console.silent_since(), now - begun) >= SILENCE:
-            console.log(f"still at work: {work} ({now - since:.0f} s)")
+            # it may have begun just now, behind another that was as silent
+            spent = f" ({now - since:.0f} s)" if now - since >= 2 * LOOK else ""
+            console.log(f"still at work: {work}{spent}")

@@ -37,13 +37,20 @@ def test_the_innermost_work_is_named(capsys) -> None:
             time.sleep(3 * SILENCE)
     lines = said_of(capsys)
     assert len(lines) >= 4
-    assert all(re.fullmatch(r"still at work: .+ \(\d+ s\)", line) for line in lines)
+    assert all(re.fullmatch(r"still at work: .+?( \(\d+ s\))?", line) for line in lines)
     assert (
-        lines[0].startswith("still at work: distill (")
+        lines[0].startswith("still at work: distill (0 s)")
         and "still at work: tokenising: 3 of 9" in lines[-1]
     )
     time.sleep(2 * SILENCE)
     assert said_of(capsys) == [] and "heartbeat" not in {t.name for t in threading.enumerate()}
+
+
+def test_work_that_has_just_begun_has_no_seconds(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(heartbeat, "LOOK", SILENCE)
+    with heartbeat.heartbeat("distill"):
+        time.sleep(1.5 * SILENCE)
+    assert said_of(capsys) == ["still at work: distill"]
 
 
 def test_nothing_is_said_where_something_else_is(capsys) -> None:

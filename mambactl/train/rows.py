@@ -58,7 +58,7 @@ def training_rows(
     )
     if cut := sum(len(example.input_ids) > config.max_length for example in examples):
         console.log(
-            f"{cut} of them are longer than --max-length {config.max_length} and are "
+            f"longer than --max-length {config.max_length}: {cut} of them, "
             + ("continued in other rows" if config.packing else "cut there")
         )
     return rows
