@@ -18,6 +18,7 @@ from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.linear import TAPS
 from mambactl.kernels.reference import still
 from mambactl.models.cache import LayerCache
+from mambactl.models.prompt_ends import PromptEnds
 from mambactl.models.session_size import StateSize
 from mambactl.present import of_kind, present
 
@@ -193,8 +194,8 @@ class PackedMixer(Protocol[State, Held]):
         it holds are copied.
         """
 
-    def load(self, state: State, cache: Held, lengths: Tensor) -> None:
-        """Take over the rest of what reading prompts of `lengths` [B] left in a layer's cache."""
+    def load(self, state: State, cache: Held, ends: PromptEnds) -> None:
+        """Take over the rest of what reading prompts left in a layer's cache."""
 
     def run(
         self, context: PassContext, state: State, s: Residual, segment: Segment, gain: Tensor
@@ -303,16 +304,14 @@ def packed_conv(conv: nn.Conv1d) -> Projection:
     return Projection(weight, bias)
 
 
-def load_ring(state: RecurrentState, live: Tensor, inputs: Tensor, lengths: Tensor) -> None:
+def load_ring(state: RecurrentState, live: Tensor, inputs: Tensor, ends: PromptEnds) -> None:
     """Put a live state and the newest inputs of the convolution [B, W-1, Ch] where a pass reads.
 
     Asks the device for nothing.
     """
-    rows, before = len(lengths), inputs.shape[1]
-    state.state[:rows] = live
-    at = lengths[:, None] - before + torch.arange(before, device=lengths.device)  # [B, W-1]
-    b = torch.arange(rows, device=lengths.device)[:, None]
-    state.ring[b, at % state.ring.shape[1], : inputs.shape[2]] = inputs
+    state.state[: len(ends.rows)] = live
+    at = ends.newest(inputs.shape[1], state.ring.shape[1])  # [B, W-1]
+    state.ring[ends.rows, at, : inputs.shape[2]] = inputs
 
 
 def state_dtype(like: Tensor) -> torch.dtype:

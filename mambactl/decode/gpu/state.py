@@ -20,6 +20,7 @@ from mambactl.models.packed import (
     stack,
     state_dtype,
 )
+from mambactl.models.prompt_ends import PromptEnds
 from mambactl.models.session_size import StateSize
 
 
@@ -159,8 +160,9 @@ class ModelState:
 
     def load(self, cache: HybridCache, weights: PackedModel) -> None:
         """Take over the rest of what reading the prompts left."""
+        ends = PromptEnds(cache.lengths)
         for state, held, layer in zip(self.layers, cache.layers, weights.layers, strict=True):
-            layer.mixer.load(state, held, cache.lengths)
+            layer.mixer.load(state, held, ends)
 
 
 def make_state(

@@ -11,7 +11,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mambactl.kernels import dispatch
 from mambactl.kernels import reference as kernels
 from mambactl.kernels.decode.operations import AttentionArguments
-from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 from mambactl.kernels.reference import attention_weights
 from mambactl.models.cache import AttentionCache, WindowedCache
 from mambactl.models.mixers.modules import is_its_weight
@@ -32,6 +31,7 @@ from mambactl.models.packed import (
     Segment,
     stack,
 )
+from mambactl.models.prompt_ends import PromptEnds
 from mambactl.models.session_size import StateSize
 from mambactl.present import present
 
@@ -238,23 +238,19 @@ class PackedAttention:
             state.values[:, :, :slots] = present(cache.values)[:, :, :slots]
         cache.keys, cache.values = state.keys, state.values
 
-    def load(self, state: AttentionState, cache: AttentionCache, lengths: Tensor) -> None:
+    def load(self, state: AttentionState, cache: AttentionCache, ends: PromptEnds) -> None:
         """Do nothing, as all was lent; RuntimeError where the cache outgrew the state."""
         if cache.keys is not state.keys:
             raise RuntimeError("the keys of a prompt do not fit the session that reads it")
 
-    def load_ring(self, state: AttentionState, cache: WindowedCache, lengths: Tensor) -> None:
+    def load_ring(self, state: AttentionState, cache: WindowedCache, ends: PromptEnds) -> None:
         """Copy the sinks and the last positions of the prompts; rings may differ in size."""
-        sinks, slots = cache.span.sinks, state.keys.shape[2]
-        position = positions_held(lengths, slots, sinks, state.ring)  # [B, S]
-        # what the prompt's ring no longer holds nobody sees
-        there = (position >= 0) & ((position < sinks) | (position >= lengths[:, None] - cache.room))
-        index = slot_of(position.clamp(min=0), sinks, cache.room)[:, None, :, None]
-        rows = len(lengths)
+        slots, rows = state.keys.shape[2], len(ends.rows)
+        found = ends.held(slots, cache.span.sinks, state.ring, cache.room)
         for ours, theirs in ((state.keys, cache.keys), (state.values, cache.values)):
             held = present(theirs)
-            taken = held.gather(2, index.expand(-1, held.shape[1], -1, held.shape[3]))
-            ours[:rows] = taken.masked_fill(~there[:, None, :, None], 0)
+            taken = held.gather(2, found.source.expand(-1, held.shape[1], -1, held.shape[3]))
+            ours[:rows] = taken.masked_fill_(found.empty, 0)
 
     def run(
         self,

@@ -45,6 +45,7 @@ from mambactl.models.packed import (
     packed_conv,
     state_dtype,
 )
+from mambactl.models.prompt_ends import PromptEnds
 from mambactl.models.session_size import StateSize
 from mambactl.present import of_kind, present
 
@@ -187,9 +188,9 @@ class PackedMamba1(PackedRecurrence):
         state = like.new_zeros(size.batch, s.d_inner, s.d_state, dtype=state_dtype(like))
         return RecurrentState(raw, state, mixed, low)
 
-    def load(self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor) -> None:
+    def load(self, state: RecurrentState, cache: RecurrentCache, ends: PromptEnds) -> None:
         """Take over the state and the newest inputs of the convolution."""
-        load_ring(state, present(cache.live), present(cache.inputs)[..., self.ring_source], lengths)
+        load_ring(state, present(cache.live), present(cache.inputs)[..., self.ring_source], ends)
 
     def run(
         self,

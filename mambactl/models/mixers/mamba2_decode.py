@@ -18,6 +18,7 @@ from mambactl.models.packed import (
     load_ring,
     state_dtype,
 )
+from mambactl.models.prompt_ends import PromptEnds
 from mambactl.models.session_size import StateSize
 from mambactl.present import of_kind, present
 
@@ -52,9 +53,9 @@ class PackedMamba2(PackedRecurrence):
         state = like.new_zeros(shape, dtype=state_dtype(like))
         return RecurrentState(raw, state, mixed)
 
-    def load(self, state: RecurrentState, cache: RecurrentCache, lengths: Tensor) -> None:
+    def load(self, state: RecurrentState, cache: RecurrentCache, ends: PromptEnds) -> None:
         """Take over the state and the newest inputs of the convolution."""
-        load_ring(state, present(cache.live).mT, present(cache.inputs), lengths)
+        load_ring(state, present(cache.live).mT, present(cache.inputs), ends)
 
     def run(
         self,

@@ -8,6 +8,7 @@ from mambactl.models.cache import MixedCache
 from mambactl.models.mixers.attention import PackedAttention
 from mambactl.models.mixers.windowed import PackedWindowed
 from mambactl.models.packed import AttentionState, RecurrentState
+from mambactl.models.prompt_ends import PromptEnds
 from mambactl.models.session_size import StateSize
 from mambactl.present import present
 
@@ -40,8 +41,8 @@ class PackedMixed(PackedWindowed):
         self.kept.lend(present(state.kept), cache.kept)
 
     def load(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, state: RecurrentState, cache: MixedCache, lengths: Tensor
+        self, state: RecurrentState, cache: MixedCache, ends: PromptEnds
     ) -> None:
         """Take over everything else that reading the prompts left."""
-        super().load(state, cache, lengths)
-        self.kept.load(present(state.kept), cache.kept, lengths)
+        super().load(state, cache, ends)
+        self.kept.load(present(state.kept), cache.kept, ends)

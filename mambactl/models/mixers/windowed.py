@@ -54,6 +54,7 @@ from mambactl.models.packed import (
     stack,
     sum_of_biases,
 )
+from mambactl.models.prompt_ends import PromptEnds
 from mambactl.models.session_size import StateSize
 from mambactl.present import present
 
@@ -181,10 +182,10 @@ class PackedWindowed:
     def lend(self, state: RecurrentState, cache: WindowedCache) -> None:
         """Do nothing: the keys of a window move on."""
 
-    def load(self, state: RecurrentState, cache: WindowedCache, lengths: Tensor) -> None:
+    def load(self, state: RecurrentState, cache: WindowedCache, ends: PromptEnds) -> None:
         """Take over the state, the inputs of the convolution and the window's keys."""
-        self.recurrence.load(state, cache, lengths)
-        self.window.load_ring(present(state.window), cache, lengths)
+        self.recurrence.load(state, cache, ends)
+        self.window.load_ring(present(state.window), cache, ends)
 
     def run(
         self,
