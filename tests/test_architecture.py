@@ -265,6 +265,30 @@ def test_descriptions_stand_alone() -> None:
     assert fragments == []
 
 
+def test_sentences_name_options_as_flags() -> None:
+    """Errors of what commands run, and descriptions: nobody types an underscore."""
+    fields = {name for row in COMMANDS.values() for name in row.options.model_fields if "_" in name}
+    # a setting is a key of YAML, and the methods of TRL have names of their own
+    named = re.compile(rf"(?<![\w.`-])({'|'.join(fields)})(?![\w.`])")
+    parts = {"commands", "conversion", "data", "evaluation", "generation", "options", "report"}
+    found = []
+    for path in MODULES:
+        if part(path) not in parts | {"cli", "speed", "train"}:
+            continue
+        for node in ast.walk(tree_of(path)):
+            name = getattr(node, "func", None) and ast.unparse(node.func).rpartition(".")[2]
+            if name in ("UsageError", "OutputError", "CheckError", "warn", "log", "Field"):
+                found += [f"{path}: {text}" for text in _texts(node) if named.search(text)]
+    assert found == []
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    for each in ast.walk(node):
+        if isinstance(each, ast.Constant) and isinstance(each.value, str):
+            if not each.value.startswith("--set "):
+                yield each.value
+
+
 def test_nobody_prints() -> None:
     for path in MODULES:
         for node in ast.walk(tree_of(path)):
