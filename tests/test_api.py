@@ -271,7 +271,7 @@ def test_wrong_keywords_say_which(here: Path) -> None:
 
 
 def _written(path: str) -> tuple[int, int]:
-    """Which file this is, and when it was written."""
+    """The number of a file, and the time at which it was written."""
     found = Path(path).stat()
     return found.st_ino, found.st_mtime_ns
 

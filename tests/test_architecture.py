@@ -173,7 +173,7 @@ def test_every_command_has_one_file_and_every_file_a_command() -> None:
 
 
 def test_nobody_asks_for_a_command_by_name() -> None:
-    """What differs between commands is in their rows or in the classes of their options."""
+    """Differences between commands are in their rows or in the classes of their options."""
     asking = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in MODULES
@@ -222,7 +222,7 @@ def test_only_mixers_know_mixers_apart() -> None:
 
 
 def _asks_a_dict(node: ast.Compare) -> bool:
-    """Whether it is `word in dict(...)`, about a key that may be called like a mixer."""
+    """True for `word in dict(...)`, about a key that may be called like a mixer."""
     return isinstance(node.comparators[0], ast.Call) and isinstance(node.ops[0], ast.In)
 
 
@@ -254,15 +254,39 @@ def test_every_module_and_public_name_is_described() -> None:
 
 
 def test_descriptions_stand_alone() -> None:
-    """They say a thing or what to do, in three words or more; scripts of recipes too."""
+    """They say a thing or what to do, in three words or more; scripts of recipes and tests too."""
     fragments = []
-    for path in [*MODULES, *sorted((ROOT / "recipes").glob("*.py"))]:
+    for path in [*SOURCES, *sorted((ROOT / "recipes").glob("*.py"))]:
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 words = (ast.get_docstring(node) or "").split()
                 if words and (words[0] in FRAGMENTS or len(words) < 3):
                     fragments.append(f"{path}: {' '.join(words[:9])}")
     assert fragments == []
+
+
+def test_sentences_name_options_as_flags() -> None:
+    """Errors of what commands run, and descriptions: nobody types an underscore."""
+    fields = {name for row in COMMANDS.values() for name in row.options.model_fields if "_" in name}
+    # a setting is a key of YAML, and the methods of TRL have names of their own
+    named = re.compile(rf"(?<![\w.`-])({'|'.join(fields)})(?![\w.`])")
+    parts = {"commands", "conversion", "data", "evaluation", "generation", "options", "report"}
+    found = []
+    for path in MODULES:
+        if part(path) not in parts | {"cli", "speed", "train"}:
+            continue
+        for node in ast.walk(tree_of(path)):
+            name = getattr(node, "func", None) and ast.unparse(node.func).rpartition(".")[2]
+            if name in ("UsageError", "OutputError", "CheckError", "warn", "log", "Field"):
+                found += [f"{path}: {text}" for text in _texts(node) if named.search(text)]
+    assert found == []
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    for each in ast.walk(node):
+        text = each.value if isinstance(each, ast.Constant) else None
+        if isinstance(text, str) and not text.startswith("--set "):
+            yield text
 
 
 def test_nobody_prints() -> None:

@@ -1,4 +1,4 @@
-"""What `import mambactl` costs, loads and leaves in place, and what transformers then knows."""
+"""Cost and effects of `import mambactl`: what it loads, and what transformers then knows."""
 
 import ast
 import importlib

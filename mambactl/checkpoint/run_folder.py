@@ -56,18 +56,18 @@ class RunFolder(WorkFolder):
         # each hears every line of the metrics
         self.listeners: list[Callable[[AnyObject], None]] = []
 
-    def check(self, resume: bool, force: bool) -> None:
+    def check(self, resume: bool, force: bool, later: Collection[str] = ()) -> None:
         """Raise OutputError where `open` would; what lies there stays as it is.
 
         That is when something else lies there or at `out`, when another process is at work there,
         when nothing can be written there, when an unfinished run lies there and neither `resume`
-        nor `force` is set, or when that run has another identity.
+        nor `force` is set, or when that run has another identity, but for the keys `later`.
         """
         with _disk(self.path):
             self.require_free()
             require_replaceable(self.out, self._may_replace(resume, force), self.side)
             self._probe()
-        self._refuse_other(resume, force)
+        self._refuse_other(resume, force, later)
 
     def _may_replace(self, resume: bool, force: bool) -> bool:
         """True if `out` may exist: with --force, or where a run that was begun with it goes on."""
@@ -80,7 +80,7 @@ class RunFolder(WorkFolder):
         # permission bits say too little: of root, of a read-only or a virtual file system
         tempfile.TemporaryFile(dir=folder).close()
 
-    def _refuse_other(self, resume: bool, force: bool) -> None:
+    def _refuse_other(self, resume: bool, force: bool, later: Collection[str] = ()) -> None:
         if force or self.disposable:
             return
         if not resume:
@@ -88,7 +88,8 @@ class RunFolder(WorkFolder):
         before = self.read_mark()
         if before is None:
             raise OutputError(f"{self.path} is no run of this stage", "start again with --force")
-        before.pop(REPLACES, None)
+        for key in (REPLACES, *later):
+            before.pop(key, None)
         changed = differences(before, self.mark)
         if changed:
             raise OutputError(
@@ -258,7 +259,7 @@ def load_kept(path: Path) -> JsonObject:
 class OtherFolder(RunFolder):
     """Substitute for the folder in processes that leave all writing to the main one."""
 
-    def check(self, resume: bool, force: bool) -> None:
+    def check(self, resume: bool, force: bool, later: Collection[str] = ()) -> None:
         """Do nothing: the main process looks, and ends the run where it may not start."""
 
     @contextmanager

@@ -9,7 +9,7 @@ from mambactl.errors import MambactlError, UsageError
 from mambactl.generation import decoding
 from mambactl.generation.chat_terminal import attended, editor, stoppable, typed_lines
 from mambactl.generation.dialogue import Answer, Chat
-from mambactl.generation.slash_commands import SLASH_COMMANDS, obeyed
+from mambactl.generation.slash_commands import SLASH_COMMANDS, WrongCommand, listed, obeyed
 from mambactl.json_values import JsonObject
 from mambactl.options import ChatConfig
 from mambactl.stage_result import StageResult
@@ -21,7 +21,8 @@ STDERR = 2
 def run(config: ChatConfig, source: str) -> StageResult:
     """Answer what is typed, or every line of stdin, until it ends.
 
-    Without a terminal a line that cannot be answered ends it: UsageError.
+    Without a terminal a line that cannot be answered ends it: UsageError. A wrong command does not:
+    the lines behind it are answered first.
     """
     descriptor = console.text_descriptor()
     # what is missing for it shows before a model is loaded
@@ -65,18 +66,28 @@ def one_line(text: str) -> str:
 
 
 def _answer_lines(chat: Chat, descriptor: int | None) -> None:
+    wrong: list[int] = []
     for number, line in enumerate(_stdin_lines(), 1):
         if not line.strip():
             continue
         try:
             said = obeyed(chat, line)
             answer = chat.say(line) if said is None else None
+        except WrongCommand as error:
+            _tell(error, f"line {number} of stdin: ")
+            if not wrong:
+                console.log(listed(), level=0)
+            wrong.append(number)
+            continue
         except UsageError as error:
             raise UsageError(f"line {number} of stdin: {error}", error.hint) from None
         if answer is None:
             console.log(said or "")
         elif descriptor is not None:
             console.write_out(one_line(answer.text), descriptor)
+    if wrong:
+        lines = "line" if len(wrong) == 1 else "lines"
+        raise UsageError(f"wrong command in {lines} {', '.join(map(str, wrong))} of stdin")
     if not chat.answers:
         raise UsageError("no message arrived on stdin", "printf 'hi\\n' | mambactl chat MODEL")
 
@@ -109,10 +120,15 @@ def _talk(chat: Chat, lines: Iterable[str], descriptor: int | None) -> None:
                 continue
             answer = _shown(chat, line)
         except MambactlError as error:
-            console.log(f"error: {error}" + (f" ({error.hint})" if error.hint else ""), level=0)
+            _tell(error)
             continue
         if descriptor is not None and not os.isatty(descriptor):
             console.write_out(one_line(answer.text), descriptor)
+
+
+def _tell(error: MambactlError, where: str = "") -> None:
+    hint = f" ({error.hint})" if error.hint else ""
+    console.log(f"error: {where}{error}{hint}", level=0)
 
 
 def _shown(chat: Chat, line: str) -> Answer:

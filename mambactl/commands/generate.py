@@ -26,9 +26,9 @@ def run(
 
     With a `dataset` the answers go into the file `out` instead.
     """
+    config.require_coherent()
     if config.dataset:
         return dataset.run(config, source, out, resume=resume, force=force)
-    config.require_coherent()
     prompts = decoding.read(config)
     if config.prompt is None and config.prompts is None:
         console.log("no prompt: the built-in ones follow; `mambactl chat` answers lines of stdin")

@@ -61,11 +61,20 @@ class BadRows:
         if self.skip:
             console.warn(f"{self.report()} left out")
             return
+        cure = self.found[0].cure
+        if self.count(OTHER) < len(self.found):
+            # else all rows are for another command
+            cure += ", or go on without such rows: --skip-bad-rows"
+        raise UsageError(self._named(), cure)
+
+    def require_others(self, option: str, left: int) -> None:
+        """Raise UsageError where `option` names data of bad rows alone, `left` is 0."""
+        if self.found and not left:
+            cure = self.found[0].cure
+            raise UsageError(f"{option} has no other rows: {self._named()}", cure)
+
+    def _named(self) -> str:
+        """The first row and its problem, behind the number of rows where there are more."""
         first = self.found[0]
         message = f"{first.where}: {first.problem}"
-        if len(self.found) > 1:
-            message = f"{self.report()}, the first in {message}"
-        if self.count(OTHER) == len(self.found):
-            # all rows are for another command
-            raise UsageError(message, first.cure)
-        raise UsageError(message, f"{first.cure}, or go on without such rows: --skip-bad-rows")
+        return message if len(self.found) == 1 else f"{self.report()}, the first in {message}"

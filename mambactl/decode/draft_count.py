@@ -144,18 +144,27 @@ class LearnedChoice(Choice):
         self.least = min(k for k in ks if k)
         self.stopped = False
         self.lost = 0.0
+        # steps that looked for drafts, and those of them that found any
+        self.asked = self.found = 0
         self._decide()
 
     @property
     def reason(self) -> str:
         """Sentence that explains the number of drafted tokens; empty if there was no choice."""
-        if self.k or self.lost <= LOST_STEPS:
+        if not self.k and self.lost > LOST_STEPS:
+            return f"drafts nothing: drafting took {self.lost:.1f} plain steps more than it gave"
+        if self.model or not self.asked:
             return super().reason
-        return f"drafts nothing: drafting took {self.lost:.1f} plain steps more than it gave"
+        found = f"{self.found} of {self.asked} steps found something to draft"
+        if self.k and len(self.seconds) < 2:
+            return f"drafts {'little' if self.found else 'nothing'}: {found}"
+        return f"{super().reason}; {found}"
 
     def timed(self, drafted: int, seconds: float, gained: float) -> None:
         """Take note of the step just observed, which gave `gained` tokens a sequence."""
         self.times.add(drafted, seconds)
+        self.asked += self.k > 0
+        self.found += drafted > 0
         if drafted and self.times.count(0):
             found = self.times.of((0, drafted))
             self.lost = max(self.lost + found[drafted] / found[0] - gained, 0.0)

@@ -29,7 +29,7 @@ from mambactl.files import LINEAGE, explained, replacing
 from mambactl.generation import decoding
 from mambactl.generation.answer_files import FREE, OtherAnswers, WrittenAnswers
 from mambactl.generation.dealing import Deal
-from mambactl.generation.question_set import QuestionSet, Task, as_prompt
+from mambactl.generation.question_set import PROMPTS, QuestionSet, Task, as_prompt, asked_identity
 from mambactl.metrics import Numbers
 from mambactl.options import ROW_SUFFIXES, GenerateConfig
 from mambactl.ranks import is_main, processes
@@ -58,13 +58,16 @@ def run(
     prefix_folder = decoding.prefix_folder(config)
     deal = Deal()
     day = deal.day(begun_on(out, resume))
+    folder = RunFolder(out, asked_identity(config, source, day))
+    folder.side = (LINEAGE,)
+    if is_main():
+        # before a tokenizer is loaded and every row is read
+        folder.check(resume, force, later={PROMPTS})
     questions = QuestionSet.of(config, source, day)
-    folder = RunFolder(out, questions.identity)
+    folder.mark |= questions.identity
     if not is_main():
         _decode(questions, OtherAnswers(folder, questions.digest), deal, prefix_folder)
         return StageResult(str(out), {})
-    folder.side = (LINEAGE,)
-    folder.check(resume, force)
     with folder.open(resume, force):
         written = WrittenAnswers(folder, questions.digest)
         with written.file:

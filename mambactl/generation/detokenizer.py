@@ -36,6 +36,7 @@ class Detokenizer:
     What later tokens may change is held back: a character of which bytes are missing, a run of
     tokens that are a byte each, since one that fits nowhere spoils the whole run, and the last
     word where the tokenizer tidies spaces, because punctuation that follows moves up to it.
+    `reached` is the length of the text of all tokens so far, but for bytes that are no character.
     """
 
     def __init__(self, tokenizer: Decoder):
@@ -50,17 +51,21 @@ class Detokenizer:
         self._full = MOST_TOKENS
         # of the text of those tokens: what was handed out
         self._given = ""
+        # characters of all that was handed out, and of all tokens
+        self._handed = self.reached = 0
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that has become certain with these tokens, perhaps none."""
         self._tokens.extend(tokens)
         self._bytes = self._bytes_at_end(tokens)
         text = self._text(self._tokens[: len(self._tokens) - self._bytes])
+        self.reached = self._handed + len(text.rstrip(INCOMPLETE)) - len(self._given)
         certain = text[: max(text.rfind(" "), 0)] if self._tidies else text
         if certain.endswith(INCOMPLETE) or not certain.startswith(self._given):
             return ""
         piece = certain[len(self._given) :]
         self._given = certain
+        self._handed += len(piece)
         if len(self._tokens) >= self._full and not self._bytes:
             self._forget(text)
         return piece

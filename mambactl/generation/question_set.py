@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 AFTERWARDS = {"keep_unfinished", "generator"}
 
 
+# of the identity, what is known once the rows are read
+PROMPTS = "prompts_sha256"
+
+
 class Task(NamedTuple):
     """One sample of one prompt, both by number."""
 
@@ -81,24 +85,8 @@ class QuestionSet:
     def identity(self) -> dict[str, object]:
         """Values that must be equal for a run to be resumed."""
         digest = hashlib.sha256(b"".join(each.digest for each in self.conversations))
-        draft = self.config.draft
-        named = draft not in (None, NGRAM)
-        return {
-            "stage": "generate",
-            **self.config.model_dump(
-                mode="json",
-                exclude={
-                    *self.config.placement_options,
-                    *AFTERWARDS,
-                    *self.config.since_later,
-                },
-            ),
-            "k": self.k,
-            "source_sha256": header_digest(resolve(self.source).path),
-            "draft_sha256": header_digest(resolve(draft).path) if named else None,
-            "prompts_sha256": digest.hexdigest(),
-            **({DAY: self.day.isoformat()} if self.day else {}),
-        }
+        asked = asked_identity(self.config, self.source, self.day)
+        return {**asked, PROMPTS: digest.hexdigest()}
 
     @cached_property
     def digest(self) -> str:
@@ -108,9 +96,7 @@ class QuestionSet:
     @property
     def k(self) -> int:
         """Draft tokens per step; "auto" follows the clock, and sampled text would follow it."""
-        if self.config.draft is None:
-            return 0
-        return REFERENCE_K if self.config.k == "auto" else self.config.k
+        return _k(self.config)
 
     @property
     def unique(self) -> bool:
@@ -180,6 +166,26 @@ class QuestionSet:
             "first_row": first and first.where,
             "first_prompt": rendered,
         }
+
+
+def asked_identity(config: GenerateConfig, source: str, day: date | None) -> dict[str, object]:
+    """The identity of a QuestionSet but for its prompts; reads headers of weights alone."""
+    draft = None if config.draft == NGRAM else config.draft
+    unlike = {*config.placement_options, *AFTERWARDS, *config.since_later}
+    return {
+        "stage": "generate",
+        **config.model_dump(mode="json", exclude=unlike),
+        "k": _k(config),
+        "source_sha256": header_digest(resolve(source).path),
+        "draft_sha256": draft and header_digest(resolve(draft).path),
+        **({DAY: day.isoformat()} if day else {}),
+    }
+
+
+def _k(config: GenerateConfig) -> int:
+    if config.draft is None:
+        return 0
+    return REFERENCE_K if config.k == "auto" else config.k
 
 
 def as_prompt(conversation: Conversation, answers: Sequence[str] = ()) -> Prompt:

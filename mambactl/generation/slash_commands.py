@@ -14,6 +14,10 @@ DEFAULT = "chat.safetensors"
 _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*\S))?\s*", re.DOTALL)
 
 
+class WrongCommand(UsageError):
+    """A line that begins like a command and is none; nothing was done."""
+
+
 @dataclass(frozen=True)
 class SlashCommand:
     """A line `/name argument`; `run` returns what is to be said about it."""
@@ -50,6 +54,11 @@ def _load(chat: Chat, argument: str | None) -> str:
 
 
 def _help(chat: Chat, argument: str | None) -> str:
+    return listed()
+
+
+def listed() -> str:
+    """The commands with their arguments and what they do, a line for each."""
     typed = {f"/{name} {row.argument}".rstrip(): row.help for name, row in SLASH_COMMANDS.items()}
     width = max(map(len, typed))
     return "\n".join(f"{words:<{width}}  {text}" for words, text in typed.items())
@@ -68,7 +77,8 @@ SLASH_COMMANDS = {
 def obeyed(chat: Chat, line: str) -> str | None:
     """Run a line that is a command and return its reply; None if it is a message.
 
-    Raises UsageError for a command that there is not. A word with a slash inside is no command.
+    Raises WrongCommand for a command that there is not, or not with an argument. A word with a
+    slash inside is no command.
     """
     match = _COMMAND.fullmatch(line)
     if match is None:
@@ -76,11 +86,11 @@ def obeyed(chat: Chat, line: str) -> str | None:
     name, argument = match.groups()
     row = SLASH_COMMANDS.get(name)
     if row is None:
-        raise UsageError(
+        raise WrongCommand(
             f"there is no /{name}", nearest(f"/{name}", map("/{}".format, SLASH_COMMANDS))
         )
     if argument is not None and not row.argument:
-        raise UsageError(
+        raise WrongCommand(
             f"/{name} takes no argument", f"/{name} alone, or a space before the slash"
         )
     return row.run(chat, argument)

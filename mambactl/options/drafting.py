@@ -69,7 +69,7 @@ class DraftConfig(StepsConfig):
         """Raise UsageError for a loss of nothing, and for text that has no epochs or no room."""
         super().require_coherent()
         if not self.ce_weight and not self.kl_weight:
-            raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
+            raise UsageError("--ce-weight and --kl-weight are both 0", "give one of them a weight")
         other = {"head": "layers", "model": "vocabulary"}[self.kind]
         if getattr(self, other) != type(self).model_fields[other].default:
             raise UsageError(

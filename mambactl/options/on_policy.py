@@ -26,7 +26,7 @@ class OnPolicyConfig(StageConfig):
     onpolicy_steps: int | None = Field(
         default=None,
         ge=0,
-        description="of max_steps, for text that the student writes; default: an equal share",
+        description="of --max-steps, for text that the student writes; default: an equal share",
     )
     onpolicy_share: float = Field(
         default=1.0, gt=0, le=1, description="share of the rows that the student writes"

@@ -37,9 +37,9 @@ def phase_steps(config: DistillConfig) -> dict[str, int]:
     left = config.max_steps - sum(fixed.values())
     if left < 0:
         raise UsageError(
-            f"{' and '.join(f'{name}_steps {count}' for name, count in fixed.items())} is more "
-            f"than max_steps {config.max_steps}",
-            "max_steps counts all stages",
+            f"{' and '.join(f'--{name}-steps {count}' for name, count in fixed.items())} is more "
+            f"than --max-steps {config.max_steps}",
+            "--max-steps counts all stages",
         )
     if "align" in others and "align" not in fixed and config.align_share is not None:
         wanted = max(1, round(config.align_share * config.max_steps)) if config.align_share else 0
@@ -51,7 +51,7 @@ def phase_steps(config: DistillConfig) -> dict[str, int]:
     steps[rest] = config.max_steps - sum(steps.values())
     if rest != order[-1] and not steps[rest]:
         raise UsageError(
-            f"onpolicy_steps {config.onpolicy_steps} leave no step of max_steps "
+            f"--onpolicy-steps {config.onpolicy_steps} leave no step of --max-steps "
             f"{config.max_steps} to {rest}",
             "raise --max-steps, or lower --onpolicy-steps",
         )
@@ -75,7 +75,7 @@ def _require_onpolicy_steps(config: DistillConfig, order: Sequence[str]) -> None
         return
     if ON_POLICY not in order:
         raise UsageError(
-            f"onpolicy_steps are of the stage {ON_POLICY}, which is not asked for",
+            f"--onpolicy-steps are of the stage {ON_POLICY}, which is not asked for",
             f"add it: --stages {','.join([*order, ON_POLICY])}",
         )
     if order == [ON_POLICY] and config.onpolicy_steps != config.max_steps:

@@ -18,7 +18,7 @@ class RowsConfig(StageConfig):
     epochs: float | None = Field(
         default=None,
         gt=0,
-        description="how often the data is seen, in place of max_steps; in a mixture by weight, "
+        description="how often the data is seen, in place of --max-steps; in a mixture by weight, "
         "the set that is the smallest for its share",
     )
     batch_size: Rows = Field(default=8, description="rows per step, of each process")

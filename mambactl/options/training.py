@@ -71,10 +71,10 @@ class HeldOutConfig(TrainConfig):
     )
     eval_data: DataSpecs = Field(default=[], description="held-out text, measured while training")
     eval_every: int = Field(
-        default=100, ge=1, description="steps between measurements of eval_data"
+        default=100, ge=1, description="steps between measurements of --eval-data"
     )
     eval_tokens: int = Field(
-        default=16384, ge=64, description="tokens of eval_data that are measured"
+        default=16384, ge=64, description="tokens of --eval-data that are measured"
     )
 
 
@@ -175,16 +175,16 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
         default=["align", "logits"], description="what runs, in this order"
     )
     align_steps: int | None = Field(
-        default=None, ge=0, description="of max_steps; default: align_share of them"
+        default=None, ge=0, description="of --max-steps; default: --align-share of them"
     )
     align_share: float | None = Field(
-        default=0.2, ge=0, le=1, description="share of max_steps for aligning, if others follow"
+        default=0.2, ge=0, le=1, description="share of --max-steps for aligning, if others follow"
     )
     align_lr: float = Field(
         default=2e-3, gt=0, description="learning rate of mixers while aligning"
     )
     stepwise_steps: int | None = Field(
-        default=None, ge=0, description="of max_steps, for all groups"
+        default=None, ge=0, description="of --max-steps, for all groups"
     )
     stepwise_groups: Shares | None = Field(
         default=None,
@@ -195,7 +195,7 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
         description="replaced layers, easy ones first; default: as selected, else ascending",
     )
     stepwise_rest_lr: float = Field(
-        default=0.0, ge=0, description="rest_lr while stepwise (0 freezes)"
+        default=0.0, ge=0, description="--rest-lr while stepwise (0 freezes)"
     )
     lr: float = Field(
         default=3e-4, gt=0, description="learning rate of mixers when matching logits"
@@ -225,7 +225,7 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
         description="sizes of which each training step draws one for windows, 16,64 say",
     )
     eval_recall: Lengths = Field(
-        default=[], description="row lengths of recall probes measured with eval_data, 1024 say"
+        default=[], description="row lengths of recall probes measured with --eval-data, 1024 say"
     )
     eval_recall_rows: Rows = Field(default=16, description="rows per recall probe")
     keep_best: bool = Field(
@@ -350,7 +350,7 @@ class SftConfig(HeldOutConfig, TrackedConfig, AdaptedConfig, SpreadConfig, TextR
         """Raise UsageError for a loss of nothing, and for options without what they apply to."""
         super().require_coherent()
         if not self.ce_weight and not self.kl_weight:
-            raise UsageError("ce_weight and kl_weight are both 0", "give one of them a weight")
+            raise UsageError("--ce-weight and --kl-weight are both 0", "give one of them a weight")
         if self.teacher_cache and not self.kl_weight:
             raise UsageError("--teacher-cache is of no use without a KL", "add --kl-weight 1")
         if self.compile and (not self.packing or self.lora):

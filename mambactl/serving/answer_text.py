@@ -1,6 +1,7 @@
 """The text of an answer out of its tokens, up to a stop text, and how likely each token was."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -45,16 +46,22 @@ class AnswerText:
         self.tokenizer, self.stops, self.alternatives = tokenizer, stops, alternatives
         self._detokenizer = Detokenizer(tokenizer)
         self._held = ""
+        # characters in front of each token that is not told yet, and of the answer's text
+        self._untold: deque[tuple[int, TokenLikely]] = deque()
+        self._length = 0
+        self._cut = False
         self.tokens = 0
         self.finish: str | None = None
 
     def add(self, arrived: Arrived) -> Piece:
         """The piece that has become certain with these tokens, perhaps empty."""
-        piece, before = Piece(), self.tokens
+        piece, tokens = Piece(), arrived.tokens
         # a stop text has to be found at the token that completes it
-        parts = [[token] for token in arrived.tokens] if self.stops else [arrived.tokens]
-        for part in filter(None, parts):
+        size = 1 if self.stops else max(len(tokens), 1)
+        for start in range(0, len(tokens), size):
+            part = tokens[start : start + size]
             self.tokens += len(part)
+            self._note(arrived, start, part)
             piece.text += self._released(self._detokenizer.add(part))
             if self.finish is not None:
                 break
@@ -62,15 +69,24 @@ class AnswerText:
             piece.text += self._released(self._detokenizer.finish())
             piece.text += self._held
             self.finish = self.finish or REASONS[arrived.finish]
-        if arrived.likely is not None and self.alternatives is not None:
-            # neither the token that ends a text nor what follows a stop text is shown
-            shown = self.tokens - before
-            if arrived.finish == "eos":
-                shown = min(shown, len(arrived.tokens) - 1)
-            pairs = zip(arrived.tokens[:shown], arrived.likely, strict=False)
-            piece.likely = [self._token(token, likely) for token, likely in pairs]
+        self._length += len(piece.text)
+        piece.likely = list(self._told())
         piece.finish = self.finish
         return piece
+
+    def _note(self, arrived: Arrived, start: int, part: Sequence[int]) -> None:
+        """Keep how likely tokens were, but for one that ends a text; they begin at `start`."""
+        if arrived.likely is None or self.alternatives is None:
+            return
+        shown = len(arrived.tokens) - (arrived.finish == "eos")
+        for token, likely in zip(part, arrived.likely[start:shown], strict=False):
+            self._untold.append((self._detokenizer.reached, self._token(token, likely)))
+
+    def _told(self) -> Iterator[TokenLikely]:
+        """Tokens of which some text is certain; at the end all, unless a stop text cut them off."""
+        last = not self.stops or (self.finish is not None and not self._cut)
+        while self._untold and (last or self._untold[0][0] < self._length):
+            yield self._untold.popleft()[1]
 
     def _released(self, text: str) -> str:
         """Return the text so far that is certainly in front of every stop text; hold the rest."""
@@ -79,7 +95,7 @@ class AnswerText:
         whole = self._held + text
         found = [at for stop in self.stops if (at := whole.find(stop)) >= 0]
         if found:
-            self._held, self.finish = "", "stop"
+            self._held, self.finish, self._cut = "", "stop", True
             return whole[: min(found)]
         kept = max(_begun(whole, stop) for stop in self.stops)
         self._held = whole[len(whole) - kept :]

@@ -70,6 +70,7 @@ def held_out_rows(
     """Packed rows of `eval_data`, about `eval_tokens` of them and the same every time.
 
     Bad rows are left out and reported; with `assistant_only` also chats without a whole answer.
+    Raises UsageError where no other row is there.
     """
     config = of_kind(HeldOutConfig, job.config)
     if not config.eval_data:
@@ -79,6 +80,7 @@ def held_out_rows(
     documents = load_rows(config.eval_data, used_tokens=budget, bad=bad)
     checks = Checks.of(job, tokenizer, bad)
     examples = _encode(job, documents, tokenizer, assistant_only, budget, checks)
+    bad.require_others("--eval-data", len(examples))
     bad.settle()
     rows = pack(examples, config.max_length)
     chosen, tokens = [], 0

@@ -1,4 +1,4 @@
-"""What is said of a checkpoint without the classes of its family is what they say themselves."""
+"""Checkpoints read without the classes of their family are described as by these classes."""
 
 import json
 import shutil

@@ -51,7 +51,7 @@ def test_digest_sees_weights(make_hybrid, name: str, tmp_path: Path) -> None:
 
 
 def test_digest_of_a_large_file_reads_little_of_it_from_end_to_end(tmp_path: Path) -> None:
-    """What a sparse file of 20 GiB holds at its ends and in between is noticed."""
+    """A change of a sparse file of 20 GiB is noticed at its ends and in between."""
     size = 20 << 30
     file = tmp_path / "large.gguf"
     file.touch()

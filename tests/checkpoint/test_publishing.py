@@ -1,4 +1,4 @@
-"""What a stop leaves, the next command finishes; a file system without exchange included."""
+"""The next command finishes a stopped one; a file system without exchange included."""
 
 import os
 import signal

@@ -133,7 +133,7 @@ assert "torch" not in sys.modules
 
 
 def ask(spec: str, endpoint: str, home: Path, **extra: str) -> str:
-    """What resolve says in a process of its own: the hub library reads its settings at import."""
+    """The answer of resolve in its own process: the hub library reads its settings at import."""
     settings = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
@@ -191,7 +191,7 @@ def reading(hub: str, tmp_path: Path, monkeypatch) -> Iterator[pytest.MonkeyPatc
 
 
 def refusal(cli, spec: str) -> str:
-    """What a command prints of a model that it may not read."""
+    """The output of a command for a model that it may not read."""
     done = cli("inspect", spec)
     assert (done.code, done.out) == (ExitCode.MODEL, "")
     assert "Traceback" not in done.err

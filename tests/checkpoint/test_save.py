@@ -1,4 +1,4 @@
-"""What was written is read back bit for bit, and OUT is either absent or complete."""
+"""A saved model is read back bit for bit, and OUT is either absent or complete."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""What the lineage of a checkpoint may choose: a teacher's weights, named before they are read."""
+"""A teacher chosen by the lineage of a checkpoint: its weights, named before they are read."""
 
 import json
 from pathlib import Path

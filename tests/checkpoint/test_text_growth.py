@@ -1,4 +1,4 @@
-"""What a tokenizer.json may make of a text, before any text is given to it."""
+"""Bounds of the text that a tokenizer.json may make, before any text is given to it."""
 
 import json
 from pathlib import Path

@@ -78,7 +78,7 @@ def test_inspect_reads_no_weights(cli, inputs) -> None:
 
 
 def test_a_copied_tensor_too(cli, inputs, tmp_path: Path) -> None:
-    """Of a layer that convert does not touch."""
+    """The tensor is of a layer that convert does not touch."""
     assert not torch.isfinite(load_file(f"{inputs['BAD']}/model.safetensors")[DAMAGED]).all()
     done = cli("convert", inputs["BAD"], "--keep-attention", "1", "-o", "o.st")
     assert done.code == 3 and DAMAGED in done.err

@@ -1,4 +1,4 @@
-"""What goes over the network: nothing for local models, and nothing to the hub when offline."""
+"""Traffic on the network: nothing for local models, and nothing to the hub when offline."""
 
 import socket
 

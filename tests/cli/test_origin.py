@@ -1,4 +1,4 @@
-"""What a checkpoint was made from: kept as it was given, recognised by what lies there."""
+"""The origin of a checkpoint: kept as it was given, recognised by what lies there."""
 
 import json
 import shutil

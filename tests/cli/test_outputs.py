@@ -1,4 +1,4 @@
-"""What -o may not name, with its exit code: inputs, links, and what mambactl did not write."""
+"""Paths that -o may not name, and exit codes: inputs, links, and what mambactl did not write."""
 
 import json
 import shutil

@@ -33,15 +33,28 @@ def test_every_line_has_one_answer(cli, student) -> None:
     assert whole["metrics"]["cache_bytes"] > 0 and "text" not in whole
 
 
-def test_what_cannot_be_answered_ends_it(cli, student) -> None:
-    assert cli("chat", student, *SHORT, stdin="\n").code == 2
-    done = cli("chat", student, *SHORT, stdin="red door\n/rest\nred door\n")
-    assert "line 2 of stdin: there is no /rest" in done.err
-    assert done.code == 2 and len(done.out.splitlines()) == 1
-    assert "hint: did you mean /reset?" in done.err
-    whole = cli("chat", student, *SHORT, "--json", stdin="red door\n/rest\nred door\n")
+def test_a_wrong_command_does_not_end_it(cli, student) -> None:
+    """The lines behind it are answered as without it, and the exit code tells of it."""
+    plain = cli("chat", student, *SHORT, stdin="red door\nred door\n")
+    lines = "/rest\nred door\n/stats now\nred door\n"
+    done = cli("chat", student, *SHORT, stdin=lines)
+    assert (done.code, done.out) == (2, plain.out) and len(done.out.splitlines()) == 2
+    assert "error: line 1 of stdin: there is no /rest (did you mean /reset?)" in done.err
+    assert "error: line 3 of stdin: /stats takes no argument" in done.err
+    assert done.err.count("forget what was said") == 1
+    assert "error: wrong command in lines 1, 3 of stdin" in done.err
+    whole = cli("chat", student, *SHORT, "--json", stdin=lines)
     assert (whole.code, whole.out) == (2, "")
     assert json.loads(whole.err.splitlines()[-1])["answers"] == done.out.splitlines()
+
+
+def test_what_cannot_be_answered_ends_it(cli, student) -> None:
+    assert cli("chat", student, *SHORT, stdin="\n").code == 2
+    done = cli("chat", student, *SHORT, stdin="red door\n/load nosuch.st\nred door\n")
+    assert done.code == 3 and "nosuch.st is no file" in done.err
+    assert len(done.out.splitlines()) == 1
+    done = cli("chat", student, *SHORT, stdin="/save\nred door\n")
+    assert (done.code, done.out) == (2, "") and "line 1 of stdin: nothing was said" in done.err
     # as Python reads bytes that are no text
     done = cli("chat", student, *SHORT, stdin="caf\udce9\n")
     assert done.code == 2 and "a message on stdin is not UTF-8 text" in done.err

@@ -18,7 +18,7 @@ from mambactl.options.conversion import SINKS, WINDOW, WITH_WINDOW
 
 @dataclass(frozen=True)
 class Described:
-    """What a model's configuration says of its mixers."""
+    """The mixers of a model by its configuration."""
 
     replaced_layers: list[int] = field(default_factory=list)
     windows: list[WindowSettings] = field(default_factory=list)

@@ -27,7 +27,7 @@ def batch() -> Batch:
 
 
 def test_the_fit_knows_that_states_turn(llama, tmp_path) -> None:
-    """What it fitted is nearer to the attention than the same weights in a state that stays."""
+    """Fitted weights are nearer to the attention than the same ones in a state that stays."""
     text = write_sentences(tmp_path / "text.jsonl", 0, 80)
     fit = ConvertConfig(rotary=True, keep_attention=[0, 1, 3], calibrate=[text], max_length=40)
     result = run(fit, llama, tmp_path / "t.st")

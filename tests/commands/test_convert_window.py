@@ -43,7 +43,7 @@ def windowed(**fields) -> ConvertConfig:
 
 @torch.no_grad()
 def logits(path: str | Path, ids: torch.Tensor, control: bool = False) -> torch.Tensor:
-    """Of a checkpoint in fp32; of the source of one, under a window in layers 0 and 2."""
+    """Logits of a checkpoint in fp32, or of a source under a window in layers 0 and 2."""
     model = load_model(str(path), dtype=torch.float32)
     packed = {"seq_idx": (torch.arange(LENGTH) >= 23).long().expand(len(ids), -1)}
     if not control:

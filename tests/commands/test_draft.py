@@ -90,6 +90,20 @@ def test_prompts_need_no_answers(target, tmp_path) -> None:
             plan(settings(data, **given), target)
 
 
+def test_prompts_without_answers_are_no_text(target, random_texts, tmp_path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
+    for given, problem in (
+        ({"data": [str(asked)]}, f"^{asked}, row 1: has the columns `prompt`"),
+        ({"eval_data": [str(asked)]}, f"^--eval-data has no other rows: {asked}, row 1"),
+    ):
+        with pytest.raises(UsageError, match=problem) as found:
+            config = settings(random_texts, text="data").model_copy(update=given)
+            run(config, target, tmp_path / "d.st")
+        hint = "these are prompts without answers: mambactl generate MODEL --dataset FILE"
+        assert found.value.hint == hint
+
+
 def test_malformed_rows_are_an_error_unless_they_are_skipped(target, tmp_path) -> None:
     data = tmp_path / "bad.jsonl"
     data.write_text('{"text": "the old house"}\n{"text": 3}\n' * 4)
@@ -282,7 +296,7 @@ def test_damaged_heads_are_refused(target, random_texts, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"kl_weight": 0.0, "ce_weight": 0.0}, "are both 0"),
+        ({"kl_weight": 0.0, "ce_weight": 0.0}, "^--ce-weight and --kl-weight are both 0"),
         ({"epochs": 1.0, "max_steps": None}, "--epochs count text that is there"),
         ({"answer_tokens": 48}, "leave no room"),
         ({"layers": 2}, "--layers is not for a draft head"),

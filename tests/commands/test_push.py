@@ -83,7 +83,7 @@ def folder(student: Path, tmp_path: Path) -> Path:
 
 
 def read_back(hub: Hub, out: Path) -> Path:
-    """What the repository holds, as a folder."""
+    """A folder with the files of the repository."""
     out.mkdir()
     for name, data in hub.repositories[REPO].files.items():
         (out / name).write_bytes(data)

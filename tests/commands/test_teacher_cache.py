@@ -43,7 +43,7 @@ def cache(data, tiny_llama_dir, tmp_path_factory):
 
 
 def distilling(data, cache, student, **fields):
-    """What `distill` holds when it asks for the objective."""
+    """The state of `distill` when it asks for the objective."""
     given = {**SIZES, "teacher_cache": str(cache), **fields}
     asked = DistillConfig(device="cpu", data=[data], stages=["logits"], **given)
     job = Job.of("distill", asked, student)

@@ -255,7 +255,7 @@ def test_biases_are_copied_where_there_are_any(tmp_path, tiny_tokenizer) -> None
 
 
 def test_norms_on_heads_become_a_linear_map(tmp_path) -> None:
-    """Of heads wide enough that their rms hardly varies; the weights of the norms are in it."""
+    """Heads are wide enough that their rms hardly varies; the map has the weights of the norms."""
     build("Qwen3", tmp_path, head_dim=512, hidden_size=768, attention_bias=True)
     block = load_model(str(tmp_path)).model.layers[0]
     mixer, weights = block.mixer, weights_of(block.mixer, block.input_layernorm.weight)

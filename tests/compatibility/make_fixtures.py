@@ -210,7 +210,7 @@ def make(folder: Path) -> dict:
 
 
 def _described(maker: Maker) -> dict[str, dict]:
-    """What `generate` and `inspect` say of every checkpoint."""
+    """The output of `generate` and `inspect` for every checkpoint."""
     return {
         name: {
             "generate": GENERATE,

@@ -235,7 +235,7 @@ def test_calibrated_mamba2_is_decayed_linear_attention(
 def test_calibrated_mamba2_is_exact_in_the_limit_of_small_arguments(
     make_hybrid, new_mixers, attention, monkeypatch, terms, half_lives
 ) -> None:
-    """What remains above is SiLU's and the norm's curvature: it vanishes with their range."""
+    """The rest of the error is SiLU's and the norm's curvature: it vanishes with their range."""
     monkeypatch.setattr(from_attention, "LINEAR_RANGE", from_attention.LINEAR_RANGE / 100)
     monkeypatch.setattr(from_attention, "NORM_RANGE", from_attention.NORM_RANGE / 100**3)
     model = make_hybrid(["attention"], seed=4)

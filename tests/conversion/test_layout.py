@@ -1,4 +1,4 @@
-"""Which layers keep attention: the published lists, other shares, and wrong requests."""
+"""Layers that keep attention: the published lists, other shares, and wrong requests."""
 
 import pytest
 

@@ -156,7 +156,7 @@ def test_other_shapes_are_not_read(known, save_llama, monkeypatch) -> None:
 
 
 def test_a_student_goes_on_with_the_ranking(known, llama, tmp_path) -> None:
-    """Of the layers that it still has whole."""
+    """The ranking counts for the layers that the student still has whole."""
     convert(llama, tmp_path / "most.st", keep_heads="0.0,0.1,1.0,1.1,3.0,3.1", **FORM)
     metrics = convert(str(tmp_path / "most.st"), tmp_path / "less.st", ratio=0.75)
     assert metrics["kept_heads"] == "0.0,3.1"

@@ -53,7 +53,7 @@ def data(tmp_path: Path) -> str:
 
 @pytest.fixture
 def tokenised(monkeypatch) -> list[int]:
-    """How many rows every call of the tokenizer got."""
+    """Numbers of rows that the calls of the tokenizer got."""
     calls: list[int] = []
     real = encoding._Encoder.many
 

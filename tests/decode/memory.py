@@ -1,4 +1,4 @@
-"""What sessions of the device engine hold: compared bit for bit, and set in memory full of NaN."""
+"""Memory of sessions of the device engine: compared bit for bit, and set in memory of NaN."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ GUARD = 1024
 
 
 def position(session: Session, field: Field, row: int) -> int:
-    """How far a row of a session is."""
+    """A field of a row of a session, such as its length."""
     return int(session.batch.field(field)[row])
 
 

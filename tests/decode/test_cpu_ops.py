@@ -186,6 +186,37 @@ def test_n_grams_are_dropped_where_they_are_wrong(kept, ends) -> None:
         assert wasted < 0.015 * 256
 
 
+@pytest.mark.parametrize(
+    ("every", "reason"),
+    [
+        (0, "drafts nothing: 0 of 8 steps found something to draft"),
+        (8, "drafts little: 1 of 8 steps found something to draft"),
+        (4, "3.09x plain decoding; 2 of 8 steps found something to draft"),
+    ],
+)
+def test_rare_n_grams_are_said_to_be_rare(every, reason) -> None:
+    choice = LearnedChoice(KS, StepTimes(), model=False)
+    for number in range(10):
+        k = choice.update()
+        made = k if every and number % every == 1 and number > 1 else 0
+        choice.observe(made, made)
+        choice.timed(made, 1.0 + 0.1 * made, 1.0 + made)
+    choice.update()
+    assert choice.reason.endswith(reason)
+
+
+def test_text_without_repetition_is_said_to_hold_no_drafts(targets, monkeypatch) -> None:
+    """By the real engine, once and with no empty line for a text that is too short to tell."""
+    said: list[str] = []
+    monkeypatch.setattr(console, "log", lambda message, level=1: said.append(message))
+    module = "mambactl.kernels.decode.cpu.cpu_ops"
+    monkeypatch.setattr(f"{module}._follower", lambda text, longest: len(text))
+    engine = on_cpu(targets["attention"], "ngram", "auto")
+    for tokens in (12, 2, 12):
+        engine.generate(prompts_of([9]), SamplingParams(max_new_tokens=tokens))
+    assert said == ["drafts nothing: 0 of 9 steps found something to draft"]
+
+
 def test_what_is_lost_ends_drafting_whatever_drafts_promise() -> None:
     """Long steps that were not seen when the choice was made."""
     times = StepTimes()

@@ -40,7 +40,7 @@ def draft_dir(tiny_llama_dir, tmp_path_factory):
 
 
 def continuation(folder, text: str, new_tokens: int) -> str:
-    """What transformers writes after a chat prompt."""
+    """The text that transformers writes after a chat prompt."""
     from transformers import LlamaForCausalLM
 
     tokenizer = load_tokenizer(str(folder))
@@ -115,7 +115,7 @@ def second_best(monkeypatch):
 
 
 def test_check_counts_ties(tiny_llama_dir, draft_dir, tmp_path, second_best, capsys):
-    """Of a model whose logits are all equal, so that every token is as good as another."""
+    """The model's logits are all equal, so that every token is as good as another."""
     from transformers import LlamaForCausalLM
 
     folder = tmp_path / "equal"

@@ -112,7 +112,7 @@ def folder(tmp_path_factory):
 
 
 def expected(folder, cache, llama, tokenizer, kind, **options):
-    """What the harness itself makes of a set: its samples by row and its scores."""
+    """The harness's own results for a set: its samples by row and its scores."""
     import lm_eval
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM

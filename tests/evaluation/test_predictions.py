@@ -1,4 +1,4 @@
-"""What is made of measured predictions: intervals, tests, buckets, and which units are drawn."""
+"""Statistics of measured predictions: intervals, tests, buckets, and which units are drawn."""
 
 import json
 

@@ -42,7 +42,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def mamba2_shapes(width: int, inner: int, state: int, groups: int, heads: int) -> dict:
-    """What a Mamba-2 layer of llama.cpp is made of: `2 inner + 2 groups state + heads` rows."""
+    """Shapes of a Mamba-2 layer of llama.cpp: `2 inner + 2 groups state + heads` rows."""
     channels = inner + 2 * groups * state
     return {
         "ssm_in.weight": (width, inner + channels + heads),

@@ -1,4 +1,4 @@
-"""What a form cannot hold is refused before anything is written, with the way out."""
+"""Models that a form cannot hold are refused before anything is written, with the way out."""
 
 import pytest
 

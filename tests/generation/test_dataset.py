@@ -110,6 +110,19 @@ def killed(at, prompts, model, out):
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
+def test_other_options_are_refused_before_anything_is_loaded(
+    prompts, tiny_llama_dir, tmp_path, monkeypatch
+):
+    out, model = tmp_path / "labels.jsonl", str(tiny_llama_dir)
+    killed(("save_state", 2), prompts, model, out)
+    monkeypatch.setattr("mambactl.generation.question_set.load_tokenizer", None)
+    with pytest.raises(OutputError, match="max_new_tokens 8 -> 9"):
+        other = config(prompts, samples_per_prompt=2, max_new_tokens=9)
+        generate.run(other, model, out, resume=True)
+    with pytest.raises(OutputError, match="holds an unfinished run"):
+        generate.run(config(prompts, samples_per_prompt=2), model, out)
+
+
 @pytest.mark.parametrize(
     # a batch written but not recorded; all batches done but the file not there yet
     ("at", "left"),

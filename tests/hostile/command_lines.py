@@ -105,7 +105,7 @@ def make_case(draw: Random, inputs: Path, work: Path) -> tuple[CommandLine, str]
 
 
 def _is_new(word: str, work: Path) -> bool:
-    """Whether a word names something in `work` that is not there yet."""
+    """True if a word names something in `work` that is not there yet."""
     path = os.path.normpath(work / word)
     return path.startswith(f"{work}/") and not os.path.lexists(path[:200])
 

@@ -56,7 +56,7 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: how it ended, its output and the paths that it changed."""
+    """The outcome of a command: its end, its output and the paths that it changed."""
 
     ended: Ended
     out: str

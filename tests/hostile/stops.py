@@ -21,7 +21,7 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.syml
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code (negative: the signal that killed it) and its stderr."""
+    """The end of a child: its exit code (negative: the signal that killed it) and its stderr."""
 
     code: int
     said: str
@@ -73,7 +73,7 @@ def run_stopped(
 
 
 def operations_of(arguments: list[str], folder: Path) -> list[str]:
-    """What a command line that ends well does with files below `folder`, in order."""
+    """Operations on files below `folder` of a command line that ends well, in order."""
     log = folder.with_name(f"{folder.name}.log")
     record = folder.with_name(f"{folder.name}.operations")
     descriptor = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

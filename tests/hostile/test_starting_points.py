@@ -1,4 +1,4 @@
-"""What is damaged elsewhere is whole to begin with: every command line ends well on it."""
+"""Inputs that are damaged elsewhere are whole here: every command line ends well on them."""
 
 import shutil
 from itertools import product

@@ -46,7 +46,7 @@ class Stage:
         return [*self.command, *out, *(["--force"] if self.old else [])]
 
     def again(self, folder: Path, published: bool) -> list[str]:
-        """What goes on: where nothing had begun, that is the command itself."""
+        """The command that goes on: where nothing had begun, it is the command itself."""
         mark = folder / f"{self.out}.partial" / "run.json"
         begun = mark.exists() and json.loads(mark.read_text())["stage"] != "checkpoint"
         if self.old and not begun and not published:
@@ -246,7 +246,7 @@ def check_stop(reference: Reference, number: int, stop: signal.Signals, work: Pa
 
 
 def _differences(found: Any, expected: Any, where: str = "") -> list[str]:
-    """What differs in nested values, in short."""
+    """Differences of nested values, in short."""
     if isinstance(found, dict) and isinstance(expected, dict):
         keys = sorted(found.keys() | expected.keys())
         pairs = [(key, found.get(key), expected.get(key)) for key in keys]

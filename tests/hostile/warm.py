@@ -57,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code or the signal that killed it, and what it cost."""
+    """The end of a command: its exit code or the signal that killed it, and what it cost."""
 
     code: int
     signal: int

@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where Triton kernels run: the GPU, or the CPU in Triton's interpreter."""
+    """The device that Triton kernels run on: the GPU, or the CPU in Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -23,7 +23,7 @@ LIMITS = {0: (1, 0, 0), 1: (2, 7, 7), 3: (4, 19, 11), 8: (9, 29, 21)}
 
 @dataclass
 class State:
-    """What a step leaves behind, for B sequences of up to S tokens."""
+    """Results of a step, for B sequences of up to S tokens."""
 
     progress: Tensor
     feed: Tensor

@@ -131,7 +131,7 @@ def angles(draw, kind, *shape):
     "batch, heads, length, width", [(1, 1, 1, 2), (2, 3, 7, 12), (1, 5, 40, 64)]
 )
 def test_rotation_of_heads(draw, kind, batch, heads, length, width) -> None:
-    """Of views of a projection, in whose order the result lies, and of tensors in their own."""
+    """Views of a projection, in whose order the result lies, and tensors in their own."""
     cos, sin = (t.unsqueeze(1) for t in angles(draw, kind, batch, length, width))
     row = draw(batch, length, heads * width + 8, kind=kind)[..., 8:]
     view = row.unflatten(-1, (heads, width)).transpose(1, 2)

@@ -48,7 +48,7 @@ FORMS = {
 
 @dataclass
 class Segment:
-    """Where a pass stands; n_new[b] = count[b] * scale."""
+    """The position of a pass; n_new[b] = count[b] * scale."""
 
     start: Tensor
     count: Tensor
@@ -142,7 +142,7 @@ class Layer:
 
 @dataclass
 class Text:
-    """What the input projection makes of every position of B sequences, and states to start at."""
+    """The input projection's output for all positions of B sequences, and states to start at."""
 
     layer: Layer
     raw: Tensor  # [B, L, C]

@@ -67,7 +67,7 @@ def rows_of(weight: Tensor, heads: list[int], count: int) -> Tensor:
 
 @torch.no_grad()
 def test_with_a_window_that_sees_everything_it_is_the_teacher(teacher, ids) -> None:
-    """Where the teacher has a window of its own, that is everything."""
+    """A teacher's own window is everything that it sees."""
     student = student_of(teacher, teacher.config.sliding_window or LENGTH)
     packed = {"seq_idx": (torch.arange(LENGTH) >= 17).long().expand(2, -1)}
     for keywords in ({}, packed):

@@ -1,4 +1,4 @@
-"""Where a stage runs when it is one of several processes."""
+"""Devices of a stage that is one of several processes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is done once for all layers or heads, with the results of doing it for each."""
+"""Work done once for all layers or heads, with the results of doing it for each."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ FINDING = ("cummax", "arange", "bitwise_and", "eq", "lt", "le", "ge", "gt")
 
 
 class Counted(TorchDispatchMode):
-    """How often every operator ran."""
+    """Counts of the runs of every operator."""
 
     def __init__(self):
         super().__init__()

@@ -36,13 +36,13 @@ class Timer:
         self.marks.append((begin, end))
 
     def seconds(self) -> list[float]:
-        """Of every piece, in order."""
+        """Seconds of every piece, in order."""
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) / 1e3 for begin, end in self.marks]
 
 
 def median_seconds(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
-    """Of each graph; they take turns, so that all see the same clocks."""
+    """Median seconds of each graph; they take turns, so that all see the same clocks."""
     timers = [Timer() for _ in graphs]
     for _ in range(WARMUP + REPEATS):
         for timer, graph in zip(timers, graphs, strict=True):

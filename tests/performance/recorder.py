@@ -58,7 +58,7 @@ class Recorder:
         return sorted(Path(name).relative_to(self.parent).as_posix() for name in found)
 
     def _note(self, code: CodeType) -> bool:
-        """Whether this code counts."""
+        """True if this code counts."""
         function = code.co_flags & inspect.CO_OPTIMIZED and code.co_name not in INLINE
         if not function or not code.co_filename.startswith(self.prefix):
             return False

@@ -35,7 +35,7 @@ TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 2e-5}
 
 @dataclass
 class Layer:
-    """What one layer works on; `fused` and `snapshots` are the states of the two ways."""
+    """Tensors that one layer works on; `fused` and `snapshots` are the states of the two ways."""
 
     ring: Tensor  # [B, R, C]
     mixed: Tensor  # [B, R, Ch]
@@ -48,7 +48,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a step stands: int32 numbers that are the same for every sequence."""
+    """The position of a step: int32 numbers that are the same for every sequence."""
 
     start: int
     base: int
@@ -207,7 +207,7 @@ def contest(batch: int, device: torch.device, dtype: torch.dtype, seed: int = 0)
 
 
 def _mean(seconds: list[float], length: int) -> float:
-    """Of the medians of every phase of the period."""
+    """The mean of the medians of every phase of the period."""
     kept = seconds[WARM_PERIODS * length :]
     return statistics.mean(statistics.median(kept[phase::length]) for phase in range(length))
 

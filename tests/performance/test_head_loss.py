@@ -1,4 +1,4 @@
-"""What is said about a loss: its errors, and how much it computes."""
+"""Claims about a loss: its errors, and how much it computes."""
 
 import pytest
 import torch

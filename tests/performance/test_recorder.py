@@ -1,4 +1,4 @@
-"""What counts as a file whose functions run."""
+"""Files that count as those whose functions run."""
 
 import importlib
 import sys

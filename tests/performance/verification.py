@@ -1,4 +1,4 @@
-"""What reading a whole draft costs the target, against reading one token."""
+"""The cost to the target of reading a whole draft, against reading one token."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

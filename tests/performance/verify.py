@@ -1,4 +1,4 @@
-"""What reading a whole draft costs the target, against reading one token, beside `bench`'s numbers.
+"""The cost to the target of reading a whole draft against one token, beside `bench`'s numbers.
 
     python -m tests.performance.verify t.st --draft d.st --json > verify.json
     python -m tests.performance.verify --synthetic llama3-8b-hybrid-50 -k 4 --input-len 1024

@@ -86,7 +86,7 @@ def changed(path: tuple, value: Any, drop: bool = False) -> Any:
 
 
 def read_by_all(folder, text: str) -> int:
-    """How many of the readers refuse it; any other exception is a failure."""
+    """The number of readers that refuse a text; any other exception is a failure."""
     refused = 0
     file = folder / "a.json"
     file.write_text(text, "utf-8")

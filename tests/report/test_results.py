@@ -1,4 +1,4 @@
-"""Where measurements are kept."""
+"""Files in which measurements are kept."""
 
 import json
 

@@ -71,4 +71,38 @@ def test_no_log_probabilities_behind_a_stop_text(tiny_tokenizer) -> None:
     answer = AnswerText(tiny_tokenizer, ["house"], 0)
     piece = answer.add(Arrived(ids, [Likely(-1.0, ())] * len(ids)))
     assert (piece.text, piece.finish, answer.tokens) == ("the old ", "stop", 3)
+    # a space in front of a word is of its token
     assert [each.token for each in piece.likely] == ["the", "old", "house"]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+@pytest.mark.parametrize(
+    ("stop", "finish", "text", "tokens"),
+    [
+        ("<|old|>", "length", "the old house and", ["the", "old", "house", "and"]),
+        (" house and", None, "the old", ["the", "old"]),
+        (" old house", None, "the", ["the"]),
+        ("house", None, "the old ", ["the", "old", "house"]),
+        ("e old", None, "th", ["the"]),
+        ("the", None, "", []),
+        (" house new", "eos", "the old house", ["the", "old", "house"]),
+        (" house and red", "length", "the old house and", ["the", "old", "house", "and"]),
+    ],
+)
+def test_log_probabilities_are_of_tokens_in_the_text(
+    tiny_tokenizer, at_once, stop, finish, text, tokens
+) -> None:
+    """No piece tells of a token before its text, however many tokens come at once."""
+    ids = tiny_tokenizer("the old house and", add_special_tokens=False)["input_ids"]
+    answer, said, told = AnswerText(tiny_tokenizer, [stop], 0), "", []
+    for start in range(0, len(ids), at_once):
+        part = ids[start : start + at_once]
+        ended = finish if start + at_once >= len(ids) else None
+        if ended == "eos":
+            part = [*part[:-1], tiny_tokenizer.eos_token_id]
+        piece = answer.add(Arrived(part, [Likely(-1.0, ())] * len(part), ended))
+        said, told = said + piece.text, told + [each.token for each in piece.likely]
+        assert len(" ".join(told[:-1])) < max(len(said), 1)
+        if answer.finish is not None:
+            break
+    assert (said, told) == (text, tokens)

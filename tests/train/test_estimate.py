@@ -1,4 +1,4 @@
-"""What a dry run predicts against what then happens, on a CPU."""
+"""Predictions of a dry run against what then happens, on a CPU."""
 
 import time
 from dataclasses import replace

@@ -127,7 +127,7 @@ def test_autocast_rounds_no_logit_on_a_cpu(kinds):
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize(("kind", "bound"), [(torch.float16, 5e-4), (torch.bfloat16, 3e-3)])
 def test_operands_in_16_bits(monkeypatch, kind, bound, divergence):
-    """What CUDA does with fp32 weights under autocast (fp16), and with bf16 ones, computed here.
+    """The arithmetic of CUDA with fp32 weights under autocast (fp16) and with bf16 ones, done here.
 
     fp16 keeps the gradients within 1e-3 of fp64, relative in the 2-norm; bf16 cannot.
     """

@@ -110,7 +110,7 @@ def test_nothing_is_read_between_the_forward_and_the_backward_pass(make_trainer,
 
 
 class ReadsCounted(TorchFunctionMode):
-    """How many numbers went from tensors to Python."""
+    """A count of the numbers that went from tensors to Python."""
 
     WAYS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
 

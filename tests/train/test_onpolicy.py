@@ -314,13 +314,13 @@ def test_steps_of_the_stage_come_off_the_stage_before() -> None:
     assert steps("align", "onpolicy", onpolicy_steps=6) == {"align": 14, "onpolicy": 6}
     assert steps("onpolicy", onpolicy_steps=20) == {"onpolicy": 20}
     assert steps("logits", "onpolicy", onpolicy_steps=0) == {"logits": 20}
-    with pytest.raises(UsageError, match="onpolicy_steps 21 is more than max_steps 20"):
+    with pytest.raises(UsageError, match="--onpolicy-steps 21 is more than --max-steps 20"):
         steps("logits", "onpolicy", onpolicy_steps=21)
     with pytest.raises(UsageError, match="the only stage"):
         steps("onpolicy", onpolicy_steps=6)
     with pytest.raises(UsageError, match="not asked for"):
         steps("align", "logits", onpolicy_steps=6)
-    with pytest.raises(UsageError, match="leave no step of max_steps 20 to logits"):
+    with pytest.raises(UsageError, match="leave no step of --max-steps 20 to logits"):
         steps("align", "logits", "onpolicy", onpolicy_steps=20)
     with pytest.raises(UsageError, match="not in their order"):
         steps("onpolicy", "logits")

@@ -202,7 +202,7 @@ def test_steps_are_dealt_to_the_stages() -> None:
     for wrong in (["logits", "stepwise"], ["stepwise", "align"]):
         with pytest.raises(UsageError, match="order"):
             steps(stages=wrong)
-    with pytest.raises(UsageError, match="more than max_steps 11"):
+    with pytest.raises(UsageError, match="more than --max-steps 11"):
         steps(stages=three, align_steps=6, stepwise_steps=6)
 
 

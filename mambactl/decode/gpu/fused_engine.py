@@ -193,7 +193,7 @@ class FusedEngine:
     def _say(self, choice: Choice) -> None:
         """Log the reason for the number of drafts when that number has changed."""
         outcome = choice.reason.partition(":")[0]
-        if outcome != self.said:
+        if outcome and outcome != self.said:
             self.said = outcome
             console.log(choice.reason)
 
