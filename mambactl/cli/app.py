@@ -250,8 +250,7 @@ def _call(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with console.guarded_stdout(texts=not shared.json), heartbeat(command.name):
-        preflight.announce()
-        with console.doing(preflight.LOADING):
+        with preflight.loading():
             module = import_module(command.module)
         preflight.warn_of_unused_kernels(config)
         call = module.plan if shared.dry_run else module.run

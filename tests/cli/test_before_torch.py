@@ -1,5 +1,6 @@
 """Answers and refusals before torch is imported, and the line that says that it will be."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from checkpoint.test_gguf_reader import write_gguf
 from transformers import LlamaForCausalLM
 
 from mambactl.checkpoint.save import save_model
+from mambactl.cli import preflight
 
 # every command line in one process: its exit code, and the last heavy modules that it loaded
 RUN = """
@@ -145,3 +147,20 @@ def test_a_line_comes_before_the_imports(python, tiny_llama_dir: Path, more: lis
     done = python("-c", BEFORE, "convert", str(tiny_llama_dir), *more)
     assert done.code == 77
     assert done.err == ("" if "--quiet" in more else "loading torch and transformers\n")
+
+
+def test_only_the_first_imports_pass_without_a_search_for_garbage(monkeypatch) -> None:
+    monkeypatch.setattr(preflight, "HEAVY", "not_loaded_yet")
+    try:
+        with pytest.raises(ImportError), preflight.loading():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+        frozen = gc.get_freeze_count()
+        monkeypatch.setattr(preflight, "HEAVY", "torch")
+        with preflight.loading():
+            # what an earlier stage left can be collected
+            assert gc.isenabled()
+        assert gc.get_freeze_count() <= frozen
+    finally:
+        gc.unfreeze()
