@@ -7,6 +7,7 @@ from inspect import unwrap
 import numpy as np
 import pytest
 import torch
+from decode.heads import guided, head_for
 from fixtures.two_devices import KIND, Located
 from safetensors.torch import save
 
@@ -99,20 +100,26 @@ def test_packed_rows_are_those_of_one_device(two_devices, split, make_hybrid) ->
 
 @pytest.mark.parametrize(
     ("form", "draft"),
-    [*((form, None) for form in FORMS), ("mamba2", "ngram"), ("kept heads", "model")],
+    [
+        *((form, None) for form in FORMS),
+        *(("mamba2", "ngram"), ("kept heads", "model"), ("window", "head")),
+    ],
 )
 def test_generated_tokens_are_those_of_one_device(split, make_hybrid, form, draft) -> None:
-    whole = make_hybrid(FORMS[form], seed=3)
-    drafts = [draft, draft]
+    whole = guided(make_hybrid(FORMS[form], seed=3))
+    models, drafts = [whole, split(whole)], [draft, draft]
     if draft == "model":
-        own = make_hybrid(["mamba2", "attention"], seed=3)
+        own = guided(make_hybrid(FORMS[form], seed=3))
         drafts = [own, split(own)]
+    if draft == "head":
+        drafts = [head_for(model) for model in models]
     params, k = SamplingParams(max_new_tokens=6), 3 if draft else 0
     wanted, found = (
-        make_engine(model, other, k).generate(PROMPTS, params).tokens
-        for model, other in zip((whole, split(whole)), drafts, strict=True)
+        make_engine(model, other, k).generate(PROMPTS, params)
+        for model, other in zip(models, drafts, strict=True)
     )
-    assert found == wanted
+    assert found.tokens == wanted.tokens
+    assert (found.stats.accepted > 0) == (draft in ("model", "head"))
 
 
 def test_drawn_tokens_are_those_of_one_device(split, make_hybrid) -> None:
