@@ -24,6 +24,7 @@ pytest_plugins = (
     "fixtures.students",
     "fixtures.subjects",
     "fixtures.terminal",
+    "fixtures.two_devices",
 )
 
 TEXT = (

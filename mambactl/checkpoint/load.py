@@ -31,6 +31,7 @@ from mambactl.foreign import AGAIN, blamed, json_object
 from mambactl.json_values import AnyObject, JsonObject
 from mambactl.lineage import Origin, origin_of
 from mambactl.models.config import HybridConfig
+from mambactl.models.device_map import DeviceMap, Rooms, Sizes
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.models.positions import RotaryEmbedding
 
@@ -123,25 +124,33 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    rooms: Rooms | None = None,
 ) -> HybridForCausalLM:
     """The model in eval mode, in its stored type unless `dtype`; A_log, D and dt_bias are fp32.
 
-    Raises ModelError naming every missing, unexpected and misshaped tensor. Code inside a
-    checkpoint runs only with `trust_remote_code`, for architectures that are not ours; the result
-    is then that code's own model, good as a teacher or a baseline.
+    With `rooms` it may go to several devices, in place of `device`. Raises ResourceError where it
+    does not fit there, ModelError naming every missing, unexpected and misshaped tensor. Code
+    inside a checkpoint runs only with `trust_remote_code`, for architectures that are not ours; the
+    result is then that code's own model, good as a teacher or a baseline.
     """
     source = resolve(spec) if isinstance(spec, str) else spec
     with open_checkpoint(source) as reader:
         if trust_remote_code and needs_remote_code(reader.config, reader.path):
             # code of the checkpoint's own, whose logits are all that a caller asks of it
+            if rooms is not None:
+                raise _unmapped(source)
             return cast(HybridForCausalLM, _load_foreign(source, device, dtype))
         adapted = adapt(reader)
         model = empty_model(adapted.config)
         check(reader, adapted, model)
+        where = DeviceMap(torch.device(device))
+        if rooms is not None:
+            kind = dtype or reader.dtype(adapted.names[EMBEDDING])
+            where = DeviceMap.of(Sizes.of(model, kind), rooms)
         state = {}
         for name in adapted.names:
             tensor = adapted.get(reader, name)
-            tensor = tensor.to(device)
+            tensor = tensor.to(where.device_of(name))
             state[name] = in_dtype(name, tensor, stored_dtype(name, dtype or tensor.dtype))
         files, origin = reader.files, _origin(reader, adapted.config)
     if adapted.config.tie_word_embeddings:
@@ -151,7 +160,11 @@ def load_model(
     model.config.dtype = state[EMBEDDING].dtype
     model.generation_config = _generation_config(source.path, files, model)
     model.origin = origin
-    return model.to(device).eval()
+    if not where.blocks:
+        return model.to(where.first).eval()
+    where.settle(model)
+    console.log(f"{source.path}: {where.describe()}")
+    return model.eval()
 
 
 def open_strict(spec: str | Source) -> tuple[Reader, Adapted]:
@@ -345,6 +358,12 @@ def _origin(reader: Reader, config: HybridConfig) -> Origin | None:
     if reader.lineage is None:
         return None
     return Origin(reader.path, reader.lineage, model_card(reader.lineage, config))
+
+
+def _unmapped(source: Source) -> ModelError:
+    return ModelError(
+        f"{source.path} runs code of its own, which stays on one device", "drop --device-map"
+    )
 
 
 def _load_foreign(

@@ -179,6 +179,8 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "dtype",
         "weights",
         "nproc",
+        "device_map",
+        "max_memory",
         "shard",
         "compile",
         "capture",

@@ -30,6 +30,7 @@ from mambactl.evaluation.sequences import CACHE, SEQUENCES, sequences_of, show_s
 from mambactl.generation.dealer import Dealer
 from mambactl.json_values import JsonObject
 from mambactl.models.byte_weights import round_to_bytes
+from mambactl.models.device_map import Rooms
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.present import present
 from mambactl.ranks import is_main, placement
@@ -298,6 +299,4 @@ def _student(config: EvalConfig, source: str) -> HybridForCausalLM:
 
 def _load(config: EvalConfig, spec: str) -> HybridForCausalLM:
     device, dtype = placement(config)
-    return load_model(
-        spec, device=str(device), dtype=dtype, trust_remote_code=config.trust_remote_code
-    )
+    return load_model(spec, str(device), dtype, config.trust_remote_code, Rooms.of(config))

@@ -30,6 +30,7 @@ from mambactl.files import LINEAGE, explained, gib, replacing
 from mambactl.foreign import fitted
 from mambactl.generation.dealing import Deal
 from mambactl.json_values import JsonObject
+from mambactl.models.device_map import Rooms
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import DistillConfig, HeldOutConfig, TeacherCacheConfig
 from mambactl.present import present
@@ -79,7 +80,8 @@ def run(
     folder = _folder(job, out, resume, force)
     tokenizer = job.tokenizer()
     rows = _distinct(training_rows(job, tokenizer, config.assistant_only_loss))
-    teacher = load_model(source, job.device, job.dtype).requires_grad_(False)
+    teacher = load_model(source, job.device, job.dtype, rooms=Rooms.of(config))
+    teacher.requires_grad_(False)
     started = time.perf_counter()
     if not is_main():
         with explained(folder.path, _FREE):

@@ -57,7 +57,7 @@ class _Gate:
             hidden, context, *_ = self.narrowed(self.mixer, tuple(seen))
             near = self.mixer.features(of_kind(Tensor, hidden), of_kind(StepContext, context))
             gates = self.gates.repeat_interleave(far.shape[-1] // len(self.gates))
-            return (near + gates.to(far.dtype) * (far - near),)
+            return (near + gates.to(far) * (far - near),)
 
         handles = (
             self.mixer.register_forward_pre_hook(remember),

@@ -47,6 +47,7 @@ from mambactl.generation.dealer import Dealer
 from mambactl.json_values import JsonObject
 from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
+from mambactl.models.device_map import Rooms
 from mambactl.models.hybrid import HybridModel
 from mambactl.options import ConvertConfig
 from mambactl.present import present
@@ -222,7 +223,7 @@ def _instruments(config: ConvertConfig, source: str, texts: Texts, dealer: Deale
         probes = head_probes(config, tokenizer, device)
     elif config.select == "recall":
         probes = [kv_probe(tokenizer, config.select_recall, RECALL_ROWS, config.seed)]
-    model = load_model(source, device, dtype).requires_grad_(False)
+    model = load_model(source, device, dtype, rooms=Rooms.of(config)).requires_grad_(False)
     return Instruments(model, texts.held_out, probes, BATCH, dealer)
 
 
@@ -364,6 +365,7 @@ def _sibling(
     """A block with the mixer of `state` that shares everything else with `block`."""
     weight = block.first_norm.weight
     other = new_block(replacement.block_config(block.index), block.index)
+    other.own_device, other.back = block.own_device, block.back
     for name, module in block.named_children():
         if name != block.mixer_name:
             setattr(other, name, module)

@@ -19,6 +19,7 @@ from mambactl.decode.row_by_row import RowByRow
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.dispatch import switch, triton_missing
 from mambactl.models.byte_weights import mean_bytes
+from mambactl.models.device_map import devices_of
 from mambactl.models.draft_head import DraftHead, DraftModel
 from mambactl.models.hybrid import HybridForCausalLM
 
@@ -80,7 +81,7 @@ def make_engine(
         engine = _on_cpu(target, draft, k, share, rounded and not exact, folder, copying)
         if engine is not None:
             return engine
-    reason = why_not(target.device)
+    reason = why_not(target.device) or _several_devices(target, draft)
     if reason is None:
         from mambactl.decode.gpu.fused_engine import FusedEngine
         from mambactl.kernels.decode.triton.ops import TritonOps
@@ -149,6 +150,14 @@ def weight_bytes(engine: AnyEngine, model: HybridForCausalLM) -> float:
     if products is not None and products.bfloat16:
         return 2
     return mean_bytes(model)
+
+
+def _several_devices(*models: Draft) -> str | None:
+    """Reason that one graph cannot hold the steps of models, where some are on several devices."""
+    for model in models:
+        if isinstance(model, HybridForCausalLM) and len(devices := devices_of(model)) > 1:
+            return f"they need one device, a model is on {len(devices)}"
+    return None
 
 
 @cache

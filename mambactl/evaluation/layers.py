@@ -11,9 +11,9 @@ from mambactl.errors import UsageError
 from mambactl.evaluation.fidelity import cut_rows, tokens_of
 from mambactl.generation.dealer import ALONE, Dealer
 from mambactl.kernels.divergence import relative_error
+from mambactl.models.block import HybridBlock
 from mambactl.models.config import HybridConfig
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.models.mixers.spec import Mixer
 
 
 @torch.inference_mode()
@@ -33,13 +33,13 @@ def layer_errors(
     """
     require_layers(student.config, teacher.config)
     layers = student.config.replaced_layers
-    mixers = {index: student.model.layers[index].replacing for index in layers}
+    blocks = {index: student.model.layers[index] for index in layers}
     rows = cut_rows(documents, max_length)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with console.progress("layers", tokens_of(rows)) as task:
         # they stay on the device: a number that is read makes the host wait
         found = dealer.results(
-            batches, partial(_batch_errors, mixers, teacher), task.advance, tokens_of
+            batches, partial(_batch_errors, blocks, teacher), task.advance, tokens_of
         )
     zero = torch.zeros((), dtype=torch.float64)
     totals = {index: sum((each[index].double() for each in found), zero) for index in layers}
@@ -58,7 +58,7 @@ def require_layers(student: HybridConfig, teacher: HybridConfig) -> None:
 
 
 def _batch_errors(
-    mixers: dict[int, Mixer], teacher: HybridForCausalLM, rows: Sequence[torch.Tensor]
+    blocks: dict[int, HybridBlock], teacher: HybridForCausalLM, rows: Sequence[torch.Tensor]
 ) -> dict[int, torch.Tensor]:
     """Summed errors by layer; padding stands on the right, where no valid token sees it."""
     model, device = teacher.model, teacher.device
@@ -67,8 +67,10 @@ def _batch_errors(
     valid = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B, T]
     hidden, context = model.enter(ids)
     found = {}
-    for index, block in enumerate(model.layers[: max(mixers) + 1]):
+    for index, block in enumerate(model.layers[: max(blocks) + 1]):
         hidden, entered, wanted = block.observe(hidden, context)
-        if index in mixers:
-            found[index] = relative_error(mixers[index](entered, context, None), wanted, valid)
+        if index in blocks:
+            # layers of the two models may lie on other devices
+            got = blocks[index].mixer_output(entered, context).to(device)
+            found[index] = relative_error(got, wanted.to(device), valid)
     return found

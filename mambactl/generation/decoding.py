@@ -25,6 +25,7 @@ from mambactl.errors import ModelError, UsageError
 from mambactl.generation.detokenizer import text_of
 from mambactl.models.byte_weights import for_decoding, require_weights
 from mambactl.models.config import HybridConfig
+from mambactl.models.device_map import Rooms
 from mambactl.models.draft_head import DraftHead
 from mambactl.models.hybrid import HybridForCausalLM
 from mambactl.options import (
@@ -117,7 +118,7 @@ def load_both(
     """Target, its tokenizer and draft, on the device and in the type that are asked for."""
     device, dtype = placement(config)
     require_weights(config.weights, device)
-    target = load_model(source, device=device, dtype=dtype)
+    target = load_model(source, device=device, dtype=dtype, rooms=Rooms.of(config))
     draft = config.draft
     if draft not in (None, NGRAM) and is_draft_head(draft):
         # before the weights that it was made for are rounded
@@ -125,7 +126,8 @@ def load_both(
         return for_decoding(target, config.weights, source), tokenizer, head
     target = for_decoding(target, config.weights, source)
     if draft not in (None, NGRAM):
-        model = load_model(draft, device=device, dtype=dtype)
+        # in what the target leaves
+        model = load_model(draft, device=device, dtype=dtype, rooms=Rooms.of(config))
         draft = for_decoding(model, config.weights, draft)
     return target, tokenizer, draft
 

@@ -25,6 +25,7 @@ Words that have one meaning in the whole package:
 - progress: the integers on the device that say how far each sequence of a batch is
 - rotation: position encoding of queries and keys, and of B and C, by angles (RoPE)
 - placement: the device and the dtype of a command
+- device map: the device of each block of a model that is spread over several
 - stand-in: a module that takes the place of another while something is trained or measured
 - turn: one message of a chat
 - control: what an evaluation measures beside a student to say what its numbers are worth

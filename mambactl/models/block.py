@@ -12,6 +12,7 @@ from mambactl.models.config import HybridConfig
 from mambactl.models.mixers.attention import AttentionMixer, RMSNorm
 from mambactl.models.mixers.spec import Mixer, StepContext
 from mambactl.models.mlp import GatedMLP
+from mambactl.models.own_device import OwnDevice
 from mambactl.present import of_kind
 
 
@@ -29,7 +30,14 @@ class FinalRMSNorm(RMSNorm):
 
 
 class HybridBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) where the architecture has an MLP."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where the architecture has an MLP.
+
+    Of a model on several devices, a block has its `own_device`, and the last one hands its output
+    `back` to the first device.
+    """
+
+    own_device: OwnDevice | None = None
+    back: torch.device | None = None
 
     def __init__(self, config: HybridConfig, index: int):
         super().__init__()
@@ -83,6 +91,14 @@ class HybridBlock(GradientCheckpointingLayer):
     def _step(
         self, hidden: Tensor, context: StepContext, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.own_device is None:
+            return self._steps(hidden, context, cache)
+        hidden, entering, mixed = self._steps(*self.own_device.entered(hidden, context), cache)
+        return hidden if self.back is None else hidden.to(self.back), entering, mixed
+
+    def _steps(
+        self, hidden: Tensor, context: StepContext, cache: HybridCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         layer_cache = None if cache is None else cache.layers[self.index]
         entering = self.entering(hidden)
         mixed = self.mixer(entering, context, layer_cache)
@@ -97,6 +113,12 @@ class HybridBlock(GradientCheckpointingLayer):
             inner = self.mlp(self.post_attention_layernorm(hidden))
             hidden = hidden + self._scaled(inner)
         return hidden, entering, mixed
+
+    def mixer_output(self, entering: Tensor, context: StepContext) -> Tensor:
+        """The output [B, T, D] of the mixer alone for whole rows of its input, from any device."""
+        if self.own_device is not None:
+            entering, context = self.own_device.entered(entering, context)
+        return self.mixer(entering, context, None)
 
     def entering(self, hidden: Tensor) -> Tensor:
         """The mixer's input [B, T, D] in the stream `hidden`."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -50,6 +51,9 @@ class HybridPreTrainedModel(PreTrainedModel):
         def to(  # pyright: ignore[reportIncompatibleVariableOverride]
             self, *args: object, **kwargs: object
         ) -> Self: ...
+
+    # the device of each module of a model that is on several
+    hf_device_map: Mapping[str, torch.device]
 
     # how the checkpoint was made that the weights came from
     origin: Origin | None = None

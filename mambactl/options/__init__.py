@@ -20,7 +20,7 @@ from mambactl.options.generation import (
     SpecDecodeConfig,
     TokenConfig,
 )
-from mambactl.options.launching import LaunchConfig
+from mambactl.options.launching import DeviceMapConfig, LaunchConfig
 from mambactl.options.measurement import BenchConfig
 from mambactl.options.row_options import MixedRowsConfig, RowsConfig
 from mambactl.options.training import (
@@ -44,6 +44,7 @@ __all__ = [
     "ChatConfig",
     "CommandConfig",
     "ConvertConfig",
+    "DeviceMapConfig",
     "DistillConfig",
     "DpoConfig",
     "DraftConfig",

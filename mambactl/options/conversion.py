@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mambactl.errors import UsageError
 from mambactl.options.fields import DataSpecs, HeadNames, Integers, MixerName, Tokens
-from mambactl.options.launching import LaunchConfig, Processes
+from mambactl.options.launching import DeviceMapConfig, Processes
 
 Form = Literal["faithful", "portable"]
 
@@ -40,11 +40,9 @@ class Mixers(Protocol):
     def rotates(self) -> bool: ...
 
 
-class ConvertConfig(LaunchConfig):
+class ConvertConfig(DeviceMapConfig):
     """Replace attention layers or KV heads by Mamba mixers."""
 
-    # candidates are measured alike in any process, so that their number decides nothing
-    placement_options: ClassVar[frozenset[str]] = LaunchConfig.placement_options | {"nproc"}
     more_specific: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "ratio": ("keep_attention", "keep_heads", "kv_budget")
     }
@@ -168,6 +166,12 @@ class ConvertConfig(LaunchConfig):
             raise UsageError(
                 "--nproc shares what --select measures; one process does the rest",
                 "add --select recall, or drop --nproc",
+            )
+        super().require_coherent()
+        if self.device_map is not None and self.select == "uniform":
+            raise UsageError(
+                "--device-map is for what --select measures; the rest goes layer by layer",
+                "add --select recall, or drop --device-map",
             )
         if self.keep_heads is not None and self.keep_attention is not None:
             raise UsageError(

@@ -16,14 +16,12 @@ from mambactl.options.fields import (
     StoredWeights,
     Tokens,
 )
-from mambactl.options.launching import LaunchConfig, Processes
+from mambactl.options.launching import DeviceMapConfig, Processes
 
 
-class EvalBase(LaunchConfig):
+class EvalBase(DeviceMapConfig):
     """Options that every `eval` has, whatever its probes are."""
 
-    # batches are formed before they are dealt to processes, so their number decides no result
-    placement_options: ClassVar[frozenset[str]] = LaunchConfig.placement_options | {"nproc"}
     on_card: ClassVar[bool] = True
 
     dtype: Literal[  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -18,7 +18,7 @@ from mambactl.options.fields import (
     Temperature,
     Tokens,
 )
-from mambactl.options.launching import LaunchConfig, Processes
+from mambactl.options.launching import DeviceMapConfig, Processes
 
 SHARD = re.compile(r"(\d{1,9})/(\d{1,9})")
 ROW_SUFFIXES = {"jsonl": ".jsonl", "alpaca-eval": ".json", "mt-bench": ".jsonl"}
@@ -164,11 +164,13 @@ class SharedPromptConfig(PromptConfig):
             raise UsageError("--prefix-cache-gb goes with --prefix-cache", hint)
 
 
-class GenerateConfig(SharedPromptConfig, LaunchConfig):
+class GenerateConfig(SharedPromptConfig, DeviceMapConfig):
     """Text from a prompt, or a file of answers (--dataset)."""
 
     # batches are formed before they are dealt to processes, so their number decides no answer
-    placement_options: ClassVar[frozenset[str]] = SharedPromptConfig.placement_options | {"nproc"}
+    placement_options: ClassVar[frozenset[str]] = (
+        SharedPromptConfig.placement_options | DeviceMapConfig.placement_options
+    )
     later: ClassVar[Mapping[str, object]] = {"weights": "auto", "ngram": False}
 
     dataset: DataSpecs = Field(
@@ -226,6 +228,7 @@ class GenerateConfig(SharedPromptConfig, LaunchConfig):
                 way = 'give -p "some text", -p - to read stdin, or --prompts FILE'
                 raise UsageError("no prompt", way)
             return
+        DeviceMapConfig.require_coherent(self)
         if self.ngram:
             # rows of a batch switch together, so that an answer would depend on the others
             raise UsageError("--ngram and --dataset exclude each other", "drop --ngram")
@@ -243,7 +246,8 @@ class GenerateConfig(SharedPromptConfig, LaunchConfig):
         _ = self.part
 
     def _require_plain(self) -> None:
-        for name in GenerateConfig.model_fields.keys() - SharedPromptConfig.model_fields.keys():
+        either = SharedPromptConfig.model_fields.keys() | {"device_map", "max_memory"}
+        for name in GenerateConfig.model_fields.keys() - either:
             if getattr(self, name) != GenerateConfig.model_fields[name].default:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} goes with --dataset", f"drop {flag}, or name a data set")

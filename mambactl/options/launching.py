@@ -1,9 +1,10 @@
 """Options of stages that run as several processes, one per GPU, which the launcher starts."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from mambactl.errors import UsageError
 from mambactl.options.fields import StageConfig
 
 
@@ -41,3 +42,42 @@ class LaunchConfig(StageConfig):
     def parameter_bytes(self) -> int:
         """Bytes of a GPU per parameter of the model, whole; 0 for a run that cannot be split."""
         return 0
+
+
+class DeviceMapConfig(LaunchConfig):
+    """Options of a stage that reads models without training them, and may spread each over GPUs."""
+
+    # work is dealt out in parts that one process has too, so that their number decides nothing
+    placement_options: ClassVar[frozenset[str]] = LaunchConfig.placement_options | {
+        *("nproc", "device_map", "max_memory")
+    }
+
+    device_map: Literal["auto", "balanced"] | None = Field(
+        default=None,
+        description="spread a model over all GPUs, block by block: auto where one is too small, "
+        "balanced always",
+    )
+    max_memory: float | None = Field(
+        default=None,
+        gt=0,
+        description="GB of each GPU for the weights of a model (--device-map); default: 90% of "
+        "what is free",
+    )
+
+    def require_coherent(self) -> None:
+        """Raise UsageError where a device map contradicts other options."""
+        super().require_coherent()
+        if self.device_map is None:
+            if self.max_memory is not None:
+                raise UsageError("--max-memory goes with --device-map", "add --device-map auto")
+            return
+        if self.is_launched:
+            raise UsageError(
+                "--device-map gives all GPUs to one process, --nproc one to each",
+                "drop one: --nproc is faster where a model fits on one GPU",
+            )
+        if self.device not in ("auto", "cuda"):
+            raise UsageError(
+                f"--device-map gives all GPUs to a model, --device {self.device} one device",
+                "drop one; CUDA_VISIBLE_DEVICES chooses among GPUs",
+            )

@@ -39,6 +39,7 @@ class RowsConfig(StageConfig):
 
     def require_coherent(self) -> None:
         """Raise UsageError for two lengths of one run."""
+        super().require_coherent()
         if self.epochs is not None and "max_steps" in self.model_fields_set:
             raise UsageError(
                 "--epochs and --max-steps both say how long a run is",

@@ -22,7 +22,7 @@ from mambactl.options.fields import (
     Weights,
     Windows,
 )
-from mambactl.options.launching import LaunchConfig, Processes
+from mambactl.options.launching import DeviceMapConfig, LaunchConfig, Processes
 from mambactl.options.on_policy import STAGE as ON_POLICY
 from mambactl.options.on_policy import OnPolicyConfig
 from mambactl.options.row_options import MixedRowsConfig, RowsConfig, TextRowsConfig
@@ -302,11 +302,8 @@ class DistillConfig(HeldOutConfig, TrackedConfig, SpreadConfig, MixedRowsConfig,
             )
 
 
-class TeacherCacheConfig(MixedRowsConfig, LaunchConfig):
+class TeacherCacheConfig(MixedRowsConfig, DeviceMapConfig):
     """Keep ids drawn by a teacher, for distill without it."""
-
-    # rows and files are those of one process
-    placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"nproc"}
 
     samples: int = Field(default=12, ge=1, le=1024, description="ids drawn per token")
     temperature: Softness = Field(default=1.0, description="softens the distribution to be matched")

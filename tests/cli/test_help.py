@@ -23,6 +23,7 @@ HELD_OUT = "--teacher-cache --eval-data --eval-every --eval-tokens"
 TEXT = "--append-eos"
 MIXED = f"{TEXT} --recall-share"
 SPREAD = "--nproc --shard"
+MAPPED = "--nproc --device-map --max-memory"
 STEPS = f"{ROWS} --warmup --grad-clip --log-every --save-every"
 TRAINING = f"{STEPS} --teacher --grad-checkpointing --freeze-kept"
 SAMPLING = (
@@ -31,7 +32,7 @@ SAMPLING = (
 )
 TOKENS = "--max-new-tokens --ignore-eos --temperature --top-k --top-p --draft --ngram --k --weights"
 FLAGS = {
-    "convert": "--ratio --form --by --keep-attention --keep-heads --select --select-data --nproc "
+    "convert": f"--ratio --form --by --keep-attention --keep-heads --select --select-data {MAPPED} "
     "--select-tokens --select-recall --kv-budget --mixers-from --mixer --window --sinks --rotary "
     f"--init --calibrate --calibrate-tokens --max-length --max-shard-gb {OUTPUT} {EVERY_STAGE}",
     "distill": f"{TRAINING} {MIXED} {SPREAD} --log-to --compile --stages --align-steps "
@@ -50,9 +51,9 @@ FLAGS = {
     "--answer-temperature --lr --output-lr --schedule --kl-weight --ce-weight "
     "--eval-data --eval-every --eval-tokens "
     f"{OUTPUT} {EVERY_STAGE}",
-    "teacher-cache": f"{ROWS} {MIXED} --nproc --samples --temperature --power "
+    "teacher-cache": f"{ROWS} {MIXED} {MAPPED} --samples --temperature --power "
     f"--assistant-only-loss {OUTPUT} {EVERY_STAGE}",
-    "eval": "--teacher --nproc --data --tasks --limit --max-length --batch-size --fail-under "
+    "eval": f"--teacher {MAPPED} --data --tasks --limit --max-length --batch-size --fail-under "
     "--recall --recall-rows --control --control-window --control-sinks --ablate --against "
     "--confidence --bootstrap --save-samples --per-layer --needle --needle-depths --needle-texts "
     "--needle-text --needle-scoring --needle-plot --long-context-data --position-length "
@@ -62,8 +63,8 @@ FLAGS = {
     "--generation-agreement --generation-tokens "
     f"{EVERY_STAGE}",
     "spec-decode": f"--target {SAMPLING} --check {EVERY_STAGE}",
-    "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard --nproc --format "
-    "--prefix-cache --prefix-cache-gb "
+    "generate": f"{SAMPLING} --dataset --max-samples --samples-per-prompt --shard {MAPPED} "
+    "--format --prefix-cache --prefix-cache-gb "
     f"--category-temperature --generator --keep-unfinished --skip-bad-rows {OUTPUT} {EVERY_STAGE}",
     "chat": f"{TOKENS} --system {EVERY_STAGE}",
     "serve": "--host --port --name --draft --k --ignore-eos --batch-size --max-length --keep-gb "

@@ -64,6 +64,7 @@ class _Measured(EvalBase):
 
     def require_coherent(self) -> None:
         """Raise UsageError where nothing is asked for, or options of probes contradict others."""
+        super().require_coherent()
         asked = [probe for probe in PROBES.values() if probe.asked(self)]
         changes = cast(Controls, self)
         if (changes.control or changes.ablate) and not any(probe.controlled for probe in asked):
