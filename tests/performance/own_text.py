@@ -3,13 +3,14 @@
     python -m tests.performance.own_text off=a.st on=b.st --teacher smollm2-135m \\
         --data chats.jsonl --tokens 256 --json > own-text.json
 
-Every student, and the teacher, answers the same prompts (chats up to their last answer) by
+Every student, and at last the teacher, answers the same prompts (chats up to their last answer) by
 sampling. `reverse_kl` is KL(student || teacher) over the tokens that it wrote, in nats per token,
 `kl` the other direction; `repeating` the share of answers in which some four tokens in a row occur
 four times or more; `ended` the share that an end token closes. Intervals are 95 % bootstrap
 intervals over answers.
 """
 
+import json
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from mambactl import console
 from mambactl.checkpoint.load import load_model, load_tokenizer
 from mambactl.checkpoint.vocabulary import stored_end_tokens
 from mambactl.data.sources import load_rows
@@ -106,10 +108,13 @@ def measure(given: Namespace) -> StageResult:
     )
     metrics: JsonObject = {"prompts": len(prompts), "tokens_at_most": given.tokens}
     students: JsonObject = {}
-    for argument in (f"{TEACHER}={given.teacher}", *given.students):
+    for argument in (*given.students, f"{TEACHER}={given.teacher}"):
         name, _, spec = argument.partition("=")
         student = teacher if name == TEACHER else load_model(spec, device, dtype)
-        students[name] = measure_student(student, teacher, prompts, params, given.batch_size)
+        found = measure_student(student, teacher, prompts, params, given.batch_size)
+        # a run that is cut short has said as much
+        console.log(f"{name}: {json.dumps(found)}")
+        students[name] = found
         del student
         if device.type == "cuda":
             torch.cuda.empty_cache()
