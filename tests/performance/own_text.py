@@ -3,10 +3,10 @@
     python -m tests.performance.own_text off=a.st on=b.st --teacher smollm2-135m \\
         --data chats.jsonl --tokens 256 --json > own-text.json
 
-Every student, and at last the teacher, answers the same prompts (chats up to their last answer) by
-sampling. `reverse_kl` is KL(student || teacher) over the tokens that it wrote, in nats per token,
-`kl` the other direction; `repeating` the share of answers in which some four tokens in a row occur
-four times or more; `ended` the share that an end token closes. Intervals are 95 % bootstrap
+Every student, and the teacher after them, answers the same prompts (chats up to their last answer)
+by sampling. `reverse_kl` is KL(student || teacher) over the tokens that it wrote, in nats per
+token, `kl` the other direction; `repeating` the share of answers in which some four tokens in a row
+occur four times or more; `ended` the share that an end token closes. Intervals are 95 % bootstrap
 intervals over answers.
 """
 
@@ -112,7 +112,7 @@ def measure(given: Namespace) -> StageResult:
         name, _, spec = argument.partition("=")
         student = teacher if name == TEACHER else load_model(spec, device, dtype)
         found = measure_student(student, teacher, prompts, params, given.batch_size)
-        # a run that is cut short has said as much
+        # so that a run that is cut short has said something
         console.log(f"{name}: {json.dumps(found)}")
         students[name] = found
         del student

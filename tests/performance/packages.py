@@ -7,6 +7,7 @@ and once with MAMBACTL_KERNELS=mamba-ssm, on the same inputs; results that diffe
 Milliseconds are medians; a ratio above 1 says how much longer the packages take.
 """
 
+import json
 import os
 import sys
 from argparse import Namespace
@@ -146,6 +147,8 @@ def measure(given: Namespace) -> StageResult:
                     row = {"shape": shape.name, "operation": name, "pass": way}
                     rows.append(row | contest(run, inputs, how))
                     progress.advance(status=f"{shape.name}, {name}, {way}")
+                    # compiling takes most of the time: a run that is cut short has said something
+                    console.log(json.dumps(rows[-1]))
     metrics |= {"points": [], "packages": rows}
     show(metrics["device"], rows)
     least = min(rows, key=lambda row: row["ratio"])

@@ -32,7 +32,11 @@ def test_a_student_that_is_its_teacher_differs_by_nothing(
     words += ["--tokens", "9", "--batch-size", "4", "--device", "cpu", "--dtype", "float32"]
     given = own_text.PARSER.parse_args([*words, "--json"])
     assert command.run(own_text.measure, given) == 0
-    found = json.loads(capfd.readouterr().out)["metrics"]["students"]
+    said = capfd.readouterr()
+    found = json.loads(said.out)["metrics"]["students"]
+    # each was told of as soon as it was measured
+    for name, numbers in found.items():
+        assert f"{name}: {json.dumps(numbers)}" in said.err
     assert found["same"]["reverse_kl"] == 0 and found["same"] == found["teacher"]
     assert found["other"]["reverse_kl"] > 0.01 and found["other"]["agreement"] < 1
     for each in found.values():
