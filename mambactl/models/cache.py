@@ -356,10 +356,8 @@ class HybridCache(Cache):
         """A cache of `rows` rows or times the only one; views, which are not to be written to."""
         other = copy(self)
         other.layers = [copy(layer) for layer in self.layers]
-        same = rows == len(self.lengths)
         for layer in other.layers:
-            # parts of a layer are copied too
-            layer.replace_tensors(lambda t: t if same else t.expand(rows, *t.shape[1:]))
+            layer.replace_tensors(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
         other.lengths, other.base = (t.expand(rows) for t in (self.lengths, self.base))
         return other
 

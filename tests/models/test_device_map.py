@@ -130,7 +130,7 @@ def test_drawn_tokens_are_those_of_one_device(split, make_hybrid) -> None:
 
 
 def test_one_graph_does_not_hold_several_devices(split, make_hybrid, monkeypatch, capsys) -> None:
-    """Where GPU kernels run, the reference engine decodes, and one line says why."""
+    """The reference engine decodes where GPU kernels run, and one line says why."""
     backend._say_once.cache_clear()
     model = split(make_hybrid(FORMS["mamba2"]))
     monkeypatch.setattr(backend, "why_not", lambda device: None)
