@@ -9,7 +9,7 @@ from mambactl.kernels.decode.reference.slots import positions_held, slot_of
 
 
 class HeldSlots(NamedTuple):
-    """Slots of another ring that hold the positions of a ring's slots, and the slots that are empty."""
+    """Slots of another ring that hold the positions of a ring's slots, and which are empty."""
 
     source: Tensor  # [B, 1, S, 1]
     empty: Tensor  # [B, 1, S, 1]
