@@ -206,6 +206,37 @@ def test_a_row_leaves_before_the_next_step(models, monkeypatch, engine) -> None:
     assert texts[2] == alone.generate([second], request.params).tokens[0][-len(texts[2]) :]
 
 
+@pytest.mark.parametrize(
+    "limits, moves",
+    [((6, 6, 6, 6), []), ((9, 6, 9, 6), [(2, 1)]), ((6, 9, 6, 9), [(3, 2), (2, 0)])],
+)
+def test_rows_that_end_together_are_not_moved(models, monkeypatch, limits, moves) -> None:
+    """Rows that go on take the places of those that end."""
+    target = models[0]
+    batch = FusedEngine(target, None, 0, ReferenceOps()).open(len(limits), LIMIT, ())
+    moved, move = [], batch.session.move
+
+    def note(source: int, place: int) -> None:
+        moved.append((source, place))
+        move(source, place)
+
+    monkeypatch.setattr(batch.session, "move", note)
+    prompts = prompts_of([9, 4, 7, 12])
+    requests = [RowRequest(SamplingParams(max_new_tokens=limit)) for limit in limits]
+    batch.join_all(list(enumerate(requests)), read_rows(target, None, prompts))
+    texts = {row: [] for row in range(len(limits))}
+    while batch.running == len(limits):
+        for written in batch.step():
+            texts[written.row] += written.tokens
+    assert moved == moves
+    while batch.running:
+        for written in batch.step():
+            texts[written.row] += written.tokens
+    alone = make_engine(target, None, 0)
+    for row, request in enumerate(requests):
+        assert texts[row] == alone.generate([prompts[row]], request.params).tokens[0]
+
+
 def test_how_likely_tokens_are_is_what_the_model_says(models) -> None:
     target = models[0]
     (prompt,) = prompts_of([8])

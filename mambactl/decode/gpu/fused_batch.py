@@ -85,10 +85,7 @@ class FusedBatch:
 
     def leave(self, row: int) -> None:
         """Drop a row before the next step; one that is not under way is ignored."""
-        for each in self.rows:
-            if each.name == row:
-                self._remove(each)
-                return
+        self._remove([each for each in self.rows if each.name == row])
 
     @torch.no_grad()
     def step(self) -> list[Written]:
@@ -119,7 +116,7 @@ class FusedBatch:
     def _read(self, flight: _Flight) -> None:
         while not _arrived(flight):
             time.sleep(POLL_SECONDS)
-        letters = self.session.letters(flight.sent)
+        letters, ended = self.session.letters(flight.sent), list[_Row]()
         for index, (row, letter) in enumerate(zip(flight.rows, letters, strict=False)):
             # tells the columns of a `Letter` apart at once: every token of every row comes by here
             accepted, drafted, emitted, end, *tokens = letter
@@ -133,18 +130,22 @@ class FusedBatch:
             new = tokens[:emitted]
             self.found.append(Written(row.name, new, likely, finish, drafted, accepted))
             if finish is not None:
-                self._remove(row)
+                ended.append(row)
+        self._remove(ended)
 
-    def _remove(self, row: _Row) -> None:
-        """Switch a row off and let the last one take its index."""
-        row.left = True
-        index, last = self.rows.index(row), len(self.rows) - 1
-        self.session.stop(index)
-        if index < last:
-            self.session.move(last, index)
-            self.session.stop(last)
-            self.rows[index] = self.rows[last]
-        self.rows.pop()
+    def _remove(self, rows: Sequence[_Row]) -> None:
+        """Switch rows off and let the last others take their indices."""
+        for row in rows:
+            row.left = True
+        # from the last on, so that no row moves that leaves too: a move copies all of its state
+        for index in sorted(map(self.rows.index, rows), reverse=True):
+            last = len(self.rows) - 1
+            self.session.stop(index)
+            if index < last:
+                self.session.move(last, index)
+                self.session.stop(last)
+                self.rows[index] = self.rows[last]
+            self.rows.pop()
 
 
 def _arrived(flight: _Flight) -> bool:
