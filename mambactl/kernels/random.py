@@ -6,6 +6,7 @@ splitmix64 finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom numbe
 other rows of its batch nor on how the work is cut into steps on their behalf.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -36,13 +37,13 @@ def uniform(seed: int, keys: Tensor, positions: Tensor, stream: int) -> Tensor:
     return _shift(mixed, 64 - UNIFORM_BITS).double() * 2.0**-UNIFORM_BITS
 
 
-def key_under(base: int, seed: int, key: int) -> int:
-    """The key that gives under the seed `base` the numbers of `key` under `seed`.
+def keys_under(base: int, seeds: Sequence[int], keys: Sequence[int]) -> list[int]:
+    """The keys that give under the seed `base` the numbers of `keys` under their `seeds`.
 
     Rows with seeds of their own can so be drawn from together.
     """
-    of_seed, of_base = (int(_mix(torch.tensor(as_int64(each + GOLDEN)))) for each in (seed, base))
-    return as_int64(key + of_seed - of_base)
+    of_base, *of_seeds = _mix(torch.tensor([as_int64(s + GOLDEN) for s in (base, *seeds)])).tolist()
+    return [as_int64(key + own - of_base) for key, own in zip(keys, of_seeds, strict=True)]
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambactl.decode.sampler import draw, filtered_probs, uniform
 from mambactl.kernels.decode.reference import verdict as reference
-from mambactl.kernels.random import Stream, key_under
+from mambactl.kernels.random import Stream, keys_under
 
 pytestmark = pytest.mark.one_in(3)
 
@@ -218,7 +218,8 @@ def test_every_sequence_has_its_own_settings(device) -> None:
 
 def test_a_key_stands_for_another_seed() -> None:
     positions = torch.arange(50)
-    for seed, key in ((0, 0), (2**63 + 5, 3), (-7, 2**40)):
+    seeds, keys = (0, 2**63 + 5, -7), (0, 3, 2**40)
+    for seed, key, other in zip(seeds, keys, keys_under(9, seeds, keys), strict=True):
         expected = uniform(seed, torch.full_like(positions, key), positions, Stream.EMIT)
-        moved = torch.full_like(positions, key_under(9, seed, key))
+        moved = torch.full_like(positions, other)
         assert uniform(9, moved, positions, Stream.EMIT).tolist() == expected.tolist()

@@ -22,7 +22,7 @@ from mambactl.decode.prompt_reading import ReadRows
 from mambactl.decode.sampler import SamplingParams
 from mambactl.kernels.decode.operations import DecodeOps
 from mambactl.kernels.decode.reference.verdict import Field
-from mambactl.kernels.random import key_under
+from mambactl.kernels.random import keys_under
 from mambactl.models.cache import HybridCache
 from mambactl.models.session_size import SessionSize
 from mambactl.present import present
@@ -161,7 +161,7 @@ class OpenSession:
             MOST_LIKELY if own.greedy else (own.temperature, float(own.top_k), own.top_p)
             for own in params
         ]
-        keys = [key_under(0, request.params.seed, request.key) for request in requests]
+        keys = keys_under(0, [own.seed for own in params], [request.key for request in requests])
         self._write(b.progress[:, rows].T, columns, torch.int32)
         self._write(b.history[rows, : history.shape[1]], history, torch.int32)
         self._write(b.feed[rows, 1], [prompt[-1] for prompt in read.prompts], torch.int32)
