@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,6 +123,7 @@ def newest(hidden: Tensor, n_new: Tensor | None, last: Tensor | None = None) -> 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device | str, least: int = 0) -> Tensor:
     """Pad token lists with zeros on the right, [B, longest or `least`]."""
-    width = max([least, *map(len, rows)])
-    padded = [[*row, *[0] * (width - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width)
+    padded = np.zeros((len(rows), max([least, *map(len, rows)])), np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return torch.from_numpy(padded).to(device)
