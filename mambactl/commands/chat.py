@@ -21,8 +21,8 @@ STDERR = 2
 def run(config: ChatConfig, source: str) -> StageResult:
     """Answer what is typed, or every line of stdin, until it ends.
 
-    Without a terminal a line that cannot be answered ends it: UsageError. A wrong command does not:
-    the lines behind it are answered first.
+    Without a terminal a line that cannot be answered or obeyed ends it, with its number in the
+    error. A wrong command does not: the lines behind it are answered first.
     """
     descriptor = console.text_descriptor()
     # what is missing for it shows before a model is loaded
@@ -79,8 +79,10 @@ def _answer_lines(chat: Chat, descriptor: int | None) -> None:
                 console.log(listed(), level=0)
             wrong.append(number)
             continue
-        except UsageError as error:
-            raise UsageError(f"line {number} of stdin: {error}", error.hint) from None
+        except MambactlError as error:
+            # what follows is meant for what a /load that failed would have brought
+            error.args = (f"line {number} of stdin: {error}",)
+            raise
         if answer is None:
             console.log(said or "")
         elif descriptor is not None:

@@ -11,7 +11,7 @@ from mambactl.options.fields import nearest
 
 # the file where none is named
 DEFAULT = "chat.safetensors"
-_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*\S))?\s*", re.DOTALL)
+_COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*\S))?\s*", re.DOTALL)
 
 
 class WrongCommand(UsageError):
@@ -87,7 +87,7 @@ def obeyed(chat: Chat, line: str) -> str | None:
     row = SLASH_COMMANDS.get(name)
     if row is None:
         raise WrongCommand(
-            f"there is no /{name}", nearest(f"/{name}", map("/{}".format, SLASH_COMMANDS))
+            f"there is no /{name}", nearest(f"/{name.lower()}", map("/{}".format, SLASH_COMMANDS))
         )
     if argument is not None and not row.argument:
         raise WrongCommand(

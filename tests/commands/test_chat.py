@@ -51,7 +51,7 @@ def test_a_wrong_command_does_not_end_it(cli, student) -> None:
 def test_what_cannot_be_answered_ends_it(cli, student) -> None:
     assert cli("chat", student, *SHORT, stdin="\n").code == 2
     done = cli("chat", student, *SHORT, stdin="red door\n/load nosuch.st\nred door\n")
-    assert done.code == 3 and "nosuch.st is no file" in done.err
+    assert done.code == 3 and "line 2 of stdin: nosuch.st is no file" in done.err
     assert len(done.out.splitlines()) == 1
     done = cli("chat", student, *SHORT, stdin="/save\nred door\n")
     assert (done.code, done.out) == (2, "") and "line 1 of stdin: nothing was said" in done.err

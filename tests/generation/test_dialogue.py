@@ -132,5 +132,8 @@ def test_slash_commands(student) -> None:
         with pytest.raises(UsageError, match="no /stat") as error:
             obeyed(chat, "/stat")
         assert error.value.hint == "did you mean /stats?"
+        with pytest.raises(UsageError, match="no /RESET") as error:
+            obeyed(chat, "/RESET")
+        assert error.value.hint == "did you mean /reset?"
         with pytest.raises(UsageError, match="no argument"):
             obeyed(chat, "/reset all")
