@@ -22,7 +22,7 @@ NO_INPUTS = {
     *("dtype", "device", "mixer", "init", "select", "stages", "schedule", "divergence", "log_to"),
     *("reference", "loss_type", "f_divergence", "prompt", "shard", "format", "generator", "k"),
     *("compile", "by", "form", "keep_heads", "to", "layout", "prefix_cache"),
-    *("weights", "onpolicy_divergence", "kind", "text"),
+    *("weights", "onpolicy_divergence", "kind", "text", "device_map"),
 }
 
 

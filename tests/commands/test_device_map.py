@@ -106,7 +106,7 @@ def samples(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("by", ["head", "layer"])
+@pytest.mark.parametrize("by", ["head", pytest.param("layer", marks=pytest.mark.slow)])
 def test_what_keeps_attention(mapped, random_texts, tiny_llama_dir, tmp_path, by) -> None:
     given = {
         "by": by, "select": "kl", "calibrate": [str(random_texts)], "calibrate_tokens": 512,
