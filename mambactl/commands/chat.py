@@ -80,7 +80,7 @@ def _answer_lines(chat: Chat, descriptor: int | None) -> None:
             wrong.append(number)
             continue
         except MambactlError as error:
-            # what follows is meant for what a /load that failed would have brought
+            # lines behind a /load that failed would go on with another conversation
             error.args = (f"line {number} of stdin: {error}",)
             raise
         if answer is None:

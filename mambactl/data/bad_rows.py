@@ -71,7 +71,7 @@ class BadRows:
         """Raise UsageError where `option` names data of bad rows alone, `left` is 0."""
         if self.found and not left:
             cure = self.found[0].cure
-            raise UsageError(f"{option} has no other rows: {self._named()}", cure)
+            raise UsageError(f"no row of {option} can be measured: {self._named()}", cure)
 
     def _named(self) -> str:
         """The first row and its problem, behind the number of rows where there are more."""

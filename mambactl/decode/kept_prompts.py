@@ -14,7 +14,7 @@ from mambactl.decode.shared_prefix import LEAST_SHARED, common
 
 
 @dataclass
-class Point:
+class KeptPoint:
     """A prompt that is kept, as a row of those that were read with it until it is used."""
 
     tokens: list[int]
@@ -37,7 +37,7 @@ class KeptPrompts:
     def __init__(self, most: int):
         self.most, self.nbytes = most, 0
         # the one used last at the end
-        self.points: list[Point] = []
+        self.points: list[KeptPoint] = []
 
     def longest(self, prompt: Sequence[int]) -> ReadPrompt | None:
         """The point with the most tokens that the prompt begins with, all of them perhaps."""
@@ -73,17 +73,17 @@ class KeptPrompts:
             if any(each.tokens == prompt for each in self.points):
                 continue
             if together:
-                self.points.append(Point(prompt, read, size, row))
+                self.points.append(KeptPoint(prompt, read, size, row))
             else:
                 self._keep_alone(read.prompt(row))
         self._bound()
 
     def _keep_alone(self, prompt: ReadPrompt) -> None:
         if (size := prompt.nbytes()) <= self.most:
-            self.points.append(Point(prompt.tokens, prompt, size))
+            self.points.append(KeptPoint(prompt.tokens, prompt, size))
             self._bound()
 
-    def _use(self, point: Point) -> ReadPrompt | None:
+    def _use(self, point: KeptPoint) -> ReadPrompt | None:
         """The prompt of a point, which is the one used last; None without memory for it."""
         self.points = [each for each in self.points if each is not point]
         try:

@@ -92,11 +92,11 @@ class HybridBlock(GradientCheckpointingLayer):
         self, hidden: Tensor, context: StepContext, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.own_device is None:
-            return self._steps(hidden, context, cache)
-        hidden, entering, mixed = self._steps(*self.own_device.entered(hidden, context), cache)
+            return self._step_here(hidden, context, cache)
+        hidden, entering, mixed = self._step_here(*self.own_device.entered(hidden, context), cache)
         return hidden if self.back is None else hidden.to(self.back), entering, mixed
 
-    def _steps(
+    def _step_here(
         self, hidden: Tensor, context: StepContext, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         layer_cache = None if cache is None else cache.layers[self.index]

@@ -95,7 +95,7 @@ def test_prompts_without_answers_are_no_text(target, random_texts, tmp_path) -> 
     asked.write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
     for given, problem in (
         ({"data": [str(asked)]}, f"^{asked}, row 1: has the columns `prompt`"),
-        ({"eval_data": [str(asked)]}, f"^--eval-data has no other rows: {asked}, row 1"),
+        ({"eval_data": [str(asked)]}, f"^no row of --eval-data can be measured: {asked}, row 1"),
     ):
         with pytest.raises(UsageError, match=problem) as found:
             config = settings(random_texts, text="data").model_copy(update=given)
