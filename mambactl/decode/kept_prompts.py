@@ -67,6 +67,7 @@ class KeptPrompts:
 
         Rows that were read together stay together: to part them is thousands of small copies.
         """
+        read = read.own()
         size = read.nbytes()
         together = len(read.prompts) > 1 and size <= self.most
         for row, prompt in enumerate(read.prompts):

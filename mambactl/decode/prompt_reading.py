@@ -38,7 +38,8 @@ class ReadPrompt:
 class ReadRows:
     """Prompts that were read together, a row each; otherwise as `ReadPrompt`.
 
-    A draft has yet to read the last `unread` tokens of each.
+    A draft has yet to read the last `unread` tokens of each. Caches with a `loan` may have more
+    rows, and hold these until the next prompts are read.
     """
 
     prompts: list[list[int]]
@@ -56,11 +57,18 @@ class ReadRows:
         """Bytes that all rows take."""
         return _nbytes(self.target, self.draft)
 
+    def own(self) -> "ReadRows":
+        """The same rows in memory of their own."""
+        if all(cache is None or cache.loan is None for cache in (self.target, self.draft)):
+            return self
+        return self._picked(range(len(self.prompts)))
+
     def select(self, rows: Sequence[int]) -> "ReadRows":
         """Some of the rows (repeats allowed); these stay as they are."""
-        if list(rows) == list(range(len(self.prompts))):
-            return self
-        index = torch.tensor(rows, dtype=torch.long, device=self.hidden.device)
+        return self if list(rows) == list(range(len(self.prompts))) else self._picked(rows)
+
+    def _picked(self, rows: Sequence[int]) -> "ReadRows":
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.hidden.device)
         draft = self.draft and self.draft.select(index)
         prompts = [self.prompts[row] for row in rows]
         return replace(
@@ -82,7 +90,7 @@ class ReadRows:
         if cache is None:
             return None
         own = cache
-        if len(self.prompts) > 1:
+        if len(self.prompts) > 1 or cache.loan is not None:
             own = cache.select(torch.tensor([row], device=self.hidden.device))
         own.seen = length
         for layer in own.layers:
@@ -100,7 +108,10 @@ class ReadsWhole(Protocol):
         ...
 
     def read(self, prompts: Sequence[Sequence[int]], length: int) -> tuple[HybridCache, Tensor]:
-        """Cache of the prompts, and the stream [B, D] behind their last tokens."""
+        """Cache of the prompts, lent or their own, and the stream [B, D] behind their last tokens.
+
+        One with a `loan` may have more rows.
+        """
         ...
 
 

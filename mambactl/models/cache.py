@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from mambactl.kernels.reference import Records, Step, latest_inputs, multi_step, recur, run
 from mambactl.models.key_ring import KeyRing, with_slots
+from mambactl.models.loan import Loan
 from mambactl.models.mixers.settings import WindowSettings
 from mambactl.present import present
 
@@ -277,11 +278,12 @@ class HybridCache(Cache):
     `recording=True` keeps what a rollback needs. `lengths` [B] counts tokens per row. Of the first
     tokens that come, the prompt, the newest `revocable` can be taken back. A caller whose rows
     stand level, those that have new tokens at least, says so by `level`: nothing asks the device
-    for lengths then, and attention needs no mask.
+    for lengths then, and attention needs no mask. A cache with a `loan` lies in a graph's memory.
     """
 
     revocable = 0
     level = False
+    loan: Loan | None = None
     layers: list[LayerCache]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
@@ -342,8 +344,8 @@ class HybridCache(Cache):
         for layer in self.layers:
             # layers may lie on several devices
             layer.replace_tensors(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
-        rows = rows.to(self.lengths.device)
-        self.lengths, self.base = self.lengths[rows], self.base[rows]
+        self.lengths, self.base = (at[rows.to(at.device)] for at in (self.lengths, self.base))
+        self.loan = None
 
     def select(self, rows: Tensor) -> "HybridCache":
         """A cache of the given rows [B'] (repeats allowed); this one stays as it is."""
@@ -363,8 +365,7 @@ class HybridCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes held in all layers."""
-        held = [tensor for layer in self.layers for tensor in layer.tensors()]
-        distinct = {id(tensor): tensor for tensor in held}.values()
+        distinct = {id(held): held for layer in self.layers for held in layer.tensors()}.values()
         return sum(tensor.numel() * tensor.element_size() for tensor in distinct)
 
     # what transformers asks of a cache
@@ -377,8 +378,7 @@ class HybridCache(Cache):
         """Always -1: the length has no upper limit."""
         return -1
 
-    # the name that earlier versions ask for
-    get_max_cache_shape = get_max_length
+    get_max_cache_shape = get_max_length  # earlier versions' name
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Columns that a mask covers when `query_length` are added, and the first of them."""

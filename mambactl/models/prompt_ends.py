@@ -16,17 +16,27 @@ class HeldSlots(NamedTuple):
 
 
 class PromptEnds:
-    """Ends of prompts of `lengths` [B] tokens.
+    """Ends of prompts of `lengths` [B] tokens, and the rows of a state that they go `into` [B].
+
+    Without `into` these are the first rows.
 
     Layers ask the same: what one asked for is kept for the others, as finding it launches dozens of
     small operations. Asks the device for nothing.
     """
 
-    def __init__(self, lengths: Tensor):
-        self.lengths = lengths
-        self.rows = torch.arange(len(lengths), device=lengths.device)[:, None]  # [B, 1]
+    def __init__(self, lengths: Tensor, into: Tensor | None = None):
+        self.lengths, self.into = lengths, into
+        rows = torch.arange(len(lengths), device=lengths.device) if into is None else into
+        self.rows = rows[:, None]  # [B, 1]
         self._newest: dict[tuple[int, int], Tensor] = {}
         self._held: dict[tuple[int, int, int, int], HeldSlots] = {}
+
+    def write(self, state: Tensor, values: Tensor) -> None:
+        """Put `values` [B, ...] into the prompts' rows of a tensor of a state."""
+        if self.into is None:
+            state[: len(values)] = values
+        else:
+            state.index_copy_(0, self.into, values.to(state.dtype))
 
     def newest(self, count: int, slots: int) -> Tensor:
         """Slots [B, count] of the last `count` tokens in a ring of `slots`."""

@@ -81,7 +81,7 @@ def test_graphs_change_no_bit_and_keep_earlier_results(model) -> None:
     model = model.to("cuda")
     whole = whole_of(model)
     first = prompts_of(LENGTHS, seed=3)
-    results = [read(model, None, first, whole) for _ in range(3)]
+    results = [read(model, None, first, whole).own() for _ in range(3)]
     assert list(whole[0].graphs.graphs) == [(ROWS, 48)]
     before = results[2].hidden.clone()
     other = read(model, None, prompts_of([40, 3], seed=4), whole)
@@ -92,6 +92,39 @@ def test_graphs_change_no_bit_and_keep_earlier_results(model) -> None:
     assert texts[0] == texts[1] == texts[2] == written(model, None, read(model, None, first))
     for found in results:
         assert torch.equal(found.hidden, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+@pytest.mark.parametrize("drafted", [False, True])
+def test_rows_that_graphs_lend_are_written_by_a_graph(model, drafted) -> None:
+    model = model.to("cuda")
+    draft = noisy(model, 0.02) if drafted else None
+    models = [model] if draft is None else [model, draft]
+    whole = whole_of(*models)
+    batch = open_batch(model, draft, 2 if drafted else 0, ROWS + 2, 96, [])
+    texts: dict[int, list[int]] = {}
+    found: dict[int, list[int]] = {}
+    for turn in range(4):
+        prompts = prompts_of(LENGTHS, seed=turn)
+        lent = read(model, draft, prompts, whole)
+        assert (lent.target.loan is None) == (turn == 0)
+        for index, text in enumerate(written(model, draft, read(model, draft, prompts))):
+            texts[10 * turn + index] = text
+        request = RowRequest(SamplingParams(max_new_tokens=NEW), 0)
+        names = [10 * turn + index for index in range(len(prompts))]
+        if turn == 2:
+            # the fourth row, which is padding, has no room behind these
+            more = read(model, draft, prompts_of(LENGTHS, seed=9))
+            for name, row in ((100, 0), (101, 1), (102, 2)):
+                batch.join_all([(name, request)], more.select([row]))
+        batch.join_all([(name, request) for name in names], lent)
+        while batch.running:
+            for step in batch.step():
+                found.setdefault(step.row, []).extend(step.tokens)
+    assert {name: found[name] for name in texts} == texts
+    assert len(batch.session.target.writer._writes) == 1
 
 
 @pytest.mark.gpu

@@ -13,7 +13,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mambactl.decode.gpu.capture import overwrite
 from mambactl.decode.gpu.head_pass import HeadPass, PackedHead
+from mambactl.decode.gpu.row_writer import RowWriter
 from mambactl.decode.gpu.state import ModelState, PackedModel, make_state
 from mambactl.decode.gpu.step import DEPTH, Batch, Guide, Pass, Step
 from mambactl.decode.open_batch import LikelyTable, RowRequest
@@ -50,6 +52,7 @@ class _Model:
         whole = size.state_size(weights.stores_every_step)
         fewer = [] if ops.on_host else _counts(size.batch)
         self.state = make_state(weights, ops, whole, longest, fewer)
+        self.writer = RowWriter(self.state, weights)
 
     def first(self, rows: int) -> ModelState:
         """State of the first `rows` rows, in the same memory."""
@@ -62,13 +65,14 @@ class _Model:
         size = SessionSize(rows, self.size.capacity, self.size.k)
         return 0 if self.ops.on_host else size.ring_limit(self.weights.stores_every_step)
 
-    def put(self, first: int, cache: HybridCache) -> None:
-        """Copy the rows of a cache, which stays as it is, into the state from row `first` on."""
-        count = len(cache.lengths)
-        own = cache.copies(count)
-        state = self.state.rows(slice(first, first + count), 1)
-        state.lend(own, self.weights)
-        state.load(own, self.weights)
+    def put(self, first: int, count: int, cache: HybridCache) -> None:
+        """Copy the first `count` rows of a cache, which stays as it is, to those from `first` on.
+
+        A cache with more rows writes to free ones behind them too.
+        """
+        if first + len(cache.lengths) > self.size.batch:
+            cache = cache.select(torch.arange(count, device=cache.lengths.device))
+        self.writer.write(cache, first)
 
     def move(self, source: int, target: int) -> None:
         """Copy the state of row `source` to row `target`."""
@@ -149,10 +153,11 @@ class OpenSession:
 
     def put(self, first: int, read: ReadRows, requests: Sequence[RowRequest]) -> None:
         """Write rows that have read their prompts, from `first` on; `begin` makes them active."""
-        self.target.put(first, read.target)
+        count = len(requests)
+        self.target.put(first, count, read.target)
         if self.drafter is not None:
-            self.drafter.put(first, present(read.draft))
-        b, rows = self.batch, slice(first, first + len(requests))
+            self.drafter.put(first, count, present(read.draft))
+        b, rows = self.batch, slice(first, first + count)
         params = [request.params for request in requests]
         lengths = map(len, read.prompts)
         columns = [self._progress(n, own) for n, own in zip(lengths, params, strict=True)]
@@ -272,9 +277,7 @@ class OpenSession:
         return LikelyTable.of(logits, tokens).on_host()
 
     def _write(self, tensor: Tensor, values: Sequence[object] | Tensor, dtype: torch.dtype) -> None:
-        host = torch.as_tensor(values, dtype=dtype)
-        # memory that is not pinned would be waited for, with all steps under way
-        tensor.copy_(host if self.on_host else host.pin_memory(), non_blocking=True)
+        overwrite(tensor, torch.as_tensor(values, dtype=dtype))
 
 
 def _counts(most: int) -> list[int]:

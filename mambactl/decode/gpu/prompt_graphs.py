@@ -1,15 +1,18 @@
 """Reading of whole prompts as CUDA graphs, of which there is one for each padded shape."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from mambactl.decode.gpu.capture import captured, overwrite, sent
 from mambactl.decode.prefill import CHUNK_TOKENS, CHUNK_WIDTH, newest, pad
 from mambactl.models.cache import HybridCache
 from mambactl.models.hybrid import HybridModel
+from mambactl.models.loan import Loan
 
 # lengths that graphs are made for; a shorter prompt is padded, below twice its tokens
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
@@ -37,7 +40,7 @@ def graph_length(longest: int, batch: int, capacity: int, most: int = GRAPH_TOKE
     return next((n for n in LENGTHS if longest <= n <= each), None)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Graph(Generic[Result]):
     """A captured reading of rows padded to one length, and what it writes."""
 
@@ -45,13 +48,21 @@ class _Graph(Generic[Result]):
     tokens: Tensor  # [B, L]
     n_new: Tensor  # [B]
     result: Result
+    runs: int = 0
+
+    def run(self, tokens: Tensor, n_new: Tensor) -> Loan:
+        overwrite(self.tokens, tokens)
+        overwrite(self.n_new, n_new)
+        self.graph.replay()
+        self.runs += 1
+        return Loan(self, self.runs)
 
 
 class PromptGraphs(Generic[Result]):
     """Readings of prompts, each captured when its shape comes for the second time.
 
     `read` takes padded tokens [B, L] and how many of each row are new [B]. What a graph returns is
-    overwritten when it runs again.
+    lent: it is overwritten when the graph runs again.
     """
 
     def __init__(
@@ -62,47 +73,33 @@ class PromptGraphs(Generic[Result]):
         most: int | None = None,
     ):
         """Keep `most` graphs, those that were used last; None keeps all."""
-        self._read, self.device, self.most = read, device, most
-        self._pools = () if pool is None else (pool,)
+        self._read, self.device, self.most, self._pool = read, device, most, pool
         self.graphs: dict[tuple[int, int], _Graph[Result]] = {}
         self.met: set[tuple[int, int]] = set()
 
-    def read(self, rows: Sequence[Sequence[int]], length: int) -> Result:
-        """Read rows of tokens, which may be empty, padded to `length`."""
+    def read(self, rows: Sequence[Sequence[int]], length: int) -> tuple[Result, Loan | None]:
+        """Read rows of tokens, which may be empty, padded to `length`.
+
+        Returns the loan of the result; None where the memory is the result's own.
+        """
         shape = len(rows), length
         tokens, n_new = pad(rows, "cpu", least=length), torch.tensor([len(row) for row in rows])
         if shape not in self.met:
             self.met.add(shape)
             # padded too, so that a graph changes no bit
-            return self._read(tokens.to(self.device), n_new.to(self.device))
+            return self._read(sent(tokens, self.device), sent(n_new, self.device)), None
         graph = self.graphs.pop(shape, None) or self._capture(*shape)
         # the one used last is the last one
         self.graphs[shape] = graph
         if self.most is not None and len(self.graphs) > self.most:
             self.graphs.pop(next(iter(self.graphs)))
-        graph.tokens.copy_(tokens)
-        graph.n_new.copy_(n_new)
-        graph.graph.replay()
-        return graph.result
+        return graph.result, graph.run(tokens, n_new)
 
     def _capture(self, rows: int, length: int) -> _Graph[Result]:
         tokens = torch.zeros(rows, length, dtype=torch.long, device=self.device)
         n_new = torch.zeros(rows, dtype=torch.long, device=self.device)
-        # a thread's first product makes a handle, which a capture does not allow
-        torch.cuda.current_blas_handle()
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
-        here = torch.cuda.current_stream(self.device)
-        aside.wait_stream(here)
-        # `torch.cuda.graph` collects garbage and waits for the device first: answers under way
-        # would stop for longer than the prompt takes
-        with torch.cuda.stream(aside):
-            graph.capture_begin(*self._pools, capture_error_mode="thread_local")
-            try:
-                # what is launched was compiled when the shape came for the first time
-                result = self._read(tokens, n_new)
-            finally:
-                graph.capture_end()
-        here.wait_stream(aside)
+        # what is launched was compiled when the shape came for the first time
+        graph, result = captured(lambda: self._read(tokens, n_new), self.device, self._pool)
         return _Graph(graph, tokens, n_new, result)
 
 
@@ -133,13 +130,18 @@ class WholePrompts:
     def read(self, prompts: Sequence[Sequence[int]], length: int) -> tuple[HybridCache, Tensor]:
         """Read prompts, which may be empty, padded to `length`.
 
-        Returns their cache, and the stream [B, D] behind each last token, 0 for empty prompts.
+        Returns their cache, which the next prompts may overwrite if it has a `loan` and which may
+        have more rows then, and the stream [B, D] behind each last token, 0 for empty prompts.
         """
-        idle = self._rows(prompts) - len(prompts)
-        cache, last = self.graphs.read([*prompts, *[[]] * idle], length)
-        # out of the way of the next reading
-        index = torch.arange(len(prompts), device=last.device)
-        return cache.select(index), last[: len(prompts)].clone()
+        count = len(prompts)
+        idle = self._rows(prompts) - count
+        (cache, last), loan = self.graphs.read([*prompts, *[[]] * idle], length)
+        if loan is None and idle:
+            cache = cache.select(torch.arange(count, device=last.device))
+        elif loan is not None:
+            cache = copy(cache)
+            cache.loan = loan
+        return cache, last[:count].clone()
 
     def _rows(self, prompts: Sequence[Sequence[int]]) -> int:
         # few numbers of rows, so that graphs come again

@@ -52,7 +52,7 @@ class Reader:
             # shared here alone: where there is a graph, it is faster than two passes
             prefix = None if self.prefixes is None else self.prefixes.of(prompts)
             return self._in_pieces(rows, prefix)
-        return self.graphs.read(rows, length)
+        return self.graphs.read(rows, length)[0]
 
     def _in_pieces(self, rows: Sequence[Sequence[int]], prefix: HybridCache | None) -> Tensor:
         cache = self._cache(prefix)

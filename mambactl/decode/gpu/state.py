@@ -158,9 +158,12 @@ class ModelState:
         for state, held, layer in zip(self.layers, cache.layers, weights.layers, strict=True):
             layer.mixer.lend(state, held)
 
-    def load(self, cache: HybridCache, weights: PackedModel) -> None:
-        """Take over the rest of what reading the prompts left."""
-        ends = PromptEnds(cache.lengths)
+    def load(self, cache: HybridCache, weights: PackedModel, rows: Tensor | None = None) -> None:
+        """Take over the rest of what reading the prompts left.
+
+        Into the first rows, or everything, from a cache that nothing was lent to, into `rows` [B].
+        """
+        ends = PromptEnds(cache.lengths, rows)
         for state, held, layer in zip(self.layers, cache.layers, weights.layers, strict=True):
             layer.mixer.load(state, held, ends)
 

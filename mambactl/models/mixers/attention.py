@@ -239,18 +239,26 @@ class PackedAttention:
         cache.keys, cache.values = state.keys, state.values
 
     def load(self, state: AttentionState, cache: AttentionCache, ends: PromptEnds) -> None:
-        """Do nothing, as all was lent; RuntimeError where the cache outgrew the state."""
-        if cache.keys is not state.keys:
+        """Copy keys and values, unless they were lent.
+
+        RuntimeError where a cache that was lent to outgrew the state.
+        """
+        if cache.keys is state.keys:
+            return
+        if ends.into is None:
             raise RuntimeError("the keys of a prompt do not fit the session that reads it")
+        for ours, theirs in ((state.keys, cache.keys), (state.values, cache.values)):
+            held = present(theirs)
+            slots = min(held.shape[2], ours.shape[2])
+            ends.write(ours[:, :, :slots], held[:, :, :slots])
 
     def load_ring(self, state: AttentionState, cache: WindowedCache, ends: PromptEnds) -> None:
         """Copy the sinks and the last positions of the prompts; rings may differ in size."""
-        slots, rows = state.keys.shape[2], len(ends.rows)
-        found = ends.held(slots, cache.span.sinks, state.ring, cache.room)
+        found = ends.held(state.keys.shape[2], cache.span.sinks, state.ring, cache.room)
         for ours, theirs in ((state.keys, cache.keys), (state.values, cache.values)):
             held = present(theirs)
             taken = held.gather(2, found.source.expand(-1, held.shape[1], -1, held.shape[3]))
-            ours[:rows] = taken.masked_fill_(found.empty, 0)
+            ends.write(ours, taken.masked_fill_(found.empty, 0))
 
     def run(
         self,
