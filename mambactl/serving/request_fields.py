@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -211,8 +211,10 @@ class CompletionBody(SamplingFields):
             return [self.prompt]
         if not self.prompt:
             raise Refused("prompt is empty", param="prompt")
-        tokens = [part for part in self.prompt if isinstance(part, int)]
-        return [tokens] if tokens else [part for part in self.prompt if not isinstance(part, int)]
+        # all are of the first one's kind
+        if isinstance(self.prompt[0], int):
+            return [cast(list[int], self.prompt)]
+        return list(cast(list[str] | list[list[int]], self.prompt))
 
 
 def parsed(kind: type[Body], body: bytes) -> Body:
