@@ -116,9 +116,9 @@ class HybridBlock(GradientCheckpointingLayer):
 
     def mixer_output(self, entering: Tensor, context: StepContext) -> Tensor:
         """The output [B, T, D] of the mixer alone for whole rows of its input, from any device."""
-        if self.own_device is not None:
-            entering, context = self.own_device.entered(entering, context)
-        return self.mixer(entering, context, None)
+        # the row may be that of another model, whose blocks lie elsewhere
+        own = self.own_device or OwnDevice(next(self.mixer.parameters()).device)
+        return self.mixer(*own.entered(entering, context), None)
 
     def entering(self, hidden: Tensor) -> Tensor:
         """The mixer's input [B, T, D] in the stream `hidden`."""

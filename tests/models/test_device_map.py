@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from inspect import unwrap
 
 import numpy as np
@@ -147,8 +148,11 @@ def test_measurements_are_those_of_one_device(split, pair, monkeypatch) -> None:
     wanted = layer_errors(*pair, documents)
     # the tensors of these devices are none of inference mode
     monkeypatch.setattr(fidelity, "predict", torch.no_grad()(unwrap(fidelity.predict)))
-    found = torch.no_grad()(unwrap(layer_errors))(*other, documents)
-    assert found == pytest.approx(wanted, rel=1e-3)
+    errors = torch.no_grad()(unwrap(layer_errors))
+    # also layers of a student on one of the devices beside those of a teacher on both
+    alone = deepcopy(student).to(next(iter(devices_of(other[1]))))
+    for each in (other[0], alone):
+        assert errors(each, other[1], documents) == pytest.approx(wanted, rel=1e-3)
     found, wanted = (fidelity.fidelity(*each, documents, max_length=32) for each in (other, pair))
     assert {name: found[name] for name in fidelity.MEANS} == pytest.approx(
         {name: wanted[name] for name in fidelity.MEANS}, rel=1e-3, abs=1e-6
