@@ -231,7 +231,7 @@ def _call(
     others: Sequence[str] = (),
 ) -> None:
     # the help needs nothing of checkpoints
-    from mambactl.cli import driver, preflight
+    from mambactl.cli import preflight
 
     with console.guarded_stdout(), heartbeat(command.name):
         preflight.require_known(command, config, source)
@@ -250,7 +250,7 @@ def _call(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with console.guarded_stdout(texts=not shared.json), heartbeat(command.name):
-        with preflight.loading(), driver.starting(not shared.dry_run and driver.wanted(config)):
+        with preflight.loading():
             module = import_module(command.module)
         preflight.warn_of_unused_kernels(config)
         call = module.plan if shared.dry_run else module.run

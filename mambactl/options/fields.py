@@ -246,8 +246,6 @@ class StageConfig(CommandConfig):
     later: ClassVar[Mapping[str, object]] = {}
     # its kept results belong on the card of a checkpoint folder
     on_card: ClassVar[bool] = False
-    # it computes on its device as soon as models are loaded, in this process
-    decodes: ClassVar[bool] = False
 
     # the largest that every library's generator takes
     seed: int = Field(

@@ -37,8 +37,6 @@ def require_model_draft(ngram: bool, draft: object) -> None:
 class TokenConfig(StageConfig):
     """Options for the choice of tokens."""
 
-    decodes: ClassVar[bool] = True
-
     max_new_tokens: Tokens = Field(default=128, description="tokens after the prompt")
     ignore_eos: bool = Field(default=False, description="go on behind tokens that end a text")
     temperature: Temperature = Field(default=0.0, description="0 is greedy")
@@ -101,7 +99,6 @@ class ChatConfig(TokenConfig):
 class ServeConfig(StageConfig):
     """Serve the OpenAI API (its key: MAMBACTL_API_KEY)."""
 
-    decodes: ClassVar[bool] = True
     placement_options: ClassVar[frozenset[str]] = StageConfig.placement_options | {"host", "port"}
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen at")
