@@ -164,3 +164,14 @@ def test_only_the_first_imports_pass_without_a_search_for_garbage(monkeypatch) -
         assert gc.get_freeze_count() <= frozen
     finally:
         gc.unfreeze()
+
+
+def test_decoding_loads_no_package_of_training_or_measuring(python) -> None:
+    code = (
+        "import sys, mambactl.commands.generate, mambactl.commands.chat\n"
+        "import mambactl.commands.spec_decode\n"
+        "others = {'datasets', 'pandas', 'pyarrow', 'trl', 'peft', 'lm_eval', 'matplotlib'}\n"
+        "print(*sorted({*others, 'starlette', 'uvicorn'} & set(sys.modules)))"
+    )
+    done = python("-c", code)
+    assert (done.code, done.out.split()) == (0, []), done.err
