@@ -18,7 +18,7 @@ from typing import Any
 from mambactl.checkpoint.card import between
 from mambactl.errors import UsageError
 from mambactl.files import replacing
-from mambactl.metrics import count, exact, hundredths, markdown_row, ratio, tenths
+from mambactl.metrics import count, exact, hundredths, markdown_row, percent, ratio, tenths
 from mambactl.report.bench_table import markdown as bench_markdown
 from mambactl.stage_result import StageResult
 from tests.performance import command, students
@@ -229,6 +229,32 @@ def preferences(path: Path) -> str:
     return _table(("reward accuracy", *(run["name"] for run in runs)), rows)
 
 
+def own_text(path: Path) -> str:
+    """Students trained on text that is given and on their own, measured on both."""
+    found = _read(path)["students"]
+
+    def row(name: str, cell: Callable[[Mapping[str, Any]], str]) -> Row:
+        return name, *(cell(each) for each in found.values())
+
+    def held(name: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda each: _interval(each["held"], name) if "held" in each else ""
+
+    rows = [
+        row("KL(student, teacher) on its own text", lambda each: _interval(each, "reverse_kl")),
+        row("KL, held", held("kl")),
+        row("mean of seven sets", lambda each: tenths(100 * each["tasks"]["mean"]["student"])
+            if "tasks" in each else ""),
+        row("answers that end", lambda each: percent(each["ended"])),
+        row("answers with a 4-gram four times", lambda each: percent(each["repeating"])),
+    ]  # fmt: skip
+    return _table(("", *found), rows)
+
+
+def _interval(each: Mapping[str, Any], name: str) -> str:
+    low, high = (f"{end:.4f}" for end in each[f"{name}_interval"])
+    return f"{each[name]:.4f} [{low} to {high}]"
+
+
 def first_token(path: Path) -> str:
     """Milliseconds to the first token of models of Llama-3-8B's shape by length of the prompt."""
     models: dict[str, dict[int, float]] = {}
@@ -371,6 +397,7 @@ TABLES = {
     "training speed": KeptTable("by-layer.md", (CHAIN,), training_speed),
     "untrained heads": KeptTable("heads.md", (HEADS,), untrained_heads),
     "trained heads": KeptTable("heads.md", (HEADS,), trained_heads),
+    "own text": KeptTable("students.md", ("on-policy-h200.json",), own_text),
     "answers": KeptTable("alignment.md", (ALIGNMENT,), answers),
     "preferences": KeptTable("alignment.md", (ALIGNMENT,), preferences),
     "first token": KeptTable("decoding.md", ("first-token-h200.json",), first_token),
