@@ -185,14 +185,14 @@ def swiglu(scaled: Tensor, squares: Tensor, eps: float, w: Matrix, out: Tensor) 
 
 
 def head_best(
-    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor, best_index: Tensor
+    scaled: Tensor, squares: Tensor, eps: float, w: Tensor, best: Tensor, index: Tensor
 ) -> None:
     """Largest logit and its token of every piece of the vocabulary, [M, pieces]."""
     y = normed(scaled, squares, eps, w, None)  # [M, V]
     best.fill_(float("-inf"))
-    best_index.fill_(2**31 - 1)
+    index.fill_(2**31 - 1)
     best[:, 0], index = y.max(1)
-    best_index[:, 0] = index.int()
+    index[:, 0] = index.int()
 
 
 def head_logits(scaled: Tensor, squares: Tensor, eps: float, w: Tensor, logits: Tensor) -> None:
