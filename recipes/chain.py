@@ -14,7 +14,7 @@ output is one table; `--json` keeps the figures, stage by stage.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stages import Stages, gb, pair, remove
@@ -168,16 +168,28 @@ class Chain(Stages):
         self.stage("export", words, exported, done)
 
 
+def chats() -> list[tuple[str, str]]:
+    """Questions of the text with their answers."""
+    rows = [json.loads(line) for line in TEXT.read_text("utf-8").splitlines()]
+    found = [row["messages"] for row in rows if len(row.get("messages", ())) == 2]
+    return [(chat[0]["content"][:400], chat[1]["content"][:400]) for chat in found]
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Rows as a file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
 def write_pairs(path: Path) -> None:
     """Preferences out of the text: an answer, and one of another question."""
-    rows = [json.loads(line) for line in TEXT.read_text("utf-8").splitlines()]
-    chats = [row["messages"] for row in rows if len(row.get("messages", ())) == 2]
-    answers = [chat[1]["content"][:400] for chat in chats]
-    pairs = [
-        {"prompt": chat[0]["content"][:400], "chosen": answers[i], "rejected": answers[i - 1]}
-        for i, chat in enumerate(chats)
-    ]
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
+    found = chats()
+    write_rows(
+        path,
+        (
+            {"prompt": question, "chosen": answer, "rejected": found[i - 1][1]}
+            for i, (question, answer) in enumerate(found)
+        ),
+    )
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -75,8 +75,12 @@ class Stages:
         return row
 
     def keep(self, row: Row) -> None:
-        """Add a row, and write the figures so far where they are asked for."""
+        """Add a row, and write the figures so far."""
         self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Write the figures so far where they are asked for."""
         if self.asked.json:
             with replacing(Path(self.asked.json)) as new:
                 new.write_text(json.dumps(self.content(), indent=1), "utf-8")

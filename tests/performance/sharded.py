@@ -10,11 +10,13 @@ on the GPUs from a seed, each process holding its share, and nothing is read or 
 process takes `--rows` rows of `--length` random tokens a step. First, losses and weights of a few
 fp32 steps at the shape `--check` are compared with those that one process gets from the rows of
 all (each process for itself); the command fails where they differ. `--together` keeps all weights
-on every GPU (`distill --nproc N`), which is what one GPU is compared with for mixers.
+on every GPU (`distill --nproc N`) in all parts or in those it names, which is what one GPU is
+compared with for mixers.
 
 Prints JSON: per part `tokens_per_second` of all processes, `seconds` per step (of the slowest
-process) and `peak_bytes` (the most of any GPU). Where one process alone runs out of memory, it says
-`out_of_memory` and goes on.
+process) and `peak_bytes` (the most of any GPU), and with `--profile N` the share of communication
+in N more steps (`communication`). Where one process alone runs out of memory, it says
+`out_of_memory` and goes on; of several, all end with that error (exit code 6).
 """
 
 import argparse
@@ -26,12 +28,15 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from mambactl.checkpoint.load import empty_model
+from mambactl.cli.main import _report, explain
 from mambactl.cli.processes import run_processes
 from mambactl.data.pack import Batch
 from mambactl.errors import CheckError
@@ -42,6 +47,7 @@ from mambactl.models.positions import RotaryEmbedding
 from mambactl.models.transformers_names import recompute_activations
 from mambactl.options import DistillConfig
 from mambactl.ranks import (
+    add_up,
     child_environment,
     join,
     largest,
@@ -66,6 +72,7 @@ from mambactl.train.optimization import (
 )
 from mambactl.train.sharding import settle, split
 from mambactl.train.sharing import Casts, share_frozen
+from tests.performance.communication import communication
 
 ROOT = str(Path(__file__).parents[2])
 PARTS = ("align-mixers", "logits-mixers", "logits-whole")
@@ -132,7 +139,7 @@ class Steps:
         else:
             loss, _ = _gradients(self.objective, batches, device, self.place.shares)
             reduced = [] if self.place.shares else self.parameters
-            _add_up([loss, *(p.grad for p in reduced if p.grad is not None)])
+            add_up([loss, *(p.grad for p in reduced if p.grad is not None)])
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()  # pyright: ignore
         self.optimizer.step()
@@ -144,8 +151,6 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     """Check losses, then time every part that is asked for."""
     device, dtype = placement(DistillConfig(device=options.device, dtype=options.dtype))
     join(device)
-    # one process has nothing to share
-    shares = processes() > 1 and not options.together
     found: dict[str, object] = {
         "processes": processes(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -153,16 +158,15 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "rows": options.rows,
         "length": options.length,
         "dtype": str(dtype).removeprefix("torch."),
-        "shared": shares,
         "torch": torch.__version__,
     }
     if options.check:
-        found["check"] = {name: _check(options, name, device, shares) for name in options.parts}
+        found["check"] = {name: _check(options, name, device) for name in options.parts}
         _say(found["check"])
     compiling, parts = compiles(options.compile, device), {}
     for name in [] if options.only_check else options.parts:
         recomputes = options.grad_checkpointing or name.endswith("whole")
-        place = Place(device, dtype, shares, compiling, recomputes)
+        place = Place(device, dtype, _shares(options, name), compiling, recomputes)
         try:
             parts[name] = _timed(options, name, place)
         except torch.OutOfMemoryError as error:
@@ -176,13 +180,16 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     return found | {"parts": parts}
 
 
-def _check(
-    options: argparse.Namespace, name: str, device: torch.device, shares: bool
-) -> dict[str, float]:
+def _shares(options: argparse.Namespace, name: str) -> bool:
+    """True if the processes split the weights of a part; one process has nothing to share."""
+    return processes() > 1 and name not in options.together
+
+
+def _check(options: argparse.Namespace, name: str, device: torch.device) -> dict[str, float]:
     """Relative errors of losses, and of all weights together, after a few steps."""
     vocabulary, length = SHAPES[options.check]().vocab_size, min(options.length, 256)
     every = [random_batch(vocabulary, 2, length, seed) for seed in range(processes())]
-    place = Place(device, torch.float32, shares, compiles=False)
+    place = Place(device, torch.float32, _shares(options, name), compiles=False)
     shared = Steps(options.check, name, place)
     ours = [float(shared.take([every[rank()]])) for _ in range(CHECKED_STEPS)]
     one = Steps(options.check, name, Place(device, torch.float32, False, False), alone=True)
@@ -227,10 +234,15 @@ def _timed(options: argparse.Namespace, name: str, place: Place) -> dict[str, ob
         "peak_bytes": largest(peak_bytes(device)),
         "making_seconds": round(made - started, 2),
         "warmup_seconds": round(began - made, 2),
+        "shared": place.shares,
         "compiled": place.compiles,
         "recomputed": place.recomputes,
         "losses": [round(value, 5) for value in values],
     }
+    if options.profile:
+        found["communication"] = communication(
+            partial(steps.take, [batch]), options.profile, device
+        )
     del steps
     release(device)
     return found
@@ -282,10 +294,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _add_up(tensors: Sequence[torch.Tensor]) -> None:
-    if processes() > 1:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
@@ -296,33 +306,51 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nproc", type=int, default=1, help="processes to start, one per GPU")
     parser.add_argument("--model", default="llama3-8b-hybrid-50", choices=SHAPES)
     parser.add_argument("--check", default="smollm2-135m-hybrid-50", help="'' checks nothing")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("--parts", type=_names, default=list(PARTS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    for name, count in (("rows", 4), ("length", 2048), ("warmup", 2), ("iters", 5)):
+    counts = {"rows": 4, "length": 2048, "warmup": 2, "iters": 5, "profile": 0}
+    for name, count in counts.items():
         parser.add_argument(f"--{name}", type=int, default=count)
-    parser.add_argument("--together", action="store_true", help="all weights on every GPU")
+    which = {"nargs": "?", "type": _names, "const": list(PARTS), "default": []}
+    parser.add_argument(
+        "--together", **which, help="all weights on every GPU, in some parts or all"
+    )
     parser.add_argument("--grad-checkpointing", action="store_true", help="also for mixers")
     parser.add_argument("--only-check", action="store_true", help="time nothing")
     parser.add_argument("--no-compile", dest="compile", action="store_const", const=False)
     parser.set_defaults(compile="auto")
     found = parser.parse_args(arguments)
-    if unknown := set(found.parts) - set(PARTS):
+    if unknown := {*found.parts, *found.together} - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: one of {', '.join(PARTS)}")
     return found
+
+
+def _failed(error: Exception) -> NoReturn:
+    """End this process at once, as one of several may wait for others; all say what it met."""
+    code, message, hint = explain(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        # sizes first; what follows are settings of the allocator
+        message = ". ".join(str(error).split(". ")[:3])
+    code = _report(error, code, message, hint, ["--json"])
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Start the processes, or be one of them; the first prints."""
     options = options_of(arguments)
-    if options.nproc > 1 and not launched():
-        command = [sys.executable, "-m", "tests.performance.sharded", *arguments]
-        # children take no module from the current folder
-        path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
-        environment = child_environment({"PYTHONPATH": path})
-        sys.stdout.write(run_processes(command, environment, options.nproc) + "\n")
-        return
-    found = measure(options)
+    try:
+        if options.nproc > 1 and not launched():
+            command = [sys.executable, "-m", "tests.performance.sharded", *arguments]
+            # children take no module from the current folder
+            path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+            environment = child_environment({"PYTHONPATH": path})
+            sys.stdout.write(run_processes(command, environment, options.nproc) + "\n")
+            return
+        found = measure(options)
+    except Exception as error:
+        _failed(error)
     if rank() == 0:
         sys.stdout.write(json.dumps(found) + "\n")
 

@@ -8,8 +8,8 @@ def test_a_part_is_checked_and_measured() -> None:
     found = measure(
         options_of([*words.split(), "--parts=align-mixers,logits-whole", "--length=32"])
     )
-    assert found["processes"] == 1 and not found["shared"]
+    assert found["processes"] == 1
     assert all(part["loss_error"] < 1e-4 for part in found["check"].values())
     for part in found["parts"].values():
-        assert part["tokens_per_second"] > 0 < part["peak_bytes"]
+        assert part["tokens_per_second"] > 0 < part["peak_bytes"] and not part["shared"]
         assert part["losses"][-1] < part["losses"][0]
