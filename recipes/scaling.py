@@ -34,13 +34,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lost_process import LostProcess
 from scaling_parts import KINDS, PARTS, ROOT, Command
 from stages import Stages, gb, pair, remove
 from watch import Row, gpus, parsed, say
 
 from mambactl.cli.processes import MOST_PER_CORE
-from mambactl.errors import ExitCode
-from mambactl.files import partial_of
+from mambactl.errors import ExitCode, MambactlError
+from mambactl.files import explained, partial_of
 from mambactl.ranks import child_environment
 from mambactl.speed.shape_table import TABLE, HybridShape
 
@@ -51,7 +52,8 @@ IN_USE = 0.02
 SURELY = 1.25
 # seconds that a command takes at least: it imports torch and meets the others
 LEAST = 8.0
-TIMED = re.compile(r"(\w+): ([\d,]+) in ([\d.]+) s$")
+# how `generate` and `eval` say with -v how long their answers took
+TIMED = re.compile(r"(\w+): [\d,]+ in ([\d.]+) s$")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Scaling(Stages):
         self.figures: dict[str, dict] = {}
         self.skipped: dict[str, str] = {}
         self.failed: dict[str, str] = {}
+        self._running: tuple[Command, str]
+        self._heard: dict[str, dict]
 
     def plan(self) -> dict[str, list[Command]]:
         """Commands of every part that can run here in the time; others are in `skipped`."""
@@ -134,8 +138,11 @@ class Scaling(Stages):
 
     def run(self, planned: Mapping[str, Sequence[Command]]) -> None:
         """Run all that was planned."""
-        remove(self.work)
-        self.work.mkdir(parents=True)
+        with explained(self.work, "free some space", "choose another --out"):
+            # of a run that was killed
+            remove(self.work)
+            self.work.mkdir(parents=True)
+            self.write()
         try:
             for name, commands in planned.items():
                 if commands:
@@ -153,26 +160,31 @@ class Scaling(Stages):
             self.skipped[command.name] = reason
             say(f"== {command.name} is left out: {reason}")
             return
-        heard: dict[str, dict] = {"parts": {}, "timed": {}}
-
-        def hear(line: str) -> None:
-            if found := TIMED.match(line):
-                heard["timed"][found[1]] = (int(found[2].replace(",", "")), float(found[3]))
-            # steps of one kind, of a run that may fail at the next
-            heard["parts"].update({k: v for k, v in parsed(line).items() if k in KINDS})
-
+        self._running, self._heard = (command, part), {}
         # what a killed run leaves is resumed
         out = None if command.loses else command.out
-        row = self.command(command.name, self._line(command, part), out, hear, command.loses)
-        if row is None:
-            return
-        row.result = {**{name: found for name, found in heard.items() if found}, **row.result}
+        line = self._line(command, part)
+        self.command(command.name, line, out, self._hear, command.loses)
+
+    def _hear(self, line: str) -> None:
+        """Take from a line of a command what it measured, as it may fail at what follows."""
+        if found := TIMED.match(line):
+            self._heard.setdefault("timed", {})[found[1]] = float(found[2])
+        for kind, figures in parsed(line).items():
+            if kind in KINDS:
+                self._heard.setdefault("parts", {})[kind] = figures
+
+    def keep(self, row: Row) -> None:
+        """Add a row with what was heard of it, and the figures that follow from all rows."""
+        command, part = self._running
+        row.result = {**self._heard, **row.result}
         if command.loses is not None:
-            _expect_loss(row, command)
+            _expect_loss(row, command.loses)
         if row.code:
             self.failed[command.name] = row.note
-        self.figures[part] = self.parts[part].figures({row.stage: row for row in self.rows})
-        self.write()
+        rows = {each.stage: each for each in [*self.rows, row]}
+        self.figures[part] = self.parts[part].figures(rows)
+        super().keep(row)
 
     def _line(self, command: Command, part: str) -> list[str]:
         """The command line as it is run, with the options that were asked for."""
@@ -221,9 +233,9 @@ class Scaling(Stages):
         }
 
 
-def _expect_loss(row: Row, command: Command) -> None:
+def _expect_loss(row: Row, lost: LostProcess) -> None:
     """Take a run that ended with its killed process as one that went well, and any other not."""
-    if row.code == ExitCode.RESOURCE and command.loses and command.loses.found:
+    if row.code == ExitCode.RESOURCE and lost.found:
         row.code = 0
     elif not row.code:
         row.code, row.note = 1, "it ended before a process could be killed"
@@ -296,7 +308,9 @@ def _prepare_children(host: Host) -> None:
     """Let children find the tests of the checkout, on the devices that are free."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ.update(child_environment({"PYTHONPATH": path}))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(host.free)
+    # numbers are those of nvidia-smi
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(host.free)}
+    os.environ.update(order)
     if host.device == "cpu":
         # sums of another number of threads round differently, and results are compared
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -325,8 +339,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         scaling.run(planned)
     except KeyboardInterrupt:
-        say("stopped; what was measured until now is kept")
+        say(f"stopped: {asked.json} has what was measured until now")
         code = 128 + signal.SIGINT
+    except MambactlError as error:
+        say(f"error: {error}\nhint: {error.hint}")
+        return error.code
+    scaling.write()
     sys.stdout.write(json.dumps({"results": asked.json, **scaling.summary()}) + "\n")
     return code or int(bool(scaling.failed))
 

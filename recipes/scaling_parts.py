@@ -135,13 +135,13 @@ def generate(asked: argparse.Namespace, work: Path) -> Part:
     )
 
     def figures(rows: Rows) -> Figures:
-        key = "tokens_per_second"
-        speeds = [_metrics(rows, each).get(key) for each in commands]
+        seconds = [_timed_by(rows, each, "answers") for each in commands]
+        tokens = [_metrics(rows, each).get("tokens") for each in commands]
         contents = [
-            each.out.read_bytes() for each in commands[:2] if each.out and each.name in rows
+            each.out.read_bytes() for each in commands[:2] if each.out and each.out.exists()
         ]
         equal = contents[0] == contents[1] if len(contents) == 2 else None
-        return _shared(asked, rows, commands, speeds, equal) | {key: speeds}
+        return _shared(asked, rows, commands, tokens, seconds, equal) | {"unit": "tokens/s"}
 
     return Part([made, *commands], figures, prepare, _lacks_several(asked))
 
@@ -156,15 +156,15 @@ def evaluate(asked: argparse.Namespace, work: Path) -> Part:
         )
 
     # seconds of the answers alone are a detail
-    each = asked.questions
-    made, commands, prepare = _dealt(asked, work, "eval", "--tasks", ["-v"], each, files)
+    made, commands, prepare = _dealt(asked, work, "eval", "--tasks", [], asked.questions, files)
 
     def figures(rows: Rows) -> Figures:
-        timed = [_result(rows, each).get("timed", {}).get("likelihoods") for each in commands]
-        speeds = [each and each[0] / each[1] for each in timed]
+        # two answers are scored of each question
+        counts = [2 * asked.questions, 2 * asked.questions, 2 * asked.questions * max(asked.gpus)]
+        seconds = [_timed_by(rows, each, "likelihoods") for each in commands]
         scores = [_metrics(rows, each) for each in commands[:2]]
         equal = scores[0] == scores[1] if all(scores) else None
-        return _shared(asked, rows, commands, speeds, equal) | {"likelihoods_per_second": speeds}
+        return _shared(asked, rows, commands, counts, seconds, equal) | {"unit": "likelihoods/s"}
 
     lacks = None if find_spec("lm_eval") else "eval --tasks needs pip install 'mambactl[eval]'"
     return Part([made, *commands], figures, prepare, _lacks_several(asked) or lacks)
@@ -177,8 +177,9 @@ def killed(asked: argparse.Namespace, work: Path) -> Part:
     line = ["convert", str(made.out), "--ratio", "0.5", "--select", "uniform", *device]
     name, follows = f"convert {asked.small}", (made.name,)
     student = Command(name, 1, line, work / name.replace(" ", "-"), follows, prepares=True)
-    words = ["distill", str(student.out), "--data", str(TEXT), "--stages", "logits", *device]
-    words += ["--rest-lr", "0", "--max-steps", str(max(8, 2 * asked.steps)), "--warmup", "1"]
+    words = ["distill", str(student.out), "--data", str(TEXT), "--stages", "align", *device]
+    # what random weights predict says little, what their attention computes is a target
+    words += ["--max-steps", str(max(8, 2 * asked.steps)), "--warmup", "1"]
     words += ["--save-every", "1", "--batch-size", str(asked.rows), "--grad-accum", "1"]
     words += ["--max-length", str(asked.length)]
 
@@ -199,6 +200,7 @@ def killed(asked: argparse.Namespace, work: Path) -> Part:
         curves = [_losses(each.out) for each in (whole, again) if each.name in rows and each.out]
         if len(curves) == 2 and all(curves):
             apart = max(abs(a - b) for a, b in zip(*curves, strict=True))
+            # the first one may be zero: a window shows all of a short row
             relative = apart / max(map(abs, curves[0]))
             found |= {"losses": curves[0], "losses_after_the_kill": curves[1]}
             found |= {"largest_difference": relative, "equal": relative <= SAME_LOSS}
@@ -319,7 +321,8 @@ def _dealt(
     """A model, and work that is dealt out: to one process, to all, and as much to each of all."""
     made, most = _teacher(asked.shape, work), max(asked.gpus)
     few, many = (work / f"{stage}-{size}.jsonl" for size in ("few", "many"))
-    options = [*options, "--batch-size", str(asked.batch), "--device", asked.device]
+    # -v tells the seconds of the answers alone
+    options = [*options, "-v", "--batch-size", str(asked.batch), "--device", asked.device]
     commands = []
     for name, count, data in (
         ("on 1", 1, few),
@@ -369,23 +372,33 @@ def _grown(speeds: Mapping[int, dict]) -> Figures:
     return {"ratio_of": [most, few], "ratio": ratio, "efficiency": ratio * few / most}
 
 
+def _timed_by(rows: Rows, command: Command, what: str) -> float | None:
+    """Seconds of all answers, that of loading left out, as a command tells them."""
+    return _result(rows, command).get("timed", {}).get(what)
+
+
 def _shared(
     asked: argparse.Namespace,
     rows: Rows,
     commands: Sequence[Command],
-    speeds: Sequence[float | None],
+    counts: Sequence[int | None],
+    seconds: Sequence[float | None],
     equal: bool | None,
 ) -> Figures:
     """Rates of all processes over that of one, for as much work for each and for the same."""
+    speeds = [n / s if n and s else None for n, s in zip(counts, seconds, strict=True)]
     one, same, more = speeds
-    seconds = [rows[each.name].seconds if each.name in rows else None for each in commands]
     return {
-        "runs": [each.name for each in commands],
         "gpus": max(asked.gpus),
+        "runs": [each.name for each in commands],
+        "per_second": speeds,
+        "seconds": seconds,
+        "seconds_with_loading": [
+            rows[each.name].seconds if each.name in rows else None for each in commands
+        ],
         "ratio": more / one if one and more else None,
         "ratio_of_the_same_work": same / one if one and same else None,
         "equal": equal,
-        "seconds_with_loading": seconds,
     }
 
 

@@ -1,6 +1,10 @@
 """The script that measures split training runs, on shapes small enough for a CPU."""
 
-from tests.performance.sharded import measure, options_of
+import pytest
+
+from tests.performance.communication import shares
+from tests.performance.sharded import PARTS, options_of
+from tests.performance.sharded_steps import measure
 
 
 def test_a_part_is_checked_and_measured() -> None:
@@ -13,3 +17,27 @@ def test_a_part_is_checked_and_measured() -> None:
     for part in found["parts"].values():
         assert part["tokens_per_second"] > 0 < part["peak_bytes"] and not part["shared"]
         assert part["losses"][-1] < part["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        # a gap, and half of the exchange beside products
+        ([("gemm", 0, 4), ("ncclDevKernel_AllGather", 2, 6), ("gemm", 8, 10)], (0.4, 0.2, 0.2)),
+        # kernels that overlap count once
+        ([("ncclA", 0, 5), ("ncclB", 1, 4), ("gemm", 5, 10)], (0.5, 0.5, 0.0)),
+        ([("gemm", 0, 4), ("relu", 3, 8)], (0.0, 0.0, 0.0)),
+    ],
+)
+def test_shares_of_communication(spans, expected) -> None:
+    found = shares((name, (100.0 + start, 100.0 + end)) for name, start, end in spans)
+    assert tuple(found.values()) == pytest.approx(expected)
+    assert list(found) == ["busy", "alone", "idle"]
+
+
+def test_what_all_processes_keep_is_chosen_by_part() -> None:
+    assert options_of(["--together"]).together == list(PARTS)
+    assert options_of(["--together=logits-mixers"]).together == ["logits-mixers"]
+    assert options_of([]).together == []
+    with pytest.raises(SystemExit):
+        options_of(["--together=logitz"])
