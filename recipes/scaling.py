@@ -1,4 +1,4 @@
-"""How the chain scales over the GPUs of one host: speed, memory, and what a lost process leaves.
+"""Scaling of the chain over the GPUs of one host: speed, memory, and what a lost process leaves.
 
     python recipes/scaling.py --dry-run        what would run on this machine, and what would not
     python recipes/scaling.py                  Llama-3-8B's shape on 1, 2, 4, 8 GPUs: 10 minutes

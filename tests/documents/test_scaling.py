@@ -15,7 +15,12 @@ import pytest
 import torch
 from fixtures.shared_runs import together
 
+from mambactl import console
+from mambactl.commands import eval as evaluate
+from mambactl.commands import generate
+from mambactl.evaluation.probes import EvalConfig
 from mambactl.files import EMBEDDED_FOLDER
+from mambactl.options import GenerateConfig
 from tests.performance.sharded import options_of
 from tests.performance.sharded_steps import measure
 
@@ -246,6 +251,27 @@ def test_a_command_that_takes_too_long_ends_with_all_that_it_started(recipe, tmp
     assert row.code == -signal.SIGKILL and row.note == "stopped after 1 s" and row.seconds < 10
 
 
-def test_the_lines_of_answers_are_those_that_are_read(recipe):
-    match = recipe("scaling").TIMED.match("likelihoods: 1,024 in 12.50 s\n")
-    assert match and match.groups() == ("likelihoods", "12.50")
+def test_seconds_of_answers_are_read_from_what_commands_say(
+    recipe, tiny_llama_dir, tmp_path, capsys
+):
+    parts = recipe("scaling_parts")
+    asked = recipe("scaling").options([*SMALL, "--prompts", "3", "--questions", "3"])
+    said = []
+    for make, run, options in (
+        (parts.generate, generate.run, GenerateConfig),
+        (parts.evaluate, evaluate.run, EvalConfig),
+    ):
+        part = make(asked, tmp_path)
+        part.prepare()
+        flag, data = part.commands[1].line[2:4]
+        fields = {flag.strip("-"): [data], "device": "cpu", "batch_size": 2}
+        if options is GenerateConfig:
+            fields |= {"max_new_tokens": 4, "ignore_eos": True, "keep_unfinished": True}
+        console.set_verbosity(2)
+        out = [tmp_path / "answers.jsonl"] if options is GenerateConfig else []
+        run(options(**fields), str(tiny_llama_dir), *out)
+        said += capsys.readouterr().err.splitlines(keepends=True)
+    found = list(filter(None, map(recipe("scaling").TIMED.match, said)))
+    assert [line[1] for line in found] == ["answers", "likelihoods"]
+    assert all(0 < float(line[2]) < 60 for line in found)
+    assert [line[0].split()[1] for line in found] == ["3", "6"]

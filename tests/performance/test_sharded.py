@@ -1,7 +1,12 @@
 """The script that measures split training runs, on shapes small enough for a CPU."""
 
-import pytest
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from tests.performance import communication
 from tests.performance.communication import shares
 from tests.performance.sharded import PARTS, options_of
 from tests.performance.sharded_steps import measure
@@ -33,6 +38,32 @@ def test_shares_of_communication(spans, expected) -> None:
     found = shares((name, (100.0 + start, 100.0 + end)) for name, start, end in spans)
     assert tuple(found.values()) == pytest.approx(expected)
     assert list(found) == ["busy", "alone", "idle"]
+
+
+def test_kernels_of_a_gpu_are_told_from_calls_and_annotations(monkeypatch) -> None:
+    kinds = torch.autograd.DeviceType
+
+    def event(name: str, start: int, end: int, kind=kinds.CUDA, annotation=False):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(
+            name=name, time_range=span, device_type=kind, is_user_annotation=annotation
+        )
+
+    events = [
+        event("cudaLaunchKernel", 0, 50, kinds.CPU),
+        event("nccl:all_reduce", 0, 90, annotation=True),
+        event("gemm", 10, 16),
+        event("ncclDevKernel_AllReduce_Sum_f32", 16, 20),
+    ]
+    seen = nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(communication, "profile", lambda activities: seen)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    taken: list[int] = []
+    found = communication.communication(lambda: taken.append(1), 2, torch.device("cuda"))
+    assert found == {"steps": 2, "busy": 0.4, "alone": 0.4, "idle": 0.0} and len(taken) == 2
+    events.clear()
+    found = communication.communication(lambda: taken.append(1), 1, torch.device("cuda"))
+    assert found.keys() == {"why"} and len(taken) == 3
 
 
 def test_what_all_processes_keep_is_chosen_by_part() -> None:
