@@ -179,7 +179,9 @@ def killed(asked: argparse.Namespace, work: Path) -> Part:
     name, follows = f"convert {asked.small}", (made.name,)
     student = Command(name, 1, line, work / name.replace(" ", "-"), follows, prepares=True)
     words = ["distill", str(student.out), "--data", str(TEXT), "--stages", "align", *device]
-    # what random weights predict says little, what their attention computes is a target
+    # what random weights predict says little, what their attention computes is a target; steps
+    # without a slow start diverge at the usual rate, and rounding with them
+    words += ["--align-lr", "3e-5"]
     words += ["--max-steps", str(max(8, 2 * asked.steps)), "--warmup", "1"]
     words += ["--save-every", "1", "--batch-size", "1", "--grad-accum", "1"]
     # short rows, of which the text has enough for other ones in every step

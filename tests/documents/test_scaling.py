@@ -191,9 +191,8 @@ def test_every_part_on_two_processes(scaling, tmp_path, tiny_llama_dir, monkeypa
         assert parts[part]["ratio_of_the_same_work"] == pytest.approx(same / one)
     killed = parts["killed"]
     assert killed["killed"]["rank"] == 1 and killed["all_stopped"] and killed["equal"]
-    # a run that was killed, and trained
     assert len(killed["losses"]) == len(killed["losses_after_the_kill"]) == 8
-    assert killed["killed"]["line"] < 8 and max(killed["losses"]) > 1
+    assert killed["killed"]["line"] < 8 and len(set(killed["losses"])) == 8
     assert all(part["loss_error"] < 1e-4 for part in parts["losses"].values())
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["scaling.json"]
 
