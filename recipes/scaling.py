@@ -127,6 +127,9 @@ class Scaling(Stages):
                 elif command.name not in named:
                     named.add(command.name)
                     found[name].append(command)
+            if all(each.prepares for each in found[name]):
+                # nothing follows, as there is no time
+                found[name] = []
         return found
 
     def _lost(self, command: Command) -> str | None:

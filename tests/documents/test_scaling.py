@@ -115,6 +115,9 @@ def test_a_plan_leaves_out_what_time_does_not_allow(scaling, eight_gpus):
     assert [run["gpus"] for run in plan["runs"]["steps"]] == [4, 1]
     late = [reason for reason in plan["skipped"].values() if "17 s are too few" in reason]
     assert len(late) > 5
+    # no model is written that nothing reads
+    _, plan, _ = scaling("--dry-run", "--gpus", "1,2,4", "--parts", "eval", "--total", "9")
+    assert plan["runs"] == {"eval": []} and len(plan["skipped"]) == 3
 
 
 def test_nothing_runs_without_a_gpu(scaling, eight_gpus, monkeypatch, tmp_path):
