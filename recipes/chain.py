@@ -13,16 +13,12 @@ output is one table; `--json` keeps the figures, stage by stage.
 
 import argparse
 import json
-import shlex
-import shutil
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from watch import Peak, Row, gpu_bytes, gpus, run, say
+from stages import Stages, gb, pair, remove
+from watch import Peak, Row, gpu_bytes, run
 
 HERE = Path(__file__).resolve().parent
 TEXT, HELD_OUT = (HERE / "data" / f"quickstart{name}.jsonl" for name in ("", "-heldout"))
@@ -37,12 +33,11 @@ ADAPTER_RANK = 16
 FEW = ("--warmup", "1", "--save-every", "1000000")
 
 
-class Chain:
+class Chain(Stages):
     """The stages in order; `student` is the checkpoint that the next one takes."""
 
     def __init__(self, asked: argparse.Namespace):
-        self.asked, self.rows, self.started = asked, [], time.monotonic()
-        self.work = Path(asked.work).absolute()
+        super().__init__(asked, Path(asked.work).absolute())
         self.teacher = (Path(asked.teacher_in).absolute() if asked.teacher_in else self.work) / (
             "mambactl-chain-teacher"
         )
@@ -66,44 +61,6 @@ class Chain:
             step()
         self.measure()
         self.export()
-
-    def stage(
-        self,
-        name: str,
-        words: Sequence[str],
-        out: Path | None,
-        finished: Sequence[Path],
-    ) -> Row | None:
-        """One stage; deletes what is `finished` after it, and returns None if it failed."""
-        if name in self.asked.skip:
-            return None
-        left = self.asked.total - (time.monotonic() - self.started)
-        if left <= 0:
-            self.keep(Row(name, "", 0.0, 0, Peak(), note="left out: no time is left"))
-            return None
-        more = shlex.split(self.asked.more.get(name, ""))
-        line = ["mambactl", *words, *more, "--json"]
-        line += ["-o", str(out), "--force"] if out else []
-        row = run(name, line, [self.work], min(self.asked.limit, left))
-        self.keep(row)
-        if row.code:
-            say(f"== {name} failed: {row.note}")
-            remove(out)
-            return None
-        for path in finished:
-            remove(path)
-        say(f"== {name}: {line_of(row)}")
-        return row
-
-    def keep(self, row: Row) -> None:
-        """Add a row, and write the figures so far where they are asked for."""
-        self.rows.append(row)
-        if not self.asked.json:
-            return
-        versions = {name: version(name) for name in ("torch", "transformers")}
-        content = {"options": vars(self.asked), "gpus": gpus("name"), "versions": versions}
-        content["stages"] = [asdict(each) for each in self.rows]
-        Path(self.asked.json).write_text(json.dumps(content, indent=1), "utf-8")
 
     def options(self, splits: bool) -> list[str]:
         """Options for the rows of a step, and for the processes that take it."""
@@ -211,39 +168,28 @@ class Chain:
         self.stage("export", words, exported, done)
 
 
-def remove(path: Path | None) -> None:
-    """Delete a file or folder if it is there, and what a stopped command left of it."""
-    if path is None:
-        return
-    for each in (path, path.with_name(f"{path.name}.partial")):
-        if each.is_dir():
-            shutil.rmtree(each)
-        else:
-            each.unlink(missing_ok=True)
+def chats() -> list[tuple[str, str]]:
+    """Questions of the text with their answers."""
+    rows = [json.loads(line) for line in TEXT.read_text("utf-8").splitlines()]
+    found = [row["messages"] for row in rows if len(row.get("messages", ())) == 2]
+    return [(chat[0]["content"][:400], chat[1]["content"][:400]) for chat in found]
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Rows as a file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def write_pairs(path: Path) -> None:
     """Preferences out of the text: an answer, and one of another question."""
-    rows = [json.loads(line) for line in TEXT.read_text("utf-8").splitlines()]
-    chats = [row["messages"] for row in rows if len(row.get("messages", ())) == 2]
-    answers = [chat[1]["content"][:400] for chat in chats]
-    pairs = [
-        {"prompt": chat[0]["content"][:400], "chosen": answers[i], "rejected": answers[i - 1]}
-        for i, chat in enumerate(chats)
-    ]
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
-
-
-def line_of(row: Row) -> str:
-    """A stage in a line."""
-    peak = row.peak
-    gpu = "" if peak.gpu is None else f", {gb(peak.gpu)} of GPU memory"
-    return f"{row.seconds:.1f} s, {gb(peak.host)} of memory{gpu}, {gb(peak.disk)} of disk"
-
-
-def gb(count: int | None) -> str:
-    """Bytes as GB; nothing for none."""
-    return "" if count is None else f"{count / 1e9:.1f} GB"
+    found = chats()
+    write_rows(
+        path,
+        (
+            {"prompt": question, "chosen": answer, "rejected": found[i - 1][1]}
+            for i, (question, answer) in enumerate(found)
+        ),
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -305,12 +251,6 @@ def options() -> argparse.Namespace:
     asked = parser.parse_args()
     asked.more = dict(asked.more)
     return asked
-
-
-def pair(text: str) -> tuple[str, str]:
-    """A stage and more options for it."""
-    stage, _, words = text.partition("=")
-    return stage, words
 
 
 def main() -> int:

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,8 +126,19 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def run(name: str, words: Sequence[str], folders: Sequence[Path], limit: float) -> Row:
-    """Run one command to its end, or for `limit` seconds."""
+def run(
+    name: str,
+    words: Sequence[str],
+    folders: Sequence[Path],
+    limit: float,
+    heard: Callable[[str], None] | None = None,
+    beside: Callable[[int, threading.Event], None] | None = None,
+) -> Row:
+    """Run one command to its end, or for `limit` seconds.
+
+    `heard` gets every line of its standard error. `beside` runs in a thread with its process number
+    and an event that is set when it has ended.
+    """
     say(f"== {name}: {' '.join(words)}")
     sampler, peak, done = Sampler(folders), Peak(), threading.Event()
     line = [sys.executable, "-m", *words] if words[0] == "mambactl" else list(words)
@@ -137,16 +149,19 @@ def run(name: str, words: Sequence[str], folders: Sequence[Path], limit: float) 
     tail: deque[str] = deque(maxlen=TAIL)
     threads = [
         threading.Thread(target=sampler.watch, args=(process.pid, peak, done)),
-        threading.Thread(target=_echo, args=(process.stderr, tail)),
+        threading.Thread(target=_echo, args=(process.stderr, tail, heard)),
     ]
-    timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+    if beside is not None:
+        threads.append(threading.Thread(target=beside, args=(process.pid, done)))
+    timer = threading.Timer(limit, kill_tree, (process.pid,))
     for thread in (*threads, timer):
         thread.start()
     try:
         out = process.stdout.read() if process.stdout else ""
         code = process.wait()
     except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         raise
     finally:
         timer.cancel()
@@ -161,10 +176,21 @@ def run(name: str, words: Sequence[str], folders: Sequence[Path], limit: float) 
     return row
 
 
-def _echo(lines: Iterable[str], tail: deque[str]) -> None:
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it started, which may have groups of their own."""
+    for each in tree_of(pid):
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+
+
+def _echo(
+    lines: Iterable[str], tail: deque[str], heard: Callable[[str], None] | None = None
+) -> None:
     for line in lines:
         sys.stderr.write(line)
         tail.append(line.rstrip())
+        if heard is not None:
+            heard(line)
 
 
 def reason_in(lines: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ def needs(config: TrainConfig, subject: Subject, gpus: int, shards: bool) -> dic
     """Bytes and operations of every phase, where weights are split over `gpus` if one `shards`."""
     return {
         phase: Needs(
-            _split(_memory(config, subject, phase), subject, gpus if shards else 1),
+            _split(_memory(config, subject, phase, shards), subject, gpus if shards else 1),
             operations(config, phase, subject.sizes.parameters, subject.guide, subject.mixers),
             steps,
         )
@@ -93,11 +93,11 @@ def needs(config: TrainConfig, subject: Subject, gpus: int, shards: bool) -> dic
     }
 
 
-def _memory(config: TrainConfig, subject: Subject, phase: str) -> dict[str, int]:
-    """Bytes of a phase where one GPU holds everything."""
+def _memory(config: TrainConfig, subject: Subject, phase: str, shards: bool) -> dict[str, int]:
+    """Bytes of a phase where one GPU holds everything; weights that are split are nobody else's."""
     trained, any_trained = subject.trained(config, phase), subject.trained(config)
     frozen = subject.parameters - any_trained
-    if isinstance(config, DistillConfig) and subject.guide:
+    if isinstance(config, DistillConfig) and subject.guide and not shards:
         # the teacher's own tensors
         frozen = 0
     writes = phase == ON_POLICY

@@ -99,7 +99,7 @@ def _decode(
     first = next(mine, None)
     decoder = None if first is None else _Decoder.of(questions, folder)
     with console.progress("answers", total) as bar:
-        meter = _Meter(bar, deal, before)
+        meter, started = _Meter(bar, deal, before), time.perf_counter()
         if decoder is not None and first is not None:
             for number in chain([first], mine):
                 files.add(number, *decoder.answer(batches[number], meter))
@@ -108,6 +108,9 @@ def _decode(
         for _ in deal.others():
             files.gather()
             meter.show()
+        seconds = time.perf_counter() - started
+    # of all processes, with the wait for the last one
+    console.log(f"answers: {total - before:,} in {seconds:.2f} s", level=2)
     files.require_all(len(batches))
 
 

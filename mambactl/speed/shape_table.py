@@ -63,6 +63,7 @@ def _mamba2(hidden: int, layers: int, vocabulary: int = 50_288, tied: bool = Tru
 
 
 _LLAMA3_8B = LlamaShape(4096, 32, (32, 8), 14336)
+_LLAMA3_70B = LlamaShape(8192, 80, (64, 8), 28672)
 _SMOLLM2 = LlamaShape(576, 30, (9, 3), 1536, 49_152, tied=True)
 _TINY = LlamaShape(64, 3, (4, 2), 128, 512)
 
@@ -85,6 +86,8 @@ TABLE: dict[str, Shape] = {
     "llama3-8b-heads-75": HybridShape(_LLAMA3_8B, 1.0, window=64, heads=(2, 5)),
     "llama3-8b-hybrid-50-mamba1": HybridShape(_LLAMA3_8B, 0.5, "mamba1"),
     "llama3-8b-hybrid-87.5-mamba1": HybridShape(_LLAMA3_8B, 0.875, "mamba1"),
+    "llama3-70b": _LLAMA3_70B,
+    "llama3-70b-hybrid-50": HybridShape(_LLAMA3_70B, 0.5),
     "smollm2-135m": _SMOLLM2,
     "smollm2-135m-hybrid-50": HybridShape(_SMOLLM2, 0.5),
     "smollm2-135m-hybrid-50-window": HybridShape(_SMOLLM2, 0.5, window=64),

@@ -99,6 +99,17 @@ def test_mixers_are_as_large_as_those_that_convert_makes() -> None:
     assert subject.mixers == pytest.approx(made, rel=0.001)
 
 
+def test_a_student_that_is_split_has_its_frozen_weights_beside_the_teachers() -> None:
+    sizes = PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"]
+    subject = Subject(sizes, 0.5, sizes.parameters)
+    config = DistillConfig(stages=["logits"], rest_lr=0)
+    found = [needs(config, subject, 2, shards)["logits"].memory for shards in (False, True)]
+    # masters of the mixers; the rest is the teacher's
+    assert found[0]["weights"] == 4 * subject.mixers
+    assert found[1]["weights"] * 2 == 4 * subject.mixers + 2 * sizes.parameters
+    assert found[1]["teacher"] * 2 == found[0]["teacher"] == 2 * sizes.parameters
+
+
 def plan(cli, *words: str) -> dict:
     done = cli("recipe", "plan", *words, "--json")
     found = json.loads(done.out)

@@ -1,6 +1,7 @@
 """A model as lm-evaluation-harness sees it, scored and decoded by this program's own engines."""
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -260,8 +261,10 @@ class HarnessModel(HFLM):
         # all chats are rendered: keep no copy of this process beside the model
         self._renderer.close()
         self.failed = True
+        started = time.perf_counter()
         with console.progress(label, total) as self._bar:
             yield
+        console.log(f"{label}: {total:,} in {time.perf_counter() - started:.2f} s", level=2)
         self._bar = None
         self.failed = False
 
