@@ -191,8 +191,8 @@ def head_best(
     y = normed(scaled, squares, eps, w, None)  # [M, V]
     best.fill_(float("-inf"))
     index.fill_(2**31 - 1)
-    best[:, 0], index = y.max(1)
-    index[:, 0] = index.int()
+    best[:, 0], found = y.max(1)
+    index[:, 0] = found.int()
 
 
 def head_logits(scaled: Tensor, squares: Tensor, eps: float, w: Tensor, logits: Tensor) -> None:
