@@ -109,7 +109,12 @@ _NAMES: Mapping[str, Iterable[str]] = {
         "onpolicy_steps",
         "save_every",
     ),
-    "Text that the target writes": ("draft.text", "answer_tokens", "answer_temperature"),
+    "Text that the target writes": (
+        "draft.text",
+        "answer_tokens",
+        "answer_temperature",
+        "answer_uses",
+    ),
     "Text that the student writes": (
         "onpolicy_share",
         "onpolicy_tokens",

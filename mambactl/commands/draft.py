@@ -31,6 +31,7 @@ from mambactl.train.ledger import Evaluation
 from mambactl.train.loop import Parameters, Phase, train
 from mambactl.train.optimization import LogitsObjective
 from mambactl.train.publish import as_begun, dated, draw_ledger, report_phases, working_folder
+from mambactl.train.repeated_text import RepeatedText
 
 STAGE = "draft"
 Draft = DraftHead | HybridForCausalLM
@@ -59,7 +60,8 @@ def run(
         draft = _begun(config, target, text, feed, folder)
         objective = _objective(job, config, draft, target)
         steps = text.config.max_steps
-        phase = Phase(config.kind, steps, objective, _trained(config, draft), feed=feed)
+        repeated = feed and RepeatedText(feed, config.answer_uses, config.grad_accum)
+        phase = Phase(config.kind, steps, objective, _trained(config, draft), feed=repeated)
         held = text.held_out(target)
         measured = HeldOutDrafts(objective, held, config.unroll) if held else None
         evaluation = Evaluation(config.eval_every, measured.measure) if measured else None
@@ -119,7 +121,7 @@ def _begun(
     if config.kind == "model":
         layers = spread_layers(target.config.num_hidden_layers, config.layers)
         return cut_model(target, layers)
-    ids = text.tokens(feed, target.config.vocab_size, config.vocabulary, folder)
+    ids = text.tokens(feed, target.config.vocab_size, config, folder)
     return begun_head(target, ids, config.own_output)
 
 

@@ -35,6 +35,9 @@ class DraftConfig(StepsConfig):
     answer_temperature: Temperature = Field(
         default=1.0, description="temperature of the target's answers; 0 is greedy"
     )
+    answer_uses: int = Field(
+        default=4, ge=1, description="steps that learn from each batch that the target writes"
+    )
     lr: float = Field(default=1e-3, gt=0, description="learning rate")
     output_lr: float = Field(
         default=0.0,

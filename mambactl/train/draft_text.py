@@ -132,21 +132,23 @@ class DraftText:
     def _written(self, target: HybridForCausalLM, prompts: DrawnPrompts) -> StudentRows:
         return StudentRows(self.config, self.job.dtype, target, (), prompts, [])
 
-    def tokens(self, feed: CountedRows | None, size: int, most: int, folder: RunFolder) -> Tensor:
-        """The `most` tokens that the target writes most often, of a vocabulary of `size`.
+    def tokens(
+        self, feed: CountedRows | None, size: int, config: DraftConfig, folder: RunFolder
+    ) -> Tensor:
+        """The tokens that the target writes most often, of a vocabulary of `size`.
 
         Those of the data come after what it was seen to write. A run that goes on has those that
         it began with.
         """
-        if most >= size:
+        if (most := config.vocabulary) >= size:
             return torch.arange(size)
         if (found := kept(folder, size)) is not None:
             return found
         if feed is None:
             ids = frequent([counted(of_rows(self.rows), size)], most)
         else:
-            steps = min(COUNTED_STEPS, self.config.max_steps)
-            written = counted(of_batches(feed.write(steps * self.config.grad_accum)), size)
+            steps = min(COUNTED_STEPS, -(-config.max_steps // config.answer_uses))
+            written = counted(of_batches(feed.write(steps * config.grad_accum)), size)
             ids = frequent([written, self._counts_of_data(size)], most)
         keep(folder, ids)
         return ids

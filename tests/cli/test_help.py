@@ -48,7 +48,7 @@ FLAGS = {
     "--loss-type --loss-weights --label-smoothing --ld-alpha --f-divergence --sft-weight --chat "
     f"--eval-data --eval-share --eval-every --eval-pairs --max-kl {OUTPUT} {EVERY_STAGE}",
     "draft": f"{STEPS} --kind --layers --vocabulary --unroll --text --answer-tokens "
-    "--answer-temperature --lr --output-lr --schedule --kl-weight --ce-weight "
+    "--answer-temperature --answer-uses --lr --output-lr --schedule --kl-weight --ce-weight "
     "--eval-data --eval-every --eval-tokens "
     f"{OUTPUT} {EVERY_STAGE}",
     "teacher-cache": f"{ROWS} {MIXED} {MAPPED} --samples --temperature --power "

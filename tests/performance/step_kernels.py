@@ -54,7 +54,7 @@ class Work:
 
 @dataclass
 class Charge:
-    """What one kernel takes of a step; microseconds, those of its own running too."""
+    """Part of a step that one kernel takes, and its own running time; microseconds."""
 
     count: float = 0.0
     charged: float = 0.0
