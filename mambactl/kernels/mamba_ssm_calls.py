@@ -218,7 +218,7 @@ def conv_silu(
     start = None if previous is None else previous.to(x.dtype).contiguous().mT  # [B, Ch, W-1]
     numbers = None
     if seq_idx is not None:
-        # a number that comes back within a window would be the same document there, one below 0 none
+        # there a number that comes back is the same document, and one below 0 is padding
         numbers = reference.document_numbers(seq_idx).int().contiguous()
     with torch.cuda.device_of(x):
         y = loaded()[CONV](
