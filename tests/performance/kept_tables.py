@@ -329,6 +329,23 @@ def eight_bit_steps(path: Path) -> str:
     return _table(("weights", "bf16, tokens/s", "8 bits, tokens/s", "gain"), rows)
 
 
+def beside_packages(path: Path) -> str:
+    """Milliseconds of our scans and convolution, and of the packages'."""
+    rows = [
+        (
+            each["shape"],
+            each["operation"],
+            each["pass"],
+            _thousandths(each["ours_ms"]),
+            _thousandths(each["packages_ms"]),
+            f"{hundredths(each['ratio'])}x",
+        )
+        for each in _read(path)["packages"]
+    ]
+    columns = ("sizes", "operation", "pass", "ours, ms", "packages, ms", "packages / ours")
+    return _table(columns, rows, left=3)
+
+
 def training_speed(path: Path) -> str:
     """Tokens per second and memory of training steps."""
     speeds = _read(path)["speed"]
@@ -369,6 +386,7 @@ TABLES = {
     ),
     "by layer": KeptTable("by-layer.md", ("smollm2-135m-window-h200.json", CHAIN), by_layer),
     "training speed": KeptTable("by-layer.md", (CHAIN,), training_speed),
+    "packages": KeptTable("packages.md", ("packages-h200.json",), beside_packages),
     "untrained heads": KeptTable("heads.md", (HEADS,), untrained_heads),
     "trained heads": KeptTable("heads.md", (HEADS,), trained_heads),
     "answers": KeptTable("alignment.md", (ALIGNMENT,), answers),
