@@ -136,10 +136,13 @@ def test_a_compiled_block_has_it_within_the_operator(asked, kind, biased) -> Non
     assert asked == [dispatch.CONV, mamba_ssm_calls.CONV_BACKWARD]
 
 
-def test_a_narrow_operator_is_ours(asked) -> None:
-    inputs = drawn(ROWS["narrow"])
-    derived(lambda *taps: operators.conv_silu(*taps, None, None), inputs)
-    assert not asked
+@pytest.mark.parametrize("size", ["narrow", "wide"])
+def test_a_narrow_operator_is_ours(asked, size) -> None:
+    inputs = drawn(ROWS[size])
+    found = derived(lambda *taps: operators.conv_silu(*taps, None, None), inputs)
+    for ours, theirs in zip(found, derived(wanted, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert asked == ([dispatch.CONV, mamba_ssm_calls.CONV_BACKWARD] if size == "wide" else [])
 
 
 def test_the_operator_with_it_is_what_compilers_expect(both) -> None:
