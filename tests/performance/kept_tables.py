@@ -21,7 +21,7 @@ from mambactl.files import replacing
 from mambactl.metrics import count, exact, hundredths, markdown_row, ratio, tenths
 from mambactl.report.bench_table import markdown as bench_markdown
 from mambactl.stage_result import StageResult
-from tests.performance import command, students
+from tests.performance import command, packages, students
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "results"
 Row = Sequence[str]
@@ -331,19 +331,7 @@ def eight_bit_steps(path: Path) -> str:
 
 def beside_packages(path: Path) -> str:
     """Milliseconds of our scans and convolution, and of the packages'."""
-    rows = [
-        (
-            each["shape"],
-            each["operation"],
-            each["pass"],
-            _thousandths(each["ours_ms"]),
-            _thousandths(each["packages_ms"]),
-            f"{hundredths(each['ratio'])}x",
-        )
-        for each in _read(path)["packages"]
-    ]
-    columns = ("sizes", "operation", "pass", "ours, ms", "packages, ms", "packages / ours")
-    return _table(columns, rows, left=3)
+    return _table(*packages.columns_and_lines(_read(path)["packages"]), left=3)
 
 
 def training_speed(path: Path) -> str:

@@ -173,23 +173,26 @@ def measure(given: Namespace) -> StageResult:
                     # compiling takes most of the time: a run that is cut short has said something
                     console.log(json.dumps(rows[-1]))
     metrics |= {"points": [], "packages": rows}
-    show(metrics["device"], rows)
+    console.table(f"kernels on {metrics['device']}", *columns_and_lines(rows))
     least = min(rows, key=lambda row: row["ratio"])
     text = f"least: {least['ratio']:.2f}x, {least['operation']} {least['pass']}, {least['shape']}"
     return StageResult(None, metrics, text)
 
 
-def show(device: str, rows: Sequence[Mapping[str, str | float]]) -> None:
-    """Every operation, one line each."""
-    columns = ("shape", "operation", "pass", "ours ms", "packages ms", "ratio", "chosen ms")
+def columns_and_lines(
+    rows: Sequence[Mapping[str, str | float]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A table of every operation, one line each."""
+    ways = [name for name in WAYS if all(f"{name}_ms" in row for row in rows)]
+    columns = ("shape", "operation", "pass", *(f"{name}, ms" for name in ways), "packages / ours")
     lines = [
         (
-            row["shape"], row["operation"], row["pass"], f"{row['ours_ms']:.3f}",
-            f"{row['packages_ms']:.3f}", f"{row['ratio']:.2f}x", f"{row['chosen_ms']:.3f}",
+            str(row["shape"]), str(row["operation"]), str(row["pass"]),
+            *(f"{row[f'{name}_ms']:.3f}" for name in ways), f"{row['ratio']:.2f}x",
         )
         for row in rows
     ]  # fmt: skip
-    console.table(f"kernels on {device}", columns, lines)
+    return columns, lines
 
 
 if __name__ == "__main__":
