@@ -25,7 +25,7 @@ def similar(make_hybrid):
     return noisy(make_hybrid(MIXERS, seed=31, mamba2_window=SPAN), 0.02)
 
 
-@pytest.mark.parametrize("batch", [1, 4, 32])
+@pytest.mark.parametrize("batch", [1, 4, pytest.param(32, marks=pytest.mark.slow)])
 def test_the_reference_engine_writes_the_same_tokens_with_every_draft(
     target, similar, make_hybrid, batch
 ) -> None:

@@ -262,7 +262,8 @@ SAMPLE = [
     *(("convert-file", -1, signal.SIGKILL), ("convert-folder-old", 2, signal.SIGKILL)),
     *(("convert-folder-old", 4, signal.SIGKILL), ("convert-file-old", 3, signal.SIGTERM)),
     *(("sft-file-old", 2, signal.SIGKILL), ("sft-file-old", 4, signal.SIGKILL)),
-    *(("sft-file-old", 3, signal.SIGTERM), ("generate", 3, signal.SIGKILL)),
+    pytest.param("sft-file-old", 3, signal.SIGTERM, marks=pytest.mark.slow),
+    ("generate", 3, signal.SIGKILL),
     *(("generate", 2, signal.SIGKILL), ("teacher-cache", 2, signal.SIGKILL)),
 ]
 

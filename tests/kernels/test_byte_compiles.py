@@ -50,6 +50,7 @@ print(*sorted(set(re.findall(seen, ptx))))
 """
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("weights", ["fp8", "int8"])
 @pytest.mark.parametrize(("rows", "product"), [(1, None), (8, "mma.sync"), (100, "wgmma")])
 def test_weights_go_from_bytes_to_registers(weights, rows, product, monkeypatch) -> None:

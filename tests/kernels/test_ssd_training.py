@@ -14,6 +14,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from mambactl.kernels import operators, reference  # noqa: E402
+from mambactl.kernels.launch import INTERPRETED  # noqa: E402
 
 pytestmark = pytest.mark.one_in(6)
 
@@ -116,7 +117,9 @@ def test_odd_shapes_and_groups(device, assert_near, shape) -> None:
 
 
 def test_heads_as_wide_as_those_of_an_8b_model(device, assert_near) -> None:
-    case = draw(70, heads=4, x_heads=1, query=4, width=128, size=128, kind=torch.bfloat16)
+    # a GPU takes as many heads to a group as that model has
+    heads = 2 if INTERPRETED else 4
+    case = draw(70, heads=heads, x_heads=1, query=heads, width=128, size=128, kind=torch.bfloat16)
     compare(case, documents(70), device, assert_near)
 
 
