@@ -14,6 +14,9 @@ CHOICES = (0, 1, 2, 3, 4, 6)
 PRIOR_ACCEPTANCE, PRIOR_TESTS = 0.7, 12.0
 # the same where steps are timed while they decode: few wasted ones are many of a short answer
 EARLY_TESTS = 4.0
+# a text without drafts brings what is believed of the next one this much nearer to the prior, so
+# that drafts are tried again after some
+FORGOTTEN = 0.1
 # older steps count less: half as much after this many tests
 HALF_LIFE = 256.0
 # a number of drafts has to promise this much more than the present one
@@ -34,9 +37,15 @@ class Choice:
     Once K is 0 it stays so: the draft no longer follows the text.
     """
 
-    def __init__(self, seconds: Mapping[int, float], tests: float = PRIOR_TESTS):
+    def __init__(
+        self,
+        seconds: Mapping[int, float],
+        tests: float = PRIOR_TESTS,
+        prior: float = PRIOR_ACCEPTANCE,
+    ):
         self.seconds = dict(seconds)
-        self.passed, self.tested = PRIOR_ACCEPTANCE * tests, tests
+        self.passed, self.tested = prior * tests, tests
+        self.tried = False
         self.k = max(self.seconds, key=self.promise)
 
     @property
@@ -54,6 +63,7 @@ class Choice:
         tested = min(accepted + 1, drafted)
         if not tested:
             return
+        self.tried = True
         fade = 0.5 ** (tested / HALF_LIFE)
         self.passed = self.passed * fade + accepted
         self.tested = self.tested * fade + tested
@@ -81,6 +91,20 @@ class Choice:
         )
         tokens = "token" if best == 1 else "tokens"
         return f"drafts {best} {tokens} a step: {facts}" if self.k else f"drafts nothing: {facts}"
+
+
+@dataclass
+class Experience:
+    """Acceptance that earlier texts lead to expect of the next one."""
+
+    acceptance: float = PRIOR_ACCEPTANCE
+
+    def learn(self, choice: Choice) -> None:
+        """Take note of a text that has ended."""
+        if choice.tried:
+            self.acceptance = choice.acceptance
+        else:
+            self.acceptance += FORGOTTEN * (PRIOR_ACCEPTANCE - self.acceptance)
 
 
 @dataclass

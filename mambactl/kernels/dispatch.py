@@ -3,6 +3,8 @@
 On CUDA, bf16 or fp32:
 - our Triton kernels: `kernels.decode.triton` for prompts, and with gradients, documents or inside
   `torch.compile` the operators of `kernels.operators`, whose outputs have the dtype of x;
+- convolutions in which causal-conv1d leads, where it is installed: with gradients, and of wide
+  inputs without (`mamba_ssm_calls.conv_leads`); the operators choose by themselves;
 - what they cannot do, where mamba-ssm is installed: `mamba_chunk_scan_combined` for fp16, and
   `selective_scan_fn` for gradients of Mamba-1 (neither documents nor an initial state, and none
   flow back from the state it returns);
@@ -102,7 +104,13 @@ def causal_conv1d_silu(
     seq_idx: Tensor | None = None,
 ) -> Tensor:
     """SiLU of `reference.causal_conv1d`; the kernel takes weights of another dtype than x."""
+    taps = x, weight, bias, previous, seq_idx
     if _fits_triton(x) and not _needs_gradient(previous):
+        calls, gradient = mamba_ssm_calls, _needs_gradient(x, weight, bias)
+        least = calls.CONV_NARROW if gradient else calls.CONV_WIDE
+        # a compiler cannot look into the package, so the operator asks when it runs
+        if not torch.compiler.is_compiling() and calls.conv_leads(*taps, least):
+            return calls.conv_silu(*taps)
         if seq_idx is not None or _takes_operators(x, weight, bias):
             return operators.conv_silu(x, weight, bias, previous, _documents(seq_idx))
         from mambactl.kernels.sequence import conv as kernel
@@ -110,10 +118,9 @@ def causal_conv1d_silu(
         with torch.cuda.device_of(x):
             return kernel.causal_conv1d_silu(x, weight, bias, previous)
     # else ours serves what it could, and more
-    unfit = mamba_ssm_calls.unfit_conv(x, weight, previous, seq_idx)
-    if forced() and _serves(CONV, x.device, unfit):
-        return mamba_ssm_calls.conv_silu(x, weight, bias, previous, seq_idx)
-    return F.silu(reference.causal_conv1d(x, weight, bias, previous, seq_idx))
+    if forced() and _serves(CONV, x.device, mamba_ssm_calls.unfit_conv(*taps)):
+        return mamba_ssm_calls.conv_silu(*taps)
+    return F.silu(reference.causal_conv1d(*taps))
 
 
 def attention(
@@ -229,9 +236,11 @@ def backends(device: torch.device | str = "cuda") -> dict[str, str | None]:
     """Implementations besides the reference, each with why it is off (None when it is live)."""
     packages = {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
     found = {name: package_missing(package, device) for name, package in packages.items()}
+    triton = triton_missing(device)
     if found["causal-conv1d"] is None and not forced():
-        found["causal-conv1d"] = f"used with {SWITCH}={FORCED} alone: ours serves every call"
-    return {"triton": triton_missing(device)} | found
+        beside = f"used beside Triton's kernels, or with {SWITCH}={FORCED}"
+        found["causal-conv1d"] = beside if triton else mamba_ssm_calls.too_old()
+    return {"triton": triton} | found
 
 
 def triton_missing(device: torch.device | str = "cuda") -> str | None:

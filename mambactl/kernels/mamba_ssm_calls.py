@@ -6,11 +6,13 @@ A function `unfit_*` says beforehand why a call cannot be served, where there is
 import importlib
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from mambactl.kernels import reference
@@ -26,14 +28,28 @@ class Provided(NamedTuple):
 
 # functions that calls can go to
 SSD, SCAN, CONV = "mamba_chunk_scan_combined", "selective_scan_fn", "causal_conv1d_fn"
+CONV_BACKWARD = "causal_conv1d_bwd_function"
 FUNCTIONS: Mapping[str, Provided] = {
     SSD: Provided("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined"),
     SCAN: Provided("mamba_ssm", "mamba_ssm.ops.selective_scan_interface"),
     CONV: Provided("causal_conv1d", "causal_conv1d"),
+    CONV_BACKWARD: Provided("causal_conv1d", "causal_conv1d.cpp_functions"),
 }
 HALVES = (torch.bfloat16, torch.float16)
 # channels of an input whose channels are next to each other, and widths of a convolution
 CONV_CHANNELS, CONV_WIDTHS = 8, (2, 3, 4)
+CONV_TYPES = (*HALVES, torch.float32)
+# it computes places in memory in unsigned 32 bits; and reads 16 bytes at once
+CONV_ELEMENTS, CONV_ALIGNED = 1 << 31, 16
+# Bytes of the two inputs that were measured, on an H200, in bf16: 8,192 tokens of 960 and of 6,144
+# channels, without documents and inputs before the row (recipes/results/packages-h200.json).
+# causal-conv1d led with gradients in both, without them in the wide one alone. In between, and
+# below, nothing was measured, so nothing below goes there.
+CONV_NARROW, CONV_WIDE = 8192 * 960 * 2, 8192 * 6144 * 2
+# its gradients of weights are atomic sums unless this is 1; a resumed run must repeat them
+REPEATABLE = "CAUSAL_CONV1D_DETERMINISTIC"
+# the version that is known to read it
+CONV_VERSION = "1.7.0"
 
 
 @cache
@@ -49,11 +65,22 @@ def missing(package: str) -> str | None:
 
 
 @cache
+def too_old() -> str | None:
+    """Reason why causal-conv1d, which is there, gets no calls unasked; None if it may."""
+    version = getattr(importlib.import_module("causal_conv1d"), "__version__", "0")
+    if Version(version) >= Version(CONV_VERSION):
+        return None
+    return f"{version} is older than {CONV_VERSION}: its gradients may differ from run to run"
+
+
+@cache
 def _load(name: str) -> Callable | str:
     """Import the function of that name; returns the reason where that fails."""
     package, module = FUNCTIONS[name]
     if importlib.util.find_spec(package) is None:
         return f"not installed: {install_line(package)}"
+    if name in (CONV, CONV_BACKWARD):
+        os.environ.setdefault(REPEATABLE, "1")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, OSError, AttributeError) as error:
@@ -81,18 +108,54 @@ def unfit_scan(
 
 
 def unfit_conv(
-    x: Tensor, weight: Tensor, previous: Tensor | None, seq_idx: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    previous: Tensor | None,
+    seq_idx: Tensor | None,
 ) -> str | None:
     """Reason why causal-conv1d does not serve a call; None if it does."""
-    if x.dtype == torch.float64:
+    if not {x.dtype, weight.dtype} <= set(CONV_TYPES):
         return "it has no fp64"
+    if bias is not None and bias.dtype != weight.dtype:
+        return "its weight and bias share one dtype"
     if x.shape[2] % CONV_CHANNELS:
         return f"it takes a multiple of {CONV_CHANNELS} channels, not {x.shape[2]}"
     if weight.shape[1] not in CONV_WIDTHS:
         return f"it takes widths of 2 to 4, not {weight.shape[1]}"
     if previous is not None and seq_idx is not None:
         return "it takes either documents or an initial state"
+    if x.numel() >= CONV_ELEMENTS:
+        return f"it counts no more than {CONV_ELEMENTS:,} elements"
     return _unlike(x)
+
+
+def conv_leads(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    previous: Tensor | None,
+    seq_idx: Tensor | None,
+    least: int,
+) -> bool:
+    """True if causal-conv1d is there and leads in such calls, from `least` bytes of x on.
+
+    Such are the calls that were measured: without documents and inputs before the row, x [B, T, Ch]
+    contiguous. Not for tracing: it asks where x lies in memory.
+    """
+    return (
+        # what is answered at once comes first
+        previous is None
+        and seq_idx is None
+        and x.nbytes >= least
+        and x.is_contiguous()
+        # of rows of one token the strides may be anything
+        and x.stride(1) == x.shape[2]
+        and x.data_ptr() % CONV_ALIGNED == 0
+        and unfit_conv(x, weight, bias, previous, seq_idx) is None
+        and missing("causal_conv1d") is None
+        and too_old() is None
+    )
 
 
 def _unlike(x: Tensor, *others: Tensor) -> str | None:
@@ -153,12 +216,34 @@ def conv_silu(
     # channels next to each other, as documents and an initial state need them
     entering = x.contiguous().mT  # [B, Ch, T]
     start = None if previous is None else previous.to(x.dtype).contiguous().mT  # [B, Ch, W-1]
-    numbers = None if seq_idx is None else seq_idx.int().contiguous()
+    numbers = None
+    if seq_idx is not None:
+        # there a number that comes back is the same document, and one below 0 is padding
+        numbers = reference.document_numbers(seq_idx).int().contiguous()
     with torch.cuda.device_of(x):
         y = loaded()[CONV](
             entering, weight, bias, seq_idx=numbers, initial_states=start, activation="silu"
+        ).mT
+    if y.requires_grad:
+        # it refuses gradients whose tokens lie an odd number of elements apart
+        y.register_hook(torch.Tensor.contiguous)
+    return y
+
+
+def conv_silu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [B, T, Ch], in its dtype, and of weight [Ch, W] and bias [Ch], fp32.
+
+    Those of weight and bias were rounded to their dtype. x is contiguous.
+    """
+    with torch.cuda.device_of(x):
+        dx, d_weight, d_bias, _ = loaded()[CONV_BACKWARD](
+            x.mT, weight, bias, dy.contiguous().mT, None, None, None, None, False, True
         )
-    return y.mT
+    # without a bias nobody wants its gradient
+    d_bias = x.new_zeros(x.shape[2]) if d_bias is None else d_bias
+    return dx.mT, d_weight.float().contiguous(), d_bias.float()
 
 
 def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:

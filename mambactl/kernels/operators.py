@@ -2,7 +2,8 @@
 
 A backward pass is an operator of its own: nothing is differentiated twice. Arguments are those of
 the kernels: bf16 or fp32, dt and A and states fp32, documents [B, T] int32 and contiguous. None is
-returned for a gradient that nobody can want: that of the inputs before a row.
+returned for a gradient that nobody can want: that of the inputs before a row. The convolution of a
+wide input runs in causal-conv1d where that leads: what is seen from outside stays the same.
 """
 
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
+
+from mambactl.kernels import mamba_ssm_calls
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -111,7 +114,9 @@ def conv_silu(
     previous: Tensor | None,
     documents: Tensor | None,
 ) -> Tensor:
-    """Run `kernels.sequence.conv.causal_conv1d_silu` as an operator."""
+    """Run `kernels.sequence.conv.causal_conv1d_silu`, or causal-conv1d, as an operator."""
+    if mamba_ssm_calls.conv_leads(x, weight, bias, previous, documents, mamba_ssm_calls.CONV_WIDE):
+        return mamba_ssm_calls.conv_silu(x, weight, bias, previous, documents)
     from mambactl.kernels.sequence.conv import causal_conv1d_silu
 
     with torch.cuda.device_of(x):
@@ -137,6 +142,8 @@ def _conv_backward(
     previous: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if mamba_ssm_calls.conv_leads(x, weight, bias, previous, documents, mamba_ssm_calls.CONV_WIDE):
+        return mamba_ssm_calls.conv_silu_backward(dy, x, weight, bias)
     from mambactl.kernels.sequence.conv import causal_conv1d_silu_backward
 
     with torch.cuda.device_of(x):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mambactl.decode.draft_count import PRIOR_ACCEPTANCE, Choice
+from mambactl.decode.draft_count import PRIOR_ACCEPTANCE, Choice, Experience
 
 CHOICES = (0, 1, 2, 3, 4, 6)
 
@@ -107,3 +107,36 @@ def test_steps_without_drafts_teach_nothing() -> None:
 def test_one_number_is_no_choice() -> None:
     for k in (0, 3):
         assert set(run(Choice({k: 1.0}), 0.1, 30)) == {k}
+
+
+def drafted_steps(acceptances: list[float], remembers: bool, draft: float = 0.4) -> list[int]:
+    """Steps with drafts of texts of 150 steps, one after the other."""
+    experience, found = Experience(), []
+    for number, acceptance in enumerate(acceptances):
+        prior = experience.acceptance if remembers else PRIOR_ACCEPTANCE
+        choice = Choice(seconds(1.0, draft), prior=prior)
+        found.append(sum(k > 0 for k in run(choice, acceptance, 150, seed=number)))
+        experience.learn(choice)
+    return found
+
+
+def test_a_draft_that_did_not_pay_is_seldom_tried_in_later_texts() -> None:
+    hopeless = [0.25] * 30
+    every, seldom = (drafted_steps(hopeless, remembers) for remembers in (False, True))
+    assert all(every) and sum(seldom) < sum(every) / 3
+    # and yet again and again
+    assert sum(count > 0 for count in seldom[15:]) >= 2
+
+
+def test_a_draft_that_pays_from_some_text_on_is_used_from_then_on() -> None:
+    found = drafted_steps([0.25] * 10 + [0.95] * 12, remembers=True)
+    assert min(found[-4:]) == 150
+
+
+def test_a_text_that_was_drafted_well_lets_the_next_one_draft_as_much() -> None:
+    experience = Experience()
+    choice = Choice(seconds(1.0, 0.1))
+    run(choice, 0.95, 300)
+    experience.learn(choice)
+    assert Choice(seconds(1.0, 0.1)).k < 6
+    assert Choice(seconds(1.0, 0.1), prior=experience.acceptance).k == 6

@@ -1,66 +1,14 @@
 """mamba-ssm and causal-conv1d in place of our kernels: calls that reach them, and what is said."""
 
 import importlib
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels.stand_ins import PACKAGES, forget, install
 
 from mambactl.kernels import dispatch, mamba_ssm_calls, reference
-
-PACKAGES = ("mamba_ssm", "causal_conv1d")
-FAKE_SCAN = """
-import torch
-from mambactl.kernels import reference
-
-def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-                      return_last_state=False):
-    assert u.dtype == delta.dtype == B.dtype == C.dtype and A.dtype == torch.float32
-    assert B.shape == C.shape and u.shape == delta.shape and u.shape[1] % B.shape[1] == 0
-    assert all(t.is_contiguous() for t in (u, delta, B, C))
-    y, state = reference.selective_scan(
-        u.mT, delta.mT, A, B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2)
-    )
-    return y.mT, state
-"""
-FAKE_SSD = """
-import torch
-from mambactl.kernels import reference
-
-def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None,
-                              initial_states=None, seq_idx=None, cu_seqlens=None,
-                              dt_softplus=False, dt_limit=(0.0, float("inf")),
-                              return_final_states=False, return_varlen_states=False):
-    assert x.shape[2] == dt.shape[2] == A.shape[0] and x.shape[2] % B.shape[2] == 0
-    assert B.shape == C.shape and dt.dtype == A.dtype == torch.float32 and return_final_states
-    if seq_idx is not None:
-        assert seq_idx.dtype == torch.int32 and (seq_idx[:, 0] == 0).all()
-    y, state = reference.ssd(x, dt, A, B, C, initial_states, seq_idx, chunk_size)
-    return y.to(x.dtype), state
-"""
-FAKE_CONV = """
-import torch
-import torch.nn.functional as F
-from mambactl.kernels import reference
-
-def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None,
-                     return_final_states=False, final_states_out=None, activation=None):
-    assert x.stride(1) == 1 and x.shape[1] % 8 == 0 and 2 <= weight.shape[1] <= 4
-    assert bias is None or bias.dtype == weight.dtype
-    assert seq_idx is None or seq_idx.dtype == torch.int32 and initial_states is None
-    assert initial_states is None or initial_states.stride(1) == 1
-    before = None if initial_states is None else initial_states.mT
-    return F.silu(reference.causal_conv1d(x.mT, weight, bias, before, seq_idx)).mT
-"""
-
-
-def forget() -> None:
-    for cached in (dispatch._say_once, mamba_ssm_calls._load, mamba_ssm_calls.loaded):
-        getattr(cached, "cache_clear", lambda: None)()
-    for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
-        del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +22,8 @@ def fresh(monkeypatch) -> Iterator[None]:
 @pytest.fixture
 def only_mamba_ssm(monkeypatch, tmp_path) -> None:
     """A package with the functions and demands of mamba-ssm."""
-    ops = tmp_path / "mamba_ssm" / "ops"
-    (ops / "triton").mkdir(parents=True)
-    for folder in (ops.parent, ops, ops / "triton"):
-        (folder / "__init__.py").touch()
-    (ops / "selective_scan_interface.py").write_text(FAKE_SCAN)
-    (ops / "triton" / "ssd_combined.py").write_text(FAKE_SSD)
-    (tmp_path / "causal_conv1d.py").write_text(FAKE_CONV)
     monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.invalidate_caches()
+    install(tmp_path)
     monkeypatch.setattr(dispatch, "_no_cuda", lambda device: None)
     monkeypatch.setattr(dispatch, "_no_triton", lambda: "off")
 
@@ -160,7 +101,8 @@ def forced(monkeypatch, only_mamba_ssm) -> list[str]:
 def test_mamba_ssm_is_forced(monkeypatch, forced, draw_ssd, draw_scan) -> None:
     inputs, scan = as_bf16(draw_ssd(2, 70, heads=2)), draw_scan(2, 9)[:5]
     x, weight, bias = torch.randn(2, 9, 16), torch.randn(16, 4), torch.randn(16)
-    before, numbers = torch.randn(2, 3, 16), torch.tensor([[1] * 4 + [2] * 5] * 2)
+    # a number that comes back within a window, and one that the package takes for padding
+    before, numbers = torch.randn(2, 3, 16), torch.tensor([[1] * 4 + [-2] + [1] * 4] * 2)
     expected = (
         reference.ssd(*inputs)[0].to(torch.bfloat16),
         reference.selective_scan(*scan)[0],

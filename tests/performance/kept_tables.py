@@ -21,7 +21,7 @@ from mambactl.files import replacing
 from mambactl.metrics import count, exact, hundredths, markdown_row, percent, ratio, tenths
 from mambactl.report.bench_table import markdown as bench_markdown
 from mambactl.stage_result import StageResult
-from tests.performance import command, students
+from tests.performance import command, packages, students
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "results"
 Row = Sequence[str]
@@ -355,6 +355,11 @@ def eight_bit_steps(path: Path) -> str:
     return _table(("weights", "bf16, tokens/s", "8 bits, tokens/s", "gain"), rows)
 
 
+def beside_packages(path: Path) -> str:
+    """Milliseconds of our scans and convolution, and of the packages'."""
+    return _table(*packages.columns_and_lines(_read(path)["packages"]), left=3)
+
+
 def training_speed(path: Path) -> str:
     """Tokens per second and memory of training steps."""
     speeds = _read(path)["speed"]
@@ -395,6 +400,7 @@ TABLES = {
     ),
     "by layer": KeptTable("by-layer.md", ("smollm2-135m-window-h200.json", CHAIN), by_layer),
     "training speed": KeptTable("by-layer.md", (CHAIN,), training_speed),
+    "packages": KeptTable("packages.md", ("packages-h200.json",), beside_packages),
     "untrained heads": KeptTable("heads.md", (HEADS,), untrained_heads),
     "trained heads": KeptTable("heads.md", (HEADS,), trained_heads),
     "own text": KeptTable("students.md", ("on-policy-h200.json",), own_text),

@@ -12,7 +12,15 @@ import torch
 from mambactl import console
 from mambactl.decode.conversation import Conversation
 from mambactl.decode.copying import Copying, weight_share
-from mambactl.decode.draft_count import CHOICES, Choice, ExpectedTimes, LearnedChoice, StepTimes
+from mambactl.decode.draft_count import (
+    CHOICES,
+    PRIOR_ACCEPTANCE,
+    Choice,
+    ExpectedTimes,
+    Experience,
+    LearnedChoice,
+    StepTimes,
+)
 from mambactl.decode.engine import Generation, OnTokens, check_prompts
 from mambactl.decode.gpu.fused_batch import LAG, POLL_SECONDS, FusedBatch
 from mambactl.decode.gpu.head_pass import PackedHead
@@ -78,6 +86,7 @@ class FusedEngine:
         prefixes = Prefixes(target.model, share and alone, folder if alone else None)
         self.prefixes: tuple[Prefixes, Prefixes | None] = prefixes, None
         self.times: dict[int, StepTimes] = {}
+        self.experience = Experience()
         self.said = ""
         pack(target, 1)
         if isinstance(draft, HybridForCausalLM):
@@ -165,6 +174,8 @@ class FusedEngine:
             run = _Run(session, choice, sampled, params.max_new_tokens, output, on_tokens, copying)
             run.waiting.append(_Launched(0, 0, event, 0.0))
             run.finish()
+        if not sampled:
+            self.experience.learn(choice)
         self._say(choice)
         stats.tokens = sum(map(len, output.tokens))
         return output
@@ -173,7 +184,9 @@ class FusedEngine:
         if len(ks) == 1:
             return Choice({ks[0]: 1.0})
         if not self.ops.on_host:
-            return Choice(session.time_steps(ks, sampled))
+            # what is drawn follows from the number of drafts: from no other text than its own
+            prior = PRIOR_ACCEPTANCE if sampled else self.experience.acceptance
+            return Choice(session.time_steps(ks, sampled), prior=prior)
         model = isinstance(self.draft, HybridForCausalLM | DraftHead)
         if sampled:
             share = weight_share(self.draft, self.target)
