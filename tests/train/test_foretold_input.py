@@ -60,7 +60,7 @@ def test_the_map_is_that_of_least_squares(target, layer) -> None:
 
 
 def test_a_head_drafts_before_its_first_step(make_hybrid) -> None:
-    """What follows mostly from the present token is known from the embedding alone."""
+    """A token that follows mostly from the present one is known from the embedding alone."""
     target = guided(make_hybrid(["mamba2", "attention"], seed=3))
     size = target.config.vocab_size
     head = begun_head(target, torch.arange(size), False, [text(64, 0, size), text(64, 1, size)])
