@@ -122,7 +122,9 @@ def _begun(
         layers = spread_layers(target.config.num_hidden_layers, config.layers)
         return cut_model(target, layers)
     ids = text.tokens(feed, target.config.vocab_size, config, folder)
-    return begun_head(target, ids, config.own_output)
+    # a run that goes on has the weights that it reached
+    opening = [] if folder.resumable else text.opening(feed, config)
+    return begun_head(target, ids, config.own_output, opening)
 
 
 def _objective(

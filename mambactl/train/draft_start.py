@@ -1,17 +1,21 @@
 """The first weights of a draft: a head with the target's last attention, a model of some layers."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from mambactl.checkpoint.load import EMBEDDING, HEAD, empty_model
 from mambactl.checkpoint.save import stored_dtype
+from mambactl.data.pack import Batch
 from mambactl.decode.head_files import new_head
 from mambactl.models.config import HybridConfig
 from mambactl.models.draft_head import DraftHead, layer_config
 from mambactl.models.hybrid import HybridForCausalLM
+from mambactl.train.foretold_input import foretelling
 
-# tokens whose streams say how large streams are
-SAMPLED_TOKENS = 128
+# rms of both inputs of the product: the larger, the further a step of Adam moves what it gives
+INPUT_SIZE = 10.0
 
 
 def spread_layers(whole: int, count: int) -> list[int]:
@@ -45,12 +49,17 @@ def cut_model(target: HybridForCausalLM, layers: list[int]) -> HybridForCausalLM
 
 
 @torch.no_grad()
-def begun_head(target: HybridForCausalLM, ids: torch.Tensor, own_output: bool) -> DraftHead:
+def begun_head(
+    target: HybridForCausalLM,
+    ids: torch.Tensor,
+    own_output: bool,
+    text: Sequence[Batch],
+) -> DraftHead:
     """A head for the tokens `ids`, in fp32 where it trains.
 
     Its layer starts as the target's last layer that is attention alone, or at random where no
-    layer is, with the MLP of the last one. The product adds both inputs up: the stream as large as
-    the target's is, for which that layer was made, and the embedding at a size of 1.
+    layer is, with the MLP of the last one. The product foretells what that layer reads, as it did
+    over `text`; without text it is zero, for weights to be loaded.
     """
     config = target.config
     attention = config.attention_layers
@@ -59,10 +68,12 @@ def begun_head(target: HybridForCausalLM, ids: torch.Tensor, own_output: bool) -
     for module in (head.stream_norm, head.token_norm, head.fc, head.body.model.layers):
         module.float()
     head.body.model.norm.float().load_state_dict(target.model.norm.state_dict())
-    head.stream_norm.weight.fill_(_stream_size(target, ids))
-    head.token_norm.weight.fill_(1.0)
-    width = config.hidden_size
-    head.fc.weight.copy_(torch.eye(width).repeat(1, 2))
+    for norm in (head.stream_norm, head.token_norm):
+        norm.weight.fill_(INPUT_SIZE)
+    head.fc.weight.zero_()
+    if text:
+        layer = index if attention else None
+        head.fc.weight.copy_(foretelling(target, layer, text) / INPUT_SIZE)
     theirs = target.model.layers[index].state_dict()
     for name, ours in head.body.model.layers[0].state_dict().items():
         found = theirs.get(name)
@@ -76,15 +87,6 @@ def begun_head(target: HybridForCausalLM, ids: torch.Tensor, own_output: bool) -
         output = head.body.lm_head
         output.weight = nn.Parameter(output.weight.detach().float())
     return head
-
-
-def _stream_size(target: HybridForCausalLM, ids: torch.Tensor) -> float:
-    """The rms of the target's stream behind its last layer, at the median of some tokens."""
-    tokens = ids[None, :SAMPLED_TOKENS].to(target.device)
-    hidden, context = target.model.enter(tokens)
-    for block in target.model.layers:
-        hidden = block(hidden, context, None)
-    return hidden.float().square().mean(-1).sqrt().median().item()
 
 
 def _with_mlp(config: HybridConfig) -> HybridConfig:

@@ -147,11 +147,20 @@ class DraftText:
         if feed is None:
             ids = frequent([counted(of_rows(self.rows), size)], most)
         else:
-            steps = min(COUNTED_STEPS, -(-config.max_steps // config.answer_uses))
-            written = counted(of_batches(feed.write(steps * config.grad_accum)), size)
+            written = counted(of_batches(self.opening(feed, config)), size)
             ids = frequent([written, self._counts_of_data(size)], most)
         keep(folder, ids)
         return ids
+
+    def opening(self, feed: CountedRows | None, config: DraftConfig) -> Sequence[Batch]:
+        """Text of the first steps, which is written before them and then learned in them."""
+        if feed is None:
+            most = COUNTED_STEPS * config.batch_size
+            rows = self.rows[:: -(-len(self.rows) // most)]
+            starts = range(0, len(rows), config.batch_size)
+            return [collate(rows[start : start + config.batch_size]) for start in starts]
+        steps = min(COUNTED_STEPS, -(-config.max_steps // config.answer_uses))
+        return feed.first or feed.write(steps * config.grad_accum)
 
     def _counts_of_data(self, size: int) -> Tensor:
         """Occurrences [V] of tokens in the documents that the prompts are from, answers and all."""

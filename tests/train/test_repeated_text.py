@@ -11,10 +11,13 @@ from mambactl.train.repeated_text import RepeatedText
 
 
 class Numbers:
-    """A feed whose batches are their numbers, and whose counts are those of its steps."""
+    """A feed whose batches are their numbers, and whose counts are those of its steps.
 
-    def __init__(self, grad_accum: int):
-        self.grad_accum, self.made = grad_accum, 0
+    Of processes that `share` a run, rank and number, it has the batches of one.
+    """
+
+    def __init__(self, grad_accum: int, share: tuple[int, int] = (0, 1)):
+        self.grad_accum, self.share, self.made = grad_accum, share, 0
         self._counts: deque[Written] = deque()
 
     @contextmanager
@@ -27,7 +30,7 @@ class Numbers:
             step, last = divmod(number + 1, self.grad_accum)
             if last == 0:
                 self._counts.append(Written(tokens=step))
-            yield number
+            yield number * self.share[1] + self.share[0]
 
     def take_counts(self) -> Written:
         return self._counts.popleft()
@@ -78,3 +81,16 @@ def test_no_more_is_written_than_is_learned() -> None:
         for _ in islice(batches, 2 * 9):
             pass
     assert source.made == 2 * 3
+
+
+def test_processes_that_share_a_run_write_and_learn_at_the_same_steps() -> None:
+    """Each writes its own part of a step, and writing waits for all of them."""
+    alone, _ = steps(4, 2, 0, 20)
+    parts = []
+    for rank in range(2):
+        source = Numbers(1, share=(rank, 2))
+        with RepeatedText(source, 4, 1).open(0) as batches:
+            parts.append([(next(batches), source.made) for _ in range(20)])
+    made = [[number for _, number in part] for part in parts]
+    assert made[0] == made[1] == [step // 4 + 1 for step in range(20)]
+    assert [[one, two] for (one, _), (two, _) in zip(*parts, strict=True)] == alone
