@@ -102,7 +102,7 @@ class Copying:
                 text.add(token)
 
     def add(self, row: int, tokens: Sequence[int]) -> None:
-        """Append new tokens of a row, and see which of them its text foretold."""
+        """Append new tokens of a row, and see which of them its text predicted."""
         text = self.texts[row]
         for token in tokens:
             at = text.next()

@@ -12,7 +12,7 @@ from mambactl.decode.head_files import new_head
 from mambactl.models.config import HybridConfig
 from mambactl.models.draft_head import DraftHead, layer_config
 from mambactl.models.hybrid import HybridForCausalLM
-from mambactl.train.foretold_input import foretelling
+from mambactl.train.predicted_input import input_map
 
 # rms of both inputs of the product: the larger, the further a step of Adam moves what it gives
 INPUT_SIZE = 10.0
@@ -58,7 +58,7 @@ def begun_head(
     """A head for the tokens `ids`, in fp32 where it trains.
 
     Its layer starts as the target's last layer that is attention alone, or at random where no
-    layer is, with the MLP of the last one. The product foretells what that layer reads, as it did
+    layer is, with the MLP of the last one. The product predicts what that layer reads, as it did
     over `text`; without text it is zero, for weights to be loaded.
     """
     config = target.config
@@ -73,7 +73,7 @@ def begun_head(
     head.fc.weight.zero_()
     if text:
         layer = index if attention else None
-        head.fc.weight.copy_(foretelling(target, layer, text) / INPUT_SIZE)
+        head.fc.weight.copy_(input_map(target, layer, text) / INPUT_SIZE)
     theirs = target.model.layers[index].state_dict()
     for name, ours in head.body.model.layers[0].state_dict().items():
         found = theirs.get(name)

@@ -379,7 +379,7 @@ def test_the_fit_lowers_the_error_on_other_text(trained_pair, kind) -> None:
     for report, old, new in zip(reports, before, after, strict=True):
         assert new < 0.9 * old
         assert report.after_refit < report.before_refit
-        # the error on held-out rows foretells that on other text
+        # the error on held-out rows predicts that on other text
         assert report.after_refit == pytest.approx(new, rel=0.15)
         assert set(report.half_lives) <= set(HALF_LIVES)
 

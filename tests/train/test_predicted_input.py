@@ -7,9 +7,9 @@ from decode.heads import guided
 from mambactl.data.pack import Batch
 from mambactl.models.draft_head import shifted
 from mambactl.train.draft_start import begun_head
-from mambactl.train.foretold_input import RIDGE, foretelling
 from mambactl.train.head_objective import HeadObjective
 from mambactl.train.held_out_drafts import HeldOutDrafts
+from mambactl.train.predicted_input import RIDGE, input_map
 
 LENGTH = 24
 
@@ -56,7 +56,7 @@ def test_the_map_is_that_of_least_squares(target, layer) -> None:
     given = torch.cat([given, ridge.sqrt() * torch.eye(given.shape[1])])
     wanted = torch.cat([wanted, wanted.new_zeros(given.shape[1], wanted.shape[1])])
     best = torch.linalg.lstsq(given, wanted).solution.float().t()
-    torch.testing.assert_close(foretelling(target, layer, batches), best, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(input_map(target, layer, batches), best, rtol=1e-3, atol=1e-4)
 
 
 def test_a_head_drafts_before_its_first_step(make_hybrid) -> None:

@@ -1,4 +1,4 @@
-"""The product that begins a draft head: what its layer reads in the target, foretold.
+"""The product that begins a draft head: what its layer reads in the target, predicted.
 
 The layer comes out of the target, where it read the stream of the layers below it. A head has none
 of them, but the target's last stream behind the token before, and the token. Its product begins as
@@ -22,7 +22,7 @@ RIDGE = 1e-2
 
 
 @torch.no_grad()
-def foretelling(target: HybridForCausalLM, layer: int | None, text: Iterable[Batch]) -> Tensor:
+def input_map(target: HybridForCausalLM, layer: int | None, text: Iterable[Batch]) -> Tensor:
     """Weight [D, 2 D] fp32 of the map from the stream before and the embedding to a head's stream.
 
     Both come at an rms of 1. The map gives the target's last stream, without what `layer` of it
