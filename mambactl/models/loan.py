@@ -18,6 +18,6 @@ class Loan:
     run: int
 
     def check(self) -> None:
-        """RuntimeError where the graph has run again."""
+        """Raise RuntimeError where the graph has run again."""
         if self.graph.runs != self.run:
             raise RuntimeError("what a graph has read was overwritten by its next run")

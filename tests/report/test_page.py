@@ -205,7 +205,12 @@ def test_many_models_never_look_alike() -> None:
     assert len(looks) == 50 and len(MARKS) == len(charts.MARKERS)
 
 
-@pytest.mark.parametrize("file", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)
+# times of kernels, in which there is no model
+OF_NO_MODEL = {"packages-h200"}
+OF_MODELS = sorted(path for path in KEPT.glob("*.json") if path.stem not in OF_NO_MODEL)
+
+
+@pytest.mark.parametrize("file", OF_MODELS, ids=lambda path: path.stem)
 def test_what_is_kept_in_the_repository_is_read(file, tmp_path) -> None:
     entries = list(read_entries(file))
     assert entries
