@@ -25,6 +25,7 @@ line on standard output.
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -46,6 +47,8 @@ from mambactl.ranks import child_environment
 from mambactl.speed.shape_table import TABLE, HybridShape
 
 COUNTS = (1, 2, 4, 8)
+# of anything: rows, tokens, steps
+MOST = 1_000_000
 # of a GPU's memory: one that has more in use belongs to somebody
 IN_USE = 0.02
 # a prediction of `recipe plan` is within 20 % of what is measured
@@ -272,8 +275,8 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
         add(f"--{name}", type=_positive, default=count, metavar="N", help=f"{what} ({count})")
     add("--device", choices=("auto", "cpu"), default="auto", help="cpu: processes, to try it out")
     add("--out", default="runs/scaling", help="folder of scaling.json, and of what is removed")
-    add("--limit", type=float, default=240, help="seconds after which a run is stopped (240)")
-    add("--total", type=float, default=570, help="seconds after which all is stopped (570)")
+    add("--limit", type=_seconds, default=240, help="seconds after which a run is stopped (240)")
+    add("--total", type=_seconds, default=570, help="seconds after which all is stopped (570)")
     more = "more options of a part: --more 'large=--no-compile'"
     add("--more", type=pair, action="append", default=[], metavar="PART=OPTIONS", help=more)
     add("--dry-run", action="store_true", help="print the plan; nothing is run or written")
@@ -291,9 +294,19 @@ def _serves(shape: object) -> bool:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    if not text.isdecimal() or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 to {MOST:,}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return found
 
 
 def _counts(text: str) -> list[int]:

@@ -121,4 +121,8 @@ def gb(count: int | None) -> str:
 def pair(text: str) -> tuple[str, str]:
     """A stage and more options for it, of STAGE=OPTIONS."""
     stage, _, words = text.partition("=")
+    try:
+        shlex.split(words)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{words}: {error}") from None
     return stage, words

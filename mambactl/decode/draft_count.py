@@ -86,8 +86,8 @@ class Choice:
         gain = self.promise(best) / self.promise(0)
         step = self.seconds[best] / self.seconds[0]
         facts = (
-            f"at {self.acceptance:.0%} of drafted tokens accepted, a step with {best} takes "
-            f"{step:.2f} times a plain one: {gain:.2f}x plain decoding"
+            f"expecting {self.acceptance:.0%} of drafted tokens to be accepted, a step with {best} "
+            f"takes {step:.2f} times a plain one: {gain:.2f}x plain decoding"
         )
         tokens = "token" if best == 1 else "tokens"
         return f"drafts {best} {tokens} a step: {facts}" if self.k else f"drafts nothing: {facts}"

@@ -1,6 +1,7 @@
 """The fields of requests, checked; one that would change an answer and is not known is refused."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar, cast
 
@@ -40,6 +41,8 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 # labels for the client's own use
 LABELS = {"metadata", "safety_identifier", "user"}
 MOST_CHOICES, MOST_STOPS = 128, 16
+# escaped, where pairs of them are characters, or as bytes, which are no UTF-8
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 DEFAULT_COMPLETION_TOKENS = 16
 
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -225,6 +228,8 @@ def parsed(kind: type[Body], body: bytes) -> Body:
         raise Refused(f"the body is no JSON: {error}") from None
     if not isinstance(content, dict):
         raise Refused("the body is no JSON object")
+    if SURROGATE.search(body):
+        _require_unicode(content)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -233,6 +238,14 @@ def parsed(kind: type[Body], body: bytes) -> Body:
         text = first["msg"].removeprefix("Value error, ")
         reason = text[:1].lower() + text[1:]
         raise Refused(f"{name}: {reason}", param=str(first["loc"][0])) from None
+
+
+def _require_unicode(content: object) -> None:
+    """Raise Refused for text with half of a surrogate pair, which no tokenizer takes."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refused("the body holds text that is no Unicode: half of a surrogate pair") from None
 
 
 def _is_kind(part: int | str) -> bool:

@@ -82,6 +82,10 @@ class Service:
         if body.choices > self.rows:
             message = f"n is at most {self.rows} here: as many rows are written at once"
             raise Refused(message, param="n")
+        most = self.config.max_queue + self.rows
+        if len(prompts) > most:
+            message = f"{len(prompts)} prompts: a request takes at most {most} here"
+            raise Refused(message, param=body.asked_in)
         seed = self._seeds.getrandbits(SEED_BITS) if body.seed is None else body.seed
         jobs = []
         for number, ids in enumerate(prompts):

@@ -50,6 +50,30 @@ def test_bad_json_is_a_bad_request(post, body) -> None:
     assert refused.status_code == 400 and error_of(refused)["message"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        rb'"prompt": "\ud800"',
+        b'"prompt": "\xed\xa0\x80"',
+        rb'"prompt": ["the", "\uDfff old"]',
+        rb'"prompt": "the", "\ud800": 1',
+        rb'"prompt": "the", "stop": "\uDC00"',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_no_text(post, fields) -> None:
+    refused = post(content=rb'{"model": "scripted", ' + fields + b"}")
+    assert refused.status_code == 400 and "surrogate" in error_of(refused)["message"]
+    whole = rb'{"model": "scripted", "max_tokens": 1, "prompt": "the \ud83d\ude00"}'
+    assert post(content=whole).status_code == 200
+
+
+def test_more_prompts_than_there_is_room_for_are_a_bad_request(post) -> None:
+    refused = post(json=ASKED | {"prompt": [[5]] * 400})
+    assert refused.status_code == 400 and "400 prompts" in error_of(refused)["message"]
+    assert "Retry-After" not in refused.headers
+    assert post(json=ASKED).status_code == 200
+
+
 def test_a_body_that_is_too_large(post) -> None:
     for size in (MAX_BODY + 1, 10_000_000):
         refused = post(content=b" " * size)
