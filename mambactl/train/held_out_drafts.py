@@ -195,5 +195,5 @@ def show_drafts(facts: JsonObject) -> None:
     if facts["covered"] < LEAST_COVERED:
         console.warn(
             f"the head can draft {percent(facts['covered'])} of the held-out tokens: "
-            "raise --vocabulary, or lower --answer-uses so that more text is counted"
+            "raise --vocabulary, or let more text be counted (more steps, or fewer --answer-uses)"
         )

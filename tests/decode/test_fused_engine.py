@@ -312,6 +312,33 @@ def test_auto_keeps_a_good_draft(models, monkeypatch, launched) -> None:
     assert launched[-1] == 6
 
 
+@pytest.mark.parametrize("params", [LONG, SamplingParams(max_new_tokens=40, temperature=1.0)])
+def test_auto_begins_a_greedy_text_with_what_the_last_one_taught(
+    models, monkeypatch, launched, params
+) -> None:
+    target, drafts = models["mixed"]
+    pretend(monkeypatch, {k: 1.0 + 0.4 * k for k in (0, 1, 2, 3, 4, 6)})
+    engine, counts = fused(target, drafts["unrelated"], "auto"), []
+    for _ in range(2):
+        launched.clear()
+        engine.generate(prompts_of([7, 11, 3], seed=3), params)
+        counts.append(sum(k > 0 for k in launched))
+    first, second = counts
+    # what is drawn follows from the number of drafts, so that it begins alike each time
+    assert first > 0 and second == (0 if params.greedy else first)
+
+
+def test_steps_are_timed_once(models, launched) -> None:
+    target, drafts = models["mixed"]
+    engine = fused(target, drafts["itself"], "auto")
+    prompts = prompts_of([7, 11], seed=3)
+    engine.generate(prompts, LONG)
+    (session,) = engine.sessions.values()
+    times = session.time_steps([0, 2], sampled=False)
+    launched.clear()
+    assert session.time_steps([0, 2], sampled=False) == times and not launched
+
+
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("setting", SAMPLED)
 @pytest.mark.parametrize("draft", [None, "itself", "noisy", "ngram"])

@@ -135,7 +135,7 @@ def test_what_it_does_not_know_is_refused(scaling):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a GPU forbids")
 def test_two_processes_take_steps_of_a_shape_that_is_nowhere_on_disk(recipe, tmp_path, monkeypatch):
-    """All of the script but for the start of processes, which are forks of this one."""
+    """Run the whole script, with its processes as forks of this one."""
     module, stages = recipe("scaling"), recipe("stages")
 
     def forked(name, line, folders, limit, heard, beside):

@@ -18,6 +18,7 @@ from typing import Any
 from mambactl.checkpoint.card import between
 from mambactl.errors import UsageError
 from mambactl.files import replacing
+from mambactl.json_values import JsonObject
 from mambactl.metrics import count, exact, hundredths, markdown_row, percent, ratio, tenths
 from mambactl.report.bench_table import markdown as bench_markdown
 from mambactl.stage_result import StageResult
@@ -233,10 +234,10 @@ def own_text(path: Path) -> str:
     """Students trained on text that is given and on their own, measured on both."""
     found = _read(path)["students"]
 
-    def row(name: str, cell: Callable[[Mapping[str, Any]], str]) -> Row:
+    def row(name: str, cell: Callable[[JsonObject], str]) -> Row:
         return name, *(cell(each) for each in found.values())
 
-    def held(name: str) -> Callable[[Mapping[str, Any]], str]:
+    def held(name: str) -> Callable[[JsonObject], str]:
         return lambda each: _interval(each["held"], name) if "held" in each else ""
 
     rows = [
@@ -250,7 +251,7 @@ def own_text(path: Path) -> str:
     return _table(("", *found), rows)
 
 
-def _interval(each: Mapping[str, Any], name: str) -> str:
+def _interval(each: JsonObject, name: str) -> str:
     low, high = (f"{end:.4f}" for end in each[f"{name}_interval"])
     return f"{each[name]:.4f} [{low} to {high}]"
 
