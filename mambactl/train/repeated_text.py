@@ -42,8 +42,7 @@ class RepeatedText:
         for number in count(step):
             newest, back = divmod(number, self.uses)
             written = Written()
-            while max(held, default=first - 1) < newest:
-                text = max(held, default=first - 1) + 1
+            for text in range(max(held, default=first - 1) + 1, newest + 1):
                 held[text] = [next(source) for _ in range(self.grad_accum)]
                 counts = self.feed.take_counts()
                 # what a resumed run writes again was counted before
